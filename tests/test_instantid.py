@@ -1,0 +1,108 @@
+"""Features of a face: who, where, and what happens when there is none."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.keypoints import draw_keypoints, onto_canvas
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.weights import resolve
+
+POINTS = np.array([[40.0, 30.0], [80.0, 32.0], [60.5, 55.0], [45.0, 75.0], [76.0, 76.0]], np.float32)
+
+
+@pytest.fixture(scope="module")
+def stage(tiny):
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        yield stage
+
+
+def portrait(*centres, size=(512, 512), radius=70):
+    """Plain walls with skin-coloured discs."""
+    y, x = np.mgrid[0 : size[1], 0 : size[0]]
+    picture = np.full((size[1], size[0], 3), (40, 60, 120), np.uint8)
+    for cx, cy in centres:
+        picture[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = (224, 172, 140)
+    return picture
+
+
+def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make_shot, photo):
+    out = stage([Item(make_shot(face_image="x.jpg"), {"photo": photo})])[0]
+    face = out["face"]
+    assert face.embedding.shape == (512,)
+    assert face.embedding.dtype == np.float32
+    assert face.keypoints.shape == (5, 2)
+    left, top, right, bottom = face.box
+    # The astronaut's face: eyes near (205, 105) and (245, 105).
+    assert left < 225 < right
+    assert top < 115 < bottom
+    assert face.photo_size == (512, 512)
+    assert out["pose"].shape == (64, 128, 3)
+    assert out["pose"].any()
+
+
+def test_several_faces_give_one_and_say_how_many(stage):
+    face = stage.features(portrait((140, 150), (380, 360)))
+    assert face.faces_found == 2
+
+
+def test_no_face_is_a_sentence(stage, make_shot):
+    with pytest.raises(StageError, match="no face found"):
+        stage([Item(make_shot(), {"photo": portrait()})])
+
+
+def test_a_small_face_is_refused_with_its_size(tiny, make_shot):
+    params = tiny.params(InstantIDStage).model_copy(update={"min_face_px": 200})
+    with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, at least 200 px"):
+        strict([Item(make_shot(), {"photo": portrait((256, 200))})])
+
+
+def test_a_photo_is_looked_at_once(tiny):
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        first = stage.features(portrait((256, 200)))
+        assert stage.features(portrait((256, 200))) is first
+        assert stage.features(portrait((256, 264))) is not first
+
+
+def test_a_pack_may_be_nested_as_its_zip_unpacks(tiny, tmp_path):
+    pack = resolve("builtin:tiny/antelopev2")
+    shutil.copytree(pack, tmp_path / "antelopev2" / "antelopev2")
+    params = tiny.params(InstantIDStage).model_copy(update={"weights": tmp_path / "antelopev2"})
+    with InstantIDStage(params) as stage:
+        assert stage.features(portrait((256, 200))).faces_found == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [((), r"no \.onnx files"), (("glintr100.onnx",), "no detection"), (("scrfd_10g_bnkps.onnx",), "no recognition")],
+)
+def test_an_incomplete_pack_is_named(tiny, tmp_path, kept, says):
+    for name in kept:
+        shutil.copy(resolve("builtin:tiny/antelopev2") / name, tmp_path)
+    stage = InstantIDStage(tiny.params(InstantIDStage).model_copy(update={"weights": tmp_path}))
+    with pytest.raises(SetupError, match=says):
+        stage.load()
+
+
+@pytest.mark.parametrize(
+    ("points", "size", "digest"),
+    [
+        (POINTS, (128, 128), "e190d134d79d4eec"),
+        (POINTS * 8, (1024, 576), "e646d364dec1f454"),
+        (POINTS[::-1] - 50, (64, 96), "34a34eb7ea5afd45"),
+    ],
+)
+def test_the_keypoint_picture_follows_the_published_rule(points, size, digest):
+    """The digests are of pictures drawn by InstantID's published `draw_kps` for these points."""
+    assert hashlib.sha256(draw_keypoints(points, *size).tobytes()).hexdigest()[:16] == digest
+
+
+def test_points_fall_where_the_centred_photo_falls():
+    points = np.array([[0.0, 0.0], [400.0, 200.0]])
+    assert onto_canvas(points, (400, 200), (100, 100)).tolist() == [[0, 25], [100, 75]]
+    assert onto_canvas(points, (400, 200), (100, 50)).tolist() == [[0, 0], [100, 50]]
+    assert onto_canvas(points, (200, 400), (128, 64)).tolist() == [[48, 0], [48 + 64, 32]]

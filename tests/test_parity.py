@@ -1,0 +1,204 @@
+"""Each diffusion stage equals a plain diffusers call with the same weights and seed, bitwise in fp32."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.shot import LoraRef
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux_model import FluxModel
+from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.weights import resolve
+
+LORA = LoraRef(path=str(resolve("builtin:tiny/lora.safetensors")))
+
+
+def loaded(stage_class, profile, **changes):
+    stage = stage_class(profile.params(stage_class).model_copy(update=changes))
+    stage.load()
+    return stage
+
+
+def plain(pipeline_class, name):
+    pipe = pipeline_class.from_pretrained(str(resolve(f"builtin:{name}")), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generator(shot, stage):
+    return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
+
+
+def as_uint8(pixels):
+    return (pixels * 255).round().astype(np.uint8)
+
+
+def picture(width=128, height=64):
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def flux(tiny):
+    return loaded(FluxStage, tiny)
+
+
+@pytest.fixture(scope="module")
+def lora(tiny, flux):
+    return loaded(FluxLoRAStage, tiny)
+
+
+@pytest.mark.parametrize("negative", [None, "blurred"])
+def test_flux_equals_diffusers(flux, make_shot, negative):
+    shot = make_shot(negative_prompt=negative)
+    cfg = {"negative_prompt": negative, "true_cfg_scale": 4.0} if negative else {}
+    expected = plain(diffusers.FluxPipeline, "tiny/flux")(
+        shot.prompt,
+        width=128,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=3.5,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        **cfg,
+    ).images[0]
+    assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
+
+
+def test_schnell_takes_four_steps_and_no_more_than_256_text_tokens(tiny, make_shot):
+    schnell = loaded(FluxStage, tiny, weights=resolve("builtin:tiny/flux-schnell"), text_tokens=512)
+    shot = make_shot(steps={}, guidance={"flux": 9.0})
+    expected = plain(diffusers.FluxPipeline, "tiny/flux-schnell")(
+        shot.prompt,
+        width=128,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=0.0,
+        max_sequence_length=256,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+    ).images[0]
+    assert np.array_equal(schnell([Item(shot)])[0]["image"], as_uint8(expected))
+
+
+def test_lora_stage_equals_diffusers(lora, make_shot):
+    shot = make_shot(lora=[LORA], lora_strength=0.6)
+    pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
+    pipe.load_lora_weights(LORA.path, adapter_name="person")
+    expected = pipe(
+        shot.prompt,
+        image=Image.fromarray(picture()),
+        strength=0.6,
+        width=128,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        max_sequence_length=64,
+        generator=generator(shot, "lora"),
+        output_type="np",
+    ).images[0]
+    given = lora([Item(shot, {"image": picture()})])[0]["image"]
+    assert np.array_equal(given, as_uint8(expected))
+
+
+def test_the_two_flux_stages_hold_the_weights_once(flux, lora):
+    assert flux.model is lora.model
+    assert flux.model.image_to_image.transformer is flux.model.text_to_image.transformer
+    assert flux.model.text_to_image.transformer.dtype == torch.float32
+
+
+def test_a_lora_leaves_no_trace_on_the_base(flux, lora, make_shot):
+    before = flux([Item(make_shot())])[0]["image"]
+    refined = [lora([Item(make_shot(lora=[(LORA, {"path": LORA.path, "weight": w})[1]]), {"image": before})]) for w in (1.0, 0.0)]
+    assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA does nothing"
+    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+
+
+def test_fast_mode_wears_the_lora_in_the_one_pass(flux, make_shot):
+    plain_picture, quality, fast = (
+        flux([Item(make_shot(**fields))])[0]["image"]
+        for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
+    )
+    assert np.array_equal(plain_picture, quality)
+    assert not np.array_equal(plain_picture, fast)
+
+
+def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
+    params = tiny.params(FluxStage).model_copy(update={"adapters_kept": 2})
+    model = FluxModel(params)
+    files = [tmp_path / f"{n}.safetensors" for n in range(3)]
+    for file in files:
+        file.write_bytes((resolve("builtin:tiny/lora.safetensors")).read_bytes())
+    for file in (files[0], files[1], files[0], files[2]):
+        with model.wearing([LoraRef(path=str(file))]):
+            pass
+    kept = model.text_to_image.get_list_adapters()["transformer"]
+    assert kept == [model._adapter(files[0]), model._adapter(files[2])]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 32), "unet.down_blocks.0.attn1.to_q.lora_B.weight": (32, 4)}, "acts on nothing"),
+        ({"foo.weight": (2,)}, "cannot be laid on"),
+        ({f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 99)), ("B", (32, 4)))}, "cannot be laid on"),
+        ({f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 32)), ("B", (32, 4)))}, "acts on nothing"),
+    ],
+    ids=["another model", "no lora", "wrong shape", "untrained"],
+)
+def test_a_lora_that_cannot_act_is_refused_and_forgotten(flux, lora, make_shot, tmp_path, tensors, says):
+    file = tmp_path / "bad.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
+    before = flux([Item(make_shot())])[0]["image"]
+    with pytest.raises(StageError, match=says):
+        lora([Item(make_shot(lora=[{"path": str(file)}]), {"image": before})])
+    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+
+
+def test_strength_zero_gives_the_image_back(lora, make_shot):
+    given = lora([Item(make_shot(lora=[LORA], lora_strength=0.0), {"image": picture()})])
+    assert np.array_equal(given[0]["image"], picture())
+
+
+def test_svd_equals_diffusers_and_hears_its_conditions(tiny, make_shot):
+    stage = loaded(SVDStage, tiny)
+    shot = make_shot(num_frames=7, fps=5, motion_bucket_id=90, noise_aug_strength=0.1, guidance={"svd": 2.5})
+    expected = plain(diffusers.StableVideoDiffusionPipeline, "tiny/svd")(
+        Image.fromarray(picture()),
+        height=64,
+        width=128,
+        num_frames=7,
+        num_inference_steps=2,
+        max_guidance_scale=2.5,
+        fps=5,
+        motion_bucket_id=90,
+        noise_aug_strength=0.1,
+        decode_chunk_size=5,
+        generator=generator(shot, "svd"),
+        output_type="np",
+    ).frames[0]
+    clip = stage([Item(shot, {"image": picture()})])[0]["frames"]
+    assert clip.shape == (7, 64, 128, 3)
+    assert np.array_equal(clip, as_uint8(expected))
+    for change in ({"fps": 25}, {"motion_bucket_id": 1}, {"noise_aug_strength": 0.9}, {"seed": 8}):
+        other = stage([Item(shot.model_copy(update=change), {"image": picture()})])[0]["frames"]
+        assert not np.array_equal(other, clip), change
+
+
+def test_svd_refuses_a_size_its_latents_cannot_halve(tiny, make_shot):
+    with pytest.raises(StageError, match="got a picture of 96x64"):
+        loaded(SVDStage, tiny)([Item(make_shot(), {"image": picture(96, 64)})])
+
+
+def test_weights_of_another_kind_are_named(tiny, tmp_path):
+    with pytest.raises(SetupError, match=r"no model_index\.json"):
+        loaded(SVDStage, tiny, weights=tmp_path)
+    with pytest.raises(SetupError, match="holds a FluxPipeline, must be one of StableVideoDiffusionPipeline"):
+        loaded(SVDStage, tiny, weights=resolve("builtin:tiny/flux"))

@@ -1,0 +1,177 @@
+"""Scripts: every format, defaults in their order, and every bad line named with file, line and field."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.script import read_script
+from vidgen_ray.shot import Shot
+
+LINES = [
+    {"id": "one", "prompt": "a red ball", "width": 128, "steps.flux": 3, "lora": ["a.safetensors"]},
+    {"prompt": "a man, walking", "use_hunyuan_style": True, "metadata": {"scene": 4}},
+]
+
+
+@pytest.fixture(autouse=True)
+def files_beside_the_script(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    (tmp_path / "face.jpg").write_bytes(b"x")
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content))
+    return path
+
+
+def test_every_format_gives_the_same_shots(tmp_path):
+    scripts = [write(tmp_path, "s.jsonl", LINES)]
+    scripts.append(write(tmp_path, "s.yaml", json.dumps({"title": "t", "shots": LINES})))
+    columns = list(dict.fromkeys(k for line in LINES for k in line))
+    with (tmp_path / "s.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for line in LINES:
+            writer.writerow({k: v if isinstance(v, str | int) else json.dumps(v) for k, v in line.items()})
+    scripts.append(tmp_path / "s.csv")
+    pq.write_table(pa.Table.from_pylist(LINES, schema=None), tmp_path / "s.parquet")
+    pq.write_table(pa.concat_tables([pa.Table.from_pylist([line]) for line in LINES], promote_options="default"), tmp_path / "s.parquet")
+    scripts.append(tmp_path / "s.parquet")
+    read = [read_script(path, run_seed=5) for path in scripts]
+    assert [script.errors for script in read] == [[], [], [], []]
+    for script in read[1:]:
+        assert [s.model_dump(exclude={"id", "seed"}) for s in script.shots] == [
+            s.model_dump(exclude={"id", "seed"}) for s in read[0].shots
+        ]
+    first = read[0].shots[0]
+    assert (first.steps.flux, first.lora[0].path) == (3, str(tmp_path / "a.safetensors"))
+
+
+def test_a_text_file_is_one_prompt_a_line(tmp_path):
+    script = read_script(write(tmp_path, "s.txt", "\ufeff# a comment\r\na red ball\n\n  a blue ball \n"))
+    assert [s.prompt for s in script.shots] == ["a red ball", "a blue ball"]
+    assert list(script.lines.values()) == [2, 4]
+
+
+def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_path):
+    path = write(
+        tmp_path,
+        "s.yaml",
+        json.dumps({"defaults": {"fps": 6}, "shots": ["a", {"prompt": "b", "fps": 7, "steps": {"svd": 9}}]}),
+    )
+    shots = read_script(
+        path,
+        defaults={"fps": "8", "num_frames": "9"},
+        profile_defaults={"num_frames": 10, "scale": 2, "steps": {"flux": 1, "svd": 1}},
+    ).shots
+    assert [(s.fps, s.num_frames, s.scale) for s in shots] == [(6, 9, 2), (7, 9, 2)]
+    assert (shots[1].steps.flux, shots[1].steps.svd) == (1, 9)
+
+
+def test_a_character_brings_photo_lora_and_trigger(tmp_path):
+    ada = {"face_image": "face.jpg", "lora": "a.safetensors", "trigger": "ada person"}
+    path = write(tmp_path, "s.yaml", json.dumps({"characters": {"ada": ada}, "shots": [{"prompt": "at sea", "character": "ada"}, {"prompt": "b", "character": "bob"}]}))
+    script = read_script(path)
+    (shot,) = script.shots
+    assert shot.prompt == "ada person, at sea"
+    assert shot.face_image == str(tmp_path / "face.jpg")
+    assert shot.lora[0].path == str(tmp_path / "a.safetensors")
+    assert "characters are: ada" in str(script.errors[0])
+
+
+def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
+    lines = [{"prompt": f"ball {n}"} for n in range(5)]
+    forward = read_script(write(tmp_path, "a.jsonl", lines), run_seed=3)
+    backward = read_script(write(tmp_path, "b.jsonl", lines[::-1]), run_seed=3)
+    assert {s.id: s.seed for s in forward.shots} == {s.id: s.seed for s in backward.shots}
+    assert len({s.seed for s in forward.shots}) == 5
+    assert {s.seed for s in read_script(tmp_path / "a.jsonl", run_seed=4).shots}.isdisjoint({s.seed for s in forward.shots})
+
+
+def test_variants_are_shots_of_their_own(tmp_path):
+    path = write(tmp_path, "s.jsonl", [{"id": "x", "prompt": "a", "variants": 3}, {"id": "y", "prompt": "a", "variants": 2, "seed": 5}])
+    shots = read_script(path).shots
+    assert [s.id for s in shots] == ["x-v0", "x-v1", "x-v2", "y-v0", "y-v1"]
+    assert len({s.seed for s in shots}) == 5
+    assert [s.seed for s in shots[3:]] == [5, 6]
+
+
+BAD = [
+    ({"prompt": "a", "width": 7}, "width", "got 7, must be a multiple of 16 between 64 and 2048"),
+    ({"prompt": "a", "width": 1e6}, "width", "got 1000000.0"),
+    ({"prompt": "a", "height": "64"}, "height", "got '64', must be a valid integer"),
+    ({"prompt": "a", "width": 80}, None, "width 80 is not a multiple of 64"),
+    ({"width": 128}, "prompt", "got nothing, this field is required"),
+    ({"prompt": "  "}, "prompt", "must not be blank"),
+    ({"prompt": "a\u0000b"}, "prompt", "without NUL"),
+    ({"prompt": "x" * 100_000}, "prompt", "at most 10000 characters"),
+    ({"prompt": "a", "promt": "b"}, "promt", "an unknown field, the fields are id, prompt"),
+    ({"prompt": "a", "id": "../../etc/cron.d/x"}, "id", "must be 1 to 128 of"),
+    ({"prompt": "a", "id": "x" * 129}, "id", "must be 1 to 128 of"),
+    ({"prompt": "a", "seed": -1}, "seed", "got -1, must be greater than or equal to 0"),
+    ({"prompt": "a", "seed": 2**64}, "seed", "must be less than"),
+    ({"prompt": "a", "seed": True}, "seed", "must be a valid integer"),
+    ({"prompt": "a", "scale": 5}, "scale", "must be 2, 3 or 4"),
+    ({"prompt": "a", "lora_strength": 1.5}, "lora_strength", "less than or equal to 1"),
+    ({"prompt": "a", "lora": [{"path": "a.safetensors", "weight": 1e9}]}, "lora.weight", "less than or equal to 2"),
+    ({"prompt": "a", "lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "face_image": "nobody.jpg"}, "face_image", "must be an existing file"),
+    ({"prompt": "a", "steps.flux": 0}, "steps.flux", "greater than or equal to 1"),
+    ({"prompt": "a", "steps.fulx": 2}, "steps.fulx", "an unknown field"),
+    ({"prompt": "a", "character": "ada"}, "character", "header of a .yaml script"),
+    ({"prompt": "a", "lora": "a.safetensors", "lora_strength": 0.2, "steps.lora": 4}, None, "steps.lora of at least 5"),
+    ([1, 2], None, "must be a JSON object"),
+    ('{"prompt": "half', None, "must be a JSON object on one line"),
+    ('{"prompt": "a", "prompt": "b"}', "prompt", "each field stands once"),
+    ("[" * 100_000, None, "must be a JSON object"),
+    ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
+    ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
+]
+
+
+@pytest.mark.parametrize(("line", "field", "says"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_with_line_and_field_and_its_neighbours_stay(tmp_path, line, field, says):
+    text = line if isinstance(line, str) else json.dumps(line)
+    script = read_script(write(tmp_path, "s.jsonl", f'{{"prompt": "good"}}\n{text}\n{{"prompt": "good, too"}}\n'))
+    assert [s.prompt for s in script.shots] == ["good", "good, too"]
+    (rejected,) = script.rejected
+    error = rejected.errors[0]
+    assert (error.source, error.line, error.field) == ("s.jsonl", 2, field)
+    assert says in str(error)
+
+
+def test_an_id_given_twice_names_the_first(tmp_path):
+    script = read_script(write(tmp_path, "s.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]))
+    assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has it already")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("s.doc", "x", "a script is one of .csv, .jsonl, .parquet, .txt, .yaml, .yml"),
+        ("s.jsonl", "\n\n", "give at least one shot"),
+        ("s.parquet", "text", "not Parquet"),
+        ("s.yaml", "a: &a [*a]", "no list of shots"),
+        ("s.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
+        ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
+    ],
+)
+def test_a_file_that_is_no_script_is_refused_whole(tmp_path, name, content, says):
+    with pytest.raises(ScriptError, match=says):
+        read_script(write(tmp_path, name, content))
+
+
+def test_parquet_with_an_extension_type_is_refused_unread(tmp_path):
+    table = pa.table({"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))})
+    pq.write_table(table, tmp_path / "s.parquet")
+    with pytest.raises(ScriptError, match="extension type in column x"):
+        read_script(tmp_path / "s.parquet")
+
+
+def test_the_schema_names_every_field_of_a_shot():
+    assert set(Shot.model_json_schema()["properties"]) == set(Shot.model_fields)

@@ -1,0 +1,23 @@
+"""A script goes in, one line a shot; finished clips come out, with the same recognisable person throughout."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidgen_ray.pipeline import VideoGenerationPipeline
+    from vidgen_ray.shot import Shot
+
+__version__ = "0.1.0"
+__all__ = ["Shot", "VideoGenerationPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `vidgen validate` does not wait for torch.
+    if name == "Shot":
+        from vidgen_ray.shot import Shot
+
+        return Shot
+    if name == "VideoGenerationPipeline":
+        from vidgen_ray.pipeline import VideoGenerationPipeline
+
+        return VideoGenerationPipeline
+    raise AttributeError(f"module 'vidgen_ray' has no attribute {name!r}")

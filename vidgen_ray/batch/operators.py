@@ -1,0 +1,98 @@
+"""What Ray Data runs: one operator for each actor of the profile, and one that finishes shots.
+
+A shot that fails travels on as a row with a failure; nothing is raised, so no neighbour is lost. A row may run twice (an
+actor or a node died), so every side effect is idempotent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.batch.rows import Batch, Parcel, pack, unpack
+from vidgen_ray.batch.upscaling import UpscalerPool
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.pipeline import StepFailed, StepRunner, finish, worker_name
+from vidgen_ray.profile import Profile
+from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is told. Small: it is kept for the restart of actors."""
+
+    run: str
+    profile: Profile
+    out: Path
+    use_cache: bool
+    keep_stages: bool
+
+
+class StageOperator:
+    """Holds the stages of one actor, loaded once, and takes each shot through those it needs."""
+
+    def __init__(self, job: Job, stages: tuple[str, ...]) -> None:
+        held = [STAGE_BY_NAME[name](job.profile.params(STAGE_BY_NAME[name])) for name in stages]
+        for stage in held:
+            stage.load()
+        gpus = {stage.name: job.profile.actor_of(type(stage)).gpus for stage in held}
+        self._runner = StepRunner(held, gpus, OutputFolder(job.out).stage_cache if job.use_cache else None)
+
+    def __call__(self, row: Batch) -> Batch:
+        parcel = unpack(row)
+        if parcel.failure:
+            return row
+        try:
+            item, records = self._runner.run(parcel.plan, Item(parcel.plan.shot, parcel.artefacts))
+        except StepFailed as failed:
+            return pack(replace(parcel, failure=failed.failure(worker_name()), artefacts=Artefacts()))
+        return pack(Parcel(parcel.plan, parcel.records + tuple(records), item.artefacts))
+
+
+def operator_named(actor: str) -> type[StageOperator]:
+    """A class of its own for each actor: Ray shows operators and workers by their class name."""
+    return type(actor, (StageOperator,), {})
+
+
+class Finisher:
+    """Upscales over the pool, encodes, commits. The row that leaves holds no pictures."""
+
+    def __init__(self, job: Job, upscalers: Sequence[Any]) -> None:
+        self._job = job
+        self._outputs = OutputFolder(job.out)
+        self._pool = UpscalerPool(upscalers) if upscalers else None
+        self._upscaler_gpus = job.profile.actor_of(RealESRGANStage).gpus if upscalers else 0.0
+        self._cutter = RealESRGANStage(job.profile.params(RealESRGANStage)) if upscalers else None
+
+    def __call__(self, row: Batch) -> Batch:
+        parcel = unpack(row)
+        if parcel.failure is None:
+            parcel = self._finished(parcel)
+        return pack(replace(parcel, artefacts=Artefacts()))
+
+    def _finished(self, parcel: Parcel) -> Parcel:
+        plan, shot = parcel.plan, parcel.plan.shot
+        upscaled: Any = None
+        if self._pool and self._cutter and RealESRGANStage.applies(shot):
+            upscaled = self._pool.upscaled(self._cutter, shot, parcel.artefacts["frames"])
+        try:
+            record = finish(
+                plan,
+                Item(shot, parcel.artefacts),
+                parcel.records,
+                upscaled,
+                outputs=self._outputs,
+                encode=self._job.profile.encode,
+                upscaler_gpus=self._upscaler_gpus,
+                keep_stages=self._job.keep_stages,
+            )
+        except StepFailed as failed:
+            return replace(parcel, failure=failed.failure(worker_name()))
+        # A full disk or an unreadable start image is this shot's failure, too.
+        except Exception as error:
+            return replace(parcel, failure=StepFailed("output", error).failure(worker_name()))
+        return replace(parcel, records=record.stages)

@@ -1,0 +1,1 @@
+"""Networks and weights formats that no library has."""

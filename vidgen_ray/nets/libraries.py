@@ -1,0 +1,14 @@
+"""How diffusers and transformers speak in this process: no progress bars, no notes that no user can act on."""
+
+from functools import lru_cache
+
+
+@lru_cache(maxsize=1)
+def quieten() -> None:
+    """Call before the first model is loaded. Idempotent."""
+    import diffusers
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -1,0 +1,99 @@
+"""Results of stages by content key, stored without loss, so that a change to a later stage reuses the earlier ones."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
+from vidgen_ray.outputs.atomic import TEMPORARY
+from vidgen_ray.stages.base import Artefacts, FaceFeatures
+
+
+class StageCache:
+    """Results of stages by content key, stored without loss: pictures as PNG, frames as FFV1, faces as JSON."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, key: str) -> Artefacts | None:
+        """The artefacts under the key, or none. Uncached kinds (`photo`, `hd_frames`) are never part of an entry."""
+        entry = self._entry(key)
+        return _read_artefacts(entry) if entry.is_dir() else None
+
+    def put(self, key: str, artefacts: Artefacts) -> None:
+        """Store an entry; where another process was faster, that entry stays."""
+        entry = self._entry(key)
+        if entry.is_dir():
+            return
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=entry.parent, prefix=TEMPORARY))
+        try:
+            _write_artefacts(fresh, artefacts)
+            os.chmod(fresh, 0o755)
+            fresh.rename(entry)
+        except OSError:
+            if not entry.is_dir():
+                raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget these entries."""
+        for key in keys:
+            shutil.rmtree(self._entry(key), ignore_errors=True)
+
+    def _entry(self, key: str) -> Path:
+        return self.root / key[:2] / key
+
+
+def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
+    for name in ("pose", "image"):
+        if name in artefacts:
+            write_png(folder / f"{name}.png", artefacts[name])  # type: ignore[literal-required]  # both are pictures
+    if "face" in artefacts:
+        (folder / "face.json").write_text(face_to_json(artefacts["face"]))
+    if "frames" in artefacts:
+        encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
+
+
+def _read_artefacts(folder: Path) -> Artefacts:
+    out: Artefacts = {}
+    if (file := folder / "pose.png").exists():
+        out["pose"] = read_image(file)
+    if (file := folder / "image.png").exists():
+        out["image"] = read_image(file)
+    if (file := folder / "face.json").exists():
+        out["face"] = face_from_json(file.read_text())
+    if (file := folder / "frames.mkv").exists():
+        out["frames"] = decode_lossless(file)
+    return out
+
+
+def face_to_json(face: FaceFeatures) -> str:
+    return json.dumps(
+        {
+            "box": face.box,
+            "score": face.score,
+            "faces_found": face.faces_found,
+            "photo_size": face.photo_size,
+            "keypoints": face.keypoints.tolist(),
+            "embedding": face.embedding.tolist(),
+        }
+    )
+
+
+def face_from_json(text: str) -> FaceFeatures:
+    data = json.loads(text)
+    return FaceFeatures(
+        embedding=np.array(data["embedding"], np.float32),
+        keypoints=np.array(data["keypoints"], np.float32),
+        box=tuple(data["box"]),
+        score=data["score"],
+        faces_found=data["faces_found"],
+        photo_size=tuple(data["photo_size"]),
+    )

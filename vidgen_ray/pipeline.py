@@ -1,0 +1,274 @@
+"""The graph in one process, without Ray: the reference that the batch and online executors equal byte for byte."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from PIL import Image as PILImage
+
+from vidgen_ray.errors import StageError, VidgenError
+from vidgen_ray.graph import ShotPlan, Step, params_of, plan_shot, stages_of
+from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
+from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
+from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.script import check_shot
+from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.weights import resolve
+
+
+class StepFailed(VidgenError):
+    """A stage could not do its work for a shot."""
+
+    def __init__(self, stage: str, cause: Exception) -> None:
+        self.stage = stage
+        self.cause = cause
+        super().__init__(f"{stage}: {cause}" if isinstance(cause, VidgenError) else f"{stage}: {type(cause).__name__}: {cause}")
+
+    def failure(self, worker: str) -> Failure:
+        return Failure(
+            stage=self.stage, error=type(self.cause).__name__, message=str(self.cause), attempts=1, worker=worker
+        )
+
+
+class StepRunner:
+    """Loaded stages, and what is done round each: inputs read, the cache asked, seconds taken.
+
+    `gpus` is the share of a GPU each stage holds; `cache` may be none.
+    """
+
+    def __init__(self, stages: Sequence[Stage[Any]], gpus: Mapping[str, float], cache: StageCache | None) -> None:
+        self._stages = {stage.name: stage for stage in stages}
+        self._gpus = gpus
+        self._cache = cache
+
+    def run(self, plan: ShotPlan, item: Item) -> tuple[Item, list[StepRecord]]:
+        """Take the item through those of its plan's steps whose stages are held here. Raises StepFailed."""
+        records = []
+        for step in plan.steps:
+            if step.stage in self._stages:
+                item, record = self._step(step, item)
+                records.append(record)
+        return item, records
+
+    def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
+        begun = time.monotonic()
+        try:
+            found = self._cache.get(step.key) if self._cache else None
+            given = self._work(step, item) if found is None else found
+        # Whatever a model stumbles over fails this shot, not its neighbours.
+        except Exception as error:
+            raise StepFailed(step.stage, error) from error
+        seconds = time.monotonic() - begun
+        record = step_record(step, seconds, self._gpus[step.stage], cached=found is not None)
+        # The photo is of no use after the features are known.
+        kept = {name: value for name, value in item.artefacts.items() if name != "photo"}
+        return Item(item.shot, Artefacts(**{**kept, **given})), record  # type: ignore[typeddict-item]  # both are Artefacts
+
+    def _work(self, step: Step, item: Item) -> Artefacts:
+        stage = self._stages[step.stage]
+        (given,) = stage([with_inputs(item, stage.takes)])
+        if self._cache:
+            self._cache.put(step.key, given)
+        return given
+
+
+def step_record(step: Step, seconds: float, gpus: float, *, cached: bool) -> StepRecord:
+    return StepRecord(
+        stage=step.stage,
+        key=step.key,
+        weights=step.weights,
+        seconds=round(seconds, 4),
+        gpu_seconds=0.0 if cached else round(seconds * gpus, 4),
+        cached=cached,
+    )
+
+
+def with_inputs(item: Item, takes: Iterable[str]) -> Item:
+    """The item with what the shot brings by path read in: photo, start image, built-in LoRAs."""
+    shot, artefacts = item.shot, item.artefacts.copy()
+    if "photo" in takes and "photo" not in artefacts and shot.face_image is not None:
+        artefacts["photo"] = read_image(Path(shot.face_image))
+    if "image" in takes and "image" not in artefacts and shot.image is not None:
+        artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
+    loras = tuple(LoraRef(path=str(resolve(lora.path)), weight=lora.weight) for lora in shot.lora)
+    return Item(shot.model_copy(update={"lora": loras}), artefacts)
+
+
+def finish(
+    plan: ShotPlan,
+    item: Item,
+    records: Sequence[StepRecord],
+    upscaled: Iterable[Frames] | None,
+    *,
+    outputs: OutputFolder,
+    encode: Mp4Settings,
+    upscaler_gpus: float,
+    keep_stages: bool,
+) -> ShotRecord:
+    """Write and commit the shot's files. `upscaled` are chunks of frames in order, taken while they are encoded."""
+    shot, artefacts = item.shot, with_inputs(item, ("image",)).artefacts
+    records = list(records)
+    with outputs.draft(plan) as draft:
+        write_png(draft.path("image.png"), artefacts["image"])
+        if "frames" in artefacts:
+            write_clip(draft.path("video.mp4"), [artefacts["frames"]], shot.fps, encode)
+        if upscaled is not None:
+            begun = time.monotonic()
+            try:
+                write_clip(draft.path("hd.mp4"), upscaled, shot.fps, encode)
+            except Exception as error:
+                raise StepFailed(plan.steps[-1].stage, error) from error
+            records.append(step_record(plan.steps[-1], time.monotonic() - begun, upscaler_gpus, cached=False))
+        if keep_stages:
+            _write_stages(draft, outputs.stage_cache)
+        return draft.commit(records)
+
+
+def write_clip(path: Path, chunks: Iterable[Frames], fps: int, encode: Mp4Settings) -> None:
+    """Encode chunks of frames, each (T, H, W, 3), as they come."""
+    chunks = iter(chunks)
+    first = next(chunks)
+    with Mp4Writer(path, width=first.shape[2], height=first.shape[1], fps=fps, settings=encode) as writer:
+        writer.write(first)
+        for chunk in chunks:
+            writer.write(chunk)
+
+
+def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
+    for stage, step in zip(stages_of(draft.plan.shot), draft.plan.steps, strict=True):
+        artefacts = cache.get(step.key) if stage.keeps else None
+        if not stage.keeps or artefacts is None:
+            continue
+        if "face" in artefacts:
+            draft.path(stage.keeps).write_text(face_to_json(artefacts["face"]))
+        else:
+            write_png(draft.path(stage.keeps), artefacts["image"])
+
+
+def upscale_in_order(stage: RealESRGANStage, shot: Shot, frames: Frames) -> Iterator[Frames]:
+    """The clip's chunks, upscaled one after another."""
+    for chunk in stage.chunks(len(frames)):
+        yield stage.upscale(frames[chunk], shot.scale, shot.upscaler)
+
+
+class GeneratedVideo(TypedDict):
+    """What `generate_video` gives."""
+
+    image: PILImage.Image
+    video: Path | None
+    hd_video: Path | None
+    record: ShotRecord
+
+
+class VideoGenerationPipeline:
+    """Renders shots one at a time in this process. Stages are loaded when a shot first needs them, and kept.
+
+    `out` is an output folder as a batch run writes it, so a shot rendered there before is not rendered again.
+    """
+
+    def __init__(self, profile: Profile, out: Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
+        self.profile = profile
+        self.outputs = OutputFolder(out)
+        self._keep_stages = keep_stages
+        self._cache = self.outputs.stage_cache if use_cache or keep_stages else None
+        self._loaded: dict[str, Stage[Any]] = {}
+
+    @classmethod
+    def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
+        """A built-in profile by name, or a profile file by path."""
+        return cls(load_profile(name_or_path), Path(out))
+
+    def generate_video(
+        self,
+        prompt: str,
+        *,
+        face_image: str | Path | PILImage.Image | None = None,
+        lora_path: str | Path | None = None,
+        **fields: Any,
+    ) -> GeneratedVideo:
+        """Render one shot; `fields` are those of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
+
+        Raises ScriptError for a wrong field and StepFailed where a stage cannot do its work.
+        """
+        shot_fields = {"prompt": prompt, **fields}
+        if lora_path is not None:
+            shot_fields["lora"] = str(lora_path)
+        if face_image is not None:
+            shot_fields["face_image"] = str(self._as_file(face_image))
+        shot = check_shot(shot_fields, "generate_video", self.profile.defaults)
+        record = self.render(shot)
+        folder = self.outputs.shot_folder(shot.id or "")
+        return GeneratedVideo(
+            image=PILImage.open(folder / "image.png"),
+            video=folder / "video.mp4" if "video.mp4" in record.files else None,
+            hd_video=folder / "hd.mp4" if "hd.mp4" in record.files else None,
+            record=record,
+        )
+
+    def plan(self, shot: Shot) -> ShotPlan:
+        return plan_shot(shot, params_of(self.profile, stages_of(shot)), self.profile.encode)
+
+    def render(self, shot: Shot) -> ShotRecord:
+        """Render a checked shot, unless it is done already. Raises StepFailed."""
+        plan = self.plan(shot)
+        if (record := self.outputs.done(plan)) is not None:
+            return record
+        stages = [self._stage(stage) for stage in stages_of(shot)]
+        upscaler = next((s for s in stages if isinstance(s, RealESRGANStage)), None)
+        gpus = {stage.name: self.profile.actor_of(type(stage)).gpus for stage in stages}
+        runner = StepRunner([s for s in stages if s is not upscaler], gpus, self._cache)
+        item, records = runner.run(plan, Item(shot))
+        return finish(
+            plan,
+            item,
+            records,
+            upscale_in_order(upscaler, shot, item.artefacts["frames"]) if upscaler else None,
+            outputs=self.outputs,
+            encode=self.profile.encode,
+            upscaler_gpus=gpus[upscaler.name] if upscaler else 0.0,
+            keep_stages=self._keep_stages,
+        )
+
+    def close(self) -> None:
+        """Let go of all weights."""
+        for stage in self._loaded.values():
+            stage.close()
+        self._loaded.clear()
+
+    def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
+        if stage_class.name not in self._loaded:
+            stage = stage_class(self.profile.params(stage_class))
+            stage.load()
+            self._loaded[stage_class.name] = stage
+        return self._loaded[stage_class.name]
+
+    def _as_file(self, face_image: str | Path | PILImage.Image) -> Path:
+        """A picture in memory is stored by its content beside the results, so that its shot can be repeated."""
+        if not isinstance(face_image, PILImage.Image):
+            return Path(face_image).absolute()
+        pixels = np.asarray(face_image.convert("RGB"))
+        import hashlib
+
+        name = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+        path = self.outputs.root / "inputs" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_png(path, pixels)
+        return path.absolute()
+
+
+def worker_name() -> str:
+    """Host and process, for failure reports."""
+    return f"{os.uname().nodename}:{os.getpid()}"
+
+
+__all__ = ["GeneratedVideo", "StageError", "StepFailed", "StepRunner", "VideoGenerationPipeline", "finish", "with_inputs"]

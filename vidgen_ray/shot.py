@@ -1,0 +1,200 @@
+"""One shot: what to render. Knows the fields, their ranges and the seeds; does not know files, models or stages."""
+
+import hashlib
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+STAGES_WITH_STEPS = ("flux", "lora", "hunyuan", "svd")
+ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Steps = Annotated[int, Field(ge=1, le=200)]
+Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraRef(_Frozen):
+    """A LoRA file and how strongly its adapter acts."""
+
+    path: str = Field(min_length=1, description="a .safetensors file, or a `builtin:` name")
+    weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False)
+
+
+class StageSteps(_Frozen):
+    """Denoising steps of each stage; none means the default of the model that the profile names."""
+
+    flux: Steps | None = None
+    lora: Steps | None = None
+    hunyuan: Steps | None = None
+    svd: Steps | None = None
+
+
+class StageGuidance(_Frozen):
+    """Guidance of each stage; none means the default of the model. For svd it is the guidance of the last frame."""
+
+    flux: Guidance | None = None
+    lora: Guidance | None = None
+    hunyuan: Guidance | None = None
+    svd: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
+
+
+class Shot(_Frozen):
+    """One line of a script, with every default filled in.
+
+    Sizes are in pixels, before upscaling. `steps` and `guidance` may also be written flat: `"flux.steps": 4`.
+    """
+
+    id: str | None = Field(None, description="unique in the script; derived from the line's content where it is missing")
+    prompt: str = Field(min_length=1, max_length=10_000)
+    negative_prompt: str | None = Field(None, max_length=10_000)
+    mode: Literal["quality", "fast"] = Field(
+        "quality", description="quality: every stage in turn; fast: one FLUX pass with the LoRA active, no restyle"
+    )
+    seed: int | None = Field(None, ge=0, lt=2**32, description="none: derived from the run's seed and the id")
+    variants: int = Field(1, ge=1, le=1000, description="one line becomes this many shots: id-v0, id-v1, ...")
+
+    width: int = 1024
+    height: int = 576
+    image: str | None = Field(None, description="start from this picture instead of FLUX; cropped to cover the size")
+
+    face_image: str | None = Field(None, description="a photo of the person")
+    character: str | None = Field(None, description="a name from the header of a YAML script")
+    identity_strength: Strength = Field(
+        1.0, description="how strongly the face steers the picture; carried with the features, no injector reads it yet"
+    )
+    lora: tuple[LoraRef, ...] = ()
+    lora_strength: Strength = Field(0.6, description="image-to-image strength of the LoRA stage: 0 keeps the base image")
+
+    use_hunyuan_style: bool = Field(False, description="restyle by HunyuanDiT; mode fast has no restyle")
+    style_prompt: str | None = Field(None, max_length=10_000, description="added to the prompt for the restyle")
+    style_strength: Strength = 0.5
+
+    generate_video: bool = True
+    num_frames: int = Field(25, ge=2, le=256)
+    fps: int = Field(5, ge=1, le=60)
+    motion_bucket_id: int = Field(127, ge=1, le=255)
+    noise_aug_strength: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
+
+    upscale_video: bool = True
+    scale: Literal[2, 3, 4] = 4
+    upscaler: str = Field(
+        "animevideov3", pattern=r"^[A-Za-z0-9._-]+$", description="file name, without ending, in the profile's upscaler folder"
+    )
+
+    steps: StageSteps = StageSteps()
+    guidance: StageGuidance = StageGuidance()
+    metadata: dict[str, JsonValue] = Field(default_factory=dict, description="carried to the manifest untouched")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest_flat_settings(cls, data: Any) -> Any:
+        return nest_flat_settings(data) if isinstance(data, dict) else data
+
+    @field_validator("id")
+    @classmethod
+    def _id_is_a_file_name(cls, value: str | None) -> str | None:
+        if value is not None and (not ID_PATTERN.fullmatch(value) or value.endswith(".")):
+            raise ValueError("must be 1 to 128 of A-Z a-z 0-9 . _ - and neither begin nor end with a dot")
+        return value
+
+    @field_validator("width", "height")
+    @classmethod
+    def _size_fits_the_latents(cls, value: int) -> int:
+        if not 64 <= value <= 2048 or value % 16:
+            raise ValueError("must be a multiple of 16 between 64 and 2048")
+        return value
+
+    @field_validator("prompt", "negative_prompt", "style_prompt")
+    @classmethod
+    def _text_is_text(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not value.strip():
+            raise ValueError("must not be blank")
+        if "\0" in value:
+            raise ValueError("must be text without NUL")
+        return value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _lora_may_be_one_path(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        if isinstance(value, str | dict | LoraRef):
+            value = [value]
+        if isinstance(value, list | tuple):
+            return tuple({"path": v} if isinstance(v, str) else v for v in value)
+        return value
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> Self:
+        if self.generate_video:
+            for name in ("width", "height"):
+                if getattr(self, name) % 64:
+                    raise ValueError(
+                        f"{name} {getattr(self, name)} is not a multiple of 64, as video needs (its latents are halved three times)"
+                    )
+        if self.lora and self.steps.lora and self.lora_strength and self.steps.lora * self.lora_strength < 1:
+            least = math.ceil(1 / self.lora_strength)
+            raise ValueError(
+                f"lora_strength {self.lora_strength} of {self.steps.lora} steps is less than one step; "
+                f"use steps.lora of at least {least}"
+            )
+        return self
+
+    @property
+    def fast_lora(self) -> tuple[LoraRef, ...]:
+        """The LoRAs that act in the one FLUX pass of mode fast; in mode quality they have a stage of their own."""
+        return self.lora if self.mode == "fast" else ()
+
+    def generator_seed(self, stage: str) -> int:
+        """The seed of one stage's noise: the shot's own for FLUX, one derived from it for each other stage.
+
+        A refinement that drew the very noise its input was made from would reinforce it, so stages do not share noise.
+        """
+        if self.seed is None:
+            raise ValueError("the shot has no seed yet; use with_seed")
+        return self.seed if stage == "flux" else _seed_from(self.seed, stage)
+
+    def with_seed(self, run_seed: int) -> "Shot":
+        """The same shot with its seed filled in from the run's seed and its id."""
+        if self.seed is not None:
+            return self
+        if self.id is None:
+            raise ValueError("the shot has no id yet, so no seed can be derived")
+        return self.model_copy(update={"seed": _seed_from(run_seed, self.id)})
+
+
+def _seed_from(*parts: object) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
+    """`{"flux.steps": 4}` -> `{"steps": {"flux": 4}}`; other keys stay as they are."""
+    flat = [k for k in data if isinstance(k, str) and "." in k]
+    if not flat:
+        return data
+    out = {k: v for k, v in data.items() if k not in flat}
+    for key in flat:
+        head, tail = key.split(".", 1)
+        stage, setting = (tail, head) if head in ("steps", "guidance") else (head, tail)
+        if setting in ("steps", "guidance") and stage in STAGES_WITH_STEPS:
+            out[setting] = {**(out.get(setting) or {}), stage: data[key]}
+        else:
+            out[key] = data[key]
+    return out
+
+
+def derive_id(fields: dict[str, Any]) -> str:
+    """An id from what the line says, not from where it stands: a line put before others changes nobody's seed."""
+    text = str(fields.get("prompt", ""))
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{slug}-{digest}" if slug else digest

@@ -1,0 +1,174 @@
+"""What a stage is: frozen parameters, weights loaded once, items in, artefacts out.
+
+A stage declares what it reads and writes; the graph, the content keys and the docs are derived from that declaration.
+Heavy packages (torch, diffusers) are imported in `load`, so that naming a stage costs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypedDict, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from vidgen_ray.shot import Shot
+
+if TYPE_CHECKING:
+    import torch
+
+Image = NDArray[np.uint8]
+"""RGB, (H, W, 3), 0 to 255."""
+Frames = NDArray[np.uint8]
+"""RGB, (T, H, W, 3), 0 to 255."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaceFeatures:
+    """One face of a reference photo. Points and boxes are in pixels of that photo."""
+
+    embedding: NDArray[np.float32]
+    """(512,), as the recognition model gives it, not normalised."""
+    keypoints: NDArray[np.float32]
+    """(5, 2), x and y of left eye, right eye, nose, left and right corner of the mouth, left as seen in the picture."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom."""
+    score: float
+    """Of the detector, 0 to 1."""
+    faces_found: int
+    photo_size: tuple[int, int]
+    """Width, height."""
+
+
+class Artefacts(TypedDict, total=False):
+    """What travels between stages. Later stages replace `image`."""
+
+    photo: Image
+    """The reference photo, upright."""
+    face: FaceFeatures
+    pose: Image
+    """The face's keypoints drawn at the size of the shot."""
+    image: Image
+    frames: Frames
+    hd_frames: Frames
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One shot on its way through the stages."""
+
+    shot: Shot
+    artefacts: Artefacts = field(default_factory=lambda: Artefacts())
+
+
+class StageParams(BaseModel):
+    """What every stage is told by its profile. A subclass adds the stage's own options, all of which may change bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: Path
+    """A local folder or file. Nothing is ever downloaded by a stage."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; none leaves them alone. The number changes the last bits of a result."""
+
+
+P = TypeVar("P", bound=StageParams)
+
+
+class Stage(ABC, Generic[P]):
+    """One step of the chain. Use: `stage.load(); stage([item])`, or `with stage: stage([item])`."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    """Raised when the same inputs give other bytes than before."""
+    actor: ClassVar[str]
+    """Stages that name the same actor share weights and must live in one process."""
+    reads: ClassVar[tuple[str, ...]]
+    """Fields of the shot."""
+    takes: ClassVar[tuple[str, ...]]
+    """Artefacts this stage needs."""
+    writes: ClassVar[tuple[str, ...]]
+    """Artefacts this stage gives."""
+    keeps: ClassVar[str | None] = None
+    """File name under which `--keep stages` shows what this stage gave."""
+    Params: ClassVar[type[StageParams]]
+
+    def __init__(self, params: P) -> None:
+        self.params = params
+
+    @staticmethod
+    @abstractmethod
+    def applies(shot: Shot) -> bool:
+        """Whether the shot passes through this stage."""
+
+    @classmethod
+    def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
+        """The files or folders whose content decides this stage's result for the shot."""
+        return (params.weights,)
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the weights from local files. Raises SetupError where they are missing or of another kind."""
+
+    @abstractmethod
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        """The work itself, on loaded weights; one result an item, in order."""
+
+    def close(self) -> None:
+        """Let go of the weights. Safe to call twice, and before `load`."""
+        for name in [k for k in vars(self) if k != "params"]:
+            delattr(self, name)
+
+    def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
+        import torch
+
+        with torch.inference_mode(), torch_threads(self.params.threads):
+            return self.run(items)
+
+    def __enter__(self) -> Stage[P]:
+        self.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[None]:
+    """Run a block with this many intra-op threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    if threads is None or threads == before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def noise_generator(shot: Shot, stage: str) -> torch.Generator:
+    """A CPU generator, so that a seed means the same picture on every device."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
+
+
+def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Pixels of any shape, 0 to 1 -> 0 to 255, rounded as diffusers does."""
+    return (pixels * 255).round().astype(np.uint8)

@@ -1,0 +1,115 @@
+"""Where weights are: a folder, a snapshot of a hub already on disk, or built on the spot. Never downloads anything.
+
+A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]`, or `builtin:NAME`.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.local_cache import cache_dir
+
+
+def _tiny(name: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        from vidgen_ray.weights import tiny_diffusion
+
+        getattr(tiny_diffusion, f"build_{name}")(folder)
+
+    return build
+
+
+def _tiny_face_pack(folder: Path) -> None:
+    from vidgen_ray.weights import tiny_faces
+
+    tiny_faces.build(folder)
+
+
+def _realesrgan(folder: Path) -> None:
+    from vidgen_ray.weights import realesrgan
+
+    realesrgan.build(folder)
+
+
+BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
+    "tiny/flux": (1, _tiny("flux")),
+    "tiny/flux-schnell": (1, _tiny("flux_schnell")),
+    "tiny/lora.safetensors": (1, _tiny("lora")),
+    "tiny/hunyuandit": (1, _tiny("hunyuandit")),
+    "tiny/svd": (1, _tiny("svd")),
+    "tiny/antelopev2": (1, _tiny_face_pack),
+    "realesrgan": (1, _realesrgan),
+}
+"""Name -> (version of the recipe, what builds it at a path: a folder, or a file where the name has an ending)."""
+
+
+def resolve(reference: str, relative_to: Path | None = None) -> Path:
+    """The local path of a reference. A relative path is taken from the folder `relative_to`.
+
+    Raises SetupError, saying what to do, where nothing is there.
+    """
+    if reference.startswith("builtin:"):
+        return _built(reference.removeprefix("builtin:"))
+    if reference.startswith("hub:"):
+        return _from_hub(reference.removeprefix("hub:"))
+    path = Path(reference).expanduser()
+    if relative_to is not None:
+        path = relative_to / path
+    if not path.exists():
+        raise SetupError(f"weights {reference!r}: nothing at {path.absolute()}; give an existing file or folder")
+    return path.absolute()
+
+
+def _built(name: str) -> Path:
+    if name not in BUILTIN:
+        raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join(BUILTIN)}")
+    version, build = BUILTIN[name]
+    stem, ending = os.path.splitext(name)
+    place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
+    if place.exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if place.exists():
+            return place
+        with tempfile.TemporaryDirectory(dir=place.parent) as tmp:
+            fresh = Path(tmp) / place.name
+            if not ending:
+                fresh.mkdir()
+            build(fresh)
+            fresh.rename(place)
+    return place
+
+
+@lru_cache(maxsize=1)
+def _torch_version() -> str:
+    # Another torch may draw other random weights from the same seed.
+    from importlib.metadata import version
+
+    return version("torch").split("+")[0]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, _, rest = name.partition("@")
+    revision, _, subfolder = rest.partition(":")
+    if not revision:
+        raise SetupError(f"weights 'hub:{name}': no revision; write hub:{repo}@COMMIT so that a run can be repeated")
+    try:
+        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise SetupError(
+            f"weights 'hub:{name}': not on this machine and nothing is downloaded while rendering; "
+            f"run `hf download {repo} --revision {revision}` first, on every node or into a shared HF_HOME"
+        ) from None
+    path = snapshot / subfolder if subfolder else snapshot
+    if not path.exists():
+        raise SetupError(f"weights 'hub:{name}': the snapshot has no {subfolder!r}")
+    return path
