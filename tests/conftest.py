@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # the name is Ray's
 os.environ["HOME"] = tempfile.mkdtemp(prefix="vidgen-test-home-")
 # Built weights are a pure function of the recipe, so test runs of one checkout may share them.
 os.environ.setdefault("VIDGEN_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "vidgen"))

@@ -102,9 +102,7 @@ def test_full_strength_is_text_to_image_for_weights_told_their_size(folder: Path
 
     pipe = loaded(folder).pipe
     torch.manual_seed(0)
-    pipe.transformer = HunyuanDiT2DModel.from_config(
-        pipe.transformer.config, use_style_cond_and_image_meta_size=True
-    ).eval()
+    pipe.transformer = HunyuanDiT2DModel.from_config(pipe.transformer.config, use_style_cond_and_image_meta_size=True).eval()
     expected, got = text_to_image_and_full_strength(pipe, guidance=5.0)
     assert np.array_equal(got, expected)
 
@@ -193,9 +191,7 @@ def test_a_batch_is_its_singles(scheduler: str, folder: Path) -> None:
         ),
     ],
 )
-def test_arguments_that_cannot_be_run_are_refused(
-    stage: HunyuanDiTStage, arguments: dict[str, Any], complaint: str
-) -> None:
+def test_arguments_that_cannot_be_run_are_refused(stage: HunyuanDiTStage, arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         stage.pipe(**{"prompt": "a", "image": PILImage.new("RGB", (64, 64)), **arguments})
 

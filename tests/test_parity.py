@@ -116,15 +116,16 @@ def test_the_two_flux_stages_hold_the_weights_once(flux, lora):
 
 def test_a_lora_leaves_no_trace_on_the_base(flux, lora, make_shot):
     before = flux([Item(make_shot())])[0]["image"]
-    refined = [lora([Item(make_shot(lora=[(LORA, {"path": LORA.path, "weight": w})[1]]), {"image": before})]) for w in (1.0, 0.0)]
+    refined = [
+        lora([Item(make_shot(lora=[(LORA, {"path": LORA.path, "weight": w})[1]]), {"image": before})]) for w in (1.0, 0.0)
+    ]
     assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA does nothing"
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
 def test_fast_mode_wears_the_lora_in_the_one_pass(flux, make_shot):
     plain_picture, quality, fast = (
-        flux([Item(make_shot(**fields))])[0]["image"]
-        for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
+        flux([Item(make_shot(**fields))])[0]["image"] for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
     )
     assert np.array_equal(plain_picture, quality)
     assert not np.array_equal(plain_picture, fast)
@@ -146,10 +147,22 @@ def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 32), "unet.down_blocks.0.attn1.to_q.lora_B.weight": (32, 4)}, "acts on nothing"),
+        (
+            {
+                "unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 32),
+                "unet.down_blocks.0.attn1.to_q.lora_B.weight": (32, 4),
+            },
+            "acts on nothing",
+        ),
         ({"foo.weight": (2,)}, "cannot be laid on"),
-        ({f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 99)), ("B", (32, 4)))}, "cannot be laid on"),
-        ({f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 32)), ("B", (32, 4)))}, "acts on nothing"),
+        (
+            {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 99)), ("B", (32, 4)))},
+            "cannot be laid on",
+        ),
+        (
+            {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 32)), ("B", (32, 4)))},
+            "acts on nothing",
+        ),
     ],
     ids=["another model", "no lora", "wrong shape", "untrained"],
 )

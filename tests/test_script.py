@@ -40,7 +40,10 @@ def test_every_format_gives_the_same_shots(tmp_path):
             writer.writerow({k: v if isinstance(v, str | int) else json.dumps(v) for k, v in line.items()})
     scripts.append(tmp_path / "s.csv")
     pq.write_table(pa.Table.from_pylist(LINES, schema=None), tmp_path / "s.parquet")
-    pq.write_table(pa.concat_tables([pa.Table.from_pylist([line]) for line in LINES], promote_options="default"), tmp_path / "s.parquet")
+    pq.write_table(
+        pa.concat_tables([pa.Table.from_pylist([line]) for line in LINES], promote_options="default"),
+        tmp_path / "s.parquet",
+    )
     scripts.append(tmp_path / "s.parquet")
     read = [read_script(path, run_seed=5) for path in scripts]
     assert [script.errors for script in read] == [[], [], [], []]
@@ -75,7 +78,16 @@ def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_pa
 
 def test_a_character_brings_photo_lora_and_trigger(tmp_path):
     ada = {"face_image": "face.jpg", "lora": "a.safetensors", "trigger": "ada person"}
-    path = write(tmp_path, "s.yaml", json.dumps({"characters": {"ada": ada}, "shots": [{"prompt": "at sea", "character": "ada"}, {"prompt": "b", "character": "bob"}]}))
+    path = write(
+        tmp_path,
+        "s.yaml",
+        json.dumps(
+            {
+                "characters": {"ada": ada},
+                "shots": [{"prompt": "at sea", "character": "ada"}, {"prompt": "b", "character": "bob"}],
+            }
+        ),
+    )
     script = read_script(path)
     (shot,) = script.shots
     assert shot.prompt == "ada person, at sea"
@@ -94,7 +106,11 @@ def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
 
 
 def test_variants_are_shots_of_their_own(tmp_path):
-    path = write(tmp_path, "s.jsonl", [{"id": "x", "prompt": "a", "variants": 3}, {"id": "y", "prompt": "a", "variants": 2, "seed": 5}])
+    path = write(
+        tmp_path,
+        "s.jsonl",
+        [{"id": "x", "prompt": "a", "variants": 3}, {"id": "y", "prompt": "a", "variants": 2, "seed": 5}],
+    )
     shots = read_script(path).shots
     assert [s.id for s in shots] == ["x-v0", "x-v1", "x-v2", "y-v0", "y-v1"]
     assert len({s.seed for s in shots}) == 5
@@ -167,7 +183,9 @@ def test_a_file_that_is_no_script_is_refused_whole(tmp_path, name, content, says
 
 
 def test_parquet_with_an_extension_type_is_refused_unread(tmp_path):
-    table = pa.table({"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))})
+    table = pa.table(
+        {"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))}
+    )
     pq.write_table(table, tmp_path / "s.parquet")
     with pytest.raises(ScriptError, match="extension type in column x"):
         read_script(tmp_path / "s.parquet")

@@ -7,6 +7,8 @@ that the stage reads, its options, the digests of its weights and the key before
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -36,7 +38,8 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
 FILE_FIELDS = ("image", "face_image")
-NOT_IN_KEYS = {"weights", "device", "threads", "actors"}
+LORA_FIELDS = ("lora", "fast_lora")
+NOT_IN_KEYS = {"weights", "device", "threads"}
 """Of a stage's parameters: weights stand in a key by their digest, the rest says where it runs, not what comes out."""
 OUTPUT_VERSION = 1
 """Raised when encoding or the set of files of a shot changes."""
@@ -78,32 +81,39 @@ def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str,
     return {stage.name: profile.params(stage) for stage in stages}
 
 
-def plan_shot(shot: Shot, params: Mapping[str, StageParams], encode: BaseModel) -> ShotPlan:
-    """The shot's steps with their keys. `shot` has an id and a seed; `params` covers its stages."""
-    key = _hash("start", {field: _value(shot, field) for field in ("image", "width", "height")} if shot.image else {})
-    steps = []
-    for stage in stages_of(shot):
-        told = params[stage.name]
-        weights = tuple(digest(path) for path in stage.weight_files(told, shot))
-        reads = {field: _value(shot, field) for field in stage.reads}
-        options = told.model_dump(mode="json", exclude=NOT_IN_KEYS)
-        key = _hash(stage.name, stage.version, reads, options, weights, key)
-        steps.append(Step(stage=stage.name, key=key, weights=weights))
-    return ShotPlan(shot=shot, steps=tuple(steps), key=_hash("shot", OUTPUT_VERSION, encode.model_dump(mode="json"), key))
+class ShotPlanner:
+    """Gives shots their steps and keys. Weights are looked at once, so a planner is made anew for each run.
 
+    `params` covers the stages of all shots that will be planned; shots have an id and a seed.
+    """
 
-def _value(shot: Shot, field: str) -> Any:
-    """A field as the key sees it: `steps.flux` looks inside, `seed` is the stage's own, files stand by their content."""
-    value: Any = shot
-    for part in field.split("."):
-        value = getattr(value, part)
-    if value is None:
-        return None
-    if field in FILE_FIELDS:
-        return digest(Path(value))
-    if isinstance(value, tuple) and all(isinstance(v, LoraRef) for v in value):
-        return [(digest(resolve(lora.path)), lora.weight) for lora in value]
-    return value
+    def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
+        self._params = params
+        self._encode = encode.model_dump(mode="json")
+        self._digest = cache(digest)
+
+    def __call__(self, shot: Shot) -> ShotPlan:
+        """Raises StageError where the shot names something that is not there."""
+        inputs = {field: self._value(shot, field) for field in ("image", "width", "height")} if shot.image else {}
+        key = _hash("start", inputs)
+        steps = []
+        for stage in stages_of(shot):
+            params = self._params[stage.name]
+            weights = tuple(self._digest(path) for path in stage.weight_files(params, shot))
+            reads = {field: self._value(shot, field) for field in stage.reads}
+            options = params.model_dump(mode="json", exclude=NOT_IN_KEYS)
+            key = _hash(stage.name, stage.version, reads, options, weights, key)
+            steps.append(Step(stage=stage.name, key=key, weights=weights))
+        return ShotPlan(shot=shot, steps=tuple(steps), key=_hash("shot", OUTPUT_VERSION, self._encode, key))
+
+    def _value(self, shot: Shot, field: str) -> Any:
+        """A field as the key sees it: `steps.flux` looks inside, files stand by their content."""
+        value = attrgetter(field)(shot)
+        if field in FILE_FIELDS and value is not None:
+            return self._digest(Path(value))
+        if field in LORA_FIELDS:
+            return [(self._digest(resolve(lora.path)), lora.weight) for lora in value]
+        return value
 
 
 def _hash(*parts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image as PILImage
 
-from vidgen_ray.errors import StageError, VidgenError
-from vidgen_ray.graph import ShotPlan, Step, params_of, plan_shot, stages_of
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.graph import ShotPlan, ShotPlanner, Step, params_of, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
@@ -33,9 +34,13 @@ class StepFailed(VidgenError):
         self.cause = cause
         super().__init__(f"{stage}: {cause}" if isinstance(cause, VidgenError) else f"{stage}: {type(cause).__name__}: {cause}")
 
-    def failure(self, worker: str) -> Failure:
+    def failure(self) -> Failure:
         return Failure(
-            stage=self.stage, error=type(self.cause).__name__, message=str(self.cause), attempts=1, worker=worker
+            stage=self.stage,
+            error=type(self.cause).__name__,
+            message=str(self.cause),
+            attempts=1,
+            worker=f"{os.uname().nodename}:{os.getpid()}",
         )
 
 
@@ -215,7 +220,7 @@ class VideoGenerationPipeline:
         )
 
     def plan(self, shot: Shot) -> ShotPlan:
-        return plan_shot(shot, params_of(self.profile, stages_of(shot)), self.profile.encode)
+        return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
 
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot, unless it is done already. Raises StepFailed."""
@@ -256,19 +261,9 @@ class VideoGenerationPipeline:
         if not isinstance(face_image, PILImage.Image):
             return Path(face_image).absolute()
         pixels = np.asarray(face_image.convert("RGB"))
-        import hashlib
-
         name = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
         path = self.outputs.root / "inputs" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_png(path, pixels)
         return path.absolute()
-
-
-def worker_name() -> str:
-    """Host and process, for failure reports."""
-    return f"{os.uname().nodename}:{os.getpid()}"
-
-
-__all__ = ["GeneratedVideo", "StageError", "StepFailed", "StepRunner", "VideoGenerationPipeline", "finish", "with_inputs"]

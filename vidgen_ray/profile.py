@@ -1,5 +1,6 @@
 """With which models, on what: a YAML file with the weights, precision and share of the machine of every actor."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +39,10 @@ class Profile(_Section):
     about: str
     defaults: dict[str, JsonValue] = Field(default_factory=dict, description="fields of the shot that a script leaves out")
     encode: Mp4Settings = Mp4Settings()
+    layout: Literal["staged", "fused"] = Field(
+        "staged",
+        description="staged: an actor for each entry of `actors`; fused: one actor for the chain up to the clip",
+    )
     actors: dict[str, ActorProfile]
     source: Path | None = Field(None, exclude=True)
 
@@ -56,9 +61,18 @@ class Profile(_Section):
         if actor.dtype is not None:
             told["dtype"] = actor.dtype
         try:
-            return stage.Params.model_validate(told)  # type: ignore[return-value]  # Params is the stage's own P
+            params: P = stage.Params.model_validate(told)  # type: ignore[assignment]  # Params is the stage's own P
         except ValidationError as error:
             raise ProfileError(f"profile {self.name}, actors.{stage.actor}: {_first(error)}") from None
+        return params.resolved()
+
+    def pinned(self, params: Mapping[str, StageParams]) -> "Profile":
+        """The same with the precision of these actors made concrete, so that every machine uses the planning one's."""
+        actors = {
+            name: actor.model_copy(update={"dtype": params[name].dtype}) if name in params else actor
+            for name, actor in self.actors.items()
+        }
+        return self.model_copy(update={"actors": actors})
 
     def actor_of(self, stage: type[Stage[Any]]) -> ActorProfile:
         if stage.actor not in self.actors:

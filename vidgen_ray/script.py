@@ -65,7 +65,11 @@ class _BadLine(Exception):
 
 
 def read_script(
-    path: Path, *, run_seed: int = 0, defaults: Mapping[str, Any] | None = None, profile_defaults: Mapping[str, Any] | None = None
+    path: Path,
+    *,
+    run_seed: int = 0,
+    defaults: Mapping[str, Any] | None = None,
+    profile_defaults: Mapping[str, Any] | None = None,
 ) -> Script:
     """Read and check a whole script.
 
@@ -280,7 +284,10 @@ def _csv(path: Path) -> tuple[_Header, Lines]:
         try:
             for row in rows:
                 if None in row:
-                    yield rows.line_num, FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas")
+                    yield (
+                        rows.line_num,
+                        FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas"),
+                    )
                     continue
                 fields = {k: v for k, v in row.items() if v not in (None, "")}
                 prompt = {k: v for k, v in fields.items() if k in ("prompt", "negative_prompt", "style_prompt", "id")}

@@ -84,7 +84,9 @@ class Shot(_Frozen):
     upscale_video: bool = True
     scale: Literal[2, 3, 4] = 4
     upscaler: str = Field(
-        "animevideov3", pattern=r"^[A-Za-z0-9._-]+$", description="file name, without ending, in the profile's upscaler folder"
+        "animevideov3",
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="file name, without ending, in the profile's upscaler folder",
     )
 
     steps: StageSteps = StageSteps()
@@ -138,7 +140,7 @@ class Shot(_Frozen):
             for name in ("width", "height"):
                 if getattr(self, name) % 64:
                     raise ValueError(
-                        f"{name} {getattr(self, name)} is not a multiple of 64, as video needs (its latents are halved three times)"
+                        f"{name} {getattr(self, name)} is not a multiple of 64, as a clip needs (its latents are halved thrice)"
                     )
         if self.lora and self.steps.lora and self.lora_strength and self.steps.lora * self.lora_strength < 1:
             least = math.ceil(1 / self.lora_strength)

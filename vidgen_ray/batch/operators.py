@@ -15,7 +15,7 @@ from vidgen_ray.batch.rows import Batch, Parcel, pack, unpack
 from vidgen_ray.batch.upscaling import UpscalerPool
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.pipeline import StepFailed, StepRunner, finish, worker_name
+from vidgen_ray.pipeline import StepFailed, StepRunner, finish
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -49,7 +49,7 @@ class StageOperator:
         try:
             item, records = self._runner.run(parcel.plan, Item(parcel.plan.shot, parcel.artefacts))
         except StepFailed as failed:
-            return pack(replace(parcel, failure=failed.failure(worker_name()), artefacts=Artefacts()))
+            return pack(replace(parcel, failure=failed.failure(), artefacts=Artefacts()))
         return pack(Parcel(parcel.plan, parcel.records + tuple(records), item.artefacts))
 
 
@@ -91,8 +91,8 @@ class Finisher:
                 keep_stages=self._job.keep_stages,
             )
         except StepFailed as failed:
-            return replace(parcel, failure=failed.failure(worker_name()))
+            return replace(parcel, failure=failed.failure())
         # A full disk or an unreadable start image is this shot's failure, too.
         except Exception as error:
-            return replace(parcel, failure=StepFailed("output", error).failure(worker_name()))
+            return replace(parcel, failure=StepFailed("output", error).failure())
         return replace(parcel, records=record.stages)

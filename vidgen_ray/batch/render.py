@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from vidgen_ray.batch.layout import Layout, layout_of
 from vidgen_ray.batch.operators import Job
 from vidgen_ray.batch.stream import stream
-from vidgen_ray.graph import ShotPlan, params_of, plan_shot, stages_used
+from vidgen_ray.errors import ScriptError, VidgenError
+from vidgen_ray.graph import ShotPlan, ShotPlanner, params_of, stages_used
 from vidgen_ray.outputs.atomic import write_atomically
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.profile import Profile
-from vidgen_ray.script import Script
-from vidgen_ray.stages.base import Stage
+from vidgen_ray.script import RejectedLine, Script
+from vidgen_ray.shot import Shot
+
 
 class Watcher(Protocol):
     """Is told how a run goes."""
@@ -39,10 +43,6 @@ class RunReport:
     failed: int
     skipped: int
     seconds: float
-
-    @property
-    def exit_code(self) -> int:
-        return 1 if self.failed else 0
 
 
 def render(
@@ -65,53 +65,88 @@ def render(
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs = OutputFolder(out.absolute())
     outputs.sweep()
-    stages = stages_used(script.shots)
-    params = params_of(profile, stages)
-    plans = [plan_shot(shot, params, profile.encode) for shot in script.shots]
-    before = {} if fresh else {plan.key: record for plan in plans if (record := outputs.done(plan, keep_stages))}
-    todo = [plan for plan in plans if plan.key not in before]
+    ledger = _Ledger(run, script, watcher)
+    params = params_of(profile, stages_used(script.shots))
+    profile = profile.pinned(params)
+    plans, unplanned = _planned(script, ShotPlanner(params, profile.encode))
+    before = {} if fresh else {plan.shot.id: done for plan in plans if (done := outputs.done(plan, keep_stages))}
+    todo = [plan for plan in plans if plan.shot.id not in before]
+    layout = layout_of(profile, stages_used(plan.shot for plan in todo))
     if fresh:
         outputs.stage_cache.drop(step.key for plan in todo for step in plan.steps)
-    watcher.planned(len(plans) + len(script.rejected), len(before), len(script.rejected))
-
-    rows: list[ManifestRow] = []
-    failures: list[tuple[dict[str, Any], Failure]] = []
-
-    def ended(row: ManifestRow) -> None:
-        rows.append(row)
-        watcher.ended(row)
-
-    for line in script.rejected:
-        reason = Failure(
-            stage="script", error="ScriptError", message="; ".join(map(str, line.errors)), attempts=0, worker="driver"
-        )
-        failures.append((line.raw, reason))
-        ended(ManifestRow.of_refused_line(run, line.id, line.line, line.raw.get("prompt"), reason))
-    for plan in plans:
-        if record := before.get(plan.key):
-            ended(ManifestRow.of_shot(run, plan.shot, _line(script, plan), record, "skipped"))
-    job = Job(run, profile, outputs.root, use_cache=use_cache or keep_stages, keep_stages=keep_stages)
-    for plan, result in stream(todo, job, stages, address):
-        failed = isinstance(result, Failure)
-        if isinstance(result, Failure):
-            failures.append((plan.shot.model_dump(mode="json", exclude_defaults=True), result))
-        ended(ManifestRow.of_shot(run, plan.shot, _line(script, plan), result, "failed" if failed else "done"))
-
-    write_manifest(outputs.root, run, rows)
-    write_failures(outputs.root, failures)
-    count = {status: sum(row.status == status for row in rows) for status in ("done", "failed", "skipped")}
-    report = RunReport(run=run, seconds=round(time.monotonic() - begun, 2), **count)
-    _write_run(outputs.root, report, script, profile, stages, plans)
+    watcher.planned(len(script.shots) + len(script.rejected), len(before), len(script.rejected))
+    try:
+        for line in script.rejected:
+            ledger.refused(line)
+        for shot, failure in unplanned:
+            ledger.ended(shot, failure)
+        for plan in plans:
+            if plan.shot.id in before:
+                ledger.skipped(plan.shot, before[plan.shot.id])
+        job = Job(run, profile, outputs.root, use_cache=use_cache or keep_stages, keep_stages=keep_stages)
+        for plan, result in stream(todo, job, layout, address):
+            ledger.ended(plan.shot, result)
+    finally:
+        # An interrupted run, too, leaves a true account of what ended.
+        ledger.write(outputs.root)
+    report = RunReport(run=run, seconds=round(time.monotonic() - begun, 2), **ledger.counts())
+    _write_run(outputs.root, report, script, profile, layout, plans)
     return report
 
 
-def _line(script: Script, plan: ShotPlan) -> int:
-    assert plan.shot.id is not None
-    return script.lines[plan.shot.id]
+def _planned(script: Script, planner: ShotPlanner) -> tuple[list[ShotPlan], list[tuple[Shot, Failure]]]:
+    """The plans of the shots, and the shots that name something which is not there."""
+    plans, unplanned = [], []
+    for shot in script.shots:
+        try:
+            plans.append(planner(shot))
+        except (VidgenError, OSError) as error:
+            unplanned.append((shot, StepFailed("plan", error).failure()))
+    return plans, unplanned
+
+
+class _Ledger:
+    """What became of every line: each is entered exactly once."""
+
+    def __init__(self, run: str, script: Script, watcher: Watcher) -> None:
+        self._run = run
+        self._script = script
+        self._watcher = watcher
+        self._rows: list[ManifestRow] = []
+        self._failures: list[tuple[dict[str, Any], Failure]] = []
+
+    def refused(self, line: RejectedLine) -> None:
+        failure = StepFailed("script", ScriptError(line.errors)).failure()
+        self._failures.append((line.raw, failure))
+        self._enter(ManifestRow.of_refused_line(self._run, line.id, line.line, line.raw.get("prompt"), failure))
+
+    def skipped(self, shot: Shot, record: ShotRecord) -> None:
+        self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), record, "skipped"))
+
+    def ended(self, shot: Shot, result: ShotRecord | Failure) -> None:
+        if isinstance(result, Failure):
+            self._failures.append((shot.model_dump(mode="json", exclude_defaults=True), result))
+        status: Literal["done", "failed"] = "failed" if isinstance(result, Failure) else "done"
+        self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), result, status))
+
+    def counts(self) -> dict[str, int]:
+        return {status: sum(row.status == status for row in self._rows) for status in ("done", "failed", "skipped")}
+
+    def write(self, out: Path) -> None:
+        write_manifest(out, self._run, self._rows)
+        write_failures(out, self._failures)
+
+    def _line(self, shot: Shot) -> int:
+        assert shot.id is not None
+        return self._script.lines[shot.id]
+
+    def _enter(self, row: ManifestRow) -> None:
+        self._rows.append(row)
+        self._watcher.ended(row)
 
 
 def _write_run(
-    root: Path, report: RunReport, script: Script, profile: Profile, stages: Sequence[type[Stage[Any]]], plans: Sequence[ShotPlan]
+    root: Path, report: RunReport, script: Script, profile: Profile, layout: Layout, plans: Sequence[ShotPlan]
 ) -> None:
     """`run.json`: what ran last in this folder."""
     weights = {step.stage: step.weights for plan in plans for step in plan.steps}
@@ -119,7 +154,7 @@ def _write_run(
         **asdict(report),
         "script": script.source,
         "profile": profile.model_dump(mode="json"),
-        "layout": {stage.actor: profile.actor_of(stage).model_dump(include={"actors", "gpus", "cpus"}) for stage in stages},
+        "layout": [{**asdict(pool), "stages": [stage.name for stage in pool.stages]} for pool in layout.pools],
         "weights": weights,
         "software": software_versions(),
     }

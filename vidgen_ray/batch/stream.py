@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from vidgen_ray.batch.layout import Layout
 from vidgen_ray.batch.operators import Finisher, Job, operator_named
 from vidgen_ray.batch.rows import unpack
 from vidgen_ray.batch.upscaling import start_upscalers
@@ -21,9 +21,6 @@ from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.profile import Profile
-from vidgen_ray.stages.base import Stage
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 SHOTS_FINISHING_AT_ONCE = 2
 """While one clip is encoded the next one's chunks keep the upscalers busy."""
@@ -37,7 +34,7 @@ NO_PROGRESS_S = 1800
 
 
 def stream(
-    todo: Sequence[ShotPlan], job: Job, stages: Sequence[type[Stage[Any]]], address: str | None
+    todo: Sequence[ShotPlan], job: Job, layout: Layout, address: str | None
 ) -> Iterator[tuple[ShotPlan, ShotRecord | Failure]]:
     """Run the plans through the stages; each comes out once, in the order in which they finish.
 
@@ -46,33 +43,33 @@ def stream(
     if not todo:
         return
     outputs = OutputFolder(job.out)
-    with connected(address, job.profile, stages):
+    with connected(address, layout):
         # Held here for the whole run: an actor dies with the last handle to it.
-        upscalers = start_upscalers(job.profile, job.run) if RealESRGANStage in stages else []
+        upscalers = start_upscalers(job.profile, layout.upscalers, job.run) if layout.upscalers else []
         try:
-            for batch in _dataset(todo, job, stages, upscalers).iter_batches(batch_size=1, prefetch_batches=0):
+            for batch in _dataset(todo, job, layout, upscalers).iter_batches(batch_size=1, prefetch_batches=0):
                 parcel = unpack(batch)
                 yield parcel.plan, parcel.failure or _committed(outputs, parcel.plan)
         except ray.exceptions.RayError as error:
             raise _explained(error) from error
+        finally:
+            for actor in upscalers:
+                ray.kill(actor)
 
 
-def _dataset(
-    todo: Sequence[ShotPlan], job: Job, stages: Sequence[type[Stage[Any]]], upscalers: Sequence[Any]
-) -> Any:
+def _dataset(todo: Sequence[ShotPlan], job: Job, layout: Layout, upscalers: Sequence[Any]) -> Any:
     _configure(DataContext.get_current())
     # The first data set of a driver starts Ray Data's coordinator, and would stall behind the loading of models.
     ray.data.range(1).materialize()
     dataset = ray.data.from_items([{"plan": plan.model_dump_json()} for plan in todo], override_num_blocks=len(todo))
-    for actor, held in groupby((s for s in stages if s is not RealESRGANStage), key=lambda stage: stage.actor):
-        share = job.profile.actors[actor]
+    for pool in layout.chain:
         dataset = dataset.map_batches(
-            operator_named(actor),
+            operator_named(pool.name),
             batch_size=1,
-            num_cpus=share.cpus,
-            num_gpus=share.gpus or None,
-            compute=ActorPoolStrategy(size=share.actors, max_tasks_in_flight_per_actor=2),
-            fn_constructor_args=(job, tuple(stage.name for stage in held)),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus or None,
+            compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=2),
+            fn_constructor_args=(job, tuple(stage.name for stage in pool.stages)),
         )
     return dataset.map_batches(
         Finisher,
@@ -107,11 +104,10 @@ def _committed(outputs: OutputFolder, plan: ShotPlan) -> ShotRecord | Failure:
 
 
 @contextmanager
-def connected(address: str | None, profile: Profile, stages: Sequence[type[Stage[Any]]]) -> Iterator[None]:
+def connected(address: str | None, layout: Layout) -> Iterator[None]:
     """A Ray to run on: the one this process is connected to, the one at `address`, or one of its own that ends with it."""
-    shares = [profile.actors[actor] for actor in sorted({stage.actor for stage in stages})]
-    cpus = sum(share.cpus * share.actors for share in shares) + FINISHER_CPUS + SPARE_CPUS
-    gpus = sum(share.gpus * share.actors for share in shares)
+    cpus = sum(pool.cpus * pool.actors for pool in layout.pools) + FINISHER_CPUS + SPARE_CPUS
+    gpus = sum(pool.gpus * pool.actors for pool in layout.pools)
     ours = not ray.is_initialized()
     if ours:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -120,6 +116,7 @@ def connected(address: str | None, profile: Profile, stages: Sequence[type[Stage
             ray.init(address=address, **quiet)
         else:
             # The actors of a small machine take turns, which is the operating system's business, not Ray's.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             enough = max(os.cpu_count() or 1, math.ceil(cpus))
             ray.init(address="local", num_cpus=enough, include_dashboard=False, **quiet)
     try:
@@ -127,7 +124,7 @@ def connected(address: str | None, profile: Profile, stages: Sequence[type[Stage
         for kind, needed in (("CPU", cpus), ("GPU", gpus)):
             if needed > have.get(kind, 0) + 1e-6:
                 raise SetupError(
-                    f"profile {profile.name} needs {needed:g} {kind}s, the cluster has {have.get(kind, 0):g}; "
+                    f"the profile needs {needed:g} {kind}s for this script, the cluster has {have.get(kind, 0):g}; "
                     "give more nodes, or fewer actors in the profile"
                 )
         yield

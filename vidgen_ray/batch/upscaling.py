@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from vidgen_ray.batch.layout import Pool
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames
@@ -29,18 +30,23 @@ class Upscaler:
         self._stage.load()
 
     def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
-        # Frames from the object store are read-only; torch wants to be able to write.
-        return self._stage.upscale(frames.copy(), scale, upscaler)
+        return self._stage.upscale(frames, scale, upscaler)
 
 
-def start_upscalers(profile: Profile, run: str) -> list[Any]:
-    """Start the pool of the profile's size, named `<run>/upscaler/<n>`. It dies with the driver."""
-    share = profile.actor_of(RealESRGANStage)
-    # A chunk runs twice rather than never when its actor dies; upscaling has no side effects.
-    actor_class = ray.remote(Upscaler).options(
-        num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=-1, max_task_retries=CHUNK_RETRIES
-    )
-    return [actor_class.options(name=f"{run}/upscaler/{n}").remote(profile) for n in range(share.actors)]
+def start_upscalers(profile: Profile, pool: Pool, run: str) -> list[Any]:
+    """Start the pool, its actors named `<run>/upscaler/<n>`. It dies with the driver."""
+    actor_class = ray.remote(Upscaler)
+    return [
+        # A chunk runs twice rather than never when its actor dies; upscaling has no side effects.
+        actor_class.options(
+            name=f"{run}/upscaler/{n}",
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            max_restarts=-1,
+            max_task_retries=CHUNK_RETRIES,
+        ).remote(profile)
+        for n in range(pool.actors)
+    ]
 
 
 class UpscalerPool:

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
@@ -35,7 +35,8 @@ AddressOption = Annotated[
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Render shots again that are done, without the cache.")]
 KeepOption = Annotated[
-    list[str] | None, typer.Option("--keep", help="`stages`: also base.png, lora.png, style.png, face.json of each shot.")
+    list[str] | None,
+    typer.Option("--keep", help="`stages`: also base.png, lora.png, style.png, face.json of each shot."),
 ]
 NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Keep no results of single stages (saves disk).")]
 UntilOption = Annotated[str | None, typer.Option("--until", help="`image` or `video`: stop after that.")]
@@ -45,17 +46,23 @@ ModeOption = Annotated[str | None, typer.Option("--mode", help="`quality` or `fa
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit code; a user's mistake is a sentence, not a traceback."""
     try:
-        code = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        app(args=None if argv is None else list(argv), prog_name="vidgen")
     except VidgenError as error:
-        click.echo(f"vidgen: {error}", err=True)
+        typer.echo(f"vidgen: {error}", err=True)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("vidgen: interrupted; the same command goes on where this one stopped", err=True)
-        return 130
-    return code if isinstance(code, int) else 0
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    return 0
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C ends the block with exit code 130 and a word on how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("vidgen: interrupted; the same command goes on where this one stopped", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -63,11 +70,11 @@ def demo(
     out: OutOption = Path("out/demo"),
     profile: ProfileOption = "demo",
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Render the demo script: every stage, both modes, on this machine."""
     chosen = load_profile(profile)
     script = read_script(_demo_script(), profile_defaults=chosen.defaults)
-    return _render(script, chosen, out, as_json=as_json, keep_stages=True)
+    _render(script, chosen, out, as_json=as_json, keep_stages=True)
 
 
 @app.command()
@@ -85,14 +92,14 @@ def render(
     no_cache: NoCacheOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Render nothing if any line is wrong.")] = False,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Render a script on Ray. Shots that are done are skipped, so the same command resumes a run."""
     chosen = load_profile(profile)
     given = parse_fields(fields) | ({"mode": mode} if mode else {})
     checked = read_script(script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
     if checked.rejected and (strict or not checked.shots):
         raise ScriptError(checked.errors)
-    return _render(
+    _render(
         _until(checked, until),
         chosen,
         out,
@@ -117,7 +124,7 @@ def shot(
     fields: SetOption = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Render one shot in this process, without Ray."""
     from vidgen_ray.pipeline import VideoGenerationPipeline
     from vidgen_ray.script import check_shot
@@ -127,15 +134,14 @@ def shot(
     given = {**parse_fields(fields), **{name: value for name, value in told.items() if value is not None}}
     checked = _shortened(check_shot(given, "shot", chosen.defaults, run_seed=seed), until)
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
-    with Console(stderr=True).status("rendering"):
+    with interruptible(), Console(stderr=True).status("rendering"):
         record = pipeline.render(checked)
     folder = pipeline.outputs.shot_folder(checked.id or "")
     if as_json:
-        click.echo(record.model_dump_json())
+        typer.echo(record.model_dump_json())
     else:
         for file in record.files:
-            click.echo(str(folder / file))
-    return 0
+            typer.echo(str(folder / file))
 
 
 @app.command()
@@ -144,18 +150,19 @@ def validate(
     profile: ProfileOption = "demo",
     fields: SetOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Check every line of a script without rendering. Ends with 3 if any line is wrong."""
     chosen = load_profile(profile)
     checked = read_script(script, defaults=parse_fields(fields), profile_defaults=chosen.defaults)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
-        click.echo(json.dumps({"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors}))
+        typer.echo(json.dumps({"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors}))
     else:
         for error in checked.errors:
-            click.echo(f"{error}", err=True)
-        click.echo(f"{script.name}: {len(checked.shots)} shots are fine, {len(checked.rejected)} lines are wrong")
-    return ScriptError.exit_code if checked.rejected else 0
+            typer.echo(f"{error}", err=True)
+        typer.echo(f"{script.name}: {len(checked.shots)} shots are fine, {len(checked.rejected)} lines are wrong")
+    if checked.rejected:
+        raise typer.Exit(ScriptError.exit_code)
 
 
 @app.command()
@@ -166,43 +173,42 @@ def stage(
     profile: ProfileOption = "demo",
     seed: SeedOption = 0,
     fields: SetOption = None,
-) -> int:
+) -> None:
     """Run one stage alone on a picture or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
     run_one_stage(load_profile(profile), name, source, out, parse_fields(fields), seed)
-    click.echo(str(out))
-    return 0
+    typer.echo(str(out))
 
 
 @app.command()
 def schema(
     what: Annotated[str, typer.Argument(help="shot, profile or manifest.")] = "shot",
-) -> int:
+) -> None:
     """Print the JSON schema of a script's line, a profile, or a row of the manifest."""
     from vidgen_ray.outputs.manifest import ManifestRow
 
-    models = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
+    models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
     if what not in models:
         raise typer.BadParameter(f"got {what!r}, must be one of {', '.join(models)}", param_hint="WHAT")
-    click.echo(json.dumps(models[what].model_json_schema(), indent=2))
-    return 0
+    typer.echo(json.dumps(models[what].model_json_schema(), indent=2))
 
 
-def _render(script: Script, profile: Profile, out: Path, *, as_json: bool, **options: Any) -> int:
+def _render(script: Script, profile: Profile, out: Path, *, as_json: bool, **options: Any) -> None:
     from vidgen_ray.batch.render import render as render_on_ray
 
-    with run_view() as view:
+    with interruptible(), run_view() as view:
         report = render_on_ray(script, profile, out, watcher=view, **options)
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        typer.echo(json.dumps(asdict(report)))
     else:
-        click.echo(
+        typer.echo(
             f"{report.done} done, {report.skipped} done before, {report.failed} failed in {report.seconds:.1f} s; see {out}"
         )
         if report.failed:
-            click.echo(f"the failed lines and their reasons are in {out / 'failures.jsonl'}")
-    return report.exit_code
+            typer.echo(f"the failed lines and their reasons are in {out / 'failures.jsonl'}")
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _until(script: Script, until: str | None) -> Script:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import MediaError, ScriptError, FieldError
+from vidgen_ray.errors import FieldError, MediaError, ScriptError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_to_json
@@ -53,8 +53,8 @@ def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Art
 def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int]:
     if source.suffix.lower() not in CLIP_ENDINGS:
         return Artefacts(frames=read_image(source)[None]), shot.fps
-    video = open_video(source)
-    return Artefacts(frames=video.frames(0, video.frame_count)), round(video.fps)
+    with open_video(source) as video:
+        return Artefacts(frames=video.frames(0, video.frame_count)), max(1, round(video.fps))
 
 
 def _write(given: Artefacts, out: Path, fps: int, profile: Profile) -> None:

@@ -1,8 +1,8 @@
-"""Images and videos as files: reads what people bring, writes what the chain makes. Knows codecs and colour; knows nothing
-of shots, of what the chain does, or of where files belong.
+"""Images and videos as files: reads what people bring, writes what the chain makes. Knows codecs and colour; knows
+nothing of shots, of what the chain does, or of where files belong.
 
-Two promises, tested: the same pixels give the same file, byte for byte, with the same FFmpeg; and the same file gives the
-same pixels, whichever decoder reads it.
+Two promises: the same pixels give the same file, byte for byte, with the same FFmpeg; and the same file gives the same
+pixels, whichever decoder reads it.
 """
 
 from vidgen_ray.media.checks import MAX_PIXELS

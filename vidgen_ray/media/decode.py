@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,6 +39,7 @@ class _Header:
     height: int
     quarter_turns: int
     """Counter-clockwise, until the picture is upright."""
+    interlaced: bool
     fps: Fraction
     frame_count: int
     clean_keyframes: bool
@@ -51,7 +52,7 @@ class VideoReader(ABC):
 
     Frames are upright by the file's rotation. Pixels are taken as square, alpha is dropped, HDR is not tone-mapped.
     The colour matrix is the tagged one; untagged files are read as BT.601, in which FFmpeg writes them.
-    Damaged pictures inside the stream are patched over, as in a player.
+    Damage inside a picture may be patched over, as in a player.
     """
 
     backend: ClassVar[Backend]
@@ -99,9 +100,10 @@ class VideoReader(ABC):
 def open_video(path: Path, *, backend: Literal["auto", "pyav"] = "auto") -> VideoReader:
     """Open an MP4, MOV, Matroska, WebM or AVI file: with decord where it is installed and right, else with PyAV.
 
-    decord jumps to a frame; PyAV decodes all that lead to it. The pixels are the same. Only this file is read: playlists
-    are refused and no URL is opened. Raises MediaError where it is no such file, is cut short, has no video or more than
-    MAX_PIXELS.
+    decord jumps to a frame; PyAV decodes all that lead to it. The pixels are the same.
+    Only this file is read: playlists are refused and no URL is opened. Matroska and AVI do not say how long they should
+    be: what was cut short there reads as the frames that are left.
+    Raises MediaError where it is no such file, is cut short, has no video or frames of more than MAX_PIXELS.
     """
     header = _read_header(path)
     decord_reader = _open_decord(header) if backend == "auto" else None
@@ -127,6 +129,7 @@ def _read_header(path: Path) -> _Header:
             codec, fps, metadata = stream.codec_context.name, stream.average_rate, dict(opened.metadata)
         if first is None or not fps:
             raise MediaError(f"{path}: has no frames")
+        _to_rgb(first)  # fails for colour spaces that nothing here converts; decord would read them wrongly
         with _open_stream(path, container) as (opened, stream):
             frame_count, clean_keyframes = 0, True
             for packet in opened.demux(stream):
@@ -143,6 +146,7 @@ def _read_header(path: Path) -> _Header:
         width=first.width,
         height=first.height,
         quarter_turns=round(first.rotation / 90) % 4,
+        interlaced=first.interlaced_frame,
         fps=fps,
         frame_count=frame_count,
         clean_keyframes=clean_keyframes,
@@ -177,8 +181,8 @@ def _open_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
         metadata_errors="ignore",
     ) as opened:
         stream = opened.streams.best("video")
-        if stream is None:
-            raise MediaError(f"{path}: has no video")
+        if stream is None or stream.codec_context is None:
+            raise MediaError(f"{path}: has no video, or none of a known codec")
         check_pixels(path, stream.width, stream.height)
         # Frames may be larger than the header says.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
@@ -199,6 +203,11 @@ def _nal_types(packet: bytes, extradata: bytes | None) -> set[int]:
     return kinds
 
 
+def _to_rgb(frame: Any) -> Image:
+    """By the matrix and range of the frame's tags."""
+    return np.asarray(VideoReformatter().reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
+
+
 class _PyavReader(VideoReader):
     """Decodes forwards. A step back begins again at the first frame: slow, and right for every codec."""
 
@@ -206,10 +215,9 @@ class _PyavReader(VideoReader):
 
     def __init__(self, header: _Header) -> None:
         super().__init__(header)
-        self._reformatter = VideoReformatter()
-        self._decoded: Iterator[Any] | None = None
+        self._decoded: Generator[Any, None, None] | None = None
         self._next = 0
-        self._last: Image | None = None
+        self._last: tuple[int, Image] | None = None
 
     def _decode(self, indices: list[int]) -> Frames:
         frames = np.empty((len(indices), self.height, self.width, 3), np.uint8)
@@ -218,48 +226,47 @@ class _PyavReader(VideoReader):
         return frames
 
     def _frame(self, index: int) -> Image:
-        if self._last is not None and index == self._next - 1:
-            return self._last
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
         if self._decoded is None or index < self._next:
             self.close()
             self._decoded = self._from_first_frame()
         for frame in self._decoded:
             self._next += 1
             if self._next > index:
-                self._last = self._upright_rgb(frame)
-                return self._last
+                self._last = index, self._upright_rgb(frame)
+                return self._last[1]
         raise MediaError(f"{self.path}: ends after {self._next} frames, its packets promised {self.frame_count}")
 
-    def _from_first_frame(self) -> Iterator[Any]:
+    def _from_first_frame(self) -> Generator[Any, None, None]:
         with _open_stream(self.path, self._header.container) as (opened, stream):
             yield from opened.decode(stream)
 
     def _upright_rgb(self, frame: Any) -> Image:
         if (frame.width, frame.height) != (self._header.width, self._header.height):
             raise MediaError(f"{self.path}: changes its size in frame {self._next - 1}, must keep one size")
-        # The source's matrix and range are those of its tags; one thread, for the frames are small.
-        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
-        return np.rot90(rgb.to_ndarray(), self._header.quarter_turns)
+        return np.rot90(_to_rgb(frame), self._header.quarter_turns)
 
     def close(self) -> None:
         decoded, self._decoded, self._next, self._last = self._decoded, None, 0, None
         if decoded is not None:
-            decoded.close()  # type: ignore[attr-defined]  # a generator, which closes its container
+            decoded.close()
 
 
 def _open_decord(header: _Header) -> VideoReader | None:
-    """A reader by decord 0.6, or none for files where it is missing, fails or is not known to be right.
+    """A reader by decord 0.6, or none where it is missing, fails or is not known to be right.
 
-    Measured against PyAV 18.1: on 8-bit yuv420p H.264 in MP4, tagged BT.709 or BT.601 or untagged, limited or full range,
-    every pixel is equal, errors on a saturated chart included (at most 5 levels, of which the codec and yuv420p are 4).
-    It has no AV1; odd heights and 10 bits come out up to 83 levels off; and a jump into a stream with open GOPs gives
-    frames three later than those asked for, into one with intra refresh half-decoded ones.
+    Measured against PyAV 18.1. On progressive 8-bit yuv420p H.264 in MP4, tagged with any matrix or none, of limited or
+    full range, every pixel is equal: decord goes by the matrix tag, and a saturated chart comes back within 2 levels.
+    Not so elsewhere. It has no AV1; at edges, odd heights, interlaced frames and 10 bits differ by up to 91 levels. In
+    streams with open GOPs a jump gives a frame up to three later than asked for, with intra refresh a half-decoded one.
     """
     plain = (
         header.container == "mov"
         and header.codec == "h264"
         and header.pixel_format in ("yuv420p", "yuvj420p")
         and header.width % 2 == header.height % 2 == header.quarter_turns == 0
+        and not header.interlaced
         and header.clean_keyframes
     )
     if not plain:
@@ -268,7 +275,8 @@ def _open_decord(header: _Header) -> VideoReader | None:
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
-        video = decord.VideoReader(str(header.path.absolute()), num_threads=_DECODE_THREADS)
+        # The tolerance lets no frame that fails be replaced by its neighbour.
+        video = decord.VideoReader(str(header.path.absolute()), num_threads=_DECODE_THREADS, fault_tol=1e-6)
         first_shape = video[0].shape
     except Exception:  # DECORDError, or OSError and ImportError where it does not load; PyAV will tell what is wrong
         return None
@@ -287,7 +295,10 @@ class _DecordReader(VideoReader):
         self._video = video
 
     def _decode(self, indices: list[int]) -> Frames:
-        frames: Frames = self._video.get_batch(indices).asnumpy()
+        try:
+            frames: Frames = self._video.get_batch(indices).asnumpy()
+        except Exception:  # DECORDError, whose text is a place in its C++ code
+            raise MediaError(f"{self.path}: cannot be decoded, it is damaged in or before the frames asked for") from None
         return frames
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
@@ -43,25 +43,36 @@ class _VideoWriter:
         fps: int | Fraction,
         *,
         container: str,
+        container_options: dict[str, str],
         codec: str,
-        options: dict[str, str],
+        codec_options: dict[str, str],
         conversion: dict[str, Any],
-        metadata: dict[str, str] | None = None,
+        metadata: dict[str, str],
     ) -> None:
+        if width < 1 or height < 1:
+            raise MediaError(f"{path}: got {width}×{height} pixels, must be at least 1×1")
         if fps <= 0:
             raise MediaError(f"{path}: got {fps} frames a second, must be more than 0")
         self.path = path
         self.frames_written = 0
         self._shape = (height, width, 3)
+        self._fps = fps
+        self._container_name, self._container_options = container, container_options
+        self._codec, self._codec_options = codec, codec_options
         self._conversion = conversion
+        self._metadata = metadata
+
+    def __enter__(self) -> Self:
         self._reformatter = VideoReformatter()
-        with failing_as(f"{path}: cannot be written"):
+        with failing_as(f"{self.path}: cannot be written"):
             # Bitexact leaves out FFmpeg's version, dates and random ids. An absolute path is never taken for a URL.
-            muxing = {"fflags": "+bitexact", **({"movflags": "+faststart"} if container == "mp4" else {})}
-            self._container = av.open(str(path.absolute()), "w", container, options=muxing)
-            self._container.metadata.update(metadata or {})
-            self._stream = self._container.add_stream(codec, rate=fps, options=options)
-            self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, conversion["format"]
+            options = {"fflags": "+bitexact", **self._container_options}
+            self._container = av.open(str(self.path.absolute()), "w", self._container_name, options=options)
+            self._container.metadata.update(self._metadata)
+            self._stream = self._container.add_stream(self._codec, rate=self._fps, options=self._codec_options)
+            self._stream.height, self._stream.width, _ = self._shape
+            self._stream.pix_fmt = self._conversion["format"]
+        return self
 
     def write(self, frames: Frames) -> None:
         """Append uint8 (T, H, W, 3) frames. How they are cut into chunks changes nothing; no chunk is kept.
@@ -78,36 +89,30 @@ class _VideoWriter:
                 self._container.mux(self._stream.encode(frame))
                 self.frames_written += 1
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._discard()
+            return
         try:
-            if kind is None:
-                self._finish()
+            if not self.frames_written:
+                raise MediaError(f"{self.path}: got no frames, must be at least one")
+            with failing_as(f"{self.path}: cannot be written"):
+                self._container.mux(self._stream.encode())
+                self._container.close()
         except MediaError:
             self._discard()
             raise
-        if kind is not None:
-            self._discard()
-
-    def _finish(self) -> None:
-        if not self.frames_written:
-            raise MediaError(f"{self.path}: got no frames, must be at least one")
-        with failing_as(f"{self.path}: cannot be written"):
-            self._container.mux(self._stream.encode())
-            self._container.close()
 
     def _discard(self) -> None:
-        with suppress(Exception):  # the block's own error is the one to tell
+        with suppress(Exception):  # the first error is the one to tell
             self._container.close()
         self.path.unlink(missing_ok=True)
 
 
 class Mp4Writer(_VideoWriter):
-    """An H.264 MP4 that plays while it loads: `with Mp4Writer(path, 1024, 576, 24, Mp4Settings()) as clip: clip.write(...)`.
+    """An H.264 MP4 that plays while it loads: `with Mp4Writer(path, 1024, 576, 24, Mp4Settings()) as clip: ...`.
 
-    yuv420p, BT.709, limited range, and tagged so: players guess at untagged files, and guess other than FFmpeg converts.
+    yuv420p, BT.709, limited range, and tagged so: players guess what untagged files are, and not as FFmpeg does.
     The file grows at `path` itself and is removed where the block raises.
     Raises MediaError for an odd width or height (pixels), for no frames, and where the file cannot be written.
     """
@@ -121,32 +126,36 @@ class Mp4Writer(_VideoWriter):
             height,
             fps,
             container="mp4",
+            container_options={"movflags": "+faststart"},
             codec="libx264",
-            options={
+            codec_options={
                 "crf": str(settings.crf),
                 "preset": settings.preset,
                 "threads": str(settings.threads),
                 # Else x264 decides otherwise on a CPU with AVX than on one without.
                 "x264-params": "cpu-independent=1",
+                "color_primaries": "bt709",
+                "color_trc": "bt709",
+                "colorspace": "bt709",
+                "color_range": "tv",
             },
             conversion={
                 "format": "yuv420p",
                 "dst_colorspace": Colorspace.ITU709,
                 "dst_color_range": ColorRange.MPEG,
-                # Area averages the chroma of 2×2 pixels, which is what decoders undo: on a chart of saturated squares it
-                # errs by 2 levels at their edges where bicubic errs by 21.
+                # Area averages the chroma of 2×2 pixels, which is what decoders undo: on a chart of saturated squares
+                # it errs by 2 levels at their edges where bicubic errs by 21.
                 "interpolation": Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
             },
+            metadata={},
         )
-        codec = self._stream.codec_context
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
 
 
 def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
-    """Write uint8 (T, H, W, 3) frames of any size so that `decode_lossless` gives the same back: FFV1 in Matroska.
+    """Write uint8 (T, H, W, 3) frames so that `decode_lossless` gives the same back: FFV1 in Matroska.
 
-    Raises MediaError for no frames, and where the file cannot be written; then no file is left.
+    Any size from 2×2 pixels, odd ones too.
+    Raises MediaError for no frames, and where the file cannot be written; no file is left then.
     """
     with _VideoWriter(
         path,
@@ -154,8 +163,9 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
         frames.shape[1],
         fps,
         container="matroska",
+        container_options={},
         codec="ffv1",
-        options={"level": "3", "slices": "4"},
+        codec_options={"level": "3", "slices": "4"},
         conversion={"format": "bgr0"},  # the one 8-bit RGB that FFmpeg's FFV1 takes
         metadata={CHECKSUM_TAG: checksum(frames)},
     ) as video:
@@ -163,4 +173,4 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
 
 
 def checksum(frames: Frames) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(frames)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(frames).data):08x}"

@@ -6,7 +6,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as
@@ -33,7 +33,7 @@ def _open(path: Path) -> PILImage.Image:
             # Pillow's own limit is above MAX_PIXELS, so whatever it only warns of is refused as well.
             simplefilter("error", PILImage.DecompressionBombWarning)
             return PILImage.open(path, formats=IMAGE_FORMATS)
-    except PILImage.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise MediaError(f"{path}: not an image of a kind that is read ({', '.join(IMAGE_FORMATS)})") from None
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
         raise MediaError(f"{path}: too large, must be at most {MAX_PIXELS / 1e6:g} megapixels") from None

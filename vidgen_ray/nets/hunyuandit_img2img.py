@@ -100,9 +100,7 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         self.maybe_free_model_hooks()
         return StableDiffusionPipelineOutput(images=result, nsfw_content_detected=unsafe)
 
-    def _encode(
-        self, prompts: list[str], negative: list[str] | None, encoder: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, prompts: list[str], negative: list[str] | None, encoder: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (rows, tokens, channels) of Bert, encoder 0, or mT5, 1, and their mask; negatives come first."""
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
             prompts,

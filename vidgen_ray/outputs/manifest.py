@@ -98,7 +98,10 @@ def _arrow_schema() -> pyarrow.Schema:
     types = {int: pyarrow.int64(), float: pyarrow.float64()}
     return pyarrow.schema(
         [
-            (name, next((types[t] for t in types if t in (field.annotation, *_members(field.annotation))), pyarrow.string()))
+            (
+                name,
+                next((types[t] for t in types if t in (field.annotation, *_members(field.annotation))), pyarrow.string()),
+            )
             for name, field in ManifestRow.model_fields.items()
         ]
     )

@@ -54,7 +54,7 @@ class StageCache:
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
     for name in ("pose", "image"):
         if name in artefacts:
-            write_png(folder / f"{name}.png", artefacts[name])  # type: ignore[literal-required]  # both are pictures
+            write_png(folder / f"{name}.png", artefacts[name])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
     if "frames" in artefacts:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypedDict, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,10 @@ class StageParams(BaseModel):
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; none leaves them alone. The number changes the last bits of a result."""
+
+    def resolved(self) -> Self:
+        """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
+        return self
 
 
 P = TypeVar("P", bound=StageParams)

@@ -48,9 +48,7 @@ class FluxModel:
 
         self.text_to_image = load_pipeline(FluxPipeline, params)
         # Not `from_pipe`: it casts the shared weights to float32 in place.
-        parts = {
-            k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")
-        }
+        parts = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
         scheduler = parts.pop("scheduler")
         self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **parts)
         self.image_to_image.set_progress_bar_config(disable=True)
@@ -81,7 +79,7 @@ class FluxModel:
 
     @contextmanager
     def wearing(self, loras: Sequence[LoraRef]) -> Iterator[None]:
-        """Run a block with exactly these LoRAs acting; outside of it, and with none, the weights are the plain ones, bitwise."""
+        """Run a block with exactly these LoRAs acting; outside of it the weights are the plain ones, bitwise."""
         names = [self._adapter(Path(lora.path)) for lora in loras]
         if not names:
             yield

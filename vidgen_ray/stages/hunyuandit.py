@@ -80,9 +80,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         if shot.style_strength == 0:
             return image
         height, width = image.shape[:2]
-        placement = (
-            on_standard_shape(width, height) if self.params.standard_shapes else on_multiple_of_16(width, height)
-        )
+        placement = on_standard_shape(width, height) if self.params.standard_shapes else on_multiple_of_16(width, height)
         (picture,) = self.pipe(
             f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
             PILImage.fromarray(lay(image, placement)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ class InstantIDParams(StageParams):
 
 
 class InstantIDStage(Stage[InstantIDParams]):
-    """Photo (H, W, 3) -> `face`: embedding (512,), keypoints (5, 2) in photo pixels; `pose`: keypoint picture of the shot's size.
+    """Photo (H, W, 3) -> `face`: embedding (512,), keypoints (5, 2) in photo pixels; `pose`: keypoints drawn at the shot size.
 
     `weights` is a folder as insightface unpacks antelopev2: a SCRFD detector and an ArcFace recogniser as ONNX. Of several
     faces the largest counts, of equally large ones the surest; no face, and a face smaller than `min_face_px`, fail the shot.
@@ -101,7 +102,10 @@ class InstantIDStage(Stage[InstantIDParams]):
             # ctx_id below 0 would silently move a CUDA session to the CPU.
             ctx_id = 0 if self.params.device.startswith("cuda") else -1
             self.app.prepare(ctx_id=ctx_id, det_thresh=self.params.min_score, det_size=(size_px, size_px))
-            faces = self.app.get(bgr)
+            with warnings.catch_warnings():
+                # insightface aligns faces by a call that scikit-image is to drop.
+                warnings.simplefilter("ignore", FutureWarning)
+                faces = self.app.get(bgr)
             if faces:
                 break
         if not faces:

@@ -296,7 +296,10 @@ def _t5_tokenizer(max_length: int) -> Any:
     word_start = "\u2581"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (word_start, -2.0)]
     pieces += [(chr(c), -3.0) for c in range(33, 127)]
-    pieces += [(word_start + word, -1.0) for word in "a the of in on and man woman portrait photo cinematic".split()]
+    pieces += [
+        (word_start + word, -1.0)
+        for word in ["a", "the", "of", "in", "on", "and", "man", "woman", "portrait", "photo", "cinematic"]
+    ]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 

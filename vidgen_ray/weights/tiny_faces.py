@@ -59,8 +59,8 @@ def _detector() -> onnx.ModelProto:
     """
     graph = _Graph()
     outputs: dict[str, list[onnx.ValueInfoProto]] = {"score": [], "bbox": [], "kps": []}
-    box = np.array([BOX_HALF - 0.5, BOX_HALF - 0.5, BOX_HALF + 0.5, BOX_HALF + 0.5], "f4")
-    points = np.array(POINTS, "f4").ravel() + 0.5
+    box = np.array([BOX_HALF - 0.5, BOX_HALF - 0.5, BOX_HALF + 0.5, BOX_HALF + 0.5], np.float32)
+    points = (np.array(POINTS) + 0.5).ravel().astype(np.float32)
     for stride in STRIDES:
         cells = graph.node("AveragePool", "input.1", kernel_shape=[stride, stride], strides=[stride, stride])
         score = _skin_peaks(graph, cells) if stride == STRIDES[-1] else _nowhere(graph, cells)
@@ -70,9 +70,7 @@ def _detector() -> onnx.ModelProto:
             ("kps", _everywhere(graph, cells, points), 10),
         ):
             rows = graph.node("Transpose", value, perm=[0, 2, 3, 1])
-            name = graph.node(
-                "Reshape", rows, graph.constant(np.array([-1, width], "i8")), output=f"{kind}_{stride}"
-            )
+            name = graph.node("Reshape", rows, graph.constant(np.array([-1, width], "i8")), output=f"{kind}_{stride}")
             outputs[kind].append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"n{stride}", width]))
     return graph.model("tiny_scrfd", [1, 3, "h", "w"], [o for kind in outputs.values() for o in kind])
 

@@ -1,0 +1,32 @@
+# Two commands: `make demo` renders the demo script, `make test` runs the tests. Both do all the set-up they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The distribution in packaging/onnxruntime is installed in the same call, so that pip never fetches the CPU wheel of
+# onnxruntime over onnxruntime-gpu; see there.
+ONNXRUNTIME := ./packaging/onnxruntime
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ONNXRUNTIME) --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/vidgen demo --out out/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) out dist .pytest_cache .mypy_cache .ruff_cache

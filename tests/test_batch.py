@@ -1,0 +1,199 @@
+"""The batch executor on a real Ray: the same bytes as the reference, every line accounted for, nothing rendered twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from vidgen_ray.batch.render import render
+from vidgen_ray.cli import main
+from vidgen_ray.outputs.folder import sha256_of
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script import read_script
+
+from .conftest import ASTRONAUT, EXAMPLES
+
+DEMO = EXAMPLES / "demo.jsonl"
+
+
+class Events:
+    """A watcher that remembers, and does something at the first shot that is done."""
+
+    def __init__(self, at_first=lambda: None):
+        self.rows = []
+        self._at_first = at_first
+
+    def planned(self, total, done_before, refused):
+        self.plan = (total, done_before, refused)
+
+    def ended(self, row):
+        if row.status == "done" and not any(r.status == "done" for r in self.rows):
+            self._at_first()
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
+    yield
+    ray.shutdown()
+
+
+def digests(out: Path) -> dict[str, str]:
+    """File -> sha256 of all that a run leaves to be looked at."""
+    return {
+        str(file.relative_to(out)): sha256_of(file)
+        for file in sorted((out / "shots").rglob("*"))
+        if file.is_file() and file.name != "shot.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def script(tiny):
+    return read_script(DEMO, run_seed=3, profile_defaults=tiny.defaults)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, script, tmp_path_factory):
+    """The demo script by the in-process pipeline: file -> sha256."""
+    out = tmp_path_factory.mktemp("reference")
+    pipeline = VideoGenerationPipeline(tiny, out, keep_stages=True)
+    for shot in script.shots:
+        pipeline.render(shot)
+    pipeline.close()
+    return digests(out)
+
+
+def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, script, reference, tmp_path):
+    staged = tiny.model_copy(update={"layout": "staged"})
+    first = Events()
+    report = render(script, staged, tmp_path, watcher=first, keep_stages=True)
+    assert (report.done, report.failed, report.skipped) == (9, 0, 0)
+    assert {Path(name).name for name in reference} == {
+        "image.png", "video.mp4", "hd.mp4", "base.png", "lora.png", "style.png", "face.json"
+    }  # fmt: skip
+    assert digests(tmp_path) == reference
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
+    again = Events()
+    report = render(script, tiny, tmp_path, watcher=again, keep_stages=True)
+    assert (report.done, report.failed, report.skipped) == (0, 0, 9)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
+    manifest = pq.read_table(tmp_path / "manifest").to_pylist()
+    assert sorted(row["id"] for row in manifest) == sorted(shot.id for shot in script.shots)
+    for row in manifest:
+        for kind in ("image", "video", "hd_video"):
+            assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
+
+
+def test_a_change_to_the_upscaling_alone_reuses_images_and_clips(tiny, tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"id": "a", "prompt": "a red ball"}\n')
+    out = tmp_path / "out"
+    for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
+        script = read_script(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
+        assert render(script, tiny, out, watcher=Events()).done == 1
+        record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+        assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
+            zip(("flux", "svd", "realesrgan"), cached, strict=True)
+        )
+
+
+def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again(tiny, tmp_path, capsys):
+    Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
+    (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
+    (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])
+    lines = [
+        {"id": "good", "prompt": "a red ball"},
+        {"id": "tall", "prompt": "a", "height": 7},
+        {"id": "nobody", "prompt": "a", "face_image": "wall.png"},
+        {"id": "junk", "prompt": "a", "lora": "junk.safetensors"},
+        {"id": "cut", "prompt": "a", "image": "cut.jpg"},
+        {"id": "unknown", "prompt": "a", "upscaler": "best"},
+        "{not json",
+        {"id": "good-too", "prompt": "a blue ball", "generate_video": False},
+    ]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    out = tmp_path / "out"
+
+    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["done"], report["failed"], report["skipped"]) == (2, 6, 0)
+    rows = {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+    assert {i: (r["status"], r["line"], r["failure_stage"], r["failure_error"]) for i, r in rows.items()} == {
+        "good": ("done", 1, None, None),
+        "tall": ("failed", 2, "script", "ScriptError"),
+        "nobody": ("failed", 3, "instantid", "StageError"),
+        "junk": ("failed", 4, "lora", "StageError"),
+        "cut": ("failed", 5, "svd", "MediaError"),
+        "unknown": ("failed", 6, "plan", "StageError"),
+        "line-7": ("failed", 7, "script", "ScriptError"),
+        "good-too": ("done", 8, None, None),
+    }
+    assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
+    assert "no face found" in rows["nobody"]["failure_message"]
+    assert not (out / "shots" / "nobody" / "shot.json").exists()
+
+    Image.open(ASTRONAUT).save(tmp_path / "wall.png")
+    assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
+    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
+    assert (after["nobody"], after["junk"], after["good"]) == ("done", "failed", "done")
+
+
+def test_a_killed_upscaler_costs_no_shot(tiny, script, reference, tmp_path):
+    def kill_upscaler():
+        (name,) = [name for name in ray.util.list_named_actors() if "/upscaler/" in name]
+        pid = ray.get(ray.get_actor(name).__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killed = []
+    report = render(script, tiny, tmp_path, watcher=Events(kill_upscaler), keep_stages=True)
+    assert killed
+    assert (report.done, report.failed) == (9, 0)
+    assert digests(tmp_path) == reference
+
+
+def test_a_killed_driver_leaves_nothing_partial_and_the_next_run_ends_it(tiny, script, reference, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "vidgen_ray",
+        "render",
+        str(DEMO),
+        "-o",
+        str(tmp_path),
+        "-p",
+        "tiny",
+        "--seed",
+        "3",
+    ]
+    driver = subprocess.Popen([*command, "--keep", "stages"], stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("shots/*/shot.json")):
+        assert driver.poll() is None, "the driver ended before its first shot"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
+    driver.kill()
+    driver.wait()
+    done_before = len(list(tmp_path.glob("shots/*/shot.json")))
+    for record in tmp_path.glob("shots/*/shot.json"):
+        for name, file in json.loads(record.read_text())["files"].items():
+            assert sha256_of(record.parent / name) == file["sha256"]
+
+    report = render(script, tiny, tmp_path, watcher=Events(), keep_stages=True)
+    assert report.failed == 0
+    assert report.skipped >= done_before >= 1
+    assert report.done >= 1, "the driver was killed too late to show anything"
+    assert digests(tmp_path) == reference
+    assert not list(tmp_path.rglob(".tmp-*"))

