@@ -69,7 +69,7 @@ def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_pa
     )
     shots = read_script(
         path,
-        defaults={"fps": "8", "num_frames": "9"},
+        defaults={"fps": 8, "num_frames": 9},
         profile_defaults={"num_frames": 10, "scale": 2, "steps": {"flux": 1, "svd": 1}},
     ).shots
     assert [(s.fps, s.num_frames, s.scale) for s in shots] == [(6, 9, 2), (7, 9, 2)]

@@ -17,6 +17,8 @@ from vidgen_ray.weights import resolve
 FAILURE_FIELD = "failure"
 """What `failures.jsonl` adds to a line; ignored when that file is rendered again."""
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")
+TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character")
+"""Fields in which `7` is a word."""
 CHARACTER_FIELDS = ("face_image", "lora", "trigger")
 
 
@@ -73,11 +75,11 @@ def read_script(
 ) -> Script:
     """Read and check a whole script.
 
-    A field that a line leaves out comes from the script's header, then from `defaults` (the command line, text allowed),
-    then from `profile_defaults`. Raises ScriptError where the file cannot be read or holds no lines at all.
+    A field that a line leaves out comes from the script's header, then from `defaults` (the command line), then from
+    `profile_defaults`. Raises ScriptError where the file cannot be read or holds no lines at all.
     """
     header, lines = _open(path)
-    fallback = _merged(profile_defaults or {}, _typed(defaults or {}), header.defaults)
+    fallback = _merged(profile_defaults or {}, defaults or {}, header.defaults)
     shots: list[Shot] = []
     rejected: list[RejectedLine] = []
     where: dict[str, int] = {}
@@ -187,9 +189,9 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _typed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Text from a command line or a CSV cell as the JSON value it spells, else as text."""
-    return {k: _cell(v) if isinstance(v, str) else v for k, v in fields.items()}
+def typed(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Fields given as text, in a CSV cell or on a command line, with the types that the text spells."""
+    return {name: value if name in TEXT_FIELDS else _cell(value) for name, value in fields.items()}
 
 
 def _cell(text: str) -> Any:
@@ -290,8 +292,7 @@ def _csv(path: Path) -> tuple[_Header, Lines]:
                     )
                     continue
                 fields = {k: v for k, v in row.items() if v not in (None, "")}
-                prompt = {k: v for k, v in fields.items() if k in ("prompt", "negative_prompt", "style_prompt", "id")}
-                yield rows.line_num, _Line(rows.line_num, {**_typed(fields), **prompt}, strict=False)
+                yield rows.line_num, _Line(rows.line_num, typed(fields), strict=False)
         except csv.Error as error:
             yield rows.line_num, FieldError(path.name, rows.line_num, None, "a broken row", f"must be CSV ({error})")
 

@@ -13,12 +13,16 @@ from typing import Any
 
 from vidgen_ray.batch.rows import Batch, Parcel, pack, unpack
 from vidgen_ray.batch.upscaling import UpscalerPool
+from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import StepFailed, StepRunner, finish
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.realesrgan import RealESRGANStage
+
+LOADING = "loading"
+"""Stage of the failure of a shot whose actor could not load its weights."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,13 @@ class StageOperator:
 
     def __init__(self, job: Job, stages: tuple[str, ...]) -> None:
         held = [STAGE_BY_NAME[name](job.profile.params(STAGE_BY_NAME[name])) for name in stages]
-        for stage in held:
-            stage.load()
+        self._unusable: StepFailed | None = None
+        try:
+            for stage in held:
+                stage.load()
+        except VidgenError as error:
+            # Raised here it would reach the user as Ray's account of a dead actor.
+            self._unusable = StepFailed(LOADING, error)
         gpus = {stage.name: job.profile.actor_of(type(stage)).gpus for stage in held}
         self._runner = StepRunner(held, gpus, OutputFolder(job.out).stage_cache if job.use_cache else None)
 
@@ -47,6 +56,8 @@ class StageOperator:
         if parcel.failure:
             return row
         try:
+            if self._unusable:
+                raise self._unusable
             item, records = self._runner.run(parcel.plan, Item(parcel.plan.shot, parcel.artefacts))
         except StepFailed as failed:
             return pack(replace(parcel, failure=failed.failure(), artefacts=Artefacts()))

@@ -14,10 +14,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from vidgen_ray.batch.layout import Layout
-from vidgen_ray.batch.operators import Finisher, Job, operator_named
+from vidgen_ray.batch.operators import LOADING, Finisher, Job, operator_named
 from vidgen_ray.batch.rows import unpack
 from vidgen_ray.batch.upscaling import start_upscalers
-from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -49,9 +49,12 @@ def stream(
         try:
             for batch in _dataset(todo, job, layout, upscalers).iter_batches(batch_size=1, prefetch_batches=0):
                 parcel = unpack(batch)
+                if parcel.failure and parcel.failure.stage == LOADING:
+                    # No shot of this run would fare better.
+                    raise SetupError(parcel.failure.message)
                 yield parcel.plan, parcel.failure or _committed(outputs, parcel.plan)
         except ray.exceptions.RayError as error:
-            raise _explained(error) from error
+            raise SetupError(f"Ray stopped the run: {str(error).strip().splitlines()[-1]}") from error
         finally:
             for actor in upscalers:
                 ray.kill(actor)
@@ -110,8 +113,10 @@ def connected(address: str | None, layout: Layout) -> Iterator[None]:
     gpus = sum(pool.gpus * pool.actors for pool in layout.pools)
     ours = not ray.is_initialized()
     if ours:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        # What goes wrong is told once, by us; Ray would put each worker's traceback before it.
+        for name in ("ray", "ray.data"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         if address:
             ray.init(address=address, **quiet)
         else:
@@ -131,13 +136,3 @@ def connected(address: str | None, layout: Layout) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
-
-
-def _explained(error: Exception) -> VidgenError:
-    """The sentence of the actor that could not start, out of Ray's report of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, VidgenError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return SetupError(f"Ray stopped the run: {str(error).strip().splitlines()[-1]}")

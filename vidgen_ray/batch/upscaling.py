@@ -83,6 +83,9 @@ class UpscalerPool:
         actor, reference = pending.popleft()
         try:
             frames: Frames = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            # The upscaler's own error, without Ray's account of where it was raised.
+            raise error.cause from None
         finally:
             self._returned(actor)
         return frames

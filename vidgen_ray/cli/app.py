@@ -72,9 +72,15 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Render the demo script: every stage, both modes, on this machine."""
+    from vidgen_ray.report.contact_sheet import write_contact_sheet
+
     chosen = load_profile(profile)
     script = read_script(_demo_script(), profile_defaults=chosen.defaults)
-    _render(script, chosen, out, as_json=as_json, keep_stages=True)
+    try:
+        _render(script, chosen, out, as_json=as_json, keep_stages=True)
+    finally:
+        if (out / "manifest").exists():
+            typer.echo(f"all shots in one picture: {write_contact_sheet(out)}", err=as_json)
 
 
 @app.command()
@@ -196,14 +202,16 @@ def schema(
 
 def _render(script: Script, profile: Profile, out: Path, *, as_json: bool, **options: Any) -> None:
     from vidgen_ray.batch.render import render as render_on_ray
+    from vidgen_ray.report.gallery import write_gallery
 
     with interruptible(), run_view() as view:
         report = render_on_ray(script, profile, out, watcher=view, **options)
+    gallery = write_gallery(out)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
         typer.echo(
-            f"{report.done} done, {report.skipped} done before, {report.failed} failed in {report.seconds:.1f} s; see {out}"
+            f"{report.done} done, {report.skipped} done before, {report.failed} failed in {report.seconds:.1f} s; see {gallery}"
         )
         if report.failed:
             typer.echo(f"the failed lines and their reasons are in {out / 'failures.jsonl'}")

@@ -1,11 +1,12 @@
 """Options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vidgen_ray.profile import builtin_profiles
+from vidgen_ray.script import typed
 
 ProfileOption = Annotated[
     str, typer.Option("--profile", "-p", help=f"{', '.join(builtin_profiles())}, or the path of a profile file.")
@@ -19,12 +20,12 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="The run's seed; 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
-def parse_fields(pairs: list[str] | None) -> dict[str, str]:
-    """`["fps=6", "steps.flux=4"]` -> fields as text; the script reader gives them their types."""
+def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
+    """`["fps=6", "prompt=7"]` -> `{"fps": 6, "prompt": "7"}`."""
     fields = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"got {pair!r}, must be FIELD=VALUE", param_hint="--set")
         fields[name.strip()] = value
-    return fields
+    return typed(fields)

@@ -135,6 +135,12 @@ def write_manifest(out: Path, run: str, rows: Sequence[ManifestRow]) -> Path:
     return target
 
 
+def read_manifest(out: Path) -> list[ManifestRow]:
+    """All rows, in no order."""
+    files = sorted((out / "manifest").glob("*.parquet"))
+    return [ManifestRow.model_validate(row) for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+
+
 def write_failures(out: Path, lines: Sequence[tuple[dict[str, Any], Failure]]) -> None:
     """Write each failed line with the reason under `failure`, or remove the file where none failed."""
     path = out / "failures.jsonl"
