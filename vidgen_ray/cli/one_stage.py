@@ -41,7 +41,7 @@ def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Art
         return Artefacts(), shot.fps
     (kind,) = stage.takes
     if source is None:
-        raise ScriptError([FieldError("vidgen stage", None, "SOURCE", "nothing", f"{stage.name} needs a {kind} to work on")])
+        raise ScriptError([FieldError("vidgen stage", None, "SOURCE", "nothing", f"{stage.name} needs a file of its {kind}")])
     if kind == "frames":
         return _clip(source, shot)
     picture = read_image(source)

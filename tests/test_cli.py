@@ -1,0 +1,91 @@
+"""The commands: what they print, and the exit code of every kind of end."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidgen_ray.cli import main
+from vidgen_ray.media import open_video
+from vidgen_ray.shot import Shot
+
+from .conftest import ASTRONAUT, EXAMPLES
+
+
+def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
+    assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
+    assert capsys.readouterr().out == "demo.jsonl: 9 shots are fine, 0 lines are wrong\n"
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
+    assert main(["validate", str(path)]) == 3
+    assert "s.jsonl line 2, fps: got 0, must be greater than or equal to 1" in capsys.readouterr().err
+    assert main(["validate", str(path), "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert (report["shots"], report["refused"], report["errors"][0]["line"]) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["rendr"], 2, "No such command"),
+        (["validate"], 2, "Missing argument"),
+        (["validate", "gone.jsonl"], 3, "gone.jsonl: got gone.jsonl, there is no such file"),
+        (["shot", "a", "--set", "fps"], 2, "must be FIELD=VALUE"),
+        (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
+        (["shot", "a", "--keep", "all"], 2, "must be stages"),
+        (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
+        (["shot", "a", "--set", "fpss=3"], 3, "shot, fpss: got an unknown field"),
+        (["stage", "blur", "x.png"], 3, "must be one of instantid, flux"),
+        (["stage", "svd"], 3, "svd needs a file of its image"),
+        (["schema", "cast"], 2, "must be one of shot, profile, manifest"),
+    ],
+)
+def test_a_mistake_is_a_sentence_and_an_exit_code(arguments, code, says, capsys):
+    assert main(arguments) == code
+    err = capsys.readouterr().err
+    assert says in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+
+
+def test_missing_weights_end_with_the_code_of_the_environment(tmp_path, capsys):
+    profile = tmp_path / "p.yaml"
+    profile.write_text("{name: x, about: y, actors: {flux: {weights: nowhere}}}")
+    assert main(["shot", "a", "-p", str(profile), "--until", "image", "-o", str(tmp_path)]) == 4
+    assert f"nothing at {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+def test_shot_prints_the_files_it_made(tmp_path, capsys):
+    arguments = ["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "video", "-s", "id=ball", "-s", "fps=9"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "shots" / "ball" / n) for n in ("image.png", "video.mp4")]
+    with open_video(tmp_path / "shots" / "ball" / "video.mp4") as video:
+        assert float(video.fps) == 9
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shot"]["id"] == "ball"
+
+
+def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
+    def stage(name, *arguments, out):
+        assert main(["stage", name, *map(str, arguments), "-o", str(tmp_path / out), "-p", "tiny"]) == 0, capsys.readouterr()
+        return tmp_path / out
+
+    face = json.loads(stage("instantid", ASTRONAUT, out="face.json").read_text())
+    assert len(face["embedding"]) == 512
+    assert np.asarray(Image.open(stage("instantid", ASTRONAUT, out="pose.png"))).any()
+    base = stage("flux", "-s", "prompt=a red ball", out="base.png")
+    refined = stage("lora", base, "-s", "prompt=a red ball", "-s", "lora=builtin:tiny/lora.safetensors", out="lora.png")
+    style = stage("hunyuan", refined, "-s", "prompt=a red ball", "-s", "style_prompt=ink", out="style.png")
+    clip = stage("svd", style, out="clip.mp4")
+    hd = stage("realesrgan", clip, "-s", "scale=3", out="hd.mp4")
+    with open_video(clip) as small, open_video(hd) as large:
+        assert (large.width, large.height, large.frame_count) == (3 * small.width, 3 * small.height, small.frame_count)
+    picture = stage("realesrgan", base, "-s", "scale=2", out="large.png")
+    assert Image.open(picture).size == (256, 128)
+    assert main(["stage", "svd", str(style), "-o", str(tmp_path / "clip.txt"), "-p", "tiny"]) == 1
+    assert "cannot be written as .txt" in capsys.readouterr().err
+
+
+def test_schema_is_json_schema(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == Shot.model_json_schema()

@@ -1,0 +1,106 @@
+"""The pipeline as a library: the call of the README, what it returns, what it leaves on disk."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidgen_ray import VideoGenerationPipeline
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.media import open_video
+from vidgen_ray.outputs.folder import OutputFolder, sha256_of
+from vidgen_ray.pipeline import StepFailed
+from vidgen_ray.weights import resolve
+
+from .conftest import ASTRONAUT
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    pipeline = VideoGenerationPipeline.from_profile("tiny", tmp_path_factory.mktemp("out"))
+    yield pipeline
+    pipeline.close()
+
+
+def test_the_call_of_the_readme(pipeline):
+    result = pipeline.generate_video(
+        prompt="a portrait of an astronaut",
+        face_image=Image.open(ASTRONAUT),
+        lora_path=resolve("builtin:tiny/lora.safetensors"),
+        use_hunyuan_style=True,
+        style_prompt="oil painting",
+        generate_video=True,
+        upscale_video=True,
+        num_frames=6,
+        fps=5,
+        motion_bucket_id=127,
+        scale=4,
+        seed=7,
+    )
+    assert result["image"].size == (128, 64)
+    for clip, size in ((result["video"], (128, 64)), (result["hd_video"], (512, 256))):
+        with open_video(clip) as video:
+            assert (video.width, video.height) == size
+            assert (video.frame_count, float(video.fps)) == (6, 5.0)
+    record = json.loads((result["video"].parent / "shot.json").read_text())
+    assert [s["stage"] for s in record["stages"]] == ["instantid", "flux", "lora", "hunyuan", "svd", "realesrgan"]
+    assert record["seeds"]["flux"] == 7
+    assert len(set(record["seeds"].values())) == 6, "stages do not share noise"
+    for name, file in record["files"].items():
+        assert sha256_of(result["video"].parent / name) == file["sha256"]
+
+
+def test_a_picture_alone_has_no_clips(pipeline):
+    result = pipeline.generate_video("a red ball", generate_video=False, width=64, height=80)
+    assert (result["image"].size, result["video"], result["hd_video"]) == ((64, 80), None, None)
+
+
+def test_the_same_call_again_renders_nothing(pipeline):
+    first = pipeline.generate_video("a red ball", seed=1)
+    before = first["video"].stat().st_mtime_ns
+    assert pipeline.generate_video("a red ball", seed=1)["video"].stat().st_mtime_ns == before
+    assert pipeline.generate_video("a red ball", seed=2)["record"].key != first["record"].key
+
+
+def test_a_wrong_field_is_named_before_anything_is_loaded(pipeline):
+    with pytest.raises(ScriptError, match="num_frames: got 1, must be greater than or equal to 2"):
+        pipeline.generate_video("a", num_frames=1)
+    with pytest.raises(ScriptError, match="lora: got 'gone.safetensors', must be an existing"):
+        pipeline.generate_video("a", lora_path="gone.safetensors")
+
+
+def test_a_stage_that_fails_is_named_and_leaves_no_shot(pipeline):
+    wall = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
+    with pytest.raises(StepFailed, match="instantid: face_image: no face found"):
+        pipeline.generate_video("a", id="wall", face_image=wall)
+    assert not list((pipeline.outputs.root / "shots").glob("wall/*"))
+
+
+@pytest.fixture
+def plan(tiny, make_shot):
+    shot = make_shot(id="x", generate_video=False)
+    return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+
+
+def test_a_draft_that_is_not_committed_leaves_nothing(tmp_path, plan):
+    outputs = OutputFolder(tmp_path)
+    with pytest.raises(RuntimeError), outputs.draft(plan) as draft:
+        draft.path("image.png").write_bytes(b"1")
+        raise RuntimeError
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_new_render_of_an_id_replaces_the_old_one_whole(tmp_path, plan):
+    outputs = OutputFolder(tmp_path)
+    for names in (("image.png", "video.mp4"), ("image.png",)):
+        with outputs.draft(plan) as draft:
+            for name in names:
+                draft.path(name).write_bytes(name.encode())
+            draft.commit([])
+        assert sorted(p.name for p in outputs.shot_folder("x").iterdir()) == sorted([*names, "shot.json"])
+    assert outputs.done(plan)
+    assert not outputs.done(plan.model_copy(update={"key": "0" * 64}))
+    (outputs.shot_folder("x") / "shot.json").write_text("{")
+    assert not outputs.done(plan), "a damaged record is no record"

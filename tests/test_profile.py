@@ -1,0 +1,91 @@
+"""Profiles: what is built in loads, what is wrong is named, weights are found and never fetched."""
+
+import pytest
+
+from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.graph import STAGES, params_of
+from vidgen_ray.local_cache import digest
+from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.weights import resolve
+
+
+@pytest.mark.parametrize("name", builtin_profiles())
+def test_a_built_in_profile_has_fitting_defaults_and_an_actor_for_each_stage(name):
+    profile = load_profile(name)
+    assert Shot(prompt="a", **profile.defaults)
+    assert {stage.actor for stage in STAGES} <= set(profile.actors)
+
+
+@pytest.mark.parametrize("name", ["tiny", "demo"])
+def test_profiles_without_downloads_run_anywhere(name):
+    params = params_of(load_profile(name), STAGES)
+    assert all(p.weights.exists() and p.threads == 1 for p in params.values())
+    assert params["realesrgan"].dtype in ("float32", "bfloat16"), "auto is resolved before keys are made"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: x", "about: got"),
+        ("[", "not YAML"),
+        ("- a", "the file: got"),
+        ("{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}", "actors.svd.gpu: got 1, extra inputs"),
+        ("{name: x, about: y, actors: {svd: {weights: a, device: tpu}}}", "actors.svd.device: got 'tpu'"),
+        ("{name: x, about: y, actors: {svd: {weights: a, cpus: 0}}}", "greater than 0"),
+    ],
+)
+def test_a_wrong_profile_is_named_with_its_field(tmp_path, text, says):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(ProfileError, match=says):
+        load_profile(str(path))
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(ProfileError, match="must be one of demo"):
+        load_profile("nope")
+
+
+def test_an_unknown_option_is_named_with_its_actor(tiny):
+    actor = tiny.actors["svd"].model_copy(update={"options": {"decode_chunk": 3}})
+    with pytest.raises(ProfileError, match=r"profile tiny, actors.svd: decode_chunk: got 3"):
+        tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage)
+    with pytest.raises(ProfileError, match=r"stage realesrgan needs an entry 'actors.realesrgan'"):
+        tiny.model_copy(update={"actors": {}}).params(RealESRGANStage)
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("builtin:nope", "there are tiny/flux"),
+        ("nowhere/at/all", "nothing at /"),
+        ("hub:owner/name", "no revision"),
+        ("hub:owner/name@0000000000000000000000000000000000000000", "nothing is downloaded while rendering"),
+    ],
+)
+def test_weights_that_are_not_there_say_what_to_do(reference, says):
+    with pytest.raises(SetupError, match=says):
+        resolve(reference)
+
+
+def test_a_relative_path_is_taken_from_the_profile(tmp_path):
+    (tmp_path / "w").mkdir()
+    path = tmp_path / "p.yaml"
+    path.write_text("{name: x, about: y, actors: {svd: {weights: w}}}")
+    assert load_profile(str(path)).params(SVDStage).weights == tmp_path / "w"
+
+
+def test_a_digest_follows_content_and_names(tmp_path):
+    folder = tmp_path / "w"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1")
+    first = digest(folder)
+    (folder / "a").write_bytes(b"22")
+    assert digest(folder) != first
+    (folder / "a").write_bytes(b"1")
+    assert digest(folder) == first
+    (folder / "a").rename(folder / "b")
+    assert digest(folder) != first

@@ -1,0 +1,107 @@
+"""The contract that every stage keeps, whatever it does; a new stage is tested by being in the graph."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vidgen_ray.graph import STAGES
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.weights import resolve
+
+LORA = str(resolve("builtin:tiny/lora.safetensors"))
+
+
+class Spy:
+    """A shot that notes which of its fields are looked at, as `reads` names them."""
+
+    def __init__(self, target, seen, prefix=""):
+        self._target, self._seen, self._prefix = target, seen, prefix
+
+    def __getattr__(self, name):
+        value = getattr(self._target, name)
+        if name in ("steps", "guidance"):
+            return Spy(value, self._seen, f"{name}.")
+        self._seen.add("seed" if name == "generator_seed" else self._prefix + name)
+        return value
+
+
+@pytest.fixture
+def item(make_shot, photo):
+    y, x = np.mgrid[0:64, 0:128]
+    picture = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
+    shot = make_shot(
+        face_image="x.jpg",
+        negative_prompt="blurred",
+        lora=[LORA],
+        use_hunyuan_style=True,
+        style_prompt="ink",
+        num_frames=4,
+    )
+    return Item(shot, {"photo": photo, "image": picture, "frames": np.repeat(picture[None], 4, axis=0)})
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=lambda stage: stage.name)
+def loaded(request, tiny):
+    with request.param(tiny.params(request.param)) as stage:
+        yield stage
+
+
+def test_a_stage_declares_real_fields_and_artefacts(loaded):
+    shot = Shot(prompt="a", seed=1)
+    for field in loaded.reads:
+        head, _, tail = field.partition(".")
+        assert hasattr(getattr(shot, head), tail) if tail else hasattr(shot, head)
+    assert set(loaded.takes) | set(loaded.writes) <= set(Artefacts.__annotations__)
+    assert loaded.params.model_config["frozen"]
+
+
+def test_a_stage_gives_what_it_writes_and_needs_no_more_than_it_takes(loaded, item):
+    given = loaded([Item(item.shot, {name: item.artefacts[name] for name in loaded.takes})])
+    assert len(given) == 1
+    assert set(given[0]) == set(loaded.writes)
+    for name in {"image", "pose", "frames", "hd_frames"} & set(given[0]):
+        assert given[0][name].dtype == np.uint8
+        assert given[0][name].shape[-1] == 3
+
+
+def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item):
+    """A field that is read but not declared would change the bytes under an unchanged content key."""
+    for mode in ("quality", "fast"):
+        seen = set()
+        loaded([Item(Spy(item.shot.model_copy(update={"mode": mode}), seen), item.artefacts)])
+        assert seen <= set(loaded.reads)
+        assert seen or not loaded.reads
+
+
+def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item):
+    other = Item(item.shot.model_copy(update={"seed": 99, "prompt": "another"}), item.artefacts)
+    alone = loaded([item])[0]
+    among = loaded([other, item])[1]
+    for name in loaded.writes:
+        if name == "face":
+            assert np.array_equal(alone[name].embedding, among[name].embedding)
+        else:
+            assert np.array_equal(alone[name], among[name])
+
+
+def test_what_a_stage_is_given_stays_as_it_was(loaded, item):
+    for value in item.artefacts.values():
+        value.setflags(write=False)
+    before = {name: value.copy() for name, value in item.artefacts.items()}
+    loaded([item])
+    assert all(np.array_equal(before[name], value) for name, value in item.artefacts.items())
+
+
+def test_parameters_travel_to_other_processes(loaded):
+    assert pickle.loads(pickle.dumps(loaded.params)) == loaded.params
+
+
+@pytest.mark.parametrize("stage_class", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_closes_twice_and_unloaded(stage_class, tiny):
+    stage = stage_class(tiny.params(stage_class))
+    stage.close()
+    stage.load()
+    stage.close()
+    stage.close()
