@@ -1,0 +1,70 @@
+"""`jobs/render.py` as people run it: a real head node, a real submission, the job's own exit code."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+PORT_OPTIONS = (
+    "--port",
+    "--dashboard-port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--metrics-export-port",
+    "--ray-client-server-port",
+    "--runtime-env-agent-port",
+)
+"""All of them, since another Ray on this machine has the defaults."""
+
+
+def free_ports(count):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+@pytest.fixture
+def dashboard(tmp_path_factory):
+    ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
+    options = [str(word) for pair in ports.items() for word in pair]
+    # A short path: Ray's sockets lie in it, and their names have 107 characters at most.
+    temporary = tmp_path_factory.mktemp("r")
+    command = [RAY, "start", "--head", "--block", "--num-cpus", "6", "--temp-dir", str(temporary), "--disable-usage-stats"]
+    head = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{ports['--dashboard-port']}"
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=5)
+            break
+        except (urllib.error.URLError, ConnectionError):
+            assert head.poll() is None, "the head node ended"
+            assert time.monotonic() < deadline
+            time.sleep(0.2)  # nobody announces that the dashboard is up
+    yield address
+    head.terminate()
+    head.wait(timeout=60)
+
+
+def test_a_submitted_job_renders_and_tells_its_exit_code(dashboard, tmp_path):
+    script = tmp_path / "s.jsonl"
+    script.write_text('{"id": "ball", "prompt": "a red ball"}\n{"id": "bad", "prompt": "a", "fps": 0}\n')
+    out = tmp_path / "out"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    job = [sys.executable, "jobs/render.py", str(script), "-o", str(out), "-p", "tiny"]
+    command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "1 done, 0 done before, 1 failed" in ended.stdout
+    assert (out / "shots" / "ball" / "hd.mp4").exists()
