@@ -16,7 +16,7 @@ from PIL import Image
 
 from vidgen_ray.batch.render import render
 from vidgen_ray.cli import main
-from vidgen_ray.outputs.folder import sha256_of
+from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script import read_script
 

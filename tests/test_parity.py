@@ -116,9 +116,7 @@ def test_the_two_flux_stages_hold_the_weights_once(flux, lora):
 
 def test_a_lora_leaves_no_trace_on_the_base(flux, lora, make_shot):
     before = flux([Item(make_shot())])[0]["image"]
-    refined = [
-        lora([Item(make_shot(lora=[(LORA, {"path": LORA.path, "weight": w})[1]]), {"image": before})]) for w in (1.0, 0.0)
-    ]
+    refined = [lora([Item(make_shot(lora=[{"path": LORA.path, "weight": w}]), {"image": before})]) for w in (1.0, 0.0)]
     assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA does nothing"
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 

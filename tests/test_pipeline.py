@@ -9,8 +9,9 @@ from PIL import Image
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.media import open_video
-from vidgen_ray.outputs.folder import OutputFolder, sha256_of
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.weights import resolve
 

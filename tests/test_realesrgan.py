@@ -17,7 +17,7 @@ from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import realesrgan
 from vidgen_ray.stages.base import Frames, Item
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks, load_network
 from vidgen_ray.weights import resolve
 
 UINT8_STEP = 1 / 255
@@ -187,7 +187,8 @@ def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Fra
     (artefacts,) = stage([Item(shot(scale=3), {"frames": clip})])
     shared = clip.copy()
     shared.flags.writeable = False
-    parts = [elsewhere.upscale(shared[chunk], 3, "animevideov3") for chunk in stage.chunks(len(shared))]
+    cuts = frame_chunks(len(shared), stage.params.frames_per_call)
+    parts = [elsewhere.upscale(shared[chunk], 3, "animevideov3") for chunk in cuts]
     assert [len(part) for part in parts] == [4, 3]
     assert np.array_equal(np.concatenate(parts), artefacts["hd_frames"])
     assert artefacts["hd_frames"].shape == (7, 144, 192, 3)
@@ -196,7 +197,7 @@ def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Fra
 @pytest.mark.parametrize(("n_frames", "cuts"), [(1, [(0, 1)]), (4, [(0, 4)]), (9, [(0, 4), (4, 8), (8, 9)])])
 def test_a_clip_is_cut_in_order_without_weights(n_frames: int, cuts: list[tuple[int, int]]) -> None:
     stage = RealESRGANStage(RealESRGANParams(weights=Path("nowhere")))
-    assert [(chunk.start, chunk.stop) for chunk in stage.chunks(n_frames)] == cuts
+    assert [(chunk.start, chunk.stop) for chunk in frame_chunks(n_frames, stage.params.frames_per_call)] == cuts
 
 
 def test_bfloat16_is_close_to_float32(weights: Path, clip: Frames) -> None:

@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vidgen_ray.version import __version__
+
 if TYPE_CHECKING:
     from vidgen_ray.pipeline import VideoGenerationPipeline
     from vidgen_ray.shot import Shot
 
-__version__ = "0.1.0"
 __all__ = ["Shot", "VideoGenerationPipeline", "__version__"]
 
 

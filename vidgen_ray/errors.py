@@ -36,7 +36,10 @@ class ScriptError(VidgenError):
 
     def __init__(self, errors: Sequence[FieldError]) -> None:
         self.errors = tuple(errors)
-        super().__init__("\n".join(str(e) for e in errors))
+        super().__init__(self.errors)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.errors))
 
 
 class ProfileError(VidgenError):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -39,8 +39,6 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
 FILE_FIELDS = ("image", "face_image")
 LORA_FIELDS = ("lora", "fast_lora")
-NOT_IN_KEYS = {"weights", "device", "threads"}
-"""Of a stage's parameters: weights stand in a key by their digest, the rest says where it runs, not what comes out."""
 OUTPUT_VERSION = 1
 """Raised when encoding or the set of files of a shot changes."""
 
@@ -81,6 +79,12 @@ def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str,
     return {stage.name: profile.params(stage) for stage in stages}
 
 
+def with_local_loras(shot: Shot) -> Shot:
+    """The shot with its built-in LoRAs as files of this machine."""
+    loras = tuple(LoraRef(path=str(resolve(lora.path)), weight=lora.weight) for lora in shot.lora)
+    return shot.model_copy(update={"lora": loras})
+
+
 class ShotPlanner:
     """Gives shots their steps and keys. Weights are looked at once, so a planner is made anew for each run.
 
@@ -93,16 +97,16 @@ class ShotPlanner:
         self._digest = cache(digest)
 
     def __call__(self, shot: Shot) -> ShotPlan:
-        """Raises StageError where the shot names something that is not there."""
+        """Raises StageError or SetupError where the shot names something that is not there."""
+        local = with_local_loras(shot)
         inputs = {field: self._value(shot, field) for field in ("image", "width", "height")} if shot.image else {}
         key = _hash("start", inputs)
         steps = []
         for stage in stages_of(shot):
             params = self._params[stage.name]
-            weights = tuple(self._digest(path) for path in stage.weight_files(params, shot))
+            weights = tuple(self._digest(path) for path in stage.weight_files(params, local))
             reads = {field: self._value(shot, field) for field in stage.reads}
-            options = params.model_dump(mode="json", exclude=NOT_IN_KEYS)
-            key = _hash(stage.name, stage.version, reads, options, weights, key)
+            key = _hash(stage.name, stage.version, reads, params.for_key(), weights, key)
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return ShotPlan(shot=shot, steps=tuple(steps), key=_hash("shot", OUTPUT_VERSION, self._encode, key))
 

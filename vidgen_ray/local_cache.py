@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
+
+from vidgen_ray.atomic import write_atomically
 
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
@@ -14,6 +15,12 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("VIDGEN_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidgen-ray"
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(path: Path) -> str:
@@ -36,10 +43,6 @@ def _file_digest(path: Path) -> str:
     memo = cache_dir() / "digests" / known_as[:2] / known_as
     if memo.exists():
         return memo.read_text()
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=memo.parent, delete=False) as tmp:
-        tmp.write(found)
-    os.replace(tmp.name, memo)
+    found = sha256_of(path)
+    write_atomically(memo, found)
     return found

@@ -6,24 +6,25 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.atomic import write_atomically
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.graph import ShotPlan, ShotPlanner, Step, params_of, stages_of
-from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
+from vidgen_ray.graph import ShotPlan, ShotPlanner, Step, params_of, stages_of, with_local_loras
+from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script import check_shot
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
-from vidgen_ray.stages.realesrgan import RealESRGANStage
-from vidgen_ray.weights import resolve
+from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 
 
 class StepFailed(VidgenError):
@@ -32,7 +33,11 @@ class StepFailed(VidgenError):
     def __init__(self, stage: str, cause: Exception) -> None:
         self.stage = stage
         self.cause = cause
-        super().__init__(f"{stage}: {cause}" if isinstance(cause, VidgenError) else f"{stage}: {type(cause).__name__}: {cause}")
+        super().__init__(stage, cause)
+
+    def __str__(self) -> str:
+        kind = "" if isinstance(self.cause, VidgenError) else f"{type(self.cause).__name__}: "
+        return f"{self.stage}: {kind}{self.cause}"
 
     def failure(self) -> Failure:
         return Failure(
@@ -67,7 +72,7 @@ class StepRunner:
     def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
         begun = time.monotonic()
         try:
-            found = self._cache.get(step.key) if self._cache else None
+            found = self._cache.get(step.key, self._stages[step.stage].writes) if self._cache else None
             given = self._work(step, item) if found is None else found
         # Whatever a model stumbles over fails this shot, not its neighbours.
         except Exception as error:
@@ -80,7 +85,8 @@ class StepRunner:
 
     def _work(self, step: Step, item: Item) -> Artefacts:
         stage = self._stages[step.stage]
-        (given,) = stage([with_inputs(item, stage.takes)])
+        ready = with_pictures(item, stage.takes)
+        (given,) = stage([Item(with_local_loras(ready.shot), ready.artefacts)])
         if self._cache:
             self._cache.put(step.key, given)
         return given
@@ -97,22 +103,28 @@ def step_record(step: Step, seconds: float, gpus: float, *, cached: bool) -> Ste
     )
 
 
-def with_inputs(item: Item, takes: Iterable[str]) -> Item:
-    """The item with what the shot brings by path read in: photo, start image, built-in LoRAs."""
+def with_pictures(item: Item, takes: Iterable[str]) -> Item:
+    """The item with the photo and the start image that the shot names by path, where they are taken and not there yet."""
     shot, artefacts = item.shot, item.artefacts.copy()
     if "photo" in takes and "photo" not in artefacts and shot.face_image is not None:
         artefacts["photo"] = read_image(Path(shot.face_image))
     if "image" in takes and "image" not in artefacts and shot.image is not None:
         artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
-    loras = tuple(LoraRef(path=str(resolve(lora.path)), weight=lora.weight) for lora in shot.lora)
-    return Item(shot.model_copy(update={"lora": loras}), artefacts)
+    return Item(shot, artefacts)
+
+
+class UpscaledChunk(NamedTuple):
+    """A part of a clip, and what it cost the upscaler."""
+
+    frames: Frames
+    seconds: float
 
 
 def finish(
     plan: ShotPlan,
     item: Item,
     records: Sequence[StepRecord],
-    upscaled: Iterable[Frames] | None,
+    upscaled: Iterable[UpscaledChunk] | None,
     *,
     outputs: OutputFolder,
     encode: Mp4Settings,
@@ -120,25 +132,31 @@ def finish(
     keep_stages: bool,
 ) -> ShotRecord:
     """Write and commit the shot's files. `upscaled` are chunks of frames in order, taken while they are encoded."""
-    shot, artefacts = item.shot, with_inputs(item, ("image",)).artefacts
+    shot, artefacts = item.shot, with_pictures(item, ("image",)).artefacts
     records = list(records)
     with outputs.draft(plan) as draft:
         write_png(draft.path("image.png"), artefacts["image"])
         if "frames" in artefacts:
             write_clip(draft.path("video.mp4"), [artefacts["frames"]], shot.fps, encode)
         if upscaled is not None:
-            begun = time.monotonic()
+            seconds: list[float] = []
             try:
-                write_clip(draft.path("hd.mp4"), upscaled, shot.fps, encode)
+                write_clip(draft.path("hd.mp4"), _counted(upscaled, seconds), shot.fps, encode)
             except Exception as error:
                 raise StepFailed(plan.steps[-1].stage, error) from error
-            records.append(step_record(plan.steps[-1], time.monotonic() - begun, upscaler_gpus, cached=False))
+            records.append(step_record(plan.steps[-1], sum(seconds), upscaler_gpus, cached=False))
         if keep_stages:
             _write_stages(draft, outputs.stage_cache)
         return draft.commit(records)
 
 
-def write_clip(path: Path, chunks: Iterable[Frames], fps: int, encode: Mp4Settings) -> None:
+def _counted(chunks: Iterable[UpscaledChunk], seconds: list[float]) -> Iterator[Frames]:
+    for chunk in chunks:
+        seconds.append(chunk.seconds)
+        yield chunk.frames
+
+
+def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode: Mp4Settings) -> None:
     """Encode chunks of frames, each (T, H, W, 3), as they come."""
     chunks = iter(chunks)
     first = next(chunks)
@@ -150,7 +168,7 @@ def write_clip(path: Path, chunks: Iterable[Frames], fps: int, encode: Mp4Settin
 
 def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
     for stage, step in zip(stages_of(draft.plan.shot), draft.plan.steps, strict=True):
-        artefacts = cache.get(step.key) if stage.keeps else None
+        artefacts = cache.get(step.key, stage.writes) if stage.keeps else None
         if not stage.keeps or artefacts is None:
             continue
         if "face" in artefacts:
@@ -159,10 +177,11 @@ def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
             write_png(draft.path(stage.keeps), artefacts["image"])
 
 
-def upscale_in_order(stage: RealESRGANStage, shot: Shot, frames: Frames) -> Iterator[Frames]:
+def upscale_in_order(stage: RealESRGANStage, shot: Shot, frames: Frames) -> Iterator[UpscaledChunk]:
     """The clip's chunks, upscaled one after another."""
-    for chunk in stage.chunks(len(frames)):
-        yield stage.upscale(frames[chunk], shot.scale, shot.upscaler)
+    for chunk in frame_chunks(len(frames), stage.params.frames_per_call):
+        begun = time.monotonic()
+        yield UpscaledChunk(stage.upscale(frames[chunk], shot.scale, shot.upscaler), time.monotonic() - begun)
 
 
 class GeneratedVideo(TypedDict):
@@ -225,7 +244,7 @@ class VideoGenerationPipeline:
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot, unless it is done already. Raises StepFailed."""
         plan = self.plan(shot)
-        if (record := self.outputs.done(plan)) is not None:
+        if (record := self.outputs.done(plan, self._keep_stages)) is not None:
             return record
         stages = [self._stage(stage) for stage in stages_of(shot)]
         upscaler = next((s for s in stages if isinstance(s, RealESRGANStage)), None)
@@ -260,10 +279,8 @@ class VideoGenerationPipeline:
         """A picture in memory is stored by its content beside the results, so that its shot can be repeated."""
         if not isinstance(face_image, PILImage.Image):
             return Path(face_image).absolute()
-        pixels = np.asarray(face_image.convert("RGB"))
-        name = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-        path = self.outputs.root / "inputs" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        content = encode_png(np.asarray(face_image.convert("RGB")))
+        path = self.outputs.root / "inputs" / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
         if not path.exists():
-            write_png(path, pixels)
+            write_atomically(path, content)
         return path.absolute()

@@ -1,6 +1,6 @@
 """With which models, on what: a YAML file with the weights, precision and share of the machine of every actor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -66,13 +66,12 @@ class Profile(_Section):
             raise ProfileError(f"profile {self.name}, actors.{stage.actor}: {_first(error)}") from None
         return params.resolved()
 
-    def pinned(self, params: Mapping[str, StageParams]) -> "Profile":
-        """The same with the precision of these actors made concrete, so that every machine uses the planning one's."""
-        actors = {
-            name: actor.model_copy(update={"dtype": params[name].dtype}) if name in params else actor
-            for name, actor in self.actors.items()
+    def pinned(self, stages: Iterable[type[Stage[Any]]]) -> "Profile":
+        """The same with the precision of these stages made concrete, so that every machine uses the planning one's."""
+        concrete = {
+            stage.actor: self.actor_of(stage).model_copy(update={"dtype": self.params(stage).dtype}) for stage in stages
         }
-        return self.model_copy(update={"actors": actors})
+        return self.model_copy(update={"actors": {**self.actors, **concrete}})
 
     def actor_of(self, stage: type[Stage[Any]]) -> ActorProfile:
         if stage.actor not in self.actors:

@@ -1,25 +1,20 @@
-"""Scripts: .jsonl, .csv, .txt, .parquet and .yaml files become checked shots. All lines are checked before any is used."""
+"""Scripts become checked shots: defaults and characters filled in, files found. All lines are checked before any is used."""
 
-import csv
-import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
+from vidgen_ray.script_files import Line, open_script, shortened
 from vidgen_ray.shot import ID_PATTERN, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.weights import resolve
 
 FAILURE_FIELD = "failure"
 """What `failures.jsonl` adds to a line; ignored when that file is rendered again."""
-HEADER_FIELDS = ("title", "defaults", "characters", "shots")
-TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character")
-"""Fields in which `7` is a word."""
-CHARACTER_FIELDS = ("face_image", "lora", "trigger")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +23,8 @@ class RejectedLine:
 
     id: str
     line: int
-    raw: dict[str, Any]
+    fields: dict[str, Any]
+    """With defaults filled in and paths made absolute, so that the line can stand in another script."""
     errors: tuple[FieldError, ...]
 
 
@@ -47,25 +43,6 @@ class Script:
         return [error for line in self.rejected for error in line.errors]
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    number: int
-    fields: dict[str, Any]
-    strict: bool
-    """Whether types are the file's own (JSON) or everything is text (CSV)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    defaults: Mapping[str, Any]
-    characters: Mapping[str, Mapping[str, Any]]
-
-
-class _BadLine(Exception):
-    def __init__(self, error: FieldError) -> None:
-        self.error = error
-
-
 def read_script(
     path: Path,
     *,
@@ -78,7 +55,7 @@ def read_script(
     A field that a line leaves out comes from the script's header, then from `defaults` (the command line), then from
     `profile_defaults`. Raises ScriptError where the file cannot be read or holds no lines at all.
     """
-    header, lines = _open(path)
+    header, lines = open_script(path)
     fallback = _merged(profile_defaults or {}, defaults or {}, header.defaults)
     shots: list[Shot] = []
     rejected: list[RejectedLine] = []
@@ -87,18 +64,17 @@ def read_script(
     for number, parsed in lines:
         count += 1
         if isinstance(parsed, FieldError):
-            rejected.append(RejectedLine(f"line-{number}", number, {}, (parsed,)))
+            rejected.append(RejectedLine(f"line-{number}", number, {"unreadable": parsed.got}, (parsed,)))
             continue
-        checked = _check(path, parsed, fallback, header.characters)
-        if isinstance(checked, tuple):
-            rejected.append(RejectedLine(_id_for_report(parsed), number, parsed.fields, checked))
+        line = _Checked(path.name, path.parent, parsed, fallback, header.characters)
+        if line.shot is None:
+            rejected.append(line.rejected())
             continue
-        for shot in _variants(checked):
+        for shot in _variants(line.shot):
             assert shot.id is not None
             if shot.id in where:
-                allowed = f"line {where[shot.id]} has it already; give each an id of its own, or use variants"
-                error = FieldError(path.name, number, "id", repr(shot.id), allowed)
-                rejected.append(RejectedLine(f"line-{number}", number, parsed.fields, (error,)))
+                line.refuse("id", repr(shot.id), f"line {where[shot.id]} has it already; give each its own, or use variants")
+                rejected.append(line.rejected(f"line-{number}"))
                 break
             where[shot.id] = number
             shots.append(shot.with_seed(run_seed))
@@ -109,57 +85,120 @@ def read_script(
 
 def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
     """One shot that does not come from a file. Raises ScriptError naming each wrong field."""
-    line = _Line(0, dict(fields), strict=False)
-    checked = _check(Path(source), line, profile_defaults, {}, base=Path.cwd())
-    if isinstance(checked, tuple):
-        raise ScriptError([FieldError(source, None, e.field, e.got, e.allowed) for e in checked])
-    return checked.with_seed(run_seed)
+    line = _Checked(source, Path.cwd(), Line(None, dict(fields), strict=False), profile_defaults, {})
+    if line.shot is not None and line.shot.variants > 1:
+        line.refuse("variants", str(line.shot.variants), "this is one shot; variants are for scripts")
+    if line.shot is None:
+        raise ScriptError(line.errors)
+    return line.shot.with_seed(run_seed)
 
 
-def _check(
-    path: Path,
-    line: _Line,
-    fallback: Mapping[str, Any],
-    characters: Mapping[str, Mapping[str, Any]],
-    base: Path | None = None,
-) -> Shot | tuple[FieldError, ...]:
-    base = base or path.parent
+class _Checked:
+    """A line with its defaults: either a shot, or what is wrong with it."""
 
-    def wrong(field: str | None, got: object, allowed: str) -> FieldError:
-        return FieldError(path.name, line.number or None, field, _short(got), allowed)
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        line: Line,
+        fallback: Mapping[str, Any],
+        characters: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.errors: list[FieldError] = []
+        self._source = source
+        self._folder = folder
+        self._line = line
+        own = {name: value for name, value in line.fields.items() if name != FAILURE_FIELD}
+        self._fields = _merged(fallback, own)
+        self._take_character(characters)
+        shot = None if self.errors else self._validated()
+        if shot is not None and shot.id is None:
+            # Of the line's own words alone: defaults that change must not change its id, and with it its seed.
+            shot = shot.model_copy(update={"id": derive_id(own)})
+        found = None if shot is None else self._with_files(shot)
+        self.shot = None if self.errors else found
 
-    own = {k: v for k, v in line.fields.items() if k != FAILURE_FIELD}
-    fields = _merged(fallback, own)
-    if (name := fields.get("character")) is not None:
-        if name not in characters:
+    def refuse(self, field: str | None, got: str, allowed: str) -> None:
+        self.errors.append(FieldError(self._source, self._line.number, field, got, allowed))
+        self.shot = None
+
+    def rejected(self, line_id: str | None = None) -> RejectedLine:
+        number = self._line.number or 0
+        failed_before = self._line.fields.get(FAILURE_FIELD)
+        known = failed_before.get("id") if isinstance(failed_before, dict) else self._line.fields.get("id")
+        if line_id is None:
+            line_id = known if isinstance(known, str) and ID_PATTERN.fullmatch(known) else f"line-{number}"
+        fields = {name: self._absolute(name, value) for name, value in self._fields.items()}
+        return RejectedLine(line_id, number, fields, tuple(self.errors))
+
+    def _take_character(self, characters: Mapping[str, Mapping[str, Any]]) -> None:
+        name = self._fields.get("character")
+        if name is None:
+            return
+        if not isinstance(name, str) or name not in characters:
             known = ", ".join(characters) or "none; characters stand in the header of a .yaml script"
-            return (wrong("character", name, f"the script's characters are: {known}"),)
-        fields = _as_character(fields, characters[name])
-    try:
-        shot = Shot.model_validate(fields, strict=line.strict)
-    except ValidationError as error:
-        return tuple(wrong(*_explained(detail)) for detail in error.errors(include_url=False))
-    # What defaults change must not change the id, or a line would lose its seed with them.
-    if shot.id is None:
-        shot = shot.model_copy(update={"id": derive_id(own)})
-    updates: dict[str, Any] = {}
-    errors: list[FieldError] = []
-    for field in ("image", "face_image"):
-        if (value := getattr(shot, field)) is not None:
-            file = base / Path(value).expanduser()
-            if not file.is_file():
-                errors.append(wrong(field, value, f"must be an existing file (looked for {file})"))
-            updates[field] = str(file.absolute())
-    loras = []
-    for lora in shot.lora:
+            self.refuse("character", shortened(name), f"the script's characters are: {known}")
+            return
+        brought = {field: value for field, value in characters[name].items() if field != "trigger"}
+        self._fields = {**brought, **self._fields}
+        if trigger := characters[name].get("trigger"):
+            self._fields["prompt"] = f"{trigger}, {self._fields.get('prompt', '')}"
+
+    def _validated(self) -> Shot | None:
         try:
+            shot = Shot.model_validate(self._fields, strict=self._line.strict)
+            # A shot travels between machines as JSON; what does not survive that is refused here.
+            return Shot.model_validate_json(shot.model_dump_json())
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                self.refuse(*_explained(detail))
+        except (ValueError, RecursionError) as error:
+            self.refuse("metadata", "what cannot be written as JSON", f"must be plain JSON, not nested deeply ({error})")
+        return None
+
+    def _with_files(self, shot: Shot) -> Shot:
+        for field in ("image", "face_image"):
+            value = getattr(shot, field)
+            if value is not None and not self._is_file(value):
+                self.refuse(field, shortened(value), f"must be an existing file (looked for {self._path(value)})")
+        for lora in shot.lora:
             # A built-in name stays a name: each machine builds its own copy.
-            local = resolve(lora.path, base)
-            loras.append(lora if lora.path.startswith("builtin:") else LoraRef(path=str(local), weight=lora.weight))
+            if lora.path.startswith("builtin:"):
+                self._check_builtin(lora.path)
+            elif not self._is_file(lora.path) or not lora.path.endswith(".safetensors"):
+                allowed = f"must be an existing .safetensors file (looked for {self._path(lora.path)})"
+                self.refuse("lora", shortened(lora.path), allowed)
+        files = {field: self._absolute(field, getattr(shot, field)) for field in ("image", "face_image")}
+        loras = tuple(LoraRef(path=self._absolute("lora", lora.path), weight=lora.weight) for lora in shot.lora)
+        return shot.model_copy(update={**files, "lora": loras})
+
+    def _check_builtin(self, name: str) -> None:
+        try:
+            resolve(name)
         except SetupError as error:
-            errors.append(wrong("lora", lora.path, f"must be an existing .safetensors file ({error})"))
-    updates["lora"] = tuple(loras)
-    return tuple(errors) or shot.model_copy(update=updates)
+            self.refuse("lora", shortened(name), str(error))
+
+    def _is_file(self, value: str) -> bool:
+        try:
+            return Path(self._path(value)).is_file()
+        except OSError:
+            return False
+
+    def _path(self, value: str) -> str:
+        # os.path, for it leaves the home of an unknown user as it is.
+        return os.path.abspath(self._folder / os.path.expanduser(value))
+
+    def _absolute(self, field: str, value: Any) -> Any:
+        """Paths of a field as absolute ones, whatever its shape; everything else as it is."""
+        if field not in ("image", "face_image", "lora") or value is None:
+            return value
+        if isinstance(value, str):
+            return value if value.startswith("builtin:") else self._path(value)
+        if isinstance(value, list | tuple):
+            return [self._absolute(field, one) for one in value]
+        if isinstance(value, dict) and isinstance(value.get("path"), str):
+            return {**value, "path": self._absolute(field, value["path"])}
+        return value
 
 
 def _variants(shot: Shot) -> Iterator[Shot]:
@@ -172,13 +211,6 @@ def _variants(shot: Shot) -> Iterator[Shot]:
         yield shot.model_copy(update={"id": f"{shot.id}-v{number}", "variants": 1, "seed": seed})
 
 
-def _as_character(fields: dict[str, Any], character: Mapping[str, Any]) -> dict[str, Any]:
-    out = {**{k: v for k, v in character.items() if k != "trigger"}, **fields}
-    if trigger := character.get("trigger"):
-        out["prompt"] = f"{trigger}, {fields.get('prompt', '')}"
-    return out
-
-
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later layers win; `steps` and `guidance` are merged stage by stage."""
     out: dict[str, Any] = {}
@@ -189,176 +221,13 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def typed(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Fields given as text, in a CSV cell or on a command line, with the types that the text spells."""
-    return {name: value if name in TEXT_FIELDS else _cell(value) for name, value in fields.items()}
-
-
-def _cell(text: str) -> Any:
-    spelled = {"true": True, "false": False}.get(text.strip().lower())
-    if spelled is not None:
-        return spelled
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float | list | dict) else text
-
-
-def _explained(detail: Any) -> tuple[str | None, object, str]:
+def _explained(detail: Any) -> tuple[str | None, str, str]:
+    """Field, what was got and what is allowed, out of one of pydantic's errors."""
     field = ".".join(str(part) for part in detail["loc"] if not isinstance(part, int)) or None
     if detail["type"] == "extra_forbidden":
         return field, "an unknown field", f"the fields are {', '.join(Shot.model_fields)}"
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    got = "the line" if field is None else detail["input"]
-    return field, got, message[0].lower() + message[1:]
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) and value in ("nothing", "the line", "an unknown field") else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _id_for_report(line: _Line) -> str:
-    given = line.fields.get("id")
-    return given if isinstance(given, str) and ID_PATTERN.fullmatch(given) else f"line-{line.number}"
-
-
-Lines = Iterator[tuple[int, _Line | FieldError]]
-NO_HEADER = _Header({}, {})
-
-
-def _open(path: Path) -> tuple[_Header, Lines]:
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt, ".parquet": _parquet, ".yaml": _yaml, ".yml": _yaml}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise _refused(path, f"a {path.suffix or 'nameless'} file", f"a script is one of {', '.join(sorted(readers))}")
-    if not path.is_file():
-        raise _refused(path, str(path), "there is no such file")
-    return reader(path)
-
-
-def _refused(path: Path, got: str, allowed: str) -> ScriptError:
-    return ScriptError([FieldError(path.name, None, None, got, allowed)])
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _refused(path, f"bytes that are not UTF-8 at {error.start}", "save the script as UTF-8") from None
-
-
-def _jsonl(path: Path) -> tuple[_Header, Lines]:
-    def lines() -> Lines:
-        for number, text in enumerate(_text(path).split("\n"), start=1):
-            if text.strip():
-                yield number, _json_line(path, number, text)
-
-    return NO_HEADER, lines()
-
-
-def _json_line(path: Path, number: int, text: str) -> _Line | FieldError:
-    try:
-        value = json.loads(text, object_pairs_hook=_no_key_twice)
-    except _BadLine as bad:
-        return FieldError(path.name, number, bad.error.field, bad.error.got, bad.error.allowed)
-    except (ValueError, RecursionError) as error:
-        return FieldError(path.name, number, None, _short(text), f"must be a JSON object on one line ({error})")
-    if not isinstance(value, dict):
-        return FieldError(path.name, number, None, _short(value), "must be a JSON object with at least a prompt")
-    return _Line(number, value, strict=True)
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise _BadLine(FieldError("", None, twice, "the field twice", "each field stands once"))
-    return out
-
-
-def _csv(path: Path) -> tuple[_Header, Lines]:
-    def lines() -> Lines:
-        rows = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
-        try:
-            for row in rows:
-                if None in row:
-                    yield (
-                        rows.line_num,
-                        FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas"),
-                    )
-                    continue
-                fields = {k: v for k, v in row.items() if v not in (None, "")}
-                yield rows.line_num, _Line(rows.line_num, typed(fields), strict=False)
-        except csv.Error as error:
-            yield rows.line_num, FieldError(path.name, rows.line_num, None, "a broken row", f"must be CSV ({error})")
-
-    return NO_HEADER, lines()
-
-
-def _txt(path: Path) -> tuple[_Header, Lines]:
-    def lines() -> Lines:
-        for number, text in enumerate(_text(path).split("\n"), start=1):
-            if text.strip() and not text.lstrip().startswith("#"):
-                yield number, _Line(number, {"prompt": text.strip()}, strict=False)
-
-    return NO_HEADER, lines()
-
-
-def _parquet(path: Path) -> tuple[_Header, Lines]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _refused(path, "something that is not Parquet", f"write the script again ({error})") from None
-    for field in file.schema_arrow:
-        # Extension types may carry code to be run on reading (CVE-2026-41486).
-        if isinstance(field.type, pyarrow.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-            raise _refused(path, f"an extension type in column {field.name}", "columns are text, numbers, lists and structs")
-
-    def lines() -> Lines:
-        number = 0
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, _Line(number, _without_nulls(row), strict=True)
-
-    return NO_HEADER, lines()
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet has no missing fields, only null ones."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def _yaml(path: Path) -> tuple[_Header, Lines]:
-    try:
-        content = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise _refused(path, "something that is not YAML", str(error)) from None
-    if not isinstance(content, dict) or not isinstance(content.get("shots"), list):
-        raise _refused(path, "no list of shots", "a .yaml script has `shots:`, a list, beside title, defaults and characters")
-    if unknown := set(content) - set(HEADER_FIELDS):
-        raise _refused(path, f"an unknown header field {sorted(unknown)[0]!r}", f"the header has {', '.join(HEADER_FIELDS)}")
-    characters = content.get("characters") or {}
-    for name, character in characters.items():
-        if not isinstance(character, dict) or set(character) - set(CHARACTER_FIELDS):
-            raise _refused(path, f"character {name!r}: {_short(character)}", f"a character has {', '.join(CHARACTER_FIELDS)}")
-
-    def lines() -> Lines:
-        for number, shot in enumerate(content["shots"], start=1):
-            if isinstance(shot, str):
-                shot = {"prompt": shot}
-            if isinstance(shot, dict):
-                yield number, _Line(number, shot, strict=True)
-            else:
-                yield number, FieldError(path.name, number, None, _short(shot), "a shot is a prompt or a set of fields")
-
-    return _Header(content.get("defaults") or {}, characters), lines()
+    got = "the line" if field is None else shortened(detail["input"])
+    return field, got, message[:1].lower() + message[1:]

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-STAGES_WITH_STEPS = ("flux", "lora", "hunyuan", "svd")
+VARIANT_SUFFIX = 5
+"""Letters that `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -136,6 +137,8 @@ class Shot(_Frozen):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
+        if self.variants > 1 and self.id and len(self.id) > 128 - VARIANT_SUFFIX:
+            raise ValueError(f"id of {len(self.id)} letters, with variants at most {128 - VARIANT_SUFFIX}")
         if self.generate_video:
             for name in ("width", "height"):
                 if getattr(self, name) % 64:
@@ -187,8 +190,10 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
     for key in flat:
         head, tail = key.split(".", 1)
         stage, setting = (tail, head) if head in ("steps", "guidance") else (head, tail)
-        if setting in ("steps", "guidance") and stage in STAGES_WITH_STEPS:
-            out[setting] = {**(out.get(setting) or {}), stage: data[key]}
+        if setting in ("steps", "guidance") and stage in StageSteps.model_fields:
+            beside = {} if out.get(setting) is None else out[setting]
+            # Beside something that is no set of fields, that something is refused.
+            out[setting] = {**beside, stage: data[key]} if isinstance(beside, dict) else beside
         else:
             out[key] = data[key]
     return out

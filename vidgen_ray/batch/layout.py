@@ -35,6 +35,23 @@ class Layout:
         return (*self.chain, self.upscalers) if self.upscalers else self.chain
 
 
+def fits(layout: Layout, gpus: Sequence[int]) -> bool:
+    """Whether the pools find places on nodes with so many GPUs each; an actor's share lies on one GPU.
+
+    Largest first: it may miss a packing that exists, and never finds one that does not.
+    """
+    free = [1.0 for node in gpus for _ in range(node)]
+    for share in sorted((pool.gpus for pool in layout.pools for _ in range(pool.actors)), reverse=True):
+        if share > 1:
+            return False
+        place = next((n for n, room in enumerate(free) if share <= room + 1e-6), None)
+        if share and place is None:
+            return False
+        if place is not None:
+            free[place] -= share
+    return True
+
+
 def layout_of(profile: Profile, stages: Sequence[type[Stage[Any]]]) -> Layout:
     """The pools for the stages a script uses; a stage that no shot passes has no actors.
 

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from vidgen_ray.atomic import write_atomically
 from vidgen_ray.batch.layout import Layout, layout_of
 from vidgen_ray.batch.operators import Job
 from vidgen_ray.batch.stream import stream
+from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.errors import ScriptError, VidgenError
 from vidgen_ray.graph import ShotPlan, ShotPlanner, params_of, stages_used
-from vidgen_ray.outputs.atomic import write_atomically
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -24,14 +25,7 @@ from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import RejectedLine, Script
 from vidgen_ray.shot import Shot
-
-
-class Watcher(Protocol):
-    """Is told how a run goes."""
-
-    def planned(self, total: int, done_before: int, refused: int) -> None: ...
-
-    def ended(self, row: ManifestRow) -> None: ...
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +60,9 @@ def render(
     outputs = OutputFolder(out.absolute())
     outputs.sweep()
     ledger = _Ledger(run, script, watcher)
-    params = params_of(profile, stages_used(script.shots))
-    profile = profile.pinned(params)
+    stages = stages_used(script.shots)
+    params = params_of(profile, stages)
+    profile = profile.pinned(stages)
     plans, unplanned = _planned(script, ShotPlanner(params, profile.encode))
     before = {} if fresh else {plan.shot.id: done for plan in plans if (done := outputs.done(plan, keep_stages))}
     todo = [plan for plan in plans if plan.shot.id not in before]
@@ -84,11 +79,14 @@ def render(
             if plan.shot.id in before:
                 ledger.skipped(plan.shot, before[plan.shot.id])
         job = Job(run, profile, outputs.root, use_cache=use_cache or keep_stages, keep_stages=keep_stages)
-        for plan, result in stream(todo, job, layout, address):
+        upscaler = params.get(RealESRGANStage.name)
+        frames_per_call = upscaler.frames_per_call if isinstance(upscaler, RealESRGANParams) else 1
+        for plan, result in stream(todo, job, layout, frames_per_call, address):
             ledger.ended(plan.shot, result)
     finally:
-        # An interrupted run, too, leaves a true account of what ended.
+        # A run that is interrupted by Ctrl-C, too, leaves a true account of what ended.
         ledger.write(outputs.root)
+        outputs.sweep()
     report = RunReport(run=run, seconds=round(time.monotonic() - begun, 2), **ledger.counts())
     _write_run(outputs.root, report, script, profile, layout, plans)
     return report
@@ -113,19 +111,19 @@ class _Ledger:
         self._script = script
         self._watcher = watcher
         self._rows: list[ManifestRow] = []
-        self._failures: list[tuple[dict[str, Any], Failure]] = []
+        self._failed: dict[str, tuple[dict[str, Any], Failure]] = {}
 
     def refused(self, line: RejectedLine) -> None:
         failure = StepFailed("script", ScriptError(line.errors)).failure()
-        self._failures.append((line.raw, failure))
-        self._enter(ManifestRow.of_refused_line(self._run, line.id, line.line, line.raw.get("prompt"), failure))
+        self._failed[line.id] = (line.fields, failure)
+        self._enter(ManifestRow.of_refused_line(self._run, line.id, line.line, line.fields.get("prompt"), failure))
 
     def skipped(self, shot: Shot, record: ShotRecord) -> None:
         self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), record, "skipped"))
 
     def ended(self, shot: Shot, result: ShotRecord | Failure) -> None:
         if isinstance(result, Failure):
-            self._failures.append((shot.model_dump(mode="json", exclude_defaults=True), result))
+            self._failed[shot.id or ""] = (shot.model_dump(mode="json", exclude={"character"}), result)
         status: Literal["done", "failed"] = "failed" if isinstance(result, Failure) else "done"
         self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), result, status))
 
@@ -134,7 +132,7 @@ class _Ledger:
 
     def write(self, out: Path) -> None:
         write_manifest(out, self._run, self._rows)
-        write_failures(out, self._failures)
+        write_failures(out, {row.id for row in self._rows}, self._failed)
 
     def _line(self, shot: Shot) -> int:
         assert shot.id is not None
@@ -149,13 +147,15 @@ def _write_run(
     root: Path, report: RunReport, script: Script, profile: Profile, layout: Layout, plans: Sequence[ShotPlan]
 ) -> None:
     """`run.json`: what ran last in this folder."""
-    weights = {step.stage: step.weights for plan in plans for step in plan.steps}
+    weights: dict[str, set[str]] = {}
+    for step in (step for plan in plans for step in plan.steps):
+        weights.setdefault(step.stage, set()).update(step.weights)
     content = {
         **asdict(report),
         "script": script.source,
         "profile": profile.model_dump(mode="json"),
         "layout": [{**asdict(pool), "stages": [stage.name for stage in pool.stages]} for pool in layout.pools],
-        "weights": weights,
+        "weights": {stage: sorted(digests) for stage, digests in weights.items()},
         "software": software_versions(),
     }
     write_atomically(root / "run.json", json.dumps(content, indent=1))

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from vidgen_ray.graph import ShotPlan
-from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.stages.base import Artefacts
 
 Batch = dict[str, NDArray[Any]]
 """A batch of one row: column -> array whose first axis has length 1."""
 
-TENSORS = {"image": (0, 1, 3), "frames": (0, 1, 1, 3)}
+TENSORS = {"pose": (0, 1, 3), "image": (0, 1, 3), "frames": (0, 1, 1, 3)}
 """Column -> shape of the absent tensor."""
 _records = TypeAdapter(tuple[StepRecord, ...])
 
@@ -33,13 +33,18 @@ class Parcel:
     records: tuple[StepRecord, ...] = ()
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
     failure: Failure | None = None
+    result: ShotRecord | None = None
+    """Of a shot that was committed."""
 
 
 def pack(parcel: Parcel) -> Batch:
+    if unknown := set(parcel.artefacts) - {*TENSORS, "face"}:
+        raise ValueError(f"artefacts that rows have no columns for: {', '.join(unknown)}")
     texts = {
         "plan": parcel.plan.model_dump_json(),
         "records": _records.dump_json(parcel.records).decode(),
         "failure": parcel.failure.model_dump_json() if parcel.failure else "",
+        "result": parcel.result.model_dump_json() if parcel.result else "",
         "face": face_to_json(parcel.artefacts["face"]) if "face" in parcel.artefacts else "",
     }
     row: Batch = {name: np.array([text], dtype=object) for name, text in texts.items()}
@@ -62,4 +67,5 @@ def unpack(row: Batch) -> Parcel:
         records=_records.validate_json(row["records"][0]),
         artefacts=Artefacts(**artefacts),  # type: ignore[typeddict-item]  # the names are those of Artefacts
         failure=Failure.model_validate_json(row["failure"][0]) if row["failure"][0] else None,
+        result=ShotRecord.model_validate_json(row["result"][0]) if row["result"][0] else None,
     )

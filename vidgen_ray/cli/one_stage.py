@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError, MediaError, ScriptError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_to_json
-from vidgen_ray.pipeline import with_inputs, write_clip
+from vidgen_ray.pipeline import upscale_in_order, write_clip
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
@@ -31,11 +33,17 @@ def run_one_stage(
     shot = check_shot(told, "vidgen stage", profile.defaults, run_seed)
     artefacts, fps = _read(stage_class, source, shot)
     with stage_class(profile.params(stage_class)) as stage:
-        (given,) = stage([with_inputs(Item(shot, artefacts), ())])
+        if isinstance(stage, RealESRGANStage) and out.suffix == ".mp4":
+            # Chunk by chunk, since a whole clip enlarged four times may not fit in memory.
+            out.parent.mkdir(parents=True, exist_ok=True)
+            chunks = (chunk.frames for chunk in upscale_in_order(stage, shot, artefacts["frames"]))
+            write_clip(out, chunks, fps, profile.encode)
+            return
+        (given,) = stage([Item(with_local_loras(shot), artefacts)])
     _write(given, out, fps, profile)
 
 
-def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Artefacts, int]:
+def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Artefacts, int | Fraction]:
     """What the stage takes, out of the file; and the frames a second of a clip."""
     if not stage.takes:
         return Artefacts(), shot.fps
@@ -50,14 +58,14 @@ def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Art
     return Artefacts(photo=picture), shot.fps
 
 
-def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int]:
+def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
     if source.suffix.lower() not in CLIP_ENDINGS:
         return Artefacts(frames=read_image(source)[None]), shot.fps
     with open_video(source) as video:
-        return Artefacts(frames=video.frames(0, video.frame_count)), max(1, round(video.fps))
+        return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 
 
-def _write(given: Artefacts, out: Path, fps: int, profile: Profile) -> None:
+def _write(given: Artefacts, out: Path, fps: int | Fraction, profile: Profile) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     clip: Frames | None = given.get("hd_frames", given.get("frames"))
     if clip is not None and out.suffix == ".mp4":

@@ -11,15 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.outputs.manifest import ManifestRow
 
 
-class RunView(AbstractContextManager["RunView"], Protocol):
+class RunView(Watcher, AbstractContextManager["RunView"], Protocol):
     """A watcher of a run that has a beginning and an end."""
-
-    def planned(self, total: int, done_before: int, refused: int) -> None: ...
-
-    def ended(self, row: ManifestRow) -> None: ...
 
 
 def run_view() -> RunView:

@@ -3,19 +3,20 @@
 `shots/<id>/shot.json` is the commit point: written last, by rename. A shot is done when it is there with the shot's key.
 """
 
-import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from vidgen_ray.atomic import flush_to_disk, is_temporary, sweep, temporary_folder, write_atomically
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
-from vidgen_ray.outputs.atomic import TEMPORARY, write_atomically
+from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
+from vidgen_ray.version import __version__
 
 
 class ShotDraft:
@@ -24,8 +25,7 @@ class ShotDraft:
     def __init__(self, folder: Path, plan: ShotPlan) -> None:
         self.plan = plan
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._work = Path(tempfile.mkdtemp(dir=folder, prefix=TEMPORARY))
+        self._work = temporary_folder(folder)
 
     def path(self, name: str) -> Path:
         """Where to write a file that will be called `name`."""
@@ -45,11 +45,12 @@ class ShotDraft:
         # An older render of this id stops being done before its first file is replaced.
         (self._folder / "shot.json").unlink(missing_ok=True)
         for file in files:
+            flush_to_disk(file)
             os.replace(file, self._folder / file.name)
         kept = {f.name for f in files}
         for stale in self._folder.iterdir():
-            if stale.is_file() and stale.name not in kept:
-                stale.unlink()
+            if stale.is_file() and stale.name not in kept and not is_temporary(stale):
+                stale.unlink(missing_ok=True)
         write_atomically(self._folder / "shot.json", record.model_dump_json(indent=1))
         return record
 
@@ -82,7 +83,16 @@ class OutputFolder:
         except (OSError, ValueError):
             return None
         expected = {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} if with_stages else set()
-        return record if record.key == plan.key and expected <= set(record.files) else None
+        whole = record.key == plan.key and expected <= set(record.files) and self._has(plan.shot.id, record)
+        return record if whole else None
+
+    def _has(self, shot_id: str, record: ShotRecord) -> bool:
+        """Whether the files are there at their full length. Reading them would cost a run of many shots too much."""
+        folder = self.shot_folder(shot_id)
+        try:
+            return all((folder / name).stat().st_size == file.bytes for name, file in record.files.items())
+        except FileNotFoundError:
+            return False
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
@@ -95,17 +105,13 @@ class OutputFolder:
             draft.discard()
 
     def sweep(self) -> None:
-        """Remove what killed runs left half made. Only while no other run writes here."""
-        for pattern in (f"shots/*/{TEMPORARY}*", f"cache/*/{TEMPORARY}*", f"{TEMPORARY}*", f"manifest/{TEMPORARY}*"):
-            for leftover in self.root.glob(pattern):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        """Remove what killed processes left half made."""
+        for pattern in ("shots/*/*", "cache/*/*", "manifest/*", "inputs/*", "*"):
+            sweep(self.root, pattern)
 
 
+@cache
 def software_versions() -> dict[str, str]:
     """What a result's bytes may depend on beside the weights."""
-    return {name: version(name) for name in ("vidgen-ray", "torch", "diffusers", "transformers", "peft", "spandrel", "av")}
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    packages = ("torch", "diffusers", "transformers", "peft", "spandrel", "av")
+    return {"vidgen-ray": __version__, **{name: version(name) for name in packages}}

@@ -1,8 +1,8 @@
 """What became of every line: `manifest/*.parquet`, and `failures.jsonl`, a script of the lines that failed."""
 
+import io
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
-from vidgen_ray.outputs.atomic import TEMPORARY, write_atomically
+from vidgen_ray.atomic import write_atomically
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.shot import Shot
 
@@ -116,36 +116,52 @@ SCHEMA = _arrow_schema()
 
 
 def write_manifest(out: Path, run: str, rows: Sequence[ManifestRow]) -> Path:
-    """Write this run's rows and drop older rows of the same ids, so that the folder holds one row an id."""
-    folder = out / "manifest"
-    folder.mkdir(parents=True, exist_ok=True)
-    older = sorted(folder.glob("*.parquet"))
-    ids = {row.id for row in rows}
-    tables = [pyarrow.Table.from_pylist([row.model_dump() for row in rows], schema=SCHEMA)]
+    """Write this run's rows together with those of earlier runs, one row an id: that of the run that ended it last."""
+    older = sorted((out / "manifest").glob("*.parquet"))
+    latest = {row.id: row for row in sorted([*_rows_of(older), *rows], key=lambda row: row.ended_at)}
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([row.model_dump() for row in latest.values()], schema=SCHEMA), content
+    )
+    target = out / "manifest" / f"{run}.parquet"
+    write_atomically(target, content.getvalue())
     for file in older:
-        before = pyarrow.parquet.read_table(file, schema=SCHEMA)
-        tables.append(before.filter(pyarrow.array([i not in ids for i in before["id"].to_pylist()], pyarrow.bool_())))
-    target = folder / f"{run}.parquet"
-    temporary = folder / f"{TEMPORARY}{run}"
-    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), temporary)
-    os.replace(temporary, target)
-    for file in older:
-        if file != target:
-            file.unlink()
+        file.unlink(missing_ok=True)
     return target
 
 
 def read_manifest(out: Path) -> list[ManifestRow]:
-    """All rows, in no order."""
-    files = sorted((out / "manifest").glob("*.parquet"))
+    """One row an id, in no order."""
+    rows = _rows_of(sorted((out / "manifest").glob("*.parquet")))
+    return list({row.id: row for row in sorted(rows, key=lambda row: row.ended_at)}.values())
+
+
+def _rows_of(files: Sequence[Path]) -> list[ManifestRow]:
     return [ManifestRow.model_validate(row) for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
 
 
-def write_failures(out: Path, lines: Sequence[tuple[dict[str, Any], Failure]]) -> None:
-    """Write each failed line with the reason under `failure`, or remove the file where none failed."""
+def write_failures(out: Path, ended: Collection[str], failed: Mapping[str, tuple[dict[str, Any], Failure]]) -> None:
+    """Write `failures.jsonl`: each failed line with its id in the manifest and the reason under `failure`.
+
+    Lines of earlier runs stay unless their id is among those that `ended` now; no file is left where none has failed.
+    """
     path = out / "failures.jsonl"
-    if not lines:
+    before = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    lines = [line for line in before if line.strip() and _failed_id(line) not in ended]
+    for line_id, (line, failure) in failed.items():
+        reason = {"id": line_id, **failure.model_dump()}
+        # What is no JSON came from a Parquet or YAML script, and is shown as text.
+        lines.append(json.dumps({**line, "failure": reason}, ensure_ascii=False, default=str))
+    if lines:
+        write_atomically(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+    else:
         path.unlink(missing_ok=True)
-        return
-    text = "".join(json.dumps({**line, "failure": f.model_dump()}, ensure_ascii=False) + "\n" for line, f in lines)
-    write_atomically(path, text)
+
+
+def _failed_id(line: str) -> str | None:
+    """None for a line that somebody wrote into the file by hand."""
+    try:
+        found = json.loads(line)["failure"]["id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

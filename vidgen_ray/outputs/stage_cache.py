@@ -1,16 +1,15 @@
 """Results of stages by content key, stored without loss, so that a change to a later stage reuses the earlier ones."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from vidgen_ray.atomic import temporary_folder
+from vidgen_ray.errors import MediaError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
-from vidgen_ray.outputs.atomic import TEMPORARY
 from vidgen_ray.stages.base import Artefacts, FaceFeatures
 
 
@@ -20,21 +19,31 @@ class StageCache:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def get(self, key: str) -> Artefacts | None:
-        """The artefacts under the key, or none. Uncached kinds (`photo`, `hd_frames`) are never part of an entry."""
+    def get(self, key: str, names: Iterable[str]) -> Artefacts | None:
+        """The artefacts of these names under the key, or none.
+
+        An entry that is damaged or lacks one of them is forgotten, so that its stage runs again.
+        """
         entry = self._entry(key)
-        return _read_artefacts(entry) if entry.is_dir() else None
+        if not entry.is_dir():
+            return None
+        try:
+            found = _read_artefacts(entry)
+        except (MediaError, OSError, ValueError, KeyError):
+            found = Artefacts()
+        if set(names) <= set(found):
+            return found
+        self.drop([key])
+        return None
 
     def put(self, key: str, artefacts: Artefacts) -> None:
         """Store an entry; where another process was faster, that entry stays."""
         entry = self._entry(key)
         if entry.is_dir():
             return
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=entry.parent, prefix=TEMPORARY))
+        fresh = temporary_folder(entry.parent)
         try:
             _write_artefacts(fresh, artefacts)
-            os.chmod(fresh, 0o755)
             fresh.rename(entry)
         except OSError:
             if not entry.is_dir():

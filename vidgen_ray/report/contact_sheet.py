@@ -1,5 +1,6 @@
 """One picture of a whole run: a row a shot, from the first stage to the last frame."""
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
+from vidgen_ray.atomic import write_atomically
 from vidgen_ray.graph import STAGES
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
@@ -43,7 +45,9 @@ def write_contact_sheet(out: Path) -> Path:
             sheet.paste(_scaled(image), (LABEL_WIDTH_PX + columns.index(name) * (CELL_PX + GAP_PX), top))
         top += height_px + GAP_PX
     path = out / "contact_sheet.jpg"
-    sheet.save(path, quality=88)
+    content = io.BytesIO()
+    sheet.save(content, "JPEG", quality=88)
+    write_atomically(path, content.getvalue())
     return path
 
 

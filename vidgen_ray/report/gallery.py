@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
 
-from vidgen_ray.outputs.atomic import write_atomically
+from vidgen_ray.atomic import write_atomically
 from vidgen_ray.outputs.manifest import read_manifest
 
 SHOTS_SHOWN = 500

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,11 @@ class StageParams(BaseModel):
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; none leaves them alone. The number changes the last bits of a result."""
 
+    def for_key(self) -> dict[str, Any]:
+        """What of these changes bytes, beside the weights, which a content key has by their digest."""
+        ignored = {"weights"} if self.device == "cpu" else {"weights", "threads"}
+        return self.model_dump(mode="json", exclude=ignored)
+
     def resolved(self) -> Self:
         """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
         return self
@@ -114,7 +119,7 @@ class Stage(ABC, Generic[P]):
 
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
-        """The files or folders whose content decides this stage's result for the shot."""
+        """The files or folders whose content decides this stage's result for the shot; its LoRAs are local files."""
         return (params.weights,)
 
     @abstractmethod

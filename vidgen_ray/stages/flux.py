@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from vidgen_ray.shot import Shot
@@ -42,6 +43,10 @@ class FluxStage(Stage[FluxParams]):
     @staticmethod
     def applies(shot: Shot) -> bool:
         return shot.image is None
+
+    @classmethod
+    def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
+        return (params.weights, *(Path(lora.path) for lora in shot.fast_lora))
 
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)

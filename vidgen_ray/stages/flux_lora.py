@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image as PILImage
@@ -46,6 +47,10 @@ class FluxLoRAStage(Stage[FluxParams]):
     def applies(shot: Shot) -> bool:
         # A fast shot wears its LoRA in the one FLUX pass, unless it starts from a picture and has no such pass.
         return bool(shot.lora) and (shot.mode == "quality" or shot.image is not None)
+
+    @classmethod
+    def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
+        return (params.weights, *(Path(lora.path) for lora in shot.lora))
 
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)

@@ -27,7 +27,10 @@ class FluxParams(StageParams):
     true_cfg_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance against the negative prompt, for shots that have one; costs a second pass a step."""
     adapters_kept: int = Field(4, ge=1)
-    """LoRAs kept on the weights; the one longest unused goes first."""
+    """LoRAs kept on the weights, and the most that one shot may have; the one longest unused goes first."""
+
+    def for_key(self) -> dict[str, Any]:
+        return {name: value for name, value in super().for_key().items() if name != "adapters_kept"}
 
 
 class FluxModel:
@@ -80,13 +83,15 @@ class FluxModel:
     @contextmanager
     def wearing(self, loras: Sequence[LoraRef]) -> Iterator[None]:
         """Run a block with exactly these LoRAs acting; outside of it the weights are the plain ones, bitwise."""
-        names = [self._adapter(Path(lora.path)) for lora in loras]
-        if not names:
+        if not loras:
             yield
             return
-        self.text_to_image.enable_lora()
-        self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
+        if len(loras) > self._adapters_kept:
+            raise StageError(f"lora: got {len(loras)} of them, the profile's adapters_kept allows {self._adapters_kept}")
+        names = [self._adapter(Path(lora.path)) for lora in loras]
         try:
+            self.text_to_image.enable_lora()
+            self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
             yield
         finally:
             self.text_to_image.disable_lora()

@@ -53,7 +53,7 @@ class RealESRGANStage(Stage[RealESRGANParams]):
 
     A network has a scale of its own, 4 for all that are built in. For another one its result is resized by bicubic
     interpolation before it is rounded, as in Real-ESRGAN's ncnn models of x2 and x3.
-    A clip is cut into `chunks`; whoever upscales the chunks, here or in other processes, gets the same bytes.
+    A clip is cut by `frame_chunks`; whoever upscales the chunks, here or in other processes, gets the same bytes.
     Source: Wang et al. 2021, arXiv:2107.10833; xinntao/Real-ESRGAN `realesrgan/utils.py`.
     """
 
@@ -85,11 +85,6 @@ class RealESRGANStage(Stage[RealESRGANParams]):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"hd_frames": self.upscale(item.artefacts["frames"], item.shot.scale, item.shot.upscaler)} for item in items]
 
-    def chunks(self, n_frames: int) -> list[slice]:
-        """How a clip is cut: half-open ranges of frames, in order. Needs no weights."""
-        step = self.params.frames_per_call
-        return [slice(begin, min(begin + step, n_frames)) for begin in range(0, n_frames, step)]
-
     def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
         """uint8 (T, H, W, 3) -> uint8 (T, scale * H, scale * W, 3), of a whole clip or of one of its chunks."""
         import torch
@@ -97,7 +92,7 @@ class RealESRGANStage(Stage[RealESRGANParams]):
         n_frames, height, width, _ = frames.shape
         upscaled = np.empty((n_frames, height * scale, width * scale, 3), np.uint8)
         with torch.inference_mode(), torch_threads(self.params.threads):
-            for chunk in self.chunks(n_frames):
+            for chunk in frame_chunks(n_frames, self.params.frames_per_call):
                 upscaled[chunk] = _to_frames(self._one_call(frames[chunk], scale, upscaler))
         return upscaled
 
@@ -138,6 +133,11 @@ class RealESRGANStage(Stage[RealESRGANParams]):
             network.model.to(self.params.device, self._dtype, memory_format=torch.channels_last)
             self._networks[upscaler] = network
         return self._networks[upscaler]
+
+
+def frame_chunks(n_frames: int, frames_per_call: int) -> list[slice]:
+    """How a clip is cut for the network: half-open ranges of frames, in order."""
+    return [slice(begin, min(begin + frames_per_call, n_frames)) for begin in range(0, n_frames, frames_per_call)]
 
 
 def weights_file(folder: Path, upscaler: str) -> Path:
