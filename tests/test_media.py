@@ -72,10 +72,13 @@ def write_foreign(
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream(codec, rate=24, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
+        # Two videos of the same frames are compared, so neither may depend on how busy the machine is.
+        stream.codec_context.thread_count = 1
         if rotation:
             stream.set_display_rotation(rotation)
         for pixels in frames:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            output.mux(stream.encode(frame.reformat(format=pixel_format, threads=1)))
         output.mux(stream.encode())
     return path
 
