@@ -144,6 +144,11 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert "no face found" in rows["nobody"]["failure_message"]
     assert not (out / "shots" / "nobody" / "shot.json").exists()
 
+    failed = [shot for shot in read_script(path, profile_defaults=tiny.defaults).shots if rows[shot.id]["status"] == "failed"]
+    again = read_script(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4})
+    assert list(again.shots) == failed, "a failed line comes back whole, whatever the defaults are by then"
+    assert [(line.id, line.errors[0].field) for line in again.rejected] == [("tall", "height"), ("line-7", "unreadable")]
+
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
     assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}

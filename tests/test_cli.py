@@ -55,6 +55,13 @@ def test_missing_weights_end_with_the_code_of_the_environment(tmp_path, capsys):
     assert f"nothing at {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
+def test_a_cluster_that_is_not_there_ends_with_the_code_of_the_environment(tmp_path, capsys):
+    script = tmp_path / "s.txt"
+    script.write_text("a red ball\n")
+    assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", "127.0.0.1:1"]) == 4
+    assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+
+
 def test_shot_prints_the_files_it_made(tmp_path, capsys):
     arguments = ["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "video", "-s", "id=ball", "-s", "fps=9"]
     assert main(arguments) == 0

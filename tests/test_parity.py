@@ -1,5 +1,7 @@
 """Each diffusion stage equals a plain diffusers call with the same weights and seed, bitwise in fp32."""
 
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import pytest
@@ -140,6 +142,16 @@ def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
             pass
     kept = model.text_to_image.get_list_adapters()["transformer"]
     assert kept == [model._adapter(files[0]), model._adapter(files[2])]
+
+
+def test_more_loras_than_are_kept_are_refused_and_leave_the_weights_plain(flux, lora, make_shot, tmp_path):
+    before = flux([Item(make_shot())])[0]["image"]
+    files = [tmp_path / f"{n}.safetensors" for n in range(5)]
+    for file in files:
+        file.write_bytes(Path(LORA.path).read_bytes())
+    with pytest.raises(StageError, match="got 5 of them, the profile's adapters_kept allows 4"):
+        lora([Item(make_shot(lora=[str(file) for file in files]), {"image": before})])
+    assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
 @pytest.mark.parametrize(

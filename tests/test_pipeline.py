@@ -1,13 +1,17 @@
 """The pipeline as a library: the call of the README, what it returns, what it leaves on disk."""
 
 import json
+import os
+import pickle
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.errors import ScriptError
+from vidgen_ray.atomic import temporary_folder
+from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of
 from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.media import open_video
@@ -72,11 +76,52 @@ def test_a_wrong_field_is_named_before_anything_is_loaded(pipeline):
         pipeline.generate_video("a", lora_path="gone.safetensors")
 
 
+def test_pictures_in_memory_are_told_apart_by_more_than_their_pixels(pipeline):
+    wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
+    assert pipeline._as_file(wide) != pipeline._as_file(tall)
+
+
+def test_stages_can_be_asked_for_after_a_shot_was_rendered_without(pipeline):
+    first = pipeline.generate_video("a red ball", id="late", generate_video=False)
+    keeping = VideoGenerationPipeline(pipeline.profile, pipeline.outputs.root, keep_stages=True)
+    again = keeping.generate_video("a red ball", id="late", generate_video=False)
+    assert set(again["record"].files) - set(first["record"].files) == {"base.png"}
+    assert again["record"].stages[0].cached
+
+
+def test_a_damaged_cache_entry_is_made_again(pipeline):
+    first = pipeline.generate_video("a green ball", id="hurt", upscale_video=False)["record"]
+    svd = next(stage for stage in first.stages if stage.stage == "svd")
+    (frames,) = (pipeline.outputs.root / "cache").glob(f"*/{svd.key}/frames.mkv")
+    frames.write_bytes(frames.read_bytes()[:100])
+    (pipeline.outputs.shot_folder("hurt") / "video.mp4").write_bytes(b"short")
+    again = pipeline.generate_video("a green ball", id="hurt", upscale_video=False)["record"]
+    assert [stage.cached for stage in again.stages] == [True, False]
+    assert again.files == first.files
+
+
 def test_a_stage_that_fails_is_named_and_leaves_no_shot(pipeline):
     wall = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
     with pytest.raises(StepFailed, match="instantid: face_image: no face found"):
         pipeline.generate_video("a", id="wall", face_image=wall)
     assert not list((pipeline.outputs.root / "shots").glob("wall/*"))
+
+
+def test_what_others_are_still_making_is_not_swept_away(tmp_path):
+    ours = temporary_folder(tmp_path / "shots" / "x")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    theirs = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    theirs.mkdir()
+    OutputFolder(tmp_path).sweep()
+    assert ours.exists()
+    assert not theirs.exists()
+
+
+def test_errors_travel_between_processes():
+    failed = StepFailed("svd", ScriptError([FieldError("s", 1, "f", "got", "allowed")]))
+    copy = pickle.loads(pickle.dumps(failed))
+    assert (str(copy), copy.stage) == (str(failed), "svd") == ("svd: s line 1, f: got got, allowed", "svd")
 
 
 @pytest.fixture

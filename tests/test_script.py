@@ -147,6 +147,15 @@ BAD = [
     ("[" * 100_000, None, "must be a JSON object"),
     ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
     ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
+    ({"prompt": "a", "character": ["ada"]}, "character", "got ['ada']"),
+    ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
+    ({"prompt": "a", "lora": "x" * 5000}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "lora": "."}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "lora": "builtin:nope"}, "lora", "there are tiny/flux"),
+    ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
+    ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "must"),
+    ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "with variants at most 123"),
 ]
 
 
@@ -159,6 +168,12 @@ def test_a_bad_line_is_named_with_line_and_field_and_its_neighbours_stay(tmp_pat
     error = rejected.errors[0]
     assert (error.source, error.line, error.field) == ("s.jsonl", 2, field)
     assert says in str(error)
+
+
+def test_a_broken_csv_row_costs_no_other(tmp_path):
+    script = read_script(write(tmp_path, "s.csv", 'prompt,fps\none,5\n"two"x,5\nthree,5\nfour,0\nfive,5,6\n'))
+    assert [s.prompt for s in script.shots] == ["one", "three"]
+    assert [(e.line, e.field) for e in script.errors] == [(3, None), (5, "fps"), (6, None)]
 
 
 def test_an_id_given_twice_names_the_first(tmp_path):
@@ -175,6 +190,10 @@ def test_an_id_given_twice_names_the_first(tmp_path):
         ("s.yaml", "a: &a [*a]", "no list of shots"),
         ("s.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
         ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
+        ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a set of named fields"),
+        ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: \['ada'\], must be a set"),
+        ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "a character has face_image, lora, trigger"),
+        ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
     ],
 )
 def test_a_file_that_is_no_script_is_refused_whole(tmp_path, name, content, says):

@@ -223,7 +223,8 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _explained(detail: Any) -> tuple[str | None, str, str]:
     """Field, what was got and what is allowed, out of one of pydantic's errors."""
-    field = ".".join(str(part) for part in detail["loc"] if not isinstance(part, int)) or None
+    # `lora.weight` and `steps.flux`; deeper only metadata goes, to any depth.
+    field = ".".join([part for part in detail["loc"] if isinstance(part, str)][:2]) or None
     if detail["type"] == "extra_forbidden":
         return field, "an unknown field", f"the fields are {', '.join(Shot.model_fields)}"
     if detail["type"] == "missing":

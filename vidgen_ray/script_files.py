@@ -140,7 +140,8 @@ def _csv(path: Path) -> tuple[Header, Lines]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield rows.line_num, FieldError(path.name, rows.line_num, None, "a broken row", f"must be CSV ({error})")
+                number = rows.reader.line_num
+                yield number, FieldError(path.name, number, None, "a broken row", f"must be CSV ({error})")
                 continue
             if None in row:
                 yield rows.line_num, FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas")

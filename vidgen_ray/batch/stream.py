@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.data
@@ -29,6 +31,7 @@ SPARE_CPUS = 1
 """For Ray Data's own tasks; with every CPU taken by actors it would stand still."""
 BLOCK_BYTES = 1 << 20
 """Small, so that Ray Data never merges rows: one row is one unit of work and of loss."""
+CONNECT_S = 10
 NO_PROGRESS_S = 1800
 """Ray gives up when nothing moves for so long: longer than the slowest stage and the loading of a model together."""
 
@@ -152,10 +155,18 @@ def _start_ray(address: str | None, cpus: float) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise SetupError(f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}") from None
         return
     # The actors of a small machine take turns, which is the operating system's business, not Ray's.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, **quiet)
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at HOST:PORT; Ray would try again for minutes. `auto` and the like pass."""
+    place = urlsplit(address if "//" in address else f"//{address}")
+    if place.hostname and place.port:
+        socket.create_connection((place.hostname, place.port), CONNECT_S).close()
