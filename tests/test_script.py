@@ -154,7 +154,7 @@ BAD = [
     ({"prompt": "a", "lora": "builtin:nope"}, "lora", "there are tiny/flux"),
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
     ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
-    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "must"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
     ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "with variants at most 123"),
 ]
 

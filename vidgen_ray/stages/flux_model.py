@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,7 +109,8 @@ class FluxModel:
             return name
         while len(self._adapters) >= self._adapters_kept:
             oldest, _ = self._adapters.popitem(last=False)
-            self.text_to_image.delete_adapters(oldest)
+            with _without_peft_warnings():
+                self.text_to_image.delete_adapters(oldest)
         self._load_adapter(file, name)
         self._adapters[name] = None
         return name
@@ -119,7 +121,8 @@ class FluxModel:
         try:
             factors = pipe.lora_state_dict(str(file.parent), **source)
             _check_shapes(pipe.transformer, factors)
-            pipe.load_lora_weights(str(file.parent), adapter_name=name, **source)
+            with _without_peft_warnings():
+                pipe.load_lora_weights(str(file.parent), adapter_name=name, **source)
         # The converters of LoRA formats raise whatever they stumble over.
         except Exception as error:
             raise StageError(f"lora {file.name}: cannot be laid on these FLUX weights: {error}") from error
@@ -128,10 +131,19 @@ class FluxModel:
         wearers = [part for part, names in pipe.get_list_adapters().items() if name in names]
         if not any(_acts(getattr(pipe, part), name) for part in wearers):
             if wearers:
-                pipe.delete_adapters(name)
+                with _without_peft_warnings():
+                    pipe.delete_adapters(name)
             raise StageError(
                 f"lora {file.name}: acts on nothing in these FLUX weights; it was trained for another model, or not trained"
             )
+
+
+@contextmanager
+def _without_peft_warnings() -> Iterator[None]:
+    """peft asks whether several adapters, and the end of an active one, are meant. They are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
+        yield
 
 
 def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
