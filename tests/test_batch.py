@@ -149,7 +149,7 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert {s.id: s for s in again.shots} == {s.id: s for s in failed}, (
         "a failed line comes back whole, whatever the defaults are by then"
     )
-    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("line-7", "unreadable")}
+    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("line-7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
     assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
