@@ -15,6 +15,9 @@ from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.outputs.manifest import ManifestRow
 
 
+LOADING = "starting workers, loading weights"
+
+
 class RunView(Watcher, AbstractContextManager["RunView"], Protocol):
     """A watcher of a run that has a beginning and an end."""
 
@@ -45,13 +48,16 @@ class _Bars:
         self._progress.stop()
 
     def planned(self, total: int, done_before: int, refused: int) -> None:
-        self._progress.update(self._task, total=total, description=f"shots ({done_before} done before)")
+        description = LOADING if total > done_before + refused else "shots"
+        self._progress.update(self._task, total=total, description=description)
 
     def ended(self, row: ManifestRow) -> None:
         if row.status == "failed":
             self._failed += 1
             self._progress.console.print(f"[red]failed[/] {escape(_failure_line(row))}")
-            self._progress.update(self._task, description=f"shots ([red]{self._failed} failed[/])")
+        if row.status == "done" or self._failed:
+            failed = f" ([red]{self._failed} failed[/])" if self._failed else ""
+            self._progress.update(self._task, description=f"shots{failed}")
         self._progress.advance(self._task)
 
 
@@ -70,6 +76,8 @@ class _Lines:
     def planned(self, total: int, done_before: int, refused: int) -> None:
         self._total = total
         self._say(f"{total} shots, {done_before} done before, {refused} lines refused")
+        if total > done_before + refused:
+            self._say(LOADING)
 
     def ended(self, row: ManifestRow) -> None:
         self._count += 1
