@@ -137,7 +137,7 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
         "junk": ("failed", 4, "lora", "StageError"),
         "cut": ("failed", 5, "svd", "MediaError"),
         "unknown": ("failed", 6, "plan", "StageError"),
-        "line-7": ("failed", 7, "script", "ScriptError"),
+        "s-line-7": ("failed", 7, "script", "ScriptError"),
         "good-too": ("done", 8, None, None),
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
@@ -149,12 +149,22 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert {s.id: s for s in again.shots} == {s.id: s for s in failed}, (
         "a failed line comes back whole, whatever the defaults are by then"
     )
-    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("line-7", "prompt")}
+    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
     assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
-    assert (after["nobody"], after["junk"], after["good"]) == ("done", "failed", "done")
+    assert (after["nobody"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
+    assert set(after) == set(rows)
+
+    # The script is mended, and what it was refused for is no longer held against it.
+    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "height": 64}) + "\n")
+    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--until", "image"]) == 0
+    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
+    assert after["tall"] == "done"
+    assert "s-line-7" not in after
+    left = {json.loads(line)["failure"]["id"] for line in (out / "failures.jsonl").read_text().splitlines()}
+    assert left == {"unknown", "junk", "cut"}
 
 
 def test_a_killed_upscaler_costs_no_shot(tiny, script, reference, tmp_path):

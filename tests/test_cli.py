@@ -36,8 +36,12 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
         (["shot", "a", "--set", "fpss=3"], 3, "shot, fpss: got an unknown field"),
-        (["stage", "blur", "x.png"], 3, "must be one of instantid, flux"),
-        (["stage", "svd"], 3, "svd needs a file of its image"),
+        (["stage", "blur", "x.png"], 2, "must be one of instantid, flux"),
+        (["stage", "svd", "-o", "x.mp4"], 2, "svd needs a file of its image"),
+        (["stage", "svd", "x.png", "-o", "x.gif"], 2, "svd writes .mp4"),
+        (["stage", "flux", "x.png", "-s", "prompt=a"], 2, "flux works on the shot's fields alone"),
+        (["shot", "a", "-s", "prompt=b"], 2, "which is the argument of this command"),
+        (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
         (["schema", "cast"], 2, "must be one of shot, profile, manifest"),
     ],
 )
@@ -89,8 +93,8 @@ def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
         assert (large.width, large.height, large.frame_count) == (3 * small.width, 3 * small.height, small.frame_count)
     picture = stage("realesrgan", base, "-s", "scale=2", out="large.png")
     assert Image.open(picture).size == (256, 128)
-    assert main(["stage", "svd", str(style), "-o", str(tmp_path / "clip.txt"), "-p", "tiny"]) == 1
-    assert "cannot be written as .txt" in capsys.readouterr().err
+    assert main(["stage", "svd", str(style), "-o", str(tmp_path / "clip.txt"), "-p", "tiny"]) == 2
+    assert "svd writes .mp4" in capsys.readouterr().err
 
 
 def test_schema_is_json_schema(capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.graph import STAGES, params_of
+from vidgen_ray.graph import STAGES, check_profile, params_of
 from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.shot import Shot
@@ -35,13 +35,15 @@ def test_profiles_without_downloads_run_anywhere(name):
         ("{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}", "actors.svd.gpu: got 1, extra inputs"),
         ("{name: x, about: y, actors: {svd: {weights: a, device: tpu}}}", "actors.svd.device: got 'tpu'"),
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: 0}}}", "greater than 0"),
+        ("{name: x, about: y, actors: {svd: {weights: a, cpus: .inf}}}", "finite number"),
+        ("{name: x, about: y, actors: {sdv: {weights: a}}}", "actors.sdv: must be one of instantid"),
     ],
 )
 def test_a_wrong_profile_is_named_with_its_field(tmp_path, text, says):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(ProfileError, match=says):
-        load_profile(str(path))
+        check_profile(load_profile(str(path)))
 
 
 def test_an_unknown_name_lists_the_known():

@@ -147,11 +147,14 @@ BAD = [
     ("[" * 100_000, None, "must be a JSON object"),
     ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
     ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
+    ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata", "must be plain JSON"),
+    ({"prompt": "a", "lora": [[[["a.safetensors"]]]]}, "lora", "got"),
+    ({"prompt": "a", "lora": {"wieght": 1, "path": "a.safetensors"}}, "lora.wieght", "lora has none of that name"),
     ({"prompt": "a", "character": ["ada"]}, "character", "got ['ada']"),
     ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
     ({"prompt": "a", "lora": "x" * 5000}, "lora", "must be an existing .safetensors file"),
     ({"prompt": "a", "lora": "."}, "lora", "must be an existing .safetensors file"),
-    ({"prompt": "a", "lora": "builtin:nope"}, "lora", "there are tiny/flux"),
+    ({"prompt": "a", "lora": "builtin:nope.safetensors"}, "lora", "there are tiny/flux"),
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
     ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
@@ -176,6 +179,34 @@ def test_a_broken_csv_row_costs_no_other(tmp_path):
     assert [(e.line, e.field) for e in script.errors] == [(3, None), (5, "fps"), (6, None)]
 
 
+def test_every_line_has_an_id_of_its_own_in_the_account(tmp_path):
+    lines = [
+        {"id": "x", "prompt": "good"},
+        {"id": "x", "prompt": "bad", "fps": 0},
+        {"id": "y", "prompt": "bad", "fps": 0},
+        {"id": "y", "prompt": "bad", "width": 1},
+        {"id": "s-line-6", "prompt": "good"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n{broken\n"
+    script = read_script(write(tmp_path, "s.jsonl", text))
+    ids = [s.id for s in script.shots] + [line.id for line in script.rejected]
+    assert ids == ["x", "s-line-6", "s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
+
+
+@pytest.mark.parametrize("prompt", ["a\u2028b", "a\u0085b", "a\x0bb\x0cc"])
+def test_a_csv_row_ends_at_a_line_end_and_nowhere_else(tmp_path, prompt):
+    (tmp_path / "s.csv").write_text(f"prompt,fps\n{prompt},5\nnext,6\n", encoding="utf-8", newline="")
+    assert [s.prompt for s in read_script(tmp_path / "s.csv").shots] == [prompt, "next"]
+
+
+def test_a_trigger_makes_no_wrong_prompt_right(tmp_path):
+    header = {"characters": {"ada": {"trigger": "sks"}}}
+    shots = [{"character": "ada"}, {"character": "ada", "prompt": " "}, {"character": "ada", "prompt": 5}]
+    script = read_script(write(tmp_path, "s.yaml", json.dumps({**header, "shots": shots})))
+    assert not script.shots
+    assert [e.field for e in script.errors] == ["prompt"] * 3
+
+
 def test_an_id_given_twice_names_the_first(tmp_path):
     script = read_script(write(tmp_path, "s.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]))
     assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has it already")
@@ -187,7 +218,7 @@ def test_an_id_given_twice_names_the_first(tmp_path):
         ("s.doc", "x", "a script is one of .csv, .jsonl, .parquet, .txt, .yaml, .yml"),
         ("s.jsonl", "\n\n", "give at least one shot"),
         ("s.parquet", "text", "not Parquet"),
-        ("s.yaml", "a: &a [*a]", "no list of shots"),
+        ("s.yaml", "a: &a [*a]", "aliases are not allowed"),
         ("s.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
         ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
         ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a set of named fields"),

@@ -26,7 +26,14 @@ class FieldError:
     def __str__(self) -> str:
         where = self.source if self.line is None else f"{self.source} line {self.line}"
         field = f", {self.field}" if self.field else ""
-        return f"{where}{field}: got {self.got}, {self.allowed}"
+        # A path or a name from a file may hold what a terminal obeys.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}{field}: got {self.got}, {self.allowed}")
+
+
+class UsageError(VidgenError):
+    """A command was called with arguments that do not go together."""
+
+    exit_code = 2
 
 
 class ScriptError(VidgenError):

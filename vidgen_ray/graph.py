@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen_ray.errors import ProfileError
 from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LoraRef, Shot
@@ -72,6 +73,14 @@ def stages_used(shots: Iterable[Shot]) -> tuple[type[Stage[Any]], ...]:
     """The stages that at least one shot passes, in order."""
     used = {stage for shot in shots for stage in stages_of(shot)}
     return tuple(stage for stage in STAGES if stage in used)
+
+
+def check_profile(profile: Profile) -> None:
+    """Raises ProfileError for an actor that no stage lives on."""
+    known = list(dict.fromkeys(stage.actor for stage in STAGES))
+    for actor in profile.actors:
+        if actor not in known:
+            raise ProfileError(f"profile {profile.name}, actors.{actor}: must be one of {', '.join(known)}")
 
 
 def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, StageParams]:

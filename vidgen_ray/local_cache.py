@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from vidgen_ray.atomic import write_atomically
@@ -44,5 +45,7 @@ def _file_digest(path: Path) -> str:
     if memo.exists():
         return memo.read_text()
     found = sha256_of(path)
-    write_atomically(memo, found)
+    # A cache that cannot be written is slow, not wrong.
+    with suppress(OSError):
+        write_atomically(memo, found)
     return found

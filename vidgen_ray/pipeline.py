@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from vidgen_ray.atomic import write_atomically
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.graph import ShotPlan, ShotPlanner, Step, params_of, stages_of, with_local_loras
+from vidgen_ray.graph import ShotPlan, ShotPlanner, Step, check_profile, params_of, stages_of, with_local_loras
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
@@ -200,6 +200,7 @@ class VideoGenerationPipeline:
     """
 
     def __init__(self, profile: Profile, out: Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
+        check_profile(profile)
         self.profile = profile
         self.outputs = OutputFolder(out)
         self._keep_stages = keep_stages
@@ -239,10 +240,14 @@ class VideoGenerationPipeline:
         )
 
     def plan(self, shot: Shot) -> ShotPlan:
-        return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
+        try:
+            return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
+        except OSError as error:
+            raise StepFailed("plan", error) from error
 
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot, unless it is done already. Raises StepFailed."""
+        self.outputs.prepare()
         plan = self.plan(shot)
         if (record := self.outputs.done(plan, self._keep_stages)) is not None:
             return record

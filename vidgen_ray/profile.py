@@ -26,8 +26,8 @@ class ActorProfile(_Section):
     weights: str = Field(description="a path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME")
     dtype: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
-    gpus: float = Field(0, ge=0, description="share of a GPU")
-    cpus: float = Field(1, gt=0, description="CPUs; torch gets this many threads, at least one")
+    gpus: float = Field(0, ge=0, allow_inf_nan=False, description="share of a GPU")
+    cpus: float = Field(1, gt=0, allow_inf_nan=False, description="CPUs; torch gets this many threads, at least one")
     actors: int = Field(1, ge=1, description="how many of this actor a batch run starts")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="the stage's own parameters")
 
@@ -87,20 +87,20 @@ def builtin_profiles() -> list[str]:
 def load_profile(name_or_path: str) -> Profile:
     """A built-in profile by name, or a YAML file by path. Raises ProfileError with file, field and what is allowed."""
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ProfileError(f"profile {name_or_path!r}: no such file")
-        text, source = path.read_text(encoding="utf-8"), path.absolute()
-    elif name_or_path in builtin_profiles():
-        text, source = (resources.files("vidgen_ray") / "profiles" / f"{name_or_path}.yaml").read_text("utf-8"), None
-    else:
-        raise ProfileError(
-            f"profile {name_or_path!r}: must be one of {', '.join(builtin_profiles())}, or the path of a .yaml file"
-        )
+    source: Path | None = None
     try:
+        if path.suffix in (".yaml", ".yml"):
+            text, source = path.read_text(encoding="utf-8"), path.absolute()
+        elif name_or_path in builtin_profiles():
+            text = (resources.files("vidgen_ray") / "profiles" / f"{name_or_path}.yaml").read_text("utf-8")
+        else:
+            known = ", ".join(builtin_profiles())
+            raise ProfileError(f"profile {name_or_path!r}: must be one of {known}, or the path of a .yaml file")
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ProfileError(f"profile {name_or_path!r}: not YAML: {error}") from None
+    except OSError as error:
+        raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ProfileError(f"profile {name_or_path!r}: not YAML: {' '.join(str(error).split())}") from None
     try:
         return Profile.model_validate(content).model_copy(update={"source": source})
     except ValidationError as error:

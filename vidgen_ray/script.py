@@ -1,15 +1,17 @@
 """Scripts become checked shots: defaults and characters filled in, files found. All lines are checked before any is used."""
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
-from vidgen_ray.script_files import Line, open_script, shortened
+from vidgen_ray.script_files import Line, Unreadable, open_script, shortened
 from vidgen_ray.shot import ID_PATTERN, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.weights import resolve
 
@@ -22,6 +24,8 @@ class RejectedLine:
     """A line that cannot be rendered, with everything that is wrong with it."""
 
     id: str
+    script: str
+    """Where the line first stood: for a line of failures.jsonl, the script that it came from."""
     line: int
     fields: dict[str, Any]
     """With defaults filled in and paths made absolute, so that the line can stand in another script."""
@@ -37,6 +41,8 @@ class Script:
     lines: Mapping[str, int]
     """Shot id -> the line it came from, counted from 1."""
     rejected: tuple[RejectedLine, ...]
+    replaces: Mapping[str, str]
+    """Shot id -> the id under which its line failed before, where that was another one."""
 
     @property
     def errors(self) -> list[FieldError]:
@@ -60,27 +66,46 @@ def read_script(
     shots: list[Shot] = []
     rejected: list[RejectedLine] = []
     where: dict[str, int] = {}
-    count = 0
+    replaces: dict[str, str] = {}
     for number, parsed in lines:
-        count += 1
-        if isinstance(parsed, FieldError):
-            rejected.append(RejectedLine(f"line-{number}", number, {"unreadable": parsed.got}, (parsed,)))
+        if isinstance(parsed, Unreadable):
+            fields = {"unreadable": parsed.text} if parsed.text else {}
+            rejected.append(RejectedLine("", path.name, number, fields, (parsed.error,)))
             continue
         line = _Checked(path.name, path.parent, parsed, fallback, header.characters)
-        if line.shot is None:
-            rejected.append(line.rejected())
-            continue
-        for shot in _variants(line.shot):
+        for shot in _variants(line.shot) if line.shot else ():
             assert shot.id is not None
             if shot.id in where:
                 line.refuse("id", repr(shot.id), f"line {where[shot.id]} has it already; give each its own, or use variants")
-                rejected.append(line.rejected(f"line-{number}"))
                 break
             where[shot.id] = number
             shots.append(shot.with_seed(run_seed))
-    if not count:
+            if line.failed_as and line.failed_as != shot.id:
+                replaces[shot.id] = line.failed_as
+        if line.shot is None:
+            rejected.append(line.rejected())
+    if not shots and not rejected:
         raise ScriptError([FieldError(path.name, None, None, "no lines", "give at least one shot")])
-    return Script(path.name, tuple(shots), where, tuple(rejected))
+    return Script(path.name, tuple(shots), where, _with_ids_of_their_own(rejected, where), replaces)
+
+
+def _with_ids_of_their_own(rejected: list[RejectedLine], taken: Collection[str]) -> tuple[RejectedLine, ...]:
+    """Each refused line under an id that no shot and no other refused line has, so that each has a row of its own."""
+    used = set(taken)
+    out = []
+    for line in rejected:
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
+        candidates = chain([line.id], _numbered(f"{stem}-line-{line.line}"))
+        line_id = next(c for c in candidates if c and c not in used)
+        used.add(line_id)
+        out.append(replace(line, id=line_id))
+    return tuple(out)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in count(2):
+        yield f"{name}-{number}"
 
 
 def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
@@ -108,13 +133,15 @@ class _Checked:
         self._source = source
         self._folder = folder
         self._line = line
+        failure = line.fields.get(FAILURE_FIELD)
+        self._failure = failure if isinstance(failure, dict) else {}
         own = {name: value for name, value in line.fields.items() if name != FAILURE_FIELD}
         self._fields = _merged(fallback, own)
+        if own.get("id") is None:
+            # Of the line's own words alone: defaults that change must not change its id, and with it its seed.
+            self._fields["id"] = derive_id(own)
         self._take_character(characters)
         shot = None if self.errors else self._validated()
-        if shot is not None and shot.id is None:
-            # Of the line's own words alone: defaults that change must not change its id, and with it its seed.
-            shot = shot.model_copy(update={"id": derive_id(own)})
         found = None if shot is None else self._with_files(shot)
         self.shot = None if self.errors else found
 
@@ -122,14 +149,24 @@ class _Checked:
         self.errors.append(FieldError(self._source, self._line.number, field, got, allowed))
         self.shot = None
 
-    def rejected(self, line_id: str | None = None) -> RejectedLine:
-        number = self._line.number or 0
-        failed_before = self._line.fields.get(FAILURE_FIELD)
-        known = failed_before.get("id") if isinstance(failed_before, dict) else self._line.fields.get("id")
-        if line_id is None:
-            line_id = known if isinstance(known, str) and ID_PATTERN.fullmatch(known) else f"line-{number}"
+    @property
+    def failed_as(self) -> str | None:
+        """The id under which this line of failures.jsonl failed."""
+        known = self._failure.get("id")
+        return known if isinstance(known, str) and ID_PATTERN.fullmatch(known) else None
+
+    def rejected(self) -> RejectedLine:
+        given = self._fields.get("id")
+        own_id = given if isinstance(given, str) and ID_PATTERN.fullmatch(given) else ""
+        script = self._failure.get("script")
         fields = {name: self._absolute(name, value) for name, value in self._fields.items()}
-        return RejectedLine(line_id, number, fields, tuple(self.errors))
+        return RejectedLine(
+            self.failed_as or own_id,
+            script if isinstance(script, str) else self._source,
+            self._line.number or 0,
+            fields,
+            tuple(self.errors),
+        )
 
     def _take_character(self, characters: Mapping[str, Mapping[str, Any]]) -> None:
         name = self._fields.get("character")
@@ -140,15 +177,19 @@ class _Checked:
             self.refuse("character", shortened(name), f"the script's characters are: {known}")
             return
         brought = {field: value for field, value in characters[name].items() if field != "trigger"}
-        self._fields = {**brought, **self._fields}
-        if trigger := characters[name].get("trigger"):
-            self._fields["prompt"] = f"{trigger}, {self._fields.get('prompt', '')}"
+        # What a character brings stays with the line; its name is known in this script only.
+        self._fields = {**brought, **{field: value for field, value in self._fields.items() if field != "character"}}
+        trigger, prompt = characters[name].get("trigger"), self._fields.get("prompt")
+        if trigger and isinstance(prompt, str) and prompt.strip():
+            self._fields["prompt"] = f"{trigger}, {prompt}"
 
     def _validated(self) -> Shot | None:
         try:
             shot = Shot.model_validate(self._fields, strict=self._line.strict)
             # A shot travels between machines as JSON; what does not survive that is refused here.
-            return Shot.model_validate_json(shot.model_dump_json())
+            if Shot.model_validate_json(shot.model_dump_json()) == shot:
+                return shot
+            self.refuse("metadata", shortened(shot.metadata), "must be plain JSON, without NaN, Infinity or broken text")
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 self.refuse(*_explained(detail))
@@ -163,7 +204,7 @@ class _Checked:
                 self.refuse(field, shortened(value), f"must be an existing file (looked for {self._path(value)})")
         for lora in shot.lora:
             # A built-in name stays a name: each machine builds its own copy.
-            if lora.path.startswith("builtin:"):
+            if lora.path.startswith("builtin:") and lora.path.endswith(".safetensors"):
                 self._check_builtin(lora.path)
             elif not self._is_file(lora.path) or not lora.path.endswith(".safetensors"):
                 allowed = f"must be an existing .safetensors file (looked for {self._path(lora.path)})"
@@ -195,7 +236,7 @@ class _Checked:
         if isinstance(value, str):
             return value if value.startswith("builtin:") else self._path(value)
         if isinstance(value, list | tuple):
-            return [self._absolute(field, one) for one in value]
+            return [one if isinstance(one, list | tuple) else self._absolute(field, one) for one in value]
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             return {**value, "path": self._absolute(field, value["path"])}
         return value
@@ -225,6 +266,8 @@ def _explained(detail: Any) -> tuple[str | None, str, str]:
     """Field, what was got and what is allowed, out of one of pydantic's errors."""
     # `lora.weight` and `steps.flux`; deeper only metadata goes, to any depth.
     field = ".".join([part for part in detail["loc"] if isinstance(part, str)][:2]) or None
+    if detail["type"] == "extra_forbidden" and field and "." in field:
+        return field, "an unknown field", f"{field.split('.')[0]} has none of that name"
     if detail["type"] == "extra_forbidden":
         return field, "an unknown field", f"the fields are {', '.join(Shot.model_fields)}"
     if detail["type"] == "missing":

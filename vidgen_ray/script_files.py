@@ -1,6 +1,7 @@
 """The files that scripts come in, as lines of fields: .jsonl, .csv, .txt, .parquet, .yaml. Knows no shot."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import yaml
 from vidgen_ray.errors import FieldError, ScriptError
 
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")
-TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character")
+TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "face_image", "upscaler")
 """Fields in which `7` is a word."""
 CHARACTER_FIELDS = ("face_image", "lora", "trigger")
 
@@ -26,6 +27,14 @@ class Line:
     fields: dict[str, Any]
     strict: bool
     """Whether types are the file's own (JSON) or everything is text (CSV)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A line of which no fields could be read."""
+
+    text: str
+    error: FieldError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,7 @@ def _cell(text: str) -> Any:
         return spelled
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, int | float | list | dict) else text
 
@@ -63,7 +72,7 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-Lines = Iterator[tuple[int, Line | FieldError]]
+Lines = Iterator[tuple[int, Line | Unreadable]]
 NO_HEADER = Header({}, {})
 
 
@@ -76,9 +85,9 @@ def open_script(path: Path) -> tuple[Header, Lines]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise _refused(path, f"a {path.suffix or 'nameless'} file", f"a script is one of {', '.join(sorted(readers))}")
-    if not path.is_file():
-        raise _refused(path, str(path), "there is no such file")
     try:
+        if not path.is_file():
+            raise _refused(path, str(path), "must be a file" if path.exists() else "there is no such file")
         return reader(path)
     except OSError as error:
         raise _refused(path, str(path), f"must be readable ({error.strerror})") from None
@@ -104,15 +113,17 @@ def _jsonl(path: Path) -> tuple[Header, Lines]:
     return NO_HEADER, lines()
 
 
-def _json_line(path: Path, number: int, text: str) -> Line | FieldError:
+def _json_line(path: Path, number: int, text: str) -> Line | Unreadable:
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice)
     except _BadLine as bad:
-        return FieldError(path.name, number, bad.error.field, bad.error.got, bad.error.allowed)
+        return Unreadable(text, FieldError(path.name, number, bad.error.field, bad.error.got, bad.error.allowed))
     except (ValueError, RecursionError) as error:
-        return FieldError(path.name, number, None, shortened(text), f"must be a JSON object on one line ({error})")
+        allowed = f"must be a JSON object on one line ({error})"
+        return Unreadable(text, FieldError(path.name, number, None, shortened(text), allowed))
     if not isinstance(value, dict):
-        return FieldError(path.name, number, None, shortened(value), "must be a JSON object with at least a prompt")
+        allowed = "must be a JSON object with at least a prompt"
+        return Unreadable(text, FieldError(path.name, number, None, shortened(value), allowed))
     return Line(number, value, strict=True)
 
 
@@ -125,7 +136,8 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> tuple[Header, Lines]:
-    rows = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
+    # Not splitlines: it would cut cells at signs that end no row, such as U+2028.
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         columns = rows.fieldnames or []
     except csv.Error as error:
@@ -141,10 +153,12 @@ def _csv(path: Path) -> tuple[Header, Lines]:
                 return
             except csv.Error as error:
                 number = rows.reader.line_num
-                yield number, FieldError(path.name, number, None, "a broken row", f"must be CSV ({error})")
+                yield number, Unreadable("", FieldError(path.name, number, None, "a broken row", f"must be CSV ({error})"))
                 continue
             if None in row:
-                yield rows.line_num, FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas")
+                text = ",".join(map(str, row.values()))
+                too_many = FieldError(path.name, rows.line_num, None, "more cells than columns", "quote commas")
+                yield rows.line_num, Unreadable(text, too_many)
                 continue
             fields = {name: cell for name, cell in row.items() if cell not in (None, "")}
             yield rows.line_num, Line(rows.line_num, typed(fields), strict=False)
@@ -169,6 +183,9 @@ def _parquet(path: Path) -> tuple[Header, Lines]:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise _refused(path, "something that is not Parquet", f"write the script again ({error})") from None
+    names = file.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise _refused(path, f"the column {twice[0]!r} twice", "each column stands once")
     for field in file.schema_arrow:
         # Extension types may carry code to be run on reading (CVE-2026-41486).
         if isinstance(field.type, pyarrow.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
@@ -176,12 +193,23 @@ def _parquet(path: Path) -> tuple[Header, Lines]:
 
     def lines() -> Lines:
         number = 0
-        for batch in file.iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, Line(number, _without_nulls(row), strict=True)
+        try:
+            for batch in file.iter_batches(1024):
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, _parquet_row(path, number, batch.slice(row, 1))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _refused(path, f"damaged data after row {number}", f"write the script again ({error})") from None
 
     return NO_HEADER, lines()
+
+
+def _parquet_row(path: Path, number: int, row: Any) -> Line | Unreadable:
+    try:
+        return Line(number, _without_nulls(row.to_pylist()[0]), strict=True)
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:
+        allowed = f"must be text, numbers, lists and structs ({error})"
+        return Unreadable("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -191,23 +219,43 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without two of its traps: aliases, of which a few lines can make gigabytes, and fields that stand twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(path: Path) -> tuple[Header, Lines]:
     try:
-        content = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise _refused(path, "something that is not YAML", str(error)) from None
+        content = yaml.load(_text(path), _StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise _refused(path, "something that is not YAML", " ".join(str(error).split())) from None
     if not isinstance(content, dict) or not isinstance(content.get("shots"), list):
         raise _refused(path, "no list of shots", "a .yaml script has `shots:`, a list, beside title, defaults and characters")
     if unknown := set(content) - set(HEADER_FIELDS):
-        raise _refused(path, f"an unknown header field {sorted(unknown)[0]!r}", f"the header has {', '.join(HEADER_FIELDS)}")
+        raise _refused(
+            path, f"an unknown header field {sorted(unknown, key=str)[0]!r}", f"the header has {', '.join(HEADER_FIELDS)}"
+        )
     defaults, characters = content.get("defaults") or {}, content.get("characters") or {}
     for name, value in (("defaults", defaults), ("characters", characters)):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
             raise _refused(path, f"{name}: {shortened(value)}", "must be a set of named fields")
     for name, character in characters.items():
-        if not isinstance(character, dict) or set(character) - set(CHARACTER_FIELDS):
+        known = isinstance(character, dict) and set(character) <= set(CHARACTER_FIELDS)
+        if not known or not isinstance(character.get("trigger", ""), str):
             raise _refused(
-                path, f"character {name!r}: {shortened(character)}", f"a character has {', '.join(CHARACTER_FIELDS)}"
+                path,
+                f"character {name!r}: {shortened(character)}",
+                f"a character has {', '.join(CHARACTER_FIELDS)}, the last as text",
             )
 
     def lines() -> Lines:
@@ -217,6 +265,7 @@ def _yaml(path: Path) -> tuple[Header, Lines]:
             if isinstance(shot, dict):
                 yield number, Line(number, shot, strict=True)
             else:
-                yield number, FieldError(path.name, number, None, shortened(shot), "a shot is a prompt or a set of fields")
+                allowed = "a shot is a prompt or a set of fields"
+                yield number, Unreadable(str(shot), FieldError(path.name, number, None, shortened(shot), allowed))
 
     return Header(defaults, characters), lines()

@@ -13,7 +13,7 @@ from typing import Any
 
 from vidgen_ray.batch.rows import Batch, Parcel, pack, unpack
 from vidgen_ray.batch.upscaling import UpscalerPool
-from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import StepFailed, StepRunner, finish
@@ -46,7 +46,7 @@ class StageOperator:
             held = [stage(job.profile.params(stage)) for stage in classes]
             for stage in held:
                 stage.load()
-        except VidgenError as error:
+        except Exception as error:
             # Raised here it would reach the user as Ray's account of a dead actor.
             self._unusable = StepFailed(LOADING, error)
             return

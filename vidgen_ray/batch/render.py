@@ -17,9 +17,9 @@ from vidgen_ray.batch.operators import Job
 from vidgen_ray.batch.stream import stream
 from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.errors import ScriptError, VidgenError
-from vidgen_ray.graph import ShotPlan, ShotPlanner, params_of, stages_used
+from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_used
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
-from vidgen_ray.outputs.manifest import ManifestRow, write_failures, write_manifest
+from vidgen_ray.outputs.manifest import REFUSED, ManifestRow, Superseded, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.profile import Profile
@@ -55,10 +55,11 @@ def render(
     A shot that is done with the same content key is skipped, unless `fresh`. Raises SetupError or ProfileError where the
     weights that the script needs are not there; a line that fails does not raise.
     """
+    check_profile(profile)
     begun = time.monotonic()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs = OutputFolder(out.absolute())
-    outputs.sweep()
+    outputs.prepare()
     ledger = _Ledger(run, script, watcher)
     stages = stages_used(script.shots)
     params = params_of(profile, stages)
@@ -114,25 +115,29 @@ class _Ledger:
         self._failed: dict[str, tuple[dict[str, Any], Failure]] = {}
 
     def refused(self, line: RejectedLine) -> None:
-        failure = StepFailed("script", ScriptError(line.errors)).failure()
+        failure = StepFailed(REFUSED, ScriptError(line.errors)).failure()
         self._failed[line.id] = (line.fields, failure)
-        self._enter(ManifestRow.of_refused_line(self._run, line.id, line.line, line.fields.get("prompt"), failure))
+        prompt = line.fields.get("prompt")
+        self._enter(ManifestRow.of_refused_line(self._run, line.script, line.id, line.line, prompt, failure))
 
     def skipped(self, shot: Shot, record: ShotRecord) -> None:
-        self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), record, "skipped"))
+        self._enter(ManifestRow.of_shot(self._run, self._script.source, shot, self._line(shot), record, "skipped"))
 
     def ended(self, shot: Shot, result: ShotRecord | Failure) -> None:
         if isinstance(result, Failure):
-            self._failed[shot.id or ""] = (shot.model_dump(mode="json", exclude={"character"}), result)
+            self._failed[shot.id or ""] = (shot.model_dump(mode="json"), result)
         status: Literal["done", "failed"] = "failed" if isinstance(result, Failure) else "done"
-        self._enter(ManifestRow.of_shot(self._run, shot, self._line(shot), result, status))
+        self._enter(ManifestRow.of_shot(self._run, self._script.source, shot, self._line(shot), result, status))
 
     def counts(self) -> dict[str, int]:
         return {status: sum(row.status == status for row in self._rows) for status in ("done", "failed", "skipped")}
 
     def write(self, out: Path) -> None:
-        write_manifest(out, self._run, self._rows)
-        write_failures(out, {row.id for row in self._rows}, self._failed)
+        ended = {row.id for row in self._rows}
+        before = {self._script.replaces[shot_id] for shot_id in ended if shot_id in self._script.replaces}
+        superseded = Superseded(ended | before, self._script.source)
+        write_manifest(out, self._run, self._rows, superseded)
+        write_failures(out, self._script.source, superseded, self._failed)
 
     def _line(self, shot: Shot) -> int:
         assert shot.id is not None

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,9 @@ UntilOption = Annotated[str | None, typer.Option("--until", help="`image` or `vi
 ModeOption = Annotated[str | None, typer.Option("--mode", help="`quality` or `fast`, for shots that do not say.")]
 
 
+INTERRUPTED = "vidgen: interrupted; the same command goes on where this one stopped"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and give its exit code; a user's mistake is a sentence, not a traceback."""
     try:
@@ -52,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:
+        typer.echo(INTERRUPTED, err=True)
+        return 130
     return 0
 
 
@@ -61,7 +68,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("vidgen: interrupted; the same command goes on where this one stopped", err=True)
+        typer.echo(INTERRUPTED, err=True)
         raise typer.Exit(130) from None
 
 
@@ -103,7 +110,7 @@ def render(
     chosen = load_profile(profile)
     given = parse_fields(fields) | ({"mode": mode} if mode else {})
     checked = read_script(script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
-    if checked.rejected and (strict or not checked.shots):
+    if checked.rejected and strict:
         raise ScriptError(checked.errors)
     _render(
         _until(checked, until),
@@ -136,8 +143,11 @@ def shot(
     from vidgen_ray.script import check_shot
 
     chosen = load_profile(profile)
+    given = parse_fields(fields)
+    if "prompt" in given:
+        raise typer.BadParameter("got prompt, which is the argument of this command", param_hint="--set")
     told = {"prompt": prompt, "face_image": str(face) if face else None, "lora": lora, "mode": mode}
-    given = {**parse_fields(fields), **{name: value for name, value in told.items() if value is not None}}
+    given |= {name: value for name, value in told.items() if value is not None}
     checked = _shortened(check_shot(given, "shot", chosen.defaults, run_seed=seed), until)
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), Console(stderr=True).status("rendering"):
@@ -204,24 +214,26 @@ def _render(script: Script, profile: Profile, out: Path, *, as_json: bool, **opt
     from vidgen_ray.batch.render import render as render_on_ray
     from vidgen_ray.report.gallery import write_gallery
 
-    with interruptible(), run_view() as view:
-        report = render_on_ray(script, profile, out, watcher=view, **options)
-    gallery = write_gallery(out)
+    try:
+        # Ray prints notices of its own on standard output, which is for the result alone.
+        with interruptible(), redirect_stdout(sys.stderr), run_view() as view:
+            report = render_on_ray(script, profile, out, watcher=view, **options)
+    finally:
+        if (out / "manifest").is_dir():
+            gallery = write_gallery(out)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
-        typer.echo(
-            f"{report.done} done, {report.skipped} done before, {report.failed} failed in {report.seconds:.1f} s; see {gallery}"
-        )
+        counts = f"{report.done} done, {report.skipped} done before, {report.failed} failed"
+        typer.echo(f"{counts} in {report.seconds:.1f} s; see {gallery}")
         if report.failed:
             typer.echo(f"the failed lines and their reasons are in {out / 'failures.jsonl'}")
     if report.failed:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if script.shots else ScriptError.exit_code)
 
 
 def _until(script: Script, until: str | None) -> Script:
-    shots = tuple(_shortened(shot, until) for shot in script.shots)
-    return Script(script.source, shots, script.lines, script.rejected)
+    return replace(script, shots=tuple(_shortened(shot, until) for shot in script.shots))
 
 
 def _shortened(shot: Shot, until: str | None) -> Shot:

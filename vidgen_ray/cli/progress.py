@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.outputs.manifest import ManifestRow
 
-
 LOADING = "starting workers, loading weights"
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vidgen_ray.atomic import flush_to_disk, is_temporary, sweep, temporary_folder, write_atomically
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
 from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
@@ -103,6 +104,15 @@ class OutputFolder:
             yield draft
         finally:
             draft.discard()
+
+    def prepare(self) -> None:
+        """Make the folder ready to be written to. Raises SetupError where it cannot be."""
+        try:
+            write_atomically(self.root / ".writable", "")
+            (self.root / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise SetupError(f"output folder {self.root}: cannot be written ({error.strerror})") from None
+        self.sweep()
 
     def sweep(self) -> None:
         """Remove what killed processes left half made."""

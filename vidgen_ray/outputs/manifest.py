@@ -3,13 +3,14 @@
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from vidgen_ray.atomic import write_atomically
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -17,6 +18,9 @@ from vidgen_ray.shot import Shot
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Column of the manifest -> file in the shot's folder."""
+
+
+Status = Literal["done", "failed", "skipped"]
 
 
 def _now() -> str:
@@ -29,9 +33,10 @@ class ManifestRow(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
+    script: str
     id: str
     line: int | None
-    status: Literal["done", "failed", "skipped"]
+    status: Status
     key: str | None = None
     prompt: str | None = None
     mode: str | None = None
@@ -60,7 +65,13 @@ class ManifestRow(BaseModel):
 
     @classmethod
     def of_shot(
-        cls, run: str, shot: Shot, line: int, result: ShotRecord | Failure, status: Literal["done", "failed", "skipped"]
+        cls,
+        run: str,
+        script: str,
+        shot: Shot,
+        line: int,
+        result: ShotRecord | Failure,
+        status: Literal["done", "failed", "skipped"],
     ) -> "ManifestRow":
         assert shot.id is not None
         columns: dict[str, Any] = shot.model_dump(include={"prompt", "mode", "seed", "width", "height"})
@@ -70,12 +81,19 @@ class ManifestRow(BaseModel):
             columns |= _failure_columns(result)
         else:
             columns |= _result_columns(shot.id, result)
-        return cls(run=run, id=shot.id, line=line, status=status, metadata=json.dumps(shot.metadata), **columns)
+        return cls(run=run, script=script, id=shot.id, line=line, status=status, metadata=json.dumps(shot.metadata), **columns)
 
     @classmethod
-    def of_refused_line(cls, run: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
+    def of_refused_line(cls, run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
         shown = prompt if isinstance(prompt, str) else None
-        return cls(run=run, id=line_id, line=line, status="failed", prompt=shown, **_failure_columns(failure))
+        columns = _failure_columns(failure)
+        return cls(run=run, script=script, id=line_id, line=line, status="failed", prompt=shown, **columns)
+
+    @field_validator("prompt", "failure_message", mode="before")
+    @classmethod
+    def _is_storable(cls, value: Any) -> Any:
+        """Text of a broken line may hold lone surrogates, which neither Parquet nor UTF-8 has."""
+        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _failure_columns(failure: Failure) -> dict[str, Any]:
@@ -115,53 +133,83 @@ SCHEMA = _arrow_schema()
 """Text, whole numbers and floats; the same for every run, so that the folder reads as one table."""
 
 
-def write_manifest(out: Path, run: str, rows: Sequence[ManifestRow]) -> Path:
-    """Write this run's rows together with those of earlier runs, one row an id: that of the run that ended it last."""
-    older = sorted((out / "manifest").glob("*.parquet"))
-    latest = {row.id: row for row in sorted([*_rows_of(older), *rows], key=lambda row: row.ended_at)}
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """What of earlier accounts a run makes void: these ids, and every line that this script had refused."""
+
+    ids: Collection[str]
+    script: str
+
+    def __call__(self, line_id: object, script: object, failure_stage: object) -> bool:
+        return line_id in self.ids or (script == self.script and failure_stage == REFUSED)
+
+
+REFUSED = "script"
+"""Stage of the failure of a line that was refused before anything was rendered."""
+
+
+def write_manifest(out: Path, run: str, rows: Sequence[ManifestRow], superseded: Superseded) -> Path:
+    """Write this run's rows together with those of earlier runs that still hold, one row an id."""
+    older = {file: _rows_of(file) for file in sorted((out / "manifest").glob("*.parquet"))}
+    kept = [row for found in older.values() for row in found or () if not superseded(row.id, row.script, row.failure_stage)]
     content = io.BytesIO()
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([row.model_dump() for row in latest.values()], schema=SCHEMA), content
-    )
+    latest = _latest([*kept, *rows])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row.model_dump() for row in latest], schema=SCHEMA), content)
     target = out / "manifest" / f"{run}.parquet"
     write_atomically(target, content.getvalue())
-    for file in older:
-        file.unlink(missing_ok=True)
+    for file, found in older.items():
+        if found is not None:
+            file.unlink(missing_ok=True)
     return target
 
 
 def read_manifest(out: Path) -> list[ManifestRow]:
     """One row an id, in no order."""
-    rows = _rows_of(sorted((out / "manifest").glob("*.parquet")))
+    return _latest([row for file in (out / "manifest").glob("*.parquet") for row in _rows_of(file) or ()])
+
+
+def _latest(rows: Sequence[ManifestRow]) -> list[ManifestRow]:
     return list({row.id: row for row in sorted(rows, key=lambda row: row.ended_at)}.values())
 
 
-def _rows_of(files: Sequence[Path]) -> list[ManifestRow]:
-    return [ManifestRow.model_validate(row) for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+def _rows_of(file: Path) -> list[ManifestRow] | None:
+    """None for a file that is no manifest of ours; it is left alone."""
+    try:
+        return [ManifestRow.model_validate(row) for row in pyarrow.parquet.read_table(file).to_pylist()]
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None
 
 
-def write_failures(out: Path, ended: Collection[str], failed: Mapping[str, tuple[dict[str, Any], Failure]]) -> None:
+def write_failures(
+    out: Path, script: str, superseded: Superseded, failed: Mapping[str, tuple[dict[str, Any], Failure]]
+) -> None:
     """Write `failures.jsonl`: each failed line with its id in the manifest and the reason under `failure`.
 
-    Lines of earlier runs stay unless their id is among those that `ended` now; no file is left where none has failed.
+    Lines of earlier runs stay unless this run makes them void; no file is left where none has failed.
     """
     path = out / "failures.jsonl"
-    before = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    lines = [line for line in before if line.strip() and _failed_id(line) not in ended]
+    before = path.read_text(encoding="utf-8", errors="backslashreplace").split("\n") if path.exists() else []
+    lines = [line for line in before if line.strip() and not superseded(*_failed_as(line))]
     for line_id, (line, failure) in failed.items():
-        reason = {"id": line_id, **failure.model_dump()}
-        # What is no JSON came from a Parquet or YAML script, and is shown as text.
-        lines.append(json.dumps({**line, "failure": reason}, ensure_ascii=False, default=str))
+        lines.append(_as_json(line, {"id": line_id, "script": script, **failure.model_dump()}))
     if lines:
         write_atomically(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
     else:
         path.unlink(missing_ok=True)
 
 
-def _failed_id(line: str) -> str | None:
-    """None for a line that somebody wrote into the file by hand."""
+def _as_json(line: dict[str, Any], reason: dict[str, Any]) -> str:
     try:
-        found = json.loads(line)["failure"]["id"]
+        # What is no JSON came from a Parquet or YAML script, and is shown as text.
+        return json.dumps({**line, "failure": reason}, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps({"unreadable": repr(line)[:10_000], "failure": reason}, ensure_ascii=False)
+
+
+def _failed_as(line: str) -> tuple[object, object, object]:
+    """Id, script and stage; nothing for a line that somebody wrote into the file by hand."""
+    try:
+        reason = json.loads(line)["failure"]
+        return reason["id"], reason["script"], reason["stage"]
     except (ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
+        return None, None, None

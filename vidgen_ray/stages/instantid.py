@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -16,10 +16,12 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams
 
 PHOTOS_REMEMBERED = 256
+MAX_ASPECT = 8
+"""Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
 
 
 class InstantIDParams(StageParams):
-    detection_sizes_px: tuple[int, ...] = (640, 320, 160)
+    detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field((640, 320, 160), min_length=1)
     """Tried in turn until a face is found; a smaller size finds a face that fills the photo."""
     min_score: float = Field(0.5, ge=0, le=1)
     min_face_px: int = Field(24, ge=1)
@@ -66,6 +68,9 @@ class InstantIDStage(Stage[InstantIDParams]):
             )
         except AssertionError:
             raise SetupError(f"face pack {pack}: no detection model among its .onnx files") from None
+        # Damaged files raise whatever onnxruntime stumbles over.
+        except Exception as error:
+            raise SetupError(f"face pack {pack}: cannot be loaded: {error}") from error
         if "recognition" not in self.app.models:
             raise SetupError(f"face pack {pack}: no recognition model among its .onnx files; antelopev2 has glintr100.onnx")
         for kind, model in self.app.models.items():
@@ -96,6 +101,9 @@ class InstantIDStage(Stage[InstantIDParams]):
         return self._known[key]
 
     def _detect(self, photo: Image) -> FaceFeatures:
+        height_px, width_px = photo.shape[:2]
+        if max(height_px, width_px) > MAX_ASPECT * min(height_px, width_px):
+            raise StageError(f"face_image: got {width_px}x{height_px}, one side may be at most {MAX_ASPECT} times the other")
         bgr = np.ascontiguousarray(photo[:, :, ::-1])
         faces: list[Any] = []
         for size_px in self.params.detection_sizes_px:

@@ -8,9 +8,18 @@ from vidgen_ray.nets.libraries import quieten
 from vidgen_ray.stages.base import StageParams, torch_dtype
 
 
+def require_device(device: str) -> None:
+    """SetupError where the device is a GPU and torch has none."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SetupError(f"the profile asks for device {device}, and torch {torch.__version__} sees no GPU here")
+
+
 def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> Any:
     """`pipeline_class.from_pretrained` on `params.weights`. SetupError where the folder is not such a pipeline."""
     quieten()
+    require_device(params.device)
     folder = params.weights
     try:
         kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
@@ -25,7 +34,8 @@ def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> An
         pipe = pipeline_class.from_pretrained(
             str(folder), dtype=torch_dtype(params.dtype), local_files_only=True, use_safetensors=True, **kwargs
         )
-    except (OSError, ValueError, TypeError) as error:
+    # Damaged files raise whatever their reader stumbles over.
+    except Exception as error:
         raise SetupError(f"{folder}: not the weights of {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(params.device)

@@ -15,6 +15,7 @@ from pydantic import Field
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, StageParams, torch_dtype, torch_threads
+from vidgen_ray.stages.loading import require_device
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,7 @@ class RealESRGANStage(Stage[RealESRGANParams]):
             raise SetupError(
                 f"realesrgan: got weights {str(self.params.weights)!r}, must be a folder of .safetensors or .pth files"
             )
+        require_device(self.params.device)
         self._dtype = torch_dtype(self.params.resolved().dtype)
         self._networks: dict[str, Any] = {}
 

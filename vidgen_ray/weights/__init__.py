@@ -57,10 +57,13 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
         return _built(reference.removeprefix("builtin:"))
     if reference.startswith("hub:"):
         return _from_hub(reference.removeprefix("hub:"))
-    path = Path(reference).expanduser()
-    if relative_to is not None:
-        path = relative_to / path
-    if not path.exists():
+    # os.path, for it leaves the home of an unknown user as it is.
+    path = (relative_to or Path()) / os.path.expanduser(reference)
+    try:
+        there = path.exists()
+    except OSError:
+        there = False
+    if not there:
         raise SetupError(f"weights {reference!r}: nothing at {path.absolute()}; give an existing file or folder")
     return path.absolute()
 
@@ -73,7 +76,10 @@ def _built(name: str) -> Path:
     place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
     if place.exists():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"cannot write {place.parent} ({error.strerror}); set VIDGEN_CACHE to a folder that can be") from None
     with FileLock(f"{place}.lock"):
         if place.exists():
             return place
@@ -96,7 +102,7 @@ def _torch_version() -> str:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     repo, _, rest = name.partition("@")
     revision, _, subfolder = rest.partition(":")
@@ -104,6 +110,8 @@ def _from_hub(name: str) -> Path:
         raise SetupError(f"weights 'hub:{name}': no revision; write hub:{repo}@COMMIT so that a run can be repeated")
     try:
         snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except HFValidationError as error:
+        raise SetupError(f"weights 'hub:{name}': must be hub:OWNER/NAME@REVISION ({error})") from None
     except LocalEntryNotFoundError:
         raise SetupError(
             f"weights 'hub:{name}': not on this machine and nothing is downloaded while rendering; "
