@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vidgen_ray.atomic import write_atomically
 from vidgen_ray.batch.layout import Layout, layout_of
@@ -19,7 +19,7 @@ from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.errors import ScriptError, VidgenError
 from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_used
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
-from vidgen_ray.outputs.manifest import REFUSED, ManifestRow, Superseded, write_failures, write_manifest
+from vidgen_ray.outputs.manifest import REFUSED, FailedLine, ManifestRow, Superseded, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.profile import Profile
@@ -112,11 +112,11 @@ class _Ledger:
         self._script = script
         self._watcher = watcher
         self._rows: list[ManifestRow] = []
-        self._failed: dict[str, tuple[dict[str, Any], Failure]] = {}
+        self._failed: list[FailedLine] = []
 
     def refused(self, line: RejectedLine) -> None:
         failure = StepFailed(REFUSED, ScriptError(line.errors)).failure()
-        self._failed[line.id] = (line.fields, failure)
+        self._failed.append(FailedLine(line.id, line.script, line.fields, failure))
         prompt = line.fields.get("prompt")
         self._enter(ManifestRow.of_refused_line(self._run, line.script, line.id, line.line, prompt, failure))
 
@@ -125,7 +125,8 @@ class _Ledger:
 
     def ended(self, shot: Shot, result: ShotRecord | Failure) -> None:
         if isinstance(result, Failure):
-            self._failed[shot.id or ""] = (shot.model_dump(mode="json"), result)
+            line = shot.model_dump(mode="json")
+            self._failed.append(FailedLine(shot.id or "", self._script.source, line, result))
         status: Literal["done", "failed"] = "failed" if isinstance(result, Failure) else "done"
         self._enter(ManifestRow.of_shot(self._run, self._script.source, shot, self._line(shot), result, status))
 
@@ -137,7 +138,7 @@ class _Ledger:
         before = {self._script.replaces[shot_id] for shot_id in ended if shot_id in self._script.replaces}
         superseded = Superseded(ended | before, self._script.source)
         write_manifest(out, self._run, self._rows, superseded)
-        write_failures(out, self._script.source, superseded, self._failed)
+        write_failures(out, superseded, self._failed)
 
     def _line(self, shot: Shot) -> int:
         assert shot.id is not None

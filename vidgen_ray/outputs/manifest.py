@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -180,18 +180,26 @@ def _rows_of(file: Path) -> list[ManifestRow] | None:
         return None
 
 
-def write_failures(
-    out: Path, script: str, superseded: Superseded, failed: Mapping[str, tuple[dict[str, Any], Failure]]
-) -> None:
-    """Write `failures.jsonl`: each failed line with its id in the manifest and the reason under `failure`.
+@dataclass(frozen=True, slots=True)
+class FailedLine:
+    """A line that can be rendered again, under its id in the manifest, and why it failed."""
+
+    id: str
+    script: str
+    fields: dict[str, Any]
+    failure: Failure
+
+
+def write_failures(out: Path, superseded: Superseded, failed: Sequence[FailedLine]) -> None:
+    """Write `failures.jsonl`: each failed line with the reason under `failure`.
 
     Lines of earlier runs stay unless this run makes them void; no file is left where none has failed.
     """
     path = out / "failures.jsonl"
     before = path.read_text(encoding="utf-8", errors="backslashreplace").split("\n") if path.exists() else []
     lines = [line for line in before if line.strip() and not superseded(*_failed_as(line))]
-    for line_id, (line, failure) in failed.items():
-        lines.append(_as_json(line, {"id": line_id, "script": script, **failure.model_dump()}))
+    for line in failed:
+        lines.append(_as_json(line.fields, {"id": line.id, "script": line.script, **line.failure.model_dump()}))
     if lines:
         write_atomically(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
     else:
