@@ -12,7 +12,8 @@ ONNXRUNTIME := ./packaging/onnxruntime
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing packages into $(VENV): some minutes, 3 GB and more"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ONNXRUNTIME) --editable ".[dev]"
 	touch $@
 

@@ -15,7 +15,7 @@ from .conftest import ASTRONAUT, EXAMPLES
 
 def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
     assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
-    assert capsys.readouterr().out == "demo.jsonl: 9 shots are fine, 0 lines are wrong\n"
+    assert capsys.readouterr().out == "demo.jsonl: 9 shots fine, 0 lines wrong\n"
     path = tmp_path / "s.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
     assert main(["validate", str(path)]) == 3

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.media import Mp4Settings
@@ -44,7 +45,7 @@ class Profile(_Section):
         description="staged: an actor for each entry of `actors`; fused: one actor for the chain up to the clip",
     )
     actors: dict[str, ActorProfile]
-    source: Path | None = Field(None, exclude=True)
+    source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
 
     def params(self, stage: type[Stage[P]]) -> P:
         """The stage's parameters with its weights as a local path.
@@ -63,7 +64,9 @@ class Profile(_Section):
         try:
             params: P = stage.Params.model_validate(told)  # type: ignore[assignment]  # Params is the stage's own P
         except ValidationError as error:
-            raise ProfileError(f"profile {self.name}, actors.{stage.actor}: {_first(error)}") from None
+            options = set(stage.Params.model_fields) - set(StageParams.model_fields)
+            allowed = f"; the options are {', '.join(sorted(options)) or 'none'}"
+            raise ProfileError(f"profile {self.source or self.name}, actors.{stage.actor}: {_first(error)}{allowed}") from None
         return params.resolved()
 
     def pinned(self, stages: Iterable[type[Stage[Any]]]) -> "Profile":

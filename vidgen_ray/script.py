@@ -98,8 +98,14 @@ def _with_ids_of_their_own(rejected: list[RejectedLine], taken: Collection[str])
         candidates = chain([line.id], _numbered(f"{stem}-line-{line.line}"))
         line_id = next(c for c in candidates if c and c not in used)
         used.add(line_id)
-        out.append(replace(line, id=line_id))
+        # An id that another line has would, once rendered, replace that line's clip.
+        fields = {**line.fields, "id": line_id} if _is_in(line.fields.get("id"), taken) else line.fields
+        out.append(replace(line, id=line_id, fields=fields))
     return tuple(out)
+
+
+def _is_in(value: object, ids: Collection[str]) -> bool:
+    return isinstance(value, str) and value in ids
 
 
 def _numbered(name: str) -> Iterator[str]:

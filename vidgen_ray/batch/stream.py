@@ -161,8 +161,23 @@ def _start_ray(address: str | None, cpus: float) -> None:
             raise SetupError(f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}") from None
         return
     # The actors of a small machine take turns, which is the operating system's business, not Ray's.
+    enough = max(os.cpu_count() or 1, math.ceil(cpus))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, **quiet)
+    with _muted_stderr():
+        ray.init(address="local", num_cpus=enough, include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Ray's C++ core tells standard error that it was told to be quiet. What goes wrong is raised all the same."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _knock(address: str) -> None:

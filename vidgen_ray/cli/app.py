@@ -19,9 +19,11 @@ from rich.console import Console
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.errors import ScriptError, VidgenError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script import Script, read_script
 from vidgen_ray.shot import Shot
+from vidgen_ray.version import __version__
 
 app = typer.Typer(
     name="vidgen",
@@ -70,6 +72,14 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
         raise typer.Exit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def show_version(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    # The one option that is no command's.
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
 
 
 @app.command()
@@ -176,14 +186,14 @@ def validate(
     else:
         for error in checked.errors:
             typer.echo(f"{error}", err=True)
-        typer.echo(f"{script.name}: {len(checked.shots)} shots are fine, {len(checked.rejected)} lines are wrong")
+        typer.echo(f"{script.name}: {len(checked.shots)} shots fine, {len(checked.rejected)} lines wrong")
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
 
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help="instantid, flux, lora, hunyuan, svd or realesrgan.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGE_BY_NAME)}.")],
     source: Annotated[Path | None, typer.Argument(help="The picture or clip to work on; flux needs none.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .png, .mp4 or .json.")] = Path("out.png"),
     profile: ProfileOption = "demo",

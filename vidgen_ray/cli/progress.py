@@ -74,7 +74,7 @@ class _Lines:
 
     def planned(self, total: int, done_before: int, refused: int) -> None:
         self._total = total
-        self._say(f"{total} shots, {done_before} done before, {refused} lines refused")
+        self._say(f"shots: {total}, done before: {done_before}, lines refused: {refused}")
         if total > done_before + refused:
             self._say(LOADING)
 

@@ -60,6 +60,8 @@ class FluxLoRAStage(Stage[FluxParams]):
 
     def _refined(self, item: Item) -> Image:
         shot, image = item.shot, item.artefacts["image"]
+        if not shot.lora:
+            raise StageError("lora: got none, this stage needs at least one")
         if shot.lora_strength == 0:
             return image
         steps = shot.steps.lora or self.model.default_steps

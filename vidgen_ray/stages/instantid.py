@@ -51,8 +51,9 @@ class InstantIDStage(Stage[InstantIDParams]):
 
     def load(self) -> None:
         pack = _pack_folder(self.params.weights)
+        # First, for it switches off what onnxruntime would report of itself.
+        from insightface.app import FaceAnalysis  # isort: skip
         import onnxruntime
-        from insightface.app import FaceAnalysis
 
         if not hasattr(onnxruntime, "InferenceSession"):
             raise SetupError(
