@@ -16,7 +16,7 @@ from vidgen_ray.graph import ShotPlanner, params_of, stages_of
 from vidgen_ray.local_cache import sha256_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.pipeline import StepFailed
+from vidgen_ray.steps import StepFailed
 from vidgen_ray.weights import resolve
 
 from .conftest import ASTRONAUT

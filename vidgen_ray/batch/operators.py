@@ -16,10 +16,10 @@ from vidgen_ray.batch.upscaling import UpscalerPool
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.pipeline import StepFailed, StepRunner, finish
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.steps import StepFailed, StepRunner, finish
 
 LOADING = "loading"
 """Stage of the failure of a shot whose actor could not load its weights."""

@@ -21,11 +21,11 @@ from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, st
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import REFUSED, FailedLine, ManifestRow, Superseded, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.pipeline import StepFailed
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import RejectedLine, Script
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
+from vidgen_ray.steps import StepFailed
 
 
 @dataclass(frozen=True, slots=True)

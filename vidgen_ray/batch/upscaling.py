@@ -18,11 +18,11 @@ import ray
 
 from vidgen_ray.batch.layout import Pool
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.pipeline import UpscaledChunk
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
+from vidgen_ray.steps import UpscaledChunk
 
 CHUNKS_AHEAD = 3
 CHUNKS_PER_UPSCALER = 2

@@ -12,12 +12,12 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_to_json
-from vidgen_ray.pipeline import StepFailed, upscale_in_order, write_clip
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.steps import StepFailed, upscale_in_order, write_clip
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
