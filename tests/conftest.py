@@ -1,6 +1,8 @@
 """What tests share: one torch thread (the number changes the last bits), a private home for Ray and caches, tiny weights."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from PIL import Image
 
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
+
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ASTRONAUT = EXAMPLES / "faces" / "astronaut.jpg"

@@ -1,9 +1,11 @@
 """`jobs/render.py` as people run it: a real head node, a real submission, the job's own exit code."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -35,12 +37,12 @@ def free_ports(count):
 
 
 @pytest.fixture
-def dashboard(tmp_path_factory):
+def dashboard():
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     options = [str(word) for pair in ports.items() for word in pair]
     # A short path: Ray's sockets lie in it, and their names have 107 characters at most.
-    temporary = tmp_path_factory.mktemp("r")
-    command = [RAY, "start", "--head", "--block", "--num-cpus", "6", "--temp-dir", str(temporary), "--disable-usage-stats"]
+    temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")
+    command = [RAY, "start", "--head", "--block", "--num-cpus", "6", "--temp-dir", temporary, "--disable-usage-stats"]
     head = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{ports['--dashboard-port']}"
     deadline = time.monotonic() + 90
@@ -55,6 +57,7 @@ def dashboard(tmp_path_factory):
     yield address
     head.terminate()
     head.wait(timeout=60)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def test_a_submitted_job_renders_and_tells_its_exit_code(dashboard, tmp_path):
