@@ -108,24 +108,24 @@ class ShotPlanner:
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError where the shot names something that is not there."""
         local = with_local_loras(shot)
-        inputs = {field: self._value(shot, field) for field in ("image", "width", "height")} if shot.image else {}
+        inputs = {field: self._value(local, field) for field in ("image", "width", "height")} if shot.image else {}
         key = _hash("start", inputs)
         steps = []
         for stage in stages_of(shot):
             params = self._params[stage.name]
             weights = tuple(self._digest(path) for path in stage.weight_files(params, local))
-            reads = {field: self._value(shot, field) for field in stage.reads}
+            reads = {field: self._value(local, field) for field in stage.reads}
             key = _hash(stage.name, stage.version, reads, params.for_key(), weights, key)
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return ShotPlan(shot=shot, steps=tuple(steps), key=_hash("shot", OUTPUT_VERSION, self._encode, key))
 
     def _value(self, shot: Shot, field: str) -> Any:
-        """A field as the key sees it: `steps.flux` looks inside, files stand by their content."""
+        """A field as the key sees it: `steps.flux` looks inside, files stand by their content. LoRAs are local files."""
         value = attrgetter(field)(shot)
         if field in FILE_FIELDS and value is not None:
             return self._digest(Path(value))
         if field in LORA_FIELDS:
-            return [(self._digest(resolve(lora.path)), lora.weight) for lora in value]
+            return [(self._digest(Path(lora.path)), lora.weight) for lora in value]
         return value
 
 

@@ -41,6 +41,7 @@ class VideoGenerationPipeline:
         check_profile(profile)
         self.profile = profile
         self.outputs = OutputFolder(out)
+        self.outputs.prepare()
         self._keep_stages = keep_stages
         self._cache = self.outputs.stage_cache if use_cache or keep_stages else None
         self._loaded: dict[str, Stage[Any]] = {}
@@ -85,7 +86,6 @@ class VideoGenerationPipeline:
 
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot, unless it is done already. Raises StepFailed."""
-        self.outputs.prepare()
         plan = self.plan(shot)
         if (record := self.outputs.done(plan, self._keep_stages)) is not None:
             return record

@@ -45,9 +45,11 @@ class Header:
     characters: Mapping[str, Mapping[str, Any]]
 
 
-class _BadLine(Exception):
-    def __init__(self, error: FieldError) -> None:
-        self.error = error
+class _FieldTwice(Exception):
+    """A JSON object names a field twice."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
 
 
 def typed(fields: Mapping[str, str]) -> dict[str, Any]:
@@ -116,8 +118,8 @@ def _jsonl(path: Path) -> tuple[Header, Lines]:
 def _json_line(path: Path, number: int, text: str) -> Line | Unreadable:
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice)
-    except _BadLine as bad:
-        return Unreadable(text, FieldError(path.name, number, bad.error.field, bad.error.got, bad.error.allowed))
+    except _FieldTwice as twice:
+        return Unreadable(text, FieldError(path.name, number, twice.field, "the field twice", "each field stands once"))
     except (ValueError, RecursionError) as error:
         allowed = f"must be a JSON object on one line ({error})"
         return Unreadable(text, FieldError(path.name, number, None, shortened(text), allowed))
@@ -131,7 +133,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-        raise _BadLine(FieldError("", None, twice, "the field twice", "each field stands once"))
+        raise _FieldTwice(twice)
     return out
 
 

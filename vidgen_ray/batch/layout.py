@@ -41,14 +41,11 @@ def fits(layout: Layout, gpus: Sequence[int]) -> bool:
     Largest first: it may miss a packing that exists, and never finds one that does not.
     """
     free = [1.0 for node in gpus for _ in range(node)]
-    for share in sorted((pool.gpus for pool in layout.pools for _ in range(pool.actors)), reverse=True):
-        if share > 1:
-            return False
+    for share in sorted((pool.gpus for pool in layout.pools for _ in range(pool.actors) if pool.gpus), reverse=True):
         place = next((n for n, room in enumerate(free) if share <= room + 1e-6), None)
-        if share and place is None:
+        if place is None:
             return False
-        if place is not None:
-            free[place] -= share
+        free[place] -= share
     return True
 
 

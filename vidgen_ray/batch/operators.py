@@ -86,13 +86,13 @@ class Finisher:
 
     def _finished(self, parcel: Parcel) -> Parcel:
         plan, shot = parcel.plan, parcel.plan.shot
-        wanted = self._pool is not None and RealESRGANStage.applies(shot)
+        upscales = RealESRGANStage.applies(shot)
         try:
             record = finish(
                 plan,
                 Item(shot, parcel.artefacts),
                 parcel.records,
-                self._pool.upscaled(shot, parcel.artefacts["frames"]) if self._pool and wanted else None,
+                self._pool.upscaled(shot, parcel.artefacts["frames"]) if self._pool and upscales else None,
                 outputs=self._outputs,
                 encode=self._job.profile.encode,
                 upscaler_gpus=self._upscaler_gpus,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from vidgen_ray.atomic import write_atomically
 from vidgen_ray.batch.layout import Layout, layout_of
@@ -19,7 +18,7 @@ from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.errors import ScriptError, VidgenError
 from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_used
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
-from vidgen_ray.outputs.manifest import REFUSED, FailedLine, ManifestRow, Superseded, write_failures, write_manifest
+from vidgen_ray.outputs.manifest import REFUSED, FailedLine, ManifestRow, Status, Superseded, write_failures, write_manifest
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import RejectedLine, Script
@@ -127,7 +126,7 @@ class _Ledger:
         if isinstance(result, Failure):
             line = shot.model_dump(mode="json")
             self._failed.append(FailedLine(shot.id or "", self._script.source, line, result))
-        status: Literal["done", "failed"] = "failed" if isinstance(result, Failure) else "done"
+        status: Status = "failed" if isinstance(result, Failure) else "done"
         self._enter(ManifestRow.of_shot(self._run, self._script.source, shot, self._line(shot), result, status))
 
     def counts(self) -> dict[str, int]:

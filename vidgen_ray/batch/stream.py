@@ -50,19 +50,17 @@ def stream(
     with connected(address, layout):
         # Held here for the whole run: an actor dies with the last handle to it.
         upscalers = start_upscalers(job.profile, layout.upscalers, job.run) if layout.upscalers else []
-        dataset = _dataset(todo, job, layout, upscalers, frames_per_call)
         try:
+            dataset = _dataset(todo, job, layout, upscalers, frames_per_call)
             for batch in dataset.iter_batches(batch_size=1, prefetch_batches=0):
                 parcel = unpack(batch)
+                result = parcel.failure or parcel.result
                 # A row may come twice when a worker died after it was done.
-                if outstanding.pop(parcel.plan.shot.id, None) is None:
+                if result is None or outstanding.pop(parcel.plan.shot.id, None) is None:
                     continue
                 if parcel.failure and parcel.failure.stage == LOADING:
                     # No shot of this run would fare better.
                     raise SetupError(parcel.failure.message)
-                result = parcel.failure or parcel.result
-                if result is None:
-                    continue
                 if isinstance(result, ShotRecord):
                     _expect_to_see(parcel.plan, job)
                 yield parcel.plan, result

@@ -18,8 +18,6 @@ from vidgen_ray.shot import Shot
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Column of the manifest -> file in the shot's folder."""
-
-
 Status = Literal["done", "failed", "skipped"]
 
 
@@ -71,7 +69,7 @@ class ManifestRow(BaseModel):
         shot: Shot,
         line: int,
         result: ShotRecord | Failure,
-        status: Literal["done", "failed", "skipped"],
+        status: Status,
     ) -> "ManifestRow":
         assert shot.id is not None
         columns: dict[str, Any] = shot.model_dump(include={"prompt", "mode", "seed", "width", "height"})

@@ -28,8 +28,7 @@ def write_contact_sheet(out: Path) -> Path:
     rows = [row for row in read_manifest(out) if row.status != "failed"]
     drawn = [(row, _cells(out, row)) for row in sorted(rows, key=lambda row: row.line or 0)]
     columns = list(dict.fromkeys(name for name in _column_names() if any(name in cells for _, cells in drawn)))
-    heights_px = [max((_scaled(image).height for image in cells.values()), default=0) for _, cells in drawn]
-    heights_px = [max(height, LABEL_HEIGHT_PX) for height in heights_px]
+    heights_px = [max([LABEL_HEIGHT_PX, *(cell.height for cell in cells.values())]) for _, cells in drawn]
     width = LABEL_WIDTH_PX + len(columns) * (CELL_PX + GAP_PX) + GAP_PX
     height = HEADER_PX + GAP_PX + sum(height + GAP_PX for height in heights_px)
     sheet = PILImage.new("RGB", (width, height), BACKGROUND)
@@ -41,8 +40,8 @@ def write_contact_sheet(out: Path) -> Path:
     for (row, cells), height_px in zip(drawn, heights_px, strict=True):
         pen.text((GAP_PX, top), row.id, INK, font)
         pen.multiline_text((GAP_PX, top + 18), _wrapped(row.prompt or ""), FAINT, font, spacing=2)
-        for name, image in cells.items():
-            sheet.paste(_scaled(image), (LABEL_WIDTH_PX + columns.index(name) * (CELL_PX + GAP_PX), top))
+        for name, cell in cells.items():
+            sheet.paste(cell, (LABEL_WIDTH_PX + columns.index(name) * (CELL_PX + GAP_PX), top))
         top += height_px + GAP_PX
     path = out / "contact_sheet.jpg"
     content = io.BytesIO()
@@ -56,7 +55,8 @@ def _column_names() -> Sequence[str]:
     return [*kept, "image", "first frame", "middle frame", "last frame"]
 
 
-def _cells(out: Path, row: ManifestRow) -> dict[str, Image]:
+def _cells(out: Path, row: ManifestRow) -> dict[str, PILImage.Image]:
+    """Scaled at once: the sheet of a long run never holds its frames at full size."""
     folder = out / "shots" / row.id
     cells = {name: read_image(folder / f"{name}.png") for name in _column_names() if (folder / f"{name}.png").exists()}
     clip = row.hd_video or row.video
@@ -65,7 +65,7 @@ def _cells(out: Path, row: ManifestRow) -> dict[str, Image]:
             last = video.frame_count - 1
             frames = video.frames_at([0, last // 2, last])
         cells |= dict(zip(("first frame", "middle frame", "last frame"), frames, strict=True))
-    return cells
+    return {name: _scaled(image) for name, image in cells.items()}
 
 
 def _scaled(image: Image) -> PILImage.Image:
