@@ -2,7 +2,9 @@
 
 import pytest
 
-from vidgen_ray.graph import STAGES, ShotPlanner, params_of, stages_of, stages_used
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.graph import STAGES, ShotPlan, ShotPlanner, params_of, stages_of, stages_used
+from vidgen_ray.media import Mp4Settings
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights import resolve
 
@@ -98,7 +100,7 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
     assert changed(schnell, plan()) == ["flux", "lora", "hunyuan", "svd", "realesrgan"]
     assert changed(plan(with_actor("svd", options={"decode_chunk_frames": 2})), plan()) == ["svd", "realesrgan"]
     assert changed(plan(with_actor("realesrgan", dtype="bfloat16")), plan()) == ["realesrgan"]
-    assert changed(plan(with_actor("svd", actors=2, gpus=0.5)), plan()) == []
+    assert changed(plan(with_actor("svd", memory_gb=9.0, seconds={"svd": 3.0}, timeout_s=5.0)), plan()) == []
     # The number of threads changes the last bits on a CPU, and a GPU has others.
     assert changed(plan(with_actor("svd", cpus=3)), plan()) == ["svd", "realesrgan"]
     assert changed(plan(with_actor("svd", device="cuda")), plan()) == ["svd", "realesrgan"]
@@ -110,3 +112,88 @@ def test_encoding_is_part_of_the_shots_key_alone(plan, tiny):
     other = tiny.model_copy(update={"encode": tiny.encode.model_copy(update={"crf": 30})})
     assert changed(plan(other), plan()) == []
     assert plan(other).key != plan().key
+
+
+@pytest.fixture
+def fixed(tmp_path):
+    """A planner over weights whose content never changes, and the files that shots may name."""
+
+    def put(name):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+        return str(tmp_path / name)
+
+    for stage in STAGES:
+        put(f"{stage.name}/model.safetensors")
+    for name in ("face.jpg", "picture.png", "one.safetensors", "two.safetensors", "realesrgan/animevideov3.safetensors"):
+        put(name)
+    return ShotPlanner({stage.name: stage.Params(weights=tmp_path / stage.name) for stage in STAGES}, Mp4Settings())
+
+
+EVERYTHING = {
+    "prompt": 'Grüße, "%s" \u2028\\ 🎈',
+    "negative_prompt": "100% blur",
+    "face_image": "face.jpg",
+    "lora": [{"path": "one.safetensors"}, {"path": "two.safetensors", "weight": -0.25}],
+    "lora_strength": 0.7,
+    "use_hunyuan_style": True,
+    "style_prompt": "ink",
+    "style_strength": 0.3,
+    "steps": {"flux": 4, "lora": 5, "hunyuan": 6, "svd": 7},
+    "guidance": {"flux": 2, "lora": 0.5, "hunyuan": 1e-7, "svd": 3},
+    "noise_aug_strength": 1,
+    "metadata": {"a": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({}, "02f47da4e255c2c4aec275518d7ff6fa5b7aade2c1a8ffc47ac8f928f38dcbae"),
+        (EVERYTHING, "3b8679c1a62fa91d73973043970dce5958364d94f6b7975942c2eb1a1cbdc647"),
+        (
+            {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
+            "3b3f60dd92e44870b072cea5eb5e9a50b419a9376a56e9629a947f0cd83c2a50",
+        ),
+        (
+            {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},
+            "0079db2a562de519f9b8880b05e2efecb94c8e3b8242d994e793b573772f1b18",
+        ),
+    ],
+)
+def test_results_of_earlier_versions_keep_their_keys(fixed, tmp_path, monkeypatch, fields, key):
+    """A changed key renders everybody's shots again. Where bytes change, raise the stage's version and write the new key."""
+    monkeypatch.chdir(tmp_path)
+    assert fixed(Shot(**{"id": "s", "prompt": "a red ball", "seed": 7, **fields})).key == key
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_weights_are_chosen_by_mode_loras_and_upscaler_alone(fixed, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    params = stage.Params(weights=tmp_path / stage.name)
+    plain = Shot(prompt="a", lora="one.safetensors")
+    other = Shot(**{**EVERYTHING, "image": "picture.png", "generate_video": False, "lora": "one.safetensors"})
+    assert stage.weight_files(params, plain) == stage.weight_files(params, other)
+
+
+def test_a_planner_looks_at_each_file_once(fixed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shot = Shot(**{"id": "s", "seed": 7, **EVERYTHING})
+    before = fixed(shot)
+    for file in ("face.jpg", "one.safetensors", "flux/model.safetensors"):
+        (tmp_path / file).write_text("other")
+    assert fixed(shot) == before
+
+
+def test_a_missing_lora_or_upscaler_is_missing_each_time(fixed, tmp_path):
+    for _ in range(2):
+        with pytest.raises(SetupError, match=r"nothing at .*nobody"):
+            fixed(Shot(id="s", prompt="a", seed=7, lora=str(tmp_path / "nobody.safetensors")))
+        with pytest.raises(StageError, match="must be one of animevideov3"):
+            fixed(Shot(id="s", prompt="a", seed=7, upscaler="nobody"))
+
+
+def test_a_plan_survives_its_journey_as_json(fixed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = fixed(Shot(**{"id": "s", "seed": 7, **EVERYTHING}))
+    assert ShotPlan.model_validate_json(before.model_dump_json()) == before

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.script import read_script
+from vidgen_ray.script import iter_script, read_script
 from vidgen_ray.shot import Shot
 
 LINES = [
@@ -159,6 +159,9 @@ BAD = [
     ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
     ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "with variants at most 123"),
+    # It fits a shot, but not a shot inside of a plan.
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata.x", "maximum validation depth"),
 ]
 
 
@@ -191,6 +194,42 @@ def test_every_line_has_an_id_of_its_own_in_the_account(tmp_path):
     script = read_script(write(tmp_path, "s.jsonl", text))
     ids = [s.id for s in script.shots] + [line.id for line in script.rejected]
     assert ids == ["x", "s-line-6", "s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
+
+
+def test_a_line_that_is_refused_for_one_variant_gives_no_other(tmp_path):
+    lines = [{"id": "x-v1", "prompt": "a"}, {"id": "x", "prompt": "a", "variants": 3}, {"id": "x-v2", "prompt": "a"}]
+    script = read_script(write(tmp_path, "s.jsonl", lines))
+    assert [shot.id for shot in script.shots] == ["x-v1", "x-v2"]
+    assert [(line.id, line.line, line.fields["id"]) for line in script.rejected] == [("x", 2, "x")]
+
+
+def test_errors_in_yaml_name_the_line_in_the_file(tmp_path):
+    text = "title: t\nshots:\n- a red ball\n\n- prompt: a blue ball\n  fps: 6\n- 7\n# a comment\n- prompt: b\n  fps: 0\n"
+    script = read_script(write(tmp_path, "s.yaml", text))
+    assert list(script.lines.values()) == [3, 5]
+    assert [error.line for error in script.errors] == [7, 9]
+    assert script.rejected[0].id == "s-line-7"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "yaml"])
+def test_a_script_that_is_not_utf8_is_refused_with_the_line(tmp_path, ending):
+    (tmp_path / f"s.{ending}").write_bytes("prompt\nMädchen\n".encode("latin-1"))
+    with pytest.raises(ScriptError, match=rf"s\.{ending} line 2: got bytes that are not UTF-8"):
+        list(iter_script(tmp_path / f"s.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_a_line_as_long_as_a_book_is_refused(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("vidgen_ray.script_files.MAX_LINE", 1000)
+    path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
+    with pytest.raises(ScriptError, match="line 2: got more than 1,000 letters"):
+        list(iter_script(path))
+
+
+def test_yaml_too_long_to_be_read_whole_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.script_files.MAX_YAML_BYTES", 10)
+    with pytest.raises(ScriptError, match=r"got 14 bytes, at most 10, .*\.jsonl or \.parquet script may be of any length"):
+        read_script(write(tmp_path, "s.yaml", "shots: [ball]\n"))
 
 
 @pytest.mark.parametrize("prompt", ["a\u2028b", "a\u0085b", "a\x0bb\x0cc"])

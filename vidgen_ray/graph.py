@@ -6,10 +6,11 @@ that the stage reads, its options, the digests of its weights and the key before
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -40,6 +41,14 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
 FILE_FIELDS = ("image", "face_image")
 LORA_FIELDS = ("lora", "fast_lora")
+START_FIELDS = ("height", "image", "width")
+"""What the chain begins with where no stage draws the picture."""
+PLAIN_FIELDS = tuple(
+    sorted({*START_FIELDS, *(field for stage in STAGES for field in stage.reads)} - {*FILE_FIELDS, *LORA_FIELDS})
+)
+"""The fields that count in a key as they are; `steps.flux` looks inside."""
+WEIGHTS_REMEMBERED = 4096
+"""Combinations of a stage, LoRAs and an upscaler. And files, by their path."""
 OUTPUT_VERSION = 1
 """Raised when encoding or the set of files of a shot changes."""
 
@@ -97,37 +106,78 @@ def with_local_loras(shot: Shot) -> Shot:
 class ShotPlanner:
     """Gives shots their steps and keys. Weights are looked at once, so a planner is made anew for each run.
 
-    `params` covers the stages of all shots that will be planned; shots have an id and a seed.
+    `params` covers the stages of all shots that will be planned; shots have an id and a seed. Written for many shots:
+    of each key only what differs between shots is put into JSON for each of them, and no file is looked at again while it
+    is among the last `WEIGHTS_REMEMBERED`.
     """
 
     def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
         self._params = params
-        self._encode = encode.model_dump(mode="json")
-        self._digest = cache(digest)
+        self._forms = {name: _stage_form(STAGE_BY_NAME[name], of_stage) for name, of_stage in params.items()}
+        self._start_form = f'["start",{_fields_form(START_FIELDS)}]'
+        self._start = _sha256('["start",{}]')
+        self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
+        self._plain_values = attrgetter(*PLAIN_FIELDS)
+        self._digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(Path(path)))
+        self._lora_digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(resolve(path)))
+        self._weights: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError where the shot names something that is not there."""
-        local = with_local_loras(shot)
-        inputs = {field: self._value(local, field) for field in ("image", "width", "height")} if shot.image else {}
-        key = _hash("start", inputs)
+        texts = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
+        for field in FILE_FIELDS:
+            path = getattr(shot, field)
+            texts[field] = "null" if path is None else f'"{self._digest(path)}"'
+        for field in LORA_FIELDS:
+            worn = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, field)]
+            texts[field] = f"[{','.join(worn)}]"
+        key = _sha256(self._start_form % texts) if shot.image else self._start
         steps = []
         for stage in stages_of(shot):
-            params = self._params[stage.name]
-            weights = tuple(self._digest(path) for path in stage.weight_files(params, local))
-            reads = {field: self._value(local, field) for field in stage.reads}
-            key = _hash(stage.name, stage.version, reads, params.for_key(), weights, key)
+            weights, weights_text = self._weights_of(stage, shot)
+            key = _sha256(f'{self._forms[stage.name] % texts},{weights_text},"{key}"]')
             steps.append(Step(stage=stage.name, key=key, weights=weights))
-        return ShotPlan(shot=shot, steps=tuple(steps), key=_hash("shot", OUTPUT_VERSION, self._encode, key))
+        return ShotPlan(shot=shot, steps=tuple(steps), key=_sha256(f'{self._end}"{key}"]'))
 
-    def _value(self, shot: Shot, field: str) -> Any:
-        """A field as the key sees it: `steps.flux` looks inside, files stand by their content. LoRAs are local files."""
-        value = attrgetter(field)(shot)
-        if field in FILE_FIELDS and value is not None:
-            return self._digest(Path(value))
-        if field in LORA_FIELDS:
-            return [(self._digest(Path(lora.path)), lora.weight) for lora in value]
-        return value
+    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
+        """The digests of the stage's weights, and the same as JSON."""
+        # All by which a stage may choose its weights.
+        known_as = (stage.name, shot.upscaler, shot.mode, *(lora.path for lora in shot.lora))
+        found = self._weights.get(known_as)
+        if found is None:
+            files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
+            digests = tuple(self._digest(str(file)) for file in files)
+            if len(self._weights) >= WEIGHTS_REMEMBERED:
+                self._weights.clear()
+            found = self._weights[known_as] = digests, _json(digests)
+        return found
 
 
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _stage_form(stage: type[Stage[Any]], params: StageParams) -> str:
+    """What a stage's key is the hash of, as JSON up to the weights, with holes for the fields of the shot."""
+    options = _json(params.for_key()).replace("%", "%%")
+    return f'["{stage.name}",{stage.version},{_fields_form(stage.reads)},{options}'
+
+
+def _fields_form(fields: Iterable[str]) -> str:
+    return "{" + ",".join(f'"{field}":%({field})s' for field in sorted(fields)) + "}"
+
+
+def _json(value: Any) -> str:
+    """As short as it can be, with names in order: the same text for the same value."""
+    write = JSON_OF_TYPE.get(type(value))
+    return write(value) if write else json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+JSON_OF_TYPE: dict[type, Callable[[Any], str]] = {
+    NoneType: lambda value: "null",
+    bool: lambda value: "true" if value else "false",
+    int: int.__repr__,
+    float: float.__repr__,
+    str: json.dumps,
+}
+"""Short cuts for finite values."""
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

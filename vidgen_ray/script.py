@@ -1,22 +1,30 @@
-"""Scripts become checked shots: defaults and characters filled in, files found. All lines are checked before any is used."""
+"""Scripts become checked shots: defaults and characters filled in, files found. Memory does not grow with the script."""
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from functools import lru_cache, partial
+from itertools import chain, count, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.script_files import Line, Unreadable, open_script, shortened
-from vidgen_ray.shot import ID_PATTERN, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.script_index import ScriptIndex
+from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.weights import resolve
 
 FAILURE_FIELD = "failure"
 """What `failures.jsonl` adds to a line; ignored when that file is rendered again."""
+IDS_AT_ONCE = 512
+"""Shots whose ids are looked up together."""
+PATHS_REMEMBERED = 4096
+LEVELS_AROUND = 4
+"""What a shot is wrapped in on its way: metadata that fits a shot by itself may be too deep inside of a plan."""
+METADATA = TypeAdapter(JsonValue)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,16 @@ class RejectedLine:
     fields: dict[str, Any]
     """With defaults filled in and paths made absolute, so that the line can stand in another script."""
     errors: tuple[FieldError, ...]
+
+
+class CheckedLine(NamedTuple):
+    """A shot that can be rendered, its seed and files filled in. A line with variants is several of these."""
+
+    shot: Shot
+    line: int
+    """The line it came from, counted from 1."""
+    replaces: str | None
+    """The id under which the line failed before, where that was another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +67,38 @@ class Script:
         return [error for line in self.rejected for error in line.errors]
 
 
+def iter_script(
+    path: Path,
+    *,
+    run_seed: int = 0,
+    defaults: Mapping[str, Any] | None = None,
+    profile_defaults: Mapping[str, Any] | None = None,
+) -> Iterator[CheckedLine | RejectedLine]:
+    """Read and check a script of any length: first its shots, in order, then the lines that were refused, in order.
+
+    A refused line has an id that no shot and no other refused line has, which is not known before the last shot is. Nothing
+    of the script stays in memory; its ids and refused lines are in TMPDIR meanwhile. A .yaml script alone is read whole.
+
+    A field that a line leaves out comes from the script's header, then from `defaults` (the command line), then from
+    `profile_defaults`. Raises ScriptError, on the way, where the file cannot be read, and at the end where it has no lines
+    at all.
+    """
+    header, lines = open_script(path)
+    fallback = _merged(profile_defaults or {}, defaults or {}, header.defaults)
+    setting = _Setting(path.name, path.parent, fallback, header.characters, run_seed)
+    empty = True
+    with ScriptIndex() as index:
+        for window in _windows(_checked(number, parsed, setting) for number, parsed in lines):
+            empty = False
+            yield from _without_doubles(window, index)
+        for name, refused in groupby(index.all_set_aside(), _name_of):
+            names = _numbered(name)
+            for line in refused:
+                yield _with_an_id_of_its_own(line, names, index)
+    if empty:
+        raise ScriptError([FieldError(path.name, None, None, "no lines", "give at least one shot")])
+
+
 def read_script(
     path: Path,
     *,
@@ -56,56 +106,78 @@ def read_script(
     defaults: Mapping[str, Any] | None = None,
     profile_defaults: Mapping[str, Any] | None = None,
 ) -> Script:
-    """Read and check a whole script.
+    """`iter_script` all at once, for a script that fits into memory."""
+    checked = list(iter_script(path, run_seed=run_seed, defaults=defaults, profile_defaults=profile_defaults))
+    good = [line for line in checked if isinstance(line, CheckedLine)]
+    return Script(
+        path.name,
+        tuple(line.shot for line in good),
+        {line.shot.id: line.line for line in good if line.shot.id},
+        tuple(line for line in checked if isinstance(line, RejectedLine)),
+        {line.shot.id: line.replaces for line in good if line.shot.id and line.replaces},
+    )
 
-    A field that a line leaves out comes from the script's header, then from `defaults` (the command line), then from
-    `profile_defaults`. Raises ScriptError where the file cannot be read or holds no lines at all.
-    """
-    header, lines = open_script(path)
-    fallback = _merged(profile_defaults or {}, defaults or {}, header.defaults)
-    shots: list[Shot] = []
-    rejected: list[RejectedLine] = []
-    where: dict[str, int] = {}
-    replaces: dict[str, str] = {}
-    for number, parsed in lines:
-        if isinstance(parsed, Unreadable):
-            fields = {"unreadable": parsed.text} if parsed.text else {}
-            rejected.append(RejectedLine("", path.name, number, fields, (parsed.error,)))
+
+def _checked(number: int, parsed: Line | Unreadable, setting: "_Setting") -> "_Checked | RejectedLine":
+    if isinstance(parsed, Line):
+        return _Checked(parsed, setting)
+    fields = {"unreadable": parsed.text} if parsed.text else {}
+    return RejectedLine("", setting.source, number, fields, (parsed.error,))
+
+
+def _windows(lines: Iterable["_Checked | RejectedLine"]) -> Iterator[list["_Checked | RejectedLine"]]:
+    """Lines in groups of about IDS_AT_ONCE shots."""
+    window: list[_Checked | RejectedLine] = []
+    ids = 0
+    for line in lines:
+        window.append(line)
+        ids += len(line.shots) if isinstance(line, _Checked) else 1
+        if ids >= IDS_AT_ONCE or len(window) >= IDS_AT_ONCE:
+            yield window
+            window, ids = [], 0
+    if window:
+        yield window
+
+
+def _without_doubles(window: Iterable["_Checked | RejectedLine"], index: ScriptIndex) -> Iterator[CheckedLine]:
+    """The shots of these lines; lines that are refused, for an id that stands before them too, are set aside."""
+    taken = index.lines_of([shot_id for line in window if isinstance(line, _Checked) for shot_id in line.shots])
+    fresh: dict[str, int] = {}
+    for line in window:
+        if isinstance(line, RejectedLine):
+            _set_aside(line, index)
             continue
-        line = _Checked(path.name, path.parent, parsed, fallback, header.characters)
-        for shot in _variants(line.shot) if line.shot else ():
-            assert shot.id is not None
-            if shot.id in where:
-                line.refuse("id", repr(shot.id), f"line {where[shot.id]} has it already; give each its own, or use variants")
-                break
-            where[shot.id] = number
-            shots.append(shot.with_seed(run_seed))
-            if line.failed_as and line.failed_as != shot.id:
-                replaces[shot.id] = line.failed_as
-        if line.shot is None:
-            rejected.append(line.rejected())
-    if not shots and not rejected:
-        raise ScriptError([FieldError(path.name, None, None, "no lines", "give at least one shot")])
-    return Script(path.name, tuple(shots), where, _with_ids_of_their_own(rejected, where), replaces)
+        if twice := next((shot_id for shot_id in line.shots if shot_id in taken), None):
+            line.refuse("id", repr(twice), f"line {taken[twice]} has it already; give each its own, or use variants")
+        if not line.shots:
+            _set_aside(line.rejected(), index)
+        for shot_id, shot in line.shots.items():
+            fresh[shot_id] = taken[shot_id] = line.number
+            yield CheckedLine(shot, line.number, line.failed_as if line.failed_as != shot_id else None)
+    index.add(fresh)
 
 
-def _with_ids_of_their_own(rejected: list[RejectedLine], taken: Collection[str]) -> tuple[RejectedLine, ...]:
-    """Each refused line under an id that no shot and no other refused line has, so that each has a row of its own."""
-    used = set(taken)
-    out = []
-    for line in rejected:
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
-        candidates = chain([line.id], _numbered(f"{stem}-line-{line.line}"))
-        line_id = next(c for c in candidates if c and c not in used)
-        used.add(line_id)
-        # An id that another line has would, once rendered, replace that line's clip.
-        fields = {**line.fields, "id": line_id} if _is_in(line.fields.get("id"), taken) else line.fields
-        out.append(replace(line, id=line_id, fields=fields))
-    return tuple(out)
+def _set_aside(line: RejectedLine, index: ScriptIndex) -> None:
+    try:
+        index.set_aside(line)
+    except RecursionError:
+        shallow = {name: value for name, value in line.fields.items() if not isinstance(value, dict | list)}
+        index.set_aside(replace(line, fields=shallow))
 
 
-def _is_in(value: object, ids: Collection[str]) -> bool:
-    return isinstance(value, str) and value in ids
+def _name_of(line: RejectedLine) -> str:
+    """What a line without an id is called, after the place where it first stood."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
+    return f"{stem}-line-{line.line}"
+
+
+def _with_an_id_of_its_own(line: RejectedLine, names: Iterator[str], index: ScriptIndex) -> RejectedLine:
+    """The refused line under an id that no other line has, so that it has a row of its own."""
+    given = line.fields.get("id")
+    # An id that another line has would, once rendered, replace that line's clip.
+    anothers = isinstance(given, str) and given in index.lines_of([given])
+    line_id = next(name for name in chain([line.id] if line.id else [], names) if index.claim(name))
+    return replace(line, id=line_id, fields={**line.fields, "id": line_id} if anothers else line.fields)
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -116,44 +188,71 @@ def _numbered(name: str) -> Iterator[str]:
 
 def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
     """One shot that does not come from a file. Raises ScriptError naming each wrong field."""
-    line = _Checked(source, Path.cwd(), Line(None, dict(fields), strict=False), profile_defaults, {})
-    if line.shot is not None and line.shot.variants > 1:
-        line.refuse("variants", str(line.shot.variants), "this is one shot; variants are for scripts")
-    if line.shot is None:
+    setting = _Setting(source, Path.cwd(), _merged(profile_defaults), {}, run_seed)
+    line = _Checked(Line(None, dict(fields), strict=False), setting)
+    if len(line.shots) > 1:
+        line.refuse("variants", str(len(line.shots)), "this is one shot; variants are for scripts")
+    if line.errors:
         raise ScriptError(line.errors)
-    return line.shot.with_seed(run_seed)
+    (shot,) = line.shots.values()
+    return shot
 
 
-class _Checked:
-    """A line with its defaults: either a shot, or what is wrong with it."""
+class _Setting:
+    """What the lines of one script share."""
 
     def __init__(
         self,
         source: str,
         folder: Path,
-        line: Line,
         fallback: Mapping[str, Any],
         characters: Mapping[str, Mapping[str, Any]],
+        run_seed: int,
     ) -> None:
+        self.source = source
+        self.fallback = fallback
+        self.characters = characters
+        self.run_seed = run_seed
+        self.locate = lru_cache(PATHS_REMEMBERED)(partial(_located, folder))
+        """A path as a line has it -> the absolute path, and whether a file is there."""
+
+
+def _located(folder: Path, path: str) -> tuple[str, bool]:
+    # os.path, for it leaves the home of an unknown user as it is, and takes paths that are too long.
+    place = os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+    return place, os.path.isfile(place)
+
+
+class _Checked:
+    """A line with its defaults: either shots, or what is wrong with it."""
+
+    def __init__(self, line: Line, setting: _Setting) -> None:
         self.errors: list[FieldError] = []
-        self._source = source
-        self._folder = folder
+        self.shots: dict[str, Shot] = {}
+        """By id; none where there are errors."""
         self._line = line
-        failure = line.fields.get(FAILURE_FIELD)
+        self._setting = setting
+        own = dict(line.fields)
+        failure = own.pop(FAILURE_FIELD, None)
         self._failure = failure if isinstance(failure, dict) else {}
-        own = {name: value for name, value in line.fields.items() if name != FAILURE_FIELD}
-        self._fields = _merged(fallback, own)
+        self._fields = _merged(setting.fallback, own)
         if own.get("id") is None:
             # Of the line's own words alone: defaults that change must not change its id, and with it its seed.
             self._fields["id"] = derive_id(own)
-        self._take_character(characters)
+        self._take_character()
         shot = None if self.errors else self._validated()
         found = None if shot is None else self._with_files(shot)
-        self.shot = None if self.errors else found
+        if found is not None and not self.errors:
+            self.shots = dict(_seeded_variants(found, setting.run_seed))
 
     def refuse(self, field: str | None, got: str, allowed: str) -> None:
-        self.errors.append(FieldError(self._source, self._line.number, field, got, allowed))
-        self.shot = None
+        self.errors.append(FieldError(self._setting.source, self._line.number, field, got, allowed))
+        self.shots = {}
+
+    @property
+    def number(self) -> int:
+        """Of the line; 0 for one from no file."""
+        return self._line.number or 0
 
     @property
     def failed_as(self) -> str | None:
@@ -168,16 +267,17 @@ class _Checked:
         fields = {name: self._absolute(name, value) for name, value in self._fields.items()}
         return RejectedLine(
             self.failed_as or own_id,
-            script if isinstance(script, str) else self._source,
-            self._line.number or 0,
+            script if isinstance(script, str) else self._setting.source,
+            self.number,
             fields,
             tuple(self.errors),
         )
 
-    def _take_character(self, characters: Mapping[str, Mapping[str, Any]]) -> None:
+    def _take_character(self) -> None:
         name = self._fields.get("character")
         if name is None:
             return
+        characters = self._setting.characters
         if not isinstance(name, str) or name not in characters:
             known = ", ".join(characters) or "none; characters stand in the header of a .yaml script"
             self.refuse("character", shortened(name), f"the script's characters are: {known}")
@@ -192,55 +292,51 @@ class _Checked:
     def _validated(self) -> Shot | None:
         try:
             shot = Shot.model_validate(self._fields, strict=self._line.strict)
-            # A shot travels between machines as JSON; what does not survive that is refused here.
-            if Shot.model_validate_json(shot.model_dump_json()) == shot:
-                return shot
-            self.refuse("metadata", shortened(shot.metadata), "must be plain JSON, without NaN, Infinity or broken text")
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 self.refuse(*_explained(detail))
+            return None
         except (ValueError, RecursionError) as error:
-            self.refuse("metadata", "what cannot be written as JSON", f"must be plain JSON, not nested deeply ({error})")
-        return None
+            self.refuse(None, "what cannot be read", f"must be plain JSON, not nested deeply ({error})")
+            return None
+        # A shot travels between machines as JSON. All fields but this one are of types that survive that.
+        if shot.metadata and not _survives_as_json(shot.metadata):
+            allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or broken text"
+            self.refuse("metadata", shortened(shot.metadata), allowed)
+        return shot
 
     def _with_files(self, shot: Shot) -> Shot:
+        """The shot with its paths made absolute; what is not there is an error of the line."""
+        found: dict[str, Any] = {}
         for field in ("image", "face_image"):
-            value = getattr(shot, field)
-            if value is not None and not self._is_file(value):
-                self.refuse(field, shortened(value), f"must be an existing file (looked for {self._path(value)})")
-        for lora in shot.lora:
-            # A built-in name stays a name: each machine builds its own copy.
-            if lora.path.startswith("builtin:") and lora.path.endswith(".safetensors"):
-                self._check_builtin(lora.path)
-            elif not self._is_file(lora.path) or not lora.path.endswith(".safetensors"):
-                allowed = f"must be an existing .safetensors file (looked for {self._path(lora.path)})"
-                self.refuse("lora", shortened(lora.path), allowed)
-        files = {field: self._absolute(field, getattr(shot, field)) for field in ("image", "face_image")}
-        loras = tuple(LoraRef(path=self._absolute("lora", lora.path), weight=lora.weight) for lora in shot.lora)
-        return shot.model_copy(update={**files, "lora": loras})
+            if (value := getattr(shot, field)) is not None:
+                found[field], there = self._setting.locate(value)
+                if not there:
+                    self.refuse(field, shortened(value), f"must be an existing file (looked for {found[field]})")
+        if shot.lora:
+            found["lora"] = tuple(map(self._with_file, shot.lora))
+        return shot.model_copy(update=found) if found else shot
 
-    def _check_builtin(self, name: str) -> None:
-        try:
-            resolve(name)
-        except SetupError as error:
-            self.refuse("lora", shortened(name), str(error))
-
-    def _is_file(self, value: str) -> bool:
-        try:
-            return Path(self._path(value)).is_file()
-        except OSError:
-            return False
-
-    def _path(self, value: str) -> str:
-        # os.path, for it leaves the home of an unknown user as it is.
-        return os.path.abspath(self._folder / os.path.expanduser(value))
+    def _with_file(self, lora: LoraRef) -> LoraRef:
+        is_weights = lora.path.endswith(".safetensors")
+        # A built-in name stays a name: each machine builds its own copy.
+        if lora.path.startswith("builtin:") and is_weights:
+            try:
+                resolve(lora.path)
+            except SetupError as error:
+                self.refuse("lora", shortened(lora.path), str(error))
+            return lora
+        place, there = self._setting.locate(lora.path)
+        if not there or not is_weights:
+            self.refuse("lora", shortened(lora.path), f"must be an existing .safetensors file (looked for {place})")
+        return lora.model_copy(update={"path": place})
 
     def _absolute(self, field: str, value: Any) -> Any:
         """Paths of a field as absolute ones, whatever its shape; everything else as it is."""
         if field not in ("image", "face_image", "lora") or value is None:
             return value
         if isinstance(value, str):
-            return value if value.startswith("builtin:") else self._path(value)
+            return value if value.startswith("builtin:") else self._setting.locate(value)[0]
         if isinstance(value, list | tuple):
             return [one if isinstance(one, list | tuple) else self._absolute(field, one) for one in value]
         if isinstance(value, dict) and isinstance(value.get("path"), str):
@@ -248,23 +344,37 @@ class _Checked:
         return value
 
 
-def _variants(shot: Shot) -> Iterator[Shot]:
+def _survives_as_json(metadata: JsonValue) -> bool:
+    for _ in range(LEVELS_AROUND):
+        metadata = [metadata]
+    try:
+        return METADATA.validate_json(METADATA.dump_json(metadata)) == metadata
+    except (ValueError, RecursionError):
+        return False
+
+
+def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
+    assert shot.id is not None
     if shot.variants == 1:
-        yield shot
+        yield shot.id, shot.with_seed(run_seed)
         return
     for number in range(shot.variants):
         # Variants of a line with a seed of its own take the seeds after it; without one, each is seeded by its id.
         seed = None if shot.seed is None else (shot.seed + number) % 2**32
-        yield shot.model_copy(update={"id": f"{shot.id}-v{number}", "variants": 1, "seed": seed})
+        shot_id = f"{shot.id}-v{number}"
+        yield shot_id, shot.model_copy(update={"id": shot_id, "variants": 1, "seed": seed}).with_seed(run_seed)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later layers win; `steps` and `guidance` are merged stage by stage."""
     out: dict[str, Any] = {}
     for layer in layers:
-        for key, value in nest_flat_settings(dict(layer)).items():
-            both = key in ("steps", "guidance") and isinstance(value, dict) and isinstance(out.get(key), dict)
-            out[key] = {**out[key], **value} if both else value
+        given = nest_flat_settings(dict(layer))
+        before = {name: out[name] for name in NESTED_FIELDS if name in out and name in given}
+        out.update(given)
+        for name, settings in before.items():
+            if isinstance(settings, dict) and isinstance(given[name], dict):
+                out[name] = {**settings, **given[name]}
     return out
 
 

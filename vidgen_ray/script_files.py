@@ -1,8 +1,11 @@
-"""The files that scripts come in, as lines of fields: .jsonl, .csv, .txt, .parquet, .yaml. Knows no shot."""
+"""The files that scripts come in, as lines of fields: .jsonl, .csv, .txt, .parquet, .yaml. Knows no shot.
+
+Lines are read as they are asked for, so memory does not grow with the script; but a .yaml script is read whole.
+"""
 
 import csv
-import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,15 @@ HEADER_FIELDS = ("title", "defaults", "characters", "shots")
 TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "face_image", "upscaler")
 """Fields in which `7` is a word."""
 CHARACTER_FIELDS = ("face_image", "lora", "trigger")
+MAX_LINE = 2**24
+"""Letters in a line of text."""
+MAX_YAML_BYTES = 2**24
+"""Reading YAML takes seventy times the memory of its text and two seconds a megabyte."""
+ROWS_AT_ONCE = 1024
+COLUMN_BUFFER_BYTES = 2**18
+"""Read ahead in each column of a Parquet file."""
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What stands for bytes that are not UTF-8 when they are read with `surrogateescape`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +35,7 @@ class Line:
     """The fields of one shot as the file gives them."""
 
     number: int | None
-    """Counted from 1 as an editor does; for Parquet and YAML the shot, counted from 1."""
+    """Counted from 1 as an editor does; for Parquet the row, counted from 1."""
     fields: dict[str, Any]
     strict: bool
     """Whether types are the file's own (JSON) or everything is text (CSV)."""
@@ -70,7 +82,10 @@ def _cell(text: str) -> Any:
 
 def shortened(value: object) -> str:
     """A value as an error shows it."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "what is nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -99,18 +114,39 @@ def _refused(path: Path, got: str, allowed: str) -> ScriptError:
     return ScriptError([FieldError(path.name, None, None, got, allowed)])
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _refused(path, f"bytes that are not UTF-8 at {error.start}", "save the script as UTF-8") from None
+def _refused_encoding(path: Path, line: int | None) -> ScriptError:
+    return ScriptError([FieldError(path.name, line, None, "bytes that are not UTF-8", "save the script as UTF-8")])
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """Each line with its end, which is a line feed whatever the file has. Raises ScriptError where the text breaks off."""
+    file = path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+    def lines() -> Iterator[str]:
+        number = 0
+        with file:
+            try:
+                while text := file.readline(MAX_LINE):
+                    number += 1
+                    if not text.isascii() and NOT_UTF8.search(text):
+                        raise _refused_encoding(path, number)
+                    if len(text) == MAX_LINE:
+                        got, allowed = f"more than {MAX_LINE:,} letters", "a shot stands on a line of its own"
+                        raise ScriptError([FieldError(path.name, number, None, got, allowed)])
+                    yield text
+            except OSError as error:
+                raise _refused(path, f"no more than {number} lines", f"must be readable ({error.strerror})") from None
+
+    return lines()
 
 
 def _jsonl(path: Path) -> tuple[Header, Lines]:
+    texts = _text_lines(path)
+
     def lines() -> Lines:
-        for number, text in enumerate(_text(path).split("\n"), start=1):
+        for number, text in enumerate(texts, start=1):
             if text.strip():
-                yield number, _json_line(path, number, text)
+                yield number, _json_line(path, number, text.removesuffix("\n"))
 
     return NO_HEADER, lines()
 
@@ -138,8 +174,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv(path: Path) -> tuple[Header, Lines]:
-    # Not splitlines: it would cut cells at signs that end no row, such as U+2028.
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    rows = csv.DictReader(_text_lines(path), strict=True)
     try:
         columns = rows.fieldnames or []
     except csv.Error as error:
@@ -169,8 +204,10 @@ def _csv(path: Path) -> tuple[Header, Lines]:
 
 
 def _txt(path: Path) -> tuple[Header, Lines]:
+    texts = _text_lines(path)
+
     def lines() -> Lines:
-        for number, text in enumerate(_text(path).split("\n"), start=1):
+        for number, text in enumerate(texts, start=1):
             if text.strip() and not text.lstrip().startswith("#"):
                 yield number, Line(number, {"prompt": text.strip()}, strict=False)
 
@@ -182,7 +219,8 @@ def _parquet(path: Path) -> tuple[Header, Lines]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        # With `pre_buffer`, a row group would be read whole, and a script is often one row group.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise _refused(path, "something that is not Parquet", f"write the script again ({error})") from None
     names = file.schema_arrow.names
@@ -196,22 +234,37 @@ def _parquet(path: Path) -> tuple[Header, Lines]:
     def lines() -> Lines:
         number = 0
         try:
-            for batch in file.iter_batches(1024):
-                for row in range(batch.num_rows):
+            for batch in file.iter_batches(ROWS_AT_ONCE, use_threads=False):
+                for row in _rows(batch):
                     number += 1
-                    yield number, _parquet_row(path, number, batch.slice(row, 1))
+                    yield number, _parquet_row(path, number, row)
         except (pyarrow.ArrowException, OSError) as error:
             raise _refused(path, f"damaged data after row {number}", f"write the script again ({error})") from None
 
     return NO_HEADER, lines()
 
 
-def _parquet_row(path: Path, number: int, row: Any) -> Line | Unreadable:
+NO_PYTHON_VALUE = (UnicodeDecodeError, ValueError, OverflowError)
+"""What pyarrow raises for text that is not UTF-8 or a time that Python cannot hold."""
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """The rows of a batch; for one that Python cannot hold the reason."""
     try:
-        return Line(number, _without_nulls(row.to_pylist()[0]), strict=True)
-    except (UnicodeDecodeError, ValueError, OverflowError) as error:
-        allowed = f"must be text, numbers, lists and structs ({error})"
+        yield from batch.to_pylist()
+    except NO_PYTHON_VALUE:
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except NO_PYTHON_VALUE as error:
+                yield error
+
+
+def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception) -> Line | Unreadable:
+    if isinstance(row, Exception):
+        allowed = f"must be text, numbers, lists and structs ({row})"
         return Unreadable("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
+    return Line(number, _without_nulls(row), strict=True)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -221,7 +274,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML without two of its traps: aliases, of which a few lines can make gigabytes, and fields that stand twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -236,11 +289,26 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _yaml(path: Path) -> tuple[Header, Lines]:
+def _yaml_with_lines(path: Path) -> tuple[Any, list[int]]:
+    """The content and, where it is a set of fields with a list of `shots`, the line on which each of them begins."""
+    if (size := path.stat().st_size) > MAX_YAML_BYTES:
+        allowed = f"at most {MAX_YAML_BYTES:,}, for YAML is read whole; a .jsonl or .parquet script may be of any length"
+        raise _refused(path, f"{size:,} bytes", allowed)
     try:
-        content = yaml.load(_text(path), _StrictLoader)
+        loader = StrictLoader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        content = None if node is None else loader.construct_document(node)
+    except UnicodeDecodeError as error:
+        raise _refused_encoding(path, error.object.count(b"\n", 0, error.start) + 1) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise _refused(path, "something that is not YAML", " ".join(str(error).split())) from None
+    fields = node.value if isinstance(node, yaml.MappingNode) else []
+    shots = next((value for key, value in reversed(fields) if key.value == "shots"), None)
+    return content, [shot.start_mark.line + 1 for shot in shots.value] if isinstance(shots, yaml.SequenceNode) else []
+
+
+def _yaml(path: Path) -> tuple[Header, Lines]:
+    content, starts = _yaml_with_lines(path)
     if not isinstance(content, dict) or not isinstance(content.get("shots"), list):
         raise _refused(path, "no list of shots", "a .yaml script has `shots:`, a list, beside title, defaults and characters")
     if unknown := set(content) - set(HEADER_FIELDS):
@@ -261,7 +329,7 @@ def _yaml(path: Path) -> tuple[Header, Lines]:
             )
 
     def lines() -> Lines:
-        for number, shot in enumerate(content["shots"], start=1):
+        for number, shot in zip(starts, content["shots"], strict=True):
             if isinstance(shot, str):
                 shot = {"prompt": shot}
             if isinstance(shot, dict):

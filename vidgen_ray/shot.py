@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 VARIANT_SUFFIX = 5
 """Letters that `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+NESTED_FIELDS = ("steps", "guidance")
+"""They have a setting for each stage, and may be written flat."""
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
@@ -189,8 +191,8 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
     out = {k: v for k, v in data.items() if k not in flat}
     for key in flat:
         head, tail = key.split(".", 1)
-        stage, setting = (tail, head) if head in ("steps", "guidance") else (head, tail)
-        if setting in ("steps", "guidance") and stage in StageSteps.model_fields:
+        stage, setting = (tail, head) if head in NESTED_FIELDS else (head, tail)
+        if setting in NESTED_FIELDS and stage in StageSteps.model_fields:
             beside = {} if out.get(setting) is None else out[setting]
             # Beside something that is no set of fields, that something is refused.
             out[setting] = {**beside, stage: data[key]} if isinstance(beside, dict) else beside
