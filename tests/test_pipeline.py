@@ -108,7 +108,7 @@ def test_a_stage_that_fails_is_named_and_leaves_no_shot(pipeline):
 
 
 def test_what_others_are_still_making_is_not_swept_away(tmp_path):
-    ours = temporary_folder(tmp_path / "shots" / "x")
+    ours = temporary_folder(tmp_path / "shots")
     dead = subprocess.Popen(["true"])
     dead.wait()
     theirs = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))

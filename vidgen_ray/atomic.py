@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ABANDONED_AFTER_S = 86_400
@@ -15,10 +17,6 @@ def temporary_prefix() -> str:
     return f".tmp-{os.uname().nodename}-{os.getpid()}-"
 
 
-def is_temporary(path: Path) -> bool:
-    return path.name.startswith(".tmp-")
-
-
 def temporary_folder(beside: Path) -> Path:
     """A new hidden folder in `beside`, which is made if it is not there."""
     beside.mkdir(parents=True, exist_ok=True)
@@ -27,16 +25,32 @@ def temporary_folder(beside: Path) -> Path:
     return folder
 
 
+def temporary_file(beside: Path) -> Path:
+    """A new hidden file in `beside`, which is made if it is not there."""
+    beside.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=beside, prefix=temporary_prefix())
+    os.fchmod(handle, 0o644)
+    os.close(handle)
+    return Path(name)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, to the disk, and give it its name last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=temporary_prefix(), delete=False) as tmp:
-        tmp.write(data)
-        tmp.flush()
-        os.fsync(tmp.fileno())
-    os.chmod(tmp.name, 0o644)
-    os.replace(tmp.name, path)
+    with new_file(path) as tmp:
+        tmp.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name at the end of the block; it is gone where the block raises."""
+    tmp = temporary_file(path.parent)
+    try:
+        yield tmp
+        flush_to_disk(tmp)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -45,11 +59,25 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what matches the pattern and was left unfinished by a process that is gone."""
-    for path in folder.glob(pattern):
-        if is_temporary(path) and _is_abandoned(path):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+def abandoned(folder: Path) -> Iterator[Path]:
+    """What lies directly in the folder and was left unfinished by a process that is gone."""
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return
+    with entries:
+        # Names first: a folder of many shots is looked through at every start.
+        for name in [entry.name for entry in entries if entry.name.startswith(".tmp-")]:
+            if _is_abandoned(folder / name):
+                yield folder / name
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:

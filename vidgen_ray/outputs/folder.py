@@ -1,32 +1,45 @@
 """`OUT/`: where the files of a shot are made, committed and found again.
 
-`shots/<id>/shot.json` is the commit point: written last, by rename. A shot is done when it is there with the shot's key.
+`shots/<id>/shot.json` is the commit point: written last, whole. A shot is done when it is there with the shot's key.
 """
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from vidgen_ray.atomic import flush_to_disk, is_temporary, sweep, temporary_folder, write_atomically
+import pydantic_core
+
+from vidgen_ray.atomic import remove, write_atomically
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
-from vidgen_ray.local_cache import sha256_of
-from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
+from vidgen_ray.local_cache import cache_dir, sha256_of
+from vidgen_ray.outputs.lease import Lease, lease
+from vidgen_ray.outputs.records import DoneShot, FileRecord, ShotRecord, ShotSummary, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
+from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.version import __version__
+
+RECORD = "shot.json"
+SWEPT = ("", "shots", "cache", "manifest", "failures", "inputs")
+"""Where temporaries may lie."""
+REQUESTS_AT_ONCE = 32
+"""To an object store, of which each takes tens of milliseconds."""
 
 
 class ShotDraft:
-    """The files of one shot while they are made, in a hidden folder beside their final place."""
+    """The files of one shot while they are made, in a local folder that nobody looks into."""
 
-    def __init__(self, folder: Path, plan: ShotPlan) -> None:
+    def __init__(self, storage: Storage, plan: ShotPlan, work: Path) -> None:
         self.plan = plan
-        self._folder = folder
-        self._work = temporary_folder(folder)
+        self._storage = storage
+        self._work = work
 
     def path(self, name: str) -> Path:
         """Where to write a file that will be called `name`."""
@@ -43,81 +56,157 @@ class ShotDraft:
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
             software=software_versions(),
         )
+        self.path(RECORD).write_text(record.model_dump_json(indent=1), encoding="utf-8")
+        folder = _shot_folder(self.plan)
         # An older render of this id stops being done before its first file is replaced.
-        (self._folder / "shot.json").unlink(missing_ok=True)
-        for file in files:
-            flush_to_disk(file)
-            os.replace(file, self._folder / file.name)
-        kept = {f.name for f in files}
-        for stale in self._folder.iterdir():
-            if stale.is_file() and stale.name not in kept and not is_temporary(stale):
-                stale.unlink(missing_ok=True)
-        write_atomically(self._folder / "shot.json", record.model_dump_json(indent=1))
+        self._storage.delete(f"{folder}/{RECORD}")
+        self._storage.publish(self._work, folder, [file.name for file in files])
+        for stale in self._storage.files(folder).keys() - record.files.keys():
+            self._storage.delete(f"{folder}/{stale}")
+        self._storage.publish(self._work, folder, [RECORD])
         return record
-
-    def discard(self) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
 
 
 class OutputFolder:
-    """`OUT/`: shots, manifest, failures, run.json and, unless it is switched off, the stage cache."""
+    """`OUT/`: shots, manifest, failures, run.json and, unless it is switched off, the stage cache.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    `root` is a local path or the URL of an object store. It may travel between processes; credentials travel in the URL or
+    are found in the environment there. Raises SetupError for a URL given as a Path; methods raise OSError where the storage
+    fails.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self._root = absolute(root)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OutputFolder, (self._root,)
+
+    def __repr__(self) -> str:
+        return f"OutputFolder({self.url})"
+
+    @cached_property
+    def storage(self) -> Storage:
+        return storage_at(self._root)
+
+    @property
+    def url(self) -> str:
+        """The place as a person may see it: without credentials."""
+        return self.storage.url
+
+    @property
+    def root(self) -> Path:
+        """The folder on this machine. Raises SetupError where it lies in an object store."""
+        if self.storage.local is None:
+            raise SetupError(f"output folder {self.url}: lies in an object store, this needs a local folder")
+        return self.storage.local
 
     @property
     def stage_cache(self) -> StageCache:
-        return StageCache(self.root / "cache")
+        return StageCache(self.storage)
 
     def shot_folder(self, shot_id: str) -> Path:
+        """On this machine. Raises SetupError where it lies in an object store; see `place`."""
         return self.root / "shots" / shot_id
 
-    def done(self, plan: ShotPlan, with_stages: bool = False) -> ShotRecord | None:
-        """The record of the shot if it is finished with this very key, else none.
+    def place(self, shot_id: str, name: str) -> Path | str:
+        """Where a person finds a file of a shot: a path, or a URL without credentials."""
+        return self.storage.place(f"shots/{shot_id}/{name}")
 
-        `with_stages` asks for the files of `--keep stages`, too.
+    def read(self, shot_id: str, name: str) -> bytes:
+        """The content of a shot's file. Raises FileNotFoundError."""
+        content = self.storage.read(f"shots/{shot_id}/{name}")
+        if content is None:
+            raise FileNotFoundError(f"{self.url}/shots/{shot_id}/{name}")
+        return content
+
+    def done(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
+        """The shot if it is finished with this very key, else none.
+
+        `with_stages` asks for the files of `--keep stages`, too. Files are there at their full length; reading them would
+        cost a run of many shots too much.
         """
-        assert plan.shot.id is not None
+        folder = _shot_folder(plan)
         try:
-            text = (self.shot_folder(plan.shot.id) / "shot.json").read_text(encoding="utf-8")
-            record = ShotRecord.model_validate_json(text)
-        except (OSError, ValueError):
+            text = self.storage.read(f"{folder}/{RECORD}")
+            if text is None:
+                return None
+            found = pydantic_core.from_json(text)
+            if found["key"] != plan.key:
+                return None
+            files, stages = found["files"], found["stages"]
+            if with_stages and not {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} <= files.keys():
+                return None
+            if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
+                return None
+            summary = ShotSummary(
+                key=plan.key,
+                sha256={name: file["sha256"] for name, file in files.items()},
+                seconds=sum([step["seconds"] for step in stages]),
+                gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
+                lora_loads=sum([step["adapter_loads"] for step in stages]),
+            )
+        # A damaged record is no record.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        expected = {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} if with_stages else set()
-        whole = record.key == plan.key and expected <= set(record.files) and self._has(plan.shot.id, record)
-        return record if whole else None
+        return DoneShot(summary, text)
 
-    def _has(self, shot_id: str, record: ShotRecord) -> bool:
-        """Whether the files are there at their full length. Reading them would cost a run of many shots too much."""
-        folder = self.shot_folder(shot_id)
-        try:
-            return all((folder / name).stat().st_size == file.bytes for name, file in record.files.items())
-        except FileNotFoundError:
-            return False
+    def done_each(self, plans: Iterable[ShotPlan], with_stages: bool = False) -> Iterator[tuple[ShotPlan, DoneShot | None]]:
+        """Each plan with what `done` finds, in order. An object store is asked for many at once."""
+        if self.storage.local is not None:
+            for plan in plans:
+                yield plan, self.done(plan, with_stages)
+            return
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            asked = deque[tuple[ShotPlan, Any]]()
+            for plan in plans:
+                asked.append((plan, pool.submit(self.done, plan, with_stages)))
+                if len(asked) > 2 * REQUESTS_AT_ONCE:
+                    ready, found = asked.popleft()
+                    yield ready, found.result()
+            for ready, found in asked:
+                yield ready, found.result()
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
         """A place to make the shot's files; what was not committed at the end is gone."""
-        assert plan.shot.id is not None
-        draft = ShotDraft(self.shot_folder(plan.shot.id), plan)
-        try:
-            yield draft
-        finally:
-            draft.discard()
+        with self.storage.workspace("shots") as work:
+            yield ShotDraft(self.storage, plan, work)
+
+    def keep_input(self, content: bytes, suffix: str) -> Path:
+        """A file given in memory, stored by its content so that its shot can be repeated: in OUT/inputs, or in this
+        machine's cache folder where OUT lies in an object store."""
+        folder = (self.storage.local or cache_dir()) / "inputs"
+        path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
+        if not path.exists():
+            write_atomically(path, content)
+        return path
+
+    def write_run(self, content: dict[str, Any]) -> None:
+        """`run.json`: what ran last in this folder."""
+        self.storage.write("run.json", json.dumps(content, indent=1))
+
+    def lease(self, run: str) -> AbstractContextManager[Lease]:
+        """Hold the folder for a run. Raises SetupError where another run holds it."""
+        return lease(self.storage, run)
 
     def prepare(self) -> None:
         """Make the folder ready to be written to. Raises SetupError where it cannot be."""
         try:
-            write_atomically(self.root / ".writable", "")
-            (self.root / ".writable").unlink(missing_ok=True)
+            self.storage.write(".writable", "")
+            self.storage.delete(".writable")
         except OSError as error:
-            raise SetupError(f"output folder {self.root}: cannot be written ({error.strerror})") from None
+            raise SetupError(f"output folder {self.url}: cannot be written ({error.strerror or error})") from None
         self.sweep()
 
     def sweep(self) -> None:
         """Remove what killed processes left half made."""
-        for pattern in ("shots/*/*", "cache/*/*", "manifest/*", "inputs/*", "*"):
-            sweep(self.root, pattern)
+        for path in self.storage.abandoned(SWEPT):
+            remove(path)
+
+
+def _shot_folder(plan: ShotPlan) -> str:
+    assert plan.shot.id is not None
+    return f"shots/{plan.shot.id}"
 
 
 @cache

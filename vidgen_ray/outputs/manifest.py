@@ -1,24 +1,28 @@
-"""What became of every line: `manifest/*.parquet`, and `failures.jsonl`, a script of the lines that failed."""
+"""What became of every line: the rows of `manifest/*.parquet`, and how they are read. See manifest_writer for writing."""
 
-import io
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from vidgen_ray.atomic import write_atomically
-from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.outputs.id_index import IdIndex
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, ShotSummary
+from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Column of the manifest -> file in the shot's folder."""
 Status = Literal["done", "failed", "skipped"]
+REFUSED = "script"
+"""Stage of the failure of a line that was refused before anything was rendered."""
+BATCH_ROWS = 10_000
+INDEX = ["run", "script", "id", "status", "failure_stage"]
+"""What decides whether a row holds."""
 
 
 def _now() -> str:
@@ -52,6 +56,8 @@ class ManifestRow(BaseModel):
     seconds: float | None = None
     """Of all stages together, when they were run."""
     gpu_seconds: float | None = None
+    lora_loads: int | None = None
+    """How often a LoRA had to be laid on the weights for it, when it was rendered."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None
@@ -61,52 +67,71 @@ class ManifestRow(BaseModel):
     """The line's own, as JSON text."""
     ended_at: str = Field(default_factory=_now)
 
-    @classmethod
+    @staticmethod
     def of_shot(
-        cls,
-        run: str,
-        script: str,
-        shot: Shot,
-        line: int,
-        result: ShotRecord | Failure,
-        status: Status,
+        run: str, script: str, shot: Shot, line: int | None, result: ShotRecord | DoneShot | Failure, status: Status
     ) -> "ManifestRow":
+        # Nothing is checked again: a shot, a summary and a failure are what they are, and a run has many rows.
         assert shot.id is not None
-        columns: dict[str, Any] = shot.model_dump(include={"prompt", "mode", "seed", "width", "height"})
-        if shot.generate_video:
-            columns |= {"num_frames": shot.num_frames, "fps": shot.fps}
-        if isinstance(result, Failure):
-            columns |= _failure_columns(result)
-        else:
-            columns |= _result_columns(shot.id, result)
-        return cls(run=run, script=script, id=shot.id, line=line, status=status, metadata=json.dumps(shot.metadata), **columns)
+        return _row(
+            run=run,
+            script=script,
+            id=shot.id,
+            line=line,
+            status=status,
+            prompt=shot.prompt,
+            mode=shot.mode,
+            seed=shot.seed,
+            width=shot.width,
+            height=shot.height,
+            num_frames=shot.num_frames if shot.generate_video else None,
+            fps=shot.fps if shot.generate_video else None,
+            metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
+            **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(shot.id, result.summary)),
+        )
 
-    @classmethod
-    def of_refused_line(cls, run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
-        shown = prompt if isinstance(prompt, str) else None
-        columns = _failure_columns(failure)
-        return cls(run=run, script=script, id=line_id, line=line, status="failed", prompt=shown, **columns)
+    @staticmethod
+    def of_refused_line(run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
+        return _row(
+            run=run,
+            script=script,
+            id=line_id,
+            line=line,
+            status="failed",
+            prompt=_storable(prompt) if isinstance(prompt, str) else None,
+            **_failure_columns(failure),
+        )
 
-    @field_validator("prompt", "failure_message", mode="before")
-    @classmethod
-    def _is_storable(cls, value: Any) -> Any:
-        """Text of a broken line may hold lone surrogates, which neither Parquet nor UTF-8 has."""
-        return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+_EMPTY = {name: field.get_default() for name, field in ManifestRow.model_fields.items() if not field.is_required()}
+
+
+def _row(**columns: Any) -> ManifestRow:
+    """All columns are given, since finding the default of each would take longer than all the rest."""
+    return ManifestRow.model_construct(**{**_EMPTY, "ended_at": _now(), **columns})
+
+
+def _storable(text: str) -> str:
+    """Text of a broken line may hold lone surrogates, which neither Parquet nor UTF-8 has."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _failure_columns(failure: Failure) -> dict[str, Any]:
-    return {f"failure_{name}": value for name, value in failure.model_dump().items()}
+    columns = {f"failure_{name}": value for name, value in failure.model_dump().items()}
+    return {**columns, "failure_message": _storable(failure.message)}
 
 
-def _result_columns(shot_id: str, record: ShotRecord) -> dict[str, Any]:
+def _result_columns(shot_id: str, result: ShotSummary) -> dict[str, Any]:
     columns: dict[str, Any] = {
-        "key": record.key,
-        "seconds": sum(step.seconds for step in record.stages),
-        "gpu_seconds": sum(step.gpu_seconds for step in record.stages),
+        "key": result.key,
+        "seconds": result.seconds,
+        "gpu_seconds": result.gpu_seconds,
+        "lora_loads": result.lora_loads,
     }
     for name, file in SHOT_FILES.items():
-        if file in record.files:
-            columns |= {name: f"shots/{shot_id}/{file}", f"{name}_sha256": record.files[file].sha256}
+        if file in result.sha256:
+            columns[name] = f"shots/{shot_id}/{file}"
+            columns[f"{name}_sha256"] = result.sha256[file]
     return columns
 
 
@@ -129,93 +154,70 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 
 SCHEMA = _arrow_schema()
 """Text, whole numbers and floats; the same for every run, so that the folder reads as one table."""
+REQUIRED = [name for name, field in ManifestRow.model_fields.items() if field.is_required()]
 
 
-@dataclass(frozen=True, slots=True)
-class Superseded:
-    """What of earlier accounts a run makes void: these ids, and every line that this script had refused."""
+class Account(NamedTuple):
+    """A file of the manifest, and which of its rows hold."""
 
-    ids: Collection[str]
-    script: str
-
-    def __call__(self, line_id: object, script: object, failure_stage: object) -> bool:
-        return line_id in self.ids or (script == self.script and failure_stage == REFUSED)
+    name: str
+    holds: Sequence[bool]
+    is_current: bool
+    """Whether it has the columns of SCHEMA."""
 
 
-REFUSED = "script"
-"""Stage of the failure of a line that was refused before anything was rendered."""
+def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[Account, pyarrow.Table] | None:
+    """The account of a file and the columns of INDEX; none for a file that is no manifest of ours.
 
-
-def write_manifest(out: Path, run: str, rows: Sequence[ManifestRow], superseded: Superseded) -> Path:
-    """Write this run's rows together with those of earlier runs that still hold, one row an id."""
-    older = {file: _rows_of(file) for file in sorted((out / "manifest").glob("*.parquet"))}
-    kept = [row for found in older.values() for row in found or () if not superseded(row.id, row.script, row.failure_stage)]
-    content = io.BytesIO()
-    latest = _latest([*kept, *rows])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row.model_dump() for row in latest], schema=SCHEMA), content)
-    target = out / "manifest" / f"{run}.parquet"
-    write_atomically(target, content.getvalue())
-    for file, found in older.items():
-        if found is not None:
-            file.unlink(missing_ok=True)
-    return target
-
-
-def read_manifest(out: Path) -> list[ManifestRow]:
-    """One row an id, in no order."""
-    return _latest([row for file in (out / "manifest").glob("*.parquet") for row in _rows_of(file) or ()])
-
-
-def _latest(rows: Sequence[ManifestRow]) -> list[ManifestRow]:
-    return list({row.id: row for row in sorted(rows, key=lambda row: row.ended_at)}.values())
-
-
-def _rows_of(file: Path) -> list[ManifestRow] | None:
-    """None for a file that is no manifest of ours; it is left alone."""
-    try:
-        return [ManifestRow.model_validate(row) for row in pyarrow.parquet.read_table(file).to_pylist()]
-    except (pyarrow.ArrowException, OSError, ValueError):
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class FailedLine:
-    """A line that can be rendered again, under its id in the manifest, and why it failed."""
-
-    id: str
-    script: str
-    fields: dict[str, Any]
-    failure: Failure
-
-
-def write_failures(out: Path, superseded: Superseded, failed: Sequence[FailedLine]) -> None:
-    """Write `failures.jsonl`: each failed line with the reason under `failure`.
-
-    Lines of earlier runs stay unless this run makes them void; no file is left where none has failed.
+    Of rows with the same id the last one holds, unless the id was `seen` before. Afterwards the file's ids are.
     """
-    path = out / "failures.jsonl"
-    before = path.read_text(encoding="utf-8", errors="backslashreplace").split("\n") if path.exists() else []
-    lines = [line for line in before if line.strip() and not superseded(*_failed_as(line))]
-    for line in failed:
-        lines.append(_as_json(line.fields, {"id": line.id, "script": line.script, **line.failure.model_dump()}))
-    if lines:
-        write_atomically(path, "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
-    else:
-        path.unlink(missing_ok=True)
+    with storage.local_copy(name) as path:
+        try:
+            schema = pyarrow.parquet.read_schema(path)
+            if not set(REQUIRED) <= set(schema.names) <= set(SCHEMA.names):
+                return None
+            index = pyarrow.parquet.read_table(path, columns=INDEX, use_threads=False)
+        except (pyarrow.ArrowException, OSError):
+            return None
+    last_first = index.column("id").to_pylist()[::-1]
+    return Account(name, seen.add_new(last_first)[::-1], schema.equals(SCHEMA)), index
 
 
-def _as_json(line: dict[str, Any], reason: dict[str, Any]) -> str:
+def manifest_files(storage: Storage) -> list[str]:
+    """Newest first: a file is named after its run, and a run after the time of its beginning."""
+    names = sorted(storage.files("manifest"), reverse=True)
+    return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
+
+
+def rows_that_hold(storage: Storage, account: Account) -> Iterator[pyarrow.RecordBatch]:
+    """In batches of at most BATCH_ROWS, with the columns of SCHEMA."""
+    begin = 0
+    with storage.local_copy(account.name) as path, pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH_ROWS):
+            mask = pyarrow.array(account.holds[begin : begin + len(batch)], pyarrow.bool_())
+            begin += len(batch)
+            yield _with_all_columns(batch.filter(mask))
+
+
+def _with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    columns = [
+        batch.column(field.name).cast(field.type) if field.name in batch.schema.names else pyarrow.nulls(len(batch), field.type)
+        for field in SCHEMA
+    ]
+    return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
+    """All rows, one an id, in no order; also while a run goes on, whatever is on disk of it. Memory does not grow with them."""
+    seen = IdIndex()
     try:
-        # What is no JSON came from a Parquet or YAML script, and is shown as text.
-        return json.dumps({**line, "failure": reason}, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):
-        return json.dumps({"unreadable": repr(line)[:10_000], "failure": reason}, ensure_ascii=False)
+        for name in manifest_files(storage):
+            if (found := account_of(storage, name, seen)) is not None:
+                yield from rows_that_hold(storage, found[0])
+    finally:
+        seen.close()
 
 
-def _failed_as(line: str) -> tuple[object, object, object]:
-    """Id, script and stage; nothing for a line that somebody wrote into the file by hand."""
-    try:
-        reason = json.loads(line)["failure"]
-        return reason["id"], reason["script"], reason["stage"]
-    except (ValueError, KeyError, TypeError):
-        return None, None, None
+def read_manifest(out: str | Path) -> list[ManifestRow]:
+    """One row an id, in no order."""
+    return [ManifestRow(**row) for batch in manifest_batches(storage_at(out)) for row in batch.to_pylist()]

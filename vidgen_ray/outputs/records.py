@@ -1,5 +1,7 @@
 """What is written down about a shot: the content of shot.json, and why a line failed."""
 
+from typing import NamedTuple
+
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.shot import Shot
@@ -19,6 +21,10 @@ class StepRecord(_Record):
     gpu_seconds: float
     """Seconds times the share of a GPU that the stage holds."""
     cached: bool
+    recovered: str | None = None
+    """What let the step end after the GPU's memory had run out: `memory freed`, or the leaner settings it ran with."""
+    adapter_loads: int = 0
+    """LoRAs that had to be laid on the weights for it."""
 
 
 class FileRecord(_Record):
@@ -36,6 +42,39 @@ class ShotRecord(_Record):
     stages: tuple[StepRecord, ...]
     files: dict[str, FileRecord]
     software: dict[str, str]
+
+    @property
+    def summary(self) -> "ShotSummary":
+        return ShotSummary(
+            key=self.key,
+            sha256={name: file.sha256 for name, file in self.files.items()},
+            seconds=sum(step.seconds for step in self.stages),
+            gpu_seconds=sum(step.gpu_seconds for step in self.stages),
+            lora_loads=sum(step.adapter_loads for step in self.stages),
+        )
+
+
+class ShotSummary(NamedTuple):
+    """What the manifest says of a shot that is done."""
+
+    key: str
+    sha256: dict[str, str]
+    """File name -> digest."""
+    seconds: float
+    """Of all stages together."""
+    gpu_seconds: float
+    lora_loads: int
+
+
+class DoneShot(NamedTuple):
+    """A shot that was found done. Its record is checked when somebody asks for it: a run finds thousands of them."""
+
+    summary: ShotSummary
+    text: bytes
+    """The content of shot.json."""
+
+    def record(self) -> ShotRecord:
+        return ShotRecord.model_validate_json(self.text)
 
 
 class Failure(_Record):

@@ -1,63 +1,60 @@
 """Results of stages by content key, stored without loss, so that a change to a later stage reuses the earlier ones."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from vidgen_ray.atomic import temporary_folder
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
+from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.base import Artefacts, FaceFeatures
 
 
 class StageCache:
     """Results of stages by content key, stored without loss: pictures as PNG, frames as FFV1, faces as JSON."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def get(self, key: str, names: Iterable[str]) -> Artefacts | None:
         """The artefacts of these names under the key, or none.
 
         An entry that is damaged or lacks one of them is forgotten, so that its stage runs again.
         """
-        entry = self._entry(key)
-        if not entry.is_dir():
-            return None
-        try:
-            found = _read_artefacts(entry)
-        except (MediaError, OSError, ValueError, KeyError):
-            found = Artefacts()
+        with self._storage.local_folder(_entry(key)) as entry:
+            if entry is None:
+                return None
+            try:
+                found = _read_artefacts(entry)
+            except (MediaError, OSError, ValueError, KeyError):
+                found = Artefacts()
         if set(names) <= set(found):
             return found
         self.drop([key])
         return None
 
+    def has(self, key: str) -> bool:
+        """Whether there is an entry, damaged or not."""
+        return self._storage.has_folder(_entry(key))
+
     def put(self, key: str, artefacts: Artefacts) -> None:
         """Store an entry; where another process was faster, that entry stays."""
-        entry = self._entry(key)
-        if entry.is_dir():
+        if self.has(key):
             return
-        fresh = temporary_folder(entry.parent)
-        try:
+        with self._storage.workspace("cache") as fresh:
             _write_artefacts(fresh, artefacts)
-            fresh.rename(entry)
-        except OSError:
-            if not entry.is_dir():
-                raise
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            self._storage.publish_folder(fresh, _entry(key))
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget these entries."""
         for key in keys:
-            shutil.rmtree(self._entry(key), ignore_errors=True)
+            self._storage.delete_folder(_entry(key))
 
-    def _entry(self, key: str) -> Path:
-        return self.root / key[:2] / key
+
+def _entry(key: str) -> str:
+    return f"cache/{key[:2]}/{key}"
 
 
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
