@@ -17,8 +17,9 @@ from PIL import Image
 from vidgen_ray.batch.render import render
 from vidgen_ray.cli import main
 from vidgen_ray.local_cache import sha256_of
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script import read_script
+from vidgen_ray.script import iter_script, read_script
 
 from .conftest import ASTRONAUT, EXAMPLES
 
@@ -34,6 +35,12 @@ class Events:
 
     def planned(self, total, done_before, refused):
         self.plan = (total, done_before, refused)
+
+    def refused(self, row):
+        self.rows.append(row)
+
+    def status(self, snapshot):
+        self.snapshot = snapshot
 
     def ended(self, row):
         if row.status == "done" and not any(r.status == "done" for r in self.rows):
@@ -59,7 +66,11 @@ def digests(out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def script(tiny):
-    return read_script(DEMO, run_seed=3, profile_defaults=tiny.defaults)
+    return list(iter_script(DEMO, run_seed=3, profile_defaults=tiny.defaults))
+
+
+def rendered(lines, profile, out, watcher=None, **options):
+    return render(lines, profile, OutputFolder(out), source="s", watcher=watcher or Events(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +78,8 @@ def reference(tiny, script, tmp_path_factory):
     """The demo script by the in-process pipeline: file -> sha256."""
     out = tmp_path_factory.mktemp("reference")
     pipeline = VideoGenerationPipeline(tiny, out, keep_stages=True)
-    for shot in script.shots:
-        pipeline.render(shot)
+    for line in script:
+        pipeline.render(line.shot)
     pipeline.close()
     return digests(out)
 
@@ -76,7 +87,7 @@ def reference(tiny, script, tmp_path_factory):
 def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, script, reference, tmp_path):
     staged = tiny.model_copy(update={"layout": "staged"})
     first = Events()
-    report = render(script, staged, tmp_path, watcher=first, keep_stages=True)
+    report = rendered(script, staged, tmp_path, first, keep_stages=True)
     assert (report.done, report.failed, report.skipped) == (9, 0, 0)
     assert {Path(name).name for name in reference} == {
         "image.png", "video.mp4", "hd.mp4", "base.png", "lora.png", "style.png", "face.json"
@@ -85,11 +96,11 @@ def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, s
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
     again = Events()
-    report = render(script, tiny, tmp_path, watcher=again, keep_stages=True)
+    report = rendered(script, tiny, tmp_path, again, keep_stages=True)
     assert (report.done, report.failed, report.skipped) == (0, 0, 9)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
     manifest = pq.read_table(tmp_path / "manifest").to_pylist()
-    assert sorted(row["id"] for row in manifest) == sorted(shot.id for shot in script.shots)
+    assert sorted(row["id"] for row in manifest) == sorted(line.shot.id for line in script)
     for row in manifest:
         for kind in ("image", "video", "hd_video"):
             assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
@@ -100,8 +111,8 @@ def test_a_change_to_the_upscaling_alone_reuses_images_and_clips(tiny, tmp_path)
     path.write_text('{"id": "a", "prompt": "a red ball"}\n')
     out = tmp_path / "out"
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
-        script = read_script(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
-        assert render(script, tiny, out, watcher=Events()).done == 1
+        script = iter_script(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
+        assert rendered(script, tiny, out).done == 1
         record = json.loads((out / "shots" / "a" / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
@@ -167,15 +178,15 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert left == {"unknown", "junk", "cut"}
 
 
-def test_a_killed_upscaler_costs_no_shot(tiny, script, reference, tmp_path):
-    def kill_upscaler():
-        (name,) = [name for name in ray.util.list_named_actors() if "/upscaler/" in name]
-        pid = ray.get(ray.get_actor(name).__ray_call__.remote(lambda _: os.getpid()))
+def test_a_killed_worker_costs_no_shot(tiny, script, reference, tmp_path):
+    def kill_worker():
+        (name,) = [name for name in ray.util.list_named_actors() if "/worker/" in name]
+        pid = ray.get(ray.get_actor(name).place.remote()).pid
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
 
     killed = []
-    report = render(script, tiny, tmp_path, watcher=Events(kill_upscaler), keep_stages=True)
+    report = rendered(script, tiny, tmp_path, Events(kill_worker), keep_stages=True)
     assert killed
     assert (report.done, report.failed) == (9, 0)
     assert digests(tmp_path) == reference
@@ -208,7 +219,7 @@ def test_a_killed_driver_leaves_nothing_partial_and_the_next_run_ends_it(tiny, s
         for name, file in json.loads(record.read_text())["files"].items():
             assert sha256_of(record.parent / name) == file["sha256"]
 
-    report = render(script, tiny, tmp_path, watcher=Events(), keep_stages=True)
+    report = rendered(script, tiny, tmp_path, keep_stages=True)
     assert report.failed == 0
     assert report.skipped >= done_before >= 1
     assert report.done >= 1, "the driver was killed too late to show anything"

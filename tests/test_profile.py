@@ -19,6 +19,17 @@ def test_a_built_in_profile_has_fitting_defaults_and_an_actor_for_each_stage(nam
     assert {stage.actor for stage in STAGES} <= set(profile.actors)
 
 
+@pytest.mark.parametrize("name", builtin_profiles())
+def test_a_built_in_profile_says_what_the_planner_needs(name):
+    profile = load_profile(name)
+    for stage in STAGES:
+        actor = profile.actor_of(stage)
+        assert actor.memory_gb > 0
+        assert stage.name in actor.seconds
+    if any(actor.device == "cuda" for actor in profile.actors.values()):
+        assert "was not run on a card" in profile.about
+
+
 @pytest.mark.parametrize("name", ["tiny", "demo"])
 def test_profiles_without_downloads_run_anywhere(name):
     params = params_of(load_profile(name), STAGES)
@@ -37,6 +48,14 @@ def test_profiles_without_downloads_run_anywhere(name):
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: 0}}}", "greater than 0"),
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: .inf}}}", "finite number"),
         ("{name: x, about: y, actors: {sdv: {weights: a}}}", "actors.sdv: must be one of instantid"),
+        ("{name: x, about: y, actors: {svd: {weights: a, device: cuda}}}", "memory_gb must be given with device cuda"),
+        ("{name: x, about: y, actors: {svd: {weights: a, memory_gb: -1}}}", "actors.svd.memory_gb: got -1"),
+        ("{name: x, about: y, actors: {svd: {weights: a, seconds: {svd: 0}}}}", "actors.svd.seconds.svd: got 0"),
+        ("{name: x, about: y, actors: {svd: {weights: a, timeout_s: 0}}}", "actors.svd.timeout_s: got 0"),
+        ("{name: x, about: y, layout: pools, actors: {}}", "layout: got 'pools'"),
+        ("{name: x, about: y, cpu_workers: 0, actors: {}}", "cpu_workers: got 0"),
+        ("{name: x, name: z, about: y, actors: {}}", "'name' stands twice"),
+        ("{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}", "'svd' stands twice"),
     ],
 )
 def test_a_wrong_profile_is_named_with_its_field(tmp_path, text, says):

@@ -61,6 +61,12 @@ class SetupError(VidgenError):
     exit_code = 4
 
 
+class TooExpensive(VidgenError):
+    """The plan costs more than `--max-cost` allows. Nothing was started."""
+
+    exit_code = 5
+
+
 class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
 

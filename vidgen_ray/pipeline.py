@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image as PILImage
 
-from vidgen_ray.atomic import write_atomically
 from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_of
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.records import ShotRecord
+from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
-from vidgen_ray.stages.realesrgan import RealESRGANStage
-from vidgen_ray.steps import StepFailed, StepRunner, finish, upscale_in_order
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks
+from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
 
 
 class GeneratedVideo(TypedDict):
     """What `generate_video` gives."""
 
     image: PILImage.Image
-    video: Path | None
-    hd_video: Path | None
+    video: Path | str | None
+    """A path, or a URL where the output folder lies in an object store."""
+    hd_video: Path | str | None
     record: ShotRecord
 
 
 class VideoGenerationPipeline:
     """Renders shots one at a time in this process. Stages are loaded when a shot first needs them, and kept.
 
-    `out` is an output folder as a batch run writes it, so a shot rendered there before is not rendered again.
+    `out` is an output folder, or its URL, as a batch run writes it, so a shot rendered there before is not rendered again.
     """
 
-    def __init__(self, profile: Profile, out: Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
+    def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
         check_profile(profile)
         self.profile = profile
         self.outputs = OutputFolder(out)
@@ -49,7 +50,7 @@ class VideoGenerationPipeline:
     @classmethod
     def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
         """A built-in profile by name, or a profile file by path."""
-        return cls(load_profile(name_or_path), Path(out))
+        return cls(load_profile(name_or_path), out)
 
     def generate_video(
         self,
@@ -70,11 +71,11 @@ class VideoGenerationPipeline:
             shot_fields["face_image"] = str(self._as_file(face_image))
         shot = check_shot(shot_fields, "generate_video", self.profile.defaults)
         record = self.render(shot)
-        folder = self.outputs.shot_folder(shot.id or "")
+        shot_id = shot.id or ""
         return GeneratedVideo(
-            image=PILImage.open(folder / "image.png"),
-            video=folder / "video.mp4" if "video.mp4" in record.files else None,
-            hd_video=folder / "hd.mp4" if "hd.mp4" in record.files else None,
+            image=PILImage.open(io.BytesIO(self.outputs.read(shot_id, "image.png"))),
+            video=self.outputs.place(shot_id, "video.mp4") if "video.mp4" in record.files else None,
+            hd_video=self.outputs.place(shot_id, "hd.mp4") if "hd.mp4" in record.files else None,
             record=record,
         )
 
@@ -87,23 +88,30 @@ class VideoGenerationPipeline:
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot, unless it is done already. Raises StepFailed."""
         plan = self.plan(shot)
-        if (record := self.outputs.done(plan, self._keep_stages)) is not None:
-            return record
+        if (done := self.outputs.done(plan, self._keep_stages)) is not None:
+            return done.record()
         stages = [self._stage(stage) for stage in stages_of(shot)]
-        upscaler = next((s for s in stages if isinstance(s, RealESRGANStage)), None)
-        gpus = {stage.name: self.profile.actor_of(type(stage)).gpus for stage in stages}
-        runner = StepRunner([s for s in stages if s is not upscaler], gpus, self._cache)
-        item, records = runner.run(plan, Item(shot))
-        return finish(
-            plan,
-            item,
-            records,
-            upscale_in_order(upscaler, shot, item.artefacts["frames"]) if upscaler else None,
-            outputs=self.outputs,
-            encode=self.profile.encode,
-            upscaler_gpus=gpus[upscaler.name] if upscaler else 0.0,
-            keep_stages=self._keep_stages,
-        )
+        on_gpu = any(stage.params.device != "cpu" for stage in stages)
+        runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache)
+        upscales = RealESRGANStage.applies(shot)
+        steps = [step.stage for step in plan.steps if step.stage != RealESRGANStage.name]
+        item, records = runner.run(plan, Item(shot), steps)
+        files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
+        with closing(files):
+            if upscales:
+                records.append(self._upscale(runner, plan, item, files))
+            return files.commit(records)
+
+    def _upscale(self, runner: StepRunner, plan: ShotPlan, item: Item, files: ShotFiles) -> StepRecord:
+        """The clip, enlarged and encoded chunk by chunk: whole it would take gigabytes."""
+        params = self._loaded[RealESRGANStage.name].params
+        assert isinstance(params, RealESRGANParams)
+        frames, records = item.artefacts["frames"], []
+        for chunk in frame_chunks(len(frames), params.frames_per_call):
+            enlarged, record = runner.upscale(plan, frames[chunk])
+            files.add(enlarged)
+            records.append(record)
+        return joined(records)
 
     def close(self) -> None:
         """Let go of all weights."""
@@ -122,8 +130,4 @@ class VideoGenerationPipeline:
         """A picture in memory is stored by its content beside the results, so that its shot can be repeated."""
         if not isinstance(face_image, PILImage.Image):
             return Path(face_image).absolute()
-        content = encode_png(np.asarray(face_image.convert("RGB")))
-        path = self.outputs.root / "inputs" / f"{hashlib.sha256(content).hexdigest()[:16]}.png"
-        if not path.exists():
-            write_atomically(path, content)
-        return path.absolute()
+        return self.outputs.keep_input(encode_png(np.asarray(face_image.convert("RGB"))), ".png").absolute()

@@ -1,20 +1,22 @@
-"""With which models, on what: a YAML file with the weights, precision and share of the machine of every actor."""
+"""With which models, on what: a YAML file with the weights, precision, memory and seconds of every actor."""
 
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.media import Mp4Settings
+from vidgen_ray.script_files import StrictLoader
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 
 P = TypeVar("P", bound=StageParams)
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -27,10 +29,25 @@ class ActorProfile(_Section):
     weights: str = Field(description="a path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME")
     dtype: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
-    gpus: float = Field(0, ge=0, allow_inf_nan=False, description="share of a GPU")
     cpus: float = Field(1, gt=0, allow_inf_nan=False, description="CPUs; torch gets this many threads, at least one")
-    actors: int = Field(1, ge=1, description="how many of this actor a batch run starts")
+    memory_gb: float = Field(
+        0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GB with activations, of the GPU, or of the host on a CPU; cuda needs it",
+    )
+    seconds: dict[str, Seconds] = Field(
+        default_factory=dict,
+        description="stage -> seconds of the reference shot (1024x576, 25 frames, default steps) on this device",
+    )
+    timeout_s: float = Field(1800, gt=0, allow_inf_nan=False, description="seconds that one attempt of one stage may take")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="the stage's own parameters")
+
+    @model_validator(mode="after")
+    def _a_gpu_is_packed_by_memory(self) -> Self:
+        if self.device == "cuda" and self.memory_gb == 0:
+            raise ValueError("memory_gb must be given with device cuda: without it nothing can be packed on a GPU")
+        return self
 
 
 class Profile(_Section):
@@ -40,10 +57,13 @@ class Profile(_Section):
     about: str
     defaults: dict[str, JsonValue] = Field(default_factory=dict, description="fields of the shot that a script leaves out")
     encode: Mp4Settings = Mp4Settings()
-    layout: Literal["staged", "fused"] = Field(
-        "staged",
-        description="staged: an actor for each entry of `actors`; fused: one actor for the chain up to the clip",
+    layout: Literal["auto", "fused", "colocated", "staged"] = Field(
+        "auto",
+        description="auto: what the planner finds fastest; fused: a process a GPU holds everything; colocated: a process a "
+        "GPU for each entry of `actors`; staged: every process holds one entry, as many of each as it needs",
     )
+    cpu_workers: int | None = Field(None, ge=1, description="most workers of a profile without GPUs; none: as the CPUs allow")
+    price_per_gpu_hour: float | None = Field(None, ge=0, allow_inf_nan=False, description="for the cost of a plan")
     actors: dict[str, ActorProfile]
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
 
@@ -99,10 +119,10 @@ def load_profile(name_or_path: str) -> Profile:
         else:
             known = ", ".join(builtin_profiles())
             raise ProfileError(f"profile {name_or_path!r}: must be one of {known}, or the path of a .yaml file")
-        content = yaml.safe_load(text)
+        content = yaml.load(text, StrictLoader)
     except OSError as error:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ProfileError(f"profile {name_or_path!r}: not YAML: {' '.join(str(error).split())}") from None
     try:
         return Profile.model_validate(content).model_copy(update={"source": source})

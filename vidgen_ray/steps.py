@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vidgen_ray.errors import VidgenError
+from vidgen_ray.gpu_memory import FREED, Turns, surviving
 from vidgen_ray.graph import ShotPlan, Step, stages_of, with_local_loras
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
-from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
-from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
+from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 
 class StepFailed(VidgenError):
@@ -43,57 +44,94 @@ class StepFailed(VidgenError):
 
 
 class StepRunner:
-    """Loaded stages, and what is done round each: inputs read, the cache asked, seconds taken.
+    """Loaded stages, and what is done round each: inputs read, the cache asked, seconds taken, a full GPU survived.
 
-    `gpus` is the share of a GPU each stage holds; `cache` may be none.
+    `gpus` is the share of a GPU that the process holds. `cache` may be none. `turns` are groups of stages of which only one
+    fits on the GPU at a time.
     """
 
-    def __init__(self, stages: Sequence[Stage[Any]], gpus: Mapping[str, float], cache: StageCache | None) -> None:
-        self._stages = {stage.name: stage for stage in stages}
+    def __init__(
+        self,
+        stages: Sequence[Stage[Any]],
+        gpus: float,
+        cache: StageCache | None,
+        turns: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
         self._cache = cache
+        self.turns = Turns(self.stages, turns)
 
-    def run(self, plan: ShotPlan, item: Item) -> tuple[Item, list[StepRecord]]:
-        """Take the item through those of its plan's steps whose stages are held here. Raises StepFailed."""
+    def load(self) -> None:
+        """Raises SetupError where weights are missing or of another kind."""
+        self.turns.load()
+
+    def run(self, plan: ShotPlan, item: Item, steps: Iterable[str] | None = None) -> tuple[Item, list[StepRecord]]:
+        """Take the item through these steps of its plan, or those whose stages are held here. Raises StepFailed."""
+        wanted = self.stages if steps is None else set(steps)
         records = []
         for step in plan.steps:
-            if step.stage in self._stages:
+            if step.stage in wanted:
                 item, record = self._step(step, item)
                 records.append(record)
         return item, records
 
-    def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
+    def upscale(self, plan: ShotPlan, frames: Frames) -> tuple[Frames, StepRecord]:
+        """A chunk of the clip, enlarged, and what it cost. Raises StepFailed."""
+        step, shot = plan.steps[-1], plan.shot
+        stage = self.stages[step.stage]
+        assert isinstance(stage, RealESRGANStage)
         begun = time.monotonic()
         try:
-            found = self._cache.get(step.key, self._stages[step.stage].writes) if self._cache else None
-            given = self._work(step, item) if found is None else found
+            self.turns.bring(step.stage)
+            enlarged, recovered = surviving(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
+        except Exception as error:
+            raise StepFailed(step.stage, error) from error
+        return enlarged, self._record(step, time.monotonic() - begun, recovered=recovered)
+
+    def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
+        begun = time.monotonic()
+        stage = self.stages[step.stage]
+        loads, recovered = stage.adapter_loads, None
+        try:
+            found = self._cache.get(step.key, stage.writes) if self._cache else None
+            if found is None:
+                self.turns.bring(step.stage)
+                ready = with_pictures(item, stage.takes)
+                local = Item(with_local_loras(ready.shot), ready.artefacts)
+                (given,), recovered = surviving(stage, lambda: stage([local]))
+                # What leaner settings made is not what the key promises.
+                if self._cache and recovered in (None, FREED):
+                    self._cache.put(step.key, given)
+            else:
+                given = found
         # Whatever a model stumbles over fails this shot, not its neighbours.
         except Exception as error:
             raise StepFailed(step.stage, error) from error
-        seconds = time.monotonic() - begun
-        record = step_record(step, seconds, self._gpus[step.stage], cached=found is not None)
+        record = self._record(
+            step,
+            time.monotonic() - begun,
+            cached=found is not None,
+            recovered=recovered,
+            adapter_loads=stage.adapter_loads - loads,
+        )
         # The photo is of no use after the features are known.
         kept = {name: value for name, value in item.artefacts.items() if name != "photo"}
         return Item(item.shot, Artefacts(**{**kept, **given})), record  # type: ignore[typeddict-item]  # both are Artefacts
 
-    def _work(self, step: Step, item: Item) -> Artefacts:
-        stage = self._stages[step.stage]
-        ready = with_pictures(item, stage.takes)
-        (given,) = stage([Item(with_local_loras(ready.shot), ready.artefacts)])
-        if self._cache:
-            self._cache.put(step.key, given)
-        return given
-
-
-def step_record(step: Step, seconds: float, gpus: float, *, cached: bool) -> StepRecord:
-    return StepRecord(
-        stage=step.stage,
-        key=step.key,
-        weights=step.weights,
-        seconds=round(seconds, 4),
-        gpu_seconds=0.0 if cached else round(seconds * gpus, 4),
-        cached=cached,
-    )
+    def _record(
+        self, step: Step, seconds: float, *, cached: bool = False, recovered: str | None = None, adapter_loads: int = 0
+    ) -> StepRecord:
+        return StepRecord(
+            stage=step.stage,
+            key=step.key,
+            weights=step.weights,
+            seconds=round(seconds, 4),
+            gpu_seconds=0.0 if cached else round(seconds * self._gpus, 4),
+            cached=cached,
+            recovered=recovered,
+            adapter_loads=adapter_loads,
+        )
 
 
 def with_pictures(item: Item, takes: Iterable[str]) -> Item:
@@ -106,47 +144,47 @@ def with_pictures(item: Item, takes: Iterable[str]) -> Item:
     return Item(shot, artefacts)
 
 
-class UpscaledChunk(NamedTuple):
-    """A part of a clip, and what it cost the upscaler."""
+class ShotFiles:
+    """The files of one shot while they are made: picture and clip at once, the large clip as its chunks arrive.
 
-    frames: Frames
-    seconds: float
+    `close` it in any case; what was not committed is gone then.
+    """
 
+    def __init__(
+        self, plan: ShotPlan, item: Item, outputs: OutputFolder, encode: Mp4Settings, keep_stages: bool = False
+    ) -> None:
+        """Writes what is known already. Raises MediaError or OSError where it cannot be written."""
+        self._plan = plan
+        self._encode = encode
+        self._stages = outputs.stage_cache if keep_stages else None
+        self._hd: Mp4Writer | None = None
+        self._hd_open = ExitStack()
+        artefacts = with_pictures(item, ("image",)).artefacts
+        with ExitStack() as stack:
+            self._draft = stack.enter_context(outputs.draft(plan))
+            write_png(self._draft.path("image.png"), artefacts["image"])
+            if "frames" in artefacts:
+                write_clip(self._draft.path("video.mp4"), [artefacts["frames"]], plan.shot.fps, encode)
+            self._open = stack.pop_all()
 
-def finish(
-    plan: ShotPlan,
-    item: Item,
-    records: Sequence[StepRecord],
-    upscaled: Iterable[UpscaledChunk] | None,
-    *,
-    outputs: OutputFolder,
-    encode: Mp4Settings,
-    upscaler_gpus: float,
-    keep_stages: bool,
-) -> ShotRecord:
-    """Write and commit the shot's files. `upscaled` are chunks of frames in order, taken while they are encoded."""
-    shot, artefacts = item.shot, with_pictures(item, ("image",)).artefacts
-    records = list(records)
-    with outputs.draft(plan) as draft:
-        write_png(draft.path("image.png"), artefacts["image"])
-        if "frames" in artefacts:
-            write_clip(draft.path("video.mp4"), [artefacts["frames"]], shot.fps, encode)
-        if upscaled is not None:
-            seconds: list[float] = []
-            try:
-                write_clip(draft.path("hd.mp4"), _counted(upscaled, seconds), shot.fps, encode)
-            except Exception as error:
-                raise StepFailed(plan.steps[-1].stage, error) from error
-            records.append(step_record(plan.steps[-1], sum(seconds), upscaler_gpus, cached=False))
-        if keep_stages:
-            _write_stages(draft, outputs.stage_cache)
-        return draft.commit(records)
+    def add(self, enlarged: Frames) -> None:
+        """The next frames of the large clip, (T, H, W, 3)."""
+        if self._hd is None:
+            height, width = enlarged.shape[1:3]
+            writer = Mp4Writer(self._draft.path("hd.mp4"), width, height, self._plan.shot.fps, self._encode)
+            self._hd = self._hd_open.enter_context(writer)
+        self._hd.write(enlarged)
 
+    def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
+        """Make the shot done."""
+        self._hd_open.close()
+        if self._stages is not None:
+            _write_stages(self._draft, self._stages)
+        return self._draft.commit(records)
 
-def _counted(chunks: Iterable[UpscaledChunk], seconds: list[float]) -> Iterator[Frames]:
-    for chunk in chunks:
-        seconds.append(chunk.seconds)
-        yield chunk.frames
+    def close(self) -> None:
+        with self._open:
+            self._hd_open.close()
 
 
 def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode: Mp4Settings) -> None:
@@ -170,8 +208,13 @@ def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
             write_png(draft.path(stage.keeps), artefacts["image"])
 
 
-def upscale_in_order(stage: RealESRGANStage, shot: Shot, frames: Frames) -> Iterator[UpscaledChunk]:
-    """The clip's chunks, upscaled one after another."""
-    for chunk in frame_chunks(len(frames), stage.params.frames_per_call):
-        begun = time.monotonic()
-        yield UpscaledChunk(stage.upscale(frames[chunk], shot.scale, shot.upscaler), time.monotonic() - begun)
+def joined(records: Sequence[StepRecord]) -> StepRecord:
+    """One record for the chunks of a clip."""
+    recovered = [record.recovered for record in records if record.recovered]
+    return records[0].model_copy(
+        update={
+            "seconds": round(sum(record.seconds for record in records), 4),
+            "gpu_seconds": round(sum(record.gpu_seconds for record in records), 4),
+            "recovered": recovered[-1] if recovered else None,
+        }
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +19,13 @@ from rich.console import Console
 
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
+from vidgen_ray.cli.stopping import stoppable
 from vidgen_ray.errors import ScriptError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import load_measured, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script import Script, read_script
+from vidgen_ray.script import CheckedLine, RejectedLine, iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
 
@@ -33,6 +37,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ScriptArgument = Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")]
+OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="The output folder, or its URL: s3://BUCKET/FOLDER.")]
+GpusOption = Annotated[
+    str | None, typer.Option("--gpus", help="What to plan for: 8x80GB, 2x8x80GB (nodes of 8). Without it the run looks.")
+]
+MaxCostOption = Annotated[float | None, typer.Option("--max-cost", min=0, help="End with 5 where the plan costs more.")]
+PriceOption = Annotated[float | None, typer.Option("--price", min=0, help="Of a GPU-hour, in place of the default.")]
 AddressOption = Annotated[
     str | None, typer.Option("--address", "-a", help="A Ray cluster, or `auto`; without it Ray is started here.")
 ]
@@ -92,9 +103,10 @@ def demo(
     from vidgen_ray.report.contact_sheet import write_contact_sheet
 
     chosen = load_profile(profile)
-    script = read_script(_demo_script(), profile_defaults=chosen.defaults)
+    script = _demo_script()
     try:
-        _render(script, chosen, out, as_json=as_json, keep_stages=True)
+        lines = iter_script(script, profile_defaults=chosen.defaults)
+        _render(lines, script.name, chosen, str(out), as_json=as_json, keep_stages=True)
     finally:
         if (out / "manifest").exists():
             typer.echo(f"all shots in one picture: {write_contact_sheet(out)}", err=as_json)
@@ -102,10 +114,11 @@ def demo(
 
 @app.command()
 def render(
-    script: Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")],
-    out: OutOption = Path("out"),
+    script: ScriptArgument,
+    out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
     address: AddressOption = None,
+    gpus: GpusOption = None,
     seed: SeedOption = 0,
     mode: ModeOption = None,
     until: UntilOption = None,
@@ -114,30 +127,88 @@ def render(
     fresh: FreshOption = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Render nothing if any line is wrong.")] = False,
+    attempts: Annotated[
+        int, typer.Option("--attempts", min=1, help="How often a line may break a stage, hang, or kill its process.")
+    ] = 3,
+    grace_s: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that shots in progress get when the run is told to stop.")
+    ] = 60,
+    max_cost: MaxCostOption = None,
+    price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render a script on Ray. Shots that are done are skipped, so the same command resumes a run."""
+    """Render a script on Ray. Shots that are done are skipped, so the same command resumes a run.
+
+    SIGTERM and Ctrl-C end it when the shots in progress are done; a second one ends it at once.
+    """
     chosen = load_profile(profile)
     given = parse_fields(fields) | ({"mode": mode} if mode else {})
-    checked = read_script(script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
-    if checked.rejected and strict:
-        raise ScriptError(checked.errors)
+    lines = partial(iter_script, script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
+    if strict and (wrong := [error for line in lines() if isinstance(line, RejectedLine) for error in line.errors]):
+        raise ScriptError(wrong)
     _render(
-        _until(checked, until),
+        _until(lines(), until),
+        script.name,
         chosen,
         out,
         address=address,
+        cluster=parse_gpus(gpus) if gpus else None,
+        price=price,
+        before_start=lambda plan: plan.check_cost(max_cost),
         fresh=fresh,
         use_cache=not no_cache,
         keep_stages=_keeps_stages(keep),
+        attempts=attempts,
+        grace_s=grace_s,
         as_json=as_json,
     )
 
 
 @app.command()
+def plan(
+    script: ScriptArgument,
+    out: OutUrlOption = "out",
+    profile: ProfileOption = "demo",
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    mode: ModeOption = None,
+    until: UntilOption = None,
+    fields: SetOption = None,
+    seed: SeedOption = 0,
+    max_cost: MaxCostOption = None,
+    price: PriceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how a script would be laid out over GPUs, how long it would take and what it would cost, without rendering."""
+    from vidgen_ray.batch.estimate import estimated
+    from vidgen_ray.cli.plan import plan_command
+
+    chosen = load_profile(profile)
+    given = parse_fields(fields) | ({"mode": mode} if mode else {})
+    checked = partial(iter_script, script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
+    told = parse_gpus(gpus) if gpus else None
+    with interruptible():
+        demand, counts, cluster = estimated(lambda: _until(checked(), until), chosen, OutputFolder(out), address, told)
+    measured = load_measured(chosen.name, cluster.card)
+    plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
+
+
+@app.command()
+def gc(
+    out: Annotated[str, typer.Argument(help="An output folder, or its URL.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, say what would be.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove from an output folder what no finished shot refers to: old cache entries, what killed runs left."""
+    from vidgen_ray.cli.gc import gc as collect
+
+    collect(out, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
 def shot(
     prompt: Annotated[str, typer.Argument(help="What is to be seen.")],
-    out: OutOption = Path("out"),
+    out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
     face: Annotated[Path | None, typer.Option("--face", help="A photo of the person.")] = None,
     lora: Annotated[str | None, typer.Option("--lora", help="A .safetensors file.")] = None,
@@ -162,17 +233,16 @@ def shot(
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), Console(stderr=True).status("rendering"):
         record = pipeline.render(checked)
-    folder = pipeline.outputs.shot_folder(checked.id or "")
     if as_json:
         typer.echo(record.model_dump_json())
     else:
         for file in record.files:
-            typer.echo(str(folder / file))
+            typer.echo(str(pipeline.outputs.place(checked.id or "", file)))
 
 
 @app.command()
 def validate(
-    script: Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")],
+    script: ScriptArgument,
     profile: ProfileOption = "demo",
     fields: SetOption = None,
     as_json: JsonOption = False,
@@ -220,30 +290,43 @@ def schema(
     typer.echo(json.dumps(models[what].model_json_schema(), indent=2))
 
 
-def _render(script: Script, profile: Profile, out: Path, *, as_json: bool, **options: Any) -> None:
-    from vidgen_ray.batch.render import render as render_on_ray
+def _render(
+    lines: Iterable[CheckedLine | RejectedLine], source: str, profile: Profile, out: str, *, as_json: bool, **options: Any
+) -> None:
+    from vidgen_ray.batch.render import GRACE_S, render
     from vidgen_ray.report.gallery import write_gallery
 
+    outputs = OutputFolder(out)
+    local = outputs.storage.local
     try:
         # Ray prints notices of its own on standard output, which is for the result alone.
-        with interruptible(), redirect_stdout(sys.stderr), run_view() as view:
-            report = render_on_ray(script, profile, out, watcher=view, **options)
+        with (
+            interruptible(),
+            redirect_stdout(sys.stderr),
+            run_view(local / "progress.jsonl" if local else None) as view,
+            stoppable(options.get("grace_s", GRACE_S)) as stop,
+        ):
+            report = render(lines, profile, outputs, source=source, watcher=view, stop=stop, **options)
     finally:
-        if (out / "manifest").is_dir():
-            gallery = write_gallery(out)
+        gallery = write_gallery(out)
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
         counts = f"{report.done} done, {report.skipped} done before, {report.failed} failed"
         typer.echo(f"{counts} in {report.seconds:.1f} s; see {gallery}")
         if report.failed:
-            typer.echo(f"the failed lines and their reasons are in {out / 'failures.jsonl'}")
+            typer.echo(f"the failed lines and their reasons are in {outputs.storage.place('failures.jsonl')}")
+    if report.left:
+        typer.echo(f"vidgen: stopped with {report.left} lines to go; the same command goes on with them", err=True)
+        raise typer.Exit(130)
     if report.failed:
-        raise typer.Exit(1 if script.shots else ScriptError.exit_code)
+        nothing_to_render = report.failed == report.refused and not report.done + report.skipped
+        raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 
-def _until(script: Script, until: str | None) -> Script:
-    return replace(script, shots=tuple(_shortened(shot, until) for shot in script.shots))
+def _until(lines: Iterable[CheckedLine | RejectedLine], until: str | None) -> Iterator[CheckedLine | RejectedLine]:
+    for line in lines:
+        yield line._replace(shot=_shortened(line.shot, until)) if isinstance(line, CheckedLine) else line
 
 
 def _shortened(shot: Shot, until: str | None) -> Shot:

@@ -16,8 +16,8 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
-from vidgen_ray.stages.realesrgan import RealESRGANStage
-from vidgen_ray.steps import StepFailed, upscale_in_order, write_clip
+from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
+from vidgen_ray.steps import StepFailed, write_clip
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
@@ -42,8 +42,9 @@ def run_one_stage(
         try:
             if isinstance(stage, RealESRGANStage) and out.suffix.lower() == ".mp4":
                 # Chunk by chunk, since a whole clip enlarged four times may not fit in memory.
-                chunks = (chunk.frames for chunk in upscale_in_order(stage, shot, artefacts["frames"]))
-                write_clip(out, chunks, fps, profile.encode)
+                frames = artefacts["frames"]
+                cuts = frame_chunks(len(frames), stage.params.frames_per_call)
+                write_clip(out, (stage.upscale(frames[cut], shot.scale, shot.upscaler) for cut in cuts), fps, profile.encode)
                 return
             (given,) = stage([Item(with_local_loras(shot), artefacts)])
         except Exception as error:

@@ -26,6 +26,8 @@ Image = NDArray[np.uint8]
 """RGB, (H, W, 3), 0 to 255."""
 Frames = NDArray[np.uint8]
 """RGB, (T, H, W, 3), 0 to 255."""
+REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
+"""Of the shot that a profile's seconds are told for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,16 @@ class Stage(ABC, Generic[P]):
         """The files or folders whose content decides this stage's result for the shot; its LoRAs are local files."""
         return (params.weights,)
 
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        """How much of this stage's work the shot is: 1 for the reference shot of 1024x576 pixels, 25 frames, default steps."""
+        return 1.0
+
+    @classmethod
+    def leaner(cls, params: P) -> P | None:
+        """Parameters that need less GPU memory and may change bytes, or none where there are no such."""
+        return None
+
     @abstractmethod
     def load(self) -> None:
         """Load the weights from local files. Raises SetupError where they are missing or of another kind."""
@@ -129,6 +141,18 @@ class Stage(ABC, Generic[P]):
     @abstractmethod
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         """The work itself, on loaded weights; one result an item, in order."""
+
+    def move(self, device: str) -> None:
+        """Take the loaded weights to `device`, the host's memory (`cpu`) or back, where stages take turns on a GPU.
+
+        Not for a stage that needs no GPU memory.
+        """
+        raise NotImplementedError(f"{self.name} cannot take turns on a GPU")
+
+    @property
+    def adapter_loads(self) -> int:
+        """How many LoRAs were laid on the weights so far."""
+        return 0
 
     def close(self) -> None:
         """Let go of the weights. Safe to call twice, and before `load`."""

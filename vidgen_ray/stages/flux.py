@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
-from vidgen_ray.stages.flux_model import FluxModel, FluxParams
+from vidgen_ray.stages.flux_model import FluxModel, FluxParams, flux_work
 
 DEFAULT_GUIDANCE = 3.5
 
@@ -48,8 +48,19 @@ class FluxStage(Stage[FluxParams]):
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         return (params.weights, *(Path(lora.path) for lora in shot.fast_lora))
 
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        return flux_work(shot, shot.steps.flux)
+
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)
+
+    def move(self, device: str) -> None:
+        self.model.move(device)
+
+    @property
+    def adapter_loads(self) -> int:
+        return self.model.adapter_loads
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._picture(item.shot)} for item in items]

@@ -12,7 +12,10 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
 from vidgen_ray.stages.flux import DEFAULT_GUIDANCE
-from vidgen_ray.stages.flux_model import FluxModel, FluxParams
+from vidgen_ray.stages.flux_model import FluxModel, FluxParams, flux_work
+
+REFERENCE_STRENGTH = 0.6
+"""The `lora_strength` of a shot that names none."""
 
 
 class FluxLoRAStage(Stage[FluxParams]):
@@ -52,8 +55,19 @@ class FluxLoRAStage(Stage[FluxParams]):
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         return (params.weights, *(Path(lora.path) for lora in shot.lora))
 
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        return flux_work(shot, shot.steps.lora) * shot.lora_strength / REFERENCE_STRENGTH
+
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)
+
+    def move(self, device: str) -> None:
+        self.model.move(device)
+
+    @property
+    def adapter_loads(self) -> int:
+        return self.model.adapter_loads
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._refined(item)} for item in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,11 +15,17 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.base import REFERENCE_PIXELS, StageParams
 from vidgen_ray.stages.loading import load_pipeline
 
 SCHNELL_TEXT_TOKENS = 256
 """FLUX.1-schnell was trained with this many T5 tokens; diffusers would silently accept more."""
+
+
+PROMPTS_REMEMBERED = 64
+"""A prompt's embedding takes 4 MB at 512 tokens in bfloat16."""
+DEFAULT_STEPS = 28
+"""Of FLUX.1-dev."""
 
 
 class FluxParams(StageParams):
@@ -56,8 +62,12 @@ class FluxModel:
         scheduler = parts.pop("scheduler")
         self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **parts)
         self.image_to_image.set_progress_bar_config(disable=True)
+        self.device = params.device
         self._adapters_kept = params.adapters_kept
+        self._worn: tuple[tuple[str, float], ...] = ()
         self._adapters: OrderedDict[str, None] = OrderedDict()
+        self.adapter_loads = 0
+        self._embeddings: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
 
     @property
     def is_schnell(self) -> bool:
@@ -66,20 +76,58 @@ class FluxModel:
 
     @property
     def default_steps(self) -> int:
-        return 4 if self.is_schnell else 28
+        return 4 if self.is_schnell else DEFAULT_STEPS
 
     def call_arguments(self, shot: Shot, params: FluxParams) -> dict[str, Any]:
         """What text to image and image to image are both told."""
+        tokens = min(params.text_tokens, SCHNELL_TEXT_TOKENS) if self.is_schnell else params.text_tokens
+        embeds, pooled = self._embedded(shot.prompt, tokens)
         arguments: dict[str, Any] = {
-            "prompt": shot.prompt,
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
             "width": shot.width,
             "height": shot.height,
-            "max_sequence_length": min(params.text_tokens, SCHNELL_TEXT_TOKENS) if self.is_schnell else params.text_tokens,
+            "max_sequence_length": tokens,
             "output_type": "np",
         }
         if shot.negative_prompt:
-            arguments |= {"negative_prompt": shot.negative_prompt, "true_cfg_scale": params.true_cfg_scale}
+            embeds, pooled = self._embedded(shot.negative_prompt, tokens)
+            arguments |= {
+                "negative_prompt_embeds": embeds,
+                "negative_pooled_prompt_embeds": pooled,
+                "true_cfg_scale": params.true_cfg_scale,
+            }
         return arguments
+
+    def _embedded(self, prompt: str, tokens: int) -> tuple[Any, Any]:
+        """T5's and CLIP's embeddings of a prompt, computed once while it is among the last `PROMPTS_REMEMBERED`."""
+        key = (prompt, tokens, self._worn if self._text_is_adapted else ())
+        if key not in self._embeddings:
+            embeds, pooled, _ = self.text_to_image.encode_prompt(
+                prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
+            )
+            self._embeddings[key] = embeds, pooled
+            if len(self._embeddings) > PROMPTS_REMEMBERED:
+                self._embeddings.popitem(last=False)
+        self._embeddings.move_to_end(key)
+        return self._embeddings[key]
+
+    @property
+    def _text_is_adapted(self) -> bool:
+        """Whether a LoRA that acts now changes what prompts mean, too."""
+        wearers = self.text_to_image.get_list_adapters()
+        worn = {name for name, _ in self._worn}
+        return any(worn & set(names) for part, names in wearers.items() if part.startswith("text_encoder"))
+
+    def move(self, device: str) -> None:
+        """Take the weights, and the embeddings made by them, to another memory."""
+        if device == self.device:
+            return
+        self.device = device
+        self.text_to_image.to(device)
+        self._embeddings = OrderedDict(
+            (key, (embeds.to(device), pooled.to(device))) for key, (embeds, pooled) in self._embeddings.items()
+        )
 
     @contextmanager
     def wearing(self, loras: Sequence[LoraRef]) -> Iterator[None]:
@@ -93,8 +141,10 @@ class FluxModel:
         try:
             self.text_to_image.enable_lora()
             self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
+            self._worn = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
             yield
         finally:
+            self._worn = ()
             self.text_to_image.disable_lora()
 
     def _adapter(self, file: Path) -> str:
@@ -112,6 +162,7 @@ class FluxModel:
             with _without_peft_warnings():
                 self.text_to_image.delete_adapters(oldest)
         self._load_adapter(file, name)
+        self.adapter_loads += 1
         self._adapters[name] = None
         return name
 
@@ -136,6 +187,12 @@ class FluxModel:
             raise StageError(
                 f"lora {file.name}: acts on nothing in these FLUX weights; it was trained for another model, or not trained"
             )
+
+
+def flux_work(shot: Shot, steps: int | None) -> float:
+    """A pass over the whole schedule, in those of the reference shot. A negative prompt costs a second pass a step."""
+    passes = 2 if shot.negative_prompt else 1
+    return shot.width * shot.height / REFERENCE_PIXELS * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from vidgen_ray.stages.loading import load_pipeline
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
+REFERENCE_STRENGTH = 0.5
+"""The `style_strength` of a shot that names none."""
 
 
 class HunyuanDiTParams(StageParams):
@@ -57,6 +59,12 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     def applies(shot: Shot) -> bool:
         return shot.use_hunyuan_style and shot.mode == "quality"
 
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        # The canvas has about as many pixels whatever the size of the shot.
+        passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
+        return (shot.steps.hunyuan or DEFAULT_STEPS) / DEFAULT_STEPS * shot.style_strength / REFERENCE_STRENGTH * passes
+
     def load(self) -> None:
         from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
@@ -71,6 +79,9 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         )
         schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver": DPMSolverMultistepScheduler}
         self.pipe.scheduler = schedulers[self.params.scheduler].from_config(self.pipe.scheduler.config)
+
+    def move(self, device: str) -> None:
+        self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._restyled(item)} for item in items]

@@ -9,7 +9,17 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, StageParams, noise_generator, to_uint8
+from vidgen_ray.stages.base import (
+    REFERENCE_FRAMES,
+    REFERENCE_PIXELS,
+    Artefacts,
+    Frames,
+    Item,
+    Stage,
+    StageParams,
+    noise_generator,
+    to_uint8,
+)
 from vidgen_ray.stages.loading import load_pipeline
 
 DEFAULT_STEPS = 25
@@ -54,12 +64,27 @@ class SVDStage(Stage[SVDParams]):
     def applies(shot: Shot) -> bool:
         return shot.generate_video
 
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
+        return pixels * frames * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
+
+    @classmethod
+    def leaner(cls, params: SVDParams) -> SVDParams | None:
+        """Fewer frames decoded at once, down to one."""
+        if params.decode_chunk_frames == 1:
+            return None
+        return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
+
     def load(self) -> None:
         from diffusers import StableVideoDiffusionPipeline
 
         self.pipe = load_pipeline(StableVideoDiffusionPipeline, self.params)
         if self.params.forward_chunking:
             self.pipe.unet.enable_forward_chunking()
+
+    def move(self, device: str) -> None:
+        self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": self._clip(item)} for item in items]

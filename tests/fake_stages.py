@@ -1,0 +1,84 @@
+"""Stages without models, in milliseconds and without torch, that break when the prompt says so. Their declarations are those
+of the real ones, and so are all of the batch engine's code paths round them."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.stages.svd import SVDStage
+
+
+def _obey(prompt):
+    """`die`, `hang`, `raise`, `wedge`, `full`; with `once PATH` behind only the first time, of all processes."""
+    what, _, when = prompt.partition(" ")
+    if when.startswith("once "):
+        marker = Path(when.removeprefix("once "))
+        if marker.exists():
+            return
+        marker.touch()
+    if what == "die":
+        os._exit(1)
+    if what == "hang":
+        time.sleep(3600)
+    if what == "raise":
+        raise RuntimeError("a transient fault")
+    if what == "wedge":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if what == "full":
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+class FakeStage:
+    """Comes before the real stage among the bases of each."""
+
+    device = "cuda"
+
+    def load(self):
+        self.loaded = True
+
+    def move(self, device):
+        self.device = device
+
+    adapter_loads = 0
+
+    def __call__(self, items):
+        assert self.device != "cpu" or self.params.device == "cpu", "not on the GPU when it works"
+        return [self.one(item.shot, item.artefacts) for item in items]
+
+
+class FakeInstantID(FakeStage, InstantIDStage):
+    def one(self, shot, artefacts):
+        return {"pose": np.zeros((shot.height, shot.width, 3), np.uint8)}
+
+
+class FakeFlux(FakeStage, FluxStage):
+    def one(self, shot, artefacts):
+        _obey(shot.prompt)
+        noise = np.random.default_rng(shot.generator_seed(self.name))
+        return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
+
+
+class FakeLoRA(FakeStage, FluxLoRAStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"][::-1]}
+
+
+class FakeSVD(FakeStage, SVDStage):
+    def one(self, shot, artefacts):
+        if shot.prompt == "lean" and self.params.decode_chunk_frames > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return {"frames": np.stack([np.roll(artefacts["image"], n, 1) for n in range(shot.num_frames)])}
+
+
+class FakeRealESRGAN(FakeStage, RealESRGANStage):
+    def upscale(self, frames, scale, upscaler):
+        return frames.repeat(scale, 1).repeat(scale, 2)
+
+
+FAKES = {stage.name: stage for stage in (FakeInstantID, FakeFlux, FakeLoRA, FakeSVD, FakeRealESRGAN)}

@@ -1,0 +1,161 @@
+"""`cluster.yaml` against Ray's own schema, and against what this project promises of a cluster."""
+
+import copy
+import re
+import tomllib
+from pathlib import Path
+
+import jsonschema
+import pytest
+import typer
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from vidgen_ray.batch.render import GRACE_S
+from vidgen_ray.cli.app import app
+from vidgen_ray.planner.cluster import parse_gpus
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "cluster.yaml").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HOME = "/home/ray"
+SOURCE = f"{HOME}/vidgen-ray"
+
+
+@pytest.fixture
+def config():
+    return yaml.safe_load(TEXT)
+
+
+@pytest.fixture
+def head(config):
+    return config["available_node_types"][config["head_node_type"]]
+
+
+@pytest.fixture
+def workers(config):
+    return [node for name, node in config["available_node_types"].items() if name != config["head_node_type"]]
+
+
+def commands(config):
+    return [command for name, listed in config.items() if name.endswith("_commands") for command in listed]
+
+
+def test_ray_itself_accepts_the_file(config):
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    assert set(prepared["available_node_types"]) == {"head", "gpu"}, "nothing of Ray's defaults was merged in"
+
+
+def test_a_misspelt_field_would_be_refused(config):
+    config["max_worker"] = config.pop("max_workers")
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        validate_config(prepare_config(config))
+
+
+def test_ray_is_the_same_pinned_version_everywhere_and_one_the_project_allows(config):
+    allowed = next(r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "ray")
+    [installed] = re.findall(r'"ray\[([a-z,]+)\]==([0-9.]+)"', " ".join(config["setup_commands"]))
+    extras, version = installed
+    assert set(extras.split(",")) == allowed.extras
+    assert version in allowed.specifier
+    for image in (config["docker"]["head_image"], config["docker"]["worker_image"]):
+        tag = re.fullmatch(r"rayproject/ray:(?P<ray>\d+\.\d+\.\d+)-py3(?P<minor>\d+)-(cpu|gpu)", image)
+        assert tag["ray"] == version
+        assert f"3.{tag['minor']}" in SpecifierSet(PROJECT["project"]["requires-python"])
+
+
+def test_the_head_runs_no_work(head):
+    assert head["resources"] == {"CPU": 0, "GPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]
+
+
+def test_workers_are_gpu_nodes_that_come_when_asked_for(config, workers):
+    assert workers
+    assert config["max_workers"] > 0
+    assert config["idle_timeout_minutes"] > 0
+    for node in workers:
+        assert node["min_workers"] == 0
+        assert node["resources"]["GPU"] > 0
+        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}, "spot, with no maximum price"
+
+
+def test_every_way_in_asks_for_the_token(config):
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    starts = [c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2
+    for command in starts:
+        assert command.index("export RAY_AUTH_MODE=token;") < command.index("ray start")
+    assert config["file_mounts"][f"{HOME}/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "RAY_AUTH_TOKEN" not in TEXT, "the token itself is in no file"
+
+
+def test_the_dashboard_listens_on_the_head_alone(config):
+    [start] = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "0.0.0.0" not in TEXT
+
+
+def test_a_stopped_job_has_time_for_its_shots_in_progress(config):
+    [seconds] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", " ".join(config["docker"]["run_options"]))
+    assert int(seconds) > GRACE_S, "what a stopped run takes at most to finish them"
+
+
+def test_what_is_mounted_is_enough_to_install_the_project(config):
+    mounted = {remote.removeprefix(f"{SOURCE}/") for remote in config["file_mounts"] if remote.startswith(f"{SOURCE}/")}
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    needed |= {*wheel["packages"], *wheel["force-include"], "packaging"}
+    assert mounted == needed
+    [setup] = config["setup_commands"]
+    assert setup.startswith(f"cd {SOURCE} && pip install ")
+    assert setup.endswith(" ./packaging/onnxruntime .")
+    assert "./packaging/onnxruntime" in (ROOT / "Makefile").read_text()
+
+
+def test_nothing_large_and_nothing_private_is_mounted(config):
+    for remote, local in config["file_mounts"].items():
+        if local == "~/.ray/auth_token":
+            continue
+        assert remote == f"{SOURCE}/{local}"
+        path = ROOT / local
+        assert path.exists()
+        for left_out in (".venv", "out", ".git", "dist"):
+            assert not (ROOT / left_out).is_relative_to(path)
+
+
+def test_there_are_no_secrets_and_nobodys_own_names_in_the_file():
+    """Two places are to be filled in; `ray up` ends at once where they are not."""
+    patterns = {
+        "access key": r"A(KI|SI)A[0-9A-Z]{16}",
+        "account, or resource of one": r"\b\d{12}\b|arn:aws|\b(ami|fs|sg|subnet|vpc|i)-[0-9a-f]{8,}",
+        "private key": r"PRIVATE KEY|\.pem\b",
+        "address": r"(?!127\.0\.0\.1)\b\d{1,3}(\.\d{1,3}){3}\b",
+        "token": r"\b[0-9a-f]{32,}\b",
+    }
+    for what, pattern in patterns.items():
+        assert not re.search(pattern, TEXT), what
+    values = re.sub(r"(?m)#.*$", "", TEXT)
+    assert set(re.findall(r"\b(?:AMI|FILE_SYSTEM)_ID\b", values)) == {"AMI_ID", "FILE_SYSTEM_ID"}
+
+
+def test_the_page_gives_commands_that_there_are():
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    known = typer.main.get_command(app).commands
+    commands = re.findall(r"(?:^|`)vidgen (\w+)([^#`\n]*)", page, re.MULTILINE)
+    commands += [("render", options) for options in re.findall(r"python jobs/render.py([^#`\n]*)", page)]
+    assert {name for name, _ in commands} >= {"validate", "plan", "render", "gc"}
+    for name, options in commands:
+        accepted = {option for parameter in known[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<=\s)--?[a-z-]+", options)) <= accepted, (name, options)
+    assert f"at most {GRACE_S:g} s (`--grace`)" in " ".join(page.split())
+    for gpus in re.findall(r"--gpus (\S+?)[`\s]", page):
+        parse_gpus(gpus)
+
+
+def test_no_command_goes_on_after_a_part_of_it_failed(config):
+    for command in commands(config):
+        assert " || true" not in command
+        assert "\n" not in command

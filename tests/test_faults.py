@@ -1,0 +1,180 @@
+"""What clusters and lines do to a run, on a real Ray with two simulated GPUs: who holds which GPU, and who pays for whom."""
+
+import json
+import os
+import signal
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+import ray
+
+from vidgen_ray.batch.render import render
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.script import iter_script
+
+from .fake_stages import FAKES
+from .test_batch import Events, digests
+
+GPUS = "2x80GB"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    ray.init(address="local", num_cpus=16, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def profile(tiny):
+    """Every actor on a GPU, of sizes of which all fit on one."""
+    sizes = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
+    actors = {
+        name: actor.model_copy(update={"device": "cuda", "memory_gb": sizes[name], "timeout_s": 5, "cpus": 0.5})
+        for name, actor in tiny.actors.items()
+    }
+    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
+
+
+def rendered(tmp_path, profile, lines, watcher=None, gpus=GPUS, **options):
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    out = tmp_path / "out"
+    report = render(
+        iter_script(script, profile_defaults=profile.defaults),
+        profile,
+        OutputFolder(out),
+        source=script.name,
+        watcher=watcher or Events(),
+        cluster=parse_gpus(gpus),
+        stages=FAKES,
+        **options,
+    )
+    return report, {row.id: row for row in read_manifest(out)}
+
+
+def shots(count):
+    return [{"id": f"s{n:02}", "prompt": f"shot {n}"} for n in range(count)]
+
+
+def places():
+    """Worker -> the GPU that it is on, asked of each process, and killed on the way."""
+    found = {}
+    for name in ray.util.list_named_actors():
+        if "/worker/" in name:
+            place = place_of(ray.get_actor(name))
+            slot = name.split("/")[-2]
+            found[name.split("/", 1)[1]] = (slot, place.gpus)
+            os.kill(place.pid, signal.SIGKILL)
+    return found
+
+
+def place_of(worker):
+    while True:
+        with suppress(ray.exceptions.ActorUnavailableError):
+            return ray.get(worker.place.remote())
+
+
+@pytest.mark.parametrize("layout", ["fused", "colocated", "staged"])
+def test_every_gpu_holds_what_the_layout_says_and_so_after_every_process_was_killed(tmp_path, profile, layout):
+    seen = []
+    report, _rows = rendered(
+        tmp_path, profile.model_copy(update={"layout": layout}), shots(12), Events(lambda: seen.extend((places(), places())))
+    )
+    assert (report.done, report.failed, report.layout) == (12, 0, layout)
+    before, after = seen
+    assert before == after
+    by_slot = {}
+    for slot, gpus in before.values():
+        assert len(gpus) == 1
+        by_slot.setdefault(slot, set()).update(gpus)
+    assert sorted(gpu for gpus in by_slot.values() for gpu in gpus) == ["0", "1"], "a slot is one GPU, and no other has it"
+
+
+def test_where_the_models_do_not_fit_together_they_take_turns(tmp_path, profile):
+    report, _rows = rendered(tmp_path, profile, shots(20), gpus="2x48GB")
+    assert (report.done, report.layout) == (20, "hybrid")
+
+
+def test_a_poison_line_costs_its_own_attempts_and_no_neighbour(tmp_path, profile):
+    poison = {
+        "raises": ("raise", "RuntimeError", 3),
+        "dies": ("die", "WorkerDied", 3),
+        "hangs": ("hang", "TimedOut", 3),
+        "fills": ("full", "StageError", 1),
+    }
+    lines = shots(12)
+    for n, (name, (prompt, _, _)) in enumerate(poison.items()):
+        lines.insert(3 * n, {"id": name, "prompt": prompt})
+    report, rows = rendered(tmp_path, profile, lines)
+    assert (report.done, report.failed) == (12, 4)
+    for name, (_, error, attempts) in poison.items():
+        row = rows[name]
+        assert (row.status, row.failure_stage, row.failure_error, row.failure_attempts) == ("failed", "flux", error, attempts)
+        assert "worker" in row.failure_worker or ":" in row.failure_worker
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in poison.items()}
+
+
+def test_what_goes_wrong_once_is_tried_again(tmp_path, profile):
+    lines = [{"id": what, "prompt": f"{what} once {tmp_path / what}"} for what in ("raise", "die", "hang", "wedge", "full")]
+    report, rows = rendered(tmp_path, profile, lines)
+    assert (report.done, report.failed) == (5, 0), {row.id: row.failure_message for row in rows.values()}
+    record = json.loads((tmp_path / "out" / "shots" / "full" / "shot.json").read_text())
+    assert [step["recovered"] for step in record["stages"]] == ["memory freed", None, None]
+
+
+def test_a_full_gpu_is_worked_on_with_less_and_that_is_written_down(tmp_path, profile):
+    _, rows = rendered(tmp_path, profile, [{"id": "a", "prompt": "lean"}])
+    assert rows["a"].status == "done"
+    out = tmp_path / "out"
+    record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+    flux, svd, _ = record["stages"]
+    assert svd["recovered"] == "decode_chunk_frames=2"
+    cached = {entry.name for entry in out.glob("cache/*/*")}
+    assert flux["key"] in cached
+    assert svd["key"] not in cached, "other settings than the key's made it"
+
+
+def test_lines_with_the_same_lora_go_together(tmp_path, profile):
+    loras = []
+    for name in "abc":
+        loras.append(tmp_path / f"{name}.safetensors")
+        loras[-1].write_bytes(name.encode())
+    lines = [{**line, "lora": str(loras[n % 3])} for n, line in enumerate(shots(12))]
+    events = Events()
+    report, _ = rendered(tmp_path, profile, lines, events)
+    assert report.done == 12
+    # What ends is told in the order in which it was begun.
+    assert [int(row.id[1:]) % 3 for row in events.rows] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_a_stopped_run_ends_what_it_began_and_the_next_does_the_rest(tmp_path, profile):
+    import threading
+
+    stop = threading.Event()
+    report, rows = rendered(tmp_path, profile, shots(400), Events(stop.set), stop=stop)
+    assert report.failed == 0
+    assert report.done >= 1
+    assert report.left >= 1
+    assert report.done + report.left == 400
+    done = {row.id for row in rows.values() if row.status == "done"}
+    assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/shot.json")))
+    first = digests(tmp_path / "out")
+    again, _ = rendered(tmp_path, profile, shots(400))
+    assert (again.skipped, again.done) == (report.done, report.left)
+    after = digests(tmp_path / "out")
+    assert {name: after[name] for name in first} == first
+    assert not list((tmp_path / "out" / "spool").glob("*"))
+
+
+def test_two_shots_with_the_same_photo_have_it_looked_at_once(tmp_path, profile):
+    from .conftest import ASTRONAUT
+
+    lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
+    rendered(tmp_path, profile, lines, use_cache=False)
+    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/shot.json")]
+    assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}

@@ -1,0 +1,54 @@
+"""The processes of a run, each where the layout wants it, for as long as the run lasts.
+
+A slot is a placement group of one bundle. A bundle with a whole GPU lies on one card, its actors' shares with it, and nobody
+else's; an actor that dies starts again in the same bundle. Shares alone would let Ray put two actors of 0.4 on one card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from vidgen_ray.batch.board import Board, BoardHandle, board_name
+from vidgen_ray.batch.job import Job
+from vidgen_ray.batch.worker import Encoder, Worker
+from vidgen_ray.planner.packing import ENCODER_CPUS
+
+_RESTARTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
+"""The process comes back; whether its work is tried again is the director's decision."""
+
+
+@contextmanager
+def fleet(job: Job) -> Iterator[BoardHandle]:
+    """Start the workers, the encoders and the board; end them with the block.
+
+    Weights are loaded meanwhile: nothing here waits. Actors are found by the names that the job gives them.
+    """
+    groups: list[Any] = []
+    # Held for the whole run: an actor dies with the last handle to it.
+    actors: list[Any] = []
+    try:
+        board: BoardHandle = ray.remote(Board).options(name=board_name(job.run), num_cpus=0).remote()
+        worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
+        for number, slot in enumerate(job.layout.slots):
+            group = placement_group([{"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}])
+            groups.append(group)
+            in_slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+            for k, spec in enumerate(slot.workers):
+                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, **_RESTARTS}
+                actors.append(worker_class.options(name=job.worker_name(number, k), **options).remote(job, spec))
+        for name in job.encoder_names:
+            options = {"num_cpus": ENCODER_CPUS, "scheduling_strategy": "SPREAD", **_RESTARTS}
+            actors.append(encoder_class.options(name=name, **options).remote(job))
+        actors.append(board)
+        yield board
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        for group in groups:
+            remove_placement_group(group)

@@ -1,0 +1,146 @@
+"""An actor of ours as the director sees it: calls in order, a time limit for each, and who is to blame when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from vidgen_ray.batch.worker import Place
+from vidgen_ray.outputs.records import Failure
+
+DEATHS_WHILE_LOADING = 3
+"""After so many in a row an actor is given up."""
+RETRY_S = 0.2
+NODE_DIED = "node has died"
+"""In Ray's account of an actor that went with its machine, for which no line is to blame."""
+
+
+class CallLost(Exception):
+    """The call will not be answered.
+
+    It is `blamed` where nothing else can be the reason, and one of several `suspects` where the process died with more than
+    one call in hand: the answer of a call may be lost with the process that died of the next.
+    """
+
+    def __init__(self, reason: str, message: str, *, worker: str, blamed: bool = False, suspect: bool = False) -> None:
+        self.reason = reason
+        self.blamed = blamed
+        self.suspect = suspect
+        self.worker = worker
+        super().__init__(message)
+
+
+class InputsLost(Exception):
+    """What a call was to work on is gone, with the node that held it."""
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    stage: str
+    turn: asyncio.Event
+    """Set when the calls before are answered."""
+
+
+class Hand:
+    """Calls one actor. Its calls run one after another, in order."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self._actor = actor
+        self.name = name
+        self.place: Place | None = None
+        self._calls: deque[_Call] = deque()
+        self._generation = 0
+        self._suspects: list[_Call] = []
+        """What the last process had in hand when it died, for which a call may be the reason."""
+
+    async def ready(self) -> Failure | None:
+        """Wait until the process is up; what it could not load, or why it is given up."""
+        deaths = 0
+        while True:
+            try:
+                self.place = await self._actor.place.remote()
+                return self.place.unusable
+            except ray.exceptions.RayActorError as error:
+                deaths += 1
+                if deaths > DEATHS_WHILE_LOADING:
+                    said = str(error).strip().splitlines()[0]
+                    message = f"{self.name} died {deaths} times before it was ready: {said}"
+                    return Failure(stage="loading", error="WorkerDied", message=message, attempts=deaths, worker=self.name)
+                await asyncio.sleep(RETRY_S)
+
+    async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
+        """The method's answer, or, of several results, the first and the references of the others.
+
+        `stage` is what the call counts as while it runs. The time counts from when the calls before are answered; when it is
+        up the process is killed, and starts again.
+        Raises CallLost and InputsLost.
+        """
+        generation = self._generation
+        call = _Call(stage, asyncio.Event())
+        self._calls.append(call)
+        self._calls[0].turn.set()
+        returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
+        first, *rest = returned if num_returns > 1 else [returned]
+        answered = asyncio.ensure_future(first)
+        waiting = asyncio.ensure_future(call.turn.wait())
+        try:
+            await asyncio.wait([answered, waiting], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([answered], timeout=timeout_s)
+            if not answered.done():
+                self._died(generation, [])
+                ray.kill(self._actor, no_restart=False)
+                raise CallLost("TimedOut", f"{method} took longer than {timeout_s:g} s", blamed=True, worker=self.where)
+            answer = answered.result()
+        except ray.exceptions.RayActorError as error:
+            # Ray's account goes over many lines, with ids that mean nothing to a person.
+            said = str(error).strip().splitlines()[0]
+            self._died(generation, [] if NODE_DIED in str(error) else list(self._calls))
+            suspect, alone = call in self._suspects, len(self._suspects) == 1
+            raise CallLost(
+                "WorkerDied",
+                f"the process died: {said}",
+                worker=self.where,
+                blamed=suspect and alone,
+                suspect=suspect and not alone,
+            ) from None
+        except ray.exceptions.ObjectLostError as error:
+            raise InputsLost(str(error).strip().splitlines()[0]) from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise InputsLost(str(error.cause).strip().splitlines()[0]) from None
+            raise
+        finally:
+            answered.cancel()
+            waiting.cancel()
+            self._calls.remove(call)
+            if self._calls:
+                self._calls[0].turn.set()
+        return (answer, *rest) if rest else answer
+
+    def tell(self, method: str, *args: Any) -> None:
+        """Call without an answer."""
+        getattr(self._actor, method).remote(*args)
+
+    def restart(self) -> None:
+        """End the process; Ray starts it again."""
+        self._died(self._generation, [])
+        ray.kill(self._actor, no_restart=False)
+
+    @property
+    def running(self) -> str | None:
+        """The stage of the call that runs."""
+        return self._calls[0].stage if self._calls else None
+
+    @property
+    def where(self) -> str:
+        return f"{self.name} ({self.place.node[:8]}:{self.place.pid})" if self.place else self.name
+
+    def _died(self, generation: int, suspects: list[_Call]) -> None:
+        """Note what may be the reason, once for each process: all calls in hand hear of its death, in any order."""
+        if generation == self._generation:
+            self._generation += 1
+            self._suspects = suspects

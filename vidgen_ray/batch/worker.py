@@ -1,0 +1,155 @@
+"""The actors: workers that hold models on a slot's GPU, and encoders that write the files.
+
+They do what they are told, one call after another, and know nothing of the other shots. What a shot cannot get past is an
+answer, not an exception; a process that dies or hangs is the director's business.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from vidgen_ray.batch.job import Job
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.graph import ShotPlan
+from vidgen_ray.layout import WorkerSpec
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.stages.base import Artefacts, Frames, Item
+from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
+
+LOADING = "loading"
+"""Stage of the failure of an actor that could not load its weights."""
+BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
+"""In the message of an error after which nothing runs on this process's GPU any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an actor is."""
+
+    node: str
+    pid: int
+    gpus: tuple[str, ...]
+    """Of its node, as Ray counts them."""
+    unusable: Failure | None
+    """Why its weights could not be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a call went.
+
+    A failure is `final` where the same call would fail again, and the process is `wedged` where every call would. What an
+    encoder has `forgotten` was begun by a process that is dead.
+    """
+
+    records: tuple[StepRecord, ...] = ()
+    failure: Failure | None = None
+    final: bool = False
+    wedged: bool = False
+    forgotten: bool = False
+
+    @classmethod
+    def of_failure(cls, failed: StepFailed) -> Answer:
+        final = isinstance(failed.cause, VidgenError)
+        wedged = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
+        return cls(failure=failed.failure(), final=final, wedged=wedged)
+
+
+class Worker:
+    """Stages in memory."""
+
+    def __init__(self, job: Job, spec: WorkerSpec) -> None:
+        self._unusable: Failure | None = None
+        try:
+            held = [job.stages[name] for name in spec.stages]
+            stages = [stage(job.profile.params(stage)) for stage in held]
+            cache = job.outputs.stage_cache if job.use_cache else None
+            self._runner = StepRunner(stages, spec.gpus, cache, spec.turns)
+            self._runner.load()
+        except Exception as error:
+            # Raised here it would reach the user as Ray's account of a dead actor.
+            self._unusable = StepFailed(LOADING, error).failure()
+
+    def place(self) -> Place:
+        """Answered when the weights are loaded."""
+        return _place(self._unusable)
+
+    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
+        """Take a shot through these steps: what became of it, and what it has now."""
+        try:
+            item, records = self._runner.run(plan, Item(plan.shot, artefacts), steps)
+        except StepFailed as failed:
+            return Answer.of_failure(failed), Artefacts()
+        return Answer(tuple(records)), item.artefacts
+
+    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
+        """Enlarge the frames from `start` up to and without `stop`."""
+        try:
+            enlarged, record = self._runner.upscale(plan, artefacts["frames"][start:stop])
+        except StepFailed as failed:
+            return Answer.of_failure(failed), None
+        return Answer((record,)), enlarged
+
+
+class Encoder:
+    """Writes the files of several shots at once, call by call. What it has begun dies with it and is begun again."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._open: dict[str, ShotFiles] = {}
+
+    def place(self) -> Place:
+        return _place(None)
+
+    def begin(self, plan: ShotPlan, artefacts: Artefacts) -> Answer:
+        """Write the picture and the clip."""
+        shot_id = plan.shot.id or ""
+        self.abandon(shot_id)
+        try:
+            encode = self._job.profile.encode
+            item = Item(plan.shot, artefacts)
+            self._open[shot_id] = ShotFiles(plan, item, self._job.outputs, encode, self._job.keep_stages)
+        # A full disk or an unreadable start image is this shot's failure, too.
+        except Exception as error:
+            return Answer.of_failure(StepFailed("output", error))
+        return Answer()
+
+    def add(self, shot_id: str, enlarged: Frames) -> Answer:
+        """Encode the next frames of the large clip."""
+        if shot_id not in self._open:
+            return Answer(forgotten=True)
+        try:
+            self._open[shot_id].add(enlarged)
+        except Exception as error:
+            return Answer.of_failure(StepFailed("output", error))
+        return Answer()
+
+    def commit(
+        self, shot_id: str, records: tuple[StepRecord, ...], upscaled: tuple[StepRecord, ...]
+    ) -> tuple[Answer, ShotRecord | None]:
+        """Make the shot done; `upscaled` are the records of the chunks."""
+        if shot_id not in self._open:
+            return Answer(forgotten=True), None
+        try:
+            record = self._open[shot_id].commit([*records, joined(upscaled)] if upscaled else records)
+        except Exception as error:
+            return Answer.of_failure(StepFailed("output", error)), None
+        finally:
+            self.abandon(shot_id)
+        return Answer(), record
+
+    def abandon(self, shot_id: str) -> None:
+        """Leave nothing of a shot that is not committed."""
+        files = self._open.pop(shot_id, None)
+        if files is not None:
+            files.close()
+
+
+def _place(unusable: Failure | None) -> Place:
+    context: Any = ray.get_runtime_context()
+    gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
+    return Place(context.get_node_id(), os.getpid(), gpus, unusable)
