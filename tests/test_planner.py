@@ -610,6 +610,48 @@ def test_what_is_refused_has_no_packing_and_what_has_none_is_refused():
     assert min(outcomes.values()) > 50, outcomes
 
 
+def best_rate(profile, seconds, gpus):
+    """Shots a second of the best choice of actors for each GPU, without turns, by trying them all.
+
+    A rate is possible where no set of actors asks for more time than the GPUs have that hold any of it (Hall's theorem).
+    """
+    names = list(seconds)
+    sets = [
+        frozenset(n for n, wanted in zip(names, bits, strict=True) if wanted) for bits in product([0, 1], repeat=len(names))
+    ]
+    sets.remove(frozenset())
+    fitting = {
+        memory: [held for held in sets if CONTEXT_GB + sum(profile.actors[n].memory_gb for n in held) <= memory + ROOM]
+        for memory in gpus
+    }
+    choices = product(*(fitting[memory] or [frozenset()] for memory in gpus))
+    return max(
+        min(sum(bool(held & some) for held in choice) / sum(seconds[name] for name in some) for some in sets)
+        for choice in choices
+    )
+
+
+def test_no_choice_of_stages_for_each_gpu_is_faster_than_the_plan():
+    rng = random.Random(6)
+    compared = Counter()
+    while compared.total() < 60:
+        profile, asked, cluster = random_case(rng, most_gpus=4, most_actors=4)
+        if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or asked.shots < 9:
+            continue
+        cluster = Cluster((Node(cluster.gpus, 640, None),))
+        try:
+            planned = plan(profile, asked, cluster)
+        except SetupError:
+            continue
+        seconds = {name: sum(planned.stage_seconds[stage] for stage in STAGES_OF[name]) for name in profile.actors}
+        best, found = best_rate(profile, seconds, cluster.gpus) * 3600, planned.shots_per_hour
+        turns = any(worker.turns for worker in planned.layout.workers)
+        assert found >= best * 0.989
+        assert turns or found <= best * 1.001
+        compared[turns] += 1
+    assert min(compared.values()) > 5, compared
+
+
 def planned_seconds(profile, asked, cluster):
     try:
         return plan(profile, asked, cluster).seconds

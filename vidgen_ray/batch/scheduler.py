@@ -127,6 +127,9 @@ class Scheduler:
             return always
         if worker.group in groups and not (len(groups) > 1 and self._turn_is_over(worker)):
             return [*always, *(stage for stage in stages if stage in worker.group)]
+        # While something is left that needs no swap, it may be about to make work for the group that is there.
+        if always and worker.group:
+            return always
         others = [group for group in groups if group != worker.group]
         chosen = max(others, key=lambda group: sum(self.queued(stage) for stage in group))
         return [*always, *(stage for stage in stages if stage in chosen)]

@@ -60,8 +60,6 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
 
 def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
     _configure(DataContext.get_current())
-    # The first data set of a driver starts Ray Data's coordinator, and would stall behind the loading of models.
-    ray.data.range(1).materialize()
     dataset = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     dataset = dataset.map_batches(
         Director,
