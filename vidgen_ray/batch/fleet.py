@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from vidgen_ray.batch.board import Board, BoardHandle, board_name
 from vidgen_ray.batch.job import Job
@@ -33,7 +33,10 @@ def fleet(job: Job) -> Iterator[BoardHandle]:
     # Held for the whole run: an actor dies with the last handle to it.
     actors: list[Any] = []
     try:
-        board: BoardHandle = ray.remote(Board).options(name=board_name(job.run), num_cpus=0).remote()
+        # Beside the driver, so that it is there as long as the driver is.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        boards = ray.remote(Board).options(name=board_name(job.run), num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+        board: BoardHandle = boards.remote()
         worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
         for number, slot in enumerate(job.layout.slots):
             group = placement_group([{"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}])

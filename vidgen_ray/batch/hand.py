@@ -17,6 +17,8 @@ DEATHS_WHILE_LOADING = 3
 RETRY_S = 0.2
 NODE_DIED = "node has died"
 """In Ray's account of an actor that went with its machine, for which no line is to blame."""
+NOT_SENT = "The actor is restarting"
+"""In Ray's account of a call that no process has seen: the one it was meant for was dead already, and nobody knew yet."""
 
 
 class CallLost(Exception):
@@ -52,25 +54,42 @@ class Hand:
         self._actor = actor
         self.name = name
         self.place: Place | None = None
+        self._ended: Place | None = None
+        """Where the process is, or was, that was told to end last: it answers for a while."""
         self._calls: deque[_Call] = deque()
         self._generation = 0
         self._suspects: list[_Call] = []
         """What the last process had in hand when it died, for which a call may be the reason."""
 
     async def ready(self) -> Failure | None:
-        """Wait until the process is up; what it could not load, or why it is given up."""
+        """Wait until a process is up, and not one that was told to end, and has its weights; or why there will be none."""
         deaths = 0
         while True:
             try:
-                self.place = await self._actor.place.remote()
-                return self.place.unusable
+                place = await self._actor.place.remote()
+                if place == self._ended:
+                    # Ray has not got round to it.
+                    await asyncio.sleep(RETRY_S)
+                    continue
+            # A process that starts again may take its time: its machine may be lost, and another not there yet.
+            except ray.exceptions.ActorUnavailableError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            except ray.exceptions.RayActorError as error:
+                return self._given_up(1, error)
+            try:
+                failure: Failure | None = await self._actor.load.remote()
             except ray.exceptions.RayActorError as error:
                 deaths += 1
                 if deaths > DEATHS_WHILE_LOADING:
-                    said = str(error).strip().splitlines()[0]
-                    message = f"{self.name} died {deaths} times before it was ready: {said}"
-                    return Failure(stage="loading", error="WorkerDied", message=message, attempts=deaths, worker=self.name)
-                await asyncio.sleep(RETRY_S)
+                    return self._given_up(deaths, error)
+            else:
+                self.place = place
+                return failure
+
+    def _given_up(self, deaths: int, error: Exception) -> Failure:
+        message = f"{self.name} died {deaths} times before it was ready: {_first_line(error)}"
+        return Failure(stage="loading", error="WorkerDied", message=message, attempts=deaths, worker=self.name)
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
         """The method's answer, or, of several results, the first and the references of the others.
@@ -91,27 +110,24 @@ class Hand:
             await asyncio.wait([answered, waiting], return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait([answered], timeout=timeout_s)
             if not answered.done():
-                self._died(generation, [])
-                ray.kill(self._actor, no_restart=False)
+                self.restart()
                 raise CallLost("TimedOut", f"{method} took longer than {timeout_s:g} s", blamed=True, worker=self.where)
             answer = answered.result()
         except ray.exceptions.RayActorError as error:
-            # Ray's account goes over many lines, with ids that mean nothing to a person.
-            said = str(error).strip().splitlines()[0]
             self._died(generation, [] if NODE_DIED in str(error) else list(self._calls))
-            suspect, alone = call in self._suspects, len(self._suspects) == 1
+            suspect, alone = call in self._suspects and NOT_SENT not in str(error), len(self._suspects) == 1
             raise CallLost(
                 "WorkerDied",
-                f"the process died: {said}",
+                f"the process died: {_first_line(error)}",
                 worker=self.where,
                 blamed=suspect and alone,
                 suspect=suspect and not alone,
             ) from None
         except ray.exceptions.ObjectLostError as error:
-            raise InputsLost(str(error).strip().splitlines()[0]) from None
+            raise InputsLost(_first_line(error)) from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
-                raise InputsLost(str(error.cause).strip().splitlines()[0]) from None
+                raise InputsLost(_first_line(error.cause)) from None
             raise
         finally:
             answered.cancel()
@@ -128,6 +144,7 @@ class Hand:
     def restart(self) -> None:
         """End the process; Ray starts it again."""
         self._died(self._generation, [])
+        self._ended = self.place
         ray.kill(self._actor, no_restart=False)
 
     @property
@@ -144,3 +161,8 @@ class Hand:
         if generation == self._generation:
             self._generation += 1
             self._suspects = suspects
+
+
+def _first_line(error: Exception) -> str:
+    """Ray's account goes over many lines, with ids that mean nothing to a person."""
+    return str(error).strip().splitlines()[0]

@@ -34,8 +34,6 @@ class Place:
     pid: int
     gpus: tuple[str, ...]
     """Of its node, as Ray counts them."""
-    unusable: Failure | None
-    """Why its weights could not be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,36 +61,57 @@ class Worker:
     """Stages in memory."""
 
     def __init__(self, job: Job, spec: WorkerSpec) -> None:
-        self._unusable: Failure | None = None
-        try:
-            held = [job.stages[name] for name in spec.stages]
-            stages = [stage(job.profile.params(stage)) for stage in held]
-            cache = job.outputs.stage_cache if job.use_cache else None
-            self._runner = StepRunner(stages, spec.gpus, cache, spec.turns)
-            self._runner.load()
-        except Exception as error:
-            # Raised here it would reach the user as Ray's account of a dead actor.
-            self._unusable = StepFailed(LOADING, error).failure()
+        self._job = job
+        self._spec = spec
+        self._loaded: Failure | StepRunner | None = None
 
     def place(self) -> Place:
-        """Answered when the weights are loaded."""
-        return _place(self._unusable)
+        return _place()
+
+    def load(self) -> Failure | None:
+        """Load the weights, or say why they cannot be. Called again it answers the same.
+
+        Not part of the start: while a process starts again Ray refuses calls, and a death then could not be told from a start
+        that takes long.
+        """
+        if self._loaded is None:
+            job, spec = self._job, self._spec
+            try:
+                stages = [stage(job.profile.params(stage)) for stage in (job.stages[name] for name in spec.stages)]
+                cache = job.outputs.stage_cache if job.use_cache else None
+                runner = StepRunner(stages, spec.gpus, cache, spec.turns)
+                runner.load()
+                self._loaded = runner
+            except Exception as error:
+                # Raised here it would reach the user as Ray's account of it.
+                self._loaded = StepFailed(LOADING, error).failure()
+        return self._loaded if isinstance(self._loaded, Failure) else None
 
     def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
         """Take a shot through these steps: what became of it, and what it has now."""
+        if not isinstance(runner := self._ready(), StepRunner):
+            return Answer(failure=runner, final=True), Artefacts()
         try:
-            item, records = self._runner.run(plan, Item(plan.shot, artefacts), steps)
+            item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
         except StepFailed as failed:
             return Answer.of_failure(failed), Artefacts()
         return Answer(tuple(records)), item.artefacts
 
     def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
         """Enlarge the frames from `start` up to and without `stop`."""
+        if not isinstance(runner := self._ready(), StepRunner):
+            return Answer(failure=runner, final=True), None
         try:
-            enlarged, record = self._runner.upscale(plan, artefacts["frames"][start:stop])
+            enlarged, record = runner.upscale(plan, artefacts["frames"][start:stop])
         except StepFailed as failed:
             return Answer.of_failure(failed), None
         return Answer((record,)), enlarged
+
+    def _ready(self) -> StepRunner | Failure:
+        """A call may be meant for the process before this one, and reach this one before anybody knew."""
+        self.load()
+        assert self._loaded is not None
+        return self._loaded
 
 
 class Encoder:
@@ -103,7 +122,10 @@ class Encoder:
         self._open: dict[str, ShotFiles] = {}
 
     def place(self) -> Place:
-        return _place(None)
+        return _place()
+
+    def load(self) -> None:
+        """An encoder has no weights."""
 
     def begin(self, plan: ShotPlan, artefacts: Artefacts) -> Answer:
         """Write the picture and the clip."""
@@ -149,7 +171,7 @@ class Encoder:
             files.close()
 
 
-def _place(unusable: Failure | None) -> Place:
+def _place() -> Place:
     context: Any = ray.get_runtime_context()
     gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-    return Place(context.get_node_id(), os.getpid(), gpus, unusable)
+    return Place(context.get_node_id(), os.getpid(), gpus)

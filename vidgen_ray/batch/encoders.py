@@ -1,0 +1,112 @@
+"""The encoders of a run as one: a clip goes to the one with the fewest in hand, and begins again where that one died.
+
+Lives in the director's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import ray
+
+from vidgen_ray.batch.dispatch import GaveUp, lost_for_good
+from vidgen_ray.batch.hand import CallLost, Hand
+from vidgen_ray.batch.job import Job
+from vidgen_ray.batch.metrics import RunMetrics
+from vidgen_ray.batch.worker import Answer
+from vidgen_ray.graph import ShotPlan
+from vidgen_ray.outputs.records import ShotRecord, StepRecord
+
+ENCODE_TIMEOUT_S = 1800.0
+OUTPUT = "output"
+"""Stage of what goes wrong while files are written."""
+
+Chunks = AsyncIterator[tuple[StepRecord, Any]]
+"""Records and frames of a clip's chunks, enlarged, in order."""
+
+
+class Encoders:
+    """Make it inside of the event loop."""
+
+    def __init__(self, job: Job, metrics: RunMetrics) -> None:
+        self._attempts = job.attempts
+        self._metrics = metrics
+        self._hands = [Hand(ray.get_actor(name), name) for name in job.encoder_names]
+        self._open = dict.fromkeys(self._hands, 0)
+        self._up = {hand: asyncio.ensure_future(hand.ready()) for hand in self._hands}
+
+    async def written(
+        self, plan: ShotPlan, artefacts: Any, records: tuple[StepRecord, ...], chunks: Callable[[], Chunks] | None
+    ) -> ShotRecord:
+        """Encode and commit; `chunks` begins to enlarge the clip, where it is to be. Raises GaveUp, InputsLost."""
+        blamed = 0
+        while True:
+            encoder = await self._free()
+            self._open[encoder] += 1
+            try:
+                return await self._encoded(encoder, plan, artefacts, records, chunks)
+            except CallLost as lost:
+                self._metrics.retried(OUTPUT)
+                self._lost(encoder)
+                blamed += lost.blamed or lost.suspect
+                if blamed >= self._attempts:
+                    raise GaveUp(lost_for_good(OUTPUT, lost, blamed)) from None
+            finally:
+                self._open[encoder] -= 1
+
+    async def _free(self) -> Hand:
+        """The encoder that is up with the fewest clips, or the first that comes up."""
+        await asyncio.wait(self._up.values(), return_when=asyncio.FIRST_COMPLETED)
+        up = [hand for hand, ready in self._up.items() if ready.done()]
+        usable = [hand for hand in up if self._up[hand].result() is None]
+        if usable:
+            return min(usable, key=self._open.__getitem__)
+        if len(up) == len(self._hands):
+            failure = self._up[up[0]].result()
+            assert failure is not None
+            raise GaveUp(failure)
+        await asyncio.wait([ready for ready in self._up.values() if not ready.done()], return_when=asyncio.FIRST_COMPLETED)
+        return await self._free()
+
+    def _lost(self, encoder: Hand) -> None:
+        if self._up[encoder].done():
+            self._up[encoder] = asyncio.ensure_future(encoder.ready())
+
+    async def _encoded(
+        self,
+        encoder: Hand,
+        plan: ShotPlan,
+        artefacts: Any,
+        records: tuple[StepRecord, ...],
+        chunks: Callable[[], Chunks] | None,
+    ) -> ShotRecord:
+        shot_id = plan.shot.id or ""
+        try:
+            await _accepted(encoder, "begin", plan, artefacts)
+            upscaled = []
+            if chunks is not None:
+                async for record, enlarged in chunks():
+                    await _accepted(encoder, "add", shot_id, enlarged)
+                    upscaled.append(record)
+            answer, reference = await encoder.call(
+                "commit", shot_id, records, tuple(upscaled), stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
+            )
+            _check(answer)
+            committed: ShotRecord = await reference
+            return committed
+        except BaseException:
+            encoder.tell("abandon", shot_id)
+            raise
+
+
+async def _accepted(encoder: Hand, method: str, *args: Any) -> None:
+    _check(await encoder.call(method, *args, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S))
+
+
+def _check(answer: Answer) -> None:
+    if answer.forgotten:
+        raise CallLost("WorkerDied", "the encoder was started again", worker="encoder")
+    if answer.failure is not None:
+        raise GaveUp(answer.failure)
