@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # onnxruntime over onnxruntime-gpu; see there.
 ONNXRUNTIME := ./packaging/onnxruntime
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test chaos check clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Some ten minutes: nodes, processes and drivers are taken from a cluster of three nodes at 35 random moments.
+chaos: setup
+	$(BIN)/python -m pytest tests/chaos -m "slow or not slow"
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -96,7 +96,14 @@ def profile(run_folder: Path, layout: Any) -> Profile:
             memory_gb=simulated.MODEL_GB[actor],
             seconds={name: simulated.STAGES[name].seconds / SHOT_WORK[name] for name in held},
         )
-    return Profile(name="simulated", about="sleeps on simulated cards", layout=layout, actors=actors, encode=ENCODE)
+    return Profile(
+        name="simulated",
+        about="sleeps on simulated cards",
+        layout=layout,
+        actors=actors,
+        encode=ENCODE,
+        swap_gb_per_s=simulated.SWAP_GB_PER_SECOND,
+    )
 
 
 def record_commits(run_folder: Path, out: Path) -> None:

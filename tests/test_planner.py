@@ -28,7 +28,7 @@ from vidgen_ray.planner import (
     remember_measured,
     this_machine,
 )
-from vidgen_ray.planner.holdings import CONTEXT_GB, PROCESS_HOST_GB, SWAP_GB_PER_S
+from vidgen_ray.planner.holdings import CONTEXT_GB, PROCESS_HOST_GB
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 
@@ -758,7 +758,9 @@ class _Slot:
         if group is None:
             return took
         if group != self.group:
-            took += sum(self.gb[other] for other in [*group, *(self.group or ())]) / SWAP_GB_PER_S
+            took += (
+                sum(self.gb[other] for other in [*group, *(self.group or ())]) / Profile.model_fields["swap_gb_per_s"].default
+            )
             self.group, self.turn = group, 0
         self.turn += 1
         return took

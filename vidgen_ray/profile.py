@@ -63,6 +63,9 @@ class Profile(_Section):
         "GPU for each entry of `actors`; staged: every process holds one entry, as many of each as it needs",
     )
     cpu_workers: int | None = Field(None, ge=1, description="most workers of a profile without GPUs; none: as the CPUs allow")
+    swap_gb_per_s: float = Field(
+        20, gt=0, allow_inf_nan=False, description="GB a second between the host's memory and a GPU's, where stages take turns"
+    )
     price_per_gpu_hour: float | None = Field(None, ge=0, allow_inf_nan=False, description="for the cost of a plan")
     actors: dict[str, ActorProfile]
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)

@@ -51,7 +51,8 @@ def plan(
         rate = ENCODER_BUSY / max(encode_seconds, 1.0)
         return promise("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
     on_gpu = any(actor.gpu_gb for actor in actors)
-    wanted = Wanted(actors, encode_seconds, demand.shots, _gpu_slots if on_gpu else _cpu_slots(actors))
+    slots_of = _gpu_slots if on_gpu else _cpu_slots(actors)
+    wanted = Wanted(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
     if on_gpu:
         kind, packing, considered = _on_gpus(profile, wanted, cluster)
     else:

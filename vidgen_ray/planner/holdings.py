@@ -19,8 +19,6 @@ CONTEXT_GB = 0.6
 """Of the GPU's memory that a process takes before it holds anything."""
 PROCESS_HOST_GB = 0.4
 """Of the host's memory that a process without a GPU takes: torch and what it brings."""
-SWAP_GB_PER_S = 20.0
-"""Between the host's memory and the GPU's."""
 TURN_SHOTS = 8
 """Shots of one group's stages that are worked off before another group has its turn."""
 ROOM = 1e-6
@@ -103,9 +101,9 @@ class Holding:
         return frozenset(actor for process in self.processes for group in process.turns for actor in group)
 
     @property
-    def swap_seconds(self) -> float:
-        """Of a round in which each group has its turn once: in, and out again."""
-        return sum(2 * process.waiting_gb for process in self.processes) / SWAP_GB_PER_S
+    def swapped_gb(self) -> float:
+        """What moves in a round in which each group has its turn once: in, and out again."""
+        return sum(2 * process.waiting_gb for process in self.processes)
 
     def slot(self) -> Slot:
         shares = self._shares()
@@ -168,7 +166,7 @@ def most_useful(holdings: Sequence[Holding], *, whatever_it_takes: bool = False)
     """
 
     def better_in_something(holding: Holding, other: Holding) -> bool:
-        swaps_less = holding.swap_seconds < other.swap_seconds - ROOM or not other.turning <= holding.turning
+        swaps_less = holding.swapped_gb < other.swapped_gb - ROOM or not other.turning <= holding.turning
         takes_less = holding.cpus < other.cpus - ROOM or holding.host_gb < other.host_gb - ROOM
         return swaps_less or (takes_less and not whatever_it_takes)
 

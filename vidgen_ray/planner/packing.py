@@ -45,6 +45,8 @@ class Wanted:
     """CPU seconds of encoding, of a mean shot."""
     most_slots: int
     slots_of: Sizes
+    swap_gb_per_s: float
+    """Between the host's memory and the GPU's."""
 
     @property
     def seconds(self) -> float:
@@ -215,7 +217,7 @@ def _solve(wanted: Wanted, places: Sequence[_Place], holdings: Holdings, rooms: 
         time = {number: -1.0}
         rounds = variable(math.inf) if holding.turning else None
         if rounds is not None:
-            time[rounds] = holding.swap_seconds * total / wanted.seconds
+            time[rounds] = holding.swapped_gb / wanted.swap_gb_per_s * total / wanted.seconds
         for actor in (actor for actor in wanted.actors if actor in holding.actors):
             seconds = variable(math.inf)
             time[seconds] = 1.0
