@@ -19,6 +19,10 @@ FRAMES = 2
 class NoOp(Stage[Any]):
     """Comes before the real stage among the bases of each."""
 
+    @property
+    def adapter_loads(self) -> int:
+        return 0
+
     def load(self) -> None:
         """Nothing to load."""
 

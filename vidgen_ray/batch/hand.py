@@ -128,7 +128,8 @@ class Hand:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
                 raise InputsLost(_first_line(error.cause)) from None
-            raise
+            # What went wrong there, not Ray's account of it.
+            raise error.cause or error from None
         finally:
             answered.cancel()
             waiting.cancel()
