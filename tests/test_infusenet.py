@@ -12,14 +12,16 @@ import torch
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
+from tests.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import ProfileError, SetupError, StageError
 from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import IdentityControlNet, InfuseNet, load_infusenet
+from vidgen_ray.nets.model_folder import require_same
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Image, noise_generator
 from vidgen_ray.stages.flux_model import FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
-from vidgen_ray.stages.identity.infusenet import InfuseNetInjector
+from vidgen_ray.stages.identity.infusenet import MUST_AGREE, InfuseNetInjector
 from vidgen_ray.weights import resolve
 
 WIDTH, HEIGHT = 128, 64
@@ -116,32 +118,10 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_the_resampler_is_the_published_formula(infusenet, folder):
     weights = torch.load(folder / "image_proj_model.bin", weights_only=True)["image_proj"]
-    heads, depth = 2, 2
-
-    def norm(x, name):
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def in_heads(x):
-        return x.reshape(*x.shape[:2], heads, 64).transpose(1, 2)
-
     faces = torch.from_numpy(np.stack([face(1), face(2)]))
-    x = (faces @ weights["proj_in.weight"].T + weights["proj_in.bias"])[:, None]
-    latents = weights["latents"].repeat(2, 1, 1)
-    for n in range(depth):
-        seen = norm(x, f"layers.{n}.0.norm1")
-        asking = norm(latents, f"layers.{n}.0.norm2")
-        q = in_heads(asking @ weights[f"layers.{n}.0.to_q.weight"].T)
-        k, v = (torch.cat([seen, asking], 1) @ weights[f"layers.{n}.0.to_kv.weight"].T).chunk(2, -1)
-        attention = torch.softmax(q @ in_heads(k).transpose(-2, -1) / 8, -1)
-        answer = (attention @ in_heads(v)).transpose(1, 2).reshape(2, 8, heads * 64)
-        latents = latents + answer @ weights[f"layers.{n}.0.to_out.weight"].T
-        hidden = norm(latents, f"layers.{n}.1.0") @ weights[f"layers.{n}.1.1.weight"].T
-        latents = latents + torch.nn.functional.gelu(hidden) @ weights[f"layers.{n}.1.3.weight"].T
-    expected = norm(latents @ weights["proj_out.weight"].T + weights["proj_out.bias"], "norm_out")
-
     tokens = infusenet.tokens(faces)
     assert tokens.shape == (2, 8, 32)
-    torch.testing.assert_close(tokens, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(tokens, published_tokens(weights, faces), atol=2e-6, rtol=0)
     assert (tokens[0] - tokens[1]).abs().max() > 0.1, "every face gives the same tokens"
 
 
@@ -200,29 +180,9 @@ def test_the_tiny_folder_has_the_published_layout(folder):
     assert files == {"InfuseNetModel/config.json", index, *shards, "image_proj_model.bin"}
     content = torch.load(folder / "image_proj_model.bin", weights_only=True)
     assert list(content) == ["image_proj"]
-    assert set(content["image_proj"]) == set(resampler_shapes(2, 32, 128, 8, 32, 128))
+    assert set(content["image_proj"]) == set(published_shapes(2, 32, 128, 8, 32, 128))
     names = {name for shard in shards for name in load_file(folder / shard)}
     assert names == infusenet_names(double=1, single=2)
-
-
-def resampler_shapes(depth: int, dim: int, inner: int, tokens: int, output: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published `image_proj`, written down from its source."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "latents": (1, tokens, dim),
-        "proj_in.weight": (dim, 512),
-        "proj_in.bias": (dim,),
-        "proj_out.weight": (output, dim),
-        "proj_out.bias": (output,),
-        "norm_out.weight": (output,),
-        "norm_out.bias": (output,),
-    }
-    for n in range(depth):
-        attention = {"to_q": (inner, dim), "to_kv": (2 * inner, dim), "to_out": (dim, inner)}
-        shapes |= {f"layers.{n}.0.{name}.weight": shape for name, shape in attention.items()}
-        shapes |= {f"layers.{n}.1.1.weight": (hidden, dim), f"layers.{n}.1.3.weight": (dim, hidden)}
-        for norm in ("0.norm1", "0.norm2", "1.0"):
-            shapes |= {f"layers.{n}.{norm}.weight": (dim,), f"layers.{n}.{norm}.bias": (dim,)}
-    return shapes
 
 
 def infusenet_names(double: int, single: int) -> set[str]:
@@ -249,7 +209,7 @@ def infusenet_names(double: int, single: int) -> set[str]:
 def test_networks_of_the_published_sizes_have_the_published_parameters():
     with torch.device("meta"):
         net = IdentityControlNet(num_layers=4, num_single_layers=10, guidance_embeds=True)
-        weights = {k: torch.empty(s) for k, s in resampler_shapes(4, 1280, 1280, 8, 4096, 5120).items()}
+        weights = {k: torch.empty(s) for k, s in published_shapes(4, 1280, 1280, 8, 4096, 5120).items()}
         sizes = ResamplerSizes.of(weights)
         resampler = FaceResampler(sizes)
     assert sizes == ResamplerSizes(512, tokens=8, channels=1280, heads=20, depth=4, hidden=5120, output=4096)
@@ -299,7 +259,7 @@ def test_person_pose_and_strength_each_change_the_picture_and_nothing_stays(inje
         "another seed": drawn(injector, make_shot(seed=8), way, face(1)),
     }
     for what, other in others.items():
-        assert difference(other, picture) > 1e-3, what
+        assert difference(other, picture) > 0.02, what
     assert np.array_equal(plain(injector, shot, way), before), "the person lingers"
 
 
@@ -396,7 +356,7 @@ def test_the_person_wears_a_lora_and_takes_it_off(injector, make_shot, way):
         unsteered = drawn(injector, make_shot(identity_strength=0.0), way, face(1))
     assert np.array_equal(unsteered, nobody)
     for what, picture in {"the LoRA": bare, "the person": other, "InfuseNet": nobody}.items():
-        assert difference(dressed, picture) > 1e-3, f"{what} does nothing"
+        assert difference(dressed, picture) > 0.02, f"{what} does nothing"
     assert np.array_equal(drawn(injector, shot, way, face(1)), bare)
 
 
@@ -547,5 +507,12 @@ def test_an_infusenet_for_another_flux_is_refused(injector, folder, tmp_path):
     shutil.copy(folder / "image_proj_model.bin", tmp_path)
     config = {**diffusers.FluxControlNetModel.load_config(folder / "InfuseNetModel"), "pooled_projection_dim": 48}
     diffusers.FluxControlNetModel.from_config(config).save_pretrained(tmp_path / "InfuseNetModel")
-    with pytest.raises(SetupError, match="pooled_projection_dim is 48, the profile's FLUX weights have 32; use an InfuseNet"):
+    with pytest.raises(SetupError, match="pooled_projection_dim is 48, the profile's FLUX weights have 32; use one that was"):
         InfuseNetInjector(injector.model, tmp_path)
+
+
+def test_a_default_that_one_configuration_spells_out_and_the_other_does_not_is_the_same(tmp_path):
+    with torch.device("meta"):
+        flux = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+        net = IdentityControlNet(num_layers=1, num_single_layers=1)
+    require_same(net.config, flux.config, MUST_AGREE, tmp_path, "FLUX")

@@ -1,6 +1,7 @@
-"""One network from a folder in diffusers' layout: complete and of the right kind, or refused with a sentence."""
+"""One network from a folder in diffusers' layout: complete, of the right kind and size, or refused with a sentence."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,14 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
                 "copy the folder again, with its config.json, as it is published"
             )
     return model.eval().requires_grad_(False)
+
+
+def require_same(config: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str], folder: Path, others: str) -> None:
+    """SetupError where the configuration of the model in `folder` differs from that of the model it is to work beside."""
+    for name in names:
+        # What a configuration file holds as a list is a tuple where the file leaves it to the default.
+        got, needed = (tuple(v) if isinstance(v, list) else v for v in (config[name], other[name]))
+        if got != needed:
+            raise SetupError(
+                f"{folder}: {name} is {got}, the profile's {others} weights have {needed}; use one that was trained for them"
+            )

@@ -41,6 +41,8 @@ BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
     "tiny/flux-schnell": (1, _tiny("flux_schnell")),
     "tiny/lora.safetensors": (1, _tiny("lora")),
     "tiny/infusenet": (1, _tiny("infusenet", "tiny_identity")),
+    "tiny/sdxl": (1, _tiny("sdxl", "tiny_identity")),
+    "tiny/instantid-sdxl": (1, _tiny("instantid_sdxl", "tiny_identity")),
     "tiny/hunyuandit": (1, _tiny("hunyuandit")),
     "tiny/svd": (1, _tiny("svd")),
     "tiny/antelopev2": (1, _tiny_face_pack),

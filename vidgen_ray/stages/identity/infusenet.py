@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, noise_generator
 from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
@@ -45,17 +45,12 @@ class InfuseNetInjector(FluxInjector):
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
         from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
+        from vidgen_ray.nets.model_folder import require_same
 
         self.model = model
         transformer = model.text_to_image.transformer
         self.infusenet = load_infusenet(weights, transformer.dtype, model.device)
-        for name in MUST_AGREE:
-            got, needed = self.infusenet.net.config[name], transformer.config[name]
-            if got != needed:
-                raise SetupError(
-                    f"{weights / NET_FOLDER}: {name} is {got}, the profile's FLUX weights have {needed}; "
-                    "use an InfuseNet that was trained for them"
-                )
+        require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
 
     def move(self, device: str) -> None:
         self.infusenet.to(device)
