@@ -64,8 +64,8 @@ class FluxInjector(ABC):
     ) -> AbstractContextManager[FluxCalls]:
         """A block in which the calls draw the person as strongly as `shot.identity_strength` says; 0 is not at all, bitwise.
 
-        `embedding` (512,) as the model of that name gives it; `pose` the keypoint picture at the shot's size. A method
-        that needs noise of its own draws it from a generator of its own, derived from `shot` and the name of the `stage`:
-        the diffusion noise is the same with the person and without. `start` and `end` are shares, 0 to 1, of the steps
-        that are run; outside of them the person has no say.
+        `embedding` is what the model of that name gives, (512,) of a recogniser; `pose` the keypoint picture at the shot's
+        size. A method that needs noise of its own draws it from a generator of its own, derived from `shot` and the name
+        of the `stage`: the diffusion noise is the same with the person and without. `start` and `end` are shares, 0 to 1,
+        of the steps that are run; outside of them the person has no say.
         """
