@@ -82,7 +82,7 @@ def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
         return tmp_path / out
 
     face = json.loads(stage("instantid", ASTRONAUT, out="face.json").read_text())
-    assert len(face["embedding"]) == 512
+    assert len(face["embeddings"]["antelopev2"]) == 512
     assert np.asarray(Image.open(stage("instantid", ASTRONAUT, out="pose.png"))).any()
     base = stage("flux", "-s", "prompt=a red ball", out="base.png")
     refined = stage("lora", base, "-s", "prompt=a red ball", "-s", "lora=builtin:tiny/lora.safetensors", out="lora.png")

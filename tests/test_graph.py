@@ -150,7 +150,7 @@ EVERYTHING = {
     ("fields", "key"),
     [
         ({}, "02f47da4e255c2c4aec275518d7ff6fa5b7aade2c1a8ffc47ac8f928f38dcbae"),
-        (EVERYTHING, "3b8679c1a62fa91d73973043970dce5958364d94f6b7975942c2eb1a1cbdc647"),
+        (EVERYTHING, "c93e33c07f81f0520fc2e965e6b7b3d2e0dad32d6ab9b01f955edaad63081a65"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
             "3b3f60dd92e44870b072cea5eb5e9a50b419a9376a56e9629a947f0cd83c2a50",

@@ -88,7 +88,8 @@ def face_to_json(face: FaceFeatures) -> str:
             "faces_found": face.faces_found,
             "photo_size": face.photo_size,
             "keypoints": face.keypoints.tolist(),
-            "embedding": face.embedding.tolist(),
+            "embeddings": {recogniser: values.tolist() for recogniser, values in face.embeddings.items()},
+            "digest": face.digest,
         }
     )
 
@@ -96,10 +97,11 @@ def face_to_json(face: FaceFeatures) -> str:
 def face_from_json(text: str) -> FaceFeatures:
     data = json.loads(text)
     return FaceFeatures(
-        embedding=np.array(data["embedding"], np.float32),
+        embeddings={recogniser: np.array(values, np.float32) for recogniser, values in data["embeddings"].items()},
         keypoints=np.array(data["keypoints"], np.float32),
         box=tuple(data["box"]),
         score=data["score"],
         faces_found=data["faces_found"],
         photo_size=tuple(data["photo_size"]),
+        digest=data["digest"],
     )

@@ -7,7 +7,7 @@ Heavy packages (torch, diffusers) are imported in `load`, so that naming a stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 
 if TYPE_CHECKING:
@@ -30,12 +31,19 @@ REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Of the shot that a profile's seconds are told for."""
 
 
+EMBEDDING_SOURCES = {
+    "antelopev2": "the face pack, actors.instantid.weights of the profile",
+    "ir_se50": "the option ir_se50 of actors.instantid in the profile, a file as recognition_arcface_ir_se50.pth",
+}
+"""Recogniser -> where its weights are configured."""
+
+
 @dataclass(frozen=True, slots=True)
 class FaceFeatures:
-    """One face of a reference photo. Points and boxes are in pixels of that photo."""
+    """One person, seen in one or several photos. Points and boxes are in pixels of the first of them."""
 
-    embedding: NDArray[np.float32]
-    """(512,), as the recognition model gives it, not normalised."""
+    embeddings: Mapping[str, NDArray[np.float32]]
+    """(512,) each, by the recogniser: `antelopev2` as it is, `ir_se50` of length 1. Of several photos the mean."""
     keypoints: NDArray[np.float32]
     """(5, 2), x and y of left eye, right eye, nose, left and right corner of the mouth, left as seen in the picture."""
     box: tuple[float, float, float, float]
@@ -43,8 +51,24 @@ class FaceFeatures:
     score: float
     """Of the detector, 0 to 1."""
     faces_found: int
+    """In the first photo, of those that are large enough."""
     photo_size: tuple[int, int]
-    """Width, height."""
+    """Width, height of the first photo."""
+    digest: str
+    """sha256 of the photos' pixels."""
+
+    def embedding(self, recogniser: str) -> NDArray[np.float32]:
+        """(512,) by that recogniser and no other: to a network trained with one, another's is another person.
+
+        Raises StageError where it was not made.
+        """
+        if recogniser not in self.embeddings:
+            source = EMBEDDING_SOURCES.get(recogniser)
+            raise StageError(
+                f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'nothing'}, {recogniser} is needed; "
+                + (f"set {source}" if source else f"there are {', '.join(EMBEDDING_SOURCES)}")
+            )
+        return self.embeddings[recogniser]
 
 
 class Artefacts(TypedDict, total=False):
