@@ -24,18 +24,6 @@ def _tiny(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
     return build
 
 
-def _tiny_face_pack(folder: Path) -> None:
-    from vidgen_ray.weights import tiny_faces
-
-    tiny_faces.build(folder)
-
-
-def _tiny_ir_se50(file: Path) -> None:
-    from vidgen_ray.weights import tiny_faces
-
-    tiny_faces.build_ir_se50(file)
-
-
 def _realesrgan(folder: Path) -> None:
     from vidgen_ray.weights import realesrgan
 
@@ -51,8 +39,8 @@ BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
     "tiny/instantid-sdxl": (1, _tiny("instantid_sdxl", "tiny_identity")),
     "tiny/hunyuandit": (1, _tiny("hunyuandit")),
     "tiny/svd": (1, _tiny("svd")),
-    "tiny/antelopev2": (1, _tiny_face_pack),
-    "tiny/ir_se50.pth": (1, _tiny_ir_se50),
+    "tiny/antelopev2": (1, _tiny("antelopev2", "tiny_faces")),
+    "tiny/ir_se50.pth": (1, _tiny("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
 }
 """Name -> (version of the recipe, what builds it at a path: a folder, or a file where the name has an ending)."""

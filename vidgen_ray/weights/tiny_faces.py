@@ -29,7 +29,7 @@ IR_SE50_WIDTHS = (4, 6, 8, 12)
 """Rising, so that there are shortcuts of both kinds where the real network has them."""
 
 
-def build(folder: Path) -> None:
+def build_antelopev2(folder: Path) -> None:
     """Write `scrfd_10g_bnkps.onnx` and `glintr100.onnx`, the names antelopev2 has."""
     onnx.save(_detector(), folder / "scrfd_10g_bnkps.onnx")
     onnx.save(_recogniser(), folder / "glintr100.onnx")

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE
 from vidgen_ray.nets.libraries import quieten
-from vidgen_ray.weights.tiny_diffusion import _autoencoder, _clip_text_encoder, _clip_tokenizer
+from vidgen_ray.weights.tiny_diffusion import autoencoder, clip_text_encoder, clip_tokenizer
 
 quieten()
 
@@ -65,11 +65,11 @@ def build_infusenet(folder: Path) -> None:
 
 def build_sdxl(folder: Path) -> None:
     """SDXL base: two CLIP encoders, sizes and crops as conditions, no attention at the finest level."""
-    tokenizer = _clip_tokenizer()
+    tokenizer = clip_tokenizer()
     unet = _sdxl_unet()
     StableDiffusionXLPipeline(
-        vae=_autoencoder(latent_channels=4, scaling_factor=0.13025, shift_factor=None, quant_conv=True),
-        text_encoder=_clip_text_encoder(tokenizer),
+        vae=autoencoder(latent_channels=4, scaling_factor=0.13025, shift_factor=None, quant_conv=True),
+        text_encoder=clip_text_encoder(tokenizer),
         text_encoder_2=CLIPTextModelWithProjection(
             CLIPTextConfig(
                 vocab_size=len(tokenizer),
