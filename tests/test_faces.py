@@ -15,7 +15,7 @@ from insightface.app.common import Face
 from insightface.utils import face_align
 from PIL import Image
 
-from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.errors import MissingWeights, SetupError, StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets import centerface
 from vidgen_ray.nets.centerface import CenterFace
@@ -44,7 +44,7 @@ def stage():
     params = InstantIDParams(
         weights=resolve("builtin:tiny/antelopev2"),
         detector="centerface",
-        ir_se50=resolve("builtin:tiny/ir_se50.pth"),
+        also={"ir_se50": resolve("builtin:tiny/ir_se50.pth")},
         threads=1,
     )
     with InstantIDStage(params) as stage:
@@ -228,10 +228,11 @@ def test_an_injector_is_given_the_embedding_it_names_and_no_other(stage, photo):
     without = FaceFeatures(
         {"antelopev2": face.embedding("antelopev2")}, face.keypoints, face.box, face.score, 1, (512, 512), face.digest
     )
-    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; set the option ir_se50 of actors"):
+    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; its weights stand in the profile"):
         without.embedding("ir_se50")
-    with pytest.raises(StageError, match="arcface is needed; there are antelopev2, ir_se50"):
+    with pytest.raises(StageError, match="by antelopev2, ir_se50, arcface is needed"):
         face.embedding("arcface")
+    assert set(stage.features([photo], recognisers=["antelopev2"]).embeddings) == {"antelopev2"}
 
 
 def test_features_are_the_same_after_a_file(stage, photo):
@@ -321,10 +322,13 @@ def test_a_detector_that_is_not_there_or_damaged_is_a_sentence(monkeypatch, tmp_
 
 
 def test_the_key_counts_the_files_and_not_where_they_are(make_shot, tmp_path):
-    shot = make_shot(face_image=str(ASTRONAUT))
+    shot, unsteered = make_shot(face_image=str(ASTRONAUT)), make_shot(face_image=str(ASTRONAUT), identity="none")
     plain = InstantIDParams(weights=tmp_path, threads=1)
-    full = plain.model_copy(update={"detector": "centerface", "ir_se50": tmp_path / "a.pth"})
-    moved = full.model_copy(update={"ir_se50": tmp_path / "b.pth"})
+    full = plain.model_copy(update={"detector": "centerface", "also": {"ir_se50": tmp_path / "a.pth"}})
+    moved = full.model_copy(update={"also": {"ir_se50": tmp_path / "b.pth"}})
     assert full.for_key() == moved.for_key() != plain.for_key()
-    assert InstantIDStage.weight_files(plain, shot) == (tmp_path,)
+    assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
+    assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, centerface.model_file())
     assert InstantIDStage.weight_files(full, shot) == (tmp_path, centerface.model_file(), tmp_path / "a.pth")
+    with pytest.raises(MissingWeights, match=r"ir_se50: the profile does not name them; add `also: \{ir_se50: "):
+        InstantIDStage.weight_files(plain, shot)

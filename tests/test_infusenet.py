@@ -13,14 +13,14 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from tests.published_resampler import published_shapes, published_tokens
-from vidgen_ray.errors import ProfileError, SetupError, StageError
+from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import IdentityControlNet, InfuseNet, load_infusenet
 from vidgen_ray.nets.model_folder import require_same
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Image, noise_generator
 from vidgen_ray.stages.flux_model import FluxModel, FluxParams
-from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
+from vidgen_ray.stages.identity import INJECTORS, identities, injector_class, shared_injector
 from vidgen_ray.stages.identity.infusenet import MUST_AGREE, InfuseNetInjector
 from vidgen_ray.weights import resolve
 
@@ -374,8 +374,9 @@ def test_stages_on_one_model_share_an_injector(injector, folder):
     assert shared_injector("infusenet", injector.model, folder) is first
     first.move("cpu")
     assert set(INJECTORS) == {"infusenet"}
+    assert identities() == ("infusenet", "instantid-sdxl", "none")
     assert injector_class("infusenet").embedding == "ir_se50"
-    with pytest.raises(ProfileError, match="got 'pulid', must be one of infusenet"):
+    with pytest.raises(StageError, match="identity: got 'pulid', FLUX is steered by infusenet"):
         injector_class("pulid")
 
 

@@ -12,6 +12,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.centerface import CenterFace
 from vidgen_ray.nets.keypoints import draw_keypoints, onto_canvas
 from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -34,8 +35,8 @@ def portrait(*centres, size=(512, 512), radius=70):
 
 
 def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make_shot, photo):
-    out = stage([Item(make_shot(face_image="x.jpg"), {"photo": photo})])[0]
-    face = out["face"]
+    shot = make_shot(face_image="x.jpg")
+    face = stage([Item(shot, {"photos": (photo,)})])[0]["face"]
     assert face.embedding("antelopev2").shape == (512,)
     assert face.embedding("antelopev2").dtype == np.float32
     assert face.keypoints.shape == (5, 2)
@@ -44,8 +45,19 @@ def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make
     assert left < 225 < right
     assert top < 115 < bottom
     assert face.photo_size == (512, 512)
-    assert out["pose"].shape == (64, 128, 3)
-    assert out["pose"].any()
+    pose = pose_picture(face, shot)
+    assert pose.shape == (64, 128, 3)
+    assert pose.any()
+    assert not pose_picture(face, make_shot(pose="none", width=64)).any()
+    assert pose_picture(face, make_shot(pose="none", width=64)).shape == (64, 64, 3)
+
+
+def test_the_embeddings_are_those_that_the_shot_will_use(stage, make_shot, photo):
+    def made(**fields):
+        return set(stage([Item(make_shot(face_image="x.jpg", **fields), {"photos": (photo,)})])[0]["face"].embeddings)
+
+    assert made() == {"antelopev2", "ir_se50"}
+    assert made(identity="none") == made(identity="instantid-sdxl") == made(identity_strength=0.0) == {"antelopev2"}
 
 
 def test_several_faces_give_one_and_say_how_many(stage):
@@ -55,13 +67,13 @@ def test_several_faces_give_one_and_say_how_many(stage):
 
 def test_no_face_is_a_sentence(stage, make_shot):
     with pytest.raises(StageError, match="no face found"):
-        stage([Item(make_shot(), {"photo": portrait()})])
+        stage([Item(make_shot(), {"photos": (portrait(),)})])
 
 
 def test_a_small_face_is_refused_with_its_size(tiny, make_shot):
     params = tiny.params(InstantIDStage).model_copy(update={"min_face_px": 200})
     with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, at least 200 px"):
-        strict([Item(make_shot(), {"photo": portrait((256, 200))})])
+        strict([Item(make_shot(), {"photos": (portrait((256, 200)),)})])
 
 
 def test_a_photo_is_looked_at_once(tiny):

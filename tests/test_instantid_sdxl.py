@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -17,15 +16,15 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, read_parts, resampler_of
 from vidgen_ray.nets.identitynet import IdentityNet
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Image, Item, noise_generator
+from vidgen_ray.stages.base import FaceFeatures, Image, Item, noise_generator
+from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLParams, InstantIDSDXLStage
 from vidgen_ray.weights import resolve
 
 BASE, INSTANTID = (resolve(f"builtin:tiny/{name}") for name in ("sdxl", "instantid-sdxl"))
 STEPS = 3
-POSE = np.zeros((64, 128, 3), np.uint8)
-POSE[20:30, 50:60] = 255, 0, 0
-POSE[22:40, 70:75] = 0, 255, 0
+KEYPOINTS = np.array([[55, 20], [75, 22], [66, 32], [58, 42], [73, 43]], np.float32)
+"""Of a photo of the shot's size."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +39,7 @@ def stage() -> InstantIDSDXLStage:
 
 
 def loaded(base: Path, instantid: Path, **options: Any) -> InstantIDSDXLStage:
-    stage = InstantIDSDXLStage(InstantIDSDXLParams(weights=base, instantid=instantid, steps=STEPS, **options))
+    stage = InstantIDSDXLStage(InstantIDSDXLParams(weights=base, also={"instantid": instantid}, steps=STEPS, **options))
     stage.load()
     return stage
 
@@ -50,13 +49,16 @@ def embedding(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(512).astype(np.float32)
 
 
-def face(seed: int) -> Any:
-    """Stands in for FaceFeatures."""
-    return SimpleNamespace(embeddings={"antelopev2": embedding(seed)})
+def face(seed: int, keypoints: np.ndarray = KEYPOINTS) -> FaceFeatures:
+    return features({"antelopev2": embedding(seed)}, keypoints)
 
 
-def drawn(stage: InstantIDSDXLStage, shot: Shot, who: Any, pose: Image = POSE) -> Image:
-    return stage([Item(shot, {"face": who, "pose": pose})])[0]["image"]
+def features(embeddings: dict[str, np.ndarray], keypoints: np.ndarray = KEYPOINTS) -> FaceFeatures:
+    return FaceFeatures(embeddings, keypoints, (40, 5, 90, 60), 0.9, 1, (128, 64), "")
+
+
+def drawn(stage: InstantIDSDXLStage, shot: Shot, who: FaceFeatures) -> Image:
+    return stage([Item(shot, {"face": who})])[0]["image"]
 
 
 def difference(a: Image, b: Image) -> int:
@@ -123,7 +125,7 @@ def test_it_equals_a_plain_diffusers_call(stage, make_shot, negative, strength):
         negative_prompt=negative,
         width=128,
         height=64,
-        image=PILImage.fromarray(POSE),
+        image=PILImage.fromarray(pose_picture(face(1), shot)),
         ip_adapter_image_embeds=[faces[:, None]],
         controlnet_conditioning_scale=0.8 * strength,
         num_inference_steps=STEPS,
@@ -142,7 +144,8 @@ def test_face_pose_strength_prompts_and_seed_each_change_the_picture(stage, make
     assert np.array_equal(drawn(stage, shot, face(1)), picture)
     others = {
         "another person": drawn(stage, shot, face(2)),
-        "no pose": drawn(stage, shot, face(1), np.zeros_like(POSE)),
+        "another pose": drawn(stage, shot, face(1, KEYPOINTS - (30, 0))),
+        "no pose": drawn(stage, make_shot(pose="none"), face(1)),
         "less strength": drawn(stage, make_shot(identity_strength=0.3), face(1)),
         "another prompt": drawn(stage, make_shot(prompt="a cat on a roof"), face(1)),
         "a negative prompt": drawn(stage, make_shot(negative_prompt="blurred"), face(1)),
@@ -184,25 +187,19 @@ def test_it_can_be_put_aside_and_let_go(make_shot):
 
 
 def test_a_face_without_the_embedding_it_was_trained_with_is_refused(stage, make_shot):
-    with pytest.raises(StageError, match="has embeddings of ir_se50, instantid_sdxl needs antelopev2"):
-        drawn(stage, make_shot(), SimpleNamespace(embeddings={"ir_se50": embedding(1)}))
+    with pytest.raises(StageError, match="got embeddings by ir_se50, antelopev2 is needed"):
+        drawn(stage, make_shot(), features({"ir_se50": embedding(1)}))
     with pytest.raises(StageError, match=r"got an embedding of shape \(256,\), instantid_sdxl takes 512 numbers"):
-        drawn(stage, make_shot(), SimpleNamespace(embeddings={"antelopev2": embedding(1)[:256]}))
+        drawn(stage, make_shot(), features({"antelopev2": embedding(1)[:256]}))
 
 
 def test_the_key_knows_both_folders_by_content_and_the_options_by_value(make_shot):
-    params = InstantIDSDXLParams(weights=BASE, instantid=INSTANTID)
+    params = InstantIDSDXLParams(weights=BASE, also={"instantid": INSTANTID})
     assert InstantIDSDXLStage.weight_files(params, make_shot()) == (BASE, INSTANTID)
-    elsewhere = params.model_copy(update={"instantid": Path("elsewhere")})
+    elsewhere = params.model_copy(update={"also": {"instantid": Path("elsewhere")}})
     assert params.for_key() == elsewhere.for_key()
     assert params.for_key() != params.model_copy(update={"net_scale": 0.7}).for_key()
     assert (params.steps, params.guidance, params.adapter_scale, params.net_scale) == (30, 5.0, 0.8, 0.8)
-
-
-def test_it_draws_shots_with_a_face_and_without_a_picture(make_shot):
-    assert InstantIDSDXLStage.applies(make_shot(face_image="a.jpg"))
-    assert not InstantIDSDXLStage.applies(make_shot())
-    assert not InstantIDSDXLStage.applies(make_shot(face_image="a.jpg", image="b.png"))
 
 
 def test_the_tiny_folder_has_the_published_layout():

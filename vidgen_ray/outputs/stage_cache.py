@@ -58,9 +58,8 @@ def _entry(key: str) -> str:
 
 
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
-    for name in ("pose", "image"):
-        if name in artefacts:
-            write_png(folder / f"{name}.png", artefacts[name])
+    if "image" in artefacts:
+        write_png(folder / "image.png", artefacts["image"])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
     if "frames" in artefacts:
@@ -69,8 +68,6 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
 
 def _read_artefacts(folder: Path) -> Artefacts:
     out: Artefacts = {}
-    if (file := folder / "pose.png").exists():
-        out["pose"] = read_image(file)
     if (file := folder / "image.png").exists():
         out["image"] = read_image(file)
     if (file := folder / "face.json").exists():

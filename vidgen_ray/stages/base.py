@@ -7,7 +7,7 @@ Heavy packages (torch, diffusers) are imported in `load`, so that naming a stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from vidgen_ray.errors import StageError
+from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.shot import Shot
 
 if TYPE_CHECKING:
@@ -29,13 +29,6 @@ Frames = NDArray[np.uint8]
 """RGB, (T, H, W, 3), 0 to 255."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Of the shot that a profile's seconds are told for."""
-
-
-EMBEDDING_SOURCES = {
-    "antelopev2": "the face pack, actors.instantid.weights of the profile",
-    "ir_se50": "the option ir_se50 of actors.instantid in the profile, a file as recognition_arcface_ir_se50.pth",
-}
-"""Recogniser -> where its weights are configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +56,9 @@ class FaceFeatures:
         Raises StageError where it was not made.
         """
         if recogniser not in self.embeddings:
-            source = EMBEDDING_SOURCES.get(recogniser)
             raise StageError(
                 f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'nothing'}, {recogniser} is needed; "
-                + (f"set {source}" if source else f"there are {', '.join(EMBEDDING_SOURCES)}")
+                f"its weights stand in the profile, `also: {{{recogniser}: ...}}` of actors.instantid"
             )
         return self.embeddings[recogniser]
 
@@ -74,11 +66,9 @@ class FaceFeatures:
 class Artefacts(TypedDict, total=False):
     """What travels between stages. Later stages replace `image`."""
 
-    photo: Image
-    """The reference photo, upright."""
+    photos: tuple[Image, ...]
+    """Of one person, upright."""
     face: FaceFeatures
-    pose: Image
-    """The face's keypoints drawn at the size of the shot."""
     image: Image
     frames: Frames
     hd_frames: Frames
@@ -99,6 +89,10 @@ class StageParams(BaseModel):
 
     weights: Path
     """A local folder or file. Nothing is ever downloaded by a stage."""
+    also: dict[str, Path] = Field(default_factory=dict)
+    """Further weights by name, which some shots need and others do not; those that are on this machine."""
+    missing: dict[str, str] = Field(default_factory=dict)
+    """Name of further weights that are not -> a sentence that says what to do about it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)
@@ -106,8 +100,15 @@ class StageParams(BaseModel):
 
     def for_key(self) -> dict[str, Any]:
         """What of these changes bytes, beside the weights, which a content key has by their digest."""
-        ignored = {"weights"} if self.device == "cpu" else {"weights", "threads"}
-        return self.model_dump(mode="json", exclude=ignored)
+        ignored = {"weights", "also", "missing"}
+        return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
+
+    def also_at(self, name: str) -> Path:
+        """Where further weights lie. Raises MissingWeights where they do not."""
+        if name not in self.also:
+            why = self.missing.get(name, f"the profile does not name them; add `also: {{{name}: ...}}` to their actor")
+            raise MissingWeights(f"{name}: {why}")
+        return self.also[name]
 
     def resolved(self) -> Self:
         """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
@@ -127,8 +128,12 @@ class Stage(ABC, Generic[P]):
     """Stages that name the same actor share weights and must live in one process."""
     reads: ClassVar[tuple[str, ...]]
     """Fields of the shot."""
+    steered_reads: ClassVar[tuple[str, ...]] = ()
+    """Fields beside `reads` of a shot that a person steers here; of other shots they are not part of a key."""
     takes: ClassVar[tuple[str, ...]]
     """Artefacts this stage needs."""
+    steered_takes: ClassVar[tuple[str, ...]] = ()
+    """Artefacts beside `takes` that it needs for a shot that a person steers here."""
     writes: ClassVar[tuple[str, ...]]
     """Artefacts this stage gives."""
     keeps: ClassVar[str | None] = None
@@ -142,6 +147,21 @@ class Stage(ABC, Generic[P]):
     @abstractmethod
     def applies(shot: Shot) -> bool:
         """Whether the shot passes through this stage."""
+
+    @staticmethod
+    def steered(shot: Shot) -> bool:
+        """Whether a person has a say in what this stage does with the shot."""
+        return False
+
+    @classmethod
+    def needs(cls, shot: Shot) -> tuple[str, ...]:
+        """The artefacts that it needs for the shot."""
+        return (*cls.takes, *cls.steered_takes) if cls.steered(shot) else cls.takes
+
+    @classmethod
+    def also(cls) -> Collection[str]:
+        """Names of the further weights that a profile may give to this stage's actor."""
+        return ()
 
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:

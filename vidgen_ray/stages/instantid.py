@@ -1,11 +1,12 @@
-"""InstantID's features of a reference photo: who it is (embeddings) and how the face stands (keypoints)."""
+"""InstantID's features of a person's photos: who it is (embeddings) and how the face stands (keypoints)."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,63 +14,71 @@ from pydantic import Field
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams, torch_dtype
+from vidgen_ray.stages.identity import injector_class
 from vidgen_ray.stages.loading import require_device
 
 if TYPE_CHECKING:
     from vidgen_ray.nets.faces import DetectedFace, FaceDetector, FaceEmbedder
 
+PACK = "antelopev2"
+"""The recogniser in `weights`."""
+RECOGNISERS = {
+    "ir_se50": ("ir_se50", "IRSE50Embedder"),
+}
+"""Others: name, in the profile's `also`, too, -> (module of nets, class). The class is told weights, device, dtype, threads."""
 PEOPLE_REMEMBERED = 256
 MAX_ASPECT = 8
 """Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
 
 
 class InstantIDParams(StageParams):
-    """`weights` is a folder as insightface unpacks antelopev2. `dtype` is that of IR-SE50; the rest is always float32."""
+    """`weights` is a folder as insightface unpacks antelopev2, `also` names those of other recognisers, whose `dtype` it is.
+
+    The pack is always float32.
+    """
 
     detector: Literal["pack", "centerface"] = "pack"
     """pack: the SCRFD in `weights`. centerface: trained weights that come with an installed package; of `weights` only
     the recogniser is read then."""
-    ir_se50: Path | None = None
-    """recognition_arcface_ir_se50.pth, or an ONNX export of it, for the embedding that InfuseNet needs; none: not made."""
     detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field((640, 320, 160), min_length=1)
     """Tried in turn until a face is found; a smaller size finds a face that fills the photo."""
     min_score: float = Field(0.5, ge=0, le=1)
     min_face_px: int = Field(24, ge=1)
     """The shorter side of the smallest face that counts."""
 
-    def for_key(self) -> dict[str, Any]:
-        # Its digest is in the key, as that of all weights is.
-        return {name: value for name, value in super().for_key().items() if name != "ir_se50"}
-
 
 class InstantIDStage(Stage[InstantIDParams]):
-    """Photo (H, W, 3) -> `face`: embeddings (512,), keypoints (5, 2) in photo pixels; `pose`: keypoints drawn at the shot size.
+    """Photos (H, W, 3) of one person -> `face`: embeddings (512,), keypoints (5, 2) in pixels of the first photo.
 
-    Embeddings: `antelopev2`, the pack's recogniser, not normalised; `ir_se50`, of length 1, where its weights are given.
+    Embeddings: `antelopev2`, the pack's recogniser, not normalised; and that which steers FLUX, as `ir_se50`, of length 1.
     No face, and none of at least `min_face_px`, fail the shot. Which face counts, and how several photos of one person
-    become one, see `features`.
+    become one, see `features`. The size of the shot does not matter, so that shots of all sizes share a person's features.
     Source: Wang et al. 2024, InstantID, arXiv:2401.07519; Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
     """
 
     name: ClassVar[str] = "instantid"
     version: ClassVar[int] = 2
     actor: ClassVar[str] = "instantid"
-    reads: ClassVar[tuple[str, ...]] = ("face_image", "width", "height")
-    takes: ClassVar[tuple[str, ...]] = ("photo",)
-    writes: ClassVar[tuple[str, ...]] = ("face", "pose")
+    reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
+    takes: ClassVar[tuple[str, ...]] = ("photos",)
+    writes: ClassVar[tuple[str, ...]] = ("face",)
     keeps: ClassVar[str | None] = "face.json"
     Params: ClassVar[type[StageParams]] = InstantIDParams
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.face_image is not None
+        return bool(shot.face_image)
+
+    @classmethod
+    def also(cls) -> Collection[str]:
+        return RECOGNISERS
 
     @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
         from vidgen_ray.nets import centerface
 
         detector = (centerface.model_file(),) if params.detector == "centerface" else ()
-        return (params.weights, *detector, *filter(None, [params.ir_se50]))
+        return (params.weights, *detector, *(params.also_at(name) for name in _recognisers(shot) if name != PACK))
 
     def load(self) -> None:
         from vidgen_ray.nets.centerface import CenterFace
@@ -85,44 +94,51 @@ class InstantIDStage(Stage[InstantIDParams]):
             else CenterFace(params.min_score, *on)
         )
         self._recogniser: FaceEmbedder = PackRecogniser(pack["recognition"])
-        self._embedders: dict[str, FaceEmbedder] = {"antelopev2": self._recogniser}
-        if params.ir_se50 is not None:
-            from vidgen_ray.nets.ir_se50 import IRSE50Embedder
+        self._embedders: dict[str, FaceEmbedder] = {PACK: self._recogniser}
+        for name in RECOGNISERS:
+            if name in params.also:
+                self._embedders[name] = self._other_recogniser(name)
+        self._known: dict[tuple[str, int | None, tuple[str, ...]], FaceFeatures] = {}
 
-            require_device(params.device)
-            self._embedders["ir_se50"] = IRSE50Embedder(
-                params.ir_se50, params.device, torch_dtype(params.dtype), params.threads
-            )
-        self._known: dict[tuple[str, int | None], FaceFeatures] = {}
+    def _other_recogniser(self, name: str) -> FaceEmbedder:
+        """Raises MissingWeights, or SetupError where they are of another kind."""
+        params, (module, class_name) = self.params, RECOGNISERS[name]
+        weights = params.also_at(name)
+        require_device(params.device)
+        made: FaceEmbedder = getattr(import_module(f"vidgen_ray.nets.{module}"), class_name)(
+            weights, params.device, torch_dtype(params.dtype), params.threads
+        )
+        return made
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [self._features_and_pose(item) for item in items]
+        return [{"face": self._features_for(item)} for item in items]
 
-    def _features_and_pose(self, item: Item) -> Artefacts:
-        from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints, onto_canvas
+    def _features_for(self, item: Item) -> FaceFeatures:
+        recognisers = _recognisers(item.shot)
+        for name in recognisers:
+            if name not in self._embedders:
+                self._embedders[name] = self._other_recogniser(name)
+        return self.features(item.artefacts["photos"], item.shot.face_index, recognisers)
 
-        face = self.features([item.artefacts["photo"]])
-        width, height = item.shot.width, item.shot.height
-        points = onto_canvas(face.keypoints, face.photo_size, (width, height))
-        scale = (width * height / TRAINING_AREA_PX) ** 0.5
-        return {"face": face, "pose": draw_keypoints(points, width, height, scale)}
-
-    def features(self, photos: Sequence[Image], face_index: int | None = None) -> FaceFeatures:
+    def features(
+        self, photos: Sequence[Image], face_index: int | None = None, recognisers: Sequence[str] | None = None
+    ) -> FaceFeatures:
         """The features of one person in one or several photos; the same photos are looked at once.
 
+        The embeddings are those of `recognisers`, by default of all whose weights are here.
         In the first photo the largest face counts (of equally large ones the surest), or the `face_index`-th from the
         left, counted from 0 among those of at least `min_face_px`; box, keypoints, score and size are of that photo. In
         each further photo the face counts that the pack's recogniser finds most like it. The embeddings are the mean.
         """
-        digest = _digest(photos)
-        key = (digest, face_index)
+        digest, names = _digest(photos), tuple(self._embedders if recognisers is None else recognisers)
+        key = (digest, face_index, names)
         if key not in self._known:
             if len(self._known) >= PEOPLE_REMEMBERED:
                 self._known.pop(next(iter(self._known)))
-            self._known[key] = self._look(photos, face_index, digest)
+            self._known[key] = self._look(photos, face_index, digest, names)
         return self._known[key]
 
-    def _look(self, photos: Sequence[Image], face_index: int | None, digest: str) -> FaceFeatures:
+    def _look(self, photos: Sequence[Image], face_index: int | None, digest: str, recognisers: Sequence[str]) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
         if not photos:
@@ -133,9 +149,10 @@ class InstantIDStage(Stage[InstantIDParams]):
         first = _crop(photos[0], face)
         others = (self._most_alike(first, photo, faces) for photo, faces in zip(photos[1:], found[1:], strict=True))
         crops = np.stack([first, *others])
+        embedders = {name: self._embedders[name] for name in recognisers}
         return FaceFeatures(
             embeddings={
-                name: mean_embedding(embedder.embed(crops), embedder.normalised) for name, embedder in self._embedders.items()
+                name: mean_embedding(embedder.embed(crops), embedder.normalised) for name, embedder in embedders.items()
             },
             keypoints=face.keypoints,
             box=face.box,
@@ -174,6 +191,12 @@ class InstantIDStage(Stage[InstantIDParams]):
                 f"at least {self.params.min_face_px} px are needed; give a closer photo"
             )
         return large
+
+
+def _recognisers(shot: Shot) -> tuple[str, ...]:
+    """Those whose embeddings the shot needs: the pack's, by which people are compared, and the injector's."""
+    steering = () if shot.flux_identity is None else (injector_class(shot.flux_identity).embedding,)
+    return tuple(dict.fromkeys((PACK, *steering)))
 
 
 def _crop(photo: Image, face: DetectedFace) -> Image:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -14,6 +14,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
+    FaceFeatures,
     Image,
     Item,
     Stage,
@@ -22,6 +23,7 @@ from vidgen_ray.stages.base import (
     to_uint8,
     torch_dtype,
 )
+from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.loading import load_pipeline
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 EMBEDDING = "antelopev2"
 """The recogniser that the weights were trained with; with any other's numbers they draw another person, unnoticed."""
+INSTANTID = "instantid"
+"""Under which name the profile's `also` has a folder with `ControlNetModel/` and `ip-adapter.bin`."""
 NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """As published in `InstantX/InstantID`."""
 PROJECTION, ATTENTION = "image_proj", "ip_adapter"
@@ -38,10 +42,8 @@ MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_at
 
 
 class InstantIDSDXLParams(StageParams):
-    """`weights` is a diffusers folder of SDXL base."""
+    """`weights` is a diffusers folder of SDXL base, `also.instantid` the folder that InstantID is published as."""
 
-    instantid: Path
-    """A folder with `ControlNetModel/` and `ip-adapter.bin`."""
     steps: int = Field(30, ge=1, le=200)
     guidance: float = Field(5.0, gt=1, le=30)
     """Classifier-free, against the negative prompt and nobody's face."""
@@ -50,12 +52,9 @@ class InstantIDSDXLParams(StageParams):
     net_scale: float = Field(0.8, ge=0, le=2)
     """How strongly face and keypoints act through IdentityNet where `identity_strength` is 1."""
 
-    def for_key(self) -> dict[str, Any]:
-        return {name: value for name, value in super().for_key().items() if name != "instantid"}
-
 
 class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
-    """Prompt, `face` and `pose` -> `image` (height, width, 3); width and height multiples of 16.
+    """Prompt and `face` -> `image` (height, width, 3); width and height multiples of 16.
 
     The face's embedding becomes 16 tokens, to which the UNet attends beside the prompt and IdentityNet in place of it;
     IdentityNet sees the keypoints, too. `identity_strength` 0 is SDXL without a face.
@@ -66,19 +65,31 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     name: ClassVar[str] = "instantid_sdxl"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid_sdxl"
-    reads: ClassVar[tuple[str, ...]] = ("prompt", "negative_prompt", "width", "height", "identity_strength", "seed")
-    takes: ClassVar[tuple[str, ...]] = ("face", "pose")
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "identity_strength",
+        "pose",
+        "seed",
+    )
+    takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     keeps: ClassVar[str | None] = "base.png"
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.face_image is not None and shot.image is None
+        return shot.drawn_by_sdxl
+
+    @classmethod
+    def also(cls) -> Collection[str]:
+        return (INSTANTID,)
 
     @classmethod
     def weight_files(cls, params: InstantIDSDXLParams, shot: Shot) -> tuple[Path, ...]:
-        return (params.weights, params.instantid)
+        return (params.weights, params.also_at(INSTANTID))
 
     @classmethod
     def work(cls, shot: Shot) -> float:
@@ -91,7 +102,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         from vidgen_ray.nets.identitynet import IdentityNet
         from vidgen_ray.nets.model_folder import load_model, require_same
 
-        folder, dtype = self.params.instantid, torch_dtype(self.params.dtype)
+        folder, dtype = self.params.also_at(INSTANTID), torch_dtype(self.params.dtype)
         if not folder.is_dir():
             raise SetupError(f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID there")
         net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)
@@ -128,8 +139,8 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         return [{"image": self._picture(item)} for item in items]
 
     def _picture(self, item: Item) -> Image:
-        shot = item.shot
-        faces = self._nobody_and_face(item.artefacts["face"])
+        shot, face = item.shot, item.artefacts["face"]
+        faces = self._nobody_and_face(face)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)
         with self.pipe.controlnet.identity(self.resampler(faces)):
             (picture,) = self.pipe(
@@ -137,7 +148,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
                 negative_prompt=shot.negative_prompt,
                 width=shot.width,
                 height=shot.height,
-                image=PILImage.fromarray(item.artefacts["pose"]),
+                image=PILImage.fromarray(pose_picture(face, shot)),
                 # (2, 1 picture, 1 token, 512)
                 ip_adapter_image_embeds=[faces[:, None, None]],
                 controlnet_conditioning_scale=self.params.net_scale * shot.identity_strength,
@@ -148,15 +159,11 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
             ).images
         return to_uint8(picture)
 
-    def _nobody_and_face(self, face: Any) -> torch.Tensor:
+    def _nobody_and_face(self, face: FaceFeatures) -> torch.Tensor:
         """Embeddings (2, 512), for the passes of classifier-free guidance without and with the person; not normalised."""
         import torch
 
-        if EMBEDDING not in face.embeddings:
-            raise StageError(
-                f"face: has embeddings of {', '.join(face.embeddings) or 'no model'}, {self.name} needs {EMBEDDING}"
-            )
-        size, embedding = self.resampler.sizes.embedding, face.embeddings[EMBEDDING]
+        size, embedding = self.resampler.sizes.embedding, face.embedding(EMBEDDING)
         if embedding.shape != (size,):
             raise StageError(f"face: got an embedding of shape {embedding.shape}, {self.name} takes {size} numbers")
         person = torch.tensor(embedding, device=self.resampler.latents.device, dtype=self.resampler.latents.dtype)

@@ -1,4 +1,4 @@
-"""The injectors that a profile can name."""
+"""What a shot's `identity` may be, and the injectors among that: the methods by which a face steers FLUX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from vidgen_ray.errors import ProfileError
+from vidgen_ray.errors import StageError
+from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY
 from vidgen_ray.stages.identity.base import FluxInjector
 
 if TYPE_CHECKING:
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
 INJECTORS = {
     "infusenet": ("infusenet", "InfuseNetInjector"),
 }
-"""Name -> (module of this package, class)."""
+"""Name -> (module of this package, class). A new method is one new file and one line here."""
 
 _in_this_process: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
 
 
+def identities() -> tuple[str, ...]:
+    """All that a shot's `identity` may be."""
+    return (*INJECTORS, INSTANTID_SDXL, NO_IDENTITY)
+
+
 def injector_class(name: str) -> type[FluxInjector]:
     if name not in INJECTORS:
-        raise ProfileError(f"injector: got {name!r}, must be one of {', '.join(INJECTORS)}")
+        raise StageError(f"identity: got {name!r}, FLUX is steered by {', '.join(INJECTORS)}")
     module, class_name = INJECTORS[name]
     found: type[FluxInjector] = getattr(import_module(f"{__name__}.{module}"), class_name)
     return found

@@ -39,6 +39,8 @@ class FluxInjector(ABC):
     name: ClassVar[str]
     embedding: ClassVar[str]
     """Name of the face embedding that the weights were trained with; any other would be another person, unnoticed."""
+    passes: ClassVar[float]
+    """The work that it adds to a step, in passes of FLUX's transformer. For estimates."""
 
     @abstractmethod
     def __init__(self, model: FluxModel, weights: Path) -> None:

@@ -42,6 +42,8 @@ class InfuseNetInjector(FluxInjector):
 
     name: ClassVar[str] = "infusenet"
     embedding: ClassVar[str] = "ir_se50"
+    # As many as its parameters are of the transformer's, 2.95 of 11.9 billion: it sees the same patches.
+    passes: ClassVar[float] = 0.25
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
         from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
