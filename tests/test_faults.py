@@ -84,7 +84,11 @@ def test_every_gpu_holds_what_the_layout_says_and_so_after_every_process_was_kil
     report, _rows = rendered(
         tmp_path, profile.model_copy(update={"layout": layout}), shots(12), Events(lambda: seen.extend((places(), places())))
     )
-    assert (report.done, report.failed, report.layout) == (12, 0, layout), [(r.id, r.failure_stage, r.failure_error, r.failure_attempts, r.failure_message) for r in _rows.values() if r.status == "failed"]
+    assert (report.done, report.failed, report.layout) == (12, 0, layout), [
+        (r.id, r.failure_stage, r.failure_error, r.failure_attempts, r.failure_message)
+        for r in _rows.values()
+        if r.status == "failed"
+    ]
     before, after = seen
     assert before == after
     by_slot = {}

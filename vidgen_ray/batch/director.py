@@ -20,7 +20,7 @@ import ray
 from numpy.typing import NDArray
 
 from vidgen_ray.batch.board import BoardHandle
-from vidgen_ray.batch.dispatch import Dispatcher, GaveUp
+from vidgen_ray.batch.dispatch import Dispatcher, GaveUp, Held
 from vidgen_ray.batch.encoders import OUTPUT, Chunks, Encoders
 from vidgen_ray.batch.hand import InputsLost
 from vidgen_ray.batch.job import Job
@@ -36,6 +36,8 @@ from vidgen_ray.steps import StepFailed
 
 CHUNKS_AHEAD = 3
 """Of one clip beyond the encoder. Enlarged frames lie outside of Ray Data's accounting, so the bound is ours."""
+CHUNK_BYTES = 128 << 20
+"""Of enlarged frames, at most, where those of one call of the network are not more: 4 of 4096x2304."""
 FACES_REMEMBERED = 32
 """Features of the last photos stay in Ray's memory, for the shots that come with the same ones."""
 STARTS_OVER = 10
@@ -82,7 +84,7 @@ class Director:
         self._metrics = RunMetrics(self._job.profile.name)
         self._workers = Dispatcher(self._job, self._metrics)
         self._encoders = Encoders(self._job, self._metrics)
-        self._shared: OrderedDict[str, asyncio.Task[tuple[tuple[StepRecord, ...], Any]]] = OrderedDict()
+        self._shared: OrderedDict[str, asyncio.Task[tuple[tuple[StepRecord, ...], Held]]] = OrderedDict()
         self._window = asyncio.Semaphore(self._job.layout.window)
         self._orders = count()
         self._in_progress = 0
@@ -126,7 +128,7 @@ class Director:
 
     async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
-        artefacts: Any = {}
+        artefacts = Held({}, None)
         for steps in self._calls_of(plan):
             fresh, artefacts = await self._shared_steps(plan, order, steps, artefacts)
             records += fresh
@@ -144,8 +146,8 @@ class Director:
         return [tuple(together) for _, together in groupby(steps, key=actor)]
 
     async def _shared_steps(
-        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Any
-    ) -> tuple[tuple[StepRecord, ...], Any]:
+        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held
+    ) -> tuple[tuple[StepRecord, ...], Held]:
         """Records and artefacts of these steps, from the shot beside this one where that has the same keys."""
         key = steps[-1].key
         task = self._shared.get(key)
@@ -171,13 +173,13 @@ class Director:
             del self._shared[oldest]
 
     async def _steps(
-        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Any
-    ) -> tuple[tuple[StepRecord, ...], Any]:
+        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held
+    ) -> tuple[tuple[StepRecord, ...], Held]:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for lora in plan.shot.lora) if {"flux", "lora"} & set(names) else frozenset()
-        work = Work(names[0], order, adapters)
+        work = Work(names[0], order, adapters, near=artefacts.by)
         timeout_s = sum(self._timeout_s(name) for name in names)
-        answer, given = await self._workers.call(work, timeout_s, "run", plan, names, artefacts)
+        answer, given = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
         for record in answer.records:
             self._metrics.step_ended(record.stage, record.seconds, record.cached)
             self._metrics.adapter_loads(record.adapter_loads)
@@ -186,28 +188,28 @@ class Director:
     def _timeout_s(self, stage: str) -> float:
         return self._job.profile.actor_of(self._job.stages[stage]).timeout_s
 
-    async def _written(self, plan: ShotPlan, order: int, artefacts: Any, records: tuple[StepRecord, ...]) -> ShotRecord:
+    async def _written(self, plan: ShotPlan, order: int, artefacts: Held, records: tuple[StepRecord, ...]) -> ShotRecord:
         upscales = RealESRGANStage.applies(plan.shot)
         written = await self._encoders.written(
-            plan, artefacts, records, (lambda: self._chunks(plan, order, artefacts)) if upscales else None
+            plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if upscales else None
         )
         if upscales:
             self._metrics.frames_upscaled(plan.shot.num_frames)
             self._metrics.step_ended(RealESRGANStage.name, written.stages[-1].seconds, False)
         return written
 
-    async def _chunks(self, plan: ShotPlan, order: int, artefacts: Any) -> Chunks:
+    async def _chunks(self, plan: ShotPlan, order: int, artefacts: Held) -> Chunks:
         """The clip's chunks, enlarged by whoever is free, in order."""
 
         async def enlarged(cut: slice) -> tuple[StepRecord, Any]:
-            work = Work(RealESRGANStage.name, order, load=CHUNK_LOAD)
-            timeout_s = self._timeout_s(RealESRGANStage.name)
-            answer, frames = await self._workers.call(work, timeout_s, "upscale", plan, cut.start, cut.stop, artefacts)
-            return answer.records[0], frames
+            work = Work(RealESRGANStage.name, order, load=CHUNK_LOAD, near=artefacts.by)
+            inputs = plan, cut.start, cut.stop, artefacts.reference
+            answer, frames = await self._workers.call(work, self._timeout_s(RealESRGANStage.name), "upscale", *inputs)
+            return answer.records[0], frames.reference
 
         pending: deque[asyncio.Task[tuple[StepRecord, Any]]] = deque()
         try:
-            for cut in frame_chunks(plan.shot.num_frames, self._job.frames_per_call):
+            for cut in frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)):
                 if len(pending) == CHUNKS_AHEAD:
                     yield await pending.popleft()
                 pending.append(asyncio.ensure_future(enlarged(cut)))
@@ -216,6 +218,12 @@ class Director:
         finally:
             for task in pending:
                 task.cancel()
+
+    def _frames_per_chunk(self, plan: ShotPlan) -> int:
+        """A multiple of what the network gets in one call, so that a clip is cut for it as it is anywhere else."""
+        at_once = self._job.frames_per_call
+        frame_bytes = 3 * plan.shot.width * plan.shot.height * plan.shot.scale**2
+        return max(1, CHUNK_BYTES // (frame_bytes * at_once)) * at_once
 
     # How it goes
 

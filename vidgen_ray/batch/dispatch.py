@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -33,6 +33,14 @@ class GaveUp(Exception):
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
         super().__init__(failure)
+
+
+class Held(NamedTuple):
+    """Something in Ray's memory."""
+
+    reference: Any
+    by: WorkerState | None
+    """The worker that made it, on whose machine it is."""
 
 
 def lost_for_good(stage: str, lost: CallLost, attempts: int) -> Failure:
@@ -60,10 +68,11 @@ class Dispatcher:
         for state in states:
             self._revive(state)
 
-    async def call(self, wanted: Work, timeout_s: float, method: str, *args: Any) -> tuple[Answer, Any]:
-        """The answer of a worker, tried again on errors that another attempt may not meet. Raises GaveUp, InputsLost.
+    async def call(self, wanted: Work, timeout_s: float, method: str, *args: Any) -> tuple[Answer, Held]:
+        """The answer of a worker, and what it gave; tried again on errors that another attempt may not meet.
 
-        A work whose process died with others in hand is tried alone, so that no line pays for its neighbour.
+        Raises GaveUp, InputsLost. A work whose process died with others in hand is tried alone, so that no line pays for its
+        neighbour.
         """
         blamed, suspected = 0, False
         while True:
@@ -75,7 +84,7 @@ class Dispatcher:
             try:
                 answer, given = await hand.call(method, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
                 if answer.failure is None:
-                    return answer, given
+                    return answer, Held(given, worker)
                 failure, final = answer.failure, answer.final
                 if answer.wedged:
                     hand.restart()

@@ -83,13 +83,16 @@ class Encoders:
         chunks: Callable[[], Chunks] | None,
     ) -> ShotRecord:
         shot_id = plan.shot.id or ""
+        # The clip is enlarged while the picture and the small clip are written.
+        begun = asyncio.ensure_future(_accepted(encoder, "begin", plan, artefacts))
         try:
-            await _accepted(encoder, "begin", plan, artefacts)
             upscaled = []
             if chunks is not None:
                 async for record, enlarged in chunks():
+                    await begun
                     await _accepted(encoder, "add", shot_id, enlarged)
                     upscaled.append(record)
+            await begun
             answer, reference = await encoder.call(
                 "commit", shot_id, records, tuple(upscaled), stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
             )
@@ -97,6 +100,7 @@ class Encoders:
             committed: ShotRecord = await reference
             return committed
         except BaseException:
+            begun.cancel()
             encoder.tell("abandon", shot_id)
             raise
 

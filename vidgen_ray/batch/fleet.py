@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from vidgen_ray.batch.board import Board, BoardHandle, board_name
 from vidgen_ray.batch.job import Job
-from vidgen_ray.batch.worker import Encoder, Worker
+from vidgen_ray.batch.worker import CALLS_AT_ONCE, Encoder, Worker
 from vidgen_ray.planner.packing import ENCODER_CPUS
 
 _RESTARTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
@@ -38,12 +38,13 @@ def fleet(job: Job) -> Iterator[BoardHandle]:
         boards = ray.remote(Board).options(name=board_name(job.run), num_cpus=0, scheduling_strategy=here, max_restarts=-1)
         board: BoardHandle = boards.remote()
         worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
+        at_work: dict[str, Any] = {"max_concurrency": CALLS_AT_ONCE, **_RESTARTS}
         for number, slot in enumerate(job.layout.slots):
             group = placement_group([{"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}])
             groups.append(group)
             in_slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             for k, spec in enumerate(slot.workers):
-                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, **_RESTARTS}
+                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, **at_work}
                 actors.append(worker_class.options(name=job.worker_name(number, k), **options).remote(job, spec))
         for name in job.encoder_names:
             options = {"num_cpus": ENCODER_CPUS, "scheduling_strategy": "SPREAD", **_RESTARTS}

@@ -1,7 +1,8 @@
 """Which worker does what next. Knows nothing of Ray or of time: a worker is what it holds and has in hand.
 
 Work nearest to a finished clip goes first, so that shots leave before new ones enter and no stage runs ahead of the slower one
-behind it. Among equals a worker takes what its LoRAs are laid on for, and the older shot.
+behind it. Among equals a worker takes what its LoRAs are laid on for, and the older shot;
+a work goes where its inputs are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Work:
     load: float = 1.0
     alone: bool = False
     """Whether the worker may have nothing else in hand: a process died with this work and others in it."""
+    near: WorkerState | None = None
+    """Where its inputs are: of workers with as little in hand it goes to this one."""
 
 
 @dataclass(eq=False)
@@ -83,7 +86,7 @@ class Scheduler:
         while True:
             free = (worker for worker in self.workers if worker.live and worker.load < EARLY and not worker.alone)
             pairs = ((worker, work) for worker in free if (work := self._choice(worker)) is not None)
-            pair = min(pairs, key=lambda pair: (pair[0].load, not _wears(*pair)), default=None)
+            pair = min(pairs, key=_reluctance, default=None)
             if pair is None:
                 return given
             self._give(*pair)
@@ -115,7 +118,9 @@ class Scheduler:
         holders = [other for other in self._holders[stage] if other.live]
         if any(other.load + waiting[0].load <= IN_HAND for other in holders):
             return []
-        if len(waiting) < len(holders) and waiting[0].load == 1:
+        # What is before this stage is to come here, too.
+        to_come = sum(self.queued(other) for other in self._positions if self._positions[other] <= self._positions[stage])
+        if to_come < len(holders) and waiting[0].load == 1:
             return []
         return [work for work in waiting if worker.load + work.load <= EARLY and not work.alone]
 
@@ -157,6 +162,11 @@ class Scheduler:
         if group is not None:
             worker.turn = worker.turn + 1 if group == worker.group else 1
             worker.group = group
+
+
+def _reluctance(pair: tuple[WorkerState, Work]) -> tuple[float, bool, bool]:
+    worker, work = pair
+    return worker.load, not _wears(worker, work), work.near is not worker
 
 
 def _match(worker: WorkerState, waiting: Sequence[Work]) -> Work:

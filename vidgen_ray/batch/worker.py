@@ -7,6 +7,7 @@ answer, not an exception; a process that dies or hangs is the director's busines
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,16 @@ class Answer:
         return cls(failure=failed.failure(), final=final, wedged=wedged)
 
 
+CALLS_AT_ONCE = 2
+"""While the result of one call is copied into Ray's memory, which for a chunk of large frames takes as long as a fifth of
+its work, the next call works."""
+
+
 class Worker:
-    """Stages in memory."""
+    """Stages in memory, at work on one call at a time."""
 
     def __init__(self, job: Job, spec: WorkerSpec) -> None:
+        self._at_work = threading.Lock()
         self._job = job
         self._spec = spec
         self._loaded: Failure | StepRunner | None = None
@@ -74,6 +81,35 @@ class Worker:
         Not part of the start: while a process starts again Ray refuses calls, and a death then could not be told from a start
         that takes long.
         """
+        with self._at_work:
+            ready = self._ready()
+        return ready if isinstance(ready, Failure) else None
+
+    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
+        """Take a shot through these steps: what became of it, and what it has now."""
+        with self._at_work:
+            if not isinstance(runner := self._ready(), StepRunner):
+                return Answer(failure=runner, final=True), Artefacts()
+            try:
+                item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
+            except StepFailed as failed:
+                return Answer.of_failure(failed), Artefacts()
+        return Answer(tuple(records)), item.artefacts
+
+    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
+        """Enlarge the frames from `start` up to and without `stop`."""
+        with self._at_work:
+            if not isinstance(runner := self._ready(), StepRunner):
+                return Answer(failure=runner, final=True), None
+            try:
+                enlarged, record = runner.upscale(plan, artefacts["frames"][start:stop])
+            except StepFailed as failed:
+                return Answer.of_failure(failed), None
+        return Answer((record,)), enlarged
+
+    def _ready(self) -> StepRunner | Failure:
+        """Also where nobody asked to load: a call may be meant for the process before this one, and reach this one before
+        anybody knew."""
         if self._loaded is None:
             job, spec = self._job, self._spec
             try:
@@ -85,32 +121,6 @@ class Worker:
             except Exception as error:
                 # Raised here it would reach the user as Ray's account of it.
                 self._loaded = StepFailed(LOADING, error).failure()
-        return self._loaded if isinstance(self._loaded, Failure) else None
-
-    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
-        """Take a shot through these steps: what became of it, and what it has now."""
-        if not isinstance(runner := self._ready(), StepRunner):
-            return Answer(failure=runner, final=True), Artefacts()
-        try:
-            item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
-        except StepFailed as failed:
-            return Answer.of_failure(failed), Artefacts()
-        return Answer(tuple(records)), item.artefacts
-
-    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
-        """Enlarge the frames from `start` up to and without `stop`."""
-        if not isinstance(runner := self._ready(), StepRunner):
-            return Answer(failure=runner, final=True), None
-        try:
-            enlarged, record = runner.upscale(plan, artefacts["frames"][start:stop])
-        except StepFailed as failed:
-            return Answer.of_failure(failed), None
-        return Answer((record,)), enlarged
-
-    def _ready(self) -> StepRunner | Failure:
-        """A call may be meant for the process before this one, and reach this one before anybody knew."""
-        self.load()
-        assert self._loaded is not None
         return self._loaded
 
 

@@ -1,0 +1,58 @@
+"""vidgen's own stages that do nothing, on a CPU: what is left is the batch engine itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.stages.svd import SVDStage
+
+SIDE_PX = 64
+FRAMES = 2
+
+
+class NoOp(Stage[Any]):
+    """Comes before the real stage among the bases of each."""
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
+        """Without torch."""
+        return self.run(items)
+
+
+class NoOpFlux(NoOp, FluxStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8)} for _ in items]
+
+
+class NoOpSVD(NoOp, SVDStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"frames": np.zeros((FRAMES, SIDE_PX, SIDE_PX, 3), np.uint8)} for _ in items]
+
+
+class NoOpRealESRGAN(NoOp, RealESRGANStage):
+    def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
+        return frames
+
+
+STAGES: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (NoOpFlux, NoOpSVD, NoOpRealESRGAN)}
+
+
+def line(number: int) -> dict[str, Any]:
+    """A line of a script that passes them all."""
+    return {
+        "id": f"shot-{number:07d}",
+        "prompt": f"nothing, number {number}",
+        "seed": number,
+        "width": SIDE_PX,
+        "height": SIDE_PX,
+        "num_frames": FRAMES,
+        "scale": 2,
+    }

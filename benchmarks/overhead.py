@@ -1,0 +1,185 @@
+"""What the batch engine itself costs: a long script through stages that do nothing, and the same script once more when all
+of it is done.
+
+Said beside the numbers: the files are tiny, but written and committed as always, by other processes than the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.local_ray import ENVIRONMENT, local_ray
+from benchmarks.machine import machine, write_json
+from benchmarks.noop_stages import STAGES, line
+
+ROOT = Path(__file__).parent.parent
+LINES = 10_000
+QUICK_LINES = 300
+CPU_WORKERS = 2
+"""Slots of the run: more would only fight for the CPUs that the driver is measured on."""
+SAMPLE_S = 1.0
+GOALS = {"driver_cpu_ms_per_shot": 5.0, "resume_s_per_10000": 2.0}
+
+
+class Clock:
+    """A watcher that notes when the script was planned, and how lines ended."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.planned_s = 0.0
+        self.ends: dict[str, int] = defaultdict(int)
+
+    def planned(self, total: int, done_before: int, refused: int) -> None:
+        self.planned_s = time.monotonic() - self.begun
+
+    def ended(self, row: Any) -> None:
+        self.ends[row.status] += 1
+
+    def status(self, snapshot: Any) -> None: ...
+
+
+class ActorSeconds:
+    """CPU seconds of Ray's processes beside the driver, by the name of the actor, sampled while the block runs."""
+
+    def __init__(self) -> None:
+        self._by_pid: dict[int, tuple[str, float]] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> ActorSeconds:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(SAMPLE_S):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    title, spent = process.cmdline()[0], process.cpu_times()
+                except (psutil.NoSuchProcess, IndexError):
+                    continue
+                if title.startswith("ray::"):
+                    # ray::Worker.run while it works, ray::Worker in between
+                    name = title.removeprefix("ray::").split(".")[0]
+                    self._by_pid[process.pid] = name, spent.user + spent.system
+
+    def of(self, word: str) -> float:
+        """Of all actors with the word in their name."""
+        return sum(spent for name, spent in self._by_pid.values() if word in name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_LINES} lines")
+    parser.add_argument("--lines", type=int, default=None, help=f"{LINES} by default")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    told = parser.parse_args()
+    lines = told.lines or (QUICK_LINES if told.quick else LINES)
+    # Ray reads these before it starts, its workers where they find this package.
+    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
+    folder = Path(tempfile.mkdtemp(prefix="vidgen-overhead-"))
+    try:
+        rows = measure(lines, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = Table(title=f"The batch engine's own cost, {lines} lines")
+    for column in ("what", "value", "unit", "goal"):
+        table.add_column(column, justify="right" if column in ("value", "goal") else "left")
+    for row in rows:
+        goal = GOALS.get(row["what"])
+        table.add_row(row["what"], f"{row['value']:.2f}", row["unit"], "" if goal is None else f"{goal:g}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if told.json:
+        write_json(told.json, {"machine": machine(("vidgen-ray", "ray")), "rows": rows})
+    return 0
+
+
+def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows of what, value and unit."""
+    script = folder / "script.jsonl"
+    with open(script, "w") as file:
+        file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
+    with local_ray(0):
+        before_bytes = _peak_rss_bytes()
+        cpu_before, first = time.process_time(), Clock()
+        with ActorSeconds() as actors:
+            _render(script, folder, first)
+        wall_s, cpu_s = time.monotonic() - first.begun, time.process_time() - cpu_before
+        peak_bytes = _peak_rss_bytes()
+        _expect(first.ends, {"done": lines})
+        cpu_before, again = time.process_time(), Clock()
+        _render(script, folder, again)
+        resume_s, resume_cpu_s = time.monotonic() - again.begun, time.process_time() - cpu_before
+        _expect(again.ends, {"skipped": lines})
+    values = {
+        "driver_cpu_ms_per_shot": (1000 * cpu_s / lines, "ms"),
+        "director_cpu_ms_per_shot": (1000 * actors.of("Director") / lines, "ms"),
+        "wall_ms_per_shot": (1000 * wall_s / lines, "ms"),
+        "driver_peak_rss_mb": (peak_bytes / 2**20, "MB"),
+        "driver_rss_growth_mb": ((peak_bytes - before_bytes) / 2**20, "MB"),
+        "plan_s": (first.planned_s, "s"),
+        "resume_s": (resume_s, "s"),
+        "resume_cpu_s": (resume_cpu_s, "s"),
+        "resume_s_per_10000": (resume_s * 10_000 / lines, "s"),
+    }
+    return [
+        {"system": "vidgen", "what": what, "value": round(value, 4), "unit": unit, "lines": lines}
+        for what, (value, unit) in values.items()
+    ]
+
+
+def _render(script: Path, folder: Path, watcher: Clock) -> None:
+    from vidgen_ray.batch.render import render
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.profile import ActorProfile, Profile
+    from vidgen_ray.script import iter_script
+
+    weights = folder / "weights"
+    weights.mkdir(exist_ok=True)
+    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
+    actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
+    profile = Profile(name="no-op", about="does nothing", cpu_workers=CPU_WORKERS, actors=actors)
+    render(
+        iter_script(script),
+        profile,
+        OutputFolder(folder / "out"),
+        source=script.name,
+        watcher=watcher,
+        use_cache=False,
+        stages=STAGES,
+    )
+
+
+def _expect(ends: dict[str, int], expected: dict[str, int]) -> None:
+    if dict(ends) != expected:
+        raise RuntimeError(f"lines ended as {dict(ends)}, expected {expected}")
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process so far, from its beginning."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

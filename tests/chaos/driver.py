@@ -1,0 +1,59 @@
+"""A driver to be killed: `python -m tests.chaos.driver SCRIPT OUT ADDRESS` renders the script on the cluster there."""
+
+import sys
+from pathlib import Path
+
+from tests.chaos.counted_stages import COUNTED
+from vidgen_ray.batch.render import render
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.script import iter_script
+
+GPUS = "2x2x80GB"
+"""Two nodes of two pretended GPUs."""
+SIZES_GB = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
+ATTEMPTS = 10
+"""A line may be in hand at several kills, none of which it is to blame for."""
+
+
+class Silent:
+    """A watcher that says nothing."""
+
+    def refused(self, row): ...
+
+    def planned(self, total, done_before, refused): ...
+
+    def ended(self, row): ...
+
+    def status(self, snapshot): ...
+
+
+def profile() -> Profile:
+    """The tiny models, each actor on a GPU of its own as far as there are GPUs."""
+    tiny = load_profile("tiny")
+    actors = {
+        name: actor.model_copy(update={"device": "cuda", "memory_gb": SIZES_GB[name], "cpus": 0.5, "seconds": {}})
+        for name, actor in tiny.actors.items()
+    }
+    return tiny.model_copy(update={"layout": "staged", "actors": actors, "cpu_workers": None})
+
+
+def main(script: str, out: str, address: str) -> int:
+    chosen = profile()
+    report = render(
+        iter_script(Path(script), profile_defaults=chosen.defaults),
+        chosen,
+        OutputFolder(out),
+        source="script.jsonl",
+        watcher=Silent(),
+        address=address,
+        cluster=parse_gpus(GPUS),
+        stages=COUNTED,
+        attempts=ATTEMPTS,
+    )
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
