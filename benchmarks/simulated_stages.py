@@ -78,16 +78,17 @@ class SimulatedStage(Stage[Any]):
 
 class SimulatedInstantID(SimulatedStage, InstantIDStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
-        height, width = artefacts["photo"].shape[:2]
+        height, width = artefacts["photos"][0].shape[:2]
         face = FaceFeatures(
-            embedding=np.full(512, 0.5, np.float32),
+            embeddings={"antelopev2": np.full(512, 0.5, np.float32)},
             keypoints=np.zeros((5, 2), np.float32),
             box=(0.0, 0.0, float(width), float(height)),
             score=1.0,
             faces_found=1,
             photo_size=(width, height),
+            digest="",
         )
-        return {"face": face, "pose": np.zeros((PHOTO_PX, PHOTO_PX, 3), np.uint8)}
+        return {"face": face}
 
 
 class SimulatedFlux(SimulatedStage, FluxStage):
@@ -141,6 +142,8 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
                 "prompt": f"simulated shot {number}",
                 "seed": number,
                 "face_image": str(photo),
+                # What steers FLUX costs nothing here, and would need weights.
+                "identity": "none",
                 "lora": str(lora),
                 "num_frames": FRAMES,
                 "width": FRAMES_SHAPE[2],

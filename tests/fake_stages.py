@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vidgen_ray.stages.base import FaceFeatures
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -54,7 +55,7 @@ class FakeStage:
 
 class FakeInstantID(FakeStage, InstantIDStage):
     def one(self, shot, artefacts):
-        return {"pose": np.zeros((shot.height, shot.width, 3), np.uint8)}
+        return {"face": FaceFeatures({}, np.zeros((5, 2), np.float32), (0, 0, 1, 1), 1.0, 1, (1, 1), "")}
 
 
 class FakeFlux(FakeStage, FluxStage):

@@ -88,16 +88,16 @@ def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, s
     staged = tiny.model_copy(update={"layout": "staged"})
     first = Events()
     report = rendered(script, staged, tmp_path, first, keep_stages=True)
-    assert (report.done, report.failed, report.skipped) == (9, 0, 0)
+    assert (report.done, report.failed, report.skipped) == (10, 0, 0)
     assert {Path(name).name for name in reference} == {
-        "image.png", "video.mp4", "hd.mp4", "base.png", "lora.png", "style.png", "face.json"
+        "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
     }  # fmt: skip
     assert digests(tmp_path) == reference
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
     again = Events()
     report = rendered(script, tiny, tmp_path, again, keep_stages=True)
-    assert (report.done, report.failed, report.skipped) == (0, 0, 9)
+    assert (report.done, report.failed, report.skipped) == (0, 0, 10)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
     manifest = pq.read_table(tmp_path / "manifest").to_pylist()
     assert sorted(row["id"] for row in manifest) == sorted(line.shot.id for line in script)
@@ -188,7 +188,7 @@ def test_a_killed_worker_costs_no_shot(tiny, script, reference, tmp_path):
     killed = []
     report = rendered(script, tiny, tmp_path, Events(kill_worker), keep_stages=True)
     assert killed
-    assert (report.done, report.failed) == (9, 0)
+    assert (report.done, report.failed) == (10, 0)
     assert digests(tmp_path) == reference
 
 

@@ -209,7 +209,7 @@ def test_a_shot_passes_the_simulated_stages(run_folder, monkeypatch):
     (line,) = simulated_stages.write_inputs(run_folder, 1)
     shot = Shot(**line)
     assert [stage.name for stage in stages_of(shot)] == list(simulated.CHAIN)
-    artefacts = {"photo": np.zeros((64, 64, 3), np.uint8)}
+    artefacts = {"photos": (np.zeros((64, 64, 3), np.uint8),)}
     for stage_class in simulated_stages.STAGES.values():
         params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS)
         assert all(file.exists() for file in stage_class.weight_files(params, shot))

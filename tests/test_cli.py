@@ -15,7 +15,7 @@ from .conftest import ASTRONAUT, EXAMPLES
 
 def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
     assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
-    assert capsys.readouterr().out == "demo.jsonl: 9 shots fine, 0 lines wrong\n"
+    assert capsys.readouterr().out == "demo.jsonl: 10 shots fine, 0 lines wrong\n"
     path = tmp_path / "s.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
     assert main(["validate", str(path)]) == 3
@@ -36,10 +36,12 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
         (["shot", "a", "--set", "fpss=3"], 3, "shot, fpss: got an unknown field"),
-        (["stage", "blur", "x.png"], 2, "must be one of instantid, flux"),
+        (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
         (["stage", "svd", "-o", "x.mp4"], 2, "svd needs a file of its image"),
         (["stage", "svd", "x.png", "-o", "x.gif"], 2, "svd writes .mp4"),
         (["stage", "flux", "x.png", "-s", "prompt=a"], 2, "flux works on the shot's fields alone"),
+        (["stage", "instantid_sdxl", str(ASTRONAUT), "-s", "prompt=a"], 2, "must be a .json file of the stage instantid"),
+        (["stage", "flux", "-s", "prompt=a", "-s", f"face_image={ASTRONAUT}", "-p", "tiny"], 1, "came without features"),
         (["shot", "a", "-s", "prompt=b"], 2, "which is the argument of this command"),
         (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
         (["schema", "cast"], 2, "must be one of shot, profile, manifest"),
@@ -82,9 +84,11 @@ def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
         return tmp_path / out
 
     face = json.loads(stage("instantid", ASTRONAUT, out="face.json").read_text())
-    assert len(face["embedding"]) == 512
+    assert {name: len(embedding) for name, embedding in face["embeddings"].items()} == {"antelopev2": 512, "ir_se50": 512}
     assert np.asarray(Image.open(stage("instantid", ASTRONAUT, out="pose.png"))).any()
     base = stage("flux", "-s", "prompt=a red ball", out="base.png")
+    sdxl = stage("instantid_sdxl", tmp_path / "face.json", "-s", "prompt=a man", out="sdxl.png")
+    assert Image.open(stage("refine", sdxl, "-s", "prompt=a man", out="refine.png")).size == (128, 64)
     refined = stage("lora", base, "-s", "prompt=a red ball", "-s", "lora=builtin:tiny/lora.safetensors", out="lora.png")
     style = stage("hunyuan", refined, "-s", "prompt=a red ball", "-s", "style_prompt=ink", out="style.png")
     clip = stage("svd", style, out="clip.mp4")

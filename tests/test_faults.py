@@ -33,8 +33,8 @@ def profile(tiny):
     """Every actor on a GPU, of sizes of which all fit on one."""
     sizes = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
     actors = {
-        name: actor.model_copy(update={"device": "cuda", "memory_gb": sizes[name], "timeout_s": 5, "cpus": 0.5})
-        for name, actor in tiny.actors.items()
+        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 5, "cpus": 0.5})
+        for name, gb in sizes.items()
     }
     return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
 

@@ -1,5 +1,7 @@
 """Which stages a shot passes, and what its content keys depend on."""
 
+import shutil
+
 import pytest
 
 from vidgen_ray.errors import SetupError, StageError
@@ -11,6 +13,7 @@ from vidgen_ray.weights import resolve
 from .conftest import ASTRONAUT
 
 LORA = "builtin:tiny/lora.safetensors"
+SDXL = {"face_image": "x", "identity": "instantid-sdxl"}
 
 
 def names(**fields):
@@ -30,6 +33,15 @@ def names(**fields):
         ({"image": "x.png", "lora": LORA, "generate_video": False}, "lora"),
         ({"mode": "fast", "lora": LORA, "use_hunyuan_style": True, "face_image": "x"}, "instantid flux svd realesrgan"),
         ({"mode": "fast", "lora": LORA, "image": "x.png", "generate_video": False}, "lora"),
+        ({"face_image": "x", "image": "x.png", "generate_video": False}, "instantid"),
+        ({"face_image": "x", "identity": "none", "generate_video": False}, "instantid flux"),
+        ({**SDXL, "generate_video": False}, "instantid instantid_sdxl refine"),
+        ({**SDXL, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl refine"),
+        ({**SDXL, "lora": LORA, "generate_video": False}, "instantid instantid_sdxl lora"),
+        ({**SDXL, "lora": LORA, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl lora"),
+        ({**SDXL, "use_hunyuan_style": True}, "instantid instantid_sdxl refine hunyuan svd realesrgan"),
+        ({**SDXL, "image": "x.png", "generate_video": False}, "instantid"),
+        ({"identity": "instantid-sdxl", "generate_video": False}, "flux"),
     ],
 )
 def test_the_stages_of_a_shot(fields, expected):
@@ -58,7 +70,14 @@ def changed(a, b):
 @pytest.mark.parametrize(
     ("change", "first_changed"),
     [
-        ({"width": 192}, "instantid"),
+        ({"width": 192}, "flux"),
+        ({"face_index": 0}, "instantid"),
+        ({"face_image": [str(ASTRONAUT), str(ASTRONAUT)]}, "instantid"),
+        ({"identity": "none"}, "instantid"),
+        ({"identity_strength": 0.5}, "flux"),
+        ({"identity_start": 0.1}, "flux"),
+        ({"identity_end": 0.9}, "flux"),
+        ({"pose": "none"}, "flux"),
         ({"prompt": "other"}, "flux"),
         ({"steps": {"flux": 3, "lora": 4, "hunyuan": 4, "svd": 2}}, "flux"),
         ({"seed": 8}, "flux"),
@@ -78,8 +97,32 @@ def test_a_change_renews_its_stage_and_all_after_it_and_none_before(plan, change
     assert before.key != after.key
 
 
+@pytest.mark.parametrize(
+    ("change", "first_changed"),
+    [
+        ({"identity_strength": 0.5}, "instantid_sdxl"),
+        ({"pose": "none"}, "instantid_sdxl"),
+        ({"refine_strength": 0.5}, "refine"),
+        ({"steps": {"refine": 5}}, "refine"),
+    ],
+)
+def test_the_same_holds_for_a_shot_that_sdxl_draws(plan, change, first_changed):
+    sdxl = {"identity": "instantid-sdxl", "lora": None, "generate_video": False, "steps": {"refine": 4}}
+    before, after = plan(**sdxl), plan(**{**sdxl, **change})
+    order = [step.stage for step in before.steps]
+    assert changed(before, after) == order[order.index(first_changed) :]
+
+
 def test_words_that_no_stage_reads_change_nothing(plan):
     assert plan().key == plan(metadata={"scene": 1}).key == plan(id="other").key
+    nobody = plan(face_image=None)
+    for field in ("identity", "none"), ("identity_strength", 0.5), ("identity_start", 0.5), ("pose", "none"), ("face_index", 1):
+        assert plan(face_image=None, **dict([field])).key == nobody.key, field
+    assert plan(identity="none", identity_strength=0.5).key == plan(identity="none").key
+
+
+def test_shots_of_every_size_share_the_features_of_a_person(plan):
+    assert changed(plan(), plan(width=192, height=192))[0] == "flux"
 
 
 def test_files_count_by_content_not_by_name(plan, tmp_path):
@@ -106,6 +149,14 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
     assert changed(plan(with_actor("svd", device="cuda")), plan()) == ["svd", "realesrgan"]
     assert changed(plan(with_actor("svd", device="cuda")), plan(with_actor("svd", device="cuda", cpus=3))) == []
     assert changed(plan(with_actor("flux", options={"text_tokens": 64, "adapters_kept": 9})), plan()) == []
+    moved = shutil.copytree(resolve("builtin:tiny/infusenet"), tmp_path / "infusenet")
+    assert changed(plan(with_actor("flux", also={"infusenet": str(moved)})), plan()) == []
+    (moved / "note.txt").write_text("another")
+    other = with_actor("flux", also={"infusenet": str(moved)})
+    assert changed(plan(other), plan())[0] == "flux"
+    assert changed(plan(other, identity="none"), plan(identity="none")) == []
+    nothing = with_actor("flux", also={})
+    assert changed(plan(nothing, face_image=None), plan(face_image=None)) == []
 
 
 def test_encoding_is_part_of_the_shots_key_alone(plan, tiny):
@@ -127,7 +178,16 @@ def fixed(tmp_path):
         put(f"{stage.name}/model.safetensors")
     for name in ("face.jpg", "picture.png", "one.safetensors", "two.safetensors", "realesrgan/animevideov3.safetensors"):
         put(name)
-    return ShotPlanner({stage.name: stage.Params(weights=tmp_path / stage.name) for stage in STAGES}, Mp4Settings())
+    for name in ("ir_se50", "infusenet"):
+        put(name)
+    return ShotPlanner(fixed_params(tmp_path), Mp4Settings())
+
+
+def fixed_params(folder):
+    return {
+        stage.name: stage.Params(weights=folder / stage.name, also={name: folder / name for name in stage.also()})
+        for stage in STAGES
+    }
 
 
 EVERYTHING = {
@@ -150,7 +210,7 @@ EVERYTHING = {
     ("fields", "key"),
     [
         ({}, "02f47da4e255c2c4aec275518d7ff6fa5b7aade2c1a8ffc47ac8f928f38dcbae"),
-        (EVERYTHING, "3b8679c1a62fa91d73973043970dce5958364d94f6b7975942c2eb1a1cbdc647"),
+        (EVERYTHING, "0c4cd5367c5c01e0e8bd8a3d95cfd24b6760f0729a25f3d74d2dcbe0b5a81cfe"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
             "3b3f60dd92e44870b072cea5eb5e9a50b419a9376a56e9629a947f0cd83c2a50",
@@ -168,11 +228,12 @@ def test_results_of_earlier_versions_keep_their_keys(fixed, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_weights_are_chosen_by_mode_loras_and_upscaler_alone(fixed, tmp_path, monkeypatch, stage):
+def test_weights_are_chosen_by_mode_identity_loras_and_upscaler_alone(fixed, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
-    params = stage.Params(weights=tmp_path / stage.name)
-    plain = Shot(prompt="a", lora="one.safetensors")
+    params = fixed_params(tmp_path)[stage.name]
+    plain = Shot(prompt="a", face_image="face.jpg", lora="one.safetensors")
     other = Shot(**{**EVERYTHING, "image": "picture.png", "generate_video": False, "lora": "one.safetensors"})
+    assert plain.flux_identity == other.flux_identity == "infusenet"
     assert stage.weight_files(params, plain) == stage.weight_files(params, other)
 
 

@@ -29,7 +29,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.script import CheckedLine, iter_script
 
 weights = Path(sys.argv[1])
-params = {stage.name: stage.Params(weights=weights) for stage in STAGES}
+params = {stage.name: stage.Params(weights=weights, also=dict.fromkeys(stage.also(), weights)) for stage in STAGES}
 
 def peak_mb():
     # Unlike getrusage, it does not begin with what the parent process had.

@@ -32,7 +32,7 @@ def pipeline(tmp_path_factory):
 def test_the_call_of_the_readme(pipeline):
     result = pipeline.generate_video(
         prompt="a portrait of an astronaut",
-        face_image=Image.open(ASTRONAUT),
+        face_image=[Image.open(ASTRONAUT), ASTRONAUT],
         lora_path=resolve("builtin:tiny/lora.safetensors"),
         use_hunyuan_style=True,
         style_prompt="oil painting",

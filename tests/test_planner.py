@@ -14,7 +14,7 @@ import pytest
 
 from vidgen_ray.cli.plan import Counts, plan_command
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES
 from vidgen_ray.planner import (
     TURN_SHOTS,
     Cluster,
@@ -41,7 +41,9 @@ B6 = {
     "realesrgan": (6, {"realesrgan": 3.0}),
 }
 """Published numbers of an H100: actor -> GB, seconds."""
-STAGES_OF = {actor: [stage.name for stage in STAGES if stage.actor == actor] for actor in B6}
+STAGES_OF = {actor: list(seconds) for actor, (_, seconds) in B6.items()}
+CHAIN = tuple(stage.name for stage in STAGES if stage.name in STAGES_OF.get(stage.actor, ()))
+"""The stages of a shot with everything that FLUX draws."""
 
 
 def gpu_profile(actors, **fields):
@@ -52,12 +54,12 @@ def gpu_profile(actors, **fields):
     return Profile(name="made-up", about="for a test", actors=sections, **fields)
 
 
-def demand(shots, stages=tuple(STAGE_BY_NAME), *, encoded_mpx=0.0):
+def demand(shots, stages=CHAIN, *, encoded_mpx=0.0):
     """So many reference shots that pass these stages."""
     return Demand(shots, dict.fromkeys(stages, float(shots)), shots, encoded_mpx, 1e6, 1e6, 0)
 
 
-WITHOUT_STYLE = demand(400, [name for name in STAGE_BY_NAME if name != "hunyuan"])
+WITHOUT_STYLE = demand(400, [name for name in CHAIN if name != "hunyuan"])
 
 
 # What the reference numbers give
@@ -209,7 +211,7 @@ def test_lines_that_need_no_model_need_no_worker(tiny, make_shot):
         ),
         (gpu_profile(B6), Cluster((Node((80,), 2, None),)), SetupError, r"a worker needs up to 1 CPUs.*the nodes have 2"),
         (load_profile("demo"), Cluster((Node((), 1, 8),)), SetupError, r"needs up to 0.25 CPUs.*the nodes have 1"),
-        (load_profile("gpu-24gb"), parse_gpus("8x24GB"), SetupError, r"stages flux and lora need 35.6 GB"),
+        (load_profile("gpu-24gb"), parse_gpus("8x24GB"), SetupError, r"stages flux and lora need 41.6 GB"),
     ],
 )
 def test_a_refusal_names_what_is_missing(profile, cluster, error, says):
@@ -219,7 +221,7 @@ def test_a_refusal_names_what_is_missing(profile, cluster, error, says):
 
 @pytest.mark.parametrize("name", ["gpu-80gb", "gpu-48gb", "gpu-24gb"])
 def test_each_gpu_profile_suits_its_cards(name):
-    stages = [stage for stage in STAGE_BY_NAME if name != "gpu-24gb" or stage not in ("flux", "lora")]
+    stages = [stage.name for stage in STAGES if name != "gpu-24gb" or stage.actor != "flux"]
     planned = plan(load_profile(name), demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
     assert planned.efficiency > 0.95
     assert not any("no seconds" in note for note in planned.notes)
@@ -256,8 +258,8 @@ def test_gpus_are_read_as_nodes():
 
 
 def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
-    shot = Shot(prompt="a", face_image="f.png", lora="l.safetensors", use_hunyuan_style=True)
-    assert {stage.name: stage.work(shot) for stage in stages_of(shot)} == dict.fromkeys(STAGE_BY_NAME, 1.0)
+    shot = Shot(prompt="a", face_image="f.png", identity="none", lora="l.safetensors", use_hunyuan_style=True)
+    assert {stage.name: stage.work(shot) for stage in STAGES} == dict.fromkeys(STAGE_BY_NAME, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +271,9 @@ def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
         ({"hunyuan.steps": 15}, {"hunyuan": 0.5}),
         ({"lora_strength": 0.3, "style_strength": 1}, {"lora": 0.5, "hunyuan": 2, "flux": 1}),
         ({"negative_prompt": "b"}, {"flux": 2, "lora": 2}),
+        ({"face_image": "f.png"}, {"flux": 1.25, "lora": 1.25, "instantid": 1}),
+        ({"face_image": "f.png", "identity_end": 0.4, "negative_prompt": "b"}, {"flux": 2.1}),
+        ({"face_image": "f.png", "identity": "instantid-sdxl", "refine_strength": 0.7}, {"instantid_sdxl": 1, "refine": 2}),
         ({"guidance.hunyuan": 1}, {"hunyuan": 0.5}),
         ({"scale": 2}, {"realesrgan": 1}),
         ({"upscaler": "x4plus"}, {"realesrgan": 23}),

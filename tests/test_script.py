@@ -91,9 +91,46 @@ def test_a_character_brings_photo_lora_and_trigger(tmp_path):
     script = read_script(path)
     (shot,) = script.shots
     assert shot.prompt == "ada person, at sea"
-    assert shot.face_image == str(tmp_path / "face.jpg")
+    assert shot.face_image == (str(tmp_path / "face.jpg"),)
     assert shot.lora[0].path == str(tmp_path / "a.safetensors")
     assert "characters are: ada" in str(script.errors[0])
+
+
+def test_a_line_goes_before_its_character_and_a_character_before_the_defaults(tmp_path):
+    (tmp_path / "side.jpg").write_bytes(b"x")
+    ada = {"face_image": ["face.jpg", "side.jpg"], "face_index": 1, "identity": "instantid-sdxl", "identity_strength": 0.6}
+    shots = [{"prompt": "a"}, {"prompt": "b", "identity_strength": 0.7, "face_image": None}]
+    header = {"defaults": {"character": "ada", "identity_strength": 0.9, "fps": 6}, "characters": {"ada": ada}}
+    path = write(tmp_path, "s.yaml", json.dumps({**header, "shots": shots}))
+    a, b = read_script(path, profile_defaults={"identity": "none"}).shots
+    assert a.face_image == (str(tmp_path / "face.jpg"), str(tmp_path / "side.jpg"))
+    assert (a.face_index, a.identity, a.identity_strength, a.fps) == (1, "instantid-sdxl", 0.6, 6)
+    assert (b.face_image, b.face_index, b.identity_strength) == ((), 1, 0.7)
+
+
+PHOTOS = [
+    ("s.jsonl", '{"prompt": "a", "face_image": "face.jpg"}', ["face.jpg"]),
+    ("s.jsonl", '{"prompt": "a", "face_image": ["face.jpg", "7"]}', ["face.jpg", "7"]),
+    ("s.jsonl", '{"prompt": "a", "face_image": null}', []),
+    ("s.jsonl", '{"prompt": "a", "face_image": []}', []),
+    ("s.csv", "prompt,face_image\na,face.jpg\n", ["face.jpg"]),
+    ("s.csv", "prompt,face_image\na,7\n", ["7"]),
+    ("s.csv", 'prompt,face_image\na,"[""face.jpg"", ""7""]"\n', ["face.jpg", "7"]),
+    ("s.csv", "prompt,face_image,fps\na,,6\n", []),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), PHOTOS)
+def test_a_face_comes_from_one_photo_or_several(tmp_path, name, text, expected):
+    (tmp_path / "7").write_bytes(b"x")
+    (shot,) = read_script(write(tmp_path, name, text)).shots
+    assert shot.face_image == tuple(str(tmp_path / photo) for photo in expected)
+    assert Shot.model_validate_json(shot.model_dump_json()) == shot
+
+
+def test_a_refused_line_keeps_its_photos_as_absolute_paths(tmp_path):
+    (line,) = read_script(write(tmp_path, "s.jsonl", [{"prompt": "a", "fps": 0, "face_image": ["face.jpg"]}])).rejected
+    assert line.fields["face_image"] == [str(tmp_path / "face.jpg")]
 
 
 def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
@@ -137,6 +174,20 @@ BAD = [
     ({"prompt": "a", "lora": [{"path": "a.safetensors", "weight": 1e9}]}, "lora.weight", "less than or equal to 2"),
     ({"prompt": "a", "lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
     ({"prompt": "a", "face_image": "nobody.jpg"}, "face_image", "must be an existing file"),
+    ({"prompt": "a", "face_image": ["face.jpg", "nobody.jpg"]}, "face_image", "got 'nobody.jpg', must be an existing file"),
+    ({"prompt": "a", "face_image": [7]}, "face_image", "got 7, must be a valid string"),
+    ({"prompt": "a", "face_image": ""}, "face_image", "at least 1 character"),
+    ({"prompt": "a", "face_index": -1}, "face_index", "greater than or equal to 0"),
+    ({"prompt": "a", "identity": "pulid"}, "identity", "got 'pulid', must be one of infusenet, instantid-sdxl, none"),
+    ({"prompt": "a", "identity": None}, "identity", "must be a valid string"),
+    ({"prompt": "a", "identity_start": 0.5, "identity_end": 0.5}, "identity_end", "got 0.5, must be more than identity_start"),
+    ({"prompt": "a", "identity_start": 1.0}, "identity_end", "got 1.0, must be more than identity_start, which is 1.0"),
+    ({"prompt": "a", "pose": "face"}, "pose", "must be 'photo' or 'none'"),
+    (
+        {"prompt": "a", "face_image": "face.jpg", "identity": "instantid-sdxl", "refine.steps": 2},
+        None,
+        "refine_strength 0.35 of 2 steps is less than one step; use steps.refine of at least 3",
+    ),
     ({"prompt": "a", "steps.flux": 0}, "steps.flux", "greater than or equal to 1"),
     ({"prompt": "a", "steps.fulx": 2}, "steps.fulx", "an unknown field"),
     ({"prompt": "a", "character": "ada"}, "character", "header of a .yaml script"),
@@ -262,7 +313,7 @@ def test_an_id_given_twice_names_the_first(tmp_path):
         ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
         ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a set of named fields"),
         ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: \['ada'\], must be a set"),
-        ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "a character has face_image, lora, trigger"),
+        ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "a character has face_image, face_index, identity, .*trigger"),
         ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
     ],
 )

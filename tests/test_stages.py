@@ -8,6 +8,7 @@ import pytest
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
 LORA = str(resolve("builtin:tiny/lora.safetensors"))
@@ -27,8 +28,16 @@ class Spy:
         return value
 
 
+@pytest.fixture(scope="module")
+def face(tiny, photo):
+    """The astronaut's features, with every embedding."""
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        return stage.features([photo])
+
+
 @pytest.fixture
-def item(make_shot, photo):
+def item(make_shot, photo, face):
+    """Of a person who steers FLUX."""
     y, x = np.mgrid[0:64, 0:128]
     picture = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
     shot = make_shot(
@@ -39,7 +48,11 @@ def item(make_shot, photo):
         style_prompt="ink",
         num_frames=4,
     )
-    return Item(shot, {"photo": photo, "image": picture, "frames": np.repeat(picture[None], 4, axis=0)})
+    return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": np.repeat(picture[None], 4, axis=0)})
+
+
+def varied(item, **fields):
+    return Item(item.shot.model_copy(update=fields), item.artefacts)
 
 
 @pytest.fixture(scope="module", params=STAGES, ids=lambda stage: stage.name)
@@ -50,29 +63,56 @@ def loaded(request, tiny):
 
 def test_a_stage_declares_real_fields_and_artefacts(loaded):
     shot = Shot(prompt="a", seed=1)
-    for field in loaded.reads:
+    for field in (*loaded.reads, *loaded.steered_reads):
         head, _, tail = field.partition(".")
         assert hasattr(getattr(shot, head), tail) if tail else hasattr(shot, head)
-    assert set(loaded.takes) | set(loaded.writes) <= set(Artefacts.__annotations__)
+    assert {*loaded.takes, *loaded.steered_takes, *loaded.writes} <= set(Artefacts.__annotations__)
+    assert not set(loaded.reads) & set(loaded.steered_reads)
+    assert not set(loaded.takes) & set(loaded.steered_takes)
     assert loaded.params.model_config["frozen"]
 
 
 def test_a_stage_gives_what_it_writes_and_needs_no_more_than_it_takes(loaded, item):
-    given = loaded([Item(item.shot, {name: item.artefacts[name] for name in loaded.takes})])
-    assert len(given) == 1
-    assert set(given[0]) == set(loaded.writes)
-    for name in {"image", "pose", "frames", "hd_frames"} & set(given[0]):
-        assert given[0][name].dtype == np.uint8
-        assert given[0][name].shape[-1] == 3
+    for shot in (item.shot, varied(item, identity="none").shot):
+        needed = loaded.needs(shot)
+        assert needed == (*loaded.takes, *(loaded.steered_takes if loaded.steered(shot) else ()))
+        given = loaded([Item(shot, {name: item.artefacts[name] for name in needed})])
+        assert len(given) == 1
+        assert set(given[0]) == set(loaded.writes)
+        for name in {"image", "frames", "hd_frames"} & set(given[0]):
+            assert given[0][name].dtype == np.uint8
+            assert given[0][name].shape[-1] == 3
 
 
-def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item):
+@pytest.mark.parametrize("mode", ["quality", "fast"])
+@pytest.mark.parametrize("person", [{}, {"identity": "none"}, {"identity_strength": 0.0}, {"face_image": ()}, {"pose": "none"}])
+def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item, mode, person):
     """A field that is read but not declared would change the bytes under an unchanged content key."""
-    for mode in ("quality", "fast"):
-        seen = set()
-        loaded([Item(Spy(item.shot.model_copy(update={"mode": mode}), seen), item.artefacts)])
-        assert seen <= set(loaded.reads)
-        assert seen or not loaded.reads
+    seen, shot = set(), varied(item, mode=mode, **person).shot
+    loaded([Item(Spy(shot, seen), item.artefacts)])
+    declared = set(loaded.reads)
+    if loaded.steered(shot):
+        declared |= set(loaded.steered_reads)
+    elif loaded.steered_reads:
+        # That nobody steers is told by the set of fields that are in the key.
+        declared.add("flux_identity")
+        assert shot.flux_identity is None
+    assert seen <= declared
+    assert seen or not loaded.reads
+
+
+def test_a_stage_that_a_person_steers_does_what_others_do_where_nobody_does(loaded, item):
+    """Its keys of such shots have nothing of a person in them."""
+    if not loaded.steered_takes:
+        assert not loaded.steered(item.shot)
+        return
+    assert loaded.steered(item.shot)
+    steered = loaded([item])[0]
+    nobody = [varied(item, face_image=()), varied(item, identity="none", pose="none"), varied(item, identity_strength=0.0)]
+    first, *others = [loaded([one])[0] for one in nobody]
+    for name in loaded.writes:
+        assert all(np.array_equal(first[name], other[name]) for other in others)
+        assert not np.array_equal(first[name], steered[name]), "the person does nothing"
 
 
 def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item):
@@ -81,17 +121,24 @@ def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item)
     among = loaded([other, item])[1]
     for name in loaded.writes:
         if name == "face":
-            assert np.array_equal(alone[name].embedding, among[name].embedding)
+            assert np.array_equal(alone[name].embedding("antelopev2"), among[name].embedding("antelopev2"))
         else:
             assert np.array_equal(alone[name], among[name])
 
 
 def test_what_a_stage_is_given_stays_as_it_was(loaded, item):
-    for value in item.artefacts.values():
+    face = item.artefacts["face"]
+    arrays = {
+        **{name: item.artefacts[name] for name in ("image", "frames")},
+        "photo": item.artefacts["photos"][0],
+        "keypoints": face.keypoints,
+        **face.embeddings,
+    }
+    for value in arrays.values():
         value.setflags(write=False)
-    before = {name: value.copy() for name, value in item.artefacts.items()}
+    before = {name: value.copy() for name, value in arrays.items()}
     loaded([item])
-    assert all(np.array_equal(before[name], value) for name, value in item.artefacts.items())
+    assert all(np.array_equal(before[name], value) for name, value in arrays.items())
 
 
 def test_parameters_travel_to_other_processes(loaded):

@@ -61,6 +61,10 @@ class SetupError(VidgenError):
     exit_code = 4
 
 
+class MissingWeights(SetupError):
+    """Weights that only some shots need are not on this machine. A script with such a shot cannot be rendered here."""
+
+
 class TooExpensive(VidgenError):
     """The plan costs more than `--max-cost` allows. Nothing was started."""
 

@@ -22,15 +22,20 @@ from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.identity import injector_class
+from vidgen_ray.stages.instantid import PACK, InstantIDStage
+from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
 STAGES: tuple[type[Stage[Any]], ...] = (
     InstantIDStage,
+    InstantIDSDXLStage,
     FluxStage,
+    FluxRefineStage,
     FluxLoRAStage,
     HunyuanDiTStage,
     SVDStage,
@@ -39,16 +44,20 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 """In the order in which a shot passes them. A new stage is one new file and one line here."""
 
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
-FILE_FIELDS = ("image", "face_image")
+FILE_FIELDS = ("image",)
+FILES_FIELDS = ("face_image",)
 LORA_FIELDS = ("lora", "fast_lora")
 START_FIELDS = ("height", "image", "width")
 """What the chain begins with where no stage draws the picture."""
 PLAIN_FIELDS = tuple(
-    sorted({*START_FIELDS, *(field for stage in STAGES for field in stage.reads)} - {*FILE_FIELDS, *LORA_FIELDS})
+    sorted(
+        {*START_FIELDS, *(field for stage in STAGES for field in (*stage.reads, *stage.steered_reads))}
+        - {*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS}
+    )
 )
 """The fields that count in a key as they are; `steps.flux` looks inside."""
 WEIGHTS_REMEMBERED = 4096
-"""Combinations of a stage, LoRAs and an upscaler. And files, by their path."""
+"""Combinations of a stage, a method of identity, LoRAs and an upscaler. And files, by their path."""
 OUTPUT_VERSION = 1
 """Raised when encoding or the set of files of a shot changes."""
 
@@ -85,11 +94,31 @@ def stages_used(shots: Iterable[Shot]) -> tuple[type[Stage[Any]], ...]:
 
 
 def check_profile(profile: Profile) -> None:
-    """Raises ProfileError for an actor that no stage lives on."""
+    """Raises ProfileError for an actor that no stage lives on, and for further weights that are of no use."""
     known = list(dict.fromkeys(stage.actor for stage in STAGES))
-    for actor in profile.actors:
-        if actor not in known:
-            raise ProfileError(f"profile {profile.name}, actors.{actor}: must be one of {', '.join(known)}")
+    for name, actor in profile.actors.items():
+        if name not in known:
+            raise ProfileError(f"profile {profile.name}, actors.{name}: must be one of {', '.join(known)}")
+        allowed = list(dict.fromkeys(also for stage in STAGES if stage.actor == name for also in stage.also()))
+        for also in actor.also:
+            if also not in allowed:
+                must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no further weights"
+                raise ProfileError(f"profile {profile.name}, actors.{name}.also: got {also!r}, {must}")
+    _check_recognisers(profile)
+
+
+def _check_recognisers(profile: Profile) -> None:
+    """Raises ProfileError for an injector whose embedding the face stage does not make."""
+    flux, faces = (profile.actors.get(stage.actor) for stage in (FluxStage, InstantIDStage))
+    if flux is None or faces is None:
+        return
+    for name in flux.also:
+        needed = injector_class(name).embedding
+        if needed not in (PACK, *faces.also):
+            raise ProfileError(
+                f"profile {profile.name}, actors.{FluxStage.actor}.also: {name} is told a face by {needed}; "
+                f"add `also: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
+            )
 
 
 def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, StageParams]:
@@ -113,14 +142,18 @@ class ShotPlanner:
 
     def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
         self._params = params
-        self._forms = {name: _stage_form(STAGE_BY_NAME[name], of_stage) for name, of_stage in params.items()}
+        self._forms = {
+            (name, steered): _stage_form(STAGE_BY_NAME[name], of_stage, steered)
+            for name, of_stage in params.items()
+            for steered in (False, True)
+        }
         self._start_form = f'["start",{_fields_form(START_FIELDS)}]'
         self._start = _sha256('["start",{}]')
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
         self._plain_values = attrgetter(*PLAIN_FIELDS)
         self._digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(resolve(path)))
-        self._weights: dict[tuple[str, ...], tuple[tuple[str, ...], str]] = {}
+        self._weights: dict[tuple[str | None, ...], tuple[tuple[str, ...], str]] = {}
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError where the shot names something that is not there."""
@@ -128,6 +161,8 @@ class ShotPlanner:
         for field in FILE_FIELDS:
             path = getattr(shot, field)
             texts[field] = "null" if path is None else f'"{self._digest(path)}"'
+        for field in FILES_FIELDS:
+            texts[field] = _json([self._digest(path) for path in getattr(shot, field)])
         for field in LORA_FIELDS:
             worn = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, field)]
             texts[field] = f"[{','.join(worn)}]"
@@ -135,14 +170,14 @@ class ShotPlanner:
         steps = []
         for stage in stages_of(shot):
             weights, weights_text = self._weights_of(stage, shot)
-            key = _sha256(f'{self._forms[stage.name] % texts},{weights_text},"{key}"]')
+            key = _sha256(f'{self._forms[stage.name, stage.steered(shot)] % texts},{weights_text},"{key}"]')
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return ShotPlan(shot=shot, steps=tuple(steps), key=_sha256(f'{self._end}"{key}"]'))
 
     def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """The digests of the stage's weights, and the same as JSON."""
         # All by which a stage may choose its weights.
-        known_as = (stage.name, shot.upscaler, shot.mode, *(lora.path for lora in shot.lora))
+        known_as = (stage.name, shot.upscaler, shot.mode, shot.flux_identity, *(lora.path for lora in shot.lora))
         found = self._weights.get(known_as)
         if found is None:
             files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
@@ -153,10 +188,11 @@ class ShotPlanner:
         return found
 
 
-def _stage_form(stage: type[Stage[Any]], params: StageParams) -> str:
+def _stage_form(stage: type[Stage[Any]], params: StageParams, steered: bool) -> str:
     """What a stage's key is the hash of, as JSON up to the weights, with holes for the fields of the shot."""
     options = _json(params.for_key()).replace("%", "%%")
-    return f'["{stage.name}",{stage.version},{_fields_form(stage.reads)},{options}'
+    fields = (*stage.reads, *stage.steered_reads) if steered else stage.reads
+    return f'["{stage.name}",{stage.version},{_fields_form(fields)},{options}'
 
 
 def _fields_form(fields: Iterable[str]) -> str:

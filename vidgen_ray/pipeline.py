@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,9 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks
 from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
+
+Photo = str | Path | PILImage.Image
+"""A file, or a picture in memory."""
 
 
 class GeneratedVideo(TypedDict):
@@ -56,19 +60,22 @@ class VideoGenerationPipeline:
         self,
         prompt: str,
         *,
-        face_image: str | Path | PILImage.Image | None = None,
+        face_image: Photo | Sequence[Photo] | None = None,
         lora_path: str | Path | None = None,
         **fields: Any,
     ) -> GeneratedVideo:
         """Render one shot; `fields` are those of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
-        Raises ScriptError for a wrong field and StepFailed where a stage cannot do its work.
+        `face_image` is a photo of the person, or several of the same one.
+        Raises ScriptError for a wrong field, SetupError where weights that the shot needs are not on this machine, and
+        StepFailed where a stage cannot do its work.
         """
         shot_fields = {"prompt": prompt, **fields}
         if lora_path is not None:
             shot_fields["lora"] = str(lora_path)
         if face_image is not None:
-            shot_fields["face_image"] = str(self._as_file(face_image))
+            photos = [face_image] if isinstance(face_image, Photo) else face_image
+            shot_fields["face_image"] = [str(self._as_file(photo)) for photo in photos]
         shot = check_shot(shot_fields, "generate_video", self.profile.defaults)
         record = self.render(shot)
         shot_id = shot.id or ""
@@ -126,8 +133,8 @@ class VideoGenerationPipeline:
             self._loaded[stage_class.name] = stage
         return self._loaded[stage_class.name]
 
-    def _as_file(self, face_image: str | Path | PILImage.Image) -> Path:
+    def _as_file(self, photo: Photo) -> Path:
         """A picture in memory is stored by its content beside the results, so that its shot can be repeated."""
-        if not isinstance(face_image, PILImage.Image):
-            return Path(face_image).absolute()
-        return self.outputs.keep_input(encode_png(np.asarray(face_image.convert("RGB"))), ".png").absolute()
+        if not isinstance(photo, PILImage.Image):
+            return Path(photo).absolute()
+        return self.outputs.keep_input(encode_png(np.asarray(photo.convert("RGB"))), ".png").absolute()

@@ -1,6 +1,6 @@
 """With which models, on what: a YAML file with the weights, precision, memory and seconds of every actor."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from vidgen_ray.errors import ProfileError
+from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.script_files import StrictLoader
 from vidgen_ray.stages.base import Stage, StageParams
@@ -27,6 +27,9 @@ class ActorProfile(_Section):
     """One actor: its weights and what of the machine it gets. An actor holds one stage, or several that share weights."""
 
     weights: str = Field(description="a path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME")
+    also: dict[str, str] = Field(
+        default_factory=dict, description="further weights by name, written alike; missed only by shots that need them"
+    )
     dtype: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     cpus: float = Field(1, gt=0, allow_inf_nan=False, description="CPUs; torch gets this many threads, at least one")
@@ -71,13 +74,17 @@ class Profile(_Section):
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
 
     def params(self, stage: type[Stage[P]]) -> P:
-        """The stage's parameters with its weights as a local path.
+        """The stage's parameters with its weights as a local path, and further ones as far as they are on this machine.
 
         Raises ProfileError for an option the stage does not know, SetupError where the weights are not on this machine.
         """
         actor = self.actor_of(stage)
+        folder = self.source.parent if self.source else None
+        also, missing = _resolved_each(actor.also, folder)
         told: dict[str, Any] = {
-            "weights": resolve(actor.weights, self.source.parent if self.source else None),
+            "weights": resolve(actor.weights, folder),
+            "also": also,
+            "missing": missing,
             "device": actor.device,
             "threads": max(1, int(actor.cpus)),
             **actor.options,
@@ -103,6 +110,18 @@ class Profile(_Section):
         if stage.actor not in self.actors:
             raise ProfileError(f"profile {self.name}: stage {stage.name} needs an entry 'actors.{stage.actor}'")
         return self.actors[stage.actor]
+
+
+def _resolved_each(references: Mapping[str, str], folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
+    """Name -> local path of those that are there, and name -> what to do of the others."""
+    there: dict[str, Path] = {}
+    missing: dict[str, str] = {}
+    for name, reference in references.items():
+        try:
+            there[name] = resolve(reference, folder)
+        except SetupError as error:
+            missing[name] = str(error)
+    return there, missing
 
 
 def builtin_profiles() -> list[str]:

@@ -15,6 +15,7 @@ from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.script_files import Line, Unreadable, open_script, shortened
 from vidgen_ray.script_index import ScriptIndex
 from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.stages.identity import identities
 from vidgen_ray.weights import resolve
 
 FAILURE_FIELD = "failure"
@@ -239,7 +240,7 @@ class _Checked:
         if own.get("id") is None:
             # Of the line's own words alone: defaults that change must not change its id, and with it its seed.
             self._fields["id"] = derive_id(own)
-        self._take_character()
+        self._take_character(own)
         shot = None if self.errors else self._validated()
         found = None if shot is None else self._with_files(shot)
         if found is not None and not self.errors:
@@ -273,7 +274,8 @@ class _Checked:
             tuple(self.errors),
         )
 
-    def _take_character(self) -> None:
+    def _take_character(self, own: Mapping[str, Any]) -> None:
+        """A character's fields go before the defaults, and behind what the line itself says."""
         name = self._fields.get("character")
         if name is None:
             return
@@ -282,9 +284,9 @@ class _Checked:
             known = ", ".join(characters) or "none; characters stand in the header of a .yaml script"
             self.refuse("character", shortened(name), f"the script's characters are: {known}")
             return
-        brought = {field: value for field, value in characters[name].items() if field != "trigger"}
+        brought = {field: value for field, value in characters[name].items() if field not in own and field != "trigger"}
         # What a character brings stays with the line; its name is known in this script only.
-        self._fields = {**brought, **{field: value for field, value in self._fields.items() if field != "character"}}
+        self._fields = {**{field: value for field, value in self._fields.items() if field != "character"}, **brought}
         trigger, prompt = characters[name].get("trigger"), self._fields.get("prompt")
         if trigger and isinstance(prompt, str) and prompt.strip():
             self._fields["prompt"] = f"{trigger}, {prompt}"
@@ -299,6 +301,8 @@ class _Checked:
         except (ValueError, RecursionError) as error:
             self.refuse(None, "what cannot be read", f"must be plain JSON, not nested deeply ({error})")
             return None
+        if shot.identity not in identities():
+            self.refuse("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
         # A shot travels between machines as JSON. All fields but this one are of types that survive that.
         if shot.metadata and not _survives_as_json(shot.metadata):
             allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or broken text"
@@ -308,14 +312,19 @@ class _Checked:
     def _with_files(self, shot: Shot) -> Shot:
         """The shot with its paths made absolute; what is not there is an error of the line."""
         found: dict[str, Any] = {}
-        for field in ("image", "face_image"):
-            if (value := getattr(shot, field)) is not None:
-                found[field], there = self._setting.locate(value)
-                if not there:
-                    self.refuse(field, shortened(value), f"must be an existing file (looked for {found[field]})")
+        if shot.image is not None:
+            found["image"] = self._existing("image", shot.image)
+        if shot.face_image:
+            found["face_image"] = tuple(self._existing("face_image", photo) for photo in shot.face_image)
         if shot.lora:
             found["lora"] = tuple(map(self._with_file, shot.lora))
         return shot.model_copy(update=found) if found else shot
+
+    def _existing(self, field: str, path: str) -> str:
+        place, there = self._setting.locate(path)
+        if not there:
+            self.refuse(field, shortened(path), f"must be an existing file (looked for {place})")
+        return place
 
     def _with_file(self, lora: LoraRef) -> LoraRef:
         is_weights = lora.path.endswith(".safetensors")

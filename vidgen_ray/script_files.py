@@ -16,9 +16,11 @@ import yaml
 from vidgen_ray.errors import FieldError, ScriptError
 
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")
-TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "face_image", "upscaler")
+TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "identity", "upscaler")
 """Fields in which `7` is a word."""
-CHARACTER_FIELDS = ("face_image", "lora", "trigger")
+TEXT_OR_LIST_FIELDS = ("face_image",)
+"""Fields in which `7` is a word and `["a", "b"]` a list of two."""
+CHARACTER_FIELDS = ("face_image", "face_index", "identity", "identity_strength", "lora", "trigger")
 MAX_LINE = 2**24
 """Letters in a line of text."""
 MAX_YAML_BYTES = 2**24
@@ -66,7 +68,12 @@ class _FieldTwice(Exception):
 
 def typed(fields: Mapping[str, str]) -> dict[str, Any]:
     """Fields given as text, in a CSV cell or on a command line, with the types that the text spells."""
-    return {name: value if name in TEXT_FIELDS else _cell(value) for name, value in fields.items()}
+    return {name: _typed(name, value) for name, value in fields.items()}
+
+
+def _typed(name: str, text: str) -> Any:
+    value = text if name in TEXT_FIELDS else _cell(text)
+    return text if name in TEXT_OR_LIST_FIELDS and not isinstance(value, list) else value
 
 
 def _cell(text: str) -> Any:

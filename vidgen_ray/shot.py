@@ -5,13 +5,15 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 VARIANT_SUFFIX = 5
 """Letters that `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 NESTED_FIELDS = ("steps", "guidance")
 """They have a setting for each stage, and may be written flat."""
+INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
+"""What `identity` may be beside the name of a method that steers FLUX."""
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
@@ -33,6 +35,7 @@ class StageSteps(_Frozen):
     """Denoising steps of each stage; none means the default of the model that the profile names."""
 
     flux: Steps | None = None
+    refine: Steps | None = None
     lora: Steps | None = None
     hunyuan: Steps | None = None
     svd: Steps | None = None
@@ -42,6 +45,7 @@ class StageGuidance(_Frozen):
     """Guidance of each stage; none means the default of the model. For svd it is the guidance of the last frame."""
 
     flux: Guidance | None = None
+    refine: Guidance | None = None
     lora: Guidance | None = None
     hunyuan: Guidance | None = None
     svd: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
@@ -66,10 +70,27 @@ class Shot(_Frozen):
     height: int = 576
     image: str | None = Field(None, description="start from this picture instead of FLUX; cropped to cover the size")
 
-    face_image: str | None = Field(None, description="a photo of the person")
+    face_image: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="a photo of the person, or several of the same one; of the first also the keypoints"
+    )
+    face_index: int | None = Field(
+        None, ge=0, description="which face of the first photo, from the left, counted from 0; none: the largest"
+    )
     character: str | None = Field(None, description="a name from the header of a YAML script")
-    identity_strength: Strength = Field(
-        1.0, description="how strongly the face steers the picture; carried with the features, no injector reads it yet"
+    identity: str = Field(
+        "infusenet",
+        description="by what the face steers the picture: the name of a method for FLUX, instantid-sdxl, or none",
+    )
+    identity_strength: Strength = Field(1.0, description="how strongly the face steers the picture; 0 is as without a face")
+    identity_start: Strength = Field(0.0, description="share of FLUX's steps before which the face has no say")
+    identity_end: Strength = Field(
+        1.0, validate_default=True, description="share of FLUX's steps after which the face has no say"
+    )
+    pose: Literal["photo", "none"] = Field(
+        "photo", description="photo: the face stands where it stands in the first photo; none: where the prompt puts it"
+    )
+    refine_strength: Strength = Field(
+        0.35, description="image-to-image strength of FLUX after SDXL, for a shot without LoRA: 0 keeps SDXL's picture"
     )
     lora: tuple[LoraRef, ...] = ()
     lora_strength: Strength = Field(0.6, description="image-to-image strength of the LoRA stage: 0 keeps the base image")
@@ -126,6 +147,23 @@ class Shot(_Frozen):
             raise ValueError("must be text without NUL")
         return value
 
+    @field_validator("face_image", mode="before")
+    @classmethod
+    def _face_image_may_be_one_path(cls, value: Any) -> Any:
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("identity_end")
+    @classmethod
+    def _ends_after_it_starts(cls, value: float, info: ValidationInfo) -> float:
+        start = info.data.get("identity_start")
+        if start is not None and value <= start:
+            raise ValueError(f"must be more than identity_start, which is {start}")
+        return value
+
     @field_validator("lora", mode="before")
     @classmethod
     def _lora_may_be_one_path(cls, value: Any) -> Any:
@@ -147,13 +185,25 @@ class Shot(_Frozen):
                     raise ValueError(
                         f"{name} {getattr(self, name)} is not a multiple of 64, as a clip needs (its latents are halved thrice)"
                     )
-        if self.lora and self.steps.lora and self.lora_strength and self.steps.lora * self.lora_strength < 1:
-            least = math.ceil(1 / self.lora_strength)
-            raise ValueError(
-                f"lora_strength {self.lora_strength} of {self.steps.lora} steps is less than one step; "
-                f"use steps.lora of at least {least}"
-            )
+        for name, used in (("lora", bool(self.lora)), ("refine", self.drawn_by_sdxl and not self.lora)):
+            strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
+            if used and steps and strength and steps * strength < 1:
+                raise ValueError(
+                    f"{name}_strength {strength} of {steps} steps is less than one step; "
+                    f"use steps.{name} of at least {math.ceil(1 / strength)}"
+                )
         return self
+
+    @property
+    def flux_identity(self) -> str | None:
+        """The method by which the shot's person steers FLUX; none where there is nobody, or who is there does not."""
+        by_flux = self.identity not in (NO_IDENTITY, INSTANTID_SDXL)
+        return self.identity if by_flux and self.face_image and self.identity_strength > 0 else None
+
+    @property
+    def drawn_by_sdxl(self) -> bool:
+        """Whether SDXL draws the base picture, with the person in it, and not FLUX."""
+        return self.identity == INSTANTID_SDXL and bool(self.face_image) and self.image is None
 
     @property
     def fast_lora(self) -> tuple[LoraRef, ...]:

@@ -115,8 +115,8 @@ class StepRunner:
             recovered=recovered,
             adapter_loads=stage.adapter_loads - loads,
         )
-        # The photo is of no use after the features are known.
-        kept = {name: value for name, value in item.artefacts.items() if name != "photo"}
+        # The photos are of no use after the features are known.
+        kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
         return Item(item.shot, Artefacts(**{**kept, **given})), record  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _record(
@@ -135,10 +135,10 @@ class StepRunner:
 
 
 def with_pictures(item: Item, takes: Iterable[str]) -> Item:
-    """The item with the photo and the start image that the shot names by path, where they are taken and not there yet."""
+    """The item with the photos and the start image that the shot names by path, where they are taken and not there yet."""
     shot, artefacts = item.shot, item.artefacts.copy()
-    if "photo" in takes and "photo" not in artefacts and shot.face_image is not None:
-        artefacts["photo"] = read_image(Path(shot.face_image))
+    if "photos" in takes and "photos" not in artefacts and shot.face_image:
+        artefacts["photos"] = tuple(read_image(Path(photo)) for photo in shot.face_image)
     if "image" in takes and "image" not in artefacts and shot.image is not None:
         artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
     return Item(shot, artefacts)

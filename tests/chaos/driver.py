@@ -33,8 +33,8 @@ def profile() -> Profile:
     """The tiny models, each actor on a GPU of its own as far as there are GPUs."""
     tiny = load_profile("tiny")
     actors = {
-        name: actor.model_copy(update={"device": "cuda", "memory_gb": SIZES_GB[name], "cpus": 0.5, "seconds": {}})
-        for name, actor in tiny.actors.items()
+        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.5, "seconds": {}})
+        for name, gb in SIZES_GB.items()
     }
     return tiny.model_copy(update={"layout": "staged", "actors": actors, "cpu_workers": None})
 

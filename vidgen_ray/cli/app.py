@@ -210,7 +210,9 @@ def shot(
     prompt: Annotated[str, typer.Argument(help="What is to be seen.")],
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
-    face: Annotated[Path | None, typer.Option("--face", help="A photo of the person.")] = None,
+    face: Annotated[
+        list[Path] | None, typer.Option("--face", help="A photo of the person; repeatable, for several of the same one.")
+    ] = None,
     lora: Annotated[str | None, typer.Option("--lora", help="A .safetensors file.")] = None,
     seed: SeedOption = 0,
     mode: ModeOption = None,
@@ -227,7 +229,7 @@ def shot(
     given = parse_fields(fields)
     if "prompt" in given:
         raise typer.BadParameter("got prompt, which is the argument of this command", param_hint="--set")
-    told = {"prompt": prompt, "face_image": str(face) if face else None, "lora": lora, "mode": mode}
+    told = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
     given |= {name: value for name, value in told.items() if value is not None}
     checked = _shortened(check_shot(given, "shot", chosen.defaults, run_seed=seed), until)
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))

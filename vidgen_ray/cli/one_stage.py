@@ -11,11 +11,12 @@ from vidgen_ray.atomic import write_atomically
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
-from vidgen_ray.outputs.stage_cache import face_to_json
+from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Stage
+from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 from vidgen_ray.steps import StepFailed, write_clip
 
@@ -32,6 +33,9 @@ def run_one_stage(
     _check_ending(stage_class, out)
     # A stage without a prompt still takes a shot, and every shot has one.
     told = fields if "prompt" in stage_class.reads else {"prompt": name, **fields}
+    if "photos" in stage_class.takes and source is not None:
+        # Which embeddings are made depends on what the shot will do with the face.
+        told = {"face_image": str(source), **told}
     shot = check_shot(told, "vidgen stage", profile.defaults, run_seed)
     artefacts, fps = _read(stage_class, source, shot)
     try:
@@ -49,7 +53,7 @@ def run_one_stage(
             (given,) = stage([Item(with_local_loras(shot), artefacts)])
         except Exception as error:
             raise StepFailed(name, error) from error
-    _write(given, out, fps, profile)
+    _write(given, shot, out, fps, profile)
 
 
 def _check_ending(stage: type[Stage[Any]], out: Path) -> None:
@@ -70,10 +74,19 @@ def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Art
         raise UsageError(f"SOURCE: got nothing, {stage.name} needs a file of its {kind}")
     if kind == "frames":
         return _clip(source, shot)
+    if kind == "face":
+        return Artefacts(face=_face(source)), shot.fps
     picture = read_image(source)
     if kind == "image":
         return Artefacts(image=cover_crop(picture, shot.width, shot.height)), shot.fps
-    return Artefacts(photo=picture), shot.fps
+    return Artefacts(photos=(picture,)), shot.fps
+
+
+def _face(source: Path) -> FaceFeatures:
+    try:
+        return face_from_json(source.read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"SOURCE: got {str(source)!r}, must be a .json file of the stage instantid ({error})") from None
 
 
 def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
@@ -83,12 +96,12 @@ def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
         return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 
 
-def _write(given: Artefacts, out: Path, fps: int | Fraction, profile: Profile) -> None:
+def _write(given: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile) -> None:
     clip: Frames | None = given.get("hd_frames", given.get("frames"))
     if "face" in given and out.suffix.lower() == ".json":
         write_atomically(out, face_to_json(given["face"]))
     elif "face" in given:
-        write_png(out, given["pose"])
+        write_png(out, pose_picture(given["face"], shot))
     elif clip is None:
         write_png(out, given["image"])
     elif out.suffix.lower() == ".mp4":

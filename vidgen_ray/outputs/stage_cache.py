@@ -58,9 +58,8 @@ def _entry(key: str) -> str:
 
 
 def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
-    for name in ("pose", "image"):
-        if name in artefacts:
-            write_png(folder / f"{name}.png", artefacts[name])
+    if "image" in artefacts:
+        write_png(folder / "image.png", artefacts["image"])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
     if "frames" in artefacts:
@@ -69,8 +68,6 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
 
 def _read_artefacts(folder: Path) -> Artefacts:
     out: Artefacts = {}
-    if (file := folder / "pose.png").exists():
-        out["pose"] = read_image(file)
     if (file := folder / "image.png").exists():
         out["image"] = read_image(file)
     if (file := folder / "face.json").exists():
@@ -88,7 +85,8 @@ def face_to_json(face: FaceFeatures) -> str:
             "faces_found": face.faces_found,
             "photo_size": face.photo_size,
             "keypoints": face.keypoints.tolist(),
-            "embedding": face.embedding.tolist(),
+            "embeddings": {recogniser: values.tolist() for recogniser, values in face.embeddings.items()},
+            "digest": face.digest,
         }
     )
 
@@ -96,10 +94,11 @@ def face_to_json(face: FaceFeatures) -> str:
 def face_from_json(text: str) -> FaceFeatures:
     data = json.loads(text)
     return FaceFeatures(
-        embedding=np.array(data["embedding"], np.float32),
+        embeddings={recogniser: np.array(values, np.float32) for recogniser, values in data["embeddings"].items()},
         keypoints=np.array(data["keypoints"], np.float32),
         box=tuple(data["box"]),
         score=data["score"],
         faces_found=data["faces_found"],
         photo_size=tuple(data["photo_size"]),
+        digest=data["digest"],
     )

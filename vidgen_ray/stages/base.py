@@ -7,7 +7,7 @@ Heavy packages (torch, diffusers) are imported in `load`, so that naming a stage
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.shot import Shot
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 
 @dataclass(frozen=True, slots=True)
 class FaceFeatures:
-    """One face of a reference photo. Points and boxes are in pixels of that photo."""
+    """One person, seen in one or several photos. Points and boxes are in pixels of the first of them."""
 
-    embedding: NDArray[np.float32]
-    """(512,), as the recognition model gives it, not normalised."""
+    embeddings: Mapping[str, NDArray[np.float32]]
+    """(512,) each, by the recogniser: `antelopev2` as it is, `ir_se50` of length 1. Of several photos the mean."""
     keypoints: NDArray[np.float32]
     """(5, 2), x and y of left eye, right eye, nose, left and right corner of the mouth, left as seen in the picture."""
     box: tuple[float, float, float, float]
@@ -43,18 +44,31 @@ class FaceFeatures:
     score: float
     """Of the detector, 0 to 1."""
     faces_found: int
+    """In the first photo, of those that are large enough."""
     photo_size: tuple[int, int]
-    """Width, height."""
+    """Width, height of the first photo."""
+    digest: str
+    """sha256 of the photos' pixels."""
+
+    def embedding(self, recogniser: str) -> NDArray[np.float32]:
+        """(512,) by that recogniser and no other: to a network trained with one, another's is another person.
+
+        Raises StageError where it was not made.
+        """
+        if recogniser not in self.embeddings:
+            raise StageError(
+                f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'nothing'}, {recogniser} is needed; "
+                f"its weights stand in the profile, `also: {{{recogniser}: ...}}` of actors.instantid"
+            )
+        return self.embeddings[recogniser]
 
 
 class Artefacts(TypedDict, total=False):
     """What travels between stages. Later stages replace `image`."""
 
-    photo: Image
-    """The reference photo, upright."""
+    photos: tuple[Image, ...]
+    """Of one person, upright."""
     face: FaceFeatures
-    pose: Image
-    """The face's keypoints drawn at the size of the shot."""
     image: Image
     frames: Frames
     hd_frames: Frames
@@ -75,6 +89,10 @@ class StageParams(BaseModel):
 
     weights: Path
     """A local folder or file. Nothing is ever downloaded by a stage."""
+    also: dict[str, Path] = Field(default_factory=dict)
+    """Further weights by name, which some shots need and others do not; those that are on this machine."""
+    missing: dict[str, str] = Field(default_factory=dict)
+    """Name of further weights that are not -> a sentence that says what to do about it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)
@@ -82,8 +100,15 @@ class StageParams(BaseModel):
 
     def for_key(self) -> dict[str, Any]:
         """What of these changes bytes, beside the weights, which a content key has by their digest."""
-        ignored = {"weights"} if self.device == "cpu" else {"weights", "threads"}
-        return self.model_dump(mode="json", exclude=ignored)
+        ignored = {"weights", "also", "missing"}
+        return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
+
+    def also_at(self, name: str) -> Path:
+        """Where further weights lie. Raises MissingWeights where they do not."""
+        if name not in self.also:
+            why = self.missing.get(name, f"the profile does not name them; add `also: {{{name}: ...}}` to their actor")
+            raise MissingWeights(f"{name}: {why}")
+        return self.also[name]
 
     def resolved(self) -> Self:
         """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
@@ -103,8 +128,12 @@ class Stage(ABC, Generic[P]):
     """Stages that name the same actor share weights and must live in one process."""
     reads: ClassVar[tuple[str, ...]]
     """Fields of the shot."""
+    steered_reads: ClassVar[tuple[str, ...]] = ()
+    """Fields beside `reads` of a shot that a person steers here; of other shots they are not part of a key."""
     takes: ClassVar[tuple[str, ...]]
     """Artefacts this stage needs."""
+    steered_takes: ClassVar[tuple[str, ...]] = ()
+    """Artefacts beside `takes` that it needs for a shot that a person steers here."""
     writes: ClassVar[tuple[str, ...]]
     """Artefacts this stage gives."""
     keeps: ClassVar[str | None] = None
@@ -118,6 +147,21 @@ class Stage(ABC, Generic[P]):
     @abstractmethod
     def applies(shot: Shot) -> bool:
         """Whether the shot passes through this stage."""
+
+    @staticmethod
+    def steered(shot: Shot) -> bool:
+        """Whether a person has a say in what this stage does with the shot."""
+        return False
+
+    @classmethod
+    def needs(cls, shot: Shot) -> tuple[str, ...]:
+        """The artefacts that it needs for the shot."""
+        return (*cls.takes, *cls.steered_takes) if cls.steered(shot) else cls.takes
+
+    @classmethod
+    def also(cls) -> Collection[str]:
+        """Names of the further weights that a profile may give to this stage's actor."""
+        return ()
 
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.base import REFERENCE_PIXELS, StageParams
+from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
 
 SCHNELL_TEXT_TOKENS = 256
@@ -187,12 +187,6 @@ class FluxModel:
             raise StageError(
                 f"lora {file.name}: acts on nothing in these FLUX weights; it was trained for another model, or not trained"
             )
-
-
-def flux_work(shot: Shot, steps: int | None) -> float:
-    """A pass over the whole schedule, in those of the reference shot. A negative prompt costs a second pass a step."""
-    passes = 2 if shot.negative_prompt else 1
-    return shot.width * shot.height / REFERENCE_PIXELS * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
 
 @contextmanager

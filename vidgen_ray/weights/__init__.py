@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,19 +16,12 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.local_cache import cache_dir
 
 
-def _tiny(name: str) -> Callable[[Path], None]:
+def _tiny(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
     def build(folder: Path) -> None:
-        from vidgen_ray.weights import tiny_diffusion
-
-        getattr(tiny_diffusion, f"build_{name}")(folder)
+        recipes = import_module(f"vidgen_ray.weights.{module}")
+        getattr(recipes, f"build_{name}")(folder)
 
     return build
-
-
-def _tiny_face_pack(folder: Path) -> None:
-    from vidgen_ray.weights import tiny_faces
-
-    tiny_faces.build(folder)
 
 
 def _realesrgan(folder: Path) -> None:
@@ -40,9 +34,13 @@ BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
     "tiny/flux": (1, _tiny("flux")),
     "tiny/flux-schnell": (1, _tiny("flux_schnell")),
     "tiny/lora.safetensors": (1, _tiny("lora")),
+    "tiny/infusenet": (1, _tiny("infusenet", "tiny_identity")),
+    "tiny/sdxl": (1, _tiny("sdxl", "tiny_identity")),
+    "tiny/instantid-sdxl": (1, _tiny("instantid_sdxl", "tiny_identity")),
     "tiny/hunyuandit": (1, _tiny("hunyuandit")),
     "tiny/svd": (1, _tiny("svd")),
-    "tiny/antelopev2": (1, _tiny_face_pack),
+    "tiny/antelopev2": (1, _tiny("antelopev2", "tiny_faces")),
+    "tiny/ir_se50.pth": (1, _tiny("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
 }
 """Name -> (version of the recipe, what builds it at a path: a folder, or a file where the name has an ending)."""

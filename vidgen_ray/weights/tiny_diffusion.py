@@ -111,7 +111,7 @@ def build_hunyuandit(folder: Path) -> None:
         steps_offset=1,
     )
     HunyuanDiTPipeline(
-        vae=_autoencoder(latent_channels=4, scaling_factor=0.13025, shift_factor=None, quant_conv=True),
+        vae=autoencoder(latent_channels=4, scaling_factor=0.13025, shift_factor=None, quant_conv=True),
         text_encoder=bert.eval(),
         tokenizer=bert_tokenizer,
         transformer=transformer.eval(),
@@ -192,7 +192,7 @@ def build_svd(folder: Path) -> None:
 
 
 def _flux_pipeline(guidance: bool) -> Any:
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer(512 if guidance else 256)
+    for_clip, for_t5 = clip_tokenizer(), _t5_tokenizer(512 if guidance else 256)
     transformer = _flux_transformer(guidance)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -204,11 +204,11 @@ def _flux_pipeline(guidance: bool) -> Any:
             base_image_seq_len=256,
             max_image_seq_len=4096,
         ),
-        vae=_autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
-        text_encoder=_clip_text_encoder(clip_tokenizer),
-        tokenizer=clip_tokenizer,
-        text_encoder_2=_t5_encoder(t5_tokenizer),
-        tokenizer_2=t5_tokenizer,
+        vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
+        text_encoder=clip_text_encoder(for_clip),
+        tokenizer=for_clip,
+        text_encoder_2=_t5_encoder(for_t5),
+        tokenizer_2=for_t5,
         transformer=transformer,
     )
 
@@ -229,7 +229,7 @@ def _flux_transformer(guidance: bool) -> Any:
     ).eval()
 
 
-def _autoencoder(latent_channels: int, scaling_factor: float, shift_factor: float | None, quant_conv: bool) -> Any:
+def autoencoder(latent_channels: int, scaling_factor: float, shift_factor: float | None, quant_conv: bool) -> Any:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -247,7 +247,7 @@ def _autoencoder(latent_channels: int, scaling_factor: float, shift_factor: floa
     ).eval()
 
 
-def _clip_text_encoder(tokenizer: Any) -> Any:
+def clip_text_encoder(tokenizer: Any) -> Any:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -283,7 +283,7 @@ def _t5_encoder(tokenizer: Any) -> Any:
     ).eval()
 
 
-def _clip_tokenizer() -> Any:
+def clip_tokenizer() -> Any:
     """Byte-level BPE without merges: any text becomes one token a byte."""
     letters = sorted(ByteLevel.alphabet())
     # The end token has the highest id, as in the real CLIP, whose pooling may look for the largest.

@@ -1,16 +1,20 @@
-"""A face pack made by hand, laid out as antelopev2: a detector and a recogniser that insightface loads unchanged.
+"""Recognisers and a detector of faces made by hand. A pack is laid out as antelopev2, and insightface loads it unchanged.
 
 The detector is not trained: it marks the peaks of a skin-coloured 32-pixel grid, always with the same box and the same
 five points in it. It finds the face in a plain portrait, and nothing on a blank wall; it does not know what a face is. The
-recogniser is a random projection: equal faces give equal embeddings, and nothing more is promised.
+recogniser is a random projection: equal faces give equal embeddings, and nothing more is promised. The same holds for the
+IR-SE50, which is narrow and random.
 """
 
 from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from vidgen_ray.nets.ir_se50 import IRSE50
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2
@@ -21,12 +25,27 @@ POINTS = ((-0.55, -0.45), (0.55, -0.45), (0.0, 0.1), (-0.45, 0.65), (0.45, 0.65)
 """Eyes, nose, corners of the mouth, in strides from the box's centre."""
 EMBEDDING = 512
 OPSET, IR_VERSION = 17, 9
+IR_SE50_WIDTHS = (4, 6, 8, 12)
+"""Rising, so that there are shortcuts of both kinds where the real network has them."""
 
 
-def build(folder: Path) -> None:
+def build_antelopev2(folder: Path) -> None:
     """Write `scrfd_10g_bnkps.onnx` and `glintr100.onnx`, the names antelopev2 has."""
     onnx.save(_detector(), folder / "scrfd_10g_bnkps.onnx")
     onnx.save(_recogniser(), folder / "glintr100.onnx")
+
+
+def build_ir_se50(file: Path) -> None:
+    """Write an IR-SE50 as `recognition_arcface_ir_se50.pth` is laid out, 1.4 MB."""
+    random = torch.Generator().manual_seed(0)
+    network = IRSE50(IR_SE50_WIDTHS)
+    for name, weights in network.named_parameters():
+        # The others are scales and shifts, which begin as ones and zeros.
+        if weights.ndim > 1:
+            weights.data.normal_(0, (2 / weights[0].numel()) ** 0.5, generator=random)
+        elif name.endswith("bias"):
+            weights.data.zero_()
+    torch.save(network.state_dict(), file)
 
 
 class _Graph:

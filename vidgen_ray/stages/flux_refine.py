@@ -1,0 +1,52 @@
+"""FLUX image to image on a picture that another model drew, so that what follows sees a picture of FLUX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Artefacts, Image, Item
+from vidgen_ray.stages.flux_stage import FluxFamilyStage, flux_work
+
+REFERENCE_STRENGTH = 0.35
+"""The `refine_strength` of a shot that names none."""
+
+
+class FluxRefineStage(FluxFamilyStage):
+    """`image` (H, W, 3) of SDXL -> `image` of the same size with the light and detail of FLUX, and much the same face.
+
+    `refine_strength` s is the share of the schedule that is run, int(steps * s) steps, at least one; 0 gives the image
+    back. A shot with LoRAs has their stage in place of this one.
+    """
+
+    name: ClassVar[str] = "refine"
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "refine_strength",
+        "steps.refine",
+        "guidance.refine",
+        "seed",
+    )
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    keeps: ClassVar[str | None] = "refine.png"
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.drawn_by_sdxl and not shot.lora
+
+    @classmethod
+    def work(cls, shot: Shot) -> float:
+        return flux_work(shot, shot.steps.refine) * shot.refine_strength / REFERENCE_STRENGTH
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": self._refined(item)} for item in items]
+
+    def _refined(self, item: Item) -> Image:
+        shot = item.shot
+        return self.image_to_image(item, strength=shot.refine_strength, steps=shot.steps.refine, guidance=shot.guidance.refine)

@@ -1,0 +1,164 @@
+"""A person injected into FLUX by InfuseNet: what its blocks say of a step is added to the transformer's.
+
+Knows how a step of FluxModel's pipelines looks; the networks are in `nets/infusenet.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from vidgen_ray.errors import StageError
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Image, noise_generator
+from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
+
+if TYPE_CHECKING:
+    import torch
+
+    from vidgen_ray.nets.infusenet import IdentityControlNet
+    from vidgen_ray.stages.flux_model import FluxModel
+
+MUST_AGREE = ("in_channels", "num_attention_heads", "attention_head_dim", "axes_dims_rope", "pooled_projection_dim")
+"""Of InfuseNet's configuration with the transformer's."""
+
+
+class InfuseNetInjector(FluxInjector):
+    """FluxModel's own pipelines, with InfuseNet looking in before the transformer at every step.
+
+    The results are bitwise those of diffusers `FluxControlNetPipeline` and `FluxControlNetImg2ImgPipeline` with the same
+    latents. Those are not used: they draw the pose's latents from the generator before the noise, so that a seed would
+    mean another picture with a face than without; and the image-to-image one takes no negative prompt.
+    Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
+    """
+
+    name: ClassVar[str] = "infusenet"
+    embedding: ClassVar[str] = "ir_se50"
+    # As many as its parameters are of the transformer's, 2.95 of 11.9 billion: it sees the same patches.
+    passes: ClassVar[float] = 0.25
+
+    def __init__(self, model: FluxModel, weights: Path) -> None:
+        from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
+        from vidgen_ray.nets.model_folder import require_same
+
+        self.model = model
+        transformer = model.text_to_image.transformer
+        self.infusenet = load_infusenet(weights, transformer.dtype, model.device)
+        require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
+
+    def move(self, device: str) -> None:
+        self.infusenet.to(device)
+
+    @contextmanager
+    def injecting(
+        self,
+        embedding: NDArray[np.float32],
+        pose: Image,
+        shot: Shot,
+        stage: str,
+        *,
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> Iterator[FluxCalls]:
+        import torch
+
+        if not 0 <= start < end <= 1:
+            raise StageError(f"identity: got start {start} and end {end}, must be 0 <= start < end <= 1")
+        size = self.infusenet.resampler.sizes.embedding
+        if embedding.shape != (size,):
+            raise StageError(f"face: got an embedding of shape {embedding.shape}, {self.name} takes {size} numbers")
+        if shot.identity_strength == 0:
+            yield self.model
+            return
+        person = _Person(
+            net=self.infusenet.net,
+            pose=self._pose_latents(pose, noise_generator(shot, f"{stage}/pose")),
+            strength=shot.identity_strength,
+            start=start,
+            end=end,
+        )
+        tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
+        with self.infusenet.net.identity(tokens):
+            yield _PersonalCalls(
+                partial(person.steer, self.model.text_to_image), partial(person.steer, self.model.image_to_image)
+            )
+
+    def _pose_latents(self, pose: Image, generator: torch.Generator) -> torch.Tensor:
+        """The picture as the autoencoder sees it, a sample, packed as FLUX packs latents: (1, H/16 * W/16, 64)."""
+        import torch
+
+        pipe, vae = self.model.text_to_image, self.model.text_to_image.vae
+        # (1, 3, H, W), -1 to 1; laid out as in diffusers' ControlNet pipelines, for the convolutions round by the layout.
+        pixels = pipe.image_processor.preprocess(PILImage.fromarray(pose)).contiguous()
+        with torch.no_grad():
+            encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample(generator)
+        latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+        packed: torch.Tensor = pipe._pack_latents(latents, *latents.shape)
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class _PersonalCalls:
+    text_to_image: Callable[..., Any]
+    image_to_image: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Person:
+    """How the net, which was told who it is, is asked at each step."""
+
+    net: IdentityControlNet
+    pose: torch.Tensor
+    strength: float
+    start: float
+    end: float
+
+    def steer(self, pipe: Any, /, **arguments: Any) -> Any:
+        """Call the pipeline with InfuseNet's residuals in every step of `start` to `end`."""
+        step, residuals = -1, {}
+
+        def add_residuals(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            nonlocal step, residuals
+            # A negative prompt makes two passes a step. Both get the residuals, as in diffusers: with them in one pass
+            # alone, as InfiniteYou has it, guidance would multiply the person by `true_cfg_scale`, too.
+            if (now := _step(pipe.scheduler)) != step:
+                step = now
+                residuals = self._residuals(kwargs) if self._has_a_say(step, pipe.num_timesteps) else {}
+            return args, kwargs | residuals
+
+        hook = pipe.transformer.register_forward_pre_hook(add_residuals, with_kwargs=True)
+        try:
+            return pipe(**arguments)
+        finally:
+            hook.remove()
+
+    def _has_a_say(self, step: int, steps: int) -> bool:
+        return self.start <= step / steps and (step + 1) / steps <= self.end
+
+    def _residuals(self, told: dict[str, Any]) -> dict[str, Any]:
+        """For the transformer, of what it is told in a pass."""
+        double, single = self.net(
+            hidden_states=told["hidden_states"],
+            controlnet_cond=self.pose,
+            conditioning_scale=self.strength,
+            timestep=told["timestep"],
+            pooled_projections=told["pooled_projections"],
+            img_ids=told["img_ids"],
+            return_dict=False,
+        )
+        return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+
+
+def _step(scheduler: Any) -> int:
+    """The step that a pipeline is in, counted from the first that it runs."""
+    first: int = scheduler.begin_index or 0
+    # Before its first step a scheduler has no index.
+    return 0 if scheduler.step_index is None else scheduler.step_index - first
