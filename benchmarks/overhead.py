@@ -49,6 +49,8 @@ class Clock:
 
     def planned(self, total: int, done_before: int, refused: int) -> None:
         self.planned_s = time.monotonic() - self.begun
+        if done_before:
+            self.ends["skipped"] = done_before
 
     def ended(self, row: Any) -> None:
         self.ends[row.status] += 1
