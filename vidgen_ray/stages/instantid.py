@@ -5,41 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams, torch_dtype
-from vidgen_ray.stages.loading import require_device
+from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams
+from vidgen_ray.stages.face_models import FaceModels, InstantIDParams, aligned, detection_files
 
 if TYPE_CHECKING:
-    from vidgen_ray.nets.faces import DetectedFace, FaceDetector, FaceEmbedder
+    from vidgen_ray.nets.faces import DetectedFace
 
 PEOPLE_REMEMBERED = 256
 MAX_ASPECT = 8
 """Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
 
 
-class InstantIDParams(StageParams):
-    """`weights` is a folder as insightface unpacks antelopev2. `dtype` is that of IR-SE50; the rest is always float32."""
+class SeenPhoto(NamedTuple):
+    """What is found in one photo of a person."""
 
-    detector: Literal["pack", "centerface"] = "pack"
-    """pack: the SCRFD in `weights`. centerface: trained weights that come with an installed package; of `weights` only
-    the recogniser is read then."""
-    ir_se50: Path | None = None
-    """recognition_arcface_ir_se50.pth, or an ONNX export of it, for the embedding that InfuseNet needs; none: not made."""
-    detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field((640, 320, 160), min_length=1)
-    """Tried in turn until a face is found; a smaller size finds a face that fills the photo."""
-    min_score: float = Field(0.5, ge=0, le=1)
-    min_face_px: int = Field(24, ge=1)
-    """The shorter side of the smallest face that counts."""
-
-    def for_key(self) -> dict[str, Any]:
-        # Its digest is in the key, as that of all weights is.
-        return {name: value for name, value in super().for_key().items() if name != "ir_se50"}
+    faces: Sequence[DetectedFace]
+    """Those that are large enough."""
+    chosen: DetectedFace
+    crop: Image
+    """The chosen face, aligned: (112, 112, 3) in BGR."""
 
 
 class InstantIDStage(Stage[InstantIDParams]):
@@ -66,46 +56,18 @@ class InstantIDStage(Stage[InstantIDParams]):
 
     @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
-        from vidgen_ray.nets import centerface
-
-        detector = (centerface.model_file(),) if params.detector == "centerface" else ()
-        return (params.weights, *detector, *filter(None, [params.ir_se50]))
+        return (*detection_files(params), *filter(None, [params.ir_se50]))
 
     def load(self) -> None:
-        from vidgen_ray.nets.centerface import CenterFace
-        from vidgen_ray.nets.face_pack import PackDetector, PackRecogniser, open_pack
-
-        params = self.params
-        on = (params.device, params.threads)
-        tasks = ("detection", "recognition") if params.detector == "pack" else ("recognition",)
-        pack = open_pack(params.weights, tasks, *on)
-        self._detector: FaceDetector = (
-            PackDetector(pack["detection"], params.min_score)
-            if params.detector == "pack"
-            else CenterFace(params.min_score, *on)
-        )
-        self._recogniser: FaceEmbedder = PackRecogniser(pack["recognition"])
-        self._embedders: dict[str, FaceEmbedder] = {"antelopev2": self._recogniser}
-        if params.ir_se50 is not None:
-            from vidgen_ray.nets.ir_se50 import IRSE50Embedder
-
-            require_device(params.device)
-            self._embedders["ir_se50"] = IRSE50Embedder(
-                params.ir_se50, params.device, torch_dtype(params.dtype), params.threads
-            )
+        self._models = FaceModels.shared(self.params)
         self._known: dict[tuple[str, int | None], FaceFeatures] = {}
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [self._features_and_pose(item) for item in items]
 
     def _features_and_pose(self, item: Item) -> Artefacts:
-        from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints, onto_canvas
-
         face = self.features([item.artefacts["photo"]])
-        width, height = item.shot.width, item.shot.height
-        points = onto_canvas(face.keypoints, face.photo_size, (width, height))
-        scale = (width * height / TRAINING_AREA_PX) ** 0.5
-        return {"face": face, "pose": draw_keypoints(points, width, height, scale)}
+        return {"face": face, "pose": pose_picture(face, item.shot.width, item.shot.height)}
 
     def features(self, photos: Sequence[Image], face_index: int | None = None) -> FaceFeatures:
         """The features of one person in one or several photos; the same photos are looked at once.
@@ -125,46 +87,49 @@ class InstantIDStage(Stage[InstantIDParams]):
     def _look(self, photos: Sequence[Image], face_index: int | None, digest: str) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
+        seen = self.seen(photos, face_index)
+        face, crops = seen[0].chosen, np.stack([one.crop for one in seen])
+        return FaceFeatures(
+            embeddings={
+                name: mean_embedding(embedder.embed(crops), embedder.normalised)
+                for name, embedder in self._models.embedders.items()
+            },
+            keypoints=face.keypoints,
+            box=face.box,
+            score=face.score,
+            faces_found=len(seen[0].faces),
+            photo_size=(photos[0].shape[1], photos[0].shape[0]),
+            digest=digest,
+        )
+
+    def seen(self, photos: Sequence[Image], face_index: int | None = None) -> list[SeenPhoto]:
+        """What is found in each photo, and which face counts there; see `features`."""
         if not photos:
             raise StageError("face_image: got no photo, at least one is needed")
         names = [f"face_image {i} of {len(photos)}" if len(photos) > 1 else "face_image" for i in range(1, len(photos) + 1)]
         found = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
         face = _chosen(found[0], face_index, self.params.min_face_px)
-        first = _crop(photos[0], face)
-        others = (self._most_alike(first, photo, faces) for photo, faces in zip(photos[1:], found[1:], strict=True))
-        crops = np.stack([first, *others])
-        return FaceFeatures(
-            embeddings={
-                name: mean_embedding(embedder.embed(crops), embedder.normalised) for name, embedder in self._embedders.items()
-            },
-            keypoints=face.keypoints,
-            box=face.box,
-            score=face.score,
-            faces_found=len(found[0]),
-            photo_size=(photos[0].shape[1], photos[0].shape[0]),
-            digest=digest,
-        )
+        first = SeenPhoto(found[0], face, aligned(photos[0], face))
+        further = zip(photos[1:], found[1:], strict=True)
+        return [first, *(self._most_alike(first.crop, photo, faces) for photo, faces in further)]
 
-    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> Image:
-        """Of the faces of another photo, cropped, the one most like `crop`."""
+    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> SeenPhoto:
+        """Of the faces of another photo the one most like `crop` counts."""
         from vidgen_ray.nets.faces import most_alike
 
-        candidates = [_crop(photo, face) for face in faces]
-        if len(candidates) == 1:
-            return candidates[0]
-        embeddings = self._recogniser.embed(np.stack([crop, *candidates]))
-        return candidates[most_alike(embeddings[1:], embeddings[0])]
+        crops = [aligned(photo, face) for face in faces]
+        number = 0
+        if len(faces) > 1:
+            embeddings = self._models.embed([crop, *crops])
+            number = most_alike(embeddings[1:], embeddings[0])
+        return SeenPhoto(faces, faces[number], crops[number])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:
         """The faces of at least `min_face_px`, at least one. `name` is how the photo is called in a StageError."""
         height_px, width_px = photo.shape[:2]
         if max(height_px, width_px) > MAX_ASPECT * min(height_px, width_px):
             raise StageError(f"{name}: got {width_px}x{height_px}, one side may be at most {MAX_ASPECT} times the other")
-        faces: list[DetectedFace] = []
-        for size_px in self.params.detection_sizes_px:
-            faces = self._detector.detect(photo, size_px)
-            if faces:
-                break
+        faces = self._models.detect(photo)
         if not faces:
             raise StageError(f"{name}: no face found; give a photo in which the face is upright and well visible")
         large = [face for face in faces if face.side_px >= self.params.min_face_px]
@@ -176,11 +141,12 @@ class InstantIDStage(Stage[InstantIDParams]):
         return large
 
 
-def _crop(photo: Image, face: DetectedFace) -> Image:
-    """The aligned face (112, 112, 3) in BGR, as recognisers are given it."""
-    from vidgen_ray.nets.face_alignment import norm_crop
+def pose_picture(face: FaceFeatures, width: int, height: int) -> Image:
+    """The face's keypoints (height, width, 3), where they fall when the photo is scaled to the shorter side and centred."""
+    from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints, onto_canvas
 
-    return norm_crop(photo, face.keypoints)[:, :, ::-1]
+    points = onto_canvas(face.keypoints, face.photo_size, (width, height))
+    return draw_keypoints(points, width, height, (width * height / TRAINING_AREA_PX) ** 0.5)
 
 
 def _chosen(faces: Sequence[DetectedFace], index: int | None, min_face_px: int) -> DetectedFace:
