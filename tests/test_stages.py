@@ -8,6 +8,7 @@ import pytest
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
 LORA = str(resolve("builtin:tiny/lora.safetensors"))
@@ -27,10 +28,18 @@ class Spy:
         return value
 
 
+@pytest.fixture(scope="module")
+def face(tiny, photo):
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        return stage.features([photo])
+
+
 @pytest.fixture
-def item(make_shot, photo):
+def item(make_shot, photo, face):
     y, x = np.mgrid[0:64, 0:128]
     picture = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
+    # The tiny detector's idea of a face.
+    picture[(x - 64) ** 2 + (y - 32) ** 2 < 20**2] = (224, 172, 140)
     shot = make_shot(
         face_image="x.jpg",
         negative_prompt="blurred",
@@ -39,7 +48,8 @@ def item(make_shot, photo):
         style_prompt="ink",
         num_frames=4,
     )
-    return Item(shot, {"photo": photo, "image": picture, "frames": np.repeat(picture[None], 4, axis=0)})
+    frames = np.repeat(picture[None], 4, axis=0)
+    return Item(shot, {"photo": photo, "face": face, "image": picture, "frames": frames})
 
 
 @pytest.fixture(scope="module", params=STAGES, ids=lambda stage: stage.name)
@@ -87,11 +97,13 @@ def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item)
 
 
 def test_what_a_stage_is_given_stays_as_it_was(loaded, item):
-    for value in item.artefacts.values():
+    pictures = {name: value for name, value in item.artefacts.items() if name != "face"}
+    face = item.artefacts["face"]
+    for value in [*pictures.values(), *face.embeddings.values(), face.keypoints]:
         value.setflags(write=False)
-    before = {name: value.copy() for name, value in item.artefacts.items()}
+    before = {name: value.copy() for name, value in pictures.items()}
     loaded([item])
-    assert all(np.array_equal(before[name], value) for name, value in item.artefacts.items())
+    assert all(np.array_equal(before[name], value) for name, value in pictures.items())
 
 
 def test_parameters_travel_to_other_processes(loaded):

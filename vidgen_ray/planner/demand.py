@@ -33,7 +33,16 @@ FFV1_BYTES_PER_PIXEL = 1.3
 SHOT_BYTES = 8192
 """shot.json and the row of the manifest."""
 
-ASSUMED_SECONDS = {"instantid": 0.1, "flux": 6.7, "lora": 4.0, "hunyuan": 6.0, "svd": 22.6, "realesrgan": 3.0}
+ASSUMED_SECONDS = {
+    "instantid": 0.1,
+    "flux": 6.7,
+    "lora": 4.0,
+    "hunyuan": 6.0,
+    "image_likeness": 0.1,
+    "svd": 22.6,
+    "clip_likeness": 0.5,
+    "realesrgan": 3.0,
+}
 """Of the reference shot on an H100, for profiles that do not say."""
 ASSUMED_SPREAD = 0.3
 """Of seconds that were not measured here."""

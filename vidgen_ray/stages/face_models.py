@@ -61,6 +61,7 @@ class FaceModels:
         on = (params.device, params.threads)
         tasks = ("detection", "recognition") if params.detector == "pack" else ("recognition",)
         pack = open_pack(params.weights, tasks, *on)
+        self.min_face_px = params.min_face_px
         self._sizes_px = params.detection_sizes_px
         self._detector: FaceDetector = (
             PackDetector(pack["detection"], params.min_score)

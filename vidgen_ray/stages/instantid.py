@@ -26,7 +26,7 @@ class SeenPhoto(NamedTuple):
     """What is found in one photo of a person."""
 
     faces: Sequence[DetectedFace]
-    """Those that are large enough."""
+    """Those that are large enough, from the left."""
     chosen: DetectedFace
     crop: Image
     """The chosen face, aligned: (112, 112, 3) in BGR."""
@@ -125,7 +125,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         return SeenPhoto(faces, faces[number], crops[number])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:
-        """The faces of at least `min_face_px`, at least one. `name` is how the photo is called in a StageError."""
+        """One or more faces of at least `min_face_px`, from the left. `name` is how the photo is called in a StageError."""
         height_px, width_px = photo.shape[:2]
         if max(height_px, width_px) > MAX_ASPECT * min(height_px, width_px):
             raise StageError(f"{name}: got {width_px}x{height_px}, one side may be at most {MAX_ASPECT} times the other")
@@ -138,7 +138,7 @@ class InstantIDStage(Stage[InstantIDParams]):
                 f"{name}: the largest face is {max(face.side_px for face in faces):.0f} px, "
                 f"at least {self.params.min_face_px} px are needed; give a closer photo"
             )
-        return large
+        return sorted(large, key=lambda face: (face.box[0] + face.box[2], face.box[1] + face.box[3]))
 
 
 def pose_picture(face: FaceFeatures, width: int, height: int) -> Image:
@@ -158,7 +158,7 @@ def _chosen(faces: Sequence[DetectedFace], index: int | None, min_face_px: int) 
             f"face_index: got {index}, must be from 0 to {len(faces) - 1}: "
             f"{len(faces)} faces of at least {min_face_px} px were found, counted from the left"
         )
-    return sorted(faces, key=lambda face: (face.box[0] + face.box[2], face.box[1] + face.box[3]))[index]
+    return faces[index]
 
 
 def _digest(photos: Sequence[Image]) -> str:
