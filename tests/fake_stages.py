@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vidgen_ray.stages.base import FaceFeatures
+from vidgen_ray.stages.base import FaceFeatures, Likeness
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 
@@ -70,6 +71,11 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
         return {"image": artefacts["image"][::-1]}
 
 
+class FakeImageLikeness(FakeStage, ImageLikenessStage):
+    def one(self, shot, artefacts):
+        return {"image_likeness": Likeness((0.5,))}
+
+
 class FakeSVD(FakeStage, SVDStage):
     def one(self, shot, artefacts):
         if shot.prompt == "lean" and self.params.decode_chunk_frames > 2:
@@ -77,9 +83,25 @@ class FakeSVD(FakeStage, SVDStage):
         return {"frames": np.stack([np.roll(artefacts["image"], n, 1) for n in range(shot.num_frames)])}
 
 
+class FakeClipLikeness(FakeStage, ClipLikenessStage):
+    def one(self, shot, artefacts):
+        return {"clip_likeness": Likeness((0.5, None, 0.25))}
+
+
 class FakeRealESRGAN(FakeStage, RealESRGANStage):
     def upscale(self, frames, scale, upscaler):
         return frames.repeat(scale, 1).repeat(scale, 2)
 
 
-FAKES = {stage.name: stage for stage in (FakeInstantID, FakeFlux, FakeLoRA, FakeSVD, FakeRealESRGAN)}
+FAKES = {
+    stage.name: stage
+    for stage in (
+        FakeInstantID,
+        FakeFlux,
+        FakeLoRA,
+        FakeImageLikeness,
+        FakeSVD,
+        FakeClipLikeness,
+        FakeRealESRGAN,
+    )
+}

@@ -11,6 +11,7 @@ from vidgen_ray.media import open_video
 from vidgen_ray.shot import Shot
 
 from .conftest import ASTRONAUT, EXAMPLES
+from .test_faces import BOX, GROUP, POINTS
 
 
 def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
@@ -45,6 +46,11 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
         (["shot", "a", "-s", "prompt=b"], 2, "which is the argument of this command"),
         (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
         (["schema", "cast"], 2, "must be one of shot, profile, manifest"),
+        (["identity", "show"], 2, "Missing argument"),
+        (["identity", "show", "gone.jpg"], 1, "gone.jpg: no such file"),
+        (["identity", "show", str(ASTRONAUT), "-o", "x.gif"], 2, "must end in .png, .jpg, .jpeg"),
+        (["identity", "show", str(ASTRONAUT), "-o", "/proc/x.png"], 4, "/proc/x.png: cannot be written"),
+        (["identity", "show", str(ASTRONAUT), "--face-index", "1"], 1, "face_index: got 1, must be from 0 to 0"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_an_exit_code(arguments, code, says, capsys):
@@ -104,3 +110,42 @@ def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
 def test_schema_is_json_schema(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == Shot.model_json_schema()
+
+
+def test_identity_show_draws_the_real_face_where_it_is(tmp_path, capsys):
+    """The numbers are those of tests/test_faces.py, which two networks agree on."""
+    drawn = tmp_path / "new" / "astronaut.png"
+    assert main(["identity", "show", str(ASTRONAUT), "-o", str(drawn), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (photo,) = told["photos"]
+    (face,) = photo["faces"]
+    assert np.abs(np.subtract(face["box"], BOX)).max() < 2
+    assert np.abs(np.subtract(photo["keypoints"], POINTS)).max() < 2
+    assert (photo["size"], face["chosen"], face["score"] > 0.85) == ([512, 512], True, True)
+    assert (told["embeddings"]["antelopev2"]["numbers"], len(told["digest"]), told["drawn"]) == (512, 64, str(drawn))
+    picture = np.asarray(Image.open(drawn)).astype(int)
+    # The photo is drawn from (12, 32) at 480 of its 512 pixels; its box is green.
+    left, top, _, bottom = (round(side * 480 / 512) for side in BOX)
+    middle = picture[32 + (top + bottom) // 2, 12 + left - 3 : 12 + left + 6]
+    assert (np.abs(middle - (74, 222, 128)).sum(-1) < 30).any()
+    assert len(np.unique(picture[32:242, 740:1160].reshape(-1, 3), axis=0)) > 5, "the keypoint picture"
+
+
+def test_identity_show_of_a_photo_without_a_face_draws_nothing(tmp_path, capsys):
+    wall = tmp_path / "wall.png"
+    Image.new("RGB", (200, 200), "grey").save(wall)
+    assert main(["identity", "show", str(ASTRONAUT), str(wall), "-o", str(tmp_path / "drawn.png")]) == 1
+    assert "vidgen: face_image 2 of 2: no face found; give a photo" in capsys.readouterr().err
+    assert not (tmp_path / "drawn.png").exists()
+
+
+def test_identity_show_numbers_several_people_and_takes_the_one_that_is_asked_for(tmp_path, capsys):
+    arguments = ["identity", "show", str(GROUP), str(ASTRONAUT), "-o", str(tmp_path / "group.jpg"), "--face-index", "4"]
+    assert main([*arguments, "--json"]) == 0
+    group, astronaut = json.loads(capsys.readouterr().out)["photos"]
+    assert [face["chosen"] for face in group["faces"]] == [False, False, False, False, True, False]
+    assert [face["chosen"] for face in astronaut["faces"]] == [True]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "107x142 px at 903, 61" in said
+    assert "embedding antelopev2: 512 numbers" in said

@@ -24,14 +24,18 @@ def names(**fields):
     ("fields", "expected"),
     [
         ({}, "flux svd realesrgan"),
-        ({"face_image": "x.jpg"}, "instantid flux svd realesrgan"),
+        ({"face_image": "x.jpg"}, "instantid flux image_likeness svd clip_likeness realesrgan"),
+        ({"face_image": "x.jpg", "image": "x.png", "generate_video": False}, "instantid image_likeness"),
         ({"lora": LORA}, "flux lora svd realesrgan"),
         ({"lora": LORA, "use_hunyuan_style": True}, "flux lora hunyuan svd realesrgan"),
         ({"upscale_video": False}, "flux svd"),
         ({"generate_video": False}, "flux"),
         ({"image": "x.png"}, "svd realesrgan"),
         ({"image": "x.png", "lora": LORA, "generate_video": False}, "lora"),
-        ({"mode": "fast", "lora": LORA, "use_hunyuan_style": True, "face_image": "x"}, "instantid flux svd realesrgan"),
+        (
+            {"mode": "fast", "lora": LORA, "use_hunyuan_style": True, "face_image": "x", "upscale_video": False},
+            "instantid flux image_likeness svd clip_likeness",
+        ),
         ({"mode": "fast", "lora": LORA, "image": "x.png", "generate_video": False}, "lora"),
         ({"face_image": "x", "image": "x.png", "generate_video": False}, "instantid"),
         ({"face_image": "x", "identity": "none", "generate_video": False}, "instantid flux"),
@@ -140,13 +144,19 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
 
     assert changed(plan(with_actor("svd", weights=str(resolve("builtin:tiny/svd")))), plan()) == []
     schnell = plan(with_actor("flux", weights="builtin:tiny/flux-schnell"))
-    assert changed(schnell, plan()) == ["flux", "lora", "hunyuan", "svd", "realesrgan"]
-    assert changed(plan(with_actor("svd", options={"decode_chunk_frames": 2})), plan()) == ["svd", "realesrgan"]
+    assert changed(schnell, plan()) == [
+        "flux", "lora", "hunyuan", "image_likeness", "svd", "clip_likeness", "realesrgan"
+    ]  # fmt: skip
+    assert changed(plan(with_actor("svd", options={"decode_chunk_frames": 2})), plan()) == [
+        "svd",
+        "clip_likeness",
+        "realesrgan",
+    ]
     assert changed(plan(with_actor("realesrgan", dtype="bfloat16")), plan()) == ["realesrgan"]
     assert changed(plan(with_actor("svd", memory_gb=9.0, seconds={"svd": 3.0}, timeout_s=5.0)), plan()) == []
     # The number of threads changes the last bits on a CPU, and a GPU has others.
-    assert changed(plan(with_actor("svd", cpus=3)), plan()) == ["svd", "realesrgan"]
-    assert changed(plan(with_actor("svd", device="cuda")), plan()) == ["svd", "realesrgan"]
+    assert changed(plan(with_actor("svd", cpus=3)), plan()) == ["svd", "clip_likeness", "realesrgan"]
+    assert changed(plan(with_actor("svd", device="cuda")), plan()) == ["svd", "clip_likeness", "realesrgan"]
     assert changed(plan(with_actor("svd", device="cuda")), plan(with_actor("svd", device="cuda", cpus=3))) == []
     assert changed(plan(with_actor("flux", options={"text_tokens": 64, "adapters_kept": 9})), plan()) == []
     moved = shutil.copytree(resolve("builtin:tiny/infusenet"), tmp_path / "infusenet")
@@ -213,11 +223,11 @@ EVERYTHING = {
         (EVERYTHING, "0c4cd5367c5c01e0e8bd8a3d95cfd24b6760f0729a25f3d74d2dcbe0b5a81cfe"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
-            "3b3f60dd92e44870b072cea5eb5e9a50b419a9376a56e9629a947f0cd83c2a50",
+            "960aa8a469333969ebae0c762e9cf6d7d4fe12115a5ffb1c776424a06c193bb7",
         ),
         (
             {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},
-            "0079db2a562de519f9b8880b05e2efecb94c8e3b8242d994e793b573772f1b18",
+            "25eb502ba2dfbd19f45bb026ed140e32cfac6d6455dbea32233cd45701713390",
         ),
     ],
 )

@@ -50,9 +50,11 @@ def test_the_call_of_the_readme(pipeline):
             assert (video.width, video.height) == size
             assert (video.frame_count, float(video.fps)) == (6, 5.0)
     record = json.loads((result["video"].parent / "shot.json").read_text())
-    assert [s["stage"] for s in record["stages"]] == ["instantid", "flux", "lora", "hunyuan", "svd", "realesrgan"]
+    assert [s["stage"] for s in record["stages"]] == [
+        "instantid", "flux", "lora", "hunyuan", "image_likeness", "svd", "clip_likeness", "realesrgan"
+    ]  # fmt: skip
     assert record["seeds"]["flux"] == 7
-    assert len(set(record["seeds"].values())) == 6, "stages do not share noise"
+    assert len(set(record["seeds"].values())) == 8, "stages do not share noise"
     for name, file in record["files"].items():
         assert sha256_of(result["video"].parent / name) == file["sha256"]
 

@@ -40,6 +40,8 @@ def item(make_shot, photo, face):
     """Of a person who steers FLUX."""
     y, x = np.mgrid[0:64, 0:128]
     picture = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
+    # The tiny detector's idea of a face.
+    picture[(x - 64) ** 2 + (y - 32) ** 2 < 20**2] = (224, 172, 140)
     shot = make_shot(
         face_image="x.jpg",
         negative_prompt="blurred",
@@ -48,7 +50,8 @@ def item(make_shot, photo, face):
         style_prompt="ink",
         num_frames=4,
     )
-    return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": np.repeat(picture[None], 4, axis=0)})
+    frames = np.repeat(picture[None], 4, axis=0)
+    return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": frames})
 
 
 def varied(item, **fields):

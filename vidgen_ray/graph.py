@@ -20,13 +20,15 @@ from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.identity import injector_class
-from vidgen_ray.stages.instantid import PACK, InstantIDStage
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
+from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
@@ -38,7 +40,9 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     FluxRefineStage,
     FluxLoRAStage,
     HunyuanDiTStage,
+    ImageLikenessStage,
     SVDStage,
+    ClipLikenessStage,
     RealESRGANStage,
 )
 """In the order in which a shot passes them. A new stage is one new file and one line here."""
@@ -58,8 +62,8 @@ PLAIN_FIELDS = tuple(
 """The fields that count in a key as they are; `steps.flux` looks inside."""
 WEIGHTS_REMEMBERED = 4096
 """Combinations of a stage, a method of identity, LoRAs and an upscaler. And files, by their path."""
-OUTPUT_VERSION = 1
-"""Raised when encoding or the set of files of a shot changes."""
+OUTPUT_VERSION = 2
+"""Raised when encoding, the set of files of a shot or its record changes."""
 
 
 class Step(BaseModel):
@@ -81,6 +85,10 @@ class ShotPlan(BaseModel):
     shot: Shot
     steps: tuple[Step, ...]
     key: str
+    number: int = 1
+    """Which try this is, counted from 1."""
+    again: tuple["ShotPlan", ...] = ()
+    """The further tries, in order: the same shot with other seeds, under the same key, for where this one is too unlike."""
 
 
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
@@ -114,7 +122,7 @@ def _check_recognisers(profile: Profile) -> None:
         return
     for name in flux.also:
         needed = injector_class(name).embedding
-        if needed not in (PACK, *faces.also):
+        if needed not in (RECOGNISER, *faces.also):
             raise ProfileError(
                 f"profile {profile.name}, actors.{FluxStage.actor}.also: {name} is told a face by {needed}; "
                 f"add `also: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
@@ -157,6 +165,19 @@ class ShotPlanner:
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError where the shot names something that is not there."""
+        steps, last = self._steps_of(shot)
+        judged = InstantIDStage.applies(shot) and shot.min_identity is not None
+        # How often is part of it, too: what fails after two tries may be done after three.
+        rule = f",{_json(shot.min_identity)},{shot.retries}" if judged else ""
+        key = _sha256(f'{self._end}"{last}"{rule}]')
+        again = []
+        for number in range(1, shot.retries + 1) if judged else ():
+            other = shot.again(number)
+            again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, number=number + 1))
+        return ShotPlan(shot=shot, steps=steps, key=key, again=tuple(again))
+
+    def _steps_of(self, shot: Shot) -> tuple[tuple[Step, ...], str]:
+        """The steps, and the key of what they leave."""
         texts = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
         for field in FILE_FIELDS:
             path = getattr(shot, field)
@@ -172,7 +193,7 @@ class ShotPlanner:
             weights, weights_text = self._weights_of(stage, shot)
             key = _sha256(f'{self._forms[stage.name, stage.steered(shot)] % texts},{weights_text},"{key}"]')
             steps.append(Step(stage=stage.name, key=key, weights=weights))
-        return ShotPlan(shot=shot, steps=tuple(steps), key=_sha256(f'{self._end}"{key}"]'))
+        return tuple(steps), key
 
     def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """The digests of the stage's weights, and the same as JSON."""

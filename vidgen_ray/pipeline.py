@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_of
+from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -100,12 +101,25 @@ class VideoGenerationPipeline:
         stages = [self._stage(stage) for stage in stages_of(shot)]
         on_gpu = any(stage.params.device != "cpu" for stage in stages)
         runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache)
-        upscales = RealESRGANStage.applies(shot)
-        steps = [step.stage for step in plan.steps if step.stage != RealESRGANStage.name]
-        item, records = runner.run(plan, Item(shot), steps)
+        unlike = []
+        for attempt in (plan, *plan.again):
+            try:
+                return self._rendered(runner, attempt)
+            except TooUnlike as reason:
+                unlike.append(reason)
+        raise StepFailed(LIKENESS, closest(unlike))
+
+    def _rendered(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
+        """One try. Raises TooUnlike as soon as it is known to be."""
+        item, records = Item(plan.shot), list[StepRecord]()
+        for step in plan.steps:
+            if step.stage != RealESRGANStage.name:
+                item, fresh = runner.run(plan, item, [step.stage])
+                records += fresh
+                judged(plan.shot, item.artefacts)
         files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
         with closing(files):
-            if upscales:
+            if RealESRGANStage.applies(plan.shot):
                 records.append(self._upscale(runner, plan, item, files))
             return files.commit(records)
 

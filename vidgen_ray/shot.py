@@ -92,6 +92,10 @@ class Shot(_Frozen):
     refine_strength: Strength = Field(
         0.35, description="image-to-image strength of FLUX after SDXL, for a shot without LoRA: 0 keeps SDXL's picture"
     )
+    min_identity: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="least likeness of the picture and of the clip to the face"
+    )
+    retries: int = Field(0, ge=0, le=10, description="further tries with other seeds while the likeness is below min_identity")
     lora: tuple[LoraRef, ...] = ()
     lora_strength: Strength = Field(0.6, description="image-to-image strength of the LoRA stage: 0 keeps the base image")
 
@@ -226,6 +230,12 @@ class Shot(_Frozen):
         if self.id is None:
             raise ValueError("the shot has no id yet, so no seed can be derived")
         return self.model_copy(update={"seed": _seed_from(run_seed, self.id)})
+
+    def again(self, number: int) -> "Shot":
+        """The same shot with the seed of its `number`-th further try, which follows from its own; the 0th is its own."""
+        if self.seed is None:
+            raise ValueError("the shot has no seed yet; use with_seed")
+        return self.model_copy(update={"seed": _seed_from(self.seed, "try", number)}) if number else self
 
 
 def _seed_from(*parts: object) -> int:

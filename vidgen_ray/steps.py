@@ -15,7 +15,7 @@ from vidgen_ray.gpu_memory import FREED, Turns, surviving
 from vidgen_ray.graph import ShotPlan, Step, stages_of, with_local_loras
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
-from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import Failure, LikenessRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -159,6 +159,7 @@ class ShotFiles:
         self._stages = outputs.stage_cache if keep_stages else None
         self._hd: Mp4Writer | None = None
         self._hd_open = ExitStack()
+        self._likeness = LikenessRecord.of(item.artefacts)
         artefacts = with_pictures(item, ("image",)).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
@@ -180,7 +181,7 @@ class ShotFiles:
         self._hd_open.close()
         if self._stages is not None:
             _write_stages(self._draft, self._stages)
-        return self._draft.commit(records)
+        return self._draft.commit(records, self._likeness)
 
     def close(self) -> None:
         with self._open:

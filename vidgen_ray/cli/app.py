@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stopping import stoppable
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(identity, name="identity")
 
 ScriptArgument = Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")]
 OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="The output folder, or its URL: s3://BUCKET/FOLDER.")]

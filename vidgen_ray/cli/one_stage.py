@@ -11,14 +11,15 @@ from vidgen_ray.atomic import write_atomically
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
-from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
+from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
-from vidgen_ray.steps import StepFailed, write_clip
+from vidgen_ray.steps import StepFailed, with_pictures, write_clip
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
@@ -42,6 +43,8 @@ def run_one_stage(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"{out.parent}: cannot be made ({error.strerror})") from None
+    if "face" in stage_class.needs(shot) and "face" not in artefacts:
+        artefacts["face"] = _person(profile, shot)
     with stage_class(profile.params(stage_class)) as stage:
         try:
             if isinstance(stage, RealESRGANStage) and out.suffix.lower() == ".mp4":
@@ -58,7 +61,7 @@ def run_one_stage(
 
 def _check_ending(stage: type[Stage[Any]], out: Path) -> None:
     allowed = {"face": (".json", ".png"), "image": (".png",), "frames": (".mp4",), "hd_frames": (".mp4", ".png")}
-    endings = allowed[stage.writes[0]]
+    endings = allowed.get(stage.writes[0], (".json",))
     if out.suffix.lower() not in endings:
         raise UsageError(f"--out: got {str(out)!r}, {stage.name} writes {' or '.join(endings)}")
 
@@ -69,7 +72,7 @@ def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Art
         if source is not None:
             raise UsageError(f"SOURCE: got {str(source)!r}, {stage.name} works on the shot's fields alone")
         return Artefacts(), shot.fps
-    (kind,) = stage.takes
+    (kind,) = set(stage.takes) - {"face"} or {"face"}
     if source is None:
         raise UsageError(f"SOURCE: got nothing, {stage.name} needs a file of its {kind}")
     if kind == "frames":
@@ -89,6 +92,17 @@ def _face(source: Path) -> FaceFeatures:
         raise UsageError(f"SOURCE: got {str(source)!r}, must be a .json file of the stage instantid ({error})") from None
 
 
+def _person(profile: Profile, shot: Shot) -> FaceFeatures:
+    """The features of the shot's person."""
+    if not InstantIDStage.applies(shot):
+        raise UsageError("face_image: got nothing, the stage needs a face; name a photo by -s face_image=PHOTO")
+    with InstantIDStage(profile.params(InstantIDStage)) as stage:
+        try:
+            return stage([with_pictures(Item(shot), stage.takes)])[0]["face"]
+        except Exception as error:
+            raise StepFailed(stage.name, error) from error
+
+
 def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
     if source.suffix.lower() not in CLIP_ENDINGS:
         return Artefacts(frames=read_image(source)[None]), shot.fps
@@ -100,6 +114,8 @@ def _write(given: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile
     clip: Frames | None = given.get("hd_frames", given.get("frames"))
     if "face" in given and out.suffix.lower() == ".json":
         write_atomically(out, face_to_json(given["face"]))
+    elif likeness := given.get("image_likeness", given.get("clip_likeness")):
+        write_atomically(out, likeness_to_json(likeness))
     elif "face" in given:
         write_png(out, pose_picture(given["face"], shot))
     elif clip is None:

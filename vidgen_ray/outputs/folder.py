@@ -21,7 +21,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
 from vidgen_ray.local_cache import cache_dir, sha256_of
 from vidgen_ray.outputs.lease import Lease, lease
-from vidgen_ray.outputs.records import DoneShot, FileRecord, ShotRecord, ShotSummary, StepRecord
+from vidgen_ray.outputs.records import DoneShot, FileRecord, LikenessRecord, ShotRecord, ShotSummary, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.version import __version__
@@ -45,12 +45,14 @@ class ShotDraft:
         """Where to write a file that will be called `name`."""
         return self._work / name
 
-    def commit(self, stages: Sequence[StepRecord]) -> ShotRecord:
+    def commit(self, stages: Sequence[StepRecord], likeness: LikenessRecord | None = None) -> ShotRecord:
         """Make the files visible under their names and, last, the shot done."""
         files = sorted(self._work.iterdir())
         record = ShotRecord(
             key=self.plan.key,
             shot=self.plan.shot,
+            tries=self.plan.number,
+            likeness=likeness,
             seeds={step.stage: self.plan.shot.generator_seed(step.stage) for step in self.plan.steps},
             stages=tuple(stages),
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
@@ -133,13 +135,15 @@ class OutputFolder:
             found = pydantic_core.from_json(text)
             if found["key"] != plan.key:
                 return None
-            files, stages = found["files"], found["stages"]
+            files, stages, likeness = found["files"], found["stages"], found["likeness"]
             if with_stages and not {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} <= files.keys():
                 return None
             if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
                 return None
             summary = ShotSummary(
                 key=plan.key,
+                seed=found["shot"]["seed"],
+                likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
                 sha256={name: file["sha256"] for name, file in files.items()},
                 seconds=sum([step["seconds"] for step in stages]),
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),

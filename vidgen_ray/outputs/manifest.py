@@ -17,6 +17,13 @@ from vidgen_ray.shot import Shot
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Column of the manifest -> file in the shot's folder."""
+LIKENESS = {
+    "image_likeness": "image",
+    "clip_likeness_mean": "clip_mean",
+    "clip_likeness_worst": "clip_worst",
+    "frames_without_face": "frames_without_face",
+}
+"""Column of the manifest -> field of the record's likeness."""
 Status = Literal["done", "failed", "skipped"]
 REFUSED = "script"
 """Stage of the failure of a line that was refused before anything was rendered."""
@@ -43,6 +50,7 @@ class ManifestRow(BaseModel):
     prompt: str | None = None
     mode: str | None = None
     seed: int | None = None
+    """Of a shot that is done the one that was used: with `retries` it may be another one than the script's."""
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
@@ -53,6 +61,13 @@ class ManifestRow(BaseModel):
     video_sha256: str | None = None
     hd_video: str | None = None
     hd_video_sha256: str | None = None
+    image_likeness: float | None = None
+    """-1 to 1, of the picture to the face; null where no face was found in it, and for a shot without a face."""
+    clip_likeness_mean: float | None = None
+    """Over the frames that were looked at and in which a face was found; null where there is none."""
+    clip_likeness_worst: float | None = None
+    frames_without_face: int | None = None
+    """Of the frames of the clip that were looked at; without a clip of the one picture. Null for a shot without a face."""
     seconds: float | None = None
     """Of all stages together, when they were run."""
     gpu_seconds: float | None = None
@@ -81,7 +96,7 @@ class ManifestRow(BaseModel):
             status=status,
             prompt=shot.prompt,
             mode=shot.mode,
-            seed=shot.seed,
+            seed=shot.seed if isinstance(result, Failure) else result.summary.seed,
             width=shot.width,
             height=shot.height,
             num_frames=shot.num_frames if shot.generate_video else None,
@@ -128,6 +143,8 @@ def _result_columns(shot_id: str, result: ShotSummary) -> dict[str, Any]:
         "gpu_seconds": result.gpu_seconds,
         "lora_loads": result.lora_loads,
     }
+    if result.likeness is not None:
+        columns |= {column: result.likeness[field] for column, field in LIKENESS.items()}
     for name, file in SHOT_FILES.items():
         if file in result.sha256:
             columns[name] = f"shots/{shot_id}/{file}"

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Artefacts
 
 
 class _Record(BaseModel):
@@ -32,11 +33,37 @@ class FileRecord(_Record):
     bytes: int
 
 
+class LikenessRecord(_Record):
+    """How much a shot with a face came to look like it, -1 to 1. None is no face found, or no clip."""
+
+    image: float | None
+    clip_mean: float | None
+    clip_worst: float | None
+    frames_without_face: int
+    """Of the frames of the clip that were looked at; without a clip of the one picture."""
+
+    @staticmethod
+    def of(artefacts: Artefacts) -> "LikenessRecord | None":
+        """None where nothing was measured: the shot has no face."""
+        image, clip = artefacts.get("image_likeness"), artefacts.get("clip_likeness")
+        if image is None:
+            return None
+        return LikenessRecord(
+            image=image.mean,
+            clip_mean=clip.mean if clip else None,
+            clip_worst=clip.worst if clip else None,
+            frames_without_face=(clip or image).without_face,
+        )
+
+
 class ShotRecord(_Record):
     """The content of shot.json."""
 
     key: str
     shot: Shot
+    """With the seed that was used, which is another one than the script's after further tries."""
+    tries: int
+    likeness: LikenessRecord | None
     seeds: dict[str, int]
     """The seed of each stage's noise, so that a stage can be repeated by itself."""
     stages: tuple[StepRecord, ...]
@@ -47,6 +74,8 @@ class ShotRecord(_Record):
     def summary(self) -> "ShotSummary":
         return ShotSummary(
             key=self.key,
+            seed=self.shot.seed,
+            likeness=self.likeness.model_dump() if self.likeness else None,
             sha256={name: file.sha256 for name, file in self.files.items()},
             seconds=sum(step.seconds for step in self.stages),
             gpu_seconds=sum(step.gpu_seconds for step in self.stages),
@@ -58,6 +87,9 @@ class ShotSummary(NamedTuple):
     """What the manifest says of a shot that is done."""
 
     key: str
+    seed: int | None
+    likeness: dict[str, float | None] | None
+    """As LikenessRecord names them."""
     sha256: dict[str, str]
     """File name -> digest."""
     seconds: float

@@ -9,11 +9,11 @@ import numpy as np
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import decode_lossless, encode_lossless, read_image, write_png
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.stages.base import Artefacts, FaceFeatures
+from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
 
 
 class StageCache:
-    """Results of stages by content key, stored without loss: pictures as PNG, frames as FFV1, faces as JSON."""
+    """Results of stages by content key, stored without loss: pictures as PNG, frames as FFV1, faces and likenesses as JSON."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -62,6 +62,10 @@ def _write_artefacts(folder: Path, artefacts: Artefacts) -> None:
         write_png(folder / "image.png", artefacts["image"])
     if "face" in artefacts:
         (folder / "face.json").write_text(face_to_json(artefacts["face"]))
+    if "image_likeness" in artefacts:
+        (folder / "image_likeness.json").write_text(likeness_to_json(artefacts["image_likeness"]))
+    if "clip_likeness" in artefacts:
+        (folder / "clip_likeness.json").write_text(likeness_to_json(artefacts["clip_likeness"]))
     if "frames" in artefacts:
         encode_lossless(folder / "frames.mkv", artefacts["frames"], fps=1)
 
@@ -72,6 +76,10 @@ def _read_artefacts(folder: Path) -> Artefacts:
         out["image"] = read_image(file)
     if (file := folder / "face.json").exists():
         out["face"] = face_from_json(file.read_text())
+    if (file := folder / "image_likeness.json").exists():
+        out["image_likeness"] = likeness_from_json(file.read_text())
+    if (file := folder / "clip_likeness.json").exists():
+        out["clip_likeness"] = likeness_from_json(file.read_text())
     if (file := folder / "frames.mkv").exists():
         out["frames"] = decode_lossless(file)
     return out
@@ -102,3 +110,11 @@ def face_from_json(text: str) -> FaceFeatures:
         photo_size=tuple(data["photo_size"]),
         digest=data["digest"],
     )
+
+
+def likeness_to_json(likeness: Likeness) -> str:
+    return json.dumps({"similarities": likeness.similarities})
+
+
+def likeness_from_json(text: str) -> Likeness:
+    return Likeness(tuple(json.loads(text)["similarities"]))

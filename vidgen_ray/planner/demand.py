@@ -40,7 +40,9 @@ ASSUMED_SECONDS = {
     "refine": 2.4,
     "lora": 4.0,
     "hunyuan": 6.0,
+    "image_likeness": 0.1,
     "svd": 22.6,
+    "clip_likeness": 0.5,
     "realesrgan": 3.0,
 }
 """Of the reference shot on an H100, for profiles that do not say."""

@@ -1,2 +1,2 @@
-"""What a person looks at after a run: the gallery and the contact sheet. They read an output folder and change nothing in it
-but their own file."""
+"""What a person looks at: the gallery and the contact sheet of a run, and the faces in a photo. They change nothing but their
+own file."""

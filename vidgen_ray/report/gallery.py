@@ -2,6 +2,7 @@
 
 import heapq
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jinja2 import Environment, PackageLoader
 
 from vidgen_ray.outputs.manifest import manifest_batches
 from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.stages.likeness import frames_seen
 
 SHOTS_SHOWN = 500
 """A browser with more players than this is no longer a gallery; the manifest has them all."""
@@ -25,6 +27,20 @@ def write_gallery(out: str | Path) -> Path | str:
         count.update(row["status"] for row in rows)
         shown = heapq.nsmallest(SHOTS_SHOWN, [*shown, *rows], key=lambda row: (row["status"] != "failed", row["line"] or 0))
     environment = Environment(loader=PackageLoader("vidgen_ray.report", "."), autoescape=True)
-    page = environment.get_template("gallery.html").render(rows=shown, count=count, total=count.total())
+    page = environment.get_template("gallery.html").render(rows=shown, count=count, total=count.total(), likeness=likeness_text)
     storage.write(FILE, page)
     return storage.place(FILE)
+
+
+def likeness_text(row: Mapping[str, Any]) -> str | None:
+    """`face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face`, or none for a row whose shot has no face."""
+    missing, image, mean = (row[name] for name in ("frames_without_face", "image_likeness", "clip_likeness_mean"))
+    if missing is None:
+        return None
+    text = "no face found in the picture" if image is None else f"face {image:.2f}"
+    if row["num_frames"] is None:
+        return text
+    if mean is None:
+        return f"{text}, no face found in the clip"
+    text += f", clip {mean:.2f}, worst {row['clip_likeness_worst']:.2f}"
+    return f"{text}; {missing} of {len(frames_seen(row['num_frames']))} frames without a face" if missing else text

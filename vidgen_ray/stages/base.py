@@ -63,6 +63,34 @@ class FaceFeatures:
         return self.embeddings[recogniser]
 
 
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How much the faces in some pictures are like the reference face. A picture without a face is not one without likeness."""
+
+    similarities: tuple[float | None, ...]
+    """One a picture, -1 to 1: the cosine of the face that is most alike; none where no face was found."""
+
+    @property
+    def mean(self) -> float | None:
+        """Over the pictures with a face; none where there are no such."""
+        seen = self._of_faces
+        return sum(seen) / len(seen) if seen else None
+
+    @property
+    def worst(self) -> float | None:
+        """Of the pictures with a face; none where there are no such."""
+        return min(self._of_faces, default=None)
+
+    @property
+    def without_face(self) -> int:
+        """The number of pictures in which no face was found."""
+        return len(self.similarities) - len(self._of_faces)
+
+    @property
+    def _of_faces(self) -> list[float]:
+        return [similarity for similarity in self.similarities if similarity is not None]
+
+
 class Artefacts(TypedDict, total=False):
     """What travels between stages. Later stages replace `image`."""
 
@@ -70,7 +98,9 @@ class Artefacts(TypedDict, total=False):
     """Of one person, upright."""
     face: FaceFeatures
     image: Image
+    image_likeness: Likeness
     frames: Frames
+    clip_likeness: Likeness
     hd_frames: Frames
 
 
@@ -209,7 +239,7 @@ class Stage(ABC, Generic[P]):
         with torch.inference_mode(), torch_threads(self.params.threads):
             return self.run(items)
 
-    def __enter__(self) -> Stage[P]:
+    def __enter__(self) -> Self:
         self.load()
         return self
 
