@@ -71,9 +71,14 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
         return {"image": artefacts["image"][::-1]}
 
 
+def fake_likeness(seed):
+    """0 to 0.99, by the seed."""
+    return seed % 100 / 100
+
+
 class FakeImageLikeness(FakeStage, ImageLikenessStage):
     def one(self, shot, artefacts):
-        return {"image_likeness": Likeness((0.5,))}
+        return {"image_likeness": Likeness((fake_likeness(shot.seed),))}
 
 
 class FakeSVD(FakeStage, SVDStage):
@@ -85,7 +90,7 @@ class FakeSVD(FakeStage, SVDStage):
 
 class FakeClipLikeness(FakeStage, ClipLikenessStage):
     def one(self, shot, artefacts):
-        return {"clip_likeness": Likeness((0.5, None, 0.25))}
+        return {"clip_likeness": Likeness((0.75, None, 0.5))}
 
 
 class FakeRealESRGAN(FakeStage, RealESRGANStage):

@@ -14,8 +14,9 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script import iter_script
+from vidgen_ray.shot import Shot
 
-from .fake_stages import FAKES
+from .fake_stages import FAKES, fake_likeness
 from .test_batch import Events, digests
 
 GPUS = "2x80GB"
@@ -182,3 +183,31 @@ def test_two_shots_with_the_same_photo_have_it_looked_at_once(tmp_path, profile)
     rendered(tmp_path, profile, lines, use_cache=False)
     records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/shot.json")]
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
+
+
+def test_a_picture_too_unlike_is_tried_with_other_seeds_before_a_clip_is_made_of_it(tmp_path, profile):
+    from .conftest import ASTRONAUT
+
+    def tries(seed):
+        shot = Shot(prompt="a", id="a", seed=seed)
+        return [fake_likeness(shot.again(number).seed) for number in range(3)]
+
+    third = next(seed for seed in range(1000) if [one >= 0.5 for one in tries(seed)] == [False, False, True])
+    never = next(seed for seed in range(1000) if max(tries(seed)) < 0.5)
+    asked = {"prompt": "a", "face_image": str(ASTRONAUT), "min_identity": 0.5, "retries": 2}
+    lines = [{"id": "third", "seed": third, **asked}, {"id": "never", "seed": never, **asked}]
+    layout = {"layout": "fused"}
+    report, rows = rendered(tmp_path, profile.model_copy(update=layout), lines)
+    assert (report.done, report.failed) == (1, 1)
+    assert rows["third"].image_likeness == tries(third)[2]
+    record = json.loads((tmp_path / "out" / "shots" / "third" / "shot.json").read_text())
+    assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).again(2).seed)
+    assert (rows["never"].failure_stage, rows["never"].failure_error, rows["never"].failure_attempts) == (
+        "likeness",
+        "TooUnlike",
+        3,
+    )
+    assert f"{max(tries(never)):g}" in rows["never"].failure_message
+    assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "what a bad picture fails needs no clip"
+    again, _ = rendered(tmp_path, profile.model_copy(update=layout), lines)
+    assert (again.skipped, again.failed) == (1, 1)

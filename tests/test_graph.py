@@ -37,14 +37,17 @@ def names(**fields):
             "instantid flux image_likeness svd clip_likeness",
         ),
         ({"mode": "fast", "lora": LORA, "image": "x.png", "generate_video": False}, "lora"),
-        ({"face_image": "x", "image": "x.png", "generate_video": False}, "instantid"),
-        ({"face_image": "x", "identity": "none", "generate_video": False}, "instantid flux"),
-        ({**SDXL, "generate_video": False}, "instantid instantid_sdxl refine"),
-        ({**SDXL, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl refine"),
-        ({**SDXL, "lora": LORA, "generate_video": False}, "instantid instantid_sdxl lora"),
-        ({**SDXL, "lora": LORA, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl lora"),
-        ({**SDXL, "use_hunyuan_style": True}, "instantid instantid_sdxl refine hunyuan svd realesrgan"),
-        ({**SDXL, "image": "x.png", "generate_video": False}, "instantid"),
+        ({"face_image": "x", "image": "x.png", "generate_video": False}, "instantid image_likeness"),
+        ({"face_image": "x", "identity": "none", "generate_video": False}, "instantid flux image_likeness"),
+        ({**SDXL, "generate_video": False}, "instantid instantid_sdxl refine image_likeness"),
+        ({**SDXL, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl refine image_likeness"),
+        ({**SDXL, "lora": LORA, "generate_video": False}, "instantid instantid_sdxl lora image_likeness"),
+        ({**SDXL, "lora": LORA, "mode": "fast", "generate_video": False}, "instantid instantid_sdxl lora image_likeness"),
+        (
+            {**SDXL, "use_hunyuan_style": True},
+            "instantid instantid_sdxl refine hunyuan image_likeness svd clip_likeness realesrgan",
+        ),
+        ({**SDXL, "image": "x.png", "generate_video": False}, "instantid image_likeness"),
         ({"identity": "instantid-sdxl", "generate_video": False}, "flux"),
     ],
 )
@@ -219,8 +222,8 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({}, "02f47da4e255c2c4aec275518d7ff6fa5b7aade2c1a8ffc47ac8f928f38dcbae"),
-        (EVERYTHING, "0c4cd5367c5c01e0e8bd8a3d95cfd24b6760f0729a25f3d74d2dcbe0b5a81cfe"),
+        ({}, "252e8623b3337bc8d05bd3cc532d66710c2447111ba073ee5fdb3363ebc5f315"),
+        (EVERYTHING, "a2ffc3e075bdba83b9656b2a82a83f102e21cb303d100474c23abc34325518e5"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
             "960aa8a469333969ebae0c762e9cf6d7d4fe12115a5ffb1c776424a06c193bb7",

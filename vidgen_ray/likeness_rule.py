@@ -32,6 +32,16 @@ class TooUnlike(StageError):
         )
 
 
+def likeness_of(artefacts: Artefacts) -> Artefacts:
+    """Of the artefacts those by which a shot is judged, which are some numbers."""
+    judged_by = Artefacts()
+    if "image_likeness" in artefacts:
+        judged_by["image_likeness"] = artefacts["image_likeness"]
+    if "clip_likeness" in artefacts:
+        judged_by["clip_likeness"] = artefacts["clip_likeness"]
+    return judged_by
+
+
 def judged(shot: Shot, artefacts: Artefacts) -> None:
     """Raises TooUnlike where the likeness of the picture, or the mean of the clip, is known and less than the shot asks.
 

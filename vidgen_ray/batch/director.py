@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count, groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -29,8 +29,11 @@ from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.spool import Errand, Outcome, read_part
 from vidgen_ray.batch.watcher import Snapshot
 from vidgen_ray.graph import ShotPlan, Step
+from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.likeness import ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 from vidgen_ray.steps import StepFailed
 
@@ -46,6 +49,19 @@ POST_S = 1.0
 
 
 T = TypeVar("T")
+
+
+class Done(NamedTuple):
+    """What some steps of a shot came to."""
+
+    records: tuple[StepRecord, ...]
+    given: Held
+    likeness: Artefacts
+
+    def shared(self) -> Done:
+        """The same for a shot that has it from another one."""
+        free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0}
+        return self._replace(records=tuple(record.model_copy(update=free) for record in self.records))
 
 
 class Director:
@@ -84,7 +100,7 @@ class Director:
         self._metrics = RunMetrics(self._job.profile.name)
         self._workers = Dispatcher(self._job, self._metrics)
         self._encoders = Encoders(self._job, self._metrics)
-        self._shared: OrderedDict[str, asyncio.Task[tuple[tuple[StepRecord, ...], Held]]] = OrderedDict()
+        self._shared: OrderedDict[str, asyncio.Task[Done]] = OrderedDict()
         self._window = asyncio.Semaphore(self._job.layout.window)
         self._orders = count()
         self._in_progress = 0
@@ -115,6 +131,18 @@ class Director:
             if done is not None:
                 return done.record()
         order = next(self._orders)
+        unlike = []
+        for attempt in (plan, *plan.again):
+            try:
+                return await self._tried(attempt, order)
+            except TooUnlike as reason:
+                self._metrics.step_failed(LIKENESS, type(reason).__name__)
+                unlike.append(reason)
+        failure = StepFailed(LIKENESS, closest(unlike)).failure()
+        raise GaveUp(failure.model_copy(update={"attempts": len(unlike)}))
+
+    async def _tried(self, plan: ShotPlan, order: int) -> ShotRecord:
+        """One try, with one seed. Raises TooUnlike as soon as it is known to be."""
         for _ in range(STARTS_OVER):
             try:
                 return await self._once_through(plan, order)
@@ -130,31 +158,37 @@ class Director:
         records: tuple[StepRecord, ...] = ()
         artefacts = Held({}, None)
         for steps in self._calls_of(plan):
-            fresh, artefacts = await self._shared_steps(plan, order, steps, artefacts)
-            records += fresh
+            done = await self._shared_steps(plan, order, steps, artefacts)
+            records, artefacts = records + done.records, done.given
+            judged(plan.shot, done.likeness)
         return await self._written(plan, order, artefacts, records)
 
     def _calls_of(self, plan: ShotPlan) -> list[tuple[Step, ...]]:
-        """The steps up to the clip, as calls: those of one actor together, in a fused layout all but the face's."""
+        """The steps up to the clip, as calls: those of one actor together, in a fused layout all but the face's.
+
+        Where the picture is judged a call ends with it.
+        """
         stages = self._job.stages
         fused = self._job.layout.kind == "fused"
-        steps = (step for step in plan.steps if step.stage != RealESRGANStage.name)
+        steps = [step for step in plan.steps if step.stage != RealESRGANStage.name]
+        names = [step.stage for step in steps]
+        is_judged = plan.shot.min_identity is not None and ImageLikenessStage.name in names
+        last_before = names.index(ImageLikenessStage.name) if is_judged else -1
 
-        def actor(step: Step) -> str:
-            return "" if fused and step.stage != InstantIDStage.name else stages[step.stage].actor
+        def call(numbered: tuple[int, Step]) -> tuple[str, bool]:
+            number, step = numbered
+            actor = "" if fused and step.stage != InstantIDStage.name else stages[step.stage].actor
+            return actor, number > last_before
 
-        return [tuple(together) for _, together in groupby(steps, key=actor)]
+        return [tuple(step for _, step in together) for _, together in groupby(enumerate(steps), key=call)]
 
-    async def _shared_steps(
-        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held
-    ) -> tuple[tuple[StepRecord, ...], Held]:
-        """Records and artefacts of these steps, from the shot beside this one where that has the same keys."""
+    async def _shared_steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
+        """These steps, or what they came to for the shot beside this one, where that has the same keys."""
         key = steps[-1].key
         task = self._shared.get(key)
         if task is not None:
             with suppress(GaveUp):
-                records, given = await asyncio.shield(task)
-                return tuple(r.model_copy(update={"cached": True, "gpu_seconds": 0.0, "seconds": 0.0}) for r in records), given
+                return (await asyncio.shield(task)).shared()
         task = self._shared[key] = asyncio.ensure_future(self._steps(plan, order, steps, artefacts))
         try:
             return await task
@@ -172,9 +206,7 @@ class Director:
         for oldest in kept[: max(0, len(kept) - FACES_REMEMBERED)]:
             del self._shared[oldest]
 
-    async def _steps(
-        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held
-    ) -> tuple[tuple[StepRecord, ...], Held]:
+    async def _steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for lora in plan.shot.lora) if {"flux", "lora"} & set(names) else frozenset()
         work = Work(names[0], order, adapters, near=artefacts.by)
@@ -183,7 +215,7 @@ class Director:
         for record in answer.records:
             self._metrics.step_ended(record.stage, record.seconds, record.cached)
             self._metrics.adapter_loads(record.adapter_loads)
-        return answer.records, given
+        return Done(answer.records, given, answer.likeness)
 
     def _timeout_s(self, stage: str) -> float:
         return self._job.profile.actor_of(self._job.stages[stage]).timeout_s

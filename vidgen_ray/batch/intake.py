@@ -7,7 +7,7 @@ from itertools import tee
 from typing import Any, Protocol
 
 from vidgen_ray.batch.spool import Errand
-from vidgen_ray.errors import VidgenError
+from vidgen_ray.errors import MissingWeights, VidgenError
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
@@ -68,5 +68,7 @@ def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, acco
             planners[used] = ShotPlanner(params_of(profile, used), profile.encode)
         try:
             yield Errand(planners[used](line.shot), line.line, line.replaces)
+        except MissingWeights:
+            raise
         except (VidgenError, OSError) as error:
             account.unplanned(line, StepFailed("plan", error).failure())

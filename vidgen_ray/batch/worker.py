@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from vidgen_ray.batch.job import Job
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.layout import WorkerSpec
+from vidgen_ray.likeness_rule import likeness_of
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts, Frames, Item
 from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
@@ -46,6 +47,8 @@ class Answer:
     """
 
     records: tuple[StepRecord, ...] = ()
+    likeness: Artefacts = field(default_factory=lambda: Artefacts())
+    """Of what the shot has now that by which it is judged; the rest stays in Ray's memory."""
     failure: Failure | None = None
     final: bool = False
     wedged: bool = False
@@ -94,7 +97,7 @@ class Worker:
                 item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             except StepFailed as failed:
                 return Answer.of_failure(failed), Artefacts()
-        return Answer(tuple(records)), item.artefacts
+        return Answer(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
     def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
         """Enlarge the frames from `start` up to and without `stop`."""
