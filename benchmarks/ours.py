@@ -26,6 +26,7 @@ from vidgen_ray.shot import Shot
 
 CPUS = 0.25
 """Of each worker, as the peers have them."""
+NO_SECONDS = 1e-6
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
 """The peers encode nothing, and it is not encoding that is compared."""
 SHOT = Shot(prompt="simulated", num_frames=FRAMES, width=FRAMES_SHAPE[2], height=FRAMES_SHAPE[1], scale=2)
@@ -94,7 +95,7 @@ def profile(run_folder: Path, layout: Any) -> Profile:
             device="cuda",
             cpus=CPUS,
             memory_gb=simulated.MODEL_GB[actor],
-            seconds={name: simulated.STAGES[name].seconds / SHOT_WORK[name] for name in held},
+            seconds={name: _seconds(name) / SHOT_WORK[name] for name in held},
         )
     return Profile(
         name="simulated",
@@ -104,6 +105,11 @@ def profile(run_folder: Path, layout: Any) -> Profile:
         encode=ENCODE,
         swap_gb_per_s=simulated.SWAP_GB_PER_SECOND,
     )
+
+
+def _seconds(stage: str) -> float:
+    """Of the card, of a shot; nothing of those stages that only look at what was made."""
+    return simulated.STAGES[stage].seconds if stage in simulated.STAGES else NO_SECONDS
 
 
 def record_commits(run_folder: Path, out: Path) -> None:

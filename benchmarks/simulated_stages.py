@@ -16,10 +16,11 @@ from benchmarks import simulated
 from benchmarks.simulated import FRAMES, FRAMES_SHAPE, IMAGE_SHAPE, SimulatedGPU, SimulatedModel, assigned_gpu, shot_ids
 from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Stage
+from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Likeness, Stage
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 
@@ -40,10 +41,14 @@ class SimulatedStage(Stage[Any]):
         """None: a card that is too small for a simulated model is so for good."""
 
     def load(self) -> None:
-        name = simulated.STAGES[self.name].model
+        name = self._model_name()
         if name not in self._loaded:
             self._loaded[name] = SimulatedModel(name, SimulatedGPU(self.params.weights.parent, assigned_gpu()))
         self._model = self._loaded[name]
+
+    def _model_name(self) -> str:
+        # An actor's weights are one model.
+        return self.actor
 
     def move(self, device: str) -> None:
         if device == "cpu":
@@ -52,7 +57,7 @@ class SimulatedStage(Stage[Any]):
             self._model.to_gpu()
 
     def close(self) -> None:
-        self._loaded.pop(simulated.STAGES[self.name].model, None)
+        self._loaded.pop(self._model_name(), None)
         if hasattr(self, "_model"):
             self._model.close()
         super().close()
@@ -101,6 +106,17 @@ class SimulatedLoRA(SimulatedStage, FluxLoRAStage):
         return {"image": artefacts["image"] + np.uint8(1)}
 
 
+class SimulatedImageLikeness(SimulatedStage, ImageLikenessStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        """No work of the card: the peers do not look whom their pictures show."""
+        return [{"image_likeness": Likeness((1.0,))} for _ in items]
+
+
+class SimulatedClipLikeness(SimulatedStage, ClipLikenessStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"clip_likeness": Likeness((1.0,))} for _ in items]
+
+
 class SimulatedSVD(SimulatedStage, SVDStage):
     def _result(self, artefacts: Artefacts) -> Artefacts:
         return {"frames": np.full(FRAMES_SHAPE, artefacts["image"].flat[0], np.uint8)}
@@ -116,7 +132,16 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
 
 
 STAGES: dict[str, type[Stage[Any]]] = {
-    stage.name: stage for stage in (SimulatedInstantID, SimulatedFlux, SimulatedLoRA, SimulatedSVD, SimulatedRealESRGAN)
+    stage.name: stage
+    for stage in (
+        SimulatedInstantID,
+        SimulatedFlux,
+        SimulatedLoRA,
+        SimulatedImageLikeness,
+        SimulatedSVD,
+        SimulatedClipLikeness,
+        SimulatedRealESRGAN,
+    )
 }
 
 

@@ -1,8 +1,6 @@
 """The batch executor on a real Ray: the same bytes as the reference, every line accounted for, nothing rendered twice."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -176,20 +174,6 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert "s-line-7" not in after
     left = {json.loads(line)["failure"]["id"] for line in (out / "failures.jsonl").read_text().splitlines()}
     assert left == {"unknown", "junk", "cut"}
-
-
-def test_a_killed_worker_costs_no_shot(tiny, script, reference, tmp_path):
-    def kill_worker():
-        (name,) = [name for name in ray.util.list_named_actors() if "/worker/" in name]
-        pid = ray.get(ray.get_actor(name).place.remote()).pid
-        os.kill(pid, signal.SIGKILL)
-        killed.append(pid)
-
-    killed = []
-    report = rendered(script, tiny, tmp_path, Events(kill_worker), keep_stages=True)
-    assert killed
-    assert (report.done, report.failed) == (10, 0)
-    assert digests(tmp_path) == reference
 
 
 def test_a_killed_driver_leaves_nothing_partial_and_the_next_run_ends_it(tiny, script, reference, tmp_path):

@@ -208,7 +208,7 @@ def test_a_shot_passes_the_simulated_stages(run_folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     (line,) = simulated_stages.write_inputs(run_folder, 1)
     shot = Shot(**line)
-    assert [stage.name for stage in stages_of(shot)] == list(simulated.CHAIN)
+    assert [stage.name for stage in stages_of(shot) if "likeness" not in stage.name] == list(simulated.CHAIN)
     artefacts = {"photos": (np.zeros((64, 64, 3), np.uint8),)}
     for stage_class in simulated_stages.STAGES.values():
         params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS)

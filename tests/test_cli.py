@@ -42,7 +42,6 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
         (["stage", "svd", "x.png", "-o", "x.gif"], 2, "svd writes .mp4"),
         (["stage", "flux", "x.png", "-s", "prompt=a"], 2, "flux works on the shot's fields alone"),
         (["stage", "instantid_sdxl", str(ASTRONAUT), "-s", "prompt=a"], 2, "must be a .json file of the stage instantid"),
-        (["stage", "flux", "-s", "prompt=a", "-s", f"face_image={ASTRONAUT}", "-p", "tiny"], 1, "came without features"),
         (["shot", "a", "-s", "prompt=b"], 2, "which is the argument of this command"),
         (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
         (["schema", "cast"], 2, "must be one of shot, profile, manifest"),

@@ -71,7 +71,7 @@ def test_a_face_changes_the_picture_and_the_stages_are_those_of_flux(render):
     nobody, stages = render()
     somebody, with_face = render(face_image=ASTRONAUT)
     assert somebody != nobody
-    assert (stages, with_face) == (["flux"], ["instantid", "flux"])
+    assert (stages, with_face) == (["flux"], ["instantid", "flux", "image_likeness"])
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora_path": LORA}, {"lora_path": LORA, "mode": "fast"}, {"negative_prompt": "blur"}])
@@ -103,7 +103,7 @@ def test_every_setting_of_the_face_changes_the_picture(render, two_people):
 @pytest.mark.parametrize("mode", ["quality", "fast"])
 def test_face_and_lora_act_together_in_both_modes(render, mode):
     both, stages = render(face_image=ASTRONAUT, lora_path=LORA, mode=mode)
-    assert stages == ["instantid", "flux", *(["lora"] if mode == "quality" else [])]
+    assert stages == ["instantid", "flux", *(["lora"] if mode == "quality" else []), "image_likeness"]
     assert len({both, render(lora_path=LORA, mode=mode)[0], render(face_image=ASTRONAUT, mode=mode)[0]}) == 3
 
 
@@ -132,7 +132,7 @@ def test_features_are_computed_once_for_a_person_whatever_the_shots_are_like(pip
 
 def test_sdxl_draws_the_person_and_flux_goes_over_it(render):
     picture, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl")
-    assert stages == ["instantid", "instantid_sdxl", "refine"]
+    assert stages == ["instantid", "instantid_sdxl", "refine", "image_likeness"]
     untouched = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
     stronger = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.8)[0]
     weaker = render(face_image=ASTRONAUT, identity="instantid-sdxl", identity_strength=0.3)[0]
@@ -142,7 +142,7 @@ def test_sdxl_draws_the_person_and_flux_goes_over_it(render):
 @pytest.mark.parametrize("mode", ["quality", "fast"])
 def test_after_sdxl_a_lora_has_the_pass_of_flux(render, mode):
     picture, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl", lora_path=LORA, mode=mode)
-    assert stages == ["instantid", "instantid_sdxl", "lora"]
+    assert stages == ["instantid", "instantid_sdxl", "lora", "image_likeness"]
     assert picture != render(face_image=ASTRONAUT, identity="instantid-sdxl", mode=mode)[0]
 
 

@@ -12,6 +12,7 @@ import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,9 @@ def dashboard():
             assert time.monotonic() < deadline
             time.sleep(0.2)  # nobody announces that the dashboard is up
     yield address
-    head.terminate()
+    # Told to end, `ray start --block` waits half a minute for its processes.
+    for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+        process.kill()
     head.wait(timeout=60)
     shutil.rmtree(temporary, ignore_errors=True)
 

@@ -342,6 +342,6 @@ def test_the_stages_that_look_run_alone_on_a_file(tmp_path, capsys):
     assert main([*arguments, "-s", "height=512", "-s", f"face_image={ASTRONAUT}"]) == 0
     assert likeness_from_json((tmp_path / "l.json").read_text()) == Likeness((1.0,))
     assert main(arguments) == UsageError.exit_code
-    assert "face_image: got nothing, the stage compares with a face" in capsys.readouterr().err
+    assert "face_image: got nothing, the stage needs a face" in capsys.readouterr().err
     assert main([*arguments[:4], str(tmp_path / "l.png")]) == UsageError.exit_code
     assert "image_likeness writes .json" in capsys.readouterr().err

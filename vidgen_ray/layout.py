@@ -18,6 +18,11 @@ class WorkerSpec:
     turns: tuple[tuple[str, ...], ...] = ()
     """Groups of these stages that take turns in the GPU's memory, the others waiting in the host's. Empty: all stay."""
 
+    def takes(self, *stages: str) -> bool:
+        """Whether it holds them all, and no two of different turns."""
+        turns = [group for group in self.turns if set(group) & set(stages)]
+        return set(stages) <= set(self.stages) and len(turns) < 2
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -48,3 +53,7 @@ class Layout:
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:
         return tuple(worker for slot in self.slots for worker in slot.workers)
+
+    def together(self, first: str, *others: str) -> bool:
+        """Whether every worker that holds the first of these stages takes the others, too, without a change of turns."""
+        return all(worker.takes(first, *others) for worker in self.workers if first in worker.stages)

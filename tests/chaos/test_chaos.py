@@ -233,7 +233,7 @@ def undisturbed(script, tiny, tmp_path_factory):
 
 def test_a_run_from_which_all_kinds_of_things_are_taken_ends_as_if_nothing_had_been(nodes, script, undisturbed, tmp_path):
     out, rng = tmp_path / "out", random.Random(1)
-    account = rendered(script, out, nodes, [kill_worker, kill_encoder, kill_coordinator, lose_node], undisturbed.calls, rng)
+    account = rendered(script, out, nodes, [kill_upscaler, kill_encoder, kill_coordinator, lose_node], undisturbed.calls, rng)
     assert account.done_to_it.total() >= 3, told(account, undisturbed)
     expect_as_undisturbed(out, account, undisturbed)
 

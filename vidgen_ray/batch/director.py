@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import count, groupby
+from itertools import count
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -164,23 +164,20 @@ class Director:
         return await self._written(plan, order, artefacts, records)
 
     def _calls_of(self, plan: ShotPlan) -> list[tuple[Step, ...]]:
-        """The steps up to the clip, as calls: those of one actor together, in a fused layout all but the face's.
+        """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
 
-        Where the picture is judged a call ends with it.
+        A face's features end a call, for other shots may want them; so does a picture that is to be judged.
         """
-        stages = self._job.stages
-        fused = self._job.layout.kind == "fused"
-        steps = [step for step in plan.steps if step.stage != RealESRGANStage.name]
-        names = [step.stage for step in steps]
-        is_judged = plan.shot.min_identity is not None and ImageLikenessStage.name in names
-        last_before = names.index(ImageLikenessStage.name) if is_judged else -1
-
-        def call(numbered: tuple[int, Step]) -> tuple[str, bool]:
-            number, step = numbered
-            actor = "" if fused and step.stage != InstantIDStage.name else stages[step.stage].actor
-            return actor, number > last_before
-
-        return [tuple(step for _, step in together) for _, together in groupby(enumerate(steps), key=call)]
+        ends = {InstantIDStage.name, *([ImageLikenessStage.name] if plan.shot.min_identity is not None else [])}
+        calls: list[list[Step]] = []
+        for step in plan.steps:
+            if step.stage == RealESRGANStage.name:
+                continue
+            if calls and calls[-1][-1].stage not in ends and self._job.layout.together(*(s.stage for s in (*calls[-1], step))):
+                calls[-1].append(step)
+            else:
+                calls.append([step])
+        return [tuple(steps) for steps in calls]
 
     async def _shared_steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
         """These steps, or what they came to for the shot beside this one, where that has the same keys."""
