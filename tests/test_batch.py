@@ -1,6 +1,7 @@
 """The batch executor on a real Ray: the same bytes as the reference, every line accounted for, nothing rendered twice."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -176,28 +177,30 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert left == {"unknown", "junk", "cut"}
 
 
-def test_a_killed_driver_leaves_nothing_partial_and_the_next_run_ends_it(tiny, script, reference, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "vidgen_ray",
-        "render",
-        str(DEMO),
-        "-o",
-        str(tmp_path),
-        "-p",
-        "tiny",
-        "--seed",
-        "3",
-    ]
-    driver = subprocess.Popen([*command, "--keep", "stages"], stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("shots/*/shot.json")):
-        assert driver.poll() is None, "the driver ended before its first shot"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
-    driver.kill()
-    driver.wait()
+def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_next_ends_it(tiny, script, reference, tmp_path):
+    def started(done):
+        """A driver that has rendered so many shots, with those before it."""
+        options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
+        command = [sys.executable, "-m", "vidgen_ray", "render", str(DEMO), "-o", str(tmp_path), *options]
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("shots/*/shot.json"))) < done:
+            assert driver.poll() is None, "the driver ended before its first shot"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
+        return driver
+
+    told = started(1)
+    told.send_signal(signal.SIGTERM)
+    _, said = told.communicate(timeout=120)
+    assert told.returncode == 130
+    assert "the same command goes on with them" in said
+    stopped_at = len(list(tmp_path.glob("shots/*/shot.json")))
+    assert stopped_at < len(script), "the driver was told too late to show anything"
+
+    killed = started(stopped_at + 1)
+    killed.kill()
+    killed.communicate()
     done_before = len(list(tmp_path.glob("shots/*/shot.json")))
     for record in tmp_path.glob("shots/*/shot.json"):
         for name, file in json.loads(record.read_text())["files"].items():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -85,15 +87,28 @@ def _start_ray(address: str | None, cpus: float) -> None:
     if address:
         try:
             _knock(address)
-            ray.init(address=address, **quiet)
+            with _own_sigterm():
+                ray.init(address=address, **quiet)
         except (OSError, ValueError) as error:
             raise SetupError(f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}") from None
         return
     # The actors of a small machine take turns, which is the operating system's business, not Ray's.
     enough = max(os.cpu_count() or 1, math.ceil(cpus))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _muted_stderr():
+    with _muted_stderr(), _own_sigterm():
         ray.init(address="local", num_cpus=enough, include_dashboard=False, **quiet)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray makes SIGTERM end the driver at once, whoever had it before."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # Elsewhere neither Ray nor we may.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
