@@ -177,6 +177,7 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert left == {"unknown", "junk", "cut"}
 
 
+@pytest.mark.timeout(600)
 def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_next_ends_it(tiny, script, reference, tmp_path):
     def started(done):
         """A driver that has rendered so many shots, with those before it."""

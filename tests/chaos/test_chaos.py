@@ -231,6 +231,7 @@ def undisturbed(script, tiny, tmp_path_factory):
     return Undisturbed([plan.shot.id for plan in plans], digests(out), calls)
 
 
+@pytest.mark.timeout(900)
 def test_a_run_from_which_all_kinds_of_things_are_taken_ends_as_if_nothing_had_been(nodes, script, undisturbed, tmp_path):
     out, rng = tmp_path / "out", random.Random(1)
     account = rendered(script, out, nodes, [kill_upscaler, kill_encoder, kill_coordinator, lose_node], undisturbed.calls, rng)
