@@ -25,7 +25,7 @@ from benchmarks.peers import PEERS
 from benchmarks.runs import Case, Run, run_once
 
 PACKAGES = ("vidgen-ray", "ray", "cosmos-xenna", "rayorch", "numpy")
-VIDGEN_LAYOUTS = ("auto", "fused", "colocated", "staged", "hybrid")
+VIDGEN_LAYOUTS = ("auto", "fused", "colocated", "staged")
 """auto is what the planner picks; the others are pinned where they fit."""
 LAYOUTS: tuple[tuple[str, str], ...] = (*(("vidgen", layout) for layout in VIDGEN_LAYOUTS), *PEERS)
 SYSTEMS = tuple(dict.fromkeys(system for system, _ in LAYOUTS))
