@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
+# Two files at a time: tests wait for processes as often as they compute. Each has one thread of torch.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Some ten minutes: nodes, processes and drivers are taken from a cluster of three nodes at 35 random moments.
 chaos: setup

@@ -106,9 +106,9 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """Eight shots; some with a face, a LoRA, a restyle."""
+    """Six shots; some with a face, a LoRA, a restyle."""
     lines = []
-    for n in range(8):
+    for n in range(6):
         line = {"id": f"s{n:02}", "prompt": f"shot {n}", "num_frames": 6}
         if n % 3 == 0:
             line["face_image"] = str(ASTRONAUT)
