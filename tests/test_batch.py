@@ -23,6 +23,8 @@ from vidgen_ray.script import iter_script, read_script
 from .conftest import ASTRONAUT, EXAMPLES
 
 DEMO = EXAMPLES / "demo.jsonl"
+DONE = "shots/[!.]*/shot.json"
+"""Of shots that are done: what is half made has its files, too, in a hidden folder."""
 
 
 class Events:
@@ -185,7 +187,7 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
         command = [sys.executable, "-m", "vidgen_ray", "render", str(DEMO), "-o", str(tmp_path), *options]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("shots/*/shot.json"))) < done:
+        while len(list(tmp_path.glob(DONE))) < done:
             assert driver.poll() is None, "the driver ended before its first shot"
             assert time.monotonic() < deadline
             time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
@@ -196,14 +198,14 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
     _, said = told.communicate(timeout=120)
     assert told.returncode == 130
     assert "the same command goes on with them" in said
-    stopped_at = len(list(tmp_path.glob("shots/*/shot.json")))
+    stopped_at = len(list(tmp_path.glob(DONE)))
     assert stopped_at < len(script), "the driver was told too late to show anything"
 
     killed = started(stopped_at + 1)
     killed.kill()
     killed.communicate()
-    done_before = len(list(tmp_path.glob("shots/*/shot.json")))
-    for record in tmp_path.glob("shots/*/shot.json"):
+    done_before = len(list(tmp_path.glob(DONE)))
+    for record in tmp_path.glob(DONE):
         for name, file in json.loads(record.read_text())["files"].items():
             assert sha256_of(record.parent / name) == file["sha256"]
 
