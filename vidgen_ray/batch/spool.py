@@ -60,6 +60,8 @@ class Spool:
 
     def __init__(self, outputs: OutputFolder, run: str) -> None:
         self._outputs = outputs
+        # This run holds the folder's lease: what lies there is a dead run's.
+        outputs.storage.delete_folder("spool")
         self._folder = f"spool/{run}"
         self.parts: list[str] = []
 
