@@ -33,9 +33,9 @@ class Encoders:
     def __init__(self, job: Job, metrics: RunMetrics) -> None:
         self._attempts = job.attempts
         self._metrics = metrics
-        self._hands = [Hand(ray.get_actor(name), name) for name in job.encoder_names]
-        self._open = dict.fromkeys(self._hands, 0)
-        self._up = {hand: asyncio.ensure_future(hand.ready()) for hand in self._hands}
+        hands = [Hand(ray.get_actor(name), name) for name in job.encoder_names]
+        self._open = dict.fromkeys(hands, 0)
+        self._up = {hand: asyncio.ensure_future(hand.ready()) for hand in hands}
 
     async def written(
         self, plan: ShotPlan, artefacts: Any, records: tuple[StepRecord, ...], chunks: Callable[[], Chunks] | None
@@ -57,18 +57,16 @@ class Encoders:
                 self._open[encoder] -= 1
 
     async def _free(self) -> Hand:
-        """The encoder that is up with the fewest clips, or the first that comes up."""
-        await asyncio.wait(self._up.values(), return_when=asyncio.FIRST_COMPLETED)
-        up = [hand for hand, ready in self._up.items() if ready.done()]
-        usable = [hand for hand in up if self._up[hand].result() is None]
-        if usable:
-            return min(usable, key=self._open.__getitem__)
-        if len(up) == len(self._hands):
-            failure = self._up[up[0]].result()
-            assert failure is not None
-            raise GaveUp(failure)
-        await asyncio.wait([ready for ready in self._up.values() if not ready.done()], return_when=asyncio.FIRST_COMPLETED)
-        return await self._free()
+        """The encoder that is up with the fewest clips, or the first that comes up. Raises GaveUp where none will."""
+        while True:
+            failures = [ready.result() for ready in self._up.values() if ready.done()]
+            usable = [hand for hand, ready in self._up.items() if ready.done() and ready.result() is None]
+            if usable:
+                return min(usable, key=self._open.__getitem__)
+            if len(failures) == len(self._up) and failures[0] is not None:
+                raise GaveUp(failures[0])
+            waiting = [ready for ready in self._up.values() if not ready.done()]
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
     def _lost(self, encoder: Hand) -> None:
         if self._up[encoder].done():

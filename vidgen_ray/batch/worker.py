@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -21,6 +22,8 @@ from vidgen_ray.likeness_rule import likeness_of
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts, Frames, Item
 from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
+
+T = TypeVar("T")
 
 LOADING = "loading"
 """Stage of the failure of an actor that could not load its weights."""
@@ -90,25 +93,32 @@ class Worker:
 
     def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
         """Take a shot through these steps: what became of it, and what it has now."""
-        with self._at_work:
-            if not isinstance(runner := self._ready(), StepRunner):
-                return Answer(failure=runner, final=True), Artefacts()
-            try:
-                item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
-            except StepFailed as failed:
-                return Answer.of_failure(failed), Artefacts()
-        return Answer(tuple(records), likeness_of(item.artefacts)), item.artefacts
+
+        def taken(runner: StepRunner) -> tuple[Answer, Artefacts]:
+            item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
+            return Answer(tuple(records), likeness_of(item.artefacts)), item.artefacts
+
+        return self._at_work_on(taken, Artefacts())
 
     def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
         """Enlarge the frames from `start` up to and without `stop`."""
+
+        def enlarged(runner: StepRunner) -> tuple[Answer, Frames | None]:
+            frames, record = runner.upscale(plan, artefacts["frames"][start:stop])
+            return Answer((record,)), frames
+
+        return self._at_work_on(enlarged, None)
+
+    def _at_work_on(self, work: Callable[[StepRunner], tuple[Answer, T]], nothing: T) -> tuple[Answer, T]:
+        """What the work gives, or how it failed and `nothing`."""
         with self._at_work:
-            if not isinstance(runner := self._ready(), StepRunner):
-                return Answer(failure=runner, final=True), None
+            ready = self._ready()
+            if isinstance(ready, Failure):
+                return Answer(failure=ready, final=True), nothing
             try:
-                enlarged, record = runner.upscale(plan, artefacts["frames"][start:stop])
+                return work(ready)
             except StepFailed as failed:
-                return Answer.of_failure(failed), None
-        return Answer((record,)), enlarged
+                return Answer.of_failure(failed), nothing
 
     def _ready(self) -> StepRunner | Failure:
         """Also where nobody asked to load: a call may be meant for the process before this one, and reach this one before
