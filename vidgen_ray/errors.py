@@ -75,5 +75,9 @@ class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
 
 
+class Cancelled(VidgenError):
+    """Nobody wants the result any more, so the work ended in its middle. Not a failure of the shot."""
+
+
 class StageError(VidgenError):
     """A stage cannot do what this shot asks of it. The shot fails, its neighbours do not."""

@@ -19,7 +19,7 @@ class WorkerSpec:
     """Groups of these stages that take turns in the GPU's memory, the others waiting in the host's. Empty: all stay."""
 
     def takes(self, *stages: str) -> bool:
-        """Whether it holds them all, and the first needs whatever turn the others need: it is by the first that turns change."""
+        """Whether it holds them all, and the first needs the turn that any of them needs: by the first, turns change."""
         turns = [group for group in self.turns if set(group) & set(stages)]
         return set(stages) <= set(self.stages) and (not turns or (len(turns) == 1 and stages[0] in turns[0]))
 

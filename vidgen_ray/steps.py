@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import VidgenError
+from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.gpu_memory import FREED, Turns, surviving
 from vidgen_ray.graph import ShotPlan, Step, stages_of, with_local_loras
 from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
@@ -18,6 +18,7 @@ from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import Failure, LikenessRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.progress import report
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 
@@ -85,6 +86,8 @@ class StepRunner:
         try:
             self.turns.bring(step.stage)
             enlarged, recovered = surviving(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
+        except Cancelled:
+            raise
         except Exception as error:
             raise StepFailed(step.stage, error) from error
         return enlarged, self._record(step, time.monotonic() - begun, recovered=recovered)
@@ -94,6 +97,8 @@ class StepRunner:
         stage = self.stages[step.stage]
         loads, recovered = stage.adapter_loads, None
         try:
+            # How many steps there will be the stage says with its first.
+            report(step.stage, 0, 0)
             found = self._cache.get(step.key, stage.writes) if self._cache else None
             if found is None:
                 self.turns.bring(step.stage)
@@ -105,6 +110,8 @@ class StepRunner:
                     self._cache.put(step.key, given)
             else:
                 given = found
+        except Cancelled:
+            raise
         # Whatever a model stumbles over fails this shot, not its neighbours.
         except Exception as error:
             raise StepFailed(step.stage, error) from error

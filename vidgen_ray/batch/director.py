@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 
 from vidgen_ray.batch.board import BoardHandle
 from vidgen_ray.batch.dispatch import Dispatcher, GaveUp, Held
-from vidgen_ray.batch.encoders import OUTPUT, Chunks, Encoders
+from vidgen_ray.batch.encoders import Chunks, Encoders
 from vidgen_ray.batch.hand import InputsLost
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.spool import Errand, Outcome, read_part
 from vidgen_ray.batch.watcher import Snapshot
+from vidgen_ray.calls import OUTPUT, calls_of
 from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 from vidgen_ray.steps import StepFailed
 
@@ -175,29 +175,16 @@ class Director:
     async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         artefacts = Held({}, None)
-        for steps in self._calls_of(plan):
+        for steps in calls_of(plan, self._job.layout.together, face_is_shared=self._face_is_shared(plan)):
             done = await self._shared_steps(plan, order, steps, artefacts)
             records, artefacts = records + done.records, done.given
             judged(plan.shot, done.likeness)
         return await self._written(plan, order, artefacts, records)
 
-    def _calls_of(self, plan: ShotPlan) -> list[tuple[Step, ...]]:
-        """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
-
-        A face's features end a call where other shots want them, too; so does a picture that is to be judged.
-        """
-        ends = {ImageLikenessStage.name} if plan.shot.min_identity is not None else set()
-        if plan.steps and (self._faces[plan.steps[0].key] > 1 or plan.steps[0].key in self._shared or plan.again):
-            ends.add(InstantIDStage.name)
-        calls: list[list[Step]] = []
-        for step in plan.steps:
-            if step.stage == RealESRGANStage.name:
-                continue
-            if calls and calls[-1][-1].stage not in ends and self._job.layout.together(*(s.stage for s in (*calls[-1], step))):
-                calls[-1].append(step)
-            else:
-                calls.append([step])
-        return [tuple(steps) for steps in calls]
+    def _face_is_shared(self, plan: ShotPlan) -> bool:
+        """Whether others than this try of this shot want the features of its face."""
+        face = plan.steps[0].key if plan.steps else ""
+        return bool(plan.again) or self._faces[face] > 1 or face in self._shared
 
     async def _shared_steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
         """These steps, or what they came to for the shot beside this one, where that has the same keys."""

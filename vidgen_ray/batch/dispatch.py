@@ -18,7 +18,7 @@ from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.batch.watcher import StageStatus
-from vidgen_ray.batch.worker import Answer
+from vidgen_ray.calls import Answer
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.stages.flux_model import FluxParams

@@ -15,13 +15,11 @@ from vidgen_ray.batch.dispatch import GaveUp, lost_for_good
 from vidgen_ray.batch.hand import CallLost, Hand
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.worker import Answer
+from vidgen_ray.calls import OUTPUT, Answer
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
-OUTPUT = "output"
-"""Stage of what goes wrong while files are written."""
 
 Chunks = AsyncIterator[tuple[StepRecord, Any]]
 """Records and frames of a clip's chunks, enlarged, in order."""

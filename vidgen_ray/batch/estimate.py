@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from vidgen_ray.batch.connection import connected, live_cluster
 from vidgen_ray.batch.intake import Account, to_do
 from vidgen_ray.batch.spool import Errand
+from vidgen_ray.connection import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder

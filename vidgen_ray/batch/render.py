@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.connection import connected, live_cluster
 from vidgen_ray.batch.control import watched
 from vidgen_ray.batch.fleet import fleet
 from vidgen_ray.batch.intake import to_do
@@ -21,6 +20,7 @@ from vidgen_ray.batch.ledger import Ledger
 from vidgen_ray.batch.spool import Errand, Spool
 from vidgen_ray.batch.stream import stream
 from vidgen_ray.batch.watcher import Watcher
+from vidgen_ray.connection import connected, live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.locality import in_lora_order
 from vidgen_ray.outputs.folder import OutputFolder, software_versions

@@ -13,7 +13,7 @@ from vidgen_ray.batch.board import BoardHandle
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.spool import Errand, Outcome, read_part
-from vidgen_ray.batch.worker import LOADING
+from vidgen_ray.calls import LOADING
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.packing import DIRECTOR_CPUS

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 
 from vidgen_ray.batch.job import Job
-from vidgen_ray.errors import VidgenError
+from vidgen_ray.calls import LOADING, OUTPUT, Answer
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.layout import WorkerSpec
 from vidgen_ray.likeness_rule import likeness_of
@@ -24,11 +24,6 @@ from vidgen_ray.stages.base import Artefacts, Frames, Item
 from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
 
 T = TypeVar("T")
-
-LOADING = "loading"
-"""Stage of the failure of an actor that could not load its weights."""
-BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
-"""In the message of an error after which nothing runs on this process's GPU any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +34,6 @@ class Place:
     pid: int
     gpus: tuple[str, ...]
     """Of its node, as Ray counts them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a call went.
-
-    A failure is `final` where the same call would fail again, and the process is `wedged` where every call would. What an
-    encoder has `forgotten` was begun by a process that is dead.
-    """
-
-    records: tuple[StepRecord, ...] = ()
-    likeness: Artefacts = field(default_factory=lambda: Artefacts())
-    """Of what the shot has now that by which it is judged; the rest stays in Ray's memory."""
-    failure: Failure | None = None
-    final: bool = False
-    wedged: bool = False
-    forgotten: bool = False
-
-    @classmethod
-    def of_failure(cls, failed: StepFailed) -> Answer:
-        final = isinstance(failed.cause, VidgenError)
-        wedged = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
-        return cls(failure=failed.failure(), final=final, wedged=wedged)
 
 
 CALLS_AT_ONCE = 2
@@ -160,7 +132,7 @@ class Encoder:
             self._open[shot_id] = ShotFiles(plan, item, self._job.outputs, encode, self._job.keep_stages)
         # A full disk or an unreadable start image is this shot's failure, too.
         except Exception as error:
-            return Answer.of_failure(StepFailed("output", error))
+            return Answer.of_failure(StepFailed(OUTPUT, error))
         return Answer()
 
     def add(self, shot_id: str, enlarged: Frames) -> Answer:
@@ -170,7 +142,7 @@ class Encoder:
         try:
             self._open[shot_id].add(enlarged)
         except Exception as error:
-            return Answer.of_failure(StepFailed("output", error))
+            return Answer.of_failure(StepFailed(OUTPUT, error))
         return Answer()
 
     def commit(
@@ -182,7 +154,7 @@ class Encoder:
         try:
             record = self._open[shot_id].commit([*records, joined(upscaled)] if upscaled else records)
         except Exception as error:
-            return Answer.of_failure(StepFailed("output", error)), None
+            return Answer.of_failure(StepFailed(OUTPUT, error)), None
         finally:
             self.abandon(shot_id)
         return Answer(), record

@@ -1,7 +1,7 @@
 """Image to image for HunyuanDiT, which diffusers has as text to image only. Knows pictures and prompts, not shots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
     ) -> StableDiffusionPipelineOutput:
         """Restyle each picture by its prompt; a list of generators has one a row. Pictures come back at their own size.
 
@@ -47,6 +48,7 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         that of HunyuanDiTPipeline for the same generator. A generator's noise is the same at every strength.
         `guidance_scale` of 1 or less is without guidance, and the negative prompt has no effect.
         `output_type`: "pil", "np" (B, H, W, 3) 0 to 1, "pt" (B, 3, H, W) 0 to 1, or "latent" (B, 4, H/8, W/8).
+        `callback_on_step_end` is called as by diffusers, with the latents, which it may replace.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         pictures = [image] if isinstance(image, PILImage.Image) else list(image)
@@ -81,7 +83,8 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
 
         latents = self._noised(pictures, strength, timesteps[:1], generator)
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta=0.0)
-        for t in self.progress_bar(timesteps):
+        self._num_timesteps = len(timesteps)
+        for index, t in enumerate(self.progress_bar(timesteps)):
             seen = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
             output = self.transformer(seen, t.to(dtype).expand(rows), **conditions, return_dict=False)[0]
             predicted, _learned_variance = output.chunk(2, dim=1)
@@ -89,6 +92,8 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
                 without, with_prompt = predicted.chunk(2)
                 predicted = without + guidance_scale * (with_prompt - without)
             latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                latents = callback_on_step_end(self, index, t, {"latents": latents}).get("latents", latents)
 
         result, unsafe = latents, None
         if output_type != "latent":

@@ -26,6 +26,7 @@ from vidgen_ray.stages.base import (
     torch_threads,
 )
 from vidgen_ray.stages.loading import require_device
+from vidgen_ray.stages.progress import report
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,7 @@ class RealESRGANStage(Stage[RealESRGANParams]):
         with torch.inference_mode(), torch_threads(self.params.threads):
             for chunk in frame_chunks(n_frames, self.params.frames_per_call):
                 upscaled[chunk] = _to_frames(self._one_call(frames[chunk], scale, upscaler))
+                report(self.name, chunk.stop, n_frames)
         return upscaled
 
     def upscale_float(self, frames: Frames, scale: int, upscaler: str) -> NDArray[np.float32]:

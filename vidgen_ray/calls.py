@@ -1,0 +1,69 @@
+"""A shot's way through processes that hold stages: which steps go together in one call, and how a call went.
+
+Shared by the executors. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.graph import ShotPlan, Step
+from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.stages.base import Artefacts
+from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.likeness import ImageLikenessStage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.steps import StepFailed
+
+LOADING = "loading"
+"""Stage of the failure of a process that could not load its weights."""
+OUTPUT = "output"
+"""Stage of what goes wrong while files are written."""
+BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
+"""In the message of an error after which nothing runs on this process's GPU any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a call went.
+
+    A failure is `final` where the same call would fail again, and the process is `wedged` where every call would. What an
+    encoder has `forgotten` was begun by a process that is dead.
+    """
+
+    records: tuple[StepRecord, ...] = ()
+    likeness: Artefacts = field(default_factory=lambda: Artefacts())
+    """Of what the shot has now that by which it is judged; the rest stays in Ray's memory."""
+    failure: Failure | None = None
+    final: bool = False
+    wedged: bool = False
+    forgotten: bool = False
+
+    @classmethod
+    def of_failure(cls, failed: StepFailed) -> Answer:
+        final = isinstance(failed.cause, VidgenError)
+        wedged = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
+        return cls(failure=failed.failure(), final=final, wedged=wedged)
+
+
+def calls_of(plan: ShotPlan, together: Callable[..., bool], *, face_is_shared: bool) -> list[tuple[Step, ...]]:
+    """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
+
+    `together(first, *others)` says whether every process that holds the first of these stages takes the others, too.
+    A face's features end a call where other shots want them, too; so does a picture that is to be judged.
+    """
+    ends = {
+        *([InstantIDStage.name] if face_is_shared else []),
+        *([ImageLikenessStage.name] if plan.shot.min_identity is not None else []),
+    }
+    calls: list[list[Step]] = []
+    for step in plan.steps:
+        if step.stage == RealESRGANStage.name:
+            continue
+        if calls and calls[-1][-1].stage not in ends and together(*(s.stage for s in (*calls[-1], step))):
+            calls[-1].append(step)
+        else:
+            calls.append([step])
+    return [tuple(steps) for steps in calls]
