@@ -1,0 +1,204 @@
+// Live updates and forms without a reload. Everything here also works without this file, only less smoothly: the server
+// writes all of the markup, the script puts it where it belongs.
+
+const base = document.body.dataset.base;
+const queue = document.getElementById("queue");
+const clips = document.getElementById("clips");
+const onFirstPage = document.body.dataset.firstPage === "yes";
+
+// ---- telling: one polite region, so that a screen reader hears what changes while focus is elsewhere
+
+const news = document.getElementById("news");
+let telling;
+
+function tell(text) {
+  clearTimeout(telling);
+  news.textContent = "";
+  telling = setTimeout(() => { news.textContent = text; }, 100); // a region that is emptied first is read again
+}
+
+const TOLD = { in_progress: "being made", completed: "is done", failed: "has failed", cancelled: "was cancelled" };
+
+// ---- cards
+
+function parsed(html) {
+  const template = document.createElement("template");
+  template.innerHTML = html;
+  const card = template.content.firstElementChild;
+  localise(card);
+  return card;
+}
+
+function localise(root) {
+  for (const time of root.querySelectorAll("time"))
+    time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+}
+
+/** Brings one job up to date: in place while its state stays, as a new card in the other list when it ends. */
+function show(job) {
+  const old = document.getElementById(job.id);
+  if (old?.dataset.state === job.state && job.live !== null) {
+    old.querySelector("progress").value = job.percent;
+    old.querySelector(".live").innerHTML = job.live;
+    return;
+  }
+  if (old?.dataset.state === job.state) return;
+  const card = parsed(job.card);
+  const focused = old?.contains(document.activeElement);
+  const active = job.live !== null;
+  if (old && active) old.replaceWith(card);
+  else {
+    old?.remove();
+    if (active) queue.append(card);
+    else if (onFirstPage) clips.prepend(card);
+  }
+  if (focused && card.isConnected) card.querySelector("h3").focus({ preventScroll: true });
+  else if (focused) document.getElementById("queue-heading").focus();
+  if (old && TOLD[job.state]) tell(`${card.dataset.title}: ${TOLD[job.state]}`);
+}
+
+function remove(id) {
+  const card = document.getElementById(id);
+  if (!card) return;
+  const list = card.parentElement;
+  const next = card.nextElementSibling ?? card.previousElementSibling;
+  const focused = card.contains(document.activeElement);
+  card.remove();
+  if (focused) (next?.querySelector("h3") ?? list.closest("section").querySelector("h2")).focus({ preventScroll: true });
+}
+
+// ---- the stream: the browser reconnects by itself after a break, but not after an answer that is no stream
+
+const connection = document.getElementById("connection");
+const FIRST_WAIT_MS = 1000, LONGEST_WAIT_MS = 15000;
+let cursor = document.body.dataset.cursor;
+let waitMs = FIRST_WAIT_MS;
+let lost = false;
+
+function listen() {
+  const stream = new EventSource(`${base}/events?since=${encodeURIComponent(cursor)}`);
+  stream.addEventListener("open", () => {
+    waitMs = FIRST_WAIT_MS;
+    if (lost) tell("The server is back");
+    lost = false;
+    connection.hidden = true;
+  });
+  stream.addEventListener("job", (event) => { cursor = event.lastEventId; show(JSON.parse(event.data)); });
+  stream.addEventListener("gone", (event) => remove(event.data));
+  stream.addEventListener("signed-out", () => { stream.close(); location.assign(`${base}/sign-in`); });
+  stream.addEventListener("error", () => {
+    stream.close();
+    lost = true;
+    connection.textContent = "The server cannot be reached. What was accepted is kept; this page tries again by itself.";
+    connection.hidden = false;
+    setTimeout(listen, waitMs);
+    waitMs = Math.min(waitMs * 1.6, LONGEST_WAIT_MS);
+  });
+  addEventListener("pagehide", () => stream.close(), { once: true });
+}
+
+// ---- forms
+
+async function send(form) {
+  const answer = await fetch(form.action, { method: "POST", body: new FormData(form), headers: { Accept: "application/json" } });
+  if (answer.status === 401) location.assign(`${base}/sign-in`);
+  return answer.json();
+}
+
+function show_errors(form, { message, errors }) {
+  for (const shown of form.querySelectorAll("[aria-invalid]")) shown.removeAttribute("aria-invalid");
+  for (const place of form.querySelectorAll(".error")) { place.textContent = ""; place.hidden = true; }
+  const summary = document.getElementById("form-error");
+  summary.firstElementChild.textContent = message ?? "";
+  summary.hidden = !message;
+  let first = null;
+  for (const [name, text] of Object.entries(errors ?? {})) {
+    const place = document.getElementById(`${name}-error`);
+    place.textContent = text;
+    place.hidden = false;
+    const field = form.elements[name];
+    const control = field instanceof RadioNodeList ? field[0] : field;
+    control.setAttribute("aria-invalid", "true");
+    const folded = control.closest("details");
+    if (folded) folded.open = true;
+    first ??= control;
+  }
+  first?.focus();
+}
+
+const UNREACHABLE = "The server cannot be reached. Nothing was sent; try again in a moment.";
+
+async function create(form) {
+  const button = form.querySelector("[type=submit]");
+  button.disabled = true;
+  try {
+    const answer = await send(form);
+    if (!answer.job) return show_errors(form, answer);
+    show_errors(form, {});
+    form.elements.once.value = answer.once;
+    show(answer.job);
+    const card = document.getElementById(answer.job.id);
+    tell(`${card?.dataset.title ?? "The clip"}: accepted`);
+    card?.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  } catch {
+    show_errors(form, { message: UNREACHABLE });
+  } finally {
+    button.disabled = false;
+    if (document.activeElement === document.body) button.focus({ preventScroll: true });
+  }
+}
+
+async function act(form) {
+  const card = form.closest(".card");
+  const button = form.querySelector("button");
+  button.disabled = true;
+  try {
+    const answer = await send(form);
+    if (form.dataset.action === "delete" && answer.deleted) {
+      remove(card.id);
+      tell(`${card.dataset.title}: deleted`);
+    } else if (answer.job) {
+      button.firstChild.data = "Stopping";
+      show(answer.job);
+    } else {
+      tell(answer.message);
+      button.disabled = false;
+    }
+  } catch {
+    tell(UNREACHABLE);
+    button.disabled = false;
+  }
+}
+
+document.addEventListener("submit", (event) => {
+  const form = event.target;
+  if (form.id === "make") { event.preventDefault(); create(form); }
+  if (form.dataset.action) { event.preventDefault(); act(form); }
+});
+
+// ---- small helps in the form
+
+const make = document.getElementById("make");
+const previews = document.getElementById("previews");
+
+make.elements.photo.addEventListener("change", () => {
+  for (const image of previews.children) URL.revokeObjectURL(image.src);
+  previews.replaceChildren(...[...make.elements.photo.files].map((file) => {
+    const image = new Image();
+    image.src = URL.createObjectURL(file);
+    image.alt = file.name;
+    return image;
+  }));
+  previews.hidden = !previews.childElementCount;
+});
+
+function tell_length() {
+  const frames = make.elements.num_frames.valueAsNumber, fps = make.elements.fps.valueAsNumber;
+  const seconds = frames / fps;
+  make.elements.duration.textContent = Number.isFinite(seconds) ? `A clip of ${seconds.toFixed(1).replace(".0", "")} s` : "";
+}
+make.addEventListener("input", tell_length);
+tell_length();
+
+localise(document);
+listen();
