@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete, func, insert, select
 
 from vidgen_ray.online.database import Database
-from vidgen_ray.online.schema import UPLOADS
+from vidgen_ray.online.jobs import FINAL
+from vidgen_ray.online.schema import JOBS, UPLOADS
 
 
 class Upload(BaseModel):
@@ -52,6 +53,14 @@ class Uploaded:
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
         with self._database.changing() as change:
             return change.connection.execute(delete(UPLOADS).where(*own)).rowcount > 0
+
+    def is_wanted(self, file: str) -> bool:
+        """Whether anybody has brought it, or a job that has not ended is made from it."""
+        brought = select(func.count()).where(UPLOADS.c.file == file)
+        # Its name is a digest, so that it stands in no text by chance.
+        used = select(func.count()).where(JOBS.c.state.not_in(FINAL), JOBS.c.shot.contains(file))
+        with self._database.reading() as connection:
+            return any(connection.execute(query).scalar_one() for query in (brought, used))
 
 
 def _upload(row: object) -> Upload:
