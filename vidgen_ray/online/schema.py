@@ -111,3 +111,12 @@ OUTBOX = Table(
     Index("vidgen_outbox_by_time", "next_try_at"),
 )
 """Messages that a webhook has not taken yet."""
+
+SESSIONS = Table(
+    "vidgen_page_sessions",
+    TABLES,
+    Column("digest", String(64), primary_key=True),
+    Column("key_id", String(128), nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+)
+"""Who is signed in to the page: the digest of the cookie's token."""

@@ -101,6 +101,7 @@ class OnlineSettings(_Section):
     port: int = Field(8000, ge=0, le=65535)
     limits: Limits = Limits()
     uploads: UploadCaps = UploadCaps()
+    in_progress: int | None = Field(None, ge=1, description="jobs that are led at once; none: as the layout says")
     max_queued: int = Field(256, ge=1, description="jobs of all tenants that may wait")
     url_inputs: UrlInputs = UrlInputs()
     webhooks: Webhooks = Webhooks()

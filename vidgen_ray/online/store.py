@@ -20,6 +20,7 @@ from vidgen_ray.online.database import Change, Database
 from vidgen_ray.online.jobs import FINAL, Job, JobError, JobKind, JobState
 from vidgen_ray.online.outbox import Outbox
 from vidgen_ray.online.schema import IDEMPOTENCY, JOBS
+from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.uploaded import Uploaded
 from vidgen_ray.shot import Shot
 
@@ -73,6 +74,16 @@ class Changes(NamedTuple):
     deleted: list[str]
     cursor: int
     """The place to ask from next."""
+
+
+class HowFar(NamedTuple):
+    """News of a job in progress."""
+
+    job_id: str
+    stage: str
+    step: int
+    steps: int
+    percent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,12 +313,20 @@ class JobStore:
             return self._requeue(change, others)
 
     def progress(self, job_id: str, owner: str, *, stage: str, step: int, steps: int, percent: int) -> bool:
-        """Say how far a job is; it never goes back. False where it is not the owner's any more."""
+        """Say how far a job is; its percentage never goes back. False where it is not the owner's any more."""
+        return bool(self.progress_many(owner, [HowFar(job_id, stage, step, steps, percent)]))
+
+    def progress_many(self, owner: str, each: Sequence[HowFar]) -> set[str]:
+        """The same of several jobs at the price of one. Gives those that are still the owner's."""
         with self._database.changing() as change:
-            # Written out: SQLite calls the larger of two max, PostgreSQL greatest.
-            reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
-            held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-            return bool(self._update(change, held, stage=stage, step=step, steps=steps, progress=reached))
+            held = set()
+            for job_id, stage, step, steps, percent in each:
+                # Written out: SQLite calls the larger of two max, PostgreSQL greatest.
+                reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
+                own = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
+                if self._update(change, own, stage=stage, step=step, steps=steps, progress=reached):
+                    held.add(job_id)
+            return held
 
     def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
         """End a job whose files are there. False where it is not the owner's any more, as in the two below."""
@@ -389,6 +408,11 @@ class JobStore:
     def _update(self, change: Change, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
         changed = update(JOBS).where(*where).values(**values, version=change.version).returning(*JOBS.c)
         return change.connection.execute(changed).all()
+
+
+def open_store(settings: OnlineSettings) -> JobStore:
+    """The store of a server. Raises SetupError."""
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=settings.webhooks.names_for)
 
 
 def _check_room(connection: Connection, tenant: str, fresh: int, max_queued: int | None, limits: TenantLimits) -> None:
