@@ -5,17 +5,13 @@ import hashlib
 import secrets
 import time
 
-from sqlalchemy import Column, Engine, Float, MetaData, String, Table, delete, insert, select
+from sqlalchemy import Engine, delete, insert, select
+
+from vidgen_ray.online.database import READS
+from vidgen_ray.online.schema import SESSIONS
 
 COOKIE = "vidgen_session"
 LIFE_S = 7 * 24 * 3600
-SESSIONS = Table(
-    "vidgen_page_sessions",
-    MetaData(),
-    Column("digest", String(64), primary_key=True),
-    Column("key_id", String(128), nullable=False),
-    Column("expires_at", Float(53), nullable=False),
-)
 
 
 class Sessions:
@@ -23,7 +19,6 @@ class Sessions:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        SESSIONS.create(engine, checkfirst=True)
 
     def open(self, key_id: str) -> str:
         """A new token for whoever proved to have the key. Sessions that ran out are forgotten on the way."""
@@ -35,10 +30,10 @@ class Sessions:
         return token
 
     def key_id(self, token: str) -> str | None:
+        """Of the key that the session was opened with; none for a token that is unknown or has run out."""
+        valid = SESSIONS.c.digest == _digest(token), SESSIONS.c.expires_at > time.time()
         with self._engine.connect() as connection:
-            found = connection.execute(
-                select(SESSIONS.c.key_id).where(SESSIONS.c.digest == _digest(token), SESSIONS.c.expires_at > time.time())
-            )
+            found = connection.execution_options(**READS).execute(select(SESSIONS.c.key_id).where(*valid))
             return found.scalar_one_or_none()
 
     def close(self, token: str) -> None:

@@ -37,23 +37,20 @@ function localise(root) {
 /** Brings one job up to date: in place while its state stays, as a new card in the other list when it ends. */
 function show(job) {
   const old = document.getElementById(job.id);
-  if (old?.dataset.state === job.state && job.live !== null) {
+  if (old?.dataset.state === job.state) {
+    if (job.live === null) return;
     old.querySelector("progress").value = job.percent;
     old.querySelector(".live").innerHTML = job.live;
     return;
   }
-  if (old?.dataset.state === job.state) return;
   const card = parsed(job.card);
   const focused = old?.contains(document.activeElement);
-  const active = job.live !== null;
-  if (old && active) old.replaceWith(card);
-  else {
+  if (job.live === null) {
     old?.remove();
-    if (active) queue.append(card);
-    else if (onFirstPage) clips.prepend(card);
-  }
-  if (focused && card.isConnected) card.querySelector("h3").focus({ preventScroll: true });
-  else if (focused) document.getElementById("queue-heading").focus();
+    if (onFirstPage) clips.prepend(card);
+  } else if (old) old.replaceWith(card);
+  else queue.append(card);
+  if (focused) (card.isConnected ? card.querySelector("h3") : document.getElementById("queue-heading")).focus({ preventScroll: true });
   if (old && TOLD[job.state]) tell(`${card.dataset.title}: ${TOLD[job.state]}`);
 }
 
@@ -67,34 +64,36 @@ function remove(id) {
   if (focused) (next?.querySelector("h3") ?? list.closest("section").querySelector("h2")).focus({ preventScroll: true });
 }
 
-// ---- the stream: the browser reconnects by itself after a break, but not after an answer that is no stream
+// ---- the stream: a new one whenever it breaks, from the place where the last one ended
 
 const connection = document.getElementById("connection");
-const FIRST_WAIT_MS = 1000, LONGEST_WAIT_MS = 15000;
+const FIRST_WAIT_MS = 500, LONGEST_WAIT_MS = 10000;
 let cursor = document.body.dataset.cursor;
 let waitMs = FIRST_WAIT_MS;
-let lost = false;
 
 function listen() {
   const stream = new EventSource(`${base}/events?since=${encodeURIComponent(cursor)}`);
   stream.addEventListener("open", () => {
     waitMs = FIRST_WAIT_MS;
-    if (lost) tell("The server is back");
-    lost = false;
     connection.hidden = true;
   });
-  stream.addEventListener("job", (event) => { cursor = event.lastEventId; show(JSON.parse(event.data)); });
-  stream.addEventListener("gone", (event) => remove(event.data));
+  stream.addEventListener("changes", (event) => {
+    const { jobs, deleted } = JSON.parse(event.data);
+    cursor = event.lastEventId;
+    jobs.forEach(show);
+    deleted.forEach(remove);
+  });
   stream.addEventListener("signed-out", () => { stream.close(); location.assign(`${base}/sign-in`); });
   stream.addEventListener("error", () => {
     stream.close();
-    lost = true;
-    connection.textContent = "The server cannot be reached. What was accepted is kept; this page tries again by itself.";
-    connection.hidden = false;
+    // A stream may end for a good reason, as when one of several servers goes; only the second failure in a row is told.
+    if (waitMs > FIRST_WAIT_MS && connection.hidden) {
+      connection.textContent = "The server cannot be reached. What it accepted is kept; this page goes on by itself.";
+      connection.hidden = false;
+    }
     setTimeout(listen, waitMs);
-    waitMs = Math.min(waitMs * 1.6, LONGEST_WAIT_MS);
+    waitMs = Math.min(waitMs * 1.7, LONGEST_WAIT_MS);
   });
-  addEventListener("pagehide", () => stream.close(), { once: true });
 }
 
 // ---- forms
@@ -105,7 +104,7 @@ async function send(form) {
   return answer.json();
 }
 
-function show_errors(form, { message, errors }) {
+function showErrors(form, { message, errors }) {
   for (const shown of form.querySelectorAll("[aria-invalid]")) shown.removeAttribute("aria-invalid");
   for (const place of form.querySelectorAll(".error")) { place.textContent = ""; place.hidden = true; }
   const summary = document.getElementById("form-error");
@@ -133,15 +132,15 @@ async function create(form) {
   button.disabled = true;
   try {
     const answer = await send(form);
-    if (!answer.job) return show_errors(form, answer);
-    show_errors(form, {});
+    if (!answer.job) return showErrors(form, answer);
+    showErrors(form, {});
     form.elements.once.value = answer.once;
     show(answer.job);
     const card = document.getElementById(answer.job.id);
     tell(`${card?.dataset.title ?? "The clip"}: accepted`);
     card?.scrollIntoView({ block: "nearest", behavior: "smooth" });
   } catch {
-    show_errors(form, { message: UNREACHABLE });
+    showErrors(form, { message: UNREACHABLE });
   } finally {
     button.disabled = false;
     if (document.activeElement === document.body) button.focus({ preventScroll: true });
@@ -181,7 +180,7 @@ document.addEventListener("submit", (event) => {
 const make = document.getElementById("make");
 const previews = document.getElementById("previews");
 
-make.elements.photo.addEventListener("change", () => {
+make.elements.photo?.addEventListener("change", () => {
   for (const image of previews.children) URL.revokeObjectURL(image.src);
   previews.replaceChildren(...[...make.elements.photo.files].map((file) => {
     const image = new Image();
@@ -192,13 +191,13 @@ make.elements.photo.addEventListener("change", () => {
   previews.hidden = !previews.childElementCount;
 });
 
-function tell_length() {
+function tellDuration() {
   const frames = make.elements.num_frames.valueAsNumber, fps = make.elements.fps.valueAsNumber;
   const seconds = frames / fps;
   make.elements.duration.textContent = Number.isFinite(seconds) ? `A clip of ${seconds.toFixed(1).replace(".0", "")} s` : "";
 }
-make.addEventListener("input", tell_length);
-tell_length();
+make.addEventListener("input", tellDuration);
+tellDuration();
 
 localise(document);
 listen();
