@@ -17,7 +17,8 @@ from vidgen_ray.stages.svd import SVDStage
 
 
 def _obey(prompt):
-    """`die`, `hang`, `raise`, `wedge`, `full`; with `once PATH` behind only the first time, of all processes."""
+    """`die`, `hang`, `raise`, `wedge`, `full`; with `once PATH` behind only the first time, of all processes. `until PATH`
+    takes as long as there is no such file."""
     what, _, when = prompt.partition(" ")
     if when.startswith("once "):
         marker = Path(when.removeprefix("once "))
@@ -26,6 +27,8 @@ def _obey(prompt):
         marker.touch()
     if what == "die":
         os._exit(1)
+    while what == "until" and not Path(when).exists():
+        time.sleep(0.01)  # the file system tells nobody; the condition is the loop's
     if what == "hang":
         time.sleep(3600)
     if what == "raise":
@@ -68,6 +71,9 @@ class FakeFlux(FakeStage, FluxStage):
 
 class FakeLoRA(FakeStage, FluxLoRAStage):
     def one(self, shot, artefacts):
+        for lora in shot.lora:
+            with Path(lora.path).with_name("worn").open("a") as worn:
+                worn.write(Path(lora.path).stem)
         return {"image": artefacts["image"][::-1]}
 
 

@@ -150,11 +150,17 @@ def test_lines_with_the_same_lora_go_together(tmp_path, profile):
         loras.append(tmp_path / f"{name}.safetensors")
         loras[-1].write_bytes(name.encode())
     lines = [{**line, "lora": str(loras[n % 3])} for n, line in enumerate(shots(12))]
-    events = Events()
-    report, _ = rendered(tmp_path, profile, lines, events)
+    report, _ = rendered(tmp_path, profile, lines, gpus="1x80GB")
     assert report.done == 12
-    # What ends is told in the order in which it was begun.
-    assert [int(row.id[1:]) % 3 for row in events.rows] == [0] * 4 + [1] * 4 + [2] * 4
+    assert (tmp_path / "worn").read_text() == "aaaabbbbcccc"
+
+
+def test_a_shot_that_takes_long_keeps_no_other_from_being_told(tmp_path, profile):
+    told = tmp_path / "told"
+    events = Events(told.touch)
+    report, _ = rendered(tmp_path, profile, [{"id": "slow", "prompt": f"until {told}"}, *shots(4)], events)
+    assert (report.done, report.failed) == (5, 0), "the slow one waits for another to be told"
+    assert events.rows[0].id != "slow"
 
 
 def test_a_stopped_run_ends_what_it_began_and_the_next_does_the_rest(tmp_path, profile):

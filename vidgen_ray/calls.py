@@ -48,13 +48,16 @@ class Answer:
         return cls(failure=failed.failure(), final=final, wedged=wedged)
 
 
-def calls_of(plan: ShotPlan, together: Callable[..., bool]) -> list[tuple[Step, ...]]:
+def calls_of(plan: ShotPlan, together: Callable[..., bool], *, face_is_shared: bool) -> list[tuple[Step, ...]]:
     """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
 
     `together(first, *others)` says whether every process that holds the first of these stages takes the others, too.
-    A face's features end a call, for other shots may want them; so does a picture that is to be judged.
+    A face's features end a call where other shots want them, too; so does a picture that is to be judged.
     """
-    ends = {InstantIDStage.name, *([ImageLikenessStage.name] if plan.shot.min_identity is not None else [])}
+    ends = {
+        *([InstantIDStage.name] if face_is_shared else []),
+        *([ImageLikenessStage.name] if plan.shot.min_identity is not None else []),
+    }
     calls: list[list[Step]] = []
     for step in plan.steps:
         if step.stage == RealESRGANStage.name:

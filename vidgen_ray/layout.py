@@ -19,9 +19,9 @@ class WorkerSpec:
     """Groups of these stages that take turns in the GPU's memory, the others waiting in the host's. Empty: all stay."""
 
     def takes(self, *stages: str) -> bool:
-        """Whether it holds them all, and no two of different turns."""
+        """Whether it holds them all, and the first needs the turn that any of them needs: by the first, turns change."""
         turns = [group for group in self.turns if set(group) & set(stages)]
-        return set(stages) <= set(self.stages) and len(turns) < 2
+        return set(stages) <= set(self.stages) and (not turns or (len(turns) == 1 and stages[0] in turns[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,5 +55,5 @@ class Layout:
         return tuple(worker for slot in self.slots for worker in slot.workers)
 
     def together(self, first: str, *others: str) -> bool:
-        """Whether every worker that holds the first of these stages takes the others, too, without a change of turns."""
+        """Whether every worker that holds the first of these stages takes the others, too, in the same turn."""
         return all(worker.takes(first, *others) for worker in self.workers if first in worker.stages)

@@ -8,11 +8,12 @@ from vidgen_ray.batch.watcher import Snapshot
 
 
 class Board:
-    """An actor of a few bytes: how the run stands, and whether it should take no more lines."""
+    """An actor of a few bytes: how the run stands, whether it should take no more lines, and which results were given."""
 
     def __init__(self) -> None:
         self._snapshot: Snapshot | None = None
         self._stopping = False
+        self._given: dict[str, list[int]] = {}
 
     def post(self, snapshot: Snapshot) -> bool:
         """The director's word. Answers whether the run is to stop."""
@@ -27,6 +28,18 @@ class Board:
 
     def stopping(self) -> bool:
         return self._stopping
+
+    def giving(self, part: str, number: int) -> None:
+        """The director is about to give the result of this line of a part."""
+        self._given.setdefault(part, []).append(number)
+
+    def given(self, part: str) -> list[int]:
+        """The lines whose results were given, in that order."""
+        return self._given.get(part, [])
+
+    def received(self, part: str) -> None:
+        """The driver has all results of the part."""
+        self._given.pop(part, None)
 
 
 def board_name(run: str) -> str:

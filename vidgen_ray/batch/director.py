@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Coroutine, Iterator
-from concurrent.futures import Future
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from contextlib import suppress
-from itertools import count
+from itertools import chain, count
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -65,9 +65,10 @@ class Done(NamedTuple):
 
 
 class Director:
-    """Takes parts of the script, and gives what became of each of their lines, in the order of the lines.
+    """Takes parts of the script, and gives what became of each of their lines as soon as it is known.
 
-    In order, since Ray runs a part again whose director died, and goes on after as many results as it had.
+    Ray runs a part again whose director died, and passes over as many results as it had. So those come first, in the order
+    in which they were given before, which the board remembers.
     """
 
     def __init__(self, job: Job, board: BoardHandle) -> None:
@@ -84,14 +85,22 @@ class Director:
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for part in batch["part"]:
             lines = read_part(self._job.outputs, str(part))
-            running = [self._in_loop(self._shot(Errand.from_line(line))) for line in lines]
-            for number, (line, shot) in enumerate(zip(lines, running, strict=True)):
-                outcome = shot.result()
-                # None: the run stops, and the line was not begun; neither were those after it.
-                if outcome is not None:
-                    texts = {"part": str(part), "line": line, "outcome": outcome.to_line()}
-                    row: dict[str, NDArray[Any]] = {name: np.array([text], object) for name, text in texts.items()}
-                    yield row | {"number": np.array([number])}
+            errands = [Errand.from_line(line) for line in lines]
+            faces = Counter(step.key for errand in errands for step in errand.plan.steps if step.stage == InstantIDStage.name)
+            self._in_loop(self._expect(faces)).result()
+            running = [self._in_loop(self._shot(errand)) for errand in errands]
+            before = ray.get(self._board.given.remote(str(part)))
+            for number in chain(before, _as_they_end(running, besides=before)):
+                outcome = running[number].result()
+                # The run stops, and the line was not begun.
+                if outcome is None and number not in before:
+                    continue
+                if number not in before:
+                    ray.get(self._board.giving.remote(str(part), number))
+                texts = {"part": str(part), "line": lines[number], "outcome": outcome.to_line() if outcome else ""}
+                row: dict[str, NDArray[Any]] = {name: np.array([text], object) for name, text in texts.items()}
+                yield row | {"number": np.array([number]), "of": np.array([len(lines)])}
+            self._in_loop(self._expect_no_more(faces)).result()
 
     def _in_loop(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -101,10 +110,19 @@ class Director:
         self._workers = Dispatcher(self._job, self._metrics)
         self._encoders = Encoders(self._job, self._metrics)
         self._shared: OrderedDict[str, asyncio.Task[Done]] = OrderedDict()
+        self._faces: Counter[str] = Counter()
         self._window = asyncio.Semaphore(self._job.layout.window)
         self._orders = count()
         self._in_progress = 0
         self._posting = asyncio.ensure_future(self._post())
+
+    async def _expect(self, faces: Counter[str]) -> None:
+        """Note how many shots of a part want each face's features: key -> shots."""
+        self._faces += faces
+
+    async def _expect_no_more(self, faces: Counter[str]) -> None:
+        """Forget those of a part that has ended: there may be as many photos as lines."""
+        self._faces -= faces
 
     # A shot
 
@@ -157,11 +175,16 @@ class Director:
     async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         artefacts = Held({}, None)
-        for steps in calls_of(plan, self._job.layout.together):
+        for steps in calls_of(plan, self._job.layout.together, face_is_shared=self._face_is_shared(plan)):
             done = await self._shared_steps(plan, order, steps, artefacts)
             records, artefacts = records + done.records, done.given
             judged(plan.shot, done.likeness)
         return await self._written(plan, order, artefacts, records)
+
+    def _face_is_shared(self, plan: ShotPlan) -> bool:
+        """Whether others than this try of this shot want the features of its face."""
+        face = plan.steps[0].key if plan.steps else ""
+        return bool(plan.again) or self._faces[face] > 1 or face in self._shared
 
     async def _shared_steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
         """These steps, or what they came to for the shot beside this one, where that has the same keys."""
@@ -248,3 +271,9 @@ class Director:
             with suppress(ray.exceptions.RayActorError):
                 self._stopping |= await self._board.post.remote(snapshot)
             await asyncio.sleep(POST_S)
+
+
+def _as_they_end(running: Sequence[Future[Any]], besides: Collection[int]) -> Iterator[int]:
+    """The numbers of those that run, as each ends, without some."""
+    numbers = {future: number for number, future in enumerate(running) if number not in besides}
+    return (numbers[ended] for ended in as_completed(numbers))

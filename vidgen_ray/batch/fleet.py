@@ -49,6 +49,9 @@ def fleet(job: Job) -> Iterator[BoardHandle]:
         for name in job.encoder_names:
             options = {"num_cpus": ENCODER_CPUS, "scheduling_strategy": "SPREAD", **_RESTARTS}
             actors.append(encoder_class.options(name=name, **options).remote(job))
+        for actor in actors:
+            # Before anybody waits for it: the director is not there yet.
+            actor.load.remote()
         actors.append(board)
         yield board
     finally:

@@ -1,4 +1,4 @@
-"""The parts of a script through Ray Data's one operator, the director; what became of each line comes back in order."""
+"""The parts of a script through Ray Data's one operator, the director; what became of each line comes back as it is known."""
 
 from __future__ import annotations
 
@@ -31,16 +31,20 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
 
     Raises SetupError where actors cannot load their weights, or the driver does not see what the workers write.
     """
-    received = dict.fromkeys(parts, 0)
+    received: dict[str, set[int] | None] = {part: set() for part in parts}
     seen_a_shot = False
     try:
         for batch in _results(parts, job, board):
-            part, number = str(batch["part"][0]), int(batch["number"][0])
+            part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["outcome"][0])
+            numbers = received[part]
             # A director that was started again may give again what its predecessor gave.
-            if number < received[part]:
+            if numbers is None or number in numbers or not text:
                 continue
-            received[part] = number + 1
-            errand, outcome = Errand.from_line(batch["line"][0]), Outcome.from_line(batch["outcome"][0])
+            numbers.add(number)
+            if len(numbers) == batch["of"][0]:
+                received[part] = None
+                board.received.remote(part)
+            errand, outcome = Errand.from_line(batch["line"][0]), Outcome.from_line(text)
             if isinstance(outcome.result, Failure) and outcome.result.stage == LOADING:
                 # No shot of this run would fare better.
                 raise SetupError(outcome.result.message)
@@ -51,11 +55,14 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
     except ray.exceptions.RayError as error:
         raise SetupError(f"Ray stopped the run: {str(error).strip().splitlines()[0]}") from error
     stopped = ray.get(board.stopping.remote())
-    for part, count in received.items():
-        for line in read_part(job.outputs, part)[count:]:
-            message = "came out of no stage; render it again"
-            lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
-            yield Errand.from_line(line), None if stopped else Outcome(lost)
+    for part, numbers in received.items():
+        if numbers is None:
+            continue
+        for number, line in enumerate(read_part(job.outputs, part)):
+            if number not in numbers:
+                message = "came out of no stage; render it again"
+                lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
+                yield Errand.from_line(line), None if stopped else Outcome(lost)
 
 
 def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
