@@ -126,7 +126,7 @@ class StageHandles:
         self._in_hand: Counter[str] = Counter()
 
     def together(self, first: str, *others: str) -> bool:
-        """Whether all replicas that hold the first of these stages take the others, too, without a change of turns."""
+        """Whether all replicas that hold the first of these stages take the others, too, in the same turn."""
         holders = [spec for spec, _ in self._specs.values() if first in spec.stages]
         return all(spec.takes(first, *others) for spec in holders)
 

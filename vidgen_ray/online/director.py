@@ -279,7 +279,7 @@ class Director:
     async def _once_through(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         inputs: tuple[Any, ...] = ()
-        for steps in calls_of(plan, self._stages.together):
+        for steps in calls_of(plan, self._stages.together, face_is_shared=False):
             names = tuple(step.stage for step in steps)
             result = await self._stages.call(
                 self._caller,

@@ -125,7 +125,9 @@ class StageReplica:
         if self._useless:
             raise RuntimeError(self._useless)
         if overdue_s := self._bench.overdue_s():
-            raise RuntimeError(f"a call has outlasted its time by {overdue_s:.0f} s")
+            # Serve would look twice more before it ends this process, which takes on calls and never begins them.
+            self._end(f"a call has outlasted its time by {overdue_s:.0f} s")
+            raise RuntimeError(self._useless)
         torch = sys.modules.get("torch")
         if self._device != "cpu" and torch is not None:
             # Of a device that is lost, or a context that is broken, the driver says so here.
