@@ -1,5 +1,8 @@
-"""Stages without models that do what the prompt says; see `tests/fake_stages.py`. Beside what those obey, a prompt may count steps:
-`steps N stop at K FIFO` waits in step K until somebody opens the pipe, and notes every step beside it."""
+"""Stages without models that do what the prompt says; see `tests/fake_stages.py`.
+
+Beside what those obey, a prompt may count steps: `steps N stop at K PIPE` waits in step K until somebody opens the named pipe,
+and notes every step beside it.
+"""
 
 import os
 import re

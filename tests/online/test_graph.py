@@ -16,7 +16,8 @@ from vidgen_ray.online.deployments import DIRECTOR, graph, groups_of
 from vidgen_ray.online.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.served import Served, served
 from vidgen_ray.online.service import Service
-from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import parse_gpus, plan, this_machine
@@ -98,11 +99,11 @@ def run(name, profile, cluster, out, stages, in_progress=4) -> Running:
     layout = plan(found.profile, found.demand(), cluster).layout
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    database = f"sqlite:///{out / 'jobs.sqlite'}"
+    settings = OnlineSettings(data=str(out / "out"))
     service = Service(found.profile, outputs, layout, {stage.name: stages[stage.name] for stage in found.stages})
     groups = groups_of(layout, found.profile, cluster)
-    serve.run(graph(service, groups, database, in_progress), name=name, route_prefix=None)
-    return Running(name, found, outputs, JobStore(database))
+    serve.run(graph(service, groups, settings, in_progress), name=name, route_prefix=None)
+    return Running(name, found, outputs, open_store(settings))
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +193,7 @@ PICTURE = {"generate_video": False}
 
 class TestObedientStages:
     def test_shares_of_a_gpu_fit_by_memory_however_ray_packs_them(self, obedient):
-        shares = {
-            name: status.replica_states
-            for name, status in serve.status().applications["obedient"].deployments.items()
-        }
+        shares = {name: status.replica_states for name, status in serve.status().applications["obedient"].deployments.items()}
         assert shares.keys() == {"instantid", "flux", "svd", "realesrgan", "Encoder", "Director"}
         assert all(states == {"RUNNING": 2} for name, states in shares.items() if name not in ("Encoder", "Director"))
 

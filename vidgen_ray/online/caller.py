@@ -19,8 +19,9 @@ from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.online.workbench import Progress
 from vidgen_ray.outputs.records import Failure
 
-PASSED_OVER = 30
-"""How often a call may be lost, before it began, with the process it was waiting for."""
+PASSED_OVER = 6
+"""How often a call may be lost with a process before anything was heard of it. Mostly it was waiting behind the one at work,
+which is to blame; but what ends a process at once is not heard to begin either."""
 AGAIN_S = 0.1
 """Before such a call is made again: Serve may need a moment to see that the process is gone."""
 
@@ -52,8 +53,8 @@ class Caller:
     async def call(self, method: Any, *args: Any, stage: str, timeout_s: float | None, told: Told = lambda _: None) -> Result:
         """What the method came to; tried again where another attempt may fare better. Raises GaveUp, InputsLost.
 
-        The time counts from when the work has begun; none is without a limit. A process that dies before that, or that
-        nobody can reach, costs no attempt: the shot is not the reason.
+        The time counts from when the work has begun; none is without a limit. A process that dies before that costs no
+        attempt, but not for ever.
         """
         blamed = passed_over = 0
         while True:

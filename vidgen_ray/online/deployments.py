@@ -17,6 +17,7 @@ from vidgen_ray.layout import Layout, WorkerSpec
 from vidgen_ray.online.director import Director
 from vidgen_ray.online.encoder_replica import EncoderReplica
 from vidgen_ray.online.service import Service
+from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.stage_replica import StageReplica
 from vidgen_ray.planner import Cluster
 from vidgen_ray.planner.holdings import CONTEXT_GB, ROOM
@@ -44,7 +45,7 @@ class Group:
     replicas: int
 
 
-def graph(service: Service, groups: Sequence[Group], database: str, in_progress: int) -> Application:
+def graph(service: Service, groups: Sequence[Group], settings: OnlineSettings, in_progress: int) -> Application:
     """The director with all that it calls. `in_progress`: jobs that are led at once, at most."""
     bound = {group.name: _stages(service, group) for group in groups}
     specs = {group.name: (group.spec, group.replicas) for group in groups}
@@ -66,7 +67,7 @@ def graph(service: Service, groups: Sequence[Group], database: str, in_progress:
         ray_actor_options={"num_cpus": DIRECTOR_CPUS},
         max_ongoing_requests=ERRANDS_AT_ONCE,
         **HEALTH,
-    ).bind(service, database, in_progress, bound, specs, encoder)
+    ).bind(service, settings, in_progress, bound, specs, encoder)
 
 
 def _stages(service: Service, group: Group) -> Application:

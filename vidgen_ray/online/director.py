@@ -24,11 +24,13 @@ from vidgen_ray.layout import WorkerSpec
 from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.online.caller import Caller, GaveUp, InputsLost, StageHandles
 from vidgen_ray.online.course import Course
+from vidgen_ray.online.housekeeping import housekeeping
 from vidgen_ray.online.jobs import Job, JobError, JobState
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.served import served
 from vidgen_ray.online.service import Service
-from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store import HowFar, open_store
 from vidgen_ray.online.workbench import Progress
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -76,7 +78,7 @@ class Director:
     def __init__(
         self,
         service: Service,
-        database: str,
+        settings: OnlineSettings,
         in_progress: int,
         handles: Mapping[str, Any],
         specs: Mapping[str, tuple[WorkerSpec, int]],
@@ -86,7 +88,7 @@ class Director:
         self._service = service
         self._outputs = service.outputs
         self._served = served(service.profile)
-        self._store = JobStore(database)
+        self._store = open_store(settings)
         self._in_progress = in_progress
         self._stages = StageHandles(handles, specs)
         self._encoder = encoder.options(stream=True)
@@ -102,7 +104,10 @@ class Director:
         self._woken = asyncio.Event()
         self._last_beat = 0.0
         self._last_look = time.monotonic()
-        self._background = [asyncio.ensure_future(self._look()), asyncio.ensure_future(self._tell())]
+        self._background = [
+            asyncio.ensure_future(work)
+            for work in (self._look(), self._tell(), housekeeping(self._store, settings, self._outputs))
+        ]
 
     # What others ask of it
 
@@ -181,9 +186,10 @@ class Director:
                 log.warning("progress is not noted: %s", error)
 
     def _note(self, news: Mapping[str, tuple[Progress, int]]) -> None:
-        for job_id, (progress, percent) in news.items():
-            self._store.progress(
-                job_id, self.owner, stage=progress.stage, step=progress.step, steps=progress.steps, percent=percent
+        if news:
+            self._store.progress_many(
+                self.owner,
+                [HowFar(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in news.items()],
             )
 
     # A job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
@@ -94,7 +94,11 @@ class OnlineSettings(_Section):
     """A server. Times are in seconds."""
 
     profile: str = "demo"
-    data: str = Field("out", description="the output folder, as a batch run has it, or its URL")
+    layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
+        None, description="in place of the profile's own; staged gives every model a deployment that grows by itself"
+    )
+    gpus: str | None = Field(None, description="what to lay out for, as 8x80GB; none: the GPUs that are there at the start")
+    data: str = Field("out", validate_default=True, description="the output folder, as a batch run has it, or its URL")
     database: str | None = Field(None, description="sqlite:///FILE or postgresql://...; none: jobs.db in `data`")
     keys_file: Path | None = Field(None, description="API keys; see `vidgen keys`")
     host: str = "127.0.0.1"
@@ -116,6 +120,12 @@ class OnlineSettings(_Section):
     poll_s: float = Field(0.25, gt=0, description="between two looks at jobs that somebody follows")
     poll_after_s: float = Field(1.0, gt=0, description="what clients that poll are told to wait")
     docs: bool = Field(True, description="whether /openapi.json is served")
+
+    @field_validator("data")
+    @classmethod
+    def _data_is_one_place_for_all_processes(cls, value: str) -> str:
+        # They do not share a working directory.
+        return value if URL.match(value) else str(Path(value).expanduser().absolute())
 
     @model_validator(mode="after")
     def _names_are_not_taken_twice(self) -> Self:
