@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
+from vidgen_ray.connection import muted_stderr
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import APP, Blueprint, application
@@ -29,6 +31,7 @@ DRAIN_MARGIN_S = 30.0
 """Beside the time of grace, for the director to put away what is left."""
 OURS = "vidgen_ray.errors."
 """How the line of a traceback begins that says what a person can mend."""
+ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ")
 
 
 class Server:
@@ -99,7 +102,9 @@ def serving(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAM
         serve.run_many([target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
         yield Server(of)
     finally:
-        serve.shutdown()
+        # Ray tells of calls to Serve's controller that are lost with it.
+        with muted_stderr():
+            serve.shutdown()
 
 
 def check_port(host: str, port: int) -> None:
@@ -123,7 +128,9 @@ def wait_for(stop: threading.Event, server: Server, look_s: float = 5.0) -> None
 
 
 def _reason(messages: str) -> str:
-    """What of Serve's account, which holds a traceback, a person can mend; its first line where nothing of it is ours."""
+    """What of Serve's account, which holds a traceback, a person can mend; else the error, else its first line."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
-    ours = [line.partition(": ")[2] for line in lines if line.startswith(OURS)]
-    return ours[-1] if ours else (lines[0] if lines else "Serve could not start it, and does not say why")
+    if ours := [line.partition(": ")[2] for line in lines if line.startswith(OURS)]:
+        return ours[-1]
+    errors = [line for line in lines if ERROR.match(line)]
+    return [*lines, "Serve could not start it, and does not say why"][0] if not errors else errors[-1]
