@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 
+UPLOAD = re.compile(r"file-[0-9a-f]{64}")
 ID_PREFIX = "online-"
 """How the folder of a shot begins that a server made."""
 KEY_LETTERS = 32
@@ -181,13 +183,14 @@ class Intake:
         return found
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
-        path = self.uploads.find(tenant.name, upload_id) if isinstance(upload_id, str) and len(upload_id) <= 80 else None
+        path = self.uploads.find(tenant.name, upload_id) if isinstance(upload_id, str) and UPLOAD.fullmatch(upload_id) else None
         if path is None:
             raise invalid(param, "must be a file, or the id of a file that you have uploaded", "file_not_found")
         return str(path)
 
     def _photos(self, tenant: Tenant, name: object) -> Sequence[str]:
-        character = self._store.characters.get(name, tenant.name) if isinstance(name, str) else None
+        known = isinstance(name, str) and name.isprintable()
+        character = self._store.characters.get(str(name), tenant.name) if known else None
         if character is None:
             raise not_found("character", str(name)[:100], "character")
         return character.photos

@@ -103,12 +103,15 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
 class Received:
     """The fields and files of a request, whether it came as a form or as JSON."""
 
-    def __init__(self, fields: Mapping[str, Any], files: Mapping[str, list[UploadFile]], fingerprint: str) -> None:
+    def __init__(
+        self, fields: Mapping[str, Any], files: Mapping[str, list[UploadFile]], fingerprint: str, is_form: bool
+    ) -> None:
         self.fields = dict(fields)
         """From a form all are text; a field that came several times is a list. `lora[name]` became a mapping."""
         self._files = dict(files)
         self.fingerprint = fingerprint
         """A digest of all that the client sent."""
+        self.is_form = is_form
 
     def files(self, *names: str) -> list[UploadFile]:
         """The files that came under any of these names, in their order; `name[]` is the same as `name`."""
@@ -145,7 +148,7 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]
             408, f"The body did not arrive within {caps.seconds:g} s", code="timeout", headers={"x-should-retry": "false"}
         ) from None
     if form is None:
-        yield Received(_from_json(body), {}, hashlib.sha256(body).hexdigest())
+        yield Received(_from_json(body), {}, hashlib.sha256(body).hexdigest(), is_form=False)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -169,6 +172,10 @@ def _from_json(body: bytes) -> dict[str, Any]:
         raise ApiError(400, f"The body is no JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(content, dict):
         raise ApiError(400, "The body must be a JSON object", code="invalid_json")
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "The body has half of a letter (a lone surrogate)", code="invalid_json") from None
     return content
 
 
@@ -197,7 +204,7 @@ def _from_form(form: FormData) -> Received:
             continue
         digest.update(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
         _put(fields, name, value)
-    return Received(fields, files, digest.hexdigest())
+    return Received(fields, files, digest.hexdigest(), is_form=True)
 
 
 def _put(fields: dict[str, Any], name: str, value: str) -> None:

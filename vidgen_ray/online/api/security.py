@@ -27,6 +27,9 @@ def tenant_of(
     server: Annotated[Server, Depends(server_of)],
 ) -> Tenant:
     """Whose key the request brings. Raises ApiError 401, 403, and 429 for too many requests."""
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        # PostgreSQL cannot even be asked for it.
+        raise ApiError(400, "A NUL stands in the URL", code="invalid_url")
     if not server.keys.are_required and not is_loopback(host_of(request.headers)):
         # A name of somebody's own that leads here would let his page read what this server answers.
         raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
