@@ -5,19 +5,16 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from vidgen_ray.online.intake import Intake
-from vidgen_ray.online.keys import Keys
+from vidgen_ray.online.api.state import Server
 from vidgen_ray.online.page.door import door_routes
 from vidgen_ray.online.page.routes import page_routes
 from vidgen_ray.online.page.site import STATIC, Site
-from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import JobStore
 
 
-def add_page(app: FastAPI, *, settings: OnlineSettings, store: JobStore, keys: Keys, intake: Intake) -> None:
-    """Add the page's routes. Also tells the API, as `app.state.cookie_tenant`, who is signed in by the page's cookie, so that
-    the page's players can fetch what they show; it must ask for nothing but reading."""
-    site = Site(settings, store, keys, intake)
+def add_page(app: FastAPI, server: Server) -> None:
+    """Add the page's routes to an app of the API's. Also tells the API, as `app.state.cookie_tenant`, who is signed in by the
+    page's cookie, so that the page's players can fetch what they show; it must ask for nothing but reading."""
+    site = Site(server)
     app.state.cookie_tenant = site.tenant_now
     app.include_router(page_routes(site))
     app.include_router(door_routes(site))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
+from vidgen_ray.calls import OUTPUT
 from vidgen_ray.graph import stages_of
 from vidgen_ray.online.jobs import Job, JobKind, JobState
-from vidgen_ray.shot import Shot
 
 ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
 STAGE_WORDS = {
@@ -21,6 +21,7 @@ STAGE_WORDS = {
     "svd": ("Motion", "Setting it in motion"),
     "clip_likeness": ("Likeness in the clip", "Comparing the faces in the clip"),
     "realesrgan": ("Upscaling", "Upscaling"),
+    OUTPUT: ("Saving", "Saving"),
 }
 """Stage -> its name in the list of stages, and what is being done. A stage that is missing here goes by its own name."""
 COUNTS_FRAMES = ("realesrgan",)
@@ -60,8 +61,8 @@ class Card:
     created_text: str
 
 
-def card_of(job: Job, base: str, character: str | None = None) -> Card:
-    """`base` is where the application is mounted; `character` the name of the saved person in the shot."""
+def card_of(job: Job, base: str) -> Card:
+    """`base` is where the application is mounted."""
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
     grown = shot.scale if shot.generate_video and shot.upscale_video else 1
     content = f"{base}/v1/videos/{job.id}/content"
@@ -83,7 +84,7 @@ def card_of(job: Job, base: str, character: str | None = None) -> Card:
         summary=" · ".join(_summary(job, grown)),
         verdict=VERDICTS.get(job.state, ""),
         error=job.error.message if job.error and job.state is JobState.FAILED else None,
-        settings=tuple(_settings(shot, grown, character)),
+        settings=tuple(_settings(job, grown)),
         created=created.isoformat(timespec="seconds"),
         created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -99,12 +100,12 @@ def _now(job: Job) -> str:
     doing = STAGE_WORDS.get(job.stage, (job.stage, job.stage))[1]
     if not job.steps:
         return f"{doing} · {job.progress} %"
-    unit = "frame" if job.stage in COUNTS_FRAMES else "step"
-    return f"{doing}, {unit} {job.step or 0} of {job.steps} · {job.progress} %"
+    unit = "frames" if job.stage in COUNTS_FRAMES else "steps"
+    return f"{doing}, {job.step} of {job.steps} {unit} · {job.progress} %"
 
 
 def _track(job: Job) -> Iterator[TrackStage]:
-    names = [stage.name for stage in stages_of(job.shot)]
+    names = [*(stage.name for stage in stages_of(job.shot)), OUTPUT]
     reached = names.index(job.stage) if job.stage in names else -1
     for number, name in enumerate(names):
         state = "done" if number < reached else "current" if number == reached else "ahead"
@@ -127,7 +128,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min"
 
 
-def _settings(shot: Shot, grown: int, character: str | None) -> Iterator[tuple[str, str]]:
+def _settings(job: Job, grown: int) -> Iterator[tuple[str, str]]:
+    shot = job.shot
     yield "Mode", shot.mode
     size = f"{shot.width} × {shot.height}"
     yield "Size", f"{size}, upscaled {grown} times" if grown > 1 else size
@@ -135,8 +137,8 @@ def _settings(shot: Shot, grown: int, character: str | None) -> Iterator[tuple[s
         yield "Frames", f"{shot.num_frames} at {shot.fps} a second"
         yield "Motion", str(shot.motion_bucket_id)
     yield "Seed", str(shot.seed)
-    if character:
-        yield "Person", character
+    if isinstance(name := job.request.get("character"), str):
+        yield "Person", name
     elif shot.face_image:
         yield "Person", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
     for lora in shot.lora:

@@ -26,11 +26,11 @@ def door_routes(site: Site) -> APIRouter:
         if not same_origin(request):
             return refusal(site, request)
         try:
-            async with receive(request, site.settings.uploads) as received:
+            async with receive(request, site.server.settings.uploads) as received:
                 key = received.fields.get("key")
         except ApiError as error:
             return site.answer(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        tenant = site.keys.verify(key.strip()) if isinstance(key, str) and key.strip() else None
+        tenant = site.server.keys.verify(key.strip()) if isinstance(key, str) and key.strip() else None
         if tenant is None:
             return site.answer(request, "sign_in.html", 403, error="No key of this server is like this one.")
         token = await run_in_threadpool(site.sessions.open, tenant.key_id)

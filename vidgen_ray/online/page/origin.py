@@ -1,5 +1,5 @@
-"""Whether a request that changes something comes from this page and not from another site's, which a browser would also
-send with our cookie, or to a server on the user's own machine."""
+"""Where a request comes from, and by which name it asks: a browser also carries out what another site's page wants of us, with
+our cookie, or of a server on the user's own machine."""
 
 from urllib.parse import urlsplit
 
@@ -17,3 +17,9 @@ def same_origin(request: Request) -> bool:
         return site in ("same-origin", "none")
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+
+
+def host_of(request: Request) -> str:
+    """The name by which the server was asked, without its port."""
+    host = request.headers.get("host", "")
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]

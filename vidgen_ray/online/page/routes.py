@@ -60,7 +60,7 @@ def page_routes(site: Site) -> APIRouter:
             return refusal(site, request)
         values = FormValues()
         try:
-            async with receive(request, site.settings.uploads) as received:
+            async with receive(request, site.server.settings.uploads) as received:
                 values = FormValues.of_form(received.fields)
                 job = await _accepted(site, tenant, received, values)
         except FormError as error:
@@ -86,7 +86,7 @@ def page_routes(site: Site) -> APIRouter:
         if tenant is None:
             return _signed_out(request)
         since = request.query_params.get("since", "")
-        cursor = int(since) if since.isascii() and since.isdecimal() else await run_in_threadpool(site.store.latest)
+        cursor = int(since) if since.isascii() and since.isdecimal() else await run_in_threadpool(site.server.store.latest)
         base = base_of(request)
 
         def written(job: Job, with_card: bool) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def page_routes(site: Site) -> APIRouter:
         def allowed() -> bool:
             return site.tenant_now(request) is not None
 
-        stream = changes(site.store, tenant.name, cursor, written, allowed)
+        stream = changes(site.server.store, tenant.name, cursor, written, allowed)
         return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
 
     return router
@@ -103,12 +103,13 @@ def page_routes(site: Site) -> APIRouter:
 
 async def _accepted(site: Site, tenant: Tenant, received: Received, values: FormValues) -> Job:
     """The job that the form asks for. Raises FormError and ApiError."""
+    people = site.server.store.characters
     fields: dict[str, Any] = values.fields()
     if lora := values.worn():
         fields["lora"] = [{"name": lora.path, "scale": lora.weight}]
     # Checked here first, since the intake tells one field at a time and a form can show all.
     try:
-        Shot.model_validate({**site.intake.served.profile.defaults, **fields, "lora": None})
+        Shot.model_validate({**site.server.served.profile.defaults, **fields, "lora": None})
     except ValidationError as error:
         raise FormError(errors_of(error)) from None
     # An empty choice of files comes as one without a name.
@@ -116,7 +117,7 @@ async def _accepted(site: Site, tenant: Tenant, received: Received, values: Form
     if photos and values.character:
         raise FormError({"character": "Choose either photos or a saved character."})
     if photos:
-        kept = [await run_in_threadpool(site.intake.uploads.keep, tenant.name, photo.file, "photo") for photo in photos]
+        kept = [await run_in_threadpool(site.server.intake.uploads.keep, tenant.name, photo.file, "photo") for photo in photos]
         fields["face_image"] = [upload.id for upload in kept]
     elif values.character:
         fields["character"] = values.character
@@ -125,7 +126,12 @@ async def _accepted(site: Site, tenant: Tenant, received: Received, values: Form
     # A form that is sent twice asks once; one that was changed in between asks for something else.
     once = str(received.fields.get("once", ""))[:64]
     key = f"page-{once}-{received.fingerprint[:32]}" if once else None
-    jobs = await site.intake.accept(tenant, JobKind.VIDEO, [fields], {}, idempotency_key=key, fingerprint=received.fingerprint)
+    about: dict[str, Any] = {"model": site.server.served.profile.name + ("-fast" if values.mode == "fast" else "")}
+    if values.character and (known := await run_in_threadpool(people.get, values.character, tenant.name)):
+        about["character"] = known.name
+    jobs = await site.server.intake.accept(
+        tenant, JobKind.VIDEO, [fields], about, idempotency_key=key, fingerprint=received.fingerprint
+    )
     return jobs[0]
 
 
@@ -136,14 +142,14 @@ async def _change(site: Site, request: Request, job_id: str, what: str) -> Respo
     if not same_origin(request):
         return refusal(site, request)
     base = base_of(request)
-    job = await site.intake.cancel(tenant, job_id) if what == "cancel" else await _job(site, tenant, job_id)
+    job = await site.server.intake.cancel(tenant, job_id) if what == "cancel" else await _job(site, tenant, job_id)
     if job is None:
         message = "This clip is not there any more."
         if wants_json(request):
             return JSONResponse({"message": message}, 404, HEADERS)
         return site.answer(request, "message.html", 404, heading="Not found", message=message)
     if what == "delete":
-        await site.intake.delete(tenant, job_id)
+        await site.server.intake.delete(tenant, job_id)
     if wants_json(request):
         return JSONResponse({"deleted": True} if what == "delete" else {"job": site.written(job, base)}, headers=HEADERS)
     return RedirectResponse(f"{base}/#gallery" if what == "delete" else f"{base}/#{job_id}", 303)
@@ -161,16 +167,16 @@ def _page(
     """The whole page; with `values` and `error` the form as it was sent, and what is wrong with it."""
     base, query = base_of(request), request.query_params
     # Before the lists are read: what changes after it comes by the stream.
-    cursor = site.store.latest()
-    queue = site.store.list(tenant.name, states=ACTIVE, limit=QUEUE_LENGTH, order="asc")
+    cursor = site.server.store.latest()
+    queue = site.server.store.list(tenant.name, states=ACTIVE, limit=QUEUE_LENGTH, order="asc")
     after = query.get("after")
     try:
-        gallery = site.store.list(tenant.name, states=FINAL, after=after, limit=GALLERY_LENGTH)
+        gallery = site.server.store.list(tenant.name, states=FINAL, after=after, limit=GALLERY_LENGTH)
     except UnknownJob:
         return RedirectResponse(f"{base}/", 303)
-    like = site.store.get(query.get("like", ""), tenant.name)
-    plain = Shot.model_validate({"prompt": "-", **site.intake.served.profile.defaults})
-    names = {path: name for name, path in site.settings.loras.items()}
+    like = site.server.store.get(query.get("like", ""), tenant.name)
+    plain = Shot.model_validate({"prompt": "-", **site.server.served.profile.defaults})
+    names = {path: name for name, path in site.server.settings.loras.items()}
     if values is None:
         values = FormValues.of_shot(like.shot if like else plain, names)
         values = values if like else values.with_prompt(query.get("prompt", "")[:PROMPT_LETTERS])
@@ -182,8 +188,8 @@ def _page(
         error.status if error else 200,
         cursor=cursor,
         first_page=after is None,
-        signed_in=site.keys.are_required,
-        profile=site.intake.served.profile.name,
+        signed_in=site.server.keys.are_required,
+        profile=site.server.served.profile.name,
         queue=[card_of(job, base) for job in queue.jobs],
         gallery=[card_of(job, base) for job in gallery.jobs],
         older=gallery.jobs[-1].id if gallery.has_more else None,
@@ -197,20 +203,20 @@ def _page(
         like_seed=like.shot.seed if like else None,
         like_photos=like is not None and bool(_again(site, like).get("face_image")),
         sizes=shown_size,
-        characters=site.store.characters.list(tenant.name),
-        loras=sorted(site.settings.loras) if "lora" in site.intake.served.params else [],
-        styles=STYLES if "hunyuan" in site.intake.served.params else (),
-        faces="instantid" in site.intake.served.params,
+        characters=site.server.store.characters.list(tenant.name),
+        loras=sorted(site.server.settings.loras) if "lora" in site.server.served.params else [],
+        styles=STYLES if "hunyuan" in site.server.served.params else (),
+        faces="instantid" in site.server.served.params,
     )
 
 
 async def _job(site: Site, tenant: Tenant, job_id: object) -> Job | None:
-    return await run_in_threadpool(site.store.get, job_id, tenant.name) if isinstance(job_id, str) else None
+    return await run_in_threadpool(site.server.store.get, job_id, tenant.name) if isinstance(job_id, str) else None
 
 
 def _again(site: Site, job: Job) -> Mapping[str, Any]:
     """The fields by which the same shot could be asked for again."""
-    return shown(job.shot, site.settings, site.intake.uploads)
+    return shown(job.shot, site.server.settings, site.server.intake.uploads)
 
 
 def _as_form_error(error: ApiError) -> FormError:

@@ -10,13 +10,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from vidgen_ray.online.intake import Intake
+from vidgen_ray.online.api.state import Server
 from vidgen_ray.online.jobs import Job
-from vidgen_ray.online.keys import Keys, Tenant
+from vidgen_ray.online.keys import Tenant, is_loopback
 from vidgen_ray.online.page.cards import ACTIVE, card_of
+from vidgen_ray.online.page.origin import host_of
 from vidgen_ray.online.page.sessions import COOKIE, Sessions
-from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.problems import ApiError
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -38,12 +38,9 @@ HEADERS = {
 class Site:
     """Shared by the routes; holds no state of a request."""
 
-    def __init__(self, settings: OnlineSettings, store: JobStore, keys: Keys, intake: Intake) -> None:
-        self.settings = settings
-        self.store = store
-        self.keys = keys
-        self.intake = intake
-        self.sessions = Sessions(store.engine)
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.sessions = Sessions(server.store.engine)
         self._templates = Environment(
             loader=PackageLoader("vidgen_ray.online.page"),
             autoescape=True,
@@ -70,16 +67,22 @@ class Site:
         }
 
     async def tenant(self, request: Request) -> Tenant | None:
-        """Who is signed in; on a server without keys everybody is the one tenant."""
-        return await run_in_threadpool(self.tenant_now, request)
+        """Who is signed in; on a server without keys everybody is the one tenant. Raises ApiError 403 and 429."""
+        if not self.server.keys.are_required and not is_loopback(host_of(request)):
+            # A name of somebody's own that leads here would let his page read this one.
+            raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
+        tenant = await run_in_threadpool(self.tenant_now, request)
+        if tenant is not None:
+            self.server.rate.check(tenant)
+        return tenant
 
     def tenant_now(self, request: Request) -> Tenant | None:
-        """The same for a caller that may block."""
-        if not self.keys.are_required:
-            return self.keys.verify(None)
+        """Who is signed in, for a caller that may block and has checked the rest."""
+        if not self.server.keys.are_required:
+            return self.server.keys.verify(None)
         token = request.cookies.get(COOKIE)
         key_id = self.sessions.key_id(token) if token else None
-        return self.keys.by_id(key_id) if key_id else None
+        return self.server.keys.by_id(key_id) if key_id else None
 
 
 def base_of(request: Request) -> str:
