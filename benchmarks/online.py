@@ -42,6 +42,7 @@ from rich.table import Table
 from benchmarks.local_ray import ENVIRONMENT, local_ray
 from benchmarks.machine import machine, write_json
 from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
+from vidgen_ray.connection import muted_stderr
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"no-op picture, added, p95": 50.0, "accepted jobs lost": 0.0}
@@ -84,7 +85,8 @@ def main() -> int:
     size = QUICK if told.quick else FULL
     rows: list[dict[str, Any]] = []
     try:
-        with redirect_stdout(sys.stderr), local_ray(0):
+        # Ray tells of every process that is killed, which here are many.
+        with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0):
             rows += _no_op(size, folder)
             if not told.quick:
                 rows += _tiny(size, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import yaml
 from pydantic import ValidationError
 
 from vidgen_ray.errors import UsageError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.script_files import StrictLoader
+from vidgen_ray.stages.base import Stage
 
 GRACE_S = 60.0
 
@@ -39,8 +42,17 @@ def settings_of(file: Path | None, told: dict[str, Any]) -> OnlineSettings:
         raise UsageError(f"{f'settings {file}' if file else 'serve'}, {where}: {detail['msg']}") from None
 
 
-def serve_command(settings: OnlineSettings, *, address: str | None, grace_s: float) -> None:
-    """The body of the command; until it is told to stop. Raises SetupError, ProfileError."""
+def serve_command(
+    settings: OnlineSettings,
+    *,
+    address: str | None,
+    grace_s: float,
+    stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME,
+) -> None:
+    """The body of the command; until it is told to stop. `stages` are what runs under each stage's name.
+
+    Raises SetupError, ProfileError.
+    """
     from vidgen_ray.cli.stopping import stoppable
     from vidgen_ray.connection import connected, live_cluster
     from vidgen_ray.online.application import blueprint
@@ -60,13 +72,13 @@ def serve_command(settings: OnlineSettings, *, address: str | None, grace_s: flo
         of = of or blueprint(settings, live_cluster())
         for stage, why in of.served.left_out.items():
             typer.echo(f"{stage} is not served: {why}", err=True)
-        with serving(of) as server:
+        with serving(of, stages) as server:
             server.wait_until_it_answers(stop)
             if not stop.is_set():
                 key = "a key of yours" if keys.are_required else "no key"
                 typer.echo(f"{server.url}/ is up, with profile {settings.profile}; results and jobs are in {settings.data}")
                 typer.echo(f"open it in a browser, or point an OpenAI client at {server.url}/v1 with {key}; Ctrl-C ends it")
-            server.wait_until_it_renders(stop)
+            server.wait_until_it_renders(stop, lambda why: typer.echo(f"vidgen: {why}", err=True))
             if not stop.is_set():
                 typer.echo("models are loaded")
             wait_for(stop, server)

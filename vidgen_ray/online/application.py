@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 
 from vidgen_ray.connection import live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -104,18 +107,26 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Any:
         store = open_store(self._settings)
-        return make_app(self._settings, store, self._outputs, self._served, accepted=self._accepted())
+        return make_app(self._settings, store, self._outputs, self._served, accepted=_Bell(self._director).ring)
 
-    def _accepted(self) -> Callable[[], None]:
-        waking: set[asyncio.Task[None]] = set()
 
-        async def wake() -> None:
-            # One that is not there looks into the store when it comes.
-            await self._director.wake.remote()
+class _Bell:
+    """Wakes the director, by one call at a time however much there is to tell: one that is gone is not asked thousands of
+    times when it comes back. Rung inside of an event loop."""
 
-        def accepted() -> None:
-            task = asyncio.ensure_future(wake())
-            waking.add(task)
-            task.add_done_callback(waking.discard)
+    def __init__(self, director: Any) -> None:
+        self._director = director
+        self._rung = False
+        self._ringing: asyncio.Task[None] | None = None
 
-        return accepted
+    def ring(self) -> None:
+        self._rung = True
+        if self._ringing is None or self._ringing.done():
+            self._ringing = asyncio.ensure_future(self._wake())
+
+    async def _wake(self) -> None:
+        while self._rung:
+            self._rung = False
+            # One that dies of it looks into the store when it comes again.
+            with suppress(ray.exceptions.RayError, RayServeException):
+                await self._director.wake.remote()

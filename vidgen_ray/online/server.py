@@ -6,7 +6,7 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.error import URLError
@@ -55,9 +55,17 @@ class Server:
                     return
             stop.wait(LOOK_S)
 
-    def wait_until_it_renders(self, stop: threading.Event) -> None:
-        """Until every replica has its weights. Raises SetupError where one cannot load them."""
+    def wait_until_it_renders(self, stop: threading.Event, told: Callable[[str], None] = lambda _: None) -> None:
+        """Until every replica has its weights. `told` hears, once each, why that takes long.
+
+        Raises SetupError where a replica cannot load its weights.
+        """
+        said: set[str] = set()
         while not stop.is_set() and self._expect_no_failure() != ApplicationStatus.RUNNING:
+            for deployment in serve.status().applications[APP].deployments.values():
+                if deployment.message and deployment.message not in said:
+                    said.add(deployment.message)
+                    told(" ".join(deployment.message.split()))
             stop.wait(LOOK_S)
 
     def drain(self, grace_s: float) -> int:

@@ -51,10 +51,15 @@ class Workbench:
         news: asyncio.Queue[Progress | None] = asyncio.Queue()
         unwanted = threading.Event()
 
+        last: Progress | None = None
+
         def tell(stage: str, step: int, steps: int) -> None:
+            nonlocal last
             if unwanted.is_set():
                 raise Cancelled
-            loop.call_soon_threadsafe(news.put_nowait, Progress(stage, step, steps))
+            if (progress := Progress(stage, step, steps)) != last:
+                last = progress
+                loop.call_soon_threadsafe(news.put_nowait, progress)
 
         def in_thread() -> T:
             self._deadline = time.monotonic() + timeout_s
