@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvicorn
@@ -32,6 +33,8 @@ from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.progress import listening
 from vidgen_ray.steps import ShotFiles, StepFailed
 
+LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
+"""Of a TestClient that asks from this machine."""
 Told = Callable[[str, int, int], None]
 Make = Callable[[ShotPlan, Told], None]
 """Makes a shot's files, saying how far it is. Raises StepFailed or Cancelled."""

@@ -6,7 +6,7 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from tests.online.directors import local_server, painted
+from tests.online.directors import LOCAL, local_server, painted
 from vidgen_ray.online.jobs import JobKind, JobState
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.script import check_shot
@@ -28,7 +28,7 @@ def server(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(server):
-    return TestClient(server.app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from vidgen_ray.cli.identity import identity
+from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stopping import stoppable
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(identity, name="identity")
+app.add_typer(keys, name="keys")
 
 ScriptArgument = Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")]
 OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="The output folder, or its URL: s3://BUCKET/FOLDER.")]

@@ -21,9 +21,10 @@ from vidgen_ray.errors import VidgenError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 PORTS = {"http": 80, "https": 443}
-REFUSED = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Public addresses that lead to a cloud's own services."""
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+REFUSED = tuple(
+    map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b::/96", "64:ff9b:1::/48"))
+)
+"""Beside what Python calls private: a cloud's own services under public addresses, and translators to any address."""
 HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -51,10 +52,10 @@ def check_address(address: str) -> None:
     inner: Address = given
     if isinstance(given, ipaddress.IPv6Address):
         # Forms that carry an IPv4 address: the mapped one is that address, the others lead to a translator.
-        if given.sixtofour or given.teredo or given in NAT64:
+        if given.sixtofour or given.teredo:
             raise Refused(f"{address} is an address of a translator")
         inner = given.ipv4_mapped or given
-    if not inner.is_global or inner.is_multicast or inner in REFUSED:
+    if not inner.is_global or inner.is_multicast or any(inner in network for network in REFUSED):
         raise Refused(f"{address} is not a public address")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vidgen_ray.atomic import new_file
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.script_files import StrictLoader
@@ -101,6 +102,21 @@ def load_keys(file: Path | None, limits: Limits, environment: Mapping[str, str] 
         except ValidationError:
             raise SetupError(f"{ENVIRONMENT}: must be TENANT=SHA256, with commas between several") from None
     return Keys(records, limits)
+
+
+def add_key(file: Path, record: KeyRecord) -> None:
+    """Add a key to a file of keys, which is made where it is missing, for its owner's eyes only. Comments in it are lost.
+
+    Raises SetupError for a file that cannot be read or written.
+    """
+    before = _from_file(file) if file.exists() else ()
+    records = [each.model_dump(mode="json", exclude_none=True) for each in (*before, record)]
+    try:
+        with new_file(file.absolute()) as tmp:
+            tmp.chmod(0o600)
+            tmp.write_text(yaml.safe_dump({"keys": records}, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise SetupError(f"keys file {file}: cannot be written ({error.strerror})") from None
 
 
 def check_reach(host: str, keys: Keys) -> None:

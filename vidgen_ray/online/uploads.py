@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen_ray.atomic import flush_to_disk, temporary_file
 from vidgen_ray.errors import MediaError
@@ -98,6 +99,27 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise invalid(param, "is no base64") from None
+
+
+class BodyCap:
+    """Counts the bytes of a body as they arrive, and ends a request that sends more than `cap_bytes`, whatever it announced."""
+
+    def __init__(self, app: ASGIApp, cap_bytes: int) -> None:
+        self._app = app
+        self._cap_bytes = cap_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._cap_bytes:
+                raise too_large(None, self._cap_bytes)
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)
 
 
 class Received:

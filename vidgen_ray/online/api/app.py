@@ -26,6 +26,7 @@ from vidgen_ray.online.limits import RequestRate
 from vidgen_ray.online.served import Served
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.uploads import BodyCap
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
 
@@ -81,7 +82,6 @@ def make_app(
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,
         redoc_url=None,
-        max_body_size=settings.uploads.body_bytes,
         redirect_slashes=False,
         lifespan=lifespan,
     )
@@ -99,6 +99,7 @@ def make_app(
         started_at=int(time.time()),
     )
     errors.install(app)
+    app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     # Before /v1/videos/{video_id}, which would take `characters` for an id.
     app.include_router(people.router)
     for module in (videos, content, events, images, shots, models, files):

@@ -30,9 +30,8 @@ def tenant_of(
     if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
         # PostgreSQL cannot even be asked for it.
         raise ApiError(400, "A NUL stands in the URL", code="invalid_url")
-    if not server.keys.are_required and not is_loopback(host_of(request.headers)):
-        # A name of somebody's own that leads here would let his page read what this server answers.
-        raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
+    if not server.keys.are_required:
+        _check_is_local(request)
     if request.method not in SAFE and not same_origin(request):
         raise ApiError(403, "A page of another site cannot ask for this", code="cross_origin")
     tenant = server.keys.verify(credentials.credentials if credentials else None)
@@ -45,6 +44,16 @@ def tenant_of(
         )
     server.rate.check(tenant)
     return tenant
+
+
+def _check_is_local(request: Request) -> None:
+    """Raises ApiError 403 where a server without keys is asked by another machine, or for a page of another site."""
+    # Behind a proxy on this machine everybody looks local; only the name tells.
+    if request.client is not None and not is_loopback(request.client.host):
+        raise ApiError(403, "Without API keys this server answers to its own machine only", code="unknown_host")
+    if not is_loopback(host_of(request.headers)):
+        # A name of somebody's own that leads here would let his page read what this server answers.
+        raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
 
 
 def host_of(headers: Headers) -> str:
