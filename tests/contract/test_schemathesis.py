@@ -26,6 +26,7 @@ def document(tiny, tmp_path_factory):
         yield schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
+@pytest.mark.timeout(600)
 def test_no_request_breaks_the_server(document):
     failures = []
     for result in document.get_all_operations():
