@@ -34,7 +34,9 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            # What was still on its way to processes that end now is no news.
+            with muted_stderr():
+                ray.shutdown()
 
 
 def live_cluster() -> Cluster:

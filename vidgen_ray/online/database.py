@@ -27,9 +27,13 @@ class Database:
     Raises SetupError where the database cannot be opened, or is of another version of the tables.
     """
 
-    def __init__(self, url: str) -> None:
-        """`url` as SQLAlchemy has it: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME."""
-        self.engine = _engine(url)
+    def __init__(self, url: str, *, lasting: bool = True) -> None:
+        """`url` as SQLAlchemy has it: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
+
+        Changes that need not be `lasting` are seen by everybody and survive any process, and the last of them may be lost
+        with the machine's power: for who can do again what was lost. PostgreSQL keeps its own counsel.
+        """
+        self.engine = _engine(url, lasting)
         try:
             self._prepare()
         except OperationalError as error:
@@ -91,7 +95,7 @@ class Change:
         return int(self.connection.execute(raised).scalar_one())
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, lasting: bool) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -108,6 +112,8 @@ def _engine(url: str) -> Engine:
         )
     engine = create_engine(parsed, connect_args={"timeout": BUSY_S}, pool_timeout=BUSY_S)
     event.listen(engine, "connect", _set_up_sqlite)
+    if not lasting:
+        event.listen(engine, "connect", _wait_for_no_disk)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -121,6 +127,10 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
     # What was accepted must outlive a loss of power, too; WAL's default outlives only the process.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+def _wait_for_no_disk(connection: Any, _: object) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL").close()
 
 
 def _begin_sqlite(connection: Connection) -> None:

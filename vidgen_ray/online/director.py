@@ -32,7 +32,7 @@ from vidgen_ray.online.service import Service
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store import HowFar, open_store
 from vidgen_ray.online.workbench import Progress
-from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.steps import StepFailed
 
@@ -88,7 +88,8 @@ class Director:
         self._service = service
         self._outputs = service.outputs
         self._served = served(service.profile)
-        self._store = open_store(settings)
+        # What becomes of a job is found again by its content key, so only acceptance must outlive the power.
+        self._store = open_store(settings, lasting=False)
         self._in_progress = in_progress
         self._stages = StageHandles(handles, specs)
         self._encoder = encoder.options(stream=True)
@@ -101,6 +102,8 @@ class Director:
         self._at_work: dict[str, asyncio.Future[None]] = {}
         """Content key -> done when nobody works on it any more."""
         self._draining = False
+        self._more_wait = False
+        """Whether there may be more in the store than the last look took."""
         self._woken = asyncio.Event()
         self._last_beat = 0.0
         self._last_look = time.monotonic()
@@ -166,7 +169,9 @@ class Director:
         room = self._in_progress - len(self._leading)
         if room <= 0 or self._draining:
             return
-        for job in await asyncio.to_thread(self._store.claim, self.owner, LEASE_S, room):
+        jobs = await asyncio.to_thread(self._store.claim, self.owner, LEASE_S, room)
+        self._more_wait = len(jobs) == room
+        for job in jobs:
             # One of ours whose lease ran out, while this process was held up.
             if job.id not in self._leading:
                 self._leading[job.id] = asyncio.ensure_future(self._lead(job))
@@ -219,7 +224,9 @@ class Director:
             self._news.pop(job.id, None)
             self._leading.pop(job.id, None)
             self._unwanted.discard(job.id)
-            self._woken.set()
+            # There is room again. Where nobody waited, who comes next will say so.
+            if self._more_wait:
+                self._woken.set()
 
     async def _ended(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
         """Have the end of the job written down, until it is: only then it has ended."""
@@ -239,20 +246,24 @@ class Director:
 
         Raises GaveUp, VidgenError, OSError.
         """
-        plan = await asyncio.to_thread(self._served.plan, job.shot)
         # Two jobs for the same shot: the second has what the first leaves, or does it where that one fails.
-        while (other := self._at_work.get(plan.key)) is not None:
+        while (other := self._at_work.get(job.key)) is not None:
             await asyncio.shield(other)
-        ours = self._at_work[plan.key] = asyncio.get_running_loop().create_future()
+        ours = self._at_work[job.key] = asyncio.get_running_loop().create_future()
         try:
-            done = await asyncio.to_thread(self._outputs.find, plan.key)
+            plan, done = await asyncio.to_thread(self._looked_up, job)
             if done is not None:
                 return done.record().shot.id or "", {}
             record = await self._rendered(job, plan)
             return record.shot.id or "", {step.stage: 0.0 if step.cached else step.seconds for step in record.stages}
         finally:
-            del self._at_work[plan.key]
+            del self._at_work[job.key]
             ours.set_result(None)
+
+    def _looked_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
+        """The job's plan, and what is there already. Blocks."""
+        plan = self._served.plan(job.shot)
+        return plan, self._outputs.find(plan.key)
 
     async def _rendered(self, job: Job, plan: ShotPlan) -> ShotRecord:
         course = Course(plan, self._service.profile)

@@ -104,9 +104,10 @@ class JobStore:
         retention_s: float | None = None,
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
+        lasting: bool = True,
     ) -> None:
         """`targets` gives the names of the webhooks that hear of a tenant's jobs. Raises SetupError; see Database."""
-        self._database = Database(url)
+        self._database = Database(url, lasting=lasting)
         self._retention_s = retention_s
         self._targets = targets
         self._now = now
@@ -410,9 +411,10 @@ class JobStore:
         return change.connection.execute(changed).all()
 
 
-def open_store(settings: OnlineSettings) -> JobStore:
-    """The store of a server. Raises SetupError."""
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=settings.webhooks.names_for)
+def open_store(settings: OnlineSettings, *, lasting: bool = True) -> JobStore:
+    """The store of a server; `lasting` as Database has it. Raises SetupError."""
+    targets = settings.webhooks.names_for
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, lasting=lasting)
 
 
 def _check_room(connection: Connection, tenant: str, fresh: int, max_queued: int | None, limits: TenantLimits) -> None:
