@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -15,6 +17,8 @@ from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32
 """Of each kind of shot in the demand that a server is laid out for: enough that no worker of a large cluster waits."""
+PLANNER_S = 10.0
+"""So long a planner lives, which looks at a file once: a LoRA that is replaced under its name is seen no later than that."""
 DRAWS = ("flux", "instantid_sdxl")
 """Stages that make a picture from nothing. Without any of them there is nothing to serve."""
 
@@ -43,8 +47,15 @@ class Served:
         """The shot's steps and keys. Raises ProfileError for a stage that is left out, StageError or SetupError where the shot
         names something that is not there."""
         self.check(shot)
-        # Made anew each time: a LoRA or a photo may have been replaced since the last shot.
-        return ShotPlanner(self.params, self.profile.encode)(shot)
+        return self._planner(int(time.monotonic() / PLANNER_S))(shot)
+
+    @cached_property
+    def _planner(self) -> Callable[[int], ShotPlanner]:
+        """The planner of a stretch of time."""
+        return lru_cache(1)(lambda _: ShotPlanner(self.params, self.profile.encode))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_planner"}
 
     def demand(self) -> Demand:
         """What is expected of a server: every kind of shot that it can serve, each as often as the others."""
