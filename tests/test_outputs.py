@@ -455,7 +455,7 @@ class TestLease:
 
 class TestGarbage:
     def _fill(self, outputs, plan_of):
-        """Two shots, one made anew with another key, and a partial one; entries of the cache that are used, and one that is not."""
+        """Two shots, one made anew with another key, and a partial one; entries of the cache, of which one is not used."""
         commit(outputs, plan_of("y", prompt="before"))
         record = commit(outputs, plan_of("x"))
         commit(outputs, plan_of("y", prompt="other"))

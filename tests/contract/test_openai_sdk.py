@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -88,6 +89,23 @@ def test_lists_page_by_themselves(client):
     assert oldest_first == seen[::-1]
     first = client.videos.list(limit=2)
     assert (first.has_next_page(), first.last_id) == (True, made[3])
+
+
+def test_a_clip_is_followed_by_events_and_read_in_parts(client, address):
+    headers = {"Authorization": f"Bearer {KEYS['ada']}"}
+    video = client.videos.create(prompt="followed", size="64x64", extra_body={"num_frames": 4})
+    with httpx.Client(base_url=f"{address}/v1", headers=headers, timeout=120) as plain:
+        with plain.stream("GET", f"/videos/{video.id}/events") as events:
+            assert events.headers["content-type"].startswith("text/event-stream")
+            names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
+        assert names[-1] == "video.completed"
+        assert set(names[:-1]) <= {"video.queued", "video.in_progress"}
+        whole = plain.get(f"/videos/{video.id}/content").content
+        part = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=10-19"})
+        assert (part.status_code, part.content) == (206, whole[10:20])
+        beyond = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=99999999-"})
+        assert (beyond.status_code, beyond.json()["error"]["code"]) == (416, "range_not_satisfiable")
+        assert plain.head(f"/videos/{video.id}/content").headers["content-length"] == str(len(whole))
 
 
 def test_deleted_is_not_found(client):

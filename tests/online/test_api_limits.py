@@ -503,3 +503,42 @@ def test_many_creates_at_once_are_stored_or_refused(server, held):
         thread.join()
     assert sorted(set(answers)) == [200, 429]
     assert answers.count(200) == 4
+
+
+def test_the_api_is_the_same_on_either_database(tiny, tmp_path, database_url):
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02)) as server:
+        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
+        video = made(client, prompt="«ünter» 🌧", metadata={"nul": "a\0b"})
+        assert ended(client, video["id"])["status"] == "completed"
+        assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [video["id"]]
+        upload = client.post("/v1/files", files={"file": ("a", png())}).json()["id"]
+        assert client.delete(f"/v1/files/{upload}").status_code == 200
+        # PostgreSQL cannot be asked for a NUL.
+        for path in (
+            "/v1/videos/a%00",
+            "/v1/videos?after=a%00",
+            "/v1/files/%00",
+            "/v1/videos/characters/%00",
+            "/v1/shots/x%00",
+        ):
+            assert error_of(client.get(path), 400)["code"] == "invalid_url"
+        for field in ("character", "face_image", "user", "model"):
+            assert client.post("/v1/videos", json={**SMALL, field: "a\0b"}).status_code in (400, 404)
+        assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
+
+
+def test_urls_are_fetched_only_from_where_it_is_allowed(tiny, tmp_path):
+    allowed = {"enabled": True, "allow_hosts": ["127.0.0.1", "images.example"], "timeout_s": 2}
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), url_inputs=allowed)) as server:
+        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
+        for url, words in (
+            ("http://127.0.0.1/a.png", "not a public address"),
+            ("http://127.0.0.1:6379/", "port 6379"),
+            ("http://elsewhere.example/a.png", "not among those"),
+            ("file:///etc/passwd", "not http or https"),
+            ("http://images.example@127.0.0.1/", "a name or a password"),
+        ):
+            answer = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
+            error = error_of(answer, 400)
+            assert error["code"] == "url_not_fetched"
+            assert words in error["message"]
