@@ -152,7 +152,7 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     plenty = 1_000_000
     limits = Limits(open_jobs=plenty, requests_per_minute=plenty)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=plenty)
-    with serving(blueprint(settings, this_machine()), stages) as server:
+    with serving(blueprint(settings, this_machine), stages) as server:
         server.wait_until_it_answers(threading.Event())
         server.wait_until_it_renders(threading.Event())
         yield Server(port, open_store(settings))

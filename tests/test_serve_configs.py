@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import ProfileError, UsageError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.online.application import API
+from vidgen_ray.online.application import API, build
 from vidgen_ray.online.deployments import DIRECTOR, ENCODER, groups_of
 from vidgen_ray.online.serve_config import check_config
 from vidgen_ray.online.served import Served
@@ -65,6 +67,14 @@ def test_what_is_written_wrong_is_refused(tmp_path, right, wrong, says):
     with pytest.raises(UsageError) as told:
         check_config(tmp_path / "c.yaml")
     assert says in str(told.value)
+
+
+def test_serve_makes_settings_of_the_args_and_tells_what_is_wrong_with_them():
+    call = call_user_app_builder_with_args_if_necessary
+    with pytest.raises(ValidationError, match="max_queue"):
+        call(build, {"profile": "tiny", "max_queue": 7})
+    with pytest.raises(ProfileError, match="must be one of demo"):
+        call(build, {"profile": "nope", "gpus": "1x80GB"})
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):

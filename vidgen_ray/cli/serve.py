@@ -67,9 +67,9 @@ def serve_command(
         check_port(settings.host, settings.port)
     # What is wrong with the database is told here, before anything is started.
     open_store(settings).close()
-    of = blueprint(settings, this_machine()) if address is None else None
+    of = blueprint(settings, this_machine) if address is None else None
     with stoppable(grace_s, "jobs") as stop, connected(address, of.cpus if of else 0):
-        of = of or blueprint(settings, live_cluster())
+        of = of or blueprint(settings, live_cluster)
         for stage, why in of.served.left_out.items():
             typer.echo(f"{stage} is not served: {why}", err=True)
         with serving(of, stages) as server:

@@ -3,10 +3,10 @@
 `vidgen_ray.online.application:build` is what a Serve config names as its import path.
 """
 
-from __future__ import annotations
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to make settings of a config's args.
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -59,19 +59,22 @@ class Blueprint:
         return self.settings.in_progress or self.layout.window
 
 
-def blueprint(settings: OnlineSettings, cluster: Cluster) -> Blueprint:
-    """Lay a server out. Raises ProfileError and SetupError as the planner does, and where nothing can be served."""
+def blueprint(settings: OnlineSettings, look: Callable[[], Cluster]) -> Blueprint:
+    """Lay a server out, for the GPUs that the settings name, or those that `look` finds.
+
+    Raises ProfileError and SetupError as the planner does, and where nothing can be served.
+    """
     told = load_profile(settings.profile)
     found = served(told if settings.layout is None else told.model_copy(update={"layout": settings.layout}))
     profile = found.profile
-    cluster = parse_gpus(settings.gpus) if settings.gpus else cluster
+    cluster = parse_gpus(settings.gpus) if settings.gpus else look()
     layout = plan(profile, found.demand(), cluster, measured=load_measured(profile.name, cluster.card)).layout
     return Blueprint(settings, found, layout, groups_of(layout, profile, cluster))
 
 
 def build(args: OnlineSettings) -> Application:
     """For `serve deploy` and `serve run`, laid out for the cluster that this runs on."""
-    return application(blueprint(args, live_cluster()))
+    return application(blueprint(args, live_cluster))
 
 
 def application(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
