@@ -53,6 +53,8 @@ MOST_CLAIMS = 10
 STALLED_S = 60.0
 """Without a look into the store, after which a director is of no use."""
 
+DIRECTOR_ITSELF = "director"
+"""Stage of a failure that is none of the stages'."""
 CODES = {
     "TooUnlike": "too_unlike",
     "TimedOut": "timed_out",
@@ -133,9 +135,12 @@ class Director:
         return len(left)
 
     async def check_health(self) -> None:
-        """Raises RuntimeError where the store has not answered for too long."""
+        """Raises RuntimeError where the store has not answered for too long, or a part of this has ended."""
         if (silent_s := time.monotonic() - self._last_look) > STALLED_S:
             raise RuntimeError(f"the job store has not answered for {silent_s:.0f} s")
+        for task in self._background:
+            if task.done():
+                raise RuntimeError("a part of the director has ended") from task.exception()
 
     def _gauge(self) -> None:
         counts = self._store.counts()
@@ -218,7 +223,8 @@ class Director:
             await self._ended(job, JobState.FAILED, partial(self._store.failed, *own, error_of(gave_up.failure)))
         # What is wrong with the shot, or a mistake of ours: it costs the job, not the server.
         except Exception as error:
-            failure = StepFailed("director", error).failure()
+            log.exception("job %s has failed outside of its stages", job.id)
+            failure = StepFailed(DIRECTOR_ITSELF, error).failure()
             await self._ended(job, JobState.FAILED, partial(self._store.failed, *own, error_of(failure)))
         finally:
             self._news.pop(job.id, None)
@@ -233,13 +239,14 @@ class Director:
         self._news.pop(job.id, None)
         while True:
             try:
-                await asyncio.to_thread(write)
+                is_ours = await asyncio.to_thread(write)
                 break
             # It stays ours meanwhile, for as long as the store cannot give it to anybody else.
             except SQLAlchemyError as error:
                 log.warning("the end of %s is not stored yet: %s", job.id, error)
                 await asyncio.sleep(POLL_S)
-        self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
+        if is_ours:
+            self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
     async def _done(self, job: Job) -> tuple[str, dict[str, float]]:
         """Where the files of the job's shot are, and what each stage took; rendered unless they are there already.
@@ -339,18 +346,18 @@ class Director:
 
 def error_of(failure: Failure) -> JobError:
     """Why a job failed, as its owner may know it: the stage and what it said, no process and no machine."""
-    of_the_shot = failure.error in CLIENT_ERRORS
+    stage = None if failure.stage == DIRECTOR_ITSELF else failure.stage
     return JobError(
         code=CODES.get(failure.error, "stage_failed"),
-        message=f"{failure.stage}: {failure.message}" if failure.stage != "director" else failure.message,
-        stage=failure.stage,
-        type="invalid_request_error" if of_the_shot else "server_error",
+        message=f"{stage}: {failure.message}" if stage else failure.message,
+        stage=stage,
+        type="invalid_request_error" if failure.error in CLIENT_ERRORS else "server_error",
     )
 
 
 def _interrupted(job: Job) -> Failure:
     message = f"begun {job.attempts - 1} times, and each time the server ended before it was done"
-    return Failure(stage="director", error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
+    return Failure(stage=DIRECTOR_ITSELF, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
 
 
 def adapters_of(plan: ShotPlan, steps: tuple[Step, ...]) -> str:
