@@ -18,8 +18,11 @@ from vidgen_ray.online.store import JobStore
 from vidgen_ray.online.workbench import Progress
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.progress import listening
 
+from ..fake_stages import FakeStage
 from .obedient_stages import OBEDIENT
 
 OWNER = "director"
@@ -78,7 +81,7 @@ class Director(threading.Thread):
 @contextmanager
 def listening_on(app: FastAPI, port: int) -> Iterator[None]:
     """The application on a port of this machine, until the block ends."""
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=0, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=0, lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -91,11 +94,27 @@ def listening_on(app: FastAPI, port: int) -> Iterator[None]:
         thread.join()
 
 
+class FakeHunyuanDiT(FakeStage, HunyuanDiTStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+class FakeLoRA(FakeStage, FluxLoRAStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+FAKES = {**OBEDIENT, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
+
+
 class QuickPipeline(VideoGenerationPipeline):
     """Draws noise at once instead of loading models: for what is about the page and not about pictures."""
 
     def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
-        return OBEDIENT[stage_class.name](self.profile.params(stage_class))
+        name = stage_class.name
+        if name not in self._loaded:
+            self._loaded[name] = FAKES[name](self.profile.params(stage_class))
+        return self._loaded[name]
 
 
 def free_port() -> int:

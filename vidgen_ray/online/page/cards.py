@@ -1,9 +1,8 @@
 """One job as the page says it: words, numbers and addresses ready for the template. Knows no HTTP and reads no files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 
 from vidgen_ray.calls import OUTPUT
 from vidgen_ray.graph import stages_of
@@ -39,6 +38,7 @@ class TrackStage:
 @dataclass(frozen=True, slots=True)
 class Card:
     id: str
+    version: int
     state: str
     active: bool
     title: str
@@ -61,13 +61,14 @@ class Card:
     created_text: str
 
 
-def card_of(job: Job, base: str) -> Card:
-    """`base` is where the application is mounted."""
+def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
+    """`base` is where the application is mounted; `lora_names` are those of the server's LoRAs by their paths."""
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
     grown = shot.scale if shot.generate_video and shot.upscale_video else 1
     content = f"{base}/v1/videos/{job.id}/content"
     return Card(
         id=job.id,
+        version=job.version,
         state=job.state.value,
         active=job.state in ACTIVE,
         title=" ".join(shot.prompt.split()),
@@ -84,7 +85,7 @@ def card_of(job: Job, base: str) -> Card:
         summary=" · ".join(_summary(job, grown)),
         verdict=VERDICTS.get(job.state, ""),
         error=job.error.message if job.error and job.state is JobState.FAILED else None,
-        settings=tuple(_settings(job, grown)),
+        settings=tuple(_settings(job, grown, lora_names)),
         created=created.isoformat(timespec="seconds"),
         created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -128,7 +129,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min"
 
 
-def _settings(job: Job, grown: int) -> Iterator[tuple[str, str]]:
+def _settings(job: Job, grown: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     shot = job.shot
     yield "Mode", shot.mode
     size = f"{shot.width} × {shot.height}"
@@ -142,7 +143,7 @@ def _settings(job: Job, grown: int) -> Iterator[tuple[str, str]]:
     elif shot.face_image:
         yield "Person", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
     for lora in shot.lora:
-        yield "LoRA", f"{PurePosixPath(lora.path).stem}, weight {lora.weight:g}"
+        yield "LoRA", f"{lora_names.get(lora.path, 'one that is gone')}, weight {lora.weight:g}"
     if shot.use_hunyuan_style and shot.mode == "quality":
         yield "Style", shot.style_prompt or "as the prompt says"
     if shot.negative_prompt:

@@ -63,7 +63,8 @@ class FormValues:
     def of_form(form: Mapping[str, Any]) -> "FormValues":
         """Of what a browser sent. Unknown names are left out, files too."""
         texts = {name: form.get(name) for name in FormValues.__slots__}
-        return FormValues(**{name: text for name, text in texts.items() if isinstance(text, str)})
+        # A form ends its lines as HTTP does, which is not what was typed.
+        return FormValues(**{name: text.replace("\r\n", "\n") for name, text in texts.items() if isinstance(text, str)})
 
     @staticmethod
     def of_shot(shot: Shot, lora_names: Mapping[str, str]) -> "FormValues":

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response, Stream
 from vidgen_ray.online.intake import shown
 from vidgen_ray.online.jobs import FINAL, Job, JobKind
 from vidgen_ray.online.keys import Tenant
-from vidgen_ray.online.page.cards import ACTIVE, card_of
+from vidgen_ray.online.page.cards import ACTIVE
 from vidgen_ray.online.page.door import refusal
 from vidgen_ray.online.page.form import (
     CONTROL_OF,
@@ -176,9 +176,8 @@ def _page(
         return RedirectResponse(f"{base}/", 303)
     like = site.server.store.get(query.get("like", ""), tenant.name)
     plain = Shot.model_validate({"prompt": "-", **site.server.served.profile.defaults})
-    names = {path: name for name, path in site.server.settings.loras.items()}
     if values is None:
-        values = FormValues.of_shot(like.shot if like else plain, names)
+        values = FormValues.of_shot(like.shot if like else plain, site.lora_names)
         values = values if like else values.with_prompt(query.get("prompt", "")[:PROMPT_LETTERS])
     errors = error.errors if error else {}
     shown_size = sizes_like(plain.width, plain.height, values.size)
@@ -190,8 +189,8 @@ def _page(
         first_page=after is None,
         signed_in=site.server.keys.are_required,
         profile=site.server.served.profile.name,
-        queue=[card_of(job, base) for job in queue.jobs],
-        gallery=[card_of(job, base) for job in gallery.jobs],
+        queue=[site.card(job, base) for job in queue.jobs],
+        gallery=[site.card(job, base) for job in gallery.jobs],
         older=gallery.jobs[-1].id if gallery.has_more else None,
         ideas=IDEAS,
         values=values,

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse
 from vidgen_ray.online.api.state import Server
 from vidgen_ray.online.jobs import Job
 from vidgen_ray.online.keys import Tenant, is_loopback
-from vidgen_ray.online.page.cards import ACTIVE, card_of
+from vidgen_ray.online.page.cards import ACTIVE, Card, card_of
 from vidgen_ray.online.page.origin import host_of
 from vidgen_ray.online.page.sessions import COOKIE, Sessions
 from vidgen_ray.online.problems import ApiError
@@ -40,6 +40,7 @@ class Site:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.lora_names = {path: name for name, path in server.settings.loras.items()}
         self.sessions = Sessions(server.store.engine)
         self._templates = Environment(
             loader=PackageLoader("vidgen_ray.online.page"),
@@ -54,12 +55,16 @@ class Site:
         page = self._templates.get_template(template).render(base=base_of(request), assets=self._assets, **values)
         return HTMLResponse(page, status, HEADERS)
 
+    def card(self, job: Job, base: str) -> Card:
+        return card_of(job, base, self.lora_names)
+
     def written(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
         """A job as the script takes it: how far it is, and its card as markup where that is asked for."""
-        card = card_of(job, base)
+        card = self.card(job, base)
         macros: Any = self._templates.get_template("card.html").make_module({"base": base})
         return {
             "id": job.id,
+            "version": job.version,
             "state": job.state.value,
             "percent": job.progress,
             "live": str(macros.live(card)) if job.state in ACTIVE else None,

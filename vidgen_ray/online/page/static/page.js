@@ -37,8 +37,10 @@ function localise(root) {
 /** Brings one job up to date: in place while its state stays, as a new card in the other list when it ends. */
 function show(job) {
   const old = document.getElementById(job.id);
+  if (old && job.version < old.dataset.version) return; // an answer that the stream has overtaken
   if (old?.dataset.state === job.state) {
     if (job.live === null) return;
+    old.dataset.version = job.version;
     old.querySelector("progress").value = job.percent;
     old.querySelector(".live").innerHTML = job.live;
     return;
@@ -127,52 +129,54 @@ function showErrors(form, { message, errors }) {
 
 const UNREACHABLE = "The server cannot be reached. Nothing was sent; try again in a moment.";
 
-async function create(form) {
-  const button = form.querySelector("[type=submit]");
-  button.disabled = true;
+// A button at work keeps the focus, which a disabled one would lose.
+const setBusy = (button, busy) => button.setAttribute("aria-disabled", busy);
+const isBusy = (button) => button.getAttribute("aria-disabled") === "true";
+
+async function create(form, button) {
   try {
     const answer = await send(form);
-    if (!answer.job) return showErrors(form, answer);
-    showErrors(form, {});
+    showErrors(form, answer.job ? {} : answer);
+    if (!answer.job) return;
     form.elements.once.value = answer.once;
     show(answer.job);
     const card = document.getElementById(answer.job.id);
-    tell(`${card?.dataset.title ?? "The clip"}: accepted`);
-    card?.scrollIntoView({ block: "nearest", behavior: "smooth" });
+    if (!card) return tell("The clip is done");
+    tell(`${card.dataset.title}: accepted`);
+    card.scrollIntoView({ block: "nearest", behavior: "smooth" });
   } catch {
     showErrors(form, { message: UNREACHABLE });
   } finally {
-    button.disabled = false;
-    if (document.activeElement === document.body) button.focus({ preventScroll: true });
+    setBusy(button, false);
   }
 }
 
-async function act(form) {
+async function act(form, button) {
   const card = form.closest(".card");
-  const button = form.querySelector("button");
-  button.disabled = true;
   try {
     const answer = await send(form);
-    if (form.dataset.action === "delete" && answer.deleted) {
+    if (answer.deleted) {
       remove(card.id);
       tell(`${card.dataset.title}: deleted`);
     } else if (answer.job) {
       button.firstChild.data = "Stopping";
       show(answer.job);
-    } else {
-      tell(answer.message);
-      button.disabled = false;
-    }
+      return;
+    } else tell(answer.message);
   } catch {
     tell(UNREACHABLE);
-    button.disabled = false;
   }
+  setBusy(button, false);
 }
 
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  if (form.id === "make") { event.preventDefault(); create(form); }
-  if (form.dataset.action) { event.preventDefault(); act(form); }
+  if (form.id !== "make" && !form.dataset.action) return;
+  event.preventDefault();
+  const button = form.querySelector("[type=submit]");
+  if (isBusy(button)) return;
+  setBusy(button, true);
+  form.id === "make" ? create(form, button) : act(form, button);
 });
 
 // ---- small helps in the form
