@@ -20,9 +20,10 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Two files at a time: tests wait for processes as often as they compute. Each has one thread of torch.
+# Two files at a time: tests wait for processes as often as they compute. Each has one thread of torch. What is left out, for want
+# of a GPU, a browser or a database, is said at the end with the reason.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
 
 # Some ten minutes: nodes, processes and drivers are taken from a cluster of three nodes at 35 random moments.
 chaos: setup

@@ -1,4 +1,4 @@
-"""vidgen's own stages that do nothing, on a CPU: what is left is the batch engine itself."""
+"""vidgen's own stages that do nothing, on a CPU: what is left is the engine round them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 
@@ -60,3 +62,17 @@ def line(number: int) -> dict[str, Any]:
         "num_frames": FRAMES,
         "scale": 2,
     }
+
+
+class NoOpLoRA(NoOp, FluxLoRAStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": item.artefacts["image"]} for item in items]
+
+
+class NoOpRefine(NoOp, FluxRefineStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": item.artefacts["image"]} for item in items]
+
+
+ON_THESE_ACTORS: dict[str, type[Stage[Any]]] = {**STAGES, **{stage.name: stage for stage in (NoOpLoRA, NoOpRefine)}}
+"""All stages that live on the actors of these, for a server, which does not know beforehand which of them it will need."""

@@ -87,6 +87,35 @@ class TestDone:
         clip.unlink()
         assert outputs.done(plan) is None
 
+    def test_a_shot_is_found_by_its_key_whatever_its_id(self, outputs, plan_of):
+        mine, other = plan_of("mine"), plan_of("other", prompt="another")
+        record = commit(outputs, mine)
+        assert outputs.find(plan_of("theirs").key).record() == record
+        assert outputs.find(other.key) is None
+        # The id stands for another shot now, which is what its key leads to.
+        commit(outputs, plan_of("mine", prompt="another"))
+        assert outputs.find(mine.key) is None
+        assert outputs.find(other.key).record().shot.id == "mine"
+
+    @pytest.mark.parametrize("text", [b"", b"\xff", b"../..", b"nobody", b"mine/../mine"])
+    def test_a_damaged_key_leads_nowhere(self, outputs, plan_of, text):
+        plan = plan_of("mine")
+        commit(outputs, plan)
+        (outputs.root / "keys" / plan.key).write_bytes(text)
+        assert outputs.find(plan.key) is None
+
+    def test_a_commit_that_dies_at_its_last_file_is_not_found_and_the_next_one_is(self, outputs, plan_of, monkeypatch):
+        plan = plan_of("mine")
+        publish = type(outputs.storage).publish
+        monkeypatch.setattr(
+            type(outputs.storage), "publish", lambda *args: None if args[-1] == ["shot.json"] else publish(*args)
+        )
+        commit(outputs, plan)
+        assert outputs.find(plan.key) is None
+        monkeypatch.undo()
+        record = commit(outputs, plan)
+        assert outputs.find(plan.key).record() == record
+
     def test_each_plan_is_answered_in_order(self, outputs, plan_of):
         plans = [plan_of(f"s{number}") for number in range(5)]
         for plan in plans[::2]:
@@ -426,7 +455,8 @@ class TestLease:
 
 class TestGarbage:
     def _fill(self, outputs, plan_of):
-        """Two shots and a partial one; entries of the cache that are used, and one that is not."""
+        """Two shots, one made anew with another key, and a partial one; entries of the cache, of which one is not used."""
+        commit(outputs, plan_of("y", prompt="before"))
         record = commit(outputs, plan_of("x"))
         commit(outputs, plan_of("y", prompt="other"))
         for key in [*(step.key for step in record.stages), "ab" * 32]:
@@ -448,20 +478,22 @@ class TestGarbage:
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == foreseen
-        assert report.counts == {"cache entries": 1, "partial shots": 1, "temporaries": 2, "spools": 1}
-        assert report.bytes == 3 + 5 + 5 + 7 + 1
+        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 2, "spools": 1}
+        assert report.bytes == 3 + 5 + 1 + 5 + 7 + 1
         gone = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in gone if ".tmp-" not in name} == {
-            f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl"
+            f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl",
+            f"keys/{plan_of('y', prompt='before').key}",
         }  # fmt: skip
+        assert outputs.find(plan_of("z", prompt="other").key).record().shot.id == "y"
         assert outputs.done(plan_of("x")).record() == record
         assert sum(collect_garbage(outputs, grace_s=-1).counts.values()) == 0
 
     def test_what_is_young_is_left_alone(self, outputs, plan_of):
         self._fill(outputs, plan_of)
         report = collect_garbage(outputs)
-        assert report.counts == {"cache entries": 0, "partial shots": 0, "temporaries": 2, "spools": 1}
-        assert report.left_young == 2
+        assert report.counts == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2, "spools": 1}
+        assert report.left_young == 3
 
     def test_nothing_goes_while_a_run_is_working(self, outputs, plan_of):
         self._fill(outputs, plan_of)
@@ -478,8 +510,8 @@ class TestGarbage:
         self._fill(outputs, plan_of)
         gc(str(outputs.root), dry_run=True, as_json=True)
         said = json.loads(capsys.readouterr().out)
-        assert (said["dry_run"], said["counts"]["spools"], said["left_young"]) == (True, 1, 2)
+        assert (said["dry_run"], said["counts"]["spools"], said["left_young"]) == (True, 1, 3)
         gc(str(outputs.root), dry_run=False, as_json=False)
         assert capsys.readouterr().out.startswith(
-            "removed 0 cache entries, 0 partial shots, 2 temporaries, 1 spools: 0.0 MB\n2 y"
+            "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries, 1 spools: 0.0 MB\n3 y"
         )

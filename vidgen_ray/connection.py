@@ -34,7 +34,9 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            # What was still on its way to processes that end now is no news.
+            with muted_stderr():
+                ray.shutdown()
 
 
 def live_cluster() -> Cluster:
@@ -95,7 +97,7 @@ def _start_ray(address: str | None, cpus: float) -> None:
     # The actors of a small machine take turns, which is the operating system's business, not Ray's.
     enough = max(os.cpu_count() or 1, math.ceil(cpus))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _muted_stderr(), _own_sigterm():
+    with muted_stderr(), _own_sigterm():
         ray.init(address="local", num_cpus=enough, include_dashboard=False, **quiet)
 
 
@@ -112,7 +114,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _muted_stderr() -> Iterator[None]:
+def muted_stderr() -> Iterator[None]:
     """Ray's C++ core tells standard error that it was told to be quiet. What goes wrong is raised all the same."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from vidgen_ray.cli.identity import identity
+from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stopping import stoppable
@@ -25,7 +26,7 @@ from vidgen_ray.errors import ScriptError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_measured, parse_gpus
-from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.profile import Profile, builtin_profiles, load_profile
 from vidgen_ray.script import CheckedLine, RejectedLine, iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(identity, name="identity")
+app.add_typer(keys, name="keys")
 
 ScriptArgument = Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")]
 OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="The output folder, or its URL: s3://BUCKET/FOLDER.")]
@@ -193,6 +195,37 @@ def plan(
         demand, counts, cluster = estimated(lambda: _until(checked(), until), chosen, OutputFolder(out), address, told)
     measured = load_measured(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
+
+
+@app.command()
+def serve(
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help=f"{', '.join(builtin_profiles())}, or the path of a profile file.")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Where to listen. Beyond this machine it needs API keys.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535)] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Results and jobs: an output folder, or its URL.")] = None,
+    database: Annotated[
+        str | None, typer.Option("--database", help="sqlite:///FILE or postgresql://...; without it jobs.db in --data.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option("--keys", help="API keys; see `vidgen keys`.")] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--settings", help="A YAML file with these and all other settings; options win over it.")
+    ] = None,
+    address: AddressOption = None,
+    grace_s: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that jobs in progress get when the server is told to stop.")
+    ] = 60,
+) -> None:
+    """Answer an API like OpenAI's for videos and images, and show a page, until told to stop.
+
+    Jobs are stored before they are accepted: whatever ends the server, the same command goes on with them.
+    """
+    from vidgen_ray.cli.serve import serve_command, settings_of
+
+    told = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
+    with interruptible(), redirect_stdout(sys.stderr):
+        serve_command(settings_of(settings, told), address=address, grace_s=grace_s)
 
 
 @app.command()

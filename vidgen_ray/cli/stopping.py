@@ -12,7 +12,7 @@ import typer
 
 
 @contextmanager
-def stoppable(grace_s: float) -> Iterator[threading.Event]:
+def stoppable(grace_s: float, what: str = "shots") -> Iterator[threading.Event]:
     """An event that the first signal sets; the second one interrupts the block at once."""
     stop = threading.Event()
 
@@ -20,7 +20,7 @@ def stoppable(grace_s: float) -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        typer.echo(f"vidgen: finishing the shots in progress, {grace_s:g} s at most; once more to stop at once", err=True)
+        typer.echo(f"vidgen: finishing the {what} in progress, {grace_s:g} s at most; once more to stop at once", err=True)
 
     before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

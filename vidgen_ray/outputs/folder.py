@@ -1,12 +1,13 @@
 """`OUT/`: where the files of a shot are made, committed and found again.
 
-`shots/<id>/shot.json` is the commit point: written last, whole. A shot is done when it is there with the shot's key.
+`shots/<id>/shot.json` is the commit point: written last, whole. A shot is done when it is there with the shot's key. By its
+key alone it is found through `keys/<key>`, which names its id.
 """
 
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, cached_property
@@ -24,10 +25,12 @@ from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.records import DoneShot, FileRecord, LikenessRecord, ShotRecord, ShotSummary, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
+from vidgen_ray.shot import ID_PATTERN
 from vidgen_ray.version import __version__
 
 RECORD = "shot.json"
-SWEPT = ("", "shots", "cache", "manifest", "failures", "inputs")
+KEYS = "keys"
+SWEPT = ("", "shots", KEYS, "cache", "manifest", "failures", "inputs")
 """Where temporaries may lie."""
 REQUESTS_AT_ONCE = 32
 """To an object store, of which each takes tens of milliseconds."""
@@ -62,6 +65,8 @@ class ShotDraft:
         folder = _shot_folder(self.plan)
         # An older render of this id stops being done before its first file is replaced.
         self._storage.delete(f"{folder}/{RECORD}")
+        # Before the shot is done: one that is done is always found, and what points to one that is not is no harm.
+        self._storage.write(key_file(self.plan.key), folder.removeprefix("shots/"))
         self._storage.publish(self._work, folder, [file.name for file in files])
         for stale in self._storage.files(folder).keys() - record.files.keys():
             self._storage.delete(f"{folder}/{stale}")
@@ -127,21 +132,33 @@ class OutputFolder:
         `with_stages` asks for the files of `--keep stages`, too. Files are there at their full length; reading them would
         cost a run of many shots too much.
         """
-        folder = _shot_folder(plan)
+        kept = {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} if with_stages else set()
+        return self._done_in(_shot_folder(plan), plan.key, kept)
+
+    def find(self, key: str) -> DoneShot | None:
+        """The shot that is finished with this key, whatever its id, else none."""
+        try:
+            shot_id = (self.storage.read(key_file(key)) or b"").decode()
+        except (OSError, ValueError):
+            return None
+        return self._done_in(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
+
+    def _done_in(self, folder: str, key: str, kept: Set[str | None]) -> DoneShot | None:
+        """The shot of this folder, if it is finished with this key and has the files `kept`, too."""
         try:
             text = self.storage.read(f"{folder}/{RECORD}")
             if text is None:
                 return None
             found = pydantic_core.from_json(text)
-            if found["key"] != plan.key:
+            if found["key"] != key:
                 return None
             files, stages, likeness = found["files"], found["stages"], found["likeness"]
-            if with_stages and not {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} <= files.keys():
+            if not kept <= files.keys():
                 return None
             if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
                 return None
             summary = ShotSummary(
-                key=plan.key,
+                key=key,
                 seed=found["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
                 sha256={name: file["sha256"] for name, file in files.items()},
@@ -206,6 +223,11 @@ class OutputFolder:
         """Remove what killed processes left half made."""
         for path in self.storage.abandoned(SWEPT):
             remove(path)
+
+
+def key_file(key: str) -> str:
+    """Where the id of the shot with this content key is written."""
+    return f"{KEYS}/{key}"
 
 
 def _shot_folder(plan: ShotPlan) -> str:

@@ -1,0 +1,213 @@
+"""The files of a job over HTTP: ranges, tags, small pictures; and pictures while somebody waits."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tests.online.directors import LOCAL, local_server
+from tests.online.test_api_videos import ended, error_of, made
+from vidgen_ray.online.settings import OnlineSettings
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, wait_s=20)
+    with local_server(tiny, settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def clip(client):
+    return ended(client, made(client, prompt="ranges", seed=1)["id"])
+
+
+@pytest.fixture(scope="module")
+def whole(client, clip):
+    return content(client, clip).content
+
+
+def content(client, clip, variant="video", method="GET", **headers):
+    return client.request(method, f"/v1/videos/{clip['id']}/content", params={"variant": variant}, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("asked", "start", "stop"),
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=0-99", 0, 100),
+        ("bytes=100-", 100, None),
+        ("bytes=-100", -100, None),
+        ("bytes=0-999999999999", 0, None),
+        ("BYTES=5-6", 5, 7),
+    ],
+)
+def test_a_range_is_that_part(client, clip, whole, asked, start, stop):
+    answer = content(client, clip, Range=asked)
+    assert answer.status_code == 206
+    assert answer.content == whole[start:stop]
+    first = start % len(whole)
+    assert answer.headers["content-range"] == f"bytes {first}-{first + len(answer.content) - 1}/{len(whole)}"
+
+
+def test_several_ranges_come_in_parts(client, clip, whole):
+    answer = content(client, clip, Range="bytes=0-9,20-29")
+    assert answer.status_code == 206
+    assert answer.headers["content-type"].startswith("multipart/byteranges")
+    assert whole[:10] in answer.content
+    assert whole[20:30] in answer.content
+
+
+@pytest.mark.parametrize(
+    "asked", ["bytes=x-y", "lines=0-5", "bytes=", "bytes=9-1", "bytes=-", "nonsense", "bytes=0-1,x", "bytes=--1"]
+)
+def test_a_range_that_is_none_gives_the_file(client, clip, whole, asked):
+    answer = content(client, clip, Range=asked)
+    assert (answer.status_code, answer.content) == (200, whole)
+
+
+@pytest.mark.parametrize("asked", ["bytes=999999999-", "bytes=-0", "bytes=99999999-999999999"])
+def test_a_range_beyond_the_end_is_416(client, clip, whole, asked):
+    answer = content(client, clip, Range=asked)
+    assert error_of(answer, 416)["code"] == "range_not_satisfiable"
+    assert answer.headers["content-range"] == f"bytes */{len(whole)}"
+
+
+def test_what_the_client_has_is_not_sent_again(client, clip, whole):
+    tag = content(client, clip).headers["etag"]
+    for known in (tag, f'"other", W/{tag}'):
+        answer = content(client, clip, **{"If-None-Match": known})
+        assert (answer.status_code, answer.content) == (304, b"")
+    assert content(client, clip, **{"If-Range": tag, "Range": "bytes=0-4"}).content == whole[:5]
+    assert content(client, clip, **{"If-Range": '"other"', "Range": "bytes=0-4"}).content == whole
+
+
+def test_head_has_all_but_the_body(client, clip, whole):
+    answer = content(client, clip, method="HEAD")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) == len(whole)
+    assert (answer.headers["accept-ranges"], answer.headers["content-type"]) == ("bytes", "video/mp4")
+    assert content(client, clip, method="HEAD", Range="bytes=0-4").status_code == 206
+
+
+def test_browsers_take_it_for_what_it_is(client, clip):
+    headers = content(client, clip).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-disposition"] == f'inline; filename="{clip["id"]}.mp4"'
+    assert "private" in headers["cache-control"]
+
+
+def test_variants_are_the_clip_in_other_forms(client, clip):
+    still = Image.open(io.BytesIO(content(client, clip, "image").content))
+    assert (still.format, still.size) == ("PNG", (64, 64))
+    assert Image.open(io.BytesIO(content(client, clip, "thumbnail").content)).format == "WEBP"
+    assert Image.open(io.BytesIO(content(client, clip, "spritesheet").content)).size == (2 * 160, 160)
+    assert error_of(content(client, clip, "hologram"), 400)["param"] == "variant"
+
+
+def test_files_that_are_gone_are_said_to_be(client, server):
+    clip = ended(client, made(client, prompt="gone", seed=2)["id"])
+    job = server.store.get(clip["id"], None)
+    server.outputs.storage.delete_folder(f"shots/{job.shot_id}")
+    assert error_of(content(client, clip), 404)["code"] == "expired"
+
+
+def pictures_of(answer) -> list[np.ndarray]:
+    assert answer.status_code == 200, answer.text
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in answer.json()["data"]]
+
+
+def test_pictures_are_as_many_as_asked_for_and_differ(client):
+    body = {"prompt": "x", "size": "80x64", "n": 3, "seed": 4, "quality": "hd", "user": "me"}
+    first, second, third = pictures_of(client.post("/v1/images/generations", json=body))
+    assert first.shape == (64, 80, 3)
+    assert (first != second).any()
+    assert (second != third).any()
+    (alone,) = pictures_of(client.post("/v1/images/generations", json={**body, "n": 1, "seed": 6}))
+    assert (alone == third).all()
+
+
+def test_a_picture_may_come_by_url(client):
+    answer = client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", "response_format": "url"}).json()
+    assert client.get(answer["data"][0]["url"]).headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"size": "70x64"}, "size"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"background": "transparent"}, "background"),
+        ({"output_compression": 101}, "output_compression"),
+        ({"stream": "maybe"}, "stream"),
+        ({"partial_images": 4}, "partial_images"),
+        ({"num_frames": 3}, "num_frames"),
+    ],
+)
+def test_what_is_wrong_with_a_picture_is_named(client, fields, param):
+    answer = client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", **fields})
+    assert error_of(answer, 400)["param"] == param
+
+
+def test_a_picture_that_failed_is_an_error_that_is_not_tried_again(client):
+    answer = client.post("/v1/images/generations", json={"prompt": "fail", "size": "64x64"})
+    assert error_of(answer, 500)["code"] == "stage_failed"
+    assert answer.headers["x-should-retry"] == "false"
+    stream = client.post("/v1/images/generations", json={"prompt": "fail", "size": "64x64", "stream": True}).text
+    assert "event: error" in stream
+    assert "stage_failed" in stream
+
+
+def test_who_waits_too_long_is_told_where_the_picture_will_be(tiny, tmp_path):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02, wait_s=0.1)
+    with local_server(tiny, settings) as server:
+        client = TestClient(server.app, **LOCAL)
+        server.director.held.set()
+        answer = client.post("/v1/images/generations", json={"prompt": "late", "size": "64x64"})
+        assert error_of(answer, 504)["code"] == "timeout"
+        assert answer.headers["x-should-retry"] == "false"
+        server.director.held.clear()
+        job_id = answer.json()["error"]["message"].rpartition("/")[2]
+        assert ended(client, job_id)["status"] == "completed"
+
+
+def png(width=64, height=64) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def edit(client, files, **fields):
+    return client.post("/v1/images/edits", data={"prompt": "x", "size": "64x64", **fields}, files=files)
+
+
+def test_edits_go_by_how_much_is_kept(client, server):
+    edit(client, [("image", ("a.png", png()))], input_fidelity="high", seed="1")
+    (job,) = server.store.list("local", limit=1).jobs
+    assert (job.shot.use_hunyuan_style, job.shot.style_strength) == (True, 0.35)
+    assert job.shot.image is not None
+    edit(client, [("image", ("a.png", png()))], strength="0.9", seed="2")
+    assert server.store.list("local", limit=1).jobs[0].shot.style_strength == 0.9
+
+
+def test_an_edit_of_nothing_or_of_too_much_is_refused(client):
+    assert error_of(client.post("/v1/images/edits", data={"prompt": "x"}), 400)["param"] == "image"
+    assert error_of(edit(client, [("image[]", ("a.png", png()))] * 3, n="4"), 400)["param"] == "n"
+    assert error_of(edit(client, [("image", ("a.png", png())), ("mask", ("m.png", png()))]), 400)["param"] == "mask"
+    assert error_of(edit(client, [("picture", ("a.png", png()))]), 400)["param"] == "picture"
+
+
+def test_pictures_may_be_made_over_by_id(client):
+    upload = client.post("/v1/files", files={"file": ("a.png", png())}).json()
+    answer = client.post("/v1/images/edits", json={"prompt": "x", "size": "64x64", "image": [upload["id"]]})
+    assert len(pictures_of(answer)) == 1

@@ -1,0 +1,544 @@
+"""Who may ask, for how much, and what files are taken."""
+
+import base64
+import hashlib
+import io
+import json
+import struct
+import threading
+import time
+import zipfile
+import zlib
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tests.conftest import ASTRONAUT
+from tests.online.directors import LOCAL, listening_on_a_port, local_server
+from tests.online.test_api_videos import SMALL, ended, error_of, made
+from vidgen_ray.cli import main
+from vidgen_ray.errors import SetupError
+from vidgen_ray.media import Mp4Settings
+from vidgen_ray.online.housekeeping import forget_old
+from vidgen_ray.online.keys import check_reach, hash_of, is_loopback, load_keys, new_key
+from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.online.store import FORGOTTEN_AFTER_S
+from vidgen_ray.steps import write_clip
+
+KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
+CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3, "seconds": 2}
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    more = {
+        "small": {"limits": {"pixel_frames": 64 * 64 * 2}},
+        "slow": {"limits": {"requests_per_minute": 2}},
+        "one": {"limits": {"open_jobs": 1}},
+        "late": {"expires_at": (datetime.now(UTC) - timedelta(seconds=1)).isoformat()},
+    }
+    keys = [{"tenant": name, "sha256": hash_of(key), **more.get(name, {})} for name, key in KEYS.items()]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    settings = OnlineSettings(
+        profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", poll_s=0.02, uploads=CAPS, max_queued=4
+    )
+    with local_server(tiny, settings) as running:
+        yield running
+
+
+def client_of(server, tenant="ada") -> TestClient:
+    headers = {"Authorization": f"Bearer {KEYS[tenant]}"} if tenant else {}
+    return TestClient(server.app, base_url="http://videos.example", headers=headers, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return client_of(server)
+
+
+@pytest.fixture
+def held(server):
+    server.director.held.set()
+    yield
+    server.director.held.clear()
+    server.director.wake()
+    until = time.monotonic() + 60
+    while any(state in ("queued", "in_progress") for _, _, state in server.store.counts()) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+# Keys.
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer vg-nobody", "Basic dmctYWRh", "vg-ada", "Bearer vg-ada x"]
+)
+def test_without_a_known_key_nothing_is_told(server, header):
+    client = client_of(server, None)
+    headers = {} if header is None else {"Authorization": header}
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models"), ("GET", "/v1/videos/x/content")):
+        answer = client.request(method, path, headers=headers)
+        assert error_of(answer, 401)["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_an_expired_key_is_no_key(server):
+    assert error_of(client_of(server, "late").get("/v1/models"), 401)["code"] == "invalid_api_key"
+
+
+def test_health_asks_for_no_key(server):
+    client = client_of(server, None)
+    assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
+
+
+def test_a_tenant_sees_its_own_only(server, client, held):
+    video, upload = made(client), client.post("/v1/files", files={"file": ("a", png())}).json()
+    bob = client_of(server, "bob")
+    for method, path in (
+        ("GET", f"/v1/videos/{video['id']}"),
+        ("GET", f"/v1/videos/{video['id']}/content"),
+        ("GET", f"/v1/videos/{video['id']}/events"),
+        ("POST", f"/v1/videos/{video['id']}/cancel"),
+        ("DELETE", f"/v1/videos/{video['id']}"),
+        ("GET", f"/v1/shots/{video['id']}"),
+        ("GET", f"/v1/files/{upload['id']}"),
+        ("DELETE", f"/v1/files/{upload['id']}"),
+    ):
+        error_of(bob.request(method, path), 404)
+    remixed = bob.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "x"})
+    assert error_of(remixed, 404)["code"] == "video_not_found"
+    taken = bob.post("/v1/videos", json={**SMALL, "input_reference": {"file_id": upload["id"]}})
+    assert error_of(taken, 400)["code"] == "file_not_found"
+
+
+def test_a_page_of_another_site_cannot_ask(server, client):
+    headers = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
+    assert error_of(client.post("/v1/videos", json=SMALL, headers=headers), 403)["code"] == "cross_origin"
+
+
+def test_without_keys_only_this_machines_names_are_answered(tiny, tmp_path):
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path))) as server:
+        for name in ("127.0.0.1:8000", "localhost", "[::1]:8000"):
+            assert (
+                TestClient(server.app, base_url=f"http://{name}", client=LOCAL["client"]).get("/v1/models").status_code == 200
+            )
+        rebound = TestClient(server.app, base_url="http://rebound.example", client=LOCAL["client"]).get("/v1/models")
+        assert error_of(rebound, 403)["code"] == "unknown_host"
+        elsewhere = TestClient(server.app, base_url="http://localhost", client=("192.0.2.7", 5)).get("/v1/models")
+        assert error_of(elsewhere, 403)["code"] == "unknown_host"
+
+
+def test_a_server_without_keys_does_not_reach_beyond_its_machine(tmp_path):
+    nobody = load_keys(None, Limits(), {})
+    for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
+        check_reach(host, nobody)
+    for host in ("0.0.0.0", "::", "192.168.0.2", "example.com", ""):
+        assert not is_loopback(host)
+        with pytest.raises(SetupError, match="vidgen keys new"):
+            check_reach(host, nobody)
+    check_reach("0.0.0.0", load_keys(None, Limits(), {"VIDGEN_API_KEYS": f"ada={hash_of(new_key())}"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("keys: []", "keys"),
+        ("keys: [{tenant: ada, sha256: vg-the-key-itself}]", r"keys\.0\.sha256"),
+        ("keys: [{tenant: ../x, sha256: '%s'}]" % ("0" * 64), r"keys\.0\.tenant"),
+        ("keys: [{tenant: a, sha256: '%s', limit: {}}]" % ("0" * 64), r"keys\.0\.limit"),
+        ("{ vg-the-key-itself", "not YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_keys_is_said_without_the_key(tmp_path, text, words):
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(SetupError, match=words) as told:
+        load_keys(file, Limits(), {})
+    assert "vg-the-key-itself" not in str(told.value)
+
+
+def test_a_new_key_opens_the_door(tmp_path, capsys):
+    file = tmp_path / "keys.yaml"
+    for tenant in ("ada", "bob"):
+        assert main(["keys", "new", "--tenant", tenant, "--file", str(file)]) == 0
+    first, second = capsys.readouterr().out.split()
+    keys = load_keys(file, Limits(), {})
+    assert [keys.verify(key).name for key in (first, second)] == ["ada", "bob"]
+    assert first not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+    assert main(["keys", "new", "--tenant", "../x"]) == 2
+
+
+def test_keys_come_from_the_environment_too():
+    key = new_key()
+    keys = load_keys(None, Limits(open_jobs=3), {"VIDGEN_API_KEYS": f"ada={hash_of(key)}, bob={'0' * 64}"})
+    tenant = keys.verify(key)
+    assert (tenant.name, tenant.limits.open_jobs) == ("ada", 3)
+    assert keys.by_id(tenant.key_id) == tenant
+    assert keys.verify(None) is None
+    with pytest.raises(SetupError, match="TENANT=SHA256"):
+        load_keys(None, Limits(), {"VIDGEN_API_KEYS": key})
+
+
+# Limits.
+
+
+def test_a_job_that_is_too_large_is_refused(server):
+    small = client_of(server, "small")
+    assert small.post("/v1/videos", json=SMALL).status_code == 200
+    error = error_of(small.post("/v1/videos", json={**SMALL, "num_frames": 3}), 400)
+    assert (error["code"], error["param"]) == ("too_large", "num_frames")
+
+
+def test_too_many_requests_are_refused_for_a_while(server):
+    slow = client_of(server, "slow")
+    answers = [slow.get("/v1/models") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert error_of(answers[2], 429)["type"] == "rate_limit_error"
+    assert 0 < int(answers[2].headers["retry-after"]) <= 60
+    assert client_of(server, "ada").get("/v1/models").status_code == 200
+
+
+def test_open_jobs_of_a_key_are_bounded(server, held):
+    one = client_of(server, "one")
+    first = made(one)
+    answer = one.post("/v1/videos", json=SMALL)
+    assert error_of(answer, 429)["code"] == "too_many_jobs"
+    assert int(answer.headers["retry-after-ms"]) > 0
+    one.post(f"/v1/videos/{first['id']}/cancel")
+    made(one)
+    # Two pictures of one request are two jobs.
+    assert error_of(one.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", "n": 2}), 429)
+
+
+def test_the_queue_is_bounded_for_all(server, client, held):
+    for _ in range(4):
+        made(client)
+    answer = client_of(server, "bob").post("/v1/videos", json=SMALL)
+    assert error_of(answer, 429)["code"] == "queue_full"
+    assert answer.headers["retry-after"] == "5"
+
+
+def test_an_idempotency_key_creates_once_even_where_the_queue_is_full(client, held, server):
+    headers = {"Idempotency-Key": "once"}
+    first = client.post("/v1/videos", json=SMALL, headers=headers).json()
+    for _ in range(3):
+        made(client)
+    assert client.post("/v1/videos", json=SMALL, headers=headers).json()["id"] == first["id"]
+    other = client.post("/v1/videos", json={**SMALL, "prompt": "else"}, headers=headers)
+    assert error_of(other, 409)["code"] == "idempotency_key_reused"
+    assert other.headers["x-should-retry"] == "false"
+    elsewhere = client.post(f"/v1/videos/{first['id']}/remix", json=SMALL, headers=headers)
+    assert error_of(elsewhere, 409)["code"] == "idempotency_key_reused"
+    server.store.request_cancel(first["id"], None)
+
+
+def test_a_form_is_the_same_whatever_its_boundary(client, held):
+    headers = {"Idempotency-Key": "form"}
+    sent = [
+        client.post("/v1/videos", data=SMALL, files={"face_image": ("a.png", ASTRONAUT.read_bytes())}, headers=headers)
+        for _ in range(2)
+    ]
+    assert sent[0].json()["id"] == sent[1].json()["id"]
+
+
+# Files.
+
+
+def png(width=64, height=64, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def saved(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 50000 x 50000 pixels of one bit, in some kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compressobj(9)
+    data = b"".join(rows.compress(bytes(6251)) for _ in range(1000)) + rows.flush()
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def polyglot() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x.html", "<script>")
+    return saved(Image.new("RGB", (64, 64)), "JPEG") + buffer.getvalue()
+
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+TAKEN = {
+    "one pixel": png(1, 1),
+    "CMYK": saved(RGB.convert("CMYK"), "JPEG"),
+    "16 bits": saved(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG"),
+    "palette": saved(RGB.convert("P"), "PNG"),
+    "animated": saved(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
+    "webp": saved(RGB, "WEBP"),
+    "picture and archive": polyglot(),
+}
+REFUSED = {
+    "empty": b"",
+    "bomb": bomb(),
+    "truncated": saved(RGB, "JPEG")[:-600],
+    "damaged": saved(RGB, "PNG")[:200] + b"\0" * 400 + saved(RGB, "PNG")[600:],
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "html": b"<html><script>alert(1)</script>",
+    "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+    "pickle": b"\x80\x04cposix\nsystem\n(S'id'\ntR.",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_pictures_of_all_kinds_are_taken(client, name):
+    answer = client.post("/v1/files", files={"file": ("../../../etc/passwd", TAKEN[name], "text/html")})
+    assert answer.status_code == 200, answer.text
+    digest = hashlib.sha256(TAKEN[name]).hexdigest()
+    assert answer.json()["id"] == answer.json()["filename"] == f"file-{digest}"
+    assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(TAKEN[name])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_picture_is_refused_and_not_kept(client, server, name):
+    folder = server.app.state.server.intake.uploads._folder
+    before = sorted(folder.iterdir()) if folder.exists() else []
+    answer = client.post("/v1/files", files={"file": ("photo.png", REFUSED[name], "image/png")})
+    error = error_of(answer, 400)
+    assert (error["param"], error["code"]) == ("file", "invalid_image")
+    assert server.settings.data not in error["message"]
+    assert sorted(folder.iterdir()) == before
+    assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", REFUSED[name])}), 400)
+
+
+def test_a_picture_may_be_a_data_url(client, held):
+    url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
+    assert client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}}).status_code == 200
+    form = client.post("/v1/videos", data={**SMALL, "image_reference": json.dumps({"image_url": url})})
+    assert form.status_code == 200
+    for bad in ("data:image/png;base64,%%%", "data:text/html,<script>", "data:,", "data:image/png;base64,AAAA"):
+        answer = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": bad}})
+        assert error_of(answer, 400)["param"] == "image_reference"
+
+
+def test_more_than_the_cap_is_refused(client):
+    large = client.post("/v1/files", files={"file": ("a.png", png() + b"\0" * 600_000)})
+    assert error_of(large, 413)["param"] == "file"
+    body = client.post("/v1/files", files={"file": ("a.png", b"\0" * 4_000_000)})
+    assert error_of(body, 413)["code"] == "too_large"
+    prompt = client.post("/v1/videos", json={"prompt": "x" * 1_000_000})
+    assert error_of(prompt, 413)["code"] == "too_large"
+
+
+def test_too_many_parts_are_refused(client):
+    files = client.post("/v1/videos", data=SMALL, files=[("face_image", ("a", png()))] * 4)
+    assert "files" in error_of(files, 400)["message"].lower()
+    fields = client.post("/v1/videos", data={f"f{number}": "x" for number in range(10_000)}, files={"x": ("a", b"")})
+    assert "fields" in error_of(fields, 400)["message"].lower()
+
+
+def test_a_length_that_lies_and_a_body_that_never_ends_are_cut_off(server):
+    """The cap is on what arrives: nothing is announced here, and nothing would ever be whole."""
+    import http.client
+
+    with listening_on_a_port(server.app) as url:
+        host = url.removeprefix("http://")
+
+        def endless():
+            for _ in range(100):
+                yield b"\0" * 100_000
+
+        connection = http.client.HTTPConnection(host, timeout=30)
+        headers = {"Authorization": f"Bearer {KEYS['ada']}", "Content-Type": "application/json"}
+        try:
+            connection.request("POST", "/v1/videos", endless(), headers, encode_chunked=True)
+        except OSError:
+            pass  # the server answered and closed before all was sent
+        else:
+            assert connection.getresponse().status == 413
+        connection.close()
+
+
+def test_a_body_that_does_not_come_is_given_up(server):
+    import http.client
+
+    with listening_on_a_port(server.app) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/v1/videos")
+        for name, value in (("Authorization", f"Bearer {KEYS['ada']}"), ("Content-Type", "application/json")):
+            connection.putheader(name, value)
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"{")
+        begun = time.monotonic()
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (408, "timeout")
+        assert 1.5 < time.monotonic() - begun < 20
+        connection.close()
+
+
+def test_an_uploaded_file_is_deleted_when_nobody_has_it(server, client, held):
+    content = png(99, 33)
+    upload = client.post("/v1/files", files={"file": ("a", content)}).json()["id"]
+    client_of(server, "bob").post("/v1/files", files={"file": ("b", content)})
+    path = server.app.state.server.intake.uploads.find("bob", upload)
+    assert client.delete(f"/v1/files/{upload}").json() == {"id": upload, "object": "file", "deleted": True}
+    assert error_of(client.get(f"/v1/files/{upload}"), 404)["code"] == "file_not_found"
+    assert path.exists()
+    video = made(client_of(server, "bob"), input_reference={"file_id": upload})
+    client_of(server, "bob").delete(f"/v1/files/{upload}")
+    assert path.exists(), "a job is still to be made from it"
+    server.store.request_cancel(video["id"], None)
+    client_of(server, "bob").post("/v1/files", files={"file": ("b", content)})
+    client_of(server, "bob").delete(f"/v1/files/{upload}")
+    assert not path.exists()
+
+
+# People.
+
+
+def clip_of(tmp_path, *frames) -> bytes:
+    path = tmp_path / "clip.mp4"
+    write_clip(path, [np.stack(frames)], 5, Mp4Settings(threads=1))
+    return path.read_bytes()
+
+
+def test_people_are_named_listed_and_forgotten(client, held):
+    photo = {"image": ("me.jpg", ASTRONAUT.read_bytes())}
+    made_ = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()
+    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", 1)
+    assert client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json() == made_
+    assert client.get("/v1/videos/characters").json()["data"] == [made_]
+    assert client.get(f"/v1/videos/characters/{made_['id']}").json() == made_
+    video = made(client, character="Éileen", prompt="at sea")
+    assert len(client.get(f"/v1/shots/{video['id']}").json()["shot"]["face_image"]) == 1
+    both = client.post("/v1/videos", json={**SMALL, "character": "Éileen", "face_image": ["x"]})
+    assert error_of(both, 400)["param"] in ("character", "face_image")
+    assert client.delete(f"/v1/videos/characters/{made_['id']}").json()["deleted"]
+    assert error_of(client.get(f"/v1/videos/characters/{made_['id']}"), 404)["code"] == "character_not_found"
+
+
+def test_a_photo_without_a_face_names_nobody(client):
+    answer = client.post("/v1/videos/characters", data={"name": "x"}, files={"image": ("a.png", png(200, 200))})
+    assert error_of(answer, 400)["code"] == "no_face"
+
+
+def test_the_first_frame_with_a_face_is_taken(client, tmp_path):
+    face = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
+    dark = np.zeros_like(face)
+    video = clip_of(tmp_path, dark, dark, face, face)
+    answer = client.post("/v1/videos/characters", data={"name": "of a clip"}, files={"video": ("a.mp4", video)})
+    assert answer.status_code == 200, answer.text
+    nobody = client.post("/v1/videos/characters", data={"name": "y"}, files={"video": ("a.mp4", clip_of(tmp_path, dark))})
+    assert "no frame" in error_of(nobody, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"text as mp4",
+        b"#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/\n",
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b"\0\0\0\x18ftypmp42" + bytes(500),
+    ],
+)
+def test_what_is_no_video_names_nobody(client, content):
+    answer = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
+    error = error_of(answer, 400)
+    assert (error["param"], error["code"]) == ("video", "invalid_video")
+    assert "/tmp" not in error["message"]
+
+
+def test_a_person_needs_a_name_and_either_photos_or_a_video(client):
+    photo, video = ("image", ("a", png())), ("video", ("a", b"x"))
+    for name, files in ((" ", [photo]), ("a\0", [photo]), ("x" * 129, [photo]), ("x", [photo, video]), ("x", [])):
+        error_of(client.post("/v1/videos/characters", data={"name": name}, files=files or {"other": ("a", b"")}), 400)
+
+
+# What is forgotten.
+
+
+def test_files_of_a_deleted_clip_leave_the_disk_unless_another_has_them(tiny, tmp_path):
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02)) as server:
+        client = TestClient(server.app, **LOCAL)
+        first = ended(client, made(client, seed=1)["id"])
+        second = made(client, seed=1)
+        assert second["status"] == "completed"
+        folder = tmp_path / "shots" / server.store.get(first["id"], None).shot_id
+        now = server.store._now
+        for gone, there in ((first, True), (second, False)):
+            client.delete(f"/v1/videos/{gone['id']}")
+            server.store._now = lambda: now() + FORGOTTEN_AFTER_S + 1
+            forget_old(server.store, server.outputs)
+            server.store._now = now
+            assert folder.exists() == there
+
+
+def test_many_creates_at_once_are_stored_or_refused(server, held):
+    answers = []
+
+    def create():
+        client = client_of(server, "bob")
+        for _ in range(5):
+            answers.append(client.post("/v1/videos", json=SMALL).status_code)
+
+    threads = [threading.Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(set(answers)) == [200, 429]
+    assert answers.count(200) == 4
+
+
+def test_the_api_is_the_same_on_either_database(tiny, tmp_path, database_url):
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02)) as server:
+        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
+        video = made(client, prompt="«ünter» 🌧", metadata={"nul": "a\0b"})
+        assert ended(client, video["id"])["status"] == "completed"
+        assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [video["id"]]
+        upload = client.post("/v1/files", files={"file": ("a", png())}).json()["id"]
+        assert client.delete(f"/v1/files/{upload}").status_code == 200
+        # PostgreSQL cannot be asked for a NUL.
+        for path in (
+            "/v1/videos/a%00",
+            "/v1/videos?after=a%00",
+            "/v1/files/%00",
+            "/v1/videos/characters/%00",
+            "/v1/shots/x%00",
+        ):
+            assert error_of(client.get(path), 400)["code"] == "invalid_url"
+        for field in ("character", "face_image", "user", "model"):
+            assert client.post("/v1/videos", json={**SMALL, field: "a\0b"}).status_code in (400, 404)
+        assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
+
+
+def test_urls_are_fetched_only_from_where_it_is_allowed(tiny, tmp_path):
+    allowed = {"enabled": True, "allow_hosts": ["127.0.0.1", "images.example"], "timeout_s": 2}
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), url_inputs=allowed)) as server:
+        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
+        for url, words in (
+            ("http://127.0.0.1/a.png", "not a public address"),
+            ("http://127.0.0.1:6379/", "port 6379"),
+            ("http://elsewhere.example/a.png", "not among those"),
+            ("file:///etc/passwd", "not http or https"),
+            ("http://images.example@127.0.0.1/", "a name or a password"),
+        ):
+            answer = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
+            error = error_of(answer, 400)
+            assert error["code"] == "url_not_fetched"
+            assert words in error["message"]

@@ -1,0 +1,318 @@
+"""Clips over HTTP: what is asked for, what is answered, what ends."""
+
+import json
+import time
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.online.directors import LOCAL, local_server, painted
+from vidgen_ray.online.jobs import JobKind, JobState
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.script import check_shot
+
+SMALL = {"prompt": "a man", "size": "64x64", "num_frames": 2, "upscale": False}
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    lora = folder / "ink.safetensors"
+    lora.write_bytes(b"weights")
+    settings = OnlineSettings(
+        profile="tiny", data=str(folder / "out"), poll_s=0.02, loras={"ink": str(lora)}, models={"sora-2": "tiny-fast"}
+    )
+    with local_server(tiny, settings, step_s=0.02) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def held(server):
+    """Nothing is begun meanwhile."""
+    server.director.held.set()
+    yield
+    server.director.held.clear()
+    server.director.wake()
+
+
+def made(client, **fields) -> dict:
+    answer = client.post("/v1/videos", json={**SMALL, **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def ended(client, video_id: str) -> dict:
+    until = time.monotonic() + 60
+    while (video := client.get(f"/v1/videos/{video_id}").json())["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return video
+
+
+def shot_of(client, job_id: str) -> dict:
+    return client.get(f"/v1/shots/{job_id}").json()["shot"]
+
+
+def error_of(answer, status: int) -> dict:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    return answer.json()["error"]
+
+
+def test_form_and_json_ask_for_the_same(client, held):
+    fields = {"prompt": "a man", "size": "128x64", "seconds": "2", "seed": 3, "guidance_scale": 2.5, "mode": "fast"}
+    by_json = client.post("/v1/videos", json=fields).json()
+    by_form = client.post("/v1/videos", data={name: str(value) for name, value in fields.items()}).json()
+    shots = [shot_of(client, video["id"]) for video in (by_json, by_form)]
+    assert shots[0] == shots[1]
+    assert (shots[0]["num_frames"], shots[0]["guidance"], shots[0]["mode"]) == (10, {"flux": 2.5}, "fast")
+
+
+def test_field_names_of_vllm_omni_are_understood(client, held):
+    video = made(client, num_inference_steps=9, negative_prompt="blur", lora='{"name": "ink", "scale": 0.5}', fps=4, seed=1)
+    shot = shot_of(client, video["id"])
+    assert (shot["steps"]["flux"], shot["steps"]["svd"], shot["negative_prompt"], shot["fps"]) == (9, 9, "blur", 4)
+    assert shot["lora"] == [{"name": "ink", "scale": 0.5}]
+    more = made(client, extra_params={"motion_bucket_id": 99, "steps": {"flux": 3}}, steps={"svd": 4})
+    assert (shot_of(client, more["id"])["motion_bucket_id"], shot_of(client, more["id"])["steps"]["svd"]) == (99, 4)
+
+
+def test_brackets_of_a_form_are_a_mapping(client, held):
+    answer = client.post("/v1/videos", data={**SMALL, "lora[name]": "ink", "lora[scale]": "0.25"})
+    assert shot_of(client, answer.json()["id"])["lora"] == [{"name": "ink", "scale": 0.25}]
+    grouped = client.post("/v1/videos", data={**SMALL, "loras[][name]": ["ink", "ink"]})
+    assert error_of(grouped, 400)["code"] == "invalid_form"
+
+
+def test_a_style_is_a_restyle(client, held):
+    shot = shot_of(client, made(client, style="watercolour")["id"])
+    assert (shot["use_hunyuan_style"], shot["style_prompt"]) == (True, "watercolour")
+
+
+def test_a_model_may_have_another_name(client, held):
+    video = made(client, model="sora-2")
+    assert (video["model"], shot_of(client, video["id"])["mode"]) == ("sora-2", "fast")
+    assert error_of(client.post("/v1/videos", json={**SMALL, "model": "sora-9"}), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code", "words"),
+    [
+        ({"prompt": None}, "prompt", "missing_required_parameter", "required"),
+        ({"prompt": " "}, "prompt", "invalid_value", "blank"),
+        ({"prompt": "x" * 10_001}, "prompt", "invalid_value", "10000"),
+        ({"prompt": "a\0b"}, "prompt", "invalid_value", "NUL"),
+        ({"prompt": 7}, "prompt", "invalid_value", "string"),
+        ({"size": "100x100"}, "size", "invalid_size", "the nearest is 128x128"),
+        ({"size": "4096x64"}, "size", "invalid_size", "the nearest is 2048x64"),
+        ({"size": "big"}, "size", "invalid_value", "WIDTHxHEIGHT"),
+        ({"width": 100}, "width", "invalid_value", "size says 64"),
+        ({"size": None, "width": "7"}, "width", "invalid_size", "multiples of 64"),
+        ({"size": None, "width": "NaN"}, "width", "invalid_value", "integer"),
+        ({"seconds": "0"}, "seconds", "invalid_value", "from 0.4 to 51.2"),
+        ({"seconds": "NaN"}, "seconds", "invalid_value", "a number"),
+        ({"seconds": "1e309"}, "seconds", "invalid_value", "a number"),
+        ({"seconds": 9}, "num_frames", "invalid_value", "seconds says 45"),
+        ({"num_frames": 1}, "num_frames", "invalid_value", "2"),
+        ({"seed": -1}, "seed", "invalid_value", "0"),
+        ({"seed": 2**64}, "seed", "invalid_value", "4294967296"),
+        ({"guidance_scale": "lots"}, "guidance.flux", "invalid_value", "number"),
+        ({"num_inference_steps": 0}, "steps.flux", "invalid_value", "1"),
+        ({"nonsense": 1}, "nonsense", "unknown_parameter", "the fields are"),
+        ({"id": "../../etc/cron.d/x"}, "id", "unknown_parameter", "the fields are"),
+        ({"image": "/etc/passwd"}, "image", "unknown_parameter", "the fields are"),
+        ({"input_reference": "/etc/passwd"}, "image", "file_not_found", "uploaded"),
+        ({"input_reference": {"path": "/etc/passwd"}}, "input_reference", "invalid_value", "file_id"),
+        ({"input_reference": {"image_url": "http://localhost/x"}}, "input_reference", "url_inputs_disabled", "no URLs"),
+        ({"input_reference": {"image_url": "file:///etc/passwd"}}, "input_reference", "url_inputs_disabled", "no URLs"),
+        ({"face_image": ["file-" + "0" * 64]}, "face_image", "file_not_found", "uploaded"),
+        ({"face_image": "../../x"}, "face_image", "file_not_found", "uploaded"),
+        ({"character": "nobody"}, "character", "character_not_found", "nobody"),
+        ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "the names are ink"),
+        ({"lora": {"path": "/etc/passwd"}}, "lora", "unknown_parameter", "by its name"),
+        ({"lora": {"name": "ink", "scale": 1e9}}, "lora.weight", "invalid_value", "2"),
+        ({"upscaler": "../../x"}, "upscaler", "invalid_value", "pattern"),
+        ({"extra_params": {"image": "/etc/passwd"}}, "extra_params", "unknown_parameter", "image"),
+        ({"extra_params": "{"}, "extra_params", "invalid_json", "JSON"),
+        ({"steps": [1]}, "steps", "invalid_value", ""),
+        ({"metadata": {"a": 1}, "fps": 1000}, "fps", "invalid_value", "60"),
+    ],
+)
+def test_what_is_wrong_is_named(client, held, fields, param, code, words):
+    body = {name: value for name, value in {**SMALL, **fields}.items() if value is not None}
+    status = 404 if code in ("model_not_found", "character_not_found", "lora_not_found") else 400
+    error = error_of(client.post("/v1/videos", json=body), status)
+    assert (error["param"], error["code"]) == (param, code), error
+    assert words in error["message"]
+    assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "code"),
+    [
+        (b"", "application/json", 400, "invalid_json"),
+        (b"[]", "application/json", 400, "invalid_json"),
+        (b'{"prompt": "a", "prompt": "b"}', "application/json", 400, "invalid_json"),
+        (b'{"prompt": "\\ud800"}', "application/json", 400, "invalid_json"),
+        (b'{"seed": NaN}', "application/json", 400, "invalid_json"),
+        (b"[" * 100_000, "application/json", 400, "invalid_json"),
+        (b"\xff\xfe", "application/json", 400, "invalid_json"),
+        (b"prompt: a", "application/yaml", 415, "unsupported_media_type"),
+        (b"prompt=a", "", 415, "unsupported_media_type"),
+        (b"--x\r\n\r\n", "multipart/form-data; boundary=x", 400, "invalid_request"),
+        (b"", "multipart/form-data; boundary=x", 400, "missing_required_parameter"),
+        (b"", "multipart/form-data", 400, "invalid_request"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_an_error_of_its_own(client, body, kind, status, code):
+    answer = client.post("/v1/videos", content=body, headers={"content-type": kind})
+    assert error_of(answer, status)["code"] == code
+
+
+@pytest.mark.parametrize("prompt", ["<script>alert(1)</script>", "=cmd()", "{{7*7}}", "\x1b[31mred\r\nfake: log", "‮rtl 👩‍👩‍👧"])
+def test_words_are_only_words(client, held, prompt):
+    video = made(client, prompt=prompt)
+    assert client.get(f"/v1/videos/{video['id']}").json()["prompt"] == prompt
+
+
+def test_a_clip_says_how_far_it_is_and_ends(client):
+    video = made(client, prompt="to the end", seconds="0.4")
+    done = ended(client, video["id"])
+    assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
+    assert done["stage_durations"]["flux"] == 0.5
+    assert client.get(f"/v1/videos/{video['id']}").headers["openai-poll-after-ms"] == "1000"
+
+
+def test_a_failed_clip_says_why(client):
+    done = ended(client, made(client, prompt="fail")["id"])
+    assert done["status"] == "failed"
+    assert done["error"] == {
+        "code": "stage_failed",
+        "message": "flux: ValueError: it was told to",
+        "type": "server_error",
+        "param": None,
+        "stage": "flux",
+    }
+    assert error_of(client.get(f"/v1/videos/{done['id']}/content"), 409)["code"] == "not_completed"
+
+
+def test_cancel_ends_what_waits_and_what_is_made(client, server):
+    server.director.held.set()
+    waiting = made(client, prompt="waits")
+    assert client.post(f"/v1/videos/{waiting['id']}/cancel").json()["status"] == "cancelled"
+    server.director.held.clear()
+    assert error_of(client.post("/v1/videos/video_x/cancel"), 404)["code"] == "video_not_found"
+    done = ended(client, made(client, prompt="done")["id"])
+    assert client.post(f"/v1/videos/{done['id']}/cancel").json()["status"] == "completed"
+
+
+def test_a_shot_of_a_batch_is_answered_at_once(client, server, tiny):
+    fields = {"prompt": "out of a batch", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
+    plan = server.served.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
+    painted(tiny, server.outputs)(plan, lambda *_: None)
+    video = made(client, prompt="out of a batch", seed=5)
+    assert (video["status"], video["progress"]) == ("completed", 100)
+    assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
+
+
+def test_remix_keeps_everything_but_what_it_says(client, held):
+    first = made(client, seed=4, style="ink", motion_bucket_id=50)
+    second = client.post(f"/v1/videos/{first['id']}/remix", json={"prompt": "another", "seed": 5}).json()
+    before, after = shot_of(client, first["id"]), shot_of(client, second["id"])
+    assert after == {**before, "prompt": "another", "seed": 5}
+    assert second["remixed_from_video_id"] == first["id"]
+
+
+def test_deleted_is_unseen_and_cancelled(client, held, server):
+    video = made(client)
+    assert client.delete(f"/v1/videos/{video['id']}").json() == {
+        "id": video["id"],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    for answer in (client.get(f"/v1/videos/{video['id']}"), client.delete(f"/v1/videos/{video['id']}")):
+        assert error_of(answer, 404)["code"] == "video_not_found"
+
+
+def test_pages_have_first_and_last(client, held):
+    ids = [made(client)["id"] for _ in range(3)]
+    page = client.get("/v1/videos", params={"limit": 2}).json()
+    assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", ids[2], ids[1], True)
+    for bad in ({"limit": 0}, {"limit": 101}, {"order": "best"}):
+        assert error_of(client.get("/v1/videos", params=bad), 400)["param"] == next(iter(bad))
+    assert error_of(client.get("/v1/videos", params={"after": "video_x"}), 404)["param"] == "after"
+
+
+def test_pictures_are_not_among_the_clips(client, server):
+    assert client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64"}).status_code == 200
+    assert all(video["id"].startswith("video_") for video in client.get("/v1/videos").json()["data"])
+    assert server.store.list("local", kinds=[JobKind.IMAGE]).jobs
+
+
+def test_a_shot_takes_all_fields_of_a_script(client, held):
+    fields = {"prompt": "x", "width": 64, "height": 64, "svd.steps": 3, "metadata": {"scene": 4}, "min_identity": 0.2}
+    shot = client.post("/v1/shots", json=fields).json()
+    assert shot["id"].startswith("shot_")
+    assert (shot["shot"]["steps"]["svd"], shot["shot"]["metadata"], shot["shot"]["min_identity"]) == (3, {"scene": 4}, 0.2)
+    assert len(shot["digest"]) == 64
+    again = client.post("/v1/shots", json=shot["shot"]).json()
+    assert again["digest"] == shot["digest"]
+    for field in ({"id": "x"}, {"variants": 2}):
+        assert error_of(client.post("/v1/shots", json={**fields, **field}), 400)["code"] == "unknown_parameter"
+    assert error_of(client.post("/v1/shots", data={"prompt": "x"}), 415)["code"] == "unsupported_media_type"
+
+
+def test_nothing_of_the_servers_disk_is_told(client, held, server):
+    photo = {"file": ("me.jpg", (client_photo()), "image/jpeg")}
+    upload = client.post("/v1/files", files=photo).json()
+    told = [upload]
+    video = made(client, face_image=[upload["id"]], lora="ink", input_reference={"file_id": upload["id"]})
+    told += [video, client.get(f"/v1/shots/{video['id']}").json()]
+    assert server.settings.data not in json.dumps(told)
+    assert told[-1]["shot"]["face_image"] == [upload["id"]]
+    assert told[-1]["shot"]["image"] == upload["id"]
+
+
+def client_photo() -> bytes:
+    from tests.conftest import ASTRONAUT
+
+    return ASTRONAUT.read_bytes()
+
+
+def events_of(client, job_id: str, **headers) -> list[dict]:
+    text = client.get(f"/v1/videos/{job_id}/events", headers=headers).text
+    blocks = [block.splitlines() for block in text.replace("\r", "").strip().split("\n\n")]
+    told = [dict(line.split(": ", 1) for line in block) for block in blocks]
+    return [event for event in told if "event" in event]
+
+
+def test_events_tell_every_change_and_end_with_the_end(client):
+    video = made(client, prompt="to follow")
+    events = events_of(client, video["id"])
+    names = [event["event"] for event in events]
+    assert names[-1] == "video.completed"
+    assert set(names[:-1]) <= {"video.queued", "video.in_progress"}
+    assert [int(event["id"]) for event in events] == sorted({int(event["id"]) for event in events})
+    last = json.loads(events[-1]["data"])
+    assert (last["status"], last["progress"]) == ("completed", 100)
+    # Who comes back with the last event's id hears the end again, and may close.
+    again = events_of(client, video["id"], **{"Last-Event-ID": events[-1]["id"]})
+    assert [event["event"] for event in again] == ["video.completed"]
+    assert error_of(client.get("/v1/videos/video_x/events"), 404)["code"] == "video_not_found"
+
+
+def test_events_of_a_failed_clip_end_with_why(client):
+    events = events_of(client, made(client, prompt="fail", seed=8)["id"])
+    assert events[-1]["event"] == "video.failed"
+    assert json.loads(events[-1]["data"])["error"]["stage"] == "flux"
+
+
+def test_a_job_wakes_the_director(client, server):
+    video = made(client, prompt="at once")
+    assert ended(client, video["id"])["status"] == JobState.COMPLETED

@@ -1,0 +1,132 @@
+"""The app: routes, errors, who may ask, and a document that says so."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.online.api import content, errors, events, files, images, models, people, shots, videos
+from vidgen_ray.online.api.faces import FaceFinder
+from vidgen_ray.online.api.follow import Followers
+from vidgen_ray.online.api.references import References
+from vidgen_ray.online.api.schemas import SHOT_PARTS, Health, Pictures
+from vidgen_ray.online.api.state import Here, Server
+from vidgen_ray.online.fetch import Pictures as Fetched
+from vidgen_ray.online.intake import Accepted, Intake
+from vidgen_ray.online.keys import load_keys
+from vidgen_ray.online.limits import RequestRate
+from vidgen_ray.online.served import Served
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.uploads import BodyCap
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.version import __version__
+
+ABOUT = """Clips and pictures by text, photo and LoRA, in the shape of OpenAI's videos and images.
+
+Requests that create take JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
+
+health = APIRouter(tags=["health"])
+
+
+@health.get("/healthz", response_model=Health)
+async def healthz() -> Health:
+    """Whether the process answers."""
+    return Health()
+
+
+@health.get("/readyz", response_model=Health, responses={503: errors.responses()[503]})
+async def readyz(server: Here) -> Health:
+    """Whether jobs can be stored."""
+    await asyncio.to_thread(server.store.ping)
+    return Health()
+
+
+def make_app(
+    settings: OnlineSettings,
+    store: JobStore,
+    outputs: OutputFolder,
+    served: Served,
+    *,
+    accepted: Accepted = lambda: None,
+    page: bool = True,
+) -> FastAPI:
+    """The API of a server, and its page. `accepted` is called when there is something new for the director.
+
+    Raises SetupError for keys that cannot be read, and for a LoRA that is not there.
+    """
+    for name, path in settings.loras.items():
+        if not path.startswith("builtin:") and not os.path.isfile(path):
+            raise SetupError(f"loras.{name}: no such file, {path}")
+    intake = Intake(settings, store, outputs, served, accepted)
+    fetching = settings.url_inputs
+    fetched = Fetched(fetching.allow_hosts, fetching.timeout_s, fetching.redirects, settings.uploads.image_bytes)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        store.close()
+
+    app = FastAPI(
+        title="vidgen-ray",
+        version=__version__,
+        description=ABOUT,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.state.server = Server(
+        settings=settings,
+        store=store,
+        outputs=outputs,
+        served=served,
+        keys=load_keys(settings.keys_file, settings.limits),
+        rate=RequestRate(),
+        intake=intake,
+        references=References(intake.uploads, fetched if fetching.enabled else None),
+        followers=Followers(store, settings.poll_s),
+        faces=FaceFinder(served),
+        started_at=int(time.time()),
+    )
+    errors.install(app)
+    app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
+    # Before /v1/videos/{video_id}, which would take `characters` for an id.
+    app.include_router(people.router)
+    for module in (videos, content, events, images, shots, models, files):
+        app.include_router(module.router)
+    app.include_router(health)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]  # as FastAPI's own documentation does it
+    if page:
+        from vidgen_ray.online.page import add_page
+
+        add_page(app, app.state.server)
+    return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's account, without the errors that it would answer and this app does not."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    parts = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        parts.pop(name, None)
+    parts["Pictures"] = Pictures.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts |= parts["Pictures"].pop("$defs", {})
+    parts |= SHOT_PARTS
+    document["components"]["schemas"] = dict(sorted(parts.items()))
+    app.openapi_schema = document
+    return document

@@ -1,0 +1,49 @@
+"""Pictures that are uploaded once and named by id afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from vidgen_ray.online.api import schemas
+from vidgen_ray.online.api.bodies import checked_names
+from vidgen_ray.online.api.errors import responses
+from vidgen_ray.online.api.schemas import FileDeleted, FileOut, file_of
+from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.state import Here
+from vidgen_ray.online.problems import invalid, not_found
+from vidgen_ray.online.uploads import receive
+
+router = APIRouter(tags=["files"])
+
+
+@router.post("/v1/files", response_model=FileOut, openapi_extra=schemas.FILE_BODY, responses=responses(408, 413, 415))
+async def create_file(request: Request, server: Here, tenant: Asking) -> FileOut:
+    """Upload a picture. The same picture has the same id."""
+    async with receive(request, server.settings.uploads) as received:
+        received.check_files(("file",))
+        checked_names(received.fields, ("purpose",))
+        files = received.files("file")
+        if len(files) != 1:
+            raise invalid("file", f"got {len(files)} files, must be one", "missing_required_parameter")
+        upload = await asyncio.to_thread(server.intake.uploads.keep, tenant.name, files[0].file, "file")
+    return file_of(upload)
+
+
+@router.get("/v1/files/{file_id}", response_model=FileOut, responses=responses(404))
+async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
+    """What is known of an uploaded file. Its content is not given out."""
+    upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
+    if upload is None:
+        raise not_found("file", file_id[:100])
+    return file_of(upload)
+
+
+@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=responses(404))
+async def delete_file(server: Here, tenant: Asking, file_id: str) -> FileDeleted:
+    """Forget an uploaded file. It leaves the disk where nobody else has it and no open job needs it."""
+    if not await asyncio.to_thread(server.intake.uploads.delete, tenant.name, file_id):
+        raise not_found("file", file_id[:100])
+    return FileDeleted(id=file_id)

@@ -1,0 +1,46 @@
+"""A job by all the fields of a Shot, for clients of ours."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from vidgen_ray.online.api import schemas
+from vidgen_ray.online.api.bodies import PATH_FIELDS, SHOT_FIELDS, checked_names
+from vidgen_ray.online.api.errors import responses
+from vidgen_ray.online.api.schemas import ShotJob, shot_of
+from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.state import Here
+from vidgen_ray.online.api.videos import IdempotencyKey, job_of
+from vidgen_ray.online.intake import shown
+from vidgen_ray.online.jobs import JobKind
+from vidgen_ray.online.problems import ApiError
+from vidgen_ray.online.uploads import receive
+from vidgen_ray.shot import nest_flat_settings
+
+router = APIRouter(tags=["shots"])
+
+
+@router.post("/v1/shots", response_model=ShotJob, openapi_extra=schemas.SHOT_BODY, responses=responses(404, 408, 409, 413, 415))
+async def create_shot(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> ShotJob:
+    """Ask for a shot by a line of a script, as JSON. Files are named by the ids of uploads, LoRAs by the server's names."""
+    async with receive(request, server.settings.uploads) as received:
+        if received.is_form:
+            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    fields = checked_names(nest_flat_settings(received.fields), {*SHOT_FIELDS, *PATH_FIELDS})
+    (job,) = await server.intake.accept(
+        tenant,
+        JobKind.SHOT,
+        [fields],
+        {"model": server.model(None)[0]},
+        idempotency_key=idempotency_key,
+        fingerprint=f"shot {received.fingerprint}"[:64],
+    )
+    return shot_of(job, shown(job.shot, server.settings, server.intake.uploads))
+
+
+@router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=responses(404))
+async def get_shot(server: Here, tenant: Asking, shot_id: str) -> ShotJob:
+    """How far any job is, and its shot as it may be sent again. Its files and events are those of `/v1/videos/{id}`."""
+    job = await job_of(server, tenant, shot_id)
+    return shot_of(job, shown(job.shot, server.settings, server.intake.uploads))

@@ -1,0 +1,177 @@
+"""Clips: asked for, listed, followed, cancelled, made again with other words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vidgen_ray.online.api import schemas
+from vidgen_ray.online.api.bodies import VIDEO_FIELDS, checked_names, text, video_fields
+from vidgen_ray.online.api.errors import responses
+from vidgen_ray.online.api.schemas import Video, VideoDeleted, VideoPage, video_of
+from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.state import Here, Server
+from vidgen_ray.online.intake import shown
+from vidgen_ray.online.jobs import Job, JobKind
+from vidgen_ray.online.keys import Tenant
+from vidgen_ray.online.problems import invalid, not_found
+from vidgen_ray.online.store import UnknownJob
+from vidgen_ray.online.uploads import Received, receive
+
+POLL_AFTER = "openai-poll-after-ms"
+LISTED = (JobKind.VIDEO, JobKind.SHOT)
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=255, description="a create that is sent again with it renders once")
+]
+
+router = APIRouter(tags=["videos"])
+
+
+@router.post("/v1/videos", response_model=Video, openapi_extra=schemas.VIDEO_BODY, responses=responses(404, 408, 409, 413, 415))
+async def create_video(
+    request: Request, response: Response, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None
+) -> Video:
+    """Ask for a clip. It is stored when this answers; `GET /v1/videos/{video_id}` says how far it is."""
+    async with receive(request, server.settings.uploads) as received:
+        received.check_files(("input_reference", "image_reference", "face_image"))
+        fields, about = await _clip(server, tenant, received)
+    (job,) = await server.intake.accept(
+        tenant,
+        JobKind.VIDEO,
+        [fields],
+        about,
+        idempotency_key=idempotency_key,
+        fingerprint=f"video {received.fingerprint}"[:64],
+    )
+    _poll_after(server, response)
+    return video_of(job)
+
+
+@router.get("/v1/videos", response_model=VideoPage, responses=responses(404))
+async def list_videos(
+    server: Here,
+    tenant: Asking,
+    after: Annotated[str | None, Query(description="id of the last one of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="by age; desc: the newest first")] = "desc",
+) -> VideoPage:
+    """The tenant's clips, page by page."""
+    try:
+        page = await asyncio.to_thread(server.store.list, tenant.name, kinds=LISTED, after=after, limit=limit, order=order)
+    except UnknownJob:
+        raise not_found("video", str(after)[:100], "after") from None
+    data = [video_of(job) for job in page.jobs]
+    ids = [video.id for video in data]
+    return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
+
+
+@router.get("/v1/videos/{video_id}", response_model=Video, responses=responses(404))
+async def get_video(response: Response, server: Here, tenant: Asking, video_id: str) -> Video:
+    """How far a clip is."""
+    job = await job_of(server, tenant, video_id)
+    _poll_after(server, response)
+    return video_of(job)
+
+
+@router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=responses(404))
+async def delete_video(server: Here, tenant: Asking, video_id: str) -> VideoDeleted:
+    """Forget a clip. One that is being made is cancelled."""
+    if not await server.intake.delete(tenant, video_id):
+        raise not_found("video", video_id[:100])
+    return VideoDeleted(id=video_id)
+
+
+@router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=responses(404))
+async def cancel_video(server: Here, tenant: Asking, video_id: str) -> Video:
+    """Stop making a clip: at once where it waits, else after the denoising step or frame at hand. What has ended stays."""
+    job = await server.intake.cancel(tenant, video_id)
+    if job is None:
+        raise not_found("video", video_id[:100])
+    return video_of(job)
+
+
+@router.post(
+    "/v1/videos/{video_id}/remix",
+    response_model=Video,
+    openapi_extra=schemas.REMIX_BODY,
+    responses=responses(404, 408, 409, 413, 415),
+)
+async def remix_video(
+    request: Request,
+    response: Response,
+    server: Here,
+    tenant: Asking,
+    video_id: str,
+    idempotency_key: IdempotencyKey = None,
+) -> Video:
+    """The same clip with other words, or whatever else the body says otherwise; the seed stays unless it is named."""
+    before = await job_of(server, tenant, video_id)
+    async with receive(request, server.settings.uploads) as received:
+        received.check_files(())
+        fields, about = await _clip(
+            server, tenant, received, shown(before.shot, server.settings, server.intake.uploads), before
+        )
+    (job,) = await server.intake.accept(
+        tenant,
+        JobKind.VIDEO,
+        [fields],
+        {**about, "remixed_from": before.id},
+        idempotency_key=idempotency_key,
+        fingerprint=f"{before.id[6:26]} {received.fingerprint}"[:64],
+    )
+    _poll_after(server, response)
+    return video_of(job)
+
+
+async def job_of(server: Server, tenant: Tenant, job_id: str) -> Job:
+    """Raises ApiError 404."""
+    job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
+    if job is None:
+        raise not_found("video", job_id[:100])
+    return job
+
+
+async def _clip(
+    server: Server,
+    tenant: Tenant,
+    received: Received,
+    base: Mapping[str, Any] | None = None,
+    before: Job | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the shot, and what the client gets back with the job."""
+    given = checked_names(received.fields, VIDEO_FIELDS)
+    if before is not None:
+        given.setdefault("model", before.request.get("model"))
+        given.setdefault("prompt", before.shot.prompt)
+    model, meant = server.model(given.get("model"))
+    defaults = {**server.served.profile.defaults, **(base or {})}
+    fields = {**meant, **(base or {}), **video_fields(given, defaults)}
+    for name in ("input_reference", "image_reference"):
+        if files := received.files(name):
+            fields["image"] = await server.references.kept(tenant, files[0], name)
+        elif name in given:
+            fields["image"] = await server.references.named(tenant, given[name], name)
+    fields |= await person(server, tenant, received, given)
+    return fields, {"model": model, "user": text(given, "user")}
+
+
+async def person(server: Server, tenant: Tenant, received: Received, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say who is in the picture."""
+    photos = await server.references.all_kept(tenant, received.files("face_image"), "face_image")
+    if photos and "face_image" in given:
+        raise invalid("face_image", "came as files and as ids; give either")
+    if "face_image" in given:
+        named = given["face_image"]
+        for one in named if isinstance(named, list) else [named]:
+            photos.append(await server.references.named(tenant, one, "face_image"))
+    fields = {"character": given.get("character"), "face_image": photos or None}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _poll_after(server: Server, response: Response) -> None:
+    response.headers[POLL_AFTER] = str(round(server.settings.poll_after_s * 1000))

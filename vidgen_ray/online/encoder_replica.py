@@ -1,0 +1,152 @@
+"""A replica that writes the files of shots: a call takes a shot from its frames to its commit.
+
+The frames of the large clip come to it chunk by chunk from whichever replicas enlarge them, a bounded number at a time; they
+pass nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import ray
+
+from vidgen_ray.calls import OUTPUT, Answer
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.graph import ShotPlan
+from vidgen_ray.layout import WorkerSpec
+from vidgen_ray.online.caller import Caller, GaveUp, InputsLost, StageHandles
+from vidgen_ray.online.service import Service
+from vidgen_ray.online.stage_replica import Result
+from vidgen_ray.online.workbench import Progress
+from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.stages.base import Artefacts, Frames, Item
+from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
+from vidgen_ray.steps import ShotFiles, StepFailed, joined
+
+R = TypeVar("R")
+
+CHUNKS_AHEAD = 3
+"""Of one clip beyond the encoder: enlarged frames are large, and nothing else bounds how many of them lie in Ray's memory."""
+
+
+class EncoderReplica:
+    """Encodes and commits; several shots at once, each in a thread of its own."""
+
+    def __init__(self, service: Service, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
+        """`handles` and `specs` as StageHandles takes them, of the deployments that upscale."""
+        self._service = service
+        self._stages = StageHandles(handles, specs)
+        self._caller = Caller(service.attempts)
+
+    async def write(
+        self, plan: ShotPlan, inputs: Sequence[Any], records: tuple[StepRecord, ...]
+    ) -> AsyncIterator[Progress | Result]:
+        """Write the shot's files and make it done. `inputs`: a reference to what it has, or nothing where it has nothing."""
+        yield Progress(RealESRGANStage.name if RealESRGANStage.applies(plan.shot) else OUTPUT, 0, 0)
+        files = _Files()
+        # The clip is enlarged while the picture and the small clip are written.
+        opened = asyncio.ensure_future(self._open(files, plan, inputs))
+        upscaled: list[StepRecord] = []
+        try:
+            async with aclosing(self._chunks(plan, inputs)) as chunks:
+                async for cut, record, enlarged in chunks:
+                    await opened
+                    await files.add(enlarged)
+                    upscaled.append(record)
+                    yield Progress(RealESRGANStage.name, cut.stop, plan.shot.num_frames)
+            await opened
+            done = await files.commit([*records, joined(upscaled)] if upscaled else records)
+            yield Result(Answer(), done)
+        except (InputsLost, ray.exceptions.ObjectLostError) as lost:
+            yield Result(Answer(failure=StepFailed(OUTPUT, lost).failure()), inputs_lost=True)
+        except GaveUp as gave_up:
+            yield Result(Answer(failure=gave_up.failure, final=True))
+        # A full disk or an unreadable start image is this shot's failure, too.
+        except (OSError, VidgenError) as error:
+            yield Result(Answer.of_failure(StepFailed(OUTPUT, error)))
+        finally:
+            opened.cancel()
+            files.close()
+
+    async def _open(self, files: _Files, plan: ShotPlan, inputs: Sequence[Any]) -> None:
+        item = Item(plan.shot, await inputs[0] if inputs else Artefacts())
+        await files.open(plan, item, self._service.outputs, self._service.profile.encode)
+
+    async def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, StepRecord, Frames]]:
+        """The clip's chunks, enlarged by whoever is free, in order; none where the shot has no large clip.
+
+        Raises GaveUp, InputsLost.
+        """
+        if not RealESRGANStage.applies(plan.shot):
+            return
+        stage, pending = RealESRGANStage.name, deque[asyncio.Task[tuple[slice, StepRecord, Frames]]]()
+
+        async def enlarged(cut: slice) -> tuple[slice, StepRecord, Frames]:
+            result = await self._stages.call(
+                self._caller,
+                "upscale",
+                plan,
+                cut.start,
+                cut.stop,
+                inputs,
+                stages=(stage,),
+                timeout_s=self._service.timeout_s(stage),
+            )
+            assert isinstance(result.given, tuple)
+            return cut, result.answer.records[0], await result.given[0]
+
+        try:
+            for cut in frame_chunks(plan.shot.num_frames, self._service.frames_per_call):
+                if len(pending) == CHUNKS_AHEAD:
+                    yield await pending.popleft()
+                pending.append(asyncio.ensure_future(enlarged(cut)))
+            while pending:
+                yield await pending.popleft()
+        finally:
+            for task in pending:
+                task.cancel()
+
+
+class _Files:
+    """ShotFiles that one thread opens, writes and closes, in the order in which it is asked, whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="files")
+        self._files: ShotFiles | None = None
+
+    async def open(self, *args: Any) -> None:
+        """As ShotFiles."""
+
+        def opened() -> None:
+            self._files = ShotFiles(*args)
+
+        await self._run(opened)
+
+    async def add(self, enlarged: Frames) -> None:
+        await self._run(lambda: self._there.add(enlarged))
+
+    async def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
+        return await self._run(lambda: self._there.commit(records))
+
+    def close(self) -> None:
+        """What was not committed will be gone, after what the thread has in hand. Does not wait for that."""
+
+        def closed() -> None:
+            if self._files is not None:
+                self._files.close()
+
+        self._thread.submit(closed)
+        self._thread.shutdown(wait=False)
+
+    @property
+    def _there(self) -> ShotFiles:
+        assert self._files is not None
+        return self._files
+
+    async def _run(self, work: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

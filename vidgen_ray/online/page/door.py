@@ -1,0 +1,65 @@
+"""Signing in and out, where the server has API keys."""
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from vidgen_ray.online.page.origin import same_origin
+from vidgen_ray.online.page.sessions import COOKIE, LIFE_S
+from vidgen_ray.online.page.site import Site, base_of
+from vidgen_ray.online.problems import ApiError
+from vidgen_ray.online.uploads import receive
+
+
+def door_routes(site: Site) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/sign-in")
+    async def ask(request: Request) -> Response:
+        if await site.tenant(request):
+            return RedirectResponse(f"{base_of(request)}/", 303)
+        return site.answer(request, "sign_in.html", error=None)
+
+    @router.post("/sign-in")
+    async def sign_in(request: Request) -> Response:
+        if not same_origin(request):
+            return refusal(site, request)
+        try:
+            async with receive(request, site.server.settings.uploads) as received:
+                key = received.fields.get("key")
+        except ApiError as error:
+            return site.answer(request, "message.html", error.status, heading="Not signed in", message=error.message)
+        tenant = site.server.keys.verify(key.strip()) if isinstance(key, str) and key.strip() else None
+        if tenant is None:
+            return site.answer(request, "sign_in.html", 403, error="No key of this server is like this one.")
+        token = await run_in_threadpool(site.sessions.open, tenant.key_id)
+        answer = RedirectResponse(f"{base_of(request)}/", 303)
+        answer.set_cookie(
+            COOKIE,
+            token,
+            max_age=LIFE_S,
+            path=f"{base_of(request)}/",
+            secure=request.url.scheme == "https",
+            httponly=True,
+            samesite="strict",
+        )
+        return answer
+
+    @router.post("/sign-out")
+    async def sign_out(request: Request) -> Response:
+        if not same_origin(request):
+            return refusal(site, request)
+        if token := request.cookies.get(COOKIE):
+            await run_in_threadpool(site.sessions.close, token)
+        answer = RedirectResponse(f"{base_of(request)}/sign-in", 303)
+        answer.delete_cookie(COOKIE, path=f"{base_of(request)}/", httponly=True, samesite="strict")
+        return answer
+
+    return router
+
+
+def refusal(site: Site, request: Request) -> Response:
+    """What a request of another site's page gets."""
+    message = "This request came from another web site. Nothing was done."
+    return site.answer(request, "message.html", 403, heading="Refused", message=message)

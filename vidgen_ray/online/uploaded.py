@@ -1,0 +1,67 @@
+"""Which tenant brought which file. The files themselves are elsewhere, by their digest; see `uploads`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import delete, func, insert, select
+
+from vidgen_ray.online.database import Database
+from vidgen_ray.online.jobs import FINAL
+from vidgen_ray.online.schema import JOBS, UPLOADS
+
+
+class Upload(BaseModel):
+    """A file that a tenant brought. `file` is its name in the folder of uploads: its digest and its kind."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    tenant: str
+    file: str
+    bytes: int
+    created_at: float
+
+
+class Uploaded:
+    """Part of the store."""
+
+    def __init__(self, database: Database, now: Callable[[], float]) -> None:
+        self._database = database
+        self._now = now
+
+    def add(self, tenant: str, upload_id: str, file: str, size: int) -> Upload:
+        """Note that a tenant has brought a file; once more changes nothing."""
+        own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
+        with self._database.changing() as change:
+            if (row := change.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
+                return _upload(row)
+            upload = Upload(id=upload_id, tenant=tenant, file=file, bytes=size, created_at=self._now())
+            change.connection.execute(insert(UPLOADS).values(**upload.model_dump()))
+            return upload
+
+    def get(self, upload_id: str, tenant: str) -> Upload | None:
+        """None where this tenant has not brought it, whoever else has."""
+        query = select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id)
+        with self._database.reading() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else _upload(row)
+
+    def delete(self, upload_id: str, tenant: str) -> bool:
+        """False where this tenant has not brought it."""
+        own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
+        with self._database.changing() as change:
+            return change.connection.execute(delete(UPLOADS).where(*own)).rowcount > 0
+
+    def is_wanted(self, file: str) -> bool:
+        """Whether anybody has brought it, or a job that has not ended is made from it."""
+        brought = select(func.count()).where(UPLOADS.c.file == file)
+        # Its name is a digest, so that it stands in no text by chance.
+        used = select(func.count()).where(JOBS.c.state.not_in(FINAL), JOBS.c.shot.contains(file))
+        with self._database.reading() as connection:
+            return any(connection.execute(query).scalar_one() for query in (brought, used))
+
+
+def _upload(row: object) -> Upload:
+    return Upload.model_validate({name: getattr(row, name) for name in Upload.model_fields})
