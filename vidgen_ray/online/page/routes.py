@@ -1,5 +1,6 @@
 """The page itself: what is shown, what a form asks for, and the stream of what changes."""
 
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,8 @@ QUEUE_LENGTH = 100
 """Most jobs that are shown as being made; a key rarely may have more."""
 PROMPT_LETTERS = 2_000
 """Of a prompt that comes in the page's address."""
+WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What our ids and tokens are made of."""
 STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
 
 
@@ -124,8 +127,8 @@ async def _accepted(site: Site, tenant: Tenant, received: Received, values: Form
     elif values.same_photo and (before := await _job(site, tenant, received.fields.get("like"))):
         fields["face_image"] = _again(site, before).get("face_image")
     # A form that is sent twice asks once; one that was changed in between asks for something else.
-    once = str(received.fields.get("once", ""))[:64]
-    key = f"page-{once}-{received.fingerprint[:32]}" if once else None
+    once = received.fields.get("once")
+    key = f"page-{once}-{received.fingerprint[:32]}" if isinstance(once, str) and WORD.fullmatch(once) else None
     about: dict[str, Any] = {"model": site.server.served.profile.name + ("-fast" if values.mode == "fast" else "")}
     if values.character and (known := await run_in_threadpool(people.get, values.character, tenant.name)):
         about["character"] = known.name
@@ -210,7 +213,9 @@ def _page(
 
 
 async def _job(site: Site, tenant: Tenant, job_id: object) -> Job | None:
-    return await run_in_threadpool(site.server.store.get, job_id, tenant.name) if isinstance(job_id, str) else None
+    if not isinstance(job_id, str) or not WORD.fullmatch(job_id):
+        return None
+    return await run_in_threadpool(site.server.store.get, job_id, tenant.name)
 
 
 def _again(site: Site, job: Job) -> Mapping[str, Any]:
