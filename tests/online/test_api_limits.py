@@ -419,7 +419,9 @@ def clip_of(tmp_path, *frames) -> bytes:
 def test_people_are_named_listed_and_forgotten(client, held):
     photo = {"image": ("me.jpg", ASTRONAUT.read_bytes())}
     made_ = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()
-    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", 1)
+    photos = [f"file-{hashlib.sha256(ASTRONAUT.read_bytes()).hexdigest()}"]
+    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", photos)
+    assert error_of(client.delete(f"/v1/files/{photos[0]}"), 409)["code"] == "file_in_use"
     assert client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json() == made_
     assert client.get("/v1/videos/characters").json()["data"] == [made_]
     assert client.get(f"/v1/videos/characters/{made_['id']}").json() == made_
@@ -429,6 +431,7 @@ def test_people_are_named_listed_and_forgotten(client, held):
     assert error_of(both, 400)["param"] in ("character", "face_image")
     assert client.delete(f"/v1/videos/characters/{made_['id']}").json()["deleted"]
     assert error_of(client.get(f"/v1/videos/characters/{made_['id']}"), 404)["code"] == "character_not_found"
+    assert client.delete(f"/v1/files/{photos[0]}").json()["deleted"]
 
 
 def test_a_photo_without_a_face_names_nobody(client):
