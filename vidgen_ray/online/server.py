@@ -66,7 +66,7 @@ class Server:
             for deployment in serve.status().applications[APP].deployments.values():
                 if deployment.message and deployment.message not in said:
                     said.add(deployment.message)
-                    told(" ".join(deployment.message.split()))
+                    told(_reason(deployment.message))
             stop.wait(LOOK_S)
 
     def drain(self, grace_s: float) -> int:
