@@ -64,9 +64,9 @@ class Server:
         said: set[str] = set()
         while not stop.is_set() and self._expect_no_failure() != ApplicationStatus.RUNNING:
             for deployment in serve.status().applications[APP].deployments.values():
-                if deployment.message and deployment.message not in said:
-                    said.add(deployment.message)
-                    told(_reason(deployment.message))
+                if deployment.message and (why := _reason(deployment.message)) not in said:
+                    said.add(why)
+                    told(why)
             stop.wait(LOOK_S)
 
     def drain(self, grace_s: float) -> int:
