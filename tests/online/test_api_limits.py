@@ -335,6 +335,12 @@ def test_a_picture_may_be_a_data_url(client, held):
         assert error_of(answer, 400)["param"] == "image_reference"
 
 
+def test_a_clip_starts_from_one_picture(client):
+    for names in (("input_reference", "input_reference"), ("input_reference", "image_reference")):
+        answer = client.post("/v1/videos", data=SMALL, files=[(name, ("a", png())) for name in names])
+        assert error_of(answer, 400)["param"] == names[1]
+
+
 def test_more_than_the_cap_is_refused(client):
     large = client.post("/v1/files", files={"file": ("a.png", png() + b"\0" * 600_000)})
     assert error_of(large, 413)["param"] == "file"
