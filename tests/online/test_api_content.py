@@ -200,10 +200,16 @@ def test_edits_go_by_how_much_is_kept(client, server):
     assert server.store.list("local", limit=1).jobs[0].shot.style_strength == 0.9
 
 
+def test_an_edit_without_a_size_has_the_pictures_shape(client, server):
+    answer = client.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", png(300, 600))})
+    assert [picture.shape for picture in pictures_of(answer)] == [(128, 64, 3)]
+
+
 def test_an_edit_of_nothing_or_of_too_much_is_refused(client):
     assert error_of(client.post("/v1/images/edits", data={"prompt": "x"}), 400)["param"] == "image"
     assert error_of(edit(client, [("image[]", ("a.png", png()))] * 3, n="4"), 400)["param"] == "n"
     assert error_of(edit(client, [("image", ("a.png", png())), ("mask", ("m.png", png()))]), 400)["param"] == "mask"
+    assert error_of(edit(client, [("image", ("a.png", png()))], model="tiny-fast"), 400)["param"] == "mode"
     assert error_of(edit(client, [("picture", ("a.png", png()))]), 400)["param"] == "picture"
 
 

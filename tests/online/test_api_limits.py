@@ -335,6 +335,12 @@ def test_a_picture_may_be_a_data_url(client, held):
         assert error_of(answer, 400)["param"] == "image_reference"
 
 
+def test_a_clip_starts_from_one_picture(client):
+    for names in (("input_reference", "input_reference"), ("input_reference", "image_reference")):
+        answer = client.post("/v1/videos", data=SMALL, files=[(name, ("a", png())) for name in names])
+        assert error_of(answer, 400)["param"] == names[1]
+
+
 def test_more_than_the_cap_is_refused(client):
     large = client.post("/v1/files", files={"file": ("a.png", png() + b"\0" * 600_000)})
     assert error_of(large, 413)["param"] == "file"
@@ -419,7 +425,9 @@ def clip_of(tmp_path, *frames) -> bytes:
 def test_people_are_named_listed_and_forgotten(client, held):
     photo = {"image": ("me.jpg", ASTRONAUT.read_bytes())}
     made_ = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()
-    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", 1)
+    photos = [f"file-{hashlib.sha256(ASTRONAUT.read_bytes()).hexdigest()}"]
+    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", photos)
+    assert error_of(client.delete(f"/v1/files/{photos[0]}"), 409)["code"] == "file_in_use"
     assert client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json() == made_
     assert client.get("/v1/videos/characters").json()["data"] == [made_]
     assert client.get(f"/v1/videos/characters/{made_['id']}").json() == made_
@@ -429,6 +437,7 @@ def test_people_are_named_listed_and_forgotten(client, held):
     assert error_of(both, 400)["param"] in ("character", "face_image")
     assert client.delete(f"/v1/videos/characters/{made_['id']}").json()["deleted"]
     assert error_of(client.get(f"/v1/videos/characters/{made_['id']}"), 404)["code"] == "character_not_found"
+    assert client.delete(f"/v1/files/{photos[0]}").json()["deleted"]
 
 
 def test_a_photo_without_a_face_names_nobody(client):

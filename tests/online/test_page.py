@@ -288,18 +288,23 @@ def test_another_like_this_fills_the_form_and_keeps_the_person(site, open_page):
     assert again.shot.face_image
 
 
-def test_a_saved_character_is_the_person(site, open_page):
-    with ASTRONAUT.open("rb") as photo:
-        answer = httpx.post(f"{site.url}/v1/videos/characters", data={"name": "Eileen"}, files={"image": photo}, timeout=60)
-    assert answer.status_code == 200, answer.text
+def test_a_photo_is_saved_as_a_character(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    page.get_by_label("Or a saved character").select_option("Eileen")
+    expect(page.get_by_label("Or a saved character")).to_be_hidden()
+    expect(page.get_by_label("Save this person as")).to_be_hidden()
+    page.get_by_label("Photo of a person").set_input_files(ASTRONAUT)
+    page.get_by_label("Save this person as").fill("Eileen")
+    ask_for(page, "somebody new")
+    expect(cards(page, "queue")).to_have_count(1, timeout=LOADED_MS)
+    expect(page.get_by_label("Or a saved character").locator("option:checked")).to_have_text("Eileen")
+    assert page.get_by_label("Photo of a person").evaluate("input => input.files.length") == 0
     ask_for(page, "somebody we know")
-    card = cards(page, "queue")
+    card = cards(page, "queue").nth(1)
     card.get_by_text("Settings").click()
     expect(card.locator("dl")).to_contain_text("Eileen")
-    assert site.jobs()[0].shot.face_image
+    known, new = site.jobs()
+    assert known.shot.face_image == new.shot.face_image
 
 
 def test_delete_asks_first(site, open_page):

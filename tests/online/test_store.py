@@ -77,6 +77,16 @@ def test_a_retried_create_finds_the_first_jobs(store):
     assert len(store.list("ada").jobs) == 2
 
 
+def test_a_key_whose_jobs_are_forgotten_creates_anew(store, clock):
+    first, _ = store.create(a_job(), idempotency_key="x", fingerprint="f")
+    store.delete(first.id, "ada")
+    clock.seconds += FORGOTTEN_AFTER_S + 1
+    store.purge()
+    second, created = store.create(a_job(), idempotency_key="x", fingerprint="f")
+    assert created
+    assert store.create(a_job(), idempotency_key="x", fingerprint="f") == (second, False)
+
+
 def test_the_same_key_at_the_same_time_creates_once(store):
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: store.create(a_job(), idempotency_key="x", fingerprint="f"), range(24)))

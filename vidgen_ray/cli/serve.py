@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ def serve_command(
     # What is wrong with the database is told here, before anything is started.
     open_store(settings).close()
     of = blueprint(settings, this_machine) if address is None else None
+    # A busy machine takes longer than the 5 s after which Serve gives its proxy up. Its controller reads this.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     with stoppable(grace_s, "jobs") as stop, connected(address, of.cpus if of else 0):
         of = of or blueprint(settings, live_cluster)
         for stage, why in of.served.left_out.items():

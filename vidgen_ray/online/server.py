@@ -27,6 +27,7 @@ from vidgen_ray.stages.base import Stage
 
 LOOK_S = 0.2
 ASK_S = 2.0
+STARTS = 3
 DRAIN_MARGIN_S = 30.0
 """Beside the time of grace, for the director to put away what is left."""
 OURS = "vidgen_ray.errors."
@@ -63,9 +64,9 @@ class Server:
         said: set[str] = set()
         while not stop.is_set() and self._expect_no_failure() != ApplicationStatus.RUNNING:
             for deployment in serve.status().applications[APP].deployments.values():
-                if deployment.message and deployment.message not in said:
-                    said.add(deployment.message)
-                    told(" ".join(deployment.message.split()))
+                if deployment.message and (why := _reason(deployment.message)) not in said:
+                    said.add(why)
+                    told(why)
             stop.wait(LOOK_S)
 
     def drain(self, grace_s: float) -> int:
@@ -104,8 +105,8 @@ def serving(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAM
     # What goes wrong is told once, by us.
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    serve.start(http_options=HTTPOptions(host=of.settings.host, port=of.settings.port), logging_config=quiet)
     try:
+        _start_serve(HTTPOptions(host=of.settings.host, port=of.settings.port), quiet)
         target = serve.RunTarget(application(of, stages), name=APP, route_prefix="/", logging_config=quiet)
         serve.run_many([target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
         yield Server(of)
@@ -113,6 +114,16 @@ def serving(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAM
         # Ray tells of calls to Serve's controller that are lost with it.
         with muted_stderr():
             serve.shutdown()
+
+
+def _start_serve(http: HTTPOptions, logs: LoggingConfig) -> None:
+    """Raises SetupError where its HTTP proxy does not come up."""
+    for _ in range(STARTS):
+        # Of a proxy that is slow to start Serve thinks that it is dead, and puts another in its place, which nobody waits for.
+        with suppress(ray.exceptions.RayActorError, TimeoutError):
+            serve.start(http_options=http, logging_config=logs)
+            return
+    raise SetupError("Serve's HTTP proxy does not start; this machine may be too busy")
 
 
 def check_port(host: str, port: int) -> None:

@@ -164,6 +164,9 @@ class JobStore:
                 before = _created_before(change.connection, tenant, idempotency_key, fingerprint)
                 if before:
                     return before, False
+                # Its jobs are long forgotten, if it was used.
+                used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
+                change.connection.execute(delete(IDEMPOTENCY).where(*used))
             fresh = sum(not job.state.is_final for job in jobs)
             if fresh:
                 _check_room(change.connection, tenant, fresh, max_queued, limits)

@@ -170,7 +170,9 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]
             408, f"The body did not arrive within {caps.seconds:g} s", code="timeout", headers={"x-should-retry": "false"}
         ) from None
     if form is None:
-        yield Received(_from_json(body), {}, hashlib.sha256(body).hexdigest(), is_form=False)
+        # In a thread: some megabytes take longer than others should wait.
+        content = await asyncio.to_thread(_from_json, body)
+        yield Received(content, {}, hashlib.sha256(body).hexdigest(), is_form=False)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -196,6 +198,8 @@ def _from_json(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "The body must be a JSON object", code="invalid_json")
     try:
         json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ApiError(400, "The body is nested too deeply", code="invalid_json") from None
     except UnicodeEncodeError:
         raise ApiError(400, "The body has half of a letter (a lone surrogate)", code="invalid_json") from None
     return content

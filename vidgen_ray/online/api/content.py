@@ -33,6 +33,17 @@ TILES = 25
 REMEMBERED = 128
 """Small pictures, of some 50 kB each."""
 DAY_S = 86_400
+CONDITIONS = {
+    "parameters": [
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": about}
+        for name, about in (
+            ("Range", "bytes=FIRST-LAST, or several of these; what cannot be read counts as none"),
+            ("If-Range", "the ETag of the file that the range is of"),
+            ("If-None-Match", "ETags of what the client has"),
+        )
+    ]
+}
+"""What the framework does not see, since it is the response that reads it."""
 
 router = APIRouter()
 
@@ -41,6 +52,7 @@ router = APIRouter()
     "/v1/videos/{video_id}/content",
     response_class=Response,
     tags=["videos"],
+    openapi_extra=CONDITIONS,
     responses={
         **responses(404, 409, 416),
         200: {"description": "The file", "content": {kind: {} for kind in KINDS.values()}},
@@ -62,10 +74,17 @@ async def video_content(
     return await content_of(server, job, variant, request)
 
 
-@router.head("/v1/videos/{video_id}/content", include_in_schema=False)
+@router.head(
+    "/v1/videos/{video_id}/content",
+    response_class=Response,
+    tags=["videos"],
+    openapi_extra=CONDITIONS,
+    responses={**responses(404, 409, 416), 200: {"description": "As GET"}, 206: {"description": "As GET"}},
+)
 async def video_content_head(
     request: Request, server: Here, tenant: Asking, video_id: str, variant: Annotated[Variant, Query()] = "video"
 ) -> Response:
+    """The headers of the file: its type, length and ETag."""
     return await video_content(request, server, tenant, video_id, variant)
 
 

@@ -32,7 +32,7 @@ TEXTS: Mapping[int, str] = {
     403: "A browser asks for another site, or under a name that is not this server's",
     404: "There is no such thing, or it is another tenant's",
     408: "The body took too long to arrive",
-    409: "Something else goes by that name or key already",
+    409: "Not in this state: a clip without a file, a name or a key that is taken, a file that is in use",
     413: "More bytes than are taken",
     415: "Neither JSON nor a form",
     416: "The file ends before the range",

@@ -13,7 +13,7 @@ from vidgen_ray.online.api.errors import responses
 from vidgen_ray.online.api.schemas import FileDeleted, FileOut, file_of
 from vidgen_ray.online.api.security import Asking
 from vidgen_ray.online.api.state import Here
-from vidgen_ray.online.problems import invalid, not_found
+from vidgen_ray.online.problems import ApiError, invalid, not_found
 from vidgen_ray.online.uploads import receive
 
 router = APIRouter(tags=["files"])
@@ -41,9 +41,13 @@ async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
     return file_of(upload)
 
 
-@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=responses(404))
+@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=responses(404, 409))
 async def delete_file(server: Here, tenant: Asking, file_id: str) -> FileDeleted:
     """Forget an uploaded file. It leaves the disk where nobody else has it and no open job needs it."""
+    for person in await asyncio.to_thread(server.store.characters.list, tenant.name):
+        if file_id in person.photos:
+            message = f"{file_id} is a photo of the character {person.name!r}; delete that first"
+            raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
     if not await asyncio.to_thread(server.intake.uploads.delete, tenant.name, file_id):
         raise not_found("file", file_id[:100])
     return FileDeleted(id=file_id)

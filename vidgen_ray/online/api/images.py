@@ -8,6 +8,7 @@ import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,11 +18,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
+from vidgen_ray.media import read_image
 from vidgen_ray.online.api import schemas
 from vidgen_ray.online.api.bodies import (
     EDIT_FIELDS,
     IMAGE_FIELDS,
+    PICTURE_MULTIPLE,
     checked_names,
+    nearest_size,
     one_of,
     text,
     video_fields,
@@ -37,6 +41,7 @@ from vidgen_ray.online.jobs import Job, JobKind, JobState
 from vidgen_ray.online.keys import Tenant
 from vidgen_ray.online.problems import INVALID, ApiError, invalid
 from vidgen_ray.online.uploads import Received, receive
+from vidgen_ray.shot import Shot
 
 MOST = 10
 """Pictures of one request."""
@@ -77,6 +82,7 @@ class _Wish:
 async def create_images(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> Response:
     """Make pictures, and wait for them."""
     async with receive(request, server.settings.uploads) as received:
+        received.check_files(("face_image",))
         given = checked_names(received.fields, IMAGE_FIELDS)
         fields, about = await _picture(server, tenant, received, given)
     wish = _wish(given, "image_generation")
@@ -110,11 +116,16 @@ async def edit_images(request: Request, server: Here, tenant: Asking, idempotenc
             raise invalid("image", "got none, give at least one", "missing_required_parameter")
         fields, about = await _picture(server, tenant, received, given)
     fields = {**_edit(given, fields), **fields}
+    if fields["mode"] == "fast":
+        raise invalid("mode", "fast makes nothing over: it has neither a restyle nor a LoRA's own pass; ask for quality")
     wish = _wish(given, "image_edit")
     count = whole_number(given, "n", 1, 1, MOST)
     if count * len(images) > MOST:
         raise invalid("n", f"{count} of each of {len(images)} pictures are more than {MOST}")
-    shots = _copies([{**fields, "image": image} for image in images], count)
+    starts = [
+        {**fields, "image": image, **await asyncio.to_thread(_size_like, server, tenant, image, fields)} for image in images
+    ]
+    shots = _copies(starts, count)
     return await _answer(request, server, tenant, shots, about, wish, idempotency_key, received)
 
 
@@ -131,8 +142,21 @@ def _edit(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]
     """What makes a shot with a picture an edit of it."""
     strength = given.get("strength", KEEPS[one_of(given, "input_fidelity", "low", KEEPS)])
     if "lora" in fields:
-        return {"lora_strength": strength}
-    return {"use_hunyuan_style": True, "style_strength": strength}
+        return {"mode": "quality", "lora_strength": strength}
+    return {"mode": "quality", "use_hunyuan_style": True, "style_strength": strength}
+
+
+def _size_like(server: Server, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Where no size was asked for: that of the picture in shape, and the profile's in pixels, so that nothing is cut off."""
+    path = server.intake.uploads.find(tenant.name, image)
+    if path is None or "width" in fields or "height" in fields:
+        return {}
+    height, width = read_image(path).shape[:2]
+    default = {name: server.served.profile.defaults.get(name, Shot.model_fields[name].default) for name in ("width", "height")}
+    scale = sqrt(int(default["width"]) * int(default["height"]) / (width * height))
+    return dict(
+        zip(("width", "height"), nearest_size(round(width * scale), round(height * scale), PICTURE_MULTIPLE), strict=True)
+    )
 
 
 def _wish(given: Mapping[str, Any], event: str) -> _Wish:

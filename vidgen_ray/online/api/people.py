@@ -83,7 +83,7 @@ async def get_character(server: Here, tenant: Asking, character_id: str) -> Pers
 
 @router.delete("/v1/videos/characters/{character_id}", response_model=PersonDeleted, responses=responses(404))
 async def delete_character(server: Here, tenant: Asking, character_id: str) -> PersonDeleted:
-    """Forget a person. The photos stay what they are: uploaded files."""
+    """Forget a person. The photos stay what they are: uploaded files, to be deleted by their ids."""
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id[:100])
     return PersonDeleted(id=character_id)

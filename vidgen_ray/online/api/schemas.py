@@ -142,7 +142,7 @@ class PersonOut(BaseModel):
     object: Literal["character"] = "character"
     name: str
     created_at: int
-    photos: int = Field(description="how many")
+    photos: list[str] = Field(description="ids of the uploaded files")
 
 
 class PersonPage(BaseModel):
@@ -249,7 +249,7 @@ def problem_of(job: Job) -> JobProblem | None:
 
 
 def person_of(character: Character) -> PersonOut:
-    return PersonOut(id=character.id, name=character.name, created_at=int(character.created_at), photos=len(character.photos))
+    return PersonOut(id=character.id, name=character.name, created_at=int(character.created_at), photos=list(character.photos))
 
 
 def file_of(upload: Upload) -> FileOut:

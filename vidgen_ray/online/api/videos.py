@@ -153,6 +153,8 @@ async def _clip(
     fields = {**meant, **(base or {}), **video_fields(given, defaults)}
     for name in ("input_reference", "image_reference"):
         if files := received.files(name):
+            if len(files) > 1 or "image" in fields:
+                raise invalid(name, "a clip starts from one picture")
             fields["image"] = await server.references.kept(tenant, files[0], name)
         elif name in given:
             fields["image"] = await server.references.named(tenant, given[name], name)

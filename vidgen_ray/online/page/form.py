@@ -45,6 +45,7 @@ class FormValues:
     """What stands in the controls, as text."""
 
     prompt: str = ""
+    save_as: str = ""
     character: str = ""
     lora: str = ""
     lora_weight: str = "1"

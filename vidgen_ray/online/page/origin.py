@@ -3,7 +3,11 @@ our cookie, or of a server on the user's own machine."""
 
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
+
+from vidgen_ray.online.keys import is_loopback
+from vidgen_ray.online.problems import ApiError
 
 
 def same_origin(request: Request) -> bool:
@@ -19,7 +23,24 @@ def same_origin(request: Request) -> bool:
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
-def host_of(request: Request) -> str:
+def check_is_local(request: Request) -> None:
+    """For a server without keys. Raises ApiError 403 where another machine asks, or for a page of another site."""
+    # Behind a proxy on this machine everybody looks local; only the name tells.
+    if request.client is not None and not is_loopback(request.client.host):
+        raise ApiError(403, "Without API keys this server answers to its own machine only", code="unknown_host")
+    if not is_loopback(host_of(request.headers)):
+        # A name of somebody's own that leads here would let his page read what this server answers.
+        raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
+
+
+def check_url(request: Request) -> None:
+    """Raises ApiError 400 for a URL that names what cannot be."""
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        # PostgreSQL cannot even be asked for it.
+        raise ApiError(400, "A NUL stands in the URL", code="invalid_url")
+
+
+def host_of(headers: Headers) -> str:
     """The name by which the server was asked, without its port."""
-    host = request.headers.get("host", "")
+    host = headers.get("host", "")
     return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]

@@ -1,18 +1,16 @@
 """The page itself: what is shown, what a form asks for, and the stream of what changes."""
 
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from vidgen_ray.online.intake import shown
-from vidgen_ray.online.jobs import FINAL, Job, JobKind
+from vidgen_ray.online.jobs import FINAL, Job
 from vidgen_ray.online.keys import Tenant
+from vidgen_ray.online.page.ask import accepted, as_asked, job_of
 from vidgen_ray.online.page.cards import ACTIVE
 from vidgen_ray.online.page.door import refusal
 from vidgen_ray.online.page.form import (
@@ -22,7 +20,6 @@ from vidgen_ray.online.page.form import (
     STYLES,
     FormError,
     FormValues,
-    errors_of,
     sizes_like,
 )
 from vidgen_ray.online.page.origin import same_origin
@@ -30,7 +27,7 @@ from vidgen_ray.online.page.site import HEADERS, Site, base_of, wants_json
 from vidgen_ray.online.page.stream import changes
 from vidgen_ray.online.problems import ApiError
 from vidgen_ray.online.store import UnknownJob
-from vidgen_ray.online.uploads import Received, receive
+from vidgen_ray.online.uploads import receive
 from vidgen_ray.shot import Shot
 
 GALLERY_LENGTH = 12
@@ -62,14 +59,15 @@ def page_routes(site: Site) -> APIRouter:
         try:
             async with receive(request, site.server.settings.uploads) as received:
                 values = FormValues.of_form(received.fields)
-                job = await _accepted(site, tenant, received, values)
+                job, saved = await accepted(site, tenant, received, values)
         except FormError as error:
             return await _refused(site, request, tenant, values, error)
         except ApiError as error:
             return await _refused(site, request, tenant, values, _as_form_error(error))
         if wants_json(request):
             written = site.written(job, base_of(request))
-            return JSONResponse({"job": written, "once": _once()}, 201, HEADERS)
+            character = {"id": saved.id, "name": saved.name} if saved else None
+            return JSONResponse({"job": written, "once": _once(), "character": character}, 201, HEADERS)
         return RedirectResponse(f"{base_of(request)}/#{job.id}", 303)
 
     @router.post("/clips/{job_id}/cancel")
@@ -101,40 +99,6 @@ def page_routes(site: Site) -> APIRouter:
     return router
 
 
-async def _accepted(site: Site, tenant: Tenant, received: Received, values: FormValues) -> Job:
-    """The job that the form asks for. Raises FormError and ApiError."""
-    people = site.server.store.characters
-    fields: dict[str, Any] = values.fields()
-    if lora := values.worn():
-        fields["lora"] = [{"name": lora.path, "scale": lora.weight}]
-    # Checked here first, since the intake tells one field at a time and a form can show all.
-    try:
-        Shot.model_validate({**site.server.served.profile.defaults, **fields, "lora": None})
-    except ValidationError as error:
-        raise FormError(errors_of(error)) from None
-    # An empty choice of files comes as one without a name.
-    photos = [file for file in received.files("photo") if file.filename or file.size]
-    if photos and values.character:
-        raise FormError({"character": "Choose either photos or a saved character."})
-    if photos:
-        kept = [await run_in_threadpool(site.server.intake.uploads.keep, tenant.name, photo.file, "photo") for photo in photos]
-        fields["face_image"] = [upload.id for upload in kept]
-    elif values.character:
-        fields["character"] = values.character
-    elif values.same_photo and (before := await _job(site, tenant, received.fields.get("like"))):
-        fields["face_image"] = _again(site, before).get("face_image")
-    # A form that is sent twice asks once; one that was changed in between asks for something else.
-    once = str(received.fields.get("once", ""))[:64]
-    key = f"page-{once}-{received.fingerprint[:32]}" if once else None
-    about: dict[str, Any] = {"model": site.server.served.profile.name + ("-fast" if values.mode == "fast" else "")}
-    if values.character and (known := await run_in_threadpool(people.get, values.character, tenant.name)):
-        about["character"] = known.name
-    jobs = await site.server.intake.accept(
-        tenant, JobKind.VIDEO, [fields], about, idempotency_key=key, fingerprint=received.fingerprint
-    )
-    return jobs[0]
-
-
 async def _change(site: Site, request: Request, job_id: str, what: str) -> Response:
     tenant = await site.tenant(request)
     if tenant is None:
@@ -142,7 +106,7 @@ async def _change(site: Site, request: Request, job_id: str, what: str) -> Respo
     if not same_origin(request):
         return refusal(site, request)
     base = base_of(request)
-    job = await site.server.intake.cancel(tenant, job_id) if what == "cancel" else await _job(site, tenant, job_id)
+    job = await site.server.intake.cancel(tenant, job_id) if what == "cancel" else await job_of(site, tenant, job_id)
     if job is None:
         message = "This clip is not there any more."
         if wants_json(request):
@@ -200,22 +164,13 @@ def _page(
         once=_once(),
         like=like.id if like else "",
         like_seed=like.shot.seed if like else None,
-        like_photos=like is not None and bool(_again(site, like).get("face_image")),
+        like_photos=like is not None and bool(as_asked(site, like).get("face_image")),
         sizes=shown_size,
         characters=site.server.store.characters.list(tenant.name),
         loras=sorted(site.server.settings.loras) if "lora" in site.server.served.params else [],
         styles=STYLES if "hunyuan" in site.server.served.params else (),
         faces="instantid" in site.server.served.params,
     )
-
-
-async def _job(site: Site, tenant: Tenant, job_id: object) -> Job | None:
-    return await run_in_threadpool(site.server.store.get, job_id, tenant.name) if isinstance(job_id, str) else None
-
-
-def _again(site: Site, job: Job) -> Mapping[str, Any]:
-    """The fields by which the same shot could be asked for again."""
-    return shown(job.shot, site.server.settings, site.server.intake.uploads)
 
 
 def _as_form_error(error: ApiError) -> FormError:

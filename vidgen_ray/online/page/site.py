@@ -12,11 +12,10 @@ from starlette.responses import HTMLResponse
 
 from vidgen_ray.online.api.state import Server
 from vidgen_ray.online.jobs import Job
-from vidgen_ray.online.keys import Tenant, is_loopback
+from vidgen_ray.online.keys import Tenant
 from vidgen_ray.online.page.cards import ACTIVE, Card, card_of
-from vidgen_ray.online.page.origin import host_of
+from vidgen_ray.online.page.origin import check_is_local, check_url
 from vidgen_ray.online.page.sessions import COOKIE, Sessions
-from vidgen_ray.online.problems import ApiError
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -72,10 +71,10 @@ class Site:
         }
 
     async def tenant(self, request: Request) -> Tenant | None:
-        """Who is signed in; on a server without keys everybody is the one tenant. Raises ApiError 403 and 429."""
-        if not self.server.keys.are_required and not is_loopback(host_of(request)):
-            # A name of somebody's own that leads here would let his page read this one.
-            raise ApiError(403, "Without API keys this server answers to localhost only", code="unknown_host")
+        """Who is signed in; on a server without keys everybody is the one tenant. Raises ApiError 400, 403 and 429."""
+        check_url(request)
+        if not self.server.keys.are_required:
+            check_is_local(request)
         tenant = await run_in_threadpool(self.tenant_now, request)
         if tenant is not None:
             self.server.rate.check(tenant)

@@ -139,6 +139,7 @@ async function create(form, button) {
     showErrors(form, answer.job ? {} : answer);
     if (!answer.job) return;
     form.elements.once.value = answer.once;
+    if (answer.character) choose(form, answer.character);
     show(answer.job);
     const card = document.getElementById(answer.job.id);
     if (!card) return tell("The clip is done");
@@ -149,6 +150,16 @@ async function create(form, button) {
   } finally {
     setBusy(button, false);
   }
+}
+
+/** A person who was saved just now takes the place of the photos. */
+function choose(form, { id, name }) {
+  const select = form.elements.character;
+  if (![...select.options].some((option) => option.value === id)) select.add(new Option(name, id));
+  select.value = id;
+  select.parentElement.hidden = false;
+  form.elements.save_as.value = form.elements.photo.value = "";
+  form.elements.photo.dispatchEvent(new Event("change"));
 }
 
 async function act(form, button) {
