@@ -120,7 +120,8 @@ def _summary(job: Job, grown: int) -> Iterator[str]:
     yield f"{shot.width * grown} × {shot.height * grown}"
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
-        yield f"made in {_duration(job.completed_at - job.started_at)}"
+        took_s = job.completed_at - job.started_at
+        yield f"made in {_duration(took_s)}" if took_s else "made before"
 
 
 def _duration(seconds: float) -> str:

@@ -12,9 +12,9 @@ from vidgen_ray.shot import LoraRef, Shot
 STYLES = ("watercolour", "oil painting", "ink drawing", "charcoal sketch", "claymation", "film noir", "pixel art", "woodcut")
 """Suggestions; any words will do."""
 IDEAS = (
-    "A lighthouse on a cliff at dusk, waves below",
-    "A paper boat drifting down a rainy street",
-    "A red fox trotting through fresh snow",
+    "A large red boat by the sea at sunset",
+    "A yellow house on green hills under a rainbow",
+    "A person in a blue coat walking in the snow",
 )
 """Prompts to start from, where there is no clip yet."""
 MORE_FIELDS = frozenset({"size", "num_frames", "fps", "scale", "motion_bucket_id", "seed", "negative_prompt"})

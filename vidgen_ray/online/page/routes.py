@@ -153,7 +153,8 @@ def _page(
         first_page=after is None,
         signed_in=site.server.keys.are_required,
         profile=site.server.served.profile.name,
-        queue=[site.card(job, base) for job in queue.jobs],
+        # One that ended between the two reads is in both lists.
+        queue=[site.card(job, base) for job in queue.jobs if job.id not in {ended.id for ended in gallery.jobs}],
         gallery=[site.card(job, base) for job in gallery.jobs],
         older=gallery.jobs[-1].id if gallery.has_more else None,
         ideas=IDEAS,
