@@ -249,7 +249,8 @@ async def _events_of(server: Server, job: Job, wish: _Wish) -> AsyncIterator[Ser
     shown, last = 0, job
     async for now in server.followers.follow(job):
         last = _there(now)
-        while earlier and shown < wish.partial_images and not last.state.is_final:
+        # Those of a job that is done by now, too: how many there are is not to hang on how often somebody looks.
+        while earlier and shown < wish.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
             draft = await asyncio.to_thread(_draft, server, earlier[0], wish)
             if draft is None:
                 break
