@@ -5,8 +5,11 @@ Shared by the executors. Knows no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import ShotPlan, Step
@@ -17,12 +20,16 @@ from vidgen_ray.stages.likeness import ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.steps import StepFailed
 
+T = TypeVar("T")
+
 LOADING = "loading"
 """Stage of the failure of a process that could not load its weights."""
 OUTPUT = "output"
 """Stage of what goes wrong while files are written."""
 BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
 """In the message of an error after which nothing runs on this process's GPU any more."""
+CHUNKS_AHEAD = 3
+"""Of one clip beyond the encoder. Enlarged frames lie outside of every accounting of memory but ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +74,18 @@ def calls_of(plan: ShotPlan, together: Callable[..., bool], *, face_is_shared: b
         else:
             calls.append([step])
     return [tuple(steps) for steps in calls]
+
+
+async def in_order(cuts: Iterable[slice], enlarged: Callable[[slice], Awaitable[T]]) -> AsyncGenerator[T]:
+    """What is made of each cut of a clip, in order; so many at once that `CHUNKS_AHEAD` are on their way or wait."""
+    pending: deque[asyncio.Future[T]] = deque()
+    try:
+        for cut in cuts:
+            if len(pending) == CHUNKS_AHEAD:
+                yield await pending.popleft()
+            pending.append(asyncio.ensure_future(enlarged(cut)))
+        while pending:
+            yield await pending.popleft()
+    finally:
+        for task in pending:
+            task.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import suppress
@@ -28,7 +28,7 @@ from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.spool import Errand, Outcome, read_part
 from vidgen_ray.batch.watcher import Snapshot
-from vidgen_ray.calls import OUTPUT, calls_of
+from vidgen_ray.calls import OUTPUT, calls_of, in_order
 from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
@@ -37,8 +37,6 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 from vidgen_ray.steps import StepFailed
 
-CHUNKS_AHEAD = 3
-"""Of one clip beyond the encoder. Enlarged frames lie outside of Ray Data's accounting, so the bound is ours."""
 CHUNK_BYTES = 128 << 20
 """Of enlarged frames, at most, where those of one call of the network are not more: 4 of 4096x2304."""
 FACES_REMEMBERED = 32
@@ -234,7 +232,7 @@ class Director:
             self._metrics.step_ended(RealESRGANStage.name, written.stages[-1].seconds, False)
         return written
 
-    async def _chunks(self, plan: ShotPlan, order: int, artefacts: Held) -> Chunks:
+    def _chunks(self, plan: ShotPlan, order: int, artefacts: Held) -> Chunks:
         """The clip's chunks, enlarged by whoever is free, in order."""
 
         async def enlarged(cut: slice) -> tuple[StepRecord, Any]:
@@ -243,17 +241,7 @@ class Director:
             answer, frames = await self._workers.call(work, self._timeout_s(RealESRGANStage.name), "upscale", *inputs)
             return answer.records[0], frames.reference
 
-        pending: deque[asyncio.Task[tuple[StepRecord, Any]]] = deque()
-        try:
-            for cut in frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)):
-                if len(pending) == CHUNKS_AHEAD:
-                    yield await pending.popleft()
-                pending.append(asyncio.ensure_future(enlarged(cut)))
-            while pending:
-                yield await pending.popleft()
-        finally:
-            for task in pending:
-                task.cancel()
+        return in_order(frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)), enlarged)
 
     def _frames_per_chunk(self, plan: ShotPlan) -> int:
         """A multiple of what the network gets in one call, so that a clip is cut for it as it is anywhere else."""

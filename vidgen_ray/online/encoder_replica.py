@@ -7,7 +7,6 @@ pass nobody else.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from vidgen_ray.calls import OUTPUT, Answer
+from vidgen_ray.calls import OUTPUT, Answer, in_order
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.layout import WorkerSpec
@@ -29,9 +28,6 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 from vidgen_ray.steps import ShotFiles, StepFailed, joined
 
 R = TypeVar("R")
-
-CHUNKS_AHEAD = 3
-"""Of one clip beyond the encoder: enlarged frames are large, and nothing else bounds how many of them lie in Ray's memory."""
 
 
 class EncoderReplica:
@@ -77,14 +73,12 @@ class EncoderReplica:
         item = Item(plan.shot, await inputs[0] if inputs else Artefacts())
         await files.open(plan, item, self._service.outputs, self._service.profile.encode)
 
-    async def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, StepRecord, Frames]]:
+    def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, StepRecord, Frames]]:
         """The clip's chunks, enlarged by whoever is free, in order; none where the shot has no large clip.
 
         Raises GaveUp, InputsLost.
         """
-        if not RealESRGANStage.applies(plan.shot):
-            return
-        stage, pending = RealESRGANStage.name, deque[asyncio.Task[tuple[slice, StepRecord, Frames]]]()
+        stage = RealESRGANStage.name
 
         async def enlarged(cut: slice) -> tuple[slice, StepRecord, Frames]:
             result = await self._stages.call(
@@ -100,16 +94,8 @@ class EncoderReplica:
             assert isinstance(result.given, tuple)
             return cut, result.answer.records[0], await result.given[0]
 
-        try:
-            for cut in frame_chunks(plan.shot.num_frames, self._service.frames_per_call):
-                if len(pending) == CHUNKS_AHEAD:
-                    yield await pending.popleft()
-                pending.append(asyncio.ensure_future(enlarged(cut)))
-            while pending:
-                yield await pending.popleft()
-        finally:
-            for task in pending:
-                task.cancel()
+        upscales = RealESRGANStage.applies(plan.shot)
+        return in_order(frame_chunks(plan.shot.num_frames, self._service.frames_per_call) if upscales else (), enlarged)
 
 
 class _Files:
