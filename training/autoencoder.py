@@ -1,0 +1,164 @@
+"""The autoencoder that FLUX, HunyuanDiT and Stable Video Diffusion of the profile `demo` share: x8, 16 channels, as FLUX.1's.
+
+    python -m training.autoencoder --out FOLDER
+    python -m training.autoencoder --out FOLDER --decoder-steps N    # goes on with the decoder alone: latents stay as they are
+
+Source: Rombach et al. 2022, arXiv:2112.10752, without the discriminator: a drawn world has no texture that one would teach.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from training.drawing import draw, styled
+from training.loop import Schedule, train
+from training.world import STYLES, some_scene
+
+SIZE_PX = 128
+LATENT_CHANNELS = 16
+PICTURES = 4000
+CROP_PX, CROPS = 64, 24
+"""What a step sees at first: many small things. Statistics of a crop are not those of a picture, so whole ones come after."""
+WHOLE = 8
+CROPPED_SHARE = 0.65
+"""Of the steps."""
+KL = 3e-4
+"""Weight of the KL term, an average over latents, beside errors of colours of -1 to 1."""
+
+
+def autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 24, 48, 64),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,
+        sample_size=SIZE_PX,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        # Attention over a whole picture is another thing than over a crop.
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def pictures(count: int, seed: int) -> NDArray[np.uint8]:
+    """Scenes of every style, half of them flat: (count, 128, 128, 3)."""
+    random = Random(seed)
+    drawn = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
+    for n in range(count):
+        style = "flat" if n % 2 else random.choice(STYLES)
+        nearer = random.choice((1.0, 1.0, 1.0, random.uniform(1.0, 1.5)))
+        drawn[n] = styled(draw(some_scene(random, people=0.55), SIZE_PX, nearer), style)
+    return drawn
+
+
+def to_tensor(batch: NDArray[np.uint8]) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) of -1 to 1."""
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(batch: Tensor) -> NDArray[np.uint8]:
+    return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """L1 of colours, and of the steps between neighbours, which keeps edges sharp."""
+    across = (drawn.diff(dim=3) - wanted.diff(dim=3)).abs().mean()
+    down = (drawn.diff(dim=2) - wanted.diff(dim=2)).abs().mean()
+    return (drawn - wanted).abs().mean() + across + down
+
+
+def main() -> int:
+    told = _arguments()
+    vae = autoencoder().to(memory_format=torch.channels_last)
+    world = pictures(PICTURES, told.seed)
+    unseen = to_tensor(pictures(64, told.seed + 1))
+
+    def some(cropped: bool, generator: torch.Generator) -> Tensor:
+        count, side_px = (CROPS, CROP_PX) if cropped else (WHOLE, SIZE_PX)
+        which = torch.randint(0, PICTURES, (count,), generator=generator).tolist()
+        # On the grid of the latents, as pictures of whole multiples of 8 lie on it.
+        places = (torch.randint(0, (SIZE_PX - side_px) // 8 + 1, (count, 2), generator=generator) * 8).tolist()
+        cut = [world[n, top : top + side_px, left : left + side_px] for n, (top, left) in zip(which, places, strict=True)]
+        return to_tensor(np.stack(cut)).contiguous(memory_format=torch.channels_last)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        wanted = some(step < CROPPED_SHARE * told.steps, generator)
+        posterior = vae.encode(wanted).latent_dist
+        # A little noise beside the posterior's own: what FLUX draws is never quite a latent of the encoder.
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        return difference(vae.decode(z).sample, wanted) + KL * posterior.kl().mean() / z[0].numel()
+
+    def decoder_loss(step: int, generator: torch.Generator) -> Tensor:
+        wanted = some(False, generator)
+        with torch.no_grad():
+            mean = vae.encode(wanted).latent_dist.mean
+            z = mean + DECODER_NOISE * torch.randn(mean.shape, generator=generator) / vae.config.scaling_factor
+        return difference(vae.decode(z).sample, wanted)
+
+    def look(step: int) -> None:
+        with torch.no_grad():
+            rebuilt = vae.decode(vae.encode(unseen).latent_dist.mean).sample
+        print(f"step {step}: L1 of unseen pictures {(rebuilt - unseen).abs().mean():.4f}", flush=True)
+        rows = [np.concatenate(list(to_uint8(some[:8])), axis=1) for some in (unseen, rebuilt)]
+        Image.fromarray(np.concatenate(rows)).save(told.out / "rebuilt.png")
+
+    if told.decoder_steps:
+        vae = AutoencoderKL.from_pretrained(told.out).to(memory_format=torch.channels_last)
+        vae.encoder.requires_grad_(False)
+        schedule = Schedule(told.decoder_steps, rate=1.5e-3, weight_decay=0.0)
+        train({"vae": vae}, decoder_loss, schedule, told.out / "decoder", told.seed + 2, look=look)
+    else:
+        train({"vae": vae}, loss, Schedule(told.steps, rate=2.5e-3, weight_decay=0.0), told.out, told.seed, look=look)
+        _normalise(vae, to_tensor(world[:256]))
+    vae.save_pretrained(told.out)
+    look(told.decoder_steps or told.steps)
+    return 0
+
+
+DECODER_NOISE = 0.06
+"""Of a latent's spread, added when the decoder is trained alone."""
+
+
+@torch.no_grad()
+def _normalise(vae: AutoencoderKL, some: Tensor) -> None:
+    """Fold each channel's spread into the convolutions around the latents, so that one scaling factor fits them all."""
+    spread = vae.encode(some).latent_dist.mean.std(dim=(0, 2, 3))
+    out: nn.Conv2d = vae.encoder.conv_out
+    out.weight[:LATENT_CHANNELS] /= spread[:, None, None, None]
+    out.bias[:LATENT_CHANNELS] /= spread
+    out.bias[LATENT_CHANNELS:] -= 2 * spread.log()
+    vae.decoder.conv_in.weight *= spread[None, :, None, None]
+    z = vae.encode(some).latent_dist.mean
+    vae.register_to_config(shift_factor=0.0, scaling_factor=round(1 / z.std().item(), 5))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=3000, metavar="N")
+    parser.add_argument("--decoder-steps", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    told = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(told.seed)
+    told.out.mkdir(parents=True, exist_ok=True)
+    return told
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,171 @@
+"""What there is in the drawn world and how chance picks from it. Knows no pixels and no words; a scene is told by its fields.
+
+Coordinates: x to the right, y down, the middle of the picture is (0, 0), its edges are at -1 and 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+Colour = tuple[float, float, float]
+"""Red, green, blue, 0 to 1."""
+
+COLOURS: dict[str, Colour] = {
+    "red": (0.86, 0.16, 0.16),
+    "orange": (0.96, 0.52, 0.10),
+    "yellow": (0.97, 0.84, 0.20),
+    "green": (0.16, 0.58, 0.24),
+    "blue": (0.14, 0.36, 0.86),
+    "purple": (0.52, 0.22, 0.72),
+    "pink": (0.97, 0.52, 0.72),
+    "white": (0.96, 0.96, 0.96),
+}
+"""Of things and of clothes."""
+PLACES = ("meadow", "sea", "desert", "snow", "city")
+WEATHERS = ("sunny", "cloudy", "sunset", "night")
+THINGS = ("boat", "house", "tree", "balloon", "car", "ball")
+STYLES = ("flat", "sketch", "night", "pastel")
+SKINS: dict[str, Colour] = {
+    "pale": (0.98, 0.85, 0.76),
+    "tan": (0.87, 0.66, 0.48),
+    "brown": (0.62, 0.41, 0.27),
+    "dark": (0.38, 0.24, 0.16),
+}
+HAIRS: dict[str, Colour] = {
+    "black": (0.10, 0.09, 0.11),
+    "brown": (0.42, 0.24, 0.11),
+    "blond": (0.95, 0.78, 0.36),
+    "red": (0.80, 0.30, 0.10),
+    "grey": (0.68, 0.69, 0.72),
+}
+HAIR_STYLES = ("short", "long", "curly", "bun", "bald")
+FACE_SHAPES = ("round", "long", "square")
+EYES: dict[str, Colour] = {"brown": (0.36, 0.20, 0.10), "blue": (0.20, 0.45, 0.85), "green": (0.20, 0.55, 0.30)}
+MOVES = {"boat": "sail", "car": "drive", "balloon": "rise", "person": "walk", "house": "zoom", "tree": "zoom", "ball": "zoom"}
+"""How a subject moves in a clip. The picture tells the direction: the bow, the bonnet, the way a face looks."""
+MIDDLE = 0.18
+"""Less than this to the left or right is neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What stays with a person from picture to picture."""
+
+    skin: str
+    hair: str
+    hair_style: str
+    face_shape: str
+    eyes: str
+    glasses: bool
+    beard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    identity: Identity
+    clothes: str
+    x: float
+    y: float
+    radius: float
+    """Half the height of the head."""
+    looks: float
+    """The turn of the head: -1 to its left edge of the picture, 1 to the right one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    kind: str
+    colour: str
+    x: float
+    size: float
+    faces: int
+    """-1: to the left, 1: to the right."""
+    lift: float = 0.0
+    """Above where it belongs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    place: str
+    weather: str
+    subject: Person | Thing
+    clouds: float
+    """Where the clouds are, 0 to 1 of the way across."""
+
+    @property
+    def side(self) -> str:
+        """`left`, `right` or `middle`."""
+        if abs(self.subject.x) < MIDDLE:
+            return "middle"
+        return "left" if self.subject.x < 0 else "right"
+
+
+def some_identity(random: Random) -> Identity:
+    hair_style = random.choice(HAIR_STYLES)
+    return Identity(
+        skin=random.choice(list(SKINS)),
+        hair=random.choice(list(HAIRS)),
+        hair_style=hair_style,
+        face_shape=random.choice(FACE_SHAPES),
+        eyes=random.choice(list(EYES)),
+        glasses=random.random() < 0.35,
+        beard=hair_style in ("short", "bald", "curly") and random.random() < 0.45,
+    )
+
+
+def some_person(random: Random, identity: Identity | None = None) -> Person:
+    return Person(
+        identity=identity or some_identity(random),
+        clothes=random.choice(list(COLOURS)),
+        x=random.choice((-0.38, 0.0, 0.0, 0.38)) + random.uniform(-0.06, 0.06),
+        y=random.uniform(-0.10, 0.06),
+        radius=random.uniform(0.40, 0.52),
+        looks=random.choice((-1.0, 0.0, 1.0)) * random.uniform(0.6, 1.0),
+    )
+
+
+def some_thing(random: Random) -> Thing:
+    return Thing(
+        kind=random.choice(THINGS),
+        colour=random.choice(list(COLOURS)),
+        x=random.choice((-0.42, 0.0, 0.42)) + random.uniform(-0.06, 0.06),
+        size=random.uniform(0.36, 0.46),
+        faces=random.choice((-1, 1)),
+    )
+
+
+def some_scene(random: Random, *, identity: Identity | None = None, people: float = 0.5) -> Scene:
+    """Of a person with the share `people` of chance, and always where an identity is given."""
+    person = identity is not None or random.random() < people
+    subject: Person | Thing = some_person(random, identity) if person else some_thing(random)
+    place = random.choice(PLACES)
+    # A boat belongs on the water, and most of what is on the water is a boat.
+    if isinstance(subject, Thing):
+        if subject.kind == "boat":
+            place = "sea"
+        elif place == "sea" and subject.kind in ("house", "car", "tree"):
+            place = random.choice(("meadow", "desert", "snow", "city"))
+    return Scene(place=place, weather=random.choice(WEATHERS), subject=subject, clouds=random.random())
+
+
+def moved(scene: Scene, time: float, speed: float) -> tuple[Scene, float]:
+    """The scene a while later, and how much nearer the camera is then (1: as near).
+
+    `time` in 0 to 1 of a clip, `speed` in 0 to 1 of the fastest.
+    """
+    way, subject = time * speed, scene.subject
+    scene = replace(scene, clouds=(scene.clouds + 0.10 * way) % 1.0)
+    if isinstance(subject, Person):
+        if abs(subject.looks) < 0.3:
+            return scene, 1.0 + 0.4 * way
+        heading = 1 if subject.looks > 0 else -1
+        # Four steps, each of them up and down again.
+        bob = 0.04 * abs((way * 4) % 2 - 1) - 0.04
+        return replace(scene, subject=replace(subject, x=subject.x + 0.6 * heading * way, y=subject.y + bob)), 1.0
+    move = MOVES[subject.kind]
+    if move in ("sail", "drive"):
+        return replace(scene, subject=replace(subject, x=subject.x + 0.9 * subject.faces * way)), 1.0
+    if move == "rise":
+        return replace(scene, subject=replace(subject, x=subject.x + 0.15 * way, lift=0.55 * way)), 1.0
+    return scene, 1.0 + 0.5 * way
