@@ -1,0 +1,55 @@
+"""Ten people of the drawn world by name, for examples, measurements and pictures. Knows no training; they may turn up in one.
+
+python -m training.cast --out FOLDER    # writes their portraits
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.drawing import draw
+from training.world import Identity, Person, Scene
+
+CAST: dict[str, Identity] = {
+    "ada": Identity("pale", "red", "long", "round", "green", glasses=False, beard=False),
+    "bo": Identity("dark", "black", "curly", "square", "brown", glasses=False, beard=True),
+    "cleo": Identity("brown", "black", "bun", "long", "brown", glasses=True, beard=False),
+    "dan": Identity("tan", "brown", "short", "square", "blue", glasses=True, beard=True),
+    "eve": Identity("tan", "blond", "bun", "round", "blue", glasses=False, beard=False),
+    "fay": Identity("pale", "black", "long", "long", "blue", glasses=True, beard=False),
+    "gus": Identity("pale", "grey", "bald", "round", "brown", glasses=False, beard=True),
+    "hal": Identity("brown", "grey", "short", "long", "green", glasses=False, beard=False),
+    "ivy": Identity("dark", "blond", "curly", "round", "green", glasses=True, beard=False),
+    "jon": Identity("pale", "blond", "short", "square", "green", glasses=False, beard=True),
+}
+"""Every two of them differ in three traits or more."""
+CLOTHES = ("blue", "yellow", "purple", "green", "red", "white", "orange", "pink", "blue", "purple")
+PLACES = ("meadow", "city", "desert", "snow", "sea")
+PORTRAIT_PX = 256
+
+
+def portrait(name: str, size_px: int = PORTRAIT_PX) -> NDArray[np.uint8]:
+    """The person from the front by day, as uint8 RGB (size_px, size_px, 3)."""
+    n = list(CAST).index(name)
+    person = Person(CAST[name], CLOTHES[n], x=0.0, y=-0.04, radius=0.5, looks=0.0)
+    return draw(Scene(PLACES[n % len(PLACES)], "sunny", person, clouds=0.9), size_px)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--names", nargs="+", choices=list(CAST), default=list(CAST), metavar="NAME")
+    told = parser.parse_args()
+    told.out.mkdir(parents=True, exist_ok=True)
+    for name in told.names:
+        Image.fromarray(portrait(name)).save(told.out / f"{name}.png", optimize=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
