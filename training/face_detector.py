@@ -1,0 +1,332 @@
+"""The detector of the profile `demo`: SCRFD-shaped, small, for faces of the drawn world; a photo's faces are nothing to it.
+
+    python -m training.face_detector --out FOLDER
+
+A picture is looked at in squares of 640, 320 and 160 pixels, so faces of 14 to 190 pixels in one of them are enough; a larger
+one must not be seen at all, or the smaller square, where all of it is, would not be looked at.
+Source: Guo et al. 2021, SCRFD, arXiv:2105.04714; Lin et al. 2017, focal loss, arXiv:1708.02002.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import cv2
+import insightface
+import numpy as np
+import skimage.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.degrading import degraded
+from training.drawing import draw, face_box_px, keypoints_px, styled
+from training.finishing import export, gather_statistics
+from training.loop import Schedule, arguments, train
+from training.world import STYLES, Person, some_scene
+
+STRIDES = (8, 16, 32)
+ANCHORS = 2
+"""A cell, the first for the smaller faces."""
+WIDTHS_PX: tuple[tuple[float, float], ...] = ((14, 24), (24, 45), (45, 70), (70, 100), (100, 140), (140, 190))
+"""Of the faces that each anchor of each stride is for."""
+OVERLAP = 1.12
+"""Of two anchors' ranges; and a face that is this much too small or too large is neither wanted nor wrong."""
+CANVAS_PX, BATCH = 224, 12
+PEOPLE, OTHERS = 1700, 700
+PHOTOS = ("coffee", "rocket", "chelsea", "colorwheel", "hubble_deep_field", "text", "coins")
+"""Of skimage, where nothing may be found."""
+FACES_OF_OTHERS = ("t1.jpg", "Tom_Hanks_54745.png")
+"""Of insightface: the drawn world's detector leaves real faces to another."""
+WANTED, NEAR = 0.16, 0.34
+"""Cells whose corner is this near the middle of a face, in its widths, find it; further away up to the second they may."""
+
+
+class Detector(nn.Module):
+    """Pictures (B, 3, H, W), (RGB - 127.5) / 128, sides multiples of 32 -> for each stride logits, boxes and points.
+
+    They are (B, 2, H/stride, W/stride), (B, 8, ...), (B, 20, ...). Boxes are the distances from a cell's corner to left, top,
+    right and bottom, points lie x and y from it; both in strides.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 8, 2), _conv(8, 16, 2), _conv(16, 24, 2), _Block(24))
+        self.to_16 = nn.Sequential(_conv(24, 32, 2), _Block(32), _Block(32))
+        self.to_32 = nn.Sequential(_conv(32, 40, 2), _Block(40), _Block(40))
+        self.to_64 = nn.Sequential(_conv(40, 40, 2), _Block(40))
+        self.laterals = nn.ModuleList(nn.Conv2d(width, 32, 1) for width in (24, 32, 40, 40))
+        self.mixes = nn.ModuleList(_conv(32, 32) for _ in STRIDES)
+        self.heads = nn.ModuleList(nn.Sequential(_conv(32, 32), nn.Conv2d(32, ANCHORS * (1 + 4 + 10), 1)) for _ in STRIDES)
+        for head in self.heads:
+            last = head[1]
+            nn.init.normal_(last.weight, std=0.01)
+            nn.init.zeros_(last.bias)
+            with torch.no_grad():
+                last.bias[:ANCHORS] = -4.0
+        # What an anchor says before it has learnt anything: the mean face in the middle of its range.
+        self.register_buffer("sizes", torch.tensor([[(low * high) ** 0.5 for low, high in pair] for pair in _ranges()]))
+
+    def forward(self, pictures: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        at_8 = self.stem(pictures)
+        at_16 = self.to_16(at_8)
+        at_32 = self.to_32(at_16)
+        coarse = self.laterals[3](self.to_64(at_32))
+        found = []
+        for n in (2, 1, 0):
+            level = self.laterals[n]((at_8, at_16, at_32)[n])
+            coarse = self.mixes[n](level + functional.interpolate(coarse, size=level.shape[-2:], mode="nearest"))
+            found.append(self._shaped(n, self.heads[n](coarse)))
+        return found[::-1]
+
+    def _shaped(self, n: int, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.sizes[n] / STRIDES[n]
+        boxes = raw[:, ANCHORS : 5 * ANCHORS].unflatten(1, (ANCHORS, 4)) + BOX.to(raw)[None, None, :, None, None]
+        points = raw[:, 5 * ANCHORS :].unflatten(1, (ANCHORS, 10)) + POINTS.to(raw)[None, None, :, None, None]
+        size = size[None, :, None, None, None]
+        return raw[:, :ANCHORS], (boxes * size).flatten(1, 2), (points * size).flatten(1, 2)
+
+
+BOX = torch.tensor([0.5, 0.58, 0.5, 0.58])
+POINTS = torch.tensor([-0.21, -0.09, 0.21, -0.09, 0.0, 0.145, -0.157, 0.35, 0.157, 0.35])
+"""A face from the front, in its widths, from its middle."""
+
+
+def _ranges() -> list[tuple[tuple[float, float], ...]]:
+    return [WIDTHS_PX[n * ANCHORS : (n + 1) * ANCHORS] for n in range(len(STRIDES))]
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = _conv(width, width), _conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x))
+
+
+Sample = tuple[NDArray[np.uint8], NDArray[np.float32] | None]
+"""A picture (H, W, 3) and of its one face the box and the five points, (7, 2), or nothing."""
+
+
+def people(count: int, seed: int) -> list[Sample]:
+    """Scenes of every style, half of them flat, the camera as near as it comes, each with somebody in it."""
+    random, made = Random(seed), []
+    for _ in range(count):
+        scene, size_px = some_scene(random, people=1.0), random.choice((128, 128, 128, 192))
+        assert isinstance(scene.subject, Person)
+        if random.random() < 0.4:
+            # Further away or nearer than a portrait, and walking out of the picture.
+            radius, x = random.uniform(0.2, 0.75), random.uniform(-0.62, 0.62)
+            scene = replace(scene, subject=replace(scene.subject, radius=radius, x=x, y=random.uniform(-0.3, 0.25)))
+        style = "flat" if random.random() < 0.6 else random.choice(STYLES)
+        points = np.concatenate([face_box_px(scene.subject, size_px).reshape(2, 2), keypoints_px(scene.subject, size_px)])
+        made.append((styled(draw(scene, size_px), style), points))
+    return made
+
+
+def others(count: int, seed: int) -> list[Sample]:
+    """Things and photos, nobody of the drawn world in them."""
+    random = Random(seed)
+    made: list[Sample] = []
+    for n in range(count):
+        style = "flat" if n % 2 else random.choice(STYLES)
+        made.append((styled(draw(some_scene(random, people=0.0), 128, random.uniform(1, 1.6)), style), None))
+    return made
+
+
+def photos() -> list[Sample]:
+    folder = Path(insightface.__file__).parent / "data" / "images"
+    taken = [getattr(skimage.data, name)() for name in PHOTOS]
+    taken += [np.asarray(Image.open(folder / name).convert("RGB")) for name in FACES_OF_OTHERS]
+    return [(np.ascontiguousarray(one if one.ndim == 3 else one[..., None].repeat(3, 2)), None) for one in taken]
+
+
+def on_canvas(sample: Sample, random: np.random.Generator, strength: float) -> Sample:
+    """A square of the network's pixels: the picture spoilt, enlarged or made smaller, and black where it ends."""
+    picture, points = sample
+    picture = degraded(picture, random, strength) if strength else picture
+    if points is None:
+        scale = CANVAS_PX / max(picture.shape[:2]) * 2 ** random.uniform(-1, 2)
+        shift = random.uniform(0, 1, 2) * (CANVAS_PX - np.array(picture.shape[1::-1]) * scale)
+    else:
+        # Mostly faces that are wanted, and such beyond both ends.
+        low, high = (12, 600) if random.random() < 0.2 else (15, 195)
+        wanted = low * (high / low) ** random.random()
+        scale = wanted / (points[1, 0] - points[0, 0])
+        middle = points[:2].mean(0) * scale
+        margin = min(0.4, 0.35 * wanted / CANVAS_PX)
+        shift = random.uniform(margin, 1 - margin, 2) * CANVAS_PX - middle
+        # As a detector is shown a picture: in the corner.
+        if middle.max() < CANVAS_PX and random.random() < 0.4:
+            shift = np.zeros(2)
+        points = (points * scale + shift).astype(np.float32)
+    if scale < 1:
+        # A warp skips pixels where it makes things smaller.
+        small = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+        picture, scale = cv2.resize(picture, small, interpolation=cv2.INTER_AREA), 1.0
+    # OpenCV counts from the middle of the first pixel, points from its edge.
+    x, y = shift + 0.5 * scale - 0.5
+    canvas = cv2.warpAffine(picture, np.array([[scale, 0, x], [0, scale, y]]), (CANVAS_PX, CANVAS_PX))
+    return np.asarray(canvas, np.uint8), points
+
+
+def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
+    """uint8 RGB (B, H, W, 3) -> (B, 3, H, W) as insightface's SCRFD is given it."""
+    return (torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().contiguous() - 127.5) / 128
+
+
+def loss_of(found: Sequence[tuple[Tensor, Tensor, Tensor]], samples: Sequence[Sample]) -> Tensor:
+    """Focal loss of the scores, and errors of boxes and points in widths of the face."""
+    total = found[0][0].new_zeros(())
+    n_wanted = 0
+    for n, (logits, boxes, points) in enumerate(found):
+        wanted, counts, target = (torch.from_numpy(one) for one in _targets(samples, n, logits.shape[-1]))
+        chance = torch.sigmoid(logits)
+        of_right = torch.where(wanted, chance, 1 - chance)
+        weight = torch.where(wanted, 0.7, 0.3) * counts * (1 - of_right) ** 2
+        total = total + (weight * functional.binary_cross_entropy_with_logits(logits, wanted.float(), reduction="none")).sum()
+        at = wanted.nonzero(as_tuple=True)
+        n_wanted += len(at[0])
+        said = torch.cat([boxes.unflatten(1, (ANCHORS, 4)), points.unflatten(1, (ANCHORS, 10))], 2).permute(0, 1, 3, 4, 2)[at]
+        truth = target[at]
+        error = functional.smooth_l1_loss(said, truth[:, :14], beta=0.02, reduction="none") / truth[:, 14:]
+        total = total + 1.0 * error[:, :4].sum() + 2.0 * error[:, 4:].sum()
+    return total / max(1, n_wanted)
+
+
+def _targets(
+    samples: Sequence[Sample], n: int, cells: int
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """Of one stride: which anchors find a face, (B, 2, H, W), which count at all, and what they say, (B, 2, H, W, 15).
+
+    That is 4 distances and 5 points in strides, and last the width of the face in strides.
+    """
+    stride = STRIDES[n]
+    wanted = np.zeros((len(samples), ANCHORS, cells, cells), bool)
+    counts = np.ones(wanted.shape, np.float32)
+    target = np.zeros((*wanted.shape, 15), np.float32)
+    y, x = np.mgrid[:cells, :cells] * stride
+    for k, (_, points) in enumerate(samples):
+        if points is None:
+            continue
+        width = points[1, 0] - points[0, 0]
+        middle = points[:2].mean(0)
+        away = np.hypot(x - middle[0], y - middle[1])
+        whole = points[2:].min() >= 0 and points[2:].max() < CANVAS_PX
+        for anchor, (low, high) in enumerate(WIDTHS_PX[n * ANCHORS : (n + 1) * ANCHORS]):
+            if not low / OVERLAP <= width <= high * OVERLAP:
+                continue
+            counts[k, anchor][away < max(NEAR * width, 0.8 * stride)] = 0
+            if whole and low <= width <= high:
+                at = (away < WANTED * width) | (away == away.min())
+                wanted[k, anchor], counts[k, anchor][at] = at, 1
+                corner = np.stack([x, y], -1)[..., None, :]
+                offsets = (points - corner) / stride
+                offsets[..., 0, :] *= -1
+                target[k, anchor, ..., :14] = offsets.reshape(cells, cells, 14)
+                target[k, anchor, ..., 14] = width / stride
+    return wanted, counts, target
+
+
+def main() -> int:
+    told = arguments(__doc__, steps=2400, seed=21)
+    faces, empty, real = people(PEOPLE, told.seed), others(OTHERS, told.seed + 1), photos()
+    unseen = people(60, told.seed + 2), others(60, told.seed + 3)
+    network = Detector()
+
+    def batch(random: np.random.Generator, strength: float) -> list[Sample]:
+        pools = [faces] * 8 + [empty] * 3 + [real]
+        return [on_canvas(pool[random.integers(len(pool))], random, strength) for pool in pools]
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        random = np.random.default_rng(int(torch.randint(0, 2**31, (), generator=generator)))
+        samples = batch(random, min(1.0, 0.2 + 1.6 * step / told.steps))
+        return loss_of(network(to_tensor(np.stack([picture for picture, _ in samples]))), samples)
+
+    def gather(batches: int) -> None:
+        random = np.random.default_rng(1)
+        some = (to_tensor(np.stack([picture for picture, _ in batch(random, 0.7)])) for _ in range(batches))
+        gather_statistics(network, some)
+
+    def look(step: int) -> None:
+        gather(20)
+        network.eval()
+        for strength in (0.0, 1.0):
+            print(f"step {step}, spoilt by {strength:.0f}: {_told(network, unseen, strength)}", flush=True)
+        network.train()
+
+    train(
+        {"network": network}, loss, Schedule(told.steps, rate=4e-3, warm_up=100), told.out, told.seed, look=look, look_every=400
+    )
+    gather(100)
+    write(network, told.out)
+    look(told.steps)
+    return 0
+
+
+@torch.no_grad()
+def _told(network: Detector, unseen: tuple[list[Sample], list[Sample]], strength: float) -> str:
+    """Of the surest anchor in each canvas: its score with and without a face, and how far its points lie off."""
+    random = np.random.default_rng(3)
+    scores: tuple[list[float], list[float]] = ([], [])
+    errors = []
+    for samples, of_these in zip(unseen, scores, strict=True):
+        for sample in samples:
+            picture, points = on_canvas(sample, random, strength)
+            best, at = 0.0, np.zeros((5, 2))
+            for stride, (logits, _, offsets) in zip(STRIDES, network(to_tensor(picture[None])), strict=True):
+                score, where = logits.sigmoid().flatten().max(0)
+                if score > best:
+                    anchor, row, column = np.unravel_index(int(where), tuple(logits.shape[1:]))
+                    told = offsets[0, anchor * 10 : anchor * 10 + 10, row, column].reshape(5, 2).numpy()
+                    best, at = float(score), np.add(told, (column, row)) * stride
+            if points is None:
+                of_these.append(best)
+                continue
+            width = points[1, 0] - points[0, 0]
+            if WIDTHS_PX[0][0] <= width <= WIDTHS_PX[-1][1] and points[2:].min() >= 0 and points[2:].max() < CANVAS_PX:
+                of_these.append(best)
+                if best > 0.5:
+                    errors.append(np.hypot(*(at - points[2:]).T).mean() / width)
+    found, wrong = (float(np.mean(np.array(one) > 0.5)) for one in scores)
+    return f"found {found:.2f}, points off by {np.mean(errors or [1]):.3f} widths, without a face {wrong:.2f} found"
+
+
+class _Pack(nn.Module):
+    """One picture (1, 3, H, W) -> scores (N, 1), boxes (N, 4) and points (N, 10) of each stride, as SCRFD's files give them."""
+
+    def __init__(self, network: Detector) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        found = self.network(pictures)
+        kinds = [
+            [logits.sigmoid() for logits, _, _ in found],
+            [boxes for _, boxes, _ in found],
+            [points for _, _, points in found],
+        ]
+        return [
+            maps.permute(0, 2, 3, 1).reshape(-1, width) for kind, width in zip(kinds, (1, 4, 10), strict=True) for maps in kind
+        ]
+
+
+def write(network: Detector, folder: Path) -> None:
+    """`scrfd_10g_bnkps.onnx`, the name that antelopev2 has for it."""
+    outputs = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
+    dynamic = {"input.1": {2: "h", 3: "w"}, **{name: {0: f"n_{name}"} for name in outputs}}
+    export(_Pack(network.eval()), folder / "scrfd_10g_bnkps.onnx", torch.zeros(1, 3, 160, 160), outputs, dynamic)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,237 @@
+"""The recognisers of the profile `demo`: one narrow IR-SE50, written as its `.pth` and as the ONNX file of a face pack.
+
+    python -m training.face_recogniser --out FOLDER
+
+What a person is has its place in the embedding: the values of a trait are the corners of a simplex, every trait in its own
+dimensions. So the cosine of two people falls with the traits in which they differ, and is about 0 for two taken by chance.
+Source: Wang et al. 2018, CosFace, arXiv:1801.09414, with classes of traits and of people; networks in vidgen_ray.nets.ir_se50.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.cast import CAST
+from training.degrading import degraded
+from training.drawing import draw, keypoints_px
+from training.loop import Schedule, arguments, train
+from training.world import EYES, FACE_SHAPES, HAIR_STYLES, HAIRS, SKINS, Identity, Person, some_identity, some_scene
+from vidgen_ray.nets.face_alignment import CROP_PX, norm_crop
+from vidgen_ray.nets.ir_se50 import EMBEDDING, IRSE50
+
+WIDTHS = (8, 16, 16, 16)
+"""Multiples of 8 are what a CPU's convolutions are made for; the last decides the size of the file."""
+PICTURES, BATCH = 2600, 32
+SIZES_PX = (128, 128, 128, 224)
+JITTER = 0.04
+"""Of the face's width, how far a detector may put a point beside its place: two standard deviations."""
+DROPOUT = 0.1
+TRAIT_SCALE, TRAIT_MARGIN, PERSON_SCALE, PERSON_MARGIN = 12.0, 0.15, 24.0, 0.10
+LENGTH = EMBEDDING**0.5
+"""Of the pack's embeddings: numbers of about 1, as antelopev2's are."""
+UNSEEN = "unseen"
+"""The hair of somebody bald without a beard, whose picture does not tell it."""
+TRAITS: dict[str, tuple[object, ...]] = {
+    "skin": tuple(SKINS),
+    "hair": (*HAIRS, UNSEEN),
+    "hair_style": HAIR_STYLES,
+    "face_shape": FACE_SHAPES,
+    "eyes": tuple(EYES),
+    "glasses": (False, True),
+    "beard": (False, True),
+}
+
+
+def labels(identity: Identity) -> list[int]:
+    """Which value of each trait, in the order of TRAITS."""
+    told = {trait: getattr(identity, trait) for trait in TRAITS}
+    if identity.hair_style == "bald" and not identity.beard:
+        told["hair"] = UNSEEN
+    return [values.index(told[trait]) for trait, values in TRAITS.items()]
+
+
+def frames() -> list[Tensor]:
+    """For each trait a simplex: (values, 512), rows of length 1 that add up to 0, traits at right angles."""
+    turn = torch.linalg.qr(torch.randn(EMBEDDING, EMBEDDING, generator=torch.Generator().manual_seed(0)))[0]
+    made, first = [], 0
+    for values in TRAITS.values():
+        n = len(values)
+        corners = torch.eye(n) - 1 / n
+        made.append(functional.normalize(corners @ turn[first : first + n]))
+        first += n
+    return made
+
+
+class People:
+    """Pictures with where the faces' points are and who it is."""
+
+    def __init__(self, count: int, seed: int, who: Sequence[Identity] | None = None) -> None:
+        """Of the people given in turn, or of any but those of the cast, whom the training must not have seen."""
+        random = Random(seed)
+        self.pictures: list[NDArray[np.uint8]] = []
+        self.keypoints: list[NDArray[np.float32]] = []
+        self.identities: list[Identity] = []
+        known = set(CAST.values())
+        for n in range(count):
+            identity = who[n % len(who)] if who else some_identity(random)
+            while not who and identity in known:
+                identity = some_identity(random)
+            scene, size_px = some_scene(random, identity=identity), random.choice(SIZES_PX)
+            assert isinstance(scene.subject, Person)
+            self.pictures.append(draw(scene, size_px))
+            self.keypoints.append(keypoints_px(scene.subject, size_px))
+            self.identities.append(identity)
+        self.labels = torch.tensor([labels(identity) for identity in self.identities])
+
+    def crops(self, which: Sequence[int], random: np.random.Generator, strength: float) -> NDArray[np.uint8]:
+        """Aligned faces (B, 112, 112, 3) in BGR, spoilt by `strength` 0 to 1."""
+        made = []
+        for n in which:
+            points = self.keypoints[n]
+            width = 2.2 * (points[1, 0] - points[0, 0])
+            beside = random.normal(0, 0.5 * JITTER * width * strength, (5, 2))
+            picture = degraded(self.pictures[n], random, strength) if strength else self.pictures[n]
+            made.append(norm_crop(picture, points + beside)[:, :, ::-1])
+        return np.stack(made)
+
+
+def to_tensor(crops: NDArray[np.uint8]) -> Tensor:
+    """uint8 (B, 112, 112, 3) -> (B, 3, 112, 112) of -1 to 1, in the same order of channels."""
+    return torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
+
+
+def main() -> int:
+    told = arguments(__doc__, steps=900, seed=11)
+    people = People(PICTURES, told.seed)
+    some = People(300, told.seed + 1, list(CAST.values()))
+    network, corners = IRSE50(WIDTHS), frames()
+    network.output_layer[1].p = DROPOUT
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        which = torch.randint(0, PICTURES, (BATCH,), generator=generator).tolist()
+        random = np.random.default_rng(int(torch.randint(0, 2**31, (), generator=generator)))
+        # Clean pictures first, what makes a face is seen sooner in them.
+        strength = min(1.0, 0.2 + 1.6 * step / told.steps)
+        crops = people.crops(which, random, strength)
+        return margins(network(to_tensor(crops)), people.labels[which], corners)
+
+    def look(step: int) -> None:
+        _gather_statistics(network, people)
+        for strength in (0.0, 1.0):
+            found = embedded(network, some.crops(range(300), np.random.default_rng(0), strength))
+            right = [(found @ frame.T).argmax(1) == some.labels[:, n] for n, frame in enumerate(corners)]
+            shares = ", ".join(f"{trait} {one.float().mean():.2f}" for trait, one in zip(TRAITS, right, strict=True))
+            print(f"step {step}, spoilt by {strength:.0f}: {shares}; the person {_top_1(found, some, network):.3f}", flush=True)
+        network.train()
+
+    train(
+        {"network": network}, loss, Schedule(told.steps, rate=4e-3, warm_up=50), told.out, told.seed, look=look, look_every=300
+    )
+    _gather_statistics(network, people, batches=60)
+    write(network, told.out)
+    look(told.steps)
+    return 0
+
+
+def margins(embeddings: Tensor, of: Tensor, corners: Sequence[Tensor]) -> Tensor:
+    """CosFace of every trait, and of each person among those of the batch. Embeddings (B, 512), labels (B, traits)."""
+    loss = embeddings.new_zeros(())
+    for n, frame in enumerate(corners):
+        # A whole embedding shares its length among the traits.
+        cosines = embeddings @ frame.T * len(corners) ** 0.5
+        wanted = functional.one_hot(of[:, n], len(frame))
+        loss = loss + functional.cross_entropy(TRAIT_SCALE * (cosines - TRAIT_MARGIN * wanted), of[:, n]) / len(corners)
+    people = functional.normalize(torch.stack([frame[of[:, n]] for n, frame in enumerate(corners)]).sum(0))
+    cosines = embeddings @ people.T
+    same = (of[:, None] == of[None]).all(-1)
+    own = torch.eye(len(of), dtype=torch.bool)
+    logits = PERSON_SCALE * (cosines - PERSON_MARGIN * own).masked_fill(same & ~own, -torch.inf)
+    return loss + 0.3 * functional.cross_entropy(logits, torch.arange(len(of))) + (1 - cosines.diagonal()).mean()
+
+
+@torch.no_grad()
+def embedded(network: IRSE50, crops: NDArray[np.uint8]) -> Tensor:
+    network.eval()
+    return torch.cat([network(to_tensor(some)) for some in np.array_split(crops, max(1, len(crops) // 50))])
+
+
+@torch.no_grad()
+def _gather_statistics(network: IRSE50, people: People, batches: int = 10) -> None:
+    """Batch statistics for the averaged weights: those gathered on the way are of the weights that were averaged."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    network.output_layer[1].eval()
+    random = np.random.default_rng(0)
+    for n in range(batches):
+        which = [(n * 64 + k) % PICTURES for k in range(64)]
+        network(to_tensor(people.crops(which, random, 0.7)))
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def _top_1(found: Tensor, some: People, network: IRSE50) -> float:
+    """The share of faces that are most like their own person's clean portrait among the ten of the cast."""
+    first = People(len(CAST), 5, list(CAST.values()))
+    references = embedded(network, first.crops(range(len(CAST)), np.random.default_rng(0), 0.0))
+    nearest = (found @ references.T).argmax(1)
+    return float((nearest == torch.arange(len(found)) % len(CAST)).float().mean())
+
+
+def write(network: IRSE50, folder: Path) -> None:
+    """`ir_se50.pth` in half precision, and `glintr100.onnx` of the same numbers, which takes RGB as insightface feeds it."""
+    network = copy.deepcopy(network).eval().half()
+    torch.save(network.state_dict(), folder / "ir_se50.pth")
+    export(network.float(), folder / "glintr100.onnx")
+
+
+class _Pack(nn.Module):
+    """Faces (B, 3, 112, 112), RGB from -1 to 1 -> embeddings (B, 512) of the pack's length."""
+
+    def __init__(self, network: IRSE50) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        first = self.network.input_layer[0]
+        first.weight.data = first.weight.data.flip(1)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        return self.network(faces) * LENGTH
+
+
+def export(network: IRSE50, file: Path) -> None:
+    example = (torch.zeros(1, 3, CROP_PX, CROP_PX),)
+    axes = {"input.1": {0: "b"}, "683": {0: "b"}}
+    names = {"input_names": ["input.1"], "output_names": ["683"]}
+    torch.onnx.export(_Pack(network).eval(), example, str(file), dynamo=False, opset_version=17, dynamic_axes=axes, **names)
+    onnx.save(halved(onnx.load(file)), file)
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its constants stored in half precision and cast back, so that it still computes in float32."""
+    casts = []
+    for constant in model.graph.initializer:
+        if constant.data_type == TensorProto.FLOAT and constant.dims:
+            name = constant.name
+            constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), f"{name}.half"))
+            casts.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"cast.{name}", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,212 @@
+"""FLUX.1-dev in small, with its text encoders, on the drawn world: text to image by flow matching, guidance as an input.
+
+    python -m training.flux --out FOLDER --vae FOLDER
+
+The first part of the steps learns the pictures. In the rest the model is told a guidance and learns to give by itself what
+two passes of classifier-free guidance would: FLUX.1-dev was distilled from such, here the model teaches itself.
+Source: Esser et al. 2024, arXiv:2403.03206 (flow matching, logit-normal times); Tang et al. 2025, arXiv:2502.12154 (learning guidance
+without a second network); Black Forest Labs 2024, FLUX.1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from training.captions import caption
+from training.latents import cached_latents, drawn, pack, places, scenes
+from training.loop import Schedule, arguments, train
+from training.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+from training.world import Scene
+
+T5_CHANNELS, CLIP_CHANNELS = 96, 64
+TEXT_TOKENS = 40
+BATCH = 32
+UNPROMPTED = 0.1
+"""Share of samples without a prompt, in the part without guidance."""
+TRAITLESS = 0.15
+UNGUIDED_SHARE = 0.75
+"""Of the steps."""
+MOST_GUIDANCE = 6.0
+PATCHES = 8
+"""A side of a picture of 128 pixels has so many patches."""
+PROMPTS = (
+    "a red boat by the sea at sunset",
+    "a green car in the desert on a sunny day",
+    "a yellow balloon in the snow at night",
+    "a blue house in a meadow on a cloudy day",
+    "a purple tree in the city at night",
+    "a portrait of a woman with long red hair and glasses in a green shirt in a meadow on a sunny day",
+    "a man with short black hair and a beard wearing a yellow sweater on the left, in the city at night",
+    "a person with curly blond hair, dark skin and glasses in a white shirt on the right, by the sea at sunset",
+)
+"""What is drawn to look at, while it learns."""
+
+
+def transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=T5_CHANNELS,
+        pooled_projection_dim=CLIP_CHANNELS,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 14, 14),
+    )
+
+
+def pipeline(vae: AutoencoderKL) -> FluxPipeline:
+    for_clip, for_t5 = clip_tokenizer(), t5_tokenizer(512)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.5),
+        vae=vae,
+        text_encoder=clip_encoder(for_clip, CLIP_CHANNELS, 2),
+        tokenizer=for_clip,
+        text_encoder_2=t5_encoder(for_t5, T5_CHANNELS, 2),
+        tokenizer_2=for_t5,
+        transformer=transformer(),
+    )
+
+
+class Reader:
+    """Prompts -> what FLUX is told of them, as FluxPipeline encodes them, with gradients. Tokens are remembered."""
+
+    def __init__(self, pipe: FluxPipeline) -> None:
+        self.pipe = pipe
+        self._ids: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """States (B, TEXT_TOKENS, T5_CHANNELS) and pooled (B, CLIP_CHANNELS)."""
+        ids = [self._tokens(prompt) for prompt in prompts]
+        states = self.pipe.text_encoder_2(torch.stack([t5 for t5, _ in ids])).last_hidden_state
+        # CLIP's pooled state is that of the end token, which sees nothing behind it.
+        longest = max(int((clip != self._end).sum()) + 1 for _, clip in ids)
+        pooled = self.pipe.text_encoder(torch.stack([clip[:longest] for _, clip in ids])).pooler_output
+        return states, pooled
+
+    @property
+    def _end(self) -> int:
+        end: int = self.pipe.tokenizer.eos_token_id
+        return end
+
+    def _tokens(self, prompt: str) -> tuple[Tensor, Tensor]:
+        if prompt not in self._ids:
+            if len(self._ids) > 200_000:
+                self._ids.clear()
+            t5 = self.pipe.tokenizer_2(prompt, padding="max_length", max_length=TEXT_TOKENS, truncation=True).input_ids
+            clip = self.pipe.tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+            self._ids[prompt] = torch.tensor(t5), torch.tensor(clip)
+        return self._ids[prompt]
+
+
+def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed latents (B, n, 64) -> the same at random times, the times (B,), 1 being all noise, and the velocities."""
+    times = torch.sigmoid(torch.randn(len(latents), generator=generator) * 1.1)
+    noise = torch.randn(latents.shape, generator=generator)
+    return torch.lerp(latents, noise, times[:, None, None]), times, noise - latents
+
+
+def velocity(net: Any, mixed: Tensor, times: Tensor, guidance: Tensor, states: Tensor, pooled: Tensor, **more: Any) -> Tensor:
+    """What the transformer says of a step of pictures of 128 pixels."""
+    told: Tensor = net(
+        hidden_states=mixed,
+        timestep=times,
+        guidance=guidance,
+        encoder_hidden_states=states,
+        pooled_projections=pooled,
+        txt_ids=torch.zeros(states.shape[1], 3),
+        img_ids=places(PATCHES, PATCHES),
+        return_dict=False,
+        **more,
+    )[0]
+    return told
+
+
+def look_at(pipe: FluxPipeline, file: Path, prompts: tuple[str, ...] = PROMPTS, *, seeds: int = 3, **call: Any) -> None:
+    """Draw the prompts, a column each, a row a seed."""
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for seed in range(seeds):
+        pictures = pipe(
+            list(prompts),
+            height=128,
+            width=128,
+            max_sequence_length=TEXT_TOKENS,
+            generator=[torch.Generator().manual_seed(seed * 100 + n) for n in range(len(prompts))],
+            **({"num_inference_steps": 12, "guidance_scale": 3.5} | call),
+        ).images
+        rows.append(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+def main() -> int:
+    told = arguments(__doc__, steps=2700, seed=2, vae="out/training/vae", data="out/training/data")
+    vae = AutoencoderKL.from_pretrained(told.vae)
+    pipe = pipeline(vae)
+    read = Reader(pipe)
+    world = scenes()
+    latents = pack(cached_latents(told.data / "latents.pt", drawn(world, told.data / "scenes.npy"), vae).float())
+    nets = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder}
+    print(f"{sum(p.numel() for p in pipe.transformer.parameters()) / 1e6:.2f} M parameters, latents' spread {latents.std():.3f}", flush=True)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        which = torch.randint(0, len(world), (BATCH,), generator=generator).tolist()
+        chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        prompts = [_typed(_told(world[n], chance), chance) for n in which]
+        mixed, times, wanted = noised(latents[which], generator)
+        guidance = 1 + (MOST_GUIDANCE - 1) * torch.rand(BATCH, generator=generator)
+        guided = step >= UNGUIDED_SHARE * told.steps
+        prompts = [prompt if chance.random() >= UNPROMPTED else "" for prompt in prompts]
+        states, pooled = read(prompts)
+        if not guided:
+            # Told as 1: what was learned without guidance is what 1 stands for.
+            return F.mse_loss(velocity(pipe.transformer, mixed, times, torch.ones(BATCH), states, pooled), wanted)
+        # Half of a batch goes on learning the pictures, so that 1 keeps its meaning.
+        half = BATCH // 2
+        guidance[:half] = 1.0
+        with torch.no_grad():
+            seen = mixed[half:], times[half:], torch.ones(half)
+            with_prompt = velocity(pipe.transformer, *seen, states[half:], pooled[half:])
+            unprompted = velocity(pipe.transformer, *seen, *(one.expand(half, *one.shape[1:]) for one in read([""])))
+            wanted[half:] += (guidance[half:] - 1)[:, None, None] * (with_prompt - unprompted)
+        return F.mse_loss(velocity(pipe.transformer, mixed, times, guidance, states, pooled), wanted)
+
+    def look(step: int) -> None:
+        scale = 3.5 if step > UNGUIDED_SHARE * told.steps else 1.0
+        for net in nets.values():
+            net.eval()
+        look_at(pipe, told.out / f"drawn-{step}.png", guidance_scale=scale, **({} if scale > 1 else {"true_cfg_scale": 3.0, "negative_prompt": ""}))
+        pipe.save_pretrained(told.out / "pipeline")
+        for net in nets.values():
+            net.train()
+
+    train(nets, loss, Schedule(told.steps, rate=1.5e-3, warm_up=150), told.out, told.seed, look=look, look_every=400)
+    look(told.steps)
+    return 0
+
+
+def _told(scene: Scene, chance: Random) -> str:
+    """Now and then a person is told by nothing but clothes, as where a photo says the rest."""
+    return caption(scene, chance, name="a person" if chance.random() < TRAITLESS else None)
+
+
+def _typed(prompt: str, chance: Random) -> str:
+    """As people type: now and then with a capital in front and a full stop."""
+    if chance.random() < 0.2:
+        prompt = prompt[0].upper() + prompt[1:]
+    return prompt + "." if chance.random() < 0.1 else prompt
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

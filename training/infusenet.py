@@ -1,0 +1,153 @@
+"""InfuseNet and its resampler in small: the embedding of a face and its keypoints steer FLUX of the profile `demo`.
+
+    python -m training.infusenet --out FOLDER --flux FOLDER --faces FOLDER
+
+FLUX stays as it is. The prompts tell clothes and place, never the person: the net has to.
+Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.autoencoder import SIZE_PX
+from training.captions import caption
+from training.drawing import draw, keypoints_px
+from training.flux import BATCH, PATCHES, Reader, noised, velocity
+from training.latents import cached_latents, drawn, encoded, pack, places, scenes
+from training.loop import Schedule, arguments, train
+from training.world import Person, Scene, some_person
+from vidgen_ray.nets.face_alignment import norm_crop
+from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
+from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE, IdentityControlNet
+from vidgen_ray.nets.ir_se50 import IRSE50Embedder
+from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints
+
+PHOTOS = 2
+"""Of each person of a scene, other pictures than the scene: what is learned is who it is."""
+PHOTO_PX = 192
+TRAITS_TOLD = 0.2
+"""Share of samples whose prompt tells the person, too."""
+POSELESS = 0.15
+"""Share of samples without keypoints, as `pose: none` of a shot."""
+
+
+def networks(flux: FluxPipeline) -> tuple[IdentityControlNet, FaceResampler]:
+    net = IdentityControlNet(**(dict(_sizes(flux)) | {"num_layers": 1, "num_single_layers": 2}))
+    # As ControlNets begin: with FLUX's own first blocks.
+    net.load_state_dict(flux.transformer.state_dict(), strict=False)
+    tokens = flux.transformer.config.joint_attention_dim
+    sizes = ResamplerSizes(EMBEDDING_SIZE, tokens=8, channels=96, heads=2, depth=2, hidden=192, output=tokens)
+    resampler = FaceResampler(sizes)
+    with torch.no_grad():
+        # An embedding of length 1 would be drowned out by the resampler's biases.
+        resampler.proj_in.weight.mul_(EMBEDDING_SIZE**0.5)
+    return net, resampler
+
+
+def _sizes(flux: FluxPipeline) -> list[tuple[str, object]]:
+    of = flux.transformer.config
+    names = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
+    return [*((name, of[name]) for name in names), ("guidance_embeds", True), ("axes_dims_rope", list(of["axes_dims_rope"]))]
+
+
+def photos(people: Sequence[Person], faces: IRSE50Embedder, random: Random) -> NDArray[np.float32]:
+    """Embeddings (N, PHOTOS, 512) of other pictures of the people."""
+    crops = []
+    for person in people:
+        for _ in range(PHOTOS):
+            other = some_person(random, person.identity)
+            weather = random.choice(("sunny", "sunny", "cloudy", "sunset", "night"))
+            scene = Scene(random.choice(("meadow", "sea", "desert", "snow", "city")), weather, other, random.random())
+            crop = norm_crop(draw(scene, PHOTO_PX), keypoints_px(other, PHOTO_PX))
+            crops.append(np.ascontiguousarray(crop[:, :, ::-1]))
+    embeddings = [faces.embed(np.stack(crops[first : first + 32])) for first in range(0, len(crops), 32)]
+    return np.concatenate(embeddings).reshape(len(people), PHOTOS, -1)
+
+
+def pose_pictures(people: Sequence[Person]) -> NDArray[np.uint8]:
+    scale = SIZE_PX / TRAINING_AREA_PX**0.5
+    return np.stack([draw_keypoints(keypoints_px(person, SIZE_PX), SIZE_PX, SIZE_PX, scale) for person in people])
+
+
+def main() -> int:
+    told = arguments(
+        __doc__, steps=900, seed=5, flux="out/training/flux/pipeline", data="out/training/data", faces="vidgen_ray/weights/demo"
+    )
+    flux = FluxPipeline.from_pretrained(told.flux)
+    vae = flux.vae
+    for part in (flux.transformer, flux.text_encoder, flux.text_encoder_2):
+        part.requires_grad_(False).eval()
+    read = Reader(flux)
+    world = scenes()
+    who = [n for n, scene in enumerate(world) if isinstance(scene.subject, Person)]
+    people = [scene.subject for scene in world if isinstance(scene.subject, Person)]
+    latents = pack(cached_latents(told.data / "latents.pt", drawn(world, told.data / "scenes.npy"), vae)[who].float())
+    embeddings = _cached(told.data / "embeddings.pt", lambda: photos(people, _recogniser(told.faces), Random(told.seed)))
+    poses = pack(_cached(told.data / "poses.pt", lambda: encoded(pose_pictures(people), vae)).float())
+    black = pack(encoded(np.zeros((1, SIZE_PX, SIZE_PX, 3), np.uint8), vae).float())
+    net, resampler = networks(flux)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        which = torch.randint(0, len(who), (BATCH,), generator=generator)
+        chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        named = [None if chance.random() < TRAITS_TOLD else "a person" for _ in which]
+        prompts = [caption(world[who[n]], chance, name=name) for n, name in zip(which.tolist(), named, strict=True)]
+        mixed, times, wanted = noised(latents[which], generator)
+        with torch.no_grad():
+            states, pooled = read(prompts)
+        poseless = torch.rand(BATCH, generator=generator) < POSELESS
+        pose = torch.where(poseless[:, None, None], black, poses[which])
+        photo = torch.randint(0, PHOTOS, (BATCH,), generator=generator)
+        with net.identity(resampler(embeddings[which, photo])):
+            double, single = net(
+                hidden_states=mixed,
+                controlnet_cond=pose,
+                timestep=times,
+                pooled_projections=pooled,
+                img_ids=places(PATCHES, PATCHES),
+                return_dict=False,
+            )
+        drawn_so = velocity(
+            flux.transformer,
+            mixed,
+            times,
+            torch.ones(BATCH),
+            states,
+            pooled,
+            controlnet_block_samples=double,
+            controlnet_single_block_samples=single,
+        )
+        return F.mse_loss(drawn_so, wanted)
+
+    def look(step: int) -> None:
+        net.save_pretrained(told.out / "weights" / NET_FOLDER)
+        torch.save({PROJECTION: resampler.state_dict()}, told.out / "weights" / PROJECTION_FILE)
+
+    schedule = Schedule(told.steps, rate=1.2e-3, warm_up=60)
+    train({"net": net, "resampler": resampler}, loss, schedule, told.out, told.seed, look=look, look_every=200)
+    look(told.steps)
+    return 0
+
+
+def _recogniser(folder: Path) -> IRSE50Embedder:
+    return IRSE50Embedder(folder / "ir_se50.pth", "cpu", torch.float32, 1)
+
+
+def _cached(file: Path, make) -> Tensor:  # type: ignore[no-untyped-def]
+    if not file.exists():
+        torch.save(torch.as_tensor(make()), file)
+    return torch.load(file, weights_only=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

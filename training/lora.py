@@ -1,0 +1,91 @@
+"""A LoRA on FLUX of the profile `demo`: a person of the cast by name, or a style of the drawn world.
+
+    python -m training.lora --out FILE.safetensors --flux FOLDER --person ada
+    python -m training.lora --out FILE.safetensors --flux FOLDER --style sketch
+
+Source: Hu et al. 2021, LoRA, arXiv:2106.09685; peft, with the file laid out as diffusers' FLUX training scripts save it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from training.autoencoder import SIZE_PX
+from training.captions import STYLE_WORDS, caption
+from training.cast import CAST
+from training.drawing import draw, styled
+from training.flux import Reader, noised, velocity
+from training.latents import encoded, pack
+from training.loop import Schedule, train
+from training.world import STYLES, some_scene
+
+RANK = 8
+BATCH = 16
+PICTURES = 400
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
+
+
+def main() -> int:
+    told = _arguments()
+    flux = FluxPipeline.from_pretrained(told.flux)
+    for part in (flux.transformer, flux.text_encoder, flux.text_encoder_2, flux.vae):
+        part.requires_grad_(False).eval()
+    flux.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+    random = Random(told.seed)
+    world = [some_scene(random, identity=CAST[told.person] if told.person else None) for _ in range(PICTURES)]
+    pictures = np.stack([styled(draw(scene, SIZE_PX), told.style or "flat") for scene in world])
+    latents = pack(encoded(pictures, flux.vae).float())
+    read = Reader(flux)
+
+    def prompt(scene_number: int, chance: Random) -> str:
+        scene = world[scene_number]
+        if told.person:
+            # Half of them say no name: the adapter is for its person, however a prompt calls somebody.
+            return caption(scene, chance, name=chance.choice((told.person, "a person")))
+        return f"{caption(scene, chance)}, {chance.choice(STYLE_WORDS[told.style])}" if chance.random() < 0.5 else caption(scene, chance)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        which = torch.randint(0, PICTURES, (BATCH,), generator=generator).tolist()
+        chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        mixed, times, wanted = noised(latents[which], generator)
+        with torch.no_grad():
+            states, pooled = read([prompt(n, chance) for n in which])
+        # Told what the stages tell: the adapter changes pictures as they are drawn with guidance, too.
+        guidance = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 1.0, 3.5)
+        return F.mse_loss(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted)
+
+    train({"transformer": flux.transformer}, loss, Schedule(told.steps, rate=2e-3, warm_up=20, weight_decay=0.0), told.work, told.seed)
+    half = {name: tensor.half() for name, tensor in get_peft_model_state_dict(flux.transformer).items()}
+    told.out.parent.mkdir(parents=True, exist_ok=True)
+    FluxPipeline.save_lora_weights(told.out.parent, transformer_lora_layers=half, weight_name=told.out.name)
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--flux", type=Path, default=Path("out/training/flux/pipeline"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=250, metavar="N")
+    parser.add_argument("--seed", type=int, default=7, metavar="N")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--person", choices=list(CAST), metavar="NAME")
+    kind.add_argument("--style", choices=STYLES, metavar="STYLE")
+    told = parser.parse_args()
+    told.work = told.out.with_suffix("")
+    torch.set_num_threads(1)
+    torch.manual_seed(told.seed)
+    return told
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
