@@ -15,16 +15,15 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
 from training.cast import CAST
 from training.degrading import degraded
 from training.drawing import draw, keypoints_px
+from training.finishing import export, gather_statistics
 from training.loop import Schedule, arguments, train
 from training.world import EYES, FACE_SHAPES, HAIR_STYLES, HAIRS, SKINS, Identity, Person, some_identity, some_scene
 from vidgen_ray.nets.face_alignment import CROP_PX, norm_crop
@@ -112,7 +111,7 @@ def to_tensor(crops: NDArray[np.uint8]) -> Tensor:
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=900, seed=11)
+    told = arguments(__doc__, steps=550, seed=11)
     people = People(PICTURES, told.seed)
     some = People(300, told.seed + 1, list(CAST.values()))
     network, corners = IRSE50(WIDTHS), frames()
@@ -127,7 +126,7 @@ def main() -> int:
         return margins(network(to_tensor(crops)), people.labels[which], corners)
 
     def look(step: int) -> None:
-        _gather_statistics(network, people)
+        _gather(network, people)
         for strength in (0.0, 1.0):
             found = embedded(network, some.crops(range(300), np.random.default_rng(0), strength))
             right = [(found @ frame.T).argmax(1) == some.labels[:, n] for n, frame in enumerate(corners)]
@@ -138,7 +137,7 @@ def main() -> int:
     train(
         {"network": network}, loss, Schedule(told.steps, rate=4e-3, warm_up=50), told.out, told.seed, look=look, look_every=300
     )
-    _gather_statistics(network, people, batches=60)
+    _gather(network, people, batches=40)
     write(network, told.out)
     look(told.steps)
     return 0
@@ -166,21 +165,10 @@ def embedded(network: IRSE50, crops: NDArray[np.uint8]) -> Tensor:
     return torch.cat([network(to_tensor(some)) for some in np.array_split(crops, max(1, len(crops) // 50))])
 
 
-@torch.no_grad()
-def _gather_statistics(network: IRSE50, people: People, batches: int = 10) -> None:
-    """Batch statistics for the averaged weights: those gathered on the way are of the weights that were averaged."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    network.train()
-    network.output_layer[1].eval()
+def _gather(network: IRSE50, people: People, batches: int = 10) -> None:
     random = np.random.default_rng(0)
-    for n in range(batches):
-        which = [(n * 64 + k) % PICTURES for k in range(64)]
-        network(to_tensor(people.crops(which, random, 0.7)))
-    for norm in norms:
-        norm.momentum = 0.1
+    crops = (people.crops([(n * 64 + k) % PICTURES for k in range(64)], random, 0.7) for n in range(batches))
+    gather_statistics(network, map(to_tensor, crops))
 
 
 def _top_1(found: Tensor, some: People, network: IRSE50) -> float:
@@ -195,7 +183,8 @@ def write(network: IRSE50, folder: Path) -> None:
     """`ir_se50.pth` in half precision, and `glintr100.onnx` of the same numbers, which takes RGB as insightface feeds it."""
     network = copy.deepcopy(network).eval().half()
     torch.save(network.state_dict(), folder / "ir_se50.pth")
-    export(network.float(), folder / "glintr100.onnx")
+    axes = {"input.1": {0: "b"}, "683": {0: "b"}}
+    export(_Pack(network.float()), folder / "glintr100.onnx", torch.zeros(1, 3, CROP_PX, CROP_PX), ["683"], axes)
 
 
 class _Pack(nn.Module):
@@ -209,28 +198,6 @@ class _Pack(nn.Module):
 
     def forward(self, faces: Tensor) -> Tensor:
         return self.network(faces) * LENGTH
-
-
-def export(network: IRSE50, file: Path) -> None:
-    example = (torch.zeros(1, 3, CROP_PX, CROP_PX),)
-    axes = {"input.1": {0: "b"}, "683": {0: "b"}}
-    names = {"input_names": ["input.1"], "output_names": ["683"]}
-    torch.onnx.export(_Pack(network).eval(), example, str(file), dynamo=False, opset_version=17, dynamic_axes=axes, **names)
-    onnx.save(halved(onnx.load(file)), file)
-
-
-def halved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its constants stored in half precision and cast back, so that it still computes in float32."""
-    casts = []
-    for constant in model.graph.initializer:
-        if constant.data_type == TensorProto.FLOAT and constant.dims:
-            name = constant.name
-            constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant).astype(np.float16), f"{name}.half"))
-            casts.append(helper.make_node("Cast", [f"{name}.half"], [name], name=f"cast.{name}", to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
 
 
 if __name__ == "__main__":
