@@ -26,6 +26,8 @@ RECOGNISERS = {
 }
 """Others: name, in the profile's `also`, too, -> (module of nets, class). The class is told weights, device, dtype, threads."""
 
+DetectorName = Literal["pack", "centerface"]
+
 
 class InstantIDParams(StageParams):
     """`weights` is a folder as insightface unpacks antelopev2, `also` names those of other recognisers, whose `dtype` it is.
@@ -33,14 +35,19 @@ class InstantIDParams(StageParams):
     The pack is always float32.
     """
 
-    detector: Literal["pack", "centerface"] = "pack"
-    """pack: the SCRFD in `weights`. centerface: trained weights that come with an installed package; of `weights` only
-    the recogniser is read then."""
+    detector: DetectorName | Annotated[tuple[DetectorName, ...], Field(min_length=1)] = "pack"
+    """pack: the SCRFD in `weights`. centerface: trained weights that come with an installed package. Several are tried in turn,
+    each at all sizes, until one finds a face. Without `pack` among them only the recogniser of `weights` is read."""
     detection_sizes_px: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] = Field((640, 320, 160), min_length=1)
     """Tried in turn until a face is found; a smaller size finds a face that fills the photo."""
     min_score: float = Field(0.5, ge=0, le=1)
     min_face_px: int = Field(24, ge=1)
     """The shorter side of the smallest face that counts."""
+
+    @property
+    def detectors(self) -> tuple[DetectorName, ...]:
+        """In the order in which they are tried."""
+        return (self.detector,) if isinstance(self.detector, str) else self.detector
 
 
 class FaceModels:
@@ -62,15 +69,14 @@ class FaceModels:
         from vidgen_ray.nets.face_pack import PackDetector, PackRecogniser, open_pack
 
         on = (params.device, params.threads)
-        tasks = ("detection", "recognition") if params.detector == "pack" else ("recognition",)
+        tasks = ("detection", "recognition") if "pack" in params.detectors else ("recognition",)
         pack = open_pack(params.weights, tasks, *on)
         self.min_face_px = params.min_face_px
         self._sizes_px = params.detection_sizes_px
-        self._detector: FaceDetector = (
-            PackDetector(pack["detection"], params.min_score)
-            if params.detector == "pack"
-            else CenterFace(params.min_score, *on)
-        )
+        self._detectors: list[FaceDetector] = [
+            PackDetector(pack["detection"], params.min_score) if name == "pack" else CenterFace(params.min_score, *on)
+            for name in params.detectors
+        ]
         self.embedders: dict[str, FaceEmbedder] = {RECOGNISER: PackRecogniser(pack["recognition"])}
         """By the name under which FaceFeatures has their embeddings."""
         self._params = params
@@ -89,10 +95,11 @@ class FaceModels:
         return self.embedders[name]
 
     def detect(self, picture: Image) -> list[DetectedFace]:
-        """The faces that are found at the first of the detection sizes at which there are any, the surest first."""
-        for size_px in self._sizes_px:
-            if faces := self._detector.detect(picture, size_px):
-                return faces
+        """The faces that the first detector finds which finds any, at the first size at which it does, the surest first."""
+        for detector in self._detectors:
+            for size_px in self._sizes_px:
+                if faces := detector.detect(picture, size_px):
+                    return faces
         return []
 
     def embed(self, crops: Sequence[Image]) -> NDArray[np.float32]:
@@ -111,4 +118,4 @@ def detection_files(params: InstantIDParams) -> tuple[Path, ...]:
     """What decides which faces are found and how the pack's recogniser sees them."""
     from vidgen_ray.nets import centerface
 
-    return (params.weights, *((centerface.model_file(),) if params.detector == "centerface" else ()))
+    return (params.weights, *((centerface.model_file(),) if "centerface" in params.detectors else ()))
