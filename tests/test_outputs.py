@@ -23,7 +23,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.local_storage import LocalStorage
-from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, ManifestRow, read_manifest
+from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, ManifestRow, manifest_batches, read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord
@@ -298,6 +298,27 @@ class TestManifest:
             assert [path.name for path in (outputs.root / "manifest").iterdir()] == ["r1-00001.parquet"]
         finally:
             writer.close()
+
+    def test_a_part_that_grows_while_it_is_read_is_read_as_it_was(self, outputs, monkeypatch):
+        writer, add_new = write(outputs, "r1", row("r1", "a"), close=False), IdIndex.add_new
+
+        def add_new_and_grow(self, ids):
+            writer.add(row("r1", f"after {ids}"))
+            writer.flush()
+            return add_new(self, ids)
+
+        monkeypatch.setattr(IdIndex, "add_new", add_new_and_grow)
+        assert [r.id for r in read_manifest(outputs.root)] == ["a"]
+        monkeypatch.undo()
+        writer.close()
+
+    def test_a_run_that_ends_while_it_is_looked_at_hides_no_row(self, outputs, monkeypatch):
+        monkeypatch.setattr(manifest_writer, "PART_ROWS", 1)
+        writer = write(outputs, "r1", row("r1", "a"), row("r1", "b"), row("r1", "c"), close=False)
+        reading = manifest_batches(outputs.storage)
+        assert next(reading).column("id").to_pylist() == ["c"]
+        writer.close()
+        assert sorted(id_ for batch in reading for id_ in batch.column("id").to_pylist()) == ["a", "b"]
 
     def test_files_that_are_no_manifest_of_ours_are_left_alone(self, outputs):
         folder = outputs.root / "manifest"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -183,19 +184,34 @@ class Account(NamedTuple):
     """Whether it has the columns of SCHEMA."""
 
 
+@contextmanager
+def _opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
+    """A file that stays what it is until the end of the block, whatever a run writes under its name meanwhile.
+
+    Raises FileNotFoundError.
+    """
+    with storage.local_copy(name) as path, pyarrow.OSFile(str(path)) as file:
+        yield file
+
+
 def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[Account, pyarrow.Table] | None:
     """The account of a file and the columns of INDEX; none for a file that is no manifest of ours.
 
     Of rows with the same id the last one holds, unless the id was `seen` before. Afterwards the file's ids are.
     """
-    with storage.local_copy(name) as path:
-        try:
-            schema = pyarrow.parquet.read_schema(path)
-            if not set(REQUIRED) <= set(schema.names) <= set(SCHEMA.names):
-                return None
-            index = pyarrow.parquet.read_table(path, columns=INDEX, use_threads=False)
-        except (pyarrow.ArrowException, OSError):
+    with _opened(storage, name) as file:
+        return _account(file, name, seen)
+
+
+def _account(file: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[Account, pyarrow.Table] | None:
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        schema = parquet.schema_arrow
+        if not set(REQUIRED) <= set(schema.names) <= set(SCHEMA.names):
             return None
+        index = parquet.read(columns=INDEX, use_threads=False)
+    except (pyarrow.ArrowException, OSError):
+        return None
     last_first = index.column("id").to_pylist()[::-1]
     return Account(name, seen.add_new(last_first)[::-1], schema.equals(SCHEMA)), index
 
@@ -207,13 +223,17 @@ def manifest_files(storage: Storage) -> list[str]:
 
 
 def rows_that_hold(storage: Storage, account: Account) -> Iterator[pyarrow.RecordBatch]:
-    """In batches of at most BATCH_ROWS, with the columns of SCHEMA."""
+    """In batches of at most BATCH_ROWS, with the columns of SCHEMA. Nobody may write the file meanwhile."""
+    with _opened(storage, account.name) as file:
+        yield from _rows(file, account)
+
+
+def _rows(file: pyarrow.NativeFile, account: Account) -> Iterator[pyarrow.RecordBatch]:
     begin = 0
-    with storage.local_copy(account.name) as path, pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(BATCH_ROWS):
-            mask = pyarrow.array(account.holds[begin : begin + len(batch)], pyarrow.bool_())
-            begin += len(batch)
-            yield _with_all_columns(batch.filter(mask))
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS):
+        mask = pyarrow.array(account.holds[begin : begin + len(batch)], pyarrow.bool_())
+        begin += len(batch)
+        yield _with_all_columns(batch.filter(mask))
 
 
 def _with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
@@ -226,11 +246,20 @@ def _with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
     """All rows, one an id, in no order; also while a run goes on, whatever is on disk of it. Memory does not grow with them."""
-    seen = IdIndex()
+    seen, names, looked_at = IdIndex(), manifest_files(storage), set[str]()
     try:
-        for name in manifest_files(storage):
-            if (found := account_of(storage, name, seen)) is not None:
-                yield from rows_that_hold(storage, found[0])
+        while names:
+            moved = False
+            for name in names:
+                looked_at.add(name)
+                try:
+                    with _opened(storage, name) as file:
+                        if (found := _account(file, name, seen)) is not None:
+                            yield from _rows(file, found[0])
+                except FileNotFoundError:
+                    moved = True
+            # A run that ends puts its parts together under new names, and only then deletes them.
+            names = [name for name in manifest_files(storage) if name not in looked_at] if moved else []
     finally:
         seen.close()
 
