@@ -183,8 +183,8 @@ def write(network: IRSE50, folder: Path) -> None:
     """`ir_se50.pth` in half precision, and `glintr100.onnx` of the same numbers, which takes RGB as insightface feeds it."""
     network = copy.deepcopy(network).eval().half()
     torch.save(network.state_dict(), folder / "ir_se50.pth")
-    axes = {"input.1": {0: "b"}, "683": {0: "b"}}
-    export(_Pack(network.float()), folder / "glintr100.onnx", torch.zeros(1, 3, CROP_PX, CROP_PX), ["683"], axes)
+    axes = {"input.1": {0: "b"}, "embedding": {0: "b"}}
+    export(_Pack(network.float()), folder / "glintr100.onnx", torch.zeros(1, 3, CROP_PX, CROP_PX), ["embedding"], axes)
 
 
 class _Pack(nn.Module):

@@ -84,8 +84,8 @@ def _of_the_cast(detector: PackDetector, embedders: dict[str, Callable[[Picture]
             by_true = _unit(embed(true)) @ references[name].T
             by_found = _unit(embed(own)) @ references[name].T
             print(
-                f"{way}, {name}: of {len(pictures)} right with true points {(by_true.argmax(1) == right).mean():.3f}, with found ones "
-                f"{(by_found.argmax(1) == right[seen]).mean():.3f} of {len(seen)}; cosine with the own portrait "
+                f"{way}, {name}: of {len(pictures)} right with true points {(by_true.argmax(1) == right).mean():.3f}, with "
+                f"found ones {(by_found.argmax(1) == right[seen]).mean():.3f} of {len(seen)}; cosine with the own portrait "
                 f"{by_found[np.arange(len(seen)), right[seen]].mean():.3f}, with the nearest other "
                 f"{np.where(np.eye(10, dtype=bool)[right[seen]], -1, by_found).max(1).mean():.3f}"
             )
