@@ -1,7 +1,8 @@
 """The autoencoder that FLUX, HunyuanDiT and Stable Video Diffusion of the profile `demo` share: x8, 16 channels, as FLUX.1's.
 
     python -m training.autoencoder --out FOLDER
-    python -m training.autoencoder --out FOLDER --decoder-steps N    # goes on with the decoder alone: latents stay as they are
+    python -m training.autoencoder --out FOLDER --whole-steps 1500     # goes on with whole pictures
+    python -m training.autoencoder --out FOLDER --decoder-steps 1500   # and with the decoder alone: latents stay as they are
 
 Source: Rombach et al. 2022, arXiv:2112.10752, without the discriminator: a drawn world has no texture that one would teach.
 """
@@ -14,18 +15,19 @@ from random import Random
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from training.drawing import draw, styled
+from training.dataset import SIZE_PX, drawn, scenes, to_tensor, to_uint8
+from training.drawing import styled
 from training.loop import Schedule, train
-from training.world import STYLES, some_scene
+from training.world import STYLES
 
-SIZE_PX = 128
 LATENT_CHANNELS = 16
-PICTURES = 4000
+PICTURES = 8000
 CROP_PX, CROPS = 64, 24
 """What a step sees at first: many small things. Statistics of a crop are not those of a picture, so whole ones come after."""
 WHOLE = 8
@@ -55,38 +57,26 @@ def autoencoder() -> AutoencoderKL:
     )
 
 
-def pictures(count: int, seed: int) -> NDArray[np.uint8]:
-    """Scenes of every style, half of them flat: (count, 128, 128, 3)."""
+def pictures(scenes_drawn: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """The same in every style, half of them flat."""
     random = Random(seed)
-    drawn = np.empty((count, SIZE_PX, SIZE_PX, 3), np.uint8)
-    for n in range(count):
-        style = "flat" if n % 2 else random.choice(STYLES)
-        nearer = random.choice((1.0, 1.0, 1.0, random.uniform(1.0, 1.5)))
-        drawn[n] = styled(draw(some_scene(random, people=0.55), SIZE_PX, nearer), style)
-    return drawn
-
-
-def to_tensor(batch: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) of -1 to 1."""
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_uint8(batch: Tensor) -> NDArray[np.uint8]:
-    return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return np.stack([styled(one, "flat" if n % 2 else random.choice(STYLES)) for n, one in enumerate(scenes_drawn)])
 
 
 def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """L1 of colours, and of the steps between neighbours, which keeps edges sharp."""
+    """L1 of colours, of the steps between neighbours, which keeps edges sharp, and of colours over some pixels."""
     across = (drawn.diff(dim=3) - wanted.diff(dim=3)).abs().mean()
     down = (drawn.diff(dim=2) - wanted.diff(dim=2)).abs().mean()
-    return (drawn - wanted).abs().mean() + across + down
+    off = drawn - wanted
+    return off.abs().mean() + across + down + F.avg_pool2d(off, 4).abs().mean() + F.avg_pool2d(off, 16).abs().mean()
 
 
 def main() -> int:
     told = _arguments()
     vae = autoencoder().to(memory_format=torch.channels_last)
-    world = pictures(PICTURES, told.seed)
-    unseen = to_tensor(pictures(64, told.seed + 1))
+    whole_world = drawn(scenes(), told.data / "scenes.npy")
+    world = pictures(whole_world[:PICTURES], told.seed)
+    unseen = to_tensor(pictures(whole_world[-64:], told.seed + 1))
 
     def some(cropped: bool, generator: torch.Generator) -> Tensor:
         count, side_px = (CROPS, CROP_PX) if cropped else (WHOLE, SIZE_PX)
@@ -102,6 +92,9 @@ def main() -> int:
         # A little noise beside the posterior's own: what FLUX draws is never quite a latent of the encoder.
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         return difference(vae.decode(z).sample, wanted) + KL * posterior.kl().mean() / z[0].numel()
+
+    def whole_loss(step: int, generator: torch.Generator) -> Tensor:
+        return loss(told.steps, generator)
 
     def decoder_loss(step: int, generator: torch.Generator) -> Tensor:
         wanted = some(False, generator)
@@ -122,11 +115,16 @@ def main() -> int:
         vae.encoder.requires_grad_(False)
         schedule = Schedule(told.decoder_steps, rate=1.5e-3, weight_decay=0.0)
         train({"vae": vae}, decoder_loss, schedule, told.out / "decoder", told.seed + 2, look=look)
+    elif told.whole_steps:
+        vae = AutoencoderKL.from_pretrained(told.out, scaling_factor=1.0).to(memory_format=torch.channels_last)
+        schedule = Schedule(told.whole_steps, rate=8e-4, weight_decay=0.0)
+        train({"vae": vae}, whole_loss, schedule, told.out / "whole", told.seed + 3, look=look, look_every=300)
+        _normalise(vae, to_tensor(world[:256]))
     else:
         train({"vae": vae}, loss, Schedule(told.steps, rate=2.5e-3, weight_decay=0.0), told.out, told.seed, look=look)
         _normalise(vae, to_tensor(world[:256]))
     vae.save_pretrained(told.out)
-    look(told.decoder_steps or told.steps)
+    look(told.decoder_steps or told.whole_steps or told.steps)
     return 0
 
 
@@ -150,11 +148,12 @@ def _normalise(vae: AutoencoderKL, some: Tensor) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=3000, metavar="N")
+    parser.add_argument("--data", type=Path, default=Path("out/training/data"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=2300, metavar="N")
+    parser.add_argument("--whole-steps", type=int, default=0, metavar="N")
     parser.add_argument("--decoder-steps", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     told = parser.parse_args()
-    torch.set_num_threads(1)
     torch.manual_seed(told.seed)
     told.out.mkdir(parents=True, exist_ok=True)
     return told

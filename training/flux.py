@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from training.captions import caption
-from training.latents import cached_latents, drawn, pack, places, scenes
+from training.dataset import drawn, scenes
+from training.latents import cached_latents, pack, places
 from training.loop import Schedule, arguments, train
 from training.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from training.world import Scene

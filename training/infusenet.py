@@ -19,11 +19,11 @@ from diffusers import FluxPipeline
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.autoencoder import SIZE_PX
 from training.captions import caption
+from training.dataset import SIZE_PX, drawn, scenes
 from training.drawing import draw, keypoints_px
 from training.flux import BATCH, PATCHES, Reader, noised, velocity
-from training.latents import cached_latents, drawn, encoded, pack, places, scenes
+from training.latents import cached_latents, encoded, pack, places
 from training.loop import Schedule, arguments, train
 from training.world import Person, Scene, some_person
 from vidgen_ray.nets.face_alignment import norm_crop
@@ -42,7 +42,7 @@ POSELESS = 0.15
 
 
 def networks(flux: FluxPipeline) -> tuple[IdentityControlNet, FaceResampler]:
-    net = IdentityControlNet(**(dict(_sizes(flux)) | {"num_layers": 1, "num_single_layers": 2}))
+    net = IdentityControlNet(**(dict(_sizes(flux)) | {"num_layers": 1, "num_single_layers": 1}))
     # As ControlNets begin: with FLUX's own first blocks.
     net.load_state_dict(flux.transformer.state_dict(), strict=False)
     tokens = flux.transformer.config.joint_attention_dim

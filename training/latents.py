@@ -1,11 +1,9 @@
-"""Scenes, drawn and encoded once: what FLUX and its companions learn from. Knows the autoencoder; does not know captions."""
+"""Pictures encoded once, and laid out as FLUX sees them. Knows the autoencoder; does not know what is drawn."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -13,30 +11,9 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.autoencoder import SIZE_PX, to_tensor
-from training.drawing import draw
-from training.world import Scene, some_scene
+from training.dataset import to_tensor
 
 ENCODED_AT_ONCE = 16
-SCENES, SCENES_SEED = 12000, 11
-"""What FLUX learns from, and InfuseNet the people of."""
-
-
-def scenes() -> list[Scene]:
-    random = Random(SCENES_SEED)
-    return [some_scene(random, people=0.55) for _ in range(SCENES)]
-
-
-def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
-    """Pictures (N, 128, 128, 3) of the scenes, from the file where it is there already."""
-    if file.exists():
-        return np.load(file, mmap_mode="r")
-    pictures = np.stack([draw(scene, SIZE_PX) for scene in of])
-    fresh = file.with_suffix(".new.npy")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(fresh, pictures)
-    os.replace(fresh, file)
-    return pictures
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 25
-AVERAGED_OVER = 0.999
+AVERAGED_OVER = 0.997
 """Share that the averaged weights keep at every step, once there were some."""
 LAST_RATE = 0.02
 

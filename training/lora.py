@@ -20,9 +20,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from training.autoencoder import SIZE_PX
 from training.captions import STYLE_WORDS, caption
 from training.cast import CAST
+from training.dataset import SIZE_PX
 from training.drawing import draw, styled
 from training.flux import Reader, noised, velocity
 from training.latents import encoded, pack

@@ -1,0 +1,45 @@
+"""The pictures that the models of single pictures learn from, drawn once. Knows scenes and pixels, no model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.drawing import draw
+from training.world import Scene, some_scene
+
+SIZE_PX = 128
+SCENES, SCENES_SEED = 12000, 11
+
+
+def scenes() -> list[Scene]:
+    random = Random(SCENES_SEED)
+    return [some_scene(random, people=0.55) for _ in range(SCENES)]
+
+
+def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
+    """Pictures (N, 128, 128, 3) of the scenes, from the file where it is there already."""
+    if file.exists():
+        return np.load(file, mmap_mode="r")
+    pictures = np.stack([draw(scene, SIZE_PX) for scene in of])
+    fresh = file.with_suffix(".new.npy")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(fresh, pictures)
+    os.replace(fresh, file)
+    return pictures
+
+
+def to_tensor(batch: NDArray[np.uint8]) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) of -1 to 1."""
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(batch: Tensor) -> NDArray[np.uint8]:
+    return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
