@@ -16,7 +16,7 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 
 
-def _obey(prompt):
+def obey(prompt):
     """`die`, `hang`, `raise`, `wedge`, `full`; with `once PATH` behind only the first time, of all processes. `until PATH`
     takes as long as there is no such file."""
     what, _, when = prompt.partition(" ")
@@ -64,7 +64,7 @@ class FakeInstantID(FakeStage, InstantIDStage):
 
 class FakeFlux(FakeStage, FluxStage):
     def one(self, shot, artefacts):
-        _obey(shot.prompt)
+        obey(shot.prompt)
         noise = np.random.default_rng(shot.generator_seed(self.name))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 

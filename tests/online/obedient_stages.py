@@ -1,7 +1,8 @@
 """Stages without models that do what the prompt says; see `tests/fake_stages.py`.
 
 Beside what those obey, a prompt may count steps: `steps N stop at K PIPE` waits in step K until somebody opens the named pipe,
-and notes every step beside it.
+and notes every step beside it. `hang` hangs in the stage of faces, where the shot
+has one.
 """
 
 import os
@@ -12,9 +13,16 @@ import numpy as np
 from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.progress import report
 
-from ..fake_stages import FAKES, FakeFlux, FakeStage
+from ..fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, obey
 
 STEPS = re.compile(r"steps (\d+) stop at (\d+) (\S+)")
+
+
+class HangingFace(FakeInstantID):
+    def one(self, shot, artefacts):
+        if shot.prompt.startswith("hang"):
+            obey(shot.prompt)
+        return super().one(shot, artefacts)
 
 
 class FakeRefine(FakeStage, FluxRefineStage):
@@ -43,4 +51,4 @@ def note(path, what):
     os.close(file)
 
 
-OBEDIENT = {**FAKES, "refine": FakeRefine, "flux": SteppingFlux}
+OBEDIENT = {**FAKES, "instantid": HangingFace, "refine": FakeRefine, "flux": SteppingFlux}
