@@ -58,6 +58,11 @@ def test_every_field_is_described():
     assert missing == []
 
 
+def test_every_setting_is_named():
+    text = (ROOT / "docs" / "online.md").read_text()
+    assert [name for name in OnlineSettings.model_fields if f"`{name}`" not in text] == []
+
+
 def test_the_document_is_the_one_that_is_served(server):
     served = {**server.app.openapi(), "x-made-with": {name: version(name) for name in ("fastapi", "pydantic")}}
     if os.environ.get(UPDATE):
