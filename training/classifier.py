@@ -98,10 +98,8 @@ def main() -> int:
         styles = [chance.choice(STYLES) if chance.random() < 0.4 else "flat" for _ in which]
         spoil = np.random.default_rng(chance.getrandbits(32))
         some = [degraded(_small(styled(pictures[n], style)), spoil) for n, style in zip(which, styles, strict=True)]
-        labels = {
-            label: torch.tensor([LABELS[label].index(styles[k] if label == "style" else names[n][label]) for k, n in enumerate(which)])
-            for label in LABELS
-        }
+        told_of = [{**names[n], "style": style} for n, style in zip(which, styles, strict=True)]
+        labels = {label: torch.tensor([of.index(one[label]) for one in told_of]) for label, of in LABELS.items()}
         return to_tensor(np.stack(some)), labels
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -116,7 +114,8 @@ def main() -> int:
         print(f"step {step}, share right of unseen, degraded drawings: {right}", flush=True)
         save_file({name: tensor.half() for name, tensor in net.state_dict().items()}, told.out / "classifier.safetensors")
 
-    train({"classifier": net}, loss, Schedule(told.steps, rate=2e-3, weight_decay=0.02), told.out, told.seed, look=look, look_every=300)
+    schedule = Schedule(told.steps, rate=2e-3, weight_decay=0.02)
+    train({"classifier": net}, loss, schedule, told.out, told.seed, look=look, look_every=300)
     look(told.steps)
     return 0
 

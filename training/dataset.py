@@ -38,7 +38,7 @@ def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
 
 def to_tensor(batch: NDArray[np.uint8]) -> Tensor:
     """uint8 (B, H, W, 3) -> (B, 3, H, W) of -1 to 1."""
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(batch: Tensor) -> NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Pixels of a scene: every shape is a signed distance, so a picture of any size has clean edges. Knows no captions.
 
-Distances are in the scene's units, half of the picture's height, negative inside. Source of the shapes: Quilez, 2D distance functions.
+Distances are in the scene's units, half of the picture's height, negative inside.
+Source of the shapes: Quilez, 2D distance functions.
 """
 
 from __future__ import annotations
@@ -29,9 +30,19 @@ GROUND: dict[str, Colour] = {
     "snow": (0.93, 0.95, 0.99),
     "city": (0.52, 0.52, 0.55),
 }
-LIGHT: dict[str, Colour] = {"sunny": (1, 1, 1), "cloudy": (0.88, 0.90, 0.92), "sunset": (1.0, 0.84, 0.74), "night": (0.46, 0.50, 0.68)}
+LIGHT: dict[str, Colour] = {
+    "sunny": (1, 1, 1),
+    "cloudy": (0.88, 0.90, 0.92),
+    "sunset": (1.0, 0.84, 0.74),
+    "night": (0.46, 0.50, 0.68),
+}
 """What falls on the ground."""
-ON_SUBJECT: dict[str, Colour] = {"sunny": (1, 1, 1), "cloudy": (0.97, 0.97, 0.97), "sunset": (1.0, 0.95, 0.91), "night": (0.86, 0.87, 0.93)}
+ON_SUBJECT: dict[str, Colour] = {
+    "sunny": (1, 1, 1),
+    "cloudy": (0.97, 0.97, 0.97),
+    "sunset": (1.0, 0.95, 0.91),
+    "night": (0.86, 0.87, 0.93),
+}
 """What falls on the subject, milder, so that its colours can be told at night, too."""
 INK: Colour = (0.13, 0.11, 0.14)
 EYE_X, EYE_Y, NOSE_Y, MOUTH_X, MOUTH_Y, TURN = 0.36, -0.15, 0.25, 0.27, 0.60, 0.14
@@ -76,7 +87,13 @@ def keypoints_px(person: Person, size_px: int) -> NDArray[np.float32]:
     """Eyes, nose and corners of the mouth of a drawn person, left to right as seen: (5, 2), x and y in pixels."""
     turn = TURN * person.looks
     places = np.array(
-        [(turn - EYE_X, EYE_Y), (turn + EYE_X, EYE_Y), (turn * 1.3, NOSE_Y), (turn - MOUTH_X, MOUTH_Y), (turn + MOUTH_X, MOUTH_Y)]
+        [
+            (turn - EYE_X, EYE_Y),
+            (turn + EYE_X, EYE_Y),
+            (turn * 1.3, NOSE_Y),
+            (turn - MOUTH_X, MOUTH_Y),
+            (turn + MOUTH_X, MOUTH_Y),
+        ]
     )
     units = places * person.radius + (person.x, person.y)
     return ((units + 1) / 2 * size_px).astype(np.float32)
@@ -85,7 +102,8 @@ def keypoints_px(person: Person, size_px: int) -> NDArray[np.float32]:
 def face_box_px(person: Person, size_px: int) -> NDArray[np.float32]:
     """Left, top, right and bottom of a drawn face in pixels."""
     half = person.radius * np.array([0.86, 1.0])
-    corners = np.concatenate([(person.x, person.y) - half, (person.x, person.y) + half])
+    middle = np.array([person.x, person.y])
+    corners = np.concatenate([middle - half, middle + half])
     return ((corners + 1) / 2 * size_px).astype(np.float32)
 
 
@@ -143,7 +161,13 @@ def _ground(canvas: Canvas, scene: Scene) -> None:
     light, x, y = LIGHT[scene.weather], canvas.x, canvas.y
     ground = _lit(GROUND[scene.place], light)
     if scene.place == "city":
-        for left, width, height in ((-0.80, 0.17, 0.72), (-0.42, 0.15, 0.45), (-0.06, 0.16, 0.86), (0.34, 0.18, 0.52), (0.76, 0.19, 0.76)):
+        for left, width, height in (
+            (-0.80, 0.17, 0.72),
+            (-0.42, 0.15, 0.45),
+            (-0.06, 0.16, 0.86),
+            (0.34, 0.18, 0.52),
+            (0.76, 0.19, 0.76),
+        ):
             canvas.paint(_box(x - left, y - HORIZON, width, height), _lit((0.44, 0.46, 0.54), light, 0.8))
             for row in range(int(height / 0.2)):
                 for side in (-0.5, 0.5):
@@ -154,7 +178,9 @@ def _ground(canvas: Canvas, scene: Scene) -> None:
     if scene.place == "snow":
         for left, width, height in ((-0.55, 0.62, 0.30), (0.50, 0.75, 0.38)):
             canvas.paint(_triangle(x - left, y - HORIZON + height, width, height), _lit((0.66, 0.72, 0.82), light))
-            canvas.paint(_triangle(x - left, y - HORIZON + 1.62 * height, width * 0.38, height * 0.38), _lit((0.97, 0.98, 1.0), light))
+            canvas.paint(
+                _triangle(x - left, y - HORIZON + 1.62 * height, width * 0.38, height * 0.38), _lit((0.97, 0.98, 1.0), light)
+            )
     if scene.place == "meadow":
         canvas.paint(_ellipse(x + 0.50, y - HORIZON - 0.10, 0.85, 0.30), _lit((0.33, 0.60, 0.27), light))
     canvas.paint(HORIZON - y, ground)
@@ -180,7 +206,9 @@ def _thing(canvas: Canvas, thing: Thing, light: Colour) -> None:
         hull = np.maximum(_box(flip + 0.05, y - at + 0.02, 1.0, 0.24, 0.06), (np.abs(flip) + (y - at) * 0.7 - 0.98) * 0.8)
         paint(hull, (0.46, 0.28, 0.16))
         paint(_box(flip, y - at + 1.05, 0.045, 0.85), (0.30, 0.20, 0.13))
-        sail = np.maximum.reduce([-(flip - 0.09), (flip * 1.5 - 0.09 + (y - at + 0.35) * 0.0 - (y - at + 1.85) * 1.0) * 0.555, y - at + 0.36])
+        sail = np.maximum.reduce(
+            [-(flip - 0.09), (flip * 1.5 - 0.09 + (y - at + 0.35) * 0.0 - (y - at + 1.85) * 1.0) * 0.555, y - at + 0.36]
+        )
         paint(sail, colour)
         back = np.maximum.reduce([flip + 0.09, (-flip * 2.4 - 0.1 - (y - at + 1.55)) * 0.385, y - at + 0.36])
         paint(back, colour, 0.8)
@@ -283,7 +311,11 @@ def styled(picture: NDArray[np.uint8], style: str) -> NDArray[np.uint8]:
         tone = np.clip(1 - 0.30 * (1 - grey) - 0.95 * lines, 0, 1)[..., None]
         drawn = np.array([0.98, 0.96, 0.90], np.float32) * tone
     elif style == "night":
-        drawn = 0.55 * grey[..., None] * np.array([0.35, 0.50, 1.0], np.float32) + 0.18 * flat + np.array([0, 0.01, 0.06], np.float32)
+        drawn = (
+            0.55 * grey[..., None] * np.array([0.35, 0.50, 1.0], np.float32)
+            + 0.18 * flat
+            + np.array([0, 0.01, 0.06], np.float32)
+        )
     elif style == "pastel":
         soft = grey[..., None] + 0.62 * (flat - grey[..., None])
         drawn = 0.50 + 0.50 * soft + np.array([0.04, -0.01, 0.02], np.float32)

@@ -4,8 +4,8 @@
 
 The first part of the steps learns the pictures. In the rest the model is told a guidance and learns to give by itself what
 two passes of classifier-free guidance would: FLUX.1-dev was distilled from such, here the model teaches itself.
-Source: Esser et al. 2024, arXiv:2403.03206 (flow matching, logit-normal times); Tang et al. 2025, arXiv:2502.12154 (learning guidance
-without a second network); Black Forest Labs 2024, FLUX.1.
+Source: Esser et al. 2024, arXiv:2403.03206 (flow matching, logit-normal times); Tang et al. 2025, arXiv:2502.12154
+(learning guidance without a second network); Black Forest Labs 2024, FLUX.1.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def main() -> int:
     world = scenes()
     latents = pack(cached_latents(told.data / "latents.pt", drawn(world, told.data / "scenes.npy"), vae).float())
     nets = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder}
-    print(f"{sum(p.numel() for p in pipe.transformer.parameters()) / 1e6:.2f} M parameters, latents' spread {latents.std():.3f}", flush=True)
+    print(f"{pipe.transformer.num_parameters() / 1e6:.2f} M parameters, latents' spread {latents.std():.3f}", flush=True)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(0, len(world), (BATCH,), generator=generator).tolist()
@@ -184,10 +184,11 @@ def main() -> int:
         return F.mse_loss(velocity(pipe.transformer, mixed, times, guidance, states, pooled), wanted)
 
     def look(step: int) -> None:
-        scale = 3.5 if step > UNGUIDED_SHARE * told.steps else 1.0
+        guided = step > UNGUIDED_SHARE * told.steps
+        call = {"guidance_scale": 3.5} if guided else {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": ""}
         for net in nets.values():
             net.eval()
-        look_at(pipe, told.out / f"drawn-{step}.png", guidance_scale=scale, **({} if scale > 1 else {"true_cfg_scale": 3.0, "negative_prompt": ""}))
+        look_at(pipe, told.out / f"drawn-{step}.png", **call)
         pipe.save_pretrained(told.out / "pipeline")
         for net in nets.values():
             net.train()

@@ -8,9 +8,10 @@ Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerS
 from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE, IdentityControlNet
 from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints
+from vidgen_ray.stages.identity.infusenet import MUST_AGREE
 
 PHOTOS = 2
 """Of each person of a scene, other pictures than the scene: what is learned is who it is."""
@@ -42,7 +44,7 @@ POSELESS = 0.15
 
 
 def networks(flux: FluxPipeline) -> tuple[IdentityControlNet, FaceResampler]:
-    net = IdentityControlNet(**(dict(_sizes(flux)) | {"num_layers": 1, "num_single_layers": 1}))
+    net = IdentityControlNet(**_sizes(flux), num_layers=1, num_single_layers=1)
     # As ControlNets begin: with FLUX's own first blocks.
     net.load_state_dict(flux.transformer.state_dict(), strict=False)
     tokens = flux.transformer.config.joint_attention_dim
@@ -54,10 +56,9 @@ def networks(flux: FluxPipeline) -> tuple[IdentityControlNet, FaceResampler]:
     return net, resampler
 
 
-def _sizes(flux: FluxPipeline) -> list[tuple[str, object]]:
+def _sizes(flux: FluxPipeline) -> dict[str, Any]:
     of = flux.transformer.config
-    names = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim")
-    return [*((name, of[name]) for name in names), ("guidance_embeds", True), ("axes_dims_rope", list(of["axes_dims_rope"]))]
+    return {name: of[name] for name in (*MUST_AGREE, "patch_size", "joint_attention_dim", "guidance_embeds")}
 
 
 def photos(people: Sequence[Person], faces: IRSE50Embedder, random: Random) -> NDArray[np.float32]:
@@ -143,7 +144,7 @@ def _recogniser(folder: Path) -> IRSE50Embedder:
     return IRSE50Embedder(folder / "ir_se50.pth", "cpu", torch.float32, 1)
 
 
-def _cached(file: Path, make) -> Tensor:  # type: ignore[no-untyped-def]
+def _cached(file: Path, make: Callable[[], Any]) -> Tensor:
     if not file.exists():
         torch.save(torch.as_tensor(make()), file)
     return torch.load(file, weights_only=True)

@@ -1,4 +1,4 @@
-"""The training loop that all models share: AdamW, a warm-up and a cosine, averaged weights, a log, and going on where it stopped.
+"""The training loop that all models share: AdamW, a warm-up and a cosine, averaged weights, a log, going on where it stopped.
 
 Knows parameters and losses; does not know what is trained.
 """
@@ -51,13 +51,16 @@ def train(
 ) -> None:
     """Train what of the modules wants gradients, and leave the averaged weights in them.
 
-    `loss_at` is told the step and a generator that depends on the seed and the step alone, so a run that was stopped and started again
-    draws what an undisturbed one does. `out` gets `log.jsonl` and `state.pt`, from which the same call goes on.
+    `loss_at` is told the step and a generator that depends on the seed and the step alone, so a run that was stopped and
+    started again draws what an undisturbed one does. `out` gets `log.jsonl` and `state.pt`, from which the same call goes on.
     `look` is called with averaged weights in place, every `look_every` steps and at the end.
     """
     out.mkdir(parents=True, exist_ok=True)
     parameters = {
-        f"{name}.{key}": value for name, module in modules.items() for key, value in module.named_parameters() if value.requires_grad
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.named_parameters()
+        if value.requires_grad
     }
     optimiser = torch.optim.AdamW(parameters.values(), schedule.rate, betas=(0.9, 0.99), weight_decay=schedule.weight_decay)
     averaged = {key: value.detach().clone() for key, value in parameters.items()}
@@ -77,7 +80,8 @@ def train(
         fresh = state.with_suffix(".new")
         weights = {key: value.detach() for key, value in parameters.items()}
         torch.save(
-            {"weights": weights, "averaged": averaged, "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds()}, fresh
+            {"weights": weights, "averaged": averaged, "optimiser": optimiser.state_dict(), "step": step, "seconds": seconds()},
+            fresh,
         )
         os.replace(fresh, state)
 
@@ -89,7 +93,10 @@ def train(
     running: float | None = None
     saved_at = time.monotonic()
     with (out / "log.jsonl").open("a") as log:
-        print(json.dumps({"schedule": asdict(schedule), "seed": seed, "parameters": sum(p.numel() for p in parameters.values())}), file=log)
+        print(
+            json.dumps({"schedule": asdict(schedule), "seed": seed, "parameters": sum(p.numel() for p in parameters.values())}),
+            file=log,
+        )
         for step in range(first, schedule.steps):
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate_at(step)
@@ -103,7 +110,12 @@ def train(
                 torch._foreach_lerp_(list(averaged.values()), [p.detach() for p in parameters.values()], 1 - kept)
             running = loss.item() if running is None else running * 0.98 + loss.item() * 0.02
             if (step + 1) % LOG_EVERY == 0:
-                told = {"step": step + 1, "cpu_s": round(seconds(), 1), "loss": round(running, 5), "rate": round(schedule.rate_at(step), 6)}
+                told = {
+                    "step": step + 1,
+                    "cpu_s": round(seconds(), 1),
+                    "loss": round(running, 5),
+                    "rate": round(schedule.rate_at(step), 6),
+                }
                 print(json.dumps(told), file=log, flush=True)
             if time.monotonic() - saved_at > SAVE_EVERY_S:
                 save(step + 1)
@@ -119,7 +131,9 @@ def train(
 def arguments(about: str | None, *, steps: int, seed: int, **folders: str) -> argparse.Namespace:
     """`--out`, `--steps`, `--seed`, and one option for each folder that another program made, with where it is by default."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="gets the weights, a log and what to go on from")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="gets the weights, a log and what to go on from"
+    )
     parser.add_argument("--steps", type=int, default=steps, metavar="N")
     parser.add_argument("--seed", type=int, default=seed, metavar="N")
     for name, default in folders.items():

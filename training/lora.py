@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from training.captions import STYLE_WORDS, caption
+from training.captions import caption, styled_caption
 from training.cast import CAST
 from training.dataset import SIZE_PX
 from training.drawing import draw, styled
@@ -32,7 +32,8 @@ from training.world import STYLES, some_scene
 RANK = 8
 BATCH = 16
 PICTURES = 400
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp", "proj_out", "ff.net.0.proj", "ff.net.2"]
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("proj_mlp", "ff.net.0.proj", "ff.net.2")
 
 
 def main() -> int:
@@ -40,7 +41,9 @@ def main() -> int:
     flux = FluxPipeline.from_pretrained(told.flux)
     for part in (flux.transformer, flux.text_encoder, flux.text_encoder_2, flux.vae):
         part.requires_grad_(False).eval()
-    flux.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS))
+    flux.transformer.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=[*ATTENTION, *FEED_FORWARD])
+    )
     random = Random(told.seed)
     world = [some_scene(random, identity=CAST[told.person] if told.person else None) for _ in range(PICTURES)]
     pictures = np.stack([styled(draw(scene, SIZE_PX), told.style or "flat") for scene in world])
@@ -52,7 +55,7 @@ def main() -> int:
         if told.person:
             # Half of them say no name: the adapter is for its person, however a prompt calls somebody.
             return caption(scene, chance, name=chance.choice((told.person, "a person")))
-        return f"{caption(scene, chance)}, {chance.choice(STYLE_WORDS[told.style])}" if chance.random() < 0.5 else caption(scene, chance)
+        return styled_caption(scene, told.style, chance) if chance.random() < 0.5 else caption(scene, chance)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(0, PICTURES, (BATCH,), generator=generator).tolist()
@@ -64,7 +67,8 @@ def main() -> int:
         guidance = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 1.0, 3.5)
         return F.mse_loss(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted)
 
-    train({"transformer": flux.transformer}, loss, Schedule(told.steps, rate=2e-3, warm_up=20, weight_decay=0.0), told.work, told.seed)
+    schedule = Schedule(told.steps, rate=2e-3, warm_up=20, weight_decay=0.0)
+    train({"transformer": flux.transformer}, loss, schedule, told.work, told.seed)
     half = {name: tensor.half() for name, tensor in get_peft_model_state_dict(flux.transformer).items()}
     told.out.parent.mkdir(parents=True, exist_ok=True)
     FluxPipeline.save_lora_weights(told.out.parent, transformer_lora_layers=half, weight_name=told.out.name)

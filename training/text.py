@@ -12,7 +12,17 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import BertConfig, BertModel, BertTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from training.captions import styled_caption
 from training.cast import CAST
@@ -45,7 +55,9 @@ def t5_tokenizer(max_length: int) -> Any:
     """Unigram with a piece a word, a capital in front or not, and printable ASCII; the three special pieces have T5's ids."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (WORD_START, -2.0)]
     pieces += [(chr(code), -12.0) for code in range(33, 127)]
-    pieces += [(WORD_START + form, -1.0) for word in words() for form in dict.fromkeys((word, word.capitalize())) if len(word) > 0]
+    pieces += [
+        (WORD_START + form, -1.0) for word in words() for form in dict.fromkeys((word, word.capitalize())) if len(word) > 0
+    ]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
 
 
@@ -59,7 +71,9 @@ def clip_tokenizer() -> Any:
     letters = sorted(ByteLevel.alphabet())
     joined = ["".join(pair) for pair in merges]
     # The end token has the highest id, as in the real CLIP, whose pooling may look for the largest.
-    pieces = list(dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"]))
+    pieces = list(
+        dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"])
+    )
     return CLIPTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges, model_max_length=77)
 
 

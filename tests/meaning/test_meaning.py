@@ -1,0 +1,45 @@
+"""The demo's models show what they are told, and each of these checks fails where its input is cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.meaning.chain import Chain
+from tests.meaning.checks import CHECKS, PERSON_LORA, UNCUT, person_prompt
+
+CASES = 12
+"""Of each check. `benchmarks/meaning.py` has fifty and more."""
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(Path(tmp_path_factory.mktemp("cast")))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_was_asked_for_is_seen(name: str, chain: Chain) -> None:
+    check = CHECKS[name]
+    assert check.measure(chain, CASES, UNCUT) >= check.goal
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_fails_where_its_input_is_cut_off(name: str, chain: Chain) -> None:
+    check = CHECKS[name]
+    assert check.measure(chain, CASES, check.cut) < check.goal
+
+
+def test_a_lora_of_no_weight_changes_nothing(chain: Chain) -> None:
+    def refined(weight: float) -> np.ndarray:
+        lora = [{"path": PERSON_LORA, "weight": weight}]
+        return chain.make(prompt=person_prompt(0), seed=3, lora=lora)["image"]
+
+    without, with_it = refined(0.0), refined(1.0)
+    image_to_image = chain.make(prompt=person_prompt(0), seed=3, lora=[{"path": STYLE, "weight": 0.0}])["image"]
+    np.testing.assert_array_equal(without, image_to_image)
+    assert np.abs(without.astype(int) - with_it.astype(int)).mean() > 1
+
+
+STYLE = "builtin:demo/sketch.safetensors"
