@@ -1,0 +1,259 @@
+"""Stable Video Diffusion in small, on the drawn world: a picture becomes a clip, and the motion bucket says how fast.
+
+    python -m training.svd --out FOLDER --vae FOLDER
+
+The same command on a finished training packs its weights again, with whatever decoder the autoencoder has by then.
+The autoencoder is the shared one and decodes frame by frame, as that of Stability's `svd_image_decoder`: diffusers'
+AutoencoderKLTemporalDecoder has 32 groups in each of its norms, so it cannot hold an autoencoder of 8 channels. The
+pipeline takes either. The CLIP of the picture keeps its random weights: what it would tell, the latents of the picture tell.
+Source: Blattmann et al. 2023, arXiv:2311.15127; Karras et al. 2022, arXiv:2206.00364 (the preconditioning of which this is).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from training.dataset import SIZE_PX, to_tensor
+from training.drawing import draw
+from training.latents import encoded
+from training.loop import Schedule, arguments, train
+from training.world import Person, Scene, moved, some_scene
+
+TRACKS, TRACKS_SEED = 340, 21
+FRAMES, STRIDES = 8, (0, 1, 2)
+TRACK_FRAMES = STRIDES[-1] * (FRAMES - 1) + 1
+"""Clips are cut out of longer tracks at strides, so a scene is seen at several speeds."""
+STRIDE_SHARES = (0.06, 0.44, 0.5)
+STARTS = (0, FRAMES - 1)
+"""Frames of a track that a clip can start with."""
+NOISED = 2
+"""Of each first frame: with the usual noise, and with some other."""
+USUAL_NOISE, MOST_NOISE = 0.02, 0.3
+SLOWEST_BUCKET, FASTEST_BUCKET = 1, 255
+EMBEDDING = 32
+BATCH = 4
+UNCONDITIONED = 0.1
+NOISE_LEVEL, NOISE_SPREAD = 0.3, 1.5
+"""Of log(sigma)."""
+SIGMA_MAX = 30.0
+"""Real SVD starts at 700, as 25 frames of 72x128 latents need; of 8 frames of 16x16 nothing can be told at 30."""
+MOVING = 3.0
+"""How much more an error counts where the picture changes: most of a clip is a background at rest."""
+
+
+def pipeline(vae: AutoencoderKL) -> StableVideoDiffusionPipeline:
+    # With 64 channels a group of GroupNorm is two; with 32 it were one, and the embeddings, a constant a channel, were lost.
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=SIZE_PX // 8,
+        in_channels=2 * vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=(64, 64),
+        layers_per_block=1,
+        # The middle block has attention, over all of a picture of 8x8 and over all frames; more of it is a third of the cost.
+        down_block_types=("DownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
+        cross_attention_dim=EMBEDDING,
+        num_attention_heads=(2, 2),
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96,
+        num_frames=FRAMES,
+    )
+    clip = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            projection_dim=EMBEDDING,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=224,
+            intermediate_size=64,
+            patch_size=16,
+        )
+    )
+    return StableVideoDiffusionPipeline(
+        vae=vae,
+        image_encoder=clip.eval().requires_grad_(False),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            interpolation_type="linear",
+            num_train_timesteps=1000,
+            steps_offset=1,
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=SIGMA_MAX,
+        ),
+        feature_extractor=CLIPImageProcessor(crop_size=224, size=224),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    scene: Scene
+    speed: float
+    """Of the clip with the widest stride, 0 to 1 of the world's fastest."""
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """A walk goes up and down, and a picture does not tell where in a step it is."""
+        return STARTS[:1] if isinstance(self.scene.subject, Person) else STARTS
+
+    def frames(self) -> NDArray[np.uint8]:
+        """(TRACK_FRAMES, 128, 128, 3)."""
+        return np.stack([self.frame(n) for n in range(TRACK_FRAMES)])
+
+    def frame(self, n: int) -> NDArray[np.uint8]:
+        scene, nearer = moved(self.scene, n / (TRACK_FRAMES - 1), self.speed)
+        return draw(scene, SIZE_PX, nearer)
+
+
+def tracks(count: int, seed: int) -> list[Track]:
+    random = Random(seed)
+    return [Track(some_scene(random, people=0.5), random.uniform(0.02, 1) ** 0.5) for _ in range(count)]
+
+
+def bucket(speed: float) -> float:
+    return SLOWEST_BUCKET + speed * (FASTEST_BUCKET - SLOWEST_BUCKET)
+
+
+@torch.no_grad()
+def prepared(of: list[Track], pipe: StableVideoDiffusionPipeline, file: Path) -> dict[str, Tensor]:
+    """All that the training needs of the tracks, from the file where it is there already.
+
+    `latents` (N, TRACK_FRAMES, 16, 16, 16), scaled; of the starts of each track `first` (N, starts, NOISED, 16, 16, 16), which
+    the pipeline does not scale, with their `noise` (N, starts, NOISED), and `embeddings` (N, starts, EMBEDDING).
+    """
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    generator, made = torch.Generator().manual_seed(TRACKS_SEED), {}
+    for frames in _drawn(of, file.with_name("tracks.npy")):
+        made.setdefault("latents", []).append(encoded(frames, pipe.vae))
+        starts = frames[list(STARTS)]
+        other = (torch.rand(len(STARTS), generator=generator) * np.log(MOST_NOISE / 0.005)).exp() * 0.005
+        noise = torch.stack([torch.full((len(STARTS),), USUAL_NOISE), other], dim=1)
+        pictures = to_tensor(starts)[:, None].expand(-1, NOISED, -1, -1, -1)
+        seen = pictures + noise[..., None, None, None] * torch.randn(pictures.shape, generator=generator)
+        first = pipe.vae.encode(seen.flatten(0, 1).contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+        made.setdefault("first", []).append(first.unflatten(0, (len(STARTS), NOISED)).half())
+        made.setdefault("noise", []).append(noise)
+        told = pipe._encode_image([Image.fromarray(picture) for picture in starts], "cpu", 1, False)
+        made.setdefault("embeddings", []).append(told[:, 0])
+    data = {name: torch.stack(parts) for name, parts in made.items()}
+    fresh = file.with_suffix(".new")
+    torch.save(data, fresh)
+    os.replace(fresh, file)
+    return data
+
+
+def _drawn(of: list[Track], file: Path) -> NDArray[np.uint8]:
+    """(N, TRACK_FRAMES, 128, 128, 3), from the file where it is there already."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new.npy")
+        np.save(fresh, np.stack([track.frames() for track in of]))
+        os.replace(fresh, file)
+    return np.load(file, mmap_mode="r")
+
+
+def denoising_loss(
+    unet: UNetSpatioTemporalConditionModel, clips: Tensor, conditions: dict[str, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Of clips (B, FRAMES, 16, 16, 16) at a random noise level each; conditions are `first`, `embeddings` and `ids`."""
+    rows = len(clips)
+    sigma = (torch.randn(rows, generator=generator) * NOISE_SPREAD + NOISE_LEVEL).exp().clamp(max=2 * SIGMA_MAX)
+    s = sigma[:, None, None, None, None]
+    noisy = clips + s * torch.randn(clips.shape, generator=generator)
+    kept = (torch.rand(rows, generator=generator) >= UNCONDITIONED).float()
+    first = (conditions["first"] * kept[:, None, None, None])[:, None].expand(-1, FRAMES, -1, -1, -1)
+    seen = torch.cat([noisy / (s**2 + 1).sqrt(), first], dim=2)
+    embeddings = (conditions["embeddings"] * kept[:, None])[:, None]
+    told = unet(seen, 0.25 * sigma.log(), embeddings, conditions["ids"], return_dict=False)[0]
+    velocity = (noisy / (s**2 + 1) - clips) * (s**2 + 1).sqrt() / s
+    changes = (clips - clips[:, :1]).abs().mean(dim=2, keepdim=True).clamp(max=1)
+    return ((1 + MOVING * changes) * (told - velocity) ** 2).mean()
+
+
+def main() -> int:
+    told = arguments(__doc__, steps=1000, seed=5, vae="out/training/vae", data="out/training/data")
+    vae = AutoencoderKL.from_pretrained(told.vae).requires_grad_(False)
+    pipe = pipeline(vae)
+    pipe.set_progress_bar_config(disable=True)
+    of = tracks(TRACKS, TRACKS_SEED)
+    data = prepared(of, pipe, told.data / "tracks.pt")
+    unseen = tracks(8, TRACKS_SEED + 1)
+
+    def loss(step: int, generator: torch.Generator) -> Tensor:
+        chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
+        clips, first, embeddings, ids = [], [], [], []
+        for _ in range(BATCH):
+            n = chance.randrange(len(of))
+            (stride,) = chance.choices(STRIDES, STRIDE_SHARES)
+            start = chance.randrange(len(of[n].starts)) if stride < STRIDES[-1] else 0
+            noised = chance.randrange(NOISED)
+            clips.append(data["latents"][n, STARTS[start] :][: stride * FRAMES or 1 : stride or 1].expand(FRAMES, -1, -1, -1))
+            first.append(data["first"][n, start, noised])
+            embeddings.append(data["embeddings"][n, start])
+            # Motion is told a frame, so frames a second change nothing; they vary, for what was never told does who knows what.
+            fps = 6 if chance.random() < 0.5 else chance.randint(4, 25)
+            ids.append((fps - 1, bucket(of[n].speed * stride / STRIDES[-1]), float(data["noise"][n, start, noised])))
+        conditions = {"first": torch.stack(first).float(), "embeddings": torch.stack(embeddings), "ids": torch.tensor(ids)}
+        return denoising_loss(pipe.unet, torch.stack(clips).float(), conditions, generator)
+
+    def look(step: int) -> None:
+        look_at(pipe, unseen, told.out / f"clips-{step}.png")
+
+    train(
+        {"unet": pipe.unet}, loss, Schedule(told.steps, rate=1.5e-3, warm_up=50), told.out, told.seed, look=look, look_every=400
+    )
+    look(told.steps)
+    pipe.to(torch.float16).save_pretrained(told.out / "pipeline")
+    return 0
+
+
+def look_at(pipe: StableVideoDiffusionPipeline, of: list[Track], file: Path) -> None:
+    """A row a clip, in pairs of a slow and a lively one.
+
+    A file beside it gets, 0 to 1, what the first frame is off by from the picture, and the last one from the first.
+    """
+    rows = []
+    for n, track in enumerate(of):
+        first = track.frame(0)
+        for motion in (20, 250):
+            (clip,) = pipe(
+                Image.fromarray(first),
+                height=SIZE_PX,
+                width=SIZE_PX,
+                num_frames=FRAMES,
+                num_inference_steps=8,
+                max_guidance_scale=1.0,
+                fps=6,
+                motion_bucket_id=motion,
+                generator=torch.Generator().manual_seed(n),
+                output_type="np",
+            ).frames
+            rows.append(np.concatenate(list(np.rint(clip * 255).astype(np.uint8)), axis=1))
+            off, changes = np.abs(clip[0] - first / 255).mean(), np.abs(clip[-1] - clip[0]).mean()
+            seen = {"clip": n, "bucket": motion, "first_off": off.item(), "changes": changes.item()}
+            with file.with_suffix(".jsonl").open("a") as measured:
+                measured.write(json.dumps(seen) + "\n")
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
