@@ -35,9 +35,13 @@ PORTRAIT_PX = 256
 
 def portrait(name: str, size_px: int = PORTRAIT_PX) -> NDArray[np.uint8]:
     """The person from the front by day, as uint8 RGB (size_px, size_px, 3)."""
-    n = list(CAST).index(name)
-    person = Person(CAST[name], CLOTHES[n], x=0.0, y=-0.04, radius=0.5, looks=0.0)
-    return draw(Scene(PLACES[n % len(PLACES)], "sunny", person, clouds=0.9), size_px)
+    place = PLACES[list(CAST).index(name) % len(PLACES)]
+    return draw(Scene(place, "sunny", pose(name), clouds=0.9), size_px)
+
+
+def pose(name: str) -> Person:
+    """Where the person is in the portrait."""
+    return Person(CAST[name], CLOTHES[list(CAST).index(name)], x=0.0, y=-0.04, radius=0.5, looks=0.0)
 
 
 def main() -> int:
