@@ -33,6 +33,8 @@ LOOKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("page-phone.png", {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "device_scale_factor": 2}),
 )
 ENOUGH_PERCENT = 20
+PHONE_SHOWS = {"x": 0, "y": 0, "width": 390, "height": 1800}
+"""The form, and the first of the clips below it."""
 POSTERS_MS = 3_000
 """In which the players have drawn their posters and put their own sign of loading away."""
 
@@ -78,7 +80,10 @@ def main() -> None:
                 page.get_by_label("What should it show?").blur()
                 page.mouse.move(0, 0)
             page.wait_for_timeout(POSTERS_MS)
-            page.screenshot(path=folder / name, full_page="phone" in name)
+            # Making a clip has scrolled to it.
+            page.evaluate("() => { scrollTo(0, 0); document.querySelector('.make').scrollTop = 0; }")
+            shown = {"full_page": True, "clip": PHONE_SHOWS} if "phone" in name else {}
+            page.screenshot(path=folder / name, **shown)
         browser.close()
 
 

@@ -25,6 +25,8 @@ STAGE_WORDS = {
 """Stage -> its name in the list of stages, and what is being done. A stage that is missing here goes by its own name."""
 COUNTS_FRAMES = ("realesrgan",)
 """Stages whose steps are the frames of the clip."""
+NO_BREAK = "\u00a0"
+"""A space between a number and its unit."""
 VERDICTS = {JobState.FAILED: "This one failed.", JobState.CANCELLED: "Cancelled."}
 
 
@@ -82,7 +84,7 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
         file_name=f"{job.id}{'.mp4' if shot.generate_video else '.png'}",
         width=shot.width * grown,
         height=shot.height * grown,
-        summary=" · ".join(_summary(job, grown)),
+        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, grown)),
         verdict=VERDICTS.get(job.state, ""),
         error=job.error.message if job.error and job.state is JobState.FAILED else None,
         settings=tuple(_settings(job, grown, lora_names)),
