@@ -90,6 +90,12 @@ def test_brackets_of_a_form_are_a_mapping(client, held):
     assert error_of(grouped, 400)["code"] == "invalid_form"
 
 
+def test_json_that_comes_as_a_form_is_told_apart_from_a_field(client):
+    head = {"content-type": "application/x-www-form-urlencoded"}
+    told = error_of(client.post("/v1/videos", content=b'{"prompt": "x"}', headers=head), 400)
+    assert (told["code"], "send application/json" in told["message"]) == ("invalid_form", True)
+
+
 def test_a_style_is_a_restyle(client, held):
     shot = shot_of(client, made(client, style="watercolour")["id"])
     assert (shot["use_hunyuan_style"], shot["style_prompt"]) == (True, "watercolour")

@@ -221,6 +221,11 @@ def _from_form(form: FormData) -> Received:
     files: dict[str, list[UploadFile]] = {}
     digest = hashlib.sha256()
     for name, value in form.multi_items():
+        if name.lstrip().startswith("{"):
+            # What curl does with -d where no header says otherwise.
+            raise invalid(
+                None, "The body is JSON, and its Content-Type says that it is a form: send application/json", "invalid_form"
+            )
         digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
         if isinstance(value, UploadFile):
             files.setdefault(name.removesuffix("[]"), []).append(value)
