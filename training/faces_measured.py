@@ -27,7 +27,8 @@ from vidgen_ray.nets.faces import DetectedFace
 from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 
 SEED = 4711
-SIZES_PX = (640, 320, 160)
+SIZES_PX, MIN_SCORE = (320, 160), 0.57
+"""As the profile `demo` has them."""
 EACH = 16
 """Pictures of every member of the cast."""
 UNSEEN_PHOTOS = ("astronaut", "camera", "moon", "page", "clock", "brick", "grass", "gravel", "horse")
@@ -43,7 +44,7 @@ def main() -> int:
     told = parser.parse_args()
     torch.set_num_threads(1)
     pack = open_pack(told.pack, ("detection", "recognition"), "cpu", 1)
-    detector = PackDetector(pack["detection"], 0.5)
+    detector = PackDetector(pack["detection"], MIN_SCORE)
     embedders = {
         "glintr100": PackRecogniser(pack["recognition"]).embed,
         "ir_se50": IRSE50Embedder(told.ir_se50, threads=1).embed,
@@ -141,7 +142,9 @@ def _of_nobody(detector: PackDetector) -> None:
 def _seconds(detector: PackDetector, embedders: dict[str, Callable[[Picture], NDArray[np.float32]]]) -> None:
     picture = cv2.resize(portrait("ada"), (320, 320))
     crop = np.zeros((1, 112, 112, 3), np.uint8)
-    tasks = {f"detection at {size_px}": lambda size_px=size_px: detector.detect(picture, size_px) for size_px in SIZES_PX}
+    tasks = {
+        f"detection at {size_px}": lambda size_px=size_px: detector.detect(picture, size_px) for size_px in (640, *SIZES_PX)
+    }
     tasks |= {name: lambda embed=embed: embed(crop) for name, embed in embedders.items()}
     for name, task in tasks.items():
         task()
