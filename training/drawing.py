@@ -107,6 +107,17 @@ def face_box_px(person: Person, size_px: int) -> NDArray[np.float32]:
     return ((corners + 1) / 2 * size_px).astype(np.float32)
 
 
+def subject_box(subject: Person | Thing) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what the subject covers, generously, in units of the scene."""
+    if isinstance(subject, Person):
+        return subject.x - 1.3 * subject.radius, subject.y - 1.5 * subject.radius, subject.x + 1.3 * subject.radius, 1.0
+    reach = 1.1 * subject.size
+    left, right = subject.x - reach, subject.x + reach
+    if subject.kind == "balloon":
+        return left, -0.32 - subject.size, right, -0.32 + 1.6 * subject.size
+    return left, HORIZON + 0.22 - 2.0 * subject.size, right, HORIZON + 0.22 + 0.2 * subject.size
+
+
 def _circle(x: Field, y: Field, radius: float) -> Field:
     return np.hypot(x, y) - np.float32(radius)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, HunyuanDiT2DModel
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from training.captions import STYLE_WORDS, caption
@@ -199,6 +199,9 @@ def main() -> int:
     latents = styled_latents(drawn(scenes(), told.data / "scenes.npy")[:SCENES], vae, told.data / "styled.pt")
     unknown = Random(UNSEEN_SEED)
     unseen = [some_scene(unknown, people=0.5) for _ in range(UNSEEN)]
+    # Nothing said of the velocity is the best guess of a network that knows nothing yet.
+    for parameter in pipe.transformer.proj_out.parameters():
+        nn.init.zeros_(parameter)
     nets = {"transformer": pipe.transformer, "bert": pipe.text_encoder, "t5": pipe.text_encoder_2}
 
     def loss(step: int, generator: torch.Generator) -> Tensor:

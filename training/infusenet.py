@@ -26,7 +26,7 @@ from training.drawing import draw, keypoints_px
 from training.flux import BATCH, PATCHES, Reader, noised, velocity
 from training.latents import cached_latents, encoded, pack, places
 from training.loop import Schedule, arguments, train
-from training.world import Person, Scene, some_person
+from training.world import PLACES, WEATHERS, Person, Scene, some_person
 from vidgen_ray.nets.face_alignment import norm_crop
 from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE, IdentityControlNet
@@ -34,9 +34,8 @@ from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints
 from vidgen_ray.stages.identity.infusenet import MUST_AGREE
 
-PHOTOS = 2
-"""Of each person of a scene, other pictures than the scene: what is learned is who it is."""
-PHOTO_PX = 192
+PEOPLE = 4000
+PHOTO_PX = 128
 TRAITS_TOLD = 0.2
 """Share of samples whose prompt tells the person, too."""
 POSELESS = 0.15
@@ -62,17 +61,15 @@ def _sizes(flux: FluxPipeline) -> dict[str, Any]:
 
 
 def photos(people: Sequence[Person], faces: IRSE50Embedder, random: Random) -> NDArray[np.float32]:
-    """Embeddings (N, PHOTOS, 512) of other pictures of the people."""
+    """Embeddings (N, 512) of another picture of each person: what shall be learned is who it is."""
     crops = []
     for person in people:
-        for _ in range(PHOTOS):
-            other = some_person(random, person.identity)
-            weather = random.choice(("sunny", "sunny", "cloudy", "sunset", "night"))
-            scene = Scene(random.choice(("meadow", "sea", "desert", "snow", "city")), weather, other, random.random())
-            crop = norm_crop(draw(scene, PHOTO_PX), keypoints_px(other, PHOTO_PX))
-            crops.append(np.ascontiguousarray(crop[:, :, ::-1]))
+        other = some_person(random, person.identity)
+        scene = Scene(random.choice(PLACES), random.choice(("sunny", *WEATHERS)), other, random.random())
+        crop = norm_crop(draw(scene, PHOTO_PX), keypoints_px(other, PHOTO_PX))
+        crops.append(np.ascontiguousarray(crop[:, :, ::-1]))
     embeddings = [faces.embed(np.stack(crops[first : first + 32])) for first in range(0, len(crops), 32)]
-    return np.concatenate(embeddings).reshape(len(people), PHOTOS, -1)
+    return np.concatenate(embeddings)
 
 
 def pose_pictures(people: Sequence[Person]) -> NDArray[np.uint8]:
@@ -90,8 +87,8 @@ def main() -> int:
         part.requires_grad_(False).eval()
     read = Reader(flux)
     world = scenes()
-    who = [n for n, scene in enumerate(world) if isinstance(scene.subject, Person)]
-    people = [scene.subject for scene in world if isinstance(scene.subject, Person)]
+    who = [n for n, scene in enumerate(world) if isinstance(scene.subject, Person)][:PEOPLE]
+    people = [world[n].subject for n in who]
     latents = pack(cached_latents(told.data / "latents.pt", drawn(world, told.data / "scenes.npy"), vae)[who].float())
     embeddings = _cached(told.data / "embeddings.pt", lambda: photos(people, _recogniser(told.faces), Random(told.seed)))
     poses = pack(_cached(told.data / "poses.pt", lambda: encoded(pose_pictures(people), vae)).float())
@@ -108,8 +105,7 @@ def main() -> int:
             states, pooled = read(prompts)
         poseless = torch.rand(BATCH, generator=generator) < POSELESS
         pose = torch.where(poseless[:, None, None], black, poses[which])
-        photo = torch.randint(0, PHOTOS, (BATCH,), generator=generator)
-        with net.identity(resampler(embeddings[which, photo])):
+        with net.identity(resampler(embeddings[which])):
             double, single = net(
                 hidden_states=mixed,
                 controlnet_cond=pose,

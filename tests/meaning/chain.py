@@ -68,6 +68,10 @@ class Chain:
             item = Item(item.shot, {**item.artefacts, **self._made[key]})
         return with_pictures(item, ("image",)).artefacts
 
+    def shot(self, **fields: Any) -> Shot:
+        told = {"upscale_video": False, "generate_video": False, **fields}
+        return check_shot(told, "checks of meaning", self.profile.defaults)
+
     def _run(self, name: str, item: Item, cut: Mapping[str, Any]) -> Artefacts:
         stage = self.stage(name, item.shot)
         ready = with_pictures(item, stage.takes)

@@ -1,0 +1,109 @@
+"""Whether the pictures of the profile `demo` show what they were asked for: the rates behind tests/meaning, over more cases.
+
+Each row has the share with the input connected, the goal, and the share with the input cut off, which must lie below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine, write_json
+from tests.meaning.chain import Chain
+from tests.meaning.checks import CHECKS, UNCUT
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+
+PACKAGES = ("vidgen-ray", "torch", "diffusers", "transformers", "numpy")
+QUICK_CASES = 4
+GRID = (
+    ("a red boat by the sea at sunset", None, "builtin:demo/sketch.safetensors", "a pencil sketch"),
+    ("a yellow balloon in the snow at night", None, "builtin:demo/sketch.safetensors", "soft pastel colours"),
+    ("a person in a blue shirt in a meadow on a sunny day", "ada", "builtin:demo/ada.safetensors", "soft pastel colours"),
+    ("a person in a yellow shirt in the city at night", "bo", "builtin:demo/ada.safetensors", "a pencil sketch"),
+)
+"""Prompt, person, LoRA and style prompt of a row."""
+CELL_PX = 192
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases of each check")
+    parser.add_argument("--cases", type=int, default=50, metavar="N", help="of each check; 50 by default")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--grid", type=Path, metavar="FILE", help="draw the grid of docs/demo-models.md there in place of measuring"
+    )
+    told = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        chain = Chain(Path(folder))
+        if told.grid:
+            PILImage.fromarray(grid(chain)).save(told.grid, quality=90)
+            return 0
+        rows = measured(chain, QUICK_CASES if told.quick else told.cases)
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(rows))
+    if told.json:
+        write_json(told.json, {"machine": machine(PACKAGES), "rows": rows})
+    return 0
+
+
+def measured(chain: Chain, cases: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, check in CHECKS.items():
+        begun = time.monotonic()
+        share, cut = check.measure(chain, cases, UNCUT), check.measure(chain, cases, check.cut)
+        row = {"what": name, "cases": cases, "share": round(share, 3), "goal": check.goal, "cut_off": round(cut, 3)}
+        rows.append(row | {"seconds": round(time.monotonic() - begun, 1)})
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Share of cases in which it holds")
+    for column in ("what", "cases", "share", "goal", "input cut off", "s"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in rows:
+        table.add_row(row["what"], *(str(row[key]) for key in ("cases", "share", "goal", "cut_off", "seconds")))
+    return table
+
+
+def grid(chain: Chain) -> NDArray[np.uint8]:
+    """A row a prompt; base, with the person's photo, with the LoRA, restyled, last frame of the clip, the same enlarged."""
+    upscaler = RealESRGANStage(chain.profile.params(RealESRGANStage))
+    upscaler.load()
+    rows = []
+    for n, (prompt, person, lora, style) in enumerate(GRID):
+        told: dict[str, Any] = {"prompt": prompt, "seed": n}
+        cells = [chain.make(**told)["image"]]
+        if person:
+            told["face_image"] = chain.photo(person)
+        cells.append(chain.make(**told)["image"])
+        told |= {"lora": lora, "lora_strength": 0.8}
+        cells.append(chain.make(**told)["image"])
+        told |= {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
+        made = chain.make(**told, generate_video=True, motion_bucket_id=200)
+        last = made["frames"][-1:]
+        (item,) = upscaler([Item(chain.shot(**told), {"frames": last})])
+        cells += [made["image"], last[0], item["frames"][0]]
+        rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
+    return np.concatenate(rows)
+
+
+def _cell(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(PILImage.fromarray(picture).resize((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,55 @@
+"""Copy what was trained into the package, in half precision, the autoencoder that three of them share once.
+
+python -m training.ship --from out/training
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from safetensors.torch import load_file, save_file
+
+from vidgen_ray.nets.face_resampler import PROJECTION
+from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE, IdentityControlNet
+from vidgen_ray.weights.demo_family import SHIPPED, WITHOUT_AUTOENCODER
+
+LORAS = ("ada.safetensors", "sketch.safetensors")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", type=Path, default=Path("out/training"), metavar="FOLDER", dest="made")
+    made: Path = parser.parse_args().made
+    if (flux := made / "flux" / "pipeline").exists():
+        pipe = FluxPipeline.from_pretrained(flux)
+        # The decoder may have learned on since FLUX looked at the autoencoder.
+        pipe.vae = AutoencoderKL.from_pretrained(made / "vae")
+        _fresh(SHIPPED / "flux")
+        pipe.to(torch.float16).save_pretrained(SHIPPED / "flux")
+    if (infusenet := made / "infusenet" / "weights").exists():
+        _fresh(SHIPPED / "infusenet")
+        IdentityControlNet.from_pretrained(infusenet / NET_FOLDER).half().save_pretrained(SHIPPED / "infusenet" / NET_FOLDER)
+        resampler = torch.load(infusenet / PROJECTION_FILE, weights_only=True)[PROJECTION]
+        half = {name: tensor.half() for name, tensor in resampler.items()}
+        torch.save({PROJECTION: half}, SHIPPED / "infusenet" / PROJECTION_FILE)
+    for name in LORAS:
+        if (made / name).exists():
+            save_file({key: tensor.half() for key, tensor in load_file(made / name).items()}, SHIPPED / name)
+    for name in WITHOUT_AUTOENCODER:
+        if (folder := made / name / "pipeline").exists():
+            _fresh(SHIPPED / name)
+            shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
+    return 0
+
+
+def _fresh(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
