@@ -43,7 +43,7 @@ T5_NEAR, T5_COMPUTED = 16, 80
 """Positions farther apart than the first are all alike to this T5. So far behind a prompt all padding has the same state, and
 of longer ones than the second number of tokens less the first nothing is learned."""
 TEXT_CHANNELS = 64
-BATCH = 24
+BATCH = 16
 UNPROMPTED, TRAITLESS, STYLELESS = 0.1, 0.15, 0.5
 """Shares: of samples without a prompt, of people told by their clothes alone, of flat pictures whose style is not told."""
 RESTYLED = 0.65
@@ -188,7 +188,7 @@ def mixed(
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=1700, seed=6, vae="out/training/vae", data="out/training/data")
+    told = arguments(__doc__, steps=2400, seed=6, vae="out/training/vae", data="out/training/data")
     vae = AutoencoderKL.from_pretrained(told.vae).requires_grad_(False)
     pipe = pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
@@ -219,7 +219,7 @@ def main() -> int:
     def look(step: int) -> None:
         look_at(pipe, unseen, told.out / f"styled-{step}.png")
 
-    train(nets, loss, Schedule(told.steps, rate=1.5e-3, warm_up=150), told.out, told.seed, look=look, look_every=500)
+    train(nets, loss, Schedule(told.steps, rate=1.5e-3, warm_up=150), told.out, told.seed, look=look, look_every=400)
     look(told.steps)
     pipe.to(torch.float16).save_pretrained(told.out / "pipeline")
     # Stored under the class that diffusers knows: both have the same modules.
