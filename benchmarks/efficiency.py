@@ -76,7 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--systems", type=_systems, default=list(SYSTEMS), metavar=",".join(SYSTEMS))
     parser.add_argument("--layouts", type=lambda text: text.split(","), help="of those systems; all by default")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shots-per-gpu", type=int, default=25)
+    parser.add_argument("--shots-per-gpu", type=int, default=50)
     parser.add_argument("--stall", type=float, default=STALL_S, help="seconds without an event after which a run is ended")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep logs and events there")
     told = parser.parse_args()

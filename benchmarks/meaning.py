@@ -80,7 +80,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def grid(chain: Chain) -> NDArray[np.uint8]:
-    """A row a prompt; base, with the person's photo, with the LoRA, restyled, last frame of the clip, the same enlarged."""
+    """A row a prompt: base; with the photo; that with the LoRA; that restyled; its clip's last frame; that enlarged."""
     upscaler = RealESRGANStage(chain.profile.params(RealESRGANStage))
     upscaler.load()
     rows = []
@@ -89,14 +89,13 @@ def grid(chain: Chain) -> NDArray[np.uint8]:
         cells = [chain.make(**told)["image"]]
         if person:
             told["face_image"] = chain.photo(person)
-        cells.append(chain.make(**told)["image"])
-        told |= {"lora": lora, "lora_strength": 0.8}
-        cells.append(chain.make(**told)["image"])
-        told |= {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
-        made = chain.make(**told, generate_video=True, motion_bucket_id=200)
-        last = made["frames"][-1:]
-        (item,) = upscaler([Item(chain.shot(**told), {"frames": last})])
-        cells += [made["image"], last[0], item["frames"][0]]
+        clip = chain.make(**told, generate_video=True)
+        refined = told | {"lora": lora, "lora_strength": 0.8}
+        restyled = told | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
+        cells += [clip["image"], *(chain.make(**one)["image"] for one in (refined, restyled))]
+        last = clip["frames"][-1:]
+        (enlarged,) = upscaler([Item(chain.shot(**told), {"frames": last})])
+        cells += [last[0], enlarged["hd_frames"][0]]
         rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
     return np.concatenate(rows)
 

@@ -20,9 +20,10 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script import iter_script, read_script
 
-from .conftest import ASTRONAUT, EXAMPLES
+from .conftest import ASTRONAUT
 
-DEMO = EXAMPLES / "demo.jsonl"
+SCRIPT = Path(__file__).with_name("tiny.jsonl")
+"""A line of every kind, for the profile `tiny`."""
 DONE = "shots/[!.]*/shot.json"
 """Of shots that are done: what is half made has its files, too, in a hidden folder."""
 
@@ -67,7 +68,7 @@ def digests(out: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def script(tiny):
-    return list(iter_script(DEMO, run_seed=3, profile_defaults=tiny.defaults))
+    return list(iter_script(SCRIPT, run_seed=3, profile_defaults=tiny.defaults))
 
 
 def rendered(lines, profile, out, watcher=None, **options):
@@ -184,7 +185,7 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
     def started(done):
         """A driver that has rendered so many shots, with those before it."""
         options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
-        command = [sys.executable, "-m", "vidgen_ray", "render", str(DEMO), "-o", str(tmp_path), *options]
+        command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob(DONE))) < done:

@@ -16,7 +16,7 @@ from .test_faces import BOX, GROUP, POINTS
 
 def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
     assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
-    assert capsys.readouterr().out == "demo.jsonl: 10 shots fine, 0 lines wrong\n"
+    assert capsys.readouterr().out == "demo.jsonl: 12 shots fine, 0 lines wrong\n"
     path = tmp_path / "s.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
     assert main(["validate", str(path)]) == 3

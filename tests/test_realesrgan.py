@@ -142,7 +142,8 @@ def test_pictures_are_those_of_realesrganer_within_one_level(
     floats = rearrange(reference.output[0].numpy(), "c h w -> h w c")
 
     stage = loaded(weights)
-    np.testing.assert_allclose(stage.upscale_float(photo, 4, upscaler)[0].clip(0, 1), floats, rtol=0, atol=1e-5)
+    # Processors without AVX-512 sum in another order: 1.2e-5 was seen on one of 331,776 values.
+    np.testing.assert_allclose(stage.upscale_float(photo, 4, upscaler)[0].clip(0, 1), floats, rtol=0, atol=2e-5)
     got = stage.upscale(photo, 4, upscaler)[0]
     assert levels_apart(got, picture[..., ::-1]) <= 1
     assert (got != picture[..., ::-1]).mean() < 1e-3

@@ -113,7 +113,7 @@ def main() -> int:
     if told.decoder_steps:
         vae = AutoencoderKL.from_pretrained(told.out).to(memory_format=torch.channels_last)
         vae.encoder.requires_grad_(False)
-        schedule = Schedule(told.decoder_steps, rate=1.5e-3, weight_decay=0.0)
+        schedule = Schedule(told.decoder_steps, rate=1e-3, weight_decay=0.0)
         train({"vae": vae}, decoder_loss, schedule, told.out / "decoder", told.seed + 2, look=look)
     elif told.whole_steps:
         vae = AutoencoderKL.from_pretrained(told.out, scaling_factor=1.0).to(memory_format=torch.channels_last)

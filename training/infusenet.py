@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import FluxPipeline
 from numpy.typing import NDArray
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 from training.captions import caption
 from training.dataset import SIZE_PX, drawn, scenes
 from training.drawing import draw, keypoints_px
-from training.flux import BATCH, PATCHES, Reader, noised, velocity
+from training.flux import BATCH, PATCHES, Reader, error, noised, velocity, weights
 from training.latents import cached_latents, encoded, pack, places
 from training.loop import Schedule, arguments, train
 from training.world import PLACES, WEATHERS, Person, Scene, some_person
@@ -79,7 +78,7 @@ def pose_pictures(people: Sequence[Person]) -> NDArray[np.uint8]:
 
 def main() -> int:
     told = arguments(
-        __doc__, steps=900, seed=5, flux="out/training/flux/pipeline", data="out/training/data", faces="vidgen_ray/weights/demo"
+        __doc__, steps=800, seed=5, flux="out/training/flux/pipeline", data="out/training/data", faces="vidgen_ray/weights/demo"
     )
     flux = FluxPipeline.from_pretrained(told.flux)
     vae = flux.vae
@@ -93,6 +92,7 @@ def main() -> int:
     embeddings = _cached(told.data / "embeddings.pt", lambda: photos(people, _recogniser(told.faces), Random(told.seed)))
     poses = pack(_cached(told.data / "poses.pt", lambda: encoded(pose_pictures(people), vae)).float())
     black = pack(encoded(np.zeros((1, SIZE_PX, SIZE_PX, 3), np.uint8), vae).float())
+    counts = weights([world[n] for n in who])
     net, resampler = networks(flux)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -124,7 +124,7 @@ def main() -> int:
             controlnet_block_samples=double,
             controlnet_single_block_samples=single,
         )
-        return F.mse_loss(drawn_so, wanted)
+        return error(drawn_so, wanted, counts[which])
 
     def look(step: int) -> None:
         net.save_pretrained(told.out / "weights" / NET_FOLDER)

@@ -14,7 +14,6 @@ from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import FluxPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -24,7 +23,7 @@ from training.captions import caption, styled_caption
 from training.cast import CAST
 from training.dataset import SIZE_PX
 from training.drawing import draw, styled
-from training.flux import Reader, noised, velocity
+from training.flux import Reader, error, noised, velocity, weights
 from training.latents import encoded, pack
 from training.loop import Schedule, train
 from training.world import STYLES, some_scene
@@ -49,6 +48,7 @@ def main() -> int:
     pictures = np.stack([styled(draw(scene, SIZE_PX), told.style or "flat") for scene in world])
     latents = pack(encoded(pictures, flux.vae).float())
     read = Reader(flux)
+    counts = weights(world)
 
     def prompt(scene_number: int, chance: Random) -> str:
         scene = world[scene_number]
@@ -65,7 +65,7 @@ def main() -> int:
             states, pooled = read([prompt(n, chance) for n in which])
         # Told what the stages tell: the adapter changes pictures as they are drawn with guidance, too.
         guidance = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 1.0, 3.5)
-        return F.mse_loss(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted)
+        return error(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted, counts[which])
 
     schedule = Schedule(told.steps, rate=2e-3, warm_up=20, weight_decay=0.0)
     train({"transformer": flux.transformer}, loss, schedule, told.work, told.seed)

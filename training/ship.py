@@ -6,15 +6,16 @@ python -m training.ship --from out/training
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from vidgen_ray.nets.face_resampler import PROJECTION
-from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE, IdentityControlNet
+from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE
 from vidgen_ray.weights.demo_family import SHIPPED, WITHOUT_AUTOENCODER
 
 LORAS = ("ada.safetensors", "sketch.safetensors")
@@ -32,7 +33,8 @@ def main() -> int:
         pipe.to(torch.float16).save_pretrained(SHIPPED / "flux")
     if (infusenet := made / "infusenet" / "weights").exists():
         _fresh(SHIPPED / "infusenet")
-        IdentityControlNet.from_pretrained(infusenet / NET_FOLDER).half().save_pretrained(SHIPPED / "infusenet" / NET_FOLDER)
+        # Under the name of diffusers' class, as it is published.
+        FluxControlNetModel.from_pretrained(infusenet / NET_FOLDER).half().save_pretrained(SHIPPED / "infusenet" / NET_FOLDER)
         resampler = torch.load(infusenet / PROJECTION_FILE, weights_only=True)[PROJECTION]
         half = {name: tensor.half() for name, tensor in resampler.items()}
         torch.save({PROJECTION: half}, SHIPPED / "infusenet" / PROJECTION_FILE)
@@ -43,7 +45,17 @@ def main() -> int:
         if (folder := made / name / "pipeline").exists():
             _fresh(SHIPPED / name)
             shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
+    for config in SHIPPED.rglob("config.json"):
+        _without_place(config)
+    _without_place(SHIPPED / "flux" / "model_index.json")
     return 0
+
+
+def _without_place(config: Path) -> None:
+    """diffusers writes down from which folder of which machine a model came."""
+    told = json.loads(config.read_text())
+    told.pop("_name_or_path", None)
+    config.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _fresh(folder: Path) -> None:

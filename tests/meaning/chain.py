@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from training.cast import CAST, portrait
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from training.cast import portrait
+from vidgen_ray.graph import ShotPlanner, params_of, stages_of, with_local_loras
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
@@ -43,14 +43,10 @@ class Chain:
             PILImage.fromarray(portrait(name)).save(file)
         return str(file)
 
-    @property
-    def people(self) -> tuple[str, ...]:
-        return tuple(CAST)
-
     def make(self, *, disconnected: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any) -> Artefacts:
         """All that the stages make of a shot up to its clip, not enlarged.
 
-        `disconnected` is stage -> field -> what the stage sees in its place: what a stage would do that drops an input.
+        `disconnected` is stage -> field or artefact -> what the stage sees in its place, as if it dropped the input.
         """
         shot = check_shot(
             {"upscale_video": False, "generate_video": False, **fields}, "checks of meaning", self.profile.defaults
@@ -75,9 +71,10 @@ class Chain:
     def _run(self, name: str, item: Item, cut: Mapping[str, Any]) -> Artefacts:
         stage = self.stage(name, item.shot)
         ready = with_pictures(item, stage.takes)
-        shot = item.shot.model_copy(update={key: value for key, value in cut.items() if key in Shot.model_fields})
-        artefacts = {**ready.artefacts, **{key: value for key, value in cut.items() if key not in Shot.model_fields}}
-        (made,) = stage([Item(shot, artefacts)])
+        artefacts = {key: value for key, value in cut.items() if key in stage.takes}
+        fields = {key: value for key, value in cut.items() if key not in artefacts}
+        shot = with_local_loras(item.shot.model_copy(update=fields))
+        (made,) = stage([Item(shot, {**ready.artefacts, **artefacts})])
         return made
 
     def stage(self, name: str, shot: Shot) -> Stage[Any]:

@@ -1,4 +1,4 @@
-"""Where weights are: a folder, a snapshot of a hub already on disk, or built on the spot. Never downloads anything.
+"""Where weights are: a folder, a snapshot of a hub already on disk, in the package, or built on the spot. No downloads.
 
 A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]`, or `builtin:NAME`.
 """
@@ -14,9 +14,10 @@ from filelock import FileLock
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.local_cache import cache_dir
+from vidgen_ray.weights import demo_family
 
 
-def _tiny(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
+def _recipe(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         recipes = import_module(f"vidgen_ray.weights.{module}")
         getattr(recipes, f"build_{name}")(folder)
@@ -31,17 +32,19 @@ def _realesrgan(folder: Path) -> None:
 
 
 BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
-    "tiny/flux": (1, _tiny("flux")),
-    "tiny/flux-schnell": (1, _tiny("flux_schnell")),
-    "tiny/lora.safetensors": (1, _tiny("lora")),
-    "tiny/infusenet": (1, _tiny("infusenet", "tiny_identity")),
-    "tiny/sdxl": (1, _tiny("sdxl", "tiny_identity")),
-    "tiny/instantid-sdxl": (1, _tiny("instantid_sdxl", "tiny_identity")),
-    "tiny/hunyuandit": (1, _tiny("hunyuandit")),
-    "tiny/svd": (1, _tiny("svd")),
-    "tiny/antelopev2": (1, _tiny("antelopev2", "tiny_faces")),
-    "tiny/ir_se50.pth": (1, _tiny("ir_se50", "tiny_faces")),
+    "tiny/flux": (1, _recipe("flux")),
+    "tiny/flux-schnell": (1, _recipe("flux_schnell")),
+    "tiny/lora.safetensors": (1, _recipe("lora")),
+    "tiny/infusenet": (1, _recipe("infusenet", "tiny_identity")),
+    "tiny/sdxl": (1, _recipe("sdxl", "tiny_identity")),
+    "tiny/instantid-sdxl": (1, _recipe("instantid_sdxl", "tiny_identity")),
+    "tiny/hunyuandit": (1, _recipe("hunyuandit")),
+    "tiny/svd": (1, _recipe("svd")),
+    "tiny/antelopev2": (1, _recipe("antelopev2", "tiny_faces")),
+    "tiny/ir_se50.pth": (1, _recipe("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
+    "demo/hunyuandit": (1, _recipe("hunyuandit", "demo_family")),
+    "demo/svd": (1, _recipe("svd", "demo_family")),
 }
 """Name -> (version of the recipe, what builds it at a path: a folder, or a file where the name has an ending)."""
 
@@ -67,8 +70,10 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
 
 
 def _built(name: str) -> Path:
+    if name in (shipped := demo_family.as_they_lie()):
+        return shipped[name]
     if name not in BUILTIN:
-        raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join(BUILTIN)}")
+        raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join((*BUILTIN, *shipped))}")
     version, build = BUILTIN[name]
     stem, ending = os.path.splitext(name)
     place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
