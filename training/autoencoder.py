@@ -33,6 +33,8 @@ CROP_PX, CROPS = 64, 24
 WHOLE = 8
 CROPPED_SHARE = 0.65
 """Of the steps."""
+DECODER_NOISE = 0.06
+"""Of a latent's spread, added when the decoder is trained alone: what FLUX draws is never quite a latent of the encoder."""
 KL = 3e-4
 """Weight of the KL term, an average over latents, beside errors of colours of -1 to 1."""
 
@@ -89,7 +91,6 @@ def main() -> int:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         wanted = some(step < CROPPED_SHARE * told.steps, generator)
         posterior = vae.encode(wanted).latent_dist
-        # A little noise beside the posterior's own: what FLUX draws is never quite a latent of the encoder.
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         return difference(vae.decode(z).sample, wanted) + KL * posterior.kl().mean() / z[0].numel()
 
@@ -126,10 +127,6 @@ def main() -> int:
     vae.save_pretrained(told.out)
     look(told.decoder_steps or told.whole_steps or told.steps)
     return 0
-
-
-DECODER_NOISE = 0.06
-"""Of a latent's spread, added when the decoder is trained alone."""
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,12 @@ from numpy.typing import NDArray
 from training.world import COLOURS, EYES, HAIRS, SKINS, Colour, Identity, Person, Scene, Thing
 
 Field = NDArray[np.float32]
+
+
+class Paint(Protocol):
+    def __call__(self, distance: Field, of: Colour, share: float = 1.0) -> None: ...
+
+
 HORIZON = 0.30
 SKY: dict[str, tuple[Colour, Colour]] = {
     "sunny": ((0.33, 0.62, 0.95), (0.74, 0.90, 1.00)),
@@ -282,7 +289,7 @@ def _person(canvas: Canvas, person: Person, light: Colour) -> None:
         # The hairline is an arc over the forehead that follows the turn of the head.
         inside = np.maximum(_ellipse(x, y + 0.10, 0.92, 1.0), y + 0.30)
         paint(np.maximum(inside, -_ellipse(x - turn, y - 0.30, 0.78, 0.80)), hair)
-    _features(paint, identity, x - turn, y, skin, hair, turn)
+    _features(paint, identity, x - turn, y, skin, turn)
 
 
 def _face(identity: Identity, x: Field, y: Field) -> Field:
@@ -293,7 +300,7 @@ def _face(identity: Identity, x: Field, y: Field) -> Field:
     return _box(x, y, 0.80, 0.98, 0.50)
 
 
-def _features(paint, identity: Identity, x: Field, y: Field, skin: Colour, hair: Colour, turn: float) -> None:  # type: ignore[no-untyped-def]
+def _features(paint: Paint, identity: Identity, x: Field, y: Field, skin: Colour, turn: float) -> None:
     dark = identity.hair if identity.hair_style != "bald" or identity.beard else "brown"
     for side in (-1, 1):
         ex, ey = x - side * EYE_X, y - EYE_Y

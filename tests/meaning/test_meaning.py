@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.meaning.chain import Chain
-from tests.meaning.checks import CHECKS, PERSON_LORA, UNCUT, person_prompt
+from tests.meaning.checks import CHECKS, PERSON_LORA, STYLE_LORA, UNCUT, person_prompt
 
 CASES = 12
 """Of each check. `benchmarks/meaning.py` has fifty and more."""
@@ -37,9 +37,6 @@ def test_a_lora_of_no_weight_changes_nothing(chain: Chain) -> None:
         return chain.make(prompt=person_prompt(0), seed=3, lora=lora)["image"]
 
     without, with_it = refined(0.0), refined(1.0)
-    image_to_image = chain.make(prompt=person_prompt(0), seed=3, lora=[{"path": STYLE, "weight": 0.0}])["image"]
+    image_to_image = chain.make(prompt=person_prompt(0), seed=3, lora=[{"path": STYLE_LORA, "weight": 0.0}])["image"]
     np.testing.assert_array_equal(without, image_to_image)
     assert np.abs(without.astype(int) - with_it.astype(int)).mean() > 1
-
-
-STYLE = "builtin:demo/sketch.safetensors"
