@@ -135,7 +135,7 @@ class Server:
     def ended(self, job_id: str) -> Any:
         """The job, once it has ended; asked of the store, whose times are exact."""
         while not (job := self.store.get(job_id, "local")).state.is_final:
-            time.sleep(0.005)
+            time.sleep(0.02)
         return job
 
 

@@ -43,15 +43,18 @@ STYLE_WORDS = {
 }
 
 
-def caption(scene: Scene, random: Random, *, name: str | None = None) -> str:
-    """One of the ways to tell the scene. With a name the traits of the person are left out: whoever learns it, learns them."""
+def caption(scene: Scene, random: Random, *, name: str | None = None, side: bool = True) -> str:
+    """One of the ways to tell the scene. With a name the traits of the person are left out: whoever learns it, learns them.
+
+    Without `side` it does not say whether that is on the left or on the right.
+    """
     subject = scene.subject
     if isinstance(subject, Person):
         who = _person(subject, random) if name is None else f"{name}{_clothes(subject, random)}"
         told = random.choice(PORTRAITS) + who
     else:
         told = random.choice(OPENINGS) + _thing(subject, random)
-    parts = [told, random.choice(SIDE_WORDS[scene.side])]
+    parts = [told, random.choice(SIDE_WORDS[scene.side]) if side else ""]
     where = [random.choice(PLACE_WORDS[scene.place]), random.choice(WEATHER_WORDS[scene.weather])]
     if random.random() < 0.3:
         where.reverse()

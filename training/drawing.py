@@ -125,6 +125,12 @@ def subject_box(subject: Person | Thing) -> tuple[float, float, float, float]:
     return left, HORIZON + 0.22 - 2.0 * subject.size, right, HORIZON + 0.22 + 0.2 * subject.size
 
 
+def head_box(person: Person) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a head with its hair, in units of the scene."""
+    r = person.radius
+    return person.x - 1.2 * r, person.y - 1.5 * r, person.x + 1.2 * r, person.y + 1.2 * r
+
+
 def _circle(x: Field, y: Field, radius: float) -> Field:
     return np.hypot(x, y) - np.float32(radius)
 

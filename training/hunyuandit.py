@@ -15,6 +15,7 @@ import json
 import os
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,9 +189,10 @@ def mixed(
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=2400, seed=6, vae="out/training/vae", data="out/training/data")
-    vae = AutoencoderKL.from_pretrained(told.vae).requires_grad_(False)
-    pipe = pipeline(vae)
+    told = arguments(__doc__, steps=2400, rate=1.5e-3, seed=6, vae="out/training/vae", data="out/training/data")
+    vae = AutoencoderKL.from_pretrained(told.vae, torch_dtype=torch.float32).requires_grad_(False)
+    begun: dict[str, Any] = {"vae": vae, "torch_dtype": torch.float32}
+    pipe = HunyuanDiTImg2ImgPipeline.from_pretrained(told.init, **begun) if told.init else pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     read, positions = Reader(pipe), pipe._positions(SIZE_PX, SIZE_PX)
     kept = pipe.scheduler.alphas_cumprod
@@ -200,7 +202,7 @@ def main() -> int:
     unknown = Random(UNSEEN_SEED)
     unseen = [some_scene(unknown, people=0.5) for _ in range(UNSEEN)]
     # Nothing said of the velocity is the best guess of a network that knows nothing yet.
-    for parameter in pipe.transformer.proj_out.parameters():
+    for parameter in () if told.init else pipe.transformer.proj_out.parameters():
         nn.init.zeros_(parameter)
     nets = {"transformer": pipe.transformer, "bert": pipe.text_encoder, "t5": pipe.text_encoder_2}
 
@@ -219,7 +221,7 @@ def main() -> int:
     def look(step: int) -> None:
         look_at(pipe, unseen, told.out / f"styled-{step}.png")
 
-    train(nets, loss, Schedule(told.steps, rate=1.5e-3, warm_up=150), told.out, told.seed, look=look, look_every=400)
+    train(nets, loss, Schedule(told.steps, told.rate, warm_up=150), told.out, told.seed, look=look, look_every=400)
     look(told.steps)
     pipe.to(torch.float16).save_pretrained(told.out / "pipeline")
     # Stored under the class that diffusers knows: both have the same modules.

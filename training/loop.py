@@ -128,14 +128,20 @@ def train(
     swap()
 
 
-def arguments(about: str | None, *, steps: int, seed: int, **folders: str) -> argparse.Namespace:
-    """`--out`, `--steps`, `--seed`, and one option for each folder that another program made, with where it is by default."""
+def arguments(about: str | None, *, steps: int, seed: int, rate: float | None = None, **folders: str) -> argparse.Namespace:
+    """`--out`, `--steps`, `--seed`, and one option for each folder that another program made, with where it is by default.
+
+    Of a model that may begin with trained weights, which has its usual `rate`: `--init` and `--rate`, too.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="gets the weights, a log and what to go on from"
     )
     parser.add_argument("--steps", type=int, default=steps, metavar="N")
     parser.add_argument("--seed", type=int, default=seed, metavar="N")
+    if rate is not None:
+        parser.add_argument("--init", type=Path, metavar="FOLDER", help="weights to begin with, laid out as the package's")
+        parser.add_argument("--rate", type=float, default=rate, metavar="R", help="of learning, after the warm-up")
     for name, default in folders.items():
         parser.add_argument(f"--{name}", type=Path, default=Path(default), metavar="FOLDER")
     told = parser.parse_args()

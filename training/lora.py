@@ -22,7 +22,7 @@ from torch import Tensor
 from training.captions import caption, styled_caption
 from training.cast import CAST
 from training.dataset import SIZE_PX
-from training.drawing import draw, styled
+from training.drawing import draw, styled, subject_box
 from training.flux import Reader, error, noised, velocity, weights
 from training.latents import encoded, pack
 from training.loop import Schedule, train
@@ -48,7 +48,7 @@ def main() -> int:
     pictures = np.stack([styled(draw(scene, SIZE_PX), told.style or "flat") for scene in world])
     latents = pack(encoded(pictures, flux.vae).float())
     read = Reader(flux)
-    counts = weights(world)
+    counts = weights(subject_box(scene.subject) for scene in world)
 
     def prompt(scene_number: int, chance: Random) -> str:
         scene = world[scene_number]

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,14 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from training.dataset import SIZE_PX, to_tensor
-from training.drawing import draw
+from training.drawing import draw, styled
 from training.latents import encoded
 from training.loop import Schedule, arguments, train
-from training.world import Person, Scene, moved, some_scene
+from training.world import STYLES, Person, Scene, moved, some_scene
 
-TRACKS, TRACKS_SEED = 340, 21
+TRACKS, TRACKS_SEED = 600, 21
+STYLED = 0.35
+"""Share of tracks that are not flat."""
 FRAMES, STRIDES = 8, (0, 1, 2)
 TRACK_FRAMES = STRIDES[-1] * (FRAMES - 1) + 1
 """Clips are cut out of longer tracks at strides, so a scene is seen at several speeds."""
@@ -128,9 +131,6 @@ def repeat_the_picture(unet: UNetSpatioTemporalConditionModel, spread: Tensor) -
     through[:, -skipped:, 0, 0] += torch.eye(skipped)
     unet.mid_block.attentions[0].time_pos_embed.linear_2.weight.mul_(LOUD)
     unet.add_embedding.linear_2.weight.mul_(LOUD)
-    # Kept as they are: at the rate that the rest needs, the pairs would be lost within some hundred steps.
-    for kept in (unet.conv_in, last.spatial_res_block.conv_shortcut):
-        kept.requires_grad_(False)
     out = unet.conv_out.weight.mul_(0.1)
     for k in range(channels):
         pair = 2 * (channels + k)
@@ -138,11 +138,18 @@ def repeat_the_picture(unet: UNetSpatioTemporalConditionModel, spread: Tensor) -
         out[k, pair + 1, 1, 1] += spread[k]
 
 
+def keep_the_pairs(unet: UNetSpatioTemporalConditionModel) -> None:
+    """At the rate that the rest needs, the pairs would be lost within some hundred steps."""
+    for kept in (unet.conv_in, unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut):
+        kept.requires_grad_(False)
+
+
 @dataclass(frozen=True, slots=True)
 class Track:
     scene: Scene
     speed: float
     """Of the clip with the widest stride, 0 to 1 of the world's fastest."""
+    style: str
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -155,12 +162,19 @@ class Track:
 
     def frame(self, n: int) -> NDArray[np.uint8]:
         scene, nearer = moved(self.scene, n / (TRACK_FRAMES - 1), self.speed)
-        return draw(scene, SIZE_PX, nearer)
+        return styled(draw(scene, SIZE_PX, nearer), self.style)
 
 
 def tracks(count: int, seed: int) -> list[Track]:
     random = Random(seed)
-    return [Track(some_scene(random, people=0.5), random.uniform(0.02, 1) ** 0.5) for _ in range(count)]
+    return [
+        Track(
+            some_scene(random, people=0.5),
+            random.uniform(0.02, 1) ** 0.5,
+            random.choice(STYLES[1:]) if random.random() < STYLED else "flat",
+        )
+        for _ in range(count)
+    ]
 
 
 def bucket(speed: float) -> float:
@@ -225,13 +239,16 @@ def denoising_loss(
 
 
 def main() -> int:
-    told = arguments(__doc__, steps=2400, seed=5, vae="out/training/vae", data="out/training/data")
-    vae = AutoencoderKL.from_pretrained(told.vae).requires_grad_(False)
-    pipe = pipeline(vae)
+    told = arguments(__doc__, steps=2400, rate=1e-3, seed=5, vae="out/training/vae", data="out/training/data")
+    vae = AutoencoderKL.from_pretrained(told.vae, torch_dtype=torch.float32).requires_grad_(False)
+    begun: dict[str, Any] = {"vae": vae, "torch_dtype": torch.float32}
+    pipe = StableVideoDiffusionPipeline.from_pretrained(told.init, **begun) if told.init else pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     of = tracks(TRACKS, TRACKS_SEED)
     data = prepared(of, pipe, told.data / "tracks.pt")
-    repeat_the_picture(pipe.unet, data["first"].float().square().mean(dim=(0, 1, 2, 4, 5)).sqrt())
+    if not told.init:
+        repeat_the_picture(pipe.unet, data["first"].float().square().mean(dim=(0, 1, 2, 4, 5)).sqrt())
+    keep_the_pairs(pipe.unet)
     unseen = tracks(8, TRACKS_SEED + 1)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
@@ -257,7 +274,7 @@ def main() -> int:
     train(
         {"unet": pipe.unet},
         loss,
-        Schedule(told.steps, rate=1e-3, warm_up=50),
+        Schedule(told.steps, told.rate, warm_up=50),
         told.out,
         told.seed,
         look=look,

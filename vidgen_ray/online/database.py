@@ -91,8 +91,10 @@ class Change:
 
     def next_number(self) -> int:
         """A number that no other change has, larger than those of all changes before."""
-        raised = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
-        return int(self.connection.execute(raised).scalar_one())
+        return int(self.connection.execute(NEXT_NUMBER).scalar_one())
+
+
+NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 
 def _engine(url: str, lasting: bool) -> Engine:

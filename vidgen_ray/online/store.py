@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, case, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, bindparam, case, delete, func, insert, or_, select, update
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.characters import Characters
@@ -174,7 +174,7 @@ class JobStore:
             if idempotency_key is not None:
                 ids = IDS.dump_json([job.id for job in stored]).decode()
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
-                change.connection.execute(insert(IDEMPOTENCY).values(**row, created_at=self._now()))
+                change.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
 
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
@@ -268,9 +268,12 @@ class JobStore:
         with self._database.changing() as change:
             now = self._now()
             lost = and_(JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
-            self._end(change, [lost, JOBS.c.cancel_requested], JobState.CANCELLED)
-            ids = [*change.connection.scalars(select(JOBS.c.id).where(lost).order_by(JOBS.c.seq).limit(limit))]
-            ids += change.connection.scalars(_in_turn().limit(limit - len(ids)))
+            ids = [*change.connection.scalars(select(JOBS.c.id).where(lost).order_by(JOBS.c.seq))]
+            if ids:
+                ended = self._end(change, [lost, JOBS.c.cancel_requested], JobState.CANCELLED)
+                gone = {row.id for row in ended}
+                ids = [job_id for job_id in ids if job_id not in gone][:limit]
+            ids += change.connection.scalars(IN_TURN, {"most": limit - len(ids)})
             taken: Sequence[Row[Any]] = ()
             for job_id in ids:
                 taken = (
@@ -372,7 +375,7 @@ class JobStore:
             job = job.model_copy(update={"expires_at": self._expiry(job.completed_at)})
         number = change.next_number()
         job = job.model_copy(update={"version": number})
-        change.connection.execute(insert(JOBS).values(**_values(job), seq=number))
+        change.connection.execute(insert(JOBS), _values(job) | {"seq": number})
         if job.state.is_final:
             self._announce(change, [job])
         return job
@@ -410,7 +413,7 @@ class JobStore:
         return None if self._retention_s is None or ended_at is None else ended_at + self._retention_s
 
     def _update(self, change: Change, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
-        changed = update(JOBS).where(*where).values(**values, version=change.version).returning(*JOBS.c)
+        changed = update(JOBS).where(*where).values(**values, version=change.version).returning(JOBS)
         return change.connection.execute(changed).all()
 
 
@@ -450,7 +453,7 @@ def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
 
 
 def _in_turn() -> Any:
-    """Ids of queued jobs: of every tenant its oldest, then of every one its next. Who has jobs in progress waits as if
+    """Ids of `most` queued jobs: of every tenant its oldest, then of every one its next. Who has jobs in progress waits as if
     they stood before his others."""
     busy = (
         select(JOBS.c.tenant, func.count().label("jobs"))
@@ -465,7 +468,11 @@ def _in_turn() -> Any:
         .where(JOBS.c.state == JobState.QUEUED)
         .subquery()
     )
-    return select(queued.c.id).order_by(queued.c.place, queued.c.seq)
+    return select(queued.c.id).order_by(queued.c.place, queued.c.seq).limit(bindparam("most"))
+
+
+IN_TURN = _in_turn()
+"""Put together once: a director asks for it after every job."""
 
 
 def _values(job: Job) -> dict[str, Any]:
