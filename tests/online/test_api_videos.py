@@ -99,6 +99,9 @@ def test_json_that_comes_as_a_form_is_told_apart_from_a_field(client):
 def test_a_style_is_a_restyle(client, held):
     shot = shot_of(client, made(client, style="watercolour")["id"])
     assert (shot["use_hunyuan_style"], shot["style_prompt"]) == (True, "watercolour")
+    for fast in ({"mode": "fast"}, {"model": "tiny-fast"}):
+        answer = client.post("/v1/videos", json={**SMALL, "style": "watercolour", **fast})
+        assert error_of(answer, 400)["param"] == "style"
 
 
 def test_a_model_may_have_another_name(client, held):

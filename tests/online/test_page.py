@@ -473,6 +473,11 @@ def test_a_stranger_gets_nothing(guarded):
     assert guarded.jobs("ann") == guarded.jobs("ben") == []
 
 
+def test_a_monitor_may_ask_for_the_head_alone(site):
+    answer = httpx.head(f"{site.url}/")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_every_page_says_what_may_run_on_it(site):
     for path in ("/", "/sign-in", "/clips/video_1/delete"):
         answer = httpx.request("POST" if "clips" in path else "GET", site.url + path)

@@ -79,7 +79,7 @@ def serve_command(
             server.wait_until_it_answers(stop)
             if not stop.is_set():
                 key = "a key of yours" if keys.are_required else "no key"
-                typer.echo(f"{server.url}/ is up, with profile {settings.profile}; results and jobs are in {settings.data}")
+                typer.echo(f"{server.url}/ is up, with profile {settings.profile}; {_kept(settings)}")
                 typer.echo(f"open it in a browser, or point an OpenAI client at {server.url}/v1 with {key}; Ctrl-C ends it")
             server.wait_until_it_renders(stop, lambda why: typer.echo(f"vidgen: {why}", err=True))
             if not stop.is_set():
@@ -89,3 +89,12 @@ def serve_command(
                 typer.echo(
                     f"{left} job{'s' if left > 1 else ''} went back into the queue; the next start goes on with them", err=True
                 )
+
+
+def _kept(settings: OnlineSettings) -> str:
+    """Where what outlives the server is; of a database's URL nothing that opens it."""
+    from sqlalchemy import make_url
+
+    if settings.database is None:
+        return f"results and jobs are in {settings.data}"
+    return f"results are in {settings.data}, jobs in {make_url(settings.database).render_as_string(hide_password=True)}"

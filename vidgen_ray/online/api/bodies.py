@@ -73,7 +73,7 @@ def checked_names(given: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
 
 
 def video_fields(given: Mapping[str, Any], defaults: Mapping[str, Any], *, moving: bool = True) -> dict[str, Any]:
-    """Fields of a shot, out of checked names without those that name files. `defaults` are the profile's.
+    """Fields of a shot, out of checked names without those that name files. `defaults` hold where they say nothing.
 
     With `moving` it is a clip, else a picture. Raises ApiError 400 for what does not go together.
     """
@@ -94,6 +94,8 @@ def video_fields(given: Mapping[str, Any], defaults: Mapping[str, Any], *, movin
         fields["guidance"] = {"flux": guidance, **_settings("guidance", fields.get("guidance"))}
     # OpenAI's own `style` of a picture, of which there were two, is no prompt.
     if (style := given.get("style")) is not None and style not in ("vivid", "natural"):
+        if fields.get("mode", defaults.get("mode")) == "fast":
+            raise invalid("style", "mode fast has no restyle; ask for quality, or leave it out")
         fields |= {"use_hunyuan_style": True, "style_prompt": style}
     loras = given.get("lora", given.get("loras"))
     return fields if loras is None else {**fields, "lora": _as_registered(loras)}

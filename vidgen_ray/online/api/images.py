@@ -133,7 +133,7 @@ async def _picture(
     server: Server, tenant: Tenant, received: Received, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     model, meant = server.model(given.get("model"))
-    fields = {**meant, **video_fields(given, server.served.profile.defaults, moving=False)}
+    fields = {**meant, **video_fields(given, {**server.served.profile.defaults, **meant}, moving=False)}
     fields |= await person(server, tenant, received, given)
     return fields, {"model": model, "user": text(given, "safety_identifier") or text(given, "user")}
 

@@ -149,8 +149,8 @@ async def _clip(
         given.setdefault("model", before.request.get("model"))
         given.setdefault("prompt", before.shot.prompt)
     model, meant = server.model(given.get("model"))
-    defaults = {**server.served.profile.defaults, **(base or {})}
-    fields = {**meant, **(base or {}), **video_fields(given, defaults)}
+    begun = {**meant, **(base or {})}
+    fields = {**begun, **video_fields(given, {**server.served.profile.defaults, **begun})}
     for name in ("input_reference", "image_reference"):
         if files := received.files(name):
             if len(files) > 1 or "image" in fields:

@@ -41,7 +41,7 @@ STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
 def page_routes(site: Site) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def index(request: Request) -> Response:
         tenant = await site.tenant(request)
         if tenant is None:
