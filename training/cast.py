@@ -33,15 +33,15 @@ PLACES = ("meadow", "city", "desert", "snow", "sea")
 PORTRAIT_PX = 256
 
 
-def portrait(name: str, size_px: int = PORTRAIT_PX) -> NDArray[np.uint8]:
-    """The person from the front by day, as uint8 RGB (size_px, size_px, 3)."""
+def portrait(name: str, size_px: int = PORTRAIT_PX, x: float = 0.0) -> NDArray[np.uint8]:
+    """The person from the front by day, as uint8 RGB (size_px, size_px, 3); `x` is -1 to 1, the edges of the picture."""
     place = PLACES[list(CAST).index(name) % len(PLACES)]
-    return draw(Scene(place, "sunny", pose(name), clouds=0.9), size_px)
+    return draw(Scene(place, "sunny", pose(name, x), clouds=0.9), size_px)
 
 
-def pose(name: str) -> Person:
+def pose(name: str, x: float = 0.0) -> Person:
     """Where the person is in the portrait."""
-    return Person(CAST[name], CLOTHES[list(CAST).index(name)], x=0.0, y=-0.04, radius=0.5, looks=0.0)
+    return Person(CAST[name], CLOTHES[list(CAST).index(name)], x=x, y=-0.04, radius=0.5, looks=0.0)
 
 
 def main() -> int:

@@ -45,9 +45,9 @@ def main() -> int:
         if (folder := made / name / "pipeline").exists():
             _fresh(SHIPPED / name)
             shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
-    for config in SHIPPED.rglob("config.json"):
-        _without_place(config)
-    _without_place(SHIPPED / "flux" / "model_index.json")
+    for pattern in ("config.json", "model_index.json"):
+        for config in SHIPPED.rglob(pattern):
+            _without_place(config)
     return 0
 
 

@@ -64,8 +64,9 @@ def pipeline(vae: AutoencoderKL) -> StableVideoDiffusionPipeline:
         out_channels=vae.config.latent_channels,
         block_out_channels=(64, 64),
         layers_per_block=1,
-        # The middle block has attention, over all of a picture of 8x8 and over all frames; more of it is a third of the cost.
-        down_block_types=("DownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        # A layer is told which frame it draws by attention alone, so there is some where a shift of one latent can be told.
+        # The middle block has it, too, over all of a picture of 8x8; more of it costs more than it brings.
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
         cross_attention_dim=EMBEDDING,
         num_attention_heads=(2, 2),
@@ -129,7 +130,8 @@ def repeat_the_picture(unet: UNetSpatioTemporalConditionModel, spread: Tensor) -
     through, skipped = last.spatial_res_block.conv_shortcut.weight, unet.conv_in.out_channels
     through.mul_(0.1)
     through[:, -skipped:, 0, 0] += torch.eye(skipped)
-    unet.mid_block.attentions[0].time_pos_embed.linear_2.weight.mul_(LOUD)
+    for attention in (unet.mid_block.attentions[0], unet.down_blocks[0].attentions[0]):
+        attention.time_pos_embed.linear_2.weight.mul_(LOUD)
     unet.add_embedding.linear_2.weight.mul_(LOUD)
     out = unet.conv_out.weight.mul_(0.1)
     for k in range(channels):

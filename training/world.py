@@ -158,14 +158,14 @@ def moved(scene: Scene, time: float, speed: float) -> tuple[Scene, float]:
     scene = replace(scene, clouds=(scene.clouds + 0.10 * way) % 1.0)
     if isinstance(subject, Person):
         if abs(subject.looks) < 0.3:
-            return scene, 1.0 + 0.4 * way
+            return scene, 1.0 + 0.3 * way
         heading = 1 if subject.looks > 0 else -1
         # Four steps, each of them up and down again.
         bob = 0.04 * abs((way * 4) % 2 - 1) - 0.04
-        return replace(scene, subject=replace(subject, x=subject.x + 0.6 * heading * way, y=subject.y + bob)), 1.0
+        return replace(scene, subject=replace(subject, x=subject.x + 0.45 * heading * way, y=subject.y + bob)), 1.0
     move = MOVES[subject.kind]
     if move in ("sail", "drive"):
-        return replace(scene, subject=replace(subject, x=subject.x + 0.9 * subject.faces * way)), 1.0
+        return replace(scene, subject=replace(subject, x=subject.x + 0.6 * subject.faces * way)), 1.0
     if move == "rise":
-        return replace(scene, subject=replace(subject, x=subject.x + 0.15 * way, lift=0.55 * way)), 1.0
-    return scene, 1.0 + 0.5 * way
+        return replace(scene, subject=replace(subject, x=subject.x + 0.1 * way, lift=0.4 * way)), 1.0
+    return scene, 1.0 + 0.35 * way

@@ -36,11 +36,11 @@ class Chain:
     def profile(self) -> Any:
         return load_profile("demo")
 
-    def photo(self, name: str) -> str:
-        """A portrait of somebody of the cast, as a file."""
-        file = self.folder / f"{name}.png"
+    def photo(self, name: str, x: float = 0.0) -> str:
+        """A portrait of somebody of the cast, as a file; `x` as `portrait` has it."""
+        file = self.folder / f"{name}{x:+.2f}.png"
         if not file.exists():
-            PILImage.fromarray(portrait(name)).save(file)
+            PILImage.fromarray(portrait(name, x=x)).save(file)
         return str(file)
 
     def make(self, *, disconnected: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any) -> Artefacts:

@@ -30,6 +30,8 @@ PERSON_LORA, STYLE_LORA = "builtin:demo/ada.safetensors", "builtin:demo/sketch.s
 LORA_PERSON, LORA_STYLE = "ada", "sketch"
 STYLES = {"sketch": "a pencil sketch", "night": "dark night colours", "pastel": "soft pastel colours"}
 SLOW, FAST = 20, 240
+ASIDE = 0.36
+"""Of half a picture's width: how far from its middle a face may stand and be whole."""
 Cut = Mapping[str, Mapping[str, Any]]
 UNCUT: Cut = {}
 
@@ -122,6 +124,23 @@ def photo_towards_person(chain: Chain, cases: int, cut: Cut) -> float:
         without = _likeness(chain, chain.make(**told)["image"])
         with_it = _likeness(chain, chain.make(**told, face_image=chain.photo(name), disconnected=cut)["image"])
         hits.append(with_it is not None and with_it[name] > (without or {name: -1.0})[name] + 0.02)
+    return float(np.mean(hits))
+
+
+def face_stands_where_told(chain: Chain, cases: int, cut: Cut) -> float:
+    """Share of pictures whose face is on the side where it is in the photo, of which the prompt says nothing."""
+    hits = []
+    for n in range(cases):
+        x = ASIDE if n % 2 else -ASIDE
+        photo = chain.photo(list(CAST)[n % len(CAST)], x)
+        picture = chain.make(prompt=person_prompt(n), face_image=photo, seed=n, disconnected=cut)["image"]
+        try:
+            keypoints = chain.faces.features([picture], recognisers=[RECOGNISER]).keypoints
+        except StageError:
+            hits.append(False)
+            continue
+        seen = float(keypoints[:, 0].mean()) / picture.shape[1] * 2 - 1
+        hits.append(bool(seen * np.sign(x) > ASIDE / 2))
     return float(np.mean(hits))
 
 
@@ -230,6 +249,7 @@ CHECKS: dict[str, Check] = {
     "another seed is another picture": Check(seeds_differ, 0.95, {"flux": {"seed": 7}}),
     "the person of the photo is recognised among ten": Check(person_recognised, 0.25, {"flux": {"identity_strength": 0.0}}),
     "a photo moves towards its person": Check(photo_towards_person, 0.6, {"flux": {"identity_strength": 0.0}}),
+    "a face stands where it stands in the photo": Check(face_stands_where_told, 0.5, {"flux": {"pose": "none"}}),
     "a person's LoRA moves towards the person": Check(lora_towards_person, 0.5, {"lora": {"lora_strength": 0.0}}),
     "a style's LoRA moves towards the style": Check(lora_towards_style, 0.6, {"lora": {"lora_strength": 0.0}}),
     "the restyle follows its prompt": Check(restyled, 0.7, {"hunyuan": {"style_prompt": None}}),
