@@ -242,21 +242,21 @@ def _without_prompt(*stages: str) -> Cut:
 
 GREY = np.full((128, 128, 3), 128, np.uint8)
 CHECKS: dict[str, Check] = {
-    "the thing of the prompt is drawn": Check(_prompted("subject"), 0.6, _without_prompt("flux")),
-    "it has the colour of the prompt": Check(_prompted("colour"), 0.4, _without_prompt("flux")),
-    "it is at the place of the prompt": Check(_prompted("place"), 0.7, _without_prompt("flux")),
-    "it is the time of day of the prompt": Check(_prompted("weather"), 0.7, _without_prompt("flux")),
-    "another seed is another picture": Check(seeds_differ, 0.95, {"flux": {"seed": 7}}),
-    "the person of the photo is recognised among ten": Check(person_recognised, 0.25, {"flux": {"identity_strength": 0.0}}),
-    "a photo moves towards its person": Check(photo_towards_person, 0.6, {"flux": {"identity_strength": 0.0}}),
-    "a face stands where it stands in the photo": Check(face_stands_where_told, 0.5, {"flux": {"pose": "none"}}),
+    "the thing of the prompt is drawn": Check(_prompted("subject"), 0.8, _without_prompt("flux")),
+    "it has the colour of the prompt": Check(_prompted("colour"), 0.45, _without_prompt("flux")),
+    "it is at the place of the prompt": Check(_prompted("place"), 0.8, _without_prompt("flux")),
+    "it is the time of day of the prompt": Check(_prompted("weather"), 0.8, _without_prompt("flux")),
+    "another seed is another picture": Check(seeds_differ, 0.85, {"flux": {"seed": 7}}),
+    "the person of the photo is recognised among ten": Check(person_recognised, 0.7, {"flux": {"identity_strength": 0.0}}),
+    "a photo moves towards its person": Check(photo_towards_person, 0.8, {"flux": {"identity_strength": 0.0}}),
+    "a face stands where it stands in the photo": Check(face_stands_where_told, 0.7, {"flux": {"pose": "none"}}),
     "a person's LoRA moves towards the person": Check(lora_towards_person, 0.5, {"lora": {"lora_strength": 0.0}}),
     "a style's LoRA moves towards the style": Check(lora_towards_style, 0.6, {"lora": {"lora_strength": 0.0}}),
     "the restyle follows its prompt": Check(restyled, 0.7, {"hunyuan": {"style_prompt": None}}),
     "the restyle keeps the layout": Check(layout_kept, 0.8, {"hunyuan": {"style_strength": 1.0}}),
     "a clip starts with its picture": Check(starts_with_picture, 0.9, {"svd": {"image": GREY}}),
-    "a larger motion bucket moves more": Check(bucket_moves, 0.7, {"svd": {"motion_bucket_id": 127}}),
+    "a larger motion bucket moves more": Check(bucket_moves, 0.8, {"svd": {"motion_bucket_id": 127}}),
     "fast and quality show the same": Check(
-        fast_agrees, 0.6, {"flux": {"prompt": NOBODY}, "lora": {"prompt": "a red boat by the sea at night"}}
+        fast_agrees, 0.8, {"flux": {"prompt": NOBODY}, "lora": {"prompt": "a red boat by the sea at night"}}
     ),
 }
