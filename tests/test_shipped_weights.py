@@ -31,6 +31,8 @@ def test_what_shares_the_autoencoder_is_put_together_with_it(name: str) -> None:
     shipped = SHIPPED / "flux" / "vae" / "diffusion_pytorch_model.safetensors"
     assert (folder / "vae" / shipped.name).read_bytes() == shipped.read_bytes()
     assert not (SHIPPED / name / "vae").exists()
+    for own in (path for path in (SHIPPED / name).rglob("*") if path.is_file()):
+        assert (folder / own.relative_to(SHIPPED / name)).read_bytes() == own.read_bytes()
 
 
 def test_no_pickle_but_those_that_are_published_as_such() -> None:

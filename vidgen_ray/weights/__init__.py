@@ -6,7 +6,7 @@ A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]`, or `builtin:NAME`.
 import os
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def _realesrgan(folder: Path) -> None:
     realesrgan.build(folder)
 
 
-BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
+BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
     "tiny/flux": (1, _recipe("flux")),
     "tiny/flux-schnell": (1, _recipe("flux_schnell")),
     "tiny/lora.safetensors": (1, _recipe("lora")),
@@ -43,10 +43,12 @@ BUILTIN: dict[str, tuple[int, Callable[[Path], None]]] = {
     "tiny/antelopev2": (1, _recipe("antelopev2", "tiny_faces")),
     "tiny/ir_se50.pth": (1, _recipe("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
-    "demo/hunyuandit": (1, _recipe("hunyuandit", "demo_family")),
-    "demo/svd": (1, _recipe("svd", "demo_family")),
+    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _recipe("hunyuandit", "demo_family")),
+    "demo/svd": (partial(demo_family.digest, "svd"), _recipe("svd", "demo_family")),
 }
-"""Name -> (version of the recipe, what builds it at a path: a folder, or a file where the name has an ending)."""
+"""Name -> (version of the recipe, or what gives that of its ingredients; what builds it at a path).
+
+It is a folder, or a file where the name has an ending."""
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> Path:
@@ -76,7 +78,11 @@ def _built(name: str) -> Path:
         raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join((*BUILTIN, *shipped))}")
     version, build = BUILTIN[name]
     stem, ending = os.path.splitext(name)
-    place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
+    place = (
+        cache_dir()
+        / "builtin"
+        / f"{stem.replace('/', '-')}-{version() if callable(version) else version}-torch{_torch_version()}{ending}"
+    )
     if place.exists():
         return place
     try:

@@ -3,6 +3,7 @@
 FLUX, HunyuanDiT and Stable Video Diffusion share one autoencoder, which is stored once, with FLUX.
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,15 @@ WITHOUT_AUTOENCODER = ("hunyuandit", "svd")
 def as_they_lie() -> dict[str, Path]:
     """Name -> the folder or file."""
     return {f"demo/{path.name}": path for path in sorted(SHIPPED.iterdir()) if path.name not in WITHOUT_AUTOENCODER}
+
+
+def digest(name: str) -> str:
+    """Of the files that a model is put together from: one that was trained on is another model."""
+    files = sorted(path for folder in (SHIPPED / name, AUTOENCODER) for path in folder.rglob("*") if path.is_file())
+    told = hashlib.sha256()
+    for file in files:
+        told.update(f"{file.relative_to(SHIPPED)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return told.hexdigest()[:16]
 
 
 def build_hunyuandit(folder: Path) -> None:
