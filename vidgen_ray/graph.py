@@ -62,7 +62,7 @@ PLAIN_FIELDS = tuple(
 """The fields that count in a key as they are; `steps.flux` looks inside."""
 WEIGHTS_REMEMBERED = 4096
 """Combinations of a stage, a method of identity, LoRAs and an upscaler. And files, by their path."""
-OUTPUT_VERSION = 2
+OUTPUT_VERSION = 3
 """Raised when encoding, the set of files of a shot or its record changes."""
 
 

@@ -18,7 +18,6 @@ from vidgen_ray.batch.intake import to_do
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.ledger import Ledger
 from vidgen_ray.batch.spool import Errand, Spool
-from vidgen_ray.batch.stream import stream
 from vidgen_ray.batch.watcher import Watcher
 from vidgen_ray.connection import connected, live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
@@ -158,6 +157,9 @@ def _run(parts: list[str], job: Job, ledger: Ledger, watcher: Watcher, stop: thr
     """Have the parts rendered; how many lines were not begun, since the run was stopped."""
     left = 0
     with fleet(job) as board, watched(board, watcher, stop, grace_s):
+        # Ray Data takes a second to import, in which the actors start.
+        from vidgen_ray.batch.stream import stream
+
         for errand, outcome in stream(parts, job, board):
             if outcome is None:
                 left += 1

@@ -41,6 +41,10 @@ CALLS_AT_ONCE = 2
 its work, the next call works."""
 
 
+ENCODER_NICENESS = 10
+"""Added to an encoder's. A clip can wait to be written; a GPU whose process waits for a core does nothing."""
+
+
 class Worker:
     """Stages in memory, at work on one call at a time."""
 
@@ -113,6 +117,7 @@ class Encoder:
     """Writes the files of several shots at once, call by call. What it has begun dies with it and is begun again."""
 
     def __init__(self, job: Job) -> None:
+        os.nice(ENCODER_NICENESS)
         self._job = job
         self._open: dict[str, ShotFiles] = {}
 

@@ -12,6 +12,8 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as
 from vidgen_ray.stages.base import Image
 
+PNG_LEVEL = 2
+"""Of zlib: a photograph takes a third of the time of its default, 6, and a tenth more bytes."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
@@ -55,7 +57,7 @@ def _to_rgb(path: Path, picture: PILImage.Image) -> Image:
 def encode_png(image: Image) -> bytes:
     """PNG of an (H, W, 3) image; the same bytes every time."""
     buffer = io.BytesIO()
-    PILImage.fromarray(image).save(buffer, "PNG")
+    PILImage.fromarray(image).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 
