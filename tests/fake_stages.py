@@ -39,6 +39,13 @@ def obey(prompt):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
+class EndsItsReader:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
 class FakeStage:
     """Comes before the real stage among the bases of each."""
 
@@ -65,6 +72,9 @@ class FakeInstantID(FakeStage, InstantIDStage):
 class FakeFlux(FakeStage, FluxStage):
     def one(self, shot, artefacts):
         obey(shot.prompt)
+        if shot.prompt == "end the encoder":
+            # Of a picture alone, which nobody else looks into.
+            return {"image": EndsItsReader()}
         noise = np.random.default_rng(shot.generator_seed(self.name))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from collections import Counter
 from contextlib import suppress
 
@@ -10,6 +11,8 @@ import pytest
 import ray
 
 from vidgen_ray.batch.render import render
+from vidgen_ray.connection import expect_gpus
+from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
@@ -124,6 +127,48 @@ def test_a_poison_line_costs_its_own_attempts_and_no_neighbour(tmp_path, profile
     assert {line["id"]: line["failure"]["error"] for line in failed} == {name: error for name, (_, error, _) in poison.items()}
 
 
+def test_a_picture_that_ends_encoders_costs_no_other(tmp_path, profile):
+    only_pictures = {"generate_video": False}
+    lines = [{**line, **only_pictures} for line in shots(8)]
+    lines[3:3] = [{"id": f"poison{n}", "prompt": "end the encoder", **only_pictures} for n in range(2)]
+    report, rows = rendered(tmp_path, profile, lines, use_cache=False)
+    assert (report.done, report.failed) == (8, 2), {row.id: row.failure_message for row in rows.values()}
+    for name in ("poison0", "poison1"):
+        told = rows[name]
+        assert (told.failure_stage, told.failure_error, told.failure_attempts) == ("output", "WorkerDied", 3)
+
+
+def test_a_shot_that_cannot_be_written_is_tried_as_often_as_any(tmp_path, profile):
+    folder = tmp_path / "out" / "shots"
+    folder.mkdir(parents=True)
+    (folder / "s01").touch()
+    report, rows = rendered(tmp_path, profile, shots(3))
+    assert (report.done, report.failed) == (2, 1)
+    assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
+
+
+def test_a_long_script_is_several_data_sets(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.spool.LINES_PER_PART", 2)
+    monkeypatch.setattr("vidgen_ray.batch.stream.PARTS_A_DATASET", 2)
+    report, rows = rendered(tmp_path, profile, shots(9))
+    assert (report.done, report.left, len(rows)) == (9, 0, 9)
+
+
+def test_a_run_that_is_stopped_while_it_reads_its_script_starts_nothing(tmp_path, profile):
+    stop = threading.Event()
+    stop.set()
+    report, rows = rendered(tmp_path, profile, shots(9), stop=stop)
+    assert (report.done, report.layout, rows) == (0, None, {})
+    assert report.left
+    assert rendered(tmp_path, profile, shots(9))[0].done == 9
+
+
+def test_cards_that_are_not_there_are_not_waited_for():
+    expect_gpus(2)
+    with pytest.raises(SetupError, match="the plan needs 3 GPUs, this machine has 2"):
+        expect_gpus(3)
+
+
 def test_what_goes_wrong_once_is_tried_again(tmp_path, profile):
     lines = [{"id": what, "prompt": f"{what} once {tmp_path / what}"} for what in ("raise", "die", "hang", "wedge", "full")]
     report, rows = rendered(tmp_path, profile, lines)
@@ -164,8 +209,6 @@ def test_a_shot_that_takes_long_keeps_no_other_from_being_told(tmp_path, profile
 
 
 def test_a_stopped_run_ends_what_it_began_and_the_next_does_the_rest(tmp_path, profile):
-    import threading
-
     stop = threading.Event()
     report, rows = rendered(tmp_path, profile, shots(400), Events(stop.set), stop=stop)
     assert report.failed == 0

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -96,6 +97,26 @@ class TestDone:
         commit(outputs, plan_of("mine", prompt="another"))
         assert outputs.find(mine.key) is None
         assert outputs.find(other.key).record().shot.id == "mine"
+
+    def test_a_shot_that_is_forgotten_leaves_nothing_by_which_its_person_could_be_seen(self, outputs, plan_of):
+        mine, other = plan_of("mine"), plan_of("other", prompt="another")
+        for plan in (mine, other):
+            commit(outputs, plan)
+            for step in plan.steps:
+                outputs.stage_cache.put(step.key, {"image": np.zeros((2, 2, 3), np.uint8)})
+        outputs.forget("mine")
+        outputs.forget("nobody")
+        assert (outputs.find(mine.key), outputs.done(mine), outputs.shot_folder("mine").exists()) == (None, None, False)
+        assert not any(outputs.stage_cache.has(step.key) for step in mine.steps)
+        assert outputs.find(other.key)
+        assert all(outputs.stage_cache.has(step.key) for step in other.steps)
+
+    def test_a_storage_that_does_not_answer_is_no_answer(self, outputs, plan_of):
+        plan = plan_of("x")
+        (outputs.shot_folder("x") / "shot.json").mkdir(parents=True)
+        with pytest.raises(IsADirectoryError):
+            outputs.done(plan)
+        assert outputs.find(plan.key) is None
 
     @pytest.mark.parametrize("text", [b"", b"\xff", b"../..", b"nobody", b"mine/../mine"])
     def test_a_damaged_key_leads_nowhere(self, outputs, plan_of, text):

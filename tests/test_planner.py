@@ -789,3 +789,15 @@ def test_the_same_with_processes_that_share_gpus(kind):
     planned = plan(profile, WITHOUT_STYLE, parse_gpus("8x80GB"))
     steady, _ = shots_an_hour(planned, profile)
     assert steady == pytest.approx(planned.shots_per_hour, rel=0.05)
+
+
+def test_a_card_has_one_name_whoever_tells_its_memory():
+    for told_by_torch, told_by_the_driver, sold_as in (
+        (79.1, 79.6, 80),
+        (44.4, 45.0, 48),
+        (23.7, 24.0, 24),
+        (139.8, 140.4, 141),
+    ):
+        names = {Cluster((Node((gb,), 8, None),)).card for gb in (told_by_torch, told_by_the_driver, float(sold_as))}
+        assert names == {f"{sold_as} GB"}
+    assert Cluster((Node((21.4,), 8, None),)).card == "21.4 GB"

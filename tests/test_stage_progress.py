@@ -85,7 +85,7 @@ def test_sdxl_reports_its_steps(tiny, make_shot):
     runner.load()
     told = []
     with listening(lambda *progress: told.append(progress)):
-        runner.run(plan, Item(shot))
+        runner.run(plan, Item(shot), runner.stages)
     assert told == [("instantid", 0, 0), ("instantid_sdxl", 0, 0), ("instantid_sdxl", 1, 2), ("instantid_sdxl", 2, 2)]
 
 

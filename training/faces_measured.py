@@ -27,7 +27,7 @@ from vidgen_ray.nets.faces import DetectedFace
 from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 
 SEED = 4711
-SIZES_PX, MIN_SCORE = (320, 160), 0.57
+SIZES_PX, MIN_SCORE = (640, 320, 160), 0.65
 """As the profile `demo` has them."""
 EACH = 16
 """Pictures of every member of the cast."""

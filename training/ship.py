@@ -1,4 +1,5 @@
-"""Copy what was trained into the package, in half precision, the autoencoder that three of them share once.
+"""Copy what was trained into the package, in half precision, the autoencoder that three of them share once, and the classifier
+beside the tests that ask it.
 
 python -m training.ship --from out/training
 """
@@ -19,6 +20,13 @@ from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE
 from vidgen_ray.weights.demo_family import SHIPPED, WITHOUT_AUTOENCODER
 
 LORAS = ("ada.safetensors", "sketch.safetensors")
+AS_THEY_ARE = {
+    "recogniser/ir_se50.pth": SHIPPED,
+    "recogniser/glintr100.onnx": SHIPPED / "antelopev2",
+    "detector/scrfd_10g_bnkps.onnx": SHIPPED / "antelopev2",
+    "classifier/classifier.safetensors": Path(__file__).parent.parent / "tests" / "meaning",
+}
+"""Written in half precision already -> the folder they belong in."""
 
 
 def main() -> int:
@@ -28,7 +36,8 @@ def main() -> int:
     if (flux := made / "flux" / "pipeline").exists():
         pipe = FluxPipeline.from_pretrained(flux)
         # The decoder may have learned on since FLUX looked at the autoencoder.
-        pipe.vae = AutoencoderKL.from_pretrained(made / "vae")
+        if (vae := made / "vae").exists():
+            pipe.vae = AutoencoderKL.from_pretrained(vae)
         _fresh(SHIPPED / "flux")
         pipe.to(torch.float16).save_pretrained(SHIPPED / "flux")
     if (infusenet := made / "infusenet" / "weights").exists():
@@ -45,6 +54,9 @@ def main() -> int:
         if (folder := made / name / "pipeline").exists():
             _fresh(SHIPPED / name)
             shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
+    for name, folder in AS_THEY_ARE.items():
+        if (made / name).exists():
+            shutil.copy(made / name, folder)
     for pattern in ("config.json", "model_index.json"):
         for config in SHIPPED.rglob(pattern):
             _without_place(config)

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from vidgen_ray.errors import VidgenError
+from vidgen_ray.errors import CannotWrite, VidgenError
 from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.stages.base import Artefacts
@@ -50,7 +50,8 @@ class Answer:
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> Answer:
-        final = isinstance(failed.cause, VidgenError)
+        # A disk that is full now may have room at the next attempt.
+        final = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, CannotWrite)
         wedged = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
         return cls(failure=failed.failure(), final=final, wedged=wedged)
 

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Node
 
+KIND_OF_CARD, THIS_NODE = "ray.io/accelerator-type", "ray.io/node-id"
+"""Labels that Ray gives its nodes."""
 CONNECT_S = 10
 ASK_S = 120
 
@@ -39,6 +42,16 @@ def connected(address: str | None, cpus: float) -> Iterator[None]:
                 ray.shutdown()
 
 
+def expect_gpus(count: int) -> None:
+    """Raises SetupError where the Ray that was started here has fewer: a run would wait for them for ever."""
+    has = int(ray.cluster_resources().get("GPU", 0))
+    if has < count:
+        raise SetupError(
+            f"the plan needs {count} GPUs, this machine has {has}; "
+            "render on a cluster with --address, or leave --gpus out, so that the run looks what is there"
+        )
+
+
 def live_cluster() -> Cluster:
     """The nodes of the Ray that this process is connected to, with each GPU's memory as its own machine gives it."""
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -52,7 +65,17 @@ def live_cluster() -> Cluster:
         found = dict(zip(asked, ray.get(list(asked.values()), timeout=ASK_S), strict=True))
     except ray.exceptions.GetTimeoutError:
         raise SetupError("the cluster's GPU nodes do not answer; say what they have by --gpus, as 8x80GB") from None
-    return Cluster(tuple(_node(node, found.get(node["NodeID"], ())) for node in alive))
+    nodes = [_node(node, found.get(node["NodeID"], ())) for node in alive]
+    return Cluster(tuple(replace(node, label=label) for node, label in zip(nodes, _labels(alive, nodes), strict=True)))
+
+
+def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
+    """By which Ray finds nodes with the same cards: their kind, which a node that takes the place of another has, too, or else
+    the node itself."""
+    kinds = [node.get("Labels", {}).get(KIND_OF_CARD) for node in alive]
+    for node, kind in zip(alive, kinds, strict=True):
+        cards = {round(gb) for other, its in zip(nodes, kinds, strict=True) if its == kind for gb in other.gpus}
+        yield (KIND_OF_CARD, kind) if kind and len(cards) == 1 else (THIS_NODE, node["NodeID"])
 
 
 def _node(node: dict[str, Any], gpus_gb: tuple[float, ...]) -> Node:

@@ -75,6 +75,10 @@ class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
 
 
+class CannotWrite(MediaError):
+    """A file cannot be written: the disk's business, not that of what was to be written."""
+
+
 class Cancelled(VidgenError):
     """Nobody wants the result any more, so the work ended in its middle. Not a failure of the shot."""
 

@@ -76,7 +76,6 @@ class Turns:
         self._stages = stages
         self._groups = groups
         self._present: Sequence[str] = ()
-        self.swaps = 0
 
     def load(self) -> None:
         """Load every stage; a stage of a group is taken off the GPU again before the next is loaded."""
@@ -96,5 +95,4 @@ class Turns:
         _free()
         for member in group:
             self._stages[member].move(self._stages[member].params.device)
-        self.swaps += bool(self._present)
         self._present = group

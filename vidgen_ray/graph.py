@@ -95,12 +95,6 @@ def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
     return tuple(stage for stage in STAGES if stage.applies(shot))
 
 
-def stages_used(shots: Iterable[Shot]) -> tuple[type[Stage[Any]], ...]:
-    """The stages that at least one shot passes, in order."""
-    used = {stage for shot in shots for stage in stages_of(shot)}
-    return tuple(stage for stage in STAGES if stage in used)
-
-
 def check_profile(profile: Profile) -> None:
     """Raises ProfileError for an actor that no stage lives on, and for further weights that are of no use."""
     known = list(dict.fromkeys(stage.actor for stage in STAGES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -67,12 +67,11 @@ class StepRunner:
         """Raises SetupError where weights are missing or of another kind."""
         self.turns.load()
 
-    def run(self, plan: ShotPlan, item: Item, steps: Iterable[str] | None = None) -> tuple[Item, list[StepRecord]]:
-        """Take the item through these steps of its plan, or those whose stages are held here. Raises StepFailed."""
-        wanted = self.stages if steps is None else set(steps)
+    def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
+        """Take the item through these steps of its plan. Raises StepFailed."""
         records = []
         for step in plan.steps:
-            if step.stage in wanted:
+            if step.stage in steps:
                 item, record = self._step(step, item)
                 records.append(record)
         return item, records

@@ -22,9 +22,11 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.jobs import Job, JobError
+from vidgen_ray.online.keys import load_keys
 from vidgen_ray.online.served import Served, served
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store import JobStore, open_store
+from vidgen_ray.online.work_queue import HowFar
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -64,7 +66,7 @@ class LocalDirector:
     def _run(self) -> None:
         while not self._ending.is_set():
             self._news.clear()
-            jobs = [] if self.held.is_set() else self._store.claim("director", 60, 1)
+            jobs = [] if self.held.is_set() else self._store.queue.claim("director", 60, 1)
             for job in jobs:
                 self._lead(job)
             if not jobs:
@@ -72,9 +74,9 @@ class LocalDirector:
 
     def _lead(self, job: Job) -> None:
         def told(stage: str, step: int, steps: int) -> None:
-            if self._ending.is_set() or self._store.heartbeat("director", [job.id], 60):
+            if self._ending.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
                 raise Cancelled
-            self._store.progress(job.id, "director", stage=stage, step=step, steps=steps, percent=50)
+            self._store.queue.progress("director", [HowFar(job.id, stage, step, steps, 50)])
 
         try:
             plan = self._served.plan(job.shot)
@@ -84,12 +86,12 @@ class LocalDirector:
             done = self._outputs.find(plan.key)
             assert done is not None
             seconds = {step.stage: step.seconds for step in done.record().stages}
-            self._store.completed(job.id, "director", shot_id=done.record().shot.id or "", stage_seconds=seconds)
+            self._store.queue.completed(job.id, "director", shot_id=done.record().shot.id or "", stage_seconds=seconds)
         except Cancelled:
-            self._store.cancelled(job.id, "director")
+            self._store.queue.cancelled(job.id, "director")
         except StepFailed as failed:
             error = JobError(code="stage_failed", message=str(failed), stage=failed.stage)
-            self._store.failed(job.id, "director", error)
+            self._store.queue.failed(job.id, "director", error)
 
 
 def by_pipeline(profile: Profile, data: Path) -> Make:
@@ -151,7 +153,9 @@ def local_server(
     store = open_store(settings)
     director = LocalDirector(store, found, outputs, make or painted(found.profile, outputs, step_s))
     try:
-        app = make_app(settings, store, outputs, found, accepted=director.wake, page=False)
+        app = make_app(
+            settings, store, outputs, found, load_keys(settings.keys_file, settings.limits), accepted=director.wake, page=False
+        )
         yield LocalServer(app, settings, store, outputs, director, found)
     finally:
         director.close()

@@ -15,6 +15,7 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.course import Course
 from vidgen_ray.online.jobs import Job, JobError
 from vidgen_ray.online.store import JobStore
+from vidgen_ray.online.work_queue import HowFar
 from vidgen_ray.online.workbench import Progress
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import Stage
@@ -41,7 +42,7 @@ class Director(threading.Thread):
 
     def run(self) -> None:
         while not self._over.is_set():
-            for job in self._store.claim(OWNER, LEASE_S, 1):
+            for job in self._store.queue.claim(OWNER, LEASE_S, 1):
                 self._lead(job)
             time.sleep(0.02)
 
@@ -56,7 +57,7 @@ class Director(threading.Thread):
 
         def tell(stage: str, step: int, steps: int) -> None:
             percent = course.percent(Progress(stage, step, steps))
-            self._store.progress(job.id, OWNER, stage=stage, step=step, steps=steps, percent=percent)
+            self._store.queue.progress(OWNER, [HowFar(job.id, stage, step, steps, percent)])
             while not self.gate.wait(0.02) and not self._wanted_to_end(job):
                 pass
             if self._wanted_to_end(job):
@@ -66,16 +67,16 @@ class Director(threading.Thread):
             with listening(tell):
                 record = self._pipeline.render(job.shot)
         except Cancelled:
-            self._store.cancelled(job.id, OWNER)
+            self._store.queue.cancelled(job.id, OWNER)
         except Exception as error:
             reason = error.__cause__ or error
-            self._store.failed(job.id, OWNER, JobError(code="stage_failed", message=str(reason)))
+            self._store.queue.failed(job.id, OWNER, JobError(code="stage_failed", message=str(reason)))
         else:
             seconds = {step.stage: step.seconds for step in record.stages}
-            self._store.completed(job.id, OWNER, shot_id=record.shot.id or "", stage_seconds=seconds)
+            self._store.queue.completed(job.id, OWNER, shot_id=record.shot.id or "", stage_seconds=seconds)
 
     def _wanted_to_end(self, job: Job) -> bool:
-        return self._over.is_set() or bool(self._store.heartbeat(OWNER, [job.id], LEASE_S))
+        return self._over.is_set() or bool(self._store.queue.heartbeat(OWNER, [job.id], LEASE_S))
 
 
 @contextmanager

@@ -495,6 +495,7 @@ def test_files_of_a_deleted_clip_leave_the_disk_unless_another_has_them(tiny, tm
             forget_old(server.store, server.outputs)
             server.store._now = now
             assert folder.exists() == there
+            assert any((tmp_path / "keys").iterdir()) == there
 
 
 def test_many_creates_at_once_are_stored_or_refused(server, held):

@@ -6,9 +6,12 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
+from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, painted
+from vidgen_ray.online import director
 from vidgen_ray.online.jobs import JobKind, JobState
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.outputs.records import Failure
 from vidgen_ray.script import check_shot
 
 SMALL = {"prompt": "a man", "size": "64x64", "num_frames": 2, "upscale": False}
@@ -236,6 +239,48 @@ def test_remix_keeps_everything_but_what_it_says(client, held):
     before, after = shot_of(client, first["id"]), shot_of(client, second["id"])
     assert after == {**before, "prompt": "another", "seed": 5}
     assert second["remixed_from_video_id"] == first["id"]
+
+
+def test_a_remix_takes_the_model_and_the_person_that_it_names(client, held):
+    photo = client.post("/v1/files", files={"file": ("me.jpg", ASTRONAUT.read_bytes())}).json()["id"]
+    first = made(client, model="tiny-fast", face_image=[photo])
+    person = shot_of(client, first["id"])["face_image"]
+    assert shot_of(client, first["id"])["mode"] == "fast"
+
+    def remixed(**fields):
+        answer = client.post(f"/v1/videos/{first['id']}/remix", json=fields)
+        assert answer.status_code == 200, answer.text
+        return shot_of(client, answer.json()["id"])
+
+    assert (remixed(prompt="x")["mode"], remixed(prompt="x")["face_image"]) == ("fast", person)
+    assert (remixed(model="tiny")["mode"], remixed(model="tiny")["face_image"]) == ("quality", person)
+    assert "face_image" not in remixed(face_image=[])
+    client.post("/v1/videos/characters", files={"image": ("me.jpg", ASTRONAUT.read_bytes())}, data={"name": "Eileen"})
+    assert remixed(character="Eileen")["face_image"] == [photo]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("videos", {"prompt": "x", "width": 10**400}, "width"),
+        ("videos", {"prompt": "x", "metadata": {"a": "b" * 70_000}}, "metadata"),
+        ("videos", {"prompt": "x", "face_image": ["file-1"] * 100}, "face_image"),
+        ("images/edits", {"prompt": "x", "image": ["file-1"] * 100}, "image"),
+        ("images/generations", {"prompt": "x", "n": 2, "seed": 1e300}, "seed"),
+    ],
+)
+def test_too_much_of_anything_is_refused(client, path, body, param):
+    assert error_of(client.post(f"/v1/{path}", json=body), 400)["param"] == param
+
+
+def test_nothing_says_where_files_are_on_the_server(client, server):
+    message = error_of(client.post("/v1/videos", json={**SMALL, "upscale": True, "upscaler": "nope"}), 400)["message"]
+    assert "nope" in message
+    assert "/" not in message
+    failure = Failure(stage="flux", error="RuntimeError", message="/srv/data/cache/x.png: broken", attempts=1, worker="a")
+    assert director.error_of(failure).message == "flux: x.png: broken"
+    full = Failure(stage="output", error="CannotWrite", message="/srv/x.png: cannot be written", attempts=3, worker="a")
+    assert (director.error_of(full).type, director.error_of(full).code) == ("server_error", "stage_failed")
 
 
 def test_deleted_is_unseen_and_cancelled(client, held, server):

@@ -232,8 +232,8 @@ def store_with(tmp_path, clock, webhooks) -> JobStore:
 
 def ended_job(store) -> str:
     job, _ = store.create(a_job())
-    store.claim("d", 30, 1)
-    store.completed(job.id, "d", shot_id="s", stage_seconds={})
+    store.queue.claim("d", 30, 1)
+    store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
     return job.id
 
 
@@ -292,6 +292,20 @@ def test_a_webhook_inside_is_not_told_unless_that_is_allowed(site, tmp_path):
     ended_job(store)
     assert Courier(webhooks, store.outbox).deliver() == 0
     assert site.asked == []
+
+
+def test_who_does_not_answer_holds_up_his_own_messages_alone(site, tmp_path):
+    webhooks = Webhooks(
+        targets=[{"name": name, "url": f"{site.url}/{name}", "secret": SECRET} for name in ("dead", "alive")],
+        allow_private=True,
+        timeout_s=5,
+    )
+    store = store_with(tmp_path, Clock(), webhooks)
+    for _ in range(3):
+        ended_job(store)
+    site.answers = {"/dead": (500, {}, b""), "/alive": (204, {}, b"")}
+    assert Courier(webhooks, store.outbox).deliver() == 3
+    assert sorted(path for path, _, _ in site.asked) == ["/alive"] * 3 + ["/dead"]
 
 
 def test_waits_grow_to_an_hour():

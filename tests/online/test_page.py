@@ -13,7 +13,7 @@ import pytest
 
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.jobs import Job, JobError, JobKind, JobState, new_id
-from vidgen_ray.online.keys import hash_of, new_key
+from vidgen_ray.online.keys import hash_of, load_keys, new_key
 from vidgen_ray.online.served import served
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store import JobStore, open_store
@@ -109,7 +109,7 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
             sites.callback(running.close)
 
             def start() -> None:
-                app = make_app(told, store, pipeline.outputs, served(pipeline.profile))
+                app = make_app(told, store, pipeline.outputs, served(pipeline.profile), load_keys(told.keys_file, told.limits))
                 running.enter_context(listening_on(app, port))
 
             start()
@@ -463,6 +463,25 @@ def test_signing_in_with_a_key(guarded, open_page):
     expect(page.get_by_label("API key")).to_be_visible()
     assert httpx.get(f"{guarded.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401
     open_page.said[:] = [text for text in open_page.said if "403" not in text]
+
+
+def test_a_cookie_that_was_asked_for_by_https_is_never_sent_in_clear(guarded):
+    for proxy, secure in (({}, False), ({"x-forwarded-proto": "https"}, True)):
+        answer = httpx.post(f"{guarded.url}/sign-in", data={"key": guarded.key}, headers=proxy)
+        assert ("Secure" in answer.headers["set-cookie"]) == secure
+
+
+def test_who_signs_in_may_send_a_key_and_no_more(guarded):
+    assert httpx.post(f"{guarded.url}/sign-in", data={"key": "x" * 10_000}).status_code == 413
+    assert httpx.post(f"{guarded.url}/sign-in", data={"key": "x"}).status_code == 403
+
+
+def test_a_number_of_thousands_of_digits_is_no_number(site):
+    for field in ("num_frames", "size"):
+        fields = {"prompt": "x", "size": "64x64", field: "9" * 5000 if field == "num_frames" else f"{'9' * 5000}x64"}
+        assert httpx.post(site.url, data=fields).status_code == 422
+    with httpx.stream("GET", f"{site.url}/events?since={'9' * 5000}") as answer:
+        assert answer.status_code == 200
 
 
 def test_a_stranger_gets_nothing(guarded):

@@ -17,9 +17,9 @@ from vidgen_ray.online.store import (
     JobStore,
     LimitReached,
     QueueFull,
-    TenantLimits,
     UnknownJob,
 )
+from vidgen_ray.online.work_queue import HowFar
 from vidgen_ray.shot import Shot
 
 
@@ -81,7 +81,7 @@ def test_a_key_whose_jobs_are_forgotten_creates_anew(store, clock):
     first, _ = store.create(a_job(), idempotency_key="x", fingerprint="f")
     store.delete(first.id, "ada")
     clock.seconds += FORGOTTEN_AFTER_S + 1
-    store.purge()
+    store.purge(lambda key: None, 9)
     second, created = store.create(a_job(), idempotency_key="x", fingerprint="f")
     assert created
     assert store.create(a_job(), idempotency_key="x", fingerprint="f") == (second, False)
@@ -100,9 +100,9 @@ def test_the_queue_and_a_tenants_share_of_it_are_bounded(store):
     with pytest.raises(QueueFull):
         store.create(a_job("eve"), max_queued=2)
     with pytest.raises(LimitReached):
-        store.create(a_job(), limits=TenantLimits(open_jobs=1))
+        store.create(a_job(), max_open=1)
     # What is there already waits for nobody.
-    _, created = store.create(a_job(state=JobState.COMPLETED, completed_at=5.0), max_queued=2, limits=TenantLimits(open_jobs=1))
+    _, created = store.create(a_job(state=JobState.COMPLETED, completed_at=5.0), max_queued=2, max_open=1)
     assert created
 
 
@@ -143,122 +143,122 @@ def test_lists_can_be_of_some_states(store):
 def test_tenants_take_turns(store):
     ada = [store.create(a_job("ada"))[0].id for _ in range(4)]
     bob = [store.create(a_job("bob"))[0].id for _ in range(2)]
-    claimed = [job.id for job in store.claim("d", 30, 3)]
+    claimed = [job.id for job in store.queue.claim("d", 30, 3)]
     assert claimed == [ada[0], bob[0], ada[1]]
     # Ada has two in progress, so Bob's next goes before hers.
-    assert [job.id for job in store.claim("d", 30, 9)] == [bob[1], ada[2], ada[3]]
+    assert [job.id for job in store.queue.claim("d", 30, 9)] == [bob[1], ada[2], ada[3]]
 
 
 def test_a_claimed_job_says_so(store, clock):
     job, _ = store.create(a_job())
-    (claimed,) = store.claim("d", 30, 5)
+    (claimed,) = store.queue.claim("d", 30, 5)
     assert (claimed.state, claimed.attempts, claimed.started_at) == (JobState.IN_PROGRESS, 1, clock.seconds)
     assert store.get(job.id, "ada") == claimed
     assert claimed.version > job.version
-    assert store.claim("e", 30, 5) == []
+    assert store.queue.claim("e", 30, 5) == []
 
 
 def test_no_job_is_claimed_twice(store):
     for _ in range(20):
         store.create(a_job())
     with ThreadPoolExecutor(4) as pool:
-        taken = [job.id for jobs in pool.map(lambda n: store.claim(f"d{n}", 30, 4), range(8)) for job in jobs]
+        taken = [job.id for jobs in pool.map(lambda n: store.queue.claim(f"d{n}", 30, 4), range(8)) for job in jobs]
     assert len(taken) == len(set(taken)) == 20
 
 
 def test_a_lease_that_ran_out_is_another_ones(store, clock):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
+    (job,) = store.queue.claim("d", 30, 5)
     clock.seconds += 20
-    assert store.heartbeat("d", [job.id], 30) == set()
+    assert store.queue.heartbeat("d", [job.id], 30) == set()
     clock.seconds += 20
-    assert store.claim("e", 30, 5) == []
+    assert store.queue.claim("e", 30, 5) == []
     clock.seconds += 20
-    (again,) = store.claim("e", 30, 5)
+    (again,) = store.queue.claim("e", 30, 5)
     assert (again.id, again.attempts) == (job.id, 2)
     # The first owner has lost it, whatever it says now.
-    assert store.heartbeat("d", [job.id], 30) == {job.id}
-    assert not store.progress(job.id, "d", stage="flux", step=1, steps=2, percent=50)
-    assert not store.completed(job.id, "d", shot_id="s", stage_seconds={})
-    assert not store.failed(job.id, "d", JobError(code="x", message="y"))
+    assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
+    assert not store.queue.progress("d", [HowFar(job.id, "flux", 1, 2, 50)])
+    assert not store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+    assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
     assert store.get(job.id, "ada") == again
 
 
 def test_progress_never_goes_back(store):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
-    assert store.progress(job.id, "d", stage="flux", step=3, steps=4, percent=40)
-    assert store.progress(job.id, "d", stage="svd", step=1, steps=25, percent=35)
+    (job,) = store.queue.claim("d", 30, 5)
+    assert store.queue.progress("d", [HowFar(job.id, "flux", 3, 4, 40)])
+    assert store.queue.progress("d", [HowFar(job.id, "svd", 1, 25, 35)])
     now = store.get(job.id, "ada")
     assert (now.progress, now.stage, now.step, now.steps) == (40, "svd", 1, 25)
 
 
 def test_what_has_ended_stays_as_it_ended(store, clock):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
-    assert store.completed(job.id, "d", shot_id="online-1", stage_seconds={"flux": 1.5})
+    (job,) = store.queue.claim("d", 30, 5)
+    assert store.queue.completed(job.id, "d", shot_id="online-1", stage_seconds={"flux": 1.5})
     done = store.get(job.id, "ada")
     assert (done.state, done.progress, done.shot_id) == (JobState.COMPLETED, 100, "online-1")
     assert (done.completed_at, done.expires_at, done.stage_seconds) == (clock.seconds, clock.seconds + 3600, {"flux": 1.5})
-    assert not store.failed(job.id, "d", JobError(code="x", message="y"))
-    assert not store.cancelled(job.id, "d")
+    assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
+    assert not store.queue.cancelled(job.id, "d")
     assert store.request_cancel(job.id, "ada") == done
 
 
 def test_a_failed_job_says_why(store):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
+    (job,) = store.queue.claim("d", 30, 5)
     why = JobError(code="stage_failed", message="no face in the photo", stage="instantid", param="face_image")
-    assert store.failed(job.id, "d", why)
+    assert store.queue.failed(job.id, "d", why)
     assert store.get(job.id, "ada").error == why
 
 
 def test_a_queued_job_is_cancelled_at_once(store):
     job, _ = store.create(a_job())
     assert store.request_cancel(job.id, "ada").state == JobState.CANCELLED
-    assert store.claim("d", 30, 5) == []
+    assert store.queue.claim("d", 30, 5) == []
 
 
 def test_a_job_in_progress_is_cancelled_by_its_owner(store):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
+    (job,) = store.queue.claim("d", 30, 5)
     asked = store.request_cancel(job.id, "ada")
     assert (asked.state, asked.cancel_requested) == (JobState.IN_PROGRESS, True)
-    assert store.heartbeat("d", [job.id], 30) == {job.id}
-    assert store.cancelled(job.id, "d")
+    assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
+    assert store.queue.cancelled(job.id, "d")
     assert store.get(job.id, "ada").state == JobState.CANCELLED
 
 
 def test_a_job_whose_cancel_nobody_carried_out_is_not_begun_again(store, clock):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
+    (job,) = store.queue.claim("d", 30, 5)
     store.request_cancel(job.id, "ada")
     clock.seconds += 31
-    assert store.claim("e", 30, 5) == []
+    assert store.queue.claim("e", 30, 5) == []
     assert store.get(job.id, "ada").state == JobState.CANCELLED
 
 
 def test_a_deleted_job_is_unseen_and_ends(store):
     store.create(a_job())
-    (job,) = store.claim("d", 30, 5)
+    (job,) = store.queue.claim("d", 30, 5)
     cursor = store.latest()
     assert store.delete(job.id, "ada")
     assert store.get(job.id, "ada") is None
     assert store.list("ada").jobs == []
     assert not store.delete(job.id, "ada")
     assert store.changed_since(cursor, tenant="ada").deleted == [job.id]
-    assert store.heartbeat("d", [job.id], 30) == {job.id}
-    assert store.cancelled(job.id, "d")
+    assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
+    assert store.queue.cancelled(job.id, "d")
 
 
 def test_a_director_that_stops_gives_its_jobs_back(store):
     first, second = store.create(a_job())[0], store.create(a_job())[0]
-    store.claim("d", 30, 1)
-    store.release("d", [first.id])
-    again = store.claim("e", 30, 1)
+    store.queue.claim("d", 30, 1)
+    store.queue.release("d", [first.id])
+    again = store.queue.claim("e", 30, 1)
     assert [(job.id, job.attempts) for job in again] == [(first.id, 1)]
-    assert store.release_others("f") == 1
-    assert [job.id for job in store.claim("f", 30, 5)] == [first.id, second.id]
+    store.queue.release("e", [first.id])
+    assert [job.id for job in store.queue.claim("f", 30, 5)] == [first.id, second.id]
 
 
 def test_changes_are_told_once_and_in_order(store):
@@ -269,7 +269,7 @@ def test_changes_are_told_once_and_in_order(store):
     rest = store.changed_since(seen.cursor, tenant="ada", limit=2)
     assert [job.id for job in rest.jobs] == [jobs[2].id]
     assert store.changed_since(rest.cursor, tenant="ada").jobs == []
-    store.claim("d", 30, 9)
+    store.queue.claim("d", 30, 9)
     # One change of several jobs comes whole, whatever the limit.
     assert len(store.changed_since(rest.cursor, tenant="ada", limit=1).jobs) == 3
     assert store.changed_since(store.latest()).jobs == []
@@ -293,26 +293,51 @@ def test_no_change_is_missed_while_many_are_made(store):
 
 
 def test_old_jobs_are_forgotten_with_the_files_that_nobody_else_has(store, clock):
-    done = [store.create(a_job())[0], store.create(a_job())[0], store.create(a_job())[0]]
-    for job, shot_id in zip(store.claim("d", 30, 9), ("shared", "shared", "own"), strict=True):
-        store.completed(job.id, "d", shot_id=shot_id, stage_seconds={})
+    done = [store.create(a_job(key=key))[0] for key in ("shared", "shared", "own")]
+    for job in store.queue.claim("d", 30, 9):
+        store.queue.completed(job.id, "d", shot_id=job.key, stage_seconds={})
     store.delete(done[0].id, "ada")
     store.delete(done[2].id, "ada")
-    assert store.purge() == []
+    gone = []
+    assert store.purge(gone.append, 9) == 0
     clock.seconds += FORGOTTEN_AFTER_S + 1
-    assert store.purge() == ["own"]
+    assert (store.purge(gone.append, 1), store.purge(gone.append, 1), store.purge(gone.append, 1)) == (1, 1, 0)
+    assert gone == ["own"]
     clock.seconds += 3600
-    assert store.purge() == []
+    store.purge(gone.append, 9)
     assert store.list("ada").jobs == []
     clock.seconds += FORGOTTEN_AFTER_S + 1
-    assert store.purge() == ["shared"]
+    assert store.purge(gone.append, 9) == 1
+    assert gone == ["own", "shared"]
+
+
+def test_what_could_not_be_removed_is_removed_the_next_time(store, clock):
+    job, _ = store.create(a_job())
+    store.delete(job.id, "ada")
+    clock.seconds += FORGOTTEN_AFTER_S + 1
+
+    def fails(key):
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        store.purge(fails, 9)
+    assert store.purge(lambda key: None, 9) == 1
+
+
+def test_a_job_whose_files_went_while_it_was_created_is_queued(store):
+    done = a_job(state=JobState.COMPLETED, progress=100, completed_at=5.0, shot_id="online-1")
+    (there, gone), _ = store.create_all(
+        [done, done.model_copy(update={"id": "video_2"})], is_there=lambda job: job.id == done.id
+    )
+    assert (there.state, gone.state, gone.progress, gone.shot_id) == (JobState.COMPLETED, JobState.QUEUED, 0, None)
+    assert [job.id for job in store.queue.claim("d", 30, 9)] == ["video_2"]
 
 
 def test_jobs_are_counted(store):
     store.create(a_job())
     store.create(a_job())
     store.create(a_job("bob", JobKind.IMAGE))
-    store.claim("d", 30, 1)
+    store.queue.claim("d", 30, 1)
     assert store.counts() == {
         ("ada", JobKind.VIDEO, JobState.IN_PROGRESS): 1,
         ("ada", JobKind.VIDEO, JobState.QUEUED): 1,
@@ -339,26 +364,32 @@ def test_uploads_belong_to_who_brought_them(store):
     assert store.uploads.add("ada", "file-1", "ab.png", 5) == upload
     assert store.uploads.get("file-1", "ada") == upload
     assert store.uploads.get("file-1", "bob") is None
-    assert not store.uploads.delete("file-1", "bob")
-    assert store.uploads.delete("file-1", "ada")
+    removed = []
+    assert not store.uploads.delete("file-1", "bob", removed.append)
+    store.uploads.add("bob", "file-1", "ab.png", 5)
+    assert store.uploads.delete("file-1", "ada", removed.append)
     assert store.uploads.get("file-1", "ada") is None
+    assert removed == []
+    assert store.uploads.delete("file-1", "bob", removed.append)
+    store.uploads.remove_unwanted(["cd.png"], removed.append)
+    assert removed == ["ab.png", "cd.png"]
 
 
 def test_the_end_of_a_job_leaves_a_message(store, clock):
     job, _ = store.create(a_job())
-    store.claim("d", 30, 1)
-    assert store.outbox.due(9, 60) == []
-    store.completed(job.id, "d", shot_id="s", stage_seconds={})
-    (message,) = store.outbox.due(9, 60)
+    store.queue.claim("d", 30, 1)
+    assert store.outbox.due(60) == []
+    store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+    (message,) = store.outbox.due(60)
     assert (message.event, message.job, message.target, message.tries) == ("video.completed", job.id, "hook", 0)
-    assert store.outbox.due(9, 60) == []
+    assert store.outbox.due(60) == []
     store.outbox.postpone(message.id, 10)
     clock.seconds += 11
-    (again,) = store.outbox.due(9, 60)
+    (again,) = store.outbox.due(60)
     assert (again.id, again.tries) == (message.id, 1)
     store.outbox.taken(message.id)
     clock.seconds += 100
-    assert store.outbox.due(9, 60) == []
+    assert store.outbox.due(60) == []
 
 
 def test_what_was_stored_outlives_a_killed_process(store, database_url):
@@ -366,7 +397,7 @@ def test_what_was_stored_outlives_a_killed_process(store, database_url):
         "import os, sys; from vidgen_ray.online.store import JobStore; from tests.online.test_store import a_job\n"
         "store = JobStore(sys.argv[1]); print(store.create(a_job())[0].id, flush=True)\n"
         "with store._database.changing() as change:\n"
-        "    store._insert(change, a_job()); os.kill(os.getpid(), 9)"
+        "    store._rows.insert(change, a_job()); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, database_url], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

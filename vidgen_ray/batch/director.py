@@ -58,7 +58,7 @@ class Done(NamedTuple):
 
     def shared(self) -> Done:
         """The same for a shot that has it from another one."""
-        free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0}
+        free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0, "adapter_loads": 0}
         return self._replace(records=tuple(record.model_copy(update=free) for record in self.records))
 
 
@@ -82,12 +82,14 @@ class Director:
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for part in batch["part"]:
+            before = ray.get(self._board.given.remote(str(part)))
+            if self._stopping and not before:
+                continue
             lines = read_part(self._job.outputs, str(part))
             errands = [Errand.from_line(line) for line in lines]
             faces = Counter(step.key for errand in errands for step in errand.plan.steps if step.stage == InstantIDStage.name)
             self._in_loop(self._expect(faces)).result()
             running = [self._in_loop(self._shot(errand)) for errand in errands]
-            before = ray.get(self._board.given.remote(str(part)))
             for number in chain(before, _as_they_end(running, besides=before)):
                 outcome = running[number].result()
                 # The run stops, and the line was not begun.
@@ -143,7 +145,10 @@ class Director:
 
     async def _rendered(self, plan: ShotPlan) -> ShotRecord:
         if self._look_first:
-            done = await asyncio.to_thread(self._job.outputs.done, plan, self._job.keep_stages)
+            done = None
+            # A storage that does not answer now has the shot rendered again, which is the same shot.
+            with suppress(OSError):
+                done = await asyncio.to_thread(self._job.outputs.done, plan, self._job.keep_stages)
             if done is not None:
                 return done.record()
         order = next(self._orders)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -17,12 +18,21 @@ from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.calls import OUTPUT, Answer
 from vidgen_ray.graph import ShotPlan
-from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
 
 Chunks = AsyncIterator[tuple[StepRecord, Any]]
 """Records and frames of a clip's chunks, enlarged, in order."""
+
+
+class NotWritten(Exception):
+    """An encoder answered that it could not."""
+
+    def __init__(self, answer: Answer, failure: Failure) -> None:
+        self.final = answer.final
+        self.failure = failure
+        super().__init__(failure.message)
 
 
 class Encoders:
@@ -33,34 +43,76 @@ class Encoders:
         self._metrics = metrics
         hands = [Hand(ray.get_actor(name), name) for name in job.encoder_names]
         self._open = dict.fromkeys(hands, 0)
+        self._freed = asyncio.Event()
+        self._one_suspect = asyncio.Lock()
+        self._kept_free: Hand | None = None
+        """The encoder that a suspect has to itself, or waits for."""
         self._up = {hand: asyncio.ensure_future(hand.ready()) for hand in hands}
 
     async def written(
         self, plan: ShotPlan, artefacts: Any, records: tuple[StepRecord, ...], chunks: Callable[[], Chunks] | None
     ) -> ShotRecord:
-        """Encode and commit; `chunks` begins to enlarge the clip, where it is to be. Raises GaveUp, InputsLost."""
-        blamed = 0
-        while True:
-            encoder = await self._free()
-            self._open[encoder] += 1
-            try:
-                return await self._encoded(encoder, plan, artefacts, records, chunks)
-            except CallLost as lost:
-                self._metrics.retried(OUTPUT)
-                self._lost(encoder)
-                blamed += lost.blamed or lost.suspect
-                if blamed >= self._attempts:
-                    raise GaveUp(lost_for_good(OUTPUT, lost, blamed)) from None
-            finally:
-                self._open[encoder] -= 1
+        """Encode and commit; `chunks` begins to enlarge the clip, where it is to be. Raises GaveUp, InputsLost.
 
-    async def _free(self) -> Hand:
-        """The encoder that is up with the fewest clips, or the first that comes up. Raises GaveUp where none will."""
+        A clip whose process died with others in hand is tried alone, as the workers' calls are.
+        """
+        blamed, suspected = 0, False
+        while True:
+            async with self._one_at_a_time() if suspected else nullcontext():
+                encoder = await self._taken(alone=suspected)
+                try:
+                    return await self._encoded(encoder, plan, artefacts, records, chunks)
+                except NotWritten as reason:
+                    blamed += 1
+                    failure, final = reason.failure, reason.final
+                    self._metrics.step_failed(OUTPUT, failure.error)
+                except CallLost as lost:
+                    self._lost(encoder)
+                    blamed += lost.blamed
+                    suspected |= lost.suspect
+                    failure, final = lost_for_good(OUTPUT, lost, blamed), False
+                finally:
+                    self._give_back(encoder)
+            if final or blamed + suspected >= self._attempts:
+                raise GaveUp(failure.model_copy(update={"attempts": blamed + suspected}))
+            self._metrics.retried(OUTPUT)
+
+    async def _taken(self, *, alone: bool) -> Hand:
+        """The encoder that is up with the fewest clips, or the first that comes up; `alone`: one without clips, which gets no
+        other. Raises GaveUp where none will come up."""
+        while True:
+            usable = await self._usable()
+            if alone and self._kept_free not in usable:
+                self._kept_free = min(usable, key=self._open.__getitem__)
+            open_to_it = [hand for hand in usable if (hand is self._kept_free) == alone and not (alone and self._open[hand])]
+            if open_to_it:
+                encoder = min(open_to_it, key=self._open.__getitem__)
+                self._open[encoder] += 1
+                return encoder
+            self._freed.clear()
+            await self._freed.wait()
+
+    def _give_back(self, encoder: Hand) -> None:
+        self._open[encoder] -= 1
+        self._freed.set()
+
+    @asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncIterator[None]:
+        """Of the suspects."""
+        async with self._one_suspect:
+            try:
+                yield
+            finally:
+                self._kept_free = None
+                self._freed.set()
+
+    async def _usable(self) -> list[Hand]:
+        """Those that are up, when any is. Raises GaveUp where none will be."""
         while True:
             failures = [ready.result() for ready in self._up.values() if ready.done()]
             usable = [hand for hand, ready in self._up.items() if ready.done() and ready.result() is None]
             if usable:
-                return min(usable, key=self._open.__getitem__)
+                return usable
             if len(failures) == len(self._up) and failures[0] is not None:
                 raise GaveUp(failures[0])
             waiting = [ready for ready in self._up.values() if not ready.done()]
@@ -109,4 +161,4 @@ def _check(answer: Answer) -> None:
     if answer.forgotten:
         raise CallLost("WorkerDied", "the encoder was started again", worker="encoder")
     if answer.failure is not None:
-        raise GaveUp(answer.failure)
+        raise NotWritten(answer, answer.failure)

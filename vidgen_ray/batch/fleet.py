@@ -6,7 +6,7 @@ else's; an actor that dies starts again in the same bundle. Shares alone would l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,40 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from vidgen_ray.batch.board import Board, BoardHandle, board_name
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.worker import CALLS_AT_ONCE, Encoder, Worker
+from vidgen_ray.errors import SetupError
+from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.packing import ENCODER_CPUS
 
 _RESTARTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
 """The process comes back; whether its work is tried again is the director's decision."""
 
 
+Label = tuple[str, str]
+
+
+def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
+    """For each slot the label of the node that it is planned on; none where all cards are alike.
+
+    Raises SetupError where cards differ and Ray cannot tell them apart.
+    """
+    # Of the same kind, two may differ by some MB.
+    if len({round(gb) for gb in cluster.gpus}) < 2:
+        return [None] * len(chosen.nodes)
+    nodes = [cluster.nodes[number] for number in chosen.nodes]
+    if any(len({round(gb) for gb in node.gpus}) > 1 for node in nodes):
+        raise SetupError(
+            f"{cluster}: cards of several sizes in one machine cannot be told apart; "
+            "let CUDA_VISIBLE_DEVICES name those of one size, or start Ray once for each size"
+        )
+    if any(node.label is None for node in nodes):
+        raise SetupError(f"{cluster}: where which cards are is not told by --gpus; leave it out, so that the run looks")
+    return [node.label for node in nodes]
+
+
 @contextmanager
-def fleet(job: Job) -> Iterator[BoardHandle]:
-    """Start the workers, the encoders and the board; end them with the block.
+def fleet(job: Job, labels: Sequence[Label | None]) -> Iterator[BoardHandle]:
+    """Start the workers, the encoders and the board; end them with the block. `labels`: for each slot the one that its node
+    must have.
 
     Weights are loaded meanwhile: nothing here waits. Actors are found by the names that the job gives them.
     """
@@ -39,8 +64,9 @@ def fleet(job: Job) -> Iterator[BoardHandle]:
         board: BoardHandle = boards.remote()
         worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
         at_work: dict[str, Any] = {"max_concurrency": CALLS_AT_ONCE, **_RESTARTS}
-        for number, slot in enumerate(job.layout.slots):
-            group = placement_group([{"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}])
+        for number, (slot, label) in enumerate(zip(job.layout.slots, labels, strict=True)):
+            bundle = {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
+            group = placement_group([bundle], bundle_label_selector=[dict([label])] if label else None)
             groups.append(group)
             in_slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             for k, spec in enumerate(slot.workers):

@@ -75,7 +75,8 @@ class Hand:
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(RETRY_S)
                 continue
-            except ray.exceptions.RayActorError as error:
+            # Dead for good, or never born: its environment cannot be set up there.
+            except ray.exceptions.RayError as error:
                 return self._given_up(1, error)
             try:
                 failure: Failure | None = await self._actor.load.remote()
@@ -130,6 +131,8 @@ class Hand:
                 raise InputsLost(_first_line(error.cause)) from None
             # What went wrong there, not Ray's account of it.
             raise error.cause or error from None
+        except ray.exceptions.RayError as error:
+            raise CallLost("WorkerDied", _first_line(error), worker=self.where, blamed=True) from None
         finally:
             answered.cancel()
             waiting.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import ray
 
 from vidgen_ray.batch.control import watched
-from vidgen_ray.batch.fleet import fleet
+from vidgen_ray.batch.fleet import Label, fleet, labels_of
 from vidgen_ray.batch.intake import to_do
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.ledger import Ledger
 from vidgen_ray.batch.spool import Errand, Spool
 from vidgen_ray.batch.watcher import Watcher
-from vidgen_ray.connection import connected, live_cluster
+from vidgen_ray.connection import connected, expect_gpus, live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.locality import in_lora_order
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
@@ -54,9 +54,10 @@ class RunReport:
     refused: int
     """Of the failed lines those that were wrong in the script."""
     left: int
-    """Lines that a run which was stopped did not begin."""
+    """Lines that a run which was stopped did not begin, of those that it had looked at."""
     seconds: float
     gpu_seconds: float
+    """Of what came out: neither of failed shots nor of tries that were too unlike."""
     lora_loads: int
     """How often a LoRA was laid on the weights."""
     layout: str | None
@@ -101,14 +102,20 @@ def render(
             if fresh:
                 errands = _without_cache(errands, outputs)
             in_order = in_lora_order(errands, lambda errand: errand.plan)
-            demand = demand_of(errand.plan.shot for errand in spool.write(in_order))
-            ledger.whole_script_read(demand.shots)
-            if demand.shots:
+            stop = stop or threading.Event()
+            demand = demand_of(errand.plan.shot for errand in spool.write(_until(stop, in_order)))
+            if stop.is_set():
+                left = demand.shots
+            else:
+                ledger.whole_script_read(demand.shots)
+            if demand.shots and not left:
                 on_our_own = address is None and not ray.is_initialized()
                 if on_our_own:
                     cluster = cluster or this_machine()
                     chosen = _planned(profile, demand, cluster, price, before_start)
                 with connected(address, cpus_needed(chosen.layout) if chosen else 0):
+                    if on_our_own and chosen:
+                        expect_gpus(sum(slot.has_gpu for slot in chosen.layout.slots))
                     cluster = cluster or live_cluster()
                     chosen = chosen or _planned(profile, demand, cluster, price, before_start)
                     job = Job(
@@ -123,7 +130,7 @@ def render(
                         fresh=fresh,
                         attempts=attempts,
                     )
-                    left = _run(spool.parts, job, ledger, watcher, stop or threading.Event(), grace_s)
+                    left = _run(spool.parts, job, labels_of(chosen, cluster), ledger, watcher, stop, grace_s)
                 remember_measured(profile.name, cluster.card, ledger.took)
         finally:
             spool.drop()
@@ -153,24 +160,41 @@ def _planned(
     return chosen
 
 
-def _run(parts: list[str], job: Job, ledger: Ledger, watcher: Watcher, stop: threading.Event, grace_s: float) -> int:
+def _run(
+    parts: list[str],
+    job: Job,
+    labels: Sequence[Label | None],
+    ledger: Ledger,
+    watcher: Watcher,
+    stop: threading.Event,
+    grace_s: float,
+) -> int:
     """Have the parts rendered; how many lines were not begun, since the run was stopped."""
     left = 0
-    with fleet(job) as board, watched(board, watcher, stop, grace_s):
+    with fleet(job, labels) as board, watched(board, watcher, stop, grace_s):
         # Ray Data takes a second to import, in which the actors start.
         from vidgen_ray.batch.stream import stream
 
-        for errand, outcome in stream(parts, job, board):
-            if outcome is None:
+        for ended in stream(parts, job, board):
+            if ended is None:
                 left += 1
             else:
+                errand, outcome = ended
                 ledger.ended(errand, outcome.result)
     return left
 
 
+def _until(stop: threading.Event, errands: Iterable[Errand]) -> Iterator[Errand]:
+    for errand in errands:
+        yield errand
+        if stop.is_set():
+            return
+
+
 def _without_cache(errands: Iterable[Errand], outputs: OutputFolder) -> Iterator[Errand]:
     for errand in errands:
-        outputs.stage_cache.drop(step.key for step in errand.plan.steps)
+        for attempt in (errand.plan, *errand.plan.again):
+            outputs.stage_cache.drop(step.key for step in attempt.steps)
         yield errand
 
 

@@ -67,7 +67,7 @@ class Spool:
 
     def write(self, errands: Iterable[Errand]) -> Iterator[Errand]:
         """Write the errands down, a part at a time, and give each on."""
-        for batch in _batched(errands, LINES_PER_PART):
+        for batch in batched(errands, LINES_PER_PART):
             self.parts.append(f"{self._folder}/{len(self.parts):06d}.jsonl")
             self._outputs.storage.write(self.parts[-1], "".join(f"{errand.to_line()}\n" for errand in batch))
             yield from batch
@@ -85,8 +85,8 @@ def read_part(outputs: OutputFolder, part: str) -> list[str]:
     return content.decode().removesuffix("\n").split("\n")
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    # itertools has it from Python 3.12 on.
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one of what is left. itertools has it from Python 3.12 on."""
     left = iter(items)
     while batch := list(islice(left, size)):
         yield batch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import ray
@@ -12,7 +14,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from vidgen_ray.batch.board import BoardHandle
 from vidgen_ray.batch.director import Director
 from vidgen_ray.batch.job import Job
-from vidgen_ray.batch.spool import Errand, Outcome, read_part
+from vidgen_ray.batch.spool import Errand, Outcome, batched, read_part
 from vidgen_ray.calls import LOADING
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -22,19 +24,22 @@ PARTS_AT_ONCE = 2
 """The next part begins while the last shots of this one end."""
 BLOCK_BYTES = 1
 """So small that every result is a block of its own, and is known as soon as it is there."""
-NO_PROGRESS_S = 7200
-"""Ray gives up when nothing moves for so long: longer than the slowest shot with all its attempts."""
+PARTS_A_DATASET = 40
+"""Ray Data keeps an account of every block that a data set gave, some 2 KB, for as long as it lasts. So a long script is
+several, one after another; the workers stay."""
+SEEN_S = 60
+"""After which everybody sees a file that somebody wrote: a network's file system may remember that it was not there."""
 
 
-def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple[Errand, Outcome | None]]:
-    """Run the parts; each of their lines comes out exactly once, or with none where the run was told to stop before it.
+def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple[Errand, Outcome] | None]:
+    """Run the parts; each of their lines comes out exactly once, or as none where the run was told to stop before it.
 
     Raises SetupError where actors cannot load their weights, or the driver does not see what the workers write.
     """
     received: dict[str, set[int] | None] = {part: set() for part in parts}
     seen_a_shot = False
     try:
-        for batch in _results(parts, job, board):
+        for batch in chain.from_iterable(_results(some, job, board) for some in batched(parts, PARTS_A_DATASET)):
             part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["outcome"][0])
             numbers = received[part]
             # A director that was started again may give again what its predecessor gave.
@@ -59,10 +64,14 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
         if numbers is None:
             continue
         for number, line in enumerate(read_part(job.outputs, part)):
-            if number not in numbers:
-                message = "came out of no stage; render it again"
-                lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
-                yield Errand.from_line(line), None if stopped else Outcome(lost)
+            if number in numbers:
+                continue
+            if stopped:
+                yield None
+                continue
+            message = "came out of no stage; render it again"
+            lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
+            yield Errand.from_line(line), Outcome(lost)
 
 
 def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
@@ -84,7 +93,11 @@ def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
 
 
 def _expect_to_see(errand: Errand, job: Job) -> None:
-    if job.outputs.done(errand.plan) is None:
+    seen_by = time.monotonic() + SEEN_S
+    while job.outputs.done(errand.plan) is None:
+        if time.monotonic() < seen_by:
+            time.sleep(1)
+            continue
         place = job.outputs.storage.place(f"shots/{errand.plan.shot.id}")
         raise SetupError(f"a worker wrote {place}, the driver does not see it; both need one shared output folder")
 
@@ -92,7 +105,8 @@ def _expect_to_see(errand: Errand, job: Job) -> None:
 def _configure(context: DataContext) -> None:
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    # The director has its own limits, and nodes of a cloud may take hours to come.
+    context.execution_no_progress_timeout_s = -1
     # A block that raised would be dropped without a word, were this not 0.
     context.max_errored_blocks = 0
     context.enable_progress_bars = False

@@ -22,7 +22,7 @@ from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stopping import stoppable
-from vidgen_ray.errors import ScriptError, VidgenError
+from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_measured, parse_gpus
@@ -76,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         typer.echo(INTERRUPTED, err=True)
         return 130
+    except OSError as error:
+        # A disk, a share or an object store: the run can go on when it is there again.
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"vidgen: {place}{error.strerror or error}; the same command goes on where this one stopped", err=True)
+        return SetupError.exit_code
     return 0
 
 

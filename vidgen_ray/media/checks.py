@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.errors import CannotWrite, MediaError
 
 MAX_PIXELS = 40_000_000
 """Of one image or one frame that is read; checked before its pixels are decoded."""
@@ -21,8 +21,20 @@ def failing_as(sentence: str) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise MediaError(f"{sentence}: {reason}") from None
+        raise MediaError(f"{sentence}: {_reason(error)}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever the block raises into a CannotWrite that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise CannotWrite(f"{path}: cannot be written: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 def check_is_file(path: Path) -> None:

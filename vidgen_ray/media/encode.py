@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import failing_as
+from vidgen_ray.media.checks import writing
 from vidgen_ray.stages.base import Frames
 
 CHECKSUM_TAG = "PIXELS_CRC32"
@@ -64,7 +64,7 @@ class _VideoWriter:
 
     def __enter__(self) -> Self:
         self._reformatter = VideoReformatter()
-        with failing_as(f"{self.path}: cannot be written"):
+        with writing(self.path):
             # Bitexact leaves out FFmpeg's version, dates and random ids. An absolute path is never taken for a URL.
             options = {"fflags": "+bitexact", **self._container_options}
             self._container = av.open(str(self.path.absolute()), "w", self._container_name, options=options)
@@ -77,11 +77,11 @@ class _VideoWriter:
     def write(self, frames: Frames) -> None:
         """Append uint8 (T, H, W, 3) frames. How they are cut into chunks changes nothing; no chunk is kept.
 
-        Raises MediaError where they do not fit the file, or cannot be written.
+        Raises MediaError where they do not fit the file, CannotWrite where they cannot be written.
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
-        with failing_as(f"{self.path}: cannot be written"):
+        with writing(self.path):
             for pixels in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame = self._reformatter.reformat(frame, threads=1, **self._conversion)
@@ -96,7 +96,7 @@ class _VideoWriter:
         try:
             if not self.frames_written:
                 raise MediaError(f"{self.path}: got no frames, must be at least one")
-            with failing_as(f"{self.path}: cannot be written"):
+            with writing(self.path):
                 self._container.mux(self._stream.encode())
                 self._container.close()
         except MediaError:
@@ -114,7 +114,7 @@ class Mp4Writer(_VideoWriter):
 
     yuv420p, BT.709, limited range, and tagged so: players guess what untagged files are, and not as FFmpeg does.
     The file grows at `path` itself and is removed where the block raises.
-    Raises MediaError for an odd width or height (pixels), for no frames, and where the file cannot be written.
+    Raises MediaError for an odd width or height (pixels) and for no frames, CannotWrite where the file cannot be written.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: int | Fraction, settings: Mp4Settings) -> None:
@@ -155,7 +155,7 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
     """Write uint8 (T, H, W, 3) frames so that `decode_lossless` gives the same back: FFV1 in Matroska.
 
     Any size from 2×2 pixels, odd ones too.
-    Raises MediaError for no frames, and where the file cannot be written; no file is left then.
+    Raises MediaError for no frames, CannotWrite where the file cannot be written; no file is left then.
     """
     with _VideoWriter(
         path,

@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as
+from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as, writing
 from vidgen_ray.stages.base import Image
 
 PNG_LEVEL = 2
@@ -62,8 +62,8 @@ def encode_png(image: Image) -> bytes:
 
 
 def write_png(path: Path, image: Image) -> None:
-    """Raises MediaError where the file cannot be written."""
-    with failing_as(f"{path}: cannot be written"):
+    """Raises CannotWrite."""
+    with writing(path):
         path.write_bytes(encode_png(image))
 
 

@@ -47,7 +47,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database."""
+        """A transaction that changes nothing."""
         with self.engine.connect() as connection:
             yield connection.execution_options(**READS)
 

@@ -27,10 +27,12 @@ from vidgen_ray.online.course import Course
 from vidgen_ray.online.housekeeping import housekeeping
 from vidgen_ray.online.jobs import Job, JobError, JobState
 from vidgen_ray.online.metrics import ServerMetrics
+from vidgen_ray.online.problems import without_places
 from vidgen_ray.online.served import served
 from vidgen_ray.online.service import Service
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import HowFar, open_store
+from vidgen_ray.online.store import open_store
+from vidgen_ray.online.work_queue import HowFar
 from vidgen_ray.online.workbench import Progress
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -131,7 +133,7 @@ class Director:
             task.cancel()
         if left:
             await asyncio.wait(list(left.values()))
-            await asyncio.to_thread(self._store.release, self.owner, list(left))
+            await asyncio.to_thread(self._store.queue.release, self.owner, list(left))
         return len(left)
 
     async def check_health(self) -> None:
@@ -165,7 +167,7 @@ class Director:
     async def _beat(self) -> None:
         if self._leading and time.monotonic() - self._last_beat > BEAT_S:
             self._last_beat = time.monotonic()
-            unwanted = await asyncio.to_thread(self._store.heartbeat, self.owner, list(self._leading), LEASE_S)
+            unwanted = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._leading), LEASE_S)
             for job_id in unwanted & self._leading.keys():
                 self._unwanted.add(job_id)
                 self._leading[job_id].cancel()
@@ -174,7 +176,10 @@ class Director:
         room = self._in_progress - len(self._leading)
         if room <= 0 or self._draining:
             return
-        jobs = await asyncio.to_thread(self._store.claim, self.owner, LEASE_S, room)
+        jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, room)
+        if self._draining:
+            await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
+            return
         self._more_wait = len(jobs) == room
         for job in jobs:
             # One of ours whose lease ran out, while this process was held up.
@@ -183,10 +188,12 @@ class Director:
 
     async def _tell(self) -> None:
         """Note the progress of all jobs, together and not more often than need be."""
-        gauged = 0.0
+        gauged, led = 0.0, set[str]()
         while True:
             await asyncio.sleep(TELL_S)
-            news, self._news = self._news, {}
+            # A job that is new since the last look may have ended by the next one, and costs no change of the store then.
+            news = {job_id: self._news.pop(job_id) for job_id in led & self._news.keys()}
+            led = set(self._leading)
             try:
                 await asyncio.to_thread(self._note, news)
                 if time.monotonic() - gauged > GAUGE_S:
@@ -197,7 +204,7 @@ class Director:
 
     def _note(self, news: Mapping[str, tuple[Progress, int]]) -> None:
         if news:
-            self._store.progress_many(
+            self._store.queue.progress(
                 self.owner,
                 [HowFar(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in news.items()],
             )
@@ -213,19 +220,19 @@ class Director:
             if job.attempts > MOST_CLAIMS:
                 raise GaveUp(_interrupted(job))
             shot_id, seconds = await self._done(job)
-            end = partial(self._store.completed, *own, shot_id=shot_id, stage_seconds=seconds)
+            end = partial(self._store.queue.completed, *own, shot_id=shot_id, stage_seconds=seconds)
             await self._ended(job, JobState.COMPLETED, end)
         except asyncio.CancelledError:
             if job.id not in self._unwanted:
                 raise
-            await self._ended(job, JobState.CANCELLED, partial(self._store.cancelled, *own))
+            await self._ended(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *own))
         except GaveUp as gave_up:
-            await self._ended(job, JobState.FAILED, partial(self._store.failed, *own, error_of(gave_up.failure)))
+            await self._ended(job, JobState.FAILED, partial(self._store.queue.failed, *own, error_of(gave_up.failure)))
         # What is wrong with the shot, or a mistake of ours: it costs the job, not the server.
         except Exception as error:
             log.exception("job %s has failed outside of its stages", job.id)
             failure = StepFailed(DIRECTOR_ITSELF, error).failure()
-            await self._ended(job, JobState.FAILED, partial(self._store.failed, *own, error_of(failure)))
+            await self._ended(job, JobState.FAILED, partial(self._store.queue.failed, *own, error_of(failure)))
         finally:
             self._news.pop(job.id, None)
             self._leading.pop(job.id, None)
@@ -349,7 +356,7 @@ def error_of(failure: Failure) -> JobError:
     stage = None if failure.stage == DIRECTOR_ITSELF else failure.stage
     return JobError(
         code=CODES.get(failure.error, "stage_failed"),
-        message=f"{stage}: {failure.message}" if stage else failure.message,
+        message=without_places(f"{stage}: {failure.message}" if stage else failure.message),
         stage=stage,
         type="invalid_request_error" if failure.error in CLIENT_ERRORS else "server_error",
     )

@@ -25,6 +25,8 @@ REFUSED = tuple(
     map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b::/96", "64:ff9b:1::/48"))
 )
 """Beside what Python calls private: a cloud's own services under public addresses, and translators to any address."""
+UNICAST = ipaddress.ip_network("2000::/3")
+"""All that is given to anybody in IPv6. Older Pythons call some of the rest global."""
 HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -55,6 +57,8 @@ def check_address(address: str) -> None:
         if given.sixtofour or given.teredo:
             raise Refused(f"{address} is an address of a translator")
         inner = given.ipv4_mapped or given
+        if isinstance(inner, ipaddress.IPv6Address) and inner not in UNICAST:
+            raise Refused(f"{address} is not a public address")
     if not inner.is_global or inner.is_multicast or any(inner in network for network in REFUSED):
         raise Refused(f"{address} is not a public address")
 

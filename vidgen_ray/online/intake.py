@@ -19,23 +19,21 @@ from pydantic import JsonValue
 
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.graph import ShotPlan
-from vidgen_ray.local_cache import cache_dir
-from vidgen_ray.online.jobs import Job, JobKind, JobState, new_id
+from vidgen_ray.online.jobs import Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.keys import Tenant
 from vidgen_ray.online.limits import check_size
-from vidgen_ray.online.problems import ApiError, invalid, not_found, of_fields, try_later
+from vidgen_ray.online.problems import ApiError, invalid, not_found, of_fields, try_later, without_places
 from vidgen_ray.online.served import Served
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import IdempotencyConflict, JobStore, LimitReached, QueueFull, TenantLimits
-from vidgen_ray.online.uploads import UploadFolder
+from vidgen_ray.online.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
+from vidgen_ray.online.uploads import UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script import check_shot
 from vidgen_ray.shot import Shot
 
 UPLOAD = re.compile(r"file-[0-9a-f]{64}")
-ID_PREFIX = "online-"
-"""How the folder of a shot begins that a server made."""
-KEY_LETTERS = 32
+METADATA_BYTES = 64 << 10
+"""Of one job's, as JSON: a list of jobs holds it a hundred times."""
 NOT_ASKED_FOR = ("id", "variants")
 """Fields of a script's line that one job has no use for."""
 FULL_QUEUE_WAIT_S = 5
@@ -61,8 +59,7 @@ class Intake:
         self._outputs = outputs
         self._accepted = accepted
         self.served = served
-        local = outputs.storage.local or cache_dir()
-        self.uploads = UploadFolder(local / "inputs", store.uploads, settings.uploads)
+        self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
 
     async def accept(
         self,
@@ -95,7 +92,8 @@ class Intake:
                 idempotency_key=idempotency_key,
                 fingerprint=fingerprint,
                 max_queued=self._settings.max_queued,
-                limits=TenantLimits(open_jobs=tenant.limits.open_jobs),
+                max_open=tenant.limits.open_jobs,
+                is_there=lambda job: self._outputs.find(job.key) is not None,
             )
         except IdempotencyConflict:
             raise _key_reused() from None
@@ -139,12 +137,14 @@ class Intake:
         except ScriptError as error:
             raise of_fields(error) from None
         check_size(tenant, shot)
+        if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
+            raise invalid("metadata", f"is larger than {METADATA_BYTES} bytes as JSON", "too_large")
         try:
             return self.served.plan(shot)
         except (ProfileError, MissingWeights) as error:
-            raise ApiError(400, str(error), code="not_served") from None
+            raise ApiError(400, without_places(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
-            raise ApiError(400, str(error), code="invalid_value") from None
+            raise ApiError(400, without_places(str(error)), code="invalid_value") from None
 
     def _job(self, tenant: Tenant, kind: JobKind, fields: Mapping[str, Any], request: Mapping[str, JsonValue]) -> Job:
         plan = self.plan(tenant, fields)
@@ -153,7 +153,7 @@ class Intake:
             id=new_id(kind),
             tenant=tenant.name,
             kind=kind,
-            shot=plan.shot.model_copy(update={"id": f"{ID_PREFIX}{plan.key[:KEY_LETTERS]}"}),
+            shot=plan.shot.model_copy(update={"id": shot_id_of(plan.key)}),
             key=plan.key,
             created_at=now,
             request=dict(request),

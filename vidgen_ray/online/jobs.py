@@ -86,6 +86,16 @@ class Job(_Frozen):
     version: int = 0
     """Rises with every change of any job of the store, so that it is a place in the order of all changes."""
 
+    def queued(self) -> Job:
+        """The same as if nothing had been done for it."""
+        begin = {"state": JobState.QUEUED, "progress": 0, "started_at": None, "completed_at": None, "shot_id": None}
+        return self.model_copy(update=begin)
+
+
+def shot_id_of(key: str) -> str:
+    """The name of the folder that a server makes for a shot with this content key."""
+    return f"online-{key[:32]}"
+
 
 def new_id(prefix: str) -> str:
     """An id that nobody can guess: the prefix, an underscore and 32 hexadecimal digits."""

@@ -80,7 +80,7 @@ class Keys:
         return None if found is None or key is None else self._tenant(found)
 
     def by_id(self, key_id: str) -> Tenant | None:
-        """The tenant of a key that was verified before; none where it was taken away or has expired since."""
+        """The tenant of a key that was verified before; none where it has expired since, or is not among the keys any more."""
         if not self._records:
             return self.verify(None) if key_id == LOCAL else None
         record = next((record for record in self._records if _id(record) == key_id), None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from vidgen_ray.online.database import Change, Database
 from vidgen_ray.online.jobs import Job, new_id
@@ -52,11 +52,14 @@ class Outbox:
             )
         )
 
-    def due(self, limit: int, hold_s: float) -> Sequence[Message]:
-        """Messages whose time has come, the oldest first; nobody else is given them for the next `hold_s`."""
+    def due(self, hold_s: float, besides: Collection[str] = ()) -> Sequence[Message]:
+        """Of each target, without some, the oldest message whose time has come; nobody else is given it for `hold_s`."""
         with self._database.changing() as change:
             now = self._now()
-            query = select(OUTBOX).where(OUTBOX.c.next_try_at <= now).order_by(OUTBOX.c.seq).limit(limit)
+            ready = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(besides)]
+            place = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("place")
+            first = select(OUTBOX.c.id, place).where(*ready).subquery()
+            query = select(OUTBOX).join(first, OUTBOX.c.id == first.c.id).where(first.c.place == 1).order_by(OUTBOX.c.seq)
             rows = change.connection.execute(query).all()
             held = update(OUTBOX).where(OUTBOX.c.id.in_([row.id for row in rows])).values(next_try_at=now + hold_s)
             change.connection.execute(held)

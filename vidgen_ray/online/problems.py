@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import ceil
 
@@ -9,6 +10,7 @@ from vidgen_ray.errors import FieldError, ScriptError, VidgenError
 
 INVALID = "invalid_request_error"
 FILE_FIELDS = ("image", "face_image", "lora")
+FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 
 
 class ApiError(VidgenError):
@@ -54,6 +56,11 @@ def try_later(message: str, code: str, seconds: float, param: str | None = None)
     """429, with the time after which another try may do, as both headers that clients know."""
     headers = {"Retry-After": str(max(1, ceil(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
     return ApiError(429, message, code=code, param=param, type="rate_limit_error", headers=headers)
+
+
+def without_places(text: str) -> str:
+    """The text with files by their names alone: where they lie on the server is nobody else's business."""
+    return FOLDERS.sub("", text)
 
 
 def _sentence(error: FieldError) -> str:

@@ -26,7 +26,6 @@ class Service:
     layout: Layout
     stages: Mapping[str, type[Stage[Any]]]
     """Name -> what runs under it, of those that are served."""
-    use_cache: bool = True
     attempts: int = ATTEMPTS
 
     def timeout_s(self, *stages: str) -> float:

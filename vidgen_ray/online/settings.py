@@ -116,7 +116,11 @@ class OnlineSettings(_Section):
         default_factory=dict, description="further names of models, for clients that cannot change theirs -> ours"
     )
     retention_s: float | None = Field(None, gt=0, description="after which a job that has ended is forgotten, with its files")
-    wait_s: float = Field(600, gt=0, description="how long a request for pictures waits for them")
+    wait_s: float = Field(
+        540,
+        gt=0,
+        description="how long a request for pictures waits for them; OpenAI's client asks again after 600",
+    )
     poll_s: float = Field(0.25, gt=0, description="between two looks at jobs that somebody follows")
     poll_after_s: float = Field(1.0, gt=0, description="what clients that poll are told to wait")
     docs: bool = Field(True, description="whether /openapi.json is served")
@@ -125,7 +129,7 @@ class OnlineSettings(_Section):
     @classmethod
     def _data_is_one_place_for_all_processes(cls, value: str) -> str:
         # They do not share a working directory.
-        return value if URL.match(value) else str(Path(value).expanduser().absolute())
+        return value if URL.match(value) else os.path.abspath(os.path.expanduser(value))
 
     @model_validator(mode="after")
     def _names_are_not_taken_twice(self) -> Self:
@@ -133,6 +137,11 @@ class OnlineSettings(_Section):
         if len(names) != len(set(names)):
             raise ValueError("webhooks.targets: each needs a name of its own")
         return self
+
+    @field_validator("keys_file")
+    @classmethod
+    def _keys_are_one_file_for_all_processes(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()
 
     @field_validator("loras")
     @classmethod

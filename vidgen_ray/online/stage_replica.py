@@ -55,7 +55,7 @@ class StageReplica:
         self._worn = serve.multiplexed(max_num_models_per_replica=_adapters_kept(service))(_worn)
         try:
             stages = [service.stages[name](self._params(name)) for name in spec.stages]
-            self._runner = StepRunner(stages, spec.gpus, service.outputs.stage_cache if service.use_cache else None, spec.turns)
+            self._runner = StepRunner(stages, spec.gpus, service.outputs.stage_cache, spec.turns)
             self._runner.load()
         except Exception as error:
             # In one line: Serve shows it to people, behind its own account of it.

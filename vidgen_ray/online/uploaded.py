@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 
 from vidgen_ray.online.database import Database
 from vidgen_ray.online.jobs import FINAL
@@ -13,7 +13,7 @@ from vidgen_ray.online.schema import JOBS, UPLOADS
 
 
 class Upload(BaseModel):
-    """A file that a tenant brought. `file` is its name in the folder of uploads: its digest and its kind."""
+    """A file that a tenant brought. `file` is its name in the folder of uploads: its digest."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -48,19 +48,31 @@ class Uploaded:
             row = connection.execute(query).one_or_none()
         return None if row is None else _upload(row)
 
-    def delete(self, upload_id: str, tenant: str) -> bool:
-        """False where this tenant has not brought it."""
+    def delete(self, upload_id: str, tenant: str, remove: Callable[[str], None]) -> bool:
+        """Take a file from a tenant; `remove` it where nobody wants it then. False where this tenant has not brought it."""
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
         with self._database.changing() as change:
-            return change.connection.execute(delete(UPLOADS).where(*own)).rowcount > 0
+            files = change.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
+            _remove_unwanted(change.connection, files, remove)
+        return bool(files)
 
-    def is_wanted(self, file: str) -> bool:
-        """Whether anybody has brought it, or a job that has not ended is made from it."""
+    def remove_unwanted(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
+        """Remove those that nobody has brought, or has any more. Nobody brings one meanwhile."""
+        with self._database.reading() as connection:
+            brought = set(connection.scalars(select(UPLOADS.c.file)))
+        if left := [file for file in files if file not in brought]:
+            with self._database.changing() as change:
+                _remove_unwanted(change.connection, left, remove)
+
+
+def _remove_unwanted(connection: Connection, files: Iterable[str], remove: Callable[[str], None]) -> None:
+    """Unless somebody else has brought it, or a job that has not ended is made from it."""
+    for file in files:
         brought = select(func.count()).where(UPLOADS.c.file == file)
         # Its name is a digest, so that it stands in no text by chance.
         used = select(func.count()).where(JOBS.c.state.not_in(FINAL), JOBS.c.shot.contains(file))
-        with self._database.reading() as connection:
-            return any(connection.execute(query).scalar_one() for query in (brought, used))
+        if not any(connection.execute(query).scalar_one() for query in (brought, used)):
+            remove(file)
 
 
 def _upload(row: object) -> Upload:

@@ -8,11 +8,14 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import parse_qsl
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
@@ -20,15 +23,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen_ray.atomic import flush_to_disk, temporary_file
 from vidgen_ray.errors import MediaError
+from vidgen_ray.local_cache import cache_dir
 from vidgen_ray.media import read_image
 from vidgen_ray.online.problems import ApiError, invalid
 from vidgen_ray.online.settings import UploadCaps
 from vidgen_ray.online.uploaded import Upload, Uploaded
+from vidgen_ray.outputs.folder import OutputFolder
 
 BLOCK_BYTES = 1 << 20
 FIELDS = 200
 """Of one form."""
 FIELD_BYTES = 1 << 20
+SMALL_FORM_BYTES = 8 << 10
+NAME = re.compile(r"[0-9a-f]{64}")
+"""Of a file of the folder. Others lie there, too, which were given to the library in memory."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 
@@ -41,7 +49,8 @@ class UploadFolder:
         self.caps = caps
 
     def keep(self, tenant: str, source: BinaryIO, param: str) -> Upload:
-        """Store a picture as it is. Raises ApiError 400 where it is too large or no picture that is read; `param` names it."""
+        """Store a picture as it is. Raises ApiError 413 where it is too large, 400 where it is no picture that is read; `param`
+        names it."""
         digest, size = hashlib.sha256(), 0
         tmp = temporary_file(self._folder)
         try:
@@ -55,11 +64,14 @@ class UploadFolder:
             name = digest.hexdigest()
             if not (self._folder / name).exists():
                 _check_picture(tmp, param)
-                flush_to_disk(tmp)
+            flush_to_disk(tmp)
+            upload = self._uploaded.add(tenant, f"file-{name}", name, size)
+            # From here on nobody removes it; before, somebody may have, who had it alone.
+            if not (self._folder / name).exists():
                 tmp.rename(self._folder / name)
         finally:
             tmp.unlink(missing_ok=True)
-        return self._uploaded.add(tenant, f"file-{name}", name, size)
+        return upload
 
     def find(self, tenant: str, upload_id: str) -> Path | None:
         """Where a file that the tenant brought lies; none where it did not bring it."""
@@ -70,17 +82,27 @@ class UploadFolder:
 
     def delete(self, tenant: str, upload_id: str) -> bool:
         """Take a file from the tenant, and from the disk where it was nobody else's. False where it is not the tenant's."""
-        upload = self._uploaded.get(upload_id, tenant)
-        if upload is None or not self._uploaded.delete(upload_id, tenant):
-            return False
-        if not self._uploaded.is_wanted(upload.file):
-            (self._folder / upload.file).unlink(missing_ok=True)
-        return True
+        return self._uploaded.delete(upload_id, tenant, self._remove)
+
+    def sweep(self, older_than_s: float) -> None:
+        """Remove files that nobody has any more, and of which no job that has not ended is made."""
+        latest = time.time() - older_than_s
+        with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
+            files = [each.name for each in entries if NAME.fullmatch(each.name) and each.stat().st_mtime < latest]
+            self._uploaded.remove_unwanted(files, self._remove)
+
+    def _remove(self, file: str) -> None:
+        (self._folder / file).unlink(missing_ok=True)
 
     def id_of(self, path: str) -> str | None:
         """The id under which a file of this folder was brought; none for a path that leads elsewhere."""
         place = Path(path)
         return f"file-{place.name}" if place.parent == self._folder else None
+
+
+def upload_folder(outputs: OutputFolder, uploaded: Uploaded, caps: UploadCaps) -> UploadFolder:
+    """Beside the results, or in this machine's cache folder where those lie in an object store."""
+    return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", uploaded, caps)
 
 
 def too_large(param: str | None, cap_bytes: int) -> ApiError:
@@ -152,23 +174,18 @@ class Received:
 async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]:
     """What a request brings; its files are open inside of the block. Raises ApiError 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(caps.seconds):
-            if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-                form = await request.form(max_files=caps.files, max_fields=FIELDS, max_part_size=FIELD_BYTES)
-            elif kind == "application/json":
-                form = None
-                body = await _body(request, caps.json_bytes)
-            else:
-                raise ApiError(
-                    415,
-                    f"Content-Type: got {kind or 'nothing'}, must be application/json or multipart/form-data",
-                    code="unsupported_media_type",
-                )
-    except TimeoutError:
-        raise ApiError(
-            408, f"The body did not arrive within {caps.seconds:g} s", code="timeout", headers={"x-should-retry": "false"}
-        ) from None
+    async with _in_time(caps):
+        if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+            form = await request.form(max_files=caps.files, max_fields=FIELDS, max_part_size=FIELD_BYTES)
+        elif kind == "application/json":
+            form = None
+            body = await _body(request, caps.json_bytes)
+        else:
+            raise ApiError(
+                415,
+                f"Content-Type: got {kind or 'nothing'}, must be application/json or multipart/form-data",
+                code="unsupported_media_type",
+            )
     if form is None:
         # In a thread: some megabytes take longer than others should wait.
         content = await asyncio.to_thread(_from_json, body)
@@ -178,6 +195,25 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]
         yield await asyncio.to_thread(_from_form, form)
     finally:
         await form.close()
+
+
+async def small_form(request: Request, caps: UploadCaps) -> dict[str, str]:
+    """The fields of a form of a few short ones, from somebody of whom nothing is known yet. Raises ApiError 408 or 413."""
+    async with _in_time(caps):
+        body = await _body(request, SMALL_FORM_BYTES)
+    return dict(parse_qsl(body.decode("utf-8", "replace")))
+
+
+@asynccontextmanager
+async def _in_time(caps: UploadCaps) -> AsyncIterator[None]:
+    """Raises ApiError 408 where the block takes longer than a body may."""
+    try:
+        async with asyncio.timeout(caps.seconds):
+            yield
+    except TimeoutError:
+        raise ApiError(
+            408, f"The body did not arrive within {caps.seconds:g} s", code="timeout", headers={"x-should-retry": "false"}
+        ) from None
 
 
 async def _body(request: Request, cap_bytes: int) -> bytes:

@@ -13,7 +13,6 @@ from vidgen_ray.online.fetch import Outside, Refused, Unreachable
 from vidgen_ray.online.outbox import Message, Outbox
 from vidgen_ray.online.settings import Webhook, Webhooks
 
-AT_ONCE = 20
 GONE = 410
 """What a receiver says that wants no more of these."""
 ANSWER_BYTES = 65_536
@@ -36,10 +35,18 @@ class Courier:
         """
         if not self._webhooks.targets:
             return 0
-        messages = self._outbox.due(AT_ONCE, hold_s=2 * AT_ONCE * self._webhooks.timeout_s)
-        return sum(self._deliver(message) for message in messages)
+        taken, failed = 0, set[str]()
+        hold_s = 2 * len(self._webhooks.targets) * self._webhooks.timeout_s
+        while messages := self._outbox.due(hold_s, besides=failed):
+            for message in messages:
+                if self._delivered(message):
+                    taken += 1
+                else:
+                    # Its other messages wait for the next time, so that it holds up those of others once only.
+                    failed.add(message.target)
+        return taken
 
-    def _deliver(self, message: Message) -> bool:
+    def _delivered(self, message: Message) -> bool:
         target = self._webhooks.named(message.target)
         status = GONE if target is None else self._status(target, message)
         if 200 <= status < 300 or status == GONE or message.tries + 1 >= self._webhooks.tries:

@@ -9,7 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -136,12 +136,13 @@ class OutputFolder:
         return self._done_in(_shot_folder(plan), plan.key, kept)
 
     def find(self, key: str) -> DoneShot | None:
-        """The shot that is finished with this key, whatever its id, else none."""
+        """The shot that is finished with this key, whatever its id, else none. None, too, where the storage does not answer:
+        whoever asks can make it."""
         try:
             shot_id = (self.storage.read(key_file(key)) or b"").decode()
+            return self._done_in(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
         except (OSError, ValueError):
             return None
-        return self._done_in(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
 
     def _done_in(self, folder: str, key: str, kept: Set[str | None]) -> DoneShot | None:
         """The shot of this folder, if it is finished with this key and has the files `kept`, too."""
@@ -166,8 +167,8 @@ class OutputFolder:
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
             )
-        # A damaged record is no record.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # A damaged record is no record; a storage that does not answer is no answer.
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return DoneShot(summary, text)
 
@@ -201,6 +202,18 @@ class OutputFolder:
         if not path.exists():
             write_atomically(path, content)
         return path
+
+    def forget(self, shot_id: str) -> None:
+        """Delete a shot's files, and what its stages left in the cache: another shot that shares a step makes it again."""
+        folder = f"shots/{shot_id}"
+        text = self.storage.read(f"{folder}/{RECORD}")
+        if text is not None:
+            with suppress(ValueError, KeyError, TypeError):
+                found = pydantic_core.from_json(text)
+                if self.storage.read(key_file(found["key"])) == shot_id.encode():
+                    self.storage.delete(key_file(found["key"]))
+                self.stage_cache.drop([step["key"] for step in found["stages"]])
+        self.storage.delete_folder(folder)
 
     def write_run(self, content: dict[str, Any]) -> None:
         """`run.json`: what ran last in this folder."""

@@ -34,7 +34,7 @@ class LocalStorage(Storage):
     def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
         try:
             return all(os.stat(f"{self._root}/{folder}/{name}").st_size == size for name, size in sizes.items())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def write(self, path: str, content: str | bytes) -> None:

@@ -8,7 +8,7 @@ was copied is told by its id. Memory does not grow with the number of lines.
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import pyarrow
 import pyarrow.parquet
@@ -45,8 +45,8 @@ class ManifestWriter:
     def add(self, row: ManifestRow, *, failed: FailedLine | None = None, replaces: str | None = None) -> None:
         """Enter a line that ended: once for each. A failed one with what it takes to render it again.
 
-        `replaces` is an id under which an earlier run accounted for the line. Raises OSError where the rows of a full part
-        cannot be written; they are kept, and written with the next.
+        `replaces` is an id under which an earlier run accounted for the line. Rows that cannot be written now are kept, and
+        written later; `close` raises OSError where they still cannot be.
         """
         with self._lock:
             self._rows.append(row)
@@ -56,7 +56,8 @@ class ManifestWriter:
             if replaces is not None:
                 self._void.add([replaces])
             if max(len(self._rows), len(self._failed)) >= PART_ROWS:
-                self._write_parts()
+                with suppress(OSError):
+                    self._write_parts()
 
     def flush(self) -> None:
         """Write what was added so far. Called every FLUSH_S seconds by itself."""

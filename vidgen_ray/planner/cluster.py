@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ GB = 2**30
 ASSUMED_CPUS_PER_GPU = 16
 POOL = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", re.IGNORECASE)
 MOST_GPUS = 100_000
+SOLD_AS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
+"""GB of cards. What torch and the driver tell of one is up to a twelfth less, each something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class Node:
     cpus: float
     memory_gb: float | None
     """Of the host, for processes; none where it is not known."""
+    label: tuple[str, str] | None = None
+    """A label of Ray's, name and value, that only nodes with these cards have; none where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +51,19 @@ class Cluster:
     @property
     def card(self) -> str:
         """Under which name what was measured here is remembered: `80 GB`, or `cpu`."""
-        return " + ".join(f"{size:g} GB" for size in sorted(set(self.gpus), reverse=True)) or "cpu"
+        return " + ".join(f"{size:g} GB" for size in sorted(set(map(_nominal, self.gpus)), reverse=True)) or "cpu"
 
     def __str__(self) -> str:
         """`8 x 80 GB, 128 CPUs on 1 node`."""
-        sizes = sorted(set(self.gpus), reverse=True)
-        cards = [f"{self.gpus.count(size)} x {size:g} GB" for size in sizes] or ["no GPU"]
+        cards = [f"{count} x {size:g} GB" for size, count in sorted(Counter(map(_nominal, self.gpus)).items())[::-1]]
+        cards = cards or ["no GPU"]
         nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''}"
         return f"{' + '.join(cards)}, {self.cpus:g} CPUs on {nodes}"
+
+
+def _nominal(memory_gb: float) -> float:
+    """What a card is sold as, by the memory that somebody told of it."""
+    return next((float(gb) for gb in SOLD_AS if 11 / 12 * gb <= memory_gb <= gb), round(memory_gb, 1))
 
 
 def parse_gpus(text: str) -> Cluster:

@@ -46,6 +46,8 @@ ASSUMED_SECONDS = {
     "realesrgan": 3.0,
 }
 """Of the reference shot on an H100, for profiles that do not say."""
+ASSUMED_OF_OTHERS = 1.0
+"""The same of a stage that is not in the table."""
 ASSUMED_SPREAD = 0.3
 """Of seconds that were not measured here."""
 
@@ -115,4 +117,4 @@ def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str,
         return found.seconds_of_reference, found.spread, True
     if stage.name in actor.seconds:
         return actor.seconds[stage.name], ASSUMED_SPREAD, True
-    return ASSUMED_SECONDS[stage.name], ASSUMED_SPREAD, False
+    return ASSUMED_SECONDS.get(stage.name, ASSUMED_OF_OTHERS), ASSUMED_SPREAD, False

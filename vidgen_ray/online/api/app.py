@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,7 +22,7 @@ from vidgen_ray.online.api.schemas import SHOT_PARTS, Health, Pictures
 from vidgen_ray.online.api.state import Here, Server
 from vidgen_ray.online.fetch import Pictures as Fetched
 from vidgen_ray.online.intake import Accepted, Intake
-from vidgen_ray.online.keys import load_keys
+from vidgen_ray.online.keys import Keys
 from vidgen_ray.online.limits import RequestRate
 from vidgen_ray.online.served import Served
 from vidgen_ray.online.settings import OnlineSettings
@@ -33,6 +34,8 @@ from vidgen_ray.version import __version__
 ABOUT = """Clips and pictures by text, photo and LoRA, in the shape of OpenAI's videos and images.
 
 Requests that create take JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
+
+THREADS = 32
 
 health = APIRouter(tags=["health"])
 
@@ -55,13 +58,14 @@ def make_app(
     store: JobStore,
     outputs: OutputFolder,
     served: Served,
+    keys: Keys,
     *,
     accepted: Accepted = lambda: None,
     page: bool = True,
 ) -> FastAPI:
     """The API of a server, and its page. `accepted` is called when there is something new for the director.
 
-    Raises SetupError for keys that cannot be read, and for a LoRA that is not there.
+    Raises SetupError for a LoRA that is not there.
     """
     for name, path in settings.loras.items():
         if not path.startswith("builtin:") and not os.path.isfile(path):
@@ -72,6 +76,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Ray gives the loop as many threads as the replica has CPUs, and few more: too few to wait in for a database.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
         yield
         store.close()
 
@@ -90,7 +96,7 @@ def make_app(
         store=store,
         outputs=outputs,
         served=served,
-        keys=load_keys(settings.keys_file, settings.limits),
+        keys=keys,
         rate=RequestRate(),
         intake=intake,
         references=References(intake.uploads, fetched if fetching.enabled else None),

@@ -240,4 +240,4 @@ def _whole(value: Any) -> int | None:
 
 
 def _nearest(side: int, multiple: int) -> int:
-    return min(LARGEST, max(SMALLEST, round(side / multiple) * multiple))
+    return round(min(LARGEST, max(SMALLEST, side)) / multiple) * multiple

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from threading import Lock
+from typing import TypeVar
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.problems import ApiError
+from vidgen_ray.online.problems import ApiError, without_places
 from vidgen_ray.online.served import Served
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
 from vidgen_ray.stages.instantid import InstantIDStage
+
+T = TypeVar("T")
 
 
 class FaceFinder:
@@ -19,6 +24,13 @@ class FaceFinder:
         self._served = served
         self._stage: InstantIDStage | None = None
         self._alone = Lock()
+        self._turn = asyncio.Semaphore(1)
+
+    async def in_turn(self, look: Callable[[], T]) -> T:
+        """What the look gives, in a thread, one look of this process after another: those who wait hold no thread, which others
+        need for what takes no time."""
+        async with self._turn:
+            return await asyncio.to_thread(look)
 
     def check(self, photos: list[Image]) -> None:
         """Raises StageError with what is wrong with them, ApiError 400 where faces are not served."""
@@ -41,4 +53,4 @@ class FaceFinder:
 
 
 def _not_served(why: str) -> ApiError:
-    return ApiError(400, f"Faces are not served here: {why}", code="not_served")
+    return ApiError(400, f"Faces are not served here: {without_places(why)}", code="not_served")

@@ -108,10 +108,7 @@ async def edit_images(request: Request, server: Here, tenant: Asking, idempotenc
         given = checked_names(received.fields, EDIT_FIELDS)
         images = await server.references.all_kept(tenant, received.files("image"), "image")
         if "image" in given:
-            named = given["image"]
-            images += [
-                await server.references.named(tenant, one, "image") for one in (named if isinstance(named, list) else [named])
-            ]
+            images += await server.references.all_named(tenant, given["image"], "image")
         if not images:
             raise invalid("image", "got none, give at least one", "missing_required_parameter")
         fields, about = await _picture(server, tenant, received, given)
@@ -184,7 +181,7 @@ def _copies(shots: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str,
                 continue
             try:
                 out.append({**shot, "seed": (int(seed) + number) % 2**32})
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 out.append(shot)  # the shot's own check says what is wrong with it
     return out
 

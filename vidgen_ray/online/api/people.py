@@ -51,10 +51,10 @@ async def create_character(request: Request, server: Here, tenant: Asking) -> Pe
         if bool(images) == bool(videos) or len(videos) > 1:
             raise invalid("video", "give one video, or one or several photos as image", "missing_required_parameter")
         if videos:
-            photos = [await asyncio.to_thread(_from_video, server, tenant, videos[0])]
+            photos = [await server.faces.in_turn(lambda: _from_video(server, tenant, videos[0]))]
         else:
             photos = await server.references.all_kept(tenant, images, "image")
-            await asyncio.to_thread(_check_faces, server, tenant, photos)
+            await server.faces.in_turn(lambda: _check_faces(server, tenant, photos))
     try:
         character = await asyncio.to_thread(server.store.characters.create, tenant.name, name, photos)
     except NameTaken:

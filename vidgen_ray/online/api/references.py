@@ -15,6 +15,9 @@ from vidgen_ray.online.keys import Tenant
 from vidgen_ray.online.problems import invalid
 from vidgen_ray.online.uploads import UploadFolder, from_data_url
 
+FETCHES_AT_ONCE = 4
+"""A host that answers slowly holds a thread for each."""
+
 
 class References:
     """Makes ids of uploads of them. Without `pictures` nothing is fetched."""
@@ -22,6 +25,7 @@ class References:
     def __init__(self, uploads: UploadFolder, pictures: Pictures | None) -> None:
         self._uploads = uploads
         self._pictures = pictures
+        self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
 
     async def kept(self, tenant: Tenant, file: UploadFile, param: str) -> str:
         """The id of a file that came with the request. Raises ApiError 400 or 413."""
@@ -29,6 +33,13 @@ class References:
 
     async def all_kept(self, tenant: Tenant, files: Sequence[UploadFile], param: str) -> list[str]:
         return [await self.kept(tenant, file, param) for file in files]
+
+    async def all_named(self, tenant: Tenant, given: Any, param: str) -> list[str]:
+        """Of a field that names one file, or several. Raises ApiError 400 or 413."""
+        each = given if isinstance(given, list) else [given]
+        if len(each) > self._uploads.caps.files:
+            raise invalid(param, f"got {len(each)}, must be at most {self._uploads.caps.files}")
+        return [await self.named(tenant, one, param) for one in each]
 
     async def named(self, tenant: Tenant, given: Any, param: str) -> str:
         """The id of the file that a field names. Raises ApiError 400 or 413."""
@@ -57,6 +68,7 @@ class References:
                 param, "this server fetches no URLs; upload the picture, or send it as a data: URL", "url_inputs_disabled"
             )
         try:
-            return await asyncio.to_thread(self._pictures.fetch, url)
+            async with self._fetching:
+                return await asyncio.to_thread(self._pictures.fetch, url)
         except (Refused, Unreachable) as error:
             raise invalid(param, f"cannot be fetched: {error}", "url_not_fetched") from None

@@ -145,11 +145,16 @@ async def _clip(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of the shot, and what the client gets back with the job."""
     given = checked_names(received.fields, VIDEO_FIELDS)
+    model_named = "model" in given
     if before is not None:
         given.setdefault("model", before.request.get("model"))
         given.setdefault("prompt", before.shot.prompt)
     model, meant = server.model(given.get("model"))
-    begun = {**meant, **(base or {})}
+    # What is named takes the place of what was: a model says in which mode, a person who it is.
+    replaced = {"mode"} if model_named else set()
+    if {"character", "face_image"} & given.keys():
+        replaced |= {"face_image", "face_index"}
+    begun = {**meant, **{name: value for name, value in (base or {}).items() if name not in replaced}}
     fields = {**begun, **video_fields(given, {**server.served.profile.defaults, **begun})}
     for name in ("input_reference", "image_reference"):
         if files := received.files(name):
@@ -168,9 +173,7 @@ async def person(server: Server, tenant: Tenant, received: Received, given: Mapp
     if photos and "face_image" in given:
         raise invalid("face_image", "came as files and as ids; give either")
     if "face_image" in given:
-        named = given["face_image"]
-        for one in named if isinstance(named, list) else [named]:
-            photos.append(await server.references.named(tenant, one, "face_image"))
+        photos += await server.references.all_named(tenant, given["face_image"], "face_image")
     fields = {"character": given.get("character"), "face_image": photos or None}
     return {name: value for name, value in fields.items() if value is not None}
 

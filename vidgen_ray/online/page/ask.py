@@ -70,7 +70,7 @@ async def _saved(site: Site, tenant: Tenant, photos: Sequence[UploadFile], value
         raise FormError({"save_as": f"Must be 1 to {NAME_LETTERS} printable letters."})
     kept = await _kept(site, tenant, photos)
     try:
-        await run_in_threadpool(_check_faces, site, tenant, kept)
+        await site.server.faces.in_turn(lambda: _check_faces(site, tenant, kept))
         return await run_in_threadpool(site.server.store.characters.create, tenant.name, name, kept)
     except StageError as error:
         raise FormError({"photo": str(error).removeprefix("face_image: ").capitalize() + "."}) from None

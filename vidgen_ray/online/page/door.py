@@ -9,7 +9,7 @@ from vidgen_ray.online.page.origin import same_origin
 from vidgen_ray.online.page.sessions import COOKIE, LIFE_S
 from vidgen_ray.online.page.site import Site, base_of
 from vidgen_ray.online.problems import ApiError
-from vidgen_ray.online.uploads import receive
+from vidgen_ray.online.uploads import small_form
 
 
 def door_routes(site: Site) -> APIRouter:
@@ -26,11 +26,10 @@ def door_routes(site: Site) -> APIRouter:
         if not same_origin(request):
             return refusal(site, request)
         try:
-            async with receive(request, site.server.settings.uploads) as received:
-                key = received.fields.get("key")
+            key = (await small_form(request, site.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
             return site.answer(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        tenant = site.server.keys.verify(key.strip()) if isinstance(key, str) and key.strip() else None
+        tenant = site.server.keys.verify(key) if key else None
         if tenant is None:
             return site.answer(request, "sign_in.html", 403, error="No key of this server is like this one.")
         token = await run_in_threadpool(site.sessions.open, tenant.key_id)
@@ -40,7 +39,8 @@ def door_routes(site: Site) -> APIRouter:
             token,
             max_age=LIFE_S,
             path=f"{base_of(request)}/",
-            secure=request.url.scheme == "https",
+            # From a proxy that ends TLS, as it says; who says so falsely only keeps himself out.
+            secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto")),
             httponly=True,
             samesite="strict",
         )

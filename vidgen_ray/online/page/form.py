@@ -28,6 +28,8 @@ CONTROL_OF = {
     "upscale_video": "scale",
 }
 """Field of the API -> the control that stands for it, where the names differ."""
+DIGITS = 10
+"""Of any number that makes sense here; Python refuses to read thousands."""
 LATENT_PX = 64
 """Sides of a clip are multiples of it."""
 
@@ -95,22 +97,22 @@ class FormValues:
 
         def number(name: str) -> int | None:
             text = getattr(self, name).strip()
-            if text.isascii() and text.isdecimal():
+            if text.isascii() and text.isdecimal() and len(text) <= DIGITS:
                 return int(text)
             if text:
                 errors[name] = "Must be a whole number."
             return None
 
         width, _, height = self.size.partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
+        if not (_is_side(width) and _is_side(height)):
             errors["size"] = "Choose one of the sizes."
         if self.mode == "fast" and self.style_prompt.strip():
             errors["style_prompt"] = "Mode fast has no restyle. Choose quality, or leave this empty."
         fields: dict[str, JsonValue] = {
             "prompt": self.prompt,
             "mode": self.mode,
-            "width": int(width) if width.isdecimal() else None,
-            "height": int(height) if height.isdecimal() else None,
+            "width": int(width) if _is_side(width) else None,
+            "height": int(height) if _is_side(height) else None,
             "upscale_video": bool(self.scale),
             **{name: number(name) for name in ("num_frames", "fps", "motion_bucket_id", "scale", "seed")},
         }
@@ -130,6 +132,10 @@ class FormValues:
             return LoraRef(path=self.lora, weight=float(self.lora_weight))
         except ValueError:
             raise FormError({"lora_weight": "Must be a number between -2 and 2."}) from None
+
+
+def _is_side(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= DIGITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from vidgen_ray.shot import Shot
 GALLERY_LENGTH = 12
 QUEUE_LENGTH = 100
 """Most jobs that are shown as being made; a key rarely may have more."""
+CURSOR_DIGITS = 18
 PROMPT_LETTERS = 2_000
 """Of a prompt that comes in the page's address."""
 STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
@@ -84,7 +85,8 @@ def page_routes(site: Site) -> APIRouter:
         if tenant is None:
             return _signed_out(request)
         since = request.query_params.get("since", "")
-        cursor = int(since) if since.isascii() and since.isdecimal() else await run_in_threadpool(site.server.store.latest)
+        latest = await run_in_threadpool(site.server.store.latest)
+        cursor = min(int(since), latest) if since.isascii() and since.isdecimal() and len(since) <= CURSOR_DIGITS else latest
         base = base_of(request)
 
         def written(job: Job, with_card: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Who is signed in to the page: a random token in a cookie, its digest in the database. A key that is taken out of the keys
-file ends its sessions at once, since each request asks for the key again."""
+"""Who is signed in to the page: a random token in a cookie, its digest in the database. A key that expires
+ends its sessions at once, since each request asks for the key again; one that is taken out of the keys file does when the
+server starts again."""
 
 import hashlib
 import secrets

@@ -10,7 +10,8 @@ from vidgen_ray.online.store import JobStore
 
 POLL_S = 0.4
 ALIVE_S = 15
-"""Between two signs of life, where nothing else is said: a proxy ends a stream that is silent for long."""
+"""Between two signs of life, where nothing else is said: a proxy ends a stream that is silent for long. And between two
+questions whether whoever listens still may."""
 
 
 async def changes(
@@ -27,7 +28,7 @@ async def changes(
     """
     yield ": open\n\n"
     states: dict[str, str] = {}
-    silent_s = 0.0
+    silent_s = asked_s = 0.0
     while True:
         found = await asyncio.to_thread(store.changed_since, cursor, tenant=tenant)
         cursor = found.cursor
@@ -38,12 +39,15 @@ async def changes(
             silent_s = 0.0
         elif silent_s >= ALIVE_S:
             silent_s = 0.0
-            if not await asyncio.to_thread(allowed):
-                yield _event("signed-out", "", cursor)
-                return
             yield ": alive\n\n"
         await asyncio.sleep(POLL_S)
         silent_s += POLL_S
+        asked_s += POLL_S
+        if asked_s >= ALIVE_S:
+            asked_s = 0.0
+            if not await asyncio.to_thread(allowed):
+                yield _event("signed-out", "", cursor)
+                return
 
 
 def _event(name: str, data: str, cursor: int) -> str:
