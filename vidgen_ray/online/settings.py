@@ -138,11 +138,6 @@ class OnlineSettings(_Section):
             raise ValueError("webhooks.targets: each needs a name of its own")
         return self
 
-    @field_validator("keys_file")
-    @classmethod
-    def _keys_are_one_file_for_all_processes(cls, value: Path | None) -> Path | None:
-        return value and value.expanduser().absolute()
-
     @field_validator("loras")
     @classmethod
     def _files_have_one_name(cls, value: dict[str, str]) -> dict[str, str]:
