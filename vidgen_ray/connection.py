@@ -106,8 +106,7 @@ def _gpus_gb() -> tuple[float, ...]:
 
 def _start_ray(address: str | None, cpus: float) -> None:
     # What goes wrong is told once, by us; Ray would put each worker's traceback before it.
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address:
         try:

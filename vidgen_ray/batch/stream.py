@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -19,6 +20,9 @@ from vidgen_ray.calls import LOADING
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.packing import DIRECTOR_CPUS
+
+# Importing Ray Data makes it tell of every data set; what goes wrong is told once, by us.
+logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 PARTS_AT_ONCE = 2
 """The next part begins while the last shots of this one end."""
