@@ -1,7 +1,7 @@
 """A cluster of three nodes from which processes, nodes and drivers are taken at random moments while it renders with the
 tiny models: every line is accounted for, every file is the one of an undisturbed run, and little is computed twice.
 
-`make chaos` has the long form and prints what was done; `make test` the short one.
+`make chaos` has the long form and prints what was done; `make test` the short one. What else needs several nodes is here, too.
 """
 
 import json
@@ -19,13 +19,21 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from tests.chaos.counted_stages import LOG
 from tests.conftest import ASTRONAUT
-from tests.test_batch import digests
+from tests.fake_stages import FAKES
+from tests.test_batch import Events, digests
+from vidgen_ray.batch.fleet import labels_of
+from vidgen_ray.batch.render import render
+from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.planner import Cluster as Machines
+from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
 from vidgen_ray.script import iter_script
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,12 +231,64 @@ def undisturbed(script, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     pipeline = VideoGenerationPipeline(tiny, out)
     plans = [pipeline.plan(line.shot) for line in iter_script(script, profile_defaults=tiny.defaults)]
-    for plan in plans:
-        pipeline.render(plan.shot)
+    for planned in plans:
+        pipeline.render(planned.shot)
     pipeline.close()
     # Shots share the features of a photo.
-    calls = len({step.key for plan in plans for step in plan.steps})
-    return Undisturbed([plan.shot.id for plan in plans], digests(out), calls)
+    calls = len({step.key for planned in plans for step in planned.steps})
+    return Undisturbed([planned.shot.id for planned in plans], digests(out), calls)
+
+
+SMALL_GB, LARGE_GB = 24.0, 80.0
+
+
+@pytest.fixture(scope="module")
+def with_large_flux(tiny):
+    """A profile whose FLUX fits on the larger cards alone."""
+    sizes = {"instantid": 1, "flux": 60, "svd": 16, "realesrgan": 4}
+    on_gpu = {"device": "cuda", "cpus": 0.5}
+    actors = {name: tiny.actors[name].model_copy(update={**on_gpu, "memory_gb": gb}) for name, gb in sizes.items()}
+    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
+
+
+def nodes_of_the_workers():
+    workers = [ray.get_actor(name) for name in ray.util.list_named_actors() if "/worker/" in name]
+    return {ray.get(worker.place.remote()).node for worker in workers}
+
+
+def test_where_cards_differ_a_model_is_on_one_that_holds_it(nodes, with_large_flux, tmp_path):
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(json.dumps({"id": f"s{n}", "prompt": "a", "generate_video": False}) + "\n" for n in range(4)))
+    small, large = (node.node_id for node in nodes.nodes)
+    cards = ((SMALL_GB, small), (LARGE_GB, large))
+    found = set()
+    ray.init(address=nodes.address, log_to_driver=False)
+    try:
+        report = render(
+            iter_script(script, profile_defaults=with_large_flux.defaults),
+            with_large_flux,
+            OutputFolder(tmp_path / "out"),
+            source=script.name,
+            watcher=Events(lambda: found.update(nodes_of_the_workers())),
+            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in cards)),
+            stages=FAKES,
+        )
+    finally:
+        ray.shutdown()
+    assert (report.done, report.failed) == (4, 0)
+    assert found == {large}, "a picture needs FLUX alone, which the small cards do not hold"
+
+
+def test_where_ray_cannot_tell_cards_apart_nothing_is_begun(with_large_flux, make_shot):
+    demand = demand_of([make_shot()])
+    for machines, says in (
+        (parse_gpus("1x24GB+1x80GB"), "is not told by --gpus"),
+        (Machines((Node((SMALL_GB, LARGE_GB), 16, None, ("a", "b")),)), "cannot be told apart"),
+    ):
+        with pytest.raises(SetupError, match=says):
+            labels_of(plan(with_large_flux, demand, machines), machines)
+    alike = parse_gpus("2x80GB")
+    assert set(labels_of(plan(with_large_flux, demand, alike), alike)) == {None}
 
 
 @pytest.mark.timeout(900)
