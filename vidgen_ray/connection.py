@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Node
+from vidgen_ray.planner.cluster import Label
 
 KIND_OF_CARD, THIS_NODE = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray gives its nodes."""
@@ -69,13 +71,15 @@ def live_cluster() -> Cluster:
     return Cluster(tuple(replace(node, label=label) for node, label in zip(nodes, _labels(alive, nodes), strict=True)))
 
 
-def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
+def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[Label]:
     """By which Ray finds nodes with the same cards: their kind, which a node that takes the place of another has, too, or else
     the node itself."""
     kinds = [node.get("Labels", {}).get(KIND_OF_CARD) for node in alive]
-    for node, kind in zip(alive, kinds, strict=True):
-        cards = {round(gb) for other, its in zip(nodes, kinds, strict=True) if its == kind for gb in other.gpus}
-        yield (KIND_OF_CARD, kind) if kind and len(cards) == 1 else (THIS_NODE, node["NodeID"])
+    sizes: defaultdict[str | None, set[int]] = defaultdict(set)
+    for kind, node in zip(kinds, nodes, strict=True):
+        sizes[kind] |= node.sizes_gb
+    for kind, told in zip(kinds, alive, strict=True):
+        yield (KIND_OF_CARD, kind) if kind and len(sizes[kind]) == 1 else (THIS_NODE, told["NodeID"])
 
 
 def _node(node: dict[str, Any], gpus_gb: tuple[float, ...]) -> Node:

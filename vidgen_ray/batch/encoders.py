@@ -84,7 +84,10 @@ class Encoders:
             usable = await self._usable()
             if alone and self._kept_free not in usable:
                 self._kept_free = min(usable, key=self._open.__getitem__)
-            open_to_it = [hand for hand in usable if (hand is self._kept_free) == alone and not (alone and self._open[hand])]
+            if alone:
+                open_to_it = [hand for hand in usable if hand is self._kept_free and not self._open[hand]]
+            else:
+                open_to_it = [hand for hand in usable if hand is not self._kept_free]
             if open_to_it:
                 encoder = min(open_to_it, key=self._open.__getitem__)
                 self._open[encoder] += 1

@@ -19,13 +19,11 @@ from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.worker import CALLS_AT_ONCE, Encoder, Worker
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
+from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.packing import ENCODER_CPUS
 
 _RESTARTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
 """The process comes back; whether its work is tried again is the director's decision."""
-
-
-Label = tuple[str, str]
 
 
 def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
@@ -33,11 +31,10 @@ def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
 
     Raises SetupError where cards differ and Ray cannot tell them apart.
     """
-    # Of the same kind, two may differ by some MB.
-    if len({round(gb) for gb in cluster.gpus}) < 2:
+    if len(frozenset().union(*(node.sizes_gb for node in cluster.nodes))) < 2:
         return [None] * len(chosen.nodes)
     nodes = [cluster.nodes[number] for number in chosen.nodes]
-    if any(len({round(gb) for gb in node.gpus}) > 1 for node in nodes):
+    if any(len(node.sizes_gb) > 1 for node in nodes):
         raise SetupError(
             f"{cluster}: cards of several sizes in one machine cannot be told apart; "
             "let CUDA_VISIBLE_DEVICES name those of one size, or start Ray once for each size"

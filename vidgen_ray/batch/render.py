@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from vidgen_ray.batch.control import watched
-from vidgen_ray.batch.fleet import Label, fleet, labels_of
+from vidgen_ray.batch.fleet import fleet, labels_of
 from vidgen_ray.batch.intake import to_do
 from vidgen_ray.batch.job import Job
 from vidgen_ray.batch.ledger import Ledger
@@ -34,6 +34,7 @@ from vidgen_ray.planner import (
     remember_measured,
     this_machine,
 )
+from vidgen_ray.planner.cluster import Label
 from vidgen_ray.profile import Profile
 from vidgen_ray.script import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage

@@ -99,11 +99,10 @@ def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
 def _expect_to_see(errand: Errand, job: Job) -> None:
     seen_by = time.monotonic() + SEEN_S
     while job.outputs.done(errand.plan) is None:
-        if time.monotonic() < seen_by:
-            time.sleep(1)
-            continue
-        place = job.outputs.storage.place(f"shots/{errand.plan.shot.id}")
-        raise SetupError(f"a worker wrote {place}, the driver does not see it; both need one shared output folder")
+        if time.monotonic() > seen_by:
+            place = job.outputs.storage.place(f"shots/{errand.plan.shot.id}")
+            raise SetupError(f"a worker wrote {place}, the driver does not see it; both need one shared output folder")
+        time.sleep(1)
 
 
 def _configure(context: DataContext) -> None:

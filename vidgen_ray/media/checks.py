@@ -1,7 +1,7 @@
 """Checks and sentences that images and videos share."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from vidgen_ray.errors import CannotWrite, MediaError
@@ -11,8 +11,8 @@ MAX_PIXELS = 40_000_000
 
 
 @contextmanager
-def failing_as(sentence: str) -> Iterator[None]:
-    """Turn whatever the block raises into a MediaError that begins with this sentence.
+def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[None]:
+    """Turn whatever the block raises into an error of this kind that begins with this sentence.
 
     Whatever, because Pillow's and FFmpeg's decoders raise almost any type on damaged bytes.
     """
@@ -21,20 +21,13 @@ def failing_as(sentence: str) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError(f"{sentence}: {_reason(error)}") from None
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise kind(f"{sentence}: {reason}") from None
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Turn whatever the block raises into a CannotWrite that names the file."""
-    try:
-        yield
-    except Exception as error:
-        raise CannotWrite(f"{path}: cannot be written: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+    return failing_as(f"{path}: cannot be written", CannotWrite)
 
 
 def check_is_file(path: Path) -> None:

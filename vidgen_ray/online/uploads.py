@@ -64,10 +64,10 @@ class UploadFolder:
             name = digest.hexdigest()
             if not (self._folder / name).exists():
                 _check_picture(tmp, param)
-            flush_to_disk(tmp)
             upload = self._uploaded.add(tenant, f"file-{name}", name, size)
             # From here on nobody removes it; before, somebody may have, who had it alone.
             if not (self._folder / name).exists():
+                flush_to_disk(tmp)
                 tmp.rename(self._folder / name)
         finally:
             tmp.unlink(missing_ok=True)

@@ -20,6 +20,10 @@ SOLD_AS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
 """GB of cards. What torch and the driver tell of one is up to a twelfth less, each something else."""
 
 
+Label = tuple[str, str]
+"""Of Ray's: name and value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One machine."""
@@ -29,8 +33,13 @@ class Node:
     cpus: float
     memory_gb: float | None
     """Of the host, for processes; none where it is not known."""
-    label: tuple[str, str] | None = None
-    """A label of Ray's, name and value, that only nodes with these cards have; none where it is not known."""
+    label: Label | None = None
+    """One that only nodes with these cards have; none where it is not known."""
+
+    @property
+    def sizes_gb(self) -> frozenset[int]:
+        """Of its cards, each once: whole GB, for two of the same kind may differ by some MB."""
+        return frozenset(map(round, self.gpus))
 
 
 @dataclass(frozen=True, slots=True)

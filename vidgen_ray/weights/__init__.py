@@ -76,13 +76,10 @@ def _built(name: str) -> Path:
         return shipped[name]
     if name not in BUILTIN:
         raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join((*BUILTIN, *shipped))}")
-    version, build = BUILTIN[name]
+    told, build = BUILTIN[name]
+    version = told() if callable(told) else told
     stem, ending = os.path.splitext(name)
-    place = (
-        cache_dir()
-        / "builtin"
-        / f"{stem.replace('/', '-')}-{version() if callable(version) else version}-torch{_torch_version()}{ending}"
-    )
+    place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
     if place.exists():
         return place
     try:

@@ -7,6 +7,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
+from vidgen_ray import local_cache
+
 SHIPPED = Path(__file__).parent / "demo"
 AUTOENCODER = SHIPPED / "flux" / "vae"
 WITHOUT_AUTOENCODER = ("hunyuandit", "svd")
@@ -19,11 +21,8 @@ def as_they_lie() -> dict[str, Path]:
 
 def digest(name: str) -> str:
     """Of the files that a model is put together from: one that was trained on is another model."""
-    files = sorted(path for folder in (SHIPPED / name, AUTOENCODER) for path in folder.rglob("*") if path.is_file())
-    told = hashlib.sha256()
-    for file in files:
-        told.update(f"{file.relative_to(SHIPPED)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return told.hexdigest()[:16]
+    parts = local_cache.digest(SHIPPED / name), local_cache.digest(AUTOENCODER)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def build_hunyuandit(folder: Path) -> None:

@@ -97,22 +97,22 @@ class FormValues:
 
         def number(name: str) -> int | None:
             text = getattr(self, name).strip()
-            if text.isascii() and text.isdecimal() and len(text) <= DIGITS:
+            if is_number(text):
                 return int(text)
             if text:
                 errors[name] = "Must be a whole number."
             return None
 
         width, _, height = self.size.partition("x")
-        if not (_is_side(width) and _is_side(height)):
+        if not (is_number(width) and is_number(height)):
             errors["size"] = "Choose one of the sizes."
         if self.mode == "fast" and self.style_prompt.strip():
             errors["style_prompt"] = "Mode fast has no restyle. Choose quality, or leave this empty."
         fields: dict[str, JsonValue] = {
             "prompt": self.prompt,
             "mode": self.mode,
-            "width": int(width) if _is_side(width) else None,
-            "height": int(height) if _is_side(height) else None,
+            "width": int(width) if is_number(width) else None,
+            "height": int(height) if is_number(height) else None,
             "upscale_video": bool(self.scale),
             **{name: number(name) for name in ("num_frames", "fps", "motion_bucket_id", "scale", "seed")},
         }
@@ -134,8 +134,9 @@ class FormValues:
             raise FormError({"lora_weight": "Must be a number between -2 and 2."}) from None
 
 
-def _is_side(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= DIGITS
+def is_number(text: str, most: int = DIGITS) -> bool:
+    """Whether it is a whole number of at most so many digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= most
 
 
 @dataclass(frozen=True, slots=True)

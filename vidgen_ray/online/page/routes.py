@@ -20,6 +20,7 @@ from vidgen_ray.online.page.form import (
     STYLES,
     FormError,
     FormValues,
+    is_number,
     sizes_like,
 )
 from vidgen_ray.online.page.origin import same_origin
@@ -34,6 +35,7 @@ GALLERY_LENGTH = 12
 QUEUE_LENGTH = 100
 """Most jobs that are shown as being made; a key rarely may have more."""
 CURSOR_DIGITS = 18
+"""What a database counts with has one more."""
 PROMPT_LETTERS = 2_000
 """Of a prompt that comes in the page's address."""
 STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
@@ -85,8 +87,7 @@ def page_routes(site: Site) -> APIRouter:
         if tenant is None:
             return _signed_out(request)
         since = request.query_params.get("since", "")
-        latest = await run_in_threadpool(site.server.store.latest)
-        cursor = min(int(since), latest) if since.isascii() and since.isdecimal() and len(since) <= CURSOR_DIGITS else latest
+        cursor = int(since) if is_number(since, CURSOR_DIGITS) else await run_in_threadpool(site.server.store.latest)
         base = base_of(request)
 
         def written(job: Job, with_card: bool) -> dict[str, Any]:
