@@ -42,7 +42,7 @@ from rich.table import Table
 from benchmarks.local_ray import ENVIRONMENT, local_ray
 from benchmarks.machine import machine, write_json
 from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
-from vidgen_ray.connection import muted_stderr
+from vidgen_ray.engine.ray_cluster import muted_stderr
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"no-op picture, added, p95": 50.0, "accepted jobs lost": 0.0}
@@ -144,7 +144,7 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     from vidgen_ray.online.application import blueprint
     from vidgen_ray.online.server import serving
     from vidgen_ray.online.settings import Limits, OnlineSettings
-    from vidgen_ray.online.store import open_store
+    from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
 
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -14,14 +14,14 @@ from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
 from vidgen_ray.batch.render import render
-from vidgen_ray.batch.watcher import Snapshot
+from vidgen_ray.batch.run_progress import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.profile import ActorProfile, Profile
-from vidgen_ray.script import CheckedLine, RejectedLine, iter_script
+from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script
 from vidgen_ray.shot import Shot
 
 CPUS = 0.25

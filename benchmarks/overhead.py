@@ -155,7 +155,7 @@ def _render(script: Path, folder: Path, watcher: Clock) -> None:
     from vidgen_ray.batch.render import render
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.profile import ActorProfile, Profile
-    from vidgen_ray.script import iter_script
+    from vidgen_ray.script.reader import iter_script
 
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.local_cache import digest
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams

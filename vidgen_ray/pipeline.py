@@ -11,17 +11,17 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
+from vidgen_ray.engine.step_runner import ShotFiles, StepFailed, StepRunner, joined
 from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_of
-from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script import check_shot
+from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks
-from vidgen_ray.steps import ShotFiles, StepFailed, StepRunner, joined
 
 Photo = str | Path | PILImage.Image
 """A file, or a picture in memory."""

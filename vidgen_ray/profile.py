@@ -11,7 +11,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.script_files import StrictLoader
+from vidgen_ray.script.formats import StrictLoader
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 

@@ -8,7 +8,7 @@ from vidgen_ray.batch.render import render
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script import iter_script
+from vidgen_ray.script.reader import iter_script
 
 GPUS = "2x2x80GB"
 """Two nodes of two pretended GPUs."""

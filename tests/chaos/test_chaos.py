@@ -22,19 +22,19 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.batch.test_batch import Events, digests
 from tests.chaos.counted_stages import LOG
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
-from tests.test_batch import Events, digests
-from vidgen_ray.batch.fleet import labels_of
 from vidgen_ray.batch.render import render
+from vidgen_ray.batch.start_actors import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster as Machines
 from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
-from vidgen_ray.script import iter_script
+from vidgen_ray.script.reader import iter_script
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "VIDGEN_CHAOS"

@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image as PILImage
 
 from training.cast import portrait
+from vidgen_ray.engine.step_runner import with_pictures
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of, with_local_loras
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script import check_shot
+from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item, Stage
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.steps import with_pictures
 
 
 @dataclass

@@ -18,22 +18,22 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
+from vidgen_ray.engine.step_runner import ShotFiles, StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import ShotPlan
 from vidgen_ray.online.api.app import make_app
-from vidgen_ray.online.jobs import Job, JobError
-from vidgen_ray.online.keys import load_keys
-from vidgen_ray.online.served import Served, served
+from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.serving_profile import Served, served
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import JobStore, open_store
-from vidgen_ray.online.work_queue import HowFar
+from vidgen_ray.online.store.jobs import Job, JobError
+from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.progress import listening
-from vidgen_ray.steps import ShotFiles, StepFailed
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
 """Of a TestClient that asks from this machine."""

@@ -21,13 +21,13 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.cli import main
+from vidgen_ray.engine.step_runner import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.online.housekeeping import forget_old
-from vidgen_ray.online.keys import check_reach, hash_of, is_loopback, load_keys, new_key
+from vidgen_ray.online.auth import check_reach, hash_of, is_loopback, load_keys, new_key
+from vidgen_ray.online.maintenance import forget_old
 from vidgen_ray.online.settings import Limits, OnlineSettings
-from vidgen_ray.online.store import FORGOTTEN_AFTER_S
-from vidgen_ray.steps import write_clip
+from vidgen_ray.online.store.store import FORGOTTEN_AFTER_S
 
 KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3, "seconds": 2}

@@ -9,10 +9,10 @@ from starlette.testclient import TestClient
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, painted
 from vidgen_ray.online import director
-from vidgen_ray.online.jobs import JobKind, JobState
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.jobs import JobKind, JobState
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.script import check_shot
+from vidgen_ray.script.reader import check_shot
 
 SMALL = {"prompt": "a man", "size": "64x64", "num_frames": 2, "upscale": False}
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from vidgen_ray.calls import OUTPUT
+from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.online.course import Course
 from vidgen_ray.online.deployments import EVERYTHING, groups_of
+from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.metrics import ERRORS_NAMED, METRICS, OTHER, TENANTS_NAMED, _Names
-from vidgen_ray.online.served import Served, served
-from vidgen_ray.online.workbench import Progress
+from vidgen_ray.online.progress_estimate import Course
+from vidgen_ray.online.serving_profile import Served, served
 from vidgen_ray.planner import parse_gpus, plan, this_machine
-from vidgen_ray.planner.holdings import CONTEXT_GB
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.online.api.bodies import EDIT_FIELDS, IMAGE_FIELDS, VIDEO_FIELDS
+from vidgen_ray.online.api.request_models import EDIT_FIELDS, IMAGE_FIELDS, VIDEO_FIELDS
 from vidgen_ray.online.settings import OnlineSettings
 
 ROOT = Path(__file__).parent.parent.parent

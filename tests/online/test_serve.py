@@ -19,10 +19,10 @@ import yaml
 from vidgen_ray.cli import main
 from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
-from vidgen_ray.online.jobs import JobState
-from vidgen_ray.online.keys import LOCAL
+from vidgen_ray.online.auth import LOCAL
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import open_store
+from vidgen_ray.online.store.jobs import JobState
+from vidgen_ray.online.store.store import open_store
 
 from .test_graph import LOOK_S, passing
 

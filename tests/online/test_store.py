@@ -9,9 +9,10 @@ import pytest
 from sqlalchemy import text
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.characters import NameTaken
-from vidgen_ray.online.jobs import Job, JobError, JobKind, JobState, new_id
-from vidgen_ray.online.store import (
+from vidgen_ray.online.store.characters import NameTaken
+from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
+from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.store import (
     FORGOTTEN_AFTER_S,
     IdempotencyConflict,
     JobStore,
@@ -19,7 +20,6 @@ from vidgen_ray.online.store import (
     QueueFull,
     UnknownJob,
 )
-from vidgen_ray.online.work_queue import HowFar
 from vidgen_ray.shot import Shot
 
 
@@ -394,7 +394,7 @@ def test_the_end_of_a_job_leaves_a_message(store, clock):
 
 def test_what_was_stored_outlives_a_killed_process(store, database_url):
     code = (
-        "import os, sys; from vidgen_ray.online.store import JobStore; from tests.online.test_store import a_job\n"
+        "import os, sys; from vidgen_ray.online.store.store import JobStore; from tests.online.test_store import a_job\n"
         "store = JobStore(sys.argv[1]); print(store.create(a_job())[0].id, flush=True)\n"
         "with store._database.changing() as change:\n"
         "    store._rows.insert(change, a_job()); os.kill(os.getpid(), 9)"

@@ -19,23 +19,23 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from vidgen_ray.batch.board import BoardHandle
-from vidgen_ray.batch.dispatch import Dispatcher, GaveUp, Held
-from vidgen_ray.batch.encoders import Chunks, Encoders
-from vidgen_ray.batch.hand import InputsLost
-from vidgen_ray.batch.job import Job
+from vidgen_ray.batch.actor_client import InputsLost
+from vidgen_ray.batch.encoder_pool import Chunks, Encoders
 from vidgen_ray.batch.metrics import RunMetrics
+from vidgen_ray.batch.run_config import Job
+from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.batch.run_state import BoardHandle
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
-from vidgen_ray.batch.spool import Errand, Outcome, read_part
-from vidgen_ray.batch.watcher import Snapshot
-from vidgen_ray.calls import OUTPUT, calls_of, in_order
+from vidgen_ray.batch.task_files import Errand, Outcome, read_part
+from vidgen_ray.batch.worker_pool import Dispatcher, GaveUp, Held
+from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
+from vidgen_ray.engine.step_groups import OUTPUT, calls_of, in_order
+from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.graph import ShotPlan, Step
-from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
-from vidgen_ray.steps import StepFailed
 
 CHUNK_BYTES = 128 << 20
 """Of enlarged frames, at most, where those of one call of the network are not more: 4 of 4096x2304."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from vidgen_ray.batch.intake import Account, to_do
-from vidgen_ray.batch.spool import Errand
-from vidgen_ray.connection import connected, live_cluster
+from vidgen_ray.batch.pending_shots import Account, to_do
+from vidgen_ray.batch.task_files import Errand
+from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, this_machine
 from vidgen_ray.profile import Profile
-from vidgen_ray.script import CheckedLine, RejectedLine
+from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.shot import Shot
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from vidgen_ray.batch.watcher import Snapshot
+from vidgen_ray.batch.run_progress import Snapshot
 from vidgen_ray.outputs.manifest import Status
 
 Kind = Literal["counter", "histogram", "gauge"]

@@ -12,16 +12,16 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.control import watched
-from vidgen_ray.batch.fleet import fleet, labels_of
-from vidgen_ray.batch.intake import to_do
-from vidgen_ray.batch.job import Job
-from vidgen_ray.batch.ledger import Ledger
-from vidgen_ray.batch.spool import Errand, Spool
-from vidgen_ray.batch.watcher import Watcher
-from vidgen_ray.connection import connected, expect_gpus, live_cluster
+from vidgen_ray.batch.lora_order import in_lora_order
+from vidgen_ray.batch.pending_shots import to_do
+from vidgen_ray.batch.run_config import Job
+from vidgen_ray.batch.run_monitor import watched
+from vidgen_ray.batch.run_progress import Watcher
+from vidgen_ray.batch.run_results import Ledger
+from vidgen_ray.batch.start_actors import fleet, labels_of
+from vidgen_ray.batch.task_files import Errand, Spool
+from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
-from vidgen_ray.locality import in_lora_order
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.planner import (
     Cluster,
@@ -36,7 +36,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.profile import Profile
-from vidgen_ray.script import CheckedLine, RejectedLine
+from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
@@ -174,7 +174,7 @@ def _run(
     left = 0
     with fleet(job, labels) as board, watched(board, watcher, stop, grace_s):
         # Ray Data takes a second to import, in which the actors start.
-        from vidgen_ray.batch.stream import stream
+        from vidgen_ray.batch.ray_data import stream
 
         for ended in stream(parts, job, board):
             if ended is None:

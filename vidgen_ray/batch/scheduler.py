@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vidgen_ray.layout import WorkerSpec
-from vidgen_ray.planner.holdings import TURN_SHOTS
+from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
+from vidgen_ray.planner.layout import WorkerSpec
 
 IN_HAND = 1.0
 """Load of one worker: what runs, in units of `Work.load`. The next is handed over early only where plenty waits."""

@@ -21,13 +21,13 @@ from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
-from vidgen_ray.cli.stopping import stoppable
+from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_measured, parse_gpus
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
-from vidgen_ray.script import CheckedLine, RejectedLine, iter_script, read_script
+from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
 
@@ -263,7 +263,7 @@ def shot(
 ) -> None:
     """Render one shot in this process, without Ray."""
     from vidgen_ray.pipeline import VideoGenerationPipeline
-    from vidgen_ray.script import check_shot
+    from vidgen_ray.script.reader import check_shot
 
     chosen = load_profile(profile)
     given = parse_fields(fields)

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.atomic import write_atomically
+from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import read_image
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script import check_shot
+from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid import InstantIDStage, SeenPhoto

@@ -28,7 +28,7 @@ def new(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key, show it once, and keep its sha256 only. Servers read their file when they start."""
-    from vidgen_ray.online.keys import KeyRecord, add_key, hash_of, new_key
+    from vidgen_ray.online.auth import KeyRecord, add_key, hash_of, new_key
 
     key = new_key()
     try:

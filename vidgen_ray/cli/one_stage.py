@@ -7,19 +7,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.atomic import write_atomically
+from vidgen_ray.atomic_files import write_atomically
+from vidgen_ray.engine.step_runner import StepFailed, with_pictures, write_clip
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.profile import Profile
-from vidgen_ray.script import check_shot
+from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
-from vidgen_ray.steps import StepFailed, with_pictures, write_clip
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 

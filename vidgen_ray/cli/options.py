@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vidgen_ray.profile import builtin_profiles
-from vidgen_ray.script_files import typed
+from vidgen_ray.script.formats import typed
 
 ProfileOption = Annotated[
     str, typer.Option("--profile", "-p", help=f"{', '.join(builtin_profiles())}, or the path of a profile file.")

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.batch.estimate import Counts
-from vidgen_ray.layout import Slot, WorkerSpec
 from vidgen_ray.planner import Cluster, Demand, Measured, Plan, cpus_needed, plan
+from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile
 
 PLAIN_WIDTH = 10_000

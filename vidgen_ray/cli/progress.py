@@ -18,9 +18,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.watcher import Snapshot, Watcher
-from vidgen_ray.cli.pace import Pace, span
+from vidgen_ray.batch.run_progress import Snapshot, Watcher
 from vidgen_ray.cli.progress_file import ProgressFile
+from vidgen_ray.cli.run_pace import Pace, span
 from vidgen_ray.outputs.manifest import ManifestRow
 
 PLANNING = "planning"

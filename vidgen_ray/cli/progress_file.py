@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from vidgen_ray.batch.watcher import Snapshot
-from vidgen_ray.cli.pace import Pace
+from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.cli.run_pace import Pace
 from vidgen_ray.outputs.manifest import ManifestRow
 
 STATUS_EVERY_S = 5.0

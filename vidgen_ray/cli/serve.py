@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.script_files import StrictLoader
+from vidgen_ray.script.formats import StrictLoader
 from vidgen_ray.stages.base import Stage
 
 GRACE_S = 60.0
@@ -54,12 +54,12 @@ def serve_command(
 
     Raises SetupError, ProfileError.
     """
-    from vidgen_ray.cli.stopping import stoppable
-    from vidgen_ray.connection import connected, live_cluster
+    from vidgen_ray.cli.stop_signals import stoppable
+    from vidgen_ray.engine.ray_cluster import connected, live_cluster
     from vidgen_ray.online.application import blueprint
-    from vidgen_ray.online.keys import check_reach, load_keys
+    from vidgen_ray.online.auth import check_reach, load_keys
     from vidgen_ray.online.server import check_port, serving, wait_for
-    from vidgen_ray.online.store import open_store
+    from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
 
     keys = load_keys(settings.keys_file, settings.limits)

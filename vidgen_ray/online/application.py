@@ -16,19 +16,19 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
-from vidgen_ray.connection import live_cluster
+from vidgen_ray.engine.ray_cluster import live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.layout import Layout
 from vidgen_ray.online.api.app import make_app
+from vidgen_ray.online.auth import Keys, load_keys
 from vidgen_ray.online.deployments import HEALTH, Group, graph, groups_of
-from vidgen_ray.online.keys import Keys, load_keys
-from vidgen_ray.online.served import Served, served
-from vidgen_ray.online.service import Service
+from vidgen_ray.online.replica_config import Service
+from vidgen_ray.online.serving_profile import Served, served
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import open_store
+from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, load_measured, parse_gpus, plan
-from vidgen_ray.planner.packing import DIRECTOR_CPUS, ENCODER_CPUS
+from vidgen_ray.planner.layout import Layout
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
 

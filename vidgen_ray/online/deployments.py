@@ -13,15 +13,15 @@ from ray.serve import Application
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.layout import Layout, WorkerSpec
 from vidgen_ray.online.director import Director
 from vidgen_ray.online.encoder_replica import EncoderReplica
-from vidgen_ray.online.service import Service
+from vidgen_ray.online.replica_config import Service
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.stage_replica import StageReplica
 from vidgen_ray.planner import Cluster
-from vidgen_ray.planner.holdings import CONTEXT_GB, ROOM
-from vidgen_ray.planner.packing import DIRECTOR_CPUS, ENCODER_CPUS
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, ROOM
+from vidgen_ray.planner.layout import Layout, WorkerSpec
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 

@@ -18,25 +18,25 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from vidgen_ray.calls import OUTPUT, calls_of
+from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
+from vidgen_ray.engine.step_groups import OUTPUT, calls_of
+from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.graph import ShotPlan, Step
-from vidgen_ray.layout import WorkerSpec
-from vidgen_ray.likeness_rule import LIKENESS, TooUnlike, closest, judged
-from vidgen_ray.online.caller import Caller, GaveUp, InputsLost, StageHandles
-from vidgen_ray.online.course import Course
-from vidgen_ray.online.housekeeping import housekeeping
-from vidgen_ray.online.jobs import Job, JobError, JobState
+from vidgen_ray.online.api_error import without_places
+from vidgen_ray.online.inference_thread import Progress
+from vidgen_ray.online.maintenance import housekeeping
 from vidgen_ray.online.metrics import ServerMetrics
-from vidgen_ray.online.problems import without_places
-from vidgen_ray.online.served import served
-from vidgen_ray.online.service import Service
+from vidgen_ray.online.progress_estimate import Course
+from vidgen_ray.online.replica_config import Service
+from vidgen_ray.online.serving_profile import served
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import open_store
-from vidgen_ray.online.work_queue import HowFar
-from vidgen_ray.online.workbench import Progress
+from vidgen_ray.online.stage_handles import Caller, GaveUp, InputsLost, StageHandles
+from vidgen_ray.online.store.jobs import Job, JobError, JobState
+from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
+from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.realesrgan import RealESRGANStage
-from vidgen_ray.steps import StepFailed
 
 LEASE_S = 10.0
 """After so long without a beat a job is anybody's."""

@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 
 import ray
 
-from vidgen_ray.calls import OUTPUT, Answer, in_order
+from vidgen_ray.engine.step_groups import OUTPUT, Answer, in_order
+from vidgen_ray.engine.step_runner import ShotFiles, StepFailed, joined
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.graph import ShotPlan
-from vidgen_ray.layout import WorkerSpec
-from vidgen_ray.online.caller import Caller, GaveUp, InputsLost, StageHandles
-from vidgen_ray.online.service import Service
+from vidgen_ray.online.inference_thread import Progress
+from vidgen_ray.online.replica_config import Service
+from vidgen_ray.online.stage_handles import Caller, GaveUp, InputsLost, StageHandles
 from vidgen_ray.online.stage_replica import Result
-from vidgen_ray.online.workbench import Progress
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Frames, Item
 from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
-from vidgen_ray.steps import ShotFiles, StepFailed, joined
 
 R = TypeVar("R")
 

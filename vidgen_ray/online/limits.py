@@ -8,8 +8,8 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from vidgen_ray.online.keys import Tenant
-from vidgen_ray.online.problems import ApiError, try_later
+from vidgen_ray.online.api_error import ApiError, try_later
+from vidgen_ray.online.auth import Tenant
 from vidgen_ray.shot import Shot
 
 

@@ -18,7 +18,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from vidgen_ray.connection import muted_stderr
+from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import APP, Blueprint, application

@@ -15,18 +15,18 @@ from typing import Any
 import ray
 from ray import serve
 
-from vidgen_ray.calls import LOADING, Answer
+from vidgen_ray.engine.likeness_check import likeness_of
+from vidgen_ray.engine.step_groups import LOADING, Answer
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import ShotPlan
-from vidgen_ray.layout import WorkerSpec
-from vidgen_ray.likeness_rule import likeness_of
-from vidgen_ray.online.service import Service
-from vidgen_ray.online.workbench import Done, Progress, Workbench
+from vidgen_ray.online.inference_thread import Done, Progress, Workbench
+from vidgen_ray.online.replica_config import Service
 from vidgen_ray.outputs.records import ShotRecord
+from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.realesrgan import RealESRGANStage
-from vidgen_ray.steps import StepFailed, StepRunner
 
 LAST_WORDS_S = 1.0
 """Between the answer of a process that is of no use any more, and its end."""

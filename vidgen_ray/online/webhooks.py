@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from standardwebhooks import Webhook as Signer
 from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
-from vidgen_ray.online.fetch import Outside, Refused, Unreachable
-from vidgen_ray.online.outbox import Message, Outbox
+from vidgen_ray.online.inputs.http_fetch import Outside, Refused, Unreachable
 from vidgen_ray.online.settings import Webhook, Webhooks
+from vidgen_ray.online.store.outbox import Message, Outbox
 
 GONE = 410
 """What a receiver says that wants no more of these."""

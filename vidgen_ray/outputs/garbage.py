@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vidgen_ray.atomic import remove
+from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import KEYS, RECORD, REQUESTS_AT_ONCE, SWEPT, OutputFolder, key_file

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.periodic import Ticker
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.outputs.ticker import Ticker
 
 PREFIX = ".running-"
 REFRESH_S = 30.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vidgen_ray import atomic
+from vidgen_ray import atomic_files
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 
@@ -38,11 +38,11 @@ class LocalStorage(Storage):
             return False
 
     def write(self, path: str, content: str | bytes) -> None:
-        atomic.write_atomically(self.local / path, content)
+        atomic_files.write_atomically(self.local / path, content)
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
-        with atomic.new_file(self.local / path) as tmp:
+        with atomic_files.new_file(self.local / path) as tmp:
             yield tmp
 
     @contextmanager
@@ -77,7 +77,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def workspace(self, beside: str) -> Iterator[Path]:
-        work = atomic.temporary_folder(self.local / beside)
+        work = atomic_files.temporary_folder(self.local / beside)
         try:
             yield work
         finally:
@@ -87,7 +87,7 @@ class LocalStorage(Storage):
         target = self.local / folder
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            atomic.flush_to_disk(work / name)
+            atomic_files.flush_to_disk(work / name)
             os.replace(work / name, target / name)
 
     def publish_folder(self, work: Path, folder: str) -> None:
@@ -108,7 +108,7 @@ class LocalStorage(Storage):
 
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
         for folder in folders:
-            yield from atomic.abandoned(self.local / folder)
+            yield from atomic_files.abandoned(self.local / folder)
 
     def place(self, path: str) -> Path:
         return self.local / path

@@ -17,8 +17,8 @@ from vidgen_ray.outputs.failures import PARTS, FailedLine, Standing, encoded, fa
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, Account, ManifestRow, account_of, manifest_files, rows_that_hold
+from vidgen_ray.outputs.periodic import Ticker
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.outputs.ticker import Ticker
 
 PART_ROWS = 2_000
 FLUSH_S = 30.0

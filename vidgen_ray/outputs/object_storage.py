@@ -20,9 +20,9 @@ from urllib.parse import quote
 import pyarrow
 import pyarrow.fs
 
-from vidgen_ray import atomic
+from vidgen_ray import atomic_files
+from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.local_cache import cache_dir
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -151,7 +151,7 @@ class ObjectStorage(Storage):
     @contextmanager
     def workspace(self, beside: str) -> Iterator[Path]:
         # On this machine's disk, wherever it will be published.
-        work = atomic.temporary_folder(_workspaces())
+        work = atomic_files.temporary_folder(_workspaces())
         try:
             yield work
         finally:
@@ -188,7 +188,7 @@ class ObjectStorage(Storage):
 
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
         # An object store has no half-written objects; what is left is in the workspaces.
-        return atomic.abandoned(_workspaces())
+        return atomic_files.abandoned(_workspaces())
 
     def place(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{quote(path)}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGES, stages_of
-from vidgen_ray.planner.measured import Measured
+from vidgen_ray.planner.calibration import Measured
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage

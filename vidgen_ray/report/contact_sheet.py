@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-from vidgen_ray.atomic import write_atomically
+from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.graph import STAGES
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest

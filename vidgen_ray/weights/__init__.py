@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.local_cache import cache_dir
 from vidgen_ray.weights import demo_family
 
 

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from vidgen_ray import local_cache
+from vidgen_ray import cache_dir
 
 SHIPPED = Path(__file__).parent / "demo"
 AUTOENCODER = SHIPPED / "flux" / "vae"
@@ -21,7 +21,7 @@ def as_they_lie() -> dict[str, Path]:
 
 def digest(name: str) -> str:
     """Of the files that a model is put together from: one that was trained on is another model."""
-    parts = local_cache.digest(SHIPPED / name), local_cache.digest(AUTOENCODER)
+    parts = cache_dir.digest(SHIPPED / name), cache_dir.digest(AUTOENCODER)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -14,20 +14,20 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.api import content, errors, events, files, images, models, people, shots, videos
-from vidgen_ray.online.api.faces import FaceFinder
-from vidgen_ray.online.api.follow import Followers
-from vidgen_ray.online.api.references import References
-from vidgen_ray.online.api.schemas import SHOT_PARTS, Health, Pictures
-from vidgen_ray.online.api.state import Here, Server
-from vidgen_ray.online.fetch import Pictures as Fetched
-from vidgen_ray.online.intake import Accepted, Intake
-from vidgen_ray.online.keys import Keys
+from vidgen_ray.online.api import characters, error_handlers, files, images, models, shots, video_content, video_events, videos
+from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.job_feed import Followers
+from vidgen_ray.online.api.response_models import SHOT_PARTS, Health, Pictures
+from vidgen_ray.online.auth import Keys
+from vidgen_ray.online.inputs.face_check import FaceFinder
+from vidgen_ray.online.inputs.http_fetch import Pictures as Fetched
+from vidgen_ray.online.inputs.image_references import References
+from vidgen_ray.online.inputs.uploads import BodyCap
+from vidgen_ray.online.job_service import Accepted, Intake
 from vidgen_ray.online.limits import RequestRate
-from vidgen_ray.online.served import Served
+from vidgen_ray.online.serving_profile import Served
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store import JobStore
-from vidgen_ray.online.uploads import BodyCap
+from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
 
@@ -46,7 +46,7 @@ async def healthz() -> Health:
     return Health()
 
 
-@health.get("/readyz", response_model=Health, responses={503: errors.responses()[503]})
+@health.get("/readyz", response_model=Health, responses={503: error_handlers.error_responses()[503]})
 async def readyz(server: Here) -> Health:
     """Whether jobs can be stored."""
     await asyncio.to_thread(server.store.ping)
@@ -104,16 +104,16 @@ def make_app(
         faces=FaceFinder(served),
         started_at=int(time.time()),
     )
-    errors.install(app)
+    error_handlers.install(app)
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     # Before /v1/videos/{video_id}, which would take `characters` for an id.
-    app.include_router(people.router)
-    for module in (videos, content, events, images, shots, models, files):
+    app.include_router(characters.router)
+    for module in (videos, video_content, video_events, images, shots, models, files):
         app.include_router(module.router)
     app.include_router(health)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]  # as FastAPI's own documentation does it
     if page:
-        from vidgen_ray.online.page import add_page
+        from vidgen_ray.online.web import add_page
 
         add_page(app, app.state.server)
     return app

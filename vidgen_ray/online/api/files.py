@@ -7,19 +7,21 @@ import asyncio
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from vidgen_ray.online.api import schemas
-from vidgen_ray.online.api.bodies import checked_names
-from vidgen_ray.online.api.errors import responses
-from vidgen_ray.online.api.schemas import FileDeleted, FileOut, file_of
+from vidgen_ray.online.api import response_models
+from vidgen_ray.online.api.deps import Here
+from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.request_models import checked_names
+from vidgen_ray.online.api.response_models import FileDeleted, FileOut, file_of
 from vidgen_ray.online.api.security import Asking
-from vidgen_ray.online.api.state import Here
-from vidgen_ray.online.problems import ApiError, invalid, not_found
-from vidgen_ray.online.uploads import receive
+from vidgen_ray.online.api_error import ApiError, invalid, not_found
+from vidgen_ray.online.inputs.uploads import receive
 
 router = APIRouter(tags=["files"])
 
 
-@router.post("/v1/files", response_model=FileOut, openapi_extra=schemas.FILE_BODY, responses=responses(408, 413, 415))
+@router.post(
+    "/v1/files", response_model=FileOut, openapi_extra=response_models.FILE_BODY, responses=error_responses(408, 413, 415)
+)
 async def create_file(request: Request, server: Here, tenant: Asking) -> FileOut:
     """Upload a picture. The same picture has the same id."""
     async with receive(request, server.settings.uploads) as received:
@@ -32,7 +34,7 @@ async def create_file(request: Request, server: Here, tenant: Asking) -> FileOut
     return file_of(upload)
 
 
-@router.get("/v1/files/{file_id}", response_model=FileOut, responses=responses(404))
+@router.get("/v1/files/{file_id}", response_model=FileOut, responses=error_responses(404))
 async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
     """What is known of an uploaded file. Its content is not given out."""
     upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
@@ -41,7 +43,7 @@ async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
     return file_of(upload)
 
 
-@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=responses(404, 409))
+@router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))
 async def delete_file(server: Here, tenant: Asking, file_id: str) -> FileDeleted:
     """Forget an uploaded file. It leaves the disk where nobody else has it and no open job needs it."""
     for person in await asyncio.to_thread(server.store.characters.list, tenant.name):

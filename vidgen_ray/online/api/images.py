@@ -19,8 +19,10 @@ from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
 from vidgen_ray.media import read_image
-from vidgen_ray.online.api import schemas
-from vidgen_ray.online.api.bodies import (
+from vidgen_ray.online.api import response_models
+from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.request_models import (
     EDIT_FIELDS,
     IMAGE_FIELDS,
     PICTURE_MULTIPLE,
@@ -32,15 +34,13 @@ from vidgen_ray.online.api.bodies import (
     whole_number,
     yes_or_no,
 )
-from vidgen_ray.online.api.errors import responses
-from vidgen_ray.online.api.schemas import Picture, Pictures, PictureUsage
+from vidgen_ray.online.api.response_models import Picture, Pictures, PictureUsage
 from vidgen_ray.online.api.security import Asking
-from vidgen_ray.online.api.state import Here, Server
 from vidgen_ray.online.api.videos import IdempotencyKey, person
-from vidgen_ray.online.jobs import Job, JobKind, JobState
-from vidgen_ray.online.keys import Tenant
-from vidgen_ray.online.problems import INVALID, ApiError, invalid
-from vidgen_ray.online.uploads import Received, receive
+from vidgen_ray.online.api_error import INVALID, ApiError, invalid
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.uploads import Received, receive
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.shot import Shot
 
 MOST = 10
@@ -76,8 +76,8 @@ class _Wish:
 @router.post(
     "/v1/images/generations",
     response_class=Response,
-    openapi_extra=schemas.IMAGE_BODY,
-    responses={**responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
+    openapi_extra=response_models.IMAGE_BODY,
+    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
 )
 async def create_images(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> Response:
     """Make pictures, and wait for them."""
@@ -93,8 +93,8 @@ async def create_images(request: Request, server: Here, tenant: Asking, idempote
 @router.post(
     "/v1/images/edits",
     response_class=Response,
-    openapi_extra=schemas.EDIT_BODY,
-    responses={**responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
+    openapi_extra=response_models.EDIT_BODY,
+    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
 )
 async def edit_images(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> Response:
     """Make pictures over by image-to-image, each by itself: with a LoRA, or else restyled by the prompt.
@@ -237,7 +237,7 @@ async def _events(server: Server, jobs: Sequence[Job], wish: _Wish) -> AsyncIter
     except (ApiError, TimeoutError) as error:
         known = error if isinstance(error, ApiError) else ApiError(504, "It took too long", code="timeout", type="server_error")
         detail = {"message": known.message, "type": known.type, "param": known.param, "code": known.code}
-        yield ServerSentEvent(event="error", data=schemas.ErrorBody.model_validate({"error": detail}).model_dump_json())
+        yield ServerSentEvent(event="error", data=response_models.ErrorBody.model_validate({"error": detail}).model_dump_json())
 
 
 async def _events_of(server: Server, job: Job, wish: _Wish) -> AsyncIterator[ServerSentEvent]:
@@ -269,7 +269,7 @@ def _event(wish: _Wish, name: str, job: Job, **more: Any) -> ServerSentEvent:
         "output_format": _format(wish),
         **more,
     }
-    return ServerSentEvent(event=kind, data=schemas.JSON.dump_json(content).decode())
+    return ServerSentEvent(event=kind, data=response_models.JSON.dump_json(content).decode())
 
 
 def _drafts(plan: ShotPlan) -> list[str]:

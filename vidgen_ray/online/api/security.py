@@ -8,10 +8,10 @@ from fastapi import Depends, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request
 
-from vidgen_ray.online.api.state import Server, server_of
-from vidgen_ray.online.keys import Tenant
-from vidgen_ray.online.page.origin import check_is_local, check_url, same_origin
-from vidgen_ray.online.problems import ApiError
+from vidgen_ray.online.api.deps import Server, server_of
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.web.origin import check_is_local, check_url, same_origin
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 

@@ -10,18 +10,18 @@ from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.online.api import schemas
-from vidgen_ray.online.api.bodies import VIDEO_FIELDS, checked_names, text, video_fields
-from vidgen_ray.online.api.errors import responses
-from vidgen_ray.online.api.schemas import Video, VideoDeleted, VideoPage, video_of
+from vidgen_ray.online.api import response_models
+from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.request_models import VIDEO_FIELDS, checked_names, text, video_fields
+from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_of
 from vidgen_ray.online.api.security import Asking
-from vidgen_ray.online.api.state import Here, Server
-from vidgen_ray.online.intake import shown
-from vidgen_ray.online.jobs import Job, JobKind
-from vidgen_ray.online.keys import Tenant
-from vidgen_ray.online.problems import invalid, not_found
-from vidgen_ray.online.store import UnknownJob
-from vidgen_ray.online.uploads import Received, receive
+from vidgen_ray.online.api_error import invalid, not_found
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.uploads import Received, receive
+from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.store.jobs import Job, JobKind
+from vidgen_ray.online.store.store import UnknownJob
 
 POLL_AFTER = "openai-poll-after-ms"
 LISTED = (JobKind.VIDEO, JobKind.SHOT)
@@ -32,7 +32,12 @@ IdempotencyKey = Annotated[
 router = APIRouter(tags=["videos"])
 
 
-@router.post("/v1/videos", response_model=Video, openapi_extra=schemas.VIDEO_BODY, responses=responses(404, 408, 409, 413, 415))
+@router.post(
+    "/v1/videos",
+    response_model=Video,
+    openapi_extra=response_models.VIDEO_BODY,
+    responses=error_responses(404, 408, 409, 413, 415),
+)
 async def create_video(
     request: Request, response: Response, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None
 ) -> Video:
@@ -52,7 +57,7 @@ async def create_video(
     return video_of(job)
 
 
-@router.get("/v1/videos", response_model=VideoPage, responses=responses(404))
+@router.get("/v1/videos", response_model=VideoPage, responses=error_responses(404))
 async def list_videos(
     server: Here,
     tenant: Asking,
@@ -70,7 +75,7 @@ async def list_videos(
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
 
-@router.get("/v1/videos/{video_id}", response_model=Video, responses=responses(404))
+@router.get("/v1/videos/{video_id}", response_model=Video, responses=error_responses(404))
 async def get_video(response: Response, server: Here, tenant: Asking, video_id: str) -> Video:
     """How far a clip is."""
     job = await job_of(server, tenant, video_id)
@@ -78,7 +83,7 @@ async def get_video(response: Response, server: Here, tenant: Asking, video_id: 
     return video_of(job)
 
 
-@router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=responses(404))
+@router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=error_responses(404))
 async def delete_video(server: Here, tenant: Asking, video_id: str) -> VideoDeleted:
     """Forget a clip. One that is being made is cancelled."""
     if not await server.intake.delete(tenant, video_id):
@@ -86,7 +91,7 @@ async def delete_video(server: Here, tenant: Asking, video_id: str) -> VideoDele
     return VideoDeleted(id=video_id)
 
 
-@router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=responses(404))
+@router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=error_responses(404))
 async def cancel_video(server: Here, tenant: Asking, video_id: str) -> Video:
     """Stop making a clip: at once where it waits, else after the denoising step or frame at hand. What has ended stays."""
     job = await server.intake.cancel(tenant, video_id)
@@ -98,8 +103,8 @@ async def cancel_video(server: Here, tenant: Asking, video_id: str) -> Video:
 @router.post(
     "/v1/videos/{video_id}/remix",
     response_model=Video,
-    openapi_extra=schemas.REMIX_BODY,
-    responses=responses(404, 408, 409, 413, 415),
+    openapi_extra=response_models.REMIX_BODY,
+    responses=error_responses(404, 408, 409, 413, 415),
 )
 async def remix_video(
     request: Request,

@@ -1,0 +1,219 @@
+"""The batch executor on a real Ray: the same bytes as the reference, every line accounted for, nothing rendered twice."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from vidgen_ray.batch.render import render
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.cli import main
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script.reader import iter_script, read_script
+
+from .conftest import ASTRONAUT
+
+SCRIPT = Path(__file__).with_name("tiny.jsonl")
+"""A line of every kind, for the profile `tiny`."""
+DONE = "shots/[!.]*/shot.json"
+"""Of shots that are done: what is half made has its files, too, in a hidden folder."""
+
+
+class Events:
+    """A watcher that remembers, and does something at the first shot that is done."""
+
+    def __init__(self, at_first=lambda: None):
+        self.rows = []
+        self._at_first = at_first
+
+    def planned(self, total, done_before, refused):
+        self.plan = (total, done_before, refused)
+
+    def refused(self, row):
+        self.rows.append(row)
+
+    def status(self, snapshot):
+        self.snapshot = snapshot
+
+    def ended(self, row):
+        if row.status == "done" and not any(r.status == "done" for r in self.rows):
+            self._at_first()
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
+    yield
+    ray.shutdown()
+
+
+def digests(out: Path) -> dict[str, str]:
+    """File -> sha256 of all that a run leaves to be looked at."""
+    return {
+        str(file.relative_to(out)): sha256_of(file)
+        for file in sorted((out / "shots").rglob("*"))
+        if file.is_file() and file.name != "shot.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def script(tiny):
+    return list(iter_script(SCRIPT, run_seed=3, profile_defaults=tiny.defaults))
+
+
+def rendered(lines, profile, out, watcher=None, **options):
+    return render(lines, profile, OutputFolder(out), source="s", watcher=watcher or Events(), **options)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, script, tmp_path_factory):
+    """The demo script by the in-process pipeline: file -> sha256."""
+    out = tmp_path_factory.mktemp("reference")
+    pipeline = VideoGenerationPipeline(tiny, out, keep_stages=True)
+    for line in script:
+        pipeline.render(line.shot)
+    pipeline.close()
+    return digests(out)
+
+
+def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, script, reference, tmp_path):
+    staged = tiny.model_copy(update={"layout": "staged"})
+    first = Events()
+    report = rendered(script, staged, tmp_path, first, keep_stages=True)
+    assert (report.done, report.failed, report.skipped) == (10, 0, 0)
+    assert {Path(name).name for name in reference} == {
+        "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
+    }  # fmt: skip
+    assert digests(tmp_path) == reference
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
+    again = Events()
+    report = rendered(script, tiny, tmp_path, again, keep_stages=True)
+    assert (report.done, report.failed, report.skipped) == (0, 0, 10)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
+    manifest = pq.read_table(tmp_path / "manifest").to_pylist()
+    assert sorted(row["id"] for row in manifest) == sorted(line.shot.id for line in script)
+    for row in manifest:
+        for kind in ("image", "video", "hd_video"):
+            assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
+
+
+def test_a_change_to_the_upscaling_alone_reuses_images_and_clips(tiny, tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"id": "a", "prompt": "a red ball"}\n')
+    out = tmp_path / "out"
+    for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
+        script = iter_script(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
+        assert rendered(script, tiny, out).done == 1
+        record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+        assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
+            zip(("flux", "svd", "realesrgan"), cached, strict=True)
+        )
+
+
+def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again(tiny, tmp_path, capsys):
+    Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
+    (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
+    (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])
+    lines = [
+        {"id": "good", "prompt": "a red ball"},
+        {"id": "tall", "prompt": "a", "height": 7},
+        {"id": "nobody", "prompt": "a", "face_image": "wall.png"},
+        {"id": "junk", "prompt": "a", "lora": "junk.safetensors"},
+        {"id": "cut", "prompt": "a", "image": "cut.jpg"},
+        {"id": "unknown", "prompt": "a", "upscaler": "best"},
+        "{not json",
+        {"id": "good-too", "prompt": "a blue ball", "generate_video": False},
+    ]
+    path = tmp_path / "s.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    out = tmp_path / "out"
+
+    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["done"], report["failed"], report["skipped"]) == (2, 6, 0)
+    rows = {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+    assert {i: (r["status"], r["line"], r["failure_stage"], r["failure_error"]) for i, r in rows.items()} == {
+        "good": ("done", 1, None, None),
+        "tall": ("failed", 2, "script", "ScriptError"),
+        "nobody": ("failed", 3, "instantid", "StageError"),
+        "junk": ("failed", 4, "lora", "StageError"),
+        "cut": ("failed", 5, "svd", "MediaError"),
+        "unknown": ("failed", 6, "plan", "StageError"),
+        "s-line-7": ("failed", 7, "script", "ScriptError"),
+        "good-too": ("done", 8, None, None),
+    }
+    assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
+    assert "no face found" in rows["nobody"]["failure_message"]
+    assert not (out / "shots" / "nobody" / "shot.json").exists()
+
+    failed = [shot for shot in read_script(path, profile_defaults=tiny.defaults).shots if rows[shot.id]["status"] == "failed"]
+    again = read_script(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4})
+    assert {s.id: s for s in again.shots} == {s.id: s for s in failed}, (
+        "a failed line comes back whole, whatever the defaults are by then"
+    )
+    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
+
+    Image.open(ASTRONAUT).save(tmp_path / "wall.png")
+    assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
+    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
+    assert (after["nobody"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
+    assert set(after) == set(rows)
+
+    # The script is mended, and what it was refused for is no longer held against it.
+    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "height": 64}) + "\n")
+    assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--until", "image"]) == 0
+    after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
+    assert after["tall"] == "done"
+    assert "s-line-7" not in after
+    left = {json.loads(line)["failure"]["id"] for line in (out / "failures.jsonl").read_text().splitlines()}
+    assert left == {"unknown", "junk", "cut"}
+
+
+@pytest.mark.timeout(600)
+def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_next_ends_it(tiny, script, reference, tmp_path):
+    def started(done):
+        """A driver that has rendered so many shots, with those before it."""
+        options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
+        command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
+        driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob(DONE))) < done:
+            assert driver.poll() is None, "the driver ended before its first shot"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
+        return driver
+
+    told = started(1)
+    told.send_signal(signal.SIGTERM)
+    _, said = told.communicate(timeout=120)
+    assert told.returncode == 130
+    assert "the same command goes on with them" in said
+    assert " INFO " not in said, "Ray's notices are none of the user's business"
+    stopped_at = len(list(tmp_path.glob(DONE)))
+    assert stopped_at < len(script), "the driver was told too late to show anything"
+
+    killed = started(stopped_at + 1)
+    killed.kill()
+    killed.communicate()
+    done_before = len(list(tmp_path.glob(DONE)))
+    for record in tmp_path.glob(DONE):
+        for name, file in json.loads(record.read_text())["files"].items():
+            assert sha256_of(record.parent / name) == file["sha256"]
+
+    report = rendered(script, tiny, tmp_path, keep_stages=True)
+    assert report.failed == 0
+    assert report.skipped >= done_before >= 1
+    assert report.done >= 1, "the driver was killed too late to show anything"
+    assert digests(tmp_path) == reference
+    assert not list(tmp_path.rglob(".tmp-*"))

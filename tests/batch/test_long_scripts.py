@@ -1,0 +1,207 @@
+"""Scripts of any length: memory that does not grow with them, and shots in an order that changes adapters seldom."""
+
+import json
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vidgen_ray.batch.lora_order import in_lora_order
+from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import ShotPlan
+from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script
+from vidgen_ray.script.spill_index import ScriptIndex
+from vidgen_ray.shot import Shot
+
+GROWTH_MB = 48
+"""Of peak memory between a script of 10,000 lines and any longer one."""
+READ_AND_PLAN = """
+import json, sys, time
+from pathlib import Path
+from vidgen_ray.graph import STAGES, ShotPlanner
+from vidgen_ray.batch.lora_order import in_lora_order
+from vidgen_ray.media import Mp4Settings
+from vidgen_ray.script.reader import CheckedLine, iter_script
+
+weights = Path(sys.argv[1])
+params = {stage.name: stage.Params(weights=weights, also=dict.fromkeys(stage.also(), weights)) for stage in STAGES}
+
+def peak_mb():
+    # Unlike getrusage, it does not begin with what the parent process had.
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+def run(script):
+    counts = {"shots": 0, "refused": 0, "plans": 0}
+    def shots():
+        for line in iter_script(script, profile_defaults={"scale": 2, "steps": {"flux": 4}}):
+            counts["shots" if isinstance(line, CheckedLine) else "refused"] += 1
+            if isinstance(line, CheckedLine):
+                yield line.shot
+    start = time.process_time()
+    for plan in in_lora_order(map(ShotPlanner(params, Mp4Settings()), shots()), plan_of=lambda plan: plan):
+        counts["plans"] += 1
+        plan.model_dump_json()
+    return {**counts, "seconds": time.process_time() - start, "peak_mb": peak_mb()}
+
+print(json.dumps([run(Path(script)) for script in sys.argv[2:]]))
+"""
+
+
+def fields_of(number):
+    """A line of a mixed script: every 20th is refused, every 50th repeats an id, half of them bring files."""
+    fields = {"id": f"shot-{number * 7919 % 1_000_003}", "prompt": f"shot {number}: a red ball rolls over a meadow at dawn"}
+    if number % 20 == 5:
+        fields["fps"] = 0
+    elif number % 50 == 7:
+        fields["id"] = f"shot-{(number - 1) * 7919 % 1_000_003}"
+    if number % 2:
+        fields |= {"face_image": f"face{number % 11}.jpg", "lora": f"lora{number % 5}.safetensors"}
+    if number % 3 == 0:
+        fields["metadata"] = {"scene": number, "take": "first"}
+    return fields
+
+
+def write_script(path, lines):
+    if path.suffix == ".parquet":
+        names = sorted({name for number in range(100) for name in fields_of(number)})
+        schema = pa.schema([(name, pa.array([fields_of(n).get(name) for n in range(100)]).type) for name in names])
+        batches = (map(fields_of, range(first, min(first + 50_000, lines))) for first in range(0, lines, 50_000))
+        table = pa.concat_tables([pa.Table.from_pylist(list(batch), schema=schema) for batch in batches])
+        # One row group, however long: the most that a reader may be tempted to hold.
+        pq.write_table(table, path, row_group_size=lines)
+        return path
+    with path.open("w") as file:
+        file.writelines(json.dumps(fields_of(number)) + "\n" for number in range(lines))
+    return path
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """The files that the lines name."""
+    for name in [f"face{n}.jpg" for n in range(11)] + [f"lora{n}.safetensors" for n in range(5)]:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "animevideov3.safetensors").write_text("weights")
+    return tmp_path
+
+
+def measured(folder, *scripts):
+    command = [sys.executable, "-c", READ_AND_PLAN, str(folder / "weights"), *map(str, scripts)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("lines", [50_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_memory_does_not_grow_with_the_script(beside, ending, lines):
+    scripts = [write_script(beside / f"{n}.{ending}", n) for n in (10_000, lines)]
+    short, long = measured(beside, *scripts)
+    assert long["refused"] == lines // 20 + lines // 50
+    assert long["shots"] == long["plans"] == lines - long["refused"]
+    assert long["peak_mb"] - short["peak_mb"] < GROWTH_MB
+
+
+def test_no_two_lines_of_a_script_have_the_same_id(beside):
+    script = write_script(beside / "s.jsonl", 2000)
+    with script.open("a") as file:
+        file.write("{broken\n" * 2000)
+    seen = list(iter_script(script))
+    ids = [line.shot.id if isinstance(line, CheckedLine) else line.id for line in seen]
+    assert len(ids) == len(set(ids)) == 4000
+    refused = [line for line in seen if isinstance(line, RejectedLine)]
+    assert [line.line for line in refused] == sorted(line.line for line in refused)
+    assert len(refused) == 2000 + 2000 // 20 + 2000 // 50
+
+
+def test_an_id_far_behind_the_first_is_refused_with_the_line_of_the_first(tmp_path):
+    lines = [{"id": "a", "prompt": "x"}, *({"id": f"n{n}", "prompt": "x"} for n in range(5000)), {"id": "a", "prompt": "y"}]
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    *_, last = iter_script(script)
+    assert str(last.errors[0]).startswith("s.jsonl line 5002, id: got 'a', line 1 has it already")
+
+
+def test_many_lines_of_one_name_are_numbered_in_time(tmp_path):
+    script = tmp_path / "s.yaml"
+    script.write_text(f"shots: [{'7, ' * 2000}]")
+    ids = [line.id for line in iter_script(script)]
+    assert (ids[:2], ids[-1], len(set(ids))) == (["s-line-1", "s-line-1-2"], "s-line-1-2000", 2000)
+
+
+def test_a_full_disk_is_named():
+    def overfill():
+        with ScriptIndex() as index:
+            index._ids.execute("PRAGMA max_page_count = 4")
+            index.add({f"id-{number}": number for number in range(10_000)})
+
+    with pytest.raises(SetupError, match="set TMPDIR to a folder with more room"):
+        overfill()
+
+
+def test_shots_come_before_the_script_is_read_to_its_end(tmp_path):
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(json.dumps({"prompt": f"ball {n}"}) + "\n" for n in range(5000)))
+    with script.open("ab") as file:
+        file.write(b"\xff\n")
+    shots = iter_script(script)
+    assert next(shots).shot.prompt == "ball 0"
+    shots.close()
+
+
+def plan(number, prompt, *loras):
+    shot = Shot(id=f"s{number}", prompt=prompt, seed=1, lora=[f"{lora}.safetensors" for lora in loras])
+    return ShotPlan(shot=shot, steps=(), key="")
+
+
+def itself(plan):
+    return plan
+
+
+def swaps(plans):
+    worn = [frozenset(lora.path for lora in plan.shot.lora) for plan in plans if plan.shot.lora]
+    return sum(a != b for a, b in pairwise(worn))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    draw = random.Random(1)
+    return [plan(n, f"prompt {draw.randrange(20)}", *draw.choice([(), *("abcde")])) for n in range(2000)]
+
+
+def test_adapters_are_changed_a_few_times_a_window(mixed):
+    ordered = list(in_lora_order(mixed, itself, window=500))
+    assert sorted(p.shot.id for p in ordered) == sorted(p.shot.id for p in mixed)
+    # Five LoRAs in each of four windows, and none between windows.
+    assert swaps(ordered) == 4 * 4
+    assert swaps(mixed) > 1000
+    prompts = [p.shot.prompt for p in ordered if p.shot.lora and p.shot.lora[0].path == "a.safetensors"][:50]
+    assert sum(a != b for a, b in pairwise(prompts)) < 20
+
+
+def test_ordering_keeps_the_order_of_what_is_alike_and_the_set_of_loras_has_none():
+    plans = [plan(0, "x", "a", "b"), plan(1, "y"), plan(2, "y", "b", "a"), plan(3, "x", "a", "b"), plan(4, "y")]
+    assert [p.shot.id for p in in_lora_order(plans, itself)] == ["s0", "s3", "s2", "s1", "s4"]
+
+
+def test_ordering_holds_one_window_and_no_more(mixed):
+    taken = given = most = 0
+
+    def counted():
+        nonlocal taken
+        for one in mixed:
+            taken += 1
+            yield one
+
+    for _ in in_lora_order(counted(), itself, window=100):
+        most = max(most, taken - given)
+        given += 1
+    assert (given, most) == (2000, 100)

@@ -1,0 +1,66 @@
+"""`vidgen serve` with the tiny models, in processes of its own, for the clients that people have."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+import yaml
+
+from vidgen_ray.online.auth import hash_of
+
+KEYS = {name: f"vg-{name}-key" for name in ("ada", "bob", "eve", "joe")}
+LIMITS = {"eve": {"open_jobs": 1}, "joe": {"requests_per_minute": 3}}
+ROOT = Path(__file__).parents[3]
+START_S = 240
+"""A machine that is busy takes its time to start Ray."""
+
+
+@pytest.fixture(scope="session")
+def address(tmp_path_factory) -> Iterator[str]:
+    """Where the server answers."""
+    folder = tmp_path_factory.mktemp("serve")
+    keys = [{"tenant": name, "sha256": hash_of(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {"profile": "tiny", "data": str(folder / "out"), "keys_file": str(folder / "keys.yaml"), "poll_after_s": 0.2}
+    (folder / "settings.yaml").write_text(yaml.safe_dump({**settings, "port": port}))
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "vidgen_ray", "serve", "--settings", str(folder / "settings.yaml")]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + START_S
+        while not _is_ready(url):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.5)
+        yield url
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        for member in psutil.wait_procs(family, timeout=5)[1]:
+            member.kill()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/readyz", timeout=10) as answer:
+            return json.load(answer) == {"status": "ok"}
+    except (URLError, OSError):
+        return False

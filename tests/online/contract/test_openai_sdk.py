@@ -1,0 +1,266 @@
+"""The `openai` package as people install it, against a running server. `videos` is deprecated there, for OpenAI's own service
+is gone; the shape is what other servers speak."""
+
+import base64
+import io
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import ASTRONAUT
+from tests.online.contract.conftest import KEYS
+from vidgen_ray.media import open_video
+
+openai = pytest.importorskip("openai")
+from openai import OpenAI  # noqa: E402
+from PIL import Image  # noqa: E402
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.timeout(600)]
+SMALL = {"size": "64x64", "extra_body": {"num_frames": 2, "upscale": False}}
+
+
+def client_of(address: str, tenant: str = "ada", **options) -> OpenAI:
+    return OpenAI(api_key=KEYS.get(tenant, tenant), base_url=f"{address}/v1", **options)
+
+
+@pytest.fixture(scope="module")
+def client(address) -> OpenAI:
+    return client_of(address)
+
+
+@pytest.fixture(scope="module")
+def clip(client):
+    """A small clip, finished."""
+    return client.videos.create_and_poll(
+        prompt="a man in the rain", seconds="1", size="128x64", extra_body={"seed": 7, "negative_prompt": "blur", "flag": None}
+    )
+
+
+def picture_of(b64: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64)))
+
+
+def photo(width: int, height: int) -> io.BytesIO:
+    buffer = io.BytesIO()
+    Image.open(ASTRONAUT).convert("RGB").resize((width, height)).save(buffer, "PNG")
+    buffer.name = "../../anything.png"
+    buffer.seek(0)
+    return buffer
+
+
+def test_create_and_poll_ends_with_a_clip(clip):
+    assert clip.status == "completed", clip.error
+    assert (clip.progress, clip.seconds, clip.size) == (100, "1", "128x64")
+    assert clip.model == "tiny"
+    assert clip.model_extra["seed"] == 7
+    assert set(clip.model_extra["stage_durations"]) == {"flux", "svd", "realesrgan"}
+
+
+def test_all_three_variants_can_be_decoded(client, clip, tmp_path):
+    video = tmp_path / "clip.mp4"
+    client.videos.download_content(clip.id).write_to_file(video)
+    with open_video(video) as opened:
+        assert (opened.frame_count, opened.width, opened.height) == (5, 256, 128)
+        assert opened.frames(0, 5).shape == (5, 128, 256, 3)
+    thumbnail = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="thumbnail").read()))
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", (128, 64))
+    assert np.asarray(thumbnail.convert("RGB")).std() > 1
+    sheet = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="spritesheet").read()))
+    assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
+
+
+def test_a_clip_that_was_rendered_before_is_answered_at_once(client, clip):
+    again = client.videos.create(
+        prompt="a man in the rain", seconds="1", size="128x64", extra_body={"seed": 7, "negative_prompt": "blur"}
+    )
+    assert again.id != clip.id
+    assert (again.status, again.progress) == ("completed", 100)
+
+
+def test_lists_page_by_themselves(client):
+    made = [client.videos.create(prompt=f"a page {number}", **SMALL).id for number in range(5)]
+    seen = [video.id for video in client.videos.list(limit=2)]
+    assert seen[:5] == made[::-1]
+    oldest_first = [video.id for video in client.videos.list(limit=2, order="asc")]
+    assert oldest_first == seen[::-1]
+    first = client.videos.list(limit=2)
+    assert (first.has_next_page(), first.last_id) == (True, made[3])
+
+
+def test_a_clip_is_followed_by_events_and_read_in_parts(client, address):
+    headers = {"Authorization": f"Bearer {KEYS['ada']}"}
+    video = client.videos.create(prompt="followed", size="64x64", extra_body={"num_frames": 4})
+    with httpx.Client(base_url=f"{address}/v1", headers=headers, timeout=120) as plain:
+        with plain.stream("GET", f"/videos/{video.id}/events") as events:
+            assert events.headers["content-type"].startswith("text/event-stream")
+            names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
+        assert names[-1] == "video.completed"
+        assert set(names[:-1]) <= {"video.queued", "video.in_progress"}
+        whole = plain.get(f"/videos/{video.id}/content").content
+        part = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=10-19"})
+        assert (part.status_code, part.content) == (206, whole[10:20])
+        beyond = plain.get(f"/videos/{video.id}/content", headers={"Range": "bytes=99999999-"})
+        assert (beyond.status_code, beyond.json()["error"]["code"]) == (416, "range_not_satisfiable")
+        assert plain.head(f"/videos/{video.id}/content").headers["content-length"] == str(len(whole))
+
+
+def test_deleted_is_not_found(client):
+    video = client.videos.create(prompt="soon gone", **SMALL)
+    assert client.videos.delete(video.id).deleted
+    with pytest.raises(openai.NotFoundError) as told:
+        client.videos.retrieve(video.id)
+    assert told.value.code == "video_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.videos.delete(video.id)
+
+
+def test_remix_keeps_the_seed_and_changes_the_words(client, clip):
+    remixed = client.videos.remix(clip.id, prompt="a man in the snow")
+    assert remixed.remixed_from_video_id == clip.id
+    assert (remixed.prompt, remixed.size, remixed.model_extra["seed"]) == ("a man in the snow", "128x64", 7)
+    client.videos.delete(remixed.id)
+
+
+def test_a_clip_can_start_from_a_picture(client):
+    video = client.videos.create_and_poll(prompt="she smiles", input_reference=photo(200, 100), **SMALL)
+    assert video.status == "completed", video.error
+
+
+def test_a_person_can_be_named_and_shown(client):
+    made = client.videos.create_character(name="Eileen", video=one_second_of_the_astronaut())
+    assert client.videos.get_character(made.id).name == "Eileen"
+    video = client.videos.create(prompt="at the sea", size="64x64", extra_body={"character": "Eileen", "num_frames": 2})
+    assert client.videos.poll(video.id).status == "completed"
+
+
+def one_second_of_the_astronaut() -> tuple[str, bytes]:
+    import tempfile
+
+    from vidgen_ray.engine.step_runner import write_clip
+    from vidgen_ray.media import Mp4Settings
+
+    frames = np.asarray(Image.open(ASTRONAUT).convert("RGB"))[None].repeat(3, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_clip(path, [np.zeros_like(frames), frames], 6, Mp4Settings(threads=1))
+        return "me.mp4", path.read_bytes()
+
+
+def test_pictures_come_in_one_answer(client):
+    answer = client.images.generate(prompt="a lighthouse", size="64x64", n=2, extra_body={"seed": 1})
+    pictures = [np.asarray(picture_of(one.b64_json)) for one in answer.data]
+    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 2
+    assert (pictures[0] != pictures[1]).any()
+    assert (answer.size, answer.output_format) == ("64x64", "png")
+    webp = client.images.generate(prompt="a lighthouse", size="64x64", output_format="webp", extra_body={"seed": 1})
+    assert picture_of(webp.data[0].b64_json).format == "WEBP"
+
+
+def test_pictures_come_as_events(client):
+    stream = client.images.generate(prompt="a lighthouse at night", size="64x64", stream=True, extra_body={"seed": 2})
+    events = list(stream)
+    assert [event.type for event in events] == ["image_generation.completed"]
+    assert picture_of(events[0].b64_json).size == (64, 64)
+    assert events[0].usage.total_tokens == 0
+
+
+def test_a_picture_on_its_way_is_an_event_too(client):
+    stream = client.images.generate(
+        prompt="a lighthouse",
+        size="64x64",
+        stream=True,
+        partial_images=2,
+        extra_body={"seed": 3, "style_prompt": "oil", "use_hunyuan_style": True, "steps": {"hunyuan": 30}},
+    )
+    events = list(stream)
+    assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    first, last = (np.asarray(picture_of(event.b64_json)) for event in events)
+    assert first.shape == last.shape
+    assert (first != last).any()
+
+
+def test_one_picture_is_made_over(client):
+    answer = client.images.edit(image=photo(96, 64), prompt="as a woodcut", size="96x64", extra_body={"seed": 1})
+    assert [picture_of(one.b64_json).size for one in answer.data] == [(96, 64)]
+
+
+def test_two_pictures_are_made_over_each_by_itself(client):
+    answer = client.images.edit(image=[photo(96, 64), photo(64, 64)], prompt="a woodcut", size="64x64", extra_body={"seed": 1})
+    first, second = (np.asarray(picture_of(one.b64_json)) for one in answer.data)
+    assert (first != second).any()
+
+
+def test_a_mask_is_refused_in_words(client):
+    with pytest.raises(openai.BadRequestError, match="mask: is not supported") as told:
+        client.images.edit(image=photo(64, 64), mask=photo(64, 64), prompt="x", size="64x64")
+    assert told.value.param == "mask"
+
+
+def test_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny-fast"]
+    assert client.models.retrieve("tiny-fast").owned_by == "vidgen-ray"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("sora-2")
+
+
+def test_a_wrong_field_is_named(client):
+    with pytest.raises(openai.BadRequestError, match="the nearest is 704x1280") as told:
+        client.videos.create(prompt="x", size="720x1280")
+    assert (told.value.param, told.value.code, told.value.type) == ("size", "invalid_size", "invalid_request_error")
+
+
+def test_after_a_429_the_client_comes_back(address):
+    client = client_of(address, "eve")
+    first = client.videos.create(prompt="one of one", size="256x256", extra_body={"num_frames": 25, "steps": {"svd": 200}})
+    with pytest.raises(openai.RateLimitError) as told:
+        client.with_options(max_retries=0).videos.create(prompt="one too many", **SMALL)
+    assert told.value.code == "too_many_jobs"
+    assert int(told.value.response.headers["retry-after-ms"]) == 2000
+    cancelled = threading.Timer(0.5, client.post, (f"/videos/{first.id}/cancel",), {"cast_to": object})
+    cancelled.start()
+    # The client waits for as long as it was told, and is taken then.
+    begun = time.monotonic()
+    second = client.videos.create(prompt="one after it", **SMALL)
+    assert second.id != first.id
+    assert time.monotonic() - begun > 1.9
+    cancelled.join()
+    assert client.videos.retrieve(first.id).status == "cancelled"
+
+
+def test_too_many_requests_are_told_when_to_come_back(address):
+    client = client_of(address, "joe", max_retries=0)
+    for _ in range(3):
+        client.models.list()
+    with pytest.raises(openai.RateLimitError) as told:
+        client.models.list()
+    assert told.value.code == "rate_limit_exceeded"
+    assert 0 < int(told.value.response.headers["retry-after"]) <= 60
+
+
+def test_a_create_that_is_sent_twice_renders_once(client):
+    once = {"prompt": "only once", "extra_headers": {"Idempotency-Key": "k1"}, **SMALL}
+    first, second = client.videos.create(**once), client.videos.create(**once)
+    assert first.id == second.id
+    client.videos.poll(first.id)
+    with pytest.raises(openai.ConflictError) as told:
+        client.videos.create(**{**once, "prompt": "something else"})
+    assert told.value.code == "idempotency_key_reused"
+    assert told.value.response.headers["x-should-retry"] == "false"
+
+
+def test_another_tenants_clip_is_not_there(address, clip):
+    bob = client_of(address, "bob")
+    for call in (bob.videos.retrieve, bob.videos.delete, bob.videos.download_content):
+        with pytest.raises(openai.NotFoundError):
+            call(clip.id)
+    assert list(bob.videos.list()) == []
+
+
+def test_a_wrong_key_is_refused(address):
+    with pytest.raises(openai.AuthenticationError) as told:
+        client_of(address, "nobody").models.list()
+    assert told.value.code == "invalid_api_key"

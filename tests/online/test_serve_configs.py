@@ -1,0 +1,82 @@
+"""The configs for `serve deploy`: every key is one that Serve or we know, and every deployment is one that there will be."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+from vidgen_ray.errors import ProfileError, UsageError
+from vidgen_ray.graph import STAGES
+from vidgen_ray.online.application import API, build
+from vidgen_ray.online.deployments import DIRECTOR, ENCODER, groups_of
+from vidgen_ray.online.serve_config import check_config
+from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.planner import parse_gpus, plan, this_machine
+from vidgen_ray.profile import load_profile
+
+CONFIGS = Path(__file__).parents[2] / "serve_configs"
+CLUSTERS = {"laptop": this_machine(), "gpu-80gb": parse_gpus("1x80GB"), "cluster": parse_gpus("8x80GB")}
+
+
+def deployments(name, settings):
+    """What there will be on the cluster that the config is for, were all weights there."""
+    profile = load_profile(settings.profile)
+    if settings.layout:
+        profile = profile.model_copy(update={"layout": settings.layout})
+    served = Served(profile, dict.fromkeys(stage.name for stage in STAGES), {})
+    groups = groups_of(plan(profile, served.demand(), CLUSTERS[name]).layout, profile, CLUSTERS[name])
+    return {API, DIRECTOR, ENCODER, *(group.name for group in groups)}
+
+
+def test_there_is_one_for_a_laptop_a_card_and_a_cluster():
+    assert {file.stem for file in CONFIGS.iterdir()} == set(CLUSTERS)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_config_is_right_to_the_letter(name):
+    config, settings = check_config(CONFIGS / f"{name}.yaml")
+    (app,) = config.applications
+    assert {deployment.name for deployment in app.deployments} <= deployments(name, settings)
+    assert settings.keys_file or settings.host == "127.0.0.1"
+    if settings.gpus:
+        assert parse_gpus(settings.gpus) == CLUSTERS[name]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ("  port: 8000", "  prt: 8000", "http_options.prt: there is no such key, must be one of host"),
+        ("proxy_location", "proxy_locations", "proxy_locations: there is no such key"),
+        ("route_prefix", "route_prefx", "applications.0.route_prefx: there is no such key"),
+        ("max_queued", "max_queue", "applications.0.args.max_queue: there is no such key"),
+        ("name: svd", "nam: svd", "applications.0.deployments.3.nam: there is no such key"),
+        ("min_replicas: 2", "min_replica: 2", "applications.0.deployments.0.autoscaling_config.min_replica: there is no"),
+        ("log_level", "level", "logging_config.level: there is no such key"),
+        ("max_queued: 2000", "max_queued: none", "max_queued: Input should be a valid integer"),
+        ("      layout: staged", "      layout: stagd", "layout: Input should be"),
+        ("      port: 8000", "      port: 8001", "http_options listens on 0.0.0.0:8000, args say 0.0.0.0:8001"),
+        ("application:build", "application:built", "must have one application, with import_path"),
+        ("proxy_location:", "proxy_location: x\nproxy_location:", "not YAML"),
+    ],
+)
+def test_what_is_written_wrong_is_refused(tmp_path, right, wrong, says):
+    text = (CONFIGS / "cluster.yaml").read_text()
+    assert right in text
+    (tmp_path / "c.yaml").write_text(text.replace(right, wrong, 1))
+    with pytest.raises(UsageError) as told:
+        check_config(tmp_path / "c.yaml")
+    assert says in str(told.value)
+
+
+def test_serve_makes_settings_of_the_args_and_tells_what_is_wrong_with_them():
+    call = call_user_app_builder_with_args_if_necessary
+    with pytest.raises(ValidationError, match="max_queue"):
+        call(build, {"profile": "tiny", "max_queue": 7})
+    with pytest.raises(ProfileError, match="must be one of demo"):
+        call(build, {"profile": "nope", "gpus": "1x80GB"})
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read"):
+        check_config(tmp_path / "c.yaml")

@@ -1,0 +1,128 @@
+"""A real server on a port of its own, in a thread: the API with the page, and a director that renders one job at a time."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from vidgen_ray.errors import Cancelled
+from vidgen_ray.online.inference_thread import Progress
+from vidgen_ray.online.progress_estimate import Course
+from vidgen_ray.online.store.jobs import Job, JobError
+from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.progress import listening
+
+from ..fake_stages import FakeStage
+from .obedient_stages import OBEDIENT
+
+OWNER = "director"
+LEASE_S = 60
+
+
+class Director(threading.Thread):
+    """Renders what is queued. A test that closes `gate` stops the work before its next step."""
+
+    def __init__(self, store: JobStore, pipeline: VideoGenerationPipeline) -> None:
+        super().__init__(daemon=True)
+        self._store, self._pipeline = store, pipeline
+        self.gate = threading.Event()
+        self.gate.set()
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            for job in self._store.queue.claim(OWNER, LEASE_S, 1):
+                self._lead(job)
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        self._over.set()
+        self.gate.set()
+        self.join()
+
+    def _lead(self, job: Job) -> None:
+        plan = self._pipeline.plan(job.shot)
+        course = Course(plan, self._pipeline.profile)
+
+        def tell(stage: str, step: int, steps: int) -> None:
+            percent = course.percent(Progress(stage, step, steps))
+            self._store.queue.progress(OWNER, [HowFar(job.id, stage, step, steps, percent)])
+            while not self.gate.wait(0.02) and not self._wanted_to_end(job):
+                pass
+            if self._wanted_to_end(job):
+                raise Cancelled
+
+        try:
+            with listening(tell):
+                record = self._pipeline.render(job.shot)
+        except Cancelled:
+            self._store.queue.cancelled(job.id, OWNER)
+        except Exception as error:
+            reason = error.__cause__ or error
+            self._store.queue.failed(job.id, OWNER, JobError(code="stage_failed", message=str(reason)))
+        else:
+            seconds = {step.stage: step.seconds for step in record.stages}
+            self._store.queue.completed(job.id, OWNER, shot_id=record.shot.id or "", stage_seconds=seconds)
+
+    def _wanted_to_end(self, job: Job) -> bool:
+        return self._over.is_set() or bool(self._store.queue.heartbeat(OWNER, [job.id], LEASE_S))
+
+
+@contextmanager
+def listening_on(app: FastAPI, port: int) -> Iterator[None]:
+    """The application on a port of this machine, until the block ends."""
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=0, lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class FakeHunyuanDiT(FakeStage, HunyuanDiTStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+class FakeLoRA(FakeStage, FluxLoRAStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+FAKES = {**OBEDIENT, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
+
+
+class QuickPipeline(VideoGenerationPipeline):
+    """Draws noise at once instead of loading models: for what is about the page and not about pictures."""
+
+    def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
+        name = stage_class.name
+        if name not in self._loaded:
+            self._loaded[name] = FAKES[name](self.profile.params(stage_class))
+        return self._loaded[name]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def chromium() -> Path | None:
+    return next((path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser")) if path.exists()), None)

@@ -1,0 +1,271 @@
+"""The output folder in an object store: a real server that speaks S3, the same bytes, nothing partial ever done."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+
+import pyarrow.fs
+import pytest
+from moto.server import ThreadedMotoServer
+
+from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.garbage import collect_garbage
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.outputs.object_storage import MARKER
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.report.gallery import write_gallery
+
+from .test_outputs import failed, row, write
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """host:port of a server with an empty bucket `clips`."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+            patched.delenv(name, raising=False)
+        patched.setenv("AWS_ACCESS_KEY_ID", "KEY")
+        patched.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        fs, bucket = pyarrow.fs.FileSystem.from_uri(
+            f"s3://clips?endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
+        )
+        fs.create_dir(bucket)
+        yield f"{host}:{port}"
+        server.stop()
+
+
+@pytest.fixture
+def url(endpoint, request):
+    return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint_override={endpoint}&scheme=http"
+
+
+@pytest.fixture
+def outputs(url):
+    return OutputFolder(url)
+
+
+@pytest.fixture
+def plan_of(tiny, make_shot):
+    def make(shot_id, **fields):
+        shot = make_shot(id=shot_id, generate_video=False, **fields)
+        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def render(tiny):
+    """Render a shot of the tiny profile into an output folder."""
+    pipelines = {}
+
+    def render(out, shot):
+        pipeline = pipelines.setdefault(out, VideoGenerationPipeline(tiny, out))
+        return pipeline.render(shot)
+
+    yield render
+    for pipeline in pipelines.values():
+        pipeline.close()
+
+
+def commit(outputs, plan, names=("hd.mp4", "image.png")):
+    with outputs.draft(plan) as draft:
+        for name in names:
+            draft.path(name).write_bytes(name.encode())
+        return draft.commit([])
+
+
+def objects(outputs):
+    """Path -> bytes of all that is stored."""
+    fs, base = outputs.storage._opened
+    found = fs.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
+    return {info.path.removeprefix(f"{base}/"): info.size for info in found if info.type == pyarrow.fs.FileType.File}
+
+
+def workspaces():
+    return set((cache_dir() / "unfinished").iterdir())
+
+
+def test_a_shot_has_the_bytes_it_has_on_a_disk_and_is_not_rendered_twice(render, make_shot, url, tmp_path, monkeypatch):
+    shot = make_shot(id="ball", num_frames=4)
+    outputs = OutputFolder(url)
+    far, here = render(url, shot), render(tmp_path, shot)
+    assert far.files == here.files
+    assert set(far.files) == {"image.png", "video.mp4", "hd.mp4"}
+    for name in far.files:
+        assert outputs.read("ball", name) == (tmp_path / "shots" / "ball" / name).read_bytes()
+    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/shots/ball/hd.mp4"
+
+    monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
+    render(url, shot)
+    assert not [left for left in workspaces() if f"-{os.getpid()}-" in left.name]
+
+
+def test_a_change_to_the_upscaling_alone_reuses_image_and_clip(render, make_shot, url):
+    for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
+        record = render(url, make_shot(id="ball", num_frames=2, scale=scale))
+        assert [step.cached for step in record.stages] == cached
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "unfinished"])
+def test_a_damaged_cache_entry_is_made_again(render, make_shot, url, damage):
+    first = render(url, make_shot(id="a", num_frames=2))
+    svd = next(step for step in first.stages if step.stage == "svd")
+    storage, entry = OutputFolder(url).storage, f"cache/{svd.key[:2]}/{svd.key}"
+    assert set(storage.files(entry)) == {"frames.mkv", MARKER}
+    if damage == "cut":
+        storage.write(f"{entry}/frames.mkv", storage.read(f"{entry}/frames.mkv")[:100])
+    else:
+        storage.delete(f"{entry}/{'frames.mkv' if damage == 'gone' else MARKER}")
+    again = render(url, make_shot(id="a", num_frames=2, scale=3))
+    assert [step.cached for step in again.stages] == [True, False, False]
+    assert again.files["video.mp4"] == first.files["video.mp4"]
+    assert render(url, make_shot(id="a", num_frames=2, scale=4)).stages[1].cached
+
+
+@pytest.mark.parametrize("survived", range(3))
+def test_a_commit_that_is_killed_between_objects_leaves_nothing_done(url, outputs, plan_of, survived):
+    plan = plan_of("x")
+    code = f"""
+import os, pickle, sys
+from vidgen_ray.outputs.object_storage import ObjectStorage
+outputs, plan = pickle.load(sys.stdin.buffer)
+outputs.prepare()
+upload, uploads = ObjectStorage._upload, []
+def dies(*args):
+    if len(uploads) == {survived}:
+        os._exit(9)
+    uploads.append(upload(*args))
+ObjectStorage._upload = dies
+with outputs.draft(plan) as draft:
+    for name in ("hd.mp4", "image.png"):
+        draft.path(name).write_bytes(b"new")
+    draft.commit([])
+"""
+    commit(outputs, plan, ("image.png", "video.mp4"))
+    assert outputs.done(plan)
+    before = workspaces()
+    killed = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps((outputs, plan)), stderr=subprocess.PIPE, env=os.environ
+    )
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert outputs.done(plan) is None
+    (left,) = workspaces() - before
+    outputs.prepare()
+    assert not left.exists(), "the dead process's workspace is swept"
+    record = commit(outputs, plan)
+    assert outputs.done(plan).record() == record
+    assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
+
+
+def test_many_shots_are_looked_for_at_once_and_answered_in_order(outputs, plan_of):
+    plans = [plan_of(f"s{number:03d}") for number in range(150)]
+    for plan in plans[::10]:
+        commit(outputs, plan)
+    found = list(outputs.done_each(iter(plans)))
+    assert [plan.shot.id for plan, _ in found] == [plan.shot.id for plan in plans]
+    assert [done is not None for _, done in found] == [number % 10 == 0 for number in range(150)]
+    outputs.storage.write("shots/s000/hd.mp4", "short")
+    assert outputs.done(plans[0]) is None
+
+
+def test_the_manifest_and_the_failures_become_one_account(url, outputs):
+    write(outputs, "r1", row("r1", "a"), failed("r1", "b"), failed("r1", "c"))
+    write(outputs, "r2", row("r2", "b"), failed("r2", "d"), close=False)
+    assert {r.id: r.status for r in read_manifest(url)} == {"a": "done", "b": "done", "c": "failed", "d": "failed"}
+    assert "failures/r2-00001.jsonl" in objects(outputs)
+    write(outputs, "r3", row("r3", "c"))
+    assert {r.id: (r.run, r.status) for r in read_manifest(url)} == {
+        "a": ("r1", "done"), "b": ("r2", "done"), "c": ("r3", "done"), "d": ("r2", "failed")
+    }  # fmt: skip
+    assert [json.loads(line)["failure"]["id"] for line in outputs.storage.read("failures.jsonl").splitlines()] == ["d"]
+    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "failures.jsonl"}
+    assert write_gallery(url) == f"{outputs.url}/index.html"
+    assert b"4 shots" in outputs.storage.read("index.html")
+
+
+def test_an_upload_that_is_interrupted_leaves_the_older_object(outputs):
+    def interrupted():
+        with outputs.storage.new_file("failures.jsonl") as path:
+            path.write_text("ha")
+            raise KeyboardInterrupt
+
+    outputs.storage.write("failures.jsonl", "whole")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert outputs.storage.read("failures.jsonl") == b"whole"
+
+
+def test_a_second_run_is_refused_while_the_first_is_working(outputs, monkeypatch):
+    with outputs.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"), outputs.lease("r2"):
+        pass
+    assert objects(outputs) == {}
+    outputs.storage.write(".running-r0", json.dumps({"run": "r0", "host": "elsewhere", "pid": 1, "since": "then"}))
+    with pytest.raises(SetupError, match="process 1 on elsewhere"), outputs.lease("r1"):
+        pass
+    monkeypatch.setattr("vidgen_ray.outputs.lease.STALE_AFTER_S", 1.0)
+    time.sleep(2.1)  # the store's clock counts whole seconds
+    with outputs.lease("r1"):
+        assert set(objects(outputs)) == {".running-r1"}
+
+
+def test_what_nothing_refers_to_is_removed(render, make_shot, url, outputs):
+    record = render(url, make_shot(id="ball", num_frames=2))
+    before = objects(outputs)
+    for path in (f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl", "shots/mine/notes.txt"):
+        outputs.storage.write(path, "12345")
+    assert collect_garbage(outputs).left_young == 2
+    assert set(objects(outputs)) - set(before) == {
+        "shots/mine/notes.txt",
+        "shots/partial/image.png",
+        f"cache/ab/{'ab' * 32}/image.png",
+    }
+    report = collect_garbage(outputs, grace_s=-1)
+    assert (report.counts["cache entries"], report.counts["partial shots"], report.bytes) == (1, 1, 10)
+    assert objects(outputs) == {**before, "shots/mine/notes.txt": 5}
+    assert set(record.files) <= set(outputs.storage.files("shots/ball"))
+
+
+def test_what_cannot_be_written_is_told_without_credentials(endpoint):
+    outputs = OutputFolder(f"s3://KEY:SECRET@nowhere/x?endpoint_override={endpoint}&scheme=http")
+    with pytest.raises(SetupError, match="output folder s3://nowhere/x: cannot be written") as told:
+        outputs.prepare()
+    assert "SECRET" not in str(told.value)
+
+
+@pytest.mark.parametrize("size", [10, 12 << 20])
+def test_an_upload_that_fails_is_an_error(endpoint, size):
+    storage = OutputFolder(f"s3://nowhere/x?endpoint_override={endpoint}&scheme=http").storage
+    with pytest.raises(OSError, match="bucket does not exist"):
+        storage.write("hd.mp4", bytes(size))
+
+
+def test_a_large_object_comes_back_whole(outputs):
+    content = os.urandom(23 << 20)
+    outputs.storage.write("hd.mp4", content)
+    assert outputs.storage.read("hd.mp4") == content
+    with outputs.storage.local_copy("hd.mp4") as path:
+        assert path.read_bytes() == content
+
+
+def test_a_small_object_takes_one_request(outputs):
+    """Three of them would triple the bill and the time of a cache of small pictures."""
+    outputs.storage.folders("")
+    log, server = io.StringIO(), logging.getLogger("werkzeug")
+    handler = logging.StreamHandler(log)
+    server.addHandler(handler)
+    outputs.storage.write("a/b.json", "{}")
+    server.removeHandler(handler)
+    assert re.findall(r"([A-Z]+) /", log.getvalue()) == ["PUT"]

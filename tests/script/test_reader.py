@@ -1,0 +1,335 @@
+"""Scripts: every format, defaults in their order, and every bad line named with file, line and field."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.script.reader import iter_script, read_script
+from vidgen_ray.shot import Shot
+
+LINES = [
+    {"id": "one", "prompt": "a red ball", "width": 128, "steps.flux": 3, "lora": ["a.safetensors"]},
+    {"prompt": "a man, walking", "use_hunyuan_style": True, "metadata": {"scene": 4}},
+]
+
+
+@pytest.fixture(autouse=True)
+def files_beside_the_script(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"x")
+    (tmp_path / "face.jpg").write_bytes(b"x")
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content))
+    return path
+
+
+def test_every_format_gives_the_same_shots(tmp_path):
+    scripts = [write(tmp_path, "s.jsonl", LINES)]
+    scripts.append(write(tmp_path, "s.yaml", json.dumps({"title": "t", "shots": LINES})))
+    columns = list(dict.fromkeys(k for line in LINES for k in line))
+    with (tmp_path / "s.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for line in LINES:
+            writer.writerow({k: v if isinstance(v, str | int) else json.dumps(v) for k, v in line.items()})
+    scripts.append(tmp_path / "s.csv")
+    pq.write_table(pa.Table.from_pylist(LINES, schema=None), tmp_path / "s.parquet")
+    pq.write_table(
+        pa.concat_tables([pa.Table.from_pylist([line]) for line in LINES], promote_options="default"),
+        tmp_path / "s.parquet",
+    )
+    scripts.append(tmp_path / "s.parquet")
+    read = [read_script(path, run_seed=5) for path in scripts]
+    assert [script.errors for script in read] == [[], [], [], []]
+    for script in read[1:]:
+        assert [s.model_dump(exclude={"id", "seed"}) for s in script.shots] == [
+            s.model_dump(exclude={"id", "seed"}) for s in read[0].shots
+        ]
+    first = read[0].shots[0]
+    assert (first.steps.flux, first.lora[0].path) == (3, str(tmp_path / "a.safetensors"))
+
+
+def test_a_text_file_is_one_prompt_a_line(tmp_path):
+    script = read_script(write(tmp_path, "s.txt", "\ufeff# a comment\r\na red ball\n\n  a blue ball \n"))
+    assert [s.prompt for s in script.shots] == ["a red ball", "a blue ball"]
+    assert list(script.lines.values()) == [2, 4]
+
+
+def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_path):
+    path = write(
+        tmp_path,
+        "s.yaml",
+        json.dumps({"defaults": {"fps": 6}, "shots": ["a", {"prompt": "b", "fps": 7, "steps": {"svd": 9}}]}),
+    )
+    shots = read_script(
+        path,
+        defaults={"fps": 8, "num_frames": 9},
+        profile_defaults={"num_frames": 10, "scale": 2, "steps": {"flux": 1, "svd": 1}},
+    ).shots
+    assert [(s.fps, s.num_frames, s.scale) for s in shots] == [(6, 9, 2), (7, 9, 2)]
+    assert (shots[1].steps.flux, shots[1].steps.svd) == (1, 9)
+
+
+def test_a_character_brings_photo_lora_and_trigger(tmp_path):
+    ada = {"face_image": "face.jpg", "lora": "a.safetensors", "trigger": "ada person"}
+    path = write(
+        tmp_path,
+        "s.yaml",
+        json.dumps(
+            {
+                "characters": {"ada": ada},
+                "shots": [{"prompt": "at sea", "character": "ada"}, {"prompt": "b", "character": "bob"}],
+            }
+        ),
+    )
+    script = read_script(path)
+    (shot,) = script.shots
+    assert shot.prompt == "ada person, at sea"
+    assert shot.face_image == (str(tmp_path / "face.jpg"),)
+    assert shot.lora[0].path == str(tmp_path / "a.safetensors")
+    assert "characters are: ada" in str(script.errors[0])
+
+
+def test_a_line_goes_before_its_character_and_a_character_before_the_defaults(tmp_path):
+    (tmp_path / "side.jpg").write_bytes(b"x")
+    ada = {"face_image": ["face.jpg", "side.jpg"], "face_index": 1, "identity": "instantid-sdxl", "identity_strength": 0.6}
+    shots = [{"prompt": "a"}, {"prompt": "b", "identity_strength": 0.7, "face_image": None}]
+    header = {"defaults": {"character": "ada", "identity_strength": 0.9, "fps": 6}, "characters": {"ada": ada}}
+    path = write(tmp_path, "s.yaml", json.dumps({**header, "shots": shots}))
+    a, b = read_script(path, profile_defaults={"identity": "none"}).shots
+    assert a.face_image == (str(tmp_path / "face.jpg"), str(tmp_path / "side.jpg"))
+    assert (a.face_index, a.identity, a.identity_strength, a.fps) == (1, "instantid-sdxl", 0.6, 6)
+    assert (b.face_image, b.face_index, b.identity_strength) == ((), 1, 0.7)
+
+
+PHOTOS = [
+    ("s.jsonl", '{"prompt": "a", "face_image": "face.jpg"}', ["face.jpg"]),
+    ("s.jsonl", '{"prompt": "a", "face_image": ["face.jpg", "7"]}', ["face.jpg", "7"]),
+    ("s.jsonl", '{"prompt": "a", "face_image": null}', []),
+    ("s.jsonl", '{"prompt": "a", "face_image": []}', []),
+    ("s.csv", "prompt,face_image\na,face.jpg\n", ["face.jpg"]),
+    ("s.csv", "prompt,face_image\na,7\n", ["7"]),
+    ("s.csv", 'prompt,face_image\na,"[""face.jpg"", ""7""]"\n', ["face.jpg", "7"]),
+    ("s.csv", "prompt,face_image,fps\na,,6\n", []),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), PHOTOS)
+def test_a_face_comes_from_one_photo_or_several(tmp_path, name, text, expected):
+    (tmp_path / "7").write_bytes(b"x")
+    (shot,) = read_script(write(tmp_path, name, text)).shots
+    assert shot.face_image == tuple(str(tmp_path / photo) for photo in expected)
+    assert Shot.model_validate_json(shot.model_dump_json()) == shot
+
+
+def test_a_refused_line_keeps_its_photos_as_absolute_paths(tmp_path):
+    (line,) = read_script(write(tmp_path, "s.jsonl", [{"prompt": "a", "fps": 0, "face_image": ["face.jpg"]}])).rejected
+    assert line.fields["face_image"] == [str(tmp_path / "face.jpg")]
+
+
+def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
+    lines = [{"prompt": f"ball {n}"} for n in range(5)]
+    forward = read_script(write(tmp_path, "a.jsonl", lines), run_seed=3)
+    backward = read_script(write(tmp_path, "b.jsonl", lines[::-1]), run_seed=3)
+    assert {s.id: s.seed for s in forward.shots} == {s.id: s.seed for s in backward.shots}
+    assert len({s.seed for s in forward.shots}) == 5
+    assert {s.seed for s in read_script(tmp_path / "a.jsonl", run_seed=4).shots}.isdisjoint({s.seed for s in forward.shots})
+
+
+def test_variants_are_shots_of_their_own(tmp_path):
+    path = write(
+        tmp_path,
+        "s.jsonl",
+        [{"id": "x", "prompt": "a", "variants": 3}, {"id": "y", "prompt": "a", "variants": 2, "seed": 5}],
+    )
+    shots = read_script(path).shots
+    assert [s.id for s in shots] == ["x-v0", "x-v1", "x-v2", "y-v0", "y-v1"]
+    assert len({s.seed for s in shots}) == 5
+    assert [s.seed for s in shots[3:]] == [5, 6]
+
+
+BAD = [
+    ({"prompt": "a", "width": 7}, "width", "got 7, must be a multiple of 16 between 64 and 2048"),
+    ({"prompt": "a", "width": 1e6}, "width", "got 1000000.0"),
+    ({"prompt": "a", "height": "64"}, "height", "got '64', must be a valid integer"),
+    ({"prompt": "a", "width": 80}, None, "width 80 is not a multiple of 64"),
+    ({"width": 128}, "prompt", "got nothing, this field is required"),
+    ({"prompt": "  "}, "prompt", "must not be blank"),
+    ({"prompt": "a\u0000b"}, "prompt", "without NUL"),
+    ({"prompt": "x" * 100_000}, "prompt", "at most 10000 characters"),
+    ({"prompt": "a", "promt": "b"}, "promt", "an unknown field, the fields are id, prompt"),
+    ({"prompt": "a", "id": "../../etc/cron.d/x"}, "id", "must be 1 to 128 of"),
+    ({"prompt": "a", "id": "x" * 129}, "id", "must be 1 to 128 of"),
+    ({"prompt": "a", "seed": -1}, "seed", "got -1, must be greater than or equal to 0"),
+    ({"prompt": "a", "seed": 2**64}, "seed", "must be less than"),
+    ({"prompt": "a", "seed": True}, "seed", "must be a valid integer"),
+    ({"prompt": "a", "scale": 5}, "scale", "must be 2, 3 or 4"),
+    ({"prompt": "a", "lora_strength": 1.5}, "lora_strength", "less than or equal to 1"),
+    ({"prompt": "a", "lora": [{"path": "a.safetensors", "weight": 1e9}]}, "lora.weight", "less than or equal to 2"),
+    ({"prompt": "a", "lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "face_image": "nobody.jpg"}, "face_image", "must be an existing file"),
+    ({"prompt": "a", "face_image": ["face.jpg", "nobody.jpg"]}, "face_image", "got 'nobody.jpg', must be an existing file"),
+    ({"prompt": "a", "face_image": [7]}, "face_image", "got 7, must be a valid string"),
+    ({"prompt": "a", "face_image": ""}, "face_image", "at least 1 character"),
+    ({"prompt": "a", "face_index": -1}, "face_index", "greater than or equal to 0"),
+    ({"prompt": "a", "identity": "pulid"}, "identity", "got 'pulid', must be one of infusenet, instantid-sdxl, none"),
+    ({"prompt": "a", "identity": None}, "identity", "must be a valid string"),
+    ({"prompt": "a", "identity_start": 0.5, "identity_end": 0.5}, "identity_end", "got 0.5, must be more than identity_start"),
+    ({"prompt": "a", "identity_start": 1.0}, "identity_end", "got 1.0, must be more than identity_start, which is 1.0"),
+    ({"prompt": "a", "pose": "face"}, "pose", "must be 'photo' or 'none'"),
+    (
+        {"prompt": "a", "face_image": "face.jpg", "identity": "instantid-sdxl", "refine.steps": 2},
+        None,
+        "refine_strength 0.35 of 2 steps is less than one step; use steps.refine of at least 3",
+    ),
+    ({"prompt": "a", "steps.flux": 0}, "steps.flux", "greater than or equal to 1"),
+    ({"prompt": "a", "steps.fulx": 2}, "steps.fulx", "an unknown field"),
+    ({"prompt": "a", "character": "ada"}, "character", "header of a .yaml script"),
+    ({"prompt": "a", "lora": "a.safetensors", "lora_strength": 0.2, "steps.lora": 4}, None, "steps.lora of at least 5"),
+    ([1, 2], None, "must be a JSON object"),
+    ('{"prompt": "half', None, "must be a JSON object on one line"),
+    ('{"prompt": "a", "prompt": "b"}', "prompt", "each field stands once"),
+    ("[" * 100_000, None, "must be a JSON object"),
+    ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
+    ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
+    ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata", "must be plain JSON"),
+    ({"prompt": "a", "lora": [[[["a.safetensors"]]]]}, "lora", "got"),
+    ({"prompt": "a", "lora": {"wieght": 1, "path": "a.safetensors"}}, "lora.wieght", "lora has none of that name"),
+    ({"prompt": "a", "character": ["ada"]}, "character", "got ['ada']"),
+    ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
+    ({"prompt": "a", "lora": "x" * 5000}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "lora": "."}, "lora", "must be an existing .safetensors file"),
+    ({"prompt": "a", "lora": "builtin:nope.safetensors"}, "lora", "there are tiny/flux"),
+    ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
+    ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
+    ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "with variants at most 123"),
+    # It fits a shot, but not a shot inside of a plan.
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata.x", "maximum validation depth"),
+]
+
+
+@pytest.mark.parametrize(("line", "field", "says"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_with_line_and_field_and_its_neighbours_stay(tmp_path, line, field, says):
+    text = line if isinstance(line, str) else json.dumps(line)
+    script = read_script(write(tmp_path, "s.jsonl", f'{{"prompt": "good"}}\n{text}\n{{"prompt": "good, too"}}\n'))
+    assert [s.prompt for s in script.shots] == ["good", "good, too"]
+    (rejected,) = script.rejected
+    error = rejected.errors[0]
+    assert (error.source, error.line, error.field) == ("s.jsonl", 2, field)
+    assert says in str(error)
+
+
+def test_a_broken_csv_row_costs_no_other(tmp_path):
+    script = read_script(write(tmp_path, "s.csv", 'prompt,fps\none,5\n"two"x,5\nthree,5\nfour,0\nfive,5,6\n'))
+    assert [s.prompt for s in script.shots] == ["one", "three"]
+    assert [(e.line, e.field) for e in script.errors] == [(3, None), (5, "fps"), (6, None)]
+
+
+def test_every_line_has_an_id_of_its_own_in_the_account(tmp_path):
+    lines = [
+        {"id": "x", "prompt": "good"},
+        {"id": "x", "prompt": "bad", "fps": 0},
+        {"id": "y", "prompt": "bad", "fps": 0},
+        {"id": "y", "prompt": "bad", "width": 1},
+        {"id": "s-line-6", "prompt": "good"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n{broken\n"
+    script = read_script(write(tmp_path, "s.jsonl", text))
+    ids = [s.id for s in script.shots] + [line.id for line in script.rejected]
+    assert ids == ["x", "s-line-6", "s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
+
+
+def test_a_line_that_is_refused_for_one_variant_gives_no_other(tmp_path):
+    lines = [{"id": "x-v1", "prompt": "a"}, {"id": "x", "prompt": "a", "variants": 3}, {"id": "x-v2", "prompt": "a"}]
+    script = read_script(write(tmp_path, "s.jsonl", lines))
+    assert [shot.id for shot in script.shots] == ["x-v1", "x-v2"]
+    assert [(line.id, line.line, line.fields["id"]) for line in script.rejected] == [("x", 2, "x")]
+
+
+def test_errors_in_yaml_name_the_line_in_the_file(tmp_path):
+    text = "title: t\nshots:\n- a red ball\n\n- prompt: a blue ball\n  fps: 6\n- 7\n# a comment\n- prompt: b\n  fps: 0\n"
+    script = read_script(write(tmp_path, "s.yaml", text))
+    assert list(script.lines.values()) == [3, 5]
+    assert [error.line for error in script.errors] == [7, 9]
+    assert script.rejected[0].id == "s-line-7"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "yaml"])
+def test_a_script_that_is_not_utf8_is_refused_with_the_line(tmp_path, ending):
+    (tmp_path / f"s.{ending}").write_bytes("prompt\nMädchen\n".encode("latin-1"))
+    with pytest.raises(ScriptError, match=rf"s\.{ending} line 2: got bytes that are not UTF-8"):
+        list(iter_script(tmp_path / f"s.{ending}"))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_a_line_as_long_as_a_book_is_refused(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("vidgen_ray.script.formats.MAX_LINE", 1000)
+    path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
+    with pytest.raises(ScriptError, match="line 2: got more than 1,000 letters"):
+        list(iter_script(path))
+
+
+def test_yaml_too_long_to_be_read_whole_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.script.formats.MAX_YAML_BYTES", 10)
+    with pytest.raises(ScriptError, match=r"got 14 bytes, at most 10, .*\.jsonl or \.parquet script may be of any length"):
+        read_script(write(tmp_path, "s.yaml", "shots: [ball]\n"))
+
+
+@pytest.mark.parametrize("prompt", ["a\u2028b", "a\u0085b", "a\x0bb\x0cc"])
+def test_a_csv_row_ends_at_a_line_end_and_nowhere_else(tmp_path, prompt):
+    (tmp_path / "s.csv").write_text(f"prompt,fps\n{prompt},5\nnext,6\n", encoding="utf-8", newline="")
+    assert [s.prompt for s in read_script(tmp_path / "s.csv").shots] == [prompt, "next"]
+
+
+def test_a_trigger_makes_no_wrong_prompt_right(tmp_path):
+    header = {"characters": {"ada": {"trigger": "sks"}}}
+    shots = [{"character": "ada"}, {"character": "ada", "prompt": " "}, {"character": "ada", "prompt": 5}]
+    script = read_script(write(tmp_path, "s.yaml", json.dumps({**header, "shots": shots})))
+    assert not script.shots
+    assert [e.field for e in script.errors] == ["prompt"] * 3
+
+
+def test_an_id_given_twice_names_the_first(tmp_path):
+    script = read_script(write(tmp_path, "s.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]))
+    assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has it already")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("s.doc", "x", "a script is one of .csv, .jsonl, .parquet, .txt, .yaml, .yml"),
+        ("s.jsonl", "\n\n", "give at least one shot"),
+        ("s.parquet", "text", "not Parquet"),
+        ("s.yaml", "a: &a [*a]", "aliases are not allowed"),
+        ("s.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
+        ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
+        ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a set of named fields"),
+        ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: \['ada'\], must be a set"),
+        ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "a character has face_image, face_index, identity, .*trigger"),
+        ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
+    ],
+)
+def test_a_file_that_is_no_script_is_refused_whole(tmp_path, name, content, says):
+    with pytest.raises(ScriptError, match=says):
+        read_script(write(tmp_path, name, content))
+
+
+def test_parquet_with_an_extension_type_is_refused_unread(tmp_path):
+    table = pa.table(
+        {"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))}
+    )
+    pq.write_table(table, tmp_path / "s.parquet")
+    with pytest.raises(ScriptError, match="extension type in column x"):
+        read_script(tmp_path / "s.parquet")
+
+
+def test_the_schema_names_every_field_of_a_shot():
+    assert set(Shot.model_json_schema()["properties"]) == set(Shot.model_fields)

@@ -1,0 +1,111 @@
+"""Stages say how far they are, and end between two steps when they are told to."""
+
+import numpy as np
+import pytest
+
+from vidgen_ray.engine.step_runner import StepRunner
+from vidgen_ray.errors import Cancelled
+from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.progress import listening, report
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+
+from .conftest import ASTRONAUT
+
+
+@pytest.fixture(scope="module")
+def chain(tiny):
+    """A shot through every stage that denoises but SDXL, and a runner with them loaded."""
+    from vidgen_ray.shot import Shot
+
+    shot = Shot(
+        **{**tiny.defaults, "num_frames": 5},
+        id="s",
+        prompt="a photo of a man",
+        seed=7,
+        face_image=(str(ASTRONAUT),),
+        lora="builtin:tiny/lora.safetensors",
+        use_hunyuan_style=True,
+        style_prompt="watercolour",
+    )
+    stages = stages_of(shot)
+    plan = ShotPlanner(params_of(tiny, stages), tiny.encode)(shot)
+    runner = StepRunner([stage(tiny.params(stage)) for stage in stages], 0.0, None)
+    runner.load()
+    return plan, runner
+
+
+UP_TO_THE_CLIP = ("instantid", "flux", "lora", "hunyuan", "image_likeness", "svd")
+
+
+def test_every_denoising_step_and_every_frame_is_reported_in_order_and_changes_no_byte(chain):
+    plan, runner = chain
+    told = []
+    with listening(lambda *progress: told.append(progress)):
+        item, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
+        enlarged, _ = runner.upscale(plan, item.artefacts["frames"])
+    assert told == [
+        ("instantid", 0, 0),
+        ("flux", 0, 0), ("flux", 1, 2), ("flux", 2, 2),
+        # Of 4 steps those that strength 0.6 runs, and 0.5.
+        ("lora", 0, 0), ("lora", 1, 3), ("lora", 2, 3), ("lora", 3, 3),
+        ("hunyuan", 0, 0), ("hunyuan", 1, 2), ("hunyuan", 2, 2),
+        ("image_likeness", 0, 0),
+        ("svd", 0, 0), ("svd", 1, 2), ("svd", 2, 2),
+        ("realesrgan", 4, 5), ("realesrgan", 5, 5),
+    ]  # fmt: skip
+    unheard, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
+    assert np.array_equal(unheard.artefacts["frames"], item.artefacts["frames"])
+    assert np.array_equal(runner.upscale(plan, item.artefacts["frames"])[0], enlarged)
+
+
+@pytest.mark.parametrize("stage", ["flux", "lora", "hunyuan", "svd"])
+def test_work_ends_after_the_step_in_which_it_was_cancelled_and_leaves_the_weights_as_they_were(chain, stage):
+    plan, runner = chain
+    before, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
+    told = []
+
+    def cancel_after_one_step(*progress):
+        told.append(progress)
+        if progress[:2] == (stage, 1):
+            raise Cancelled
+
+    with listening(cancel_after_one_step), pytest.raises(Cancelled):
+        runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
+    assert told[-1][:2] == (stage, 1)
+    after, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
+    assert np.array_equal(after.artefacts["frames"], before.artefacts["frames"])
+
+
+def test_sdxl_reports_its_steps(tiny, make_shot):
+    shot = make_shot(face_image=(str(ASTRONAUT),), identity="instantid-sdxl", generate_video=False)
+    stages = [stage for stage in stages_of(shot) if stage.name in ("instantid", "instantid_sdxl")]
+    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    runner = StepRunner([stage(tiny.params(stage)) for stage in stages], 0.0, None)
+    runner.load()
+    told = []
+    with listening(lambda *progress: told.append(progress)):
+        runner.run(plan, Item(shot), runner.stages)
+    assert told == [("instantid", 0, 0), ("instantid_sdxl", 0, 0), ("instantid_sdxl", 1, 2), ("instantid_sdxl", 2, 2)]
+
+
+def test_frames_that_are_upscaled_end_with_the_call_in_which_they_were_cancelled(tiny):
+    stage = RealESRGANStage(tiny.params(RealESRGANStage))
+    stage.load()
+    told = []
+
+    def cancel(*progress):
+        told.append(progress)
+        raise Cancelled
+
+    with listening(cancel), pytest.raises(Cancelled):
+        stage.upscale(np.zeros((9, 16, 16, 3), np.uint8), 2, "animevideov3")
+    assert told == [("realesrgan", 4, 9)]
+
+
+def test_outside_of_a_listening_block_nobody_is_told():
+    told = []
+    with listening(lambda *progress: told.append(progress)):
+        report("flux", 1, 2)
+    report("flux", 2, 2)
+    assert told == [("flux", 1, 2)]

@@ -1,0 +1,1 @@
+"""One shot through many processes: steps, weights on GPUs, files, Ray clusters."""

@@ -1,0 +1,227 @@
+"""A shot's steps, wherever they run: a stage with its inputs, its cache and its seconds; then the files, committed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.engine.gpu_memory import FREED, Turns, surviving
+from vidgen_ray.errors import Cancelled, VidgenError
+from vidgen_ray.graph import ShotPlan, Step, stages_of, with_local_loras
+from vidgen_ray.media import Mp4Settings, Mp4Writer, cover_crop, read_image, write_png
+from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
+from vidgen_ray.outputs.records import Failure, LikenessRecord, ShotRecord, StepRecord
+from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
+from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.stages.progress import report
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+
+
+class StepFailed(VidgenError):
+    """A stage could not do its work for a shot."""
+
+    def __init__(self, stage: str, cause: Exception) -> None:
+        self.stage = stage
+        self.cause = cause
+        super().__init__(stage, cause)
+
+    def __str__(self) -> str:
+        kind = "" if isinstance(self.cause, VidgenError) else f"{type(self.cause).__name__}: "
+        return f"{self.stage}: {kind}{self.cause}"
+
+    def failure(self) -> Failure:
+        return Failure(
+            stage=self.stage,
+            error=type(self.cause).__name__,
+            message=str(self.cause),
+            attempts=1,
+            worker=f"{os.uname().nodename}:{os.getpid()}",
+        )
+
+
+class StepRunner:
+    """Loaded stages, and what is done round each: inputs read, the cache asked, seconds taken, a full GPU survived.
+
+    `gpus` is the share of a GPU that the process holds. `cache` may be none. `turns` are groups of stages of which only one
+    fits on the GPU at a time.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage[Any]],
+        gpus: float,
+        cache: StageCache | None,
+        turns: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.stages = {stage.name: stage for stage in stages}
+        self._gpus = gpus
+        self._cache = cache
+        self.turns = Turns(self.stages, turns)
+
+    def load(self) -> None:
+        """Raises SetupError where weights are missing or of another kind."""
+        self.turns.load()
+
+    def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
+        """Take the item through these steps of its plan. Raises StepFailed."""
+        records = []
+        for step in plan.steps:
+            if step.stage in steps:
+                item, record = self._step(step, item)
+                records.append(record)
+        return item, records
+
+    def upscale(self, plan: ShotPlan, frames: Frames) -> tuple[Frames, StepRecord]:
+        """A chunk of the clip, enlarged, and what it cost. Raises StepFailed."""
+        step, shot = plan.steps[-1], plan.shot
+        stage = self.stages[step.stage]
+        assert isinstance(stage, RealESRGANStage)
+        begun = time.monotonic()
+        try:
+            self.turns.bring(step.stage)
+            enlarged, recovered = surviving(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
+        except Cancelled:
+            raise
+        except Exception as error:
+            raise StepFailed(step.stage, error) from error
+        return enlarged, self._record(step, time.monotonic() - begun, recovered=recovered)
+
+    def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
+        begun = time.monotonic()
+        stage = self.stages[step.stage]
+        loads, recovered = stage.adapter_loads, None
+        try:
+            # How many steps there will be the stage says with its first.
+            report(step.stage, 0, 0)
+            found = self._cache.get(step.key, stage.writes) if self._cache else None
+            if found is None:
+                self.turns.bring(step.stage)
+                ready = with_pictures(item, stage.takes)
+                local = Item(with_local_loras(ready.shot), ready.artefacts)
+                (given,), recovered = surviving(stage, lambda: stage([local]))
+                # What leaner settings made is not what the key promises.
+                if self._cache and recovered in (None, FREED):
+                    self._cache.put(step.key, given)
+            else:
+                given = found
+        except Cancelled:
+            raise
+        # Whatever a model stumbles over fails this shot, not its neighbours.
+        except Exception as error:
+            raise StepFailed(step.stage, error) from error
+        record = self._record(
+            step,
+            time.monotonic() - begun,
+            cached=found is not None,
+            recovered=recovered,
+            adapter_loads=stage.adapter_loads - loads,
+        )
+        # The photos are of no use after the features are known.
+        kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
+        return Item(item.shot, Artefacts(**{**kept, **given})), record  # type: ignore[typeddict-item]  # both are Artefacts
+
+    def _record(
+        self, step: Step, seconds: float, *, cached: bool = False, recovered: str | None = None, adapter_loads: int = 0
+    ) -> StepRecord:
+        return StepRecord(
+            stage=step.stage,
+            key=step.key,
+            weights=step.weights,
+            seconds=round(seconds, 4),
+            gpu_seconds=0.0 if cached else round(seconds * self._gpus, 4),
+            cached=cached,
+            recovered=recovered,
+            adapter_loads=adapter_loads,
+        )
+
+
+def with_pictures(item: Item, takes: Iterable[str]) -> Item:
+    """The item with the photos and the start image that the shot names by path, where they are taken and not there yet."""
+    shot, artefacts = item.shot, item.artefacts.copy()
+    if "photos" in takes and "photos" not in artefacts and shot.face_image:
+        artefacts["photos"] = tuple(read_image(Path(photo)) for photo in shot.face_image)
+    if "image" in takes and "image" not in artefacts and shot.image is not None:
+        artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
+    return Item(shot, artefacts)
+
+
+class ShotFiles:
+    """The files of one shot while they are made: picture and clip at once, the large clip as its chunks arrive.
+
+    `close` it in any case; what was not committed is gone then.
+    """
+
+    def __init__(
+        self, plan: ShotPlan, item: Item, outputs: OutputFolder, encode: Mp4Settings, keep_stages: bool = False
+    ) -> None:
+        """Writes what is known already. Raises MediaError or OSError where it cannot be written."""
+        self._plan = plan
+        self._encode = encode
+        self._stages = outputs.stage_cache if keep_stages else None
+        self._hd: Mp4Writer | None = None
+        self._hd_open = ExitStack()
+        self._likeness = LikenessRecord.of(item.artefacts)
+        artefacts = with_pictures(item, ("image",)).artefacts
+        with ExitStack() as stack:
+            self._draft = stack.enter_context(outputs.draft(plan))
+            write_png(self._draft.path("image.png"), artefacts["image"])
+            if "frames" in artefacts:
+                write_clip(self._draft.path("video.mp4"), [artefacts["frames"]], plan.shot.fps, encode)
+            self._open = stack.pop_all()
+
+    def add(self, enlarged: Frames) -> None:
+        """The next frames of the large clip, (T, H, W, 3)."""
+        if self._hd is None:
+            height, width = enlarged.shape[1:3]
+            writer = Mp4Writer(self._draft.path("hd.mp4"), width, height, self._plan.shot.fps, self._encode)
+            self._hd = self._hd_open.enter_context(writer)
+        self._hd.write(enlarged)
+
+    def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
+        """Make the shot done."""
+        self._hd_open.close()
+        if self._stages is not None:
+            _write_stages(self._draft, self._stages)
+        return self._draft.commit(records, self._likeness)
+
+    def close(self) -> None:
+        with self._open:
+            self._hd_open.close()
+
+
+def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode: Mp4Settings) -> None:
+    """Encode chunks of frames, each (T, H, W, 3), as they come."""
+    chunks = iter(chunks)
+    first = next(chunks)
+    with Mp4Writer(path, width=first.shape[2], height=first.shape[1], fps=fps, settings=encode) as writer:
+        writer.write(first)
+        for chunk in chunks:
+            writer.write(chunk)
+
+
+def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
+    for stage, step in zip(stages_of(draft.plan.shot), draft.plan.steps, strict=True):
+        artefacts = cache.get(step.key, stage.writes) if stage.keeps else None
+        if not stage.keeps or artefacts is None:
+            continue
+        if "face" in artefacts:
+            draft.path(stage.keeps).write_text(face_to_json(artefacts["face"]))
+        else:
+            write_png(draft.path(stage.keeps), artefacts["image"])
+
+
+def joined(records: Sequence[StepRecord]) -> StepRecord:
+    """One record for the chunks of a clip."""
+    recovered = [record.recovered for record in records if record.recovered]
+    return records[0].model_copy(
+        update={
+            "seconds": round(sum(record.seconds for record in records), 4),
+            "gpu_seconds": round(sum(record.gpu_seconds for record in records), 4),
+            "recovered": recovered[-1] if recovered else None,
+        }
+    )

@@ -1,0 +1,1 @@
+"""What clients send: uploads, image references, URLs."""

@@ -1,0 +1,1 @@
+"""The job store: jobs, leases, characters, uploads and webhook messages in SQL."""

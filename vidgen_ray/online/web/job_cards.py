@@ -1,0 +1,153 @@
+"""One job as the page says it: words, numbers and addresses ready for the template. Knows no HTTP and reads no files."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from vidgen_ray.engine.step_groups import OUTPUT
+from vidgen_ray.graph import stages_of
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState
+
+ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
+STAGE_WORDS = {
+    "instantid": ("Face", "Reading the face"),
+    "instantid_sdxl": ("Picture", "Drawing the picture"),
+    "flux": ("Picture", "Drawing the picture"),
+    "refine": ("Refining", "Refining the picture"),
+    "lora": ("LoRA", "Redrawing with the LoRA"),
+    "hunyuan": ("Style", "Redrawing in the style"),
+    "image_likeness": ("Likeness", "Comparing the face"),
+    "svd": ("Motion", "Setting it in motion"),
+    "clip_likeness": ("Likeness in the clip", "Comparing the faces in the clip"),
+    "realesrgan": ("Upscaling", "Upscaling"),
+    OUTPUT: ("Saving", "Saving"),
+}
+"""Stage -> its name in the list of stages, and what is being done. A stage that is missing here goes by its own name."""
+COUNTS_FRAMES = ("realesrgan",)
+"""Stages whose steps are the frames of the clip."""
+NO_BREAK = "\u00a0"
+"""A space between a number and its unit."""
+VERDICTS = {JobState.FAILED: "This one failed.", JobState.CANCELLED: "Cancelled."}
+
+
+@dataclass(frozen=True, slots=True)
+class TrackStage:
+    label: str
+    state: str
+    """done, current or ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    id: str
+    version: int
+    state: str
+    active: bool
+    title: str
+    percent: int
+    now: str
+    track: tuple[TrackStage, ...]
+    cancelling: bool
+    is_clip: bool
+    media: str
+    poster: str
+    file_name: str
+    width: int
+    height: int
+    """Of what is shown, after upscaling."""
+    summary: str
+    verdict: str
+    error: str | None
+    settings: tuple[tuple[str, str], ...]
+    created: str
+    created_text: str
+
+
+def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
+    """`base` is where the application is mounted; `lora_names` are those of the server's LoRAs by their paths."""
+    shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
+    grown = shot.scale if shot.generate_video and shot.upscale_video else 1
+    content = f"{base}/v1/videos/{job.id}/content"
+    return Card(
+        id=job.id,
+        version=job.version,
+        state=job.state.value,
+        active=job.state in ACTIVE,
+        title=" ".join(shot.prompt.split()),
+        percent=job.progress,
+        now=_now(job),
+        track=tuple(_track(job)),
+        cancelling=job.cancel_requested,
+        is_clip=job.kind is not JobKind.IMAGE and shot.generate_video,
+        media=content,
+        poster=f"{content}?variant=thumbnail",
+        file_name=f"{job.id}{'.mp4' if shot.generate_video else '.png'}",
+        width=shot.width * grown,
+        height=shot.height * grown,
+        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, grown)),
+        verdict=VERDICTS.get(job.state, ""),
+        error=job.error.message if job.error and job.state is JobState.FAILED else None,
+        settings=tuple(_settings(job, grown, lora_names)),
+        created=created.isoformat(timespec="seconds"),
+        created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _now(job: Job) -> str:
+    if job.cancel_requested:
+        return "Stopping after this step"
+    if job.state is JobState.QUEUED:
+        return "Waiting for its turn" if job.attempts == 0 else "Waiting to be begun again after an interruption"
+    if job.stage is None:
+        return "Starting"
+    doing = STAGE_WORDS.get(job.stage, (job.stage, job.stage))[1]
+    if not job.steps:
+        return f"{doing} · {job.progress} %"
+    unit = "frames" if job.stage in COUNTS_FRAMES else "steps"
+    return f"{doing}, {job.step} of {job.steps} {unit} · {job.progress} %"
+
+
+def _track(job: Job) -> Iterator[TrackStage]:
+    names = [*(stage.name for stage in stages_of(job.shot)), OUTPUT]
+    reached = names.index(job.stage) if job.stage in names else -1
+    for number, name in enumerate(names):
+        state = "done" if number < reached else "current" if number == reached else "ahead"
+        yield TrackStage(STAGE_WORDS.get(name, (name, name))[0], state)
+
+
+def _summary(job: Job, grown: int) -> Iterator[str]:
+    shot = job.shot
+    if shot.generate_video:
+        yield f"{shot.num_frames / shot.fps:.3g} s"
+    yield f"{shot.width * grown} × {shot.height * grown}"
+    yield f"seed {shot.seed}"
+    if job.started_at is not None and job.completed_at is not None:
+        took_s = job.completed_at - job.started_at
+        yield f"made in {_duration(took_s)}" if took_s else "made before"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min"
+
+
+def _settings(job: Job, grown: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    shot = job.shot
+    yield "Mode", shot.mode
+    size = f"{shot.width} × {shot.height}"
+    yield "Size", f"{size}, upscaled {grown} times" if grown > 1 else size
+    if shot.generate_video:
+        yield "Frames", f"{shot.num_frames} at {shot.fps} a second"
+        yield "Motion", str(shot.motion_bucket_id)
+    yield "Seed", str(shot.seed)
+    if isinstance(name := job.request.get("character"), str):
+        yield "Person", name
+    elif shot.face_image:
+        yield "Person", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
+    for lora in shot.lora:
+        yield "LoRA", f"{lora_names.get(lora.path, 'one that is gone')}, weight {lora.weight:g}"
+    if shot.use_hunyuan_style and shot.mode == "quality":
+        yield "Style", shot.style_prompt or "as the prompt says"
+    if shot.negative_prompt:
+        yield "Without", shot.negative_prompt

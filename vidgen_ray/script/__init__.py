@@ -1,0 +1,1 @@
+"""Read scripts and check every line."""
