@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.atomic_files import temporary_folder
 from vidgen_ray.cache_dir import sha256_of
@@ -18,8 +19,6 @@ from vidgen_ray.graph import ShotPlanner, params_of, stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.weights import resolve
-
-from .conftest import ASTRONAUT
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,13 @@ import pytest
 import ray
 from PIL import Image
 
+from tests.conftest import ASTRONAUT
 from vidgen_ray.batch.render import render
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import iter_script, read_script
-
-from .conftest import ASTRONAUT
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """A line of every kind, for the profile `tiny`."""

@@ -10,6 +10,8 @@ from contextlib import suppress
 import pytest
 import ray
 
+from tests.batch.test_batch import Events, digests
+from tests.fake_stages import FAKES, fake_likeness
 from vidgen_ray.batch.render import render
 from vidgen_ray.engine.ray_cluster import expect_gpus
 from vidgen_ray.errors import SetupError
@@ -18,9 +20,6 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.reader import iter_script
 from vidgen_ray.shot import Shot
-
-from .fake_stages import FAKES, fake_likeness
-from .test_batch import Events, digests
 
 GPUS = "2x80GB"
 
@@ -226,7 +225,7 @@ def test_a_stopped_run_ends_what_it_began_and_the_next_does_the_rest(tmp_path, p
 
 
 def test_two_shots_with_the_same_photo_have_it_looked_at_once(tmp_path, profile):
-    from .conftest import ASTRONAUT
+    from tests.conftest import ASTRONAUT
 
     lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
     rendered(tmp_path, profile, lines, use_cache=False)
@@ -235,7 +234,7 @@ def test_two_shots_with_the_same_photo_have_it_looked_at_once(tmp_path, profile)
 
 
 def test_a_picture_too_unlike_is_tried_with_other_seeds_before_a_clip_is_made_of_it(tmp_path, profile):
-    from .conftest import ASTRONAUT
+    from tests.conftest import ASTRONAUT
 
     def tries(seed):
         shot = Shot(prompt="a", id="a", seed=seed)

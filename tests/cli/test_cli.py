@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ASTRONAUT, EXAMPLES
+from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
 from vidgen_ray.media import open_video
 from vidgen_ray.shot import Shot
-
-from .conftest import ASTRONAUT, EXAMPLES
-from .test_faces import BOX, GROUP, POINTS
 
 
 def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):

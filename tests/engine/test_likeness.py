@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.conftest import ASTRONAUT
+from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.engine.likeness_check import TooUnlike, closest, judged
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError, UsageError
@@ -26,9 +28,6 @@ from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, frames_seen, measured
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
-
-from .conftest import ASTRONAUT
-from .test_faces import GROUP, WALL, head, on_a_wall
 
 PARAMS = InstantIDParams(weights=resolve("builtin:tiny/antelopev2"), detector="centerface", threads=1)
 

@@ -16,6 +16,7 @@ from insightface.utils import face_align
 from PIL import Image
 from pydantic import ValidationError
 
+from tests.conftest import ASTRONAUT
 from vidgen_ray import weights
 from vidgen_ray.errors import MissingWeights, SetupError, StageError
 from vidgen_ray.media import read_image
@@ -27,8 +28,6 @@ from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.stages.base import FaceFeatures
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
 from vidgen_ray.weights import resolve
-
-from .conftest import ASTRONAUT
 
 BOX = (180, 62, 271, 178)
 POINTS = np.array([[203, 100], [249, 104], [224, 124], [203, 142], [242, 145]])

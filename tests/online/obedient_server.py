@@ -3,10 +3,9 @@
 import json
 import sys
 
+from tests.online.obedient_stages import OBEDIENT
 from vidgen_ray.cli.serve import serve_command
 from vidgen_ray.online.settings import OnlineSettings
-
-from .obedient_stages import OBEDIENT
 
 if __name__ == "__main__":
     serve_command(OnlineSettings(**json.loads(sys.argv[1])), address=None, grace_s=0, stages=OBEDIENT)

@@ -10,10 +10,9 @@ import re
 
 import numpy as np
 
+from tests.fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, obey
 from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.progress import report
-
-from ..fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, obey
 
 STEPS = re.compile(r"steps (\d+) stop at (\d+) (\S+)")
 

@@ -11,6 +11,8 @@ import pytest
 import ray
 from ray import serve
 
+from tests.conftest import ASTRONAUT
+from tests.online.obedient_stages import OBEDIENT
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.deployments import DIRECTOR, graph, groups_of
@@ -23,9 +25,6 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import parse_gpus, plan, this_machine
 from vidgen_ray.shot import Shot
-
-from ..conftest import ASTRONAUT
-from .obedient_stages import OBEDIENT
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.online.test_director import LOOK_S, passing
 from vidgen_ray.cli import main
 from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
@@ -23,8 +24,6 @@ from vidgen_ray.online.auth import LOCAL
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
-
-from .test_graph import LOOK_S, passing
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conftest import ASTRONAUT
+from tests.online.web_server import Director, QuickPipeline, chromium, free_port, listening_on
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.auth import hash_of, load_keys, new_key
 from vidgen_ray.online.serving_profile import served
@@ -19,9 +21,6 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_i
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import check_shot
-
-from ..conftest import ASTRONAUT
-from .page_server import Director, QuickPipeline, chromium, free_port, listening_on
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
 expect = playwright.expect

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 from playwright.sync_api import Page, expect, sync_playwright
 
-from ..conftest import ASTRONAUT
-from .page_server import chromium
+from tests.conftest import ASTRONAUT
+from tests.online.web_server import chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 CLIPS: list[dict[str, Any]] = [

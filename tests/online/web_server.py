@@ -11,6 +11,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from tests.fake_stages import FakeStage
+from tests.online.obedient_stages import OBEDIENT
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.progress_estimate import Course
@@ -22,9 +24,6 @@ from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.progress import listening
-
-from ..fake_stages import FakeStage
-from .obedient_stages import OBEDIENT
 
 OWNER = "director"
 LEASE_S = 60

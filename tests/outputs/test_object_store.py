@@ -14,6 +14,7 @@ import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.outputs.test_outputs import failed, row, write
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of
@@ -23,8 +24,6 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery import write_gallery
-
-from .test_outputs import failed, row, write
 
 
 @pytest.fixture(scope="module")

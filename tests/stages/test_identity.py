@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
 from vidgen_ray.engine.step_runner import StepFailed
@@ -24,8 +25,6 @@ from vidgen_ray.stages.identity import INJECTORS
 from vidgen_ray.stages.identity.base import FluxInjector
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
-
-from .conftest import ASTRONAUT
 
 LORA = "builtin:tiny/lora.safetensors"
 

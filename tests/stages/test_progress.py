@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
+from tests.conftest import ASTRONAUT
 from vidgen_ray.engine.step_runner import StepRunner
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import ShotPlanner, params_of, stages_of
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.progress import listening, report
 from vidgen_ray.stages.realesrgan import RealESRGANStage
-
-from .conftest import ASTRONAUT
 
 
 @pytest.fixture(scope="module")
