@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from tests.conftest import ASTRONAUT
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.graph import STAGES, ShotPlan, ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights import resolve

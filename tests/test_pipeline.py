@@ -13,9 +13,10 @@ from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.atomic_files import temporary_folder
 from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.weights import resolve

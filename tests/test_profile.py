@@ -3,8 +3,9 @@
 import pytest
 
 from vidgen_ray.cache_dir import digest
+from vidgen_ray.content_keys import params_of
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.graph import STAGES, check_profile, params_of
+from vidgen_ray.graph import STAGES, check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANStage

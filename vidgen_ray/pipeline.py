@@ -11,9 +11,11 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
-from vidgen_ray.engine.step_runner import ShotFiles, StepFailed, StepRunner, joined
-from vidgen_ray.graph import ShotPlan, ShotPlanner, check_profile, params_of, stages_of
+from vidgen_ray.engine.shot_writer import ShotFiles
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
+from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord

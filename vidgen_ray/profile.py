@@ -11,8 +11,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.script.formats import StrictLoader
 from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.strict_yaml import StrictLoader
 from vidgen_ray.weights import resolve
 
 P = TypeVar("P", bound=StageParams)

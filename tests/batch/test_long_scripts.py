@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vidgen_ray.batch.lora_order import in_lora_order
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
@@ -23,7 +23,8 @@ GROWTH_MB = 48
 READ_AND_PLAN = """
 import json, sys, time
 from pathlib import Path
-from vidgen_ray.graph import STAGES, ShotPlanner
+from vidgen_ray.graph import STAGES
+from vidgen_ray.content_keys import ShotPlanner
 from vidgen_ray.batch.lora_order import in_lora_order
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.script.reader import CheckedLine, iter_script

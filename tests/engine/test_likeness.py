@@ -9,10 +9,11 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.likeness_check import TooUnlike, closest, judged
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError, UsageError
-from vidgen_ray.graph import ShotPlan, ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
 from vidgen_ray.nets.face_alignment import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow

@@ -14,8 +14,9 @@ from typing import Any
 from PIL import Image as PILImage
 
 from training.cast import portrait
+from vidgen_ray.content_keys import ShotPlanner, params_of, with_local_loras
 from vidgen_ray.engine.step_runner import with_pictures
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of, with_local_loras
+from vidgen_ray.graph import stages_of
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot

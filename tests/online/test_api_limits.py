@@ -21,7 +21,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.cli import main
-from vidgen_ray.engine.step_runner import write_clip
+from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online.auth import check_reach, hash_of, is_loopback, load_keys, new_key

@@ -238,7 +238,8 @@ def test_a_call_goes_to_the_deployment_with_the_least_in_hand_of_those_that_take
 
 
 def test_shots_with_the_same_loras_are_known_to_the_router_by_one_name(make_shot, tiny):
-    from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+    from vidgen_ray.content_keys import ShotPlanner, params_of
+    from vidgen_ray.graph import stages_of
 
     def name(**fields):
         shot = make_shot(generate_video=False, **fields)

@@ -16,8 +16,9 @@ from moto.server import ThreadedMotoServer
 
 from tests.outputs.test_outputs import failed, row, write
 from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.manifest import read_manifest

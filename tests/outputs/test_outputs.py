@@ -15,8 +15,9 @@ import pytest
 
 from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
 from vidgen_ray.cli.gc import gc
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import ShotPlan, ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.failures import FailedLine

@@ -13,9 +13,10 @@ from PIL import Image
 from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
+from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
-from vidgen_ray.graph import ShotPlanner, check_profile, params_of, stages_of
+from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.script.reader import read_script
 from vidgen_ray.stages.base import Item

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import ASTRONAUT
+from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepRunner
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.progress import listening, report
 from vidgen_ray.stages.realesrgan import RealESRGANStage

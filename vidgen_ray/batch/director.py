@@ -28,10 +28,10 @@ from vidgen_ray.batch.run_state import BoardHandle
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.task_files import Errand, Outcome, read_part
 from vidgen_ray.batch.worker_pool import Dispatcher, GaveUp, Held
+from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.engine.step_groups import OUTPUT, calls_of, in_order
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage

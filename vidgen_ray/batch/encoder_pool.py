@@ -16,8 +16,8 @@ from vidgen_ray.batch.actor_client import CallLost, Hand
 from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.run_config import Job
 from vidgen_ray.batch.worker_pool import GaveUp, lost_for_good
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.step_groups import OUTPUT, Answer
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
-from vidgen_ray.graph import ShotPlan
+from vidgen_ray.content_keys import ShotPlan
 
 T = TypeVar("T")
 

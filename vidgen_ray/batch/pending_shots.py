@@ -7,9 +7,10 @@ from itertools import tee
 from typing import Any, Protocol
 
 from vidgen_ray.batch.task_files import Errand
+from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, VidgenError
-from vidgen_ray.graph import ShotPlanner, params_of, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile

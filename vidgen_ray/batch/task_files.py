@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import Failure, ShotRecord
 

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import ray
 
 from vidgen_ray.batch.run_config import Job
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
+from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_groups import LOADING, OUTPUT, Answer
-from vidgen_ray.engine.step_runner import ShotFiles, StepFailed, StepRunner, joined
-from vidgen_ray.graph import ShotPlan
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Frames, Item

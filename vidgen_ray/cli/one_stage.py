@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.engine.step_runner import StepFailed, with_pictures, write_clip
+from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.engine.shot_writer import write_clip
+from vidgen_ray.engine.step_runner import StepFailed, with_pictures
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.graph import STAGE_BY_NAME, with_local_loras
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.profile import Profile

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.script.formats import StrictLoader
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.strict_yaml import StrictLoader
 
 GRACE_S = 60.0
 

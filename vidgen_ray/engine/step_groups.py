@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import CannotWrite, VidgenError
-from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage

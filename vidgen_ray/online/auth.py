@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.settings import Limits
-from vidgen_ray.script.formats import StrictLoader
+from vidgen_ray.strict_yaml import StrictLoader
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
 """Keys without a file: TENANT=SHA256, with commas between them."""

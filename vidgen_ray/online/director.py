@@ -18,10 +18,10 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
 from vidgen_ray.engine.step_groups import OUTPUT, calls_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.graph import ShotPlan, Step
 from vidgen_ray.online.api_error import without_places
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.maintenance import housekeeping

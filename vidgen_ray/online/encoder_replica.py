@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import ray
 
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_groups import OUTPUT, Answer, in_order
-from vidgen_ray.engine.step_runner import ShotFiles, StepFailed, joined
+from vidgen_ray.engine.step_runner import StepFailed, joined
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.replica_config import Service
 from vidgen_ray.online.stage_handles import Caller, GaveUp, InputsLost, StageHandles

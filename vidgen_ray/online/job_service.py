@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.online.api_error import ApiError, invalid, not_found, of_fields, try_later, without_places
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import UploadFolder, upload_folder

@@ -13,7 +13,7 @@ from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDepl
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.script.formats import StrictLoader
+from vidgen_ray.strict_yaml import StrictLoader
 
 IMPORT_PATH = "vidgen_ray.online.application:build"
 WITHIN: dict[tuple[type[BaseModel], str], type[BaseModel]] = {

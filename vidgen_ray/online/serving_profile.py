@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.graph import STAGES, ShotPlan, ShotPlanner, check_profile, stages_of
+from vidgen_ray.graph import STAGES, check_profile, stages_of
 from vidgen_ray.planner import Demand, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot

@@ -15,11 +15,11 @@ from typing import Any
 import ray
 from ray import serve
 
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.step_groups import LOADING, Answer
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import ShotPlan
 from vidgen_ray.online.inference_thread import Done, Progress, Workbench
 from vidgen_ray.online.replica_config import Service
 from vidgen_ray.outputs.records import ShotRecord

@@ -19,8 +19,9 @@ import pydantic_core
 
 from vidgen_ray.atomic_files import remove, write_atomically
 from vidgen_ray.cache_dir import cache_dir, sha256_of
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.records import DoneShot, FileRecord, LikenessRecord, ShotRecord, ShotSummary, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache

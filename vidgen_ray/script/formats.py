@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.strict_yaml import StrictLoader
 
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")
 TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "identity", "upscaler")
@@ -279,21 +280,6 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML without two of its traps: aliases, of which a few lines can make gigabytes, and fields that stand twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _yaml_with_lines(path: Path) -> tuple[Any, list[int]]:

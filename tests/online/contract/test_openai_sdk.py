@@ -140,7 +140,7 @@ def test_a_person_can_be_named_and_shown(client):
 def one_second_of_the_astronaut() -> tuple[str, bytes]:
     import tempfile
 
-    from vidgen_ray.engine.step_runner import write_clip
+    from vidgen_ray.engine.shot_writer import write_clip
     from vidgen_ray.media import Mp4Settings
 
     frames = np.asarray(Image.open(ASTRONAUT).convert("RGB"))[None].repeat(3, 0)

@@ -17,7 +17,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from vidgen_ray.graph import STAGE_BY_NAME, ShotPlan
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api import response_models
 from vidgen_ray.online.api.deps import Here, Server

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import StageError
@@ -35,7 +35,7 @@ def surviving(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
     params: StageParams | None = own
     try:
         while params is not None:
-            _free()
+            free_gpu_memory()
             stage.params = params
             try:
                 return work(), FREED if params is own else changes(own, params)
@@ -61,38 +61,9 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _free() -> None:
+def free_gpu_memory() -> None:
+    """Give unused GPU memory back to the driver."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class Turns:
-    """Stages of one process whose weights do not fit on the GPU together: the group at work is there, the others wait in
-    the host's memory."""
-
-    def __init__(self, stages: Mapping[str, Stage[Any]], groups: Sequence[Sequence[str]]) -> None:
-        self._stages = stages
-        self._groups = groups
-        self._present: Sequence[str] = ()
-
-    def load(self) -> None:
-        """Load every stage; a stage of a group is taken off the GPU again before the next is loaded."""
-        taking_turns = {name for group in self._groups for name in group}
-        for name, stage in self._stages.items():
-            stage.load()
-            if name in taking_turns:
-                stage.move("cpu")
-
-    def bring(self, name: str) -> None:
-        """Have the stage's weights where it works."""
-        group = next((group for group in self._groups if name in group), None)
-        if group is None or group == self._present:
-            return
-        for other in self._present:
-            self._stages[other].move("cpu")
-        _free()
-        for member in group:
-            self._stages[member].move(self._stages[member].params.device)
-        self._present = group
