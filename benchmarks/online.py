@@ -141,7 +141,7 @@ class Server:
 
 @contextmanager
 def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Server]:
-    from vidgen_ray.online.application import blueprint
+    from vidgen_ray.online.application import server_plan
     from vidgen_ray.online.server import serving
     from vidgen_ray.online.settings import Limits, OnlineSettings
     from vidgen_ray.online.store.store import open_store
@@ -152,7 +152,7 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     plenty = 1_000_000
     limits = Limits(open_jobs=plenty, requests_per_minute=plenty)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=plenty)
-    with serving(blueprint(settings, this_machine), stages) as server:
+    with serving(server_plan(settings, this_machine), stages) as server:
         server.wait_until_it_answers(threading.Event())
         server.wait_until_it_renders(threading.Event())
         yield Server(port, open_store(settings))

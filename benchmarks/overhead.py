@@ -47,15 +47,15 @@ class Clock:
         self.planned_s = 0.0
         self.ends: dict[str, int] = defaultdict(int)
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         self.planned_s = time.monotonic() - self.begun
         if done_before:
             self.ends["skipped"] = done_before
 
-    def ended(self, row: Any) -> None:
+    def on_finished(self, row: Any) -> None:
         self.ends[row.status] += 1
 
-    def status(self, snapshot: Any) -> None: ...
+    def on_status(self, snapshot: Any) -> None: ...
 
 
 class ActorSeconds:

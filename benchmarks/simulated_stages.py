@@ -37,7 +37,7 @@ class SimulatedStage(Stage[Any]):
     """Models of this process: stages of one actor share theirs."""
 
     @classmethod
-    def leaner(cls, params: Any) -> None:
+    def lower_memory(cls, params: Any) -> None:
         """None: a card that is too small for a simulated model is so for good."""
 
     def load(self) -> None:

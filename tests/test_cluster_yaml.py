@@ -122,8 +122,8 @@ def test_nothing_large_and_nothing_private_is_mounted(config):
         assert remote == f"{SOURCE}/{local}"
         path = ROOT / local
         assert path.exists()
-        for left_out in (".venv", "out", ".git", "dist"):
-            assert not (ROOT / left_out).is_relative_to(path)
+        for unavailable in (".venv", "out", ".git", "dist"):
+            assert not (ROOT / unavailable).is_relative_to(path)
 
 
 def test_there_are_no_secrets_and_nobodys_own_names_in_the_file():

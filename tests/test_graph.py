@@ -158,12 +158,12 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
     assert changed(plan(with_actor("svd", device="cuda")), plan(with_actor("svd", device="cuda", cpus=3))) == []
     assert changed(plan(with_actor("flux", options={"text_tokens": 64, "adapters_kept": 9})), plan()) == []
     moved = shutil.copytree(resolve("builtin:tiny/infusenet"), tmp_path / "infusenet")
-    assert changed(plan(with_actor("flux", also={"infusenet": str(moved)})), plan()) == []
+    assert changed(plan(with_actor("flux", extra_weights={"infusenet": str(moved)})), plan()) == []
     (moved / "note.txt").write_text("another")
-    other = with_actor("flux", also={"infusenet": str(moved)})
+    other = with_actor("flux", extra_weights={"infusenet": str(moved)})
     assert changed(plan(other), plan())[0] == "flux"
     assert changed(plan(other, identity="none"), plan(identity="none")) == []
-    nothing = with_actor("flux", also={})
+    nothing = with_actor("flux", extra_weights={})
     assert changed(plan(nothing, face_image=None), plan(face_image=None)) == []
 
 
@@ -193,7 +193,9 @@ def fixed(tmp_path):
 
 def fixed_params(folder):
     return {
-        stage.name: stage.Params(weights=folder / stage.name, also={name: folder / name for name in stage.also()})
+        stage.name: stage.Params(
+            weights=folder / stage.name, extra_weights={name: folder / name for name in stage.extra_weights()}
+        )
         for stage in STAGES
     }
 

@@ -30,7 +30,7 @@ START_FIELDS = ("height", "image", "width")
 """What the chain begins with where no stage draws the picture."""
 PLAIN_FIELDS = tuple(
     sorted(
-        {*START_FIELDS, *(field for stage in STAGES for field in (*stage.reads, *stage.steered_reads))}
+        {*START_FIELDS, *(field for stage in STAGES for field in (*stage.reads, *stage.identity_fields))}
         - {*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS}
     )
 )
@@ -88,9 +88,9 @@ class ShotPlanner:
     def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
         self._params = params
         self._forms = {
-            (name, steered): _stage_form(STAGE_BY_NAME[name], of_stage, steered)
+            (name, uses_identity): _stage_form(STAGE_BY_NAME[name], of_stage, uses_identity)
             for name, of_stage in params.items()
-            for steered in (False, True)
+            for uses_identity in (False, True)
         }
         self._start_form = f'["start",{_fields_form(START_FIELDS)}]'
         self._start = _sha256('["start",{}]')
@@ -103,12 +103,12 @@ class ShotPlanner:
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError where the shot names something that is not there."""
         steps, last = self._steps_of(shot)
-        judged = InstantIDStage.applies(shot) and shot.min_identity is not None
+        check_likeness = InstantIDStage.applies(shot) and shot.min_identity is not None
         # How often is part of it, too: what fails after two tries may be done after three.
-        rule = f",{_json(shot.min_identity)},{shot.retries}" if judged else ""
+        rule = f",{_json(shot.min_identity)},{shot.retries}" if check_likeness else ""
         key = _sha256(f'{self._end}"{last}"{rule}]')
         again = []
-        for number in range(1, shot.retries + 1) if judged else ():
+        for number in range(1, shot.retries + 1) if check_likeness else ():
             other = shot.again(number)
             again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, number=number + 1))
         return ShotPlan(shot=shot, steps=steps, key=key, again=tuple(again))
@@ -128,7 +128,7 @@ class ShotPlanner:
         steps = []
         for stage in stages_of(shot):
             weights, weights_text = self._weights_of(stage, shot)
-            key = _sha256(f'{self._forms[stage.name, stage.steered(shot)] % texts},{weights_text},"{key}"]')
+            key = _sha256(f'{self._forms[stage.name, stage.uses_identity(shot)] % texts},{weights_text},"{key}"]')
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return tuple(steps), key
 
@@ -146,10 +146,10 @@ class ShotPlanner:
         return found
 
 
-def _stage_form(stage: type[Stage[Any]], params: StageParams, steered: bool) -> str:
+def _stage_form(stage: type[Stage[Any]], params: StageParams, uses_identity: bool) -> str:
     """What a stage's key is the hash of, as JSON up to the weights, with holes for the fields of the shot."""
     options = _json(params.for_key()).replace("%", "%%")
-    fields = (*stage.reads, *stage.steered_reads) if steered else stage.reads
+    fields = (*stage.reads, *stage.identity_fields) if uses_identity else stage.reads
     return f'["{stage.name}",{stage.version},{_fields_form(fields)},{options}'
 
 

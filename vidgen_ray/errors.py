@@ -75,7 +75,7 @@ class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
 
 
-class CannotWrite(MediaError):
+class WriteError(MediaError):
     """A file cannot be written: the disk's business, not that of what was to be written."""
 
 

@@ -49,11 +49,13 @@ def check_profile(profile: Profile) -> None:
     for name, actor in profile.actors.items():
         if name not in known:
             raise ProfileError(f"profile {profile.name}, actors.{name}: must be one of {', '.join(known)}")
-        allowed = list(dict.fromkeys(also for stage in STAGES if stage.actor == name for also in stage.also()))
-        for also in actor.also:
-            if also not in allowed:
+        allowed = list(
+            dict.fromkeys(extra_weights for stage in STAGES if stage.actor == name for extra_weights in stage.extra_weights())
+        )
+        for extra_weights in actor.extra_weights:
+            if extra_weights not in allowed:
                 must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no further weights"
-                raise ProfileError(f"profile {profile.name}, actors.{name}.also: got {also!r}, {must}")
+                raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra_weights!r}, {must}")
     _check_recognisers(profile)
 
 
@@ -62,10 +64,10 @@ def _check_recognisers(profile: Profile) -> None:
     flux, faces = (profile.actors.get(stage.actor) for stage in (FluxStage, InstantIDStage))
     if flux is None or faces is None:
         return
-    for name in flux.also:
+    for name in flux.extra_weights:
         needed = injector_class(name).embedding
-        if needed not in (RECOGNISER, *faces.also):
+        if needed not in (RECOGNISER, *faces.extra_weights):
             raise ProfileError(
-                f"profile {profile.name}, actors.{FluxStage.actor}.also: {name} is told a face by {needed}; "
-                f"add `also: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
+                f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} is told a face by {needed}; "
+                f"add `extra_weights: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
             )

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
+from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
 from vidgen_ray.graph import check_profile, stages_of
@@ -107,18 +107,18 @@ class VideoGenerationPipeline:
         for attempt in (plan, *plan.again):
             try:
                 return self._rendered(runner, attempt)
-            except TooUnlike as reason:
+            except LikenessTooLow as reason:
                 unlike.append(reason)
-        raise StepFailed(LIKENESS, closest(unlike))
+        raise StepFailed(LIKENESS, best_attempt(unlike))
 
     def _rendered(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
-        """One try. Raises TooUnlike as soon as it is known to be."""
+        """One try. Raises LikenessTooLow as soon as it is known to be."""
         item, records = Item(plan.shot), list[StepRecord]()
         for step in plan.steps:
             if step.stage != RealESRGANStage.name:
                 item, fresh = runner.run(plan, item, [step.stage])
                 records += fresh
-                judged(plan.shot, item.artefacts)
+                check_likeness(plan.shot, item.artefacts)
         files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
         with closing(files):
             if RealESRGANStage.applies(plan.shot):

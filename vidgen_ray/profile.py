@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -27,8 +27,11 @@ class ActorProfile(_Section):
     """One actor: its weights and what of the machine it gets. An actor holds one stage, or several that share weights."""
 
     weights: str = Field(description="a path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME")
-    also: dict[str, str] = Field(
-        default_factory=dict, description="further weights by name, written alike; missed only by shots that need them"
+    extra_weights: dict[str, str] = Field(
+        default_factory=dict,
+        # `also` is the name of this field in profiles written before 0.2.
+        validation_alias=AliasChoices("extra_weights", "also"),
+        description="further weights by name, written alike; missed only by shots that need them",
     )
     dtype: str | None = None
     device: Literal["cpu", "cuda"] = "cpu"
@@ -80,10 +83,10 @@ class Profile(_Section):
         """
         actor = self.actor_of(stage)
         folder = self.source.parent if self.source else None
-        also, missing = _resolved_each(actor.also, folder)
+        extra_weights, missing = _resolved_each(actor.extra_weights, folder)
         told: dict[str, Any] = {
             "weights": resolve(actor.weights, folder),
-            "also": also,
+            "extra_weights": extra_weights,
             "missing": missing,
             "device": actor.device,
             "threads": max(1, int(actor.cpus)),

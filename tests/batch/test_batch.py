@@ -34,16 +34,16 @@ class Events:
         self.rows = []
         self._at_first = at_first
 
-    def planned(self, total, done_before, refused):
+    def on_planned(self, total, done_before, refused):
         self.plan = (total, done_before, refused)
 
-    def refused(self, row):
+    def on_rejected(self, row):
         self.rows.append(row)
 
-    def status(self, snapshot):
+    def on_status(self, snapshot):
         self.snapshot = snapshot
 
-    def ended(self, row):
+    def on_finished(self, row):
         if row.status == "done" and not any(r.status == "done" for r in self.rows):
             self._at_first()
         self.rows.append(row)

@@ -252,7 +252,7 @@ def test_a_picture_too_unlike_is_tried_with_other_seeds_before_a_clip_is_made_of
     assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).again(2).seed)
     assert (rows["never"].failure_stage, rows["never"].failure_error, rows["never"].failure_attempts) == (
         "likeness",
-        "TooUnlike",
+        "LikenessTooLow",
         3,
     )
     assert f"{max(tries(never)):g}" in rows["never"].failure_message

@@ -30,7 +30,9 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.script.reader import CheckedLine, iter_script
 
 weights = Path(sys.argv[1])
-params = {stage.name: stage.Params(weights=weights, also=dict.fromkeys(stage.also(), weights)) for stage in STAGES}
+params = {
+    stage.name: stage.Params(weights=weights, extra_weights=dict.fromkeys(stage.extra_weights(), weights)) for stage in STAGES
+}
 
 def peak_mb():
     # Unlike getrusage, it does not begin with what the parent process had.

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from vidgen_ray.batch.scheduler import CHUNK_LOAD, PATIENCE, Scheduler, Work, WorkerState
+from vidgen_ray.batch.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
 from vidgen_ray.planner.layout import WorkerSpec
@@ -76,23 +76,23 @@ def test_a_shot_is_not_passed_over_for_ever_for_a_loras_sake():
     scheduler, (worker,) = scheduler_with(("flux",), adapters_kept=1)
     worker.adapters = ["a"]
     scheduler.add(Work("flux", 0, frozenset("b")))
-    for order in range(1, PATIENCE + 1):
+    for order in range(1, MAX_LORA_SKIPS + 1):
         scheduler.add(Work("flux", order, frozenset("a")))
     given = scheduler.assign()
     assert orders(given) == [1, 2]
     for worker, work in given:
         scheduler.done(worker, work)
-    scheduler.add(Work("flux", PATIENCE + 1, frozenset("a")))
+    scheduler.add(Work("flux", MAX_LORA_SKIPS + 1, frozenset("a")))
     assert orders(scheduler.assign())[0] == 0
 
 
 def test_a_suspect_is_alone_with_its_worker():
     scheduler, (worker,) = scheduler_with(("svd",))
-    suspect = Work("svd", 0, alone=True)
-    for work in (Work("svd", 1), suspect, Work("svd", 2)):
+    may_have_caused_crash = Work("svd", 0, alone=True)
+    for work in (Work("svd", 1), may_have_caused_crash, Work("svd", 2)):
         scheduler.add(work)
     assert orders(scheduler.assign()) == [0]
-    scheduler.done(worker, suspect)
+    scheduler.done(worker, may_have_caused_crash)
     assert orders(scheduler.assign()) == [1, 2]
     scheduler.add(Work("svd", 0, alone=True))
     assert scheduler.assign() == []

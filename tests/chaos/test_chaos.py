@@ -87,7 +87,7 @@ class ThreeNodes:
 
 
 @dataclass
-class Account:
+class SkippedLines:
     """What happened in one run."""
 
     drivers: int = 0
@@ -146,7 +146,7 @@ def rendered(script, out, nodes, disturbances, total, rng):
     A killed driver is started again.
     """
     Path(os.environ[LOG]).unlink(missing_ok=True)
-    account, begun = Account(), time.monotonic()
+    account, begun = SkippedLines(), time.monotonic()
     moments = sorted(rng.uniform(0.05, 0.95) * total for _ in disturbances)
     due = list(zip(moments, disturbances, strict=True))
     with open(out.with_suffix(".log"), "wb") as log:

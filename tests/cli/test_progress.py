@@ -12,7 +12,7 @@ from vidgen_ray.batch.run_progress import Snapshot, StageStatus
 from vidgen_ray.cli import progress
 from vidgen_ray.cli.progress import FIRST_SHOTS, LOADING, LineView, TerminalView, Watchers, run_view
 from vidgen_ray.cli.progress_file import ProgressFile
-from vidgen_ray.cli.run_pace import Pace, Stretch, duration, eta_range, span
+from vidgen_ray.cli.run_pace import RunPace, Stretch, duration, eta_range, span
 from vidgen_ray.outputs.manifest import ManifestRow
 
 IDLE = Snapshot({"flux": StageStatus(3, 0, 2, 0.0), "svd": StageStatus(0, 0, 2, 0.0)}, gpus_busy=0.0, in_progress=0)
@@ -86,7 +86,7 @@ def test_a_run_that_stands_still_is_expected_later_and_later():
 
 
 def test_loading_weights_and_lines_done_before_are_no_part_of_the_pace():
-    pace = Pace()
+    pace = RunPace()
     pace.plan(total=1100, done_before=1000, refused=0, now=0)
     pace.see(IDLE, now=100)
     pace.see(BUSY, now=600)
@@ -99,7 +99,7 @@ def test_loading_weights_and_lines_done_before_are_no_part_of_the_pace():
 
 
 def test_refused_lines_do_not_make_a_run_look_fast():
-    pace = Pace()
+    pace = RunPace()
     pace.plan(total=200, done_before=0, refused=100, now=0)
     assert pace.waits_for_first
     assert pace.eta(now=1) is None
@@ -107,7 +107,7 @@ def test_refused_lines_do_not_make_a_run_look_fast():
 
 def test_the_pace_of_a_long_run_is_that_of_its_last_minutes_and_costs_little(monkeypatch):
     monkeypatch.setattr("vidgen_ray.cli.run_pace.REMEMBERED", 100)
-    pace = Pace()
+    pace = RunPace()
     pace.plan(total=20_000, done_before=0, refused=0, now=0)
     for n in range(10_000):
         pace.count(row("s"), now=float(n + 1))
@@ -137,10 +137,10 @@ def test_a_range_names_its_unit_once(least, most, words):
 def test_a_small_run_has_a_line_for_every_shot(clock):
     view, printed = lines(clock)
     with view:
-        view.planned(3, 1, 0)
-        view.ended(row("ball"))
+        view.on_planned(3, 1, 0)
+        view.on_finished(row("ball"))
         clock.now = 1
-        view.ended(row("cube", "failed"))
+        view.on_finished(row("cube", "failed"))
     assert [line.split("s  ", 1)[1] for line in printed()] == [
         "shots: 3, done before: 1, lines refused: 0",
         LOADING,
@@ -152,11 +152,11 @@ def test_a_small_run_has_a_line_for_every_shot(clock):
 def test_a_large_run_has_a_line_every_ten_seconds_and_one_for_each_failure(clock):
     view, printed = lines(clock)
     with view:
-        view.planned(10_000, 0, 0)
+        view.on_planned(10_000, 0, 0)
         for n in range(1000):
             clock.now = n / 10
-            view.status(BUSY)
-            view.ended(row(f"s{n}", "failed" if n in (500, 501) else "done"))
+            view.on_status(BUSY)
+            view.on_finished(row(f"s{n}", "failed" if n in (500, 501) else "done"))
     text = printed()
     assert len([line for line in text if "failed s50" in line]) == 2
     summaries = [line for line in text if "/10,000 shots" in line]
@@ -173,10 +173,10 @@ def test_a_large_run_has_a_line_every_ten_seconds_and_one_for_each_failure(clock
 def test_a_small_run_that_works_for_minutes_says_so(clock):
     view, printed = lines(clock)
     with view:
-        view.planned(2, 0, 0)
+        view.on_planned(2, 0, 0)
         for second in range(150):
             clock.now = second
-            view.status(IDLE if second < 70 else BUSY)
+            view.on_status(IDLE if second < 70 else BUSY)
     said = [line.split("s  ", 1)[1] for line in printed()[2:]]
     assert said == [LOADING, FIRST_SHOTS]
 
@@ -184,8 +184,8 @@ def test_a_small_run_that_works_for_minutes_says_so(clock):
 def test_a_failure_is_one_line_without_control_codes(clock):
     view, printed = lines(clock)
     with view:
-        view.planned(1, 0, 0)
-        view.ended(row("a", "failed", failure_message="CUDA error\n  at layer 3\r\x1b[2J" + "x" * 9000))
+        view.on_planned(1, 0, 0)
+        view.on_finished(row("a", "failed", failure_message="CUDA error\n  at layer 3\r\x1b[2J" + "x" * 9000))
     assert len(printed()) == 3
     assert "CUDA error at layer 3 [2Jxxx" in printed()[-1]
     assert len(printed()[-1]) < 350
@@ -195,8 +195,8 @@ def test_a_script_in_which_every_line_fails_does_not_flood(clock):
     view, printed = lines(clock)
     with view:
         for n in range(5000):
-            view.refused(row(f"s{n}", "failed", failure_stage="script"))
-        view.planned(5000, 0, 5000)
+            view.on_rejected(row(f"s{n}", "failed", failure_stage="script"))
+        view.on_planned(5000, 0, 5000)
     assert len(printed()) == 1 + progress.FAILURES_SHOWN + 1 + 1
     assert "the others are in failures.jsonl" in printed()[-3]
 
@@ -207,16 +207,16 @@ def test_a_script_in_which_every_line_fails_does_not_flood(clock):
 def test_the_terminal_tells_the_phases_of_a_run(clock):
     view, seen = terminal(clock)
     assert "planning" in seen()
-    view.planned(40, 4, 0)
+    view.on_planned(40, 4, 0)
     assert LOADING in seen()
-    view.status(IDLE)
+    view.on_status(IDLE)
     assert LOADING in seen()
-    view.status(BUSY)
+    view.on_status(BUSY)
     assert FIRST_SHOTS in seen()
     clock.now = 60
     for n in range(5):
-        view.ended(row(f"new{n}"))
-    view.ended(row("poison", "failed"))
+        view.on_finished(row(f"new{n}"))
+    view.on_finished(row("poison", "failed"))
     text = seen()
     assert "10/40" in text
     assert "5 done   1 failed   4 done before   21 in progress   GPUs 93% busy   0:01:00" in text
@@ -228,11 +228,11 @@ def test_the_terminal_tells_the_phases_of_a_run(clock):
 def test_the_last_picture_has_the_counts_and_no_forecast(clock):
     view, seen = terminal(clock)
     with view:
-        view.planned(2, 0, 0)
-        view.status(BUSY)
+        view.on_planned(2, 0, 0)
+        view.on_status(BUSY)
         clock.now = 10
-        view.ended(row("a"))
-        view.ended(row("b", "failed"))
+        view.on_finished(row("a"))
+        view.on_finished(row("b", "failed"))
     assert "failed b in svd: it broke" in view._live.console.file.getvalue()
     assert "2/2" in seen()
     assert "left" not in seen()
@@ -240,7 +240,7 @@ def test_the_last_picture_has_the_counts_and_no_forecast(clock):
 
 
 def test_one_failed_shot_among_thousands_is_seen_on_the_bar():
-    pace = Pace()
+    pace = RunPace()
     pace.plan(10_000, 0, 0, now=0)
     for n in range(5000):
         pace.count(row(f"s{n}"), now=1)
@@ -252,7 +252,7 @@ def test_one_failed_shot_among_thousands_is_seen_on_the_bar():
 
 
 def test_the_bar_is_full_only_at_the_end():
-    pace = Pace()
+    pace = RunPace()
     pace.plan(10_000, 0, 0, now=0)
     for n in range(9999):
         pace.count(row(f"s{n}"), now=1)
@@ -271,12 +271,12 @@ def read(path):
 def test_the_file_has_one_object_an_event(tmp_path, clock):
     path = tmp_path / "out" / "progress.jsonl"
     with ProgressFile(path, clock) as file:
-        file.planned(4, 1, 0)
+        file.on_planned(4, 1, 0)
         for second in range(12):
             clock.now = second
-            file.status(BUSY)
-        file.ended(row("ball", seconds=3.5))
-        file.ended(row("cube", "failed"))
+            file.on_status(BUSY)
+        file.on_finished(row("ball", seconds=3.5))
+        file.on_finished(row("cube", "failed"))
         assert len(read(path)) == 6, "whole lines are there at once"
     events = read(path)
     assert [event["event"] for event in events] == ["planned", "status", "status", "status", "ended", "ended", "finished"]
@@ -292,7 +292,7 @@ def test_the_file_has_one_object_an_event(tmp_path, clock):
 def test_an_interrupted_run_says_so_in_its_file(tmp_path):
     path = tmp_path / "progress.jsonl"
     file = ProgressFile(path)
-    file.planned(1, 0, 0)
+    file.on_planned(1, 0, 0)
     file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert read(path)[-1].items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
 
@@ -301,7 +301,7 @@ def test_the_file_of_the_run_before_is_kept(tmp_path):
     path = tmp_path / "progress.jsonl"
     for total in (1, 2, 3):
         with ProgressFile(path) as file:
-            file.planned(total, 0, 0)
+            file.on_planned(total, 0, 0)
     assert read(path)[0]["total"] == 3
     assert read(tmp_path / "progress.1.jsonl")[0]["total"] == 2
     assert len(list(tmp_path.iterdir())) == 2
@@ -317,15 +317,15 @@ def test_a_run_that_was_never_planned_leaves_the_last_file_alone(tmp_path):
 
 def test_a_disk_that_takes_no_more_ends_the_file_and_not_the_run(tmp_path):
     with ProgressFile(tmp_path / "progress.jsonl") as file:
-        file.planned(1, 0, 0)
+        file.on_planned(1, 0, 0)
         file._file.close()
         file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-        file.ended(row("a"))
-        file.ended(row("b"))
+        file.on_finished(row("a"))
+        file.on_finished(row("b"))
     (tmp_path / "taken").write_text("")
     with ProgressFile(tmp_path / "taken" / "progress.jsonl") as file:
-        file.planned(1, 0, 0)
-        file.ended(row("a"))
+        file.on_planned(1, 0, 0)
+        file.on_finished(row("a"))
 
 
 # Together
@@ -333,9 +333,9 @@ def test_a_disk_that_takes_no_more_ends_the_file_and_not_the_run(tmp_path):
 
 def test_a_run_is_told_to_the_view_and_to_the_file(tmp_path, capsys):
     with run_view(tmp_path / "progress.jsonl") as view:
-        view.planned(1, 0, 0)
-        view.status(BUSY)
-        view.ended(row("ball"))
+        view.on_planned(1, 0, 0)
+        view.on_status(BUSY)
+        view.on_finished(row("ball"))
     printed = capsys.readouterr()
     assert "1/1 done ball" in printed.err
     assert printed.out == ""
@@ -362,15 +362,15 @@ def test_views_are_told_one_event_at_a_time_by_whichever_thread():
             self.inside -= 1
             self.told += 1
 
-        def ended(self, row):
+        def on_finished(self, row):
             self._event()
 
-        def status(self, snapshot):
+        def on_status(self, snapshot):
             self._event()
 
     slow = Slow()
     with Watchers(slow) as views, ThreadPoolExecutor(2) as threads:
-        list(threads.map(lambda n: views.ended(row("a")) if n % 2 else views.status(BUSY), range(50)))
+        list(threads.map(lambda n: views.on_finished(row("a")) if n % 2 else views.on_status(BUSY), range(50)))
     assert (slow.told, slow.most) == (50, 1)
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.likeness_check import TooUnlike, closest, judged
+from vidgen_ray.engine.likeness_check import LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError, UsageError
 from vidgen_ray.graph import stages_of
@@ -131,23 +131,27 @@ class TestRule:
     )
     def test_what_is_less_than_asked_or_has_no_face_is_too_unlike(self, make_shot, image, clip, says):
         artefacts = {"image_likeness": Likeness(image)} | ({"clip_likeness": Likeness(clip)} if clip else {})
-        judged(make_shot(), artefacts)
+        check_likeness(make_shot(), artefacts)
         shot = make_shot(min_identity=0.5)
         if says is None:
-            judged(shot, artefacts)
+            check_likeness(shot, artefacts)
         else:
-            with pytest.raises(TooUnlike, match=says):
-                judged(shot, artefacts)
+            with pytest.raises(LikenessTooLow, match=says):
+                check_likeness(shot, artefacts)
 
     def test_what_is_not_measured_yet_is_not_judged(self, make_shot):
-        judged(make_shot(min_identity=1), {})
+        check_likeness(make_shot(min_identity=1), {})
 
     def test_of_all_tries_the_closest_is_told(self):
-        tries = [TooUnlike(None, 0.5, "picture"), TooUnlike(0.3125, 0.5, "clip"), TooUnlike(-0.2, 0.5, "picture")]
-        reason = pickle.loads(pickle.dumps(closest(tries)))
+        tries = [
+            LikenessTooLow(None, 0.5, "picture"),
+            LikenessTooLow(0.3125, 0.5, "clip"),
+            LikenessTooLow(-0.2, 0.5, "picture"),
+        ]
+        reason = pickle.loads(pickle.dumps(best_attempt(tries)))
         assert str(reason).startswith("min_identity: got a likeness of 0.3125 in the clip (the best of 3 tries), a likeness of")
         assert isinstance(reason, StageError)
-        assert "got no face in the picture (the best of 2 tries)" in str(closest(tries[:1] * 2))
+        assert "got no face in the picture (the best of 2 tries)" in str(best_attempt(tries[:1] * 2))
 
     def test_the_fields_have_bounds(self):
         for wrong in ({"min_identity": 1.1}, {"min_identity": float("nan")}, {"retries": -1}, {"retries": 11}):
@@ -239,7 +243,7 @@ class TestTries:
             pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
         assert clips == []
         failure = told.value.failure()
-        assert (failure.stage, failure.error) == ("likeness", "TooUnlike")
+        assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
         assert not list(pipeline.outputs.root.glob("shots/p/*"))
 
     def test_a_picture_that_is_the_person_passes_for_real(self, pipeline, clips, tmp_path):

@@ -239,14 +239,14 @@ def test_a_clip_is_not_taken_for_a_lossless_file(clip: Path) -> None:
 def test_random_access_by_decord_equals_reading_in_order_by_pyav(tmp_path: Path) -> None:
     pytest.importorskip("decord")
     path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": "keyint=8:bframes=3"})
-    in_order = read_all(path, "pyav")
+    ordered_window = read_all(path, "pyav")
     indices = np.random.default_rng(1).integers(0, 30, 40).tolist()
     with open_video(path) as video, open_video(path, backend="pyav") as forwards:
         assert (video.backend, forwards.backend) == ("decord", "pyav")
-        assert np.array_equal(video.frames_at(indices), in_order[indices])
-        assert np.array_equal(forwards.frames_at(indices), in_order[indices])
-        assert np.array_equal(video.frames(11, 19), in_order[11:19])
-        assert np.array_equal(forwards.frames(11, 19), in_order[11:19])
+        assert np.array_equal(video.frames_at(indices), ordered_window[indices])
+        assert np.array_equal(forwards.frames_at(indices), ordered_window[indices])
+        assert np.array_equal(video.frames(11, 19), ordered_window[11:19])
+        assert np.array_equal(forwards.frames(11, 19), ordered_window[11:19])
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav"])

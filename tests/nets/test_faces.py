@@ -48,7 +48,7 @@ def stage():
     params = InstantIDParams(
         weights=resolve("builtin:tiny/antelopev2"),
         detector="centerface",
-        also={"ir_se50": resolve("builtin:tiny/ir_se50.pth")},
+        extra_weights={"ir_se50": resolve("builtin:tiny/ir_se50.pth")},
         threads=1,
     )
     with InstantIDStage(params) as stage:
@@ -350,8 +350,8 @@ def test_a_detector_that_is_not_there_or_damaged_is_a_sentence(monkeypatch, tmp_
 def test_the_key_counts_the_files_and_not_where_they_are(make_shot, tmp_path):
     shot, unsteered = make_shot(face_image=str(ASTRONAUT)), make_shot(face_image=str(ASTRONAUT), identity="none")
     plain = InstantIDParams(weights=tmp_path, threads=1)
-    full = plain.model_copy(update={"detector": "centerface", "also": {"ir_se50": tmp_path / "a.pth"}})
-    moved = full.model_copy(update={"also": {"ir_se50": tmp_path / "b.pth"}})
+    full = plain.model_copy(update={"detector": "centerface", "extra_weights": {"ir_se50": tmp_path / "a.pth"}})
+    moved = full.model_copy(update={"extra_weights": {"ir_se50": tmp_path / "b.pth"}})
     assert full.for_key() == moved.for_key() != plain.for_key()
     assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
     assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, centerface.model_file())

@@ -24,10 +24,10 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.auth import load_keys
-from vidgen_ray.online.serving_profile import Served, served
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError
-from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
@@ -38,16 +38,16 @@ from vidgen_ray.stages.progress import listening
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
 """Of a TestClient that asks from this machine."""
-Told = Callable[[str, int, int], None]
-Make = Callable[[ShotPlan, Told], None]
+ProgressCallback = Callable[[str, int, int], None]
+Make = Callable[[ShotPlan, ProgressCallback], None]
 """Makes a shot's files, saying how far it is. Raises StepFailed or Cancelled."""
 
 
 class LocalDirector:
     """Leads one job at a time. `hold` keeps it from beginning any."""
 
-    def __init__(self, store: JobStore, served: Served, outputs: OutputFolder, make: Make) -> None:
-        self._store, self._served, self._outputs, self._make = store, served, outputs, make
+    def __init__(self, store: JobStore, serving_profile: ServingProfile, outputs: OutputFolder, make: Make) -> None:
+        self._store, self._served, self._outputs, self._make = store, serving_profile, outputs, make
         self._ending = threading.Event()
         self._news = threading.Event()
         self.rendered: list[str] = []
@@ -77,7 +77,7 @@ class LocalDirector:
         def told(stage: str, step: int, steps: int) -> None:
             if self._ending.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
                 raise Cancelled
-            self._store.queue.progress("director", [HowFar(job.id, stage, step, steps, 50)])
+            self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
 
         try:
             plan = self._served.plan(job.shot)
@@ -98,7 +98,7 @@ class LocalDirector:
 def by_pipeline(profile: Profile, data: Path) -> Make:
     pipeline = VideoGenerationPipeline(profile, data)
 
-    def make(plan: ShotPlan, told: Told) -> None:
+    def make(plan: ShotPlan, told: ProgressCallback) -> None:
         with listening(told):
             pipeline.render(plan.shot)
 
@@ -108,7 +108,7 @@ def by_pipeline(profile: Profile, data: Path) -> Make:
 def painted(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps: int = 2) -> Make:
     """Waits for `step_s` in each of the steps; a prompt of `fail` fails."""
 
-    def make(plan: ShotPlan, told: Told) -> None:
+    def make(plan: ShotPlan, told: ProgressCallback) -> None:
         shot = plan.shot
         for step in range(steps):
             told("flux", step + 1, steps)
@@ -141,14 +141,14 @@ class LocalServer:
     store: JobStore
     outputs: OutputFolder
     director: LocalDirector
-    served: Served
+    serving_profile: ServingProfile
 
 
 @contextmanager
 def local_server(
     profile: Profile, settings: OnlineSettings, make: Make | None = None, step_s: float = 0.0
 ) -> Iterator[LocalServer]:
-    found = served(profile)
+    found = serving_profile(profile)
     outputs = OutputFolder(settings.data)
     outputs.prepare()
     store = open_store(settings)

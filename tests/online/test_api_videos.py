@@ -226,7 +226,7 @@ def test_cancel_ends_what_waits_and_what_is_made(client, server):
 
 def test_a_shot_of_a_batch_is_answered_at_once(client, server, tiny):
     fields = {"prompt": "out of a batch", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
-    plan = server.served.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
+    plan = server.serving_profile.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
     painted(tiny, server.outputs)(plan, lambda *_: None)
     video = made(client, prompt="out of a batch", seed=5)
     assert (video["status"], video["progress"]) == ("completed", 100)
@@ -279,7 +279,7 @@ def test_nothing_says_where_files_are_on_the_server(client, server):
     assert "/" not in message
     failure = Failure(stage="flux", error="RuntimeError", message="/srv/data/cache/x.png: broken", attempts=1, worker="a")
     assert director.error_of(failure).message == "flux: x.png: broken"
-    full = Failure(stage="output", error="CannotWrite", message="/srv/x.png: cannot be written", attempts=3, worker="a")
+    full = Failure(stage="output", error="WriteError", message="/srv/x.png: cannot be written", attempts=3, worker="a")
     assert (director.error_of(full).type, director.error_of(full).code) == ("server_error", "stage_failed")
 
 

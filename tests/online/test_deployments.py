@@ -10,8 +10,8 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.online.deployments import EVERYTHING, groups_of
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.metrics import ERRORS_NAMED, METRICS, OTHER, TENANTS_NAMED, _Names
-from vidgen_ray.online.progress_estimate import Course
-from vidgen_ray.online.serving_profile import Served, served
+from vidgen_ray.online.progress_estimate import ProgressEstimator
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.planner import parse_gpus, plan, this_machine
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB
 from vidgen_ray.profile import load_profile
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def groups(profile, gpus):
-    everything = Served(profile, dict.fromkeys(stage.name for stage in STAGES), {})
+    everything = ServingProfile(profile, dict.fromkeys(stage.name for stage in STAGES), {})
     cluster = parse_gpus(gpus) if gpus else this_machine()
     layout = plan(profile, everything.demand(), cluster).layout
     return layout, groups_of(layout, profile, cluster)
@@ -67,8 +67,8 @@ def test_cards_that_are_too_different_are_refused():
 def test_stages_without_weights_are_left_out_and_say_why(tiny):
     actors = {**tiny.actors, "hunyuan": tiny.actors["hunyuan"].model_copy(update={"weights": "gone"})}
     del actors["instantid_sdxl"]
-    found = served(tiny.model_copy(update={"actors": actors}))
-    assert set(found.left_out) == {"hunyuan", "instantid_sdxl"}
+    found = serving_profile(tiny.model_copy(update={"actors": actors}))
+    assert set(found.unavailable) == {"hunyuan", "instantid_sdxl"}
     assert {stage.name for stage in found.demand().stages} == {stage.name for stage in STAGES} - {
         "hunyuan",
         "instantid_sdxl",
@@ -83,7 +83,7 @@ def test_stages_without_weights_are_left_out_and_say_why(tiny):
 def test_with_nothing_that_draws_there_is_nothing_to_serve(tiny):
     actors = {name: tiny.actors[name] for name in ("svd", "realesrgan")}
     with pytest.raises(SetupError, match=r"nothing to serve: profile tiny has no entry actors\.flux"):
-        served(tiny.model_copy(update={"actors": actors}))
+        serving_profile(tiny.model_copy(update={"actors": actors}))
 
 
 def test_percent_are_shares_of_the_expected_seconds_and_never_fall(tiny, make_shot):
@@ -91,7 +91,7 @@ def test_percent_are_shares_of_the_expected_seconds_and_never_fall(tiny, make_sh
     actors = {name: tiny.actors[name].model_copy(update={"seconds": told}) for name, told in seconds.items()}
     profile = tiny.model_copy(update={"actors": actors})
     shot = make_shot(width=1024, height=576, num_frames=25, steps={"flux": 28, "svd": 25})
-    course = Course(served(profile).plan(shot), profile)
+    course = ProgressEstimator(serving_profile(profile).plan(shot), profile)
     told = [
         ("flux", 0, 0),
         ("flux", 14, 28),

@@ -16,8 +16,8 @@ from tests.online.obedient_stages import OBEDIENT
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.deployments import DIRECTOR, graph, groups_of
-from vidgen_ray.online.replica_config import Service
-from vidgen_ray.online.serving_profile import Served, served
+from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
@@ -47,18 +47,18 @@ class Running:
     """An application that serves, and the store by which it is told what to do."""
 
     name: str
-    served: Served
+    serving_profile: ServingProfile
     outputs: OutputFolder
     store: JobStore
 
     def shot(self, **fields) -> Shot:
-        shot = Shot(**{**self.served.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
-        key = self.served.plan(shot.model_copy(update={"id": "x"})).key
+        shot = Shot(**{**self.serving_profile.profile.defaults, "prompt": "a red ball", "seed": 3, **fields})
+        key = self.serving_profile.plan(shot.model_copy(update={"id": "x"})).key
         return shot.model_copy(update={"id": f"online-{key[:32]}"})
 
     def accept(self, **fields) -> str:
         shot = self.shot(**fields)
-        key = self.served.plan(shot).key
+        key = self.serving_profile.plan(shot).key
         job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
         self.store.create(job)
         self.director.wake.remote()
@@ -98,12 +98,12 @@ class Running:
 
 
 def run(name, profile, cluster, out, stages, in_progress=4) -> Running:
-    found = served(profile)
+    found = serving_profile(profile)
     layout = plan(found.profile, found.demand(), cluster).layout
     outputs = OutputFolder(out / "out")
     outputs.prepare()
     settings = OnlineSettings(data=str(out / "out"))
-    service = Service(found.profile, outputs, layout, {stage.name: stages[stage.name] for stage in found.stages})
+    service = ReplicaConfig(found.profile, outputs, layout, {stage.name: stages[stage.name] for stage in found.stages})
     groups = groups_of(layout, found.profile, cluster)
     serve.run(graph(service, groups, settings, in_progress), name=name, route_prefix=None)
     return Running(name, found, outputs, open_store(settings))

@@ -64,14 +64,14 @@ def test_every_setting_is_named():
 
 
 def test_the_document_is_the_one_that_is_served(server):
-    served = {**server.app.openapi(), "x-made-with": {name: version(name) for name in ("fastapi", "pydantic")}}
+    serving_profile = {**server.app.openapi(), "x-made-with": {name: version(name) for name in ("fastapi", "pydantic")}}
     if os.environ.get(UPDATE):
-        DOCUMENT.write_text(json.dumps(served, indent=1, ensure_ascii=False) + "\n")
+        DOCUMENT.write_text(json.dumps(serving_profile, indent=1, ensure_ascii=False) + "\n")
     kept = json.loads(DOCUMENT.read_text())
-    if kept["x-made-with"] != served["x-made-with"]:
+    if kept["x-made-with"] != serving_profile["x-made-with"]:
         # Other versions write the same in other words.
-        kept, served = outline(kept), outline(served)
-    assert kept == served, f"docs/openapi.json is old; run this test with {UPDATE}=1"
+        kept, serving_profile = outline(kept), outline(serving_profile)
+    assert kept == serving_profile, f"docs/openapi.json is old; run this test with {UPDATE}=1"
 
 
 def outline(document: dict) -> dict:

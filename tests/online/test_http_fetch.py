@@ -9,10 +9,17 @@ import pytest
 
 from tests.online.test_store import Clock, a_job
 from vidgen_ray.online.inputs import http_fetch
-from vidgen_ray.online.inputs.http_fetch import Outside, Pictures, Refused, Unreachable, check_address, checked_url
+from vidgen_ray.online.inputs.http_fetch import (
+    BlockedUrl,
+    ImageFetcher,
+    PublicHttpClient,
+    UnreachableUrl,
+    check_address,
+    checked_url,
+)
 from vidgen_ray.online.settings import OnlineSettings, Webhooks
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.webhooks import Courier, backoff_s
+from vidgen_ray.online.webhooks import WebhookSender, backoff_s
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -53,7 +60,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
     ],
 )
 def test_addresses_that_are_not_public_are_refused(address):
-    with pytest.raises(Refused):
+    with pytest.raises(BlockedUrl):
         check_address(address)
 
 
@@ -87,7 +94,7 @@ def test_public_addresses_are_not(address):
     ],
 )
 def test_a_url_that_two_programs_may_read_differently_is_refused(url):
-    with pytest.raises(Refused):
+    with pytest.raises(BlockedUrl):
         checked_url(url)
 
 
@@ -113,10 +120,10 @@ def test_no_spelling_of_this_machine_gets_through(host, monkeypatch):
     connected = []
     monkeypatch.setattr(http_fetch.httpcore.SyncBackend, "connect_tcp", lambda *args, **kwargs: connected.append(args))
     # Were every host allowed, the address would still be looked at.
-    with pytest.raises((Refused, Unreachable)):
-        Outside(2).request("GET", f"http://{host}/", cap_bytes=10)
-    with pytest.raises((Refused, Unreachable)):
-        Pictures(["example.com"], 2, 3, 10).fetch(f"http://{host}/")
+    with pytest.raises((BlockedUrl, UnreachableUrl)):
+        PublicHttpClient(2).request("GET", f"http://{host}/", cap_bytes=10)
+    with pytest.raises((BlockedUrl, UnreachableUrl)):
+        ImageFetcher(["example.com"], 2, 3, 10).fetch(f"http://{host}/")
     assert connected == []
 
 
@@ -135,24 +142,24 @@ def test_a_name_that_means_two_things_is_asked_once(monkeypatch):
 
     monkeypatch.setattr(http_fetch.socket, "getaddrinfo", resolve)
     monkeypatch.setattr(http_fetch.httpcore.SyncBackend, "connect_tcp", connect)
-    with pytest.raises(Unreachable):
-        Outside(2).request("GET", "http://rebind.example/", cap_bytes=10)
+    with pytest.raises(UnreachableUrl):
+        PublicHttpClient(2).request("GET", "http://rebind.example/", cap_bytes=10)
     assert (asked, connected) == (["rebind.example"], ["93.184.216.34"])
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch):
     both = [(2, 1, 6, "", ("93.184.216.34", 80)), (2, 1, 6, "", ("10.0.0.1", 80))]
     monkeypatch.setattr(http_fetch.socket, "getaddrinfo", lambda *args, **kwargs: both)
-    with pytest.raises(Refused, match=r"10\.0\.0\.1"):
-        Outside(2).request("GET", "http://both.example/", cap_bytes=10)
+    with pytest.raises(BlockedUrl, match=r"10\.0\.0\.1"):
+        PublicHttpClient(2).request("GET", "http://both.example/", cap_bytes=10)
 
 
 def test_other_ports_are_refused():
-    with pytest.raises(Refused, match="port 6379"):
-        Outside(2).request("GET", "http://example.com:6379/", cap_bytes=10)
+    with pytest.raises(BlockedUrl, match="port 6379"):
+        PublicHttpClient(2).request("GET", "http://example.com:6379/", cap_bytes=10)
 
 
-class Site:
+class PageContext:
     """A web server on this machine that says what it is told to."""
 
     def __init__(self) -> None:
@@ -183,14 +190,14 @@ class Site:
 
 @pytest.fixture
 def site():
-    made = Site()
+    made = PageContext()
     yield made
     made.server.shutdown()
     made.server.server_close()
 
 
-def pictures(hosts=("127.0.0.1",), cap=1000) -> Pictures:
-    return Pictures(hosts, 5, 3, cap, allow_private=True)
+def pictures(hosts=("127.0.0.1",), cap=1000) -> ImageFetcher:
+    return ImageFetcher(hosts, 5, 3, cap, allow_private=True)
 
 
 def test_a_picture_is_fetched_from_where_it_moved_to(site):
@@ -201,27 +208,27 @@ def test_a_picture_is_fetched_from_where_it_moved_to(site):
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "http://169.254.169.254/", "http://elsewhere.example/", "//[::1]/x"])
 def test_a_redirect_is_checked_like_a_beginning(site, target):
     site.answers = {"/a": (302, {"Location": target}, b"")}
-    with pytest.raises(Refused):
+    with pytest.raises(BlockedUrl):
         pictures().fetch(f"{site.url}/a")
 
 
 def test_redirects_without_end_are_refused(site):
     site.answers = {"/a": (302, {"Location": "/a"}, b"")}
-    with pytest.raises(Refused, match="more than 3"):
+    with pytest.raises(BlockedUrl, match="more than 3"):
         pictures().fetch(f"{site.url}/a")
     assert len(site.asked) == 4
 
 
 def test_too_much_is_refused_whatever_the_header_says(site):
     site.answers = {"/a": (200, {}, b"x" * 5000), "/b": (404, {}, b"x" * 5000)}
-    with pytest.raises(Refused, match="larger than 1000 bytes"):
+    with pytest.raises(BlockedUrl, match="larger than 1000 bytes"):
         pictures().fetch(f"{site.url}/a")
-    with pytest.raises(Unreachable, match="answered 404"):
+    with pytest.raises(UnreachableUrl, match="answered 404"):
         pictures().fetch(f"{site.url}/b")
 
 
 def test_only_hosts_that_are_allowed_are_asked(site):
-    with pytest.raises(Refused, match="not among those"):
+    with pytest.raises(BlockedUrl, match="not among those"):
         pictures(["*.example.com", "127.0.0.10"]).fetch(f"{site.url}/a")
     assert site.asked == []
 
@@ -247,14 +254,14 @@ def test_a_webhook_gets_a_message_that_openais_client_can_check(site, tmp_path):
     store = store_with(tmp_path, Clock(), webhooks)
     job_id = ended_job(store)
     site.answers = {"/hook": (204, {}, b"")}
-    assert Courier(webhooks, store.outbox).deliver() == 1
+    assert WebhookSender(webhooks, store.outbox).deliver() == 1
     ((_, headers, body),) = site.asked
     client = openai.OpenAI(api_key="x", webhook_secret=SECRET)
     event = client.webhooks.unwrap(body, headers)
     assert (event.type, event.data.id) == ("video.completed", job_id)
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body + b" ", headers)
-    assert Courier(webhooks, store.outbox).deliver() == 0
+    assert WebhookSender(webhooks, store.outbox).deliver() == 0
     assert len(site.asked) == 1
 
 
@@ -262,7 +269,7 @@ def test_a_message_that_is_not_taken_is_tried_again_later_and_given_up_at_last(s
     clock, webhooks = Clock(), hooks(f"{site.url}/hook", tries=3)
     store = store_with(tmp_path, clock, webhooks)
     ended_job(store)
-    courier = Courier(webhooks, store.outbox)
+    courier = WebhookSender(webhooks, store.outbox)
     site.answers = {"/hook": (500, {}, b"")}
     for tried in (1, 2, 3):
         assert courier.deliver() == 0
@@ -280,9 +287,9 @@ def test_who_is_gone_is_not_told_again(site, tmp_path):
     store = store_with(tmp_path, clock, webhooks)
     ended_job(store)
     site.answers = {"/hook": (410, {}, b"")}
-    Courier(webhooks, store.outbox).deliver()
+    WebhookSender(webhooks, store.outbox).deliver()
     clock.seconds += 10_000
-    Courier(webhooks, store.outbox).deliver()
+    WebhookSender(webhooks, store.outbox).deliver()
     assert len(site.asked) == 1
 
 
@@ -290,7 +297,7 @@ def test_a_webhook_inside_is_not_told_unless_that_is_allowed(site, tmp_path):
     webhooks = hooks(f"{site.url}/hook").model_copy(update={"allow_private": False})
     store = store_with(tmp_path, Clock(), webhooks)
     ended_job(store)
-    assert Courier(webhooks, store.outbox).deliver() == 0
+    assert WebhookSender(webhooks, store.outbox).deliver() == 0
     assert site.asked == []
 
 
@@ -304,7 +311,7 @@ def test_who_does_not_answer_holds_up_his_own_messages_alone(site, tmp_path):
     for _ in range(3):
         ended_job(store)
     site.answers = {"/dead": (500, {}, b""), "/alive": (204, {}, b"")}
-    assert Courier(webhooks, store.outbox).deliver() == 3
+    assert WebhookSender(webhooks, store.outbox).deliver() == 3
     assert sorted(path for path, _, _ in site.asked) == ["/alive"] * 3 + ["/dead"]
 
 

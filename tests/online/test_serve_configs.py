@@ -11,7 +11,7 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.online.application import API, build
 from vidgen_ray.online.deployments import DIRECTOR, ENCODER, groups_of
 from vidgen_ray.online.serve_config import check_config
-from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.planner import parse_gpus, plan, this_machine
 from vidgen_ray.profile import load_profile
 
@@ -24,8 +24,8 @@ def deployments(name, settings):
     profile = load_profile(settings.profile)
     if settings.layout:
         profile = profile.model_copy(update={"layout": settings.layout})
-    served = Served(profile, dict.fromkeys(stage.name for stage in STAGES), {})
-    groups = groups_of(plan(profile, served.demand(), CLUSTERS[name]).layout, profile, CLUSTERS[name])
+    serving_profile = ServingProfile(profile, dict.fromkeys(stage.name for stage in STAGES), {})
+    groups = groups_of(plan(profile, serving_profile.demand(), CLUSTERS[name]).layout, profile, CLUSTERS[name])
     return {API, DIRECTOR, ENCODER, *(group.name for group in groups)}
 
 

@@ -7,14 +7,15 @@ import pytest
 import ray
 from ray.serve.exceptions import RayServeException
 
-from vidgen_ray.engine.step_groups import Answer
+from vidgen_ray.engine.retries import InputsLost, ShotFailed
+from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled, StageError
 from vidgen_ray.online import stage_handles as caller_module
 from vidgen_ray.online.director import adapters_of, error_of
-from vidgen_ray.online.inference_thread import Done, Progress, Workbench
+from vidgen_ray.online.inference_thread import InferenceResult, InferenceThread, Progress
 from vidgen_ray.online.server import _reason
-from vidgen_ray.online.stage_handles import PASSED_OVER, Caller, GaveUp, InputsLost, StageHandles
+from vidgen_ray.online.stage_handles import PASSED_OVER, RetryingCaller, StageHandles
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.progress import report
@@ -34,15 +35,20 @@ class TestWorkbench:
             return "picture"
 
         async def told():
-            return [news async for news in Workbench().work(work, "flux", 60)]
+            return [news async for news in InferenceThread().work(work, "flux", 60)]
 
-        assert run(told()) == [Progress("flux", 0, 0), Progress("flux", 1, 2), Progress("flux", 2, 2), Done("picture")]
+        assert run(told()) == [
+            Progress("flux", 0, 0),
+            Progress("flux", 1, 2),
+            Progress("flux", 2, 2),
+            InferenceResult("picture"),
+        ]
 
     def test_what_is_asked_second_begins_when_the_first_has_ended(self):
         order, first_may_end = [], threading.Event()
 
         async def both():
-            bench = Workbench()
+            bench = InferenceThread()
 
             async def one(name, wait):
                 async for _ in bench.work(
@@ -74,7 +80,7 @@ class TestWorkbench:
                 raise
 
         async def leave():
-            working = Workbench().work(work, "svd", 60)
+            working = InferenceThread().work(work, "svd", 60)
             async for progress in working:
                 if progress.step == 2:
                     break
@@ -89,12 +95,12 @@ class TestWorkbench:
         go_on = threading.Event()
 
         async def overdue():
-            bench = Workbench()
+            bench = InferenceThread()
             working = bench.work(go_on.wait, "svd", 0)
             await anext(working)
             late = bench.overdue_s()
             go_on.set()
-            assert [news async for news in working] == [Done(True)]
+            assert [news async for news in working] == [InferenceResult(True)]
             return late, bench.overdue_s()
 
         late, after = run(overdue())
@@ -136,16 +142,16 @@ class Method:
 
 
 BEGUN = Progress("flux", 0, 0)
-FINE = Result(Answer(), ("reference",))
+FINE = Result(CallResult(), ("reference",))
 DIED = ray.exceptions.ActorDiedError()
 
 
 def failed(error):
-    return Result(Answer.of_failure(StepFailed("flux", error)))
+    return Result(CallResult.of_failure(StepFailed("flux", error)))
 
 
 def called(method, attempts=3, timeout_s=60.0):
-    return run(Caller(attempts).call(method, stage="flux", timeout_s=timeout_s))
+    return run(RetryingCaller(attempts).call(method, stage="flux", timeout_s=timeout_s))
 
 
 @pytest.fixture(autouse=True)
@@ -182,18 +188,18 @@ class TestCaller:
     )
     def test_it_gives_up_at_once_where_it_is_the_shot_and_after_three_where_it_is_not(self, streams, error, calls, attempts):
         method = Method(*streams)
-        with pytest.raises(GaveUp) as gave_up:
+        with pytest.raises(ShotFailed) as gave_up:
             called(method)
         failure = gave_up.value.failure
         assert (failure.error, method.calls, failure.attempts) == (error, calls, attempts)
 
     def test_time_counts_from_when_the_work_has_begun(self):
-        with pytest.raises(GaveUp) as gave_up:
+        with pytest.raises(ShotFailed) as gave_up:
             called(Method((BEGUN, "hang")), attempts=2, timeout_s=0.01)
         assert (gave_up.value.failure.error, gave_up.value.failure.attempts) == ("TimedOut", 2)
 
     def test_inputs_that_are_gone_are_no_failure_of_the_call(self):
-        lost = Result(Answer(failure=failed(RuntimeError("x")).answer.failure), inputs_lost=True)
+        lost = Result(CallResult(failure=failed(RuntimeError("x")).answer.failure), inputs_lost=True)
         with pytest.raises(InputsLost):
             called(Method((lost,)))
 
@@ -207,7 +213,9 @@ class TestCaller:
 
         async def cancel():
             begun = asyncio.Event()
-            calling = asyncio.ensure_future(Caller(3).call(Hanging(), stage="flux", timeout_s=60, told=lambda _: begun.set()))
+            calling = asyncio.ensure_future(
+                RetryingCaller(3).call(Hanging(), stage="flux", timeout_s=60, told=lambda _: begun.set())
+            )
             await begun.wait()
             calling.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -229,7 +237,7 @@ def test_a_call_goes_to_the_deployment_with_the_least_in_hand_of_those_that_take
         "turns": (WorkerSpec(("flux", "svd", "hunyuan"), 1, 1, (("svd",), ("hunyuan",))), 4),
     }
     handles = StageHandles(dict.fromkeys(specs, Handle()), specs)
-    assert handles.together("svd", "realesrgan") is False
+    assert handles.can_fuse("svd", "realesrgan") is False
     assert handles.taking("svd") in ("both", "turns")
     handles._in_hand.update({"both": 2, "turns": 5})
     assert handles.taking("svd") == "both"

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
-from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import (
     FORGOTTEN_AFTER_S,
     IdempotencyConflict,
@@ -178,7 +178,7 @@ def test_a_lease_that_ran_out_is_another_ones(store, clock):
     assert (again.id, again.attempts) == (job.id, 2)
     # The first owner has lost it, whatever it says now.
     assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
-    assert not store.queue.progress("d", [HowFar(job.id, "flux", 1, 2, 50)])
+    assert not store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)])
     assert not store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
     assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
     assert store.get(job.id, "ada") == again
@@ -187,8 +187,8 @@ def test_a_lease_that_ran_out_is_another_ones(store, clock):
 def test_progress_never_goes_back(store):
     store.create(a_job())
     (job,) = store.queue.claim("d", 30, 5)
-    assert store.queue.progress("d", [HowFar(job.id, "flux", 3, 4, 40)])
-    assert store.queue.progress("d", [HowFar(job.id, "svd", 1, 25, 35)])
+    assert store.queue.progress("d", [JobProgress(job.id, "flux", 3, 4, 40)])
+    assert store.queue.progress("d", [JobProgress(job.id, "svd", 1, 25, 35)])
     now = store.get(job.id, "ada")
     assert (now.progress, now.stage, now.step, now.steps) == (40, "svd", 1, 25)
 

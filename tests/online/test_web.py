@@ -12,10 +12,10 @@ import httpx
 import pytest
 
 from tests.conftest import ASTRONAUT
-from tests.online.web_server import Director, QuickPipeline, chromium, free_port, listening_on
+from tests.online.web_server import JobDirector, QuickPipeline, chromium, free_port, listening_on
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.auth import hash_of, load_keys, new_key
-from vidgen_ray.online.serving_profile import served
+from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
@@ -39,12 +39,12 @@ PHONE = {"width": 360, "height": 740}
 
 
 @dataclass
-class Site:
+class PageContext:
     """A server under test, and what stands behind it."""
 
     url: str
     store: JobStore
-    director: Director
+    director: JobDirector
     pipeline: VideoGenerationPipeline
     start: Callable[[], None]
     stop: Callable[[], None]
@@ -89,10 +89,10 @@ def quick(tmp_path_factory) -> VideoGenerationPipeline:
 
 
 @pytest.fixture
-def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
+def new_site(quick, tmp_path) -> Iterator[Callable[..., PageContext]]:
     with ExitStack() as sites:
 
-        def make(key: str = "", pipeline: VideoGenerationPipeline = quick, **settings: Any) -> Site:
+        def make(key: str = "", pipeline: VideoGenerationPipeline = quick, **settings: Any) -> PageContext:
             told = OnlineSettings(
                 profile="tiny",
                 data=str(pipeline.outputs.root),
@@ -101,29 +101,31 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
                 **settings,
             )
             store = open_store(told)
-            director = Director(store, pipeline)
+            director = JobDirector(store, pipeline)
             director.start()
             sites.callback(director.end)
             running, port = ExitStack(), free_port()
             sites.callback(running.close)
 
             def start() -> None:
-                app = make_app(told, store, pipeline.outputs, served(pipeline.profile), load_keys(told.keys_file, told.limits))
+                app = make_app(
+                    told, store, pipeline.outputs, serving_profile(pipeline.profile), load_keys(told.keys_file, told.limits)
+                )
                 running.enter_context(listening_on(app, port))
 
             start()
-            return Site(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
+            return PageContext(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
 
         yield make
 
 
 @pytest.fixture
-def site(new_site) -> Site:
+def site(new_site) -> PageContext:
     return new_site()
 
 
 @pytest.fixture
-def guarded(new_site, tmp_path) -> Site:
+def guarded(new_site, tmp_path) -> PageContext:
     """With keys, of two tenants."""
     keys = {"ann": new_key(), "ben": new_key()}
     lines = [f"  - {{tenant: {tenant}, sha256: {hash_of(key)}}}\n" for tenant, key in keys.items()]

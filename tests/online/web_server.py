@@ -15,9 +15,9 @@ from tests.fake_stages import FakeStage
 from tests.online.obedient_stages import OBEDIENT
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.inference_thread import Progress
-from vidgen_ray.online.progress_estimate import Course
+from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.store.jobs import Job, JobError
-from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import Stage
@@ -29,7 +29,7 @@ OWNER = "director"
 LEASE_S = 60
 
 
-class Director(threading.Thread):
+class JobDirector(threading.Thread):
     """Renders what is queued. A test that closes `gate` stops the work before its next step."""
 
     def __init__(self, store: JobStore, pipeline: VideoGenerationPipeline) -> None:
@@ -52,11 +52,11 @@ class Director(threading.Thread):
 
     def _lead(self, job: Job) -> None:
         plan = self._pipeline.plan(job.shot)
-        course = Course(plan, self._pipeline.profile)
+        course = ProgressEstimator(plan, self._pipeline.profile)
 
         def tell(stage: str, step: int, steps: int) -> None:
             percent = course.percent(Progress(stage, step, steps))
-            self._store.queue.progress(OWNER, [HowFar(job.id, stage, step, steps, percent)])
+            self._store.queue.progress(OWNER, [JobProgress(job.id, stage, step, steps, percent)])
             while not self.gate.wait(0.02) and not self._wanted_to_end(job):
                 pass
             if self._wanted_to_end(job):

@@ -22,10 +22,10 @@ from vidgen_ray.planner import (
     Node,
     cpus_needed,
     demand_of,
-    load_measured,
+    load_calibration,
     parse_gpus,
     plan,
-    remember_measured,
+    save_calibration,
     this_machine,
 )
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, PROCESS_HOST_GB
@@ -259,7 +259,7 @@ def test_gpus_are_read_as_nodes():
 
 def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
     shot = Shot(prompt="a", face_image="f.png", identity="none", lora="l.safetensors", use_hunyuan_style=True)
-    assert {stage.name: stage.work(shot) for stage in STAGES} == dict.fromkeys(STAGE_BY_NAME, 1.0)
+    assert {stage.name: stage.relative_cost(shot) for stage in STAGES} == dict.fromkeys(STAGE_BY_NAME, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
 )  # fmt: skip
 def test_work_follows_what_a_shot_asks_for(fields, expected):
     shot = Shot(prompt="a", lora="l.safetensors", use_hunyuan_style=True, **fields)
-    assert {name: STAGE_BY_NAME[name].work(shot) for name in expected} == pytest.approx(expected)
+    assert {name: STAGE_BY_NAME[name].relative_cost(shot) for name in expected} == pytest.approx(expected)
 
 
 def test_a_demand_sums_over_any_number_of_shots():
@@ -291,7 +291,7 @@ def test_a_demand_sums_over_any_number_of_shots():
 
     asked = demand_of(shots())
     assert (asked.shots, asked.upscaled, asked.loras) == (300, 150, 3)
-    assert asked.work == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
+    assert asked.relative_cost == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
     clip = 1024 * 576 * 25 / 1e6
     assert asked.encoded_mpx == pytest.approx(clip * (225 + 16 * 150))
 
@@ -354,28 +354,31 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def test_measured_seconds_override_the_profiles(cache_folder):
-    remember_measured("p", "H100", {"svd": [(5.0, 0.5), (10.0, 1.0), (11.0, 1.0), (9.0, 1.0), (900.0, 1.0)], "flux": [(1, 0)]})
-    ((name, found),) = load_measured("p", "H100").items()
+    save_calibration("p", "H100", {"svd": [(5.0, 0.5), (10.0, 1.0), (11.0, 1.0), (9.0, 1.0), (900.0, 1.0)], "flux": [(1, 0)]})
+    ((name, found),) = load_calibration("p", "H100").items()
     assert (name, found.seconds_of_reference, found.shots) == ("svd", 10.0, 5)
     assert found.spread == pytest.approx(0.148, abs=0.001)
-    planned = plan(gpu_profile(B6), demand(1, ["svd"]), parse_gpus("1x80GB"), measured=load_measured("p", "H100"))
+    planned = plan(gpu_profile(B6), demand(1, ["svd"]), parse_gpus("1x80GB"), measured=load_calibration("p", "H100"))
     assert planned.stage_seconds == {"svd": 10.0}
-    assert load_measured("p", "L40S") == load_measured("q", "H100") == {}
+    assert load_calibration("p", "L40S") == load_calibration("q", "H100") == {}
 
 
 def test_a_run_of_few_shots_does_not_replace_what_many_have_shown(cache_folder):
-    remember_measured("p", "c", {"svd": [(10.0, 1.0)] * 5})
-    remember_measured("p", "c", {"svd": [(99.0, 1.0)], "flux": [(3.0, 1.0)]})
-    assert {stage: found.seconds_of_reference for stage, found in load_measured("p", "c").items()} == {"svd": 10.0, "flux": 3.0}
-    remember_measured("p", "c", {"svd": [(20.0, 1.0)] * 3})
-    assert load_measured("p", "c")["svd"].seconds_of_reference == 20.0
+    save_calibration("p", "c", {"svd": [(10.0, 1.0)] * 5})
+    save_calibration("p", "c", {"svd": [(99.0, 1.0)], "flux": [(3.0, 1.0)]})
+    assert {stage: found.seconds_of_reference for stage, found in load_calibration("p", "c").items()} == {
+        "svd": 10.0,
+        "flux": 3.0,
+    }
+    save_calibration("p", "c", {"svd": [(20.0, 1.0)] * 3})
+    assert load_calibration("p", "c")["svd"].seconds_of_reference == 20.0
 
 
 def test_a_damaged_memory_is_an_empty_one(cache_folder):
     (cache_folder / "measured.json").write_text('{"p": {"c": {"svd": {"seconds_of_reference": -1}}}}')
-    assert load_measured("p", "c") == {}
-    remember_measured("p", "c", {"svd": [(10.0, 1.0)]})
-    assert load_measured("p", "c")["svd"].shots == 1
+    assert load_calibration("p", "c") == {}
+    save_calibration("p", "c", {"svd": [(10.0, 1.0)]})
+    assert load_calibration("p", "c")["svd"].shots == 1
 
 
 # The command
@@ -434,8 +437,8 @@ def random_case(rng, *, most_gpus=4, most_actors=5):
     layout = rng.choice(["auto"] * 4 + ["fused", "colocated", "staged"])
     profile = Profile(name="r", about="r", actors=actors, layout=layout, cpu_workers=rng.choice([None, None, 1, 3]))
     shots = rng.choice([1, 2, 5, 50, 1000])
-    work = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
-    asked = Demand(shots, work, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 0)
+    relative_cost = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
+    asked = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 0)
     nodes, left = [], most_gpus
     for _ in range(rng.randint(1, 3)):
         gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(left, 4))))
@@ -496,7 +499,7 @@ def assert_it_packs(planned, profile, asked, cluster):
         assert all(gb <= memory + 2e-3 for gb, memory in zip(sorted(wanted, reverse=True), gpus, strict=False))
     assert the_rest_fits(cpus, layout.encoders)
     assert min(host) >= -ROOM
-    assert {stage for worker in layout.workers for stage in worker.stages} == set(asked.work)
+    assert {stage for worker in layout.workers for stage in worker.stages} == set(asked.relative_cost)
     assert 1 <= layout.window <= asked.shots
     assert 0 < planned.efficiency <= 1 + ROOM
     for slot, shares in zip(layout.slots, planned.shares, strict=True):
@@ -506,7 +509,7 @@ def assert_it_packs(planned, profile, asked, cluster):
 
 def can_be_packed(profile, asked, cluster):
     """Brute force: every way to fill every GPU, within what the profile's layout allows."""
-    used = [name for name in profile.actors if set(STAGES_OF[name]) & set(asked.work)]
+    used = [name for name in profile.actors if set(STAGES_OF[name]) & set(asked.relative_cost)]
     on_gpu = [name for name in used if profile.actors[name].device == "cuda"]
     if not on_gpu:
         return _some_cpu_slot_fits(profile, used, cluster)

@@ -66,19 +66,19 @@ def loaded(request, tiny):
 
 def test_a_stage_declares_real_fields_and_artefacts(loaded):
     shot = Shot(prompt="a", seed=1)
-    for field in (*loaded.reads, *loaded.steered_reads):
+    for field in (*loaded.reads, *loaded.identity_fields):
         head, _, tail = field.partition(".")
         assert hasattr(getattr(shot, head), tail) if tail else hasattr(shot, head)
-    assert {*loaded.takes, *loaded.steered_takes, *loaded.writes} <= set(Artefacts.__annotations__)
-    assert not set(loaded.reads) & set(loaded.steered_reads)
-    assert not set(loaded.takes) & set(loaded.steered_takes)
+    assert {*loaded.takes, *loaded.identity_inputs, *loaded.writes} <= set(Artefacts.__annotations__)
+    assert not set(loaded.reads) & set(loaded.identity_fields)
+    assert not set(loaded.takes) & set(loaded.identity_inputs)
     assert loaded.params.model_config["frozen"]
 
 
 def test_a_stage_gives_what_it_writes_and_needs_no_more_than_it_takes(loaded, item):
     for shot in (item.shot, varied(item, identity="none").shot):
         needed = loaded.needs(shot)
-        assert needed == (*loaded.takes, *(loaded.steered_takes if loaded.steered(shot) else ()))
+        assert needed == (*loaded.takes, *(loaded.identity_inputs if loaded.uses_identity(shot) else ()))
         given = loaded([Item(shot, {name: item.artefacts[name] for name in needed})])
         assert len(given) == 1
         assert set(given[0]) == set(loaded.writes)
@@ -94,9 +94,9 @@ def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item, mode, person
     seen, shot = set(), varied(item, mode=mode, **person).shot
     loaded([Item(Spy(shot, seen), item.artefacts)])
     declared = set(loaded.reads)
-    if loaded.steered(shot):
-        declared |= set(loaded.steered_reads)
-    elif loaded.steered_reads:
+    if loaded.uses_identity(shot):
+        declared |= set(loaded.identity_fields)
+    elif loaded.identity_fields:
         # That nobody steers is told by the set of fields that are in the key.
         declared.add("flux_identity")
         assert shot.flux_identity is None
@@ -106,16 +106,16 @@ def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item, mode, person
 
 def test_a_stage_that_a_person_steers_does_what_others_do_where_nobody_does(loaded, item):
     """Its keys of such shots have nothing of a person in them."""
-    if not loaded.steered_takes:
-        assert not loaded.steered(item.shot)
+    if not loaded.identity_inputs:
+        assert not loaded.uses_identity(item.shot)
         return
-    assert loaded.steered(item.shot)
-    steered = loaded([item])[0]
+    assert loaded.uses_identity(item.shot)
+    uses_identity = loaded([item])[0]
     nobody = [varied(item, face_image=()), varied(item, identity="none", pose="none"), varied(item, identity_strength=0.0)]
     first, *others = [loaded([one])[0] for one in nobody]
     for name in loaded.writes:
         assert all(np.array_equal(first[name], other[name]) for other in others)
-        assert not np.array_equal(first[name], steered[name]), "the person does nothing"
+        assert not np.array_equal(first[name], uses_identity[name]), "the person does nothing"
 
 
 def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item):

@@ -171,7 +171,7 @@ def without(tiny):
     """The tiny profile with further weights of an actor that are elsewhere."""
 
     def changed(actor, name, reference="/nowhere/weights"):
-        section = tiny.actors[actor].model_copy(update={"also": {name: reference}})
+        section = tiny.actors[actor].model_copy(update={"extra_weights": {name: reference}})
         return tiny.model_copy(update={"actors": {**tiny.actors, actor: section}})
 
     return changed
@@ -227,16 +227,18 @@ def test_the_command_ends_with_the_sentence_and_the_code_of_the_environment(tmp_
 
 
 def test_an_injector_without_the_recogniser_that_it_needs_is_refused_with_the_profile(tiny):
-    def changed(**also):
-        actors = {name: tiny.actors[name].model_copy(update={"also": names}) for name, names in also.items()}
+    def changed(**extra_weights):
+        actors = {name: tiny.actors[name].model_copy(update={"extra_weights": names}) for name, names in extra_weights.items()}
         return tiny.model_copy(update={"actors": {**tiny.actors, **actors}})
 
     check_profile(changed(flux={}, instantid={}))
-    with pytest.raises(ProfileError, match=r"actors\.flux\.also: infusenet is told a face by ir_se50; add `also: \{ir_se50: "):
+    with pytest.raises(
+        ProfileError, match=r"actors\.flux\.extra_weights: infusenet is told a face by ir_se50; add `extra_weights: \{ir_se50: "
+    ):
         check_profile(changed(instantid={}))
-    with pytest.raises(ProfileError, match=r"actors\.flux\.also: got 'infusnet', must be one of infusenet"):
+    with pytest.raises(ProfileError, match=r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"):
         check_profile(changed(flux={"infusnet": "x"}))
-    with pytest.raises(ProfileError, match=r"actors\.svd\.also: got 'x', this actor has no further weights"):
+    with pytest.raises(ProfileError, match=r"actors\.svd\.extra_weights: got 'x', this actor has no further weights"):
         check_profile(changed(svd={"x": "x"}))
 
 
@@ -244,8 +246,8 @@ def test_an_injector_without_the_recogniser_that_it_needs_is_refused_with_the_pr
 def test_built_in_profiles_have_what_every_identity_needs(name):
     profile = load_profile(name)
     check_profile(profile)
-    also = {actor: set(section.also) for actor, section in profile.actors.items() if section.also}
-    assert also == {"flux": {"infusenet"}, "instantid": {"ir_se50"}, "instantid_sdxl": {"instantid"}}
+    extra_weights = {actor: set(section.extra_weights) for actor, section in profile.actors.items() if section.extra_weights}
+    assert extra_weights == {"flux": {"infusenet"}, "instantid": {"ir_se50"}, "instantid_sdxl": {"instantid"}}
 
 
 # A method of one's own.
@@ -268,12 +270,12 @@ class Brighter(FluxInjector):
     @contextmanager
     def injecting(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
         def brighter(call):
-            def steered(**arguments):
+            def uses_identity(**arguments):
                 pictures = call(**arguments)
                 pictures.images[0] = np.clip(pictures.images[0] + self.by * shot.identity_strength, 0, 1)
                 return pictures
 
-            return steered
+            return uses_identity
 
         yield Calls(brighter(self.model.text_to_image), brighter(self.model.image_to_image))
 
@@ -293,7 +295,7 @@ def with_toy(monkeypatch, tiny, tmp_path):
     monkeypatch.setitem(INJECTORS, "toy", ("toy", "Brighter"))
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
-    flux = tiny.actors["flux"].model_copy(update={"also": {"toy": str(weights)}})
+    flux = tiny.actors["flux"].model_copy(update={"extra_weights": {"toy": str(weights)}})
     pipeline = VideoGenerationPipeline(
         tiny.model_copy(update={"actors": {**tiny.actors, "flux": flux}}), tmp_path / "out", use_cache=False
     )
@@ -313,7 +315,7 @@ def test_a_method_of_ones_own_is_one_line_and_one_file(with_toy, tmp_path):
     assert np.abs(picture(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
     with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, none"):
         picture(identity="toi")
-    with pytest.raises(MissingWeights, match=r"infusenet: the profile does not name them; add `also: \{infusenet"):
+    with pytest.raises(MissingWeights, match=r"infusenet: the profile does not name them; add `extra_weights: \{infusenet"):
         picture(identity="infusenet")
 
 

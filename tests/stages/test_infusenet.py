@@ -350,7 +350,7 @@ def test_the_net_is_asked_once_a_step_and_not_outside_its_range(injector, make_s
 def test_the_person_wears_a_lora_and_takes_it_off(injector, make_shot, way):
     shot = make_shot()
     bare = drawn(injector, shot, way, face(1))
-    with injector.model.wearing([LORA]):
+    with injector.model.loras_active([LORA]):
         dressed, other = (drawn(injector, shot, way, face(who)) for who in (1, 2))
         nobody = plain(injector, shot, way)
         unsteered = drawn(injector, make_shot(identity_strength=0.0), way, face(1))

@@ -39,7 +39,9 @@ def stage() -> InstantIDSDXLStage:
 
 
 def loaded(base: Path, instantid: Path, **options: Any) -> InstantIDSDXLStage:
-    stage = InstantIDSDXLStage(InstantIDSDXLParams(weights=base, also={"instantid": instantid}, steps=STEPS, **options))
+    stage = InstantIDSDXLStage(
+        InstantIDSDXLParams(weights=base, extra_weights={"instantid": instantid}, steps=STEPS, **options)
+    )
     stage.load()
     return stage
 
@@ -194,9 +196,9 @@ def test_a_face_without_the_embedding_it_was_trained_with_is_refused(stage, make
 
 
 def test_the_key_knows_both_folders_by_content_and_the_options_by_value(make_shot):
-    params = InstantIDSDXLParams(weights=BASE, also={"instantid": INSTANTID})
+    params = InstantIDSDXLParams(weights=BASE, extra_weights={"instantid": INSTANTID})
     assert InstantIDSDXLStage.weight_files(params, make_shot()) == (BASE, INSTANTID)
-    elsewhere = params.model_copy(update={"also": {"instantid": Path("elsewhere")}})
+    elsewhere = params.model_copy(update={"extra_weights": {"instantid": Path("elsewhere")}})
     assert params.for_key() == elsewhere.for_key()
     assert params.for_key() != params.model_copy(update={"net_scale": 0.7}).for_key()
     assert (params.steps, params.guidance, params.adapter_scale, params.net_scale) == (30, 5.0, 0.8, 0.8)

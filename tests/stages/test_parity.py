@@ -138,7 +138,7 @@ def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
     for file in files:
         file.write_bytes((resolve("builtin:tiny/lora.safetensors")).read_bytes())
     for file in (files[0], files[1], files[0], files[2]):
-        with model.wearing([LoraRef(path=str(file))]):
+        with model.loras_active([LoraRef(path=str(file))]):
             pass
     kept = model.text_to_image.get_list_adapters()["transformer"]
     assert kept == [model._adapter(files[0]), model._adapter(files[2])]

@@ -9,7 +9,8 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.worker import Place
+from vidgen_ray.batch.worker import ActorPlace
+from vidgen_ray.engine.retries import InputsLost, first_line
 from vidgen_ray.outputs.records import Failure
 
 DEATHS_WHILE_LOADING = 3
@@ -21,23 +22,21 @@ NOT_SENT = "The actor is restarting"
 """In Ray's account of a call that no process has seen: the one it was meant for was dead already, and nobody knew yet."""
 
 
-class CallLost(Exception):
+class ActorCallFailed(Exception):
     """The call will not be answered.
 
     It is `blamed` where nothing else can be the reason, and one of several `suspects` where the process died with more than
     one call in hand: the answer of a call may be lost with the process that died of the next.
     """
 
-    def __init__(self, reason: str, message: str, *, worker: str, blamed: bool = False, suspect: bool = False) -> None:
+    def __init__(
+        self, reason: str, message: str, *, worker: str, caused_crash: bool = False, may_have_caused_crash: bool = False
+    ) -> None:
         self.reason = reason
-        self.blamed = blamed
-        self.suspect = suspect
+        self.caused_crash = caused_crash
+        self.may_have_caused_crash = may_have_caused_crash
         self.worker = worker
         super().__init__(message)
-
-
-class InputsLost(Exception):
-    """What a call was to work on is gone, with the node that held it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -47,14 +46,14 @@ class _Call:
     """Set when the calls before are answered."""
 
 
-class Hand:
+class ActorClient:
     """Calls one actor. Its calls run one after another, in order."""
 
     def __init__(self, actor: Any, name: str) -> None:
         self._actor = actor
         self.name = name
-        self.place: Place | None = None
-        self._ended: Place | None = None
+        self.place: ActorPlace | None = None
+        self._ended: ActorPlace | None = None
         """Where the process is, or was, that was told to end last: it answers for a while."""
         self._calls: deque[_Call] = deque()
         self._generation = 0
@@ -89,7 +88,7 @@ class Hand:
                 return failure
 
     def _given_up(self, deaths: int, error: Exception) -> Failure:
-        message = f"{self.name} died {deaths} times before it was ready: {_first_line(error)}"
+        message = f"{self.name} died {deaths} times before it was ready: {first_line(error)}"
         return Failure(stage="loading", error="WorkerDied", message=message, attempts=deaths, worker=self.name)
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
@@ -97,7 +96,7 @@ class Hand:
 
         `stage` is what the call counts as while it runs. The time counts from when the calls before are answered; when it is
         up the process is killed, and starts again.
-        Raises CallLost and InputsLost.
+        Raises ActorCallFailed and InputsLost.
         """
         generation = self._generation
         call = _Call(stage, asyncio.Event())
@@ -112,27 +111,29 @@ class Hand:
             await asyncio.wait([answered], timeout=timeout_s)
             if not answered.done():
                 self.restart()
-                raise CallLost("TimedOut", f"{method} took longer than {timeout_s:g} s", blamed=True, worker=self.where)
+                raise ActorCallFailed(
+                    "TimedOut", f"{method} took longer than {timeout_s:g} s", caused_crash=True, worker=self.where
+                )
             answer = answered.result()
         except ray.exceptions.RayActorError as error:
             self._died(generation, [] if NODE_DIED in str(error) else list(self._calls))
-            suspect, alone = call in self._suspects and NOT_SENT not in str(error), len(self._suspects) == 1
-            raise CallLost(
+            may_have_caused_crash, alone = call in self._suspects and NOT_SENT not in str(error), len(self._suspects) == 1
+            raise ActorCallFailed(
                 "WorkerDied",
-                f"the process died: {_first_line(error)}",
+                f"the process died: {first_line(error)}",
                 worker=self.where,
-                blamed=suspect and alone,
-                suspect=suspect and not alone,
+                caused_crash=may_have_caused_crash and alone,
+                may_have_caused_crash=may_have_caused_crash and not alone,
             ) from None
         except ray.exceptions.ObjectLostError as error:
-            raise InputsLost(_first_line(error)) from None
+            raise InputsLost(first_line(error)) from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
-                raise InputsLost(_first_line(error.cause)) from None
+                raise InputsLost(first_line(error.cause)) from None
             # What went wrong there, not Ray's account of it.
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
-            raise CallLost("WorkerDied", _first_line(error), worker=self.where, blamed=True) from None
+            raise ActorCallFailed("WorkerDied", first_line(error), worker=self.where, caused_crash=True) from None
         finally:
             answered.cancel()
             waiting.cancel()
@@ -165,8 +166,3 @@ class Hand:
         if generation == self._generation:
             self._generation += 1
             self._suspects = suspects
-
-
-def _first_line(error: Exception) -> str:
-    """Ray's account goes over many lines, with ids that mean nothing to a person."""
-    return str(error).strip().splitlines()[0]

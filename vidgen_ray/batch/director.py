@@ -19,18 +19,18 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from vidgen_ray.batch.actor_client import InputsLost
-from vidgen_ray.batch.encoder_pool import Chunks, Encoders
+from vidgen_ray.batch.encoder_pool import Chunks, EncoderPool
 from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import Job
+from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.batch.run_progress import Snapshot
-from vidgen_ray.batch.run_state import BoardHandle
+from vidgen_ray.batch.run_state import RunStateHandle
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
-from vidgen_ray.batch.task_files import Errand, Outcome, read_part
-from vidgen_ray.batch.worker_pool import Dispatcher, GaveUp, Held
+from vidgen_ray.batch.task_files import ShotTask, TaskResult, read_part
+from vidgen_ray.batch.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
-from vidgen_ray.engine.step_groups import OUTPUT, calls_of, in_order
+from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
+from vidgen_ray.engine.retries import InputsLost, ShotFailed
+from vidgen_ray.engine.step_groups import OUTPUT, group_steps, ordered_window
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
@@ -49,27 +49,27 @@ POST_S = 1.0
 T = TypeVar("T")
 
 
-class Done(NamedTuple):
+class StepResults(NamedTuple):
     """What some steps of a shot came to."""
 
     records: tuple[StepRecord, ...]
-    given: Held
+    emitted: RemoteArtefacts
     likeness: Artefacts
 
-    def shared(self) -> Done:
+    def shared(self) -> StepResults:
         """The same for a shot that has it from another one."""
         free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0, "adapter_loads": 0}
         return self._replace(records=tuple(record.model_copy(update=free) for record in self.records))
 
 
-class Director:
+class BatchDirector:
     """Takes parts of the script, and gives what became of each of their lines as soon as it is known.
 
     Ray runs a part again whose director died, and passes over as many results as it had. So those come first, in the order
     in which they were given before, which the board remembers.
     """
 
-    def __init__(self, job: Job, board: BoardHandle) -> None:
+    def __init__(self, job: RunConfig, board: RunStateHandle) -> None:
         self._job = job
         self._board = board
         self._stopping = False
@@ -82,11 +82,11 @@ class Director:
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for part in batch["part"]:
-            before = ray.get(self._board.given.remote(str(part)))
+            before = ray.get(self._board.emitted.remote(str(part)))
             if self._stopping and not before:
                 continue
             lines = read_part(self._job.outputs, str(part))
-            errands = [Errand.from_line(line) for line in lines]
+            errands = [ShotTask.from_line(line) for line in lines]
             faces = Counter(step.key for errand in errands for step in errand.plan.steps if step.stage == InstantIDStage.name)
             self._in_loop(self._expect(faces)).result()
             running = [self._in_loop(self._shot(errand)) for errand in errands]
@@ -96,7 +96,7 @@ class Director:
                 if outcome is None and number not in before:
                     continue
                 if number not in before:
-                    ray.get(self._board.giving.remote(str(part), number))
+                    ray.get(self._board.mark_emitted.remote(str(part), number))
                 texts = {"part": str(part), "line": lines[number], "outcome": outcome.to_line() if outcome else ""}
                 row: dict[str, NDArray[Any]] = {name: np.array([text], object) for name, text in texts.items()}
                 yield row | {"number": np.array([number]), "of": np.array([len(lines)])}
@@ -107,9 +107,9 @@ class Director:
 
     async def _begin(self) -> None:
         self._metrics = RunMetrics(self._job.profile.name)
-        self._workers = Dispatcher(self._job, self._metrics)
-        self._encoders = Encoders(self._job, self._metrics)
-        self._shared: OrderedDict[str, asyncio.Task[Done]] = OrderedDict()
+        self._workers = WorkerPool(self._job, self._metrics)
+        self._encoders = EncoderPool(self._job, self._metrics)
+        self._shared: OrderedDict[str, asyncio.Task[StepResults]] = OrderedDict()
         self._faces: Counter[str] = Counter()
         self._window = asyncio.Semaphore(self._job.layout.window)
         self._orders = count()
@@ -126,18 +126,18 @@ class Director:
 
     # A shot
 
-    async def _shot(self, errand: Errand) -> Outcome | None:
+    async def _shot(self, errand: ShotTask) -> TaskResult | None:
         async with self._window:
             if self._stopping:
                 return None
             self._in_progress += 1
             try:
-                outcome = Outcome(await self._rendered(errand.plan))
-            except GaveUp as gave_up:
-                outcome = Outcome(gave_up.failure)
+                outcome = TaskResult(await self._rendered(errand.plan))
+            except ShotFailed as gave_up:
+                outcome = TaskResult(gave_up.failure)
             # A mistake of ours costs the shot, not the run.
             except Exception as error:
-                outcome = Outcome(StepFailed("director", error).failure())
+                outcome = TaskResult(StepFailed("director", error).failure())
             finally:
                 self._in_progress -= 1
         self._metrics.shot_ended("failed" if isinstance(outcome.result, Failure) else "done")
@@ -156,14 +156,14 @@ class Director:
         for attempt in (plan, *plan.again):
             try:
                 return await self._tried(attempt, order)
-            except TooUnlike as reason:
+            except LikenessTooLow as reason:
                 self._metrics.step_failed(LIKENESS, type(reason).__name__)
                 unlike.append(reason)
-        failure = StepFailed(LIKENESS, closest(unlike)).failure()
-        raise GaveUp(failure.model_copy(update={"attempts": len(unlike)}))
+        failure = StepFailed(LIKENESS, best_attempt(unlike)).failure()
+        raise ShotFailed(failure.model_copy(update={"attempts": len(unlike)}))
 
     async def _tried(self, plan: ShotPlan, order: int) -> ShotRecord:
-        """One try, with one seed. Raises TooUnlike as soon as it is known to be."""
+        """One try, with one seed. Raises LikenessTooLow as soon as it is known to be."""
         for _ in range(STARTS_OVER):
             try:
                 return await self._once_through(plan, order)
@@ -173,15 +173,15 @@ class Director:
                 for step in plan.steps:
                     if step.key in self._shared and self._shared[step.key].done():
                         del self._shared[step.key]
-        raise GaveUp(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
+        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
 
     async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
-        artefacts = Held({}, None)
-        for steps in calls_of(plan, self._job.layout.together, face_is_shared=self._face_is_shared(plan)):
+        artefacts = RemoteArtefacts({}, None)
+        for steps in group_steps(plan, self._job.layout.can_fuse, face_is_shared=self._face_is_shared(plan)):
             done = await self._shared_steps(plan, order, steps, artefacts)
-            records, artefacts = records + done.records, done.given
-            judged(plan.shot, done.likeness)
+            records, artefacts = records + done.records, done.emitted
+            check_likeness(plan.shot, done.likeness)
         return await self._written(plan, order, artefacts, records)
 
     def _face_is_shared(self, plan: ShotPlan) -> bool:
@@ -189,12 +189,14 @@ class Director:
         face = plan.steps[0].key if plan.steps else ""
         return bool(plan.again) or self._faces[face] > 1 or face in self._shared
 
-    async def _shared_steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
+    async def _shared_steps(
+        self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts
+    ) -> StepResults:
         """These steps, or what they came to for the shot beside this one, where that has the same keys."""
         key = steps[-1].key
         task = self._shared.get(key)
         if task is not None:
-            with suppress(GaveUp):
+            with suppress(ShotFailed):
                 return (await asyncio.shield(task)).shared()
         task = self._shared[key] = asyncio.ensure_future(self._steps(plan, order, steps, artefacts))
         try:
@@ -213,21 +215,23 @@ class Director:
         for oldest in kept[: max(0, len(kept) - FACES_REMEMBERED)]:
             del self._shared[oldest]
 
-    async def _steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: Held) -> Done:
+    async def _steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts) -> StepResults:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for lora in plan.shot.lora) if {"flux", "lora"} & set(names) else frozenset()
         work = Work(names[0], order, adapters, near=artefacts.by)
         timeout_s = sum(self._timeout_s(name) for name in names)
-        answer, given = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
+        answer, emitted = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
         for record in answer.records:
             self._metrics.step_ended(record.stage, record.seconds, record.cached)
             self._metrics.adapter_loads(record.adapter_loads)
-        return Done(answer.records, given, answer.likeness)
+        return StepResults(answer.records, emitted, answer.likeness)
 
     def _timeout_s(self, stage: str) -> float:
         return self._job.profile.actor_of(self._job.stages[stage]).timeout_s
 
-    async def _written(self, plan: ShotPlan, order: int, artefacts: Held, records: tuple[StepRecord, ...]) -> ShotRecord:
+    async def _written(
+        self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, records: tuple[StepRecord, ...]
+    ) -> ShotRecord:
         upscales = RealESRGANStage.applies(plan.shot)
         written = await self._encoders.written(
             plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if upscales else None
@@ -237,7 +241,7 @@ class Director:
             self._metrics.step_ended(RealESRGANStage.name, written.stages[-1].seconds, False)
         return written
 
-    def _chunks(self, plan: ShotPlan, order: int, artefacts: Held) -> Chunks:
+    def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts) -> Chunks:
         """The clip's chunks, enlarged by whoever is free, in order."""
 
         async def enlarged(cut: slice) -> tuple[StepRecord, Any]:
@@ -246,7 +250,7 @@ class Director:
             answer, frames = await self._workers.call(work, self._timeout_s(RealESRGANStage.name), "upscale", *inputs)
             return answer.records[0], frames.reference
 
-        return in_order(frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)), enlarged)
+        return ordered_window(frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)), enlarged)
 
     def _frames_per_chunk(self, plan: ShotPlan) -> int:
         """A multiple of what the network gets in one call, so that a clip is cut for it as it is anywhere else."""
@@ -262,7 +266,7 @@ class Director:
             snapshot = Snapshot(*self._workers.look(), self._in_progress)
             self._metrics.snapshot(snapshot)
             with suppress(ray.exceptions.RayActorError):
-                self._stopping |= await self._board.post.remote(snapshot)
+                self._stopping |= await self._board.publish.remote(snapshot)
             await asyncio.sleep(POST_S)
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.actor_client import CallLost, Hand
+from vidgen_ray.batch.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import Job
-from vidgen_ray.batch.worker_pool import GaveUp, lost_for_good
+from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.batch.worker_pool import lost_for_good
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.step_groups import OUTPUT, Answer
+from vidgen_ray.engine.retries import ShotFailed
+from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
@@ -26,33 +27,33 @@ Chunks = AsyncIterator[tuple[StepRecord, Any]]
 """Records and frames of a clip's chunks, enlarged, in order."""
 
 
-class NotWritten(Exception):
+class EncodingFailed(Exception):
     """An encoder answered that it could not."""
 
-    def __init__(self, answer: Answer, failure: Failure) -> None:
+    def __init__(self, answer: CallResult, failure: Failure) -> None:
         self.final = answer.final
         self.failure = failure
         super().__init__(failure.message)
 
 
-class Encoders:
+class EncoderPool:
     """Make it inside of the event loop."""
 
-    def __init__(self, job: Job, metrics: RunMetrics) -> None:
+    def __init__(self, job: RunConfig, metrics: RunMetrics) -> None:
         self._attempts = job.attempts
         self._metrics = metrics
-        hands = [Hand(ray.get_actor(name), name) for name in job.encoder_names]
+        hands = [ActorClient(ray.get_actor(name), name) for name in job.encoder_names]
         self._open = dict.fromkeys(hands, 0)
         self._freed = asyncio.Event()
         self._one_suspect = asyncio.Lock()
-        self._kept_free: Hand | None = None
+        self._kept_free: ActorClient | None = None
         """The encoder that a suspect has to itself, or waits for."""
         self._up = {hand: asyncio.ensure_future(hand.ready()) for hand in hands}
 
     async def written(
         self, plan: ShotPlan, artefacts: Any, records: tuple[StepRecord, ...], chunks: Callable[[], Chunks] | None
     ) -> ShotRecord:
-        """Encode and commit; `chunks` begins to enlarge the clip, where it is to be. Raises GaveUp, InputsLost.
+        """Encode and commit; `chunks` begins to enlarge the clip, where it is to be. Raises ShotFailed, InputsLost.
 
         A clip whose process died with others in hand is tried alone, as the workers' calls are.
         """
@@ -62,24 +63,24 @@ class Encoders:
                 encoder = await self._taken(alone=suspected)
                 try:
                     return await self._encoded(encoder, plan, artefacts, records, chunks)
-                except NotWritten as reason:
+                except EncodingFailed as reason:
                     blamed += 1
                     failure, final = reason.failure, reason.final
                     self._metrics.step_failed(OUTPUT, failure.error)
-                except CallLost as lost:
+                except ActorCallFailed as lost:
                     self._lost(encoder)
-                    blamed += lost.blamed
-                    suspected |= lost.suspect
+                    blamed += lost.caused_crash
+                    suspected |= lost.may_have_caused_crash
                     failure, final = lost_for_good(OUTPUT, lost, blamed), False
                 finally:
                     self._give_back(encoder)
             if final or blamed + suspected >= self._attempts:
-                raise GaveUp(failure.model_copy(update={"attempts": blamed + suspected}))
+                raise ShotFailed(failure.model_copy(update={"attempts": blamed + suspected}))
             self._metrics.retried(OUTPUT)
 
-    async def _taken(self, *, alone: bool) -> Hand:
+    async def _taken(self, *, alone: bool) -> ActorClient:
         """The encoder that is up with the fewest clips, or the first that comes up; `alone`: one without clips, which gets no
-        other. Raises GaveUp where none will come up."""
+        other. Raises ShotFailed where none will come up."""
         while True:
             usable = await self._usable()
             if alone and self._kept_free not in usable:
@@ -95,7 +96,7 @@ class Encoders:
             self._freed.clear()
             await self._freed.wait()
 
-    def _give_back(self, encoder: Hand) -> None:
+    def _give_back(self, encoder: ActorClient) -> None:
         self._open[encoder] -= 1
         self._freed.set()
 
@@ -109,25 +110,25 @@ class Encoders:
                 self._kept_free = None
                 self._freed.set()
 
-    async def _usable(self) -> list[Hand]:
-        """Those that are up, when any is. Raises GaveUp where none will be."""
+    async def _usable(self) -> list[ActorClient]:
+        """Those that are up, when any is. Raises ShotFailed where none will be."""
         while True:
             failures = [ready.result() for ready in self._up.values() if ready.done()]
             usable = [hand for hand, ready in self._up.items() if ready.done() and ready.result() is None]
             if usable:
                 return usable
             if len(failures) == len(self._up) and failures[0] is not None:
-                raise GaveUp(failures[0])
+                raise ShotFailed(failures[0])
             waiting = [ready for ready in self._up.values() if not ready.done()]
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
-    def _lost(self, encoder: Hand) -> None:
+    def _lost(self, encoder: ActorClient) -> None:
         if self._up[encoder].done():
             self._up[encoder] = asyncio.ensure_future(encoder.ready())
 
     async def _encoded(
         self,
-        encoder: Hand,
+        encoder: ActorClient,
         plan: ShotPlan,
         artefacts: Any,
         records: tuple[StepRecord, ...],
@@ -156,12 +157,12 @@ class Encoders:
             raise
 
 
-async def _accepted(encoder: Hand, method: str, *args: Any) -> None:
+async def _accepted(encoder: ActorClient, method: str, *args: Any) -> None:
     _check(await encoder.call(method, *args, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S))
 
 
-def _check(answer: Answer) -> None:
-    if answer.forgotten:
-        raise CallLost("WorkerDied", "the encoder was started again", worker="encoder")
+def _check(answer: CallResult) -> None:
+    if answer.session_lost:
+        raise ActorCallFailed("WorkerDied", "the encoder was started again", worker="encoder")
     if answer.failure is not None:
-        raise NotWritten(answer, answer.failure)
+        raise EncodingFailed(answer, answer.failure)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from vidgen_ray.batch.pending_shots import Account, to_do
-from vidgen_ray.batch.task_files import Errand
+from vidgen_ray.batch.pending_shots import SkippedLines, pending_shots
+from vidgen_ray.batch.task_files import ShotTask
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
@@ -32,7 +32,7 @@ class Counts:
     """Stages, of shots that are to be rendered, of which the cache has the result; none as above."""
 
 
-class _Tally(Account):
+class _Tally(SkippedLines):
     def __init__(self) -> None:
         self.done = self.wrong = 0
 
@@ -42,7 +42,7 @@ class _Tally(Account):
     def unplanned(self, line: CheckedLine, failure: Failure) -> None:
         self.wrong += 1
 
-    def skipped(self, errand: Errand, done: DoneShot) -> None:
+    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
         self.done += 1
 
 
@@ -75,7 +75,7 @@ def _looked_up(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, ou
 
     def counted() -> Iterator[Shot]:
         nonlocal cached
-        for errand in to_do(lines, profile, outputs, tally):
+        for errand in pending_shots(lines, profile, outputs, tally):
             cached += sum(outputs.stage_cache.has(step.key) for step in errand.plan.steps)
             yield errand.plan.shot
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import tee
 from typing import Any, Protocol
 
-from vidgen_ray.batch.task_files import Errand
+from vidgen_ray.batch.task_files import ShotTask
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, VidgenError
@@ -18,7 +18,7 @@ from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
 
 
-class Account(Protocol):
+class SkippedLines(Protocol):
     """Is told of the lines that are not rendered."""
 
     def refused(self, line: RejectedLine) -> None:
@@ -27,19 +27,19 @@ class Account(Protocol):
     def unplanned(self, line: CheckedLine, failure: Failure) -> None:
         """A line that names something which is not there."""
 
-    def skipped(self, errand: Errand, done: DoneShot) -> None:
+    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
         """A line that was done before."""
 
 
-def to_do(
+def pending_shots(
     lines: Iterable[CheckedLine | RejectedLine],
     profile: Profile,
     outputs: OutputFolder,
-    account: Account,
+    account: SkippedLines,
     *,
     fresh: bool = False,
     keep_stages: bool = False,
-) -> Iterator[Errand]:
+) -> Iterator[ShotTask]:
     """The shots to render, `fresh` all of them; the account hears of every other line.
 
     Raises SetupError where the weights that a shot needs are not on this machine.
@@ -57,7 +57,7 @@ def to_do(
             account.skipped(errand, done)
 
 
-def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, account: Account) -> Iterator[Errand]:
+def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, account: SkippedLines) -> Iterator[ShotTask]:
     planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
     for line in lines:
         if isinstance(line, RejectedLine):
@@ -68,7 +68,7 @@ def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, acco
         if used not in planners:
             planners[used] = ShotPlanner(params_of(profile, used), profile.encode)
         try:
-            yield Errand(planners[used](line.shot), line.line, line.replaces)
+            yield ShotTask(planners[used](line.shot), line.line, line.replaces)
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:

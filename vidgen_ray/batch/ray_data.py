@@ -12,10 +12,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from vidgen_ray.batch.director import Director
-from vidgen_ray.batch.run_config import Job
-from vidgen_ray.batch.run_state import BoardHandle
-from vidgen_ray.batch.task_files import Errand, Outcome, batched, read_part
+from vidgen_ray.batch.director import BatchDirector
+from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.batch.run_state import RunStateHandle
+from vidgen_ray.batch.task_files import ShotTask, TaskResult, batched, read_part
 from vidgen_ray.engine.step_groups import LOADING
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -35,7 +35,7 @@ SEEN_S = 60
 """After which everybody sees a file that somebody wrote: a network's file system may remember that it was not there."""
 
 
-def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple[Errand, Outcome] | None]:
+def stream(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Iterator[tuple[ShotTask, TaskResult] | None]:
     """Run the parts; each of their lines comes out exactly once, or as none where the run was told to stop before it.
 
     Raises SetupError where actors cannot load their weights, or the driver does not see what the workers write.
@@ -53,7 +53,7 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
             if len(numbers) == batch["of"][0]:
                 received[part] = None
                 board.received.remote(part)
-            errand, outcome = Errand.from_line(batch["line"][0]), Outcome.from_line(text)
+            errand, outcome = ShotTask.from_line(batch["line"][0]), TaskResult.from_line(text)
             if isinstance(outcome.result, Failure) and outcome.result.stage == LOADING:
                 # No shot of this run would fare better.
                 raise SetupError(outcome.result.message)
@@ -75,14 +75,14 @@ def stream(parts: Sequence[str], job: Job, board: BoardHandle) -> Iterator[tuple
                 continue
             message = "came out of no stage; render it again"
             lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
-            yield Errand.from_line(line), Outcome(lost)
+            yield ShotTask.from_line(line), TaskResult(lost)
 
 
-def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
+def _results(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Any:
     _configure(DataContext.get_current())
     dataset = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     dataset = dataset.map_batches(
-        Director,
+        BatchDirector,
         batch_size=None,
         num_cpus=DIRECTOR_CPUS,
         compute=ActorPoolStrategy(
@@ -96,7 +96,7 @@ def _results(parts: Sequence[str], job: Job, board: BoardHandle) -> Any:
     return dataset.iter_batches(batch_size=1, prefetch_batches=0)
 
 
-def _expect_to_see(errand: Errand, job: Job) -> None:
+def _expect_to_see(errand: ShotTask, job: RunConfig) -> None:
     seen_by = time.monotonic() + SEEN_S
     while job.outputs.done(errand.plan) is None:
         if time.monotonic() > seen_by:

@@ -13,14 +13,15 @@ from typing import Any
 import ray
 
 from vidgen_ray.batch.lora_order import in_lora_order
-from vidgen_ray.batch.pending_shots import to_do
-from vidgen_ray.batch.run_config import Job
-from vidgen_ray.batch.run_monitor import watched
-from vidgen_ray.batch.run_progress import Watcher
-from vidgen_ray.batch.run_results import Ledger
-from vidgen_ray.batch.start_actors import fleet, labels_of
-from vidgen_ray.batch.task_files import Errand, Spool
+from vidgen_ray.batch.pending_shots import pending_shots
+from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.batch.run_monitor import monitor_run
+from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.batch.run_results import RunResults
+from vidgen_ray.batch.start_actors import labels_of, start_actors
+from vidgen_ray.batch.task_files import ShotTask, TaskFiles
 from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster
+from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.planner import (
@@ -29,9 +30,9 @@ from vidgen_ray.planner import (
     Plan,
     cpus_needed,
     demand_of,
-    load_measured,
+    load_calibration,
     plan,
-    remember_measured,
+    save_calibration,
     this_machine,
 )
 from vidgen_ray.planner.cluster import Label
@@ -39,9 +40,6 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
-
-ATTEMPTS = 3
-GRACE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def render(
     outputs: OutputFolder,
     *,
     source: str,
-    watcher: Watcher,
+    watcher: ProgressListener,
     address: str | None = None,
     cluster: Cluster | None = None,
     price: float | None = None,
@@ -96,15 +94,15 @@ def render(
     begun = time.monotonic()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
-    with outputs.lease(run), Ledger(outputs, run, source, watcher) as ledger:
-        spool, chosen, left = Spool(outputs, run), None, 0
+    with outputs.lease(run), RunResults(outputs, run, source, watcher) as ledger:
+        spool, chosen, left = TaskFiles(outputs, run), None, 0
         try:
-            errands = to_do(lines, profile, outputs, ledger, fresh=fresh, keep_stages=keep_stages)
+            errands = pending_shots(lines, profile, outputs, ledger, fresh=fresh, keep_stages=keep_stages)
             if fresh:
                 errands = _without_cache(errands, outputs)
-            in_order = in_lora_order(errands, lambda errand: errand.plan)
+            ordered_window = in_lora_order(errands, lambda errand: errand.plan)
             stop = stop or threading.Event()
-            demand = demand_of(errand.plan.shot for errand in spool.write(_until(stop, in_order)))
+            demand = demand_of(errand.plan.shot for errand in spool.write(_until(stop, ordered_window)))
             if stop.is_set():
                 left = demand.shots
             else:
@@ -119,7 +117,7 @@ def render(
                         expect_gpus(sum(slot.has_gpu for slot in chosen.layout.slots))
                     cluster = cluster or live_cluster()
                     chosen = chosen or _planned(profile, demand, cluster, price, before_start)
-                    job = Job(
+                    job = RunConfig(
                         run=run,
                         profile=profile.pinned(demand.stages),
                         outputs=outputs,
@@ -132,7 +130,7 @@ def render(
                         attempts=attempts,
                     )
                     left = _run(spool.parts, job, labels_of(chosen, cluster), ledger, watcher, stop, grace_s)
-                remember_measured(profile.name, cluster.card, ledger.took)
+                save_calibration(profile.name, cluster.card, ledger.took)
         finally:
             spool.drop()
             # What this machine's processes left half made, where any was killed.
@@ -156,23 +154,23 @@ def render(
 def _planned(
     profile: Profile, demand: Demand, cluster: Cluster, price: float | None, before_start: Callable[[Plan], None]
 ) -> Plan:
-    chosen = plan(profile, demand, cluster, measured=load_measured(profile.name, cluster.card), price=price)
+    chosen = plan(profile, demand, cluster, measured=load_calibration(profile.name, cluster.card), price=price)
     before_start(chosen)
     return chosen
 
 
 def _run(
     parts: list[str],
-    job: Job,
+    job: RunConfig,
     labels: Sequence[Label | None],
-    ledger: Ledger,
-    watcher: Watcher,
+    ledger: RunResults,
+    watcher: ProgressListener,
     stop: threading.Event,
     grace_s: float,
 ) -> int:
     """Have the parts rendered; how many lines were not begun, since the run was stopped."""
     left = 0
-    with fleet(job, labels) as board, watched(board, watcher, stop, grace_s):
+    with start_actors(job, labels) as board, monitor_run(board, watcher, stop, grace_s):
         # Ray Data takes a second to import, in which the actors start.
         from vidgen_ray.batch.ray_data import stream
 
@@ -185,14 +183,14 @@ def _run(
     return left
 
 
-def _until(stop: threading.Event, errands: Iterable[Errand]) -> Iterator[Errand]:
+def _until(stop: threading.Event, errands: Iterable[ShotTask]) -> Iterator[ShotTask]:
     for errand in errands:
         yield errand
         if stop.is_set():
             return
 
 
-def _without_cache(errands: Iterable[Errand], outputs: OutputFolder) -> Iterator[Errand]:
+def _without_cache(errands: Iterable[ShotTask], outputs: OutputFolder) -> Iterator[ShotTask]:
     for errand in errands:
         for attempt in (errand.plan, *errand.plan.again):
             outputs.stage_cache.drop(step.key for step in attempt.steps)
@@ -208,7 +206,7 @@ def _frames_per_call(profile: Profile, demand: Demand) -> int:
 
 
 def _write_run(
-    outputs: OutputFolder, report: RunReport, source: str, profile: Profile, chosen: Plan | None, ledger: Ledger
+    outputs: OutputFolder, report: RunReport, source: str, profile: Profile, chosen: Plan | None, ledger: RunResults
 ) -> None:
     """`run.json`: what ran last in this folder."""
     outputs.write_run(

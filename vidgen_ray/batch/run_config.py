@@ -13,7 +13,7 @@ from vidgen_ray.stages.base import Stage
 
 
 @dataclass(frozen=True)
-class Job:
+class RunConfig:
     """Small: it is kept for the restart of actors."""
 
     run: str

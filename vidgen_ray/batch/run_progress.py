@@ -26,17 +26,17 @@ class Snapshot(NamedTuple):
     """Shots that have begun and not ended."""
 
 
-class Watcher(Protocol):
+class ProgressListener(Protocol):
     """Is told how a run goes, first by `refused`, then by `planned`, then by the others, one call at a time."""
 
-    def refused(self, row: ManifestRow) -> None:
+    def on_rejected(self, row: ManifestRow) -> None:
         """A line failed before anything is rendered: it is wrong, or names something that is not there."""
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         """Called once, before anything is rendered; `total` lines include those done before and those refused."""
 
-    def ended(self, row: ManifestRow) -> None:
+    def on_finished(self, row: ManifestRow) -> None:
         """A shot was rendered, or failed on the way."""
 
-    def status(self, snapshot: Snapshot) -> None:
+    def on_status(self, snapshot: Snapshot) -> None:
         """Called about every second while shots are rendered, by another thread than the rest."""

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict, deque
 from types import TracebackType
 from typing import Self
 
-from vidgen_ray.batch.run_progress import Watcher
-from vidgen_ray.batch.task_files import Errand
+from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.batch.task_files import ShotTask
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -21,10 +21,10 @@ from vidgen_ray.script.reader import CheckedLine, RejectedLine
 SHOTS_MEASURED = 1000
 
 
-class Ledger:
+class RunResults:
     """A context manager: what was entered is kept, whatever ends the block."""
 
-    def __init__(self, outputs: OutputFolder, run: str, source: str, watcher: Watcher) -> None:
+    def __init__(self, outputs: OutputFolder, run: str, source: str, watcher: ProgressListener) -> None:
         self._run = run
         self._source = source
         self._watcher = watcher
@@ -50,36 +50,36 @@ class Ledger:
         failure = StepFailed(REFUSED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_refused_line(self._run, line.script, line.id, line.line, line.fields.get("prompt"), failure)
         self._enter(row, FailedLine(line.id, line.script, line.fields, failure), None)
-        self._watcher.refused(row)
+        self._watcher.on_rejected(row)
 
     def unplanned(self, line: CheckedLine, failure: Failure) -> None:
-        self._watcher.refused(self._failed(line, failure))
+        self._watcher.on_rejected(self._failed(line, failure))
 
-    def skipped(self, errand: Errand, done: DoneShot) -> None:
+    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
         row = ManifestRow.of_shot(self._run, self._source, errand.plan.shot, errand.line, done, "skipped")
         self._enter(row, None, errand.replaces)
 
-    def whole_script_read(self, to_do: int) -> None:
+    def whole_script_read(self, pending_shots: int) -> None:
         """Every line is checked; so many are to be rendered."""
         self._whole_script = True
         before = self.counts
-        self._watcher.planned(to_do + before.total(), before["skipped"], before["failed"])
+        self._watcher.on_planned(pending_shots + before.total(), before["skipped"], before["failed"])
 
-    def ended(self, errand: Errand, result: ShotRecord | Failure) -> None:
+    def ended(self, errand: ShotTask, result: ShotRecord | Failure) -> None:
         """A line that was rendered, or tried."""
         if isinstance(result, Failure):
             row = self._failed(CheckedLine(errand.plan.shot, errand.line, errand.replaces), result)
-            self._watcher.ended(row)
+            self._watcher.on_finished(row)
             return
         self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
         self.lora_loads += sum(step.adapter_loads for step in result.stages)
         for step in result.stages:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
-                self.took[step.stage].append((step.seconds, STAGE_BY_NAME[step.stage].work(result.shot)))
+                self.took[step.stage].append((step.seconds, STAGE_BY_NAME[step.stage].relative_cost(result.shot)))
         row = ManifestRow.of_shot(self._run, self._source, errand.plan.shot, errand.line, result, "done")
         self._enter(row, None, errand.replaces)
-        self._watcher.ended(row)
+        self._watcher.on_finished(row)
 
     def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
         again = FailedLine(line.shot.id or "", self._source, line.shot.model_dump(mode="json"), failure)

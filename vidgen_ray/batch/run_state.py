@@ -7,7 +7,7 @@ from typing import Any
 from vidgen_ray.batch.run_progress import Snapshot
 
 
-class Board:
+class RunState:
     """An actor of a few bytes: how the run stands, whether it should take no more lines, and which results were given."""
 
     def __init__(self) -> None:
@@ -15,12 +15,12 @@ class Board:
         self._stopping = False
         self._given: dict[str, list[int]] = {}
 
-    def post(self, snapshot: Snapshot) -> bool:
+    def publish(self, snapshot: Snapshot) -> bool:
         """The director's word. Answers whether the run is to stop."""
         self._snapshot = snapshot
         return self._stopping
 
-    def look(self) -> Snapshot | None:
+    def snapshot(self) -> Snapshot | None:
         return self._snapshot
 
     def stop(self) -> None:
@@ -29,11 +29,11 @@ class Board:
     def stopping(self) -> bool:
         return self._stopping
 
-    def giving(self, part: str, number: int) -> None:
+    def mark_emitted(self, part: str, number: int) -> None:
         """The director is about to give the result of this line of a part."""
         self._given.setdefault(part, []).append(number)
 
-    def given(self, part: str) -> list[int]:
+    def emitted(self, part: str) -> list[int]:
         """The lines whose results were given, in that order."""
         return self._given.get(part, [])
 
@@ -46,5 +46,5 @@ def board_name(run: str) -> str:
     return f"{run}/board"
 
 
-BoardHandle = Any
+RunStateHandle = Any
 """Ray's handle of a Board."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
 from vidgen_ray.planner.layout import WorkerSpec
 
-IN_HAND = 1.0
+MAX_RUNNING_LOAD = 1.0
 """Load of one worker: what runs, in units of `Work.load`. The next is handed over early only where plenty waits."""
-EARLY = 2.0
+MAX_PREFETCH_LOAD = 2.0
 """The most that a worker has at hand, what runs and what waits there: its next inputs arrive while it computes."""
 CHUNK_LOAD = 0.25
-PATIENCE = 64
+MAX_LORA_SKIPS = 64
 """A shot is not passed over for a LoRA's sake when shots so much younger wait."""
 
 
@@ -84,7 +84,7 @@ class Scheduler:
         """Give out all that can be; the least loaded worker chooses first. What is given is in the worker's hand."""
         given: list[tuple[WorkerState, Work]] = []
         while True:
-            free = (worker for worker in self.workers if worker.live and worker.load < EARLY and not worker.alone)
+            free = (worker for worker in self.workers if worker.live and worker.load < MAX_PREFETCH_LOAD and not worker.alone)
             pairs = ((worker, work) for worker in free if (work := self._choice(worker)) is not None)
             pair = min(pairs, key=_reluctance, default=None)
             if pair is None:
@@ -111,18 +111,18 @@ class Scheduler:
     def _open_to(self, worker: WorkerState, stage: str) -> list[Work]:
         """What of the waiting work the worker may take now."""
         waiting = self.waiting.get(stage, [])
-        at_once = [work for work in waiting if worker.load + work.load <= IN_HAND and not (work.alone and worker.load)]
+        at_once = [work for work in waiting if worker.load + work.load <= MAX_RUNNING_LOAD and not (work.alone and worker.load)]
         if at_once or not waiting:
             return at_once
         # Early only what nobody could begin at once, with something left for those who end sooner.
         holders = [other for other in self._holders[stage] if other.live]
-        if any(other.load + waiting[0].load <= IN_HAND for other in holders):
+        if any(other.load + waiting[0].load <= MAX_RUNNING_LOAD for other in holders):
             return []
         # What is before this stage is to come here, too.
         to_come = sum(self.queued(other) for other in self._positions if self._positions[other] <= self._positions[stage])
         if to_come < len(holders) and waiting[0].load == 1:
             return []
-        return [work for work in waiting if worker.load + work.load <= EARLY and not work.alone]
+        return [work for work in waiting if worker.load + work.load <= MAX_PREFETCH_LOAD and not work.alone]
 
     def _in_turn(self, worker: WorkerState, stages: Collection[str]) -> list[str]:
         """The stages of the group whose turn it is, and those that are always on the GPU."""
@@ -172,7 +172,7 @@ def _reluctance(pair: tuple[WorkerState, Work]) -> tuple[float, bool, bool]:
 def _match(worker: WorkerState, waiting: Sequence[Work]) -> Work:
     oldest = min(waiting, key=lambda work: work.order)
     newest = max(waiting, key=lambda work: work.order)
-    if not worker.adapters or newest.order - oldest.order > PATIENCE:
+    if not worker.adapters or newest.order - oldest.order > MAX_LORA_SKIPS:
         return oldest
     worn = [work for work in waiting if _wears(worker, work)]
     return min(worn, key=lambda work: work.order, default=oldest)

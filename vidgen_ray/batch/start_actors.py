@@ -14,8 +14,8 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from vidgen_ray.batch.run_config import Job
-from vidgen_ray.batch.run_state import Board, BoardHandle, board_name
+from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.batch.run_state import RunState, RunStateHandle, board_name
 from vidgen_ray.batch.worker import CALLS_AT_ONCE, Encoder, Worker
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
@@ -45,7 +45,7 @@ def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
 
 
 @contextmanager
-def fleet(job: Job, labels: Sequence[Label | None]) -> Iterator[BoardHandle]:
+def start_actors(job: RunConfig, labels: Sequence[Label | None]) -> Iterator[RunStateHandle]:
     """Start the workers, the encoders and the board; end them with the block. `labels`: for each slot the one that its node
     must have.
 
@@ -57,8 +57,8 @@ def fleet(job: Job, labels: Sequence[Label | None]) -> Iterator[BoardHandle]:
     try:
         # Beside the driver, so that it is there as long as the driver is.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        boards = ray.remote(Board).options(name=board_name(job.run), num_cpus=0, scheduling_strategy=here, max_restarts=-1)
-        board: BoardHandle = boards.remote()
+        boards = ray.remote(RunState).options(name=board_name(job.run), num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+        board: RunStateHandle = boards.remote()
         worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
         at_work: dict[str, Any] = {"max_concurrency": CALLS_AT_ONCE, **_RESTARTS}
         for number, (slot, label) in enumerate(zip(job.layout.slots, labels, strict=True)):

@@ -15,7 +15,7 @@ from vidgen_ray.outputs.records import Failure, ShotRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class ShotTask:
     """A shot to render, the line it stands on and, where its line failed under another id, that id."""
 
     plan: ShotPlan
@@ -27,13 +27,13 @@ class Errand:
         return f'{head[:-1]}, "plan": {self.plan.model_dump_json()}}}'
 
     @classmethod
-    def from_line(cls, text: str) -> Errand:
+    def from_line(cls, text: str) -> ShotTask:
         fields = json.loads(text)
         return cls(ShotPlan.model_validate(fields["plan"]), fields["line"], fields["replaces"])
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TaskResult:
     """What became of a shot."""
 
     result: ShotRecord | Failure
@@ -43,7 +43,7 @@ class Outcome:
         return f'{{"{kind}": {self.result.model_dump_json()}}}'
 
     @classmethod
-    def from_line(cls, text: str) -> Outcome:
+    def from_line(cls, text: str) -> TaskResult:
         fields = json.loads(text)
         if "failure" in fields:
             return cls(Failure.model_validate(fields["failure"]))
@@ -55,7 +55,7 @@ LINES_PER_PART = 500
 T = TypeVar("T")
 
 
-class Spool:
+class TaskFiles:
     """The parts of one run, in the output folder, where driver and workers both see them."""
 
     def __init__(self, outputs: OutputFolder, run: str) -> None:
@@ -65,7 +65,7 @@ class Spool:
         self._folder = f"spool/{run}"
         self.parts: list[str] = []
 
-    def write(self, errands: Iterable[Errand]) -> Iterator[Errand]:
+    def write(self, errands: Iterable[ShotTask]) -> Iterator[ShotTask]:
         """Write the errands down, a part at a time, and give each on."""
         for batch in batched(errands, LINES_PER_PART):
             self.parts.append(f"{self._folder}/{len(self.parts):06d}.jsonl")

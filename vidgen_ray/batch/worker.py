@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import ray
 
-from vidgen_ray.batch.run_config import Job
+from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import LOADING, OUTPUT, Answer
+from vidgen_ray.engine.step_groups import LOADING, OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ActorPlace:
     """Where an actor is."""
 
     node: str
@@ -49,13 +49,13 @@ ENCODER_NICENESS = 10
 class Worker:
     """Stages in memory, at work on one call at a time."""
 
-    def __init__(self, job: Job, spec: WorkerSpec) -> None:
+    def __init__(self, job: RunConfig, spec: WorkerSpec) -> None:
         self._at_work = threading.Lock()
         self._job = job
         self._spec = spec
         self._loaded: Failure | StepRunner | None = None
 
-    def place(self) -> Place:
+    def place(self) -> ActorPlace:
         return _place()
 
     def load(self) -> Failure | None:
@@ -68,34 +68,34 @@ class Worker:
             ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
-    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[Answer, Artefacts]:
+    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
         """Take a shot through these steps: what became of it, and what it has now."""
 
-        def taken(runner: StepRunner) -> tuple[Answer, Artefacts]:
+        def taken(runner: StepRunner) -> tuple[CallResult, Artefacts]:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
-            return Answer(tuple(records), likeness_of(item.artefacts)), item.artefacts
+            return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
         return self._at_work_on(taken, Artefacts())
 
-    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[Answer, Frames | None]:
+    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[CallResult, Frames | None]:
         """Enlarge the frames from `start` up to and without `stop`."""
 
-        def enlarged(runner: StepRunner) -> tuple[Answer, Frames | None]:
+        def enlarged(runner: StepRunner) -> tuple[CallResult, Frames | None]:
             frames, record = runner.upscale(plan, artefacts["frames"][start:stop])
-            return Answer((record,)), frames
+            return CallResult((record,)), frames
 
         return self._at_work_on(enlarged, None)
 
-    def _at_work_on(self, work: Callable[[StepRunner], tuple[Answer, T]], nothing: T) -> tuple[Answer, T]:
+    def _at_work_on(self, work: Callable[[StepRunner], tuple[CallResult, T]], nothing: T) -> tuple[CallResult, T]:
         """What the work gives, or how it failed and `nothing`."""
         with self._at_work:
             ready = self._ready()
             if isinstance(ready, Failure):
-                return Answer(failure=ready, final=True), nothing
+                return CallResult(failure=ready, final=True), nothing
             try:
                 return work(ready)
             except StepFailed as failed:
-                return Answer.of_failure(failed), nothing
+                return CallResult.of_failure(failed), nothing
 
     def _ready(self) -> StepRunner | Failure:
         """Also where nobody asked to load: a call may be meant for the process before this one, and reach this one before
@@ -117,18 +117,18 @@ class Worker:
 class Encoder:
     """Writes the files of several shots at once, call by call. What it has begun dies with it and is begun again."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: RunConfig) -> None:
         os.nice(ENCODER_NICENESS)
         self._job = job
         self._open: dict[str, ShotFiles] = {}
 
-    def place(self) -> Place:
+    def place(self) -> ActorPlace:
         return _place()
 
     def load(self) -> None:
         """An encoder has no weights."""
 
-    def begin(self, plan: ShotPlan, artefacts: Artefacts) -> Answer:
+    def begin(self, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
         """Write the picture and the clip."""
         shot_id = plan.shot.id or ""
         self.abandon(shot_id)
@@ -138,32 +138,32 @@ class Encoder:
             self._open[shot_id] = ShotFiles(plan, item, self._job.outputs, encode, self._job.keep_stages)
         # A full disk or an unreadable start image is this shot's failure, too.
         except Exception as error:
-            return Answer.of_failure(StepFailed(OUTPUT, error))
-        return Answer()
+            return CallResult.of_failure(StepFailed(OUTPUT, error))
+        return CallResult()
 
-    def add(self, shot_id: str, enlarged: Frames) -> Answer:
+    def add(self, shot_id: str, enlarged: Frames) -> CallResult:
         """Encode the next frames of the large clip."""
         if shot_id not in self._open:
-            return Answer(forgotten=True)
+            return CallResult(session_lost=True)
         try:
             self._open[shot_id].add(enlarged)
         except Exception as error:
-            return Answer.of_failure(StepFailed(OUTPUT, error))
-        return Answer()
+            return CallResult.of_failure(StepFailed(OUTPUT, error))
+        return CallResult()
 
     def commit(
         self, shot_id: str, records: tuple[StepRecord, ...], upscaled: tuple[StepRecord, ...]
-    ) -> tuple[Answer, ShotRecord | None]:
+    ) -> tuple[CallResult, ShotRecord | None]:
         """Make the shot done; `upscaled` are the records of the chunks."""
         if shot_id not in self._open:
-            return Answer(forgotten=True), None
+            return CallResult(session_lost=True), None
         try:
             record = self._open[shot_id].commit([*records, joined(upscaled)] if upscaled else records)
         except Exception as error:
-            return Answer.of_failure(StepFailed(OUTPUT, error)), None
+            return CallResult.of_failure(StepFailed(OUTPUT, error)), None
         finally:
             self.abandon(shot_id)
-        return Answer(), record
+        return CallResult(), record
 
     def abandon(self, shot_id: str) -> None:
         """Leave nothing of a shot that is not committed."""
@@ -172,7 +172,7 @@ class Encoder:
             files.close()
 
 
-def _place() -> Place:
+def _place() -> ActorPlace:
     context: Any = ray.get_runtime_context()
     gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
-    return Place(context.get_node_id(), os.getpid(), gpus)
+    return ActorPlace(context.get_node_id(), os.getpid(), gpus)

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import ray
 
-from vidgen_ray.batch.actor_client import CallLost, Hand
+from vidgen_ray.batch.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import Job
+from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.batch.run_progress import StageStatus
 from vidgen_ray.batch.scheduler import Scheduler, Work, WorkerState
-from vidgen_ray.engine.step_groups import Answer
+from vidgen_ray.engine.retries import ShotFailed
+from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.stages.flux_model import FluxParams
@@ -27,15 +28,7 @@ BUSY_WINDOW = 30
 """Looks over which the busy share is taken."""
 
 
-class GaveUp(Exception):
-    """A shot has failed for good."""
-
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
-        super().__init__(failure)
-
-
-class Held(NamedTuple):
+class RemoteArtefacts(NamedTuple):
     """Something in Ray's memory."""
 
     reference: Any
@@ -43,36 +36,38 @@ class Held(NamedTuple):
     """The worker that made it, on whose machine it is."""
 
 
-def lost_for_good(stage: str, lost: CallLost, attempts: int) -> Failure:
+def lost_for_good(stage: str, lost: ActorCallFailed, attempts: int) -> Failure:
     """The failure of a shot whose last call was lost."""
     return Failure(stage=stage, error=lost.reason, message=str(lost), attempts=attempts, worker=lost.worker)
 
 
-class Dispatcher:
+class WorkerPool:
     """Make it inside of the event loop."""
 
-    def __init__(self, job: Job, metrics: RunMetrics) -> None:
+    def __init__(self, job: RunConfig, metrics: RunMetrics) -> None:
         self._attempts = job.attempts
         self._metrics = metrics
         specs = [worker for slot in job.layout.slots for worker in slot.workers]
         states = [WorkerState(spec, _adapters_kept(job)) for spec in specs]
-        self._hands = {state: Hand(ray.get_actor(name), name) for state, name in zip(states, job.worker_names, strict=True)}
+        self._hands = {
+            state: ActorClient(ray.get_actor(name), name) for state, name in zip(states, job.worker_names, strict=True)
+        }
         self._scheduler = Scheduler(states, {stage.name: n for n, stage in enumerate(STAGES)})
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
         self._reviving: set[WorkerState] = set()
         self._given_up: dict[WorkerState, Failure] = {}
-        self._hopeless: Failure | None = None
+        self._fatal_failure: Failure | None = None
         self._running: deque[Counter[str]] = deque(maxlen=BUSY_WINDOW)
         self._gpus_at_work: deque[float] = deque(maxlen=BUSY_WINDOW)
         self._background: set[asyncio.Task[None]] = set()
         for state in states:
             self._revive(state)
 
-    async def call(self, wanted: Work, timeout_s: float, method: str, *args: Any) -> tuple[Answer, Held]:
+    async def call(self, wanted: Work, timeout_s: float, method: str, *args: Any) -> tuple[CallResult, RemoteArtefacts]:
         """The answer of a worker, and what it gave; tried again on errors that another attempt may not meet.
 
-        Raises GaveUp, InputsLost. A work whose process died with others in hand is tried alone, so that no line pays for its
-        neighbour.
+        Raises ShotFailed, InputsLost. A call whose process crashed with other calls in progress is retried alone, so that one
+        line never costs another line an attempt.
         """
         blamed, suspected = 0, False
         while True:
@@ -84,15 +79,15 @@ class Dispatcher:
             try:
                 answer, given = await hand.call(method, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
                 if answer.failure is None:
-                    return answer, Held(given, worker)
+                    return answer, RemoteArtefacts(given, worker)
                 failure, final = answer.failure, answer.final
-                if answer.wedged:
+                if answer.context_broken:
                     hand.restart()
                     self._lost(worker)
-            except CallLost as lost:
+            except ActorCallFailed as lost:
                 self._lost(worker)
-                suspected |= lost.suspect
-                if not lost.blamed:
+                suspected |= lost.may_have_caused_crash
+                if not lost.caused_crash:
                     continue
                 failure = lost_for_good(work.stage, lost, blamed)
             finally:
@@ -101,12 +96,12 @@ class Dispatcher:
             blamed += 1
             self._metrics.step_failed(failure.stage, failure.error)
             if final or blamed + suspected >= self._attempts:
-                raise GaveUp(failure.model_copy(update={"attempts": blamed + suspected}))
+                raise ShotFailed(failure.model_copy(update={"attempts": blamed + suspected}))
             self._metrics.retried(work.stage)
 
     async def _worker_for(self, work: Work) -> WorkerState:
-        if self._hopeless is not None:
-            raise GaveUp(self._hopeless)
+        if self._fatal_failure is not None:
+            raise ShotFailed(self._fatal_failure)
         future: asyncio.Future[WorkerState] = asyncio.get_running_loop().create_future()
         self._assigned[work] = future
         self._scheduler.add(work)
@@ -154,10 +149,10 @@ class Dispatcher:
         # Weights that are not there are not there for the others either; a machine that kills processes is one of many.
         stages = worker.spec.stages
         if failure.error != "WorkerDied" or any(self._nobody_left_for(stage) for stage in stages):
-            self._hopeless = failure
+            self._fatal_failure = failure
             for future in self._assigned.values():
                 if not future.done():
-                    future.set_exception(GaveUp(failure))
+                    future.set_exception(ShotFailed(failure))
 
     def _nobody_left_for(self, stage: str) -> bool:
         return all(worker in self._given_up for worker in self._hands if stage in worker.spec.stages)
@@ -188,7 +183,7 @@ class Dispatcher:
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
 
 
-def _adapters_kept(job: Job) -> int:
+def _adapters_kept(job: RunConfig) -> int:
     """LoRAs that a worker with FLUX keeps on its weights."""
     flux = job.profile.actors.get("flux")
     return int(flux.options.get("adapters_kept", FluxParams.model_fields["adapters_kept"].default)) if flux else 0

@@ -25,7 +25,7 @@ from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import load_measured, parse_gpus
+from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
 from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script, read_script
 from vidgen_ray.shot import Shot
@@ -198,7 +198,7 @@ def plan(
     told = parse_gpus(gpus) if gpus else None
     with interruptible():
         demand, counts, cluster = estimated(lambda: _until(checked(), until), chosen, OutputFolder(out), address, told)
-    measured = load_measured(chosen.name, cluster.card)
+    measured = load_calibration(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
 
 

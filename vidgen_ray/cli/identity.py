@@ -22,7 +22,7 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity.pose import pose_picture
-from vidgen_ray.stages.instantid import InstantIDStage, SeenPhoto
+from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -72,7 +72,7 @@ def show(
 
 
 def _as_json(
-    photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[SeenPhoto], face: FaceFeatures, out: Path
+    photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
 ) -> dict[str, Any]:
     return {
         "photos": [
@@ -90,7 +90,9 @@ def _as_json(
     }
 
 
-def _print(photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[SeenPhoto], face: FaceFeatures, out: Path) -> None:
+def _print(
+    photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
+) -> None:
     from vidgen_ray.cli.plan import PLAIN_WIDTH
 
     console = Console(highlight=False)

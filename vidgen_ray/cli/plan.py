@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.batch.estimate import Counts
-from vidgen_ray.planner import Cluster, Demand, Measured, Plan, cpus_needed, plan
+from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile
 
@@ -29,7 +29,7 @@ def plan_command(
     cluster: Cluster,
     *,
     counts: Counts | None = None,
-    measured: Mapping[str, Measured] | None = None,
+    measured: Mapping[str, Calibration] | None = None,
     price: float | None = None,
     max_cost: float | None = None,
     as_json: bool = False,

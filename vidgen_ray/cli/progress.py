@@ -18,9 +18,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.run_progress import Snapshot, Watcher
+from vidgen_ray.batch.run_progress import ProgressListener, Snapshot
 from vidgen_ray.cli.progress_file import ProgressFile
-from vidgen_ray.cli.run_pace import Pace, span
+from vidgen_ray.cli.run_pace import RunPace, span
 from vidgen_ray.outputs.manifest import ManifestRow
 
 PLANNING = "planning"
@@ -36,7 +36,7 @@ MESSAGE_CHARACTERS = 300
 BAR_CELLS = 40
 
 
-class RunView(Watcher, AbstractContextManager["RunView"], Protocol):
+class RunView(ProgressListener, AbstractContextManager["RunView"], Protocol):
     """A watcher of a run that has a beginning and an end."""
 
 
@@ -66,25 +66,25 @@ class Watchers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.__exit__(kind, error, trace)
 
-    def refused(self, row: ManifestRow) -> None:
+    def on_rejected(self, row: ManifestRow) -> None:
         with self._telling:
             for view in self._views:
-                view.refused(row)
+                view.on_rejected(row)
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         with self._telling:
             for view in self._views:
-                view.planned(total, done_before, refused)
+                view.on_planned(total, done_before, refused)
 
-    def ended(self, row: ManifestRow) -> None:
+    def on_finished(self, row: ManifestRow) -> None:
         with self._telling:
             for view in self._views:
-                view.ended(row)
+                view.on_finished(row)
 
-    def status(self, snapshot: Snapshot) -> None:
+    def on_status(self, snapshot: Snapshot) -> None:
         with self._telling:
             for view in self._views:
-                view.status(snapshot)
+                view.on_status(snapshot)
 
 
 class TerminalView:
@@ -93,7 +93,7 @@ class TerminalView:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._begun = clock()
-        self._pace = Pace()
+        self._pace = RunPace()
         self._snapshot: Snapshot | None = None
         self._planned = self._over = False
         self._refused = 0
@@ -108,15 +108,15 @@ class TerminalView:
         self._over = True
         self._live.stop()
 
-    def refused(self, row: ManifestRow) -> None:
+    def on_rejected(self, row: ManifestRow) -> None:
         self._refused += 1
         self._tell_failure(row, self._refused)
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         self._pace.plan(total, done_before, refused, self._clock())
         self._planned = True
 
-    def ended(self, row: ManifestRow) -> None:
+    def on_finished(self, row: ManifestRow) -> None:
         self._pace.count(row, self._clock())
         self._tell_failure(row, self._pace.failed)
 
@@ -125,7 +125,7 @@ class TerminalView:
         if failure:
             self._live.console.print(Text(failure, style="red"))
 
-    def status(self, snapshot: Snapshot) -> None:
+    def on_status(self, snapshot: Snapshot) -> None:
         self._pace.see(snapshot, self._clock())
         self._snapshot = snapshot
 
@@ -167,7 +167,7 @@ class LineView:
         self._console = console
         self._clock = clock
         self._begun = self._told = clock()
-        self._pace = Pace()
+        self._pace = RunPace()
         self._refused = 0
         self._snapshot: Snapshot | None = None
 
@@ -178,19 +178,19 @@ class LineView:
         if not self._small:
             self._say(self._counts())
 
-    def refused(self, row: ManifestRow) -> None:
+    def on_rejected(self, row: ManifestRow) -> None:
         self._refused += 1
         failure = _failure(row, self._refused)
         if failure:
             self._say(failure)
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         self._pace.plan(total, done_before, refused, self._clock())
         self._say(f"shots: {total}, done before: {done_before}, lines refused: {refused}")
         if total > done_before + refused:
             self._say(LOADING)
 
-    def ended(self, row: ManifestRow) -> None:
+    def on_finished(self, row: ManifestRow) -> None:
         self._pace.count(row, self._clock())
         failure = _failure(row, self._pace.failed)
         if self._small:
@@ -200,7 +200,7 @@ class LineView:
                 self._console_line(failure)
             self._summarise()
 
-    def status(self, snapshot: Snapshot) -> None:
+    def on_status(self, snapshot: Snapshot) -> None:
         self._pace.see(snapshot, self._clock())
         self._snapshot = snapshot
         self._summarise()
@@ -234,11 +234,11 @@ class LineView:
         self._console.print(f"{elapsed_s:7.1f}s  {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _phase(pace: Pace) -> str:
+def _phase(pace: RunPace) -> str:
     return FIRST_SHOTS if pace.shots_begun else LOADING
 
 
-def _speed(pace: Pace, now: float) -> list[str]:
+def _speed(pace: RunPace, now: float) -> list[str]:
     words = []
     per_minute = pace.per_minute(now)
     if per_minute is not None:
@@ -268,7 +268,7 @@ def _stages(snapshot: Snapshot) -> Table:
     return table
 
 
-def _bar(pace: Pace) -> Text:
+def _bar(pace: RunPace) -> Text:
     """Done before, done, failed, and what is left; full only when every line has ended."""
     bar = Text()
     ended = cells = 0

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vidgen_ray.batch.run_progress import Snapshot
-from vidgen_ray.cli.run_pace import Pace
+from vidgen_ray.cli.run_pace import RunPace
 from vidgen_ray.outputs.manifest import ManifestRow
 
 STATUS_EVERY_S = 5.0
@@ -32,7 +32,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         self._clock = clock
         self._begun = clock()
         self._told_status = -STATUS_EVERY_S
-        self._pace = Pace()
+        self._pace = RunPace()
         self._file: TextIO | None = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -40,10 +40,10 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
         self._write("finished", **counts, complete=not self._pace.remaining, error=kind.__name__ if kind else None)
         self._close()
 
-    def refused(self, row: ManifestRow) -> None:
+    def on_rejected(self, row: ManifestRow) -> None:
         """Nothing: how many there were is in `planned`, and which they were in `failures.jsonl`."""
 
-    def planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_planned(self, total: int, done_before: int, refused: int) -> None:
         self._pace.plan(total, done_before, refused, self._clock())
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,14 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._write("planned", total=total, done_before=done_before, refused=refused)
 
-    def ended(self, row: ManifestRow) -> None:
+    def on_finished(self, row: ManifestRow) -> None:
         self._pace.count(row, self._clock())
         if row.status == "done":
             self._write("ended", id=row.id, status=row.status, seconds=row.seconds)
         elif row.status == "failed":
             self._write("ended", id=row.id, status=row.status, stage=row.failure_stage, error=row.failure_error)
 
-    def status(self, snapshot: Snapshot) -> None:
+    def on_status(self, snapshot: Snapshot) -> None:
         now = self._clock()
         self._pace.see(snapshot, now)
         if now - self._told_status < STATUS_EVERY_S:

@@ -37,7 +37,7 @@ def eta_range(remaining: int, whole: Stretch, recent: Stretch) -> tuple[float, f
     return remaining * min(shares) / margin, remaining * max(shares) * margin
 
 
-class Pace:
+class RunPace:
     """Counts the lines of a run as they end. Times are seconds of one clock, given by the caller.
 
     It is told one event at a time; any thread may ask.

@@ -56,7 +56,7 @@ def serve_command(
     """
     from vidgen_ray.cli.stop_signals import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
-    from vidgen_ray.online.application import blueprint
+    from vidgen_ray.online.application import server_plan
     from vidgen_ray.online.auth import check_reach, load_keys
     from vidgen_ray.online.server import check_port, serving, wait_for
     from vidgen_ray.online.store.store import open_store
@@ -68,12 +68,12 @@ def serve_command(
         check_port(settings.host, settings.port)
     # What is wrong with the database is told here, before anything is started.
     open_store(settings).close()
-    of = blueprint(settings, this_machine) if address is None else None
+    of = server_plan(settings, this_machine) if address is None else None
     # A busy machine takes longer than the 5 s after which Serve gives its proxy up. Its controller reads this.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     with stoppable(grace_s, "jobs") as stop, connected(address, of.cpus if of else 0):
-        of = of or blueprint(settings, live_cluster)
-        for stage, why in of.served.left_out.items():
+        of = of or server_plan(settings, live_cluster)
+        for stage, why in of.serving_profile.unavailable.items():
             typer.echo(f"{stage} is not served: {why}", err=True)
         with serving(of, stages) as server:
             server.wait_until_it_answers(stop)

@@ -11,7 +11,7 @@ LIKENESS = "likeness"
 """Stage of the failure of a shot of which no try was like enough."""
 
 
-class TooUnlike(StageError):
+class LikenessTooLow(StageError):
     """A try whose picture or clip is less like the person than `min_identity` asks."""
 
     def __init__(self, reached: float | None, asked: float, where: str, tries: int = 1) -> None:
@@ -42,8 +42,8 @@ def likeness_of(artefacts: Artefacts) -> Artefacts:
     return judged_by
 
 
-def judged(shot: Shot, artefacts: Artefacts) -> None:
-    """Raises TooUnlike where the likeness of the picture, or the mean of the clip, is known and less than the shot asks.
+def check_likeness(shot: Shot, artefacts: Artefacts) -> None:
+    """Raises LikenessTooLow where the likeness of the picture, or the mean of the clip, is known and less than the shot asks.
 
     To be called after each step: what a bad picture fails needs no clip.
     """
@@ -52,10 +52,10 @@ def judged(shot: Shot, artefacts: Artefacts) -> None:
     for where, likeness in (("picture", artefacts.get("image_likeness")), ("clip", artefacts.get("clip_likeness"))):
         # Written so that what is no number fails, too.
         if likeness is not None and not (likeness.mean is not None and likeness.mean >= shot.min_identity):
-            raise TooUnlike(likeness.mean, shot.min_identity, where)
+            raise LikenessTooLow(likeness.mean, shot.min_identity, where)
 
 
-def closest(unlike: Sequence[TooUnlike]) -> TooUnlike:
+def best_attempt(unlike: Sequence[LikenessTooLow]) -> LikenessTooLow:
     """One reason for all the tries that were made, at least one: that of the try which came closest."""
     best = max(unlike, key=lambda reason: -2 if reason.reached is None else reason.reached)
-    return TooUnlike(best.reached, best.asked, best.where, len(unlike))
+    return LikenessTooLow(best.reached, best.asked, best.where, len(unlike))

@@ -12,13 +12,13 @@ from vidgen_ray.stages.base import Stage, StageParams
 
 R = TypeVar("R")
 
-FREED = "memory freed"
+MEMORY_FREED = "memory freed"
 """How a step survived that ran again, unchanged, after unused memory was given back."""
 OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """In the words of torch and the CUDA driver, of onnxruntime and of cuBLAS."""
 
 
-def surviving(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
+def run_with_oom_fallback(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
     """`work()`, tried again where the GPU's memory ran out: after freeing, then with ever leaner parameters of the stage.
 
     The second value says what helped, none where nothing had to. A result of leaner parameters may differ in its bytes from
@@ -38,12 +38,12 @@ def surviving(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
             free_gpu_memory()
             stage.params = params
             try:
-                return work(), FREED if params is own else changes(own, params)
+                return work(), MEMORY_FREED if params is own else changes(own, params)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 said = str(error)
-            params = stage.leaner(params)
+            params = stage.lower_memory(params)
     finally:
         stage.params = own
     raise StageError(f"out of GPU memory, with the leanest settings of {stage.name}, too: {said.splitlines()[0]}")

@@ -73,10 +73,10 @@ def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode
 
 def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
     for stage, step in zip(stages_of(draft.plan.shot), draft.plan.steps, strict=True):
-        artefacts = cache.get(step.key, stage.writes) if stage.keeps else None
-        if not stage.keeps or artefacts is None:
+        artefacts = cache.get(step.key, stage.writes) if stage.debug_file else None
+        if not stage.debug_file or artefacts is None:
             continue
         if "face" in artefacts:
-            draft.path(stage.keeps).write_text(face_to_json(artefacts["face"]))
+            draft.path(stage.debug_file).write_text(face_to_json(artefacts["face"]))
         else:
-            write_png(draft.path(stage.keeps), artefacts["image"])
+            write_png(draft.path(stage.debug_file), artefacts["image"])

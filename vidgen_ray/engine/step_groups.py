@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import CannotWrite, VidgenError
+from vidgen_ray.errors import VidgenError, WriteError
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.stages.base import Artefacts
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -33,7 +33,7 @@ CHUNKS_AHEAD = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CallResult:
     """How a call went.
 
     A failure is `final` where the same call would fail again, and the process is `wedged` where every call would. What an
@@ -45,18 +45,18 @@ class Answer:
     """Of what the shot has now that by which it is judged; the rest stays in Ray's memory."""
     failure: Failure | None = None
     final: bool = False
-    wedged: bool = False
-    forgotten: bool = False
+    context_broken: bool = False
+    session_lost: bool = False
 
     @classmethod
-    def of_failure(cls, failed: StepFailed) -> Answer:
+    def of_failure(cls, failed: StepFailed) -> CallResult:
         # A disk that is full now may have room at the next attempt.
-        final = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, CannotWrite)
-        wedged = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
-        return cls(failure=failed.failure(), final=final, wedged=wedged)
+        final = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError)
+        context_broken = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
+        return cls(failure=failed.failure(), final=final, context_broken=context_broken)
 
 
-def calls_of(plan: ShotPlan, together: Callable[..., bool], *, face_is_shared: bool) -> list[tuple[Step, ...]]:
+def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, face_is_shared: bool) -> list[tuple[Step, ...]]:
     """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
 
     `together(first, *others)` says whether every process that holds the first of these stages takes the others, too.
@@ -70,14 +70,14 @@ def calls_of(plan: ShotPlan, together: Callable[..., bool], *, face_is_shared: b
     for step in plan.steps:
         if step.stage == RealESRGANStage.name:
             continue
-        if calls and calls[-1][-1].stage not in ends and together(*(s.stage for s in (*calls[-1], step))):
+        if calls and calls[-1][-1].stage not in ends and can_fuse(*(s.stage for s in (*calls[-1], step))):
             calls[-1].append(step)
         else:
             calls.append([step])
     return [tuple(steps) for steps in calls]
 
 
-async def in_order(cuts: Iterable[slice], enlarged: Callable[[slice], Awaitable[T]]) -> AsyncGenerator[T]:
+async def ordered_window(cuts: Iterable[slice], enlarged: Callable[[slice], Awaitable[T]]) -> AsyncGenerator[T]:
     """What is made of each cut of a clip, in order; so many at once that `CHUNKS_AHEAD` are on their way or wait."""
     pending: deque[asyncio.Future[T]] = deque()
     try:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
-from vidgen_ray.engine.oom_fallback import FREED, surviving
-from vidgen_ray.engine.weight_swapping import Turns
+from vidgen_ray.engine.oom_fallback import MEMORY_FREED, run_with_oom_fallback
+from vidgen_ray.engine.weight_swapping import WeightSwapper
 from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
@@ -54,16 +54,16 @@ class StepRunner:
         stages: Sequence[Stage[Any]],
         gpus: float,
         cache: StageCache | None,
-        turns: Sequence[Sequence[str]] = (),
+        swapper: Sequence[Sequence[str]] = (),
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
         self._cache = cache
-        self.turns = Turns(self.stages, turns)
+        self.swapper = WeightSwapper(self.stages, swapper)
 
     def load(self) -> None:
         """Raises SetupError where weights are missing or of another kind."""
-        self.turns.load()
+        self.swapper.load()
 
     def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
         """Take the item through these steps of its plan. Raises StepFailed."""
@@ -81,8 +81,8 @@ class StepRunner:
         assert isinstance(stage, RealESRGANStage)
         begun = time.monotonic()
         try:
-            self.turns.bring(step.stage)
-            enlarged, recovered = surviving(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
+            self.swapper.ensure_on_gpu(step.stage)
+            enlarged, recovered = run_with_oom_fallback(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
         except Cancelled:
             raise
         except Exception as error:
@@ -98,12 +98,12 @@ class StepRunner:
             report(step.stage, 0, 0)
             found = self._cache.get(step.key, stage.writes) if self._cache else None
             if found is None:
-                self.turns.bring(step.stage)
+                self.swapper.ensure_on_gpu(step.stage)
                 ready = with_pictures(item, stage.takes)
                 local = Item(with_local_loras(ready.shot), ready.artefacts)
-                (given,), recovered = surviving(stage, lambda: stage([local]))
+                (given,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
                 # What leaner settings made is not what the key promises.
-                if self._cache and recovered in (None, FREED):
+                if self._cache and recovered in (None, MEMORY_FREED):
                     self._cache.put(step.key, given)
             else:
                 given = found

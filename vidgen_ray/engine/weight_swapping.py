@@ -9,7 +9,7 @@ from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.stages.base import Stage
 
 
-class Turns:
+class WeightSwapper:
     """Stages of one process whose weights do not fit on the GPU together: the group at work is there, the others wait in
     the host's memory."""
 
@@ -26,7 +26,7 @@ class Turns:
             if name in taking_turns:
                 stage.move("cpu")
 
-    def bring(self, name: str) -> None:
+    def ensure_on_gpu(self, name: str) -> None:
         """Have the stage's weights where it works."""
         group = next((group for group in self._groups if name in group), None)
         if group is None or group == self._present:

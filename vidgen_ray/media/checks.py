@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from vidgen_ray.errors import CannotWrite, MediaError
+from vidgen_ray.errors import MediaError, WriteError
 
 MAX_PIXELS = 40_000_000
 """Of one image or one frame that is read; checked before its pixels are decoded."""
@@ -26,8 +26,8 @@ def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[N
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Turn whatever the block raises into a CannotWrite that names the file."""
-    return failing_as(f"{path}: cannot be written", CannotWrite)
+    """Turn whatever the block raises into a WriteError that names the file."""
+    return failing_as(f"{path}: cannot be written", WriteError)
 
 
 def check_is_file(path: Path) -> None:

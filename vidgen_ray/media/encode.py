@@ -77,7 +77,7 @@ class _VideoWriter:
     def write(self, frames: Frames) -> None:
         """Append uint8 (T, H, W, 3) frames. How they are cut into chunks changes nothing; no chunk is kept.
 
-        Raises MediaError where they do not fit the file, CannotWrite where they cannot be written.
+        Raises MediaError where they do not fit the file, WriteError where they cannot be written.
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
@@ -114,7 +114,7 @@ class Mp4Writer(_VideoWriter):
 
     yuv420p, BT.709, limited range, and tagged so: players guess what untagged files are, and not as FFmpeg does.
     The file grows at `path` itself and is removed where the block raises.
-    Raises MediaError for an odd width or height (pixels) and for no frames, CannotWrite where the file cannot be written.
+    Raises MediaError for an odd width or height (pixels) and for no frames, WriteError where the file cannot be written.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: int | Fraction, settings: Mp4Settings) -> None:
@@ -155,7 +155,7 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
     """Write uint8 (T, H, W, 3) frames so that `decode_lossless` gives the same back: FFV1 in Matroska.
 
     Any size from 2×2 pixels, odd ones too.
-    Raises MediaError for no frames, CannotWrite where the file cannot be written; no file is left then.
+    Raises MediaError for no frames, WriteError where the file cannot be written; no file is left then.
     """
     with _VideoWriter(
         path,

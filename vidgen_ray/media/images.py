@@ -62,7 +62,7 @@ def encode_png(image: Image) -> bytes:
 
 
 def write_png(path: Path, image: Image) -> None:
-    """Raises CannotWrite."""
+    """Raises WriteError."""
     with writing(path):
         path.write_bytes(encode_png(image))
 

@@ -21,12 +21,12 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.api.app import make_app
 from vidgen_ray.online.auth import Keys, load_keys
 from vidgen_ray.online.deployments import HEALTH, Group, graph, groups_of
-from vidgen_ray.online.replica_config import Service
-from vidgen_ray.online.serving_profile import Served, served
+from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, load_measured, parse_gpus, plan
+from vidgen_ray.planner import Cluster, load_calibration, parse_gpus, plan
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import load_profile
@@ -40,11 +40,11 @@ API_REQUESTS = 1_000
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ServerPlan:
     """What a server consists of on a certain cluster, before anything is started."""
 
     settings: OnlineSettings
-    served: Served
+    serving_profile: ServingProfile
     layout: Layout
     groups: tuple[Group, ...]
 
@@ -60,34 +60,34 @@ class Blueprint:
         return self.settings.in_progress or self.layout.window
 
 
-def blueprint(settings: OnlineSettings, look: Callable[[], Cluster]) -> Blueprint:
+def server_plan(settings: OnlineSettings, look: Callable[[], Cluster]) -> ServerPlan:
     """Lay a server out, for the GPUs that the settings name, or those that `look` finds.
 
     Raises ProfileError and SetupError as the planner does, and where nothing can be served.
     """
     told = load_profile(settings.profile)
-    found = served(told if settings.layout is None else told.model_copy(update={"layout": settings.layout}))
+    found = serving_profile(told if settings.layout is None else told.model_copy(update={"layout": settings.layout}))
     profile = found.profile
     cluster = parse_gpus(settings.gpus) if settings.gpus else look()
-    layout = plan(profile, found.demand(), cluster, measured=load_measured(profile.name, cluster.card)).layout
-    return Blueprint(settings, found, layout, groups_of(layout, profile, cluster))
+    layout = plan(profile, found.demand(), cluster, measured=load_calibration(profile.name, cluster.card)).layout
+    return ServerPlan(settings, found, layout, groups_of(layout, profile, cluster))
 
 
 def build(args: OnlineSettings) -> Application:
     """For `serve deploy` and `serve run`, laid out for the cluster that this runs on."""
-    return application(blueprint(args, live_cluster))
+    return application(server_plan(args, live_cluster))
 
 
-def application(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
+def application(of: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
     """`stages`: what runs under each stage's name."""
     settings = of.settings
     outputs = OutputFolder(settings.data)
     outputs.prepare()
-    service = Service(
-        profile=of.served.profile,
+    service = ReplicaConfig(
+        profile=of.serving_profile.profile,
         outputs=outputs,
         layout=of.layout,
-        stages={stage.name: stages[stage.name] for stage in of.served.stages if stage.name in stages},
+        stages={stage.name: stages[stage.name] for stage in of.serving_profile.stages if stage.name in stages},
     )
     director = graph(service, of.groups, settings, of.in_progress)
     # Handed over, since a replica's environment and files may be another machine's: without them it would ask for no key.
@@ -99,13 +99,13 @@ def application(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY
         ray_actor_options={"num_cpus": API_CPUS},
         max_ongoing_requests=API_REQUESTS,
         **HEALTH,
-    ).bind(settings, of.served, outputs, keys, director)
+    ).bind(settings, of.serving_profile, outputs, keys, director)
 
 
 class Api:
     """The HTTP side. It tells the director when there is something new; the store has it already."""
 
-    def __init__(self, settings: OnlineSettings, of: Served, outputs: OutputFolder, keys: Keys, director: Any) -> None:
+    def __init__(self, settings: OnlineSettings, of: ServingProfile, outputs: OutputFolder, keys: Keys, director: Any) -> None:
         self._settings = settings
         self._served = of
         self._outputs = outputs
@@ -114,10 +114,12 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Any:
         store = open_store(self._settings)
-        return make_app(self._settings, store, self._outputs, self._served, self._keys, accepted=_Bell(self._director).ring)
+        return make_app(
+            self._settings, store, self._outputs, self._served, self._keys, accepted=DirectorNotifier(self._director).notify
+        )
 
 
-class _Bell:
+class DirectorNotifier:
     """Wakes the director, by one call at a time however much there is to tell: one that is gone is not asked thousands of
     times when it comes back. Rung inside of an event loop."""
 
@@ -126,7 +128,7 @@ class _Bell:
         self._rung = False
         self._ringing: asyncio.Task[None] | None = None
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         self._rung = True
         if self._ringing is None or self._ringing.done():
             self._ringing = asyncio.ensure_future(self._wake())

@@ -13,13 +13,13 @@ from ray.serve import Application
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.director import Director
+from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.encoder_replica import EncoderReplica
-from vidgen_ray.online.replica_config import Service
+from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.stage_replica import StageReplica
 from vidgen_ray.planner import Cluster
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, ROOM
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import Profile
@@ -45,7 +45,7 @@ class Group:
     replicas: int
 
 
-def graph(service: Service, groups: Sequence[Group], settings: OnlineSettings, in_progress: int) -> Application:
+def graph(service: ReplicaConfig, groups: Sequence[Group], settings: OnlineSettings, in_progress: int) -> Application:
     """The director with all that it calls. `in_progress`: jobs that are led at once, at most."""
     bound = {group.name: _stages(service, group) for group in groups}
     specs = {group.name: (group.spec, group.replicas) for group in groups}
@@ -61,7 +61,7 @@ def graph(service: Service, groups: Sequence[Group], settings: OnlineSettings, i
         **HEALTH,
     ).bind(service, {name: bound[name] for name in upscale}, upscale)
     return serve.deployment(
-        Director,
+        JobDirector,
         name=DIRECTOR,
         num_replicas=1,
         ray_actor_options={"num_cpus": DIRECTOR_CPUS},
@@ -70,7 +70,7 @@ def graph(service: Service, groups: Sequence[Group], settings: OnlineSettings, i
     ).bind(service, settings, in_progress, bound, specs, encoder)
 
 
-def _stages(service: Service, group: Group) -> Application:
+def _stages(service: ReplicaConfig, group: Group) -> Application:
     return serve.deployment(
         StageReplica,
         name=group.name,
@@ -103,12 +103,12 @@ def _share(spec: WorkerSpec, profile: Profile, cluster: Cluster) -> float:
     if not spec.gpus:
         return 0.0
     needed_gb, smallest_gb = CONTEXT_GB + _gpu_gb(spec, profile), min(cluster.gpus)
-    if needed_gb > smallest_gb + ROOM:
+    if needed_gb > smallest_gb + EPSILON:
         raise SetupError(
             f"{', '.join(spec.stages)} need {needed_gb:.3g} GB of a GPU, and a card of this cluster has {smallest_gb:.3g}; "
             "serve on cards of one size, or write `layout: fused` into the profile"
         )
-    return min(1.0, math.ceil(10_000 * needed_gb / smallest_gb - ROOM) / 10_000)
+    return min(1.0, math.ceil(10_000 * needed_gb / smallest_gb - EPSILON) / 10_000)
 
 
 def _gpu_gb(spec: WorkerSpec, profile: Profile) -> float:

@@ -19,20 +19,21 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.likeness_check import LIKENESS, TooUnlike, closest, judged
-from vidgen_ray.engine.step_groups import OUTPUT, calls_of
+from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
+from vidgen_ray.engine.retries import InputsLost, ShotFailed
+from vidgen_ray.engine.step_groups import OUTPUT, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.online.api_error import without_places
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.maintenance import housekeeping
 from vidgen_ray.online.metrics import ServerMetrics
-from vidgen_ray.online.progress_estimate import Course
-from vidgen_ray.online.replica_config import Service
-from vidgen_ray.online.serving_profile import served
+from vidgen_ray.online.progress_estimate import ProgressEstimator
+from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.stage_handles import Caller, GaveUp, InputsLost, StageHandles
+from vidgen_ray.online.stage_handles import RetryingCaller, StageHandles
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
-from vidgen_ray.online.store.leases import HowFar
+from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
@@ -58,7 +59,7 @@ STALLED_S = 60.0
 DIRECTOR_ITSELF = "director"
 """Stage of a failure that is none of the stages'."""
 CODES = {
-    "TooUnlike": "too_unlike",
+    "LikenessTooLow": "too_unlike",
     "TimedOut": "timed_out",
     "ReplicaDied": "replica_died",
     "InputsLost": "replica_died",
@@ -70,18 +71,18 @@ CODES = {
     "MediaError": "invalid_shot",
 }
 """Class of the error -> what a client can tell it by. Any other is `stage_failed`."""
-CLIENT_ERRORS = frozenset({"TooUnlike", "StageError", "MediaError"})
+CLIENT_ERRORS = frozenset({"LikenessTooLow", "StageError", "MediaError"})
 """Those that the shot is the reason of."""
 
 log = logging.getLogger("ray.serve")
 
 
-class Director:
+class JobDirector:
     """Make it inside of an event loop."""
 
     def __init__(
         self,
-        service: Service,
+        service: ReplicaConfig,
         settings: OnlineSettings,
         in_progress: int,
         handles: Mapping[str, Any],
@@ -91,14 +92,14 @@ class Director:
         """`in_progress`: jobs that are led at once, at most. `handles` and `specs` as StageHandles takes them."""
         self._service = service
         self._outputs = service.outputs
-        self._served = served(service.profile)
+        self._served = serving_profile(service.profile)
         # What becomes of a job is found again by its content key, so only acceptance must outlive the power.
         self._store = open_store(settings, lasting=False)
         self._in_progress = in_progress
         self._stages = StageHandles(handles, specs)
         self._encoder = encoder.options(stream=True)
         self._metrics = ServerMetrics()
-        self._caller = Caller(service.attempts, self._metrics.attempt_failed)
+        self._caller = RetryingCaller(service.attempts, self._metrics.attempt_failed)
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
         self._leading: dict[str, asyncio.Task[None]] = {}
         self._unwanted: set[str] = set()
@@ -206,7 +207,7 @@ class Director:
         if news:
             self._store.queue.progress(
                 self.owner,
-                [HowFar(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in news.items()],
+                [JobProgress(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in news.items()],
             )
 
     # A job
@@ -218,7 +219,7 @@ class Director:
         own = job.id, self.owner
         try:
             if job.attempts > MOST_CLAIMS:
-                raise GaveUp(_interrupted(job))
+                raise ShotFailed(_interrupted(job))
             shot_id, seconds = await self._done(job)
             end = partial(self._store.queue.completed, *own, shot_id=shot_id, stage_seconds=seconds)
             await self._ended(job, JobState.COMPLETED, end)
@@ -226,7 +227,7 @@ class Director:
             if job.id not in self._unwanted:
                 raise
             await self._ended(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *own))
-        except GaveUp as gave_up:
+        except ShotFailed as gave_up:
             await self._ended(job, JobState.FAILED, partial(self._store.queue.failed, *own, error_of(gave_up.failure)))
         # What is wrong with the shot, or a mistake of ours: it costs the job, not the server.
         except Exception as error:
@@ -258,7 +259,7 @@ class Director:
     async def _done(self, job: Job) -> tuple[str, dict[str, float]]:
         """Where the files of the job's shot are, and what each stage took; rendered unless they are there already.
 
-        Raises GaveUp, VidgenError, OSError.
+        Raises ShotFailed, VidgenError, OSError.
         """
         # Two jobs for the same shot: the second has what the first leaves, or does it where that one fails.
         while (other := self._at_work.get(job.key)) is not None:
@@ -280,7 +281,7 @@ class Director:
         return plan, self._outputs.find(plan.key)
 
     async def _rendered(self, job: Job, plan: ShotPlan) -> ShotRecord:
-        course = Course(plan, self._service.profile)
+        course = ProgressEstimator(plan, self._service.profile)
 
         def told(progress: Progress) -> None:
             self._news[job.id] = progress, course.percent(progress)
@@ -289,14 +290,14 @@ class Director:
         for attempt in (plan, *plan.again):
             try:
                 return await self._tried(job, attempt, told)
-            except TooUnlike as reason:
+            except LikenessTooLow as reason:
                 self._metrics.attempt_failed(LIKENESS, type(reason).__name__)
                 unlike.append(reason)
-        failure = StepFailed(LIKENESS, closest(unlike)).failure()
-        raise GaveUp(failure.model_copy(update={"attempts": len(unlike)}))
+        failure = StepFailed(LIKENESS, best_attempt(unlike)).failure()
+        raise ShotFailed(failure.model_copy(update={"attempts": len(unlike)}))
 
     async def _tried(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
-        """One try, with one seed. Raises TooUnlike as soon as it is known to be."""
+        """One try, with one seed. Raises LikenessTooLow as soon as it is known to be."""
         reason: InputsLost | None = None
         for _ in range(STARTS_OVER):
             try:
@@ -305,12 +306,12 @@ class Director:
                 self._metrics.attempt_failed(OUTPUT, type(lost).__name__)
                 reason = lost
         assert reason is not None
-        raise GaveUp(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
+        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
 
     async def _once_through(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         inputs: tuple[Any, ...] = ()
-        for steps in calls_of(plan, self._stages.together, face_is_shared=False):
+        for steps in group_steps(plan, self._stages.can_fuse, face_is_shared=False):
             names = tuple(step.stage for step in steps)
             result = await self._stages.call(
                 self._caller,
@@ -327,7 +328,7 @@ class Director:
             assert isinstance(result.given, tuple)
             inputs, records = result.given, records + result.answer.records
             self._metrics.steps_ended(job.tenant, result.answer.records)
-            judged(plan.shot, result.answer.likeness)
+            check_likeness(plan.shot, result.answer.likeness)
         return await self._written(job, plan, inputs, records, told)
 
     async def _written(

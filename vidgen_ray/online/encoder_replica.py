@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import OUTPUT, Answer, in_order
+from vidgen_ray.engine.step_groups import OUTPUT, CallResult, ordered_window
 from vidgen_ray.engine.step_runner import StepFailed, joined
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.inference_thread import Progress
-from vidgen_ray.online.replica_config import Service
-from vidgen_ray.online.stage_handles import Caller, GaveUp, InputsLost, StageHandles
+from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.stage_handles import RetryingCaller, StageHandles
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
@@ -34,11 +35,11 @@ R = TypeVar("R")
 class EncoderReplica:
     """Encodes and commits; several shots at once, each in a thread of its own."""
 
-    def __init__(self, service: Service, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
+    def __init__(self, service: ReplicaConfig, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
         """`handles` and `specs` as StageHandles takes them, of the deployments that upscale."""
         self._service = service
         self._stages = StageHandles(handles, specs)
-        self._caller = Caller(service.attempts)
+        self._caller = RetryingCaller(service.attempts)
 
     async def write(
         self, plan: ShotPlan, inputs: Sequence[Any], records: tuple[StepRecord, ...]
@@ -58,14 +59,14 @@ class EncoderReplica:
                     yield Progress(RealESRGANStage.name, cut.stop, plan.shot.num_frames)
             await opened
             done = await files.commit([*records, joined(upscaled)] if upscaled else records)
-            yield Result(Answer(), done)
+            yield Result(CallResult(), done)
         except (InputsLost, ray.exceptions.ObjectLostError) as lost:
-            yield Result(Answer(failure=StepFailed(OUTPUT, lost).failure()), inputs_lost=True)
-        except GaveUp as gave_up:
-            yield Result(Answer(failure=gave_up.failure, final=True))
+            yield Result(CallResult(failure=StepFailed(OUTPUT, lost).failure()), inputs_lost=True)
+        except ShotFailed as gave_up:
+            yield Result(CallResult(failure=gave_up.failure, final=True))
         # A full disk or an unreadable start image is this shot's failure, too.
         except (OSError, VidgenError) as error:
-            yield Result(Answer.of_failure(StepFailed(OUTPUT, error)))
+            yield Result(CallResult.of_failure(StepFailed(OUTPUT, error)))
         finally:
             opened.cancel()
             files.close()
@@ -77,7 +78,7 @@ class EncoderReplica:
     def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, StepRecord, Frames]]:
         """The clip's chunks, enlarged by whoever is free, in order; none where the shot has no large clip.
 
-        Raises GaveUp, InputsLost.
+        Raises ShotFailed, InputsLost.
         """
         stage = RealESRGANStage.name
 
@@ -96,7 +97,7 @@ class EncoderReplica:
             return cut, result.answer.records[0], await result.given[0]
 
         upscales = RealESRGANStage.applies(plan.shot)
-        return in_order(frame_chunks(plan.shot.num_frames, self._service.frames_per_call) if upscales else (), enlarged)
+        return ordered_window(frame_chunks(plan.shot.num_frames, self._service.frames_per_call) if upscales else (), enlarged)
 
 
 class _Files:

@@ -29,20 +29,20 @@ class Progress(NamedTuple):
     """0 where that is not known yet."""
 
 
-class Done(NamedTuple, Generic[T]):
+class InferenceResult(NamedTuple, Generic[T]):
     """What a piece of work came to."""
 
     value: T
 
 
-class Workbench:
+class InferenceThread:
     """Make it anywhere; use it inside of an event loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="workbench")
         self._deadline: float | None = None
 
-    async def work(self, work: Callable[[], T], stage: str, timeout_s: float) -> AsyncIterator[Progress | Done[T]]:
+    async def work(self, work: Callable[[], T], stage: str, timeout_s: float) -> AsyncIterator[Progress | InferenceResult[T]]:
         """Run it after what was asked before: progress as it comes, from when it has begun, then what it came to.
 
         Where the caller goes away the work ends at its next step, or does not begin. Raises what the work raises.
@@ -75,7 +75,7 @@ class Workbench:
         try:
             while (progress := await news.get()) is not None:
                 yield progress
-            yield Done(running.result())
+            yield InferenceResult(running.result())
         finally:
             unwanted.set()
             running.cancel()

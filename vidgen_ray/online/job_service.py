@@ -23,7 +23,7 @@ from vidgen_ray.online.api_error import ApiError, invalid, not_found, of_fields,
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import UploadFolder, upload_folder
 from vidgen_ray.online.limits import check_size
-from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
@@ -43,7 +43,7 @@ Accepted = Callable[[], Awaitable[None] | None]
 """Is called when there is something new for the director."""
 
 
-class Intake:
+class JobService:
     """Takes in what tenants ask for."""
 
     def __init__(
@@ -51,14 +51,14 @@ class Intake:
         settings: OnlineSettings,
         store: JobStore,
         outputs: OutputFolder,
-        served: Served,
+        serving_profile: ServingProfile,
         accepted: Accepted = lambda: None,
     ) -> None:
         self._settings = settings
         self._store = store
         self._outputs = outputs
         self._accepted = accepted
-        self.served = served
+        self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
 
     async def accept(
@@ -133,14 +133,14 @@ class Intake:
         given = {**given, **self._files(tenant, given)}
         given.pop("character", None)
         try:
-            shot = check_shot(given, "request", self.served.profile.defaults)
+            shot = check_shot(given, "request", self.serving_profile.profile.defaults)
         except ScriptError as error:
             raise of_fields(error) from None
         check_size(tenant, shot)
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"is larger than {METADATA_BYTES} bytes as JSON", "too_large")
         try:
-            return self.served.plan(shot)
+            return self.serving_profile.plan(shot)
         except (ProfileError, MissingWeights) as error:
             raise ApiError(400, without_places(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:

@@ -12,7 +12,7 @@ from vidgen_ray.online.inputs.uploads import upload_folder
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import shot_id_of
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.online.webhooks import Courier
+from vidgen_ray.online.webhooks import WebhookSender
 from vidgen_ray.outputs.folder import OutputFolder
 
 EVERY_S = 1.0
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 async def housekeeping(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
     """Runs for ever, in one process of a server; a storage or database that fails is asked again."""
-    courier = Courier(settings.webhooks, store.outbox)
+    courier = WebhookSender(settings.webhooks, store.outbox)
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
     purged_at = swept_at = 0.0
     while True:

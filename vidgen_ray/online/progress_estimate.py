@@ -13,13 +13,13 @@ BEFORE_THE_END = 99
 """The most that is said of a shot that is not done."""
 
 
-class Course:
+class ProgressEstimator:
     """Of one shot. Percent never fall, whatever is told: a call that is tried again begins anew."""
 
     def __init__(self, plan: ShotPlan, profile: Profile) -> None:
         shot = plan.shot
         self._seconds = {
-            step.stage: seconds_of(profile, STAGE_BY_NAME[step.stage], {})[0] * STAGE_BY_NAME[step.stage].work(shot)
+            step.stage: seconds_of(profile, STAGE_BY_NAME[step.stage], {})[0] * STAGE_BY_NAME[step.stage].relative_cost(shot)
             for step in plan.steps
         }
         megapixels = shot.width * shot.height / 1e6 * (shot.num_frames if shot.generate_video else 1)

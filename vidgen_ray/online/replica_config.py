@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import Layout
@@ -13,12 +14,9 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
-ATTEMPTS = 3
-"""How often a shot may break a stage, hang, or end its process before it has failed."""
-
 
 @dataclass(frozen=True)
-class Service:
+class ReplicaConfig:
     """Small: it travels to each replica whenever one starts."""
 
     profile: Profile

@@ -21,7 +21,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.application import APP, Blueprint, application
+from vidgen_ray.online.application import APP, ServerPlan, application
 from vidgen_ray.online.deployments import DIRECTOR
 from vidgen_ray.stages.base import Stage
 
@@ -38,7 +38,7 @@ ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit): ")
 class Server:
     """A server that has been started."""
 
-    def __init__(self, of: Blueprint) -> None:
+    def __init__(self, of: ServerPlan) -> None:
         self._of = of
 
     @property
@@ -100,7 +100,7 @@ class Server:
 
 
 @contextmanager
-def serving(of: Blueprint, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Iterator[Server]:
+def serving(of: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Iterator[Server]:
     """Start a server; it ends with the block, whatever it has in hand."""
     # What goes wrong is told once, by us.
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)

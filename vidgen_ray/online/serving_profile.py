@@ -20,18 +20,18 @@ MIX_SHOTS = 32
 """Of each kind of shot in the demand that a server is laid out for: enough that no worker of a large cluster waits."""
 PLANNER_S = 10.0
 """So long a planner lives, which looks at a file once: a LoRA that is replaced under its name is seen no later than that."""
-DRAWS = ("flux", "instantid_sdxl")
+BASE_IMAGE_STAGES = ("flux", "instantid_sdxl")
 """Stages that make a picture from nothing. Without any of them there is nothing to serve."""
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingProfile:
     """The profile with its precisions made concrete, and the parameters of the stages that it can serve."""
 
     profile: Profile
     params: Mapping[str, StageParams]
     """Stage -> its parameters."""
-    left_out: Mapping[str, str]
+    unavailable: Mapping[str, str]
     """Stage -> a sentence that says why it cannot be had."""
 
     @property
@@ -41,8 +41,8 @@ class Served:
     def check(self, shot: Shot) -> None:
         """Raises ProfileError where the shot passes a stage that is left out."""
         for stage in stages_of(shot):
-            if stage.name in self.left_out:
-                raise ProfileError(f"{stage.name} is not served here: {self.left_out[stage.name]}")
+            if stage.name in self.unavailable:
+                raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
 
     def plan(self, shot: Shot) -> ShotPlan:
         """The shot's steps and keys. Raises ProfileError for a stage that is left out, StageError or SetupError where the shot
@@ -81,22 +81,22 @@ class Served:
                     break
 
 
-def served(profile: Profile) -> Served:
+def serving_profile(profile: Profile) -> ServingProfile:
     """Look which stages' weights are on this machine.
 
     Raises ProfileError for a profile that describes no runnable stages, SetupError where nothing that draws a picture is here.
     """
     check_profile(profile)
     params: dict[str, StageParams] = {}
-    left_out: dict[str, str] = {}
+    unavailable: dict[str, str] = {}
     for stage in STAGES:
         if stage.actor not in profile.actors:
-            left_out[stage.name] = f"profile {profile.name} has no entry actors.{stage.actor}"
+            unavailable[stage.name] = f"profile {profile.name} has no entry actors.{stage.actor}"
             continue
         try:
             params[stage.name] = profile.params(stage)
         except SetupError as error:
-            left_out[stage.name] = str(error)
-    if not any(name in params for name in DRAWS):
-        raise SetupError(f"nothing to serve: {left_out[DRAWS[0]]}")
-    return Served(profile.pinned(stage for stage in STAGES if stage.name in params), params, left_out)
+            unavailable[stage.name] = str(error)
+    if not any(name in params for name in BASE_IMAGE_STAGES):
+        raise SetupError(f"nothing to serve: {unavailable[BASE_IMAGE_STAGES[0]]}")
+    return ServingProfile(profile.pinned(stage for stage in STAGES if stage.name in params), params, unavailable)

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.serve.exceptions import RayServeException
 
+from vidgen_ray.engine.retries import InputsLost, ShotFailed, first_line
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.outputs.records import Failure
@@ -26,23 +27,11 @@ AGAIN_S = 0.1
 """Before such a call is made again: Serve may need a moment to see that the process is gone."""
 
 
-class GaveUp(Exception):
-    """A shot has failed for good."""
-
-    def __init__(self, failure: Failure) -> None:
-        self.failure = failure
-        super().__init__(failure)
-
-
-class InputsLost(Exception):
-    """What a call was to work on is gone, with the process or the node that held it."""
-
-
-Told = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 """Is told how far a call is."""
 
 
-class Caller:
+class RetryingCaller:
     """Calls methods that answer by a stream: progress, then a Result."""
 
     def __init__(self, attempts: int, retried: Callable[[str, str], None] = lambda stage, error: None) -> None:
@@ -50,8 +39,10 @@ class Caller:
         self._attempts = attempts
         self._retried = retried
 
-    async def call(self, method: Any, *args: Any, stage: str, timeout_s: float | None, told: Told = lambda _: None) -> Result:
-        """What the method came to; tried again where another attempt may fare better. Raises GaveUp, InputsLost.
+    async def call(
+        self, method: Any, *args: Any, stage: str, timeout_s: float | None, told: ProgressCallback = lambda _: None
+    ) -> Result:
+        """What the method came to; tried again where another attempt may fare better. Raises ShotFailed, InputsLost.
 
         The time counts from when the work has begun; none is without a limit. A process that dies before that costs no
         attempt, but not for ever.
@@ -76,7 +67,7 @@ class Caller:
             except TimeoutError:
                 failure = _failure(stage, "TimedOut", f"took longer than {timeout_s:g} s")
             except (ray.exceptions.RayActorError, RayServeException) as error:
-                failure = _failure(stage, "ReplicaDied", f"the process died: {_first_line(error)}")
+                failure = _failure(stage, "ReplicaDied", f"the process died: {first_line(error)}")
                 if not begun:
                     passed_over += 1
                     if passed_over < PASSED_OVER:
@@ -85,14 +76,14 @@ class Caller:
             except ray.exceptions.RayTaskError as error:
                 # A mistake of ours, or arguments that cannot be read there.
                 cause = error.cause or error
-                failure = _failure(stage, type(cause).__name__, _first_line(cause))
+                failure = _failure(stage, type(cause).__name__, first_line(cause))
             blamed += 1
             self._retried(stage, failure.error)
             if final or blamed >= self._attempts or passed_over >= PASSED_OVER:
-                raise GaveUp(failure.model_copy(update={"attempts": blamed}))
+                raise ShotFailed(failure.model_copy(update={"attempts": blamed}))
 
 
-async def _last(stream: Any, told: Told, timeout_s: float | None) -> Result:
+async def _last(stream: Any, told: ProgressCallback, timeout_s: float | None) -> Result:
     """The last of what the stream gives. Where the caller is cancelled, or time is up, so is the call."""
     loop = asyncio.get_running_loop()
     deadline: float | None = None
@@ -126,7 +117,7 @@ class StageHandles:
         self._specs = specs
         self._in_hand: Counter[str] = Counter()
 
-    def together(self, first: str, *others: str) -> bool:
+    def can_fuse(self, first: str, *others: str) -> bool:
         """Whether all replicas that hold the first of these stages take the others, too, in the same turn."""
         holders = [spec for spec, _ in self._specs.values() if first in spec.stages]
         return all(spec.takes(first, *others) for spec in holders)
@@ -138,15 +129,15 @@ class StageHandles:
 
     async def call(
         self,
-        caller: Caller,
+        caller: RetryingCaller,
         method: str,
         *args: Any,
         stages: tuple[str, ...],
         timeout_s: float,
-        told: Told = lambda _: None,
+        told: ProgressCallback = lambda _: None,
         adapters: str = "",
     ) -> Result:
-        """Call one of the deployments that take these stages. Raises GaveUp, InputsLost."""
+        """Call one of the deployments that take these stages. Raises ShotFailed, InputsLost."""
         name = self.taking(*stages)
         handle = self._handles[name]
         if adapters:
@@ -160,8 +151,3 @@ class StageHandles:
 
 def _failure(stage: str, error: str, message: str) -> Failure:
     return Failure(stage=stage, error=error, message=message, attempts=1, worker="online")
-
-
-def _first_line(error: BaseException) -> str:
-    """Ray's account goes over many lines, with ids that mean nothing to a person."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

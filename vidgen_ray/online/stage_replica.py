@@ -17,11 +17,11 @@ from ray import serve
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
-from vidgen_ray.engine.step_groups import LOADING, Answer
+from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.inference_thread import Done, Progress, Workbench
-from vidgen_ray.online.replica_config import Service
+from vidgen_ray.online.inference_thread import InferenceResult, InferenceThread, Progress
+from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
@@ -36,7 +36,7 @@ LAST_WORDS_S = 1.0
 class Result:
     """The last that a call says. `given` is what it made: a reference to it, or the record of a shot that is done."""
 
-    answer: Answer
+    answer: CallResult
     given: tuple[Any, ...] | ShotRecord = ()
     inputs_lost: bool = False
     """Whether what the call was to work on is gone, with the process or the node that held it."""
@@ -45,14 +45,14 @@ class Result:
 class StageReplica:
     """Stages in memory, at work on one call at a time; the inputs of the next are fetched meanwhile."""
 
-    def __init__(self, service: Service, spec: WorkerSpec) -> None:
+    def __init__(self, service: ReplicaConfig, spec: WorkerSpec) -> None:
         """Loads the weights. Raises SetupError where they cannot be."""
         self._service = service
-        self._bench = Workbench()
+        self._bench = InferenceThread()
         self._useless: str | None = None
         """Why every further call would fail, where it would."""
         self._device = next((p.device for p in map(self._params, spec.stages) if p.device != "cpu"), "cpu")
-        self._worn = serve.multiplexed(max_num_models_per_replica=_adapters_kept(service))(_worn)
+        self._active_loras = serve.multiplexed(max_num_models_per_replica=_adapters_kept(service))(_active_loras)
         try:
             stages = [service.stages[name](self._params(name)) for name in spec.stages]
             self._runner = StepRunner(stages, spec.gpus, service.outputs.stage_cache, spec.turns)
@@ -72,11 +72,11 @@ class StageReplica:
         `adapters` is the name under which the shot's LoRAs, together, are known to the router.
         """
         if adapters:
-            await self._worn(adapters)
+            await self._active_loras(adapters)
 
-        def taken(artefacts: Artefacts) -> tuple[Answer, Artefacts]:
+        def taken(artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
             item, records = self._runner.run(plan, Item(plan.shot, artefacts), steps)
-            return Answer(tuple(records), likeness_of(item.artefacts)), item.artefacts
+            return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
         async for news in self._call(taken, inputs, steps):
             yield news
@@ -84,15 +84,15 @@ class StageReplica:
     async def upscale(self, plan: ShotPlan, start: int, stop: int, inputs: Sequence[Any]) -> AsyncIterator[Progress | Result]:
         """Enlarge the frames from `start` up to and without `stop`."""
 
-        def enlarged(artefacts: Artefacts) -> tuple[Answer, Any]:
+        def enlarged(artefacts: Artefacts) -> tuple[CallResult, Any]:
             frames, record = self._runner.upscale(plan, artefacts["frames"][start:stop])
-            return Answer((record,)), frames
+            return CallResult((record,)), frames
 
         async for news in self._call(enlarged, inputs, (RealESRGANStage.name,)):
             yield news
 
     async def _call(
-        self, work: Callable[[Artefacts], tuple[Answer, Any]], inputs: Sequence[Any], stages: tuple[str, ...]
+        self, work: Callable[[Artefacts], tuple[CallResult, Any]], inputs: Sequence[Any], stages: tuple[str, ...]
     ) -> AsyncIterator[Progress | Result]:
         if self._useless:
             # It never begins, so nobody is to blame when this process goes.
@@ -100,19 +100,19 @@ class StageReplica:
         try:
             artefacts = await inputs[0] if inputs else Artefacts()
         except ray.exceptions.ObjectLostError as error:
-            yield Result(Answer(failure=StepFailed(stages[0], error).failure()), inputs_lost=True)
+            yield Result(CallResult(failure=StepFailed(stages[0], error).failure()), inputs_lost=True)
             return
         try:
             async for news in self._bench.work(lambda: work(artefacts), stages[0], self._service.timeout_s(*stages)):
-                if isinstance(news, Done):
+                if isinstance(news, InferenceResult):
                     answer, made = news.value
                     # In another thread: the next call works meanwhile.
                     yield Result(answer, (await asyncio.to_thread(ray.put, made),))
                 else:
                     yield news
         except StepFailed as failed:
-            answer = Answer.of_failure(failed)
-            if answer.wedged:
+            answer = CallResult.of_failure(failed)
+            if answer.context_broken:
                 self._end(str(failed))
             yield Result(answer)
 
@@ -134,12 +134,12 @@ class StageReplica:
             await asyncio.to_thread(torch.cuda.mem_get_info)
 
 
-async def _worn(adapters: str) -> str:
+async def _active_loras(adapters: str) -> str:
     """What tells Serve's router which LoRAs this replica has worn last. FLUX's model itself keeps as many, the same ones."""
     return adapters
 
 
-def _adapters_kept(service: Service) -> int:
+def _adapters_kept(service: ReplicaConfig) -> int:
     flux = service.profile.actors.get("flux")
     default: int = FluxParams.model_fields["adapters_kept"].default
     return int(flux.options.get("adapters_kept", default)) if flux else default  # type: ignore[arg-type]  # checked by the stage

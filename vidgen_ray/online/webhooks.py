@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from standardwebhooks import Webhook as Signer
 from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
-from vidgen_ray.online.inputs.http_fetch import Outside, Refused, Unreachable
+from vidgen_ray.online.inputs.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
 from vidgen_ray.online.settings import Webhook, Webhooks
 from vidgen_ray.online.store.outbox import Message, Outbox
 
@@ -20,13 +20,13 @@ BACKOFF = wait_exponential_jitter(initial=5, max=3600, jitter=5)
 """Seconds after the first try, doubled after each further one."""
 
 
-class Courier:
+class WebhookSender:
     """Delivers what waits in the outbox. Calls block for as long as receivers take."""
 
     def __init__(self, webhooks: Webhooks, outbox: Outbox) -> None:
         self._webhooks = webhooks
         self._outbox = outbox
-        self._outside = Outside(webhooks.timeout_s, allow_private=webhooks.allow_private)
+        self._outside = PublicHttpClient(webhooks.timeout_s, allow_private=webhooks.allow_private)
 
     def deliver(self) -> int:
         """Try each message whose time has come once. Gives how many were taken.
@@ -61,7 +61,7 @@ class Courier:
         headers = {"Content-Type": "application/json", "User-Agent": "vidgen-ray", **signed(target, message.id, body)}
         try:
             return self._outside.request("POST", target.url, headers=headers, body=body.encode(), cap_bytes=ANSWER_BYTES).status
-        except (Refused, Unreachable):
+        except (BlockedUrl, UnreachableUrl):
             return 0
 
 

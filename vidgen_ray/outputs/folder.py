@@ -133,7 +133,7 @@ class OutputFolder:
         `with_stages` asks for the files of `--keep stages`, too. Files are there at their full length; reading them would
         cost a run of many shots too much.
         """
-        kept = {STAGE_BY_NAME[step.stage].keeps for step in plan.steps} - {None} if with_stages else set()
+        kept = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
         return self._done_in(_shot_folder(plan), plan.key, kept)
 
     def find(self, key: str) -> DoneShot | None:

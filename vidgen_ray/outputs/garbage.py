@@ -24,7 +24,7 @@ from vidgen_ray.outputs.storage import Storage, StoredFile
 GRACE_S = 600.0
 """What is younger is left alone: a pipeline of one process, which takes no lease, may be about to refer to it."""
 SHOTS_AT_ONCE = 1_000
-OUR_FILES = {*SHOT_FILES.values(), *(stage.keeps for stage in STAGES if stage.keeps)}
+OUR_FILES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries", "spools"]
 

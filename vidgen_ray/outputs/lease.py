@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.outputs.periodic import Ticker
+from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
 PREFIX = ".running-"
@@ -47,7 +47,7 @@ def lease(storage: Storage, run: str) -> Iterator[Lease]:
     touch()
     try:
         _refuse_beside_others(storage, path)
-        ticker = Ticker(REFRESH_S, touch)
+        ticker = PeriodicTask(REFRESH_S, touch)
         try:
             yield mine
         finally:

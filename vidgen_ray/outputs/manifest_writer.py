@@ -16,8 +16,8 @@ import pyarrow.parquet
 from vidgen_ray.outputs.failures import PARTS, FailedLine, Standing, encoded, failed_as, merge_failures
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, Account, ManifestRow, account_of, manifest_files, rows_that_hold
-from vidgen_ray.outputs.periodic import Ticker
+from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, ManifestRow, SkippedLines, account_of, manifest_files, rows_that_hold
+from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
 PART_ROWS = 2_000
@@ -40,7 +40,7 @@ class ManifestWriter:
         self._row_parts = self._failed_parts = 1
         self._unwritten = False
         self._void = IdIndex()
-        self._ticker = Ticker(FLUSH_S, self.flush)
+        self._ticker = PeriodicTask(FLUSH_S, self.flush)
 
     def add(self, row: ManifestRow, *, failed: FailedLine | None = None, replaces: str | None = None) -> None:
         """Enter a line that ended: once for each. A failed one with what it takes to render it again.
@@ -107,7 +107,7 @@ class ManifestWriter:
         self._unwritten = False
 
 
-def _without_void(account: Account, index: pyarrow.Table, void: IdIndex, refused_by: str | None) -> Account:
+def _without_void(account: SkippedLines, index: pyarrow.Table, void: IdIndex, refused_by: str | None) -> SkippedLines:
     """The account without ids that are void, and lines that the script had refused."""
     ids, scripts, stages = (index.column(name).to_pylist() for name in ("id", "script", "failure_stage"))
     gone = void.known(ids)
@@ -117,19 +117,19 @@ def _without_void(account: Account, index: pyarrow.Table, void: IdIndex, refused
     )
 
 
-def _failed_rows(account: Account, index: pyarrow.Table) -> Iterator[str]:
+def _failed_rows(account: SkippedLines, index: pyarrow.Table) -> Iterator[str]:
     runs, ids, states = (index.column(name).to_pylist() for name in ("run", "id", "status"))
     for holds, run, id_, status in zip(account.holds, runs, ids, states, strict=True):
         if holds and status == "failed":
             yield failed_as(run, id_)
 
 
-def _is_loose(account: Account) -> bool:
+def _is_loose(account: SkippedLines) -> bool:
     """Whether a file of an earlier run is to be written anew."""
     return not (all(account.holds) and account.is_current and len(account.holds) >= SMALL_FILE_ROWS)
 
 
-def _merge_rows(storage: Storage, run: str, sources: list[Account]) -> None:
+def _merge_rows(storage: Storage, run: str, sources: list[SkippedLines]) -> None:
     """Put what holds of the sources into files of at most FILE_ROWS rows, and delete the sources."""
     room, files = 0, 0
     with ExitStack() as target:

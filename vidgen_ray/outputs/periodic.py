@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 
-class Ticker:
+class PeriodicTask:
     """Calls `action` each `seconds` in a thread of its own until it is stopped. An OSError is left to the next call."""
 
     def __init__(self, seconds: float, action: Callable[[], object]) -> None:

@@ -21,7 +21,7 @@ MAD_TO_SIGMA = 1.4826
 """Standard deviations in a median absolute deviation, of a normal distribution."""
 
 
-class Measured(BaseModel):
+class Calibration(BaseModel):
     """What one stage took."""
 
     model_config = ConfigDict(frozen=True)
@@ -32,16 +32,16 @@ class Measured(BaseModel):
     """Relative standard deviation of a shot's seconds, as the middle half of the shots has it."""
 
 
-_Remembered = TypeAdapter(dict[str, dict[str, dict[str, Measured]]])
+_Remembered = TypeAdapter(dict[str, dict[str, dict[str, Calibration]]])
 """Profile -> card -> stage."""
 
 
-def load_measured(profile: str, card: str) -> dict[str, Measured]:
+def load_calibration(profile: str, card: str) -> dict[str, Calibration]:
     """Stage -> what it took with this profile on this card. Empty where nothing was measured."""
     return _read().get(profile, {}).get(card, {})
 
 
-def remember_measured(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Stage -> (seconds, work) of each shot that was computed, not taken from the cache. Work is `Stage.work(shot)`."""
     new = {stage: found for stage, samples in seconds.items() if (found := _summary(samples))}
     # What cannot be remembered is measured again.
@@ -57,20 +57,20 @@ def remember_measured(profile: str, card: str, seconds: Mapping[str, Sequence[tu
             write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def _summary(samples: Sequence[tuple[float, float]]) -> Measured | None:
-    of_reference = [seconds / work for seconds, work in samples if seconds > 0 and work > 0]
+def _summary(samples: Sequence[tuple[float, float]]) -> Calibration | None:
+    of_reference = [seconds / relative_cost for seconds, relative_cost in samples if seconds > 0 and relative_cost > 0]
     if not of_reference:
         return None
     middle = median(of_reference)
     off = median(abs(value - middle) for value in of_reference)
-    return Measured(seconds_of_reference=middle, shots=len(of_reference), spread=MAD_TO_SIGMA * off / middle)
+    return Calibration(seconds_of_reference=middle, shots=len(of_reference), spread=MAD_TO_SIGMA * off / middle)
 
 
 def _file() -> Path:
     return cache_dir() / "measured.json"
 
 
-def _read() -> dict[str, dict[str, dict[str, Measured]]]:
+def _read() -> dict[str, dict[str, dict[str, Calibration]]]:
     try:
         return _Remembered.validate_json(_file().read_bytes())
     except (OSError, ValidationError):

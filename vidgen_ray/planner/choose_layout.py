@@ -9,14 +9,14 @@ from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError, VidgenError
 from vidgen_ray.planner import gpu_assignment
-from vidgen_ray.planner.calibration import Measured
+from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.demand import ENCODE_SECONDS, Demand, seconds_of
-from vidgen_ray.planner.estimate import Considered, Plan, Timing, promise
-from vidgen_ray.planner.gpu_assignment import Actor, Holdings
+from vidgen_ray.planner.estimate import ConsideredLayout, Plan, Timing, estimate
+from vidgen_ray.planner.gpu_assignment import Actor, Assignments
 from vidgen_ray.planner.infeasible import reason
 from vidgen_ray.planner.layout import Kind
-from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, Sizes, Wanted, pack
+from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, PackingProblem, Sizes, pack
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Stage
 
@@ -31,7 +31,7 @@ def plan(
     demand: Demand,
     cluster: Cluster,
     *,
-    measured: Mapping[str, Measured] | None = None,
+    measured: Mapping[str, Calibration] | None = None,
     price: float | None = None,
 ) -> Plan:
     """The fastest layout; the simplest of those within a hundredth of it. A layout that the profile asks for is taken.
@@ -49,23 +49,23 @@ def plan(
     if not actors:
         # Nothing but files to write: every line brings its picture and wants no clip.
         rate = ENCODER_BUSY / max(encode_seconds, 1.0)
-        return promise("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
+        return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
     on_gpu = any(actor.gpu_gb for actor in actors)
     slots_of = _gpu_slots if on_gpu else _cpu_slots(actors)
-    wanted = Wanted(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
+    wanted = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
     if on_gpu:
         kind, packing, considered = _on_gpus(profile, wanted, cluster)
     else:
         kind, packing, considered = _on_cpus(profile, wanted, cluster)
-    return promise(kind, packing, demand, cluster, timing, considered, price)
+    return estimate(kind, packing, demand, cluster, timing, considered, price)
 
 
-def _timing(profile: Profile, demand: Demand, measured: Mapping[str, Measured]) -> Timing:
+def _timing(profile: Profile, demand: Demand, measured: Mapping[str, Calibration]) -> Timing:
     seconds: dict[str, float] = {}
     off, unknown = 0.0, []
     for stage in demand.stages:
         of_reference, spread, known = seconds_of(profile, stage, measured)
-        seconds[stage.name] = max(LEAST_SECONDS, of_reference * demand.work[stage.name] / demand.shots)
+        seconds[stage.name] = max(LEAST_SECONDS, of_reference * demand.relative_cost[stage.name] / demand.shots)
         off += spread * seconds[stage.name]
         if not known:
             unknown.append(stage.name)
@@ -105,9 +105,9 @@ def _cpu_slots(actors: Iterable[Actor]) -> Sizes:
     return lambda node: {0.0: max(1, int(node.cpus / each))}
 
 
-Found = tuple[Kind, Packing, tuple[Considered, ...]]
+Found = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
 
-WAYS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Holdings]], ...] = (
+WAYS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Assignments]], ...] = (
     ("fused", "fused", gpu_assignment.fused),
     ("hybrid", "hybrid", gpu_assignment.hybrid),
     ("staged", "staged", gpu_assignment.staged),
@@ -117,7 +117,7 @@ WAYS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Holdings]], ...] = (
 """Name, kind of the layout and what its slots may hold; the simplest first."""
 
 
-def _on_gpus(profile: Profile, wanted: Wanted, cluster: Cluster) -> Found:
+def _on_gpus(profile: Profile, wanted: PackingProblem, cluster: Cluster) -> Found:
     ways = [way for way in WAYS if profile.layout in ("auto", way[0])]
     packings: dict[str, Packing] = {}
     considered = []
@@ -126,14 +126,14 @@ def _on_gpus(profile: Profile, wanted: Wanted, cluster: Cluster) -> Found:
     most = min(len(cluster.gpus), wanted.most_slots) / wanted.seconds
     for name, _, allowed in ways:
         if packings and max(found.rate for found in packings.values()) >= most * (1 - TIE):
-            considered.append(Considered(name, None, "cannot be faster"))
+            considered.append(ConsideredLayout(name, None, "cannot be faster"))
             continue
         packing = pack(wanted if name in ("fused", "colocated") else apart, allowed(wanted.actors), cluster)
         if packing is None:
-            considered.append(Considered(name, None, reason(apart, allowed(wanted.actors), cluster)))
+            considered.append(ConsideredLayout(name, None, reason(apart, allowed(wanted.actors), cluster)))
             continue
         packings[name] = packing
-        considered.append(Considered(name, packing.rate * 3600, None))
+        considered.append(ConsideredLayout(name, packing.rate * 3600, None))
     if not packings:
         # The last way is the one that refuses least.
         raise _refused(profile, considered[-1].reason or "")
@@ -142,7 +142,7 @@ def _on_gpus(profile: Profile, wanted: Wanted, cluster: Cluster) -> Found:
     return kind, packings[name], tuple(considered)
 
 
-def _on_cpus(profile: Profile, wanted: Wanted, cluster: Cluster) -> Found:
+def _on_cpus(profile: Profile, wanted: PackingProblem, cluster: Cluster) -> Found:
     kind: Kind = "fused" if profile.layout == "auto" else profile.layout
     # Processes of one actor each share the whole run between them, so there is one slot of them.
     most = min(profile.cpu_workers or wanted.most_slots, wanted.most_slots) if kind == "fused" else 1
@@ -155,7 +155,7 @@ def _on_cpus(profile: Profile, wanted: Wanted, cluster: Cluster) -> Found:
         cores = sum(filled.holding.cpus for filled in packing.slots)
         at_once = min(1 / max(actor.seconds for actor in wanted.actors), max(1.0, cores) / wanted.seconds)
         packing = replace(packing, rate=max(packing.rate, at_once))
-    return kind, packing, (Considered(kind, packing.rate * 3600, None),)
+    return kind, packing, (ConsideredLayout(kind, packing.rate * 3600, None),)
 
 
 def _refused(profile: Profile, why: str) -> VidgenError:

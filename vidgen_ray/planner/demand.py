@@ -9,7 +9,7 @@ from typing import Any
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGES, stages_of
-from vidgen_ray.planner.calibration import Measured
+from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -57,7 +57,7 @@ class Demand:
     """Sums over the shots that are to be rendered."""
 
     shots: int
-    work: Mapping[str, float]
+    relative_cost: Mapping[str, float]
     """Stage -> work in reference shots. A stage that no shot passes is not there."""
     upscaled: int
     """Shots with a large clip."""
@@ -73,12 +73,12 @@ class Demand:
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
         """Those that at least one shot passes, in order."""
-        return tuple(stage for stage in STAGES if stage.name in self.work)
+        return tuple(stage for stage in STAGES if stage.name in self.relative_cost)
 
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
     """One pass, in memory that does not grow with the number of shots."""
-    work: Counter[str] = Counter()
+    relative_cost: Counter[str] = Counter()
     loras: set[str] = set()
     count = upscaled = 0
     encoded = output = cached = 0.0
@@ -86,7 +86,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         count += 1
         for stage in stages_of(shot):
             # A shot of no work, such as a refinement of strength 0, still passes the stage.
-            work[stage.name] += stage.work(shot)  # type: ignore[assignment]  # typeshed counts in whole numbers
+            relative_cost[stage.name] += stage.relative_cost(shot)  # type: ignore[assignment]  # typeshed counts in whole numbers
             cached += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in stage.writes)
         loras.update(lora.path for lora in shot.lora)
         pixels = shot.width * shot.height
@@ -98,10 +98,10 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             encoded += clip * (1 + enlarged) / 1e6
             output += CLIP_BYTES_PER_PIXEL * clip * (1 + enlarged)
             cached += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, dict(work), upscaled, encoded, output, cached, len(loras))
+    return Demand(count, dict(relative_cost), upscaled, encoded, output, cached, len(loras))
 
 
-def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Measured]) -> tuple[float, float, bool]:
+def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> tuple[float, float, bool]:
     """Seconds of the reference shot, their relative spread, and whether anybody told or measured them.
 
     Raises ProfileError for an actor that is not there, and one with seconds of a stage that does not live on it.

@@ -12,7 +12,7 @@ from vidgen_ray.planner.demand import Demand
 from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
 from vidgen_ray.planner.layout import Kind, Layout, Slot
 from vidgen_ray.planner.prices import default_price
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, Filled, Packing
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing
 
 SHOTS_PER_SLOT = 3
 """In progress: one is worked on, one waits, one is on its way."""
@@ -22,7 +22,7 @@ LOAD_GB_PER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Considered:
+class ConsideredLayout:
     """A way to lay out the run, and what became of it."""
 
     kind: str
@@ -58,7 +58,7 @@ class Plan:
     """The stage of which a second saved would help most."""
     stage_seconds: Mapping[str, float]
     """Of a mean shot."""
-    considered: tuple[Considered, ...]
+    considered: tuple[ConsideredLayout, ...]
     notes: tuple[str, ...]
 
     def check_cost(self, most: float | None) -> None:
@@ -92,13 +92,13 @@ def cpus_needed(layout: Layout) -> float:
     return sum(slot.cpus for slot in layout.slots) + layout.encoders * ENCODER_CPUS + DIRECTOR_CPUS + SPARE_CPUS
 
 
-def promise(
+def estimate(
     kind: Kind,
     packing: Packing,
     demand: Demand,
     cluster: Cluster,
     timing: Timing,
-    considered: tuple[Considered, ...],
+    considered: tuple[ConsideredLayout, ...],
     price: float | None,
 ) -> Plan:
     """The plan of a packing for the shots of the demand."""
@@ -107,12 +107,12 @@ def promise(
     on_gpu = any(slot.has_gpu for slot in slots)
     # However many slots there are, a shot passes one stage after another.
     one_shot = timing.shot_seconds
-    work = max(demand.shots / packing.rate, one_shot)
+    relative_cost = max(demand.shots / packing.rate, one_shot)
     # At the end slots run out of work one after another; half a shot is lost in the mean.
     drain = one_shot / 2 * (1 - 1 / demand.shots)
     weights_gb = sum(gb for _, gb in sorted({(a.position, a.gpu_gb + a.host_gb) for holding in held for a in holding.actors}))
     load = START_SECONDS + weights_gb / LOAD_GB_PER_S
-    expected = load + work + drain
+    expected = load + relative_cost + drain
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
@@ -124,8 +124,8 @@ def promise(
         shots_per_hour=packing.rate * 3600,
         efficiency=min(1.0, packing.rate * timing.shot_seconds / units),
         seconds=expected,
-        seconds_low=work * (1 - timing.spread),
-        seconds_high=load + (work + one_shot) * (1 + timing.spread),
+        seconds_low=relative_cost * (1 - timing.spread),
+        seconds_high=load + (relative_cost + one_shot) * (1 + timing.spread),
         gpu_hours=gpu_hours,
         disk_bytes=demand.output_bytes + demand.cache_bytes,
         cost=None if per_hour is None else per_hour * expected / 3600,
@@ -136,7 +136,7 @@ def promise(
     )
 
 
-def _of_stages(filled: Filled, timing: Timing) -> dict[str, float]:
+def _of_stages(filled: FilledSlot, timing: Timing) -> dict[str, float]:
     shares = {}
     for actor in sorted(filled.holding.actors, key=lambda actor: actor.position):
         for stage in actor.stages:

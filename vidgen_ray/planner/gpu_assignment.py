@@ -21,7 +21,7 @@ PROCESS_HOST_GB = 0.4
 """Of the host's memory that a process without a GPU takes: torch and what it brings."""
 TURN_SHOTS = 8
 """Shots of one group's stages that are worked off before another group has its turn."""
-ROOM = 1e-6
+EPSILON = 1e-6
 """What sums of decimals may exceed."""
 
 
@@ -75,7 +75,7 @@ class Process:
 
 
 @dataclass(frozen=True)
-class Holding:
+class Assignment:
     """The processes of one slot."""
 
     processes: tuple[Process, ...]
@@ -122,62 +122,62 @@ class Holding:
         return [int(10_000 * process.gpu_gb / self.gpu_gb) / 10_000 for process in self.processes]
 
 
-Holdings = Callable[[float], list[Holding]]
+Assignments = Callable[[float], list[Assignment]]
 """GB of a GPU's memory -> what fits on it. Of a slot without a GPU, the memory is 0."""
 
 
-def fused(actors: Sequence[Actor]) -> Holdings:
+def fused(actors: Sequence[Actor]) -> Assignments:
     """One process with everything."""
-    return lambda memory_gb: _fitting([Holding((Process(tuple(actors)),))], memory_gb)
+    return lambda memory_gb: _fitting([Assignment((Process(tuple(actors)),))], memory_gb)
 
 
-def colocated(actors: Sequence[Actor]) -> Holdings:
+def colocated(actors: Sequence[Actor]) -> Assignments:
     """A process for each actor, all of them together."""
     apart = _apart(actors)
-    return lambda memory_gb: _fitting([Holding(apart)], memory_gb)
+    return lambda memory_gb: _fitting([Assignment(apart)], memory_gb)
 
 
-def staged(actors: Sequence[Actor]) -> Holdings:
+def staged(actors: Sequence[Actor]) -> Assignments:
     """Processes of one actor each, as many different ones as fit on a GPU or fewer."""
-    every = [Holding(processes) for processes in _subsets(_apart(actors))]
+    every = [Assignment(processes) for processes in _subsets(_apart(actors))]
     return lambda memory_gb: _fitting(every, memory_gb)
 
 
-def hybrid(actors: Sequence[Actor]) -> Holdings:
+def hybrid(actors: Sequence[Actor]) -> Assignments:
     """One process with a part of the actors that fits."""
-    every = [Holding((Process(held),)) for held in _subsets(actors)]
+    every = [Assignment((Process(held),)) for held in _subsets(actors)]
     return lambda memory_gb: _fitting(every, memory_gb)
 
 
-def hybrid_with_turns(actors: Sequence[Actor]) -> Holdings:
+def hybrid_with_turns(actors: Sequence[Actor]) -> Assignments:
     """As `hybrid`, and where a part does not fit, its actors take turns, with as little to move as possible."""
 
-    def holdings(memory_gb: float) -> list[Holding]:
+    def holdings(memory_gb: float) -> list[Assignment]:
         processes = (_with_turns(held, memory_gb) for held in _subsets(actors))
-        return [Holding((process,)) for process in processes if process]
+        return [Assignment((process,)) for process in processes if process]
 
     return holdings
 
 
-def most_useful(holdings: Sequence[Holding], *, whatever_it_takes: bool = False) -> list[Holding]:
+def drop_dominated(holdings: Sequence[Assignment], *, ignore_host_limits: bool = False) -> list[Assignment]:
     """Without those that hold less than another one and are in nothing better.
 
-    `whatever_it_takes`: CPUs and host memory do not matter.
+    `ignore_host_limits`: CPUs and host memory do not matter.
     """
 
-    def better_in_something(holding: Holding, other: Holding) -> bool:
-        swaps_less = holding.swapped_gb < other.swapped_gb - ROOM or not other.turning <= holding.turning
-        takes_less = holding.cpus < other.cpus - ROOM or holding.host_gb < other.host_gb - ROOM
-        return swaps_less or (takes_less and not whatever_it_takes)
+    def better_in_something(holding: Assignment, other: Assignment) -> bool:
+        swaps_less = holding.swapped_gb < other.swapped_gb - EPSILON or not other.turning <= holding.turning
+        takes_less = holding.cpus < other.cpus - EPSILON or holding.host_gb < other.host_gb - EPSILON
+        return swaps_less or (takes_less and not ignore_host_limits)
 
-    def beaten(holding: Holding) -> bool:
+    def beaten(holding: Assignment) -> bool:
         return any(holding.actors < other.actors and not better_in_something(holding, other) for other in holdings)
 
     return [holding for holding in holdings if not beaten(holding)]
 
 
-def _fitting(holdings: Sequence[Holding], memory_gb: float) -> list[Holding]:
-    return [holding for holding in holdings if holding.gpu_gb <= memory_gb + ROOM]
+def _fitting(holdings: Sequence[Assignment], memory_gb: float) -> list[Assignment]:
+    return [holding for holding in holdings if holding.gpu_gb <= memory_gb + EPSILON]
 
 
 def _subsets(things: Sequence[T]) -> Iterator[tuple[T, ...]]:
@@ -198,7 +198,7 @@ def _apart(actors: Sequence[Actor]) -> tuple[Process, ...]:
 
 def _with_turns(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     """These actors in one process: all to stay if they fit, else as much as possible."""
-    free = memory_gb - CONTEXT_GB + ROOM
+    free = memory_gb - CONTEXT_GB + EPSILON
     on_gpu = [actor for actor in actors if actor.gpu_gb]
     if sum(actor.gpu_gb for actor in on_gpu) <= free or not on_gpu:
         return Process(tuple(actors))

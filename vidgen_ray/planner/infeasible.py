@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vidgen_ray.planner.cluster import Cluster
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, ROOM, Holdings
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, Wanted, pack
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Assignments
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, PackingProblem, pack
 
 PLENTY = 1e6
 """CPUs that are enough for anything."""
 
 
-def reason(wanted: Wanted, allowed: Holdings, cluster: Cluster) -> str:
+def reason(wanted: PackingProblem, allowed: Assignments, cluster: Cluster) -> str:
     """For what `pack` has refused."""
     on_gpu = [actor for actor in wanted.actors if actor.gpu_gb]
     largest = max(cluster.gpus, default=0.0)
     for actor in on_gpu:
-        if actor.gpu_gb + CONTEXT_GB > largest + ROOM:
+        if actor.gpu_gb + CONTEXT_GB > largest + EPSILON:
             has = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
             return f"{_need(actor.stages)} {actor.gpu_gb + CONTEXT_GB:.4g} GB of a GPU's memory, {has}"
     if pack(wanted, allowed, _boundless(cluster, cpus=PLENTY)) is None:

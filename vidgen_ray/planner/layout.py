@@ -54,6 +54,6 @@ class Layout:
     def workers(self) -> tuple[WorkerSpec, ...]:
         return tuple(worker for slot in self.slots for worker in slot.workers)
 
-    def together(self, first: str, *others: str) -> bool:
+    def can_fuse(self, first: str, *others: str) -> bool:
         """Whether every worker that holds the first of these stages takes the others, too, in the same turn."""
         return all(worker.takes(first, *others) for worker in self.workers if first in worker.stages)

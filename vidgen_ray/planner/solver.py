@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.gpu_assignment import ROOM, TURN_SHOTS, Actor, Holding, Holdings, most_useful
+from vidgen_ray.planner.gpu_assignment import EPSILON, TURN_SHOTS, Actor, Assignment, Assignments, drop_dominated
 
 ENCODER_CPUS = 0.5
 """Of an Encoder: it waits for frames about as long as it works on them."""
@@ -37,7 +37,7 @@ Sizes = Callable[[Node], Mapping[float, int]]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PackingProblem:
     """What is to be packed."""
 
     actors: tuple[Actor, ...]
@@ -55,10 +55,10 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Filled:
+class FilledSlot:
     """A slot in use."""
 
-    holding: Holding
+    holding: Assignment
     node: int
     """Index in the cluster."""
     shares: Mapping[str, float]
@@ -69,12 +69,12 @@ class Filled:
 class Packing:
     rate: float
     """Shots a second."""
-    slots: tuple[Filled, ...]
+    slots: tuple[FilledSlot, ...]
     encoders: int
 
 
 @dataclass(frozen=True)
-class _Place:
+class _SlotGroup:
     """Slots of one size that need not be told apart."""
 
     room: int
@@ -83,9 +83,9 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    place: _Place
-    holding: Holding
+class _ChosenAssignment:
+    place: _SlotGroup
+    holding: Assignment
     count: int
     shares: Mapping[str, float]
     """Of each of them."""
@@ -94,12 +94,12 @@ class _Chosen:
 @dataclass(frozen=True)
 class _Solution:
     rate: float
-    chosen: tuple[_Chosen, ...]
+    chosen: tuple[_ChosenAssignment, ...]
     encoders: tuple[int, ...]
     """Of each room."""
 
 
-def pack(wanted: Wanted, holdings: Holdings, cluster: Cluster) -> Packing | None:
+def pack(wanted: PackingProblem, holdings: Assignments, cluster: Cluster) -> Packing | None:
     """The best packing, or none where there is no packing at all.
 
     First as if CPUs and host memory were plenty, which they mostly are. Where that does not find places on the nodes, node
@@ -108,8 +108,8 @@ def pack(wanted: Wanted, holdings: Holdings, cluster: Cluster) -> Packing | None
     sizes: Counter[float] = Counter()
     for node in cluster.nodes:
         sizes.update(wanted.slots_of(node))
-    places = [_Place(0, memory, count) for memory, count in sorted(sizes.items(), reverse=True)]
-    easy = _solve(wanted, places, lambda memory: most_useful(holdings(memory), whatever_it_takes=True), None)
+    places = [_SlotGroup(0, memory, count) for memory, count in sorted(sizes.items(), reverse=True)]
+    easy = _solve(wanted, places, lambda memory: drop_dominated(holdings(memory), ignore_host_limits=True), None)
     if easy is None:
         return None
     on_nodes = _spread(easy, wanted, cluster)
@@ -117,35 +117,35 @@ def pack(wanted: Wanted, holdings: Holdings, cluster: Cluster) -> Packing | None
         return on_nodes
     rooms = cluster.nodes
     places = [
-        _Place(room, memory, count)
+        _SlotGroup(room, memory, count)
         for room, node in enumerate(rooms)
         for memory, count in sorted(wanted.slots_of(node).items(), reverse=True)
     ]
-    tight = _solve(wanted, places, lambda memory: most_useful(holdings(memory)), rooms)
+    tight = _solve(wanted, places, lambda memory: drop_dominated(holdings(memory)), rooms)
     if tight is None:
         return None
-    slots = [Filled(c.holding, c.place.room, c.shares) for c in tight.chosen for _ in range(c.count)]
+    slots = [FilledSlot(c.holding, c.place.room, c.shares) for c in tight.chosen for _ in range(c.count)]
     return Packing(tight.rate, tuple(slots), sum(tight.encoders))
 
 
 def encoders_for(rate: float, encode_seconds: float) -> int:
     """Enough to keep up with so many shots a second."""
-    return max(1, math.ceil(rate * encode_seconds / ENCODER_BUSY - ROOM))
+    return max(1, math.ceil(rate * encode_seconds / ENCODER_BUSY - EPSILON))
 
 
-def _spread(solution: _Solution, wanted: Wanted, cluster: Cluster) -> Packing | None:
+def _spread(solution: _Solution, wanted: PackingProblem, cluster: Cluster) -> Packing | None:
     """The slots on nodes, each on the one with the most free CPUs; none where that leads nowhere."""
     cpus = [node.cpus for node in cluster.nodes]
     host = [math.inf if node.memory_gb is None else node.memory_gb for node in cluster.nodes]
     free = [Counter(wanted.slots_of(node)) for node in cluster.nodes]
-    slots: list[Filled] = []
+    slots: list[FilledSlot] = []
 
     def take(cpus_needed: float, host_gb: float, memory_gb: float | None) -> int | None:
         able = [
             room
             for room in range(len(cpus))
-            if cpus[room] >= cpus_needed - ROOM
-            and host[room] >= host_gb - ROOM
+            if cpus[room] >= cpus_needed - EPSILON
+            and host[room] >= host_gb - EPSILON
             and (memory_gb is None or free[room][memory_gb] > 0)
         ]
         if not able:
@@ -162,7 +162,7 @@ def _spread(solution: _Solution, wanted: Wanted, cluster: Cluster) -> Packing | 
             room = take(chosen.holding.cpus, chosen.holding.host_gb, chosen.place.memory_gb)
             if room is None:
                 return None
-            slots.append(Filled(chosen.holding, room, chosen.shares))
+            slots.append(FilledSlot(chosen.holding, room, chosen.shares))
     encoders = encoders_for(solution.rate, wanted.encode_seconds)
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
     if any(take(needed, 0.0, None) is None for needed in others):
@@ -192,7 +192,9 @@ class _Rows:
         return csr_array((values, (rows, cols)), shape=(len(self.rows), columns))
 
 
-def _solve(wanted: Wanted, places: Sequence[_Place], holdings: Holdings, rooms: Sequence[Node] | None) -> _Solution | None:
+def _solve(
+    wanted: PackingProblem, places: Sequence[_SlotGroup], holdings: Assignments, rooms: Sequence[Node] | None
+) -> _Solution | None:
     """`rooms`: the nodes whose CPUs and host memory bound what is placed there; none: without bounds."""
     options = [(place, holding) for place in places for holding in holdings(place.memory_gb)]
     if not options:
@@ -256,7 +258,9 @@ def _solve(wanted: Wanted, places: Sequence[_Place], holdings: Holdings, rooms: 
     return _Solution(
         rate=float(values[efficiency]) * total / wanted.seconds,
         chosen=tuple(
-            _Chosen(place, holding, n, {name: float(values[column]) / n for name, column in seconds_of[number].items()})
+            _ChosenAssignment(
+                place, holding, n, {name: float(values[column]) / n for name, column in seconds_of[number].items()}
+            )
             for (place, holding), number, n in zip(options, numbers, counts, strict=True)
             if n
         ),

@@ -51,7 +51,7 @@ def write_contact_sheet(out: Path) -> Path:
 
 
 def _column_names() -> Sequence[str]:
-    kept = [stage.keeps.removesuffix(".png") for stage in STAGES if stage.keeps and stage.keeps.endswith(".png")]
+    kept = [stage.debug_file.removesuffix(".png") for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png")]
     return [*kept, "image", "first frame", "middle frame", "last frame"]
 
 

@@ -9,7 +9,7 @@ from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.nets.keypoints import COLOURS
 from vidgen_ray.stages.base import Image
-from vidgen_ray.stages.instantid import SeenPhoto
+from vidgen_ray.stages.instantid import DetectedPhoto
 
 PHOTO_PX = 480
 """Longer side of a photo."""
@@ -22,7 +22,7 @@ POINT_RADIUS_PX = 3
 BACKGROUND, FAINT, CHOSEN, OTHER = (24, 24, 27), (161, 161, 170), (74, 222, 128), (228, 228, 231)
 
 
-def identity_sheet(photos: Sequence[Image], seen: Sequence[SeenPhoto], pose: Image) -> PILImage.Image:
+def identity_sheet(photos: Sequence[Image], seen: Sequence[DetectedPhoto], pose: Image) -> PILImage.Image:
     """A row a photo: its faces, numbered from the left, the chosen one in green with its points, and the aligned crop; in
     the first also the keypoint picture `pose` (H, W, 3)."""
     rows = [[("photo", _marked(photo, one)), ("aligned crop", _crop(one))] for photo, one in zip(photos, seen, strict=True)]
@@ -43,7 +43,7 @@ def identity_sheet(photos: Sequence[Image], seen: Sequence[SeenPhoto], pose: Ima
     return sheet
 
 
-def _marked(photo: Image, seen: SeenPhoto) -> PILImage.Image:
+def _marked(photo: Image, seen: DetectedPhoto) -> PILImage.Image:
     picture = _fitted(PILImage.fromarray(photo), PHOTO_PX)
     scale = picture.width / photo.shape[1]
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
@@ -60,7 +60,7 @@ def _marked(photo: Image, seen: SeenPhoto) -> PILImage.Image:
     return picture
 
 
-def _crop(seen: SeenPhoto) -> PILImage.Image:
+def _crop(seen: DetectedPhoto) -> PILImage.Image:
     return PILImage.fromarray(cv2.resize(seen.crop[:, :, ::-1], (CROP_PX, CROP_PX), interpolation=cv2.INTER_CUBIC))
 
 

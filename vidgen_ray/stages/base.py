@@ -58,7 +58,7 @@ class FaceFeatures:
         if recogniser not in self.embeddings:
             raise StageError(
                 f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'nothing'}, {recogniser} is needed; "
-                f"its weights stand in the profile, `also: {{{recogniser}: ...}}` of actors.instantid"
+                f"its weights stand in the profile, `extra_weights: {{{recogniser}: ...}}` of actors.instantid"
             )
         return self.embeddings[recogniser]
 
@@ -119,7 +119,7 @@ class StageParams(BaseModel):
 
     weights: Path
     """A local folder or file. Nothing is ever downloaded by a stage."""
-    also: dict[str, Path] = Field(default_factory=dict)
+    extra_weights: dict[str, Path] = Field(default_factory=dict)
     """Further weights by name, which some shots need and others do not; those that are on this machine."""
     missing: dict[str, str] = Field(default_factory=dict)
     """Name of further weights that are not -> a sentence that says what to do about it."""
@@ -130,15 +130,15 @@ class StageParams(BaseModel):
 
     def for_key(self) -> dict[str, Any]:
         """What of these changes bytes, beside the weights, which a content key has by their digest."""
-        ignored = {"weights", "also", "missing"}
+        ignored = {"weights", "extra_weights", "missing"}
         return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
 
-    def also_at(self, name: str) -> Path:
+    def extra_weights_at(self, name: str) -> Path:
         """Where further weights lie. Raises MissingWeights where they do not."""
-        if name not in self.also:
-            why = self.missing.get(name, f"the profile does not name them; add `also: {{{name}: ...}}` to their actor")
+        if name not in self.extra_weights:
+            why = self.missing.get(name, f"the profile does not name them; add `extra_weights: {{{name}: ...}}` to their actor")
             raise MissingWeights(f"{name}: {why}")
-        return self.also[name]
+        return self.extra_weights[name]
 
     def resolved(self) -> Self:
         """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
@@ -158,15 +158,15 @@ class Stage(ABC, Generic[P]):
     """Stages that name the same actor share weights and must live in one process."""
     reads: ClassVar[tuple[str, ...]]
     """Fields of the shot."""
-    steered_reads: ClassVar[tuple[str, ...]] = ()
+    identity_fields: ClassVar[tuple[str, ...]] = ()
     """Fields beside `reads` of a shot that a person steers here; of other shots they are not part of a key."""
     takes: ClassVar[tuple[str, ...]]
     """Artefacts this stage needs."""
-    steered_takes: ClassVar[tuple[str, ...]] = ()
+    identity_inputs: ClassVar[tuple[str, ...]] = ()
     """Artefacts beside `takes` that it needs for a shot that a person steers here."""
     writes: ClassVar[tuple[str, ...]]
     """Artefacts this stage gives."""
-    keeps: ClassVar[str | None] = None
+    debug_file: ClassVar[str | None] = None
     """File name under which `--keep stages` shows what this stage gave."""
     Params: ClassVar[type[StageParams]]
 
@@ -179,17 +179,17 @@ class Stage(ABC, Generic[P]):
         """Whether the shot passes through this stage."""
 
     @staticmethod
-    def steered(shot: Shot) -> bool:
+    def uses_identity(shot: Shot) -> bool:
         """Whether a person has a say in what this stage does with the shot."""
         return False
 
     @classmethod
     def needs(cls, shot: Shot) -> tuple[str, ...]:
         """The artefacts that it needs for the shot."""
-        return (*cls.takes, *cls.steered_takes) if cls.steered(shot) else cls.takes
+        return (*cls.takes, *cls.identity_inputs) if cls.uses_identity(shot) else cls.takes
 
     @classmethod
-    def also(cls) -> Collection[str]:
+    def extra_weights(cls) -> Collection[str]:
         """Names of the further weights that a profile may give to this stage's actor."""
         return ()
 
@@ -199,12 +199,12 @@ class Stage(ABC, Generic[P]):
         return (params.weights,)
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         """How much of this stage's work the shot is: 1 for the reference shot of 1024x576 pixels, 25 frames, default steps."""
         return 1.0
 
     @classmethod
-    def leaner(cls, params: P) -> P | None:
+    def lower_memory(cls, params: P) -> P | None:
         """Parameters that need less GPU memory and may change bytes, or none where there are no such."""
         return None
 

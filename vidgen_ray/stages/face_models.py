@@ -24,13 +24,13 @@ RECOGNISER = "antelopev2"
 RECOGNISERS = {
     "ir_se50": ("ir_se50", "IRSE50Embedder"),
 }
-"""Others: name, in the profile's `also`, too, -> (module of nets, class). The class is told weights, device, dtype, threads."""
+"""Further recognisers: name in the profile's `extra_weights` -> (module in nets, class)."""
 
 DetectorName = Literal["pack", "centerface"]
 
 
 class InstantIDParams(StageParams):
-    """`weights` is a folder as insightface unpacks antelopev2, `also` names those of other recognisers, whose `dtype` it is.
+    """`weights` is a folder as insightface unpacks antelopev2; `extra_weights` names further recognisers, which use `dtype`.
 
     The pack is always float32.
     """
@@ -81,14 +81,14 @@ class FaceModels:
         """By the name under which FaceFeatures has their embeddings."""
         self._params = params
         for name in RECOGNISERS:
-            if name in params.also:
+            if name in params.extra_weights:
                 self.embedder(name)
 
     def embedder(self, name: str) -> FaceEmbedder:
         """The recogniser of that name. Raises MissingWeights, or SetupError where they are of another kind."""
         if name not in self.embedders:
             params, (module, class_name) = self._params, RECOGNISERS[name]
-            weights = params.also_at(name)
+            weights = params.extra_weights_at(name)
             require_device(params.device)
             made = getattr(import_module(f"vidgen_ray.nets.{module}"), class_name)
             self.embedders[name] = made(weights, params.device, torch_dtype(params.dtype), params.threads)

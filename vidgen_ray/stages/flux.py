@@ -35,18 +35,18 @@ class FluxStage(FluxFamilyStage):
     )
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
-    keeps: ClassVar[str | None] = "base.png"
+    debug_file: ClassVar[str | None] = "base.png"
 
     @staticmethod
     def applies(shot: Shot) -> bool:
         return shot.image is None and not shot.drawn_by_sdxl
 
     @staticmethod
-    def worn(shot: Shot) -> tuple[LoraRef, ...]:
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         return shot.fast_lora
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         return flux_work(shot, shot.steps.flux)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:

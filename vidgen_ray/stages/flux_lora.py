@@ -38,7 +38,7 @@ class FluxLoRAStage(FluxFamilyStage):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
-    keeps: ClassVar[str | None] = "lora.png"
+    debug_file: ClassVar[str | None] = "lora.png"
 
     @staticmethod
     def applies(shot: Shot) -> bool:
@@ -46,11 +46,11 @@ class FluxLoRAStage(FluxFamilyStage):
         return bool(shot.lora) and (shot.mode == "quality" or not FluxStage.applies(shot))
 
     @staticmethod
-    def worn(shot: Shot) -> tuple[LoraRef, ...]:
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         return shot.lora
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         return flux_work(shot, shot.steps.lora) * shot.lora_strength / REFERENCE_STRENGTH
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:

@@ -64,7 +64,7 @@ class FluxModel:
         self.image_to_image.set_progress_bar_config(disable=True)
         self.device = params.device
         self._adapters_kept = params.adapters_kept
-        self._worn: tuple[tuple[str, float], ...] = ()
+        self._active_loras: tuple[tuple[str, float], ...] = ()
         self._adapters: OrderedDict[str, None] = OrderedDict()
         self.adapter_loads = 0
         self._embeddings: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
@@ -101,7 +101,7 @@ class FluxModel:
 
     def _embedded(self, prompt: str, tokens: int) -> tuple[Any, Any]:
         """T5's and CLIP's embeddings of a prompt, computed once while it is among the last `PROMPTS_REMEMBERED`."""
-        key = (prompt, tokens, self._worn if self._text_is_adapted else ())
+        key = (prompt, tokens, self._active_loras if self._text_is_adapted else ())
         if key not in self._embeddings:
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
@@ -116,8 +116,8 @@ class FluxModel:
     def _text_is_adapted(self) -> bool:
         """Whether a LoRA that acts now changes what prompts mean, too."""
         wearers = self.text_to_image.get_list_adapters()
-        worn = {name for name, _ in self._worn}
-        return any(worn & set(names) for part, names in wearers.items() if part.startswith("text_encoder"))
+        active_loras = {name for name, _ in self._active_loras}
+        return any(active_loras & set(names) for part, names in wearers.items() if part.startswith("text_encoder"))
 
     def move(self, device: str) -> None:
         """Take the weights, and the embeddings made by them, to another memory."""
@@ -130,7 +130,7 @@ class FluxModel:
         )
 
     @contextmanager
-    def wearing(self, loras: Sequence[LoraRef]) -> Iterator[None]:
+    def loras_active(self, loras: Sequence[LoraRef]) -> Iterator[None]:
         """Run a block with exactly these LoRAs acting; outside of it the weights are the plain ones, bitwise."""
         if not loras:
             yield
@@ -141,10 +141,10 @@ class FluxModel:
         try:
             self.text_to_image.enable_lora()
             self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
-            self._worn = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
+            self._active_loras = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
             yield
         finally:
-            self._worn = ()
+            self._active_loras = ()
             self.text_to_image.disable_lora()
 
     def _adapter(self, file: Path) -> str:

@@ -34,14 +34,14 @@ class FluxRefineStage(FluxFamilyStage):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
-    keeps: ClassVar[str | None] = "refine.png"
+    debug_file: ClassVar[str | None] = "refine.png"
 
     @staticmethod
     def applies(shot: Shot) -> bool:
         return shot.drawn_by_sdxl and not shot.lora
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         return flux_work(shot, shot.steps.refine) * shot.refine_strength / REFERENCE_STRENGTH
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:

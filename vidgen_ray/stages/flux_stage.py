@@ -25,31 +25,37 @@ class FluxFamilyStage(Stage[FluxParams]):
     """A stage that draws by FLUX. The networks of an injector are loaded with the model, where they are on this machine."""
 
     actor: ClassVar[str] = "flux"
-    steered_reads: ClassVar[tuple[str, ...]] = ("flux_identity", "identity_strength", "identity_start", "identity_end", "pose")
-    steered_takes: ClassVar[tuple[str, ...]] = ("face",)
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        "flux_identity",
+        "identity_strength",
+        "identity_start",
+        "identity_end",
+        "pose",
+    )
+    identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
     Params: ClassVar[type[StageParams]] = FluxParams
 
     @staticmethod
-    def steered(shot: Shot) -> bool:
+    def uses_identity(shot: Shot) -> bool:
         return shot.flux_identity is not None
 
     @classmethod
-    def also(cls) -> Collection[str]:
+    def extra_weights(cls) -> Collection[str]:
         return INJECTORS
 
     @staticmethod
-    def worn(shot: Shot) -> tuple[LoraRef, ...]:
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
         """The LoRAs that act in this stage."""
         return ()
 
     @classmethod
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
-        injector = () if shot.flux_identity is None else (params.also_at(shot.flux_identity),)
-        return (params.weights, *injector, *(Path(lora.path) for lora in cls.worn(shot)))
+        injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
+        return (params.weights, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
 
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)
-        self.injectors = {name: self._injector(name) for name in INJECTORS if name in self.params.also}
+        self.injectors = {name: self._injector(name) for name in INJECTORS if name in self.params.extra_weights}
 
     def move(self, device: str) -> None:
         self.model.move(device)
@@ -62,13 +68,13 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     def _injector(self, name: str) -> FluxInjector:
         """Raises MissingWeights, or SetupError where they are of another kind."""
-        return shared_injector(name, self.model, self.params.also_at(name))
+        return shared_injector(name, self.model, self.params.extra_weights_at(name))
 
     @contextmanager
     def drawing(self, item: Item) -> Iterator[FluxCalls]:
         """Run a block in which FLUX wears the shot's LoRAs and draws its person."""
         shot = item.shot
-        with self.model.wearing(self.worn(shot)):
+        with self.model.loras_active(self.active_loras(shot)):
             if shot.flux_identity is None:
                 yield self.model
                 return

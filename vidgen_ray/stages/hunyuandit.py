@@ -53,7 +53,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
-    keeps: ClassVar[str | None] = "style.png"
+    debug_file: ClassVar[str | None] = "style.png"
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 
     @staticmethod
@@ -61,7 +61,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         return shot.use_hunyuan_style and shot.mode == "quality"
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         # The canvas has about as many pixels whatever the size of the shot.
         passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
         return (shot.steps.hunyuan or DEFAULT_STEPS) / DEFAULT_STEPS * shot.style_strength / REFERENCE_STRENGTH * passes

@@ -23,7 +23,7 @@ MAX_ASPECT = 8
 """Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
 
 
-class SeenPhoto(NamedTuple):
+class DetectedPhoto(NamedTuple):
     """What is found in one photo of a person."""
 
     faces: Sequence[DetectedFace]
@@ -48,7 +48,7 @@ class InstantIDStage(Stage[InstantIDParams]):
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
-    keeps: ClassVar[str | None] = "face.json"
+    debug_file: ClassVar[str | None] = "face.json"
     Params: ClassVar[type[StageParams]] = InstantIDParams
 
     @staticmethod
@@ -56,12 +56,12 @@ class InstantIDStage(Stage[InstantIDParams]):
         return bool(shot.face_image)
 
     @classmethod
-    def also(cls) -> Collection[str]:
+    def extra_weights(cls) -> Collection[str]:
         return RECOGNISERS
 
     @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
-        return (*detection_files(params), *(params.also_at(name) for name in _recognisers(shot) if name != RECOGNISER))
+        return (*detection_files(params), *(params.extra_weights_at(name) for name in _recognisers(shot) if name != RECOGNISER))
 
     def load(self) -> None:
         self._models = FaceModels.shared(self.params)
@@ -109,18 +109,18 @@ class InstantIDStage(Stage[InstantIDParams]):
             digest=digest,
         )
 
-    def seen(self, photos: Sequence[Image], face_index: int | None = None) -> list[SeenPhoto]:
+    def seen(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
         """What is found in each photo, and which face counts there; see `features`."""
         if not photos:
             raise StageError("face_image: got no photo, at least one is needed")
         names = [f"face_image {i} of {len(photos)}" if len(photos) > 1 else "face_image" for i in range(1, len(photos) + 1)]
         found = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
         face = _chosen(found[0], face_index, self.params.min_face_px)
-        first = SeenPhoto(found[0], face, aligned(photos[0], face))
+        first = DetectedPhoto(found[0], face, aligned(photos[0], face))
         further = zip(photos[1:], found[1:], strict=True)
         return [first, *(self._most_alike(first.crop, photo, faces) for photo, faces in further)]
 
-    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> SeenPhoto:
+    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
         """Of the faces of another photo the one most like `crop` counts."""
         from vidgen_ray.nets.faces import most_alike
 
@@ -129,7 +129,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         if len(faces) > 1:
             embeddings = self._models.embed([crop, *crops])
             number = most_alike(embeddings[1:], embeddings[0])
-        return SeenPhoto(faces, faces[number], crops[number])
+        return DetectedPhoto(faces, faces[number], crops[number])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:
         """One or more faces of at least `min_face_px`, from the left. `name` is how the photo is called in a StageError."""

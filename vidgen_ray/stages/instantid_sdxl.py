@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EMBEDDING = "antelopev2"
 """The recogniser that the weights were trained with; with any other's numbers they draw another person, unnoticed."""
 INSTANTID = "instantid"
-"""Under which name the profile's `also` has a folder with `ControlNetModel/` and `ip-adapter.bin`."""
+"""Under which name the profile's `extra_weights` has a folder with `ControlNetModel/` and `ip-adapter.bin`."""
 NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """As published in `InstantX/InstantID`."""
 PROJECTION, ATTENTION = "image_proj", "ip_adapter"
@@ -77,7 +77,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     )
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
-    keeps: ClassVar[str | None] = "base.png"
+    debug_file: ClassVar[str | None] = "base.png"
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 
     @staticmethod
@@ -85,15 +85,15 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         return shot.drawn_by_sdxl
 
     @classmethod
-    def also(cls) -> Collection[str]:
+    def extra_weights(cls) -> Collection[str]:
         return (INSTANTID,)
 
     @classmethod
     def weight_files(cls, params: InstantIDSDXLParams, shot: Shot) -> tuple[Path, ...]:
-        return (params.weights, params.also_at(INSTANTID))
+        return (params.weights, params.extra_weights_at(INSTANTID))
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         return shot.width * shot.height / REFERENCE_PIXELS
 
     def load(self) -> None:
@@ -103,7 +103,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         from vidgen_ray.nets.identitynet import IdentityNet
         from vidgen_ray.nets.model_folder import load_model, require_same
 
-        folder, dtype = self.params.also_at(INSTANTID), torch_dtype(self.params.dtype)
+        folder, dtype = self.params.extra_weights_at(INSTANTID), torch_dtype(self.params.dtype)
         if not folder.is_dir():
             raise SetupError(f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID there")
         net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)

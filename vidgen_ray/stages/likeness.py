@@ -63,7 +63,7 @@ class ClipLikenessStage(_LikenessStage):
         return shot.generate_video and InstantIDStage.applies(shot)
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         return len(frames_seen(shot.num_frames)) / FRAMES_SEEN
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:

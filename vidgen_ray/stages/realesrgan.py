@@ -90,12 +90,12 @@ class RealESRGANStage(Stage[RealESRGANParams]):
         return (weights_file(params.weights, shot.upscaler),)
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
         return pixels * frames * RELATIVE_COST.get(shot.upscaler, 1.0)
 
     @classmethod
-    def leaner(cls, params: RealESRGANParams) -> RealESRGANParams | None:
+    def lower_memory(cls, params: RealESRGANParams) -> RealESRGANParams | None:
         """One frame at a time, then tiles of 512, 256 and 128 pixels."""
         if params.frames_per_call > 1:
             return params.model_copy(update={"frames_per_call": 1})

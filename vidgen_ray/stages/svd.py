@@ -66,12 +66,12 @@ class SVDStage(Stage[SVDParams]):
         return shot.generate_video
 
     @classmethod
-    def work(cls, shot: Shot) -> float:
+    def relative_cost(cls, shot: Shot) -> float:
         pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
         return pixels * frames * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
 
     @classmethod
-    def leaner(cls, params: SVDParams) -> SVDParams | None:
+    def lower_memory(cls, params: SVDParams) -> SVDParams | None:
         """Fewer frames decoded at once, down to one."""
         if params.decode_chunk_frames == 1:
             return None

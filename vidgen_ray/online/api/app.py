@@ -15,17 +15,17 @@ from fastapi.openapi.utils import get_openapi
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api import characters, error_handlers, files, images, models, shots, video_content, video_events, videos
-from vidgen_ray.online.api.deps import Here, Server
-from vidgen_ray.online.api.job_feed import Followers
-from vidgen_ray.online.api.response_models import SHOT_PARTS, Health, Pictures
+from vidgen_ray.online.api.deps import Server, ServerDep
+from vidgen_ray.online.api.job_feed import JobFeed
+from vidgen_ray.online.api.response_models import SHOT_PARTS, Health, ImagesResponse
 from vidgen_ray.online.auth import Keys
-from vidgen_ray.online.inputs.face_check import FaceFinder
-from vidgen_ray.online.inputs.http_fetch import Pictures as Fetched
-from vidgen_ray.online.inputs.image_references import References
+from vidgen_ray.online.inputs.face_check import FaceCheck
+from vidgen_ray.online.inputs.http_fetch import ImageFetcher
+from vidgen_ray.online.inputs.image_references import ImageReferences
 from vidgen_ray.online.inputs.uploads import BodyCap
-from vidgen_ray.online.job_service import Accepted, Intake
+from vidgen_ray.online.job_service import Accepted, JobService
 from vidgen_ray.online.limits import RequestRate
-from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
@@ -47,7 +47,7 @@ async def healthz() -> Health:
 
 
 @health.get("/readyz", response_model=Health, responses={503: error_handlers.error_responses()[503]})
-async def readyz(server: Here) -> Health:
+async def readyz(server: ServerDep) -> Health:
     """Whether jobs can be stored."""
     await asyncio.to_thread(server.store.ping)
     return Health()
@@ -57,7 +57,7 @@ def make_app(
     settings: OnlineSettings,
     store: JobStore,
     outputs: OutputFolder,
-    served: Served,
+    serving_profile: ServingProfile,
     keys: Keys,
     *,
     accepted: Accepted = lambda: None,
@@ -70,9 +70,9 @@ def make_app(
     for name, path in settings.loras.items():
         if not path.startswith("builtin:") and not os.path.isfile(path):
             raise SetupError(f"loras.{name}: no such file, {path}")
-    intake = Intake(settings, store, outputs, served, accepted)
+    intake = JobService(settings, store, outputs, serving_profile, accepted)
     fetching = settings.url_inputs
-    fetched = Fetched(fetching.allow_hosts, fetching.timeout_s, fetching.redirects, settings.uploads.image_bytes)
+    fetched = ImageFetcher(fetching.allow_hosts, fetching.timeout_s, fetching.redirects, settings.uploads.image_bytes)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,13 +95,13 @@ def make_app(
         settings=settings,
         store=store,
         outputs=outputs,
-        served=served,
+        serving_profile=serving_profile,
         keys=keys,
         rate=RequestRate(),
         intake=intake,
-        references=References(intake.uploads, fetched if fetching.enabled else None),
-        followers=Followers(store, settings.poll_s),
-        faces=FaceFinder(served),
+        references=ImageReferences(intake.uploads, fetched if fetching.enabled else None),
+        followers=JobFeed(store, settings.poll_s),
+        faces=FaceCheck(serving_profile),
         started_at=int(time.time()),
     )
     error_handlers.install(app)
@@ -130,7 +130,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     parts = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         parts.pop(name, None)
-    parts["Pictures"] = Pictures.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts["Pictures"] = ImagesResponse.model_json_schema(ref_template="#/components/schemas/{model}")
     parts |= parts["Pictures"].pop("$defs", {})
     parts |= SHOT_PARTS
     document["components"]["schemas"] = dict(sorted(parts.items()))

@@ -15,11 +15,11 @@ from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.media import VideoReader, encode_png, open_video, read_image
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.deps import Server, ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.request_models import checked_names
-from vidgen_ray.online.api.response_models import PersonDeleted, PersonOut, PersonPage, person_of
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse, person_of
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
@@ -36,11 +36,11 @@ router = APIRouter(tags=["characters"])
 
 @router.post(
     "/v1/videos/characters",
-    response_model=PersonOut,
-    openapi_extra=response_models.PERSON_BODY,
+    response_model=CharacterResponse,
+    openapi_extra=response_models.CHARACTER_BODY,
     responses=error_responses(408, 409, 413, 415),
 )
-async def create_character(request: Request, server: Here, tenant: Asking) -> PersonOut:
+async def create_character(request: Request, server: ServerDep, tenant: TenantDep) -> CharacterResponse:
     """Name a person by photos, or by a video: of that the first frame with a face is taken."""
     async with receive(request, server.settings.uploads) as received:
         received.check_files(("image", "video"))
@@ -64,16 +64,16 @@ async def create_character(request: Request, server: Here, tenant: Asking) -> Pe
     return person_of(character)
 
 
-@router.get("/v1/videos/characters", response_model=PersonPage, responses=error_responses())
-async def list_characters(server: Here, tenant: Asking) -> PersonPage:
+@router.get("/v1/videos/characters", response_model=CharacterPage, responses=error_responses())
+async def list_characters(server: ServerDep, tenant: TenantDep) -> CharacterPage:
     """All of the tenant's, the newest first."""
     people = [person_of(each) for each in await asyncio.to_thread(server.store.characters.list, tenant.name)]
     ids = [person.id for person in people]
-    return PersonPage(data=people, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
+    return CharacterPage(data=people, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
 
-@router.get("/v1/videos/characters/{character_id}", response_model=PersonOut, responses=error_responses(404))
-async def get_character(server: Here, tenant: Asking, character_id: str) -> PersonOut:
+@router.get("/v1/videos/characters/{character_id}", response_model=CharacterResponse, responses=error_responses(404))
+async def get_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterResponse:
     """By id or by name."""
     character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
     if character is None:
@@ -81,12 +81,12 @@ async def get_character(server: Here, tenant: Asking, character_id: str) -> Pers
     return person_of(character)
 
 
-@router.delete("/v1/videos/characters/{character_id}", response_model=PersonDeleted, responses=error_responses(404))
-async def delete_character(server: Here, tenant: Asking, character_id: str) -> PersonDeleted:
+@router.delete("/v1/videos/characters/{character_id}", response_model=CharacterDeleted, responses=error_responses(404))
+async def delete_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterDeleted:
     """Forget a person. The photos stay what they are: uploaded files, to be deleted by their ids."""
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id[:100])
-    return PersonDeleted(id=character_id)
+    return CharacterDeleted(id=character_id)
 
 
 def _check_faces(server: Server, tenant: Tenant, photos: list[str]) -> None:

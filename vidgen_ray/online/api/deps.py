@@ -8,14 +8,14 @@ from typing import Annotated
 from fastapi import Depends
 from starlette.requests import Request
 
-from vidgen_ray.online.api.job_feed import Followers
+from vidgen_ray.online.api.job_feed import JobFeed
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Keys, Tenant
-from vidgen_ray.online.inputs.face_check import FaceFinder
-from vidgen_ray.online.inputs.image_references import References
-from vidgen_ray.online.job_service import Intake
+from vidgen_ray.online.inputs.face_check import FaceCheck
+from vidgen_ray.online.inputs.image_references import ImageReferences
+from vidgen_ray.online.job_service import JobService
 from vidgen_ray.online.limits import RequestRate
-from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
@@ -28,19 +28,19 @@ class Server:
     settings: OnlineSettings
     store: JobStore
     outputs: OutputFolder
-    served: Served
+    serving_profile: ServingProfile
     keys: Keys
     rate: RequestRate
-    intake: Intake
-    references: References
-    followers: Followers
-    faces: FaceFinder
+    intake: JobService
+    references: ImageReferences
+    followers: JobFeed
+    faces: FaceCheck
     started_at: int
 
     @property
     def models(self) -> dict[str, dict[str, str]]:
         """Name -> what it means for a shot; the first is the one that is meant where none is named."""
-        own = {self.served.profile.name: {}, f"{self.served.profile.name}-fast": {"mode": "fast"}}
+        own = {self.serving_profile.profile.name: {}, f"{self.serving_profile.profile.name}-fast": {"mode": "fast"}}
         return {**own, **{alias: own[name] for alias, name in self.settings.models.items() if name in own}}
 
     def model(self, name: object) -> tuple[str, dict[str, str]]:
@@ -65,4 +65,4 @@ def server_of(request: Request) -> Server:
     return server
 
 
-Here = Annotated[Server, Depends(server_of)]
+ServerDep = Annotated[Server, Depends(server_of)]

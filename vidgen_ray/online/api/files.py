@@ -8,11 +8,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Here
+from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.request_models import checked_names
-from vidgen_ray.online.api.response_models import FileDeleted, FileOut, file_of
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.response_models import FileDeleted, UploadedFile, file_of
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.inputs.uploads import receive
 
@@ -20,9 +20,9 @@ router = APIRouter(tags=["files"])
 
 
 @router.post(
-    "/v1/files", response_model=FileOut, openapi_extra=response_models.FILE_BODY, responses=error_responses(408, 413, 415)
+    "/v1/files", response_model=UploadedFile, openapi_extra=response_models.FILE_BODY, responses=error_responses(408, 413, 415)
 )
-async def create_file(request: Request, server: Here, tenant: Asking) -> FileOut:
+async def create_file(request: Request, server: ServerDep, tenant: TenantDep) -> UploadedFile:
     """Upload a picture. The same picture has the same id."""
     async with receive(request, server.settings.uploads) as received:
         received.check_files(("file",))
@@ -34,8 +34,8 @@ async def create_file(request: Request, server: Here, tenant: Asking) -> FileOut
     return file_of(upload)
 
 
-@router.get("/v1/files/{file_id}", response_model=FileOut, responses=error_responses(404))
-async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
+@router.get("/v1/files/{file_id}", response_model=UploadedFile, responses=error_responses(404))
+async def get_file(server: ServerDep, tenant: TenantDep, file_id: str) -> UploadedFile:
     """What is known of an uploaded file. Its content is not given out."""
     upload = await asyncio.to_thread(server.store.uploads.get, file_id, tenant.name)
     if upload is None:
@@ -44,7 +44,7 @@ async def get_file(server: Here, tenant: Asking, file_id: str) -> FileOut:
 
 
 @router.delete("/v1/files/{file_id}", response_model=FileDeleted, responses=error_responses(404, 409))
-async def delete_file(server: Here, tenant: Asking, file_id: str) -> FileDeleted:
+async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> FileDeleted:
     """Forget an uploaded file. It leaves the disk where nobody else has it and no open job needs it."""
     for person in await asyncio.to_thread(server.store.characters.list, tenant.name):
         if file_id in person.photos:

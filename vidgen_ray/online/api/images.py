@@ -21,7 +21,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.deps import Server, ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.request_models import (
     EDIT_FIELDS,
@@ -35,12 +35,12 @@ from vidgen_ray.online.api.request_models import (
     whole_number,
     yes_or_no,
 )
-from vidgen_ray.online.api.response_models import Picture, Pictures, PictureUsage
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.response_models import ImageResult, ImagesResponse, ImageUsage
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import IdempotencyKey, person
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import Received, receive
+from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.shot import Shot
 
@@ -62,7 +62,7 @@ router = APIRouter(tags=["images"])
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _ImageOptions:
     """How the client wants its pictures."""
 
     event: str
@@ -80,7 +80,9 @@ class _Wish:
     openapi_extra=response_models.IMAGE_BODY,
     responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
 )
-async def create_images(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> Response:
+async def create_images(
+    request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Make pictures, and wait for them."""
     async with receive(request, server.settings.uploads) as received:
         received.check_files(("face_image",))
@@ -97,7 +99,9 @@ async def create_images(request: Request, server: Here, tenant: Asking, idempote
     openapi_extra=response_models.EDIT_BODY,
     responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
 )
-async def edit_images(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> Response:
+async def edit_images(
+    request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Make pictures over by image-to-image, each by itself: with a LoRA, or else restyled by the prompt.
 
     `data` has `n` results of the first picture, then those of the next.
@@ -128,10 +132,10 @@ async def edit_images(request: Request, server: Here, tenant: Asking, idempotenc
 
 
 async def _picture(
-    server: Server, tenant: Tenant, received: Received, given: Mapping[str, Any]
+    server: Server, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     model, meant = server.model(given.get("model"))
-    fields = {**meant, **video_fields(given, {**server.served.profile.defaults, **meant}, moving=False)}
+    fields = {**meant, **video_fields(given, {**server.serving_profile.profile.defaults, **meant}, moving=False)}
     fields |= await person(server, tenant, received, given)
     return fields, {"model": model, "user": text(given, "safety_identifier") or text(given, "user")}
 
@@ -150,18 +154,20 @@ def _size_like(server: Server, tenant: Tenant, image: str, fields: Mapping[str, 
     if path is None or "width" in fields or "height" in fields:
         return {}
     height, width = read_image(path).shape[:2]
-    default = {name: server.served.profile.defaults.get(name, Shot.model_fields[name].default) for name in ("width", "height")}
+    default = {
+        name: server.serving_profile.profile.defaults.get(name, Shot.model_fields[name].default) for name in ("width", "height")
+    }
     scale = sqrt(int(default["width"]) * int(default["height"]) / (width * height))
     return dict(
         zip(("width", "height"), nearest_size(round(width * scale), round(height * scale), PICTURE_MULTIPLE), strict=True)
     )
 
 
-def _wish(given: Mapping[str, Any], event: str) -> _Wish:
+def _wish(given: Mapping[str, Any], event: str) -> _ImageOptions:
     one_of(given, "background", "auto", ("auto", "opaque"))
     for name in ("quality", "moderation"):
         text(given, name)
-    return _Wish(
+    return _ImageOptions(
         event,
         format=one_of(given, "output_format", "png", FORMATS),
         quality=whole_number(given, "output_compression", 90, 0, 100),
@@ -193,9 +199,9 @@ async def _answer(
     tenant: Tenant,
     shots: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
-    wish: _Wish,
+    wish: _ImageOptions,
     idempotency_key: str | None,
-    received: Received,
+    received: ReceivedRequest,
 ) -> Response:
     jobs = await server.intake.accept(
         tenant,
@@ -220,16 +226,16 @@ async def _answer(
         ) from None
     done = [_completed(job) for job in ended]
     data = [
-        Picture(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
+        ImageResult(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
         if wish.as_url
-        else Picture(b64_json=await asyncio.to_thread(_encoded, server, job, wish))
+        else ImageResult(b64_json=await asyncio.to_thread(_encoded, server, job, wish))
         for job in done
     ]
-    answer = Pictures(created=int(time.time()), data=data, output_format=_format(wish), size=_size(done[0]))
+    answer = ImagesResponse(created=int(time.time()), data=data, output_format=_format(wish), size=_size(done[0]))
     return JSONResponse(answer.model_dump(mode="json", exclude_none=True))
 
 
-async def _events(server: Server, jobs: Sequence[Job], wish: _Wish) -> AsyncIterator[ServerSentEvent]:
+async def _events(server: Server, jobs: Sequence[Job], wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
     try:
         async with asyncio.timeout(server.settings.wait_s):
             for job in jobs:
@@ -241,9 +247,9 @@ async def _events(server: Server, jobs: Sequence[Job], wish: _Wish) -> AsyncIter
         yield ServerSentEvent(event="error", data=response_models.ErrorBody.model_validate({"error": detail}).model_dump_json())
 
 
-async def _events_of(server: Server, job: Job, wish: _Wish) -> AsyncIterator[ServerSentEvent]:
+async def _events_of(server: Server, job: Job, wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
     """What is known of the picture on its way: what stages before the last have made of it."""
-    earlier = _drafts(await asyncio.to_thread(server.served.plan, job.shot)) if wish.partial_images else []
+    earlier = _drafts(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if wish.partial_images else []
     shown, last = 0, job
     async for now in server.followers.follow(job):
         last = _there(now)
@@ -256,10 +262,10 @@ async def _events_of(server: Server, job: Job, wish: _Wish) -> AsyncIterator[Ser
             yield _event(wish, "partial_image", last, b64_json=draft, partial_image_index=shown)
             shown += 1
     content = await asyncio.to_thread(_encoded, server, _completed(last), wish)
-    yield _event(wish, "completed", last, b64_json=content, usage=PictureUsage().model_dump())
+    yield _event(wish, "completed", last, b64_json=content, usage=ImageUsage().model_dump())
 
 
-def _event(wish: _Wish, name: str, job: Job, **more: Any) -> ServerSentEvent:
+def _event(wish: _ImageOptions, name: str, job: Job, **more: Any) -> ServerSentEvent:
     kind = f"{wish.event}.{name}"
     content = {
         "type": kind,
@@ -278,7 +284,7 @@ def _drafts(plan: ShotPlan) -> list[str]:
     return [step.key for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
 
 
-def _draft(server: Server, key: str, wish: _Wish) -> str | None:
+def _draft(server: Server, key: str, wish: _ImageOptions) -> str | None:
     cache = server.outputs.stage_cache
     if not cache.has(key):
         return None
@@ -286,7 +292,7 @@ def _draft(server: Server, key: str, wish: _Wish) -> str | None:
     return None if found is None else _as_text(PILImage.fromarray(found["image"]), wish)
 
 
-def _encoded(server: Server, job: Job, wish: _Wish) -> str:
+def _encoded(server: Server, job: Job, wish: _ImageOptions) -> str:
     done = server.outputs.find(job.key)
     if done is None:
         raise ApiError(404, f"The files of {job.id} are not there any more", code="expired")
@@ -296,7 +302,7 @@ def _encoded(server: Server, job: Job, wish: _Wish) -> str:
     return _as_text(PILImage.open(io.BytesIO(content)), wish)
 
 
-def _as_text(picture: PILImage.Image, wish: _Wish) -> str:
+def _as_text(picture: PILImage.Image, wish: _ImageOptions) -> str:
     buffer = io.BytesIO()
     options = {} if wish.format == "png" else {"quality": wish.quality}
     picture.save(buffer, FORMATS[wish.format], **options)
@@ -323,7 +329,7 @@ def _completed(job: Job | None) -> Job:
     return job
 
 
-def _format(wish: _Wish) -> Any:
+def _format(wish: _ImageOptions) -> Any:
     return wish.format
 
 

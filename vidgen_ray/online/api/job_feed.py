@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 News = asyncio.Queue[Job | None]
 
 
-class Followers:
+class JobFeed:
     """Asks for changes every `poll_s` seconds while anybody follows a job."""
 
     def __init__(self, store: JobStore, poll_s: float) -> None:

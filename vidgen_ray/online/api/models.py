@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from vidgen_ray.online.api.deps import Here
+from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.response_models import Model, ModelPage
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.security import TenantDep
 
 router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", response_model=ModelPage, responses=error_responses())
-async def list_models(server: Here, tenant: Asking) -> ModelPage:
+async def list_models(server: ServerDep, tenant: TenantDep) -> ModelPage:
     """The first one is meant where a request names none."""
     return ModelPage(data=[Model(id=name, created=server.started_at) for name in server.models])
 
 
 @router.get("/v1/models/{model_id}", response_model=Model, responses=error_responses(404))
-async def get_model(server: Here, tenant: Asking, model_id: str) -> Model:
+async def get_model(server: ServerDep, tenant: TenantDep, model_id: str) -> Model:
     """Whether there is a model of this name."""
     name, _ = server.model(model_id)
     return Model(id=name, created=server.started_at)

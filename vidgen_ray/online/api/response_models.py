@@ -108,7 +108,7 @@ class ShotJob(BaseModel):
     shot: dict[str, JsonValue]
 
 
-class PictureUsage(BaseModel):
+class ImageUsage(BaseModel):
     """Nothing is counted in tokens here; clients expect the numbers."""
 
     input_tokens: int = 0
@@ -117,25 +117,25 @@ class PictureUsage(BaseModel):
     input_tokens_details: dict[str, int] = Field(default_factory=lambda: {"image_tokens": 0, "text_tokens": 0})
 
 
-class Picture(BaseModel):
+class ImageResult(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     revised_prompt: None = None
 
 
-class Pictures(BaseModel):
+class ImagesResponse(BaseModel):
     """OpenAI's ImagesResponse."""
 
     created: int
-    data: list[Picture]
+    data: list[ImageResult]
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png", "webp", "jpeg"]
     quality: Literal["high"] = "high"
     size: str
-    usage: PictureUsage = PictureUsage()
+    usage: ImageUsage = ImageUsage()
 
 
-class PersonOut(BaseModel):
+class CharacterResponse(BaseModel):
     """A person who can be named in requests."""
 
     id: str
@@ -145,21 +145,21 @@ class PersonOut(BaseModel):
     photos: list[str] = Field(description="ids of the uploaded files")
 
 
-class PersonPage(BaseModel):
+class CharacterPage(BaseModel):
     object: Literal["list"] = "list"
-    data: list[PersonOut]
+    data: list[CharacterResponse]
     first_id: str | None
     last_id: str | None
     has_more: Literal[False] = False
 
 
-class PersonDeleted(BaseModel):
+class CharacterDeleted(BaseModel):
     id: str
     object: Literal["character.deleted"] = "character.deleted"
     deleted: Literal[True] = True
 
 
-class FileOut(BaseModel):
+class UploadedFile(BaseModel):
     """A picture that was uploaded. Its id can stand wherever a picture is asked for."""
 
     id: str
@@ -248,12 +248,14 @@ def problem_of(job: Job) -> JobProblem | None:
     return None if job.error is None else JobProblem.model_validate(job.error.model_dump())
 
 
-def person_of(character: Character) -> PersonOut:
-    return PersonOut(id=character.id, name=character.name, created_at=int(character.created_at), photos=list(character.photos))
+def person_of(character: Character) -> CharacterResponse:
+    return CharacterResponse(
+        id=character.id, name=character.name, created_at=int(character.created_at), photos=list(character.photos)
+    )
 
 
-def file_of(upload: Upload) -> FileOut:
-    return FileOut(id=upload.id, bytes=upload.bytes, created_at=int(upload.created_at), filename=upload.id)
+def file_of(upload: Upload) -> UploadedFile:
+    return UploadedFile(id=upload.id, bytes=upload.bytes, created_at=int(upload.created_at), filename=upload.id)
 
 
 def body_of(fields: dict[str, Any], files: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
@@ -389,7 +391,7 @@ SHOT_BODY = json_of(
     },
     ("prompt",),
 )
-PERSON_BODY = form_of(
+CHARACTER_BODY = form_of(
     {"name": {"type": "string", "minLength": 1, "maxLength": 128}}, {"image": FILES, "video": FILE}, ("name",)
 )
 FILE_BODY = form_of({"purpose": _TEXT}, {"file": FILE}, ("file",))

@@ -43,4 +43,4 @@ def tenant_of(
     return tenant
 
 
-Asking = Annotated[Tenant, Depends(tenant_of)]
+TenantDep = Annotated[Tenant, Depends(tenant_of)]

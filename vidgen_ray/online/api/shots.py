@@ -6,11 +6,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Here
+from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.request_models import PATH_FIELDS, SHOT_FIELDS, checked_names
 from vidgen_ray.online.api.response_models import ShotJob, shot_of
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import receive
@@ -27,7 +27,9 @@ router = APIRouter(tags=["shots"])
     openapi_extra=response_models.SHOT_BODY,
     responses=error_responses(404, 408, 409, 413, 415),
 )
-async def create_shot(request: Request, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None) -> ShotJob:
+async def create_shot(
+    request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
+) -> ShotJob:
     """Ask for a shot by a line of a script, as JSON. Files are named by the ids of uploads, LoRAs by the server's names."""
     async with receive(request, server.settings.uploads) as received:
         if received.is_form:
@@ -45,7 +47,7 @@ async def create_shot(request: Request, server: Here, tenant: Asking, idempotenc
 
 
 @router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
-async def get_shot(server: Here, tenant: Asking, shot_id: str) -> ShotJob:
+async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
     """How far any job is, and its shot as it may be sent again. Its files and events are those of `/v1/videos/{id}`."""
     job = await job_of(server, tenant, shot_id)
     return shot_of(job, shown(job.shot, server.settings, server.intake.uploads))

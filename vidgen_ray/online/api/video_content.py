@@ -17,9 +17,9 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from vidgen_ray.media import cover_crop, open_video, read_image
-from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.deps import Server, ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
@@ -61,7 +61,7 @@ router = APIRouter()
     },
 )
 async def video_content(
-    request: Request, server: Here, tenant: Asking, video_id: str, variant: Annotated[Variant, Query()] = "video"
+    request: Request, server: ServerDep, tenant: TenantDep, video_id: str, variant: Annotated[Variant, Query()] = "video"
 ) -> Response:
     """The clip (`video`: enlarged where it was asked for; `sd`: as the model made it), its picture (`image`), a small one
     (`thumbnail`, WebP), or some frames side by side (`spritesheet`, JPEG)."""
@@ -82,7 +82,7 @@ async def video_content(
     responses={**error_responses(404, 409, 416), 200: {"description": "As GET"}, 206: {"description": "As GET"}},
 )
 async def video_content_head(
-    request: Request, server: Here, tenant: Asking, video_id: str, variant: Annotated[Variant, Query()] = "video"
+    request: Request, server: ServerDep, tenant: TenantDep, video_id: str, variant: Annotated[Variant, Query()] = "video"
 ) -> Response:
     """The headers of the file: its type, length and ETag."""
     return await video_content(request, server, tenant, video_id, variant)

@@ -8,10 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.deps import Server, ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.response_models import VideoDeleted, video_of
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import job_of
 from vidgen_ray.online.store.jobs import Job
 
@@ -27,8 +27,8 @@ router = APIRouter(tags=["videos"])
 
 @router.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses={**error_responses(404), 200: EVENTS})
 async def video_events(
-    server: Here,
-    tenant: Asking,
+    server: ServerDep,
+    tenant: TenantDep,
     video_id: str,
     last_event_id: Annotated[str | None, Header(description="the last event that was seen: it is not told again")] = None,
 ) -> EventSourceResponse:

@@ -11,14 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Here, Server
+from vidgen_ray.online.api.deps import Server, ServerDep
 from vidgen_ray.online.api.error_handlers import error_responses
 from vidgen_ray.online.api.request_models import VIDEO_FIELDS, checked_names, text, video_fields
 from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_of
-from vidgen_ray.online.api.security import Asking
+from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import Received, receive
+from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.job_service import shown
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
@@ -39,7 +39,7 @@ router = APIRouter(tags=["videos"])
     responses=error_responses(404, 408, 409, 413, 415),
 )
 async def create_video(
-    request: Request, response: Response, server: Here, tenant: Asking, idempotency_key: IdempotencyKey = None
+    request: Request, response: Response, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Video:
     """Ask for a clip. It is stored when this answers; `GET /v1/videos/{video_id}` says how far it is."""
     async with receive(request, server.settings.uploads) as received:
@@ -59,8 +59,8 @@ async def create_video(
 
 @router.get("/v1/videos", response_model=VideoPage, responses=error_responses(404))
 async def list_videos(
-    server: Here,
-    tenant: Asking,
+    server: ServerDep,
+    tenant: TenantDep,
     after: Annotated[str | None, Query(description="id of the last one of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Annotated[Literal["asc", "desc"], Query(description="by age; desc: the newest first")] = "desc",
@@ -76,7 +76,7 @@ async def list_videos(
 
 
 @router.get("/v1/videos/{video_id}", response_model=Video, responses=error_responses(404))
-async def get_video(response: Response, server: Here, tenant: Asking, video_id: str) -> Video:
+async def get_video(response: Response, server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """How far a clip is."""
     job = await job_of(server, tenant, video_id)
     _poll_after(server, response)
@@ -84,7 +84,7 @@ async def get_video(response: Response, server: Here, tenant: Asking, video_id: 
 
 
 @router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=error_responses(404))
-async def delete_video(server: Here, tenant: Asking, video_id: str) -> VideoDeleted:
+async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> VideoDeleted:
     """Forget a clip. One that is being made is cancelled."""
     if not await server.intake.delete(tenant, video_id):
         raise not_found("video", video_id[:100])
@@ -92,7 +92,7 @@ async def delete_video(server: Here, tenant: Asking, video_id: str) -> VideoDele
 
 
 @router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=error_responses(404))
-async def cancel_video(server: Here, tenant: Asking, video_id: str) -> Video:
+async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """Stop making a clip: at once where it waits, else after the denoising step or frame at hand. What has ended stays."""
     job = await server.intake.cancel(tenant, video_id)
     if job is None:
@@ -109,8 +109,8 @@ async def cancel_video(server: Here, tenant: Asking, video_id: str) -> Video:
 async def remix_video(
     request: Request,
     response: Response,
-    server: Here,
-    tenant: Asking,
+    server: ServerDep,
+    tenant: TenantDep,
     video_id: str,
     idempotency_key: IdempotencyKey = None,
 ) -> Video:
@@ -144,7 +144,7 @@ async def job_of(server: Server, tenant: Tenant, job_id: str) -> Job:
 async def _clip(
     server: Server,
     tenant: Tenant,
-    received: Received,
+    received: ReceivedRequest,
     base: Mapping[str, Any] | None = None,
     before: Job | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,7 +160,7 @@ async def _clip(
     if {"character", "face_image"} & given.keys():
         replaced |= {"face_image", "face_index"}
     begun = {**meant, **{name: value for name, value in (base or {}).items() if name not in replaced}}
-    fields = {**begun, **video_fields(given, {**server.served.profile.defaults, **begun})}
+    fields = {**begun, **video_fields(given, {**server.serving_profile.profile.defaults, **begun})}
     for name in ("input_reference", "image_reference"):
         if files := received.files(name):
             if len(files) > 1 or "image" in fields:
@@ -172,7 +172,7 @@ async def _clip(
     return fields, {"model": model, "user": text(given, "user")}
 
 
-async def person(server: Server, tenant: Tenant, received: Received, given: Mapping[str, Any]) -> dict[str, Any]:
+async def person(server: Server, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say who is in the picture."""
     photos = await server.references.all_kept(tenant, received.files("face_image"), "face_image")
     if photos and "face_image" in given:

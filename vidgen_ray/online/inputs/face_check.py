@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api_error import ApiError, without_places
-from vidgen_ray.online.serving_profile import Served
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -17,11 +17,11 @@ from vidgen_ray.stages.instantid import InstantIDStage
 T = TypeVar("T")
 
 
-class FaceFinder:
+class FaceCheck:
     """Loads the models when they are first needed: most replicas of the API never do."""
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
+    def __init__(self, serving_profile: ServingProfile) -> None:
+        self._served = serving_profile
         self._stage: InstantIDStage | None = None
         self._alone = Lock()
         self._turn = asyncio.Semaphore(1)
@@ -41,7 +41,7 @@ class FaceFinder:
         if self._stage is None:
             params = self._served.params.get(InstantIDStage.name)
             if not isinstance(params, InstantIDParams):
-                raise _not_served(self._served.left_out.get(InstantIDStage.name, "the profile has no such stage"))
+                raise _not_served(self._served.unavailable.get(InstantIDStage.name, "the profile has no such stage"))
             # Beside what the machine renders with its accelerators, which are spoken for.
             stage = InstantIDStage(params.model_copy(update={"device": "cpu"}))
             try:

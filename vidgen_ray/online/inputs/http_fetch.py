@@ -31,15 +31,15 @@ HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
-class Refused(VidgenError):
+class BlockedUrl(VidgenError):
     """A place that must not be asked. Says what about it, not what is there."""
 
 
-class Unreachable(VidgenError):
+class UnreachableUrl(VidgenError):
     """A place that may be asked did not answer as it should."""
 
 
-class Answer(NamedTuple):
+class HttpResponse(NamedTuple):
     """What a server said."""
 
     status: int
@@ -55,12 +55,12 @@ def check_address(address: str) -> None:
     if isinstance(given, ipaddress.IPv6Address):
         # Forms that carry an IPv4 address: the mapped one is that address, the others lead to a translator.
         if given.sixtofour or given.teredo:
-            raise Refused(f"{address} is an address of a translator")
+            raise BlockedUrl(f"{address} is an address of a translator")
         inner = given.ipv4_mapped or given
         if isinstance(inner, ipaddress.IPv6Address) and inner not in UNICAST:
-            raise Refused(f"{address} is not a public address")
+            raise BlockedUrl(f"{address} is not a public address")
     if not inner.is_global or inner.is_multicast or any(inner in network for network in REFUSED):
-        raise Refused(f"{address} is not a public address")
+        raise BlockedUrl(f"{address} is not a public address")
 
 
 class _Checked(httpcore.NetworkBackend):
@@ -90,7 +90,7 @@ class _Checked(httpcore.NetworkBackend):
         return self._plain.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
-class Outside:
+class PublicHttpClient:
     """Makes the requests. Nothing is kept between two of them."""
 
     def __init__(self, timeout_s: float, *, allow_private: bool = False) -> None:
@@ -107,7 +107,7 @@ class Outside:
         body: bytes = b"",
         cap_bytes: int,
         may: Callable[[SplitResult], None] = lambda parts: None,
-    ) -> Answer:
+    ) -> HttpResponse:
         """One request; redirects are not followed. The answer may have `cap_bytes`, or of an error the first ones are given.
 
         Raises Refused, also where `may` does, and Unreachable.
@@ -115,7 +115,7 @@ class Outside:
         parts = checked_url(url)
         may(parts)
         if not self._allow_private and parts.port not in (None, *PORTS.values()):
-            raise Refused(f"port {parts.port} is not one of {', '.join(map(str, PORTS.values()))}")
+            raise BlockedUrl(f"port {parts.port} is not one of {', '.join(map(str, PORTS.values()))}")
         deadline = time.monotonic() + self._timeout_s
         timeout = dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
         sent = [("Host", parts.netloc), ("Connection", "close"), *(headers or {}).items()]
@@ -133,18 +133,18 @@ class Outside:
                     content += chunk
                     if len(content) > cap_bytes:
                         if response.status == 200:
-                            raise Refused(f"the answer is larger than {cap_bytes} bytes")
+                            raise BlockedUrl(f"the answer is larger than {cap_bytes} bytes")
                         break
                     if time.monotonic() > deadline:
-                        raise Unreachable(f"took longer than {self._timeout_s:g} s")
+                        raise UnreachableUrl(f"took longer than {self._timeout_s:g} s")
                 answered = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-                return Answer(response.status, answered, bytes(content))
+                return HttpResponse(response.status, answered, bytes(content))
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             # OpenSSL's and the kernel's own words would tell what listens where.
-            raise Unreachable(f"cannot be reached ({type(error).__name__})") from None
+            raise UnreachableUrl(f"cannot be reached ({type(error).__name__})") from None
 
 
-class Pictures:
+class ImageFetcher:
     """Fetches what clients name by URL, from the hosts that are allowed."""
 
     def __init__(
@@ -153,7 +153,7 @@ class Pictures:
         self._allow_hosts = [host.lower() for host in allow_hosts]
         self._redirects = redirects
         self._cap_bytes = cap_bytes
-        self._outside = Outside(timeout_s, allow_private=allow_private)
+        self._outside = PublicHttpClient(timeout_s, allow_private=allow_private)
 
     def fetch(self, url: str) -> bytes:
         """The content at a URL. Raises Refused or Unreachable."""
@@ -164,31 +164,31 @@ class Pictures:
                 url = urljoin(url, answer.headers["location"])
                 continue
             if answer.status != 200:
-                raise Unreachable(f"answered {answer.status}")
+                raise UnreachableUrl(f"answered {answer.status}")
             return answer.body
-        raise Refused(f"more than {self._redirects} redirects")
+        raise BlockedUrl(f"more than {self._redirects} redirects")
 
     def _may(self, parts: SplitResult) -> None:
         host = (parts.hostname or "").rstrip(".")
         for allowed in self._allow_hosts:
             if host == allowed or (allowed.startswith("*.") and host.endswith(allowed[1:])):
                 return
-        raise Refused(f"host {host[:100]!r} is not among those that are allowed")
+        raise BlockedUrl(f"host {host[:100]!r} is not among those that are allowed")
 
 
 def checked_url(url: str) -> SplitResult:
     """The parts of a plain http or https URL. Raises Refused for whatever two programs might read differently."""
     if not url.isascii() or not url.isprintable() or any(sign in url for sign in ' \\"<>^`{|}'):
-        raise Refused("a URL must be plain ASCII; write other letters as %XX, and names as xn--...")
+        raise BlockedUrl("a URL must be plain ASCII; write other letters as %XX, and names as xn--...")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise Refused("not a URL") from None
+        raise BlockedUrl("not a URL") from None
     if parts.scheme not in PORTS:
-        raise Refused(f"scheme {parts.scheme[:20]!r} is not http or https")
+        raise BlockedUrl(f"scheme {parts.scheme[:20]!r} is not http or https")
     if "@" in parts.netloc:
-        raise Refused("a URL with a name or a password in it")
+        raise BlockedUrl("a URL with a name or a password in it")
     if not host or not HOST.fullmatch(host.rstrip(".")) or port == 0:
-        raise Refused("not the name of a host")
+        raise BlockedUrl("not the name of a host")
     return parts

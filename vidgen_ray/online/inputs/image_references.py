@@ -12,17 +12,17 @@ from starlette.datastructures import UploadFile
 
 from vidgen_ray.online.api_error import invalid
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.http_fetch import Pictures, Refused, Unreachable
+from vidgen_ray.online.inputs.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.inputs.uploads import UploadFolder, from_data_url
 
 FETCHES_AT_ONCE = 4
 """A host that answers slowly holds a thread for each."""
 
 
-class References:
+class ImageReferences:
     """Makes ids of uploads of them. Without `pictures` nothing is fetched."""
 
-    def __init__(self, uploads: UploadFolder, pictures: Pictures | None) -> None:
+    def __init__(self, uploads: UploadFolder, pictures: ImageFetcher | None) -> None:
         self._uploads = uploads
         self._pictures = pictures
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
@@ -70,5 +70,5 @@ class References:
         try:
             async with self._fetching:
                 return await asyncio.to_thread(self._pictures.fetch, url)
-        except (Refused, Unreachable) as error:
+        except (BlockedUrl, UnreachableUrl) as error:
             raise invalid(param, f"cannot be fetched: {error}", "url_not_fetched") from None

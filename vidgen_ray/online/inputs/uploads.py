@@ -27,7 +27,7 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.settings import UploadCaps
-from vidgen_ray.online.store.upload_records import Upload, Uploaded
+from vidgen_ray.online.store.upload_records import Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 
 BLOCK_BYTES = 1 << 20
@@ -43,7 +43,7 @@ DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 class UploadFolder:
     """A local folder of pictures by digest, and the store's account of who brought which."""
 
-    def __init__(self, folder: Path, uploaded: Uploaded, caps: UploadCaps) -> None:
+    def __init__(self, folder: Path, uploaded: UploadRecords, caps: UploadCaps) -> None:
         self._folder = folder
         self._uploaded = uploaded
         self.caps = caps
@@ -100,7 +100,7 @@ class UploadFolder:
         return f"file-{place.name}" if place.parent == self._folder else None
 
 
-def upload_folder(outputs: OutputFolder, uploaded: Uploaded, caps: UploadCaps) -> UploadFolder:
+def upload_folder(outputs: OutputFolder, uploaded: UploadRecords, caps: UploadCaps) -> UploadFolder:
     """Beside the results, or in this machine's cache folder where those lie in an object store."""
     return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", uploaded, caps)
 
@@ -144,7 +144,7 @@ class BodyCap:
         await self._app(scope, counted if scope["type"] == "http" else receive, send)
 
 
-class Received:
+class ReceivedRequest:
     """The fields and files of a request, whether it came as a form or as JSON."""
 
     def __init__(
@@ -171,7 +171,7 @@ class Received:
 
 
 @asynccontextmanager
-async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]:
+async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedRequest]:
     """What a request brings; its files are open inside of the block. Raises ApiError 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with _in_time(caps):
@@ -189,7 +189,7 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[Received]
     if form is None:
         # In a thread: some megabytes take longer than others should wait.
         content = await asyncio.to_thread(_from_json, body)
-        yield Received(content, {}, hashlib.sha256(body).hexdigest(), is_form=False)
+        yield ReceivedRequest(content, {}, hashlib.sha256(body).hexdigest(), is_form=False)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -252,7 +252,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _from_form(form: FormData) -> Received:
+def _from_form(form: FormData) -> ReceivedRequest:
     fields: dict[str, Any] = {}
     files: dict[str, list[UploadFile]] = {}
     digest = hashlib.sha256()
@@ -271,7 +271,7 @@ def _from_form(form: FormData) -> Received:
             continue
         digest.update(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
         _put(fields, name, value)
-    return Received(fields, files, digest.hexdigest(), is_form=True)
+    return ReceivedRequest(fields, files, digest.hexdigest(), is_form=True)
 
 
 def _put(fields: dict[str, Any], name: str, value: str) -> None:

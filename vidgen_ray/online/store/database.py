@@ -52,10 +52,10 @@ class Database:
             yield connection.execution_options(**READS)
 
     @contextmanager
-    def changing(self) -> Iterator[Change]:
+    def changing(self) -> Iterator[Transaction]:
         """A transaction that is alone in changing anything, and on the disk when the block ends."""
         with self.engine.begin() as connection:
-            yield Change(connection)
+            yield Transaction(connection)
 
     def ping(self) -> None:
         """Raises SQLAlchemyError where the database does not answer."""
@@ -81,7 +81,7 @@ class Database:
                 )
 
 
-class Change:
+class Transaction:
     """A transaction under way. Asking for its first number makes it wait until it is alone."""
 
     def __init__(self, connection: Connection) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter
 from sqlalchemy import ColumnElement, Row, insert, update
 
-from vidgen_ray.online.store.database import Change
+from vidgen_ray.online.store.database import Transaction
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import JOBS
@@ -36,7 +36,7 @@ class JobRows:
         self._retention_s = retention_s
         self._now = now
 
-    def insert(self, change: Change, job: Job) -> Job:
+    def insert(self, change: Transaction, job: Job) -> Job:
         """A new job, as it is stored."""
         if job.state.is_final:
             job = job.model_copy(update={"expires_at": self._expiry(job.completed_at)})
@@ -47,12 +47,14 @@ class JobRows:
             self._announce(change, [job])
         return job
 
-    def update(self, change: Change, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
+    def update(self, change: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
         """Change the jobs that are as `where` expects, and give them as they are then."""
         changed = update(JOBS).where(*where).values(**values, version=change.version).returning(JOBS)
         return change.connection.execute(changed).all()
 
-    def end(self, change: Change, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any) -> Sequence[Row[Any]]:
+    def end(
+        self, change: Transaction, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any
+    ) -> Sequence[Row[Any]]:
         """End jobs, of those that have not ended, and tell the webhooks."""
         now = self._now()
         ended = self.update(
@@ -68,7 +70,7 @@ class JobRows:
         self._announce(change, [job_of(row) for row in ended if row.deleted_at is None])
         return ended
 
-    def _announce(self, change: Change, jobs: Sequence[Job]) -> None:
+    def _announce(self, change: Transaction, jobs: Sequence[Job]) -> None:
         for job in jobs:
             for target in self._targets(job.tenant):
                 self._outbox.add(change, target, job)

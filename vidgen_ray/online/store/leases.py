@@ -17,7 +17,7 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.schema import JOBS
 
 
-class HowFar(NamedTuple):
+class JobProgress(NamedTuple):
     """News of a job in progress."""
 
     job_id: str
@@ -27,7 +27,7 @@ class HowFar(NamedTuple):
     percent: int
 
 
-class WorkQueue:
+class JobLeases:
     """Calls block; in an event loop use `asyncio.to_thread`."""
 
     def __init__(self, database: Database, rows: JobRows, now: Callable[[], float]) -> None:
@@ -84,7 +84,7 @@ class WorkQueue:
             back = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
             self._rows.update(change, held, **back)
 
-    def progress(self, owner: str, each: Sequence[HowFar]) -> set[str]:
+    def progress(self, owner: str, each: Sequence[JobProgress]) -> set[str]:
         """Say how far jobs are; a percentage never goes back. Gives those that are still the owner's."""
         with self._database.changing() as change:
             held = set()

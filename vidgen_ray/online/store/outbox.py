@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import delete, func, insert, select, update
 
-from vidgen_ray.online.store.database import Change, Database
+from vidgen_ray.online.store.database import Database, Transaction
 from vidgen_ray.online.store.jobs import Job, new_id
 from vidgen_ray.online.store.schema import OUTBOX
 
@@ -35,7 +35,7 @@ class Outbox:
         self._database = database
         self._now = now
 
-    def add(self, change: Change, target: str, job: Job) -> None:
+    def add(self, change: Transaction, target: str, job: Job) -> None:
         """In the transaction that ends the job: neither is seen without the other."""
         now = self._now()
         change.connection.execute(

@@ -18,10 +18,10 @@ from vidgen_ray.online.store.characters import Characters
 from vidgen_ray.online.store.database import Database
 from vidgen_ray.online.store.job_rows import OPEN, JobRows, job_of
 from vidgen_ray.online.store.jobs import FINAL, Job, JobKind, JobState
-from vidgen_ray.online.store.leases import WorkQueue
+from vidgen_ray.online.store.leases import JobLeases
 from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
-from vidgen_ray.online.store.upload_records import Uploaded
+from vidgen_ray.online.store.upload_records import UploadRecords
 
 REMEMBERED_S = 86_400
 """How long a retried create finds the jobs of the first."""
@@ -88,10 +88,10 @@ class JobStore:
         self._database = Database(url, lasting=lasting)
         self._now = now
         self.characters = Characters(self._database, now)
-        self.uploads = Uploaded(self._database, now)
+        self.uploads = UploadRecords(self._database, now)
         self.outbox = Outbox(self._database, now)
         self._rows = JobRows(self.outbox, targets, retention_s, now)
-        self.queue = WorkQueue(self._database, self._rows, now)
+        self.queue = JobLeases(self._database, self._rows, now)
 
     @property
     def engine(self) -> Engine:

@@ -24,7 +24,7 @@ class Upload(BaseModel):
     created_at: float
 
 
-class Uploaded:
+class UploadRecords:
     """Part of the store."""
 
     def __init__(self, database: Database, now: Callable[[], float]) -> None:

@@ -8,11 +8,11 @@ from starlette.responses import RedirectResponse, Response
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import small_form
 from vidgen_ray.online.web.origin import same_origin
-from vidgen_ray.online.web.page_context import Site, base_of
+from vidgen_ray.online.web.page_context import PageContext, base_of
 from vidgen_ray.online.web.sessions import COOKIE, LIFE_S
 
 
-def door_routes(site: Site) -> APIRouter:
+def door_routes(site: PageContext) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/sign-in")
@@ -59,7 +59,7 @@ def door_routes(site: Site) -> APIRouter:
     return router
 
 
-def refusal(site: Site, request: Request) -> Response:
+def refusal(site: PageContext, request: Request) -> Response:
     """What a request of another site's page gets."""
     message = "This request came from another web site. Nothing was done."
     return site.answer(request, "message.html", 403, heading="Refused", message=message)

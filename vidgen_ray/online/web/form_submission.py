@@ -11,12 +11,12 @@ from starlette.datastructures import UploadFile
 from vidgen_ray.errors import StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import Received
+from vidgen_ray.online.inputs.uploads import ReceivedRequest
 from vidgen_ray.online.job_service import shown
 from vidgen_ray.online.store.characters import Character, NameTaken
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of
-from vidgen_ray.online.web.page_context import Site
+from vidgen_ray.online.web.page_context import PageContext
 from vidgen_ray.shot import Shot
 
 WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -24,7 +24,9 @@ WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NAME_LETTERS = 128
 
 
-async def accepted(site: Site, tenant: Tenant, received: Received, values: FormValues) -> tuple[Job, Character | None]:
+async def accepted(
+    site: PageContext, tenant: Tenant, received: ReceivedRequest, values: FormValues
+) -> tuple[Job, Character | None]:
     """The job that the form asks for, and the person that it saved. Raises FormError and ApiError."""
     server = site.server
     fields: dict[str, Any] = values.fields()
@@ -32,10 +34,10 @@ async def accepted(site: Site, tenant: Tenant, received: Received, values: FormV
         fields["lora"] = [{"name": lora.path, "scale": lora.weight}]
     # Checked here first, since the intake tells one field at a time and a form can show all.
     try:
-        Shot.model_validate({**server.served.profile.defaults, **fields, "lora": None})
+        Shot.model_validate({**server.serving_profile.profile.defaults, **fields, "lora": None})
     except ValidationError as error:
         raise FormError(errors_of(error)) from None
-    about: dict[str, Any] = {"model": server.served.profile.name + ("-fast" if values.mode == "fast" else "")}
+    about: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if values.mode == "fast" else "")}
     # An empty choice of files comes as one without a name.
     photos = [file for file in received.files("photo") if file.filename or file.size]
     saved = await _saved(site, tenant, photos, values)
@@ -57,7 +59,7 @@ async def accepted(site: Site, tenant: Tenant, received: Received, values: FormV
     return jobs[0], saved
 
 
-async def _saved(site: Site, tenant: Tenant, photos: Sequence[UploadFile], values: FormValues) -> Character | None:
+async def _saved(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile], values: FormValues) -> Character | None:
     """The person as whom the form wants its photos saved. Raises FormError."""
     name = values.save_as.strip()
     if photos and values.character:
@@ -78,7 +80,7 @@ async def _saved(site: Site, tenant: Tenant, photos: Sequence[UploadFile], value
         raise FormError({"save_as": "There is a character of this name with other photos."}) from None
 
 
-async def _kept(site: Site, tenant: Tenant, photos: Sequence[UploadFile]) -> list[str]:
+async def _kept(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile]) -> list[str]:
     """The ids of the photos; asked again it gives the same ones. Raises ApiError."""
     ids = []
     for photo in photos:
@@ -88,18 +90,18 @@ async def _kept(site: Site, tenant: Tenant, photos: Sequence[UploadFile]) -> lis
     return ids
 
 
-def _check_faces(site: Site, tenant: Tenant, ids: Sequence[str]) -> None:
+def _check_faces(site: PageContext, tenant: Tenant, ids: Sequence[str]) -> None:
     paths = [site.server.intake.uploads.find(tenant.name, each) for each in ids]
     site.server.faces.check([read_image(path) for path in paths if path is not None])
 
 
-async def job_of(site: Site, tenant: Tenant, job_id: object) -> Job | None:
+async def job_of(site: PageContext, tenant: Tenant, job_id: object) -> Job | None:
     """None where the tenant has no such job."""
     if not isinstance(job_id, str) or not WORD.fullmatch(job_id):
         return None
     return await run_in_threadpool(site.server.store.get, job_id, tenant.name)
 
 
-def as_asked(site: Site, job: Job) -> Mapping[str, Any]:
+def as_asked(site: PageContext, job: Job) -> Mapping[str, Any]:
     """The fields by which the same shot could be asked for again."""
     return shown(job.shot, site.server.settings, site.server.intake.uploads)

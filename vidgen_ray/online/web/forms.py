@@ -145,13 +145,13 @@ class Size:
     label: str
 
 
-def sizes_like(width: int, height: int, also: str = "") -> tuple[Size, ...]:
+def sizes_like(width: int, height: int, extra_weights: str = "") -> tuple[Size, ...]:
     """The profile's own size, the same upright and as a square of about as many pixels, and `also`."""
     side = max(LATENT_PX, round(math.sqrt(width * height) / LATENT_PX) * LATENT_PX)
     long, short = max(width, height), min(width, height)
     shapes = {f"{long}x{short}": "Landscape", f"{short}x{long}": "Portrait", f"{side}x{side}": "Square"}
-    if also:
-        shapes.setdefault(also, "As in that clip")
+    if extra_weights:
+        shapes.setdefault(extra_weights, "As in that clip")
     return tuple(Size(value, f"{name}, {value.replace('x', ' × ')}") for value, name in shapes.items())
 
 

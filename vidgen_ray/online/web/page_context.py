@@ -34,7 +34,7 @@ HEADERS = {
 }
 
 
-class Site:
+class PageContext:
     """Shared by the routes; holds no state of a request."""
 
     def __init__(self, server: Server) -> None:

@@ -28,7 +28,7 @@ from vidgen_ray.online.web.forms import (
 from vidgen_ray.online.web.job_cards import ACTIVE
 from vidgen_ray.online.web.live_updates import changes
 from vidgen_ray.online.web.origin import same_origin
-from vidgen_ray.online.web.page_context import HEADERS, Site, base_of, wants_json
+from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_of, wants_json
 from vidgen_ray.shot import Shot
 
 GALLERY_LENGTH = 12
@@ -41,7 +41,7 @@ PROMPT_LETTERS = 2_000
 STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
 
 
-def page_routes(site: Site) -> APIRouter:
+def page_routes(site: PageContext) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])
@@ -102,7 +102,7 @@ def page_routes(site: Site) -> APIRouter:
     return router
 
 
-async def _change(site: Site, request: Request, job_id: str, what: str) -> Response:
+async def _change(site: PageContext, request: Request, job_id: str, what: str) -> Response:
     tenant = await site.tenant(request)
     if tenant is None:
         return _signed_out(request)
@@ -122,14 +122,14 @@ async def _change(site: Site, request: Request, job_id: str, what: str) -> Respo
     return RedirectResponse(f"{base}/#gallery" if what == "delete" else f"{base}/#{job_id}", 303)
 
 
-async def _refused(site: Site, request: Request, tenant: Tenant, values: FormValues, error: FormError) -> Response:
+async def _refused(site: PageContext, request: Request, tenant: Tenant, values: FormValues, error: FormError) -> Response:
     if wants_json(request):
         return JSONResponse({"message": error.message, "errors": error.errors}, error.status, HEADERS)
     return await run_in_threadpool(_page, site, request, tenant, values, error)
 
 
 def _page(
-    site: Site, request: Request, tenant: Tenant, values: FormValues | None = None, error: FormError | None = None
+    site: PageContext, request: Request, tenant: Tenant, values: FormValues | None = None, error: FormError | None = None
 ) -> Response:
     """The whole page; with `values` and `error` the form as it was sent, and what is wrong with it."""
     base, query = base_of(request), request.query_params
@@ -142,7 +142,7 @@ def _page(
     except UnknownJob:
         return RedirectResponse(f"{base}/", 303)
     like = site.server.store.get(query.get("like", ""), tenant.name)
-    plain = Shot.model_validate({"prompt": "-", **site.server.served.profile.defaults})
+    plain = Shot.model_validate({"prompt": "-", **site.server.serving_profile.profile.defaults})
     if values is None:
         values = FormValues.of_shot(like.shot if like else plain, site.lora_names)
         values = values if like else values.with_prompt(query.get("prompt", "")[:PROMPT_LETTERS])
@@ -155,7 +155,7 @@ def _page(
         cursor=cursor,
         first_page=after is None,
         signed_in=site.server.keys.are_required,
-        profile=site.server.served.profile.name,
+        profile=site.server.serving_profile.profile.name,
         # One that ended between the two reads is in both lists.
         queue=[site.card(job, base) for job in queue.jobs if job.id not in {ended.id for ended in gallery.jobs}],
         gallery=[site.card(job, base) for job in gallery.jobs],
@@ -171,9 +171,9 @@ def _page(
         like_photos=like is not None and bool(as_asked(site, like).get("face_image")),
         sizes=shown_size,
         characters=site.server.store.characters.list(tenant.name),
-        loras=sorted(site.server.settings.loras) if "lora" in site.server.served.params else [],
-        styles=STYLES if "hunyuan" in site.server.served.params else (),
-        faces="instantid" in site.server.served.params,
+        loras=sorted(site.server.settings.loras) if "lora" in site.server.serving_profile.params else [],
+        styles=STYLES if "hunyuan" in site.server.serving_profile.params else (),
+        faces="instantid" in site.server.serving_profile.params,
     )
 
 

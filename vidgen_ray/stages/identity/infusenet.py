@@ -78,7 +78,7 @@ class InfuseNetInjector(FluxInjector):
         if shot.identity_strength == 0:
             yield self.model
             return
-        person = _Person(
+        person = _Identity(
             net=self.infusenet.net,
             pose=self._pose_latents(pose, noise_generator(shot, f"{stage}/pose")),
             strength=shot.identity_strength,
@@ -87,7 +87,7 @@ class InfuseNetInjector(FluxInjector):
         )
         tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
         with self.infusenet.net.identity(tokens):
-            yield _PersonalCalls(
+            yield _IdentityPipelines(
                 partial(person.steer, self.model.text_to_image), partial(person.steer, self.model.image_to_image)
             )
 
@@ -106,13 +106,13 @@ class InfuseNetInjector(FluxInjector):
 
 
 @dataclass(frozen=True, slots=True)
-class _PersonalCalls:
+class _IdentityPipelines:
     text_to_image: Callable[..., Any]
     image_to_image: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Person:
+class _Identity:
     """How the net, which was told who it is, is asked at each step."""
 
     net: IdentityControlNet
@@ -131,7 +131,7 @@ class _Person:
             # alone, as InfiniteYou has it, guidance would multiply the person by `true_cfg_scale`, too.
             if (now := _step(pipe.scheduler)) != step:
                 step = now
-                residuals = self._residuals(kwargs) if self._has_a_say(step, pipe.num_timesteps) else {}
+                residuals = self._residuals(kwargs) if self._is_active_step(step, pipe.num_timesteps) else {}
             return args, kwargs | residuals
 
         hook = pipe.transformer.register_forward_pre_hook(add_residuals, with_kwargs=True)
@@ -140,7 +140,7 @@ class _Person:
         finally:
             hook.remove()
 
-    def _has_a_say(self, step: int, steps: int) -> bool:
+    def _is_active_step(self, step: int, steps: int) -> bool:
         return self.start <= step / steps and (step + 1) / steps <= self.end
 
     def _residuals(self, told: dict[str, Any]) -> dict[str, Any]:
