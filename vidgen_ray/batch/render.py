@@ -41,6 +41,8 @@ from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
+GRACE_S = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
