@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -44,7 +45,7 @@ class NoOpSVD(NoOp, SVDStage):
 
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
-    def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
+    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
         return frames
 
 

@@ -124,9 +124,9 @@ class SimulatedSVD(SimulatedStage, SVDStage):
 
 class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"hd_frames": self.upscale(item.artefacts["frames"], item.shot.scale, item.shot.upscaler)} for item in items]
+        return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
 
-    def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
+    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
         return frames[:, :ENLARGED_PX, :ENLARGED_PX].copy()
 

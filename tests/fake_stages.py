@@ -110,8 +110,8 @@ class FakeClipLikeness(FakeStage, ClipLikenessStage):
 
 
 class FakeRealESRGAN(FakeStage, RealESRGANStage):
-    def upscale(self, frames, scale, upscaler):
-        return frames.repeat(scale, 1).repeat(scale, 2)
+    def run_chunk(self, shot, frames, lookahead=None):
+        return frames.repeat(shot.scale, 1).repeat(shot.scale, 2)
 
 
 FAKES = {

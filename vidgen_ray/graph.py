@@ -1,15 +1,12 @@
-"""Which stages a shot passes, in which order, and the content key of each result.
+"""The graph: which stages there are, and which of them a shot passes, in order."""
 
-Same key, same bytes on the same kind of machine: a key is the sha256 of the stage and its version, the fields of the shot
-that the stage reads, its options, the digests of its weights and the key before it.
-"""
-
+from collections.abc import Sequence
 from typing import Any
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.base import ChunkedStage, Stage
 from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -34,33 +31,77 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     ClipLikenessStage,
     RealESRGANStage,
 )
-"""In the order in which a shot passes them. A new stage is one new file and one line here."""
+"""All stages, in the order in which a shot passes them. A new stage is one new file and one line here."""
+
+
+def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:
+    """Raises TypeError if a chunked stage precedes another kind, or if one that is not the first of them has a lookahead."""
+    chunked = [stage for stage in stages if issubclass(stage, ChunkedStage)]
+    if tuple(stages[len(stages) - len(chunked) :]) != tuple(chunked):
+        raise TypeError("STAGES: chunked stages must come last")
+    for stage in chunked[1:]:
+        if stage.lookahead_frames:
+            raise TypeError(f"STAGES: {stage.name} has a lookahead, so it must be the first chunked stage")
+
+
+_check_order(STAGES)
 
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
+BASE_IMAGE_STAGES = tuple(stage.name for stage in STAGES if "image" in stage.writes and "image" not in stage.takes)
+"""Names of the stages that generate an image from a prompt."""
+CLIP_ONLY_FIELDS = tuple(dict.fromkeys(field for stage in STAGES for field in stage.clip_only_fields))
+"""Shot fields that have no meaning for a still image."""
 
 
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
+    """Return the stages that the shot passes, in order."""
     return tuple(stage for stage in STAGES if stage.applies(shot))
 
 
+def chunked_stages_of(shot: Shot) -> tuple[type[ChunkedStage[Any]], ...]:
+    """Return the chunked stages at the end of the shot's chain, in order."""
+    return tuple(stage for stage in stages_of(shot) if issubclass(stage, ChunkedStage))
+
+
+def clip_growth(shot: Shot) -> dict[str, tuple[int, int]]:
+    """Return artefact -> (side factor, frame factor) of each clip of the shot, relative to the frames that it generates."""
+    if not shot.generate_video:
+        return {}
+    growth = {"frames": (1, 1)}
+    scale = factor = 1
+    for stage in chunked_stages_of(shot):
+        scale *= stage.scale_factor(shot)
+        factor *= stage.frame_factor(shot)
+        growth[stage.writes[0]] = scale, factor
+    return growth
+
+
+def is_chunked(stage_name: str) -> bool:
+    """Return whether a stage processes clips in chunks of frames."""
+    return issubclass(STAGE_BY_NAME[stage_name], ChunkedStage)
+
+
+def stages_with_setting(setting: str) -> tuple[str, ...]:
+    """Return the names of the stages whose `setting` ("steps" or "guidance") the API sets without naming a stage."""
+    return tuple(stage.name for stage in STAGES if setting in stage.common_settings)
+
+
 def check_profile(profile: Profile) -> None:
-    """Raises ProfileError for an actor that no stage lives on, and for further weights that are of no use."""
+    """Raises ProfileError for an unknown actor, and for extra weights that no stage of the actor uses."""
     known = list(dict.fromkeys(stage.actor for stage in STAGES))
     for name, actor in profile.actors.items():
         if name not in known:
             raise ProfileError(f"profile {profile.name}, actors.{name}: must be one of {', '.join(known)}")
-        allowed = list(
-            dict.fromkeys(extra_weights for stage in STAGES if stage.actor == name for extra_weights in stage.extra_weights())
-        )
-        for extra_weights in actor.extra_weights:
-            if extra_weights not in allowed:
-                must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no further weights"
-                raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra_weights!r}, {must}")
+        allowed = list(dict.fromkeys(extra for stage in STAGES if stage.actor == name for extra in stage.extra_weights()))
+        for extra in actor.extra_weights:
+            if extra not in allowed:
+                must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no extra weights"
+                raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra!r}, {must}")
     _check_recognisers(profile)
 
 
 def _check_recognisers(profile: Profile) -> None:
-    """Raises ProfileError for an injector whose embedding the face stage does not make."""
+    """Raises ProfileError for an injector whose embedding the face stage does not compute."""
     flux, faces = (profile.actors.get(stage.actor) for stage in (FluxStage, InstantIDStage))
     if flux is None or faces is None:
         return
@@ -68,6 +109,6 @@ def _check_recognisers(profile: Profile) -> None:
         needed = injector_class(name).embedding
         if needed not in (RECOGNISER, *faces.extra_weights):
             raise ProfileError(
-                f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} is told a face by {needed}; "
+                f"profile {profile.name}, actors.{FluxStage.actor}.extra_weights: {name} needs face embeddings by {needed}; "
                 f"add `extra_weights: {{{needed}: ...}}` to actors.{InstantIDStage.actor}"
             )

@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
+from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
-from vidgen_ray.graph import check_profile, stages_of
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.graph import check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
@@ -23,7 +24,6 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks
 
 Photo = str | Path | PILImage.Image
 """A file, or a picture in memory."""
@@ -115,26 +115,26 @@ class VideoGenerationPipeline:
         """One try. Raises LikenessTooLow as soon as it is known to be."""
         item, records = Item(plan.shot), list[StepRecord]()
         for step in plan.steps:
-            if step.stage != RealESRGANStage.name:
+            if not is_chunked(step.stage):
                 item, fresh = runner.run(plan, item, [step.stage])
                 records += fresh
                 check_likeness(plan.shot, item.artefacts)
         files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
         with closing(files):
-            if RealESRGANStage.applies(plan.shot):
-                records.append(self._upscale(runner, plan, item, files))
+            if chunked := [stage.name for stage in chunked_stages_of(plan.shot)]:
+                records += self._chunked(runner, plan, chunked, item, files)
             return files.commit(records)
 
-    def _upscale(self, runner: StepRunner, plan: ShotPlan, item: Item, files: ShotFiles) -> StepRecord:
-        """The clip, enlarged and encoded chunk by chunk: whole it would take gigabytes."""
-        params = self._loaded[RealESRGANStage.name].params
-        assert isinstance(params, RealESRGANParams)
-        frames, records = item.artefacts["frames"], []
-        for chunk in frame_chunks(len(frames), params.frames_per_call):
-            enlarged, record = runner.upscale(plan, frames[chunk])
-            files.add(enlarged)
-            records.append(record)
-        return joined(records)
+    def _chunked(
+        self, runner: StepRunner, plan: ShotPlan, steps: Sequence[str], item: Item, files: ShotFiles
+    ) -> tuple[StepRecord, ...]:
+        """Process and encode the clip chunk by chunk. A whole upscaled clip would take gigabytes."""
+        records = []
+        for chunk in clip_chunks(plan.shot, chunk_unit(plan.shot, chunk_frames_of(self.profile, chunked_stages_of(plan.shot)))):
+            made, chunk_records = runner.run_chunk(plan, steps, chunk, item.artefacts)
+            files.add(made)
+            records.append(chunk_records)
+        return join_records(records)
 
     def close(self) -> None:
         """Let go of all weights."""

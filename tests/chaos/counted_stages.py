@@ -29,10 +29,10 @@ class Counted:
         note(self.name, [item.shot.id for item in items])
         return given
 
-    def upscale(self, frames, scale, upscaler):
-        enlarged = super().upscale(frames, scale, upscaler)
+    def run_chunk(self, shot, frames, lookahead=None):
+        result = super().run_chunk(shot, frames, lookahead)
         note(self.name, len(frames))
-        return enlarged
+        return result
 
 
 COUNTED = {stage.name: type(f"Counted{stage.__name__}", (Counted, stage), {"__module__": __name__}) for stage in STAGES}

@@ -21,8 +21,9 @@ def test_a_seed_means_the_same_picture_on_a_gpu(tiny, make_shot):
     assert np.abs(a - b).max() <= 8
 
 
-def test_the_upscaler_in_half_precision_is_close_to_single(tiny, photo):
+def test_the_upscaler_in_half_precision_is_close_to_single(tiny, photo, make_shot):
+    shot = make_shot(scale=4, upscaler="animevideov3")
     frames = photo[None, 60:124, 180:244]
     with RealESRGANStage(tiny.params(RealESRGANStage)) as cpu, on_gpu(RealESRGANStage, tiny, dtype="float16") as gpu:
-        a, b = (stage.upscale(frames, 4, "animevideov3").astype(float) for stage in (cpu, gpu))
+        a, b = (stage.run_chunk(shot, frames).astype(float) for stage in (cpu, gpu))
     assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 45

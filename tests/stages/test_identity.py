@@ -233,12 +233,13 @@ def test_an_injector_without_the_recogniser_that_it_needs_is_refused_with_the_pr
 
     check_profile(changed(flux={}, instantid={}))
     with pytest.raises(
-        ProfileError, match=r"actors\.flux\.extra_weights: infusenet is told a face by ir_se50; add `extra_weights: \{ir_se50: "
+        ProfileError,
+        match=r"actors\.flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: ",
     ):
         check_profile(changed(instantid={}))
     with pytest.raises(ProfileError, match=r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"):
         check_profile(changed(flux={"infusnet": "x"}))
-    with pytest.raises(ProfileError, match=r"actors\.svd\.extra_weights: got 'x', this actor has no further weights"):
+    with pytest.raises(ProfileError, match=r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"):
         check_profile(changed(svd={"x": "x"}))
 
 
@@ -315,7 +316,7 @@ def test_a_method_of_ones_own_is_one_line_and_one_file(with_toy, tmp_path):
     assert np.abs(picture(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
     with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, none"):
         picture(identity="toi")
-    with pytest.raises(MissingWeights, match=r"infusenet: the profile does not name them; add `extra_weights: \{infusenet"):
+    with pytest.raises(MissingWeights, match=r"infusenet: not in the profile; add `extra_weights: \{infusenet"):
         picture(identity="infusenet")
 
 

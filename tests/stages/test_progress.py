@@ -43,7 +43,7 @@ def test_every_denoising_step_and_every_frame_is_reported_in_order_and_changes_n
     told = []
     with listening(lambda *progress: told.append(progress)):
         item, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
-        enlarged, _ = runner.upscale(plan, item.artefacts["frames"])
+        upscaled, _ = runner.run_chunk(plan, ["realesrgan"], slice(0, 5), item.artefacts)
     assert told == [
         ("instantid", 0, 0),
         ("flux", 0, 0), ("flux", 1, 2), ("flux", 2, 2),
@@ -56,7 +56,8 @@ def test_every_denoising_step_and_every_frame_is_reported_in_order_and_changes_n
     ]  # fmt: skip
     unheard, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
     assert np.array_equal(unheard.artefacts["frames"], item.artefacts["frames"])
-    assert np.array_equal(runner.upscale(plan, item.artefacts["frames"])[0], enlarged)
+    again, _ = runner.run_chunk(plan, ["realesrgan"], slice(0, 5), item.artefacts)
+    assert np.array_equal(again["hd_frames"], upscaled["hd_frames"])
 
 
 @pytest.mark.parametrize("stage", ["flux", "lora", "hunyuan", "svd"])
@@ -89,7 +90,7 @@ def test_sdxl_reports_its_steps(tiny, make_shot):
     assert told == [("instantid", 0, 0), ("instantid_sdxl", 0, 0), ("instantid_sdxl", 1, 2), ("instantid_sdxl", 2, 2)]
 
 
-def test_frames_that_are_upscaled_end_with_the_call_in_which_they_were_cancelled(tiny):
+def test_cancel_ends_upscaling_after_the_current_chunk(tiny, make_shot):
     stage = RealESRGANStage(tiny.params(RealESRGANStage))
     stage.load()
     told = []
@@ -99,7 +100,7 @@ def test_frames_that_are_upscaled_end_with_the_call_in_which_they_were_cancelled
         raise Cancelled
 
     with listening(cancel), pytest.raises(Cancelled):
-        stage.upscale(np.zeros((9, 16, 16, 3), np.uint8), 2, "animevideov3")
+        stage.run_chunk(make_shot(scale=2), np.zeros((9, 16, 16, 3), np.uint8))
     assert told == [("realesrgan", 4, 9)]
 
 

@@ -16,8 +16,8 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages import realesrgan
-from vidgen_ray.stages.base import Frames, Item
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, frame_chunks, load_network
+from vidgen_ray.stages.base import Frames, Item, frame_chunks
+from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
 from vidgen_ray.weights import resolve
 
 UINT8_STEP = 1 / 255
@@ -59,6 +59,10 @@ def loaded(weights: Path, **options: Any) -> RealESRGANStage:
 
 def shot(**fields: Any) -> Shot:
     return Shot(**{"prompt": "a face", "seed": 1, **fields})
+
+
+def upscaled(stage: RealESRGANStage, frames: Frames, scale: int, upscaler: str) -> Frames:
+    return stage.run_chunk(shot(scale=scale, upscaler=upscaler), frames)
 
 
 def levels_apart(a: Frames, b: Frames) -> int:
@@ -112,7 +116,7 @@ def test_floats_are_those_of_ncnn(weights: Path, ncnn_files: Path, photo: Frames
     got = stage.upscale_float(photo, scale, upscaler)[0]
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
     rounded = (expected.clip(0, 1) * 255).round().astype(np.uint8)
-    assert levels_apart(stage.upscale(photo, scale, upscaler)[0], rounded) <= 1
+    assert levels_apart(upscaled(stage, photo, scale, upscaler)[0], rounded) <= 1
 
 
 @pytest.mark.parametrize("upscaler", ["animevideov3", "x4plus-anime"])
@@ -144,7 +148,7 @@ def test_pictures_are_those_of_realesrganer_within_one_level(
     stage = loaded(weights)
     # Processors without AVX-512 sum in another order: 1.2e-5 was seen on one of 331,776 values.
     np.testing.assert_allclose(stage.upscale_float(photo, 4, upscaler)[0].clip(0, 1), floats, rtol=0, atol=2e-5)
-    got = stage.upscale(photo, 4, upscaler)[0]
+    got = upscaled(stage, photo, 4, upscaler)[0]
     assert levels_apart(got, picture[..., ::-1]) <= 1
     assert (got != picture[..., ::-1]).mean() < 1e-3
 
@@ -154,8 +158,8 @@ def test_an_official_pth_gives_the_bytes_of_the_safetensors(weights: Path, clip:
     state = load_file(weights / "animevideov3.safetensors")
     worse = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     torch.save({"params": worse, layout: state}, tmp_path / "realesr.v3.pth")
-    expected = loaded(weights).upscale(clip[:1], 4, "animevideov3")
-    assert np.array_equal(loaded(tmp_path).upscale(clip[:1], 4, "realesr.v3"), expected)
+    expected = upscaled(loaded(weights), clip[:1], 4, "animevideov3")
+    assert np.array_equal(upscaled(loaded(tmp_path), clip[:1], 4, "realesr.v3"), expected)
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -189,7 +193,7 @@ def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Fra
     shared = clip.copy()
     shared.flags.writeable = False
     cuts = frame_chunks(len(shared), stage.params.frames_per_call)
-    parts = [elsewhere.upscale(shared[chunk], 3, "animevideov3") for chunk in cuts]
+    parts = [upscaled(elsewhere, shared[chunk], 3, "animevideov3") for chunk in cuts]
     assert [len(part) for part in parts] == [4, 3]
     assert np.array_equal(np.concatenate(parts), artefacts["hd_frames"])
     assert artefacts["hd_frames"].shape == (7, 144, 192, 3)
@@ -202,8 +206,8 @@ def test_a_clip_is_cut_in_order_without_weights(n_frames: int, cuts: list[tuple[
 
 
 def test_bfloat16_is_close_to_float32(weights: Path, clip: Frames) -> None:
-    exact = loaded(weights).upscale(clip, 4, "animevideov3").astype(float)
-    short = loaded(weights, dtype="bfloat16").upscale(clip, 4, "animevideov3")
+    exact = upscaled(loaded(weights), clip, 4, "animevideov3").astype(float)
+    short = upscaled(loaded(weights, dtype="bfloat16"), clip, 4, "animevideov3")
     psnr_db = 10 * np.log10(255**2 / np.square(exact - short).mean())
     assert psnr_db > 45
 
@@ -220,6 +224,40 @@ def test_a_network_of_another_scale_is_resized_to_the_shots(clip: Frames, tmp_pa
     np.testing.assert_allclose(got, rearrange(expected, "t c h w -> t h w c"), rtol=0, atol=1e-6)
 
 
+def random_span() -> dict[str, torch.Tensor]:
+    from spandrel.architectures.SPAN import SPAN
+
+    torch.manual_seed(0)
+    return SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2).state_dict()
+
+
+def random_swinir() -> dict[str, torch.Tensor]:
+    from spandrel.architectures.SwinIR import SwinIR
+
+    torch.manual_seed(0)
+    network = SwinIR(img_size=16, window_size=8, depths=(1,), embed_dim=12, num_heads=(2,), upscale=2, upsampler="pixelshuffle")
+    return network.state_dict()
+
+
+@pytest.mark.parametrize("state", [random_span, random_swinir])
+@pytest.mark.parametrize("tile_px", [None, 16])
+def test_other_spandrel_architectures_equal_spandrels_own_call(
+    state: Callable[[], dict[str, torch.Tensor]], tile_px: int | None, tmp_path: Path
+) -> None:
+    """The frame size, 21x27, is not a multiple of SwinIR's window."""
+    from spandrel import ModelLoader
+
+    save_file({name: tensor.contiguous() for name, tensor in state().items()}, tmp_path / "other.safetensors")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 21, 27, 3), np.uint8)
+    got = upscaled(loaded(tmp_path, tile_px=tile_px), frames, 2, "other")
+    assert got.shape == (2, 42, 54, 3)
+    if tile_px is None:
+        reference = ModelLoader().load_from_file(tmp_path / "other.safetensors")
+        pixels = torch.from_numpy(rearrange(frames, "t h w c -> t c h w").copy()).float() / 255
+        expected = torch.cat([reference(image[None]) for image in pixels])
+        assert levels_apart(got, (rearrange(expected, "t c h w -> t h w c") * 255).round().byte().numpy()) <= 1
+
+
 def test_networks_are_loaded_once(weights: Path, clip: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
 
@@ -230,14 +268,14 @@ def test_networks_are_loaded_once(weights: Path, clip: Frames, monkeypatch: pyte
     monkeypatch.setattr(realesrgan, "load_network", counting)
     stage = loaded(weights)
     for upscaler in ("animevideov3", "x4plus-anime", "animevideov3"):
-        stage.upscale(clip[:1, :16, :16], 4, upscaler)
+        upscaled(stage, clip[:1, :16, :16], 4, upscaler)
     assert read == ["animevideov3.safetensors", "x4plus-anime.safetensors"]
 
 
 def test_an_unknown_upscaler_names_those_that_are_there(weights: Path, tmp_path: Path) -> None:
     there = "got 'x8', must be one of animevideov3, x4plus, x4plus-anime in"
     with pytest.raises(StageError, match=there):
-        loaded(weights).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "x8")
+        upscaled(loaded(weights), np.zeros((1, 16, 16, 3), np.uint8), 4, "x8")
     with pytest.raises(StageError, match=there):
         RealESRGANStage.weight_files(RealESRGANParams(weights=weights), shot(upscaler="x8"))
     with pytest.raises(StageError, match=r"there is no \.safetensors or \.pth file in"):
@@ -260,7 +298,7 @@ class RunsCode:
         ({"params": {"linear.weight": torch.zeros(1)}}, "no architecture of spandrel"),
         (
             {"params": random_compact(4, channels=1)},
-            "got Compact from 1 to 1 channels, must be SRVGGNetCompact or RRDBNet",
+            "got Compact with purpose SR from 1 to 1 channels, must be a super-resolution network",
         ),
         ({"params": {k: v for k, v in random_compact(4).items() if k != "body.2.bias"}}, "body.2.bias"),
         (RunsCode(), "cannot be loaded"),
@@ -271,14 +309,14 @@ def test_other_weights_fail_the_shot(
 ) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(StageError, match=complaint):
-        loaded(tmp_path).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "other")
+        upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "other")
     assert "run code" not in capsys.readouterr().out
 
 
 def test_a_damaged_file_fails_the_shot(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     with pytest.raises(StageError, match=r"upscaler cut\.safetensors: cannot be loaded"):
-        loaded(tmp_path).upscale(np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
+        upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
 
 
 def test_weights_must_be_a_folder(weights: Path) -> None:

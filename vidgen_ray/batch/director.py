@@ -28,17 +28,17 @@ from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.task_files import ShotTask, TaskResult, read_part
 from vidgen_ray.batch.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.retries import InputsLost, ShotFailed
-from vidgen_ray.engine.step_groups import OUTPUT, group_steps, ordered_window
+from vidgen_ray.engine.step_groups import OUTPUT, group_chunked_steps, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 
 CHUNK_BYTES = 128 << 20
-"""Of enlarged frames, at most, where those of one call of the network are not more: 4 of 4096x2304."""
+"""Largest result of a chunk in raw frames, if one call of the network does not make more: 4 frames of 4096x2304."""
 FACES_REMEMBERED = 32
 """Features of the last photos stay in Ray's memory, for the shots that come with the same ones."""
 STARTS_OVER = 10
@@ -87,7 +87,7 @@ class BatchDirector:
                 continue
             lines = read_part(self._job.outputs, str(part))
             errands = [ShotTask.from_line(line) for line in lines]
-            faces = Counter(step.key for errand in errands for step in errand.plan.steps if step.stage == InstantIDStage.name)
+            faces = Counter(step.key for errand in errands for step in errand.plan.steps if STAGE_BY_NAME[step.stage].shared)
             self._in_loop(self._expect(faces)).result()
             running = [self._in_loop(self._shot(errand)) for errand in errands]
             for number in chain(before, _as_they_end(running, besides=before)):
@@ -178,7 +178,7 @@ class BatchDirector:
     async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         artefacts = RemoteArtefacts({}, None)
-        for steps in group_steps(plan, self._job.layout.can_fuse, face_is_shared=self._face_is_shared(plan)):
+        for steps in group_steps(plan, self._job.layout.can_fuse, share_features=self._face_is_shared(plan)):
             done = await self._shared_steps(plan, order, steps, artefacts)
             records, artefacts = records + done.records, done.emitted
             check_likeness(plan.shot, done.likeness)
@@ -202,7 +202,7 @@ class BatchDirector:
         try:
             return await task
         finally:
-            self._forget_shared(key, task, keep=steps[-1].stage == InstantIDStage.name)
+            self._forget_shared(key, task, keep=STAGE_BY_NAME[steps[-1].stage].shared)
 
     def _forget_shared(self, key: str, task: asyncio.Task[Any], *, keep: bool) -> None:
         failed = task.cancelled() or task.exception() is not None
@@ -217,7 +217,7 @@ class BatchDirector:
 
     async def _steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts) -> StepResults:
         names = tuple(step.stage for step in steps)
-        adapters = frozenset(lora.path for lora in plan.shot.lora) if {"flux", "lora"} & set(names) else frozenset()
+        adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
         work = Work(names[0], order, adapters, near=artefacts.by)
         timeout_s = sum(self._timeout_s(name) for name in names)
         answer, emitted = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
@@ -232,31 +232,33 @@ class BatchDirector:
     async def _written(
         self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, records: tuple[StepRecord, ...]
     ) -> ShotRecord:
-        upscales = RealESRGANStage.applies(plan.shot)
+        chunked = chunked_stages_of(plan.shot)
         written = await self._encoders.written(
-            plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if upscales else None
+            plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if chunked else None
         )
-        if upscales:
+        for record in written.stages[len(records) :]:
             self._metrics.frames_upscaled(plan.shot.num_frames)
-            self._metrics.step_ended(RealESRGANStage.name, written.stages[-1].seconds, False)
+            self._metrics.step_ended(record.stage, record.seconds, False)
         return written
 
     def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts) -> Chunks:
-        """The clip's chunks, enlarged by whoever is free, in order."""
+        """Process the clip's chunks on any free workers. Yields records and results in order."""
+        calls = group_chunked_steps(plan, self._job.layout.can_fuse)
 
-        async def enlarged(cut: slice) -> tuple[StepRecord, Any]:
-            work = Work(RealESRGANStage.name, order, load=CHUNK_LOAD, near=artefacts.by)
-            inputs = plan, cut.start, cut.stop, artefacts.reference
-            answer, frames = await self._workers.call(work, self._timeout_s(RealESRGANStage.name), "upscale", *inputs)
-            return answer.records[0], frames.reference
+        async def process(chunk: slice) -> tuple[tuple[StepRecord, ...], Any]:
+            cut: slice | None = chunk
+            current = artefacts
+            records: tuple[StepRecord, ...] = ()
+            for steps in calls:
+                names = tuple(step.stage for step in steps)
+                work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
+                timeout_s = sum(map(self._timeout_s, names))
+                answer, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
+                records, cut = records + answer.records, None
+            return records, current.reference
 
-        return ordered_window(frame_chunks(plan.shot.num_frames, self._frames_per_chunk(plan)), enlarged)
-
-    def _frames_per_chunk(self, plan: ShotPlan) -> int:
-        """A multiple of what the network gets in one call, so that a clip is cut for it as it is anywhere else."""
-        at_once = self._job.frames_per_call
-        frame_bytes = 3 * plan.shot.width * plan.shot.height * plan.shot.scale**2
-        return max(1, CHUNK_BYTES // (frame_bytes * at_once)) * at_once
+        unit = chunk_unit(plan.shot, self._job.chunk_frames)
+        return ordered_window(clip_chunks(plan.shot, unit, CHUNK_BYTES), process)
 
     # How it goes
 

@@ -17,14 +17,15 @@ from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.batch.worker_pool import lost_for_good
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
 
-Chunks = AsyncIterator[tuple[StepRecord, Any]]
-"""Records and frames of a clip's chunks, enlarged, in order."""
+Chunks = AsyncIterator[tuple[tuple[StepRecord, ...], Any]]
+"""For each chunk of a clip, in order: the records of its steps and the reference of its artefacts."""
 
 
 class EncodingFailed(Exception):
@@ -138,15 +139,16 @@ class EncoderPool:
         # The clip is enlarged while the picture and the small clip are written.
         begun = asyncio.ensure_future(_accepted(encoder, "begin", plan, artefacts))
         try:
-            upscaled = []
+            chunk_records = []
             if chunks is not None:
-                async for record, enlarged in chunks():
+                async for of_chunk, artefacts_of_chunk in chunks():
                     await begun
-                    await _accepted(encoder, "add", shot_id, enlarged)
-                    upscaled.append(record)
+                    await _accepted(encoder, "add", shot_id, artefacts_of_chunk)
+                    chunk_records.append(of_chunk)
             await begun
+            all_records = (*records, *join_records(chunk_records))
             answer, reference = await encoder.call(
-                "commit", shot_id, records, tuple(upscaled), stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
+                "commit", shot_id, all_records, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
             )
             _check(answer)
             committed: ShotRecord = await reference

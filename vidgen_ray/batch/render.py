@@ -20,6 +20,7 @@ from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.batch.start_actors import labels_of, start_actors
 from vidgen_ray.batch.task_files import ShotTask, TaskFiles
+from vidgen_ray.engine.chunks import chunk_frames_of
 from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
@@ -39,7 +40,6 @@ from vidgen_ray.planner.cluster import Label
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
 GRACE_S = 60.0
 
@@ -125,7 +125,7 @@ def render(
                         outputs=outputs,
                         layout=chosen.layout,
                         stages=stages,
-                        frames_per_call=_frames_per_call(profile, demand),
+                        chunk_frames=chunk_frames_of(profile, demand.stages),
                         use_cache=use_cache or keep_stages,
                         keep_stages=keep_stages,
                         fresh=fresh,
@@ -197,14 +197,6 @@ def _without_cache(errands: Iterable[ShotTask], outputs: OutputFolder) -> Iterat
         for attempt in (errand.plan, *errand.plan.again):
             outputs.stage_cache.drop(step.key for step in attempt.steps)
         yield errand
-
-
-def _frames_per_call(profile: Profile, demand: Demand) -> int:
-    if RealESRGANStage not in demand.stages:
-        return 1
-    params = profile.params(RealESRGANStage)
-    assert isinstance(params, RealESRGANParams)
-    return params.frames_per_call
 
 
 def _write_run(

@@ -22,8 +22,8 @@ class RunConfig:
     layout: Layout
     stages: Mapping[str, type[Stage[Any]]]
     """Name -> what runs under it."""
-    frames_per_call: int
-    """Frames in one chunk of a clip that is upscaled."""
+    chunk_frames: Mapping[str, int]
+    """Chunked stage -> frames in one of its calls."""
     use_cache: bool
     keep_stages: bool
     fresh: bool

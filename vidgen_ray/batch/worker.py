@@ -19,10 +19,10 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_groups import LOADING, OUTPUT, CallResult
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner, joined
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.stages.base import Artefacts, Frames, Item
+from vidgen_ray.stages.base import Artefacts, Item
 
 T = TypeVar("T")
 
@@ -77,14 +77,16 @@ class Worker:
 
         return self._at_work_on(taken, Artefacts())
 
-    def upscale(self, plan: ShotPlan, start: int, stop: int, artefacts: Artefacts) -> tuple[CallResult, Frames | None]:
-        """Enlarge the frames from `start` up to and without `stop`."""
+    def run_chunk(
+        self, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
+    ) -> tuple[CallResult, Artefacts]:
+        """Take a chunk of the clip through these chunked steps; see `StepRunner.run_chunk`."""
 
-        def enlarged(runner: StepRunner) -> tuple[CallResult, Frames | None]:
-            frames, record = runner.upscale(plan, artefacts["frames"][start:stop])
-            return CallResult((record,)), frames
+        def process(runner: StepRunner) -> tuple[CallResult, Artefacts]:
+            made, records = runner.run_chunk(plan, steps, chunk, artefacts)
+            return CallResult(tuple(records)), made
 
-        return self._at_work_on(enlarged, None)
+        return self._at_work_on(process, Artefacts())
 
     def _at_work_on(self, work: Callable[[StepRunner], tuple[CallResult, T]], nothing: T) -> tuple[CallResult, T]:
         """What the work gives, or how it failed and `nothing`."""
@@ -141,24 +143,22 @@ class Encoder:
             return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    def add(self, shot_id: str, enlarged: Frames) -> CallResult:
-        """Encode the next frames of the large clip."""
+    def add(self, shot_id: str, chunk: Artefacts) -> CallResult:
+        """Encode the next chunk of the clips that chunked stages make."""
         if shot_id not in self._open:
             return CallResult(session_lost=True)
         try:
-            self._open[shot_id].add(enlarged)
+            self._open[shot_id].add(chunk)
         except Exception as error:
             return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    def commit(
-        self, shot_id: str, records: tuple[StepRecord, ...], upscaled: tuple[StepRecord, ...]
-    ) -> tuple[CallResult, ShotRecord | None]:
-        """Make the shot done; `upscaled` are the records of the chunks."""
+    def commit(self, shot_id: str, records: tuple[StepRecord, ...]) -> tuple[CallResult, ShotRecord | None]:
+        """Finish the files and commit the shot."""
         if shot_id not in self._open:
             return CallResult(session_lost=True), None
         try:
-            record = self._open[shot_id].commit([*records, joined(upscaled)] if upscaled else records)
+            record = self._open[shot_id].commit(records)
         except Exception as error:
             return CallResult.of_failure(StepFailed(OUTPUT, error)), None
         finally:

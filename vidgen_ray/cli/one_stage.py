@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likenes
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Stage
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, frame_chunks
 from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
@@ -49,16 +48,20 @@ def run_one_stage(
         artefacts["face"] = _person(profile, shot)
     with stage_class(profile.params(stage_class)) as stage:
         try:
-            if isinstance(stage, RealESRGANStage) and out.suffix.lower() == ".mp4":
-                # Chunk by chunk, since a whole clip enlarged four times may not fit in memory.
-                frames = artefacts["frames"]
-                cuts = frame_chunks(len(frames), stage.params.frames_per_call)
-                write_clip(out, (stage.upscale(frames[cut], shot.scale, shot.upscaler) for cut in cuts), fps, profile.encode)
+            if isinstance(stage, ChunkedStage) and out.suffix.lower() == ".mp4":
+                chunks = _processed_chunks(stage, shot, artefacts["frames"])
+                write_clip(out, chunks, fps * stage.frame_factor(shot), profile.encode)
                 return
             (given,) = stage([Item(with_local_loras(shot), artefacts)])
         except Exception as error:
             raise StepFailed(name, error) from error
     _write(given, shot, out, fps, profile)
+
+
+def _processed_chunks(stage: ChunkedStage[Any], shot: Shot, frames: Frames) -> Iterator[Frames]:
+    """Process the clip chunk by chunk. A whole upscaled clip may not fit in memory."""
+    for chunk in frame_chunks(len(frames), stage.chunk_frames(stage.params)):
+        yield stage.run_chunk(shot, frames[chunk], frames[chunk.stop : chunk.stop + stage.lookahead_frames])
 
 
 def _check_ending(stage: type[Stage[Any]], out: Path) -> None:

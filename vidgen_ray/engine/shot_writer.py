@@ -1,4 +1,4 @@
-"""Write the files of one shot: image and clip at once, the upscaled clip as its chunks arrive."""
+"""Write the files of one shot."""
 
 from __future__ import annotations
 
@@ -8,61 +8,69 @@ from fractions import Fraction
 from pathlib import Path
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.engine.step_runner import with_pictures
-from vidgen_ray.graph import stages_of
+from vidgen_ray.graph import chunked_stages_of, clip_growth, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
-from vidgen_ray.stages.base import Frames, Item
+from vidgen_ray.stages.base import Artefacts, Frames, Item
 
 
 class ShotFiles:
-    """The files of one shot while they are made: picture and clip at once, the large clip as its chunks arrive.
+    """Files of one shot while they are written. The clips that chunked stages make are encoded chunk by chunk.
 
-    `close` it in any case; what was not committed is gone then.
+    Call `close` in any case. It deletes what was not committed.
     """
 
     def __init__(
         self, plan: ShotPlan, item: Item, outputs: OutputFolder, encode: Mp4Settings, keep_stages: bool = False
     ) -> None:
-        """Writes what is known already. Raises MediaError or OSError where it cannot be written."""
-        self._plan = plan
+        """Write everything that does not come in chunks. Raises MediaError or OSError if it cannot be written."""
+        self._shot = plan.shot
         self._encode = encode
         self._stages = outputs.stage_cache if keep_stages else None
-        self._hd: Mp4Writer | None = None
-        self._hd_open = ExitStack()
+        self._growth = clip_growth(plan.shot)
+        self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
+        self._clips: dict[str, Mp4Writer] = {}
+        self._open_clips = ExitStack()
         self._likeness = LikenessRecord.of(item.artefacts)
         artefacts = with_pictures(item, ("image",)).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
             write_png(self._draft.path("image.png"), artefacts["image"])
-            if "frames" in artefacts:
-                write_clip(self._draft.path("video.mp4"), [artefacts["frames"]], plan.shot.fps, encode)
+            if "frames" in artefacts and "frames" not in self._chunked:
+                write_clip(self._draft.path(CLIP_FILES["frames"]), [artefacts["frames"]], plan.shot.fps, encode)
             self._open = stack.pop_all()
 
-    def add(self, enlarged: Frames) -> None:
-        """The next frames of the large clip, (T, H, W, 3)."""
-        if self._hd is None:
-            height, width = enlarged.shape[1:3]
-            writer = Mp4Writer(self._draft.path("hd.mp4"), width, height, self._plan.shot.fps, self._encode)
-            self._hd = self._hd_open.enter_context(writer)
-        self._hd.write(enlarged)
+    def add(self, chunk: Artefacts) -> None:
+        """Encode the next chunk of each clip that chunked stages make."""
+        for name, file in CLIP_FILES.items():
+            frames: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
+            if frames is None:
+                continue
+            if name not in self._clips:
+                height, width = frames.shape[1:3]
+                fps = self._shot.fps * self._growth[name][1]
+                writer = Mp4Writer(self._draft.path(file), width, height, fps, self._encode)
+                self._clips[name] = self._open_clips.enter_context(writer)
+            self._clips[name].write(frames)
 
     def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
-        """Make the shot done."""
-        self._hd_open.close()
+        """Finish the files and commit the shot."""
+        self._open_clips.close()
         if self._stages is not None:
             _write_stages(self._draft, self._stages)
         return self._draft.commit(records, self._likeness)
 
     def close(self) -> None:
         with self._open:
-            self._hd_open.close()
+            self._open_clips.close()
 
 
 def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode: Mp4Settings) -> None:
-    """Encode chunks of frames, each (T, H, W, 3), as they come."""
+    """Encode chunks of frames, each (T, H, W, 3), one by one."""
     chunks = iter(chunks)
     first = next(chunks)
     with Mp4Writer(path, width=first.shape[2], height=first.shape[1], fps=fps, settings=encode) as writer:

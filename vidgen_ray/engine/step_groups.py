@@ -1,92 +1,83 @@
-"""A shot's way through processes that hold stages: which steps go together in one call, and how a call went.
-
-Shared by the executors. Knows no Ray.
-"""
+"""Calls to processes that hold stages: which steps go into one call, and the result of a call. Does not use Ray."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import VidgenError, WriteError
+from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
-from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import ImageLikenessStage
-from vidgen_ray.stages.realesrgan import RealESRGANStage
-
-T = TypeVar("T")
 
 LOADING = "loading"
-"""Stage of the failure of a process that could not load its weights."""
+"""Failure stage of a process that could not load its weights."""
 OUTPUT = "output"
-"""Stage of what goes wrong while files are written."""
+"""Failure stage of writing files."""
 BROKEN_CONTEXT = ("CUDA error", "CUDNN_STATUS", "device-side assert")
-"""In the message of an error after which nothing runs on this process's GPU any more."""
-CHUNKS_AHEAD = 3
-"""Of one clip beyond the encoder. Enlarged frames lie outside of every accounting of memory but ours."""
+"""Texts in the message of an error after which every call on this process's GPU fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """How a call went.
-
-    A failure is `final` where the same call would fail again, and the process is `wedged` where every call would. What an
-    encoder has `forgotten` was begun by a process that is dead.
-    """
+    """Result of a call to a worker or an encoder."""
 
     records: tuple[StepRecord, ...] = ()
     likeness: Artefacts = field(default_factory=lambda: Artefacts())
-    """Of what the shot has now that by which it is judged; the rest stays in Ray's memory."""
+    """The artefacts that the likeness check needs. All others stay in Ray's object store."""
     failure: Failure | None = None
     final: bool = False
+    """Whether the same call would fail again."""
     context_broken: bool = False
+    """Whether every further call to this process would fail."""
     session_lost: bool = False
+    """Whether an encoder does not know the shot because the process that began it crashed."""
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
-        # A disk that is full now may have room at the next attempt.
+        # A full disk may have room at the next attempt.
         final = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError)
         context_broken = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
         return cls(failure=failed.failure(), final=final, context_broken=context_broken)
 
 
-def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, face_is_shared: bool) -> list[tuple[Step, ...]]:
-    """The steps up to the clip, as calls: as many together as those can take who may have the first of them.
+def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features: bool) -> list[tuple[Step, ...]]:
+    """Group the steps before the chunked ones into calls, with as many steps per call as possible.
 
-    `together(first, *others)` says whether every process that holds the first of these stages takes the others, too.
-    A face's features end a call where other shots want them, too; so does a picture that is to be judged.
+    `can_fuse(first, *others)` tells whether every process that holds stage `first` also takes the other stages. With
+    `share_features` a call ends after a stage whose result other shots use, too. A call ends before a likeness check.
     """
-    ends = {
-        *([InstantIDStage.name] if face_is_shared else []),
-        *([ImageLikenessStage.name] if plan.shot.min_identity is not None else []),
-    }
-    calls: list[list[Step]] = []
+    groups: list[list[Step]] = []
     for step in plan.steps:
-        if step.stage == RealESRGANStage.name:
+        if is_chunked(step.stage):
             continue
-        if calls and calls[-1][-1].stage not in ends and can_fuse(*(s.stage for s in (*calls[-1], step))):
-            calls[-1].append(step)
+        if groups and not _ends_call(groups[-1][-1], plan.shot, share_features) and _fuses(groups[-1], step, can_fuse):
+            groups[-1].append(step)
         else:
-            calls.append([step])
-    return [tuple(steps) for steps in calls]
+            groups.append([step])
+    return [tuple(steps) for steps in groups]
 
 
-async def ordered_window(cuts: Iterable[slice], enlarged: Callable[[slice], Awaitable[T]]) -> AsyncGenerator[T]:
-    """What is made of each cut of a clip, in order; so many at once that `CHUNKS_AHEAD` are on their way or wait."""
-    pending: deque[asyncio.Future[T]] = deque()
-    try:
-        for cut in cuts:
-            if len(pending) == CHUNKS_AHEAD:
-                yield await pending.popleft()
-            pending.append(asyncio.ensure_future(enlarged(cut)))
-        while pending:
-            yield await pending.popleft()
-    finally:
-        for task in pending:
-            task.cancel()
+def group_chunked_steps(plan: ShotPlan, can_fuse: Callable[..., bool]) -> list[tuple[Step, ...]]:
+    """Group the chunked steps into calls, as `group_steps` does."""
+    groups: list[list[Step]] = []
+    for step in plan.steps:
+        if not is_chunked(step.stage):
+            continue
+        if groups and _fuses(groups[-1], step, can_fuse):
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return [tuple(steps) for steps in groups]
+
+
+def _ends_call(step: Step, shot: Shot, share_features: bool) -> bool:
+    stage = STAGE_BY_NAME[step.stage]
+    return (share_features and stage.shared) or (shot.min_identity is not None and "image_likeness" in stage.writes)
+
+
+def _fuses(group: Sequence[Step], step: Step, can_fuse: Callable[..., bool]) -> bool:
+    return can_fuse(*(member.stage for member in group), step.stage)

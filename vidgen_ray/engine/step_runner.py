@@ -15,9 +15,9 @@ from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
-from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Item, Stage
 from vidgen_ray.stages.progress import report
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 
 class StepFailed(VidgenError):
@@ -74,20 +74,42 @@ class StepRunner:
                 records.append(record)
         return item, records
 
-    def upscale(self, plan: ShotPlan, frames: Frames) -> tuple[Frames, StepRecord]:
-        """A chunk of the clip, enlarged, and what it cost. Raises StepFailed."""
-        step, shot = plan.steps[-1], plan.shot
-        stage = self.stages[step.stage]
-        assert isinstance(stage, RealESRGANStage)
+    def run_chunk(
+        self, plan: ShotPlan, steps: Collection[str], chunk: slice | None, artefacts: Artefacts
+    ) -> tuple[Artefacts, list[StepRecord]]:
+        """Take a chunk of the clip through these chunked steps. Raises StepFailed.
+
+        `chunk` is a range of frames of the clip in `artefacts`. `None`: `artefacts` are the result of earlier chunked steps.
+        Returns all artefacts that chunked steps have made of the chunk so far.
+        """
+        made: dict[str, Any] = {**artefacts} if chunk is None else {}
+        records = []
+        for step in plan.steps:
+            if step.stage in steps:
+                stage = self.stages[step.stage]
+                assert isinstance(stage, ChunkedStage)
+                (source,), (target,) = stage.takes, stage.writes
+                if chunk is None or source in made:
+                    frames, lookahead = made[source], None
+                else:
+                    clip = artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
+                    frames, lookahead = clip[chunk], clip[chunk.stop : chunk.stop + stage.lookahead_frames]
+                made[target], record = self._chunk_step(stage, step, plan.shot, frames, lookahead)
+                records.append(record)
+        return Artefacts(**made), records  # type: ignore[typeddict-item]  # both are Artefacts
+
+    def _chunk_step(
+        self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, lookahead: Frames | None
+    ) -> tuple[Frames, StepRecord]:
         begun = time.monotonic()
         try:
             self.swapper.ensure_on_gpu(step.stage)
-            enlarged, recovered = run_with_oom_fallback(stage, lambda: stage.upscale(frames, shot.scale, shot.upscaler))
+            result, recovered = run_with_oom_fallback(stage, lambda: stage.run_chunk(shot, frames, lookahead))
         except Cancelled:
             raise
         except Exception as error:
             raise StepFailed(step.stage, error) from error
-        return enlarged, self._record(step, time.monotonic() - begun, recovered=recovered)
+        return result, self._record(step, time.monotonic() - begun, recovered=recovered)
 
     def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
         begun = time.monotonic()
@@ -146,15 +168,3 @@ def with_pictures(item: Item, takes: Iterable[str]) -> Item:
     if "image" in takes and "image" not in artefacts and shot.image is not None:
         artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
     return Item(shot, artefacts)
-
-
-def joined(records: Sequence[StepRecord]) -> StepRecord:
-    """One record for the chunks of a clip."""
-    recovered = [record.recovered for record in records if record.recovered]
-    return records[0].model_copy(
-        update={
-            "seconds": round(sum(record.seconds for record in records), 4),
-            "gpu_seconds": round(sum(record.gpu_seconds for record in records), 4),
-            "recovered": recovered[-1] if recovered else None,
-        }
-    )

@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
 from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.encoder_replica import EncoderReplica
 from vidgen_ray.online.replica_config import ReplicaConfig
@@ -23,7 +23,6 @@ from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import Profile
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 DIRECTOR, ENCODER = "Director", "Encoder"
 CALLS_AT_ONCE = 2
@@ -49,7 +48,7 @@ def graph(service: ReplicaConfig, groups: Sequence[Group], settings: OnlineSetti
     """The director with all that it calls. `in_progress`: jobs that are led at once, at most."""
     bound = {group.name: _stages(service, group) for group in groups}
     specs = {group.name: (group.spec, group.replicas) for group in groups}
-    upscale = {name: spec for name, spec in specs.items() if RealESRGANStage.name in spec[0].stages}
+    chunked = {name: spec for name, spec in specs.items() if any(map(is_chunked, spec[0].stages))}
     encoders = service.layout.encoders
     encoder = serve.deployment(
         EncoderReplica,
@@ -59,7 +58,7 @@ def graph(service: ReplicaConfig, groups: Sequence[Group], settings: OnlineSetti
         # A call waits for frames for most of its time.
         max_ongoing_requests=max(2, math.ceil(in_progress / encoders)),
         **HEALTH,
-    ).bind(service, {name: bound[name] for name in upscale}, upscale)
+    ).bind(service, {name: bound[name] for name in chunked}, chunked)
     return serve.deployment(
         JobDirector,
         name=DIRECTOR,

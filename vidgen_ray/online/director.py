@@ -23,6 +23,7 @@ from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_atte
 from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.step_groups import OUTPUT, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of
 from vidgen_ray.online.api_error import without_places
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.maintenance import housekeeping
@@ -37,7 +38,6 @@ from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 LEASE_S = 10.0
 """After so long without a beat a job is anybody's."""
@@ -311,7 +311,7 @@ class JobDirector:
     async def _once_through(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         inputs: tuple[Any, ...] = ()
-        for steps in group_steps(plan, self._stages.can_fuse, face_is_shared=False):
+        for steps in group_steps(plan, self._stages.can_fuse, share_features=False):
             names = tuple(step.stage for step in steps)
             result = await self._stages.call(
                 self._caller,
@@ -334,21 +334,20 @@ class JobDirector:
     async def _written(
         self, job: Job, plan: ShotPlan, inputs: tuple[Any, ...], records: tuple[StepRecord, ...], told: Any
     ) -> ShotRecord:
-        upscales = RealESRGANStage.applies(plan.shot)
+        chunked = chunked_stages_of(plan.shot)
         result = await self._caller.call(
             self._encoder.write,
             plan,
             inputs,
             records,
             stage=OUTPUT,
-            # Where chunks are enlarged, each has a limit of its own, and waits for its turn before.
-            timeout_s=None if upscales else ENCODE_TIMEOUT_S,
+            # Chunks have timeouts of their own, and wait in queues before.
+            timeout_s=None if chunked else ENCODE_TIMEOUT_S,
             told=told,
         )
         record = result.given
         assert isinstance(record, ShotRecord)
-        if upscales:
-            self._metrics.steps_ended(job.tenant, record.stages[-1:])
+        self._metrics.steps_ended(job.tenant, record.stages[len(records) :])
         return record
 
 
@@ -369,8 +368,6 @@ def _interrupted(job: Job) -> Failure:
 
 
 def adapters_of(plan: ShotPlan, steps: tuple[Step, ...]) -> str:
-    """The name of the shot's LoRAs, together, for Serve's router; empty where the steps wear none."""
-    if not plan.shot.lora or not {"flux", "lora"} & {step.stage for step in steps}:
-        return ""
-    worn = "\n".join(sorted(lora.path for lora in plan.shot.lora))
-    return hashlib.sha256(worn.encode()).hexdigest()[:16]
+    """Return the id of the set of active LoRAs for Serve's router, or "" if these steps have none."""
+    active = {lora.path for step in steps for lora in STAGE_BY_NAME[step.stage].active_loras(plan.shot)}
+    return hashlib.sha256("\n".join(sorted(active)).encode()).hexdigest()[:16] if active else ""

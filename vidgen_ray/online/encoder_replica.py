@@ -15,19 +15,20 @@ from typing import Any, TypeVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, join_records, ordered_window
 from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import OUTPUT, CallResult, ordered_window
-from vidgen_ray.engine.step_runner import StepFailed, joined
+from vidgen_ray.engine.step_groups import OUTPUT, CallResult, group_chunked_steps
+from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import VidgenError
+from vidgen_ray.graph import chunked_stages_of
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.online.stage_handles import RetryingCaller, StageHandles
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.stages.base import Artefacts, Frames, Item
-from vidgen_ray.stages.realesrgan import RealESRGANStage, frame_chunks
+from vidgen_ray.stages.base import Artefacts, Item
 
 R = TypeVar("R")
 
@@ -45,20 +46,22 @@ class EncoderReplica:
         self, plan: ShotPlan, inputs: Sequence[Any], records: tuple[StepRecord, ...]
     ) -> AsyncIterator[Progress | Result]:
         """Write the shot's files and make it done. `inputs`: a reference to what it has, or nothing where it has nothing."""
-        yield Progress(RealESRGANStage.name if RealESRGANStage.applies(plan.shot) else OUTPUT, 0, 0)
+        chunked = chunked_stages_of(plan.shot)
+        reported = chunked[-1].name if chunked else OUTPUT
+        yield Progress(reported, 0, 0)
         files = _Files()
         # The clip is enlarged while the picture and the small clip are written.
         opened = asyncio.ensure_future(self._open(files, plan, inputs))
-        upscaled: list[StepRecord] = []
+        chunk_records: list[Sequence[StepRecord]] = []
         try:
             async with aclosing(self._chunks(plan, inputs)) as chunks:
-                async for cut, record, enlarged in chunks:
+                async for chunk, of_chunk, artefacts in chunks:
                     await opened
-                    await files.add(enlarged)
-                    upscaled.append(record)
-                    yield Progress(RealESRGANStage.name, cut.stop, plan.shot.num_frames)
+                    await files.add(artefacts)
+                    chunk_records.append(of_chunk)
+                    yield Progress(reported, chunk.stop, plan.shot.num_frames)
             await opened
-            done = await files.commit([*records, joined(upscaled)] if upscaled else records)
+            done = await files.commit([*records, *join_records(chunk_records)])
             yield Result(CallResult(), done)
         except (InputsLost, ray.exceptions.ObjectLostError) as lost:
             yield Result(CallResult(failure=StepFailed(OUTPUT, lost).failure()), inputs_lost=True)
@@ -75,29 +78,29 @@ class EncoderReplica:
         item = Item(plan.shot, await inputs[0] if inputs else Artefacts())
         await files.open(plan, item, self._service.outputs, self._service.profile.encode)
 
-    def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, StepRecord, Frames]]:
-        """The clip's chunks, enlarged by whoever is free, in order; none where the shot has no large clip.
+    def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, tuple[StepRecord, ...], Artefacts]]:
+        """Process the clip's chunks on any free replicas. Yields ranges of frames, records and results in order.
 
-        Raises ShotFailed, InputsLost.
+        Yields nothing for a shot without chunked stages. Raises ShotFailed, InputsLost.
         """
-        stage = RealESRGANStage.name
+        calls = group_chunked_steps(plan, self._stages.can_fuse)
 
-        async def enlarged(cut: slice) -> tuple[slice, StepRecord, Frames]:
-            result = await self._stages.call(
-                self._caller,
-                "upscale",
-                plan,
-                cut.start,
-                cut.stop,
-                inputs,
-                stages=(stage,),
-                timeout_s=self._service.timeout_s(stage),
-            )
-            assert isinstance(result.given, tuple)
-            return cut, result.answer.records[0], await result.given[0]
+        async def process(chunk: slice) -> tuple[slice, tuple[StepRecord, ...], Artefacts]:
+            cut: slice | None = chunk
+            current = inputs
+            records: tuple[StepRecord, ...] = ()
+            for steps in calls:
+                names = tuple(step.stage for step in steps)
+                timeout_s = self._service.timeout_s(*names)
+                result = await self._stages.call(
+                    self._caller, "run_chunk", plan, names, cut, current, stages=names, timeout_s=timeout_s
+                )
+                assert isinstance(result.given, tuple)
+                current, records, cut = result.given, records + result.answer.records, None
+            return chunk, records, await current[0]
 
-        upscales = RealESRGANStage.applies(plan.shot)
-        return ordered_window(frame_chunks(plan.shot.num_frames, self._service.frames_per_call) if upscales else (), enlarged)
+        chunks = clip_chunks(plan.shot, chunk_unit(plan.shot, self._service.chunk_frames)) if calls else []
+        return ordered_window(chunks, process)
 
 
 class _Files:
@@ -115,8 +118,8 @@ class _Files:
 
         await self._run(opened)
 
-    async def add(self, enlarged: Frames) -> None:
-        await self._run(lambda: self._there.add(enlarged))
+    async def add(self, chunk: Artefacts) -> None:
+        await self._run(lambda: self._there.add(chunk))
 
     async def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
         return await self._run(lambda: self._there.commit(records))

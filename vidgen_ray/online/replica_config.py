@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from vidgen_ray.engine.chunks import chunk_frames_of
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class ReplicaConfig:
         """Seconds that a call of these stages may take once it has begun."""
         return sum(self.profile.actor_of(STAGE_BY_NAME[name]).timeout_s for name in stages)
 
-    @property
-    def frames_per_call(self) -> int:
-        """Frames in one chunk of a clip that is upscaled."""
-        params = self.profile.params(RealESRGANStage)
-        assert isinstance(params, RealESRGANParams)
-        return params.frames_per_call
+    @cached_property
+    def chunk_frames(self) -> dict[str, int]:
+        """Chunked stage -> frames in one of its calls."""
+        return chunk_frames_of(self.profile, self.stages.values())

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.graph import STAGES, check_profile, stages_of
+from vidgen_ray.graph import BASE_IMAGE_STAGES, STAGES, check_profile, stages_of
 from vidgen_ray.planner import Demand, demand_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import INSTANTID_SDXL, Shot
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32
 """Of each kind of shot in the demand that a server is laid out for: enough that no worker of a large cluster waits."""
 PLANNER_S = 10.0
 """So long a planner lives, which looks at a file once: a LoRA that is replaced under its name is seen no later than that."""
-BASE_IMAGE_STAGES = ("flux", "instantid_sdxl")
-"""Stages that make a picture from nothing. Without any of them there is nothing to serve."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +57,21 @@ class ServingProfile:
         return {name: value for name, value in vars(self).items() if name != "_planner"}
 
     def demand(self) -> Demand:
-        """What is expected of a server: every kind of shot that it can serve, each as often as the others."""
-        kinds = list(self._kinds())
+        """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""
+        kinds = self._example_shots()
         return demand_of(shot for shot in kinds for _ in range(MIX_SHOTS))
 
-    def _kinds(self) -> Iterator[Shot]:
+    def _example_shots(self) -> list[Shot]:
+        """Return the example shots of all stages that can be served, with upscaling and video dropped if they cannot."""
         plain = {**self.profile.defaults, "id": "s", "prompt": "p", "seed": 0}
-        face = {"face_image": ("photo",)}
-        for fields in (
-            {},
-            face,
-            {"lora": "file.safetensors"},
-            {**face, "lora": "file.safetensors"},
-            {**face, "lora": "file.safetensors", "use_hunyuan_style": True, "style_prompt": "s"},
-            {**face, "identity": INSTANTID_SDXL},
-        ):
+        shots: dict[str, Shot] = {}
+        for example in (example for stage in self.stages for example in stage.examples):
             for shortened in ({}, {"upscale_video": False}, {"generate_video": False}):
-                shot = Shot.model_validate({**plain, **fields, **shortened})
+                shot = Shot.model_validate({**plain, **example, **shortened})
                 if all(stage.name in self.params for stage in stages_of(shot)):
-                    yield shot
+                    shots[shot.model_dump_json()] = shot
                     break
+        return list(shots.values())
 
 
 def serving_profile(profile: Profile) -> ServingProfile:

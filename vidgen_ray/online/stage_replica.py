@@ -26,7 +26,6 @@ from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxParams
-from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 LAST_WORDS_S = 1.0
 """Between the answer of a process that is of no use any more, and its end."""
@@ -81,14 +80,16 @@ class StageReplica:
         async for news in self._call(taken, inputs, steps):
             yield news
 
-    async def upscale(self, plan: ShotPlan, start: int, stop: int, inputs: Sequence[Any]) -> AsyncIterator[Progress | Result]:
-        """Enlarge the frames from `start` up to and without `stop`."""
+    async def run_chunk(
+        self, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, inputs: Sequence[Any]
+    ) -> AsyncIterator[Progress | Result]:
+        """Take a chunk of the clip through these chunked steps; see `StepRunner.run_chunk`."""
 
-        def enlarged(artefacts: Artefacts) -> tuple[CallResult, Any]:
-            frames, record = self._runner.upscale(plan, artefacts["frames"][start:stop])
-            return CallResult((record,)), frames
+        def process(artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
+            made, records = self._runner.run_chunk(plan, steps, chunk, artefacts)
+            return CallResult(tuple(records)), made
 
-        async for news in self._call(enlarged, inputs, (RealESRGANStage.name,)):
+        async for news in self._call(process, inputs, steps):
             yield news
 
     async def _call(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGES, stages_of
+from vidgen_ray.graph import STAGES, chunked_stages_of, clip_growth, stages_of
 from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -33,23 +33,8 @@ FFV1_BYTES_PER_PIXEL = 1.3
 SHOT_BYTES = 8192
 """shot.json and the row of the manifest."""
 
-ASSUMED_SECONDS = {
-    "instantid": 0.1,
-    "instantid_sdxl": 3.0,
-    "flux": 6.7,
-    "refine": 2.4,
-    "lora": 4.0,
-    "hunyuan": 6.0,
-    "image_likeness": 0.1,
-    "svd": 22.6,
-    "clip_likeness": 0.5,
-    "realesrgan": 3.0,
-}
-"""Of the reference shot on an H100, for profiles that do not say."""
-ASSUMED_OF_OTHERS = 1.0
-"""The same of a stage that is not in the table."""
 ASSUMED_SPREAD = 0.3
-"""Of seconds that were not measured here."""
+"""Relative spread of seconds that were not measured on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +77,11 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         pixels = shot.width * shot.height
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:
-            enlarged = shot.scale**2 if shot.upscale_video else 0
             clip = pixels * shot.num_frames
-            upscaled += shot.upscale_video
-            encoded += clip * (1 + enlarged) / 1e6
-            output += CLIP_BYTES_PER_PIXEL * clip * (1 + enlarged)
+            encoded_pixels = clip * sum(scale**2 * factor for scale, factor in clip_growth(shot).values())
+            upscaled += bool(chunked_stages_of(shot))
+            encoded += encoded_pixels / 1e6
+            output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             cached += FFV1_BYTES_PER_PIXEL * clip
     return Demand(count, dict(relative_cost), upscaled, encoded, output, cached, len(loras))
 
@@ -117,4 +102,4 @@ def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str,
         return found.seconds_of_reference, found.spread, True
     if stage.name in actor.seconds:
         return actor.seconds[stage.name], ASSUMED_SPREAD, True
-    return ASSUMED_SECONDS.get(stage.name, ASSUMED_OF_OTHERS), ASSUMED_SPREAD, False
+    return stage.reference_s, ASSUMED_SPREAD, False

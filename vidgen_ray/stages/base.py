@@ -1,7 +1,7 @@
-"""What a stage is: frozen parameters, weights loaded once, items in, artefacts out.
+"""Stage interface: frozen parameters, weights loaded once, items in, artefacts out.
 
-A stage declares what it reads and writes; the graph, the content keys and the docs are derived from that declaration.
-Heavy packages (torch, diffusers) are imported in `load`, so that naming a stage costs nothing.
+A stage declares everything that the rest of the project needs to know about it. Graph, content keys, planner, API, page and
+docs are derived from that declaration. Heavy packages (torch, diffusers) are imported in `load`, so importing a stage is cheap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.stages.progress import report
 
 if TYPE_CHECKING:
     import torch
@@ -28,74 +29,74 @@ Image = NDArray[np.uint8]
 Frames = NDArray[np.uint8]
 """RGB, (T, H, W, 3), 0 to 255."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
-"""Of the shot that a profile's seconds are told for."""
+"""Size of the reference shot, for which seconds are stated: 1024x576 pixels, 25 frames, default steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class FaceFeatures:
-    """One person, seen in one or several photos. Points and boxes are in pixels of the first of them."""
+    """One person, seen in one or several photos. Points and boxes are in pixels of the first photo."""
 
     embeddings: Mapping[str, NDArray[np.float32]]
-    """(512,) each, by the recogniser: `antelopev2` as it is, `ir_se50` of length 1. Of several photos the mean."""
+    """Recogniser -> embedding (512,): `antelopev2` unnormalised, `ir_se50` of length 1. The mean over several photos."""
     keypoints: NDArray[np.float32]
-    """(5, 2), x and y of left eye, right eye, nose, left and right corner of the mouth, left as seen in the picture."""
+    """(5, 2): x and y of left eye, right eye, nose, left and right mouth corner, left as seen in the image."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom."""
     score: float
-    """Of the detector, 0 to 1."""
+    """Detector score, 0 to 1."""
     faces_found: int
-    """In the first photo, of those that are large enough."""
+    """Number of faces in the first photo that are large enough."""
     photo_size: tuple[int, int]
-    """Width, height of the first photo."""
+    """Width and height of the first photo."""
     digest: str
     """sha256 of the photos' pixels."""
 
     def embedding(self, recogniser: str) -> NDArray[np.float32]:
-        """(512,) by that recogniser and no other: to a network trained with one, another's is another person.
+        """Return the embedding (512,) of this recogniser. Embeddings of different recognisers are not interchangeable.
 
-        Raises StageError where it was not made.
+        Raises StageError if it was not computed.
         """
         if recogniser not in self.embeddings:
             raise StageError(
-                f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'nothing'}, {recogniser} is needed; "
-                f"its weights stand in the profile, `extra_weights: {{{recogniser}: ...}}` of actors.instantid"
+                f"face: got embeddings by {', '.join(sorted(self.embeddings)) or 'no recogniser'}, {recogniser} is needed; "
+                f"add its weights to the profile: `extra_weights: {{{recogniser}: ...}}` of actors.instantid"
             )
         return self.embeddings[recogniser]
 
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """How much the faces in some pictures are like the reference face. A picture without a face is not one without likeness."""
+    """Similarity of the faces in some images to the reference face. An image without a face has no similarity."""
 
     similarities: tuple[float | None, ...]
-    """One a picture, -1 to 1: the cosine of the face that is most alike; none where no face was found."""
+    """Per image: cosine of the most similar face, -1 to 1. `None` if no face was found."""
 
     @property
     def mean(self) -> float | None:
-        """Over the pictures with a face; none where there are no such."""
-        seen = self._of_faces
-        return sum(seen) / len(seen) if seen else None
+        """Mean over the images with a face. `None` without such images."""
+        values = self._with_face
+        return sum(values) / len(values) if values else None
 
     @property
     def worst(self) -> float | None:
-        """Of the pictures with a face; none where there are no such."""
-        return min(self._of_faces, default=None)
+        """Minimum over the images with a face. `None` without such images."""
+        return min(self._with_face, default=None)
 
     @property
     def without_face(self) -> int:
-        """The number of pictures in which no face was found."""
-        return len(self.similarities) - len(self._of_faces)
+        """Number of images in which no face was found."""
+        return len(self.similarities) - len(self._with_face)
 
     @property
-    def _of_faces(self) -> list[float]:
+    def _with_face(self) -> list[float]:
         return [similarity for similarity in self.similarities if similarity is not None]
 
 
 class Artefacts(TypedDict, total=False):
-    """What travels between stages. Later stages replace `image`."""
+    """Data passed between stages. Later stages replace `image` and `frames`."""
 
     photos: tuple[Image, ...]
-    """Of one person, upright."""
+    """Photos of one person, upright."""
     face: FaceFeatures
     image: Image
     image_likeness: Likeness
@@ -113,35 +114,35 @@ class Item:
 
 
 class StageParams(BaseModel):
-    """What every stage is told by its profile. A subclass adds the stage's own options, all of which may change bytes."""
+    """Parameters that a profile gives to a stage. Subclasses add options of their own, all of which may change bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: Path
-    """A local folder or file. Nothing is ever downloaded by a stage."""
+    """Local folder or file. A stage never downloads anything."""
     extra_weights: dict[str, Path] = Field(default_factory=dict)
-    """Further weights by name, which some shots need and others do not; those that are on this machine."""
+    """Name -> local path of further weights that only some shots need."""
     missing: dict[str, str] = Field(default_factory=dict)
-    """Name of further weights that are not -> a sentence that says what to do about it."""
+    """Name -> error message for extra weights that are not on this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = Field(None, ge=1)
-    """CPU threads of torch; none leaves them alone. The number changes the last bits of a result."""
+    """CPU threads of torch. `None` keeps the current number. It changes the last bits of a result."""
 
     def for_key(self) -> dict[str, Any]:
-        """What of these changes bytes, beside the weights, which a content key has by their digest."""
+        """Return the options that change bytes. Weights are part of a content key by their digest instead."""
         ignored = {"weights", "extra_weights", "missing"}
         return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
 
     def extra_weights_at(self, name: str) -> Path:
-        """Where further weights lie. Raises MissingWeights where they do not."""
+        """Return the path of extra weights. Raises MissingWeights if they are not on this machine."""
         if name not in self.extra_weights:
-            why = self.missing.get(name, f"the profile does not name them; add `extra_weights: {{{name}: ...}}` to their actor")
+            why = self.missing.get(name, f"not in the profile; add `extra_weights: {{{name}: ...}}` to their actor")
             raise MissingWeights(f"{name}: {why}")
         return self.extra_weights[name]
 
     def resolved(self) -> Self:
-        """The same with whatever depends on the machine made concrete, for the content key and for other machines."""
+        """Return a copy with machine-dependent values made concrete, for content keys and for other machines."""
         return self
 
 
@@ -152,22 +153,39 @@ class Stage(ABC, Generic[P]):
     """One step of the chain. Use: `stage.load(); stage([item])`, or `with stage: stage([item])`."""
 
     name: ClassVar[str]
+    label: ClassVar[str]
+    """Name shown to people, e.g. "Upscale"."""
+    activity: ClassVar[str]
+    """What a running stage does, shown to people, e.g. "Upscaling frames"."""
+    progress_unit: ClassVar[str] = "steps"
+    """Plural noun of one unit of reported progress."""
     version: ClassVar[int]
     """Raised when the same inputs give other bytes than before."""
     actor: ClassVar[str]
-    """Stages that name the same actor share weights and must live in one process."""
+    """Stages with the same actor share weights and live in one process."""
+    reference_s: ClassVar[float] = 1.0
+    """Seconds for the reference shot on an H100, for profiles that state none."""
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    """Fields of shots that pass this stage, beside the prompt. A server is laid out for these."""
+
     reads: ClassVar[tuple[str, ...]]
-    """Fields of the shot."""
+    """Shot fields that change the result. `steps.svd` names a setting of one stage."""
     identity_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields beside `reads` of a shot that a person steers here; of other shots they are not part of a key."""
+    """Further shot fields that change the result when `uses_identity(shot)`."""
+    clip_only_fields: ClassVar[tuple[str, ...]] = ()
+    """Shot fields of this stage that have no meaning for a still image, switches included."""
+    common_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of this stage that the API's `num_inference_steps` ("steps") and `guidance_scale` ("guidance") set."""
     takes: ClassVar[tuple[str, ...]]
     """Artefacts this stage needs."""
     identity_inputs: ClassVar[tuple[str, ...]] = ()
-    """Artefacts beside `takes` that it needs for a shot that a person steers here."""
+    """Further artefacts that it needs when `uses_identity(shot)`."""
     writes: ClassVar[tuple[str, ...]]
-    """Artefacts this stage gives."""
+    """Artefacts this stage returns."""
     debug_file: ClassVar[str | None] = None
-    """File name under which `--keep stages` shows what this stage gave."""
+    """File name for `--keep stages`. `None` keeps nothing."""
+    shared: ClassVar[bool] = False
+    """Whether executors keep the result in memory for other shots with the same inputs. Only for small results."""
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P) -> None:
@@ -176,60 +194,65 @@ class Stage(ABC, Generic[P]):
     @staticmethod
     @abstractmethod
     def applies(shot: Shot) -> bool:
-        """Whether the shot passes through this stage."""
+        """Return whether the shot passes this stage."""
 
     @staticmethod
     def uses_identity(shot: Shot) -> bool:
-        """Whether a person has a say in what this stage does with the shot."""
+        """Return whether this stage is conditioned on the shot's face."""
         return False
+
+    @staticmethod
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
+        """Return the LoRAs that are active in this stage."""
+        return ()
 
     @classmethod
     def needs(cls, shot: Shot) -> tuple[str, ...]:
-        """The artefacts that it needs for the shot."""
+        """Return the artefacts that this stage needs for the shot."""
         return (*cls.takes, *cls.identity_inputs) if cls.uses_identity(shot) else cls.takes
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:
-        """Names of the further weights that a profile may give to this stage's actor."""
+        """Return the names of extra weights that a profile may give to this stage's actor."""
         return ()
 
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
-        """The files or folders whose content decides this stage's result for the shot; its LoRAs are local files."""
+        """Return the files or folders whose content decides the result for the shot. Its LoRAs are local files."""
         return (params.weights,)
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        """How much of this stage's work the shot is: 1 for the reference shot of 1024x576 pixels, 25 frames, default steps."""
+        """Return the shot's duration in this stage relative to the reference shot."""
         return 1.0
 
     @classmethod
     def lower_memory(cls, params: P) -> P | None:
-        """Parameters that need less GPU memory and may change bytes, or none where there are no such."""
+        """Return parameters that need less GPU memory and may change bytes, or `None` if there are none."""
         return None
 
     @abstractmethod
     def load(self) -> None:
-        """Load the weights from local files. Raises SetupError where they are missing or of another kind."""
+        """Load the weights from local files. Raises SetupError if they are missing or of another kind."""
 
     @abstractmethod
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        """The work itself, on loaded weights; one result an item, in order."""
+        """Process the items with loaded weights. Returns one result per item, in order."""
 
     def move(self, device: str) -> None:
-        """Take the loaded weights to `device`, the host's memory (`cpu`) or back, where stages take turns on a GPU.
+        """Move the loaded weights to `device` ("cpu" is host memory), for weight swapping.
 
-        Not for a stage that needs no GPU memory.
+        Not implemented by stages that need no GPU memory.
         """
-        raise NotImplementedError(f"{self.name} cannot take turns on a GPU")
+        raise NotImplementedError(f"{self.name} does not support weight swapping")
 
     @property
     def adapter_loads(self) -> int:
-        """How many LoRAs were laid on the weights so far."""
+        """Number of LoRAs loaded so far."""
         return 0
 
     def close(self) -> None:
-        """Let go of the weights. Safe to call twice, and before `load`."""
+        """Release the weights. Safe to call twice, and before `load`."""
         for name in [k for k in vars(self) if k != "params"]:
             delattr(self, name)
 
@@ -247,9 +270,77 @@ class Stage(ABC, Generic[P]):
         self.close()
 
 
+class ChunkedStage(Stage[P]):
+    """A stage that processes a clip in chunks of frames. Executors distribute the chunks over workers.
+
+    Chunked stages are the last stages of the chain. A chunk of n frames gives exactly `n * frame_factor(shot)` frames; only
+    the last chunk of a clip may give fewer. Results are streamed to the encoder and never cached.
+    """
+
+    progress_unit: ClassVar[str] = "frames"
+    lookahead_frames: ClassVar[int] = 0
+    """Frames after a chunk that the stage also sees. Only the first chunked stage of the chain may have a lookahead."""
+
+    @classmethod
+    @abstractmethod
+    def chunk_frames(cls, params: P) -> int:
+        """Return the number of input frames in one call of `process_chunk`. Clips are cut by this number only."""
+
+    @staticmethod
+    def scale_factor(shot: Shot) -> int:
+        """Return the factor by which width and height grow."""
+        return 1
+
+    @staticmethod
+    def frame_factor(shot: Shot) -> int:
+        """Return the number of output frames per input frame. The frame rate grows by the same factor."""
+        return 1
+
+    @abstractmethod
+    def process_chunk(self, shot: Shot, frames: Frames, lookahead: Frames) -> Frames:
+        """Process at most `chunk_frames` frames (n, H, W, 3).
+
+        `lookahead` holds the next `lookahead_frames` frames of the clip, fewer at its end.
+        Returns (n * frame_factor, H * scale_factor, W * scale_factor, 3).
+        """
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        (source,), (result,) = self.takes, self.writes
+        return [
+            Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source])})  # type: ignore[misc]
+            for item in items
+        ]
+
+    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
+        """Process any number of consecutive frames, as `process_chunk` does. Cut at multiples of `chunk_frames`, any division
+        of a clip gives the same bytes."""
+        import torch
+
+        with torch.inference_mode(), torch_threads(self.params.threads):
+            return self._run_clip(shot, frames, lookahead)
+
+    def _run_clip(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
+        n_frames, height, width, _ = frames.shape
+        scale, factor = self.scale_factor(shot), self.frame_factor(shot)
+        following = frames if lookahead is None or not len(lookahead) else np.concatenate([frames, lookahead])
+        output = np.empty((n_frames * factor, height * scale, width * scale, 3), np.uint8)
+        filled = 0
+        for chunk in frame_chunks(n_frames, self.chunk_frames(self.params)):
+            result = self.process_chunk(shot, frames[chunk], following[chunk.stop : chunk.stop + self.lookahead_frames])
+            output[filled : filled + len(result)] = result
+            filled += len(result)
+            report(self.name, chunk.stop, n_frames)
+        return output[:filled]
+
+
+def frame_chunks(n_frames: int, chunk_frames: int) -> list[slice]:
+    """Cut a clip into chunks: half-open ranges of frames, in order."""
+    return [slice(begin, min(begin + chunk_frames, n_frames)) for begin in range(0, n_frames, chunk_frames)]
+
+
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Run a block with this many intra-op threads."""
+    """Run a block with this many intra-op threads of torch. `None` changes nothing."""
     import torch
 
     before = torch.get_num_threads()
@@ -270,12 +361,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def noise_generator(shot: Shot, stage: str) -> torch.Generator:
-    """A CPU generator, so that a seed means the same picture on every device."""
+    """Return a seeded CPU generator: a seed gives the same noise on every device."""
     import torch
 
     return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
 
 
 def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Pixels of any shape, 0 to 1 -> 0 to 255, rounded as diffusers does."""
+    """Convert pixels of any shape from 0..1 to 0..255, rounded as diffusers does."""
     return (pixels * 255).round().astype(np.uint8)

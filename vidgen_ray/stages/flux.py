@@ -22,6 +22,10 @@ class FluxStage(FluxFamilyStage):
     """
 
     name: ClassVar[str] = "flux"
+    label: ClassVar[str] = "Base image"
+    activity: ClassVar[str] = "Generating the base image"
+    reference_s: ClassVar[float] = 6.7
+    common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import LoraRef, Shot
@@ -24,6 +24,13 @@ class FluxLoRAStage(FluxFamilyStage):
     """
 
     name: ClassVar[str] = "lora"
+    label: ClassVar[str] = "LoRA"
+    activity: ClassVar[str] = "Redrawing with the LoRA"
+    reference_s: ClassVar[float] = 4.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"lora": "style.safetensors"},
+        {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
+    )
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",

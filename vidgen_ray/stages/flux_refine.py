@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item
 from vidgen_ray.stages.flux_stage import FluxFamilyStage, flux_work
 
@@ -21,6 +21,10 @@ class FluxRefineStage(FluxFamilyStage):
     """
 
     name: ClassVar[str] = "refine"
+    label: ClassVar[str] = "Refinement"
+    activity: ClassVar[str] = "Refining the image"
+    reference_s: ClassVar[float] = 2.4
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image as PILImage
@@ -40,6 +40,10 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     """
 
     name: ClassVar[str] = "hunyuan"
+    label: ClassVar[str] = "Style"
+    activity: ClassVar[str] = "Restyling the image"
+    reference_s: ClassVar[float] = 6.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"use_hunyuan_style": True, "style_prompt": "watercolour"},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "hunyuan"
     reads: ClassVar[tuple[str, ...]] = (

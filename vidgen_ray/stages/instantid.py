@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,11 @@ class InstantIDStage(Stage[InstantIDParams]):
     """
 
     name: ClassVar[str] = "instantid"
+    label: ClassVar[str] = "Face"
+    activity: ClassVar[str] = "Reading the face"
+    reference_s: ClassVar[float] = 0.1
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
+    shared: ClassVar[bool] = True
     version: ClassVar[int] = 2
     actor: ClassVar[str] = "instantid"
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
@@ -64,6 +64,10 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     """
 
     name: ClassVar[str] = "instantid_sdxl"
+    label: ClassVar[str] = "Base image"
+    activity: ClassVar[str] = "Generating the base image"
+    reference_s: ClassVar[float] = 3.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid_sdxl"
     reads: ClassVar[tuple[str, ...]] = (

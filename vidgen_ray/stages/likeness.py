@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,10 @@ class ImageLikenessStage(_LikenessStage):
     """`face` and `image` (H, W, 3) -> `image_likeness` of the one picture, whether it was drawn or given."""
 
     name: ClassVar[str] = "image_likeness"
+    label: ClassVar[str] = "Likeness"
+    activity: ClassVar[str] = "Comparing the face"
+    reference_s: ClassVar[float] = 0.1
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
     takes: ClassVar[tuple[str, ...]] = ("face", "image")
     writes: ClassVar[tuple[str, ...]] = ("image_likeness",)
 
@@ -55,6 +59,10 @@ class ClipLikenessStage(_LikenessStage):
     """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames of `frames_seen`."""
 
     name: ClassVar[str] = "clip_likeness"
+    label: ClassVar[str] = "Clip likeness"
+    activity: ClassVar[str] = "Comparing faces in the clip"
+    reference_s: ClassVar[float] = 0.5
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",)},)
     takes: ClassVar[tuple[str, ...]] = ("face", "frames")
     writes: ClassVar[tuple[str, ...]] = ("clip_likeness",)
 

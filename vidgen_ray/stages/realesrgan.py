@@ -1,13 +1,12 @@
-"""RealESRGAN: every frame of a clip, 2, 3 or 4 times as wide and high. Frames know nothing of each other."""
+"""RealESRGAN: upscales every frame of a clip 2, 3 or 4 times, each frame on its own."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 from pydantic import Field
@@ -17,28 +16,27 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
-    Artefacts,
+    ChunkedStage,
     Frames,
-    Item,
-    Stage,
     StageParams,
     torch_dtype,
     torch_threads,
 )
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.progress import report
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from spandrel import ImageModelDescriptor
 
 ENDINGS = (".safetensors", ".pth")
-"""Of weights files; the first wins where a name has both."""
-ARCHITECTURES = {"Compact": "SRVGGNetCompact", "ESRGAN": "RRDBNet"}
-"""spandrel's name -> Real-ESRGAN's. Both take pictures of any size."""
+"""File endings of weights. The first one wins if both exist."""
 RELATIVE_COST = {"animevideov3": 1.0, "x4plus-anime": 10.0, "x4plus": 23.0}
-"""Seconds of a frame by the built-in networks, in those of the default one; measured on a CPU in float32."""
+"""Duration of a frame relative to the default network, measured on a CPU in float32."""
+UNCLAMPED = ("Compact", "ESRGAN")
+"""Architectures of Real-ESRGAN: any image size, and a resize to the shot's scale sees values outside 0..1, as in ncnn."""
 LARGEST_TILE_PX, SMALLEST_TILE_PX = 512, 128
-"""Tried in turn, halved, where a card's memory does not suffice."""
+"""Range of tile sizes for the OOM fallback, halved on each attempt."""
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -46,37 +44,40 @@ class RealESRGANParams(StageParams):
     """`weights` is a folder; a shot's `upscaler` names a file in it, without the ending .safetensors or .pth."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]  # one choice more
-    """auto: float16 on a GPU, bfloat16 on a CPU that multiplies it in hardware (twice as fast), float32 elsewhere."""
+    """`auto`: float16 on a GPU, bfloat16 on a CPU with hardware support (twice as fast), else float32."""
     frames_per_call: int = Field(4, ge=1)
-    """Frames in one call of the network. Clips are cut by this number and by nothing else."""
+    """Frames in one call of the network. Clips are cut by this number only."""
     tile_px: int | None = Field(None, ge=16, multiple_of=4)
-    """Side of the squares in which a frame passes the network, to bound memory; none: whole frames."""
+    """Side of the square tiles that bound memory. `None` processes whole frames."""
     tile_overlap_px: int = Field(32, ge=0, multiple_of=4)
-    """What a tile sees of its neighbours on each side. animevideov3 sees 18 pixels far, so from 20 on tiles change
-    nothing. RRDBNet sees further: with x4plus-anime single pixels change by up to 9 levels of 255 at 32, 1 at 48."""
+    """Pixels that a tile sees of its neighbours on each side. The receptive field of animevideov3 is 18 pixels, so from 20 on
+    tiling changes nothing. RRDBNet's is larger: x4plus-anime differs by up to 9 of 255 levels at 32 and by 1 at 48."""
 
     def resolved(self) -> Self:
-        """The same with `auto` replaced by the dtype that it means on this machine."""
+        """Return a copy with `auto` replaced by the dtype that it means on this machine."""
         if self.dtype != "auto":
             return self
         if self.device != "cpu":
             return self.model_copy(update={"dtype": "float16"})
-        return self.model_copy(update={"dtype": "bfloat16" if _cpu_multiplies_bfloat16() else "float32"})
+        return self.model_copy(update={"dtype": "bfloat16" if _cpu_has_bfloat16() else "float32"})
 
 
-class RealESRGANStage(Stage[RealESRGANParams]):
+class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     """`frames` uint8 (T, H, W, 3) -> `hd_frames` uint8 (T, scale * H, scale * W, 3).
 
-    A network has a scale of its own, 4 for all that are built in. For another one its result is resized by bicubic
-    interpolation before it is rounded, as in Real-ESRGAN's ncnn models of x2 and x3.
-    A clip is cut by `frame_chunks`; whoever upscales the chunks, here or in other processes, gets the same bytes.
+    Runs any single-image super-resolution network that spandrel loads. If the network's own scale differs from the shot's, its
+    output is resized bicubically before rounding, as Real-ESRGAN's ncnn models x2 and x3 do.
     Source: Wang et al. 2021, arXiv:2107.10833; xinntao/Real-ESRGAN `realesrgan/utils.py`.
     """
 
     name: ClassVar[str] = "realesrgan"
+    label: ClassVar[str] = "Upscale"
+    activity: ClassVar[str] = "Upscaling"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "realesrgan"
+    reference_s: ClassVar[float] = 3.0
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
+    clip_only_fields: ClassVar[tuple[str, ...]] = ("upscale_video", "scale", "upscaler")
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
     Params: ClassVar[type[StageParams]] = RealESRGANParams
@@ -96,103 +97,99 @@ class RealESRGANStage(Stage[RealESRGANParams]):
 
     @classmethod
     def lower_memory(cls, params: RealESRGANParams) -> RealESRGANParams | None:
-        """One frame at a time, then tiles of 512, 256 and 128 pixels."""
+        """Return one frame per call, then tiles of 512, 256 and 128 pixels."""
         if params.frames_per_call > 1:
             return params.model_copy(update={"frames_per_call": 1})
         smaller = LARGEST_TILE_PX if params.tile_px is None else params.tile_px // 2
         return params.model_copy(update={"tile_px": smaller}) if smaller >= SMALLEST_TILE_PX else None
 
+    @classmethod
+    def chunk_frames(cls, params: RealESRGANParams) -> int:
+        return params.frames_per_call
+
+    @staticmethod
+    def scale_factor(shot: Shot) -> int:
+        return shot.scale
+
     def load(self) -> None:
-        """Check the folder. The networks come with the first shot that names them, and stay."""
+        """Check the folder. A network is loaded with the first shot that names it, and stays loaded."""
         if not self.params.weights.is_dir():
             raise SetupError(
                 f"realesrgan: got weights {str(self.params.weights)!r}, must be a folder of .safetensors or .pth files"
             )
         require_device(self.params.device)
         self._dtype = torch_dtype(self.params.resolved().dtype)
-        self._networks: dict[str, Any] = {}
+        self._networks: dict[str, ImageModelDescriptor[Any]] = {}
 
     def move(self, device: str) -> None:
         for network in self._networks.values():
             network.model.to(device)
 
-    def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"hd_frames": self.upscale(item.artefacts["frames"], item.shot.scale, item.shot.upscaler)} for item in items]
-
-    def upscale(self, frames: Frames, scale: int, upscaler: str) -> Frames:
-        """uint8 (T, H, W, 3) -> uint8 (T, scale * H, scale * W, 3), of a whole clip or of one of its chunks."""
-        import torch
-
-        n_frames, height, width, _ = frames.shape
-        upscaled = np.empty((n_frames, height * scale, width * scale, 3), np.uint8)
-        with torch.inference_mode(), torch_threads(self.params.threads):
-            for chunk in frame_chunks(n_frames, self.params.frames_per_call):
-                upscaled[chunk] = _to_frames(self._one_call(frames[chunk], scale, upscaler))
-                report(self.name, chunk.stop, n_frames)
-        return upscaled
+    def process_chunk(self, shot: Shot, frames: Frames, lookahead: Frames) -> Frames:
+        return _to_frames(self._upscale(frames, shot.scale, shot.upscaler))
 
     def upscale_float(self, frames: Frames, scale: int, upscaler: str) -> NDArray[np.float32]:
-        """What `upscale` clamps and rounds, all frames in one call: (T, scale * H, scale * W, 3), about 0 to 1."""
+        """Return (T, scale * H, scale * W, 3), about 0 to 1, before clamping and rounding; all frames in one call."""
         import torch
 
         with torch.inference_mode(), torch_threads(self.params.threads):
-            pixels = self._one_call(frames, scale, upscaler)
+            pixels = self._upscale(frames, scale, upscaler)
             upscaled: NDArray[np.float32] = rearrange(pixels, "t c h w -> t h w c").cpu().numpy()
         return upscaled
 
-    def _one_call(self, frames: Frames, scale: int, upscaler: str) -> torch.Tensor:
-        """uint8 (T, H, W, 3) -> fp32 (T, 3, scale * H, scale * W), in the memory format channels_last."""
+    def _upscale(self, frames: Frames, scale: int, upscaler: str) -> torch.Tensor:
+        """Upscale uint8 (T, H, W, 3) to fp32 (T, 3, scale * H, scale * W) in the memory format channels_last."""
         import torch
 
         network = self._network(upscaler)
         height, width = frames.shape[1:3]
-        # A copy: frames that other processes share are read-only.
+        # A copy: frames shared between processes are read-only.
         pixels = rearrange(torch.tensor(frames, device=self.params.device), "t h w c -> t c h w")
-        pixels = (pixels.float() / 255).to(self._dtype, memory_format=torch.channels_last)
+        pixels = (pixels.float() / 255).to(network.dtype, memory_format=torch.channels_last)
         if self.params.tile_px is None:
-            pixels = network.model(pixels).float()
+            pixels = _forward(network, pixels).float()
         else:
-            pixels = _in_tiles(network.model, network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px)
+            pixels = _in_tiles(
+                lambda tile: _forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
+            )
         if network.scale == scale:
             return pixels
         return torch.nn.functional.interpolate(
             pixels, size=(height * scale, width * scale), mode="bicubic", align_corners=False
         )
 
-    def _network(self, upscaler: str) -> Any:
-        """spandrel's descriptor of the network, loaded if it is not there."""
+    def _network(self, upscaler: str) -> ImageModelDescriptor[Any]:
+        """Return the network, loaded on first use. It stays in float32 if it does not support the stage's dtype."""
         import torch
 
         if upscaler not in self._networks:
             network = load_network(weights_file(self.params.weights, upscaler))
-            network.model.to(self.params.device, self._dtype, memory_format=torch.channels_last)
+            supported = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
+            dtype = self._dtype if supported.get(self._dtype, True) else torch.float32
+            network.model.to(self.params.device, dtype, memory_format=torch.channels_last)
             self._networks[upscaler] = network
         return self._networks[upscaler]
 
 
-def frame_chunks(n_frames: int, frames_per_call: int) -> list[slice]:
-    """How a clip is cut for the network: half-open ranges of frames, in order."""
-    return [slice(begin, min(begin + frames_per_call, n_frames)) for begin in range(0, n_frames, frames_per_call)]
-
-
 def weights_file(folder: Path, upscaler: str) -> Path:
-    """The file of that name in the folder. Raises StageError with the names that are there."""
+    """Return the weights file of that name. Raises StageError with the names that exist."""
     for ending in ENDINGS:
         if (file := folder / f"{upscaler}{ending}").is_file():
             return file
-    there = sorted({file.stem for ending in ENDINGS for file in folder.glob(f"*{ending}")})
-    allowed = f"must be one of {', '.join(there)}" if there else "but there is no .safetensors or .pth file"
+    names = sorted({file.stem for ending in ENDINGS for file in folder.glob(f"*{ending}")})
+    allowed = f"must be one of {', '.join(names)}" if names else "but there is no .safetensors or .pth file"
     raise StageError(f"upscaler: got {upscaler!r}, {allowed} in {folder}")
 
 
-def load_network(file: Path) -> Any:
-    """spandrel's descriptor of a Real-ESRGAN network in fp32: `model` and its `scale`.
+def load_network(file: Path) -> ImageModelDescriptor[Any]:
+    """Load a super-resolution network of any architecture that spandrel knows, in float32.
 
     `.safetensors` holds a state dict; `.pth` may hold it under `params_ema`, which is preferred, or `params`.
+    Raises StageError for other files and for networks that do not map one RGB image to a larger one.
     """
     import torch
     from safetensors.torch import load_file
-    from spandrel import ModelLoader, UnsupportedModelError
+    from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
     try:
         safe = file.suffix == ".safetensors"
@@ -200,25 +197,37 @@ def load_network(file: Path) -> Any:
         network = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError as error:
         raise StageError(f"upscaler {file.name}: no architecture of spandrel has these weights") from error
-    # Damaged files and near misses of an architecture raise whatever their reader stumbles over.
+    # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
         raise StageError(f"upscaler {file.name}: cannot be loaded: {error}") from error
-    if network.architecture.id not in ARCHITECTURES or (network.input_channels, network.output_channels) != (3, 3):
+    channels = network.input_channels, network.output_channels
+    if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or channels != (3, 3):
         raise StageError(
-            f"upscaler {file.name}: got {network.architecture.id} from {network.input_channels} to "
-            f"{network.output_channels} channels, must be {' or '.join(ARCHITECTURES.values())} from RGB to RGB"
+            f"upscaler {file.name}: got {network.architecture.id} with purpose {network.purpose} from "
+            f"{channels[0]} to {channels[1]} channels, must be a super-resolution network (purpose SR) from RGB to RGB"
         )
     network.model.eval().requires_grad_(False)
     return network
 
 
+def _forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.Tensor:
+    """Run the network: (T, 3, H, W) -> (T, 3, scale * H, scale * W)."""
+    import torch
+
+    if network.architecture.id in UNCLAMPED:
+        output: torch.Tensor = network.model(pixels)
+        return output
+    # spandrel's call takes one image. It pads it to a size that the network accepts and clamps the output to 0..1.
+    return torch.cat([network(image[None]) for image in pixels])
+
+
 def _in_tiles(
     model: Callable[[torch.Tensor], torch.Tensor], scale: int, pixels: torch.Tensor, tile_px: int, overlap_px: int
 ) -> torch.Tensor:
-    """`model(pixels)` in fp32, one square at a time: (T, 3, H, W) -> (T, 3, scale * H, scale * W).
+    """Compute `model(pixels)` in float32, one tile at a time: (T, 3, H, W) -> (T, 3, scale * H, scale * W).
 
-    A tile is cut with the overlap around it, less where the picture ends, and loses it again: every output pixel comes
-    from one tile, so there is nothing to blend.
+    A tile is cut with the overlap around it, less at the image border, and cropped again. Every output pixel comes from one
+    tile, so nothing is blended.
     """
     import torch
 
@@ -240,7 +249,7 @@ def _in_tiles(
 
 
 def _to_frames(pixels: torch.Tensor) -> Frames:
-    """(T, 3, H, W), 0 to 1, changed in place -> uint8 (T, H, W, 3), clamped and rounded as RealESRGANer does."""
+    """Convert (T, 3, H, W), about 0 to 1, in place to uint8 (T, H, W, 3), clamped and rounded as RealESRGANer does."""
     import torch
 
     levels = pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
@@ -248,8 +257,8 @@ def _to_frames(pixels: torch.Tensor) -> Frames:
     return frames
 
 
-def _cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX. Only Linux tells; elsewhere the answer is no."""
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has AVX512-BF16 or AMX. Detected on Linux only."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
     except OSError:

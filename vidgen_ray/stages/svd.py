@@ -44,6 +44,17 @@ class SVDStage(Stage[SVDParams]):
     """
 
     name: ClassVar[str] = "svd"
+    label: ClassVar[str] = "Video"
+    activity: ClassVar[str] = "Generating the clip"
+    reference_s: ClassVar[float] = 22.6
+    clip_only_fields: ClassVar[tuple[str, ...]] = (
+        "generate_video",
+        "num_frames",
+        "fps",
+        "motion_bucket_id",
+        "noise_aug_strength",
+    )
+    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "svd"
     reads: ClassVar[tuple[str, ...]] = (

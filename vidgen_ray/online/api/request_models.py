@@ -12,23 +12,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, stages_with_setting
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.shot import Shot
 
 PATH_FIELDS = ("image", "face_image", "lora", "character")
 """Fields of a Shot that a client gives otherwise than a script does."""
 SHOT_FIELDS = tuple(name for name in Shot.model_fields if name not in (*PATH_FIELDS, "id", "variants"))
-MOVING_FIELDS = (
-    "generate_video",
-    "num_frames",
-    "fps",
-    "motion_bucket_id",
-    "noise_aug_strength",
-    "upscale_video",
-    "scale",
-    "upscaler",
-)
-"""Fields that say something of a clip and nothing of a picture."""
 JSON_FIELDS = ("steps", "guidance", "metadata", "extra_params", "face_image", "loras", "image_reference", "input_reference")
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 SMALLEST, LARGEST = 64, 2048
@@ -55,7 +45,7 @@ OPENAI_IMAGE = (
     "safety_identifier",
 )
 VIDEO_FIELDS = frozenset({*OPENAI_VIDEO, *STEERING, *SHOT_FIELDS, *PATH_FIELDS} - {"image"})
-IMAGE_FIELDS = frozenset({*OPENAI_IMAGE, *STEERING, *SHOT_FIELDS, *PATH_FIELDS} - {"image", *MOVING_FIELDS, "upscale"})
+IMAGE_FIELDS = frozenset({*OPENAI_IMAGE, *STEERING, *SHOT_FIELDS, *PATH_FIELDS} - {"image", *CLIP_ONLY_FIELDS, "upscale"})
 EDIT_FIELDS = frozenset({*IMAGE_FIELDS, "input_fidelity", "strength", "image"})
 
 
@@ -85,13 +75,16 @@ def video_fields(given: Mapping[str, Any], defaults: Mapping[str, Any], *, movin
         if "upscale" in given:
             fields.setdefault("upscale_video", given["upscale"])
     else:
-        fields = {name: value for name, value in fields.items() if name not in MOVING_FIELDS}
+        fields = {name: value for name, value in fields.items() if name not in CLIP_ONLY_FIELDS}
         fields |= {"generate_video": False, "upscale_video": False}
     if (steps := given.get("num_inference_steps")) is not None:
-        stages = ("flux", "svd") if moving else ("flux",)
+        stages = [stage for stage in stages_with_setting("steps") if moving or stage in BASE_IMAGE_STAGES]
         fields["steps"] = {**dict.fromkeys(stages, steps), **_settings("steps", fields.get("steps"))}
     if (guidance := given.get("guidance_scale")) is not None:
-        fields["guidance"] = {"flux": guidance, **_settings("guidance", fields.get("guidance"))}
+        fields["guidance"] = {
+            **dict.fromkeys(stages_with_setting("guidance"), guidance),
+            **_settings("guidance", fields.get("guidance")),
+        }
     # OpenAI's own `style` of a picture, of which there were two, is no prompt.
     if (style := given.get("style")) is not None and style not in ("vivid", "natural"):
         if fields.get("mode", defaults.get("mode")) == "fast":

@@ -5,26 +5,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vidgen_ray.engine.step_groups import OUTPUT
-from vidgen_ray.graph import stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, stages_of
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 
 ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
-STAGE_WORDS = {
-    "instantid": ("Face", "Reading the face"),
-    "instantid_sdxl": ("Picture", "Drawing the picture"),
-    "flux": ("Picture", "Drawing the picture"),
-    "refine": ("Refining", "Refining the picture"),
-    "lora": ("LoRA", "Redrawing with the LoRA"),
-    "hunyuan": ("Style", "Redrawing in the style"),
-    "image_likeness": ("Likeness", "Comparing the face"),
-    "svd": ("Motion", "Setting it in motion"),
-    "clip_likeness": ("Likeness in the clip", "Comparing the faces in the clip"),
-    "realesrgan": ("Upscaling", "Upscaling"),
-    OUTPUT: ("Saving", "Saving"),
-}
-"""Stage -> its name in the list of stages, and what is being done. A stage that is missing here goes by its own name."""
-COUNTS_FRAMES = ("realesrgan",)
-"""Stages whose steps are the frames of the clip."""
+SAVING = "Save", "Saving"
+"""Label and activity of the step after all stages."""
 NO_BREAK = "\u00a0"
 """A space between a number and its unit."""
 VERDICTS = {JobState.FAILED: "This one failed.", JobState.CANCELLED: "Cancelled."}
@@ -66,7 +52,7 @@ class Card:
 def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
     """`base` is where the application is mounted; `lora_names` are those of the server's LoRAs by their paths."""
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
-    grown = shot.scale if shot.generate_video and shot.upscale_video else 1
+    grown = max((scale for scale, _ in clip_growth(shot).values()), default=1)
     content = f"{base}/v1/videos/{job.id}/content"
     return Card(
         id=job.id,
@@ -100,19 +86,22 @@ def _now(job: Job) -> str:
         return "Waiting for its turn" if job.attempts == 0 else "Waiting to be begun again after an interruption"
     if job.stage is None:
         return "Starting"
-    doing = STAGE_WORDS.get(job.stage, (job.stage, job.stage))[1]
+    stage = STAGE_BY_NAME.get(job.stage)
+    doing = stage.activity if stage else SAVING[1]
     if not job.steps:
         return f"{doing} · {job.progress} %"
-    unit = "frames" if job.stage in COUNTS_FRAMES else "steps"
+    unit = stage.progress_unit if stage else "steps"
     return f"{doing}, {job.step} of {job.steps} {unit} · {job.progress} %"
 
 
 def _track(job: Job) -> Iterator[TrackStage]:
-    names = [*(stage.name for stage in stages_of(job.shot)), OUTPUT]
+    stages = stages_of(job.shot)
+    names = [*(stage.name for stage in stages), OUTPUT]
+    labels = [*(stage.label for stage in stages), SAVING[0]]
     reached = names.index(job.stage) if job.stage in names else -1
-    for number, name in enumerate(names):
+    for number, label in enumerate(labels):
         state = "done" if number < reached else "current" if number == reached else "ahead"
-        yield TrackStage(STAGE_WORDS.get(name, (name, name))[0], state)
+        yield TrackStage(label, state)
 
 
 def _summary(job: Job, grown: int) -> Iterator[str]:
