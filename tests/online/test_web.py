@@ -185,7 +185,7 @@ def test_a_clip_is_made_watched_and_played(new_site, open_page, tmp_path):
     ask_for(page, "a lighthouse")
     card = cards(page, "queue")
     # The models are loaded first.
-    expect(card.locator(".now")).to_have_text("Drawing the picture · 0 %", timeout=LOADED_MS)
+    expect(card.locator(".now")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
     assert card.get_by_role("progressbar").get_attribute("value") == "0"
     site.director.gate.set()
     expect(card.locator(".now")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
@@ -216,7 +216,7 @@ def test_what_the_form_says_is_made_and_shown(site, open_page):
     expect(card.locator(".now")).to_have_text("Reading the face · 0 %")
     expect(card.locator("[aria-current=step]")).to_have_text("Face")
     stages = [text.removesuffix(" (done)") for text in card.locator(".track li").all_text_contents()]
-    assert stages == ["Face", "Picture", "LoRA", "Style", "Likeness", "Motion", "Likeness in the clip", "Upscaling", "Saving"]
+    assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]
     site.director.gate.set()
     card = cards(page, "clips")
     expect(card.locator("video")).to_be_visible()
@@ -236,9 +236,9 @@ def test_a_reload_in_the_middle_finds_the_clip_where_it_is(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
     ask_for(page, "a red ball")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Drawing the picture"))
+    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating the base image"))
     page.reload()
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Drawing the picture"))
+    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating the base image"))
     site.director.gate.set()
     expect(cards(page, "clips").locator("video")).to_be_visible()
     page.reload()
@@ -252,7 +252,7 @@ def test_cancel_stops_one_and_leaves_the_others(site, open_page):
     for prompt in ("first", "second", "third"):
         ask_for(page, prompt)
         expect(page.locator("#queue").get_by_role("heading", name=prompt)).to_be_visible()
-    expect(cards(page, "queue").nth(0).locator(".now")).to_have_text(re.compile("Drawing"))
+    expect(cards(page, "queue").nth(0).locator(".now")).to_have_text(re.compile("Generating"))
     expect(cards(page, "queue").nth(1).locator(".now")).to_have_text("Waiting for its turn")
     for name in ("second", "first"):  # one that waits, and the one in progress
         page.get_by_role("button", name=f"Cancel {name}").click()
@@ -351,7 +351,7 @@ def test_a_full_queue_is_told_and_keeps_the_form(new_site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
     ask_for(page, "the one in hand")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Drawing"))
+    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating"))
     ask_for(page, "the one that waits")
     expect(cards(page, "queue")).to_have_count(2)
     ask_for(page, "the one too many")
@@ -403,7 +403,7 @@ def test_a_server_that_goes_and_comes_back_is_found_again(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
     ask_for(page, "through a restart")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Drawing"))
+    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating"))
     site.stop()
     expect(page.locator("#connection")).to_have_text(re.compile("cannot be reached"))
     page.get_by_role("button", name=MAKE).click()
@@ -534,7 +534,7 @@ def test_everything_is_named_readable_and_within_the_window(site, open_page, sch
     page = open_page(site.url, viewport=size, color_scheme=scheme, reduced_motion="reduce")
     ask_for(page, "one that is being made")
     ask_for(page, "one that waits")
-    expect(cards(page, "queue").locator(".now").first).to_have_text(re.compile("Drawing"))
+    expect(cards(page, "queue").locator(".now").first).to_have_text(re.compile("Generating"))
     assert page.evaluate(LOOKING) == []
     for summary in page.locator("summary").all():
         summary.click()
