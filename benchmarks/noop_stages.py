@@ -45,6 +45,9 @@ class NoOpSVD(NoOp, SVDStage):
 
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"hd_frames": item.artefacts["frames"]} for item in items]
+
     def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
         return frames
 

@@ -121,7 +121,7 @@ def painted(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps:
             artefacts["frames"] = noise.integers(0, 255, (shot.num_frames, shot.height, shot.width, 3), np.uint8)
         with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode)) as files:
             if shot.generate_video and shot.upscale_video:
-                files.add(artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2))
+                files.add({"hd_frames": artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2)})
             files.commit(
                 [
                     StepRecord(stage=s.stage, key=s.key, weights=s.weights, seconds=0.5, gpu_seconds=0, cached=False)

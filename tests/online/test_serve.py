@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent.parent
         (
             ["--profile", "gpu-80gb"],
             4,
-            "nothing to serve: weights 'hub:black-forest-labs/FLUX.1-dev@main': not on this machine",
+            "flux: weights 'hub:black-forest-labs/FLUX.1-dev@main': not on this machine",
         ),
         (["--database", "mysql://x"], 4, "database: must be a file of SQLite"),
         (["--data", "s3://bucket/x"], 4, "database: must be given where data is an object store"),

@@ -91,5 +91,6 @@ def serving_profile(profile: Profile) -> ServingProfile:
         except SetupError as error:
             unavailable[stage.name] = str(error)
     if not any(name in params for name in BASE_IMAGE_STAGES):
-        raise SetupError(f"nothing to serve: {unavailable[BASE_IMAGE_STAGES[0]]}")
+        reasons = "; ".join(f"{name}: {unavailable[name]}" for name in BASE_IMAGE_STAGES)
+        raise SetupError(f"nothing to serve, no stage can generate an image: {reasons}")
     return ServingProfile(profile.pinned(stage for stage in STAGES if stage.name in params), params, unavailable)
