@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("vidgen_ray", "tests", "examples", "docs", "pyproject.toml")
-STEP = re.compile(r'<!-- (create|insert) (\S+)(?: after "(.*)")? -->\n```\w+\n(.*?)```', re.DOTALL)
+STEP = re.compile(r'<!-- (create|insert) (\S+)(?: after "([^\n]*?)")? -->\n```\w+\n(.*?)```', re.DOTALL)
 
 
 class ScratchProject:
@@ -30,10 +31,11 @@ class ScratchProject:
         (self.folder / path).write_text(text)
 
     def insert(self, path: str, after: str, text: str) -> None:
-        """Insert text behind the one line that begins with `after`."""
+        """Insert text behind the one line that begins with `after`, indented as it is, by two below a line that ends with ":"."""
         lines = (self.folder / path).read_text().splitlines(keepends=True)
         (number,) = [number for number, line in enumerate(lines) if line.startswith(after)]
-        lines.insert(number + 1, text)
+        indent = "  " if after.endswith(":") else after[: len(after) - len(after.lstrip())]
+        lines.insert(number + 1, textwrap.indent(textwrap.dedent(text), indent))
         (self.folder / path).write_text("".join(lines))
 
     def apply_steps(self, document: str) -> list[str]:

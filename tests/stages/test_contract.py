@@ -1,4 +1,4 @@
-"""The contract that every stage keeps, whatever it does; a new stage is tested by being in the graph."""
+"""Contract tests of all stages in the graph. A new stage needs no test code here."""
 
 import pickle
 
@@ -7,7 +7,7 @@ import pytest
 
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -15,7 +15,7 @@ LORA = str(resolve("builtin:tiny/lora.safetensors"))
 
 
 class Spy:
-    """A shot that notes which of its fields are looked at, as `reads` names them."""
+    """A shot that records which of its fields are read, named as in `reads`."""
 
     def __init__(self, target, seen, prefix=""):
         self._target, self._seen, self._prefix = target, seen, prefix
@@ -30,17 +30,17 @@ class Spy:
 
 @pytest.fixture(scope="module")
 def face(tiny, photo):
-    """The astronaut's features, with every embedding."""
+    """Features of the astronaut photo, with all embeddings."""
     with InstantIDStage(tiny.params(InstantIDStage)) as stage:
         return stage.features([photo])
 
 
 @pytest.fixture
 def item(make_shot, photo, face):
-    """Of a person who steers FLUX."""
+    """A shot conditioned on a face, with all artefacts."""
     y, x = np.mgrid[0:64, 0:128]
     picture = np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
-    # The tiny detector's idea of a face.
+    # What the tiny detector takes for a face.
     picture[(x - 64) ** 2 + (y - 32) ** 2 < 20**2] = (224, 172, 140)
     shot = make_shot(
         face_image="x.jpg",
@@ -54,7 +54,7 @@ def item(make_shot, photo, face):
     return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": frames})
 
 
-def varied(item, **fields):
+def with_fields(item, **fields):
     return Item(item.shot.model_copy(update=fields), item.artefacts)
 
 
@@ -64,7 +64,7 @@ def loaded(request, tiny):
         yield stage
 
 
-def test_a_stage_declares_real_fields_and_artefacts(loaded):
+def test_declared_fields_and_artefacts_exist(loaded):
     shot = Shot(prompt="a", seed=1)
     for field in (*loaded.reads, *loaded.identity_fields):
         head, _, tail = field.partition(".")
@@ -75,50 +75,96 @@ def test_a_stage_declares_real_fields_and_artefacts(loaded):
     assert loaded.params.model_config["frozen"]
 
 
-def test_a_stage_gives_what_it_writes_and_needs_no_more_than_it_takes(loaded, item):
-    for shot in (item.shot, varied(item, identity="none").shot):
+def test_declarations_for_people_and_planner_are_complete(loaded):
+    assert loaded.label
+    assert loaded.activity
+    assert loaded.reference_s > 0
+    assert set(loaded.clip_only_fields) <= set(Shot.model_fields)
+    assert set(loaded.common_settings) <= {"steps", "guidance"}
+    assert all(f"{setting}.{loaded.name}" in loaded.reads for setting in loaded.common_settings)
+    shots = [Shot(prompt="a", seed=1, **example) for example in loaded.examples]
+    assert shots
+    assert all(loaded.applies(shot) for shot in shots)
+    assert loaded.relative_cost(shots[0]) > 0
+
+
+def test_fields_of_clip_stages_are_declared_clip_only(loaded):
+    """A field read by clip stages alone has no meaning for an image."""
+    if not {"frames", "hd_frames"} & {*loaded.takes, *loaded.writes}:
+        assert not loaded.clip_only_fields
+        return
+    read_for_images = {field for stage in STAGES if "image" in stage.writes for field in stage.reads}
+    own = {field for field in loaded.reads if "." not in field and field not in read_for_images}
+    assert own <= set(loaded.clip_only_fields)
+
+
+def test_chunks_give_the_bytes_of_the_whole_clip(loaded, item):
+    if not isinstance(loaded, ChunkedStage):
+        return
+    shot, (source,), (result,) = item.shot, loaded.takes, loaded.writes
+    frames = np.concatenate([item.artefacts[source]] * 3)[:11]
+    frames += np.arange(11, dtype=np.uint8)[:, None, None, None]
+    whole = loaded([Item(shot, {source: frames})])[0][result]
+    per_call, scale, factor = loaded.chunk_frames(loaded.params), loaded.scale_factor(shot), loaded.frame_factor(shot)
+    assert whole.shape[1:] == (frames.shape[1] * scale, frames.shape[2] * scale, 3)
+    for chunk in frame_chunks(len(frames), 2 * per_call):
+        lookahead = frames[chunk.stop : chunk.stop + loaded.lookahead_frames]
+        part = loaded.run_chunk(shot, frames[chunk], lookahead)
+        if chunk.stop < len(frames):
+            assert len(part) == factor * (chunk.stop - chunk.start)
+        assert np.array_equal(part, whole[chunk.start * factor :][: len(part)])
+    assert (len(frames) - 1) * factor < len(whole) <= len(frames) * factor
+
+
+def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loaded, item):
+    for shot in (item.shot, with_fields(item, identity="none").shot):
         needed = loaded.needs(shot)
         assert needed == (*loaded.takes, *(loaded.identity_inputs if loaded.uses_identity(shot) else ()))
-        given = loaded([Item(shot, {name: item.artefacts[name] for name in needed})])
-        assert len(given) == 1
-        assert set(given[0]) == set(loaded.writes)
-        for name in {"image", "frames", "hd_frames"} & set(given[0]):
-            assert given[0][name].dtype == np.uint8
-            assert given[0][name].shape[-1] == 3
+        (result,) = loaded([Item(shot, {name: item.artefacts[name] for name in needed})])
+        assert set(result) == set(loaded.writes)
+        for name in {"image", "frames", "hd_frames"} & set(result):
+            assert result[name].dtype == np.uint8
+            assert result[name].shape[-1] == 3
 
 
 @pytest.mark.parametrize("mode", ["quality", "fast"])
-@pytest.mark.parametrize("person", [{}, {"identity": "none"}, {"identity_strength": 0.0}, {"face_image": ()}, {"pose": "none"}])
-def test_a_stage_looks_only_at_the_fields_it_declares(loaded, item, mode, person):
-    """A field that is read but not declared would change the bytes under an unchanged content key."""
-    seen, shot = set(), varied(item, mode=mode, **person).shot
+@pytest.mark.parametrize(
+    "identity", [{}, {"identity": "none"}, {"identity_strength": 0.0}, {"face_image": ()}, {"pose": "none"}]
+)
+def test_stage_reads_only_declared_fields(loaded, item, mode, identity):
+    """An undeclared field would change the bytes without changing the content key."""
+    seen, shot = set(), with_fields(item, mode=mode, **identity).shot
     loaded([Item(Spy(shot, seen), item.artefacts)])
     declared = set(loaded.reads)
     if loaded.uses_identity(shot):
         declared |= set(loaded.identity_fields)
     elif loaded.identity_fields:
-        # That nobody steers is told by the set of fields that are in the key.
+        # The set of fields in the key already tells that the face is not used.
         declared.add("flux_identity")
         assert shot.flux_identity is None
     assert seen <= declared
     assert seen or not loaded.reads
 
 
-def test_a_stage_that_a_person_steers_does_what_others_do_where_nobody_does(loaded, item):
-    """Its keys of such shots have nothing of a person in them."""
+def test_identity_changes_the_result_only_when_it_is_used(loaded, item):
+    """Keys of shots that do not use identity contain no identity fields."""
     if not loaded.identity_inputs:
         assert not loaded.uses_identity(item.shot)
         return
     assert loaded.uses_identity(item.shot)
-    uses_identity = loaded([item])[0]
-    nobody = [varied(item, face_image=()), varied(item, identity="none", pose="none"), varied(item, identity_strength=0.0)]
-    first, *others = [loaded([one])[0] for one in nobody]
+    with_identity = loaded([item])[0]
+    without = [
+        with_fields(item, face_image=()),
+        with_fields(item, identity="none", pose="none"),
+        with_fields(item, identity_strength=0.0),
+    ]
+    first, *others = [loaded([one])[0] for one in without]
     for name in loaded.writes:
         assert all(np.array_equal(first[name], other[name]) for other in others)
-        assert not np.array_equal(first[name], uses_identity[name]), "the person does nothing"
+        assert not np.array_equal(first[name], with_identity[name]), "the identity has no effect"
 
 
-def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item):
+def test_results_do_not_depend_on_the_batch(loaded, item):
     other = Item(item.shot.model_copy(update={"seed": 99, "prompt": "another"}), item.artefacts)
     alone = loaded([item])[0]
     among = loaded([other, item])[1]
@@ -129,7 +175,7 @@ def test_the_same_item_gives_the_same_bytes_alone_and_among_others(loaded, item)
             assert np.array_equal(alone[name], among[name])
 
 
-def test_what_a_stage_is_given_stays_as_it_was(loaded, item):
+def test_inputs_are_not_modified(loaded, item):
     face = item.artefacts["face"]
     arrays = {
         **{name: item.artefacts[name] for name in ("image", "frames")},
@@ -144,12 +190,12 @@ def test_what_a_stage_is_given_stays_as_it_was(loaded, item):
     assert all(np.array_equal(before[name], value) for name, value in arrays.items())
 
 
-def test_parameters_travel_to_other_processes(loaded):
+def test_params_can_be_pickled(loaded):
     assert pickle.loads(pickle.dumps(loaded.params)) == loaded.params
 
 
 @pytest.mark.parametrize("stage_class", STAGES, ids=lambda stage: stage.name)
-def test_a_stage_closes_twice_and_unloaded(stage_class, tiny):
+def test_close_is_safe_twice_and_before_load(stage_class, tiny):
     stage = stage_class(tiny.params(stage_class))
     stage.close()
     stage.load()
