@@ -31,7 +31,7 @@ class ScratchProject:
         (self.folder / path).write_text(text)
 
     def insert(self, path: str, after: str, text: str) -> None:
-        """Insert text behind the one line that begins with `after`, indented as it is, by two below a line that ends with ":"."""
+        """Insert text behind the one line that begins with `after`. Below a line ending in ":" it is indented by two."""
         lines = (self.folder / path).read_text().splitlines(keepends=True)
         (number,) = [number for number, line in enumerate(lines) if line.startswith(after)]
         indent = "  " if after.endswith(":") else after[: len(after) - len(after.lstrip())]
