@@ -1,7 +1,7 @@
 """Content keys: the steps of a shot and the key of each result.
 
 Same key, same bytes on the same kind of machine: a key is the sha256 of the stage and its version, the fields of the shot
-that the stage reads, its options, the digests of its weights and the key before it.
+that the stage reads, its options, the digests of its weights and the previous key.
 """
 
 import hashlib
@@ -13,10 +13,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from cachetools import LRUCache
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.cache_dir import digest
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, stages_of
+from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
@@ -27,16 +28,16 @@ FILE_FIELDS = ("image",)
 FILES_FIELDS = ("face_image",)
 LORA_FIELDS = ("lora", "fast_lora")
 START_FIELDS = ("height", "image", "width")
-"""What the chain begins with where no stage draws the picture."""
+"""Fields that the chain starts from if the shot brings its own image."""
 PLAIN_FIELDS = tuple(
     sorted(
         {*START_FIELDS, *(field for stage in STAGES for field in (*stage.reads, *stage.identity_fields))}
         - {*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS}
     )
 )
-"""The fields that count in a key as they are; `steps.flux` looks inside."""
-WEIGHTS_REMEMBERED = 4096
-"""Combinations of a stage, a method of identity, LoRAs and an upscaler. And files, by their path."""
+"""Fields whose value is part of a key. `steps.flux` names a nested one."""
+CACHED_DIGESTS = 4096
+"""Files, and combinations of weights, whose digests a planner caches."""
 OUTPUT_VERSION = 3
 """Raised when encoding, the set of files of a shot or its record changes."""
 
@@ -53,7 +54,7 @@ class Step(BaseModel):
 
 
 class ShotPlan(BaseModel):
-    """A shot and the steps it will take. `key` stands for the bytes of all that the shot leaves behind."""
+    """A shot and its steps. `key` identifies the bytes of all files of the shot."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -61,104 +62,100 @@ class ShotPlan(BaseModel):
     steps: tuple[Step, ...]
     key: str
     number: int = 1
-    """Which try this is, counted from 1."""
+    """Number of this attempt, counted from 1."""
     again: tuple["ShotPlan", ...] = ()
-    """The further tries, in order: the same shot with other seeds, under the same key, for where this one is too unlike."""
+    """Further attempts, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
 
 
 def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, StageParams]:
-    """Stage name -> its parameters, with weights found on this machine."""
+    """Return stage name -> parameters, with weights found on this machine."""
     return {stage.name: profile.params(stage) for stage in stages}
 
 
 def with_local_loras(shot: Shot) -> Shot:
-    """The shot with its built-in LoRAs as files of this machine."""
+    """Return the shot with its built-in LoRAs replaced by files of this machine."""
     loras = tuple(LoraRef(path=str(resolve(lora.path)), weight=lora.weight) for lora in shot.lora)
     return shot.model_copy(update={"lora": loras})
 
 
 class ShotPlanner:
-    """Gives shots their steps and keys. Weights are looked at once, so a planner is made anew for each run.
+    """Plans the steps and keys of shots.
 
-    `params` covers the stages of all shots that will be planned; shots have an id and a seed. Written for many shots:
-    of each key only what differs between shots is put into JSON for each of them, and no file is looked at again while it
-    is among the last `WEIGHTS_REMEMBERED`.
+    Files are hashed once and cached, so create a planner for each run. `params` must cover the stages of all shots that will be
+    planned. Shots need an id and a seed.
     """
 
     def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
         self._params = params
-        self._forms = {
-            (name, uses_identity): _stage_form(STAGE_BY_NAME[name], of_stage, uses_identity)
-            for name, of_stage in params.items()
-            for uses_identity in (False, True)
-        }
-        self._start_form = f'["start",{_fields_form(START_FIELDS)}]'
-        self._start = _sha256('["start",{}]')
+        self._options = {name: _json(of_stage.for_key()) for name, of_stage in params.items()}
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
         self._plain_values = attrgetter(*PLAIN_FIELDS)
-        self._digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(Path(path)))
-        self._lora_digest = lru_cache(WEIGHTS_REMEMBERED)(lambda path: digest(resolve(path)))
-        self._weights: dict[tuple[str | None, ...], tuple[tuple[str, ...], str]] = {}
+        self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
+        self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
+        self._weights: LRUCache[tuple[object, ...], tuple[str, ...]] = LRUCache(CACHED_DIGESTS)
 
     def __call__(self, shot: Shot) -> ShotPlan:
-        """Raises StageError or SetupError where the shot names something that is not there."""
+        """Raises StageError or SetupError if the shot names something that does not exist."""
         steps, last = self._steps_of(shot)
-        check_likeness = InstantIDStage.applies(shot) and shot.min_identity is not None
-        # How often is part of it, too: what fails after two tries may be done after three.
-        rule = f",{_json(shot.min_identity)},{shot.retries}" if check_likeness else ""
+        checks_likeness = InstantIDStage.applies(shot) and shot.min_identity is not None
+        # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
+        rule = f",{_json(shot.min_identity)},{shot.retries}" if checks_likeness else ""
         key = _sha256(f'{self._end}"{last}"{rule}]')
         again = []
-        for number in range(1, shot.retries + 1) if check_likeness else ():
+        for number in range(1, shot.retries + 1) if checks_likeness else ():
             other = shot.again(number)
             again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, number=number + 1))
         return ShotPlan(shot=shot, steps=steps, key=key, again=tuple(again))
 
     def _steps_of(self, shot: Shot) -> tuple[tuple[Step, ...], str]:
-        """The steps, and the key of what they leave."""
-        texts = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
-        for field in FILE_FIELDS:
-            path = getattr(shot, field)
-            texts[field] = "null" if path is None else f'"{self._digest(path)}"'
-        for field in FILES_FIELDS:
-            texts[field] = _json([self._digest(path) for path in getattr(shot, field)])
-        for field in LORA_FIELDS:
-            worn = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, field)]
-            texts[field] = f"[{','.join(worn)}]"
-        key = _sha256(self._start_form % texts) if shot.image else self._start
+        """Return the steps and the key of the last result."""
+        values = self._field_values(shot)
+        key = _sha256(f'["start",{_object(START_FIELDS if shot.image else (), values)}]')
         steps = []
         for stage in stages_of(shot):
-            weights, weights_text = self._weights_of(stage, shot)
-            key = _sha256(f'{self._forms[stage.name, stage.uses_identity(shot)] % texts},{weights_text},"{key}"]')
+            fields = (*stage.reads, *stage.identity_fields) if stage.uses_identity(shot) else stage.reads
+            weights = self._weights_of(stage, shot)
+            parts = (
+                f'"{stage.name}"',
+                str(stage.version),
+                _object(sorted(fields), values),
+                self._options[stage.name],
+                _json(weights),
+                f'"{key}"',
+            )
+            key = _sha256(f"[{','.join(parts)}]")
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return tuple(steps), key
 
-    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
-        """The digests of the stage's weights, and the same as JSON."""
-        # All by which a stage may choose its weights.
-        known_as = (stage.name, shot.upscaler, shot.mode, shot.flux_identity, *(lora.path for lora in shot.lora))
-        found = self._weights.get(known_as)
-        if found is None:
+    def _field_values(self, shot: Shot) -> dict[str, str]:
+        """Return field -> its value as JSON. Files are represented by their digest."""
+        values = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
+        for field in FILE_FIELDS:
+            path = getattr(shot, field)
+            values[field] = "null" if path is None else f'"{self._digest(path)}"'
+        for field in FILES_FIELDS:
+            values[field] = _json([self._digest(path) for path in getattr(shot, field)])
+        for field in LORA_FIELDS:
+            loras = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, field)]
+            values[field] = f"[{','.join(loras)}]"
+        return values
+
+    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[str, ...]:
+        """Return the digests of the stage's weights for the shot."""
+        chosen_by = (stage.name, *(getattr(shot, field) for field in stage.weight_fields))
+        digests: tuple[str, ...] | None = self._weights.get(chosen_by)
+        if digests is None:
             files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
-            digests = tuple(self._digest(str(file)) for file in files)
-            if len(self._weights) >= WEIGHTS_REMEMBERED:
-                self._weights.clear()
-            found = self._weights[known_as] = digests, _json(digests)
-        return found
+            digests = self._weights[chosen_by] = tuple(self._digest(str(file)) for file in files)
+        return digests
 
 
-def _stage_form(stage: type[Stage[Any]], params: StageParams, uses_identity: bool) -> str:
-    """What a stage's key is the hash of, as JSON up to the weights, with holes for the fields of the shot."""
-    options = _json(params.for_key()).replace("%", "%%")
-    fields = (*stage.reads, *stage.identity_fields) if uses_identity else stage.reads
-    return f'["{stage.name}",{stage.version},{_fields_form(fields)},{options}'
-
-
-def _fields_form(fields: Iterable[str]) -> str:
-    return "{" + ",".join(f'"{field}":%({field})s' for field in sorted(fields)) + "}"
+def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
+    return "{" + ",".join([f'"{field}":{values[field]}' for field in fields]) + "}"
 
 
 def _json(value: Any) -> str:
-    """As short as it can be, with names in order: the same text for the same value."""
+    """Serialise to the shortest JSON with sorted names: equal values give equal text."""
     write = JSON_OF_TYPE.get(type(value))
     return write(value) if write else json.dumps(value, sort_keys=True, separators=(",", ":"))
 
@@ -170,7 +167,7 @@ JSON_OF_TYPE: dict[type, Callable[[Any], str]] = {
     float: float.__repr__,
     str: json.dumps,
 }
-"""Short cuts for finite values."""
+"""Shortcuts for scalars, which most fields are. Floats are finite."""
 
 
 def _sha256(text: str) -> str:

@@ -146,6 +146,15 @@ def test_stage_reads_only_declared_fields(loaded, item, mode, identity):
     assert seen or not loaded.reads
 
 
+@pytest.mark.parametrize("mode", ["quality", "fast"])
+@pytest.mark.parametrize("identity", [{}, {"identity": "none"}])
+def test_weights_are_chosen_by_declared_fields(loaded, item, mode, identity):
+    """Digests of weights are cached by these fields."""
+    seen = set()
+    loaded.weight_files(loaded.params, Spy(with_fields(item, mode=mode, **identity).shot, seen))
+    assert seen <= set(loaded.weight_fields)
+
+
 def test_identity_changes_the_result_only_when_it_is_used(loaded, item):
     """Keys of shots that do not use identity contain no identity fields."""
     if not loaded.identity_inputs:

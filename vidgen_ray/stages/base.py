@@ -176,6 +176,8 @@ class Stage(ABC, Generic[P]):
     """Shot fields of this stage that have no meaning for a still image, switches included."""
     common_settings: ClassVar[tuple[str, ...]] = ()
     """Settings of this stage that the API's `num_inference_steps` ("steps") and `guidance_scale` ("guidance") set."""
+    weight_fields: ClassVar[tuple[str, ...]] = ()
+    """Shot fields by which `weight_files` chooses."""
     takes: ClassVar[tuple[str, ...]]
     """Artefacts this stage needs."""
     identity_inputs: ClassVar[tuple[str, ...]] = ()

@@ -37,6 +37,10 @@ class FluxStage(FluxFamilyStage):
         "fast_lora",
         "seed",
     )
+    weight_fields: ClassVar[tuple[str, ...]] = (
+        "flux_identity",
+        "fast_lora",
+    )
     takes: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"

@@ -43,6 +43,10 @@ class FluxLoRAStage(FluxFamilyStage):
         "guidance.lora",
         "seed",
     )
+    weight_fields: ClassVar[tuple[str, ...]] = (
+        "flux_identity",
+        "lora",
+    )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "lora.png"

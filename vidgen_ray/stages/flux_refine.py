@@ -36,6 +36,7 @@ class FluxRefineStage(FluxFamilyStage):
         "guidance.refine",
         "seed",
     )
+    weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "refine.png"

@@ -51,6 +51,7 @@ class InstantIDStage(Stage[InstantIDParams]):
     version: ClassVar[int] = 2
     actor: ClassVar[str] = "instantid"
     reads: ClassVar[tuple[str, ...]] = ("face_image", "face_index", "flux_identity")
+    weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
     debug_file: ClassVar[str | None] = "face.json"

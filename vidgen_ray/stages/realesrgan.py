@@ -78,6 +78,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     reference_s: ClassVar[float] = 3.0
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("upscale_video", "scale", "upscaler")
+    weight_fields: ClassVar[tuple[str, ...]] = ("upscaler",)
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)
     Params: ClassVar[type[StageParams]] = RealESRGANParams
