@@ -92,7 +92,7 @@ class ShotPlanner:
         self._plain_values = attrgetter(*PLAIN_FIELDS)
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
-        self._weights: LRUCache[tuple[object, ...], tuple[str, ...]] = LRUCache(CACHED_DIGESTS)
+        self._weights: LRUCache[tuple[object, ...], tuple[tuple[str, ...], str]] = LRUCache(CACHED_DIGESTS)
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError if the shot names something that does not exist."""
@@ -114,13 +114,13 @@ class ShotPlanner:
         steps = []
         for stage in stages_of(shot):
             fields = (*stage.reads, *stage.identity_fields) if stage.uses_identity(shot) else stage.reads
-            weights = self._weights_of(stage, shot)
+            weights, weights_json = self._weights_of(stage, shot)
             parts = (
                 f'"{stage.name}"',
                 str(stage.version),
                 _object(sorted(fields), values),
                 self._options[stage.name],
-                _json(weights),
+                weights_json,
                 f'"{key}"',
             )
             key = _sha256(f"[{','.join(parts)}]")
@@ -140,14 +140,15 @@ class ShotPlanner:
             values[field] = f"[{','.join(loras)}]"
         return values
 
-    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[str, ...]:
-        """Return the digests of the stage's weights for the shot."""
+    def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
+        """Return the digests of the stage's weights for the shot, and the same as JSON."""
         chosen_by = (stage.name, *(getattr(shot, field) for field in stage.weight_fields))
-        digests: tuple[str, ...] | None = self._weights.get(chosen_by)
-        if digests is None:
+        cached: tuple[tuple[str, ...], str] | None = self._weights.get(chosen_by)
+        if cached is None:
             files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
-            digests = self._weights[chosen_by] = tuple(self._digest(str(file)) for file in files)
-        return digests
+            digests = tuple(self._digest(str(file)) for file in files)
+            cached = self._weights[chosen_by] = digests, _json(digests)
+        return cached
 
 
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
