@@ -1,4 +1,4 @@
-"""Which stages a shot passes, and what its content keys depend on."""
+"""Stages of a shot, and what its content keys depend on."""
 
 import shutil
 
@@ -65,7 +65,7 @@ def plan(tiny, make_shot):
 
 
 def changed(a, b):
-    """The stages whose keys differ."""
+    """Return the stages whose keys differ."""
     return [x.stage for x, y in zip(a.steps, b.steps, strict=True) if x.key != y.key]
 
 
@@ -92,7 +92,7 @@ def changed(a, b):
         ({"upscaler": "x4plus-anime"}, "realesrgan"),
     ],
 )
-def test_a_change_renews_its_stage_and_all_after_it_and_none_before(plan, change, first_changed):
+def test_change_invalidates_its_stage_and_the_following_ones(plan, change, first_changed):
     before, after = plan(), plan(**change)
     order = [step.stage for step in before.steps]
     assert changed(before, after) == order[order.index(first_changed) :]
@@ -108,14 +108,14 @@ def test_a_change_renews_its_stage_and_all_after_it_and_none_before(plan, change
         ({"steps": {"refine": 5}}, "refine"),
     ],
 )
-def test_the_same_holds_for_a_shot_that_sdxl_draws(plan, change, first_changed):
+def test_change_invalidates_its_stage_and_the_following_ones_with_sdxl(plan, change, first_changed):
     sdxl = {"identity": "instantid-sdxl", "lora": None, "generate_video": False, "steps": {"refine": 4}}
     before, after = plan(**sdxl), plan(**{**sdxl, **change})
     order = [step.stage for step in before.steps]
     assert changed(before, after) == order[order.index(first_changed) :]
 
 
-def test_words_that_no_stage_reads_change_nothing(plan):
+def test_unread_fields_do_not_change_keys(plan):
     assert plan().key == plan(metadata={"scene": 1}).key == plan(id="other").key
     nobody = plan(face_image=None)
     for field in ("identity", "none"), ("identity_strength", 0.5), ("identity_start", 0.5), ("pose", "none"), ("face_index", 1):
@@ -123,11 +123,11 @@ def test_words_that_no_stage_reads_change_nothing(plan):
     assert plan(identity="none", identity_strength=0.5).key == plan(identity="none").key
 
 
-def test_shots_of_every_size_share_the_features_of_a_person(plan):
+def test_face_features_do_not_depend_on_the_size(plan):
     assert changed(plan(), plan(width=192, height=192))[0] == "flux"
 
 
-def test_files_count_by_content_not_by_name(plan, tmp_path):
+def test_files_are_keyed_by_content(plan, tmp_path):
     copy = tmp_path / "copy.jpg"
     copy.write_bytes(ASTRONAUT.read_bytes())
     assert plan(face_image=str(copy)).key == plan().key
@@ -135,7 +135,7 @@ def test_files_count_by_content_not_by_name(plan, tmp_path):
     assert changed(plan(face_image=str(copy)), plan())[0] == "instantid"
 
 
-def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
+def test_weights_are_keyed_by_content_and_options(plan, tiny, tmp_path):
     def with_actor(name, **changes):
         actors = {**tiny.actors, name: tiny.actors[name].model_copy(update=changes)}
         return tiny.model_copy(update={"actors": actors})
@@ -152,7 +152,7 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
     ]
     assert changed(plan(with_actor("realesrgan", dtype="bfloat16")), plan()) == ["realesrgan"]
     assert changed(plan(with_actor("svd", memory_gb=9.0, seconds={"svd": 3.0}, timeout_s=5.0)), plan()) == []
-    # The number of threads changes the last bits on a CPU, and a GPU has others.
+    # Threads change the last bits on a CPU only.
     assert changed(plan(with_actor("svd", cpus=3)), plan()) == ["svd", "clip_likeness", "realesrgan"]
     assert changed(plan(with_actor("svd", device="cuda")), plan()) == ["svd", "clip_likeness", "realesrgan"]
     assert changed(plan(with_actor("svd", device="cuda")), plan(with_actor("svd", device="cuda", cpus=3))) == []
@@ -167,7 +167,7 @@ def test_weights_count_by_content_and_options_count(plan, tiny, tmp_path):
     assert changed(plan(nothing, face_image=None), plan(face_image=None)) == []
 
 
-def test_encoding_is_part_of_the_shots_key_alone(plan, tiny):
+def test_encoding_changes_only_the_shot_key(plan, tiny):
     other = tiny.model_copy(update={"encode": tiny.encode.model_copy(update={"crf": 30})})
     assert changed(plan(other), plan()) == []
     assert plan(other).key != plan().key
@@ -175,7 +175,7 @@ def test_encoding_is_part_of_the_shots_key_alone(plan, tiny):
 
 @pytest.fixture
 def fixed(tmp_path):
-    """A planner over weights whose content never changes, and the files that shots may name."""
+    """A planner over weights of constant content, and files that shots may name."""
 
     def put(name):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -231,14 +231,14 @@ EVERYTHING = {
         ),
     ],
 )
-def test_results_of_earlier_versions_keep_their_keys(fixed, tmp_path, monkeypatch, fields, key):
-    """A changed key renders everybody's shots again. Where bytes change, raise the stage's version and write the new key."""
+def test_keys_of_earlier_versions_are_unchanged(fixed, tmp_path, monkeypatch, fields, key):
+    """A changed key renders all shots again. If bytes change, raise the stage's version and write the new key here."""
     monkeypatch.chdir(tmp_path)
     assert fixed(Shot(**{"id": "s", "prompt": "a red ball", "seed": 7, **fields})).key == key
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_weights_are_chosen_by_mode_identity_loras_and_upscaler_alone(fixed, tmp_path, monkeypatch, stage):
+def test_weights_are_chosen_by_mode_identity_loras_and_upscaler(fixed, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
     params = fixed_params(tmp_path)[stage.name]
     plain = Shot(prompt="a", face_image="face.jpg", lora="one.safetensors")
@@ -247,7 +247,7 @@ def test_weights_are_chosen_by_mode_identity_loras_and_upscaler_alone(fixed, tmp
     assert stage.weight_files(params, plain) == stage.weight_files(params, other)
 
 
-def test_a_planner_looks_at_each_file_once(fixed, tmp_path, monkeypatch):
+def test_planner_hashes_each_file_once(fixed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shot = Shot(**{"id": "s", "seed": 7, **EVERYTHING})
     before = fixed(shot)
@@ -256,7 +256,7 @@ def test_a_planner_looks_at_each_file_once(fixed, tmp_path, monkeypatch):
     assert fixed(shot) == before
 
 
-def test_a_missing_lora_or_upscaler_is_missing_each_time(fixed, tmp_path):
+def test_missing_lora_or_upscaler_fails_each_time(fixed, tmp_path):
     for _ in range(2):
         with pytest.raises(SetupError, match=r"nothing at .*nobody"):
             fixed(Shot(id="s", prompt="a", seed=7, lora=str(tmp_path / "nobody.safetensors")))
@@ -264,7 +264,7 @@ def test_a_missing_lora_or_upscaler_is_missing_each_time(fixed, tmp_path):
             fixed(Shot(id="s", prompt="a", seed=7, upscaler="nobody"))
 
 
-def test_a_plan_survives_its_journey_as_json(fixed, tmp_path, monkeypatch):
+def test_plan_round_trips_through_json(fixed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = fixed(Shot(**{"id": "s", "seed": 7, **EVERYTHING}))
     assert ShotPlan.model_validate_json(before.model_dump_json()) == before

@@ -1,4 +1,4 @@
-"""The pipeline as a library: the call of the README, what it returns, what it leaves on disk."""
+"""The library API: the call of the README, its result and its files."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def pipeline(tmp_path_factory):
     pipeline.close()
 
 
-def test_the_call_of_the_readme(pipeline):
+def test_readme_call(pipeline):
     result = pipeline.generate_video(
         prompt="a portrait of an astronaut",
         face_image=[Image.open(ASTRONAUT), ASTRONAUT],
@@ -59,31 +59,31 @@ def test_the_call_of_the_readme(pipeline):
         assert sha256_of(result["video"].parent / name) == file["sha256"]
 
 
-def test_a_picture_alone_has_no_clips(pipeline):
+def test_image_shot_has_no_clips(pipeline):
     result = pipeline.generate_video("a red ball", generate_video=False, width=64, height=80)
     assert (result["image"].size, result["video"], result["hd_video"]) == ((64, 80), None, None)
 
 
-def test_the_same_call_again_renders_nothing(pipeline):
+def test_repeated_call_renders_nothing(pipeline):
     first = pipeline.generate_video("a red ball", seed=1)
     before = first["video"].stat().st_mtime_ns
     assert pipeline.generate_video("a red ball", seed=1)["video"].stat().st_mtime_ns == before
     assert pipeline.generate_video("a red ball", seed=2)["record"].key != first["record"].key
 
 
-def test_a_wrong_field_is_named_before_anything_is_loaded(pipeline):
+def test_invalid_field_fails_before_loading(pipeline):
     with pytest.raises(ScriptError, match="num_frames: got 1, must be greater than or equal to 2"):
         pipeline.generate_video("a", num_frames=1)
     with pytest.raises(ScriptError, match=r"lora: got 'gone\.safetensors', must be an existing"):
         pipeline.generate_video("a", lora_path="gone.safetensors")
 
 
-def test_pictures_in_memory_are_told_apart_by_more_than_their_pixels(pipeline):
+def test_images_in_memory_are_stored_by_size_and_pixels(pipeline):
     wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
     assert pipeline._as_file(wide) != pipeline._as_file(tall)
 
 
-def test_stages_can_be_asked_for_after_a_shot_was_rendered_without(pipeline):
+def test_keep_stages_after_a_render_without_it(pipeline):
     first = pipeline.generate_video("a red ball", id="late", generate_video=False)
     keeping = VideoGenerationPipeline(pipeline.profile, pipeline.outputs.root, keep_stages=True)
     again = keeping.generate_video("a red ball", id="late", generate_video=False)
@@ -91,7 +91,7 @@ def test_stages_can_be_asked_for_after_a_shot_was_rendered_without(pipeline):
     assert again["record"].stages[0].cached
 
 
-def test_a_damaged_cache_entry_is_made_again(pipeline):
+def test_damaged_cache_entry_is_recomputed(pipeline):
     first = pipeline.generate_video("a green ball", id="hurt", upscale_video=False)["record"]
     svd = next(stage for stage in first.stages if stage.stage == "svd")
     (frames,) = (pipeline.outputs.root / "cache").glob(f"*/{svd.key}/frames.mkv")
@@ -102,14 +102,14 @@ def test_a_damaged_cache_entry_is_made_again(pipeline):
     assert again.files == first.files
 
 
-def test_a_stage_that_fails_is_named_and_leaves_no_shot(pipeline):
+def test_failed_stage_is_named_and_leaves_no_files(pipeline):
     wall = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
     with pytest.raises(StepFailed, match="instantid: face_image: no face found"):
         pipeline.generate_video("a", id="wall", face_image=wall)
     assert not list((pipeline.outputs.root / "shots").glob("wall/*"))
 
 
-def test_what_others_are_still_making_is_not_swept_away(tmp_path):
+def test_sweep_keeps_workspaces_of_live_processes(tmp_path):
     ours = temporary_folder(tmp_path / "shots")
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -120,7 +120,7 @@ def test_what_others_are_still_making_is_not_swept_away(tmp_path):
     assert not theirs.exists()
 
 
-def test_errors_travel_between_processes():
+def test_errors_can_be_pickled():
     failed = StepFailed("svd", ScriptError([FieldError("s", 1, "f", "got", "allowed")]))
     copy = pickle.loads(pickle.dumps(failed))
     assert (str(copy), copy.stage) == (str(failed), "svd") == ("svd: s line 1, f: got got, allowed", "svd")
@@ -132,14 +132,14 @@ def plan(tiny, make_shot):
     return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
 
 
-def test_a_draft_that_is_not_committed_leaves_nothing(tmp_path, plan):
+def test_uncommitted_draft_leaves_no_files(tmp_path, plan):
     outputs = OutputFolder(tmp_path)
     with outputs.draft(plan) as draft:
         draft.path("image.png").write_bytes(b"1")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
-def test_a_new_render_of_an_id_replaces_the_old_one_whole(tmp_path, plan):
+def test_new_render_replaces_all_files_of_the_id(tmp_path, plan):
     outputs = OutputFolder(tmp_path)
     for names in (("image.png", "video.mp4"), ("image.png",)):
         with outputs.draft(plan) as draft:

@@ -76,6 +76,19 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, int]]:
     return growth
 
 
+def relative_costs(shot: Shot) -> dict[str, float]:
+    """Return stage name -> duration of the shot relative to the reference shot.
+
+    Chunked stages also process the frames and pixels that earlier chunked stages add.
+    """
+    costs, growth = {}, 1
+    for stage in stages_of(shot):
+        costs[stage.name] = stage.relative_cost(shot) * growth
+        if issubclass(stage, ChunkedStage):
+            growth *= stage.frame_factor(shot) * stage.scale_factor(shot) ** 2
+    return costs
+
+
 def is_chunked(stage_name: str) -> bool:
     """Return whether a stage processes clips in chunks of frames."""
     return issubclass(STAGE_BY_NAME[stage_name], ChunkedStage)

@@ -1,4 +1,4 @@
-"""The graph in one process, without Ray: the reference that the batch and online executors equal byte for byte."""
+"""Run the graph in one process, without Ray. Batch and online executors produce the same bytes."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
 
 Photo = str | Path | PILImage.Image
-"""A file, or a picture in memory."""
+"""A file, or an image in memory."""
 
 
 class GeneratedVideo(TypedDict):
-    """What `generate_video` gives."""
+    """Result of `generate_video`."""
 
     image: PILImage.Image
     video: Path | str | None
-    """A path, or a URL where the output folder lies in an object store."""
+    """Path, or URL if the output folder is in an object store. `None` if the shot has no clip."""
     hd_video: Path | str | None
     record: ShotRecord
 
 
 class VideoGenerationPipeline:
-    """Renders shots one at a time in this process. Stages are loaded when a shot first needs them, and kept.
+    """Renders shots one at a time in this process. Stages are loaded on first use and stay loaded.
 
-    `out` is an output folder, or its URL, as a batch run writes it, so a shot rendered there before is not rendered again.
+    `out` is an output folder or its URL, in the format of batch runs: shots that are finished there are not rendered again.
     """
 
     def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
@@ -56,7 +56,7 @@ class VideoGenerationPipeline:
 
     @classmethod
     def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
-        """A built-in profile by name, or a profile file by path."""
+        """Create a pipeline from a built-in profile by name, or from a profile file by path."""
         return cls(load_profile(name_or_path), out)
 
     def generate_video(
@@ -67,11 +67,10 @@ class VideoGenerationPipeline:
         lora_path: str | Path | None = None,
         **fields: Any,
     ) -> GeneratedVideo:
-        """Render one shot; `fields` are those of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
+        """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
-        `face_image` is a photo of the person, or several of the same one.
-        Raises ScriptError for a wrong field, SetupError where weights that the shot needs are not on this machine, and
-        StepFailed where a stage cannot do its work.
+        `face_image` is one or several photos of the same person.
+        Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails.
         """
         shot_fields = {"prompt": prompt, **fields}
         if lora_path is not None:
@@ -90,34 +89,35 @@ class VideoGenerationPipeline:
         )
 
     def plan(self, shot: Shot) -> ShotPlan:
+        """Return the steps and content keys of a shot. Raises StepFailed if one of its files cannot be read."""
         try:
             return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
         except OSError as error:
             raise StepFailed("plan", error) from error
 
     def render(self, shot: Shot) -> ShotRecord:
-        """Render a checked shot, unless it is done already. Raises StepFailed."""
+        """Render a checked shot unless it is finished already. Raises StepFailed."""
         plan = self.plan(shot)
         if (done := self.outputs.done(plan, self._keep_stages)) is not None:
             return done.record()
         stages = [self._stage(stage) for stage in stages_of(shot)]
         on_gpu = any(stage.params.device != "cpu" for stage in stages)
         runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache)
-        unlike = []
+        failures = []
         for attempt in (plan, *plan.again):
             try:
-                return self._rendered(runner, attempt)
-            except LikenessTooLow as reason:
-                unlike.append(reason)
-        raise StepFailed(LIKENESS, best_attempt(unlike))
+                return self._render_attempt(runner, attempt)
+            except LikenessTooLow as failure:
+                failures.append(failure)
+        raise StepFailed(LIKENESS, best_attempt(failures))
 
-    def _rendered(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
-        """One try. Raises LikenessTooLow as soon as it is known to be."""
+    def _render_attempt(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:
+        """Render with one seed. Raises LikenessTooLow as soon as a likeness is below the minimum."""
         item, records = Item(plan.shot), list[StepRecord]()
         for step in plan.steps:
             if not is_chunked(step.stage):
-                item, fresh = runner.run(plan, item, [step.stage])
-                records += fresh
+                item, new_records = runner.run(plan, item, [step.stage])
+                records += new_records
                 check_likeness(plan.shot, item.artefacts)
         files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
         with closing(files):
@@ -130,14 +130,15 @@ class VideoGenerationPipeline:
     ) -> tuple[StepRecord, ...]:
         """Process and encode the clip chunk by chunk. A whole upscaled clip would take gigabytes."""
         records = []
-        for chunk in clip_chunks(plan.shot, chunk_unit(plan.shot, chunk_frames_of(self.profile, chunked_stages_of(plan.shot)))):
+        unit = chunk_unit(plan.shot, chunk_frames_of(self.profile, chunked_stages_of(plan.shot)))
+        for chunk in clip_chunks(plan.shot, unit):
             made, chunk_records = runner.run_chunk(plan, steps, chunk, item.artefacts)
             files.add(made)
             records.append(chunk_records)
         return join_records(records)
 
     def close(self) -> None:
-        """Let go of all weights."""
+        """Release all weights."""
         for stage in self._loaded.values():
             stage.close()
         self._loaded.clear()
@@ -150,7 +151,7 @@ class VideoGenerationPipeline:
         return self._loaded[stage_class.name]
 
     def _as_file(self, photo: Photo) -> Path:
-        """A picture in memory is stored by its content beside the results, so that its shot can be repeated."""
+        """Return the path of a photo. An image in memory is stored in the output folder, so that the shot can be repeated."""
         if not isinstance(photo, PILImage.Image):
             return Path(photo).absolute()
         return self.outputs.keep_input(encode_png(np.asarray(photo.convert("RGB"))), ".png").absolute()

@@ -1,4 +1,4 @@
-"""How much a result looks like its person: what is measured, what fails, what is tried again, and where it is written down."""
+"""Likeness: measurement, the check against min_identity, retries with other seeds, and the recorded values."""
 
 import pickle
 from functools import partial
@@ -40,7 +40,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def face(models, photo):
-    """The astronaut's features."""
+    """Features of the astronaut photo."""
     with InstantIDStage(PARAMS) as stage:
         return stage.features([photo])
 
@@ -50,56 +50,56 @@ def wall():
 
 
 class TestMeasure:
-    def test_similarity_is_the_cosine_of_the_recognisers_embeddings(self, models, face, photo):
+    def test_similarity_is_the_cosine_of_the_embeddings(self, models, face, photo):
         changed = cv2.GaussianBlur(photo[20:400, 60:500], None, 3)
-        (found,) = models.detect(changed)
-        crop = norm_crop(changed, found.keypoints)[:, :, ::-1]
+        (detected,) = models.detect(changed)
+        crop = norm_crop(changed, detected.keypoints)[:, :, ::-1]
         a, b = models.embedders["antelopev2"].embed(crop[None])[0].tolist(), face.embedding("antelopev2").tolist()
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         expected = dot / (sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5)
         assert -1 < expected < 0.9999
         assert measured([changed], face, models).similarities[0] == pytest.approx(expected, abs=1e-4)
 
-    def test_the_photo_itself_is_wholly_alike(self, models, face, photo):
+    def test_similarity_of_the_photo_itself_is_one(self, models, face, photo):
         assert measured([photo, photo], face, models) == Likeness((1.0, 1.0))
 
-    def test_a_picture_without_a_face_is_none_and_not_zero(self, models, face, photo):
+    def test_image_without_a_face_has_no_similarity(self, models, face, photo):
         likeness = measured([wall(), photo], face, models)
         assert likeness == Likeness((None, 1.0))
         assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 1)
 
-    def test_a_face_too_small_to_tell_is_none(self, models, face, photo):
-        # Found, and less than min_face_px.
+    def test_too_small_face_has_no_similarity(self, models, face, photo):
+        # Detected, but smaller than min_face_px.
         assert measured([on_a_wall((head(photo, 16), (200, 200)))], face, models) == Likeness((None,))
 
-    def test_of_several_faces_the_most_alike_counts(self, models, face, photo):
+    def test_most_similar_of_several_faces_counts(self, models, face, photo):
         group = read_image(GROUP)
         (strangers,) = measured([group], face, models).similarities
         crowd = np.concatenate([group, on_a_wall((head(photo, 91), (300, 300)), size=(1280, 600))])
-        found = models.detect(crowd)
-        assert len(found) == 7
-        embeddings = models.embed([norm_crop(crowd, one.keypoints)[:, :, ::-1] for one in found])
+        faces = models.detect(crowd)
+        assert len(faces) == 7
+        embeddings = models.embed([norm_crop(crowd, one.keypoints)[:, :, ::-1] for one in faces])
         cosines = embeddings @ face.embedding("antelopev2") / np.linalg.norm(embeddings, axis=1)
         cosines /= np.linalg.norm(face.embedding("antelopev2"))
-        assert found[cosines.argmax()].box[1] > len(group), "hers"
+        assert faces[cosines.argmax()].box[1] > len(group), "the face of the photo"
         assert measured([crowd], face, models).similarities == (pytest.approx(cosines.max(), abs=1e-4),)
         assert cosines.max() > strangers + 0.02
 
-    def test_mean_and_worst_are_of_the_pictures_with_a_face(self):
+    def test_mean_and_worst_ignore_images_without_a_face(self):
         likeness = Likeness((0.5, None, -0.25, 0.2))
         assert (likeness.mean, likeness.worst, likeness.without_face) == (pytest.approx(0.15), -0.25, 1)
-        nobody = Likeness((None, None))
-        assert (nobody.mean, nobody.worst, nobody.without_face) == (None, None, 2)
+        faceless = Likeness((None, None))
+        assert (faceless.mean, faceless.worst, faceless.without_face) == (None, None, 2)
         assert likeness_from_json(likeness_to_json(likeness)) == likeness
 
     @pytest.mark.parametrize(
         ("count", "seen"),
         [(1, [0]), (2, [0, 1]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (25, [0, 6, 12, 18, 24]), (14, [0, 3, 6, 10, 13])],
     )
-    def test_frames_are_evenly_spread_with_the_first_and_the_last(self, count, seen):
+    def test_sampled_frames_are_evenly_spread_with_first_and_last(self, count, seen):
         assert frames_seen(count) == seen
 
-    def test_a_clip_is_its_five_frames(self, face, photo, make_shot):
+    def test_clip_likeness_samples_five_frames(self, face, photo, make_shot):
         shot = make_shot(face_image="x.jpg")
         frames = np.stack([np.full_like(photo, 90)] * 25)
         frames[[0, 12, 1]] = photo
@@ -108,7 +108,7 @@ class TestMeasure:
                 {"clip_likeness": Likeness((1.0, None, 1.0, None, None))}
             ]
             assert image([Item(shot, {"face": face, "image": photo})]) == [{"image_likeness": Likeness((1.0,))}]
-            assert clip._models is image._models, "the weights are there once"
+            assert clip._models is image._models, "stages share the weights"
 
 
 def record(image, clip=None):
@@ -116,44 +116,44 @@ def record(image, clip=None):
     return LikenessRecord.of(artefacts)
 
 
-class TestRule:
+class TestCheck:
     @pytest.mark.parametrize(
-        ("image", "clip", "says"),
+        ("image", "clip", "message"),
         [
             ((0.5,), None, None),
             ((0.5,), (0.9, 0.1), None),
-            ((0.49,), (0.9,), r"got a likeness of 0\.49 in the picture \(1 try\), a likeness of at least 0\.5 is asked"),
+            ((0.49,), (0.9,), r"got a likeness of 0\.49 in the image \(1 attempt\), must be at least 0\.5"),
             ((0.9,), (0.6, 0.2, None), r"got a likeness of 0\.4 in the clip"),
-            ((None,), None, "got no face in the picture"),
+            ((None,), None, "got no face in the image"),
             ((0.9,), (None, None), "got no face in the clip"),
-            ((float("nan"),), None, "in the picture"),
+            ((float("nan"),), None, "in the image"),
         ],
     )
-    def test_what_is_less_than_asked_or_has_no_face_is_too_unlike(self, make_shot, image, clip, says):
+    def test_likeness_below_minimum_or_without_face_fails(self, make_shot, image, clip, message):
         artefacts = {"image_likeness": Likeness(image)} | ({"clip_likeness": Likeness(clip)} if clip else {})
         check_likeness(make_shot(), artefacts)
         shot = make_shot(min_identity=0.5)
-        if says is None:
+        if message is None:
             check_likeness(shot, artefacts)
         else:
-            with pytest.raises(LikenessTooLow, match=says):
+            with pytest.raises(LikenessTooLow, match=message):
                 check_likeness(shot, artefacts)
 
-    def test_what_is_not_measured_yet_is_not_judged(self, make_shot):
+    def test_missing_likeness_passes(self, make_shot):
         check_likeness(make_shot(min_identity=1), {})
 
-    def test_of_all_tries_the_closest_is_told(self):
-        tries = [
-            LikenessTooLow(None, 0.5, "picture"),
+    def test_error_of_several_attempts_names_the_best(self):
+        failures = [
+            LikenessTooLow(None, 0.5, "image"),
             LikenessTooLow(0.3125, 0.5, "clip"),
-            LikenessTooLow(-0.2, 0.5, "picture"),
+            LikenessTooLow(-0.2, 0.5, "image"),
         ]
-        reason = pickle.loads(pickle.dumps(best_attempt(tries)))
-        assert str(reason).startswith("min_identity: got a likeness of 0.3125 in the clip (the best of 3 tries), a likeness of")
-        assert isinstance(reason, StageError)
-        assert "got no face in the picture (the best of 2 tries)" in str(best_attempt(tries[:1] * 2))
+        failure = pickle.loads(pickle.dumps(best_attempt(failures)))
+        assert str(failure).startswith("min_identity: got a likeness of 0.3125 in the clip (best of 3 attempts), must be")
+        assert isinstance(failure, StageError)
+        assert "got no face in the image (best of 2 attempts)" in str(best_attempt(failures[:1] * 2))
 
-    def test_the_fields_have_bounds(self):
+    def test_fields_are_bounded(self):
         for wrong in ({"min_identity": 1.1}, {"min_identity": float("nan")}, {"retries": -1}, {"retries": 11}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 Shot(prompt="a", **wrong)
@@ -169,28 +169,28 @@ def plan_of(tiny, make_shot):
 
 
 class TestPlan:
-    def test_what_is_asked_counts_for_the_shot_and_for_no_stage(self, plan_of):
+    def test_min_identity_changes_the_shot_key_but_no_stage_key(self, plan_of):
         plans = [plan_of(), plan_of(min_identity=0.3), plan_of(min_identity=0.4), plan_of(min_identity=0.3, retries=2)]
         assert len({plan.key for plan in plans}) == 4
         assert all(plan.steps == plans[0].steps for plan in plans)
 
-    def test_what_has_no_effect_changes_no_key(self, plan_of):
+    def test_settings_without_effect_do_not_change_keys(self, plan_of):
         assert plan_of(retries=3) == plan_of().model_copy(update={"shot": plan_of(retries=3).shot})
         assert plan_of(face_image=None, min_identity=0.3, retries=3).key == plan_of(face_image=None).key
 
-    def test_further_tries_have_other_seeds_under_the_same_key(self, plan_of):
+    def test_attempts_have_other_seeds_and_the_same_key(self, plan_of):
         plan = plan_of(min_identity=0.3, retries=3)
-        tries = [plan, *plan.again]
-        assert [one.number for one in tries] == [1, 2, 3, 4]
-        assert {one.key for one in tries} == {plan.key}
+        attempts = [plan, *plan.again]
+        assert [one.number for one in attempts] == [1, 2, 3, 4]
+        assert {one.key for one in attempts} == {plan.key}
         assert plan.shot.seed == 7
-        assert len({one.shot.seed for one in tries}) == 4
-        assert len({one.steps[1].key for one in tries}) == 4, "other pictures"
-        assert len({one.steps[0].key for one in tries}) == 1, "the same face"
-        assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in tries)
+        assert len({one.shot.seed for one in attempts}) == 4
+        assert len({one.steps[1].key for one in attempts}) == 4, "other images"
+        assert len({one.steps[0].key for one in attempts}) == 1, "the same face"
+        assert all(one.shot == plan.shot.model_copy(update={"seed": one.shot.seed}) for one in attempts)
         assert plan.again[1] == plan_of(min_identity=0.3, retries=2).again[1].model_copy(
             update={"key": plan.key, "shot": plan.again[1].shot}
-        ), "the n-th try is the same one, however many may follow"
+        ), "attempt n does not depend on the number of retries"
         assert ShotPlan.model_validate_json(plan.model_dump_json()) == plan
         assert plan_of(min_identity=0.3).again == plan_of(retries=3).again == plan_of(face_image=None, retries=3).again == ()
 
@@ -204,97 +204,97 @@ def pipeline(tiny, tmp_path):
 
 @pytest.fixture
 def clips(monkeypatch):
-    """The seeds of the clips that SVD was asked for."""
+    """Seeds of the clips that SVD has generated."""
     seeds, run = [], SVDStage.run
 
-    def counting(self, items):
+    def record_seeds(self, items):
         seeds.extend(item.shot.seed for item in items)
         return run(self, items)
 
-    monkeypatch.setattr(SVDStage, "run", counting)
+    monkeypatch.setattr(SVDStage, "run", record_seeds)
     return seeds
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    """Likenesses in place of measured ones: of each picture, and of each clip, the next."""
+def set_likeness(monkeypatch):
+    """Replaces measured likenesses by given ones, in order."""
 
-    def pretend(pictures=(), clips=()):
+    def replace(images=(), clips=()):
         for stage, name, values in (
-            (ImageLikenessStage, "image_likeness", iter(pictures)),
+            (ImageLikenessStage, "image_likeness", iter(images)),
             (ClipLikenessStage, "clip_likeness", iter(clips)),
         ):
             monkeypatch.setattr(
                 stage, "run", lambda self, items, name=name, values=values: [{name: Likeness(next(values))} for _ in items]
             )
 
-    return pretend
+    return replace
 
 
 SMALL = {"face_image": ASTRONAUT, "id": "p", "seed": 7, "num_frames": 2, "upscale_video": False}
 
 
-class TestTries:
-    def test_a_bad_picture_costs_no_clip(self, pipeline, clips):
-        """Nothing is pretended: in noise there is no face."""
+class TestRetries:
+    def test_no_clip_is_generated_for_an_image_that_fails(self, pipeline, clips):
+        """Nothing is set_likeness: in noise there is no face."""
         with pytest.raises(
-            StepFailed, match=r"likeness: min_identity: got no face in the picture \(the best of 2 tries\)"
-        ) as told:
+            StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 attempts\)"
+        ) as raised:
             pipeline.generate_video("a", **SMALL, min_identity=-1, retries=1)
         assert clips == []
-        failure = told.value.failure()
+        failure = raised.value.failure()
         assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
         assert not list(pipeline.outputs.root.glob("shots/p/*"))
 
-    def test_a_picture_that_is_the_person_passes_for_real(self, pipeline, clips, tmp_path):
-        """The whole way with measured numbers: from a start picture that is the photo, as the shot crops it."""
+    def test_start_image_of_the_person_passes(self, pipeline, clips, tmp_path):
+        """With measured likeness: the start image is the photo itself."""
         whole = {**SMALL, "image": str(ASTRONAUT), "width": 256, "height": 256}
-        with pytest.raises(StepFailed, match=r"got no face in the clip \(1 try\)"):
-            # The tiny SVD makes noise of it.
+        with pytest.raises(StepFailed, match=r"got no face in the clip \(1 attempt\)"):
+            # The tiny SVD generates noise.
             pipeline.generate_video("a", **whole, min_identity=0.5)
         assert clips == [7]
-        found = pipeline.generate_video("a", **whole)["record"]
-        assert found.likeness.image > 0.5
-        assert (found.likeness.clip_mean, found.likeness.clip_worst, found.likeness.frames_without_face) == (None, None, 2)
-        assert [(step.stage, step.cached) for step in found.stages] == [
+        record = pipeline.generate_video("a", **whole)["record"]
+        assert record.likeness.image > 0.5
+        assert (record.likeness.clip_mean, record.likeness.clip_worst, record.likeness.frames_without_face) == (None, None, 2)
+        assert [(step.stage, step.cached) for step in record.stages] == [
             ("instantid", True), ("image_likeness", True), ("svd", True), ("clip_likeness", True)
         ]  # fmt: skip
 
-    def test_tries_end_with_the_first_that_is_like_enough(self, pipeline, clips, pretended):
-        pretended([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
-        found = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert (found.tries, found.shot.seed) == (3, Shot(prompt="a", seed=7).again(2).seed)
+    def test_retries_end_with_the_first_success(self, pipeline, clips, set_likeness):
+        set_likeness([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
+        record = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
+        assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).again(2).seed)
         assert clips == [Shot(prompt="a", seed=7).again(number).seed for number in (1, 2)]
-        assert found.seeds["flux"] == found.shot.seed
-        assert found.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
+        assert record.seeds["flux"] == record.shot.seed
+        assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
         again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert again == found, "done is done, whichever try it was"
+        assert again == record, "a finished shot stays finished, whichever attempt it was"
 
-    def test_after_the_last_try_the_best_is_told_and_a_lower_bar_reuses_it(self, pipeline, clips, pretended):
-        pretended([(0.2,), (0.45,), (0.3,)], [(0.5, 0.5)])
-        with pytest.raises(StepFailed, match=r"got a likeness of 0\.45 in the picture \(the best of 3 tries\)"):
+    def test_lower_min_identity_reuses_a_failed_attempt(self, pipeline, clips, set_likeness):
+        set_likeness([(0.2,), (0.45,), (0.3,)], [(0.5, 0.5)])
+        with pytest.raises(StepFailed, match=r"got a likeness of 0\.45 in the image \(best of 3 attempts\)"):
             pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=2)
-        found = pipeline.generate_video("a", **SMALL, min_identity=0.4, retries=1)["record"]
-        assert (found.tries, len(clips)) == (2, 1)
-        assert {step.stage: step.cached for step in found.stages} == {
+        record = pipeline.generate_video("a", **SMALL, min_identity=0.4, retries=1)["record"]
+        assert (record.tries, len(clips)) == (2, 1)
+        assert {step.stage: step.cached for step in record.stages} == {
             "instantid": True, "flux": True, "image_likeness": True, "svd": False, "clip_likeness": False
         }  # fmt: skip
 
-    def test_without_a_bar_the_likeness_is_told_all_the_same(self, pipeline, pretended):
-        pretended([(-0.1,)], [(None, None)])
-        found = pipeline.generate_video("a", **SMALL, retries=3)["record"]
-        assert (found.tries, found.shot.seed) == (1, 7)
-        assert found.likeness == LikenessRecord(image=-0.1, clip_mean=None, clip_worst=None, frames_without_face=2)
+    def test_likeness_is_recorded_without_min_identity(self, pipeline, set_likeness):
+        set_likeness([(-0.1,)], [(None, None)])
+        record = pipeline.generate_video("a", **SMALL, retries=3)["record"]
+        assert (record.tries, record.shot.seed) == (1, 7)
+        assert record.likeness == LikenessRecord(image=-0.1, clip_mean=None, clip_worst=None, frames_without_face=2)
 
-    def test_a_shot_without_a_face_has_no_likeness(self, pipeline):
-        found = pipeline.generate_video("a", seed=7, generate_video=False, min_identity=0.9, retries=3)["record"]
-        assert (found.likeness, found.tries) == (None, 1)
+    def test_shot_without_a_face_has_no_likeness(self, pipeline):
+        record = pipeline.generate_video("a", seed=7, generate_video=False, min_identity=0.9, retries=3)["record"]
+        assert (record.likeness, record.tries) == (None, 1)
 
 
 COLUMNS = ("image_likeness", "clip_likeness_mean", "clip_likeness_worst", "frames_without_face")
 
 
-class TestAccount:
+class TestRecords:
     @pytest.mark.parametrize(
         ("likeness", "num_frames", "columns", "text"),
         [
@@ -309,9 +309,7 @@ class TestAccount:
             (record((-0.02,)), None, (-0.02, None, None, 0), "face -0.02"),
         ],
     )  # fmt: skip
-    def test_manifest_and_gallery_tell_a_likeness_from_no_face_and_from_no_person(
-        self, pipeline, plan_of, likeness, num_frames, columns, text
-    ):
+    def test_manifest_and_gallery_show_likeness(self, pipeline, plan_of, likeness, num_frames, columns, text):
         outputs, plan = pipeline.outputs, plan_of(generate_video=num_frames is not None, num_frames=num_frames or 8)
         with outputs.draft(plan) as draft:
             write_png(draft.path("image.png"), wall())
@@ -328,7 +326,7 @@ class TestAccount:
         page = write_gallery(outputs.root).read_text()
         assert (text in page) if text else ("face" not in page)
 
-    def test_the_seed_in_the_manifest_is_the_one_that_was_used(self, pipeline, plan_of):
+    def test_manifest_has_the_seed_of_the_successful_attempt(self, pipeline, plan_of):
         plan = plan_of(min_identity=0.3, retries=1)
         with pipeline.outputs.draft(plan.again[0]) as draft:
             draft.commit([])
@@ -339,7 +337,7 @@ class TestAccount:
         assert pipeline.outputs.done(plan).record().tries == 2
 
 
-def test_the_stages_that_look_run_alone_on_a_file(tmp_path, capsys):
+def test_likeness_stages_run_alone_on_a_file(tmp_path, capsys):
     from vidgen_ray.cli import main
 
     arguments = ["stage", "image_likeness", str(ASTRONAUT), "-o", str(tmp_path / "l.json"), "-p", "demo", "-s", "width=512"]

@@ -10,7 +10,7 @@ from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.task_files import ShotTask
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REFUSED, ManifestRow
@@ -73,10 +73,11 @@ class RunResults:
             return
         self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
         self.lora_loads += sum(step.adapter_loads for step in result.stages)
+        costs = relative_costs(result.shot)
         for step in result.stages:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
-                self.took[step.stage].append((step.seconds, STAGE_BY_NAME[step.stage].relative_cost(result.shot)))
+                self.took[step.stage].append((step.seconds, costs[step.stage]))
         row = ManifestRow.of_shot(self._run, self._source, errand.plan.shot, errand.line, result, "done")
         self._enter(row, None, errand.replaces)
         self._watcher.on_finished(row)

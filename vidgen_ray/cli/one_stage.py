@@ -10,7 +10,7 @@ from typing import Any
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.shot_writer import write_clip
-from vidgen_ray.engine.step_runner import StepFailed, with_pictures
+from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
@@ -103,7 +103,7 @@ def _person(profile: Profile, shot: Shot) -> FaceFeatures:
         raise UsageError("face_image: got nothing, the stage needs a face; name a photo by -s face_image=PHOTO")
     with InstantIDStage(profile.params(InstantIDStage)) as stage:
         try:
-            return stage([with_pictures(Item(shot), stage.takes)])[0]["face"]
+            return stage([with_images(Item(shot), stage.takes)])[0]["face"]
         except Exception as error:
             raise StepFailed(stage.name, error) from error
 

@@ -1,5 +1,4 @@
-"""Whether a shot's result is like enough to its person, and what is said where no try was. Knows no loop over the tries:
-the pipeline has one, the director of a batch another."""
+"""Likeness check: does the result look enough like the person in the reference photo?"""
 
 from collections.abc import Sequence
 
@@ -8,54 +7,54 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
 
 LIKENESS = "likeness"
-"""Stage of the failure of a shot of which no try was like enough."""
+"""Failure stage of a shot whose attempts were all below `min_identity`."""
 
 
 class LikenessTooLow(StageError):
-    """A try whose picture or clip is less like the person than `min_identity` asks."""
+    """The image or clip of an attempt is less like the person than `min_identity`."""
 
-    def __init__(self, reached: float | None, asked: float, where: str, tries: int = 1) -> None:
-        self.reached = reached
-        """-1 to 1; none where no face was found."""
-        self.asked = asked
+    def __init__(self, likeness: float | None, minimum: float, where: str, attempts: int = 1) -> None:
+        self.likeness = likeness
+        """-1 to 1. `None` if no face was found."""
+        self.minimum = minimum
         self.where = where
-        """`picture` or `clip`."""
-        self.tries = tries
-        super().__init__(reached, asked, where, tries)
+        """`image` or `clip`."""
+        self.attempts = attempts
+        super().__init__(likeness, minimum, where, attempts)
 
     def __str__(self) -> str:
-        got = "no face" if self.reached is None else f"a likeness of {self.reached:g}"
-        tries = "1 try" if self.tries == 1 else f"the best of {self.tries} tries"
+        got = "no face" if self.likeness is None else f"a likeness of {self.likeness:g}"
+        attempts = "1 attempt" if self.attempts == 1 else f"best of {self.attempts} attempts"
         return (
-            f"min_identity: got {got} in the {self.where} ({tries}), a likeness of at least {self.asked:g} is asked; "
-            "raise retries or identity_strength, lower min_identity, or give a photo that shows the face more clearly"
+            f"min_identity: got {got} in the {self.where} ({attempts}), must be at least {self.minimum:g}; raise retries or "
+            "identity_strength, lower min_identity, or use a photo that shows the face more clearly"
         )
 
 
 def likeness_of(artefacts: Artefacts) -> Artefacts:
-    """Of the artefacts those by which a shot is judged, which are some numbers."""
-    judged_by = Artefacts()
+    """Return only the artefacts that `check_likeness` needs. They are a few numbers."""
+    selected = Artefacts()
     if "image_likeness" in artefacts:
-        judged_by["image_likeness"] = artefacts["image_likeness"]
+        selected["image_likeness"] = artefacts["image_likeness"]
     if "clip_likeness" in artefacts:
-        judged_by["clip_likeness"] = artefacts["clip_likeness"]
-    return judged_by
+        selected["clip_likeness"] = artefacts["clip_likeness"]
+    return selected
 
 
 def check_likeness(shot: Shot, artefacts: Artefacts) -> None:
-    """Raises LikenessTooLow where the likeness of the picture, or the mean of the clip, is known and less than the shot asks.
+    """Raises LikenessTooLow if the likeness of the image, or the mean over the clip, is known and below `min_identity`.
 
-    To be called after each step: what a bad picture fails needs no clip.
+    Call it after each step: no clip is generated for an image that fails.
     """
     if shot.min_identity is None:
         return
-    for where, likeness in (("picture", artefacts.get("image_likeness")), ("clip", artefacts.get("clip_likeness"))):
-        # Written so that what is no number fails, too.
+    for where, likeness in (("image", artefacts.get("image_likeness")), ("clip", artefacts.get("clip_likeness"))):
+        # Written so that NaN fails, too.
         if likeness is not None and not (likeness.mean is not None and likeness.mean >= shot.min_identity):
             raise LikenessTooLow(likeness.mean, shot.min_identity, where)
 
 
-def best_attempt(unlike: Sequence[LikenessTooLow]) -> LikenessTooLow:
-    """One reason for all the tries that were made, at least one: that of the try which came closest."""
-    best = max(unlike, key=lambda reason: -2 if reason.reached is None else reason.reached)
-    return LikenessTooLow(best.reached, best.asked, best.where, len(unlike))
+def best_attempt(failures: Sequence[LikenessTooLow]) -> LikenessTooLow:
+    """Return one error for all attempts, at least one: that of the attempt with the highest likeness."""
+    best = max(failures, key=lambda failure: -2 if failure.likeness is None else failure.likeness)
+    return LikenessTooLow(best.likeness, best.minimum, best.where, len(failures))

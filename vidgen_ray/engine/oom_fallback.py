@@ -1,4 +1,4 @@
-"""Where a GPU's memory does not hold everything: stages take turns in it, and work that ran out is tried smaller."""
+"""OOM fallback: retry work that ran out of GPU memory, with lower-memory settings of its stage."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from vidgen_ray.stages.base import Stage, StageParams
 R = TypeVar("R")
 
 MEMORY_FREED = "memory freed"
-"""How a step survived that ran again, unchanged, after unused memory was given back."""
+"""Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
 OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""In the words of torch and the CUDA driver, of onnxruntime and of cuBLAS."""
+"""Texts in the errors of torch and the CUDA driver, of onnxruntime and of cuBLAS."""
 
 
 def run_with_oom_fallback(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
-    """`work()`, tried again where the GPU's memory ran out: after freeing, then with ever leaner parameters of the stage.
+    """Return `work()`, retried if it runs out of memory: after freeing memory, then with `stage.lower_memory` settings.
 
-    The second value says what helped, none where nothing had to. A result of leaner parameters may differ in its bytes from
-    that of the stage's own. Raises StageError where the leanest do not suffice; other errors pass.
+    The second value tells what helped, `None` if nothing was needed. Lower-memory settings may change the bytes of the result.
+    Raises StageError if even the lowest settings do not fit. Other errors are raised unchanged.
     """
     try:
         return work(), None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error)
-    # Only now, after the error with its references to the tensors is gone, can their memory be freed.
+        message = str(error)
+    # The error references tensors, so memory can be freed only after its block ends.
     own: StageParams = stage.params
     params: StageParams | None = own
     try:
@@ -42,20 +42,21 @@ def run_with_oom_fallback(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, 
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = str(error)
+                message = str(error)
             params = stage.lower_memory(params)
     finally:
         stage.params = own
-    raise StageError(f"out of GPU memory, with the leanest settings of {stage.name}, too: {said.splitlines()[0]}")
+    raise StageError(f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}")
 
 
 def changes(before: StageParams, after: StageParams) -> str:
-    """`decode_chunk_frames=2`: what the second parameters have otherwise."""
+    """Return what differs in `after`, for example `decode_chunk_frames=2`."""
     other = after.model_dump(mode="json")
     return ", ".join(f"{name}={other[name]}" for name, value in before.model_dump(mode="json").items() if other[name] != value)
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error means that host or GPU memory ran out."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )

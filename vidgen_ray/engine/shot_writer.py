@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
-from vidgen_ray.engine.step_runner import with_pictures
+from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.graph import chunked_stages_of, clip_growth, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
@@ -36,7 +36,7 @@ class ShotFiles:
         self._clips: dict[str, Mp4Writer] = {}
         self._open_clips = ExitStack()
         self._likeness = LikenessRecord.of(item.artefacts)
-        artefacts = with_pictures(item, ("image",)).artefacts
+        artefacts = with_images(item, ("image",)).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
             write_png(self._draft.path("image.png"), artefacts["image"])

@@ -1,4 +1,4 @@
-"""A shot's steps, wherever they run: a stage with its inputs, its cache and its seconds; then the files, committed."""
+"""Run the steps of a shot on loaded stages: inputs, stage cache, OOM fallback and timing of each step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vidgen_ray.stages.progress import report
 
 
 class StepFailed(VidgenError):
-    """A stage could not do its work for a shot."""
+    """A stage failed for a shot."""
 
     def __init__(self, stage: str, cause: Exception) -> None:
         self.stage = stage
@@ -43,10 +43,10 @@ class StepFailed(VidgenError):
 
 
 class StepRunner:
-    """Loaded stages, and what is done round each: inputs read, the cache asked, seconds taken, a full GPU survived.
+    """Runs steps on the stages of one process.
 
-    `gpus` is the share of a GPU that the process holds. `cache` may be none. `turns` are groups of stages of which only one
-    fits on the GPU at a time.
+    `gpus` is the share of a GPU that the process holds. `cache=None` disables the stage cache. Of the groups of stages in
+    `swapped`, only one fits on the GPU at a time.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class StepRunner:
         stages: Sequence[Stage[Any]],
         gpus: float,
         cache: StageCache | None,
-        swapper: Sequence[Sequence[str]] = (),
+        swapped: Sequence[Sequence[str]] = (),
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
         self._cache = cache
-        self.swapper = WeightSwapper(self.stages, swapper)
+        self.swapper = WeightSwapper(self.stages, swapped)
 
     def load(self) -> None:
-        """Raises SetupError where weights are missing or of another kind."""
+        """Load all stages. Raises SetupError if weights are missing or of another kind."""
         self.swapper.load()
 
     def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
@@ -116,34 +116,34 @@ class StepRunner:
         stage = self.stages[step.stage]
         loads, recovered = stage.adapter_loads, None
         try:
-            # How many steps there will be the stage says with its first.
+            # 0 of 0: the stage reports the number of steps with the first one.
             report(step.stage, 0, 0)
-            found = self._cache.get(step.key, stage.writes) if self._cache else None
-            if found is None:
+            cached = self._cache.get(step.key, stage.writes) if self._cache else None
+            if cached is None:
                 self.swapper.ensure_on_gpu(step.stage)
-                ready = with_pictures(item, stage.takes)
+                ready = with_images(item, stage.takes)
                 local = Item(with_local_loras(ready.shot), ready.artefacts)
-                (given,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
-                # What leaner settings made is not what the key promises.
+                (result,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
+                # A result of lower-memory settings may have other bytes than the key stands for.
                 if self._cache and recovered in (None, MEMORY_FREED):
-                    self._cache.put(step.key, given)
+                    self._cache.put(step.key, result)
             else:
-                given = found
+                result = cached
         except Cancelled:
             raise
-        # Whatever a model stumbles over fails this shot, not its neighbours.
+        # Any error of a model fails this shot only.
         except Exception as error:
             raise StepFailed(step.stage, error) from error
         record = self._record(
             step,
             time.monotonic() - begun,
-            cached=found is not None,
+            cached=cached is not None,
             recovered=recovered,
             adapter_loads=stage.adapter_loads - loads,
         )
-        # The photos are of no use after the features are known.
+        # Photos are not needed after the face features.
         kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
-        return Item(item.shot, Artefacts(**{**kept, **given})), record  # type: ignore[typeddict-item]  # both are Artefacts
+        return Item(item.shot, Artefacts(**{**kept, **result})), record  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _record(
         self, step: Step, seconds: float, *, cached: bool = False, recovered: str | None = None, adapter_loads: int = 0
@@ -160,8 +160,8 @@ class StepRunner:
         )
 
 
-def with_pictures(item: Item, takes: Iterable[str]) -> Item:
-    """The item with the photos and the start image that the shot names by path, where they are taken and not there yet."""
+def with_images(item: Item, takes: Iterable[str]) -> Item:
+    """Return the item with its photos and start image read from the shot's paths, if they are among `takes` and missing."""
     shot, artefacts = item.shot, item.artefacts.copy()
     if "photos" in takes and "photos" not in artefacts and shot.face_image:
         artefacts["photos"] = tuple(read_image(Path(photo)) for photo in shot.face_image)

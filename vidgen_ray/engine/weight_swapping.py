@@ -1,4 +1,4 @@
-"""Weight swapping: stages that do not fit on the GPU together take turns in its memory."""
+"""Weight swapping: keeps one group of stages on the GPU and the other groups in host memory."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from vidgen_ray.stages.base import Stage
 
 
 class WeightSwapper:
-    """Stages of one process whose weights do not fit on the GPU together: the group at work is there, the others wait in
-    the host's memory."""
+    """Swaps groups of stages whose weights do not fit on the GPU together. Stages outside all groups stay on the GPU."""
 
     def __init__(self, stages: Mapping[str, Stage[Any]], groups: Sequence[Sequence[str]]) -> None:
         self._stages = stages
         self._groups = groups
-        self._present: Sequence[str] = ()
+        self._on_gpu: Sequence[str] = ()
 
     def load(self) -> None:
-        """Load every stage; a stage of a group is taken off the GPU again before the next is loaded."""
-        taking_turns = {name for group in self._groups for name in group}
+        """Load every stage. A stage of a group is moved to host memory before the next one is loaded."""
+        swapped = {name for group in self._groups for name in group}
         for name, stage in self._stages.items():
             stage.load()
-            if name in taking_turns:
+            if name in swapped:
                 stage.move("cpu")
 
     def ensure_on_gpu(self, name: str) -> None:
-        """Have the stage's weights where it works."""
+        """Move the stage's group to the GPU, and the group that is there to host memory."""
         group = next((group for group in self._groups if name in group), None)
-        if group is None or group == self._present:
+        if group is None or group == self._on_gpu:
             return
-        for other in self._present:
+        for other in self._on_gpu:
             self._stages[other].move("cpu")
         free_gpu_memory()
         for member in group:
             self._stages[member].move(self._stages[member].params.device)
-        self._present = group
+        self._on_gpu = group

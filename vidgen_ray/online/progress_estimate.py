@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.step_groups import OUTPUT
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.planner.demand import ENCODE_SECONDS, seconds_of
 from vidgen_ray.profile import Profile
@@ -19,8 +19,7 @@ class ProgressEstimator:
     def __init__(self, plan: ShotPlan, profile: Profile) -> None:
         shot = plan.shot
         self._seconds = {
-            step.stage: seconds_of(profile, STAGE_BY_NAME[step.stage], {})[0] * STAGE_BY_NAME[step.stage].relative_cost(shot)
-            for step in plan.steps
+            name: seconds_of(profile, STAGE_BY_NAME[name], {})[0] * cost for name, cost in relative_costs(shot).items()
         }
         megapixels = shot.width * shot.height / 1e6 * (shot.num_frames if shot.generate_video else 1)
         self._seconds[OUTPUT] = megapixels * ENCODE_SECONDS[profile.encode.preset]

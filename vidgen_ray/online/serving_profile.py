@@ -1,12 +1,13 @@
-"""What a profile can serve on this machine: the stages whose weights are here, and why the others are left out."""
+"""Serving profile: which stages of a profile can be served on this machine, and why the others cannot."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
+
+from cachetools import TTLCache
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner
 from vidgen_ray.errors import ProfileError, SetupError
@@ -17,44 +18,48 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32
-"""Of each kind of shot in the demand that a server is laid out for: enough that no worker of a large cluster waits."""
+"""Shots of each kind in the demand that a server is laid out for, enough to keep a large cluster busy."""
 PLANNER_S = 10.0
-"""So long a planner lives, which looks at a file once: a LoRA that is replaced under its name is seen no later than that."""
+"""Seconds for which digests of files are cached. A LoRA file that is replaced is noticed after this time."""
 
 
 @dataclass(frozen=True)
 class ServingProfile:
-    """The profile with its precisions made concrete, and the parameters of the stages that it can serve."""
+    """A profile with concrete dtypes, and the parameters of the stages that it can serve."""
 
     profile: Profile
     params: Mapping[str, StageParams]
-    """Stage -> its parameters."""
+    """Stage -> parameters."""
     unavailable: Mapping[str, str]
-    """Stage -> a sentence that says why it cannot be had."""
+    """Stage -> reason why it cannot be served."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
         return tuple(stage for stage in STAGES if stage.name in self.params)
 
     def check(self, shot: Shot) -> None:
-        """Raises ProfileError where the shot passes a stage that is left out."""
+        """Raises ProfileError if the shot passes a stage that is not served."""
         for stage in stages_of(shot):
             if stage.name in self.unavailable:
                 raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
 
     def plan(self, shot: Shot) -> ShotPlan:
-        """The shot's steps and keys. Raises ProfileError for a stage that is left out, StageError or SetupError where the shot
-        names something that is not there."""
+        """Return the shot's steps and content keys.
+
+        Raises ProfileError for a stage that is not served, StageError or SetupError for a file that does not exist.
+        """
         self.check(shot)
-        return self._planner(int(time.monotonic() / PLANNER_S))(shot)
+        planner: ShotPlanner | None = self._planners.get("planner")
+        if planner is None:
+            planner = self._planners["planner"] = ShotPlanner(self.params, self.profile.encode)
+        return planner(shot)
 
     @cached_property
-    def _planner(self) -> Callable[[int], ShotPlanner]:
-        """The planner of a stretch of time."""
-        return lru_cache(1)(lambda _: ShotPlanner(self.params, self.profile.encode))
+    def _planners(self) -> TTLCache[str, ShotPlanner]:
+        return TTLCache(1, PLANNER_S)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_planner"}
+        return {name: value for name, value in vars(self).items() if name != "_planners"}
 
     def demand(self) -> Demand:
         """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""
@@ -75,9 +80,9 @@ class ServingProfile:
 
 
 def serving_profile(profile: Profile) -> ServingProfile:
-    """Look which stages' weights are on this machine.
+    """Find out which stages have their weights on this machine.
 
-    Raises ProfileError for a profile that describes no runnable stages, SetupError where nothing that draws a picture is here.
+    Raises ProfileError for an invalid profile, and SetupError if no stage that generates an image can be served.
     """
     check_profile(profile)
     params: dict[str, StageParams] = {}

@@ -1,4 +1,4 @@
-"""What a script asks of the stages, in sums: the shots themselves are not kept."""
+"""Demand: sums over the shots of a script, from which the planner works. The shots themselves are not kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGES, chunked_stages_of, clip_growth, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, chunked_stages_of, clip_growth, relative_costs
 from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -25,13 +25,13 @@ ENCODE_SECONDS: Mapping[str, float] = {
     "slower": 0.05,
     "veryslow": 0.07,
 }
-"""x264's preset -> seconds of one CPU core for a frame of a megapixel, colour conversion included. Measured at 4096x2304."""
+"""x264 preset -> CPU seconds per megapixel of a frame, with colour conversion. Measured at 4096x2304 on one core."""
 CLIP_BYTES_PER_PIXEL = 0.035
-"""Of H.264 at crf 18, a moving picture with some grain. Noise takes ten times as much."""
+"""H.264 at crf 18, moving content with some grain. Noise takes ten times as much."""
 PNG_BYTES_PER_PIXEL = 1.5
 FFV1_BYTES_PER_PIXEL = 1.3
 SHOT_BYTES = 8192
-"""shot.json and the row of the manifest."""
+"""Size of shot.json and the manifest row."""
 
 ASSUMED_SPREAD = 0.3
 """Relative spread of seconds that were not measured on this machine."""
@@ -39,40 +39,40 @@ ASSUMED_SPREAD = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Sums over the shots that are to be rendered."""
+    """Sums over the pending shots."""
 
     shots: int
     relative_cost: Mapping[str, float]
-    """Stage -> work in reference shots. A stage that no shot passes is not there."""
+    """Stage -> sum of relative costs. Stages that no shot passes are missing."""
     upscaled: int
-    """Shots with a large clip."""
+    """Number of shots with an upscaled clip."""
     encoded_mpx: float
-    """Frames that are encoded, in megapixels."""
+    """Megapixels of all encoded frames."""
     output_bytes: float
-    """Estimate of what the shots leave behind, without the stages' cache."""
+    """Estimated size of all outputs, without the stage cache."""
     cache_bytes: float
-    """Estimate of what the stages' cache holds at the end."""
+    """Estimated size of the stage cache at the end."""
     loras: int
-    """Distinct LoRA files."""
+    """Number of distinct LoRA files."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
-        """Those that at least one shot passes, in order."""
+        """Stages that at least one shot passes, in order."""
         return tuple(stage for stage in STAGES if stage.name in self.relative_cost)
 
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
-    """One pass, in memory that does not grow with the number of shots."""
+    """Sum up the shots in one pass. Memory does not grow with their number."""
     relative_cost: Counter[str] = Counter()
     loras: set[str] = set()
     count = upscaled = 0
     encoded = output = cached = 0.0
     for shot in shots:
         count += 1
-        for stage in stages_of(shot):
-            # A shot of no work, such as a refinement of strength 0, still passes the stage.
-            relative_cost[stage.name] += stage.relative_cost(shot)  # type: ignore[assignment]  # typeshed counts in whole numbers
-            cached += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in stage.writes)
+        for name, cost in relative_costs(shot).items():
+            # A shot without cost, such as a refinement of strength 0, still passes the stage.
+            relative_cost[name] += cost  # type: ignore[assignment]  # typeshed allows only integers
+            cached += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
         loras.update(lora.path for lora in shot.lora)
         pixels = shot.width * shot.height
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
@@ -87,9 +87,9 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
 
 
 def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> tuple[float, float, bool]:
-    """Seconds of the reference shot, their relative spread, and whether anybody told or measured them.
+    """Return seconds for the reference shot, their relative spread, and whether they were stated or measured.
 
-    Raises ProfileError for an actor that is not there, and one with seconds of a stage that does not live on it.
+    Raises ProfileError for a missing actor, and for an actor with seconds of a stage that it does not hold.
     """
     actor = profile.actor_of(stage)
     known = [other.name for other in STAGES if other.actor == stage.actor]
@@ -98,8 +98,8 @@ def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str,
             raise ProfileError(
                 f"profile {profile.name}, actors.{stage.actor}.seconds: got {name!r}, must be one of {', '.join(known)}"
             )
-    if found := measured.get(stage.name):
-        return found.seconds_of_reference, found.spread, True
+    if calibrated := measured.get(stage.name):
+        return calibrated.seconds_of_reference, calibrated.spread, True
     if stage.name in actor.seconds:
         return actor.seconds[stage.name], ASSUMED_SPREAD, True
     return stage.reference_s, ASSUMED_SPREAD, False
