@@ -1,10 +1,9 @@
-# Two commands: `make demo` renders the demo script, `make test` runs the tests. Both do all the set-up they need.
+# `make demo` renders the demo script, `make test` runs the tests. Both run `setup` first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The distribution in packaging/onnxruntime is installed in the same call, so that pip never fetches the CPU wheel of
-# onnxruntime over onnxruntime-gpu; see there.
+# Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
 
 .PHONY: setup demo test chaos check clean
@@ -12,7 +11,7 @@ ONNXRUNTIME := ./packaging/onnxruntime
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
-	@echo "Installing packages into $(VENV): some minutes, 3 GB and more"
+	@echo "Installing packages into $(VENV): takes minutes, downloads at least 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ONNXRUNTIME) --editable ".[dev]"
 	touch $@
@@ -20,12 +19,12 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Two files at a time: tests wait for processes as often as they compute. Each has one thread of torch. What is left out, for want
-# of a GPU, a browser or a database, is said at the end with the reason.
+# Two workers with one torch thread each: tests often wait for processes. -rs lists skipped tests with the reason (no GPU, browser or
+# database).
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
 
-# Some ten minutes: nodes, processes and drivers are taken from a cluster of three nodes at 35 random moments.
+# About ten minutes. Kills processes, nodes and drivers of a three-node cluster at 35 random moments.
 chaos: setup
 	$(BIN)/python -m pytest tests/chaos -m "slow or not slow"
 

@@ -25,7 +25,7 @@ def test_built_in_profiles_state_memory(name):
     profile = load_profile(name)
     assert all(actor.memory_gb > 0 for actor in profile.actors.values())
     if any(actor.device == "cuda" for actor in profile.actors.values()):
-        assert "was not run on a card" in profile.about
+        assert "has not been run on a GPU" in profile.about
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo"])
