@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
 
-.PHONY: setup demo test chaos check clean
+.PHONY: setup demo test test-slow chaos docs check clean
 
 setup: $(VENV)/.installed
 
@@ -19,14 +19,24 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Two workers with one torch thread each: tests often wait for processes. -rs lists skipped tests with the reason (no GPU, browser or
-# database).
+# Two processes with one torch thread each: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
+# browser or database).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations 15
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs
+	$(PYTEST)
+
+# Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md.
+test-slow: setup
+	$(PYTEST) -m slow
 
 # About ten minutes. Kills processes, nodes and drivers of a three-node cluster at 35 random moments.
 chaos: setup
-	$(BIN)/python -m pytest tests/chaos -m "slow or not slow"
+	$(BIN)/python -m pytest tests/chaos -m "slow or very_slow"
+
+# Regenerates docs/openapi.json and the tables between "generated" markers in docs/.
+docs: setup
+	VIDGEN_UPDATE_DOCS=1 $(BIN)/python -m pytest tests/test_docs_fields.py tests/online/test_docs_api.py
 
 check: setup
 	$(BIN)/ruff format --check .
