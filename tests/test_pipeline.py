@@ -147,7 +147,7 @@ def test_new_render_replaces_all_files_of_the_id(tmp_path, plan):
                 draft.path(name).write_bytes(name.encode())
             draft.commit([])
         assert sorted(p.name for p in outputs.shot_folder("x").iterdir()) == sorted([*names, "shot.json"])
-    assert outputs.done(plan)
-    assert not outputs.done(plan.model_copy(update={"key": "0" * 64}))
+    assert outputs.find_finished(plan)
+    assert not outputs.find_finished(plan.model_copy(update={"key": "0" * 64}))
     (outputs.shot_folder("x") / "shot.json").write_text("{")
-    assert not outputs.done(plan), "a damaged record is no record"
+    assert not outputs.find_finished(plan), "a damaged record is no record"

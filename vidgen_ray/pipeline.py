@@ -98,7 +98,7 @@ class VideoGenerationPipeline:
     def render(self, shot: Shot) -> ShotRecord:
         """Render a checked shot unless it is finished already. Raises StepFailed."""
         plan = self.plan(shot)
-        if (done := self.outputs.done(plan, self._keep_stages)) is not None:
+        if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done.record()
         stages = [self._stage(stage) for stage in stages_of(shot)]
         on_gpu = any(stage.params.device != "cpu" for stage in stages)

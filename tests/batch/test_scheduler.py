@@ -135,8 +135,8 @@ def test_a_worker_that_takes_turns_makes_work_before_the_others_run_out():
 def test_steps_go_together_only_where_the_first_brings_the_turn_that_the_others_need():
     turns = (("flux", "lora"), ("svd",))
     worker = WorkerSpec(ALL, 1, 1, turns)
-    assert worker.takes("flux", "lora", "image_likeness")
-    assert worker.takes("instantid", "image_likeness")
-    assert not worker.takes("instantid", "flux"), "it would be begun in svd's turn"
-    assert not worker.takes("lora", "svd")
-    assert WorkerSpec(ALL, 1, 1).takes("instantid", "flux", "svd")
+    assert worker.can_run("flux", "lora", "image_likeness")
+    assert worker.can_run("instantid", "image_likeness")
+    assert not worker.can_run("instantid", "flux"), "it would be begun in svd's turn"
+    assert not worker.can_run("lora", "svd")
+    assert WorkerSpec(ALL, 1, 1).can_run("instantid", "flux", "svd")

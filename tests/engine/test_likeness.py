@@ -314,8 +314,8 @@ class TestRecords:
         with outputs.draft(plan) as draft:
             write_png(draft.path("image.png"), wall())
             committed = draft.commit([], likeness)
-        assert outputs.done(plan).summary == committed.summary
-        row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.done(plan), "done")
+        assert outputs.find_finished(plan).summary == committed.summary
+        row = ManifestRow.of_shot("r", "s", plan.shot, 1, outputs.find_finished(plan), "done")
         assert [getattr(row, name) for name in COLUMNS] == [
             value if value is None else pytest.approx(value) for value in columns
         ]
@@ -332,9 +332,11 @@ class TestRecords:
             draft.commit([])
         row = partial(ManifestRow.of_shot, "r", "s", plan.shot, 1, status="done")
         assert (
-            row(pipeline.outputs.done(plan)).seed == row(pipeline.outputs.done(plan).record()).seed == plan.again[0].shot.seed
+            row(pipeline.outputs.find_finished(plan)).seed
+            == row(pipeline.outputs.find_finished(plan).record()).seed
+            == plan.again[0].shot.seed
         )
-        assert pipeline.outputs.done(plan).record().tries == 2
+        assert pipeline.outputs.find_finished(plan).record().tries == 2
 
 
 def test_likeness_stages_run_alone_on_a_file(tmp_path, capsys):

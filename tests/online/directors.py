@@ -81,10 +81,10 @@ class LocalDirector:
 
         try:
             plan = self._served.plan(job.shot)
-            if self._outputs.find(plan.key) is None:
+            if self._outputs.find_by_key(plan.key) is None:
                 self._make(plan, told)
                 self.rendered.append(plan.key)
-            done = self._outputs.find(plan.key)
+            done = self._outputs.find_by_key(plan.key)
             assert done is not None
             seconds = {step.stage: step.seconds for step in done.record().stages}
             self._store.queue.completed(job.id, "director", shot_id=done.record().shot.id or "", stage_seconds=seconds)

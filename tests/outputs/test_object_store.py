@@ -155,18 +155,18 @@ with outputs.draft(plan) as draft:
     draft.commit([])
 """
     commit(outputs, plan, ("image.png", "video.mp4"))
-    assert outputs.done(plan)
+    assert outputs.find_finished(plan)
     before = workspaces()
     killed = subprocess.run(
         [sys.executable, "-c", code], input=pickle.dumps((outputs, plan)), stderr=subprocess.PIPE, env=os.environ
     )
     assert killed.returncode == 9, killed.stderr.decode()
-    assert outputs.done(plan) is None
+    assert outputs.find_finished(plan) is None
     (left,) = workspaces() - before
     outputs.prepare()
     assert not left.exists(), "the dead process's workspace is swept"
     record = commit(outputs, plan)
-    assert outputs.done(plan).record() == record
+    assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
 
 
@@ -174,11 +174,11 @@ def test_many_shots_are_looked_for_at_once_and_answered_in_order(outputs, plan_o
     plans = [plan_of(f"s{number:03d}") for number in range(150)]
     for plan in plans[::10]:
         commit(outputs, plan)
-    found = list(outputs.done_each(iter(plans)))
+    found = list(outputs.find_finished_each(iter(plans)))
     assert [plan.shot.id for plan, _ in found] == [plan.shot.id for plan in plans]
     assert [done is not None for _, done in found] == [number % 10 == 0 for number in range(150)]
     outputs.storage.write("shots/s000/hd.mp4", "short")
-    assert outputs.done(plans[0]) is None
+    assert outputs.find_finished(plans[0]) is None
 
 
 def test_the_manifest_and_the_failures_become_one_account(url, outputs):

@@ -25,7 +25,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.local_storage import LocalStorage
-from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, ManifestRow, manifest_batches, read_manifest
+from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord
@@ -62,7 +62,7 @@ class TestDone:
     def test_what_was_committed_is_found_with_its_summary_and_its_record(self, outputs, plan_of):
         plan = plan_of("x")
         record = commit(outputs, plan)
-        done = outputs.done(plan)
+        done = outputs.find_finished(plan)
         assert done.record() == record
         assert done.summary == record.summary
         assert (done.summary.seconds, done.summary.gpu_seconds, done.summary.lora_loads) == (4, 2, 2)
@@ -75,29 +75,29 @@ class TestDone:
         plan = plan_of("x")
         commit(outputs, plan)
         (outputs.shot_folder("x") / "shot.json").write_text(text.replace("%s", plan.key))
-        assert outputs.done(plan) is None
+        assert outputs.find_finished(plan) is None
 
     def test_files_must_be_there_at_their_full_length_and_with_the_stages_where_asked(self, outputs, plan_of):
         plan = plan_of("x")
         commit(outputs, plan)
-        assert outputs.done(plan, with_stages=True) is None
+        assert outputs.find_finished(plan, with_stages=True) is None
         commit(outputs, plan, ("image.png", "video.mp4", "base.png"))
-        assert outputs.done(plan, with_stages=True)
+        assert outputs.find_finished(plan, with_stages=True)
         clip = outputs.shot_folder("x") / "video.mp4"
         clip.write_bytes(clip.read_bytes()[:-1])
-        assert outputs.done(plan) is None
+        assert outputs.find_finished(plan) is None
         clip.unlink()
-        assert outputs.done(plan) is None
+        assert outputs.find_finished(plan) is None
 
     def test_a_shot_is_found_by_its_key_whatever_its_id(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
         record = commit(outputs, mine)
-        assert outputs.find(plan_of("theirs").key).record() == record
-        assert outputs.find(other.key) is None
+        assert outputs.find_by_key(plan_of("theirs").key).record() == record
+        assert outputs.find_by_key(other.key) is None
         # The id stands for another shot now, which is what its key leads to.
         commit(outputs, plan_of("mine", prompt="another"))
-        assert outputs.find(mine.key) is None
-        assert outputs.find(other.key).record().shot.id == "mine"
+        assert outputs.find_by_key(mine.key) is None
+        assert outputs.find_by_key(other.key).record().shot.id == "mine"
 
     def test_a_shot_that_is_forgotten_leaves_nothing_by_which_its_person_could_be_seen(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
@@ -105,26 +105,30 @@ class TestDone:
             commit(outputs, plan)
             for step in plan.steps:
                 outputs.stage_cache.put(step.key, {"image": np.zeros((2, 2, 3), np.uint8)})
-        outputs.forget("mine")
-        outputs.forget("nobody")
-        assert (outputs.find(mine.key), outputs.done(mine), outputs.shot_folder("mine").exists()) == (None, None, False)
+        outputs.delete_shot("mine")
+        outputs.delete_shot("nobody")
+        assert (outputs.find_by_key(mine.key), outputs.find_finished(mine), outputs.shot_folder("mine").exists()) == (
+            None,
+            None,
+            False,
+        )
         assert not any(outputs.stage_cache.has(step.key) for step in mine.steps)
-        assert outputs.find(other.key)
+        assert outputs.find_by_key(other.key)
         assert all(outputs.stage_cache.has(step.key) for step in other.steps)
 
     def test_a_storage_that_does_not_answer_is_no_answer(self, outputs, plan_of):
         plan = plan_of("x")
         (outputs.shot_folder("x") / "shot.json").mkdir(parents=True)
         with pytest.raises(IsADirectoryError):
-            outputs.done(plan)
-        assert outputs.find(plan.key) is None
+            outputs.find_finished(plan)
+        assert outputs.find_by_key(plan.key) is None
 
     @pytest.mark.parametrize("text", [b"", b"\xff", b"../..", b"nobody", b"mine/../mine"])
     def test_a_damaged_key_leads_nowhere(self, outputs, plan_of, text):
         plan = plan_of("mine")
         commit(outputs, plan)
         (outputs.root / "keys" / plan.key).write_bytes(text)
-        assert outputs.find(plan.key) is None
+        assert outputs.find_by_key(plan.key) is None
 
     def test_a_commit_that_dies_at_its_last_file_is_not_found_and_the_next_one_is(self, outputs, plan_of, monkeypatch):
         plan = plan_of("mine")
@@ -133,16 +137,16 @@ class TestDone:
             type(outputs.storage), "publish", lambda *args: None if args[-1] == ["shot.json"] else publish(*args)
         )
         commit(outputs, plan)
-        assert outputs.find(plan.key) is None
+        assert outputs.find_by_key(plan.key) is None
         monkeypatch.undo()
         record = commit(outputs, plan)
-        assert outputs.find(plan.key).record() == record
+        assert outputs.find_by_key(plan.key).record() == record
 
     def test_each_plan_is_answered_in_order(self, outputs, plan_of):
         plans = [plan_of(f"s{number}") for number in range(5)]
         for plan in plans[::2]:
             commit(outputs, plan)
-        assert [(plan.shot.id, found is not None) for plan, found in outputs.done_each(iter(plans))] == [
+        assert [(plan.shot.id, found is not None) for plan, found in outputs.find_finished_each(iter(plans))] == [
             (f"s{number}", number % 2 == 0) for number in range(5)
         ]
 
@@ -160,7 +164,7 @@ class TestDone:
         monkeypatch.setattr(os, "replace", dies_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             commit(outputs, plan)
-        assert outputs.done(plan) is None
+        assert outputs.find_finished(plan) is None
 
     def test_an_output_folder_travels_and_shows_no_credentials(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -250,7 +254,7 @@ class TestManifest:
         assert sorted(path.name for path in outputs.root.iterdir()) == ["manifest"]
 
     def test_what_a_script_was_refused_for_is_void_when_it_is_read_again_to_its_end(self, outputs):
-        write(outputs, "r1", failed("r1", "s-line-7", REFUSED), failed("r1", "x", REFUSED, "other.jsonl"))
+        write(outputs, "r1", failed("r1", "s-line-7", REJECTED), failed("r1", "x", REJECTED, "other.jsonl"))
         write(outputs, "r2", row("r2", "a"), whole_script=False)
         assert set(table(outputs)) == {"a", "s-line-7", "x"}
         assert sorted(failures(outputs)) == ["s-line-7", "x"]
@@ -259,7 +263,7 @@ class TestManifest:
         assert failures(outputs) == ["x"]
 
     def test_a_line_may_replace_one_of_another_name(self, outputs):
-        write(outputs, "r1", failed("r1", "s-line-1", REFUSED))
+        write(outputs, "r1", failed("r1", "s-line-1", REJECTED))
         write(outputs, "r2", {"row": row("r2", "a", script="failures.jsonl"), "replaces": "s-line-1"}, script="failures.jsonl")
         assert (set(table(outputs)), failures(outputs)) == ({"a"}, [])
 
@@ -374,7 +378,7 @@ class TestManifest:
         assert len(table(outputs)) == 251
 
     def test_text_that_is_no_text_is_written_down_all_the_same(self, outputs):
-        refused = ManifestRow.of_refused_line("r1", "s", "x", 3, "a\udc80b", failure(REFUSED))
+        refused = ManifestRow.of_rejected_line("r1", "s", "x", 3, "a\udc80b", failure(REJECTED))
         lines = [FailedLine("x", "s", {"prompt": "a\udc80b"}, failure()), FailedLine("y", "s", {("no", "key"): 1}, failure())]
         write(outputs, "r1", {"row": refused, "failed": lines[0]}, {"row": row("r1", "y", "failed"), "failed": lines[1]})
         assert {r.id: r.prompt for r in read_manifest(outputs.root)}["x"] == "a\\udc80b"
@@ -391,7 +395,7 @@ class TestManifest:
     def test_a_row_of_a_shot_says_what_its_record_says(self, outputs, plan_of):
         plan = plan_of("x", metadata={"k": [1]})
         record = commit(outputs, plan)
-        rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, what, "done") for what in (record, outputs.done(plan))]
+        rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, what, "done") for what in (record, outputs.find_finished(plan))]
         assert vars(rows[0]) | {"ended_at": ""} == vars(rows[1]) | {"ended_at": ""}
         checked = ManifestRow.model_validate(vars(rows[0]))
         assert (checked.video, checked.hd_video, checked.seconds, checked.lora_loads) == ("shots/x/video.mp4", None, 4, 2)
@@ -528,8 +532,8 @@ class TestGarbage:
             f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl",
             f"keys/{plan_of('y', prompt='before').key}",
         }  # fmt: skip
-        assert outputs.find(plan_of("z", prompt="other").key).record().shot.id == "y"
-        assert outputs.done(plan_of("x")).record() == record
+        assert outputs.find_by_key(plan_of("z", prompt="other").key).record().shot.id == "y"
+        assert outputs.find_finished(plan_of("x")).record() == record
         assert sum(collect_garbage(outputs, grace_s=-1).counts.values()) == 0
 
     def test_what_is_young_is_left_alone(self, outputs, plan_of):

@@ -358,7 +358,7 @@ def test_measured_seconds_override_the_profiles(cache_folder):
     ((name, found),) = load_calibration("p", "H100").items()
     assert (name, found.seconds_of_reference, found.shots) == ("svd", 10.0, 5)
     assert found.spread == pytest.approx(0.148, abs=0.001)
-    planned = plan(gpu_profile(B6), demand(1, ["svd"]), parse_gpus("1x80GB"), measured=load_calibration("p", "H100"))
+    planned = plan(gpu_profile(B6), demand(1, ["svd"]), parse_gpus("1x80GB"), calibration=load_calibration("p", "H100"))
     assert planned.stage_seconds == {"svd": 10.0}
     assert load_calibration("p", "L40S") == load_calibration("q", "H100") == {}
 

@@ -148,7 +148,7 @@ class BatchDirector:
             done = None
             # A storage that does not answer now has the shot rendered again, which is the same shot.
             with suppress(OSError):
-                done = await asyncio.to_thread(self._job.outputs.done, plan, self._job.keep_stages)
+                done = await asyncio.to_thread(self._job.outputs.find_finished, plan, self._job.keep_stages)
             if done is not None:
                 return done.record()
         order = next(self._orders)

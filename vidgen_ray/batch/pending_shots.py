@@ -49,7 +49,7 @@ def pending_shots(
         yield from planned
         return
     errands, looked_for = tee(planned)
-    found = outputs.done_each((errand.plan for errand in looked_for), keep_stages)
+    found = outputs.find_finished_each((errand.plan for errand in looked_for), keep_stages)
     for errand, (_, done) in zip(errands, found, strict=True):
         if done is None:
             yield errand

@@ -98,7 +98,7 @@ def _results(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Any
 
 def _expect_to_see(errand: ShotTask, job: RunConfig) -> None:
     seen_by = time.monotonic() + SEEN_S
-    while job.outputs.done(errand.plan) is None:
+    while job.outputs.find_finished(errand.plan) is None:
         if time.monotonic() > seen_by:
             place = job.outputs.storage.place(f"shots/{errand.plan.shot.id}")
             raise SetupError(f"a worker wrote {place}, the driver does not see it; both need one shared output folder")

@@ -156,7 +156,7 @@ def render(
 def _planned(
     profile: Profile, demand: Demand, cluster: Cluster, price: float | None, before_start: Callable[[Plan], None]
 ) -> Plan:
-    chosen = plan(profile, demand, cluster, measured=load_calibration(profile.name, cluster.card), price=price)
+    chosen = plan(profile, demand, cluster, calibration=load_calibration(profile.name, cluster.card), price=price)
     before_start(chosen)
     return chosen
 

@@ -13,7 +13,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.manifest import REFUSED, ManifestRow
+from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.reader import CheckedLine, RejectedLine
@@ -47,8 +47,8 @@ class RunResults:
 
     def refused(self, line: RejectedLine) -> None:
         self.refusals += 1
-        failure = StepFailed(REFUSED, ScriptError(line.errors)).failure()
-        row = ManifestRow.of_refused_line(self._run, line.script, line.id, line.line, line.fields.get("prompt"), failure)
+        failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
+        row = ManifestRow.of_rejected_line(self._run, line.script, line.id, line.line, line.fields.get("prompt"), failure)
         self._enter(row, FailedLine(line.id, line.script, line.fields, failure), None)
         self._watcher.on_rejected(row)
 

@@ -38,7 +38,7 @@ def plan_command(
     if not demand.shots:
         _print_nothing_to_do(counts, as_json)
         return
-    planned = plan(profile, demand, cluster, measured=measured, price=price)
+    planned = plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
         typer.echo(json.dumps(_as_json(planned, profile, cluster, counts)))
     else:

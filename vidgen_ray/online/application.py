@@ -69,7 +69,7 @@ def server_plan(settings: OnlineSettings, look: Callable[[], Cluster]) -> Server
     found = serving_profile(told if settings.layout is None else told.model_copy(update={"layout": settings.layout}))
     profile = found.profile
     cluster = parse_gpus(settings.gpus) if settings.gpus else look()
-    layout = plan(profile, found.demand(), cluster, measured=load_calibration(profile.name, cluster.card)).layout
+    layout = plan(profile, found.demand(), cluster, calibration=load_calibration(profile.name, cluster.card)).layout
     return ServerPlan(settings, found, layout, groups_of(layout, profile, cluster))
 
 

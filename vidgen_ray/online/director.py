@@ -278,7 +278,7 @@ class JobDirector:
     def _looked_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
         """The job's plan, and what is there already. Blocks."""
         plan = self._served.plan(job.shot)
-        return plan, self._outputs.find(plan.key)
+        return plan, self._outputs.find_by_key(plan.key)
 
     async def _rendered(self, job: Job, plan: ShotPlan) -> ShotRecord:
         course = ProgressEstimator(plan, self._service.profile)

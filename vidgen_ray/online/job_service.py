@@ -93,7 +93,7 @@ class JobService:
                 fingerprint=fingerprint,
                 max_queued=self._settings.max_queued,
                 max_open=tenant.limits.open_jobs,
-                is_there=lambda job: self._outputs.find(job.key) is not None,
+                is_there=lambda job: self._outputs.find_by_key(job.key) is not None,
             )
         except IdempotencyConflict:
             raise _key_reused() from None
@@ -158,7 +158,7 @@ class JobService:
             created_at=now,
             request=dict(request),
         )
-        done = self._outputs.find(plan.key)
+        done = self._outputs.find_by_key(plan.key)
         if done is None:
             return job
         shot_id = done.record().shot.id

@@ -45,5 +45,5 @@ async def housekeeping(store: JobStore, settings: OnlineSettings, outputs: Outpu
 
 def forget_old(store: JobStore, outputs: OutputFolder) -> None:
     """Forget jobs that are gone, with their files, unless a batch run made them."""
-    while store.purge(lambda key: outputs.forget(shot_id_of(key)), PURGED_AT_ONCE) == PURGED_AT_ONCE:
+    while store.purge(lambda key: outputs.delete_shot(shot_id_of(key)), PURGED_AT_ONCE) == PURGED_AT_ONCE:
         pass

@@ -120,11 +120,11 @@ class StageHandles:
     def can_fuse(self, first: str, *others: str) -> bool:
         """Whether all replicas that hold the first of these stages take the others, too, in the same turn."""
         holders = [spec for spec, _ in self._specs.values() if first in spec.stages]
-        return all(spec.takes(first, *others) for spec in holders)
+        return all(spec.can_run(first, *others) for spec in holders)
 
     def taking(self, *stages: str) -> str:
         """The deployment, of those that take all these stages, with the fewest calls of ours a replica in hand."""
-        names = [name for name, (spec, _) in self._specs.items() if spec.takes(*stages)]
+        names = [name for name, (spec, _) in self._specs.items() if spec.can_run(*stages)]
         return min(names, key=lambda name: self._in_hand[name] / self._specs[name][1])
 
     async def call(

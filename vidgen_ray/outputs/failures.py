@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.manifest import REFUSED
+from vidgen_ray.outputs.manifest import REJECTED
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.outputs.storage import Storage
 
@@ -52,7 +52,7 @@ class Standing(NamedTuple):
     """`failed_as` of those whose last run failed."""
     void: IdIndex
     """Ids of lines that have another id by now."""
-    refused_by: str | None
+    rejected_by: str | None
     """A script of which no refused line of an earlier run counts any more."""
 
 
@@ -99,7 +99,9 @@ def _that_stand(lines: list[str], standing: Standing, written: IdIndex) -> Itera
         if reason is None:
             yield line
             continue
-        is_void = reason.id in known or reason.id in void or (reason.script == standing.refused_by and reason.stage == REFUSED)
+        is_void = (
+            reason.id in known or reason.id in void or (reason.script == standing.rejected_by and reason.stage == REJECTED)
+        )
         if next(first) and (reason.mark in failed or not is_void):
             yield line
 

@@ -127,26 +127,26 @@ class OutputFolder:
             raise FileNotFoundError(f"{self.url}/shots/{shot_id}/{name}")
         return content
 
-    def done(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
+    def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
         """The shot if it is finished with this very key, else none.
 
         `with_stages` asks for the files of `--keep stages`, too. Files are there at their full length; reading them would
         cost a run of many shots too much.
         """
-        kept = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
-        return self._done_in(_shot_folder(plan), plan.key, kept)
+        debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
+        return self._read_finished(_shot_folder(plan), plan.key, debug_files)
 
-    def find(self, key: str) -> DoneShot | None:
+    def find_by_key(self, key: str) -> DoneShot | None:
         """The shot that is finished with this key, whatever its id, else none. None, too, where the storage does not answer:
         whoever asks can make it."""
         try:
             shot_id = (self.storage.read(key_file(key)) or b"").decode()
-            return self._done_in(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
+            return self._read_finished(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
         except (OSError, ValueError):
             return None
 
-    def _done_in(self, folder: str, key: str, kept: Set[str | None]) -> DoneShot | None:
-        """The shot of this folder, if it is finished with this key and has the files `kept`, too."""
+    def _read_finished(self, folder: str, key: str, debug_files: Set[str | None]) -> DoneShot | None:
+        """The shot of this folder, if it is finished with this key and has the files `debug_files`, too."""
         try:
             text = self.storage.read(f"{folder}/{RECORD}")
             if text is None:
@@ -155,7 +155,7 @@ class OutputFolder:
             if found["key"] != key:
                 return None
             files, stages, likeness = found["files"], found["stages"], found["likeness"]
-            if not kept <= files.keys():
+            if not debug_files <= files.keys():
                 return None
             if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
                 return None
@@ -173,16 +173,18 @@ class OutputFolder:
             return None
         return DoneShot(summary, text)
 
-    def done_each(self, plans: Iterable[ShotPlan], with_stages: bool = False) -> Iterator[tuple[ShotPlan, DoneShot | None]]:
-        """Each plan with what `done` finds, in order. An object store is asked for many at once."""
+    def find_finished_each(
+        self, plans: Iterable[ShotPlan], with_stages: bool = False
+    ) -> Iterator[tuple[ShotPlan, DoneShot | None]]:
+        """Each plan with what `find_finished` returns, in order. An object store is asked for many at once."""
         if self.storage.local is not None:
             for plan in plans:
-                yield plan, self.done(plan, with_stages)
+                yield plan, self.find_finished(plan, with_stages)
             return
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             asked = deque[tuple[ShotPlan, Any]]()
             for plan in plans:
-                asked.append((plan, pool.submit(self.done, plan, with_stages)))
+                asked.append((plan, pool.submit(self.find_finished, plan, with_stages)))
                 if len(asked) > 2 * REQUESTS_AT_ONCE:
                     ready, found = asked.popleft()
                     yield ready, found.result()
@@ -204,7 +206,7 @@ class OutputFolder:
             write_atomically(path, content)
         return path
 
-    def forget(self, shot_id: str) -> None:
+    def delete_shot(self, shot_id: str) -> None:
         """Delete a shot's files, and what its stages left in the cache: another shot that shares a step makes it again."""
         folder = f"shots/{shot_id}"
         text = self.storage.read(f"{folder}/{RECORD}")

@@ -26,7 +26,7 @@ LIKENESS = {
 }
 """Column of the manifest -> field of the record's likeness."""
 Status = Literal["done", "failed", "skipped"]
-REFUSED = "script"
+REJECTED = "script"
 """Stage of the failure of a line that was refused before anything was rendered."""
 BATCH_ROWS = 10_000
 INDEX = ["run", "script", "id", "status", "failure_stage"]
@@ -107,7 +107,7 @@ class ManifestRow(BaseModel):
         )
 
     @staticmethod
-    def of_refused_line(run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
+    def of_rejected_line(run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
         return _row(
             run=run,
             script=script,
@@ -175,7 +175,7 @@ SCHEMA = _arrow_schema()
 REQUIRED = [name for name, field in ManifestRow.model_fields.items() if field.is_required()]
 
 
-class SkippedLines(NamedTuple):
+class ManifestFile(NamedTuple):
     """A file of the manifest, and which of its rows hold."""
 
     name: str
@@ -194,7 +194,7 @@ def _opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
         yield file
 
 
-def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[SkippedLines, pyarrow.Table] | None:
+def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
     """The account of a file and the columns of INDEX; none for a file that is no manifest of ours.
 
     Of rows with the same id the last one holds, unless the id was `seen` before. Afterwards the file's ids are.
@@ -203,7 +203,7 @@ def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[SkippedLines
         return _account(file, name, seen)
 
 
-def _account(file: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[SkippedLines, pyarrow.Table] | None:
+def _account(file: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         schema = parquet.schema_arrow
@@ -213,7 +213,7 @@ def _account(file: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[Skippe
     except (pyarrow.ArrowException, OSError):
         return None
     last_first = index.column("id").to_pylist()[::-1]
-    return SkippedLines(name, seen.add_new(last_first)[::-1], schema.equals(SCHEMA)), index
+    return ManifestFile(name, seen.add_new(last_first)[::-1], schema.equals(SCHEMA)), index
 
 
 def manifest_files(storage: Storage) -> list[str]:
@@ -222,13 +222,13 @@ def manifest_files(storage: Storage) -> list[str]:
     return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
-def rows_that_hold(storage: Storage, account: SkippedLines) -> Iterator[pyarrow.RecordBatch]:
+def rows_that_hold(storage: Storage, account: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
     """In batches of at most BATCH_ROWS, with the columns of SCHEMA. Nobody may write the file meanwhile."""
     with _opened(storage, account.name) as file:
         yield from _rows(file, account)
 
 
-def _rows(file: pyarrow.NativeFile, account: SkippedLines) -> Iterator[pyarrow.RecordBatch]:
+def _rows(file: pyarrow.NativeFile, account: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
     begin = 0
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS):
         mask = pyarrow.array(account.holds[begin : begin + len(batch)], pyarrow.bool_())

@@ -16,7 +16,7 @@ import pyarrow.parquet
 from vidgen_ray.outputs.failures import PARTS, FailedLine, Standing, encoded, failed_as, merge_failures
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.manifest import REFUSED, SCHEMA, ManifestRow, SkippedLines, account_of, manifest_files, rows_that_hold
+from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestFile, ManifestRow, account_of, manifest_files, rows_that_hold
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
@@ -73,7 +73,7 @@ class ManifestWriter:
         """
         self._ticker.stop()
         self.flush()
-        refused_by = self._script if whole_script else None
+        rejected_by = self._script if whole_script else None
         names = manifest_files(self._storage)
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources = []
@@ -83,11 +83,11 @@ class ManifestWriter:
                     continue
                 account, index = found
                 if name not in own:
-                    account = _without_void(account, index, void, refused_by)
+                    account = _without_void(account, index, void, rejected_by)
                 failed.add(_failed_rows(account, index))
                 if name in own or _is_loose(account):
                     sources.append(account)
-            merge_failures(self._storage, Standing(seen, failed, void, refused_by))
+            merge_failures(self._storage, Standing(seen, failed, void, rejected_by))
         _merge_rows(self._storage, self._run, sources[::-1])
 
     def _write_parts(self) -> None:
@@ -107,29 +107,29 @@ class ManifestWriter:
         self._unwritten = False
 
 
-def _without_void(account: SkippedLines, index: pyarrow.Table, void: IdIndex, refused_by: str | None) -> SkippedLines:
+def _without_void(account: ManifestFile, index: pyarrow.Table, void: IdIndex, rejected_by: str | None) -> ManifestFile:
     """The account without ids that are void, and lines that the script had refused."""
     ids, scripts, stages = (index.column(name).to_pylist() for name in ("id", "script", "failure_stage"))
     gone = void.known(ids)
     rows = zip(account.holds, ids, scripts, stages, strict=True)
     return account._replace(
-        holds=[holds and id_ not in gone and (script, stage) != (refused_by, REFUSED) for holds, id_, script, stage in rows]
+        holds=[holds and id_ not in gone and (script, stage) != (rejected_by, REJECTED) for holds, id_, script, stage in rows]
     )
 
 
-def _failed_rows(account: SkippedLines, index: pyarrow.Table) -> Iterator[str]:
+def _failed_rows(account: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
     runs, ids, states = (index.column(name).to_pylist() for name in ("run", "id", "status"))
     for holds, run, id_, status in zip(account.holds, runs, ids, states, strict=True):
         if holds and status == "failed":
             yield failed_as(run, id_)
 
 
-def _is_loose(account: SkippedLines) -> bool:
+def _is_loose(account: ManifestFile) -> bool:
     """Whether a file of an earlier run is to be written anew."""
     return not (all(account.holds) and account.is_current and len(account.holds) >= SMALL_FILE_ROWS)
 
 
-def _merge_rows(storage: Storage, run: str, sources: list[SkippedLines]) -> None:
+def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None:
     """Put what holds of the sources into files of at most FILE_ROWS rows, and delete the sources."""
     room, files = 0, 0
     with ExitStack() as target:

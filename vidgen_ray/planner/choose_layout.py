@@ -31,19 +31,19 @@ def plan(
     demand: Demand,
     cluster: Cluster,
     *,
-    measured: Mapping[str, Calibration] | None = None,
+    calibration: Mapping[str, Calibration] | None = None,
     price: float | None = None,
 ) -> Plan:
     """The fastest layout; the simplest of those within a hundredth of it. A layout that the profile asks for is taken.
 
-    `measured`: stage -> what it took on these cards before, in place of the profile's seconds. `price`: of a GPU-hour.
+    `calibration`: stage -> what it took on these cards before, in place of the profile's seconds. `price`: of a GPU-hour.
     Raises SetupError where the machines cannot hold what the script needs, ProfileError where the profile asks for
     the impossible. At least one shot.
     """
     if demand.shots < 1:
         raise ValueError("there is nothing to plan")
     price = profile.price_per_gpu_hour if price is None else price
-    timing = _timing(profile, demand, measured or {})
+    timing = _timing(profile, demand, calibration or {})
     actors = _actors(profile, demand, timing.seconds)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
     if not actors:
@@ -60,11 +60,11 @@ def plan(
     return estimate(kind, packing, demand, cluster, timing, considered, price)
 
 
-def _timing(profile: Profile, demand: Demand, measured: Mapping[str, Calibration]) -> Timing:
+def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration]) -> Timing:
     seconds: dict[str, float] = {}
     off, unknown = 0.0, []
     for stage in demand.stages:
-        of_reference, spread, known = seconds_of(profile, stage, measured)
+        of_reference, spread, known = seconds_of(profile, stage, calibration)
         seconds[stage.name] = max(LEAST_SECONDS, of_reference * demand.relative_cost[stage.name] / demand.shots)
         off += spread * seconds[stage.name]
         if not known:

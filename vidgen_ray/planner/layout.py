@@ -18,7 +18,7 @@ class WorkerSpec:
     turns: tuple[tuple[str, ...], ...] = ()
     """Groups of these stages that take turns in the GPU's memory, the others waiting in the host's. Empty: all stay."""
 
-    def takes(self, *stages: str) -> bool:
+    def can_run(self, *stages: str) -> bool:
         """Whether it holds them all, and the first needs the turn that any of them needs: by the first, turns change."""
         turns = [group for group in self.turns if set(group) & set(stages)]
         return set(stages) <= set(self.stages) and (not turns or (len(turns) == 1 and stages[0] in turns[0]))
@@ -56,4 +56,4 @@ class Layout:
 
     def can_fuse(self, first: str, *others: str) -> bool:
         """Whether every worker that holds the first of these stages takes the others, too, in the same turn."""
-        return all(worker.takes(first, *others) for worker in self.workers if first in worker.stages)
+        return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)

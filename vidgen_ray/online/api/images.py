@@ -293,7 +293,7 @@ def _draft(server: Server, key: str, wish: _ImageOptions) -> str | None:
 
 
 def _encoded(server: Server, job: Job, wish: _ImageOptions) -> str:
-    done = server.outputs.find(job.key)
+    done = server.outputs.find_by_key(job.key)
     if done is None:
         raise ApiError(404, f"The files of {job.id} are not there any more", code="expired")
     content = server.outputs.read(str(done.record().shot.id), "image.png")

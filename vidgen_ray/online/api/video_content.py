@@ -135,7 +135,7 @@ class _OpenedFile(FileResponse):
 
 def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
     """The shot's folder, and file name -> digest. Raises ApiError 404 where it is not there any more."""
-    done = outputs.find(job.key)
+    done = outputs.find_by_key(job.key)
     if done is None:
         raise _gone(job)
     folder = done.record().shot.id
