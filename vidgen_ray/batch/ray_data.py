@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 import ray.data
+from more_itertools import batched
 from ray.data import ActorPoolStrategy, DataContext
 
 from vidgen_ray.batch.director import BatchDirector
 from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.batch.run_state import RunStateHandle
-from vidgen_ray.batch.task_files import ShotTask, TaskResult, batched, read_part
+from vidgen_ray.batch.task_files import ShotTask, TaskResult, read_part
 from vidgen_ray.engine.step_groups import LOADING
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import TypeVar
+
+from more_itertools import batched
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import SetupError
@@ -52,8 +52,6 @@ class TaskResult:
 
 LINES_PER_PART = 500
 
-T = TypeVar("T")
-
 
 class TaskFiles:
     """The parts of one run, in the output folder, where driver and workers both see them."""
@@ -83,10 +81,3 @@ def read_part(outputs: OutputFolder, part: str) -> list[str]:
         raise SetupError(f"{outputs.storage.place(part)} is not there; driver and workers need one shared output folder")
     # JSON's texts may hold other signs that Python takes for ends of lines.
     return content.decode().removesuffix("\n").split("\n")
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one of what is left. itertools has it from Python 3.12 on."""
-    left = iter(items)
-    while batch := list(islice(left, size)):
-        yield batch

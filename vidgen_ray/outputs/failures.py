@@ -4,11 +4,12 @@ A run that goes on writes parts in `failures/`, since the file itself may be the
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
+
+from more_itertools import batched
 
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.manifest import REJECTED
@@ -76,7 +77,7 @@ def merge_failures(storage: Storage, standing: Standing) -> None:
         storage.delete_folder(PARTS)
 
 
-def _batches(storage: Storage, sources: list[str]) -> Iterator[list[str]]:
+def _batches(storage: Storage, sources: Sequence[str]) -> Iterator[Sequence[str]]:
     for source in sources:
         with (
             suppress(FileNotFoundError),
@@ -84,11 +85,10 @@ def _batches(storage: Storage, sources: list[str]) -> Iterator[list[str]]:
             path.open(encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
             lines = (line.rstrip("\n") for line in file if line.strip())
-            while batch := list(islice(lines, BATCH_LINES)):
-                yield batch
+            yield from batched(lines, BATCH_LINES)
 
 
-def _that_stand(lines: list[str], standing: Standing, written: IdIndex) -> Iterator[str]:
+def _that_stand(lines: Sequence[str], standing: Standing, written: IdIndex) -> Iterator[str]:
     reasons = [_reason(line) for line in lines]
     ids = [reason.id for reason in reasons if reason]
     known, void = standing.known.known(ids), standing.void.known(ids)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from more_itertools import batched
+
 from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
@@ -112,9 +114,8 @@ class _Collector:
     def _read_each(self, names: Sequence[str], path_of: Callable[[str], str]) -> Iterator[tuple[str, bytes | None]]:
         """Each name with the content of its file, or none. An object store is asked for many at once."""
         with ThreadPoolExecutor(REQUESTS_AT_ONCE if self._storage.local is None else 1) as pool:
-            for begin in range(0, len(names), SHOTS_AT_ONCE):
-                some = names[begin : begin + SHOTS_AT_ONCE]
-                yield from zip(some, pool.map(self._storage.read, map(path_of, some)), strict=True)
+            for batch in batched(names, SHOTS_AT_ONCE):
+                yield from zip(batch, pool.map(self._storage.read, map(path_of, batch)), strict=True)
 
     def _unused_entries(self) -> Iterator[str]:
         for group in self._storage.folders("cache"):
