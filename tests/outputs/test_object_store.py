@@ -1,4 +1,4 @@
-"""The output folder in an object store: a real server that speaks S3, the same bytes, nothing partial ever done."""
+"""Output folder in an object store, tested against a local S3 server (moto)."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from vidgen_ray.report.gallery import write_gallery
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """host:port of a server with an empty bucket `clips`."""
+    """Start an S3 server with an empty bucket `clips` and return its host:port."""
     with pytest.MonkeyPatch.context() as patched:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
             patched.delenv(name, raising=False)
@@ -88,67 +88,67 @@ def commit(outputs, plan, names=("hd.mp4", "image.png")):
 
 
 def objects(outputs):
-    """Path -> bytes of all that is stored."""
-    fs, base = outputs.storage._opened
-    found = fs.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
-    return {info.path.removeprefix(f"{base}/"): info.size for info in found if info.type == pyarrow.fs.FileType.File}
+    """Return path -> size in bytes of all stored objects."""
+    fs, base = outputs.storage._file_system_and_prefix
+    infos = fs.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
+    return {info.path.removeprefix(f"{base}/"): info.size for info in infos if info.type == pyarrow.fs.FileType.File}
 
 
 def workspaces():
     return set((cache_dir() / "unfinished").iterdir())
 
 
-def test_a_shot_has_the_bytes_it_has_on_a_disk_and_is_not_rendered_twice(render, make_shot, url, tmp_path, monkeypatch):
+def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(render, make_shot, url, tmp_path, monkeypatch):
     shot = make_shot(id="ball", num_frames=4)
     outputs = OutputFolder(url)
-    far, here = render(url, shot), render(tmp_path, shot)
-    assert far.files == here.files
-    assert set(far.files) == {"image.png", "video.mp4", "hd.mp4"}
-    for name in far.files:
+    remote, local = render(url, shot), render(tmp_path, shot)
+    assert remote.files == local.files
+    assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}
+    for name in remote.files:
         assert outputs.read("ball", name) == (tmp_path / "shots" / "ball" / name).read_bytes()
     assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/shots/ball/hd.mp4"
 
     monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
     render(url, shot)
-    assert not [left for left in workspaces() if f"-{os.getpid()}-" in left.name]
+    assert not [path for path in workspaces() if f"-{os.getpid()}-" in path.name]
 
 
-def test_a_change_to_the_upscaling_alone_reuses_image_and_clip(render, make_shot, url):
+def test_changing_the_upscaling_reuses_the_cached_image_and_clip(render, make_shot, url):
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         record = render(url, make_shot(id="ball", num_frames=2, scale=scale))
         assert [step.cached for step in record.stages] == cached
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "unfinished"])
-def test_a_damaged_cache_entry_is_made_again(render, make_shot, url, damage):
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "incomplete"])
+def test_damaged_cache_entry_is_computed_again(render, make_shot, url, damage):
     first = render(url, make_shot(id="a", num_frames=2))
     svd = next(step for step in first.stages if step.stage == "svd")
     storage, entry = OutputFolder(url).storage, f"cache/{svd.key[:2]}/{svd.key}"
     assert set(storage.files(entry)) == {"frames.mkv", MARKER}
-    if damage == "cut":
+    if damage == "truncated":
         storage.write(f"{entry}/frames.mkv", storage.read(f"{entry}/frames.mkv")[:100])
     else:
-        storage.delete(f"{entry}/{'frames.mkv' if damage == 'gone' else MARKER}")
+        storage.delete(f"{entry}/{'frames.mkv' if damage == 'deleted' else MARKER}")
     again = render(url, make_shot(id="a", num_frames=2, scale=3))
     assert [step.cached for step in again.stages] == [True, False, False]
     assert again.files["video.mp4"] == first.files["video.mp4"]
     assert render(url, make_shot(id="a", num_frames=2, scale=4)).stages[1].cached
 
 
-@pytest.mark.parametrize("survived", range(3))
-def test_a_commit_that_is_killed_between_objects_leaves_nothing_done(url, outputs, plan_of, survived):
+@pytest.mark.parametrize("uploads", range(3))
+def test_commit_killed_between_uploads_leaves_the_shot_unfinished(url, outputs, plan_of, uploads):
     plan = plan_of("x")
     code = f"""
 import os, pickle, sys
 from vidgen_ray.outputs.object_storage import ObjectStorage
 outputs, plan = pickle.load(sys.stdin.buffer)
 outputs.prepare()
-upload, uploads = ObjectStorage._upload, []
-def dies(*args):
-    if len(uploads) == {survived}:
+upload, uploaded = ObjectStorage._upload, []
+def upload_or_exit(*args):
+    if len(uploaded) == {uploads}:
         os._exit(9)
-    uploads.append(upload(*args))
-ObjectStorage._upload = dies
+    uploaded.append(upload(*args))
+ObjectStorage._upload = upload_or_exit
 with outputs.draft(plan) as draft:
     for name in ("hd.mp4", "image.png"):
         draft.path(name).write_bytes(b"new")
@@ -162,26 +162,26 @@ with outputs.draft(plan) as draft:
     )
     assert killed.returncode == 9, killed.stderr.decode()
     assert outputs.find_finished(plan) is None
-    (left,) = workspaces() - before
+    (abandoned,) = workspaces() - before
     outputs.prepare()
-    assert not left.exists(), "the dead process's workspace is swept"
+    assert not abandoned.exists(), "prepare() did not delete the workspace of the killed process"
     record = commit(outputs, plan)
     assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
 
 
-def test_many_shots_are_looked_for_at_once_and_answered_in_order(outputs, plan_of):
+def test_find_finished_each_returns_many_shots_in_order(outputs, plan_of):
     plans = [plan_of(f"s{number:03d}") for number in range(150)]
     for plan in plans[::10]:
         commit(outputs, plan)
-    found = list(outputs.find_finished_each(iter(plans)))
-    assert [plan.shot.id for plan, _ in found] == [plan.shot.id for plan in plans]
-    assert [done is not None for _, done in found] == [number % 10 == 0 for number in range(150)]
+    results = list(outputs.find_finished_each(iter(plans)))
+    assert [plan.shot.id for plan, _ in results] == [plan.shot.id for plan in plans]
+    assert [done is not None for _, done in results] == [number % 10 == 0 for number in range(150)]
     outputs.storage.write("shots/s000/hd.mp4", "short")
     assert outputs.find_finished(plans[0]) is None
 
 
-def test_the_manifest_and_the_failures_become_one_account(url, outputs):
+def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
     write(outputs, "r1", row("r1", "a"), failed("r1", "b"), failed("r1", "c"))
     write(outputs, "r2", row("r2", "b"), failed("r2", "d"), close=False)
     assert {r.id: r.status for r in read_manifest(url)} == {"a": "done", "b": "done", "c": "failed", "d": "failed"}
@@ -196,19 +196,19 @@ def test_the_manifest_and_the_failures_become_one_account(url, outputs):
     assert b"4 shots" in outputs.storage.read("index.html")
 
 
-def test_an_upload_that_is_interrupted_leaves_the_older_object(outputs):
-    def interrupted():
+def test_interrupted_upload_keeps_the_old_object(outputs):
+    def write_and_interrupt():
         with outputs.storage.new_file("failures.jsonl") as path:
             path.write_text("ha")
             raise KeyboardInterrupt
 
     outputs.storage.write("failures.jsonl", "whole")
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        write_and_interrupt()
     assert outputs.storage.read("failures.jsonl") == b"whole"
 
 
-def test_a_second_run_is_refused_while_the_first_is_working(outputs, monkeypatch):
+def test_lease_rejects_a_second_run(outputs, monkeypatch):
     with outputs.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"), outputs.lease("r2"):
         pass
     assert objects(outputs) == {}
@@ -216,12 +216,12 @@ def test_a_second_run_is_refused_while_the_first_is_working(outputs, monkeypatch
     with pytest.raises(SetupError, match="process 1 on elsewhere"), outputs.lease("r1"):
         pass
     monkeypatch.setattr("vidgen_ray.outputs.lease.STALE_AFTER_S", 1.0)
-    time.sleep(2.1)  # the store's clock counts whole seconds
+    time.sleep(2.1)  # the clock of the S3 server has a resolution of one second
     with outputs.lease("r1"):
         assert set(objects(outputs)) == {".running-r1"}
 
 
-def test_what_nothing_refers_to_is_removed(render, make_shot, url, outputs):
+def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, outputs):
     record = render(url, make_shot(id="ball", num_frames=2))
     before = objects(outputs)
     for path in (f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl", "shots/mine/notes.txt"):
@@ -238,21 +238,21 @@ def test_what_nothing_refers_to_is_removed(render, make_shot, url, outputs):
     assert set(record.files) <= set(outputs.storage.files("shots/ball"))
 
 
-def test_what_cannot_be_written_is_told_without_credentials(endpoint):
+def test_write_errors_do_not_leak_credentials(endpoint):
     outputs = OutputFolder(f"s3://KEY:SECRET@nowhere/x?endpoint_override={endpoint}&scheme=http")
-    with pytest.raises(SetupError, match="output folder s3://nowhere/x: cannot be written") as told:
+    with pytest.raises(SetupError, match="output folder s3://nowhere/x: cannot be written") as error:
         outputs.prepare()
-    assert "SECRET" not in str(told.value)
+    assert "SECRET" not in str(error.value)
 
 
 @pytest.mark.parametrize("size", [10, 12 << 20])
-def test_an_upload_that_fails_is_an_error(endpoint, size):
+def test_failed_upload_raises_os_error(endpoint, size):
     storage = OutputFolder(f"s3://nowhere/x?endpoint_override={endpoint}&scheme=http").storage
     with pytest.raises(OSError, match="bucket does not exist"):
         storage.write("hd.mp4", bytes(size))
 
 
-def test_a_large_object_comes_back_whole(outputs):
+def test_large_object_round_trip(outputs):
     content = os.urandom(23 << 20)
     outputs.storage.write("hd.mp4", content)
     assert outputs.storage.read("hd.mp4") == content
@@ -260,8 +260,8 @@ def test_a_large_object_comes_back_whole(outputs):
         assert path.read_bytes() == content
 
 
-def test_a_small_object_takes_one_request(outputs):
-    """Three of them would triple the bill and the time of a cache of small pictures."""
+def test_small_object_is_uploaded_in_one_request(outputs):
+    """Three requests (multipart upload) would triple the cost and time of caching small images."""
     outputs.storage.folders("")
     log, server = io.StringIO(), logging.getLogger("werkzeug")
     handler = logging.StreamHandler(log)

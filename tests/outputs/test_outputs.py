@@ -1,4 +1,4 @@
-"""The output folder: what is done, what became of each line, who may work in it and what is swept out of it."""
+"""Output folder: finished shots, manifest, failures, leases and garbage collection."""
 
 import json
 import os
@@ -58,8 +58,8 @@ def commit(outputs, plan, names=("image.png", "video.mp4")):
         )
 
 
-class TestDone:
-    def test_what_was_committed_is_found_with_its_summary_and_its_record(self, outputs, plan_of):
+class TestFinishedShots:
+    def test_committed_shot_is_found_with_its_summary_and_record(self, outputs, plan_of):
         plan = plan_of("x")
         record = commit(outputs, plan)
         done = outputs.find_finished(plan)
@@ -71,13 +71,13 @@ class TestDone:
         "text", ["", "{", "[]", "null", "{}", '{"key": 1}', '{"key": "%s"}', '{"key": "%s", "files": [], "stages": []}',
                  '{"key": "%s", "files": {"image.png": 9}, "stages": []}', '{"key": "%s", "files": {}, "stages": {"a": 1}}']
     )  # fmt: skip
-    def test_a_damaged_record_is_no_record(self, outputs, plan_of, text):
+    def test_shot_with_a_damaged_record_is_not_finished(self, outputs, plan_of, text):
         plan = plan_of("x")
         commit(outputs, plan)
         (outputs.shot_folder("x") / "shot.json").write_text(text.replace("%s", plan.key))
         assert outputs.find_finished(plan) is None
 
-    def test_files_must_be_there_at_their_full_length_and_with_the_stages_where_asked(self, outputs, plan_of):
+    def test_shot_with_missing_or_truncated_files_is_not_finished(self, outputs, plan_of):
         plan = plan_of("x")
         commit(outputs, plan)
         assert outputs.find_finished(plan, with_stages=True) is None
@@ -89,48 +89,46 @@ class TestDone:
         clip.unlink()
         assert outputs.find_finished(plan) is None
 
-    def test_a_shot_is_found_by_its_key_whatever_its_id(self, outputs, plan_of):
+    def test_shot_is_found_by_key_under_another_id(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
         record = commit(outputs, mine)
         assert outputs.find_by_key(plan_of("theirs").key).record() == record
         assert outputs.find_by_key(other.key) is None
-        # The id stands for another shot now, which is what its key leads to.
+        # Another shot replaces the first one under the same id.
         commit(outputs, plan_of("mine", prompt="another"))
         assert outputs.find_by_key(mine.key) is None
         assert outputs.find_by_key(other.key).record().shot.id == "mine"
 
-    def test_a_shot_that_is_forgotten_leaves_nothing_by_which_its_person_could_be_seen(self, outputs, plan_of):
+    def test_delete_shot_deletes_its_files_key_and_cache_entries(self, outputs, plan_of):
         mine, other = plan_of("mine"), plan_of("other", prompt="another")
         for plan in (mine, other):
             commit(outputs, plan)
             for step in plan.steps:
                 outputs.stage_cache.put(step.key, {"image": np.zeros((2, 2, 3), np.uint8)})
         outputs.delete_shot("mine")
-        outputs.delete_shot("nobody")
-        assert (outputs.find_by_key(mine.key), outputs.find_finished(mine), outputs.shot_folder("mine").exists()) == (
-            None,
-            None,
-            False,
-        )
+        outputs.delete_shot("missing")
+        assert outputs.find_by_key(mine.key) is None
+        assert outputs.find_finished(mine) is None
+        assert not outputs.shot_folder("mine").exists()
         assert not any(outputs.stage_cache.has(step.key) for step in mine.steps)
         assert outputs.find_by_key(other.key)
         assert all(outputs.stage_cache.has(step.key) for step in other.steps)
 
-    def test_a_storage_that_does_not_answer_is_no_answer(self, outputs, plan_of):
+    def test_storage_errors_are_raised_by_find_finished_and_ignored_by_find_by_key(self, outputs, plan_of):
         plan = plan_of("x")
         (outputs.shot_folder("x") / "shot.json").mkdir(parents=True)
         with pytest.raises(IsADirectoryError):
             outputs.find_finished(plan)
         assert outputs.find_by_key(plan.key) is None
 
-    @pytest.mark.parametrize("text", [b"", b"\xff", b"../..", b"nobody", b"mine/../mine"])
-    def test_a_damaged_key_leads_nowhere(self, outputs, plan_of, text):
+    @pytest.mark.parametrize("text", [b"", b"\xff", b"../..", b"missing", b"mine/../mine"])
+    def test_damaged_key_file_is_ignored(self, outputs, plan_of, text):
         plan = plan_of("mine")
         commit(outputs, plan)
         (outputs.root / "keys" / plan.key).write_bytes(text)
         assert outputs.find_by_key(plan.key) is None
 
-    def test_a_commit_that_dies_at_its_last_file_is_not_found_and_the_next_one_is(self, outputs, plan_of, monkeypatch):
+    def test_commit_without_its_record_is_not_found_by_key(self, outputs, plan_of, monkeypatch):
         plan = plan_of("mine")
         publish = type(outputs.storage).publish
         monkeypatch.setattr(
@@ -142,45 +140,44 @@ class TestDone:
         record = commit(outputs, plan)
         assert outputs.find_by_key(plan.key).record() == record
 
-    def test_each_plan_is_answered_in_order(self, outputs, plan_of):
+    def test_find_finished_each_keeps_the_order(self, outputs, plan_of):
         plans = [plan_of(f"s{number}") for number in range(5)]
         for plan in plans[::2]:
             commit(outputs, plan)
-        assert [(plan.shot.id, found is not None) for plan, found in outputs.find_finished_each(iter(plans))] == [
+        assert [(plan.shot.id, done is not None) for plan, done in outputs.find_finished_each(iter(plans))] == [
             (f"s{number}", number % 2 == 0) for number in range(5)
         ]
 
-    def test_a_commit_that_is_killed_between_files_leaves_nothing_done(self, outputs, plan_of, monkeypatch):
+    def test_commit_killed_between_files_leaves_the_shot_unfinished(self, outputs, plan_of, monkeypatch):
         plan = plan_of("x")
         commit(outputs, plan)
         replaced = []
 
-        def dies_at_the_second(source, target, *, replace=os.replace):
+        def interrupt_at_the_second_call(source, target, *, replace=os.replace):
             if replaced:
                 raise KeyboardInterrupt
             replaced.append(target)
             replace(source, target)
 
-        monkeypatch.setattr(os, "replace", dies_at_the_second)
+        monkeypatch.setattr(os, "replace", interrupt_at_the_second_call)
         with pytest.raises(KeyboardInterrupt):
             commit(outputs, plan)
         assert outputs.find_finished(plan) is None
 
-    def test_an_output_folder_travels_and_shows_no_credentials(self, tmp_path, monkeypatch):
+    def test_output_folder_can_be_pickled_and_hides_credentials(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         packed = pickle.dumps(OutputFolder("out"))
         monkeypatch.chdir("/")
-        here = pickle.loads(packed)
-        assert here.root == tmp_path / "out"
-        far = OutputFolder("s3://KEY:SECRET@clips/a?endpoint_override=h:1&scheme=http")
-        far.storage  # noqa: B018  # made, and not carried along
-        again = pickle.loads(pickle.dumps(far))
-        assert (again.url, repr(again)) == ("s3://clips/a", "OutputFolder(s3://clips/a)")
-        with pytest.raises(SetupError, match="s3://clips/a: lies in an object store"):
-            _ = again.root
+        assert pickle.loads(packed).root == tmp_path / "out"
+        remote = OutputFolder("s3://KEY:SECRET@clips/a?endpoint_override=h:1&scheme=http")
+        remote.storage  # noqa: B018  # create the storage, which is not pickled
+        unpickled = pickle.loads(pickle.dumps(remote))
+        assert (unpickled.url, repr(unpickled)) == ("s3://clips/a", "OutputFolder(s3://clips/a)")
+        with pytest.raises(SetupError, match="s3://clips/a: is in an object store"):
+            _ = unpickled.root
 
     @pytest.mark.parametrize(
-        ("url", "shown"),
+        ("url", "expected"),
         [
             ("s3://clips/a/b?region=x", "s3://clips/a/b"),
             ("s3://K:S@clips/a", "s3://clips/a"),
@@ -191,18 +188,18 @@ class TestDone:
             ("abfs://:word@account/box", "abfs://account/box"),
         ],
     )
-    def test_credentials_are_cut_out_of_urls(self, url, shown):
-        assert without_credentials(url) == shown
+    def test_without_credentials_removes_credentials_from_urls(self, url, expected):
+        assert without_credentials(url) == expected
 
     @pytest.mark.parametrize("root", ["ftp://u:SECRET@h/x", "s3://u:SEC/RET@h/x", "s3:///x", "s3://u:SECRET@h/x?nonsense=1"])
-    def test_a_url_that_cannot_be_opened_is_told_without_its_secret(self, root):
-        with pytest.raises(SetupError, match="output folder") as told:
+    def test_url_errors_do_not_leak_credentials(self, root):
+        with pytest.raises(SetupError, match="output folder") as error:
             OutputFolder(root).prepare()
-        assert "RET" not in str(told.value)
-        assert told.value.__cause__ is None
+        assert "RET" not in str(error.value)
+        assert error.value.__cause__ is None
 
-    def test_a_url_as_a_path_is_refused(self):
-        with pytest.raises(SetupError, match="give it as text"):
+    def test_url_in_a_path_is_rejected(self):
+        with pytest.raises(SetupError, match="pass it as a string"):
             OutputFolder(Path("s3://clips/a"))
 
 
@@ -219,20 +216,21 @@ def failed(run, shot_id, stage="svd", script="s.jsonl"):
     return {"row": row(run, shot_id, "failed", script, failure_stage=stage), "failed": line}
 
 
-def write(outputs, run, *entries, script="s.jsonl", close=True, **how):
+def write(outputs, run, *entries, script="s.jsonl", close=True, **close_options):
+    """Write rows, and dictionaries of arguments for `ManifestWriter.add`, as one run."""
     writer = ManifestWriter(outputs, run, script)
     for entry in entries:
         writer.add(**entry) if isinstance(entry, dict) else writer.add(entry)
     writer.flush()
     if close:
-        writer.close(**how)
+        writer.close(**close_options)
     return writer
 
 
 def table(outputs):
-    """Id -> (run, status), as whoever reads the folder as one table sees it."""
+    """Return id -> (run, status) of the manifest folder, read as one table."""
     rows = pq.read_table(outputs.root / "manifest").to_pylist()
-    assert len({r["id"] for r in rows}) == len(rows), "an id twice"
+    assert len({r["id"] for r in rows}) == len(rows), "duplicate ids"
     return {r["id"]: (r["run"], r["status"]) for r in rows}
 
 
@@ -242,7 +240,7 @@ def failures(outputs):
 
 
 class TestManifest:
-    def test_later_runs_replace_the_rows_of_earlier_ones(self, outputs):
+    def test_rows_of_later_runs_replace_rows_of_earlier_runs(self, outputs):
         write(outputs, "r1", row("r1", "a"), failed("r1", "b"), row("r1", "c"))
         assert failures(outputs) == ["b"]
         write(outputs, "r2", row("r2", "b"), failed("r2", "c"), row("r2", "d"))
@@ -253,7 +251,7 @@ class TestManifest:
         assert not (outputs.root / "failures.jsonl").exists()
         assert sorted(path.name for path in outputs.root.iterdir()) == ["manifest"]
 
-    def test_what_a_script_was_refused_for_is_void_when_it_is_read_again_to_its_end(self, outputs):
+    def test_rejections_are_dropped_when_the_script_is_read_to_its_end_again(self, outputs):
         write(outputs, "r1", failed("r1", "s-line-7", REJECTED), failed("r1", "x", REJECTED, "other.jsonl"))
         write(outputs, "r2", row("r2", "a"), whole_script=False)
         assert set(table(outputs)) == {"a", "s-line-7", "x"}
@@ -262,12 +260,12 @@ class TestManifest:
         assert set(table(outputs)) == {"a", "x"}
         assert failures(outputs) == ["x"]
 
-    def test_a_line_may_replace_one_of_another_name(self, outputs):
+    def test_line_replaces_its_row_under_another_id(self, outputs):
         write(outputs, "r1", failed("r1", "s-line-1", REJECTED))
         write(outputs, "r2", {"row": row("r2", "a", script="failures.jsonl"), "replaces": "s-line-1"}, script="failures.jsonl")
         assert (set(table(outputs)), failures(outputs)) == ({"a"}, [])
 
-    def test_rows_of_a_killed_run_count_and_the_next_run_makes_one_account(self, outputs):
+    def test_next_run_merges_the_parts_of_a_killed_run(self, outputs):
         write(outputs, "r1", row("r1", "a"), row("r1", "b"), failed("r1", "c"), failed("r1", "d"))
         write(outputs, "r2", failed("r2", "a"), row("r2", "c"), close=False)
         assert {r.id: (r.run, r.status) for r in read_manifest(outputs.root)}["a"] == ("r2", "failed")
@@ -280,8 +278,8 @@ class TestManifest:
         assert not (outputs.root / "failures").exists()
 
     @pytest.mark.parametrize("operation", ["write", "delete", "new_file"])
-    @pytest.mark.parametrize("survived", range(6))
-    def test_a_close_that_is_killed_anywhere_is_made_good_by_the_next(self, outputs, monkeypatch, operation, survived):
+    @pytest.mark.parametrize("completed_calls", range(6))
+    def test_next_run_repeats_an_interrupted_merge(self, outputs, monkeypatch, operation, completed_calls):
         monkeypatch.setattr(manifest_writer, "PART_ROWS", 2)
         monkeypatch.setattr(manifest_writer, "FILE_ROWS", 3)
         write(outputs, "r1", *(row("r1", f"a{n}") for n in range(4)), failed("r1", "b"), failed("r1", "c"))
@@ -290,20 +288,20 @@ class TestManifest:
         )
         calls, original = [], getattr(LocalStorage, operation)
 
-        def dies(self, *args):
+        def interrupt(self, *args):
             calls.append(args)
-            if len(calls) > survived:
+            if len(calls) > completed_calls:
                 raise KeyboardInterrupt
             return original(self, *args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(LocalStorage, operation, dies)
+            patched.setattr(LocalStorage, operation, interrupt)
             try:
                 writer.close()
             except KeyboardInterrupt:
                 pass
             else:
-                assert len(calls) <= survived
+                assert len(calls) <= completed_calls
         write(outputs, "r3", row("r3", "z", script="other"), script="other")
         expected = {f"a{n}": ("r1", "done") for n in range(2)} | {f"a{n}": ("r2", "done") for n in range(2, 6)}
         expected |= {"b": ("r2", "done"), "c": ("r1", "failed"), "d": ("r2", "failed"), "z": ("r3", "done")}
@@ -311,7 +309,7 @@ class TestManifest:
         assert sorted(failures(outputs)) == ["c", "d"]
         assert not list(outputs.root.rglob(".tmp-*"))
 
-    def test_a_running_run_can_be_looked_at(self, outputs, monkeypatch):
+    def test_manifest_can_be_read_during_a_run(self, outputs, monkeypatch):
         monkeypatch.setattr(manifest_writer, "FLUSH_S", 0.02)
         writer = ManifestWriter(outputs, "r1", "s.jsonl")
         try:
@@ -320,12 +318,12 @@ class TestManifest:
                 deadline = time.monotonic() + 20
                 while shot_id not in {r.id for r in read_manifest(outputs.root)}:
                     assert time.monotonic() < deadline
-                    time.sleep(0.01)  # the file system tells nobody
+                    time.sleep(0.01)  # no notification is available
             assert [path.name for path in (outputs.root / "manifest").iterdir()] == ["r1-00001.parquet"]
         finally:
             writer.close()
 
-    def test_a_part_that_grows_while_it_is_read_is_read_as_it_was(self, outputs, monkeypatch):
+    def test_part_replaced_during_a_read_is_read_in_its_old_state(self, outputs, monkeypatch):
         writer, add_new = write(outputs, "r1", row("r1", "a"), close=False), IdIndex.add_new
 
         def add_new_and_grow(self, ids):
@@ -338,7 +336,7 @@ class TestManifest:
         monkeypatch.undo()
         writer.close()
 
-    def test_a_run_that_ends_while_it_is_looked_at_hides_no_row(self, outputs, monkeypatch):
+    def test_merge_during_a_read_hides_no_rows(self, outputs, monkeypatch):
         monkeypatch.setattr(manifest_writer, "PART_ROWS", 1)
         writer = write(outputs, "r1", row("r1", "a"), row("r1", "b"), row("r1", "c"), close=False)
         reading = manifest_batches(outputs.storage)
@@ -346,7 +344,7 @@ class TestManifest:
         writer.close()
         assert sorted(id_ for batch in reading for id_ in batch.column("id").to_pylist()) == ["a", "b"]
 
-    def test_files_that_are_no_manifest_of_ours_are_left_alone(self, outputs):
+    def test_foreign_files_in_the_manifest_folder_are_kept(self, outputs):
         folder = outputs.root / "manifest"
         folder.mkdir(parents=True)
         (folder / "notes.txt").write_text("mine")
@@ -357,7 +355,7 @@ class TestManifest:
         assert {name: (folder / name).read_bytes() for name in before} == before
         assert [r.id for r in read_manifest(outputs.root)] == ["a"]
 
-    def test_a_manifest_from_before_a_column_was_added_is_brought_up_to_date(self, outputs):
+    def test_manifest_without_a_newer_column_is_upgraded(self, outputs):
         (outputs.root / "manifest").mkdir(parents=True)
         old = pa.Table.from_pylist([vars(row("r0", "old"))], schema=SCHEMA).drop_columns(["lora_loads"])
         pq.write_table(old, outputs.root / "manifest" / "r0.parquet")
@@ -365,7 +363,7 @@ class TestManifest:
         assert {r.id: r.lora_loads for r in read_manifest(outputs.root)} == {"old": None, "a": 2}
         assert pq.read_schema(next((outputs.root / "manifest").iterdir())).equals(SCHEMA)
 
-    def test_files_hold_so_many_rows_at_most_and_full_ones_are_not_written_again(self, outputs, monkeypatch):
+    def test_merged_files_are_limited_in_size_and_full_ones_are_not_rewritten(self, outputs, monkeypatch):
         for name, rows in (("PART_ROWS", 20), ("FILE_ROWS", 100), ("SMALL_FILE_ROWS", 60)):
             monkeypatch.setattr(manifest_writer, name, rows)
         write(outputs, "r1", *(row("r1", f"a{n:03d}") for n in range(250)))
@@ -377,25 +375,25 @@ class TestManifest:
         assert sorted(pq.read_metadata(file).num_rows for file in (outputs.root / "manifest").iterdir()) == [51, 100, 100]
         assert len(table(outputs)) == 251
 
-    def test_text_that_is_no_text_is_written_down_all_the_same(self, outputs):
-        refused = ManifestRow.of_rejected_line("r1", "s", "x", 3, "a\udc80b", failure(REJECTED))
+    def test_lone_surrogates_and_unserializable_fields_are_written_escaped(self, outputs):
+        rejected = ManifestRow.of_rejected_line("r1", "s", "x", 3, "a\udc80b", failure(REJECTED))
         lines = [FailedLine("x", "s", {"prompt": "a\udc80b"}, failure()), FailedLine("y", "s", {("no", "key"): 1}, failure())]
-        write(outputs, "r1", {"row": refused, "failed": lines[0]}, {"row": row("r1", "y", "failed"), "failed": lines[1]})
+        write(outputs, "r1", {"row": rejected, "failed": lines[0]}, {"row": row("r1", "y", "failed"), "failed": lines[1]})
         assert {r.id: r.prompt for r in read_manifest(outputs.root)}["x"] == "a\\udc80b"
         first, second = (outputs.root / "failures.jsonl").read_bytes().decode("utf-8").splitlines()
         assert json.loads(first)["prompt"] == "a\udc80b"
         assert "no" in json.loads(second)["unreadable"]
 
-    def test_lines_somebody_wrote_into_failures_by_hand_stay(self, outputs):
+    def test_lines_added_to_failures_jsonl_by_hand_are_kept(self, outputs):
         outputs.root.mkdir()
         (outputs.root / "failures.jsonl").write_text('{"prompt": "mine"}\n\nnot json\n')
         write(outputs, "r1", row("r1", "a"))
         assert (outputs.root / "failures.jsonl").read_text() == '{"prompt": "mine"}\nnot json\n'
 
-    def test_a_row_of_a_shot_says_what_its_record_says(self, outputs, plan_of):
+    def test_manifest_row_matches_the_shot_record(self, outputs, plan_of):
         plan = plan_of("x", metadata={"k": [1]})
         record = commit(outputs, plan)
-        rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, what, "done") for what in (record, outputs.find_finished(plan))]
+        rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, result, "done") for result in (record, outputs.find_finished(plan))]
         assert vars(rows[0]) | {"ended_at": ""} == vars(rows[1]) | {"ended_at": ""}
         checked = ManifestRow.model_validate(vars(rows[0]))
         assert (checked.video, checked.hd_video, checked.seconds, checked.lora_loads) == ("shots/x/video.mp4", None, 4, 2)
@@ -403,7 +401,7 @@ class TestManifest:
         failed = ManifestRow.model_validate(vars(ManifestRow.of_shot("r", "s", plan.shot, 3, failure(), "failed")))
         assert (failed.failure_stage, failed.failure_worker, failed.key) == ("svd", "w", None)
 
-    def test_the_gallery_shows_the_failed_first_and_counts_all(self, outputs):
+    def test_gallery_lists_failed_shots_first_and_counts_all(self, outputs):
         write(outputs, "r1", *(row("r1", f"a{n}", prompt="p") for n in range(600)), failed("r1", "broken"))
         page = write_gallery(outputs.root).read_text()
         assert "601 shots" in page
@@ -411,8 +409,11 @@ class TestManifest:
         assert page.count("<article>") == 500
         assert page.index("broken") < page.index("a0")
 
-    def test_memory_does_not_grow_with_the_rows(self, tmp_path):
-        """200,000 rows, and then 50,000 of them by another run, take little more than 10,000 do. As objects they are 400 MB."""
+    def test_manifest_memory_does_not_grow_with_the_rows(self, tmp_path):
+        """Peak memory of 200,000 rows, 50,000 of them replaced by a second run, is close to that of 10,000 rows.
+
+        As Python objects, 200,000 rows take 400 MB.
+        """
         code = """
 import sys
 from vidgen_ray.outputs.folder import OutputFolder
@@ -442,54 +443,57 @@ print(peak_mb() - before)
         assert grown_mb < 120, f"{grown_mb:.0f} MB"
 
 
-def test_an_index_of_ids_tells_the_first_of_each():
+def test_id_index_reports_new_ids():
     ids = IdIndex()
     assert ids.add_new(["a", "b", "a"]) == [True, True, False]
     ids.add(["c", "ü"])
     assert ids.add_new(["c", "d", "b"]) == [False, True, False]
-    assert ids.known(["a", "x", "ü"]) == {"a", "ü"}
-    assert ids.known([]) == set()
+    assert ids.intersection(["a", "x", "ü"]) == {"a", "ü"}
+    assert ids.intersection([]) == set()
     ids.close()
 
 
 class TestLease:
-    def test_a_second_run_is_refused_by_the_name_of_the_first(self, outputs):
+    def test_lease_rejects_a_second_run_and_names_the_first(self, outputs):
         with outputs.lease("r1"):
-            with pytest.raises(SetupError, match=rf"run r1 is working in it \(process {os.getpid()} on ") as told:
+            with pytest.raises(SetupError, match=rf"run r1 is working in it \(process {os.getpid()} on ") as error:
                 outputs.lease("r2").__enter__()
-            assert "another folder" in str(told.value)
+            assert "another folder" in str(error.value)
             assert sorted(path.name for path in outputs.root.iterdir()) == [".running-r1"]
         assert not list(outputs.root.iterdir())
         with outputs.lease("r2"):
             pass
 
-    def _leave(self, outputs, host, pid, age_s):
+    def _write_lease(self, outputs, host, pid, age_s):
         path = outputs.root / ".running-r0"
         write_atomically(path, json.dumps({"run": "r0", "host": host, "pid": pid, "since": "then"}))
         os.utime(path, (time.time() - age_s,) * 2)
         return path
 
-    def test_a_run_whose_process_is_gone_holds_nothing(self, outputs):
+    def test_lease_of_a_dead_process_on_this_machine_expires_immediately(self, outputs):
         dead = subprocess.Popen(["true"])
         dead.wait()
-        left = self._leave(outputs, os.uname().nodename, dead.pid, age_s=0)
+        lease = self._write_lease(outputs, os.uname().nodename, dead.pid, age_s=0)
         with outputs.lease("r1"):
-            assert not left.exists()
+            assert not lease.exists()
 
-    def test_a_run_of_another_machine_holds_the_folder_until_it_is_stale(self, outputs):
-        self._leave(outputs, "elsewhere", 1, age_s=100)
-        with pytest.raises(SetupError, match=r"process 1 on elsewhere, since then.*free in (19|20|21) s"), outputs.lease("r1"):
+    def test_lease_of_another_machine_expires_after_two_minutes(self, outputs):
+        self._write_lease(outputs, "elsewhere", 1, age_s=100)
+        with (
+            pytest.raises(SetupError, match=r"process 1 on elsewhere, since then.*expires in (19|20|21) s"),
+            outputs.lease("r1"),
+        ):
             pass
-        self._leave(outputs, "elsewhere", 1, age_s=121)
+        self._write_lease(outputs, "elsewhere", 1, age_s=121)
         with outputs.lease("r1"):
             pass
 
-    def test_a_damaged_lease_counts_by_its_age(self, outputs):
+    def test_damaged_lease_expires_by_its_age(self, outputs):
         write_atomically(outputs.root / ".running-r0", "{")
         with pytest.raises(SetupError, match="run r0 is working"), outputs.lease("r1"):
             pass
 
-    def test_a_lease_is_kept_fresh(self, outputs, monkeypatch):
+    def test_lease_is_refreshed(self, outputs, monkeypatch):
         monkeypatch.setattr(leases, "REFRESH_S", 0.02)
         path = outputs.root / ".running-r1"
         with outputs.lease("r1"):
@@ -497,12 +501,12 @@ class TestLease:
             deadline = time.monotonic() + 20
             while not path.stat().st_mtime:
                 assert time.monotonic() < deadline
-                time.sleep(0.01)  # the file system tells nobody
+                time.sleep(0.01)  # no notification is available
 
 
 class TestGarbage:
     def _fill(self, outputs, plan_of):
-        """Two shots, one made anew with another key, and a partial one; entries of the cache, of which one is not used."""
+        """Write two shots (one rendered twice, with different keys), a partial shot, and used and unused cache entries."""
         commit(outputs, plan_of("y", prompt="before"))
         record = commit(outputs, plan_of("x"))
         commit(outputs, plan_of("y", prompt="other"))
@@ -512,23 +516,23 @@ class TestGarbage:
             write_atomically(outputs.root / path, b"12345")
         dead = subprocess.Popen(["true"])
         dead.wait()
-        left = temporary_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
-        write_atomically(outputs.root / "shots" / f"{left}x" / "hd.mp4", b"1234567")
+        prefix = temporary_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+        write_atomically(outputs.root / "shots" / f"{prefix}x" / "hd.mp4", b"1234567")
         temporary_folder(outputs.root / "shots")
-        write_atomically(outputs.root / "manifest" / f"{left}y", b"1")
+        write_atomically(outputs.root / "manifest" / f"{prefix}y", b"1")
         return record
 
-    def test_what_nothing_refers_to_goes_and_the_rest_stays(self, outputs, plan_of):
+    def test_collect_garbage_removes_only_unreferenced_files(self, outputs, plan_of):
         record = self._fill(outputs, plan_of)
         before = {path for path in outputs.root.rglob("*") if path.is_file()}
-        foreseen = collect_garbage(outputs, dry_run=True, grace_s=-1)
+        dry_run = collect_garbage(outputs, dry_run=True, grace_s=-1)
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
-        assert report == foreseen
+        assert report == dry_run
         assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 2, "spools": 1}
         assert report.bytes == 3 + 5 + 1 + 5 + 7 + 1
-        gone = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
-        assert {name for name in gone if ".tmp-" not in name} == {
+        removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
+        assert {name for name in removed if ".tmp-" not in name} == {
             f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl",
             f"keys/{plan_of('y', prompt='before').key}",
         }  # fmt: skip
@@ -536,28 +540,28 @@ class TestGarbage:
         assert outputs.find_finished(plan_of("x")).record() == record
         assert sum(collect_garbage(outputs, grace_s=-1).counts.values()) == 0
 
-    def test_what_is_young_is_left_alone(self, outputs, plan_of):
+    def test_collect_garbage_keeps_young_files(self, outputs, plan_of):
         self._fill(outputs, plan_of)
         report = collect_garbage(outputs)
         assert report.counts == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2, "spools": 1}
         assert report.left_young == 3
 
-    def test_nothing_goes_while_a_run_is_working(self, outputs, plan_of):
+    def test_collect_garbage_fails_while_a_run_is_working(self, outputs, plan_of):
         self._fill(outputs, plan_of)
         with outputs.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
             collect_garbage(outputs, grace_s=-1)
         assert (outputs.root / "spool" / "r0").exists()
 
-    def test_a_folder_that_is_not_there_is_not_made(self, outputs):
-        with pytest.raises(SetupError, match="there is none"):
+    def test_collect_garbage_fails_for_a_missing_folder(self, outputs):
+        with pytest.raises(SetupError, match="does not exist or is empty"):
             collect_garbage(outputs)
         assert not outputs.root.exists()
 
-    def test_the_command_says_how_much(self, outputs, plan_of, capsys):
+    def test_gc_command_prints_counts_and_size(self, outputs, plan_of, capsys):
         self._fill(outputs, plan_of)
         gc(str(outputs.root), dry_run=True, as_json=True)
-        said = json.loads(capsys.readouterr().out)
-        assert (said["dry_run"], said["counts"]["spools"], said["left_young"]) == (True, 1, 3)
+        report = json.loads(capsys.readouterr().out)
+        assert (report["dry_run"], report["counts"]["spools"], report["left_young"]) == (True, 1, 3)
         gc(str(outputs.root), dry_run=False, as_json=False)
         assert capsys.readouterr().out.startswith(
             "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries, 1 spools: 0.0 MB\n3 y"

@@ -1,1 +1,1 @@
-"""The output folder: files of a shot, the stage cache, the manifest. Nothing partial is ever visible."""
+"""The output folder: shot files, stage cache, manifest and failures. A partly written file is never visible."""

@@ -1,6 +1,6 @@
-"""`failures.jsonl`: the lines that failed, as a script that can be rendered again, each with the reason under `failure`.
+"""`failures.jsonl`: the failed lines, as a script that can be rendered again. The field `failure` of each line has the reason.
 
-A run that goes on writes parts in `failures/`, since the file itself may be the script that it renders.
+During a run, failures are written to part files in `failures/`: `failures.jsonl` itself may be the script of this run.
 """
 
 import json
@@ -23,7 +23,7 @@ BATCH_LINES = 500
 
 @dataclass(frozen=True, slots=True)
 class FailedLine:
-    """A line that can be rendered again, under its id in the manifest, and why it failed."""
+    """A failed script line: its id in the manifest, the script, the fields needed to render it again, and the reason."""
 
     id: str
     script: str
@@ -31,53 +31,59 @@ class FailedLine:
     failure: Failure
 
     def as_json(self, run: str) -> str:
+        """Return the line of `failures.jsonl`, without the newline."""
         reason = {"id": self.id, "script": self.script, "run": run, **self.failure.model_dump()}
         try:
-            # What is no JSON came from a Parquet or YAML script, and is shown as text.
+            # Values from Parquet and YAML scripts that JSON does not support, such as dates, are written as text.
             return json.dumps({**self.fields, "failure": reason}, ensure_ascii=False, default=str)
         except (TypeError, ValueError, RecursionError):
             return json.dumps({"unreadable": repr(self.fields)[:10_000], "failure": reason}, ensure_ascii=False)
 
 
-def encoded(text: str) -> bytes:
-    """Text of a broken line may hold lone surrogates, which UTF-8 has not."""
+def to_utf8(text: str) -> bytes:
+    """Encode as UTF-8. Lone surrogates, which malformed script lines may contain, are written as backslash escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 
-class Standing(NamedTuple):
-    """What the manifest says of failures."""
+class ManifestState(NamedTuple):
+    """The manifest rows of all runs, as far as they decide which failures are kept."""
 
-    known: IdIndex
-    """All ids."""
-    failed: IdIndex
-    """`failed_as` of those whose last run failed."""
-    void: IdIndex
-    """Ids of lines that have another id by now."""
-    rejected_by: str | None
-    """A script of which no refused line of an earlier run counts any more."""
+    ids: IdIndex
+    """Ids of all rows."""
+    failures: IdIndex
+    """`failure_key` of each row whose status is failed."""
+    replaced_ids: IdIndex
+    """Ids of earlier runs whose lines now have another id."""
+    rechecked_script: str | None
+    """Script that this run read to its end. Earlier rejections of its lines are dropped."""
 
 
-def failed_as(run: object, line_id: object) -> str:
+def failure_key(run: object, line_id: object) -> str:
+    """Return the text that identifies the failure of a line in a run."""
     return f"{run} {line_id}"
 
 
-def merge_failures(storage: Storage, standing: Standing) -> None:
-    """Put the parts of all runs into `failures.jsonl`, without what was mended; no file is left where nothing failed."""
+def merge_failures(storage: Storage, state: ManifestState) -> None:
+    """Merge the part files of all runs into `failures.jsonl` and drop resolved failures.
+
+    The file is deleted if no failure is left.
+    """
     parts = [f"{PARTS}/{name}" for name in sorted(storage.files(PARTS)) if name.endswith(".jsonl")]
     if FILE not in storage.files("") and not parts:
         return
     with closing(IdIndex()) as written, storage.new_file(FILE) as path:
         with path.open("wb") as target:
             for lines in _batches(storage, [FILE, *parts]):
-                target.writelines(encoded(line + "\n") for line in _that_stand(lines, standing, written))
+                target.writelines(to_utf8(line + "\n") for line in _unresolved(lines, state, written))
         is_empty = path.stat().st_size == 0
-    for gone in [FILE, *parts] if is_empty else parts:
-        storage.delete(gone)
+    for merged in [FILE, *parts] if is_empty else parts:
+        storage.delete(merged)
     if parts and not storage.files(PARTS):
         storage.delete_folder(PARTS)
 
 
 def _batches(storage: Storage, sources: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the non-empty lines of all source files in batches of at most `BATCH_LINES`."""
     for source in sources:
         with (
             suppress(FileNotFoundError),
@@ -88,21 +94,21 @@ def _batches(storage: Storage, sources: Sequence[str]) -> Iterator[Sequence[str]
             yield from batched(lines, BATCH_LINES)
 
 
-def _that_stand(lines: Sequence[str], standing: Standing, written: IdIndex) -> Iterator[str]:
+def _unresolved(lines: Sequence[str], state: ManifestState, written: IdIndex) -> Iterator[str]:
+    """Yield the lines whose failure still counts, and lines without a reason. Adds their failure keys to `written`."""
     reasons = [_reason(line) for line in lines]
     ids = [reason.id for reason in reasons if reason]
-    known, void = standing.known.known(ids), standing.void.known(ids)
-    failed = standing.failed.known([reason.mark for reason in reasons if reason])
-    # A run that was killed while it merged may have left a line twice.
-    first = iter(written.add_new([reason.mark for reason in reasons if reason]))
+    known, replaced = state.ids.intersection(ids), state.replaced_ids.intersection(ids)
+    failed = state.failures.intersection([reason.key for reason in reasons if reason])
+    # A run that was killed during a merge may have left a line twice.
+    is_new = iter(written.add_new([reason.key for reason in reasons if reason]))
     for line, reason in zip(lines, reasons, strict=True):
         if reason is None:
             yield line
             continue
-        is_void = (
-            reason.id in known or reason.id in void or (reason.script == standing.rejected_by and reason.stage == REJECTED)
-        )
-        if next(first) and (reason.mark in failed or not is_void):
+        was_rechecked = reason.script == state.rechecked_script and reason.stage == REJECTED
+        is_resolved = reason.id in known or reason.id in replaced or was_rechecked
+        if next(is_new) and (reason.key in failed or not is_resolved):
             yield line
 
 
@@ -113,12 +119,12 @@ class _Reason(NamedTuple):
     run: object
 
     @property
-    def mark(self) -> str:
-        return failed_as(self.run, self.id)
+    def key(self) -> str:
+        return failure_key(self.run, self.id)
 
 
 def _reason(line: str) -> _Reason | None:
-    """None for a line that somebody wrote into the file by hand."""
+    """Return the reason of a line, or `None` for a line that was added by hand."""
     try:
         reason = json.loads(line)["failure"]
         return _Reason(str(reason["id"]), reason["script"], reason["stage"], reason.get("run"))

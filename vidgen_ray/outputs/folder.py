@@ -1,7 +1,7 @@
-"""`OUT/`: where the files of a shot are made, committed and found again.
+"""The output folder `OUT/`: write, commit, find and delete the files of shots.
 
-`shots/<id>/shot.json` is the commit point: written last, whole. A shot is done when it is there with the shot's key. By its
-key alone it is found through `keys/<key>`, which names its id.
+`shots/<id>/shot.json` is the commit point and is written last. A shot is finished if this file exists and has the shot's
+content key. `keys/<key>` holds the id of the shot with that key, for look-ups by key alone.
 """
 
 import hashlib
@@ -31,27 +31,27 @@ from vidgen_ray.version import __version__
 
 RECORD = "shot.json"
 KEYS = "keys"
-SWEPT = ("", "shots", KEYS, "cache", "manifest", "failures", "inputs")
-"""Where temporaries may lie."""
+SWEEP_FOLDERS = ("", "shots", KEYS, "cache", "manifest", "failures", "inputs")
+"""Folders that may contain temporary files."""
 REQUESTS_AT_ONCE = 32
-"""To an object store, of which each takes tens of milliseconds."""
+"""Concurrent requests to an object store. Each takes tens of milliseconds."""
 
 
 class ShotDraft:
-    """The files of one shot while they are made, in a local folder that nobody looks into."""
+    """The files of one shot before the commit, in a temporary local folder."""
 
-    def __init__(self, storage: Storage, plan: ShotPlan, work: Path) -> None:
+    def __init__(self, storage: Storage, plan: ShotPlan, workspace: Path) -> None:
         self.plan = plan
         self._storage = storage
-        self._work = work
+        self._workspace = workspace
 
     def path(self, name: str) -> Path:
-        """Where to write a file that will be called `name`."""
-        return self._work / name
+        """Return the path at which to write the file `name`."""
+        return self._workspace / name
 
     def commit(self, stages: Sequence[StepRecord], likeness: LikenessRecord | None = None) -> ShotRecord:
-        """Make the files visible under their names and, last, the shot done."""
-        files = sorted(self._work.iterdir())
+        """Publish the files in the output folder, and `shot.json` last."""
+        files = sorted(self._workspace.iterdir())
         record = ShotRecord(
             key=self.plan.key,
             shot=self.plan.shot,
@@ -64,23 +64,24 @@ class ShotDraft:
         )
         self.path(RECORD).write_text(record.model_dump_json(indent=1), encoding="utf-8")
         folder = _shot_folder(self.plan)
-        # An older render of this id stops being done before its first file is replaced.
+        # Delete the record of an earlier render of this id before its first file is replaced.
         self._storage.delete(f"{folder}/{RECORD}")
-        # Before the shot is done: one that is done is always found, and what points to one that is not is no harm.
+        # The key file comes before the record, so that every finished shot can be found by its key. A key file without a
+        # finished shot is harmless.
         self._storage.write(key_file(self.plan.key), folder.removeprefix("shots/"))
-        self._storage.publish(self._work, folder, [file.name for file in files])
+        self._storage.publish(self._workspace, folder, [file.name for file in files])
         for stale in self._storage.files(folder).keys() - record.files.keys():
             self._storage.delete(f"{folder}/{stale}")
-        self._storage.publish(self._work, folder, [RECORD])
+        self._storage.publish(self._workspace, folder, [RECORD])
         return record
 
 
 class OutputFolder:
-    """`OUT/`: shots, manifest, failures, run.json and, unless it is switched off, the stage cache.
+    """The output folder `OUT/`: shots, manifest, failures, `run.json` and, unless it is disabled, the stage cache.
 
-    `root` is a local path or the URL of an object store. It may travel between processes; credentials travel in the URL or
-    are found in the environment there. Raises SetupError for a URL given as a Path; methods raise OSError where the storage
-    fails.
+    `root` is a local path or the URL of an object store. Instances can be pickled: credentials are part of the URL or come
+    from the environment of the process. Raises SetupError if a URL is passed as a Path. Methods raise OSError if the
+    storage fails.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -98,14 +99,14 @@ class OutputFolder:
 
     @property
     def url(self) -> str:
-        """The place as a person may see it: without credentials."""
+        """URL or path without credentials, for messages."""
         return self.storage.url
 
     @property
     def root(self) -> Path:
-        """The folder on this machine. Raises SetupError where it lies in an object store."""
+        """Local path of the folder. Raises SetupError if the folder is in an object store."""
         if self.storage.local is None:
-            raise SetupError(f"output folder {self.url}: lies in an object store, this needs a local folder")
+            raise SetupError(f"output folder {self.url}: is in an object store, this command needs a local folder")
         return self.storage.local
 
     @property
@@ -113,32 +114,34 @@ class OutputFolder:
         return StageCache(self.storage)
 
     def shot_folder(self, shot_id: str) -> Path:
-        """On this machine. Raises SetupError where it lies in an object store; see `place`."""
+        """Return the local folder of a shot. Raises SetupError if it is in an object store; see `place`."""
         return self.root / "shots" / shot_id
 
     def place(self, shot_id: str, name: str) -> Path | str:
-        """Where a person finds a file of a shot: a path, or a URL without credentials."""
+        """Return the location of a shot's file, for messages: a path, or a URL without credentials."""
         return self.storage.place(f"shots/{shot_id}/{name}")
 
     def read(self, shot_id: str, name: str) -> bytes:
-        """The content of a shot's file. Raises FileNotFoundError."""
+        """Return the content of a shot's file. Raises FileNotFoundError."""
         content = self.storage.read(f"shots/{shot_id}/{name}")
         if content is None:
             raise FileNotFoundError(f"{self.url}/shots/{shot_id}/{name}")
         return content
 
     def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
-        """The shot if it is finished with this very key, else none.
+        """Return the shot if it is finished with the key of the plan, else `None`.
 
-        `with_stages` asks for the files of `--keep stages`, too. Files are there at their full length; reading them would
-        cost a run of many shots too much.
+        `with_stages` also requires the files of `--keep stages`. Only the sizes of files are checked: reading them would be
+        too slow for runs with many shots.
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
         return self._read_finished(_shot_folder(plan), plan.key, debug_files)
 
     def find_by_key(self, key: str) -> DoneShot | None:
-        """The shot that is finished with this key, whatever its id, else none. None, too, where the storage does not answer:
-        whoever asks can make it."""
+        """Return the shot that is finished with this key under any id, else `None`.
+
+        Also returns `None` if the storage fails: the caller can render the shot again.
+        """
         try:
             shot_id = (self.storage.read(key_file(key)) or b"").decode()
             return self._read_finished(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
@@ -146,29 +149,29 @@ class OutputFolder:
             return None
 
     def _read_finished(self, folder: str, key: str, debug_files: Set[str | None]) -> DoneShot | None:
-        """The shot of this folder, if it is finished with this key and has the files `debug_files`, too."""
+        """Return the shot in this folder if it is finished with this key and has all `debug_files`, else `None`."""
         try:
             text = self.storage.read(f"{folder}/{RECORD}")
             if text is None:
                 return None
-            found = pydantic_core.from_json(text)
-            if found["key"] != key:
+            record = pydantic_core.from_json(text)
+            if record["key"] != key:
                 return None
-            files, stages, likeness = found["files"], found["stages"], found["likeness"]
+            files, stages, likeness = record["files"], record["stages"], record["likeness"]
             if not debug_files <= files.keys():
                 return None
             if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
                 return None
             summary = ShotSummary(
                 key=key,
-                seed=found["shot"]["seed"],
+                seed=record["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
                 sha256={name: file["sha256"] for name, file in files.items()},
                 seconds=sum([step["seconds"] for step in stages]),
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
             )
-        # A damaged record is no record; a storage that does not answer is no answer.
+        # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
         return DoneShot(summary, text)
@@ -176,30 +179,32 @@ class OutputFolder:
     def find_finished_each(
         self, plans: Iterable[ShotPlan], with_stages: bool = False
     ) -> Iterator[tuple[ShotPlan, DoneShot | None]]:
-        """Each plan with what `find_finished` returns, in order. An object store is asked for many at once."""
+        """Yield each plan with the result of `find_finished`, in order. Sends concurrent requests to an object store."""
         if self.storage.local is not None:
             for plan in plans:
                 yield plan, self.find_finished(plan, with_stages)
             return
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            asked = deque[tuple[ShotPlan, Any]]()
+            pending = deque[tuple[ShotPlan, Any]]()
             for plan in plans:
-                asked.append((plan, pool.submit(self.find_finished, plan, with_stages)))
-                if len(asked) > 2 * REQUESTS_AT_ONCE:
-                    ready, found = asked.popleft()
-                    yield ready, found.result()
-            for ready, found in asked:
-                yield ready, found.result()
+                pending.append((plan, pool.submit(self.find_finished, plan, with_stages)))
+                if len(pending) > 2 * REQUESTS_AT_ONCE:
+                    oldest, future = pending.popleft()
+                    yield oldest, future.result()
+            for plan, future in pending:
+                yield plan, future.result()
 
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
-        """A place to make the shot's files; what was not committed at the end is gone."""
-        with self.storage.workspace("shots") as work:
-            yield ShotDraft(self.storage, plan, work)
+        """Open a draft for the shot's files. Files that are not committed are deleted at the end of the block."""
+        with self.storage.workspace("shots") as workspace:
+            yield ShotDraft(self.storage, plan, workspace)
 
     def keep_input(self, content: bytes, suffix: str) -> Path:
-        """A file given in memory, stored by its content so that its shot can be repeated: in OUT/inputs, or in this
-        machine's cache folder where OUT lies in an object store."""
+        """Store an input file under the hash of its content and return its path, so that the shot can be rendered again.
+
+        Files are in `OUT/inputs`, or in the cache folder of this machine if `OUT` is in an object store.
+        """
         folder = (self.storage.local or cache_dir()) / "inputs"
         path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         if not path.exists():
@@ -207,27 +212,27 @@ class OutputFolder:
         return path
 
     def delete_shot(self, shot_id: str) -> None:
-        """Delete a shot's files, and what its stages left in the cache: another shot that shares a step makes it again."""
+        """Delete a shot's files and its stage cache entries. Other shots that share a cached step compute it again."""
         folder = f"shots/{shot_id}"
         text = self.storage.read(f"{folder}/{RECORD}")
         if text is not None:
             with suppress(ValueError, KeyError, TypeError):
-                found = pydantic_core.from_json(text)
-                if self.storage.read(key_file(found["key"])) == shot_id.encode():
-                    self.storage.delete(key_file(found["key"]))
-                self.stage_cache.drop([step["key"] for step in found["stages"]])
+                record = pydantic_core.from_json(text)
+                if self.storage.read(key_file(record["key"])) == shot_id.encode():
+                    self.storage.delete(key_file(record["key"]))
+                self.stage_cache.drop([step["key"] for step in record["stages"]])
         self.storage.delete_folder(folder)
 
     def write_run(self, content: dict[str, Any]) -> None:
-        """`run.json`: what ran last in this folder."""
+        """Write `run.json`: the last run in this folder."""
         self.storage.write("run.json", json.dumps(content, indent=1))
 
     def lease(self, run: str) -> AbstractContextManager[Lease]:
-        """Hold the folder for a run. Raises SetupError where another run holds it."""
+        """Hold the lease of the folder for a run. Raises SetupError if another run holds it."""
         return lease(self.storage, run)
 
     def prepare(self) -> None:
-        """Make the folder ready to be written to. Raises SetupError where it cannot be."""
+        """Check that the folder is writable and remove abandoned temporary files. Raises SetupError if it is not writable."""
         try:
             self.storage.write(".writable", "")
             self.storage.delete(".writable")
@@ -236,13 +241,13 @@ class OutputFolder:
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what killed processes left half made."""
-        for path in self.storage.abandoned(SWEPT):
+        """Remove the temporary files of killed processes."""
+        for path in self.storage.abandoned(SWEEP_FOLDERS):
             remove(path)
 
 
 def key_file(key: str) -> str:
-    """Where the id of the shot with this content key is written."""
+    """Return the path of the file that holds the id of the shot with this content key."""
     return f"{KEYS}/{key}"
 
 
@@ -253,6 +258,6 @@ def _shot_folder(plan: ShotPlan) -> str:
 
 @cache
 def software_versions() -> dict[str, str]:
-    """What a result's bytes may depend on beside the weights."""
+    """Return the versions of the packages that may affect output bytes."""
     packages = ("torch", "diffusers", "transformers", "peft", "spandrel", "av")
     return {"vidgen-ray": __version__, **{name: version(name) for name in packages}}

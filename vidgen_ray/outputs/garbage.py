@@ -1,4 +1,4 @@
-"""What an output folder holds that nothing refers to, and its removal. Files of shots that are done are never touched."""
+"""Garbage collection of an output folder: delete files that nothing refers to. Files of finished shots are never touched."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ from more_itertools import batched
 from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.folder import KEYS, RECORD, REQUESTS_AT_ONCE, SWEPT, OutputFolder, key_file
+from vidgen_ray.outputs.folder import KEYS, RECORD, REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder, key_file
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.lease import PREFIX
 from vidgen_ray.outputs.manifest import SHOT_FILES
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 GRACE_S = 600.0
-"""What is younger is left alone: a pipeline of one process, which takes no lease, may be about to refer to it."""
+"""Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
 SHOTS_AT_ONCE = 1_000
-OUR_FILES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
+"""Shots whose records are read together."""
+SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries", "spools"]
 
 
 @dataclass(slots=True)
 class GarbageReport:
-    """What was removed, or would be."""
+    """Counts of what was removed, or would be removed in a dry run."""
 
     counts: dict[Kind, int] = field(
         default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0, "spools": 0}
     )
     bytes: int = 0
+    """Size of all removed files."""
     left_young: int = 0
-    """What nothing refers to and is younger than the time of grace."""
+    """Unreferenced entries that are younger than the grace period and were kept."""
 
     def add(self, kind: Kind, size: int) -> None:
         self.counts[kind] += 1
@@ -48,26 +50,32 @@ class GarbageReport:
 
 
 def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = GRACE_S) -> GarbageReport:
-    """Remove cache entries that no shot.json names, shots without shot.json, keys that lead to no shot, old temporaries, and
-    spools of dead runs.
+    """Remove garbage from an output folder.
 
-    Raises SetupError where there is no such folder, or while a run is working in it.
+    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot, abandoned
+    temporary files, and task files (spools) of dead runs.
+
+    Raises SetupError if the folder does not exist or a run is working in it.
     """
     if not (outputs.storage.folders("") or outputs.storage.files("")):
-        raise SetupError(f"output folder {outputs.url}: there is none, or it is empty")
+        raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
     run = f"gc-{secrets.token_hex(3)}"
-    with outputs.lease(run), closing(IdIndex()) as used, closing(IdIndex()) as found_by:
-        # By the storage's own clock.
+    with outputs.lease(run), closing(IdIndex()) as used_keys, closing(IdIndex()) as shots_by_key:
+        # Current time by the clock of the storage.
         now = outputs.storage.files("")[f"{PREFIX}{run}"].modified
-        return _Collector(outputs.storage, used, found_by, now - grace_s, dry_run).collect()
+        return _Collector(outputs.storage, used_keys, shots_by_key, now - grace_s, dry_run).collect()
 
 
 class _Collector:
-    def __init__(self, storage: Storage, used: IdIndex, found_by: IdIndex, young_since: float, dry_run: bool) -> None:
-        """`used` and `found_by` are empty: for the keys that shots name, and for each shot its own key with its id."""
+    def __init__(self, storage: Storage, used_keys: IdIndex, shots_by_key: IdIndex, young_since: float, dry_run: bool) -> None:
+        """Take two empty indexes, to be filled from the shot records.
+
+        `used_keys`: step keys of all finished shots. `shots_by_key`: `KEY ID` of each finished shot. `young_since`: time in
+        seconds since 1970, by the clock of the storage.
+        """
         self._storage = storage
-        self._used = used
-        self._found_by = found_by
+        self._used_keys = used_keys
+        self._shots_by_key = shots_by_key
         self._young_since = young_since
         self._dry_run = dry_run
         self._report = GarbageReport()
@@ -75,8 +83,8 @@ class _Collector:
     def collect(self) -> GarbageReport:
         for shot_id in self._shots_without_record():
             folder = f"shots/{shot_id}"
-            # Somebody else's files in a folder that happens to be called shots are no garbage.
-            if not self._storage.folders(folder) and self._storage.files(folder).keys() <= OUR_FILES:
+            # Keep folders with foreign files or subfolders.
+            if not self._storage.folders(folder) and self._storage.files(folder).keys() <= SHOT_FILE_NAMES:
                 self._drop("partial shots", folder)
         for key, file in self._stale_keys():
             self._drop_file("stale keys", key_file(key), file)
@@ -84,35 +92,35 @@ class _Collector:
             self._drop("cache entries", entry)
         for run in self._storage.folders("spool"):
             if all(name.endswith(".jsonl") for name in self._storage.files(f"spool/{run}")):
-                self._drop("spools", f"spool/{run}", whatever_age=True)
-        for path in self._storage.abandoned(SWEPT):
+                self._drop("spools", f"spool/{run}", ignore_age=True)
+        for path in self._storage.abandoned(SWEEP_FOLDERS):
             self._report.add("temporaries", _size_of(path))
             if not self._dry_run:
                 remove(path)
         return self._report
 
     def _shots_without_record(self) -> Iterator[str]:
-        """Also remembers the keys that the others name."""
+        """Yield the ids of shot folders without a record. Adds the keys in all other records to the indexes."""
         shot_ids = [name for name in self._storage.folders("shots") if not name.startswith(".")]
         for shot_id, text in self._read_each(shot_ids, lambda shot_id: f"shots/{shot_id}/{RECORD}"):
             if text is None:
                 yield shot_id
             else:
                 key, keys = _keys_in(text)
-                self._used.add(keys)
-                self._found_by.add([f"{key} {shot_id}"])
+                self._used_keys.add(keys)
+                self._shots_by_key.add([f"{key} {shot_id}"])
 
     def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
-        """Those that lead to no shot that is done with them."""
+        """Yield the key files that do not lead to a shot finished with that key."""
         files = self._storage.files(KEYS)
         keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
         for key, shot_id in self._read_each(keys, key_file):
-            led = f"{key} {(shot_id or b'').decode(errors='replace')}"
-            if not self._found_by.known([led]):
+            entry = f"{key} {(shot_id or b'').decode(errors='replace')}"
+            if not self._shots_by_key.intersection([entry]):
                 yield key, files[key]
 
     def _read_each(self, names: Sequence[str], path_of: Callable[[str], str]) -> Iterator[tuple[str, bytes | None]]:
-        """Each name with the content of its file, or none. An object store is asked for many at once."""
+        """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""
         with ThreadPoolExecutor(REQUESTS_AT_ONCE if self._storage.local is None else 1) as pool:
             for batch in batched(names, SHOTS_AT_ONCE):
                 yield from zip(batch, pool.map(self._storage.read, map(path_of, batch)), strict=True)
@@ -120,11 +128,11 @@ class _Collector:
     def _unused_entries(self) -> Iterator[str]:
         for group in self._storage.folders("cache"):
             keys = [key for key in self._storage.folders(f"cache/{group}") if CONTENT_KEY.fullmatch(key)]
-            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used.known(keys)))
+            yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys.intersection(keys)))
 
-    def _drop(self, kind: Kind, folder: str, *, whatever_age: bool = False) -> None:
+    def _drop(self, kind: Kind, folder: str, *, ignore_age: bool = False) -> None:
         files = self._storage.files(folder).values()
-        if not whatever_age and any(file.modified > self._young_since for file in files):
+        if not ignore_age and any(file.modified > self._young_since for file in files):
             self._report.left_young += 1
             return
         self._report.add(kind, sum(file.bytes for file in files))
@@ -141,11 +149,11 @@ class _Collector:
 
 
 def _keys_in(shot_json: bytes) -> tuple[str, Sequence[str]]:
-    """The shot's own key, and those of its stages."""
+    """Return the key of the shot and the keys of its steps."""
     try:
         record = json.loads(shot_json)
         return record["key"], [step["key"] for step in record["stages"]]
-    # A damaged record names none; its shot will be rendered again.
+    # A damaged record has no keys. Its shot will be rendered again.
     except (ValueError, KeyError, TypeError):
         return "", []
 

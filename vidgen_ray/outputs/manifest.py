@@ -1,4 +1,4 @@
-"""What became of every line: the rows of `manifest/*.parquet`, and how they are read. See manifest_writer for writing."""
+"""Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,20 @@ from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
-"""Column of the manifest -> file in the shot's folder."""
+"""Manifest column -> file in the folder of the shot."""
 LIKENESS = {
     "image_likeness": "image",
     "clip_likeness_mean": "clip_mean",
     "clip_likeness_worst": "clip_worst",
     "frames_without_face": "frames_without_face",
 }
-"""Column of the manifest -> field of the record's likeness."""
+"""Manifest column -> field of `LikenessRecord`."""
 Status = Literal["done", "failed", "skipped"]
 REJECTED = "script"
-"""Stage of the failure of a line that was refused before anything was rendered."""
+"""`failure_stage` of a line that was rejected when the script was read."""
 BATCH_ROWS = 10_000
 INDEX = ["run", "script", "id", "status", "failure_stage"]
-"""What decides whether a row holds."""
+"""Columns that decide whether a row is current."""
 
 
 def _now() -> str:
@@ -38,7 +38,7 @@ def _now() -> str:
 
 
 class ManifestRow(BaseModel):
-    """One line of a script that ended. Columns that do not apply are null; paths are relative to the output folder."""
+    """Result of one script line. Columns that do not apply are null. Paths are relative to the output folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +51,7 @@ class ManifestRow(BaseModel):
     prompt: str | None = None
     mode: str | None = None
     seed: int | None = None
-    """Of a shot that is done the one that was used: with `retries` it may be another one than the script's."""
+    """Seed used for a finished shot. With `retries` it may differ from the seed in the script."""
     width: int | None = None
     height: int | None = None
     num_frames: int | None = None
@@ -63,31 +63,33 @@ class ManifestRow(BaseModel):
     hd_video: str | None = None
     hd_video_sha256: str | None = None
     image_likeness: float | None = None
-    """-1 to 1, of the picture to the face; null where no face was found in it, and for a shot without a face."""
+    """Likeness of the image to the face photo, -1 to 1. Null if the image shows no face or the shot has no face photo."""
     clip_likeness_mean: float | None = None
-    """Over the frames that were looked at and in which a face was found; null where there is none."""
+    """Mean over the checked frames in which a face was found, -1 to 1. Null if there is none."""
     clip_likeness_worst: float | None = None
+    """Minimum over the same frames."""
     frames_without_face: int | None = None
-    """Of the frames of the clip that were looked at; without a clip of the one picture. Null for a shot without a face."""
+    """Checked frames without a face. Without a clip: 1 if the image shows no face, else 0. Null without a face photo."""
     seconds: float | None = None
-    """Of all stages together, when they were run."""
+    """Seconds of all stages together, when they ran."""
     gpu_seconds: float | None = None
+    """Seconds times the share of a GPU, of all stages together."""
     lora_loads: int | None = None
-    """How often a LoRA had to be laid on the weights for it, when it was rendered."""
+    """LoRAs loaded onto the weights while the shot was rendered."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None
     failure_attempts: int | None = None
     failure_worker: str | None = None
     metadata: str = "{}"
-    """The line's own, as JSON text."""
+    """`metadata` of the line, as JSON text."""
     ended_at: str = Field(default_factory=_now)
 
     @staticmethod
     def of_shot(
         run: str, script: str, shot: Shot, line: int | None, result: ShotRecord | DoneShot | Failure, status: Status
     ) -> "ManifestRow":
-        # Nothing is checked again: a shot, a summary and a failure are what they are, and a run has many rows.
+        """Return the row of a finished, failed or skipped shot. Values are not validated again, for speed."""
         assert shot.id is not None
         return _row(
             run=run,
@@ -108,6 +110,7 @@ class ManifestRow(BaseModel):
 
     @staticmethod
     def of_rejected_line(run: str, script: str, line_id: str, line: int, prompt: object, failure: Failure) -> "ManifestRow":
+        """Return the row of a line that was rejected when the script was read."""
         return _row(
             run=run,
             script=script,
@@ -119,16 +122,16 @@ class ManifestRow(BaseModel):
         )
 
 
-_EMPTY = {name: field.get_default() for name, field in ManifestRow.model_fields.items() if not field.is_required()}
+_DEFAULTS = {name: field.get_default() for name, field in ManifestRow.model_fields.items() if not field.is_required()}
 
 
 def _row(**columns: Any) -> ManifestRow:
-    """All columns are given, since finding the default of each would take longer than all the rest."""
-    return ManifestRow.model_construct(**{**_EMPTY, "ended_at": _now(), **columns})
+    """Construct a row without validation. All defaults are passed: looking them up in pydantic takes most of the time."""
+    return ManifestRow.model_construct(**{**_DEFAULTS, "ended_at": _now(), **columns})
 
 
 def _storable(text: str) -> str:
-    """Text of a broken line may hold lone surrogates, which neither Parquet nor UTF-8 has."""
+    """Replace lone surrogates by backslash escapes. Malformed lines may contain them; Parquet cannot store them."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -159,34 +162,35 @@ def _arrow_schema() -> pyarrow.Schema:
         [
             (
                 name,
-                next((types[t] for t in types if t in (field.annotation, *_members(field.annotation))), pyarrow.string()),
+                next((types[t] for t in types if t in (field.annotation, *_union_members(field.annotation))), pyarrow.string()),
             )
             for name, field in ManifestRow.model_fields.items()
         ]
     )
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def _union_members(annotation: Any) -> tuple[Any, ...]:
     return getattr(annotation, "__args__", ())
 
 
 SCHEMA = _arrow_schema()
-"""Text, whole numbers and floats; the same for every run, so that the folder reads as one table."""
+"""Strings, integers and floats. The same for every run, so that the folder can be read as one table."""
 REQUIRED = [name for name, field in ManifestRow.model_fields.items() if field.is_required()]
 
 
 class ManifestFile(NamedTuple):
-    """A file of the manifest, and which of its rows hold."""
+    """A file of the manifest and its current rows."""
 
     name: str
-    holds: Sequence[bool]
-    is_current: bool
-    """Whether it has the columns of SCHEMA."""
+    current: Sequence[bool]
+    """One value per row: true if no later row replaces it."""
+    has_all_columns: bool
+    """The columns are exactly those of `SCHEMA`."""
 
 
 @contextmanager
 def _opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
-    """A file that stays what it is until the end of the block, whatever a run writes under its name meanwhile.
+    """Open a file. Its content does not change during the block, even if a run replaces the file.
 
     Raises FileNotFoundError.
     """
@@ -194,44 +198,47 @@ def _opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
         yield file
 
 
-def account_of(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
-    """The account of a file and the columns of INDEX; none for a file that is no manifest of ours.
+def read_index(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
+    """Return a file with its current rows and the columns of `INDEX`, or `None` if the file is not a manifest of this package.
 
-    Of rows with the same id the last one holds, unless the id was `seen` before. Afterwards the file's ids are.
+    Of several rows with the same id the last one is current, unless the id is in `seen`. Adds the ids of the file to `seen`.
     """
-    with _opened(storage, name) as file:
-        return _account(file, name, seen)
+    with _opened(storage, name) as content:
+        return _read_index(content, name, seen)
 
 
-def _account(file: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
+def _read_index(content: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
     try:
-        parquet = pyarrow.parquet.ParquetFile(file)
+        parquet = pyarrow.parquet.ParquetFile(content)
         schema = parquet.schema_arrow
         if not set(REQUIRED) <= set(schema.names) <= set(SCHEMA.names):
             return None
         index = parquet.read(columns=INDEX, use_threads=False)
     except (pyarrow.ArrowException, OSError):
         return None
-    last_first = index.column("id").to_pylist()[::-1]
-    return ManifestFile(name, seen.add_new(last_first)[::-1], schema.equals(SCHEMA)), index
+    ids_last_first = index.column("id").to_pylist()[::-1]
+    return ManifestFile(name, seen.add_new(ids_last_first)[::-1], schema.equals(SCHEMA)), index
 
 
 def manifest_files(storage: Storage) -> list[str]:
-    """Newest first: a file is named after its run, and a run after the time of its beginning."""
+    """Return the paths of all manifest files, newest first. File names start with the run, and runs with their start time."""
     names = sorted(storage.files("manifest"), reverse=True)
     return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
-def rows_that_hold(storage: Storage, account: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
-    """In batches of at most BATCH_ROWS, with the columns of SCHEMA. Nobody may write the file meanwhile."""
-    with _opened(storage, account.name) as file:
-        yield from _rows(file, account)
+def current_rows(storage: Storage, file: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the current rows in batches of at most `BATCH_ROWS`, with the columns of `SCHEMA`.
+
+    The file must not be replaced between `read_index` and this call.
+    """
+    with _opened(storage, file.name) as content:
+        yield from _rows(content, file)
 
 
-def _rows(file: pyarrow.NativeFile, account: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
+def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
     begin = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(BATCH_ROWS):
-        mask = pyarrow.array(account.holds[begin : begin + len(batch)], pyarrow.bool_())
+    for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS):
+        mask = pyarrow.array(file.current[begin : begin + len(batch)], pyarrow.bool_())
         begin += len(batch)
         yield _with_all_columns(batch.filter(mask))
 
@@ -245,25 +252,28 @@ def _with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
-    """All rows, one an id, in no order; also while a run goes on, whatever is on disk of it. Memory does not grow with them."""
-    seen, names, looked_at = IdIndex(), manifest_files(storage), set[str]()
+    """Yield all current rows, one per id, in no particular order, in batches of bounded size.
+
+    Can be called during a run and then returns the rows written so far.
+    """
+    seen, names, visited = IdIndex(), manifest_files(storage), set[str]()
     try:
         while names:
-            moved = False
+            was_merged = False
             for name in names:
-                looked_at.add(name)
+                visited.add(name)
                 try:
-                    with _opened(storage, name) as file:
-                        if (found := _account(file, name, seen)) is not None:
-                            yield from _rows(file, found[0])
+                    with _opened(storage, name) as content:
+                        if (indexed := _read_index(content, name, seen)) is not None:
+                            yield from _rows(content, indexed[0])
                 except FileNotFoundError:
-                    moved = True
-            # A run that ends puts its parts together under new names, and only then deletes them.
-            names = [name for name in manifest_files(storage) if name not in looked_at] if moved else []
+                    was_merged = True
+            # A run that ended meanwhile has merged its parts into new files, and then deleted the parts.
+            names = [name for name in manifest_files(storage) if name not in visited] if was_merged else []
     finally:
         seen.close()
 
 
 def read_manifest(out: str | Path) -> list[ManifestRow]:
-    """One row an id, in no order."""
+    """Return all current rows, one per id, in no particular order."""
     return [ManifestRow(**row) for batch in manifest_batches(storage_at(out)) for row in batch.to_pylist()]

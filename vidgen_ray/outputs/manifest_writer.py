@@ -1,8 +1,8 @@
-"""Writes down what became of each line of a run while it goes on: `manifest/*.parquet`, and `failures.jsonl` at its end.
+"""Write the results of a run: `manifest/*.parquet` during the run, and `failures.jsonl` at its end.
 
-While a run goes on its rows stand in parts, so that little is lost with a killed process and the run can be looked at.
-`close` makes one account of them and those of earlier runs. Killed in between, it is repeated by the next run: whatever
-was copied is told by its id. Memory does not grow with the number of lines.
+During a run, rows are written to part files, so that a killed process loses few rows and other processes can read them.
+`close` merges the parts with the rows of earlier runs. If it is killed, the next run repeats the merge: rows that were
+already copied are recognised by their id. Memory use does not depend on the number of lines.
 """
 
 import io
@@ -13,22 +13,23 @@ from contextlib import ExitStack, closing, suppress
 import pyarrow
 import pyarrow.parquet
 
-from vidgen_ray.outputs.failures import PARTS, FailedLine, Standing, encoded, failed_as, merge_failures
+from vidgen_ray.outputs.failures import PARTS, FailedLine, ManifestState, failure_key, merge_failures, to_utf8
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestFile, ManifestRow, account_of, manifest_files, rows_that_hold
+from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestFile, ManifestRow, current_rows, manifest_files, read_index
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
 PART_ROWS = 2_000
 FLUSH_S = 30.0
+"""Seconds between automatic flushes."""
 FILE_ROWS = 100_000
 SMALL_FILE_ROWS = 5_000
-"""A file with fewer rows is put together with others."""
+"""Files with fewer rows are merged with others."""
 
 
 class ManifestWriter:
-    """The account of one run. `script` is the name of the script it renders; rows are added in the order lines end."""
+    """Writes the manifest rows and failures of one run, in the order in which lines finish. `script` is the script's name."""
 
     def __init__(self, outputs: OutputFolder, run: str, script: str) -> None:
         self._storage = outputs.storage
@@ -39,14 +40,14 @@ class ManifestWriter:
         self._failed: list[str] = []
         self._row_parts = self._failed_parts = 1
         self._unwritten = False
-        self._void = IdIndex()
-        self._ticker = PeriodicTask(FLUSH_S, self.flush)
+        self._replaced_ids = IdIndex()
+        self._flushing = PeriodicTask(FLUSH_S, self.flush)
 
     def add(self, row: ManifestRow, *, failed: FailedLine | None = None, replaces: str | None = None) -> None:
-        """Enter a line that ended: once for each. A failed one with what it takes to render it again.
+        """Add the row of a finished line. Call once per line; pass `failed` for lines that failed.
 
-        `replaces` is an id under which an earlier run accounted for the line. Rows that cannot be written now are kept, and
-        written later; `close` raises OSError where they still cannot be.
+        `replaces` is the id of the line in an earlier run, if it differs. Rows that cannot be written now are kept and
+        written later; `close` raises OSError if that fails.
         """
         with self._lock:
             self._rows.append(row)
@@ -54,44 +55,43 @@ class ManifestWriter:
             if failed is not None:
                 self._failed.append(failed.as_json(self._run))
             if replaces is not None:
-                self._void.add([replaces])
+                self._replaced_ids.add([replaces])
             if max(len(self._rows), len(self._failed)) >= PART_ROWS:
                 with suppress(OSError):
                     self._write_parts()
 
     def flush(self) -> None:
-        """Write what was added so far. Called every FLUSH_S seconds by itself."""
+        """Write the rows added so far. Runs automatically every `FLUSH_S` seconds."""
         with self._lock:
             if self._unwritten:
                 self._write_parts()
 
     def close(self, *, whole_script: bool = True) -> None:
-        """One account of this run and those before it: one row an id in `manifest/`, `failures.jsonl` without what is mended.
+        """Merge this run with earlier ones: one row per id in `manifest/`, and only unresolved lines in `failures.jsonl`.
 
-        `whole_script`: whether each line of the script was looked at, so that what it was refused for before, and is not now,
-        is void.
+        `whole_script`: the script was read to its end, so earlier rejections of its lines are dropped unless repeated.
         """
-        self._ticker.stop()
+        self._flushing.stop()
         self.flush()
-        rejected_by = self._script if whole_script else None
+        rechecked_script = self._script if whole_script else None
         names = manifest_files(self._storage)
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources = []
-        with closing(self._void) as void, closing(IdIndex()) as seen, closing(IdIndex()) as failed:
+        with closing(self._replaced_ids) as replaced_ids, closing(IdIndex()) as seen, closing(IdIndex()) as failures:
             for name in [*own, *(name for name in names if name not in own)]:
-                if (found := account_of(self._storage, name, seen)) is None:
+                if (indexed := read_index(self._storage, name, seen)) is None:
                     continue
-                account, index = found
+                file, index = indexed
                 if name not in own:
-                    account = _without_void(account, index, void, rejected_by)
-                failed.add(_failed_rows(account, index))
-                if name in own or _is_loose(account):
-                    sources.append(account)
-            merge_failures(self._storage, Standing(seen, failed, void, rejected_by))
+                    file = _without_replaced(file, index, replaced_ids, rechecked_script)
+                failures.add(_failure_keys(file, index))
+                if name in own or _needs_merge(file):
+                    sources.append(file)
+            merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script))
         _merge_rows(self._storage, self._run, sources[::-1])
 
     def _write_parts(self) -> None:
-        """Parts are written anew until they are full."""
+        """Write the current part files. They are rewritten until they are full."""
         if self._rows:
             table = pyarrow.Table.from_pylist([vars(row) for row in self._rows], schema=SCHEMA)
             content = io.BytesIO()
@@ -100,48 +100,55 @@ class ManifestWriter:
             if len(self._rows) >= PART_ROWS:
                 self._rows, self._row_parts = [], self._row_parts + 1
         if self._failed:
-            lines = encoded("".join(line + "\n" for line in self._failed))
+            lines = to_utf8("".join(line + "\n" for line in self._failed))
             self._storage.write(f"{PARTS}/{self._run}-{self._failed_parts:05d}.jsonl", lines)
             if len(self._failed) >= PART_ROWS:
                 self._failed, self._failed_parts = [], self._failed_parts + 1
         self._unwritten = False
 
 
-def _without_void(account: ManifestFile, index: pyarrow.Table, void: IdIndex, rejected_by: str | None) -> ManifestFile:
-    """The account without ids that are void, and lines that the script had refused."""
+def _without_replaced(
+    file: ManifestFile, index: pyarrow.Table, replaced_ids: IdIndex, rechecked_script: str | None
+) -> ManifestFile:
+    """Return the file without rows of replaced ids and earlier rejections of the rechecked script."""
     ids, scripts, stages = (index.column(name).to_pylist() for name in ("id", "script", "failure_stage"))
-    gone = void.known(ids)
-    rows = zip(account.holds, ids, scripts, stages, strict=True)
-    return account._replace(
-        holds=[holds and id_ not in gone and (script, stage) != (rejected_by, REJECTED) for holds, id_, script, stage in rows]
+    replaced = replaced_ids.intersection(ids)
+    rows = zip(file.current, ids, scripts, stages, strict=True)
+    return file._replace(
+        current=[
+            is_current and id_ not in replaced and (script, stage) != (rechecked_script, REJECTED)
+            for is_current, id_, script, stage in rows
+        ]
     )
 
 
-def _failed_rows(account: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
+def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
+    """Yield the failure key of each current row that failed."""
     runs, ids, states = (index.column(name).to_pylist() for name in ("run", "id", "status"))
-    for holds, run, id_, status in zip(account.holds, runs, ids, states, strict=True):
-        if holds and status == "failed":
-            yield failed_as(run, id_)
+    for is_current, run, id_, status in zip(file.current, runs, ids, states, strict=True):
+        if is_current and status == "failed":
+            yield failure_key(run, id_)
 
 
-def _is_loose(account: ManifestFile) -> bool:
-    """Whether a file of an earlier run is to be written anew."""
-    return not (all(account.holds) and account.is_current and len(account.holds) >= SMALL_FILE_ROWS)
+def _needs_merge(file: ManifestFile) -> bool:
+    """Return whether a file of an earlier run must be rewritten: stale rows, other columns, or few rows."""
+    return not (all(file.current) and file.has_all_columns and len(file.current) >= SMALL_FILE_ROWS)
 
 
 def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None:
-    """Put what holds of the sources into files of at most FILE_ROWS rows, and delete the sources."""
-    room, files = 0, 0
+    """Copy the current rows of the sources into files of at most `FILE_ROWS` rows, and delete the sources."""
+    free_rows, files = 0, 0
     with ExitStack() as target:
         for source in sources:
-            for batch in rows_that_hold(storage, source):
+            for batch in current_rows(storage, source):
                 while len(batch):
-                    if not room:
+                    if not free_rows:
                         target.close()
-                        files, room = files + 1, FILE_ROWS
+                        files, free_rows = files + 1, FILE_ROWS
                         path = target.enter_context(storage.new_file(f"manifest/{run}-all-{files:05d}.parquet"))
                         writer = target.enter_context(pyarrow.parquet.ParquetWriter(path, SCHEMA))
-                    writer.write_batch(batch.slice(0, room))
-                    room, batch = room - min(room, len(batch)), batch.slice(min(room, len(batch)))
+                    writer.write_batch(batch.slice(0, free_rows))
+                    written = min(free_rows, len(batch))
+                    free_rows, batch = free_rows - written, batch.slice(written)
     for source in sources:
         storage.delete(source.name)

@@ -1,7 +1,7 @@
-"""An output folder in an object store (S3 and what speaks like it, GCS, Azure), through pyarrow's file systems.
+"""Storage of an output folder in an object store (S3 and compatible stores, GCS, Azure), through pyarrow's file systems.
 
-An object is seen whole or not at all, and that is all an object store promises; so things of several files are done by
-their last one. Credentials come from the environment or the URL and are never shown.
+An object store only guarantees that single objects appear atomically, so the last object of a group of files marks the
+group as complete. Credentials come from the environment or the URL and are never shown.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vidgen_ray.outputs.storage import Storage, StoredFile
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 MARKER = ".complete"
-"""The last object of a folder that is published at once: the names of its files."""
+"""Last object of a folder written by `publish_folder`. Contains the names of its files."""
 BLOCK_BYTES = 8 << 20
 
 
 class ObjectStorage(Storage):
-    """`root` is a URL that `pyarrow.fs.FileSystem.from_uri` takes: s3://bucket/prefix?endpoint_override=host:port&scheme=http
+    """Storage at a URL of `pyarrow.fs.FileSystem.from_uri`: s3://bucket/prefix?endpoint_override=host:port&scheme=http
 
-    It is opened when it is first used, so that it may travel between processes.
+    The file system is opened at the first use, so that instances can be pickled.
     """
 
     local = None
@@ -50,26 +50,26 @@ class ObjectStorage(Storage):
         return f"ObjectStorage({self.url})"
 
     @cached_property
-    def _opened(self) -> tuple[pyarrow.fs.FileSystem, str]:
+    def _file_system_and_prefix(self) -> tuple[pyarrow.fs.FileSystem, str]:
         scheme = self._root.partition("://")[0].lower()
         if scheme not in SCHEMES:
-            raise SetupError(f"output folder {self.url}: must be a local path or a URL of {', '.join(SCHEMES)}")
+            raise SetupError(f"output folder {self.url}: must be a local path or a URL ({', '.join(SCHEMES)})")
         try:
             fs, base = pyarrow.fs.FileSystem.from_uri(_with_single_puts(self._root))
-        # The message of either holds the URL with all that is in it.
+        # Their messages contain the URL with its credentials.
         except (pyarrow.ArrowInvalid, OSError):
             raise SetupError(
-                f"output folder {self.url}: is no URL that pyarrow.fs.FileSystem.from_uri takes, "
-                "such as s3://bucket/prefix?region=eu-central-1; a secret with / or + in it belongs in the environment"
+                f"output folder {self.url}: not a valid URL for pyarrow.fs.FileSystem.from_uri, "
+                "such as s3://bucket/prefix?region=eu-central-1; pass secrets that contain / or + in the environment"
             ) from None
         return fs, base.rstrip("/")
 
     @property
     def _fs(self) -> pyarrow.fs.FileSystem:
-        return self._opened[0]
+        return self._file_system_and_prefix[0]
 
     def _at(self, path: str) -> str:
-        return f"{self._opened[1]}/{path}".rstrip("/")
+        return f"{self._file_system_and_prefix[1]}/{path}".rstrip("/")
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -84,27 +84,27 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
-        with self.workspace("") as work:
-            yield work / "file"
-            self._upload(work / "file", path)
+        with self.workspace("") as workspace:
+            yield workspace / "file"
+            self._upload(workspace / "file", path)
 
     @contextmanager
     def local_copy(self, path: str) -> Iterator[Path]:
-        with self.workspace("") as work:
-            self._download(path, work / "file")
-            yield work / "file"
+        with self.workspace("") as workspace:
+            self._download(path, workspace / "file")
+            yield workspace / "file"
 
     def _upload(self, file: Path, path: str) -> None:
         with file.open("rb") as source:
             self._put(source, path)
 
     def _put(self, source: IO[bytes], path: str) -> None:
-        # A stream that Ctrl-C closes leaves what was written so far as a finished object, so it is none of the main thread's.
-        # Arrow's own copy_files does not tell when an upload has failed.
+        # Upload in another thread: Ctrl-C in the main thread would close the stream and leave a truncated object as complete.
+        # Not pyarrow.fs.copy_files: it does not report failed uploads.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(self._stream_up, source, path).result()
+            thread.submit(self._write_stream, source, path).result()
 
-    def _stream_up(self, source: IO[bytes], path: str) -> None:
+    def _write_stream(self, source: IO[bytes], path: str) -> None:
         with self._fs.open_output_stream(self._at(path)) as stream:
             shutil.copyfileobj(source, stream, BLOCK_BYTES)
 
@@ -113,7 +113,7 @@ class ObjectStorage(Storage):
             shutil.copyfileobj(source, target, BLOCK_BYTES)
 
     def files(self, folder: str) -> dict[str, StoredFile]:
-        # Its time is none where a store does not tell it; then it counts as old.
+        # Some stores report no time. Such files count as old.
         return {
             info.base_name: StoredFile(info.size, (info.mtime_ns or 0) / 1e9)
             for info in self._listing(folder)
@@ -124,14 +124,14 @@ class ObjectStorage(Storage):
         return [info.base_name for info in self._listing(folder) if info.type == pyarrow.fs.FileType.Directory]
 
     def _listing(self, folder: str) -> list[pyarrow.fs.FileInfo]:
-        found: list[pyarrow.fs.FileInfo] = self._fs.get_file_info(
+        infos: list[pyarrow.fs.FileInfo] = self._fs.get_file_info(
             pyarrow.fs.FileSelector(self._at(folder), allow_not_found=True)
         )
-        return found
+        return infos
 
     def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
-        found = self.files(folder)
-        return all(name in found and found[name].bytes == size for name, size in sizes.items())
+        files = self.files(folder)
+        return all(name in files and files[name].bytes == size for name, size in sizes.items())
 
     def delete(self, path: str) -> None:
         try:
@@ -140,32 +140,32 @@ class ObjectStorage(Storage):
             return
 
     def delete_folder(self, folder: str) -> None:
-        # What makes it count goes first.
-        for last in (MARKER, "shot.json"):
-            self.delete(f"{folder}/{last}")
+        # Delete the file that marks the folder as complete first.
+        for marker in (MARKER, "shot.json"):
+            self.delete(f"{folder}/{marker}")
         try:
             self._fs.delete_dir(self._at(folder))
         except FileNotFoundError:
             return
 
     @contextmanager
-    def workspace(self, beside: str) -> Iterator[Path]:
-        # On this machine's disk, wherever it will be published.
-        work = atomic_files.temporary_folder(_workspaces())
+    def workspace(self, parent: str) -> Iterator[Path]:
+        # Always on the local disk, regardless of `parent`.
+        workspace = atomic_files.temporary_folder(_workspaces())
         try:
-            yield work
+            yield workspace
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(workspace, ignore_errors=True)
 
-    def publish(self, work: Path, folder: str, names: Sequence[str]) -> None:
+    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
         for name in names:
-            self._upload(work / name, f"{folder}/{name}")
+            self._upload(workspace / name, f"{folder}/{name}")
 
-    def publish_folder(self, work: Path, folder: str) -> None:
+    def publish_folder(self, workspace: Path, folder: str) -> None:
         if self.has_folder(folder):
             return
-        names = sorted(file.name for file in work.iterdir())
-        self.publish(work, folder, names)
+        names = sorted(file.name for file in workspace.iterdir())
+        self.publish(workspace, folder, names)
         self.write(f"{folder}/{MARKER}", "\n".join(names))
 
     def has_folder(self, folder: str) -> bool:
@@ -177,17 +177,17 @@ class ObjectStorage(Storage):
         if names is None:
             yield None
             return
-        with self.workspace("") as work:
+        with self.workspace("") as workspace:
             for name in names.decode().split("\n"):
-                # One that is lost is missed by whoever needs it, as on a disk.
+                # A lost file is left out, as on a disk. Callers check for the files that they need.
                 try:
-                    self._download(f"{folder}/{name}", work / name)
+                    self._download(f"{folder}/{name}", workspace / name)
                 except FileNotFoundError:
-                    (work / name).unlink(missing_ok=True)
-            yield work
+                    (workspace / name).unlink(missing_ok=True)
+            yield workspace
 
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
-        # An object store has no half-written objects; what is left is in the workspaces.
+        # Object stores have no partly written objects. Only local workspaces can be left over.
         return atomic_files.abandoned(_workspaces())
 
     def place(self, path: str) -> str:
@@ -199,22 +199,22 @@ def _workspaces() -> Path:
 
 
 def _with_single_puts(url: str) -> str:
-    """Small objects in one request instead of the three of a multipart upload."""
+    """Return the URL with the option that uploads small objects in one request instead of three (multipart upload)."""
     if not url.startswith("s3://") or "allow_delayed_open" in url:
         return url
     return f"{url}{'&' if '?' in url else '?'}allow_delayed_open=true"
 
 
 def without_credentials(url: str) -> str:
-    """The URL as scheme, bucket and prefix alone."""
+    """Return the scheme, bucket and prefix of a URL."""
     scheme, _, rest = url.partition("://")
     rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     bucket, slash, prefix = rest.partition("/")
     user, at, host = bucket.rpartition("@")
     if scheme.startswith("abfs") and ":" not in user:
-        # There it is a container at an account.
+        # abfs://CONTAINER@ACCOUNT: the part before the @ is no credential.
         host = f"{user}{at}{host}"
     if ":" in host:
-        # A secret with a slash in it: all before the last @ may be part of it.
+        # The secret contains a slash. Everything up to the last @ may be part of it.
         return f"{scheme}://{rest.rpartition('@')[2]}"
     return f"{scheme}://{host}{slash}{prefix}"

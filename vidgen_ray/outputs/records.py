@@ -1,4 +1,4 @@
-"""What is written down about a shot: the content of shot.json, and why a line failed."""
+"""Record types: the content of `shot.json`, the summary of a finished shot, and the reason of a failure."""
 
 from typing import NamedTuple
 
@@ -13,19 +13,22 @@ class _Record(BaseModel):
 
 
 class StepRecord(_Record):
-    """What one stage did for one shot."""
+    """One stage run of one shot."""
 
     stage: str
     key: str
+    """Content key of the step."""
     weights: tuple[str, ...]
+    """Digests of the weights used."""
     seconds: float
     gpu_seconds: float
-    """Seconds times the share of a GPU that the stage holds."""
+    """Seconds times the share of a GPU that the worker has."""
     cached: bool
+    """The result came from the stage cache."""
     recovered: str | None = None
-    """What let the step end after the GPU's memory had run out: `memory freed`, or the leaner settings it ran with."""
+    """OOM fallback that was needed: `memory freed`, or the lower-memory settings used. `None` if memory sufficed."""
     adapter_loads: int = 0
-    """LoRAs that had to be laid on the weights for it."""
+    """LoRAs that were loaded onto the weights for this step."""
 
 
 class FileRecord(_Record):
@@ -34,17 +37,17 @@ class FileRecord(_Record):
 
 
 class LikenessRecord(_Record):
-    """How much a shot with a face came to look like it, -1 to 1. None is no face found, or no clip."""
+    """Likeness of a shot to its face photo, -1 to 1. `None` if no face was found, or there is no clip."""
 
     image: float | None
     clip_mean: float | None
     clip_worst: float | None
     frames_without_face: int
-    """Of the frames of the clip that were looked at; without a clip of the one picture."""
+    """Checked frames of the clip without a face. Without a clip: 1 if the image shows no face, else 0."""
 
     @staticmethod
     def of(artefacts: Artefacts) -> "LikenessRecord | None":
-        """None where nothing was measured: the shot has no face."""
+        """Return the record, or `None` if the likeness was not measured because the shot has no face photo."""
         image, clip = artefacts.get("image_likeness"), artefacts.get("clip_likeness")
         if image is None:
             return None
@@ -61,14 +64,16 @@ class ShotRecord(_Record):
 
     key: str
     shot: Shot
-    """With the seed that was used, which is another one than the script's after further tries."""
+    """The shot with the seed that was used. After retries it differs from the seed in the script."""
     tries: int
+    """Number of the attempt that was kept, counted from 1."""
     likeness: LikenessRecord | None
     seeds: dict[str, int]
-    """The seed of each stage's noise, so that a stage can be repeated by itself."""
+    """Stage -> seed of its noise, so that a single stage can be repeated."""
     stages: tuple[StepRecord, ...]
     files: dict[str, FileRecord]
     software: dict[str, str]
+    """Package -> version."""
 
     @property
     def summary(self) -> "ShotSummary":
@@ -84,38 +89,39 @@ class ShotRecord(_Record):
 
 
 class ShotSummary(NamedTuple):
-    """What the manifest says of a shot that is done."""
+    """The parts of a finished shot's record that the manifest contains."""
 
     key: str
     seed: int | None
     likeness: dict[str, float | None] | None
-    """As LikenessRecord names them."""
+    """Fields of `LikenessRecord`."""
     sha256: dict[str, str]
-    """File name -> digest."""
+    """File name -> sha256."""
     seconds: float
-    """Of all stages together."""
+    """Seconds of all stages together."""
     gpu_seconds: float
     lora_loads: int
 
 
 class DoneShot(NamedTuple):
-    """A shot that was found done. Its record is checked when somebody asks for it: a run finds thousands of them."""
+    """A shot that was already finished. Parses its record only on request: a run may skip thousands of shots."""
 
     summary: ShotSummary
     text: bytes
     """The content of shot.json."""
 
     def record(self) -> ShotRecord:
+        """Parse and validate the record."""
         return ShotRecord.model_validate_json(self.text)
 
 
 class Failure(_Record):
-    """Why a line is not done."""
+    """Reason why a line failed."""
 
     stage: str
-    """The stage's name, or `script` for a line that was refused."""
+    """Name of the stage, or `script` for a rejected line."""
     error: str
-    """Class of the error."""
+    """Class name of the error."""
     message: str
     attempts: int
     worker: str

@@ -1,4 +1,4 @@
-"""Results of stages by content key, stored without loss, so that a change to a later stage reuses the earlier ones."""
+"""Stage cache: lossless stage results by content key. A change to a later stage reuses the results of earlier ones."""
 
 import json
 from collections.abc import Iterable
@@ -13,42 +13,42 @@ from vidgen_ray.stages.base import Artefacts, FaceFeatures, Likeness
 
 
 class StageCache:
-    """Results of stages by content key, stored without loss: pictures as PNG, frames as FFV1, faces and likenesses as JSON."""
+    """Stage results by content key: images as PNG, frames as FFV1, face features and likenesses as JSON."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     def get(self, key: str, names: Iterable[str]) -> Artefacts | None:
-        """The artefacts of these names under the key, or none.
+        """Return the artefacts of an entry, or `None` if there is no entry with all of `names`.
 
-        An entry that is damaged or lacks one of them is forgotten, so that its stage runs again.
+        An entry that is damaged or incomplete is deleted, so that its stage runs again.
         """
         with self._storage.local_folder(_entry(key)) as entry:
             if entry is None:
                 return None
             try:
-                found = _read_artefacts(entry)
+                artefacts = _read_artefacts(entry)
             except (MediaError, OSError, ValueError, KeyError):
-                found = Artefacts()
-        if set(names) <= set(found):
-            return found
+                artefacts = Artefacts()
+        if set(names) <= set(artefacts):
+            return artefacts
         self.drop([key])
         return None
 
     def has(self, key: str) -> bool:
-        """Whether there is an entry, damaged or not."""
+        """Return whether there is an entry, which may be damaged."""
         return self._storage.has_folder(_entry(key))
 
     def put(self, key: str, artefacts: Artefacts) -> None:
-        """Store an entry; where another process was faster, that entry stays."""
+        """Store an entry, unless the key already has one."""
         if self.has(key):
             return
-        with self._storage.workspace("cache") as fresh:
-            _write_artefacts(fresh, artefacts)
-            self._storage.publish_folder(fresh, _entry(key))
+        with self._storage.workspace("cache") as workspace:
+            _write_artefacts(workspace, artefacts)
+            self._storage.publish_folder(workspace, _entry(key))
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forget these entries."""
+        """Delete the entries of these keys."""
         for key in keys:
             self._storage.delete_folder(_entry(key))
 

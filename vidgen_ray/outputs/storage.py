@@ -1,7 +1,7 @@
-"""Where an output folder lies: what is done with its files, whether they are on a disk or in an object store.
+"""Storage back end of an output folder: the file operations, on a disk or in an object store.
 
-Paths are relative to the output folder, with `/` between their parts. Nothing that is half written is ever seen under its
-own name. What may be written in parts is made in a local folder first and published from there.
+Paths are relative to the output folder, with `/` as separator. Partly written files are never visible under their final
+name: files that are written in pieces are created in a local workspace and published from there.
 """
 
 from __future__ import annotations
@@ -19,99 +19,99 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class StoredFile(NamedTuple):
-    """A file as a listing shows it."""
+    """Size and time of a file in a listing."""
 
     bytes: int
     modified: float
-    """Seconds since 1970, by the storage's own clock."""
+    """Time of the last change, in seconds since 1970, by the clock of the storage."""
 
 
 class Storage(ABC):
-    """The few things that an output folder needs. All of them raise OSError where the storage fails."""
+    """File operations of an output folder. All of them raise OSError if the storage fails."""
 
     url: str
-    """The place as a person may see it: without credentials."""
+    """URL or path without credentials, for messages."""
     local: Path | None
-    """The folder, where it is one of this machine."""
+    """Path of the folder. `None` for an object store."""
 
     @abstractmethod
     def read(self, path: str) -> bytes | None:
-        """A file's content, or none where there is no such file."""
+        """Return the content of a file, or `None` if it does not exist."""
 
     @abstractmethod
     def write(self, path: str, content: str | bytes) -> None:
-        """Write a file whole or not at all."""
+        """Write a file atomically."""
 
     @abstractmethod
     def new_file(self, path: str) -> AbstractContextManager[Path]:
-        """A local file to write; at the end of the block it is `path`, whole. Nothing is left where the block raises."""
+        """Yield a local path to write to. The file is published as `path` at the end of the block, unless the block raises."""
 
     @abstractmethod
     def local_copy(self, path: str) -> AbstractContextManager[Path]:
-        """A local file with the content of `path`, which is not to be changed. Raises FileNotFoundError."""
+        """Yield a local, read-only file with the content of `path`. Raises FileNotFoundError."""
 
     @abstractmethod
     def files(self, folder: str) -> dict[str, StoredFile]:
-        """The files that lie directly in a folder; none where there is no such folder."""
+        """Return the files directly in a folder by name. Empty if the folder does not exist."""
 
     @abstractmethod
     def folders(self, folder: str) -> list[str]:
-        """The names of the folders that lie directly in a folder."""
+        """Return the names of the folders directly in a folder."""
 
     @abstractmethod
     def has(self, folder: str, sizes: Mapping[str, int]) -> bool:
-        """Whether the folder has files of these names, each of exactly so many bytes."""
+        """Return whether the folder has files of these names and sizes in bytes."""
 
     @abstractmethod
     def delete(self, path: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
 
     @abstractmethod
     def delete_folder(self, folder: str) -> None:
-        """Delete a folder with all that is in it, if it is there."""
+        """Delete a folder and its content if it exists."""
 
     @abstractmethod
-    def workspace(self, beside: str) -> AbstractContextManager[Path]:
-        """A local folder to make things in that will lie in the folder `beside`. It is gone at the end of the block."""
+    def workspace(self, parent: str) -> AbstractContextManager[Path]:
+        """Yield a temporary local folder for files to be published in `parent`. It is deleted at the end of the block."""
 
     @abstractmethod
-    def publish(self, work: Path, folder: str, names: Sequence[str]) -> None:
-        """Give finished files of a workspace their place, one after another, each of them whole."""
+    def publish(self, workspace: Path, folder: str, names: Sequence[str]) -> None:
+        """Move finished files from a workspace to `folder`, one after another. Each appears atomically."""
 
     @abstractmethod
-    def publish_folder(self, work: Path, folder: str) -> None:
-        """Give all that is in a workspace its place at once. Where the folder is there already, that one stays."""
+    def publish_folder(self, workspace: Path, folder: str) -> None:
+        """Publish the content of a workspace as `folder`, atomically. An existing folder is kept."""
 
     @abstractmethod
     def has_folder(self, folder: str) -> bool:
-        """Whether a folder was published."""
+        """Return whether a folder was published with `publish_folder`."""
 
     @abstractmethod
     def local_folder(self, folder: str) -> AbstractContextManager[Path | None]:
-        """A local folder with the files of one that was published, not to be changed; or none where there is none."""
+        """Yield a local, read-only folder with the files of a published folder, or `None` if it does not exist."""
 
     @abstractmethod
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
-        """What killed processes left half made directly in these folders, on this machine's disks."""
+        """Yield the temporary files and folders of killed processes that are directly in these folders."""
 
     @abstractmethod
     def place(self, path: str) -> Path | str:
-        """Where a person finds a file: a path, or a URL without credentials."""
+        """Return the location of a file, for messages: a path, or a URL without credentials."""
 
 
 def absolute(root: str | Path) -> str | Path:
-    """A URL as it is, a local path made absolute. Raises SetupError for a Path that was a URL."""
+    """Return a URL unchanged, and a local path as an absolute path. Raises SetupError for a URL in a Path."""
     if isinstance(root, str) and URL.match(root):
         return Path(root.removeprefix("file://")) if root.startswith("file://") else root
     if re.match(r"(s3|gs|gcs|abfs|file):/", str(root)):
-        raise SetupError(f"output folder {root}: a Path loses a slash of a URL; give it as text")
+        raise SetupError(f"output folder {root}: a Path cannot hold a URL; pass it as a string")
     return Path(root).absolute()
 
 
 def storage_at(root: str | Path) -> Storage:
-    """The storage of an output folder."""
+    """Return the storage of an output folder, by its path or URL."""
     from vidgen_ray.outputs.local_storage import LocalStorage
     from vidgen_ray.outputs.object_storage import ObjectStorage
 
-    place = absolute(root)
-    return LocalStorage(place) if isinstance(place, Path) else ObjectStorage(place)
+    location = absolute(root)
+    return LocalStorage(location) if isinstance(location, Path) else ObjectStorage(location)
