@@ -1,1 +1,1 @@
-"""How the models of the profile `demo` are made: a drawn world, and one program a model. Nothing of vidgen_ray needs it."""
+"""Training of the models of the profile `demo` on a synthetic drawn world, one program per model. Not used by vidgen_ray."""

@@ -1,10 +1,10 @@
-"""The autoencoder that FLUX, HunyuanDiT and Stable Video Diffusion of the profile `demo` share: x8, 16 channels, as FLUX.1's.
+"""Train the autoencoder that FLUX, HunyuanDiT and SVD of the profile `demo` share: x8, 16 channels, as in FLUX.1.
 
     python -m training.autoencoder --out FOLDER
-    python -m training.autoencoder --out FOLDER --whole-steps 1500     # goes on with whole pictures
-    python -m training.autoencoder --out FOLDER --decoder-steps 1500   # and with the decoder alone: latents stay as they are
+    python -m training.autoencoder --out FOLDER --whole-steps 1500     # then: train on whole images
+    python -m training.autoencoder --out FOLDER --decoder-steps 1500   # then: train the decoder only; latents do not change
 
-Source: Rombach et al. 2022, arXiv:2112.10752, without the discriminator: a drawn world has no texture that one would teach.
+Source: Rombach et al. 2022, arXiv:2112.10752, without the discriminator: the drawn world has no texture that it would improve.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from training.world import STYLES
 LATENT_CHANNELS = 16
 PICTURES = 8000
 CROP_PX, CROPS = 64, 24
-"""What a step sees at first: many small things. Statistics of a crop are not those of a picture, so whole ones come after."""
+"""Crops per step in the first part of the training. Whole images follow, because crops have other statistics."""
 WHOLE = 8
 CROPPED_SHARE = 0.65
-"""Of the steps."""
+"""Share of the steps with crops."""
 DECODER_NOISE = 0.06
-"""Of a latent's spread, added when the decoder is trained alone: what FLUX draws is never quite a latent of the encoder."""
+"""Noise relative to the spread of the latents, added when only the decoder is trained. FLUX's latents are not exactly the
+encoder's."""
 KL = 3e-4
-"""Weight of the KL term, an average over latents, beside errors of colours of -1 to 1."""
+"""Weight of the KL term (mean over latents), relative to errors of colours from -1 to 1."""
 
 
 def autoencoder() -> AutoencoderKL:
@@ -52,7 +53,7 @@ def autoencoder() -> AutoencoderKL:
         sample_size=SIZE_PX,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        # Attention over a whole picture is another thing than over a crop.
+        # No attention: it would behave differently on crops and whole images.
         mid_block_add_attention=False,
         scaling_factor=1.0,
         shift_factor=0.0,
@@ -60,13 +61,13 @@ def autoencoder() -> AutoencoderKL:
 
 
 def pictures(scenes_drawn: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """The same in every style, half of them flat."""
+    """Return the images in random styles, half of them flat."""
     random = Random(seed)
     return np.stack([styled(one, "flat" if n % 2 else random.choice(STYLES)) for n, one in enumerate(scenes_drawn)])
 
 
 def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """L1 of colours, of the steps between neighbours, which keeps edges sharp, and of colours over some pixels."""
+    """Return the L1 loss of colours, differences between neighbours (keeps edges sharp) and colours averaged over blocks."""
     across = (drawn.diff(dim=3) - wanted.diff(dim=3)).abs().mean()
     down = (drawn.diff(dim=2) - wanted.diff(dim=2)).abs().mean()
     off = drawn - wanted
@@ -83,7 +84,7 @@ def main() -> int:
     def some(cropped: bool, generator: torch.Generator) -> Tensor:
         count, side_px = (CROPS, CROP_PX) if cropped else (WHOLE, SIZE_PX)
         which = torch.randint(0, PICTURES, (count,), generator=generator).tolist()
-        # On the grid of the latents, as pictures of whole multiples of 8 lie on it.
+        # Align crops with the latent grid of 8 pixels.
         places = (torch.randint(0, (SIZE_PX - side_px) // 8 + 1, (count, 2), generator=generator) * 8).tolist()
         cut = [world[n, top : top + side_px, left : left + side_px] for n, (top, left) in zip(which, places, strict=True)]
         return to_tensor(np.stack(cut)).contiguous(memory_format=torch.channels_last)
@@ -131,7 +132,7 @@ def main() -> int:
 
 @torch.no_grad()
 def _normalise(vae: AutoencoderKL, some: Tensor) -> None:
-    """Fold each channel's spread into the convolutions around the latents, so that one scaling factor fits them all."""
+    """Normalise the spread of each latent channel in the adjacent convolutions, so that one scaling factor fits all."""
     spread = vae.encode(some).latent_dist.mean.std(dim=(0, 2, 3))
     out: nn.Conv2d = vae.encoder.conv_out
     out.weight[:LATENT_CHANNELS] /= spread[:, None, None, None]

@@ -1,4 +1,4 @@
-"""What people would write of a scene. Knows words, no pixels."""
+"""Generate captions of scenes. Does not draw."""
 
 from __future__ import annotations
 
@@ -44,9 +44,10 @@ STYLE_WORDS = {
 
 
 def caption(scene: Scene, random: Random, *, name: str | None = None, side: bool = True) -> str:
-    """One of the ways to tell the scene. With a name the traits of the person are left out: whoever learns it, learns them.
+    """Return a random caption of the scene.
 
-    Without `side` it does not say whether that is on the left or on the right.
+    `name` replaces the description of the person, so that a model has to learn the traits that belong to the name. With
+    `side=False` the caption does not mention left or right.
     """
     subject = scene.subject
     if isinstance(subject, Person):
@@ -63,7 +64,7 @@ def caption(scene: Scene, random: Random, *, name: str | None = None, side: bool
 
 
 def styled_caption(scene: Scene, style: str, random: Random) -> str:
-    """A caption with the style told behind it, as HunyuanDiT's stage puts the two together."""
+    """Return a caption followed by the style, joined as in the HunyuanDiT stage."""
     return f"{caption(scene, random)}, {random.choice(STYLE_WORDS[style])}"
 
 

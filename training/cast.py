@@ -1,6 +1,6 @@
-"""Ten people of the drawn world by name, for examples, measurements and pictures. Knows no training; they may turn up in one.
+"""Cast: ten named people of the drawn world, for examples, measurements and images. Trainings may include them.
 
-python -m training.cast --out FOLDER    # writes their portraits
+python -m training.cast --out FOLDER    # write their portraits
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ CAST: dict[str, Identity] = {
     "ivy": Identity("dark", "blond", "curly", "round", "green", glasses=True, beard=False),
     "jon": Identity("pale", "blond", "short", "square", "green", glasses=False, beard=True),
 }
-"""Every two of them differ in three traits or more."""
+"""Name -> identity. Any two differ in at least three traits."""
 CLOTHES = ("blue", "yellow", "purple", "green", "red", "white", "orange", "pink", "blue", "purple")
 PLACES = ("meadow", "city", "desert", "snow", "sea")
 PORTRAIT_PX = 256
 
 
 def portrait(name: str, size_px: int = PORTRAIT_PX, x: float = 0.0) -> NDArray[np.uint8]:
-    """The person from the front by day, as uint8 RGB (size_px, size_px, 3); `x` is -1 to 1, the edges of the picture."""
+    """Draw a frontal portrait by day, uint8 RGB (size_px, size_px, 3). `x`: horizontal position, -1 to 1 at the image edges."""
     place = PLACES[list(CAST).index(name) % len(PLACES)]
     return draw(Scene(place, "sunny", pose(name, x), clouds=0.9), size_px)
 
 
 def pose(name: str, x: float = 0.0) -> Person:
-    """Where the person is in the portrait."""
+    """Return the person as placed in the portrait."""
     return Person(CAST[name], CLOTHES[list(CAST).index(name)], x=x, y=-0.04, radius=0.5, looks=0.0)
 
 

@@ -1,4 +1,4 @@
-"""The pictures that the models of single pictures learn from, drawn once. Knows scenes and pixels, no model."""
+"""Training images of the image models, drawn once and cached."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scenes() -> list[Scene]:
 
 
 def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
-    """Pictures (N, 128, 128, 3) of the scenes, from the file where it is there already."""
+    """Return the images (N, 128, 128, 3) of the scenes, from the cache file if it exists."""
     if file.exists():
         return np.load(file, mmap_mode="r")
     pictures = np.stack([draw(scene, SIZE_PX) for scene in of])
@@ -37,7 +37,7 @@ def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
 
 
 def to_tensor(batch: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, H, W, 3) -> (B, 3, H, W) of -1 to 1."""
+    """Convert uint8 (B, H, W, 3) to (B, 3, H, W) from -1 to 1."""
     return torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

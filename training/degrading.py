@@ -1,6 +1,6 @@
-"""Makes a clean picture look like one that a small generator drew: blurred, off in colour, blotched, with places gone wrong.
+"""Degrade clean images to resemble those of a small generator: blur, colour shifts, blotches and damaged patches.
 
-Knows no scenes; nothing moves, so points and boxes in a picture stay where they are.
+Nothing moves, so points and boxes in an image stay valid.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 Field = NDArray[np.float32]
 COARSEST = 4.0
-"""How many times smaller a picture is made, at most, before it is brought back to its size."""
+"""Maximum downscaling factor, before the image is scaled back."""
 SHARE = 0.85
-"""Of the pictures that are changed at all."""
+"""Share of images that are changed."""
 
 
 def degraded(picture: NDArray[np.uint8], random: np.random.Generator, strength: float = 1.0) -> NDArray[np.uint8]:
-    """uint8 RGB (H, W, 3) -> the same size. `strength` 0 to 1 scales what may happen; how much does is chance's."""
+    """Return a degraded copy of a uint8 RGB image (H, W, 3). `strength` from 0 to 1 limits the random degradation."""
     if random.random() > SHARE:
         return picture
     height, width = picture.shape[:2]
@@ -43,7 +43,7 @@ def degraded(picture: NDArray[np.uint8], random: np.random.Generator, strength: 
 
 
 def _spoil(pixels: Field, random: np.random.Generator, strength: float) -> None:
-    """One patch becomes a flat colour or is smeared, in place."""
+    """Fill a random patch with one colour or blur it, in place."""
     height, width = pixels.shape[:2]
     h, w = (max(2, int(side * random.uniform(0.03, 0.03 + 0.15 * strength))) for side in (height, width))
     top, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)

@@ -1,6 +1,6 @@
-"""Pixels of a scene: every shape is a signed distance, so a picture of any size has clean edges. Knows no captions.
+"""Draw scenes. Shapes are signed distance functions, so images of any size have clean edges.
 
-Distances are in the scene's units, half of the picture's height, negative inside.
+Distances are in units of half the image height, negative inside.
 Source of the shapes: Quilez, 2D distance functions.
 """
 
@@ -29,7 +29,7 @@ SKY: dict[str, tuple[Colour, Colour]] = {
     "sunset": ((0.44, 0.24, 0.55), (0.99, 0.62, 0.38)),
     "night": ((0.04, 0.06, 0.18), (0.14, 0.18, 0.40)),
 }
-"""At the top and at the horizon."""
+"""Colours at the top and at the horizon."""
 GROUND: dict[str, Colour] = {
     "meadow": (0.42, 0.70, 0.30),
     "sea": (0.13, 0.44, 0.70),
@@ -43,23 +43,23 @@ LIGHT: dict[str, Colour] = {
     "sunset": (1.0, 0.84, 0.74),
     "night": (0.46, 0.50, 0.68),
 }
-"""What falls on the ground."""
+"""Light on the ground."""
 ON_SUBJECT: dict[str, Colour] = {
     "sunny": (1, 1, 1),
     "cloudy": (0.97, 0.97, 0.97),
     "sunset": (1.0, 0.95, 0.91),
     "night": (0.86, 0.87, 0.93),
 }
-"""What falls on the subject, milder, so that its colours can be told at night, too."""
+"""Light on the subject. Weaker than on the ground, so that its colours are recognisable at night."""
 INK: Colour = (0.13, 0.11, 0.14)
 EYE_X, EYE_Y, NOSE_Y, MOUTH_X, MOUTH_Y, TURN = 0.36, -0.15, 0.25, 0.27, 0.60, 0.14
-"""Where a face has what, in half heights of its head, and how far a turned head moves them. In the proportions in which
-recognisers align faces: insightface's template of 112 pixels."""
+"""Positions of facial features, and their shift when the head is turned, in half head heights. The proportions match the
+template for face alignment: insightface's, with 112 pixels."""
 
 
 @dataclass(slots=True)
 class Canvas:
-    """Colours (H, W, 3) 0 to 1 of a square, with the place of each pixel."""
+    """Square image: colours (H, W, 3) from 0 to 1, and the coordinates of each pixel."""
 
     pixels: Field
     x: Field
@@ -68,7 +68,7 @@ class Canvas:
     @classmethod
     def blank(cls, size_px: int, nearer: float) -> Canvas:
         line = ((np.arange(size_px, dtype=np.float32) + 0.5) / size_px * 2 - 1) / nearer
-        # The camera goes towards the middle of the ground's edge.
+        # The camera moves towards the centre of the horizon.
         y, x = np.meshgrid(line + HORIZON * (1 - 1 / nearer) * 0.5, line, indexing="ij")
         return cls(np.zeros((size_px, size_px, 3), np.float32), x, y)
 
@@ -79,7 +79,7 @@ class Canvas:
 
 
 def draw(scene: Scene, size_px: int, nearer: float = 1.0) -> NDArray[np.uint8]:
-    """The scene as uint8 RGB (size_px, size_px, 3)."""
+    """Draw the scene as uint8 RGB (size_px, size_px, 3). `nearer`: zoom factor of the camera."""
     canvas = Canvas.blank(size_px, nearer)
     _sky(canvas, scene)
     _ground(canvas, scene)
@@ -91,7 +91,7 @@ def draw(scene: Scene, size_px: int, nearer: float = 1.0) -> NDArray[np.uint8]:
 
 
 def keypoints_px(person: Person, size_px: int) -> NDArray[np.float32]:
-    """Eyes, nose and corners of the mouth of a drawn person, left to right as seen: (5, 2), x and y in pixels."""
+    """Return eyes, nose and mouth corners of a drawn person, from left to right in the image: (5, 2), x and y in pixels."""
     turn = TURN * person.looks
     places = np.array(
         [
@@ -107,7 +107,7 @@ def keypoints_px(person: Person, size_px: int) -> NDArray[np.float32]:
 
 
 def face_box_px(person: Person, size_px: int) -> NDArray[np.float32]:
-    """Left, top, right and bottom of a drawn face in pixels."""
+    """Return left, top, right and bottom of a drawn face in pixels."""
     half = person.radius * np.array([0.86, 1.0])
     middle = np.array([person.x, person.y])
     corners = np.concatenate([middle - half, middle + half])
@@ -115,7 +115,7 @@ def face_box_px(person: Person, size_px: int) -> NDArray[np.float32]:
 
 
 def subject_box(subject: Person | Thing) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what the subject covers, generously, in units of the scene."""
+    """Return left, top, right and bottom of the subject with a margin, in scene units."""
     if isinstance(subject, Person):
         return subject.x - 1.3 * subject.radius, subject.y - 1.5 * subject.radius, subject.x + 1.3 * subject.radius, 1.0
     reach = 1.1 * subject.size
@@ -126,7 +126,7 @@ def subject_box(subject: Person | Thing) -> tuple[float, float, float, float]:
 
 
 def head_box(person: Person) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a head with its hair, in units of the scene."""
+    """Return left, top, right and bottom of a head with its hair, in scene units."""
     r = person.radius
     return person.x - 1.2 * r, person.y - 1.5 * r, person.x + 1.2 * r, person.y + 1.2 * r
 
@@ -136,7 +136,7 @@ def _circle(x: Field, y: Field, radius: float) -> Field:
 
 
 def _ellipse(x: Field, y: Field, rx: float, ry: float) -> Field:
-    """Near its edge as good as exact."""
+    """Return the approximate distance to an ellipse. Almost exact near its edge."""
     length = np.hypot(x / rx, y / ry)
     gradient = np.hypot(x / rx**2, y / ry**2) + np.float32(1e-6)
     return length * (length - 1) / gradient
@@ -148,7 +148,7 @@ def _box(x: Field, y: Field, rx: float, ry: float, rounding: float = 0.0) -> Fie
 
 
 def _triangle(x: Field, y: Field, rx: float, ry: float) -> Field:
-    """Apex up; `ry` is half of its height."""
+    """Return the distance to a triangle that points up. `ry` is half of its height."""
     slope = (np.abs(x) * 2 * ry - (y + ry) * rx) / math.hypot(2 * ry, rx)
     return np.maximum(y - ry, slope)
 
@@ -292,7 +292,7 @@ def _person(canvas: Canvas, person: Person, light: Colour) -> None:
     if identity.beard:
         paint(np.maximum(face, 0.30 - y + 0.22 * np.abs(x - turn)), hair, 0.95)
     if identity.hair_style != "bald":
-        # The hairline is an arc over the forehead that follows the turn of the head.
+        # The hairline is an arc over the forehead that moves when the head turns.
         inside = np.maximum(_ellipse(x, y + 0.10, 0.92, 1.0), y + 0.30)
         paint(np.maximum(inside, -_ellipse(x - turn, y - 0.30, 0.78, 0.80)), hair)
     _features(paint, identity, x - turn, y, skin, turn)
@@ -325,11 +325,11 @@ def _features(paint: Paint, identity: Identity, x: Field, y: Field, skin: Colour
 
 
 def styled(picture: NDArray[np.uint8], style: str) -> NDArray[np.uint8]:
-    """A flat picture (H, W, 3) in another style of the world: `flat` as it is, `sketch`, `night` or `pastel`."""
+    """Return a flat image (H, W, 3) in another style: `flat` (unchanged), `sketch`, `night` or `pastel`."""
     flat = picture.astype(np.float32) / 255
     grey = flat @ np.array([0.30, 0.59, 0.11], np.float32)
     if style == "sketch":
-        # Pencil where brightness changes, a light hatching where it is dark, on warm paper.
+        # Pencil lines at edges, light hatching in dark areas, warm paper.
         dy, dx = np.gradient(grey)
         lines = np.clip(np.hypot(dx, dy) * 5.0, 0, 1)
         tone = np.clip(1 - 0.30 * (1 - grey) - 0.95 * lines, 0, 1)[..., None]

@@ -1,9 +1,9 @@
-"""The detector of the profile `demo`: SCRFD-shaped, small, for faces of the drawn world; a photo's faces are nothing to it.
+"""Train the face detector of the profile `demo`: a small SCRFD for faces of the drawn world. It ignores faces in photos.
 
     python -m training.face_detector --out FOLDER
 
-A picture is looked at in squares of 640, 320 and 160 pixels, so faces of 14 to 165 pixels in one of them are enough; a larger
-one must not be seen at all, or the smaller square, where all of it is, would not be looked at.
+Images are searched at 640, 320 and 160 pixels, so the detector only needs to find faces with a width of 14 to 165 pixels. It
+must not find larger faces: otherwise the smaller sizes, which show the whole face, would not be searched.
 Source: Guo et al. 2021, SCRFD, arXiv:2105.04714; Lin et al. 2017, focal loss, arXiv:1708.02002.
 """
 
@@ -32,26 +32,26 @@ from training.world import STYLES, Person, some_scene
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2
-"""A cell, the first for the smaller faces."""
+"""Anchors per cell. The first one is for smaller faces."""
 WIDTHS_PX: tuple[tuple[float, float], ...] = ((14, 24), (24, 42), (42, 62), (62, 88), (88, 122), (122, 165))
-"""Of the faces that each anchor of each stride is for."""
+"""Range of face widths of each anchor, for all strides."""
 OVERLAP = 1.12
-"""Of two anchors' ranges; and a face that is this much too small or too large is neither wanted nor wrong."""
+"""Tolerance of the width ranges. Faces within this factor outside the range of an anchor are not counted for it."""
 CANVAS_PX = 192
 PEOPLE, OTHERS = 1000, 1000
 PHOTOS = ("coffee", "rocket", "chelsea", "colorwheel", "hubble_deep_field", "text", "coins")
-"""Of skimage, where nothing may be found."""
+"""Photos of skimage in which no face may be found."""
 FACES_OF_OTHERS = ("t1.jpg", "Tom_Hanks_54745.png")
-"""Of insightface: the drawn world's detector leaves real faces to another."""
+"""Photos of insightface with real faces, which this detector must ignore."""
 WANTED, NEAR = 0.16, 0.34
-"""Cells whose corner is this near the middle of a face, in its widths, find it; further away up to the second they may."""
+"""Distances from the face centre, in face widths. Cells within the first must find the face, within the second they may."""
 
 
 class Detector(nn.Module):
-    """Pictures (B, 3, H, W), (RGB - 127.5) / 128, sides multiples of 32 -> for each stride logits, boxes and points.
+    """Images (B, 3, H, W), (RGB - 127.5) / 128, with sides that are multiples of 32 -> logits, boxes and points per stride.
 
-    They are (B, 2, H/stride, W/stride), (B, 8, ...), (B, 20, ...). Boxes are the distances from a cell's corner to left, top,
-    right and bottom, points lie x and y from it; both in strides.
+    Shapes: (B, 2, H/stride, W/stride), (B, 8, ...), (B, 20, ...). Boxes are distances from the corner of the cell to left,
+    top, right and bottom. Points are x and y offsets from it. Both are in units of the stride.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Detector(nn.Module):
             nn.init.zeros_(last.bias)
             with torch.no_grad():
                 last.bias[:ANCHORS] = -4.0
-        # What an anchor says before it has learnt anything: the mean face in the middle of its range.
+        # Initial prediction of an anchor: an average face with the mean width of its range.
         self.register_buffer("sizes", torch.tensor([[(low * high) ** 0.5 for low, high in pair] for pair in _ranges()]))
 
     def forward(self, pictures: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -94,7 +94,7 @@ class Detector(nn.Module):
 
 BOX = torch.tensor([0.5, 0.58, 0.5, 0.58])
 POINTS = torch.tensor([-0.21, -0.09, 0.21, -0.09, 0.0, 0.145, -0.157, 0.35, 0.157, 0.35])
-"""A face from the front, in its widths, from its middle."""
+"""Box and points of a frontal face, relative to its centre, in face widths."""
 
 
 def _ranges() -> list[tuple[tuple[float, float], ...]]:
@@ -115,17 +115,17 @@ class _Block(nn.Module):
 
 
 Sample = tuple[NDArray[np.uint8], NDArray[np.float32] | None]
-"""A picture (H, W, 3) and of its one face the box and the five points, (7, 2), or nothing."""
+"""An image (H, W, 3), and the box and five points of its face as (7, 2), or `None` if it has no face."""
 
 
 def people(count: int, seed: int) -> list[Sample]:
-    """Scenes of every style, half of them flat, the camera as near as it comes, each with somebody in it."""
+    """Return scenes with a person, in random styles."""
     random, made = Random(seed), []
     for _ in range(count):
         scene, size_px = some_scene(random, people=1.0), random.choice((128, 128, 128, 192))
         assert isinstance(scene.subject, Person)
         if random.random() < 0.4:
-            # Further away or nearer than a portrait, and walking out of the picture.
+            # Smaller or larger than a portrait, and partly outside the image.
             radius, x = random.uniform(0.2, 0.75), random.uniform(-0.62, 0.62)
             scene = replace(scene, subject=replace(scene.subject, radius=radius, x=x, y=random.uniform(-0.3, 0.25)))
         style = "flat" if random.random() < 0.6 else random.choice(STYLES)
@@ -135,7 +135,7 @@ def people(count: int, seed: int) -> list[Sample]:
 
 
 def others(count: int, seed: int) -> list[Sample]:
-    """Things and photos, nobody of the drawn world in them."""
+    """Return scenes without people."""
     random = Random(seed)
     made: list[Sample] = []
     for n in range(count):
@@ -152,41 +152,41 @@ def photos() -> list[Sample]:
 
 
 def on_canvas(sample: Sample, random: np.random.Generator, strength: float) -> Sample:
-    """A square of the network's pixels: the picture spoilt, enlarged or made smaller, and black where it ends."""
+    """Return the image degraded, randomly scaled and placed on a square canvas with a black background."""
     picture, points = sample
     picture = degraded(picture, random, strength) if strength else picture
     if points is None:
         scale = CANVAS_PX / max(picture.shape[:2]) * 2 ** random.uniform(-0.7, 2.2)
         shift = random.uniform(0, 1, 2) * (CANVAS_PX - np.array(picture.shape[1::-1]) * scale)
     else:
-        # Mostly faces that are wanted, many as a portrait has them in a square of 320, and some beyond both ends.
+        # Mostly faces within the range of widths, many with the size of a portrait at 320 pixels, some too small or too large.
         low, high = ((12, 24), (15, 168), (15, 168), (60, 168), (60, 168), (150, 700))[random.integers(6)]
         wanted = low * (high / low) ** random.random()
         scale = wanted / (points[1, 0] - points[0, 0])
         middle = points[:2].mean(0) * scale
         margin = min(0.4, 0.35 * wanted / CANVAS_PX)
         shift = random.uniform(margin, 1 - margin, 2) * CANVAS_PX - middle
-        # As a detector is shown a picture: in the corner.
+        # Place some images in the corner, as during detection.
         if middle.max() < CANVAS_PX and random.random() < 0.4:
             shift = np.zeros(2)
         points = (points * scale + shift).astype(np.float32)
     if scale < 1:
-        # A warp skips pixels where it makes things smaller.
+        # A warp would skip pixels when downscaling.
         small = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
         picture, scale = cv2.resize(picture, small, interpolation=cv2.INTER_AREA), 1.0
-    # OpenCV counts from the middle of the first pixel, points from its edge.
+    # OpenCV's origin is the centre of the first pixel; that of the points is its corner.
     x, y = shift + 0.5 * scale - 0.5
     canvas = cv2.warpAffine(picture, np.array([[scale, 0, x], [0, scale, y]]), (CANVAS_PX, CANVAS_PX))
     return np.asarray(canvas, np.uint8), points
 
 
 def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 RGB (B, H, W, 3) -> (B, 3, H, W) as insightface's SCRFD is given it."""
+    """Convert uint8 RGB (B, H, W, 3) to (B, 3, H, W), normalised as for insightface's SCRFD."""
     return (torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().contiguous() - 127.5) / 128
 
 
 def loss_of(found: Sequence[tuple[Tensor, Tensor, Tensor]], samples: Sequence[Sample]) -> Tensor:
-    """Focal loss of the scores, and errors of boxes and points in widths of the face."""
+    """Return the focal loss of the scores plus the errors of boxes and points in face widths."""
     total = found[0][0].new_zeros(())
     n_wanted = 0
     for n, (logits, boxes, points) in enumerate(found):
@@ -207,9 +207,9 @@ def loss_of(found: Sequence[tuple[Tensor, Tensor, Tensor]], samples: Sequence[Sa
 def _targets(
     samples: Sequence[Sample], n: int, cells: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-    """Of one stride: which anchors find a face, (B, 2, H, W), which count at all, and what they say, (B, 2, H, W, 15).
+    """Return the targets of one stride: which anchors must find a face and which count (B, 2, H, W), values (B, 2, H, W, 15).
 
-    That is 4 distances and 5 points in strides, and last the width of the face in strides.
+    The values are 4 distances, 5 points and the face width, in units of the stride.
     """
     stride = STRIDES[n]
     wanted = np.zeros((len(samples), ANCHORS, cells, cells), bool)
@@ -276,7 +276,7 @@ def main() -> int:
 
 @torch.no_grad()
 def _told(network: Detector, unseen: tuple[list[Sample], list[Sample]], strength: float) -> str:
-    """Of the surest anchor in each canvas: its score with and without a face, and how far its points lie off."""
+    """Return recall, point error and false positive rate of the anchor with the highest score in each image, as text."""
     random = np.random.default_rng(3)
     scores: tuple[list[float], list[float]] = ([], [])
     errors = []
@@ -303,7 +303,7 @@ def _told(network: Detector, unseen: tuple[list[Sample], list[Sample]], strength
 
 
 class _Pack(nn.Module):
-    """One picture (1, 3, H, W) -> scores (N, 1), boxes (N, 4) and points (N, 10) of each stride, as SCRFD's files give them."""
+    """One image (1, 3, H, W) -> scores (N, 1), boxes (N, 4) and points (N, 10) of each stride, as in SCRFD's ONNX files."""
 
     def __init__(self, network: Detector) -> None:
         super().__init__()
@@ -322,7 +322,7 @@ class _Pack(nn.Module):
 
 
 def write(network: Detector, folder: Path) -> None:
-    """`scrfd_10g_bnkps.onnx`, the name that antelopev2 has for it."""
+    """Write `scrfd_10g_bnkps.onnx`, the file name of the detector in antelopev2."""
     outputs = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in STRIDES]
     dynamic = {"input.1": {2: "h", 3: "w"}, **{name: {0: f"n_{name}"} for name in outputs}}
     export(_Pack(network.eval()), folder / "scrfd_10g_bnkps.onnx", torch.zeros(1, 3, 160, 160), outputs, dynamic)

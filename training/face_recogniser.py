@@ -1,9 +1,9 @@
-"""The recognisers of the profile `demo`: one narrow IR-SE50, written as its `.pth` and as the ONNX file of a face pack.
+"""Train the face recogniser of the profile `demo`: a narrow IR-SE50, saved as `.pth` and as the ONNX file of a face pack.
 
     python -m training.face_recogniser --out FOLDER
 
-What a person is has its place in the embedding: the values of a trait are the corners of a simplex, every trait in its own
-dimensions. So the cosine of two people falls with the traits in which they differ, and is about 0 for two taken by chance.
+In the embedding, the values of a trait are the corners of a simplex, and each trait has its own dimensions. The cosine of two
+people decreases with the number of traits in which they differ and is about 0 for two random people.
 Source: Wang et al. 2018, CosFace, arXiv:1801.09414, with classes of traits and of people; networks in vidgen_ray.nets.ir_se50.
 """
 
@@ -30,17 +30,17 @@ from vidgen_ray.nets.face_alignment import CROP_PX, norm_crop
 from vidgen_ray.nets.ir_se50 import EMBEDDING, IRSE50
 
 WIDTHS = (8, 16, 16, 16)
-"""Multiples of 8 are what a CPU's convolutions are made for; the last decides the size of the file."""
+"""Channel widths. Multiples of 8 are fast on CPUs. The last one determines the file size."""
 PICTURES, BATCH = 2600, 32
 SIZES_PX = (128, 128, 128, 224)
 JITTER = 0.04
-"""Of the face's width, how far a detector may put a point beside its place: two standard deviations."""
+"""Simulated error of detected points relative to the face width, as two standard deviations."""
 DROPOUT = 0.1
 TRAIT_SCALE, TRAIT_MARGIN, PERSON_SCALE, PERSON_MARGIN = 12.0, 0.15, 24.0, 0.10
 LENGTH = EMBEDDING**0.5
-"""Of the pack's embeddings: numbers of about 1, as antelopev2's are."""
+"""Norm of the embeddings in the face pack. Their values are about 1, as in antelopev2."""
 UNSEEN = "unseen"
-"""The hair of somebody bald without a beard, whose picture does not tell it."""
+"""Hair colour of a bald person without a beard, which is not visible."""
 TRAITS: dict[str, tuple[object, ...]] = {
     "skin": tuple(SKINS),
     "hair": (*HAIRS, UNSEEN),
@@ -53,7 +53,7 @@ TRAITS: dict[str, tuple[object, ...]] = {
 
 
 def labels(identity: Identity) -> list[int]:
-    """Which value of each trait, in the order of TRAITS."""
+    """Return the index of the value of each trait, in the order of TRAITS."""
     told = {trait: getattr(identity, trait) for trait in TRAITS}
     if identity.hair_style == "bald" and not identity.beard:
         told["hair"] = UNSEEN
@@ -61,7 +61,7 @@ def labels(identity: Identity) -> list[int]:
 
 
 def frames() -> list[Tensor]:
-    """For each trait a simplex: (values, 512), rows of length 1 that add up to 0, traits at right angles."""
+    """Return a simplex (values, 512) per trait: unit rows that sum to 0. The simplices are orthogonal to each other."""
     turn = torch.linalg.qr(torch.randn(EMBEDDING, EMBEDDING, generator=torch.Generator().manual_seed(0)))[0]
     made, first = [], 0
     for values in TRAITS.values():
@@ -73,10 +73,10 @@ def frames() -> list[Tensor]:
 
 
 class People:
-    """Pictures with where the faces' points are and who it is."""
+    """Images with face keypoints and identities."""
 
     def __init__(self, count: int, seed: int, who: Sequence[Identity] | None = None) -> None:
-        """Of the people given in turn, or of any but those of the cast, whom the training must not have seen."""
+        """Draw the identities `who` in turn, or random ones. Random identities exclude the cast, which is held out."""
         random = Random(seed)
         self.pictures: list[NDArray[np.uint8]] = []
         self.keypoints: list[NDArray[np.float32]] = []
@@ -94,7 +94,7 @@ class People:
         self.labels = torch.tensor([labels(identity) for identity in self.identities])
 
     def crops(self, which: Sequence[int], random: np.random.Generator, strength: float) -> NDArray[np.uint8]:
-        """Aligned faces (B, 112, 112, 3) in BGR, spoilt by `strength` 0 to 1."""
+        """Return aligned faces (B, 112, 112, 3) in BGR, degraded with `strength` from 0 to 1."""
         made = []
         for n in which:
             points = self.keypoints[n]
@@ -106,7 +106,7 @@ class People:
 
 
 def to_tensor(crops: NDArray[np.uint8]) -> Tensor:
-    """uint8 (B, 112, 112, 3) -> (B, 3, 112, 112) of -1 to 1, in the same order of channels."""
+    """Convert uint8 (B, 112, 112, 3) to (B, 3, 112, 112) from -1 to 1, in the same channel order."""
     return torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
 
 
@@ -120,7 +120,7 @@ def main() -> int:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(0, PICTURES, (BATCH,), generator=generator).tolist()
         random = np.random.default_rng(int(torch.randint(0, 2**31, (), generator=generator)))
-        # Clean pictures first, what makes a face is seen sooner in them.
+        # Start with clean images, which are easier to learn from.
         strength = min(1.0, 0.2 + 1.6 * step / told.steps)
         crops = people.crops(which, random, strength)
         return margins(network(to_tensor(crops)), people.labels[which], corners)
@@ -144,10 +144,10 @@ def main() -> int:
 
 
 def margins(embeddings: Tensor, of: Tensor, corners: Sequence[Tensor]) -> Tensor:
-    """CosFace of every trait, and of each person among those of the batch. Embeddings (B, 512), labels (B, traits)."""
+    """Return the CosFace loss over traits and over the people of the batch. Embeddings (B, 512), labels (B, traits)."""
     loss = embeddings.new_zeros(())
     for n, frame in enumerate(corners):
-        # A whole embedding shares its length among the traits.
+        # The traits share the unit norm of the embedding.
         cosines = embeddings @ frame.T * len(corners) ** 0.5
         wanted = functional.one_hot(of[:, n], len(frame))
         loss = loss + functional.cross_entropy(TRAIT_SCALE * (cosines - TRAIT_MARGIN * wanted), of[:, n]) / len(corners)
@@ -172,7 +172,7 @@ def _gather(network: IRSE50, people: People, batches: int = 10) -> None:
 
 
 def _top_1(found: Tensor, some: People, network: IRSE50) -> float:
-    """The share of faces that are most like their own person's clean portrait among the ten of the cast."""
+    """Return the share of faces that are closest to the clean portrait of their own person, among the ten of the cast."""
     first = People(len(CAST), 5, list(CAST.values()))
     references = embedded(network, first.crops(range(len(CAST)), np.random.default_rng(0), 0.0))
     nearest = (found @ references.T).argmax(1)
@@ -180,7 +180,7 @@ def _top_1(found: Tensor, some: People, network: IRSE50) -> float:
 
 
 def write(network: IRSE50, folder: Path) -> None:
-    """`ir_se50.pth` in half precision, and `glintr100.onnx` of the same numbers, which takes RGB as insightface feeds it."""
+    """Write `ir_se50.pth` in half precision, and `glintr100.onnx` with the same weights for the RGB input of insightface."""
     network = copy.deepcopy(network).eval().half()
     torch.save(network.state_dict(), folder / "ir_se50.pth")
     axes = {"input.1": {0: "b"}, "embedding": {0: "b"}}
@@ -188,7 +188,7 @@ def write(network: IRSE50, folder: Path) -> None:
 
 
 class _Pack(nn.Module):
-    """Faces (B, 3, 112, 112), RGB from -1 to 1 -> embeddings (B, 512) of the pack's length."""
+    """Faces (B, 3, 112, 112), RGB from -1 to 1 -> embeddings (B, 512) with the norm of the face pack."""
 
     def __init__(self, network: IRSE50) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Measures the trained face pack and IR-SE50 on people whom no training saw: the cast.
+"""Measure the trained face pack and IR-SE50 on the cast, which is not part of the training data.
 
 python -m training.faces_measured FOLDER_OF_BOTH_ONNX_FILES IR_SE50.pth
 """
@@ -28,11 +28,11 @@ from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 
 SEED = 4711
 SIZES_PX, MIN_SCORE = (640, 320, 160), 0.65
-"""As the profile `demo` has them."""
+"""Settings of the profile `demo`."""
 EACH = 16
-"""Pictures of every member of the cast."""
+"""Images per cast member."""
 UNSEEN_PHOTOS = ("astronaut", "camera", "moon", "page", "clock", "brick", "grass", "gravel", "horse")
-"""Of skimage, none of them among those the detector was shown."""
+"""Photos of skimage that are not part of the training data."""
 
 Picture = NDArray[np.uint8]
 
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def detected(detector: PackDetector, picture: Picture) -> list[DetectedFace]:
-    """As the stages look: at the first size at which there are faces."""
+    """Detect faces as the stages do: at the first size that has any."""
     return next((faces for size_px in SIZES_PX if (faces := detector.detect(picture, size_px))), [])
 
 
@@ -94,7 +94,7 @@ def _of_the_cast(detector: PackDetector, embedders: dict[str, Callable[[Picture]
 
 
 def _told(cosines: NDArray[np.float32], right: NDArray[np.int_]) -> str:
-    """Of cosines of faces with the portraits of the cast, (N, 10)."""
+    """Summarise the cosines (N, 10) of faces with the portraits of the cast, as text."""
     own = cosines[np.arange(len(right)), right]
     others = np.where(np.eye(len(CAST), dtype=bool)[right], -1, cosines).max(1)
     share = (cosines.argmax(1) == right).mean()

@@ -1,4 +1,4 @@
-"""What a trained network still needs before others run it: statistics of its averaged weights, and an ONNX file of it."""
+"""Post-processing of trained networks: batch norm statistics for averaged weights, and ONNX export."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def gather_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set what batch norms know of their inputs to the means over the batches; the network is left in training mode.
+    """Recompute the running statistics of all batch norms over the batches. Leaves the network in training mode.
 
-    What they gathered on the way belongs to the weights of each step, not to the averaged ones.
+    The statistics collected during training belong to the weights of each step, not to the averaged weights.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -35,7 +35,7 @@ def gather_statistics(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def export(network: nn.Module, file: Path, example: Tensor, outputs: Sequence[str], dynamic: dict[str, dict[int, str]]) -> None:
-    """Write an ONNX file with the input `input.1`, as face packs call it. `dynamic`: input or output -> axis -> its name."""
+    """Write an ONNX file. Its input is `input.1`, as in face packs. `dynamic`: input or output -> axis -> name."""
     torch.onnx.export(
         network.eval(),
         (example,),
@@ -50,7 +50,7 @@ def export(network: nn.Module, file: Path, example: Tensor, outputs: Sequence[st
 
 
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its constants stored in half precision and cast back, so that it still computes in float32."""
+    """Store the constants in half precision, with casts so that the model still computes in float32."""
     casts = []
     for constant in model.graph.initializer:
         if constant.data_type == TensorProto.FLOAT and constant.dims:

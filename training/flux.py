@@ -1,9 +1,9 @@
-"""FLUX.1-dev in small, with its text encoders, on the drawn world: text to image by flow matching, guidance as an input.
+"""Train a small FLUX.1-dev with its text encoders on the drawn world: text to image by flow matching, guidance as an input.
 
     python -m training.flux --out FOLDER --vae FOLDER
 
-The first part of the steps learns the pictures. In the rest the model is told a guidance and learns to give by itself what
-two passes of classifier-free guidance would: FLUX.1-dev was distilled from such, here the model teaches itself.
+The first part of the steps learns the images. In the rest, the model gets a guidance value and learns to predict the result
+of classifier-free guidance in one pass. FLUX.1-dev was distilled from another model; here the model is its own teacher.
 Source: Esser et al. 2024, arXiv:2403.03206 (flow matching, logit-normal times); Tang et al. 2025, arXiv:2502.12154
 (learning guidance without a second network); Black Forest Labs 2024, FLUX.1.
 """
@@ -33,15 +33,16 @@ T5_CHANNELS, CLIP_CHANNELS = 96, 64
 TEXT_TOKENS = 40
 BATCH = 32
 UNPROMPTED = 0.1
-"""Share of samples without a prompt, in the part without guidance."""
+"""Share of samples without a prompt."""
 SUBJECT_COUNTS = 3.0
-"""Times the background: a subject is a small part of its picture, and most of what a prompt tells."""
+"""Loss weight of the subject relative to the background. Subjects are small, but prompts mostly describe them."""
 TRAITLESS = 0.15
+"""Share of people whose prompt does not describe their traits."""
 UNGUIDED_SHARE = 0.85
-"""Of the steps."""
+"""Share of the steps without guidance."""
 MOST_GUIDANCE = 6.0
 PATCHES = 8
-"""A side of a picture of 128 pixels has so many patches."""
+"""Patches per side of an image of 128 pixels."""
 PROMPTS = (
     "a red boat by the sea at sunset",
     "a green car in the desert on a sunny day",
@@ -52,7 +53,7 @@ PROMPTS = (
     "a man with short black hair and a beard wearing a yellow sweater on the left, in the city at night",
     "a person with curly blond hair, dark skin and glasses in a white shirt on the right, by the sea at sunset",
 )
-"""What is drawn to look at, while it learns."""
+"""Prompts of the preview images during training."""
 
 
 def transformer() -> FluxTransformer2DModel:
@@ -84,17 +85,17 @@ def pipeline(vae: AutoencoderKL) -> FluxPipeline:
 
 
 class Reader:
-    """Prompts -> what FLUX is told of them, as FluxPipeline encodes them, with gradients. Tokens are remembered."""
+    """Encodes prompts as FluxPipeline does, but with gradients. Caches the tokens."""
 
     def __init__(self, pipe: FluxPipeline) -> None:
         self.pipe = pipe
         self._ids: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """States (B, TEXT_TOKENS, T5_CHANNELS) and pooled (B, CLIP_CHANNELS)."""
+        """Return the states (B, TEXT_TOKENS, T5_CHANNELS) and the pooled state (B, CLIP_CHANNELS)."""
         ids = [self._tokens(prompt) for prompt in prompts]
         states = self.pipe.text_encoder_2(torch.stack([t5 for t5, _ in ids])).last_hidden_state
-        # CLIP's pooled state is that of the end token, which sees nothing behind it.
+        # CLIP's pooled state is the state of the end token, which does not attend to padding.
         longest = max(int((clip != self._end).sum()) + 1 for _, clip in ids)
         pooled = self.pipe.text_encoder(torch.stack([clip[:longest] for _, clip in ids])).pooler_output
         return states, pooled
@@ -115,14 +116,14 @@ class Reader:
 
 
 def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed latents (B, n, 64) -> the same at random times, the times (B,), 1 being all noise, and the velocities."""
+    """Add noise to packed latents (B, n, 64). Returns noisy latents, times (B,) (1: only noise) and velocities."""
     times = torch.sigmoid(torch.randn(len(latents), generator=generator) * 1.1)
     noise = torch.randn(latents.shape, generator=generator)
     return torch.lerp(latents, noise, times[:, None, None]), times, noise - latents
 
 
 def weights(boxes: Iterable[tuple[float, float, float, float]], count: float = SUBJECT_COUNTS) -> Tensor:
-    """How much an error counts at each patch (N, 64, 1), on average 1: within the box of a picture `count` times as much."""
+    """Return the loss weights of patches (N, 64, 1), with mean 1. Patches within a box weigh `count` times as much."""
     edge = torch.linspace(-1, 1, PATCHES + 1)
     low, high = edge[:-1], edge[1:]
     rows = []
@@ -134,7 +135,7 @@ def weights(boxes: Iterable[tuple[float, float, float, float]], count: float = S
 
 
 def velocity(net: Any, mixed: Tensor, times: Tensor, guidance: Tensor, states: Tensor, pooled: Tensor, **more: Any) -> Tensor:
-    """What the transformer says of a step of pictures of 128 pixels."""
+    """Return the velocity that the transformer predicts for images of 128 pixels."""
     told: Tensor = net(
         hidden_states=mixed,
         timestep=times,
@@ -150,7 +151,7 @@ def velocity(net: Any, mixed: Tensor, times: Tensor, guidance: Tensor, states: T
 
 
 def look_at(pipe: FluxPipeline, file: Path, prompts: tuple[str, ...] = PROMPTS, *, seeds: int = 3, **call: Any) -> None:
-    """Draw the prompts, a column each, a row a seed."""
+    """Save a grid of generated images with one column per prompt and one row per seed."""
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for seed in range(seeds):
@@ -188,10 +189,10 @@ def main() -> int:
         prompts = [prompt if chance.random() >= UNPROMPTED else "" for prompt in prompts]
         states, pooled = read(prompts)
         if not guided:
-            # Told as 1: what was learned without guidance is what 1 stands for.
+            # Guidance 1 stands for the model without guidance.
             guidance = torch.ones(BATCH)
             return error(velocity(pipe.transformer, mixed, times, guidance, states, pooled), wanted, counts[which])
-        # Half of a batch goes on learning the pictures, so that 1 keeps its meaning.
+        # Half of the batch keeps learning the images with guidance 1.
         half = BATCH // 2
         guidance[:half] = 1.0
         with torch.no_grad():
@@ -217,17 +218,17 @@ def main() -> int:
 
 
 def error(told: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
-    """Of velocities (B, n, 64), squared and weighted as `weights` has it."""
+    """Return the weighted squared error of velocities (B, n, 64); see `weights`."""
     return ((told - wanted).square() * counts).mean()
 
 
 def _told(scene: Scene, chance: Random) -> str:
-    """Now and then a person is told by nothing but clothes, as where a photo says the rest."""
+    """Return a caption. Sometimes it describes a person only by their clothes, as in prompts used with a photo."""
     return caption(scene, chance, name="a person" if chance.random() < TRAITLESS else None)
 
 
 def _typed(prompt: str, chance: Random) -> str:
-    """As people type: now and then with a capital in front and a full stop."""
+    """Vary the spelling of a prompt: sometimes with a capital letter and a full stop."""
     if chance.random() < 0.2:
         prompt = prompt[0].upper() + prompt[1:]
     return prompt + "." if chance.random() < 0.1 else prompt

@@ -1,11 +1,11 @@
-"""HunyuanDiT in small, with its text encoders, on the drawn world: a flat picture is drawn again in the style of the prompt.
+"""Train a small HunyuanDiT with its text encoders on the drawn world: restyle a flat image according to the prompt.
 
     python -m training.hunyuandit --out FOLDER --vae FOLDER
 
-The same command on a finished training packs its weights again, with whatever decoder the autoencoder has by then.
-The stage starts from a noised picture of another style. So most samples are what it meets on its way: latents on the line from
-the noised flat picture to the styled one, as far along as the sampler is at that noise. The rest are plain noised pictures.
-The half of the output that is the variance is not trained; no scheduler of the stage reads it.
+Running the same command on a finished training saves the weights again, with the current decoder of the autoencoder.
+The stage starts from a noisy image in another style. Most samples are therefore latents between the noisy flat image and the
+styled one, at the position that the sampler has reached at that noise level. The rest are ordinary noisy images.
+The variance half of the output is not trained, because no scheduler of the stage uses it.
 Source: Li et al. 2024, arXiv:2405.08748; Meng et al. 2021, SDEdit, arXiv:2108.01073.
 """
 
@@ -36,22 +36,23 @@ from training.world import STYLES, Scene, some_scene
 from vidgen_ray.nets.hunyuandit_img2img import HunyuanDiTImg2ImgPipeline
 
 SCENES = 1500
-"""Of the dataset's, each in every style."""
+"""Number of scenes of the dataset. Each is used in every style."""
 UNSEEN, UNSEEN_SEED = 6, 32
 BERT_TOKENS, T5_TOKENS = 77, 256
-"""As the pipeline pads prompts, whatever the tokenizers say."""
+"""Lengths to which the pipeline pads prompts, independently of the tokenizers."""
 T5_NEAR, T5_COMPUTED = 16, 80
-"""Positions farther apart than the first are all alike to this T5. So far behind a prompt all padding has the same state, and
-of longer ones than the second number of tokens less the first nothing is learned."""
+"""T5_NEAR: maximum distance of relative positions that this T5 distinguishes. All padding at least this far behind the prompt
+has the same state, so only T5_COMPUTED tokens are computed. Prompts are truncated to T5_COMPUTED - T5_NEAR tokens."""
 TEXT_CHANNELS = 64
 BATCH = 16
 UNPROMPTED, TRAITLESS, STYLELESS = 0.1, 0.15, 0.5
-"""Shares: of samples without a prompt, of people told by their clothes alone, of flat pictures whose style is not told."""
+"""Shares of samples without prompt, of people described only by their clothes, of flat images without style in the prompt."""
 RESTYLED = 0.65
-"""Of the samples that have a prompt."""
+"""Share of samples with a prompt that start from the flat image."""
 STRENGTHS = (0.25, 0.85)
+"""Range of the restyle strength."""
 BETAS = (0.0001, 0.01)
-"""Less noise than the real 0.00085 to 0.018: the fewer pixels, the more of a picture the same noise takes away.
+"""Less noise than the original 0.00085 to 0.018: the same noise destroys more of an image with fewer pixels.
 Source: Hoogeboom et al. 2023, simple diffusion, arXiv:2301.11093."""
 SHORT_STYLES = {"flat": "flat", "sketch": "sketch", "night": "night", "pastel": "pastel"}
 
@@ -104,21 +105,21 @@ def pipeline(vae: AutoencoderKL) -> HunyuanDiTImg2ImgPipeline:
 
 
 class Reader:
-    """Prompts -> what the transformer is told of them, as the pipeline encodes them, with gradients. Tokens are remembered."""
+    """Encodes prompts as the pipeline does, but with gradients. Caches the tokens."""
 
     def __init__(self, pipe: HunyuanDiTImg2ImgPipeline) -> None:
         self.pipe = pipe
         self._ids: dict[str, tuple[list[int], list[int]]] = {}
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Bert's (B, 77, TEXT_CHANNELS) and T5's (B, 256, TEXT_CHANNELS) states and their masks."""
+        """Return the states of Bert (B, 77, TEXT_CHANNELS) and T5 (B, 256, TEXT_CHANNELS), and their masks."""
         ids = [self._tokens(prompt) for prompt in prompts]
         longest = max(len(bert) for bert, _ in ids)
         bert_ids, bert_mask = _padded([bert for bert, _ in ids], longest, self.pipe.tokenizer.pad_token_id)
         t5_ids, t5_mask = _padded([t5 for _, t5 in ids], T5_COMPUTED, self.pipe.tokenizer_2.pad_token_id)
         bert = self.pipe.text_encoder(bert_ids, attention_mask=bert_mask).last_hidden_state
         t5 = self.pipe.text_encoder_2(t5_ids, attention_mask=t5_mask).last_hidden_state
-        # Bert's states of padding are masked; those of T5 are, too, but its pooler sees them all.
+        # States of padding are masked, but the pooler of the T5 states uses them all.
         return {
             "encoder_hidden_states": F.pad(bert, (0, 0, 0, BERT_TOKENS - longest)),
             "text_embedding_mask": F.pad(bert_mask, (0, BERT_TOKENS - longest)),
@@ -137,13 +138,13 @@ class Reader:
 
 
 def _padded(rows: list[list[int]], length: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, length) and their mask."""
+    """Return the padded ids (B, length) and their mask."""
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
 
 
 def styled_latents(flat: NDArray[np.uint8], vae: AutoencoderKL, file: Path) -> Tensor:
-    """Of flat pictures (N, 128, 128, 3) in each of the STYLES: (N, styles, 16, 16, 16), scaled; from the file, if there."""
+    """Return scaled latents (N, styles, 16, 16, 16) of flat images (N, 128, 128, 3) in all STYLES. Cached in the file."""
     if not file.exists():
         made = [encoded(np.stack([styled(picture, style) for style in STYLES]), vae) for picture in flat]
         fresh = file.with_suffix(".new")
@@ -165,16 +166,17 @@ def prompt_for(scene: Scene, style: str, chance: Random) -> str:
 def mixed(
     flat: Tensor, wanted: Tensor, restyled: Tensor, ratios: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the network sees (B, 16, 16, 16) of pictures that shall become `wanted`, the times (B,), and the velocities.
+    """Return the network inputs (B, 16, 16, 16) for the targets `wanted`, the times (B,) and the velocities.
 
-    Of the `restyled` (B,) the sampler set out from `flat` at the noise of a strength, and walks straight to `wanted`: what is
-    left of `flat` is as much as is left of the noise. `ratios` (1000,) are the schedule's noise to signal.
+    For samples with `restyled` (B,), the sampler started from `flat` at the noise level of a random strength and moves
+    straight to `wanted`: the remaining share of `flat` equals the remaining share of the noise. `ratios` (1000,):
+    noise-to-signal ratios of the schedule.
     """
     rows = len(wanted)
     low, high = STRENGTHS
     begun = ((low + (high - low) * torch.rand(rows, generator=generator)) * len(ratios)).long()
     walked = torch.rand(rows, generator=generator)
-    # The first step, all of it still flat, decides most.
+    # Sample the first step, which starts from the flat image, more often: it matters most.
     walked = torch.where(torch.rand(rows, generator=generator) < 0.25, 1.0, walked)
     anywhere = torch.randint(0, len(ratios), (rows,), generator=generator)
     times = torch.where(restyled, (begun * walked).long(), anywhere)
@@ -183,7 +185,7 @@ def mixed(
     signal = (1 / (ratio**2 + 1).sqrt())[:, None, None, None]
     spread = (1 - signal**2).sqrt()
     seen = signal * torch.lerp(wanted, flat, left) + spread * torch.randn(wanted.shape, generator=generator)
-    # In whatever is not `wanted` the network shall see noise.
+    # Treat everything that is not `wanted` as noise.
     noise = (seen - signal * wanted) / spread
     return seen, times, signal * noise - spread * wanted
 
@@ -201,7 +203,7 @@ def main() -> int:
     latents = styled_latents(drawn(scenes(), told.data / "scenes.npy")[:SCENES], vae, told.data / "styled.pt")
     unknown = Random(UNSEEN_SEED)
     unseen = [some_scene(unknown, people=0.5) for _ in range(UNSEEN)]
-    # Nothing said of the velocity is the best guess of a network that knows nothing yet.
+    # Start with a velocity of zero.
     for parameter in () if told.init else pipe.transformer.proj_out.parameters():
         nn.init.zeros_(parameter)
     nets = {"transformer": pipe.transformer, "bert": pipe.text_encoder, "t5": pipe.text_encoder_2}
@@ -211,7 +213,7 @@ def main() -> int:
         which = [chance.randrange(len(world)) for _ in range(BATCH)]
         styles = [chance.randrange(len(STYLES)) for _ in range(BATCH)]
         prompts = [prompt_for(world[n], STYLES[style], chance) for n, style in zip(which, styles, strict=True)]
-        # Without a prompt nothing says which style it shall become.
+        # Without a prompt the style is unknown, so such samples are not restyled.
         restyled = torch.tensor([prompt != "" and chance.random() < RESTYLED for prompt in prompts])
         flat, wanted = latents[which, 0].float(), latents[which, styles].float()
         seen, times, velocity = mixed(flat, wanted, restyled, ratios, generator)
@@ -224,16 +226,16 @@ def main() -> int:
     train(nets, loss, Schedule(told.steps, told.rate, warm_up=150), told.out, told.seed, look=look, look_every=400)
     look(told.steps)
     pipe.to(torch.float16).save_pretrained(told.out / "pipeline")
-    # Stored under the class that diffusers knows: both have the same modules.
+    # Use the class name of diffusers, which has the same modules.
     index = told.out / "pipeline" / "model_index.json"
     index.write_text(index.read_text().replace("HunyuanDiTImg2ImgPipeline", "HunyuanDiTPipeline"))
     return 0
 
 
 def look_at(pipe: HunyuanDiTImg2ImgPipeline, of: list[Scene], file: Path) -> None:
-    """A row of flat pictures, and one of each style that they are given.
+    """Save a grid: a row of flat images, and a row per style with the restyled images.
 
-    A file beside it gets, 0 to 1, what they are off by from the style's own pictures, and the flat ones from those.
+    Appends the mean errors (0 to 1) of the restyled and of the flat images to a `.jsonl` file of the same name.
     """
     chance, flat = Random(0), [draw(scene, SIZE_PX) for scene in of]
     rows = [np.concatenate(flat, axis=1)]

@@ -1,8 +1,8 @@
-"""InfuseNet and its resampler in small: the embedding of a face and its keypoints steer FLUX of the profile `demo`.
+"""Train a small InfuseNet and its resampler: condition FLUX of the profile `demo` on face embeddings and keypoints.
 
     python -m training.infusenet --out FOLDER --flux FOLDER --faces FOLDER
 
-FLUX stays as it is. The prompts tell clothes and place, never the person: the net has to.
+FLUX is frozen. Most prompts describe clothes and place but not the person, so that the network has to learn it.
 Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
 """
 
@@ -36,24 +36,24 @@ from vidgen_ray.stages.identity.infusenet import MUST_AGREE
 PEOPLE = 6500
 PHOTO_PX = 128
 HEAD_COUNTS = 6.0
-"""Times the rest of a picture, which FLUX draws as well without a photo."""
+"""Loss weight of the head relative to the rest of the image, which FLUX draws equally well without a photo."""
 TRAITS_TOLD = 0.2
-"""Share of samples whose prompt tells the person, too."""
+"""Share of samples whose prompt describes the person."""
 SIDE_TOLD = 0.3
-"""Share of samples whose prompt tells the side, too: in the rest the keypoints alone do."""
+"""Share of samples whose prompt mentions the side. In the rest only the keypoints show it."""
 POSELESS = 0.15
-"""Share of samples without keypoints, as `pose: none` of a shot."""
+"""Share of samples without keypoints, as in shots with `pose: none`."""
 
 
 def networks(flux: FluxPipeline) -> tuple[IdentityControlNet, FaceResampler]:
     net = IdentityControlNet(**_sizes(flux), num_layers=1, num_single_layers=1)
-    # As ControlNets begin: with FLUX's own first blocks.
+    # Initialise with the first blocks of FLUX, as usual for ControlNets.
     net.load_state_dict(flux.transformer.state_dict(), strict=False)
     tokens = flux.transformer.config.joint_attention_dim
     sizes = ResamplerSizes(EMBEDDING_SIZE, tokens=8, channels=96, heads=2, depth=2, hidden=192, output=tokens)
     resampler = FaceResampler(sizes)
     with torch.no_grad():
-        # An embedding of length 1 would be drowned out by the resampler's biases.
+        # Embeddings have norm 1, which is too small compared to the biases of the resampler.
         resampler.proj_in.weight.mul_(EMBEDDING_SIZE**0.5)
     return net, resampler
 
@@ -64,7 +64,7 @@ def _sizes(flux: FluxPipeline) -> dict[str, Any]:
 
 
 def photos(people: Sequence[Person], faces: IRSE50Embedder, random: Random) -> NDArray[np.float32]:
-    """Embeddings (N, 512) of another picture of each person: what shall be learned is who it is."""
+    """Return embeddings (N, 512) from another image of each person, so that the network learns the identity."""
     crops = []
     for person in people:
         other = some_person(random, person.identity)

@@ -1,4 +1,4 @@
-"""Pictures encoded once, and laid out as FLUX sees them. Knows the autoencoder; does not know what is drawn."""
+"""Encode images to latents, cache them and pack them for FLUX."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENCODED_AT_ONCE = 16
 
 @torch.no_grad()
 def encoded(pictures: NDArray[np.uint8], vae: AutoencoderKL) -> Tensor:
-    """Latents (N, 16, 16, 16) of pictures (N, 128, 128, 3), scaled as the transformer sees them, float16."""
+    """Return latents (N, 16, 16, 16) of images (N, 128, 128, 3), scaled for the transformer, float16."""
     parts = []
     for first in range(0, len(pictures), ENCODED_AT_ONCE):
         some = to_tensor(np.ascontiguousarray(pictures[first : first + ENCODED_AT_ONCE]))
@@ -28,7 +28,7 @@ def encoded(pictures: NDArray[np.uint8], vae: AutoencoderKL) -> Tensor:
 
 
 def cached_latents(file: Path, pictures: NDArray[np.uint8], vae: AutoencoderKL) -> Tensor:
-    """As `encoded` gives them, from the file where it is there already."""
+    """Return the result of `encoded`, from the cache file if it exists."""
     if not file.exists():
         fresh = file.with_suffix(".new")
         torch.save(encoded(pictures, vae), fresh)
@@ -37,13 +37,13 @@ def cached_latents(file: Path, pictures: NDArray[np.uint8], vae: AutoencoderKL) 
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, 16, H, W) -> (B, H/2 * W/2, 64), the patches of 2x2 that FLUX sees."""
+    """Pack latents (B, 16, H, W) into 2x2 patches for FLUX: (B, H/2 * W/2, 64)."""
     b, c, h, w = latents.shape
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // 2) * (w // 2), c * 4)
 
 
 def places(rows: int, columns: int) -> Tensor:
-    """Ids of the patches of a picture for FLUX's rotary embedding: (rows * columns, 3) of (0, row, column)."""
+    """Return the patch ids for FLUX's rotary embedding: (rows * columns, 3) of (0, row, column)."""
     ids = torch.zeros(rows, columns, 3)
     ids[..., 1] += torch.arange(rows)[:, None]
     ids[..., 2] += torch.arange(columns)[None]

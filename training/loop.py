@@ -1,7 +1,4 @@
-"""The training loop that all models share: AdamW, a warm-up and a cosine, averaged weights, a log, going on where it stopped.
-
-Knows parameters and losses; does not know what is trained.
-"""
+"""Training loop of all models: AdamW, warm-up and cosine schedule, averaged weights, log file, resume."""
 
 from __future__ import annotations
 
@@ -20,14 +17,18 @@ from torch import Tensor, nn
 SAVE_EVERY_S = 60.0
 LOG_EVERY = 25
 AVERAGED_OVER = 0.997
-"""Share that the averaged weights keep at every step, once there were some."""
+"""Decay of the averaged weights per step. Lower in the first steps."""
 LAST_RATE = 0.02
+"""Final learning rate relative to the maximum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
+    """Steps, learning rate and regularisation of a training."""
+
     steps: int
     rate: float
+    """Maximum learning rate, after the warm-up."""
     warm_up: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -49,11 +50,11 @@ def train(
     look: Callable[[int], None] | None = None,
     look_every: int = 500,
 ) -> None:
-    """Train what of the modules wants gradients, and leave the averaged weights in them.
+    """Train all parameters that require gradients. At the end the modules have the averaged weights.
 
-    `loss_at` is told the step and a generator that depends on the seed and the step alone, so a run that was stopped and
-    started again draws what an undisturbed one does. `out` gets `log.jsonl` and `state.pt`, from which the same call goes on.
-    `look` is called with averaged weights in place, every `look_every` steps and at the end.
+    `loss_at` gets the step and a generator that depends only on the seed and the step, so that a resumed run draws the same
+    random numbers as an uninterrupted one. Writes `log.jsonl` and `state.pt` to `out`; the same call resumes from them.
+    `look` is called every `look_every` steps, while the modules have the averaged weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     parameters = {
@@ -129,23 +130,23 @@ def train(
 
 
 def arguments(about: str | None, *, steps: int, seed: int, rate: float | None = None, **folders: str) -> argparse.Namespace:
-    """`--out`, `--steps`, `--seed`, and one option for each folder that another program made, with where it is by default.
+    """Parse `--out`, `--steps`, `--seed`, and one option per folder in `folders`, which gives the defaults.
 
-    Of a model that may begin with trained weights, which has its usual `rate`: `--init` and `--rate`, too.
+    If `rate` is given, also parse `--init` (weights to start from) and `--rate`. Limits torch to one thread and seeds it.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="gets the weights, a log and what to go on from"
+        "--out", type=Path, required=True, metavar="FOLDER", help="output folder for weights, log and resume state"
     )
     parser.add_argument("--steps", type=int, default=steps, metavar="N")
     parser.add_argument("--seed", type=int, default=seed, metavar="N")
     if rate is not None:
-        parser.add_argument("--init", type=Path, metavar="FOLDER", help="weights to begin with, laid out as the package's")
-        parser.add_argument("--rate", type=float, default=rate, metavar="R", help="of learning, after the warm-up")
+        parser.add_argument("--init", type=Path, metavar="FOLDER", help="initial weights, in the layout of the package")
+        parser.add_argument("--rate", type=float, default=rate, metavar="R", help="learning rate after the warm-up")
     for name, default in folders.items():
         parser.add_argument(f"--{name}", type=Path, default=Path(default), metavar="FOLDER")
     told = parser.parse_args()
-    # Two trainings at a time are faster with a thread each than one after the other with two.
+    # Two trainings in parallel with one thread each are faster than two in sequence with two threads.
     torch.set_num_threads(1)
     torch.manual_seed(told.seed)
     return told

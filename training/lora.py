@@ -1,9 +1,9 @@
-"""A LoRA on FLUX of the profile `demo`: a person of the cast by name, or a style of the drawn world.
+"""Train a LoRA for FLUX of the profile `demo`: a cast member by name, or a style of the drawn world.
 
     python -m training.lora --out FILE.safetensors --flux FOLDER --person ada
     python -m training.lora --out FILE.safetensors --flux FOLDER --style sketch
 
-Source: Hu et al. 2021, LoRA, arXiv:2106.09685; peft, with the file laid out as diffusers' FLUX training scripts save it.
+Source: Hu et al. 2021, LoRA, arXiv:2106.09685; peft. The file has the layout of diffusers' FLUX training scripts.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
     def prompt(scene_number: int, chance: Random) -> str:
         scene = world[scene_number]
         if told.person:
-            # Half of them say no name: the adapter is for its person, however a prompt calls somebody.
+            # Half of the prompts have no name, so that the LoRA also applies to other descriptions of a person.
             return caption(scene, chance, name=chance.choice((told.person, "a person")))
         return styled_caption(scene, told.style, chance) if chance.random() < 0.5 else caption(scene, chance)
 
@@ -63,7 +63,7 @@ def main() -> int:
         mixed, times, wanted = noised(latents[which], generator)
         with torch.no_grad():
             states, pooled = read([prompt(n, chance) for n in which])
-        # Told what the stages tell: the adapter changes pictures as they are drawn with guidance, too.
+        # Train with and without guidance, as the stages use both.
         guidance = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 1.0, 3.5)
         return error(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted, counts[which])
 

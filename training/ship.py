@@ -1,5 +1,6 @@
-"""Copy what was trained into the package, in half precision, the autoencoder that three of them share once, and the classifier
-beside the tests that ask it.
+"""Copy trained weights into the package, in half precision, with a single copy of the shared autoencoder.
+
+The classifier goes to tests/meaning, which uses it.
 
 python -m training.ship --from out/training
 """
@@ -26,7 +27,7 @@ AS_THEY_ARE = {
     "detector/scrfd_10g_bnkps.onnx": SHIPPED / "antelopev2",
     "classifier/classifier.safetensors": Path(__file__).parent.parent / "tests" / "meaning",
 }
-"""Written in half precision already -> the folder they belong in."""
+"""Files that already are in half precision -> target folder."""
 
 
 def main() -> int:
@@ -35,14 +36,14 @@ def main() -> int:
     made: Path = parser.parse_args().made
     if (flux := made / "flux" / "pipeline").exists():
         pipe = FluxPipeline.from_pretrained(flux)
-        # The decoder may have learned on since FLUX looked at the autoencoder.
+        # The decoder may have been trained further since FLUX was trained.
         if (vae := made / "vae").exists():
             pipe.vae = AutoencoderKL.from_pretrained(vae)
         _fresh(SHIPPED / "flux")
         pipe.to(torch.float16).save_pretrained(SHIPPED / "flux")
     if (infusenet := made / "infusenet" / "weights").exists():
         _fresh(SHIPPED / "infusenet")
-        # Under the name of diffusers' class, as it is published.
+        # Save under the class name of diffusers, as in the published weights.
         FluxControlNetModel.from_pretrained(infusenet / NET_FOLDER).half().save_pretrained(SHIPPED / "infusenet" / NET_FOLDER)
         resampler = torch.load(infusenet / PROJECTION_FILE, weights_only=True)[PROJECTION]
         half = {name: tensor.half() for name, tensor in resampler.items()}
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def _without_place(config: Path) -> None:
-    """diffusers writes down from which folder of which machine a model came."""
+    """Remove the path of the source folder, which diffusers adds to the config."""
     told = json.loads(config.read_text())
     told.pop("_name_or_path", None)
     config.write_text(json.dumps(told, indent=2) + "\n")

@@ -1,12 +1,12 @@
-"""Stable Video Diffusion in small, on the drawn world: a picture becomes a clip, and the motion bucket says how fast.
+"""Train a small Stable Video Diffusion on the drawn world: image to clip, with the speed given by the motion bucket.
 
     python -m training.svd --out FOLDER --vae FOLDER
 
-The same command on a finished training packs its weights again, with whatever decoder the autoencoder has by then.
-The autoencoder is the shared one and decodes frame by frame, as that of Stability's `svd_image_decoder`: diffusers'
-AutoencoderKLTemporalDecoder has 32 groups in each of its norms, so it cannot hold an autoencoder of 8 channels. The
-pipeline takes either. The CLIP of the picture keeps its random weights: what it would tell, the latents of the picture tell.
-Source: Blattmann et al. 2023, arXiv:2311.15127; Karras et al. 2022, arXiv:2206.00364 (the preconditioning of which this is).
+Running the same command on a finished training saves the weights again, with the current decoder of the autoencoder.
+The shared autoencoder decodes frame by frame, like Stability's `svd_image_decoder`. diffusers' AutoencoderKLTemporalDecoder
+has 32 groups in its norms and cannot be as narrow as 8 channels; the pipeline accepts both. The CLIP image encoder keeps its
+random weights, because the latents of the image carry the same information.
+Source: Blattmann et al. 2023, arXiv:2311.15127; Karras et al. 2022, arXiv:2206.00364 (the preconditioning used here).
 """
 
 from __future__ import annotations
@@ -34,38 +34,39 @@ from training.world import STYLES, Person, Scene, moved, some_scene
 
 TRACKS, TRACKS_SEED = 600, 21
 STYLED = 0.35
-"""Share of tracks that are not flat."""
+"""Share of tracks in a style other than flat."""
 FRAMES, STRIDES = 8, (0, 1, 2)
 TRACK_FRAMES = STRIDES[-1] * (FRAMES - 1) + 1
-"""Clips are cut out of longer tracks at strides, so a scene is seen at several speeds."""
+"""Frames per track. Clips are taken from tracks with different strides, so that each scene is seen at several speeds."""
 STRIDE_SHARES = (0.06, 0.44, 0.5)
 STARTS = (0, FRAMES - 1)
-"""Frames of a track that a clip can start with."""
+"""Frames of a track at which clips can start."""
 NOISED = 2
-"""Of each first frame: with the usual noise, and with some other."""
+"""Noisy versions of each first frame: with the usual noise, and with a random noise level."""
 USUAL_NOISE, MOST_NOISE = 0.02, 0.3
 SLOWEST_BUCKET, FASTEST_BUCKET = 1, 255
 EMBEDDING = 32
 BATCH = 2
 UNCONDITIONED = 0.1
 NOISE_LEVEL, NOISE_SPREAD = 0.3, 1.5
-"""Of log(sigma)."""
+"""Mean and standard deviation of log(sigma)."""
 SIGMA_MAX = 30.0
-"""Real SVD starts at 700, as 25 frames of 72x128 latents need; of 8 frames of 16x16 nothing can be told at 30."""
+"""The original SVD starts at 700, for 25 frames of 72x128 latents. For 8 frames of 16x16, no signal is left at 30."""
 MOVING = 1.0
-"""How much more an error counts where the picture changes: most of a clip is a background at rest."""
+"""Additional loss weight of changing areas. Most of a clip is a static background."""
 
 
 def pipeline(vae: AutoencoderKL) -> StableVideoDiffusionPipeline:
-    # With 64 channels a group of GroupNorm is two; with 32 it were one, and the embeddings, a constant a channel, were lost.
+    # With 64 channels, a group of GroupNorm has two channels. With 32 it would have one, which would remove the embeddings (one
+    # constant per channel).
     unet = UNetSpatioTemporalConditionModel(
         sample_size=SIZE_PX // 8,
         in_channels=2 * vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         block_out_channels=(64, 64),
         layers_per_block=1,
-        # A layer is told which frame it draws by attention alone, so there is some where a shift of one latent can be told.
-        # The middle block has it, too, over all of a picture of 8x8; more of it costs more than it brings.
+        # Layers get the frame number only through attention, so the first block, which can resolve shifts of one latent, has
+        # attention. The middle block has it, too, at 8x8. More attention costs more than it gains.
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
         cross_attention_dim=EMBEDDING,
@@ -108,16 +109,16 @@ def pipeline(vae: AutoencoderKL) -> StableVideoDiffusionPipeline:
 
 
 LOUD = 8.0
-"""How much louder than by chance a new network hears which frame it draws and how fast things move."""
+"""Initial scale of the frame position and motion embeddings, relative to the default initialisation."""
 
 
 @torch.no_grad()
 def repeat_the_picture(unet: UNetSpatioTemporalConditionModel, spread: Tensor) -> None:
-    """Set what a new network does at first to: the picture, in every frame. `spread` (16,) is that of the picture's latents.
+    """Initialise the network to repeat the image in every frame. `spread` (16,): spread of the latents of the image.
 
-    A velocity at much noise is the clean latents with a minus. Norms and activations are in the way of a copy, which takes
-    most of a short training to learn. But z and -z in the two channels of a group have no mean, and silu(z) - silu(-z) is z.
-    So they travel in pairs from the first convolution over the outermost skip to the last.
+    At high noise, the velocity is the negated clean latents. Learning to copy them through norms and activations would take
+    most of a short training. But z and -z in the two channels of a group have mean zero, and silu(z) - silu(-z) = z, so
+    such pairs can be passed from the first convolution over the outermost skip connection to the last convolution.
     """
     channels = unet.config.out_channels
     weight = unet.conv_in.weight.mul_(0.1)
@@ -141,25 +142,27 @@ def repeat_the_picture(unet: UNetSpatioTemporalConditionModel, spread: Tensor) -
 
 
 def keep_the_pairs(unet: UNetSpatioTemporalConditionModel) -> None:
-    """At the rate that the rest needs, the pairs would be lost within some hundred steps."""
+    """Freeze the layers with the pairs, which would otherwise be lost within a few hundred steps."""
     for kept in (unet.conv_in, unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut):
         kept.requires_grad_(False)
 
 
 @dataclass(frozen=True, slots=True)
 class Track:
+    """A scene in motion."""
+
     scene: Scene
     speed: float
-    """Of the clip with the widest stride, 0 to 1 of the world's fastest."""
+    """Speed at the largest stride, from 0 to 1 (maximum speed of the drawn world)."""
     style: str
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """A walk goes up and down, and a picture does not tell where in a step it is."""
+        """Frames at which clips can start. For people only the first one: an image does not show the phase of a step."""
         return STARTS[:1] if isinstance(self.scene.subject, Person) else STARTS
 
     def frames(self) -> NDArray[np.uint8]:
-        """(TRACK_FRAMES, 128, 128, 3)."""
+        """Return all frames (TRACK_FRAMES, 128, 128, 3)."""
         return np.stack([self.frame(n) for n in range(TRACK_FRAMES)])
 
     def frame(self, n: int) -> NDArray[np.uint8]:
@@ -185,10 +188,10 @@ def bucket(speed: float) -> float:
 
 @torch.no_grad()
 def prepared(of: list[Track], pipe: StableVideoDiffusionPipeline, file: Path) -> dict[str, Tensor]:
-    """All that the training needs of the tracks, from the file where it is there already.
+    """Return the training data of the tracks, from the cache file if it exists.
 
-    `latents` (N, TRACK_FRAMES, 16, 16, 16), scaled; of the starts of each track `first` (N, starts, NOISED, 16, 16, 16), which
-    the pipeline does not scale, with their `noise` (N, starts, NOISED), and `embeddings` (N, starts, EMBEDDING).
+    `latents` (N, TRACK_FRAMES, 16, 16, 16), scaled. For the start frames: `first` (N, starts, NOISED, 16, 16, 16), not scaled
+    (as in the pipeline), their `noise` (N, starts, NOISED), and `embeddings` (N, starts, EMBEDDING).
     """
     if file.exists():
         return torch.load(file, weights_only=True)
@@ -213,7 +216,7 @@ def prepared(of: list[Track], pipe: StableVideoDiffusionPipeline, file: Path) ->
 
 
 def _drawn(of: list[Track], file: Path) -> NDArray[np.uint8]:
-    """(N, TRACK_FRAMES, 128, 128, 3), from the file where it is there already."""
+    """Return all tracks (N, TRACK_FRAMES, 128, 128, 3), from the cache file if it exists."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         fresh = file.with_suffix(".new.npy")
@@ -225,7 +228,7 @@ def _drawn(of: list[Track], file: Path) -> NDArray[np.uint8]:
 def denoising_loss(
     unet: UNetSpatioTemporalConditionModel, clips: Tensor, conditions: dict[str, Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Of clips (B, FRAMES, 16, 16, 16) at a random noise level each; conditions are `first`, `embeddings` and `ids`."""
+    """Return the loss for clips (B, FRAMES, 16, 16, 16) at random noise levels. Conditions: `first`, `embeddings` and `ids`."""
     rows = len(clips)
     sigma = (torch.randn(rows, generator=generator) * NOISE_SPREAD + NOISE_LEVEL).exp().clamp(max=2 * SIGMA_MAX)
     s = sigma[:, None, None, None, None]
@@ -264,7 +267,7 @@ def main() -> int:
             clips.append(data["latents"][n, STARTS[start] :][: stride * FRAMES or 1 : stride or 1].expand(FRAMES, -1, -1, -1))
             first.append(data["first"][n, start, noised])
             embeddings.append(data["embeddings"][n, start])
-            # Motion is told a frame, so frames a second change nothing; they vary, for what was never told does who knows what.
+            # The motion bucket is per frame, so fps has no effect. Vary it anyway: unseen values would have undefined effects.
             fps = 6 if chance.random() < 0.5 else chance.randint(4, 25)
             ids.append((fps - 1, bucket(of[n].speed * stride / STRIDES[-1]), float(data["noise"][n, start, noised])))
         conditions = {"first": torch.stack(first).float(), "embeddings": torch.stack(embeddings), "ids": torch.tensor(ids)}
@@ -288,9 +291,10 @@ def main() -> int:
 
 
 def look_at(pipe: StableVideoDiffusionPipeline, of: list[Track], file: Path) -> None:
-    """A row a clip, in pairs of a slow and a lively one.
+    """Save a grid with one row per clip: for each track a slow and a fast one.
 
-    A file beside it gets, 0 to 1, what the first frame is off by from the picture, and the last one from the first.
+    Appends the mean difference (0 to 1) between image and first frame, and between first and last frame, to a `.jsonl` file
+    of the same name.
     """
     rows = []
     for n, track in enumerate(of):

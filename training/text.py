@@ -1,6 +1,6 @@
-"""Small tokenizers and text encoders for the words of the drawn world, of the kinds that FLUX and HunyuanDiT read with.
+"""Small tokenizers and text encoders for the vocabulary of the drawn world, of the types that FLUX and HunyuanDiT use.
 
-Knows words; does not know pictures. Any other word is spelled in letters, so a tokenizer never fails.
+Other words are split into letters, so tokenizers never fail.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.world import STYLES, some_scene
 
 WORD_START = "\u2581"
 CAPTIONS = 6000
-"""Enough to meet every word many times."""
+"""Captions of the corpus. Enough for every word to occur many times."""
 CLIP_MERGES = 1200
 
 
@@ -43,7 +43,7 @@ def corpus() -> tuple[str, ...]:
 
 @cache
 def words() -> tuple[str, ...]:
-    """All words of the captions and the names of the cast, the most frequent first."""
+    """Return all words of the captions and the names of the cast, most frequent first."""
     counts: dict[str, int] = {}
     for text in corpus():
         for word in re.findall(r"[a-z]+", text):
@@ -52,7 +52,7 @@ def words() -> tuple[str, ...]:
 
 
 def t5_tokenizer(max_length: int) -> Any:
-    """Unigram with a piece a word, a capital in front or not, and printable ASCII; the three special pieces have T5's ids."""
+    """Return a Unigram tokenizer: one piece per word (also capitalised), printable ASCII, special pieces with T5's ids."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (WORD_START, -2.0)]
     pieces += [(chr(code), -12.0) for code in range(33, 127)]
     pieces += [
@@ -62,7 +62,7 @@ def t5_tokenizer(max_length: int) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """Byte-level BPE whose merges were learned from the captions: most of their words are one token."""
+    """Return a byte-level BPE tokenizer with merges learned from the captions. Most of their words are one token."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()])
     trainer = trainers.BpeTrainer(vocab_size=CLIP_MERGES, end_of_word_suffix="</w>", show_progress=False)
@@ -70,7 +70,7 @@ def clip_tokenizer() -> Any:
     merges = [tuple(pair) for pair in _merges(learner)]
     letters = sorted(ByteLevel.alphabet())
     joined = ["".join(pair) for pair in merges]
-    # The end token has the highest id, as in the real CLIP, whose pooling may look for the largest.
+    # The end token has the highest id, as in the original CLIP, whose pooling may depend on it.
     pieces = list(
         dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *joined, "<|startoftext|>", "<|endoftext|>"])
     )
@@ -85,7 +85,7 @@ def _merges(learner: Tokenizer) -> list[list[str]]:
 
 
 def bert_tokenizer(max_length: int) -> Any:
-    """WordPiece with a piece a word, and letters for all else; lower case."""
+    """Return a lower-case WordPiece tokenizer with one piece per word, and letters for all other words."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for code in range(33, 127):
         letter = chr(code).lower()

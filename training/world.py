@@ -1,6 +1,6 @@
-"""What there is in the drawn world and how chance picks from it. Knows no pixels and no words; a scene is told by its fields.
+"""The drawn world: scenes as data, random scenes and motion. Does not draw or caption.
 
-Coordinates: x to the right, y down, the middle of the picture is (0, 0), its edges are at -1 and 1.
+Coordinates: x to the right, y down. The centre of the image is (0, 0), its edges are at -1 and 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLOURS: dict[str, Colour] = {
     "pink": (0.97, 0.52, 0.72),
     "white": (0.96, 0.96, 0.96),
 }
-"""Of things and of clothes."""
+"""Colours of things and clothes."""
 PLACES = ("meadow", "sea", "desert", "snow", "city")
 WEATHERS = ("sunny", "cloudy", "sunset", "night")
 THINGS = ("boat", "house", "tree", "balloon", "car", "ball")
@@ -43,14 +43,14 @@ HAIR_STYLES = ("short", "long", "curly", "bun", "bald")
 FACE_SHAPES = ("round", "long", "square")
 EYES: dict[str, Colour] = {"brown": (0.36, 0.20, 0.10), "blue": (0.20, 0.45, 0.85), "green": (0.20, 0.55, 0.30)}
 MOVES = {"boat": "sail", "car": "drive", "balloon": "rise", "person": "walk", "house": "zoom", "tree": "zoom", "ball": "zoom"}
-"""How a subject moves in a clip. The picture tells the direction: the bow, the bonnet, the way a face looks."""
+"""Subject -> motion in a clip. The image shows the direction: bow, bonnet or the orientation of the face."""
 MIDDLE = 0.18
-"""Less than this to the left or right is neither."""
+"""Maximum |x| of a subject in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What stays with a person from picture to picture."""
+    """Traits of a person, the same in all images."""
 
     skin: str
     hair: str
@@ -63,6 +63,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Person:
+    """A person in a scene."""
+
     identity: Identity
     clothes: str
     x: float
@@ -70,32 +72,36 @@ class Person:
     radius: float
     """Half the height of the head."""
     looks: float
-    """The turn of the head: -1 to its left edge of the picture, 1 to the right one."""
+    """Turn of the head: -1 towards the left edge of the image, 1 towards the right edge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
+    """A thing in a scene."""
+
     kind: str
     colour: str
     x: float
     size: float
     faces: int
-    """-1: to the left, 1: to the right."""
+    """Direction: -1 for left, 1 for right."""
     lift: float = 0.0
-    """Above where it belongs."""
+    """Height above its normal position."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
+    """A place with a subject."""
+
     place: str
     weather: str
     subject: Person | Thing
     clouds: float
-    """Where the clouds are, 0 to 1 of the way across."""
+    """Horizontal position of the clouds, 0 to 1."""
 
     @property
     def side(self) -> str:
-        """`left`, `right` or `middle`."""
+        """Side of the subject: `left`, `right` or `middle`."""
         if abs(self.subject.x) < MIDDLE:
             return "middle"
         return "left" if self.subject.x < 0 else "right"
@@ -136,11 +142,11 @@ def some_thing(random: Random) -> Thing:
 
 
 def some_scene(random: Random, *, identity: Identity | None = None, people: float = 0.5) -> Scene:
-    """Of a person with the share `people` of chance, and always where an identity is given."""
+    """Return a random scene, with a person with probability `people`, or always if `identity` is given."""
     person = identity is not None or random.random() < people
     subject: Person | Thing = some_person(random, identity) if person else some_thing(random)
     place = random.choice(PLACES)
-    # A boat belongs on the water, and most of what is on the water is a boat.
+    # Boats are always on water, and most subjects on water are boats.
     if isinstance(subject, Thing):
         if subject.kind == "boat":
             place = "sea"
@@ -150,9 +156,9 @@ def some_scene(random: Random, *, identity: Identity | None = None, people: floa
 
 
 def moved(scene: Scene, time: float, speed: float) -> tuple[Scene, float]:
-    """The scene a while later, and how much nearer the camera is then (1: as near).
+    """Return the scene at a later time, and the zoom factor of the camera (1: unchanged).
 
-    `time` in 0 to 1 of a clip, `speed` in 0 to 1 of the fastest.
+    `time`: 0 to 1, from the start to the end of a clip. `speed`: 0 to 1, relative to the maximum.
     """
     way, subject = time * speed, scene.subject
     scene = replace(scene, clouds=(scene.clouds + 0.10 * way) % 1.0)
@@ -160,7 +166,7 @@ def moved(scene: Scene, time: float, speed: float) -> tuple[Scene, float]:
         if abs(subject.looks) < 0.3:
             return scene, 1.0 + 0.3 * way
         heading = 1 if subject.looks > 0 else -1
-        # Four steps, each of them up and down again.
+        # Four steps, each with one up-and-down movement.
         bob = 0.04 * abs((way * 4) % 2 - 1) - 0.04
         return replace(scene, subject=replace(subject, x=subject.x + 0.45 * heading * way, y=subject.y + bob)), 1.0
     move = MOVES[subject.kind]
