@@ -1,4 +1,4 @@
-"""A Ray of a benchmark's own, with pretended GPUs, the same for every system that is compared."""
+"""Private Ray instance with simulated GPUs, configured identically for all systems of a comparison."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from contextlib import contextmanager
 from typing import Any
 
 CPUS = 32
-"""Pretended as well: a machine with so many GPUs has them. Stages sleep, so a smaller one serves."""
+"""CPUs that Ray assumes, as on a machine with that many GPUs. Stages sleep, so fewer real ones suffice."""
 OBJECT_STORE_BYTES = 4 * 2**30
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's workers would else yield to everything else on the machine.
+    # By default, Ray lowers the priority of its workers.
     "RAY_worker_niceness": "0",
-    # Ray would else start a process for each of the pretended CPUs.
+    # By default, Ray starts one process per CPU.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
 }
-"""For the process that starts Ray, from its beginning."""
+"""Environment variables that the process that starts Ray must have from its start."""
 
 
 @contextmanager
 def local_ray(gpus: int, *, dashboard: bool = False) -> Iterator[None]:
-    """Ray while the block runs. Its folder has a short path, for the path of a socket may have 107 bytes only."""
+    """Run Ray during the block. Its folder has a short path, because socket paths are limited to 107 bytes."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="vb", dir="/tmp")

@@ -1,4 +1,4 @@
-"""On what a benchmark ran, and the JSON it leaves."""
+"""Description of the machine of a benchmark, and JSON output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """This machine, its load now, and the versions of these packages; none for one that is not installed."""
+    """Return the hardware, the current load and the versions of packages (`None` if not installed)."""
     model = re.search(r"^model name\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
     memory = re.search(r"^MemTotal:\s*(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
     return {

@@ -1,6 +1,6 @@
-"""Whether the pictures of the profile `demo` show what they were asked for: the rates behind tests/meaning, over more cases.
+"""Benchmark of the profile `demo`: how often images and clips follow their inputs. The checks of tests/meaning with more cases.
 
-Each row has the share with the input connected, the goal, and the share with the input cut off, which must lie below it.
+Each row has the share of cases that pass, the goal, and the share with the input disconnected, which must be below the goal.
 """
 
 from __future__ import annotations
@@ -35,43 +35,43 @@ GRID = (
     ("a person in a blue shirt in a meadow on a sunny day", "ada", "builtin:demo/ada.safetensors", "soft pastel colours"),
     ("a person in a yellow shirt in the city at night", "bo", "builtin:demo/ada.safetensors", "a pencil sketch"),
 )
-"""Prompt, person, LoRA and style prompt of a row."""
+"""Prompt, cast member, LoRA and style prompt of each row."""
 CELL_PX = 192
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases of each check")
-    parser.add_argument("--cases", type=int, default=50, metavar="N", help="of each check; 50 by default")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help=f"Run {QUICK_CASES} cases per check.")
+    parser.add_argument("--cases", type=int, default=50, metavar="N", help="Cases per check. Default: 50.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     parser.add_argument(
-        "--grid", type=Path, metavar="FILE", help="draw the grid of docs/demo-models.md there in place of measuring"
+        "--grid", type=Path, metavar="FILE", help="Only draw the image grid of docs/demo-models.md to this file."
     )
-    told = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chain = Chain(Path(folder))
-        if told.grid:
-            PILImage.fromarray(grid(chain)).save(told.grid, quality=90)
+        if args.grid:
+            PILImage.fromarray(grid(chain)).save(args.grid, quality=90)
             return 0
-        rows = measured(chain, QUICK_CASES if told.quick else told.cases)
+        rows = run_checks(chain, QUICK_CASES if args.quick else args.cases)
     Console(width=None if sys.stdout.isatty() else 140).print(_table(rows))
-    if told.json:
-        write_json(told.json, {"machine": machine(PACKAGES), "rows": rows})
+    if args.json:
+        write_json(args.json, {"machine": machine(PACKAGES), "rows": rows})
     return 0
 
 
-def measured(chain: Chain, cases: int) -> list[dict[str, Any]]:
+def run_checks(chain: Chain, cases: int) -> list[dict[str, Any]]:
     rows = []
     for name, check in CHECKS.items():
-        begun = time.monotonic()
+        started = time.monotonic()
         share, cut = check.measure(chain, cases, UNCUT), check.measure(chain, cases, check.cut)
         row = {"what": name, "cases": cases, "share": round(share, 3), "goal": check.goal, "cut_off": round(cut, 3)}
-        rows.append(row | {"seconds": round(time.monotonic() - begun, 1)})
+        rows.append(row | {"seconds": round(time.monotonic() - started, 1)})
     return rows
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Share of cases in which it holds")
+    table = Table(title="Share of cases that pass")
     for column in ("what", "cases", "share", "goal", "input cut off", "s"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:
@@ -80,28 +80,28 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def grid(chain: Chain) -> NDArray[np.uint8]:
-    """A row a prompt: base; with the photo; that with the LoRA; that restyled; its clip's last frame; that enlarged."""
+    """Draw one row per prompt: without photo, with photo, with LoRA, restyled, last frame of the clip, upscaled frame."""
     upscaler = RealESRGANStage(chain.profile.params(RealESRGANStage))
     upscaler.load()
     rows = []
     for n, (prompt, person, lora, style) in enumerate(GRID):
-        told: dict[str, Any] = {"prompt": prompt, "seed": n}
-        cells = [chain.make(**told)["image"]]
+        fields: dict[str, Any] = {"prompt": prompt, "seed": n}
+        cells = [chain.make(**fields)["image"]]
         if person:
-            told["face_image"] = chain.photo(person)
-        clip = chain.make(**told, generate_video=True)
-        refined = told | {"lora": lora, "lora_strength": 0.8}
-        restyled = told | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
-        cells += [clip["image"], *(chain.make(**one)["image"] for one in (refined, restyled))]
+            fields["face_image"] = chain.photo(person)
+        clip = chain.make(**fields, generate_video=True)
+        refined = fields | {"lora": lora, "lora_strength": 0.8}
+        restyled = fields | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
+        cells += [clip["image"], *(chain.make(**variant)["image"] for variant in (refined, restyled))]
         last = clip["frames"][-1:]
-        (enlarged,) = upscaler([Item(chain.shot(**told), {"frames": last})])
-        cells += [last[0], enlarged["hd_frames"][0]]
+        (upscaled,) = upscaler([Item(chain.shot(**fields), {"frames": last})])
+        cells += [last[0], upscaled["hd_frames"][0]]
         rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
     return np.concatenate(rows)
 
 
-def _cell(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(PILImage.fromarray(picture).resize((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS))
+def _cell(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(PILImage.fromarray(image).resize((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the events of a run say: how busy its cards were, and when."""
+"""Compute the GPU efficiency of a run from its events."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ from itertools import pairwise
 from benchmarks.simulated import COMMIT, STAGES, SWAP, Event
 
 CLOCK_S = 0.001
-"""Steps of the wall clock that are no overlap."""
+"""Tolerance for overlaps, in seconds, because of steps of the wall clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Of one run. `first_start` and `last_commit` are times, the others seconds."""
+    """Measurements of one run. `first_start` and `last_commit` are times in seconds since 1970."""
 
     efficiency: float
-    """Work over GPUs times wall."""
+    """Work / (GPUs x wall time)."""
     bound_s: float
-    """The wall if every card were busy all the time."""
+    """Wall time if every GPU were busy all the time."""
     wall_s: float
-    """From the start of the first stage to the last commit."""
+    """Seconds from the start of the first stage to the last commit."""
     ramp_s: float
-    """From the start of the first stage until every card has begun to work."""
+    """Seconds from the start of the first stage until every GPU has started to work."""
     drain_s: float
-    """From when the first card has nothing more to do until the last commit."""
+    """Seconds from the end of the last work of the first idle GPU to the last commit."""
     swap_s: float
-    """Of all cards, spent on moving weights between host and card."""
+    """Seconds spent moving weights between host and GPU memory, summed over all GPUs."""
     first_start: float
     last_commit: float
 
 
 def efficiency(events: Sequence[Event], gpus: int) -> Measurement:
-    """Measure a run that ended well.
+    """Measure a successful run. Work that was repeated counts once.
 
-    Work done twice counts once. Raises ValueError where nothing was committed, or where two pieces of work were on one card
-    at the same time, which the lock forbids.
+    Raises ValueError if nothing was committed, or if work overlaps on a GPU although its lock forbids this.
     """
     committed = {event.shot for event in events if event.stage == COMMIT}
     work = [event for event in events if event.stage in STAGES]
     if not committed or not work:
         raise ValueError("no shot was committed")
-    _expect_one_at_a_time([event for event in events if event.stage != COMMIT])
+    _check_no_overlap([event for event in events if event.stage != COMMIT])
     first_start = min(event.t0 for event in work)
     last_commit = max(event.t1 for event in events if event.stage == COMMIT)
     work_s = sum(
         min(sum(event.seconds for event in work if event.stage == stage), len(committed) * cost.seconds)
         for stage, cost in STAGES.items()
     )
-    begun = [min((event.t0 for event in work if event.gpu == gpu), default=last_commit) for gpu in range(gpus)]
+    started = [min((event.t0 for event in work if event.gpu == gpu), default=last_commit) for gpu in range(gpus)]
     idle = [max((event.t1 for event in work if event.gpu == gpu), default=first_start) for gpu in range(gpus)]
     wall_s = last_commit - first_start
     return Measurement(
         efficiency=work_s / (gpus * wall_s),
         bound_s=work_s / gpus,
         wall_s=wall_s,
-        ramp_s=max(begun) - first_start,
+        ramp_s=max(started) - first_start,
         drain_s=last_commit - min(idle),
         swap_s=sum(event.t1 - event.t0 for event in events if event.stage == SWAP),
         first_start=first_start,
@@ -64,9 +63,10 @@ def efficiency(events: Sequence[Event], gpus: int) -> Measurement:
     )
 
 
-def _expect_one_at_a_time(events: Sequence[Event]) -> None:
+def _check_no_overlap(events: Sequence[Event]) -> None:
     for gpu in {event.gpu for event in events}:
-        on_card = sorted((event for event in events if event.gpu == gpu), key=lambda event: event.t0)
-        for one, next_one in pairwise(on_card):
-            if next_one.t0 < one.t1 - CLOCK_S:
-                raise ValueError(f"GPU {gpu}: {next_one.stage} began {one.t1 - next_one.t0:.3f} s before {one.stage} ended")
+        on_gpu = sorted((event for event in events if event.gpu == gpu), key=lambda event: event.t0)
+        for event, following in pairwise(on_gpu):
+            if following.t0 < event.t1 - CLOCK_S:
+                overlap_s = event.t1 - following.t0
+                raise ValueError(f"GPU {gpu}: {following.stage} started {overlap_s:.3f} s before {event.stage} ended")

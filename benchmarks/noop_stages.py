@@ -1,4 +1,4 @@
-"""vidgen's own stages that do nothing, on a CPU: what is left is the engine round them."""
+"""Stages of vidgen without work, on a CPU, to measure the overhead of the engine."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FRAMES = 2
 
 
 class NoOp(Stage[Any]):
-    """Comes before the real stage among the bases of each."""
+    """Mixin without work. Must come before the real stage in the bases."""
 
     @property
     def adapter_loads(self) -> int:
         return 0
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Do nothing: there are no weights."""
 
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
-        """Without torch."""
+        """Run without torch."""
         return self.run(items)
 
 
@@ -56,7 +56,7 @@ STAGES: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (NoOpFlux,
 
 
 def line(number: int) -> dict[str, Any]:
-    """A line of a script that passes them all."""
+    """Return a script line that uses all of `STAGES`."""
     return {
         "id": f"shot-{number:07d}",
         "prompt": f"nothing, number {number}",
@@ -79,4 +79,4 @@ class NoOpRefine(NoOp, FluxRefineStage):
 
 
 ON_THESE_ACTORS: dict[str, type[Stage[Any]]] = {**STAGES, **{stage.name: stage for stage in (NoOpLoRA, NoOpRefine)}}
-"""All stages that live on the actors of these, for a server, which does not know beforehand which of them it will need."""
+"""All stages of the actors of `STAGES`. A server loads all of them, since it does not know the shots in advance."""

@@ -1,4 +1,4 @@
-"""vidgen's own batch engine on simulated GPUs: the same chain, the same seconds and the same cards as the peers."""
+"""Run the batch engine of vidgen on simulated GPUs, with the same stages and seconds as the other systems."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script
 from vidgen_ray.shot import Shot
 
 CPUS = 0.25
-"""Of each worker, as the peers have them."""
+"""CPUs per worker, as for the other systems."""
 NO_SECONDS = 1e-6
+"""Seconds of stages without GPU work."""
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
-"""The peers encode nothing, and it is not encoding that is compared."""
+"""Cheapest settings: the other systems do not encode, and encoding is not compared."""
 SHOT = Shot(prompt="simulated", num_frames=FRAMES, width=FRAMES_SHAPE[2], height=FRAMES_SHAPE[1], scale=2)
-SHOT_WORK = {name: stage.work(SHOT) for name, stage in STAGES.items()}
-"""Of a profile the seconds are those of the reference shot, which is larger than the simulation's."""
+RELATIVE_COST = {name: stage.relative_cost(SHOT) for name, stage in STAGES.items()}
+"""Stage -> cost relative to the reference shot, which is larger than `SHOT`. Seconds in profiles are for the reference shot."""
 
 
-class Silent:
-    """A watcher that says nothing, and knows how many lines ended how."""
+class StatusCounter:
+    """Progress listener that counts results by status and prints nothing."""
 
     def __init__(self) -> None:
-        self.ends: dict[str, int] = {}
+        self.counts: dict[str, int] = {}
 
     def on_rejected(self, row: ManifestRow) -> None: ...
 
     def on_planned(self, total: int, done_before: int, refused: int) -> None: ...
 
     def on_finished(self, row: ManifestRow) -> None:
-        self.ends[row.status] = self.ends.get(row.status, 0) + 1
+        self.counts[row.status] = self.counts.get(row.status, 0) + 1
 
     def on_status(self, snapshot: Snapshot) -> None: ...
 
 
 def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folder: Path) -> None:
-    """Render `shots` shots on a Ray of its own with simulated cards, and record each commit.
+    """Render `shots` shots on a private Ray instance with simulated GPUs, and record each commit.
 
-    `layout_name` is one of efficiency.VIDGEN_LAYOUTS.
-    Raises simulated.DoesNotFit where the layout has no packing on these cards.
+    `layout_name` is one of efficiency.VIDGEN_LAYOUTS. Raises simulated.DoesNotFit if the layout does not fit on the GPUs.
     """
-    watcher, out = Silent(), run_folder / "out"
+    watcher, out = StatusCounter(), run_folder / "out"
     try:
         with local_ray(gpus):
             report = render(
@@ -66,7 +66,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
                 source="script.jsonl",
                 watcher=watcher,
                 cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
-                # The peers keep no results of single stages.
+                # The other systems have no stage cache.
                 use_cache=False,
                 stages=STAGES,
             )
@@ -74,32 +74,32 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
         raise DoesNotFit(str(error)) from error
     if report.failed:
         raise RuntimeError(f"{report.failed} shots failed: {(out / 'failures.jsonl').read_text()[:500]}")
-    (run_folder / "layout.txt").write_text(report.layout or "nothing to do")
+    (run_folder / "layout.txt").write_text(report.layout or "no layout")
     record_commits(run_folder, out)
 
 
 def lines(run_folder: Path, shots: int) -> Iterator[CheckedLine | RejectedLine]:
-    """The script of a run, written into its folder and read as any script is."""
+    """Write the script of a run to its folder, and read it."""
     script = run_folder / "script.jsonl"
     script.write_text("".join(json.dumps(line) + "\n" for line in write_inputs(run_folder, shots)))
     return iter_script(script)
 
 
 def profile(run_folder: Path, layout: Any) -> Profile:
-    """A profile of the simulated models; `layout` is one that profiles know."""
+    """Return a profile of the simulated models. `layout` is a layout name of profiles."""
     actors: dict[str, ActorProfile] = {}
     for actor in dict.fromkeys(stage.actor for stage in STAGES.values()):
-        held = [name for name, stage in STAGES.items() if stage.actor == actor]
+        names = [name for name, stage in STAGES.items() if stage.actor == actor]
         actors[actor] = ActorProfile(
             weights=str(run_folder / WEIGHTS),
             device="cuda",
             cpus=CPUS,
             memory_gb=simulated.MODEL_GB[actor],
-            seconds={name: _seconds(name) / SHOT_WORK[name] for name in held},
+            seconds={name: _seconds(name) / RELATIVE_COST[name] for name in names},
         )
     return Profile(
         name="simulated",
-        about="sleeps on simulated cards",
+        about="sleeps on simulated GPUs",
         layout=layout,
         actors=actors,
         encode=ENCODE,
@@ -108,12 +108,12 @@ def profile(run_folder: Path, layout: Any) -> Profile:
 
 
 def _seconds(stage: str) -> float:
-    """Of the card, of a shot; nothing of those stages that only look at what was made."""
+    """Return the GPU seconds of a stage per shot. Likeness stages have none."""
     return simulated.STAGES[stage].seconds if stage in simulated.STAGES else NO_SECONDS
 
 
 def record_commits(run_folder: Path, out: Path) -> None:
-    """Enter each shot's commit, which is when its `shot.json` appeared."""
+    """Record the commit of each shot: the time when its `shot.json` appeared."""
     for file in out.glob("shots/*/shot.json"):
         at = file.stat().st_mtime
         record(run_folder, Event(COMMIT, file.parent.name, -1, at, at, os.getpid(), 0.0))

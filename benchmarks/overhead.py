@@ -1,7 +1,6 @@
-"""What the batch engine itself costs: a long script through stages that do nothing, and the same script once more when all
-of it is done.
+"""Benchmark of the batch engine's overhead: a long script with stages that do nothing, then the same script again (resume).
 
-Said beside the numbers: the files are tiny, but written and committed as always, by other processes than the driver.
+The output files are tiny, but are written and committed as usual, by other processes than the driver.
 """
 
 from __future__ import annotations
@@ -34,36 +33,36 @@ ROOT = Path(__file__).parent.parent
 LINES = 10_000
 QUICK_LINES = 300
 CPU_WORKERS = 2
-"""Slots of the run: more would only fight for the CPUs that the driver is measured on."""
+"""Slots of the run. More would compete with the driver, which is measured, for CPUs."""
 SAMPLE_S = 1.0
 GOALS = {"driver_cpu_ms_per_shot": 5.0, "resume_s_per_10000": 2.0}
 
 
-class Clock:
-    """A watcher that notes when the script was planned, and how lines ended."""
+class RunClock:
+    """Progress listener that records the planning time and counts results by status."""
 
     def __init__(self) -> None:
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         self.planned_s = 0.0
-        self.ends: dict[str, int] = defaultdict(int)
+        self.counts: dict[str, int] = defaultdict(int)
 
     def on_planned(self, total: int, done_before: int, refused: int) -> None:
-        self.planned_s = time.monotonic() - self.begun
+        self.planned_s = time.monotonic() - self.started
         if done_before:
-            self.ends["skipped"] = done_before
+            self.counts["skipped"] = done_before
 
     def on_finished(self, row: Any) -> None:
-        self.ends[row.status] += 1
+        self.counts[row.status] += 1
 
     def on_status(self, snapshot: Any) -> None: ...
 
 
 class ActorSeconds:
-    """CPU seconds of Ray's processes beside the driver, by the name of the actor, sampled while the block runs."""
+    """CPU seconds of Ray's processes without the driver, by actor name. Sampled during the block."""
 
     def __init__(self) -> None:
         self._by_pid: dict[int, tuple[str, float]] = {}
-        self._done = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> ActorSeconds:
@@ -71,69 +70,69 @@ class ActorSeconds:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
+        self._stopped.set()
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._done.wait(SAMPLE_S):
+        while not self._stopped.wait(SAMPLE_S):
             for process in psutil.Process().children(recursive=True):
                 try:
-                    title, spent = process.cmdline()[0], process.cpu_times()
+                    title, cpu = process.cmdline()[0], process.cpu_times()
                 except (psutil.NoSuchProcess, IndexError):
                     continue
                 if title.startswith("ray::"):
-                    # ray::Worker.run while it works, ray::Worker in between
+                    # The title is ray::Worker.run during a call, else ray::Worker.
                     name = title.removeprefix("ray::").split(".")[0]
-                    self._by_pid[process.pid] = name, spent.user + spent.system
+                    self._by_pid[process.pid] = name, cpu.user + cpu.system
 
     def of(self, word: str) -> float:
-        """Of all actors with the word in their name."""
-        return sum(spent for name, spent in self._by_pid.values() if word in name)
+        """Return the CPU seconds of all actors whose name contains `word`."""
+        return sum(seconds for name, seconds in self._by_pid.values() if word in name)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_LINES} lines")
-    parser.add_argument("--lines", type=int, default=None, help=f"{LINES} by default")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    told = parser.parse_args()
-    lines = told.lines or (QUICK_LINES if told.quick else LINES)
-    # Ray reads these before it starts, its workers where they find this package.
+    parser.add_argument("--quick", action="store_true", help=f"Use {QUICK_LINES} lines.")
+    parser.add_argument("--lines", type=int, default=None, help=f"Lines of the script. Default: {LINES}.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
+    args = parser.parse_args()
+    lines = args.lines or (QUICK_LINES if args.quick else LINES)
+    # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
     os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
     folder = Path(tempfile.mkdtemp(prefix="vidgen-overhead-"))
     try:
         rows = measure(lines, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table = Table(title=f"The batch engine's own cost, {lines} lines")
+    table = Table(title=f"Overhead of the batch engine, {lines} lines")
     for column in ("what", "value", "unit", "goal"):
         table.add_column(column, justify="right" if column in ("value", "goal") else "left")
     for row in rows:
         goal = GOALS.get(row["what"])
         table.add_row(row["what"], f"{row['value']:.2f}", row["unit"], "" if goal is None else f"{goal:g}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if told.json:
-        write_json(told.json, {"machine": machine(("vidgen-ray", "ray")), "rows": rows})
+    if args.json:
+        write_json(args.json, {"machine": machine(("vidgen-ray", "ray")), "rows": rows})
     return 0
 
 
 def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows of what, value and unit."""
+    """Run the script twice and return rows of label, value and unit."""
     script = folder / "script.jsonl"
     with open(script, "w") as file:
         file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
     with local_ray(0):
         before_bytes = _peak_rss_bytes()
-        cpu_before, first = time.process_time(), Clock()
+        cpu_before, first = time.process_time(), RunClock()
         with ActorSeconds() as actors:
             _render(script, folder, first)
-        wall_s, cpu_s = time.monotonic() - first.begun, time.process_time() - cpu_before
+        wall_s, cpu_s = time.monotonic() - first.started, time.process_time() - cpu_before
         peak_bytes = _peak_rss_bytes()
-        _expect(first.ends, {"done": lines})
-        cpu_before, again = time.process_time(), Clock()
+        _check_counts(first.counts, {"done": lines})
+        cpu_before, again = time.process_time(), RunClock()
         _render(script, folder, again)
-        resume_s, resume_cpu_s = time.monotonic() - again.begun, time.process_time() - cpu_before
-        _expect(again.ends, {"skipped": lines})
+        resume_s, resume_cpu_s = time.monotonic() - again.started, time.process_time() - cpu_before
+        _check_counts(again.counts, {"skipped": lines})
     values = {
         "driver_cpu_ms_per_shot": (1000 * cpu_s / lines, "ms"),
         "director_cpu_ms_per_shot": (1000 * actors.of("Director") / lines, "ms"),
@@ -151,7 +150,7 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _render(script: Path, folder: Path, watcher: Clock) -> None:
+def _render(script: Path, folder: Path, watcher: RunClock) -> None:
     from vidgen_ray.batch.render import render
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.profile import ActorProfile, Profile
@@ -173,13 +172,13 @@ def _render(script: Path, folder: Path, watcher: Clock) -> None:
     )
 
 
-def _expect(ends: dict[str, int], expected: dict[str, int]) -> None:
-    if dict(ends) != expected:
-        raise RuntimeError(f"lines ended as {dict(ends)}, expected {expected}")
+def _check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:
+    if dict(counts) != expected:
+        raise RuntimeError(f"lines by status: got {dict(counts)}, expected {expected}")
 
 
 def _peak_rss_bytes() -> int:
-    """Of this process so far, from its beginning."""
+    """Return the peak memory of this process since its start."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

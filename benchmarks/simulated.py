@@ -1,8 +1,8 @@
-"""Simulated GPUs: an exclusive lock and a memory ledger per card, and models whose work is to sleep under that lock.
+"""Simulated GPUs: an exclusive lock and memory accounting per GPU, and models that sleep while they hold the lock.
 
-Knows nothing of any executor. Two processes on one card take turns, whole calls at a time; a card that is asked for more
-memory than it has says so as CUDA does. Cards and what happened on them live in a run folder on the local disk, shared by
-all processes of a run. Times are seconds of the wall clock, which the processes of one machine share.
+Independent of the executor. Processes on one GPU run their calls one after another. Allocating more memory than a GPU has
+raises an error, as with CUDA. GPUs and events are stored in a run folder on the local disk, which all processes of a run
+share. Times are wall clock times in seconds, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 TIME_SCALE = 25
-"""How much shorter simulated seconds are than those of an H100: FLUX takes 4.3 s there, SVD 22.6 s."""
+"""Real seconds on an H100 per simulated second. On an H100, FLUX takes 4.3 s and SVD 22.6 s."""
 FRAMES = 25
 SECONDS_PER_FRAME = 0.0024
-"""Of upscaling."""
+"""Seconds of upscaling per frame."""
 LOAD_SECONDS_PER_GB = 0.01
-"""Loading from disk: 4 GB a second, scaled."""
+"""Loading weights from disk: 4 GB/s, scaled."""
 SWAP_GB_PER_SECOND = 25 * TIME_SCALE
-"""Between host and card: what PCIe 4 x16 carries, scaled."""
+"""Transfer rate between host and GPU memory: PCIe 4 x16, scaled."""
 IMAGE_SHAPE = (1024, 1024, 3)
 """3 MB of uint8."""
 FRAMES_SHAPE = (FRAMES, 256, 576, 3)
 """11 MB of uint8."""
 CLIP_BYTES = 100_000
-"""What a shot leaves on disk."""
+"""Size of the output file of a shot."""
 
 MODEL_GB = {"instantid": 1.0, "flux": 34.0, "svd": 20.0, "realesrgan": 6.0}
-"""Weights and working memory together."""
+"""Model -> GB of weights and working memory."""
 SWAP, COMMIT = "swap", "commit"
-"""Of events that are no stage."""
+"""Names of events that are not stages."""
 
 
 class StageCost(NamedTuple):
+    """Cost of a stage."""
+
     seconds: float
-    """Of one shot."""
+    """Seconds per shot."""
     model: str
 
 
@@ -56,45 +58,45 @@ STAGES = {
     "svd": StageCost(0.90, "svd"),
     "realesrgan": StageCost(FRAMES * SECONDS_PER_FRAME, "realesrgan"),
 }
-"""In the order of the chain, in the proportions of the models on an H100."""
+"""Stages in order. Seconds have the proportions of the models on an H100."""
 CHAIN = tuple(STAGES)
 SECONDS_PER_SHOT = sum(stage.seconds for stage in STAGES.values())
 
 
 class OutOfMemoryError(RuntimeError):
-    """A simulated card has no room left."""
+    """A simulated GPU is out of memory."""
 
 
 class DoesNotFit(Exception):
-    """A system has no way to run on these cards."""
+    """A system cannot run on these GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that took a card from `t0` to `t1`, or a commit (gpu -1, an instant)."""
+    """Use of a GPU from `t0` to `t1`, or a commit (gpu -1, t0 = t1)."""
 
     stage: str
     shot: str
-    """Empty where the work does not know whose it is, as with a chunk of frames."""
+    """Id of the shot. Empty if unknown, as for chunks of frames."""
     gpu: int
     t0: float
     t1: float
     pid: int
     seconds: float
-    """Of useful work: what it was asked to take. Sleeping longer on a busy machine is no work, nor is swapping."""
+    """Seconds of useful work, as requested. Excludes swapping, and oversleeping on a busy machine."""
 
 
 def prepare(run_folder: Path, gpus: int, memory_gb: float) -> None:
-    """Make a run folder with so many cards of so much memory."""
+    """Initialise a run folder with `gpus` GPUs of `memory_gb` each."""
     for gpu in range(gpus):
         (run_folder / f"gpu-{gpu}" / "memory").mkdir(parents=True)
     for name in ("events", "claims", "clips"):
         (run_folder / name).mkdir()
-    (run_folder / "cards.json").write_text(json.dumps({"gpus": gpus, "memory_gb": memory_gb}))
+    (run_folder / "gpus.json").write_text(json.dumps({"gpus": gpus, "memory_gb": memory_gb}))
 
 
 def record(run_folder: Path, event: Event) -> None:
-    """Append to this process's own file, by one write, so that a killed process leaves whole lines."""
+    """Append an event to the file of this process, in a single write, so that a killed process leaves no partial line."""
     line = json.dumps(asdict(event)) + "\n"
     file = os.open(run_folder / "events" / f"{event.pid}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
@@ -104,57 +106,57 @@ def record(run_folder: Path, event: Event) -> None:
 
 
 def events(run_folder: Path) -> list[Event]:
-    """All that happened in a run, by time of start."""
+    """Return all events of a run, ordered by start time."""
     files = (run_folder / "events").glob("*.jsonl")
-    found = [Event(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
-    return sorted(found, key=lambda event: event.t0)
+    recorded = [Event(**json.loads(line)) for file in files for line in file.read_text().splitlines()]
+    return sorted(recorded, key=lambda event: event.t0)
 
 
 def commit(run_folder: Path, shot: str) -> None:
-    """Leave the shot's file, by rename, as a renderer would."""
+    """Write the output file of a shot atomically, and record the commit."""
     file = run_folder / "clips" / f"{shot}.mp4"
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_bytes(bytes(CLIP_BYTES))
-    unfinished.rename(file)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(bytes(CLIP_BYTES))
+    temporary.rename(file)
     now = time.time()
     record(run_folder, Event(COMMIT, shot, -1, now, now, os.getpid(), 0.0))
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """A block that one thread of one process runs at a time. The kernel lets go of the lock of a process that dies."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock during the block. The kernel releases the lock of a process that dies."""
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 class SimulatedGPU:
-    """One card of a run folder, as any process sees it."""
+    """One GPU of a run folder. Can be used by several processes."""
 
     _numbers = count()
 
     def __init__(self, run_folder: Path, index: int) -> None:
-        cards = json.loads((run_folder / "cards.json").read_text())
-        if not 0 <= index < cards["gpus"]:
-            raise ValueError(f"GPU {index}: this run has {cards['gpus']}, counted from 0")
+        config = json.loads((run_folder / "gpus.json").read_text())
+        if not 0 <= index < config["gpus"]:
+            raise ValueError(f"GPU {index}: this run has {config['gpus']}, counted from 0")
         self.run_folder = run_folder
         self.index = index
-        self.memory_gb = float(cards["memory_gb"])
+        self.memory_gb = float(config["memory_gb"])
         self._folder = run_folder / f"gpu-{index}"
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Have the card's compute units alone.
+        """Hold the exclusive lock of the GPU during the block.
 
-        Whoever lets go and comes back at once finds those who waited at the turnstile before it, so nobody starves.
+        The turnstile lock makes this fair: a process that releases the lock and requests it again waits behind the others.
         """
         with open(self._folder / "compute.lock", "a") as compute:
-            with _held(self._folder / "turnstile.lock"):
+            with _locked(self._folder / "turnstile.lock"):
                 fcntl.flock(compute, fcntl.LOCK_EX)
             yield
 
     def busy(self, seconds: float, stage: str, shot: str, work_seconds: float) -> None:
-        """Keep the card busy, alone, and record it."""
+        """Occupy the GPU exclusively for `seconds`, and record an event."""
         with self.exclusive():
             t0 = time.time()
             time.sleep(seconds)
@@ -162,12 +164,12 @@ class SimulatedGPU:
         record(self.run_folder, Event(stage, shot, self.index, t0, t1, os.getpid(), work_seconds))
 
     def allocate(self, gb: float, what: str) -> IO[bytes]:
-        """Take memory; closing the result, or the end of the process, gives it back. Raises OutOfMemoryError.
+        """Allocate memory. Closing the result, or the end of the process, frees it. Raises OutOfMemoryError.
 
-        An entry of the ledger is a file that its owner holds locked: one that can be locked belongs to nobody any more.
+        Each allocation is a file that its owner keeps locked. A file that can be locked has no owner any more.
         """
-        with _held(self._folder / "ledger.lock"):
-            used_gb = sum(self._gb_of(entry) for entry in (self._folder / "memory").iterdir())
+        with _locked(self._folder / "memory.lock"):
+            used_gb = sum(self._allocated_gb(entry) for entry in (self._folder / "memory").iterdir())
             if used_gb + gb > self.memory_gb:
                 raise OutOfMemoryError(
                     f"CUDA out of memory (simulated): {what} needs {gb:g} GB, GPU {self.index} has "
@@ -178,8 +180,8 @@ class SimulatedGPU:
         return entry
 
     @staticmethod
-    def _gb_of(entry: Path) -> float:
-        """How much memory an entry holds; one without an owner is removed."""
+    def _allocated_gb(entry: Path) -> float:
+        """Return the memory of an allocation. Removes it if it has no owner."""
         with open(entry, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -190,24 +192,24 @@ class SimulatedGPU:
 
 
 def assigned_gpu() -> int:
-    """The card that Ray gave this process, or else the one in CUDA_VISIBLE_DEVICES."""
+    """Return the GPU that Ray assigned to this process, else the one in CUDA_VISIBLE_DEVICES."""
     import ray
 
-    given: list[str] = ray.get_runtime_context().get_accelerator_ids().get("GPU", []) if ray.is_initialized() else []
-    given = given or [index for index in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if index]
-    if len(given) != 1:
-        raise RuntimeError(f"got the GPUs {given}, a simulated model lives on exactly one")
-    return int(given[0])
+    assigned: list[str] = ray.get_runtime_context().get_accelerator_ids().get("GPU", []) if ray.is_initialized() else []
+    assigned = assigned or [index for index in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if index]
+    if len(assigned) != 1:
+        raise RuntimeError(f"assigned GPUs: got {assigned}, must be exactly one")
+    return int(assigned[0])
 
 
 _claims: list[IO[str]] = []
 
 
 def claimed_gpu(run_folder: Path, pool: str) -> int:
-    """A card that no other living process has claimed for this pool, for the rest of this process's life."""
-    gpus = json.loads((run_folder / "cards.json").read_text())["gpus"]
+    """Claim a GPU that no other running process has claimed for this pool, until this process exits."""
+    gpus = json.loads((run_folder / "gpus.json").read_text())["gpus"]
     for gpu in range(gpus):
-        file = open(run_folder / "claims" / f"{pool}-{gpu}", "a")  # noqa: SIM115  # open while the process lives
+        file = open(run_folder / "claims" / f"{pool}-{gpu}", "a")  # noqa: SIM115  # stays open until the process exits
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -215,11 +217,11 @@ def claimed_gpu(run_folder: Path, pool: str) -> int:
             continue
         _claims.append(file)
         return gpu
-    raise RuntimeError(f"each of the {gpus} GPUs has a process of pool {pool} already")
+    raise RuntimeError(f"all {gpus} GPUs already have a process of pool {pool}")
 
 
 class SimulatedModel:
-    """Weights in a card's memory. Loading takes time but not the card; swapping takes both."""
+    """Model weights in GPU memory. Loading takes time but does not lock the GPU; swapping does both."""
 
     def __init__(self, name: str, gpu: SimulatedGPU) -> None:
         self.name = name
@@ -229,50 +231,52 @@ class SimulatedModel:
         time.sleep(self.gb * LOAD_SECONDS_PER_GB)
 
     def to_host(self) -> None:
+        """Move the weights to host memory."""
         if self._memory is not None:
             self._gpu.busy(self.gb / SWAP_GB_PER_SECOND, SWAP, "", 0.0)
             self.close()
 
     def to_gpu(self) -> None:
-        """Raises OutOfMemoryError."""
+        """Move the weights to GPU memory. Raises OutOfMemoryError."""
         if self._memory is None:
             self._memory = self._gpu.allocate(self.gb, self.name)
             self._gpu.busy(self.gb / SWAP_GB_PER_SECOND, SWAP, "", 0.0)
 
     def work(self, stage: str, shot: str, seconds: float) -> None:
+        """Occupy the GPU for one call of a stage."""
         if self._memory is None:
-            raise RuntimeError(f"{self.name} is in the host's memory, {stage} needs it on GPU {self._gpu.index}")
+            raise RuntimeError(f"{self.name} is in host memory, {stage} needs it on GPU {self._gpu.index}")
         self._gpu.busy(seconds, stage, shot, seconds)
 
     def close(self) -> None:
-        """Give the memory back. Safe to call twice."""
+        """Free the GPU memory. Can be called twice."""
         if self._memory is not None:
             self._memory.close()
             self._memory = None
 
 
 Payload = dict[str, NDArray[np.generic]]
-"""What a shot carries from stage to stage."""
+"""Data that a shot passes from stage to stage."""
 
 
 class Models:
-    """The models of some stages of the chain on one card, for executors that know nothing of vidgen.
+    """Models of some stages on one GPU, for executors other than vidgen.
 
-    With `turns` FLUX and SVD are on the card one at a time.
+    With `turns`, only one of FLUX and SVD is in GPU memory at a time.
     """
 
     def __init__(self, run_folder: Path, stages: Sequence[str], gpu: int | None = None, *, turns: bool = False) -> None:
         self._run_folder = run_folder
-        card = SimulatedGPU(run_folder, assigned_gpu() if gpu is None else gpu)
+        device = SimulatedGPU(run_folder, assigned_gpu() if gpu is None else gpu)
         self._turns = ("flux", "svd") if turns else ()
         self._models: dict[str, SimulatedModel] = {}
         for name in dict.fromkeys(STAGES[stage].model for stage in stages):
-            self._models[name] = SimulatedModel(name, card)
+            self._models[name] = SimulatedModel(name, device)
             if name in self._turns:
                 self._models[name].to_host()
 
     def run(self, stage: str, shot: str, payload: Payload) -> Payload:
-        """One stage of one shot; the last one commits it."""
+        """Run one stage of a shot. The last stage commits the shot."""
         seconds, name = STAGES[stage]
         if name in self._turns:
             for other in self._turns:

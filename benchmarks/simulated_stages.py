@@ -1,7 +1,7 @@
-"""vidgen's own stages with simulated models: the same declarations and parameters, the work of `simulated`, no torch.
+"""Stages of vidgen with simulated models: real declarations and parameters, work of `benchmarks.simulated`, no torch.
 
-`STAGES` maps names to classes as the batch engine takes them; `write_inputs` makes the files that its shots name. The weights
-of each actor are the folder `weights` of the run folder, which tells the stages where their cards are.
+`STAGES` maps stage names to classes for the batch engine. `write_inputs` creates the files that the shots need. The weights
+of every actor are the folder `weights` of the run folder, through which stages find the simulated GPUs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from vidgen_ray.stages.svd import SVDStage
 
 WEIGHTS, INPUTS = "weights", "inputs"
 PHOTO_PX = 64
-ENLARGED_PX = 64
-"""Side of upscaled frames. They are small, for the peers encode nothing, and it is not encoding that is compared."""
+UPSCALED_PX = 64
+"""Side of upscaled frames. They are small, because the other systems do not encode, and encoding is not compared."""
 
 
 class SimulatedStage(Stage[Any]):
-    """What the simulated stages share. Comes before the real stage among the bases of each."""
+    """Mixin with the simulated work. Must come before the real stage in the bases."""
 
     _loaded: ClassVar[dict[str, SimulatedModel]] = {}
-    """Models of this process: stages of one actor share theirs."""
+    """Models of this process. Stages of one actor share a model."""
 
     @classmethod
     def lower_memory(cls, params: Any) -> None:
-        """None: a card that is too small for a simulated model is so for good."""
+        """Return `None`: simulated models have no lower-memory settings."""
 
     def load(self) -> None:
         name = self._model_name()
@@ -47,7 +47,7 @@ class SimulatedStage(Stage[Any]):
         self._model = self._loaded[name]
 
     def _model_name(self) -> str:
-        # An actor's weights are one model.
+        # All stages of an actor use one model.
         return self.actor
 
     def move(self, device: str) -> None:
@@ -67,7 +67,7 @@ class SimulatedStage(Stage[Any]):
         return 0
 
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
-        """Without torch, whose import would be most of a worker's start."""
+        """Run without torch, whose import would take most of the start-up time of a worker."""
         return self.run(items)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
@@ -108,7 +108,7 @@ class SimulatedLoRA(SimulatedStage, FluxLoRAStage):
 
 class SimulatedImageLikeness(SimulatedStage, ImageLikenessStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        """No work of the card: the peers do not look whom their pictures show."""
+        """Do not use the GPU: the other systems have no likeness checks."""
         return [{"image_likeness": Likeness((1.0,))} for _ in items]
 
 
@@ -128,7 +128,7 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
 
     def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
-        return frames[:, :ENLARGED_PX, :ENLARGED_PX].copy()
+        return frames[:, :UPSCALED_PX, :UPSCALED_PX].copy()
 
 
 STAGES: dict[str, type[Stage[Any]]] = {
@@ -146,10 +146,9 @@ STAGES: dict[str, type[Stage[Any]]] = {
 
 
 def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
-    """The lines of a script in which every shot passes every stage, and the weights, photos and LoRA that they need.
+    """Write weights, photos and a LoRA, and return script lines whose shots use all stages and these files.
 
-    Every shot is of the simulation's own size. Every photo is another one: features are computed once per photo, and the
-    peers compute them for every shot.
+    Each shot has its own photo: vidgen computes face features once per photo, and the other systems once per shot.
     """
     weights, inputs = run_folder / WEIGHTS, run_folder / INPUTS
     weights.mkdir()
@@ -167,7 +166,7 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
                 "prompt": f"simulated shot {number}",
                 "seed": number,
                 "face_image": str(photo),
-                # What steers FLUX costs nothing here, and would need weights.
+                # Identity injection into FLUX is not simulated, and would need weights.
                 "identity": "none",
                 "lora": str(lora),
                 "num_frames": FRAMES,

@@ -1,4 +1,4 @@
-"""The benchmarks' own promises: the simulated cards forbid what real ones forbid, and efficiency is what it says."""
+"""Tests of the benchmarks: simulated GPUs, the efficiency measurement and the simulated stages."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 
 ROOT = Path(__file__).parent.parent
-IN_ANOTHER_PROCESS = """
+PROCESS_SCRIPT = """
 import sys, time
 from pathlib import Path
 from benchmarks.simulated import SimulatedGPU, SimulatedModel
@@ -48,24 +48,24 @@ def run_folder(tmp_path) -> Path:
     return tmp_path
 
 
-def another_process(folder: Path, name: str, then: str) -> subprocess.Popen:
-    """A process that has loaded a model on GPU 0 and then does something."""
-    script = IN_ANOTHER_PROCESS.format(name=name, folder=str(folder), then=then)
+def start_process(folder: Path, name: str, then: str) -> subprocess.Popen:
+    """Start a process that loads a model on GPU 0 and then runs the code `then`."""
+    script = PROCESS_SCRIPT.format(name=name, folder=str(folder), then=then)
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "loaded\n"
     return process
 
 
-def test_efficiency_is_work_over_gpus_times_the_wall():
-    happened = [
-        Event("svd", "a", 0, 10.0, 11.0, 1, 0.9),  # slept too long: 0.9 of it is work
+def test_efficiency_is_work_divided_by_gpus_and_wall_time():
+    events = [
+        Event("svd", "a", 0, 10.0, 11.0, 1, 0.9),  # overslept: only 0.9 s of it is work
         Event("flux", "b", 1, 10.5, 10.67, 2, 0.17),
         Event(SWAP, "", 1, 10.7, 10.8, 2, 0.0),
         Event("svd", "b", 1, 11.0, 11.9, 2, 0.9),
         Event(COMMIT, "a", -1, 11.1, 11.1, 1, 0.0),
         Event(COMMIT, "b", -1, 12.0, 12.0, 2, 0.0),
     ]
-    measured = efficiency(happened, gpus=2)
+    measured = efficiency(events, gpus=2)
     assert measured.wall_s == pytest.approx(2.0)
     assert measured.bound_s == pytest.approx((0.9 + 0.17 + 0.9) / 2)
     assert measured.efficiency == pytest.approx((0.9 + 0.17 + 0.9) / (2 * 2.0))
@@ -75,53 +75,53 @@ def test_efficiency_is_work_over_gpus_times_the_wall():
     assert (measured.first_start, measured.last_commit) == (10.0, 12.0)
 
 
-def test_work_done_twice_counts_once():
+def test_repeated_work_counts_once():
     once = [Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 2.0, 2.0, 1, 0.0)]
     again = Event("svd", "a", 0, 1.0, 1.9, 1, 0.9)
     assert efficiency([*once, again], gpus=1).efficiency == efficiency(once, gpus=1).efficiency == pytest.approx(0.45)
 
 
-def test_a_card_that_did_two_things_at_once_gives_no_number():
-    happened = [
+def test_overlapping_work_on_a_gpu_is_an_error():
+    events = [
         Event("svd", "a", 0, 0.0, 0.9, 1, 0.9),
         Event("flux", "b", 0, 0.5, 0.67, 2, 0.17),
         Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0),
     ]
-    with pytest.raises(ValueError, match="GPU 0: flux began"):
-        efficiency(happened, gpus=1)
+    with pytest.raises(ValueError, match="GPU 0: flux started"):
+        efficiency(events, gpus=1)
 
 
-def test_a_run_without_commits_gives_no_number():
+def test_run_without_commits_is_an_error():
     with pytest.raises(ValueError, match="no shot"):
         efficiency([Event("svd", "a", 0, 0.0, 0.9, 1, 0.9)], gpus=1)
 
 
-def test_two_processes_on_one_card_exclude_each_other(run_folder):
+def test_processes_on_one_gpu_exclude_each_other(run_folder):
     work = "for n in range(20): model.work({stage!r}, str(n), 0.01)"
-    processes = [another_process(run_folder, name, work.format(stage=name)) for name in ("flux", "realesrgan")]
+    processes = [start_process(run_folder, name, work.format(stage=name)) for name in ("flux", "realesrgan")]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
-    happened = simulated.events(run_folder)
-    assert len(happened) == 40
-    assert len({event.pid for event in happened}) == 2
-    for one, next_one in pairwise(happened):
-        assert next_one.t0 >= one.t1 - 0.001
+    events = simulated.events(run_folder)
+    assert len(events) == 40
+    assert len({event.pid for event in events}) == 2
+    for event, following in pairwise(events):
+        assert following.t0 >= event.t1 - 0.001
 
 
-def test_a_process_that_works_without_pause_lets_others_in(run_folder):
-    greedy = another_process(run_folder, "flux", "while True: model.work('flux', '', 0.05)")
+def test_gpu_lock_is_fair(run_folder):
+    busy = start_process(run_folder, "flux", "while True: model.work('flux', '', 0.05)")
     try:
         model = SimulatedModel("realesrgan", SimulatedGPU(run_folder, 0))
-        begun = time.monotonic()
+        started = time.monotonic()
         for _ in range(5):
             model.work("realesrgan", "", 0.001)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - started < 5
     finally:
-        greedy.kill()
-        greedy.wait()
+        busy.kill()
+        busy.wait()
 
 
-def test_more_memory_than_the_card_has_is_refused_whoever_holds_it(run_folder):
-    other = another_process(run_folder, "flux", "time.sleep(60)")
+def test_gpu_out_of_memory_across_processes(run_folder):
+    other = start_process(run_folder, "flux", "time.sleep(60)")
     try:
         with pytest.raises(OutOfMemoryError, match=r"out of memory.*svd needs 20 GB, GPU 0 has 14 of 48 GB free"):
             SimulatedModel("svd", SimulatedGPU(run_folder, 0))
@@ -129,18 +129,18 @@ def test_more_memory_than_the_card_has_is_refused_whoever_holds_it(run_folder):
     finally:
         other.kill()
         other.wait()
-    # The memory of a dead process is free.
+    # The memory of a killed process is free again.
     SimulatedModel("svd", SimulatedGPU(run_folder, 0)).close()
 
 
-def test_models_that_do_not_fit_together_take_turns(run_folder):
-    card = SimulatedGPU(run_folder, 0)
-    flux = SimulatedModel("flux", card)
+def test_models_that_do_not_fit_together_can_be_swapped(run_folder):
+    gpu = SimulatedGPU(run_folder, 0)
+    flux = SimulatedModel("flux", gpu)
     flux.to_host()
-    svd = SimulatedModel("svd", card)
+    svd = SimulatedModel("svd", gpu)
     with pytest.raises(OutOfMemoryError):
         flux.to_gpu()
-    with pytest.raises(RuntimeError, match="flux is in the host's memory"):
+    with pytest.raises(RuntimeError, match="flux is in host memory"):
         flux.work("flux", "a", 0.01)
     svd.to_host()
     flux.to_gpu()
@@ -151,7 +151,7 @@ def test_models_that_do_not_fit_together_take_turns(run_folder):
     )
 
 
-def test_the_chain_carries_pictures_and_commits(run_folder):
+def test_simulated_chain_passes_images_and_commits(run_folder):
     models = Models(run_folder, simulated.CHAIN, gpu=0, turns=True)
     payload, sizes_seen = {}, {}
     for stage in simulated.CHAIN:
@@ -163,16 +163,16 @@ def test_the_chain_carries_pictures_and_commits(run_folder):
     assert efficiency(simulated.events(run_folder), gpus=1).bound_s == pytest.approx(simulated.SECONDS_PER_SHOT)
 
 
-def test_a_pool_claims_every_card_once(run_folder):
+def test_pool_claims_each_gpu_once(run_folder):
     assert [claimed_gpu(run_folder, "flux") for _ in range(2)] == [0, 1]
     assert claimed_gpu(run_folder, "svd") == 0
-    with pytest.raises(RuntimeError, match="each of the 2 GPUs"):
+    with pytest.raises(RuntimeError, match="all 2 GPUs"):
         claimed_gpu(run_folder, "flux")
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 3, 4, 8, 16])
 @pytest.mark.parametrize("memory_gb", [80, 48, 24])
-def test_sizes_by_hand_use_every_card_and_fit(gpus, memory_gb):
+def test_pools_sized_by_hand_fit_and_use_all_gpus(gpus, memory_gb):
     try:
         pools = sizes.by_hand(gpus, memory_gb)
     except DoesNotFit:
@@ -184,7 +184,7 @@ def test_sizes_by_hand_use_every_card_and_fit(gpus, memory_gb):
     assert sum(pool.workers for pool in pools if pool.share > 0.5 or pool.share == largest) >= gpus
 
 
-def test_a_row_has_the_medians_or_the_reason():
+def test_row_has_medians_or_a_reason():
     case = Case("xenna", "by hand", 2, 80.0, 10)
     measured = efficiency(
         [Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0)],
@@ -198,13 +198,13 @@ def test_a_row_has_the_medians_or_the_reason():
 
 
 @pytest.mark.parametrize("simulated_stage", [*simulated_stages.STAGES.values(), *noop_stages.STAGES.values()])
-def test_stages_of_benchmarks_declare_what_the_real_ones_do(simulated_stage):
+def test_benchmark_stages_have_the_declarations_of_the_real_stages(simulated_stage):
     real = STAGE_BY_NAME[simulated_stage.name]
     for declared in ("name", "actor", "reads", "takes", "writes", "Params", "applies"):
         assert getattr(simulated_stage, declared) is getattr(real, declared)
 
 
-def test_a_shot_passes_the_simulated_stages(run_folder, monkeypatch):
+def test_simulated_stages_run_a_shot(run_folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     (line,) = simulated_stages.write_inputs(run_folder, 1)
     shot = Shot(**line)
@@ -214,17 +214,17 @@ def test_a_shot_passes_the_simulated_stages(run_folder, monkeypatch):
         params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS)
         assert all(file.exists() for file in stage_class.weight_files(params, shot))
         with stage_class(params) as stage:
-            (given,) = stage([Item(shot, artefacts)])
+            (result,) = stage([Item(shot, artefacts)])
             stage.move("cpu")
-        assert set(given) == set(stage_class.writes)
-        artefacts |= given
+        assert set(result) == set(stage_class.writes)
+        artefacts |= result
     work = [event for event in simulated.events(run_folder) if event.stage != SWAP]
     assert [event.stage for event in work] == list(simulated.CHAIN)
     assert {event.gpu for event in work} == {1}
     assert sum(event.seconds for event in work) == pytest.approx(simulated.SECONDS_PER_SHOT)
 
 
-def test_a_shot_passes_the_stages_that_do_nothing(tmp_path):
+def test_noop_stages_run_a_shot(tmp_path):
     shot = Shot(**noop_stages.line(0))
     assert [stage.name for stage in stages_of(shot)] == list(noop_stages.STAGES)
     artefacts = {}
@@ -234,6 +234,6 @@ def test_a_shot_passes_the_stages_that_do_nothing(tmp_path):
     assert artefacts["hd_frames"].shape == (noop_stages.FRAMES, noop_stages.SIDE_PX, noop_stages.SIDE_PX, 3)
 
 
-def test_every_peer_has_its_file():
+def test_peer_modules_exist():
     for peer in PEERS.values():
         assert (ROOT / f"{peer.module.replace('.', '/')}.py").is_file()

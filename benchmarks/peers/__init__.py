@@ -1,6 +1,6 @@
-"""Other ways to run the same chain: one module a system, each a function `(gpus, gpu_memory_gb, shots, run_folder)`.
+"""Other systems that run the same stages: one module per system, with a function `(gpus, gpu_memory_gb, shots, run_folder)`.
 
-Each runs in a process of its own, ends when every shot is committed, and raises where it cannot.
+Each function is called in a new process. It returns when all shots are committed, and raises an error if that is impossible.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 
 class Peer(NamedTuple):
+    """A way to run another system."""
+
     module: str
     function: str
     packages: tuple[str, ...]
-    """Distributions it needs."""
+    """Distributions that it needs."""
 
 
 PEERS: dict[tuple[str, str], Peer] = {
@@ -24,4 +26,4 @@ PEERS: dict[tuple[str, str], Peer] = {
     ("xenna", "autoscaled"): Peer("benchmarks.peers.xenna", "run_autoscaled", ("cosmos-xenna",)),
     ("rayorch", "by hand"): Peer("benchmarks.peers.rayorch", "run", ("rayorch",)),
 }
-"""(system, layout) -> where it is."""
+"""(system, layout) -> function."""

@@ -1,9 +1,9 @@
-"""Ray Data with one worker of each stage on every card. Ray's shares alone do not place them so: each chooses its card."""
+"""Ray Data with one worker per stage on every GPU. GPU shares do not ensure this placement, so workers claim their GPU."""
 
 from pathlib import Path
 
 from benchmarks.local_ray import local_ray
-from benchmarks.peers.ray_data import drain, fixed_pool, one_block_a_shot, tune
+from benchmarks.peers.ray_data import drain, fixed_pool, one_block_per_shot, tune
 from benchmarks.peers.sizes import ALL_GB, FACE, FLUX, SVD, UPSCALE, Pool
 from benchmarks.simulated import DoesNotFit
 
@@ -15,7 +15,7 @@ def run(gpus: int, gpu_memory_gb: float, shots: int, run_folder: Path) -> None:
         raise DoesNotFit(f"the models need {ALL_GB:g} GB, a GPU has {gpu_memory_gb:g}")
     with local_ray(gpus):
         tune()
-        dataset = one_block_a_shot(shots)
+        dataset = one_block_per_shot(shots)
         for stages, share in SHARES.items():
             dataset = fixed_pool(dataset, Pool(stages, gpus, share), run_folder, pinned=True)
         drain(dataset)

@@ -1,4 +1,4 @@
-"""Ray Data as a newcomer writes it: a class for each stage, Ray Data's own autoscaling pools, every setting the default."""
+"""Ray Data without tuning: one class per stage, autoscaling pools, default settings."""
 
 from pathlib import Path
 

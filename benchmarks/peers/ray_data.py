@@ -1,4 +1,4 @@
-"""What the four ways to use Ray Data share: the user's class over the simulated models, and the settings of a tuned run."""
+"""Shared code of the four Ray Data variants: the stage class on simulated models, and the settings of tuned runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {"instantid": "Face", "flux": "Flux", "lora": "Lora", "svd": "Svd", "rea
 
 
 class StageActor:
-    """Takes batches of shots through some stages. With `pool` it chooses a card that none of the pool has."""
+    """Runs batches of shots through some stages. With `pool`, it claims a GPU that no other worker of the pool has."""
 
     def __init__(self, run_folder: Path, stages: Sequence[str], pool: str | None = None, *, turns: bool = False) -> None:
         gpu = None if pool is None else claimed_gpu(run_folder, pool)
@@ -28,14 +28,18 @@ class StageActor:
         shots = batch.pop("shot")
         payloads = [{name: column[n] for name, column in batch.items()} for n in range(len(shots))]
         for stage in self._stages:
-            payloads = [self._models.run(stage, str(shot), given) for shot, given in zip(shots, payloads, strict=True)]
-        # One row, as nearly all batches here, is not copied.
-        columns = {name: [given[name] for given in payloads] for name in payloads[0]}
-        return {"shot": shots, **{name: of[0][None] if len(of) == 1 else np.stack(of) for name, of in columns.items()}}
+            payloads = [self._models.run(stage, str(shot), payload) for shot, payload in zip(shots, payloads, strict=True)]
+        columns = {name: [payload[name] for payload in payloads] for name in payloads[0]}
+        return {"shot": shots, **{name: _stack(arrays) for name, arrays in columns.items()}}
+
+
+def _stack(arrays: list[Any]) -> Any:
+    # Do not copy single rows: nearly all batches have one row.
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def operator(stages: Sequence[str]) -> type[StageActor]:
-    """The same class under the name by which Ray Data shows the operator."""
+    """Return a subclass whose name Ray Data shows as the name of the operator."""
     return type("".join(NAMES[stage] for stage in stages), (StageActor,), {})
 
 
@@ -43,24 +47,28 @@ WAIT_FOR_ACTORS_S = 120
 
 
 def tune() -> None:
-    """What makes Ray Data fast on a chain of large, slow rows."""
+    """Configure Ray Data for a chain with large, slow rows."""
     context = DataContext.get_current()
-    # Else the first actors begin while the others still start, which would count against its efficiency.
+    # Start when all actors are ready. An earlier start would lower the measured efficiency.
     context.wait_for_min_actors_s = WAIT_FOR_ACTORS_S
-    # One row stays one block, which is one task.
+    # Keep one row per block, so that each row is one task.
     context.target_max_block_size = 1 << 20
     context.execution_options.preserve_order = False
-    # The first data set of a driver starts Ray Data's coordinator; the real one would stall behind it.
+    # Warm-up: the first data set of a driver starts Ray Data's coordinator, which would delay the measured run.
     ray.data.range(1).materialize()
 
 
-def one_block_a_shot(shots: int) -> Any:
+def one_block_per_shot(shots: int) -> Any:
+    """Return a data set with one block per shot."""
     return ray.data.from_items([{"shot": shot} for shot in shot_ids(shots)], override_num_blocks=shots)
 
 
 def fixed_pool(dataset: Any, pool: Pool, run_folder: Path, *, pinned: bool = False, shots_per_turn: int = 0) -> Any:
-    """`pinned`: every worker of the pool on another card, whatever Ray thinks. `shots_per_turn`: so many shots pass FLUX, and
-    then SVD, where the two take turns on a card."""
+    """Add an operator with a fixed number of workers.
+
+    `pinned`: place every worker of the pool on another GPU, independently of Ray's placement. `shots_per_turn`: shots per
+    batch if FLUX and SVD take turns on a GPU, 0 if they do not.
+    """
     return dataset.map_batches(
         operator(pool.stages),
         batch_size=shots_per_turn or 1,
@@ -73,6 +81,6 @@ def fixed_pool(dataset: Any, pool: Pool, run_folder: Path, *, pinned: bool = Fal
 
 
 def drain(dataset: Any) -> None:
-    """Run it, keeping nothing."""
+    """Run the data set and discard its rows."""
     for _ in dataset.iter_internal_ref_bundles():
         pass

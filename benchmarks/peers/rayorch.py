@@ -1,4 +1,4 @@
-"""rayorch with pools sized by hand. FLUX and its refinement are two calls of one module, which share its actors."""
+"""rayorch with pools sized by hand. FLUX and its LoRA refinement are two calls of one module and share its actors."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from benchmarks.peers.sizes import Pool, by_hand
 from benchmarks.simulated import Models, Payload, shot_ids
 
 SHOTS_PER_GPU = 3
-"""In progress at once: the best of what was tried."""
+"""Shots in progress per GPU: the best of the values tried."""
 
 
 class Stages:
-    """The user's class: a batch of shots through one of the stages that it holds."""
+    """Module class: runs a batch of shots through one of its stages."""
 
     def __init__(self, run_folder: Path, stages: tuple[str, ...]) -> None:
         self._models = Models(run_folder, stages)
 
     def run(self, shots: list[str | tuple[str, Payload]], *, stage: str) -> list[tuple[str, Payload]]:
-        given = [(shot, Payload()) if isinstance(shot, str) else shot for shot in shots]
-        return [(name, self._models.run(stage, name, payload)) for name, payload in given]
+        inputs = [(shot, Payload()) if isinstance(shot, str) else shot for shot in shots]
+        return [(name, self._models.run(stage, name, payload)) for name, payload in inputs]
 
 
 class Chain(rayorch.Pipeline):

@@ -1,4 +1,4 @@
-"""How many workers of what a person who knows the stages' seconds and memory would start, by hand."""
+"""Numbers of workers per stage: sized by hand from known seconds and memory, and untuned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.simulated import MODEL_GB, SECONDS_PER_SHOT, STAGES, DoesNotFit
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Workers of one kind, each with its share of a GPU."""
+    """Identical workers, each with a share of a GPU."""
 
     stages: tuple[str, ...]
     workers: int
@@ -17,28 +17,28 @@ class Pool:
 
 
 FACE, FLUX, SVD, UPSCALE = ("instantid",), ("flux", "lora"), ("svd",), ("realesrgan",)
-"""FLUX and its LoRA refinement share weights, so whoever sizes by hand gives them one worker."""
+"""FLUX and its LoRA refinement share weights, so they share a worker."""
 ALL_GB = sum(MODEL_GB.values())
-BESIDE_FLUX_GB = MODEL_GB["instantid"] + MODEL_GB["flux"] + MODEL_GB["realesrgan"]
+FLUX_AND_SMALL_GB = MODEL_GB["instantid"] + MODEL_GB["flux"] + MODEL_GB["realesrgan"]
 
 
 def by_hand(gpus: int, memory_gb: float) -> tuple[Pool, ...]:
-    """Pools in the order of the chain, for executors that let Ray, or themselves, place workers by their shares.
+    """Return pools in the order of the stages, for executors that place workers by GPU shares.
 
-    The shares are such that any order of placement gives a packing that the memory holds.
-    Three GPUs and more: SVD has cards of its own, FLUX shares the others with what is small, in the proportion of the
-    seconds. One or two: FLUX and SVD on each, what is small on any; where that is too much memory, SVD on one card alone.
+    With these shares, any order of placement fits in memory. With three or more GPUs, SVD has GPUs of its own and FLUX
+    shares the others with the small models, in proportion to the seconds. With one or two GPUs, FLUX and SVD are on each,
+    and the small models on any. If two GPUs have too little memory for this, SVD has one of them alone.
     """
     if gpus >= 3 or (gpus == 2 and memory_gb < ALL_GB):
-        if memory_gb < BESIDE_FLUX_GB:
-            raise DoesNotFit(f"FLUX and what is small need {BESIDE_FLUX_GB:g} GB together")
+        if memory_gb < FLUX_AND_SMALL_GB:
+            raise DoesNotFit(f"FLUX and the small models need {FLUX_AND_SMALL_GB:g} GB together")
         without_svd = (SECONDS_PER_SHOT - STAGES["svd"].seconds) / SECONDS_PER_SHOT
-        flux_cards = max(1, round(gpus * without_svd))
+        flux_gpus = max(1, round(gpus * without_svd))
         return (
             Pool(FACE, 1, 0.1),
-            Pool(FLUX, flux_cards, 0.7),
-            Pool(SVD, gpus - flux_cards, 1.0),
-            Pool(UPSCALE, flux_cards, 0.2),
+            Pool(FLUX, flux_gpus, 0.7),
+            Pool(SVD, gpus - flux_gpus, 1.0),
+            Pool(UPSCALE, flux_gpus, 0.2),
         )
     if memory_gb < ALL_GB:
         raise DoesNotFit(f"the models need {ALL_GB:g} GB, one GPU has {memory_gb:g}")
@@ -46,9 +46,9 @@ def by_hand(gpus: int, memory_gb: float) -> tuple[Pool, ...]:
 
 
 def untuned(gpus: int, memory_gb: float) -> dict[str, float]:
-    """Stage -> share of a GPU of each worker, as the documentation's examples have it: a whole one for a large model.
+    """Return stage -> GPU share per worker, as in the examples of Ray's documentation: a whole GPU for a large model.
 
-    Where there are not enough cards for one worker of each, the share of the memory that it needs.
+    If there are not enough GPUs for one worker of each stage, the shares are in proportion to memory.
     """
     whole = {"instantid": 0.1, "flux": 1.0, "lora": 1.0, "svd": 1.0, "realesrgan": 0.25}
     if gpus >= sum(whole.values()):

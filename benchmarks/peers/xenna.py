@@ -1,7 +1,7 @@
-"""cosmos-xenna, once with workers sized by hand and once with its own autoscaling.
+"""cosmos-xenna, with workers sized by hand and with its own autoscaling.
 
-It counts the cards by NVML, not by Ray, and keeps its own account of their shares: `pretend/pynvml.py` tells it of the
-simulated ones. It watches its actors through Ray's dashboard, so that one runs.
+It counts GPUs with NVML instead of Ray and does its own accounting of shares, so `pretend/pynvml.py` reports the simulated
+GPUs. It monitors its actors through Ray's dashboard, so the dashboard must run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PRETEND = Path(__file__).parent / "pretend"
 AUTOSCALE_SECONDS = 180 / TIME_SCALE
-"""Its own interval and window, on the simulation's clock: else a whole run would end before it scales for the first time."""
+"""Its default interval and window, scaled to simulated time. Otherwise a run would end before the first scaling."""
 LOG_SECONDS = 10
 
 
@@ -39,7 +39,7 @@ def run_autoscaled(gpus: int, gpu_memory_gb: float, shots: int, run_folder: Path
 
 def _run(pools: Sequence[tuple[tuple[str, ...], float, int | None]], gpus: int, shots: int, run_folder: Path) -> None:
     os.environ["PRETEND_GPUS"] = str(gpus)
-    # What it sets itself, where it is the one to start Ray: it places workers by the first, and asks for long lists.
+    # xenna sets these when it starts Ray itself: it assigns GPUs on its own, and requests long lists.
     os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
     os.environ["RAY_MAX_LIMIT_FROM_API_SERVER"] = os.environ["RAY_MAX_LIMIT_FROM_DATA_SOURCE"] = "40000"
     os.environ["PYTHONPATH"] = f"{PRETEND}{os.pathsep}{os.environ['PYTHONPATH']}"
@@ -47,7 +47,7 @@ def _run(pools: Sequence[tuple[tuple[str, ...], float, int | None]], gpus: int, 
     from cosmos_xenna.pipelines import v1
 
     with local_ray(gpus, dashboard=True):
-        # It asks for Ray's state by way of whatever Ray it finds on the machine.
+        # Otherwise it may query another Ray instance on this machine.
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         v1.run_pipeline(
             v1.PipelineSpec(
@@ -66,7 +66,7 @@ def _run(pools: Sequence[tuple[tuple[str, ...], float, int | None]], gpus: int, 
 
 
 def _stage(run_folder: Path, stages: tuple[str, ...], share: float) -> v1.Stage[Any, Any]:
-    """An instance of a class of its own, for xenna tells stages apart by the names of their classes."""
+    """Return an instance of a new class: xenna distinguishes stages by their class names."""
     from cosmos_xenna.pipelines import v1
 
     class XennaStage(v1.Stage):
@@ -82,9 +82,9 @@ def _stage(run_folder: Path, stages: tuple[str, ...], share: float) -> v1.Stage[
             self._models = Models(run_folder, stages)
 
         def process_data(self, in_data: list[tuple[str, Payload]]) -> list[tuple[str, Payload]]:
-            return [self._through(shot, payload) for shot, payload in in_data]
+            return [self._run_stages(shot, payload) for shot, payload in in_data]
 
-        def _through(self, shot: str, payload: Payload) -> tuple[str, Payload]:
+        def _run_stages(self, shot: str, payload: Payload) -> tuple[str, Payload]:
             for stage in stages:
                 payload = self._models.run(stage, shot, payload)
             return shot, payload

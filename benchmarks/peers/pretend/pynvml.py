@@ -1,7 +1,6 @@
-"""A pretence, not NVIDIA's library: it reports PRETEND_GPUS cards that do not exist.
+"""Fake of NVIDIA's pynvml that reports PRETEND_GPUS simulated GPUs.
 
-cosmos-xenna counts the cards of a machine through NVML and will not believe Ray. On the search path of its benchmark
-alone, this answers the calls that it makes, so that it can run on simulated cards like the others.
+cosmos-xenna counts GPUs with NVML instead of Ray. This module is on the search path of its benchmark only.
 """
 
 import os
@@ -9,15 +8,15 @@ import uuid
 
 
 class NVMLError(Exception):
-    """Never raised here."""
+    """Never raised by this fake."""
 
 
 def nvmlInit() -> None:
-    """Nothing to do."""
+    """Do nothing."""
 
 
 def nvmlShutdown() -> None:
-    """Nothing to do."""
+    """Do nothing."""
 
 
 def nvmlDeviceGetCount() -> int:
