@@ -1,4 +1,4 @@
-"""`cluster.yaml` against Ray's own schema, and against what this project promises of a cluster."""
+"""Check `cluster.yaml` against Ray's schema and the requirements of this project."""
 
 import copy
 import re
@@ -40,22 +40,22 @@ def workers(config):
 
 
 def commands(config):
-    return [command for name, listed in config.items() if name.endswith("_commands") for command in listed]
+    return [command for name, items in config.items() if name.endswith("_commands") for command in items]
 
 
-def test_ray_itself_accepts_the_file(config):
+def test_ray_accepts_cluster_yaml(config):
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
-    assert set(prepared["available_node_types"]) == {"head", "gpu"}, "nothing of Ray's defaults was merged in"
+    assert set(prepared["available_node_types"]) == {"head", "gpu"}, "Ray merged in defaults of its own"
 
 
-def test_a_misspelt_field_would_be_refused(config):
+def test_ray_rejects_misspelt_fields(config):
     config["max_worker"] = config.pop("max_workers")
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         validate_config(prepare_config(config))
 
 
-def test_ray_is_the_same_pinned_version_everywhere_and_one_the_project_allows(config):
+def test_ray_version_is_pinned_consistently_and_allowed_by_the_project(config):
     allowed = next(r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "ray")
     [installed] = re.findall(r'"ray\[([a-z,]+)\]==([0-9.]+)"', " ".join(config["setup_commands"]))
     extras, version = installed
@@ -67,43 +67,45 @@ def test_ray_is_the_same_pinned_version_everywhere_and_one_the_project_allows(co
         assert f"3.{tag['minor']}" in SpecifierSet(PROJECT["project"]["requires-python"])
 
 
-def test_the_head_runs_no_work(head):
+def test_head_node_has_no_cpus_or_gpus(head):
     assert head["resources"] == {"CPU": 0, "GPU": 0}
     assert "InstanceMarketOptions" not in head["node_config"]
 
 
-def test_workers_are_gpu_nodes_that_come_when_asked_for(config, workers):
+def test_workers_are_autoscaled_gpu_spot_nodes(config, workers):
     assert workers
     assert config["max_workers"] > 0
     assert config["idle_timeout_minutes"] > 0
     for node in workers:
         assert node["min_workers"] == 0
         assert node["resources"]["GPU"] > 0
-        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}, "spot, with no maximum price"
+        assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}, (
+            "expected spot instances without a maximum price"
+        )
 
 
-def test_every_way_in_asks_for_the_token(config):
+def test_token_authentication_is_enabled_everywhere(config):
     assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
     starts = [c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c]
     assert len(starts) == 2
     for command in starts:
         assert command.index("export RAY_AUTH_MODE=token;") < command.index("ray start")
     assert config["file_mounts"][f"{HOME}/.ray/auth_token"] == "~/.ray/auth_token"
-    assert "RAY_AUTH_TOKEN" not in TEXT, "the token itself is in no file"
+    assert "RAY_AUTH_TOKEN" not in TEXT, "the file must not contain the token"
 
 
-def test_the_dashboard_listens_on_the_head_alone(config):
+def test_dashboard_listens_on_localhost_only(config):
     [start] = [command for command in config["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
     assert "0.0.0.0" not in TEXT
 
 
-def test_a_stopped_job_has_time_for_its_shots_in_progress(config):
+def test_job_stop_timeout_is_longer_than_the_grace_period(config):
     [seconds] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", " ".join(config["docker"]["run_options"]))
-    assert int(seconds) > GRACE_S, "what a stopped run takes at most to finish them"
+    assert int(seconds) > GRACE_S, "shots in progress need the whole grace period"
 
 
-def test_what_is_mounted_is_enough_to_install_the_project(config):
+def test_mounted_files_are_sufficient_to_install_the_project(config):
     mounted = {remote.removeprefix(f"{SOURCE}/") for remote in config["file_mounts"] if remote.startswith(f"{SOURCE}/")}
     wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
@@ -115,19 +117,19 @@ def test_what_is_mounted_is_enough_to_install_the_project(config):
     assert "./packaging/onnxruntime" in (ROOT / "Makefile").read_text()
 
 
-def test_nothing_large_and_nothing_private_is_mounted(config):
+def test_no_large_or_private_folders_are_mounted(config):
     for remote, local in config["file_mounts"].items():
         if local == "~/.ray/auth_token":
             continue
         assert remote == f"{SOURCE}/{local}"
         path = ROOT / local
         assert path.exists()
-        for unavailable in (".venv", "out", ".git", "dist"):
-            assert not (ROOT / unavailable).is_relative_to(path)
+        for excluded in (".venv", "out", ".git", "dist"):
+            assert not (ROOT / excluded).is_relative_to(path)
 
 
-def test_there_are_no_secrets_and_nobodys_own_names_in_the_file():
-    """Two places are to be filled in; `ray up` ends at once where they are not."""
+def test_cluster_yaml_contains_no_secrets_or_account_ids():
+    """Only two placeholders are left to fill in. `ray up` fails immediately if they are not replaced."""
     patterns = {
         "access key": r"A(KI|SI)A[0-9A-Z]{16}",
         "account, or resource of one": r"\b\d{12}\b|arn:aws|\b(ami|fs|sg|subnet|vpc|i)-[0-9a-f]{8,}",
@@ -135,13 +137,13 @@ def test_there_are_no_secrets_and_nobodys_own_names_in_the_file():
         "address": r"(?!127\.0\.0\.1)\b\d{1,3}(\.\d{1,3}){3}\b",
         "token": r"\b[0-9a-f]{32,}\b",
     }
-    for what, pattern in patterns.items():
-        assert not re.search(pattern, TEXT), what
+    for name, pattern in patterns.items():
+        assert not re.search(pattern, TEXT), name
     values = re.sub(r"(?m)#.*$", "", TEXT)
     assert set(re.findall(r"\b(?:AMI|FILE_SYSTEM)_ID\b", values)) == {"AMI_ID", "FILE_SYSTEM_ID"}
 
 
-def test_the_page_gives_commands_that_there_are():
+def test_docs_use_existing_commands_and_options():
     page = (ROOT / "docs" / "cluster.md").read_text()
     known = typer.main.get_command(app).commands
     commands = re.findall(r"(?:^|`)vidgen (\w+)([^#`\n]*)", page, re.MULTILINE)
@@ -155,7 +157,7 @@ def test_the_page_gives_commands_that_there_are():
         parse_gpus(gpus)
 
 
-def test_no_command_goes_on_after_a_part_of_it_failed(config):
+def test_commands_stop_at_the_first_error(config):
     for command in commands(config):
         assert " || true" not in command
         assert "\n" not in command

@@ -1,6 +1,6 @@
-"""The stages of the profile `demo` in this process, one after another, with what each made; and inputs taken from them.
+"""Run the stages of the profile `demo` in this process, optionally with inputs disconnected.
 
-Knows shots and stages; what their pictures mean it does not know.
+Does not interpret the results; see checks.py.
 """
 
 from __future__ import annotations
@@ -26,61 +26,61 @@ from vidgen_ray.stages.instantid import InstantIDStage
 
 @dataclass
 class Chain:
-    """What a stage made is kept by its content key, so that checks which share a picture draw it once."""
+    """Runs shots and caches stage results by content key, so that checks share images."""
 
     folder: Path
-    """Gets the portraits of the cast."""
+    """Folder for the portraits of the cast."""
     _stages: dict[str, Stage[Any]] = field(default_factory=dict)
-    _made: dict[str, Artefacts] = field(default_factory=dict)
+    _results: dict[str, Artefacts] = field(default_factory=dict)
 
     @cached_property
     def profile(self) -> Any:
         return load_profile("demo")
 
     def photo(self, name: str, x: float = 0.0) -> str:
-        """A portrait of somebody of the cast, as a file; `x` as `portrait` has it."""
+        """Return the path of a portrait of a cast member. `x`: horizontal position, see `portrait`."""
         file = self.folder / f"{name}{x:+.2f}.png"
         if not file.exists():
             PILImage.fromarray(portrait(name, x=x)).save(file)
         return str(file)
 
     def make(self, *, disconnected: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any) -> Artefacts:
-        """All that the stages make of a shot up to its clip, not enlarged.
+        """Return all artefacts of a shot, up to its clip before upscaling.
 
-        `disconnected` is stage -> field or artefact -> what the stage sees in its place, as if it dropped the input.
+        `disconnected`: stage -> field or artefact -> replacement value, to simulate a stage that ignores this input.
         """
-        shot = check_shot(
-            {"upscale_video": False, "generate_video": False, **fields}, "checks of meaning", self.profile.defaults
-        )
+        shot = self.shot(**fields)
         plan = ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
-        item, gone = Item(plan.shot), disconnected or {}
-        broken = ""
+        item = Item(plan.shot)
+        key_suffix = ""
         for step in plan.steps:
-            cut = gone.get(step.stage, {})
-            # Whatever comes after a cut is another thing than what has that key.
-            broken += repr(sorted(cut.items())) if cut else ""
-            key = step.key + broken
-            if key not in self._made:
-                self._made[key] = self._run(step.stage, item, cut)
-            item = Item(item.shot, {**item.artefacts, **self._made[key]})
+            cut = (disconnected or {}).get(step.stage, {})
+            # The results of this and all later stages differ from those of the content key.
+            key_suffix += repr(sorted(cut.items())) if cut else ""
+            key = step.key + key_suffix
+            if key not in self._results:
+                self._results[key] = self._run(step.stage, item, cut)
+            item = Item(item.shot, {**item.artefacts, **self._results[key]})
         return with_pictures(item, ("image",)).artefacts
 
     def shot(self, **fields: Any) -> Shot:
-        told = {"upscale_video": False, "generate_video": False, **fields}
-        return check_shot(told, "checks of meaning", self.profile.defaults)
+        """Return a checked shot. By default it has no clip and no upscaling."""
+        values = {"upscale_video": False, "generate_video": False, **fields}
+        return check_shot(values, "tests/meaning", self.profile.defaults)
 
     def _run(self, name: str, item: Item, cut: Mapping[str, Any]) -> Artefacts:
         stage = self.stage(name, item.shot)
-        ready = with_pictures(item, stage.takes)
+        inputs = with_pictures(item, stage.takes)
         artefacts = {key: value for key, value in cut.items() if key in stage.takes}
         fields = {key: value for key, value in cut.items() if key not in artefacts}
         shot = with_local_loras(item.shot.model_copy(update=fields))
-        (made,) = stage([Item(shot, {**ready.artefacts, **artefacts})])
-        return made
+        (result,) = stage([Item(shot, {**inputs.artefacts, **artefacts})])
+        return result
 
     def stage(self, name: str, shot: Shot) -> Stage[Any]:
+        """Return the loaded stage of this name that the shot uses."""
         if name not in self._stages:
-            (stage_class,) = [one for one in stages_of(shot) if one.name == name]
+            (stage_class,) = [stage for stage in stages_of(shot) if stage.name == name]
             stage = stage_class(self.profile.params(stage_class))
             stage.load()
             self._stages[name] = stage
@@ -88,7 +88,7 @@ class Chain:
 
     @cached_property
     def faces(self) -> InstantIDStage:
-        """The stage that looks at faces, for pictures that are no shot's photo."""
+        """InstantID stage, for detecting faces in generated images."""
         stage = InstantIDStage(self.profile.params(InstantIDStage))
         stage.load()
         return stage

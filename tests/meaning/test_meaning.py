@@ -1,4 +1,4 @@
-"""The demo's models show what they are told, and each of these checks fails where its input is cut off."""
+"""Outputs of the profile `demo` follow their inputs, and each check fails if its input is disconnected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.meaning.chain import Chain
 from tests.meaning.checks import CHECKS, PERSON_LORA, STYLE_LORA, UNCUT, person_prompt
 
 CASES = 12
-"""Of each check. `benchmarks/meaning.py` has fifty and more."""
+"""Cases per check. `benchmarks/meaning.py` uses 50 or more."""
 
 
 @pytest.fixture(scope="module")
@@ -20,18 +20,18 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_what_was_asked_for_is_seen(name: str, chain: Chain) -> None:
+def test_check_reaches_its_goal(name: str, chain: Chain) -> None:
     check = CHECKS[name]
     assert check.measure(chain, CASES, UNCUT) >= check.goal
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_fails_where_its_input_is_cut_off(name: str, chain: Chain) -> None:
+def test_check_fails_without_its_input(name: str, chain: Chain) -> None:
     check = CHECKS[name]
     assert check.measure(chain, CASES, check.cut) < check.goal
 
 
-def test_a_lora_of_no_weight_changes_nothing(chain: Chain) -> None:
+def test_lora_with_weight_zero_changes_nothing(chain: Chain) -> None:
     def refined(weight: float) -> np.ndarray:
         lora = [{"path": PERSON_LORA, "weight": weight}]
         return chain.make(prompt=person_prompt(0), seed=3, lora=lora)["image"]
