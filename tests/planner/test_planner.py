@@ -1,4 +1,4 @@
-"""The planner: what it accepts packs, what it refuses cannot be packed, and a simple scheduler reaches what it predicts."""
+"""Planner tests: layouts, costs and errors, comparison with brute force, and a simulated scheduler that follows the plan."""
 
 import heapq
 import json
@@ -32,7 +32,7 @@ from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, PROCESS_HOST_GB
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 
-ROOM = 1e-6
+TOLERANCE = 1e-6
 B6 = {
     "instantid": (1, {"instantid": 0.1}),
     "flux": (34, {"flux": 4.3, "lora": 2.0}),
@@ -40,87 +40,87 @@ B6 = {
     "svd": (20, {"svd": 22.6}),
     "realesrgan": (6, {"realesrgan": 3.0}),
 }
-"""Published numbers of an H100: actor -> GB, seconds."""
+"""Actor -> (GB of GPU memory, stage -> seconds). Published values for an H100."""
 STAGES_OF = {actor: list(seconds) for actor, (_, seconds) in B6.items()}
 CHAIN = tuple(stage.name for stage in STAGES if stage.name in STAGES_OF.get(stage.actor, ()))
-"""The stages of a shot with everything that FLUX draws; to look whom it shows takes next to no time."""
+"""Stages of a shot that uses everything with FLUX, without the likeness checks, which take almost no time."""
 
 
 def gpu_profile(actors, **fields):
-    """Of actor -> (GB, seconds)."""
+    """Return a profile. `actors`: actor -> (GB of GPU memory, stage -> seconds)."""
     sections = {
         name: ActorProfile(weights="w", device="cuda", memory_gb=gb, seconds=seconds) for name, (gb, seconds) in actors.items()
     }
-    return Profile(name="made-up", about="for a test", actors=sections, **fields)
+    return Profile(name="test", about="for tests", actors=sections, **fields)
 
 
-def demand(shots, stages=CHAIN, *, encoded_mpx=0.0):
-    """So many reference shots that pass these stages."""
+def make_demand(shots, stages=CHAIN, *, encoded_mpx=0.0):
+    """Return the demand of reference shots that use these stages."""
     return Demand(shots, dict.fromkeys(stages, float(shots)), shots, encoded_mpx, 1e6, 1e6, 0)
 
 
-WITHOUT_STYLE = demand(400, [name for name in CHAIN if name != "hunyuan"])
+WITHOUT_STYLE = make_demand(400, [name for name in CHAIN if name != "hunyuan"])
 
 
-# What the reference numbers give
+# Layouts for the published values
 
 
 @pytest.mark.parametrize("gpus", ["1x80GB", "2x80GB", "4x80GB", "8x80GB", "16x8x80GB"])
-@pytest.mark.parametrize("asked", [WITHOUT_STYLE, demand(400)])
-def test_where_everything_fits_on_a_gpu_each_holds_everything(gpus, asked):
-    planned = plan(gpu_profile(B6), asked, parse_gpus(gpus))
+@pytest.mark.parametrize("demand", [WITHOUT_STYLE, make_demand(400)])
+def test_fused_layout_if_all_stages_fit_on_one_gpu(gpus, demand):
+    planned = plan(gpu_profile(B6), demand, parse_gpus(gpus))
     assert planned.layout.kind == "fused"
     assert planned.efficiency > 0.999
     assert all(slot.workers[0].gpus == 1 and len(slot.workers) == 1 for slot in planned.layout.slots)
 
 
-@pytest.mark.parametrize(("gpus", "least"), [("8x48GB", 0.96), ("4x48GB", 0.96), ("2x48GB", 0.90), ("1x48GB", 0.90)])
-@pytest.mark.parametrize("asked", [WITHOUT_STYLE, demand(400)])
-def test_smaller_gpus_divide_the_stages_or_take_turns_and_stay_busy(gpus, least, asked):
-    planned = plan(gpu_profile(B6), asked, parse_gpus(gpus))
+@pytest.mark.parametrize(("gpus", "min_efficiency"), [("8x48GB", 0.96), ("4x48GB", 0.96), ("2x48GB", 0.90), ("1x48GB", 0.90)])
+@pytest.mark.parametrize("demand", [WITHOUT_STYLE, make_demand(400)])
+def test_hybrid_layout_on_smaller_gpus_is_efficient(gpus, min_efficiency, demand):
+    planned = plan(gpu_profile(B6), demand, parse_gpus(gpus))
     assert planned.layout.kind == "hybrid"
-    assert planned.efficiency >= least
+    assert planned.efficiency >= min_efficiency
 
 
-def test_different_gpus_are_used_for_what_each_can_hold():
+def test_mixed_gpus_get_the_stages_that_fit():
     planned = plan(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x24GB+2x48GB+1x80GB+1x8GB"))
-    held = {memory: set() for memory in (8, 24, 48, 80)}
+    stages_by_memory = {memory: set() for memory in (8, 24, 48, 80)}
     for slot, node in zip(planned.layout.slots, planned.nodes, strict=True):
-        held[(24, 48, 80, 8)[node]].update(slot.workers[0].stages)
-    assert "flux" not in held[24]
-    assert "svd" in held[24]
-    assert {"flux", "svd"} <= held[80]
-    assert held[8] <= {"instantid", "realesrgan"}
+        stages_by_memory[(24, 48, 80, 8)[node]].update(slot.workers[0].stages)
+    assert "flux" not in stages_by_memory[24]
+    assert "svd" in stages_by_memory[24]
+    assert {"flux", "svd"} <= stages_by_memory[80]
+    assert stages_by_memory[8] <= {"instantid", "realesrgan"}
 
 
-def test_gpus_too_small_for_anything_stay_idle_and_are_told():
-    planned = plan(gpu_profile({"svd": (20, {"svd": 1})}), demand(9, ["svd"]), parse_gpus("2x16GB+2x24GB"))
+def test_gpus_that_are_too_small_are_reported_as_idle():
+    planned = plan(gpu_profile({"svd": (20, {"svd": 1})}), make_demand(9, ["svd"]), parse_gpus("2x16GB+2x24GB"))
     assert planned.nodes == (1, 1)
-    assert any("2 of 4 GPUs have nothing to do" in note for note in planned.notes)
+    assert any("2 of 4 GPUs are idle" in note for note in planned.notes)
 
 
-def test_a_stage_that_no_shot_uses_has_no_worker(make_shot):
-    picture = demand_of([make_shot(generate_video=False)])
-    planned = plan(gpu_profile(B6), picture, parse_gpus("1x48GB"))
+def test_unused_stages_have_no_worker(make_shot):
+    image_only = demand_of([make_shot(generate_video=False)])
+    planned = plan(gpu_profile(B6), image_only, parse_gpus("1x48GB"))
     assert planned.layout.workers[0].stages == ("flux",)
 
 
-def test_flux_and_lora_live_in_one_process_in_every_layout():
+def test_flux_and_lora_share_a_process_in_every_layout():
     for kind in ("auto", "fused", "colocated", "staged"):
-        planned = plan(gpu_profile(B6, layout=kind), demand(50), parse_gpus("5x80GB"))
+        planned = plan(gpu_profile(B6, layout=kind), make_demand(50), parse_gpus("5x80GB"))
         assert all(("flux" in worker.stages) == ("lora" in worker.stages) for worker in planned.layout.workers)
         assert planned.layout.kind == ("fused" if kind == "auto" else kind)
 
 
-def test_colocated_processes_share_a_gpu_by_their_memory():
-    planned = plan(gpu_profile(B6, layout="colocated"), demand(50), parse_gpus("2x80GB"))
+def test_colocated_processes_share_a_gpu_in_proportion_to_memory():
+    planned = plan(gpu_profile(B6, layout="colocated"), make_demand(50), parse_gpus("2x80GB"))
     for slot in planned.layout.slots:
         assert len(slot.workers) == 5
         assert 0.99 < sum(worker.gpus for worker in slot.workers) <= 1
         assert slot.memory_gb == pytest.approx(74 + 5 * CONTEXT_GB)
 
 
-def test_staged_gives_the_slow_stage_most_processes_and_lets_small_ones_share():
+def test_staged_layout_gives_slow_stages_more_processes_and_small_ones_share_gpus():
     planned = plan(gpu_profile(B6, layout="staged"), WITHOUT_STYLE, parse_gpus("8x48GB"))
     workers = Counter(worker.stages for worker in planned.layout.workers)
     assert workers["svd",] > workers["flux", "lora"] >= 1
@@ -128,27 +128,27 @@ def test_staged_gives_the_slow_stage_most_processes_and_lets_small_ones_share():
     assert planned.efficiency > 0.9
 
 
-def test_an_actor_on_the_cpu_lives_in_the_gpu_workers_process_and_takes_no_gpu_memory():
+def test_cpu_actor_joins_a_gpu_process_and_needs_no_gpu_memory():
     profile = gpu_profile(B6)
     face = ActorProfile(weights="w", cpus=2, memory_gb=0.7, seconds={"instantid": 0.1})
     for kind in ("auto", "colocated", "staged"):
         mixed = profile.model_copy(update={"actors": {**profile.actors, "instantid": face}, "layout": kind})
         planned = plan(mixed, WITHOUT_STYLE, parse_gpus("2x80GB"))
-        homes = [worker for worker in planned.layout.workers if "instantid" in worker.stages]
-        assert homes
-        assert all("flux" in worker.stages and worker.cpus == 2 and worker.gpus > 0 for worker in homes)
+        workers = [worker for worker in planned.layout.workers if "instantid" in worker.stages]
+        assert workers
+        assert all("flux" in worker.stages and worker.cpus == 2 and worker.gpus > 0 for worker in workers)
 
 
-def test_the_plan_is_the_same_in_every_process():
+def test_plan_does_not_depend_on_the_hash_seed():
     program = (
         "from tests.planner.test_planner import *; from dataclasses import asdict;"
-        "print(asdict(plan(gpu_profile(B6), demand(400), parse_gpus('3x48GB+2x24GB'))))"
+        "print(asdict(plan(gpu_profile(B6), make_demand(400), parse_gpus('3x48GB+2x24GB'))))"
     )
-    said = {
+    outputs = {
         subprocess.run([sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
         for seed in ("1", "2")
     }
-    assert len(said) == 1
+    assert len(outputs) == 1
 
 
 # Profiles without GPUs
@@ -157,8 +157,8 @@ def test_the_plan_is_the_same_in_every_process():
 @pytest.mark.parametrize(
     ("name", "cpus", "shots", "slots"), [("demo", 2, 9, 2), ("demo", 16, 9, 2), ("demo", 16, 1, 1), ("tiny", 2, 9, 1)]
 )
-def test_a_laptop_gets_a_worker_a_core_and_no_more_than_the_profile_allows(name, cpus, shots, slots):
-    planned = plan(load_profile(name), demand(shots), Cluster((Node((), cpus, 8),)))
+def test_cpu_workers_are_limited_by_cores_shots_and_profile(name, cpus, shots, slots):
+    planned = plan(load_profile(name), make_demand(shots), Cluster((Node((), cpus, 8),)))
     assert planned.layout.kind == "fused"
     assert len(planned.layout.slots) == slots
     assert all(worker.gpus == 0 for worker in planned.layout.workers)
@@ -168,15 +168,15 @@ def test_a_laptop_gets_a_worker_a_core_and_no_more_than_the_profile_allows(name,
     assert cpus_needed(planned.layout) <= cpus
 
 
-def test_cpu_workers_are_no_more_than_the_memory_holds(tiny):
-    roomy = tiny.model_copy(update={"cpu_workers": None})
-    sizes = [len(plan(roomy, demand(99), Cluster((Node((), 16, gb),))).layout.slots) for gb in (1.5, 3, 6, 100)]
+def test_cpu_workers_are_limited_by_host_memory(tiny):
+    unlimited = tiny.model_copy(update={"cpu_workers": None})
+    sizes = [len(plan(unlimited, make_demand(99), Cluster((Node((), 16, gb),))).layout.slots) for gb in (1.5, 3, 6, 100)]
     assert sizes == [1, 2, 5, 16]
 
 
-def test_staged_on_cpus_is_a_process_an_actor_in_one_slot(tiny):
+def test_staged_layout_on_cpus_has_one_process_per_actor_in_one_slot(tiny):
     staged = tiny.model_copy(update={"layout": "staged"})
-    planned = plan(staged, demand(9), Cluster((Node((), 8, None),)))
+    planned = plan(staged, make_demand(9), Cluster((Node((), 8, None),)))
     assert [worker.stages for slot in planned.layout.slots for worker in slot.workers] == [
         ("instantid",),
         ("flux", "lora"),
@@ -187,18 +187,18 @@ def test_staged_on_cpus_is_a_process_an_actor_in_one_slot(tiny):
     assert len(planned.layout.slots) == 1
 
 
-def test_lines_that_need_no_model_need_no_worker(tiny, make_shot):
+def test_shots_without_stages_need_no_worker(tiny, make_shot):
     planned = plan(tiny, demand_of([make_shot(image="a.png", generate_video=False)]), Cluster((Node((), 1, 4),)))
     assert planned.layout.slots == ()
     assert planned.layout.encoders == 1
     assert planned.layout.window == 1
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("profile", "cluster", "error", "says"),
+    ("profile", "cluster", "error", "message"),
     [
         (gpu_profile(B6), Cluster((Node((), 8, 64),)), SetupError, r"stage instantid needs 1.6 GB.*there is no GPU"),
         (gpu_profile(B6), parse_gpus("8x24GB"), SetupError, r"stages flux and lora need 34.6 GB.*the largest GPU has 24 GB"),
@@ -207,34 +207,34 @@ def test_lines_that_need_no_model_need_no_worker(tiny, make_shot):
             gpu_profile(B6),
             Cluster((Node((48,), 8, 32),)),
             SetupError,
-            r"host memory.*up to 74 GB a worker; the nodes have 32 GB",
+            r"host memory.*up to 74 GB per worker; the nodes have 32 GB",
         ),
         (gpu_profile(B6), Cluster((Node((80,), 2, None),)), SetupError, r"a worker needs up to 1 CPUs.*the nodes have 2"),
         (load_profile("demo"), Cluster((Node((), 1, 8),)), SetupError, r"needs up to 0.25 CPUs.*the nodes have 1"),
         (load_profile("gpu-24gb"), parse_gpus("8x24GB"), SetupError, r"stages flux and lora need 41.6 GB"),
     ],
 )
-def test_a_refusal_names_what_is_missing(profile, cluster, error, says):
-    with pytest.raises(error, match=says):
-        plan(profile, demand(9), cluster)
+def test_infeasible_plan_names_the_missing_resource(profile, cluster, error, message):
+    with pytest.raises(error, match=message):
+        plan(profile, make_demand(9), cluster)
 
 
 @pytest.mark.parametrize("name", ["gpu-80gb", "gpu-48gb", "gpu-24gb"])
-def test_each_gpu_profile_suits_its_cards(name):
+def test_gpu_profiles_fit_on_their_gpus(name):
     stages = [stage.name for stage in STAGES if name != "gpu-24gb" or stage.actor != "flux"]
-    planned = plan(load_profile(name), demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
+    planned = plan(load_profile(name), make_demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
     assert planned.efficiency > 0.95
     assert not any("no seconds" in note for note in planned.notes)
 
 
-def test_seconds_of_a_stage_that_lives_elsewhere_are_refused():
+def test_seconds_of_a_stage_of_another_actor_are_rejected():
     profile = gpu_profile({"svd": (20, {"flux": 1.0})})
     with pytest.raises(ProfileError, match=r"actors.svd.seconds: got 'flux', must be one of svd"):
-        plan(profile, demand(1, ["svd"]), parse_gpus("1x80GB"))
+        plan(profile, make_demand(1, ["svd"]), parse_gpus("1x80GB"))
 
 
-def test_seconds_that_nobody_told_are_assumed_aloud():
-    planned = plan(gpu_profile({"svd": (20, {})}), demand(1, ["svd"]), parse_gpus("1x80GB"))
+def test_assumed_seconds_are_noted():
+    planned = plan(gpu_profile({"svd": (20, {})}), make_demand(1, ["svd"]), parse_gpus("1x80GB"))
     assert any("no seconds of svd" in note for note in planned.notes)
     assert planned.stage_seconds == {"svd": 22.6}
 
@@ -242,22 +242,22 @@ def test_seconds_that_nobody_told_are_assumed_aloud():
 @pytest.mark.parametrize(
     "text", ["", "8", "8x", "80GB", "0x80GB", "8x80", "8x0GB", "8x80GB+", "x80GB", "1x1x1x80GB", "-1x80GB"]
 )
-def test_gpus_that_cannot_be_read_are_refused_with_examples(text):
+def test_parse_gpus_rejects_invalid_text_with_examples(text):
     with pytest.raises(UsageError, match="8x80GB"):
         parse_gpus(text)
 
 
-def test_gpus_are_read_as_nodes():
+def test_parse_gpus_returns_nodes():
     assert [len(node.gpus) for node in parse_gpus("2x8x80GB + 4x48gb").nodes] == [8, 8, 4]
     assert parse_gpus("2x8x80GB").gpus == (80.0,) * 16
-    assert "16 a GPU" in parse_gpus("1x80GB").notes[0]
+    assert "16 per GPU" in parse_gpus("1x80GB").notes[0]
     assert this_machine().cpus >= 1
 
 
-# What a script asks for
+# Demand
 
 
-def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
+def test_reference_shot_has_relative_cost_one_for_every_stage():
     shot = Shot(prompt="a", face_image="f.png", identity="none", lora="l.safetensors", use_hunyuan_style=True)
     assert {stage.name: stage.relative_cost(shot) for stage in STAGES} == dict.fromkeys(STAGE_BY_NAME, 1.0)
 
@@ -279,72 +279,72 @@ def test_the_reference_shot_is_one_piece_of_work_for_every_stage():
         ({"upscaler": "x4plus"}, {"realesrgan": 23}),
     ],
 )  # fmt: skip
-def test_work_follows_what_a_shot_asks_for(fields, expected):
+def test_relative_cost_depends_on_the_shot(fields, expected):
     shot = Shot(prompt="a", lora="l.safetensors", use_hunyuan_style=True, **fields)
     assert {name: STAGE_BY_NAME[name].relative_cost(shot) for name in expected} == pytest.approx(expected)
 
 
-def test_a_demand_sums_over_any_number_of_shots():
+def test_demand_of_sums_over_shots():
     def shots():
         for n in range(300):
             yield Shot(prompt="a", lora=f"l{n % 3}.safetensors", upscale_video=n % 2 == 0, generate_video=n % 4 != 3)
 
-    asked = demand_of(shots())
-    assert (asked.shots, asked.upscaled, asked.loras) == (300, 150, 3)
-    assert asked.relative_cost == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
+    demand = demand_of(shots())
+    assert (demand.shots, demand.upscaled, demand.loras) == (300, 150, 3)
+    assert demand.relative_cost == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
     clip = 1024 * 576 * 25 / 1e6
-    assert asked.encoded_mpx == pytest.approx(clip * (225 + 16 * 150))
+    assert demand.encoded_mpx == pytest.approx(clip * (225 + 16 * 150))
 
 
-# Encoders, cost, time
+# Encoders, cost, duration
 
 
-def test_there_are_encoders_enough_for_the_clips():
+def test_number_of_encoders_follows_the_encoded_pixels():
     fast = gpu_profile({"svd": (20, {"svd": 1.0})})
-    asked = demand(100, ["svd"], encoded_mpx=100 * 240)
-    encoders = plan(fast, asked, parse_gpus("8x80GB")).layout.encoders
-    # 8 shots a second with 240 megapixels each, at 0.02 s of a core.
+    demand = make_demand(100, ["svd"], encoded_mpx=100 * 240)
+    encoders = plan(fast, demand, parse_gpus("8x80GB")).layout.encoders
+    # 8 shots per second of 240 megapixels each, at 0.02 CPU seconds per megapixel.
     assert encoders == pytest.approx(8 * 240 * 0.02 / 0.8)
 
 
-def test_the_window_keeps_every_gpu_busy_and_is_no_more_than_the_shots():
-    assert plan(gpu_profile(B6), demand(400), parse_gpus("8x80GB")).layout.window == 24
-    assert plan(gpu_profile(B6), demand(400), parse_gpus("1x48GB")).layout.window == 2 * TURN_SHOTS
-    assert plan(gpu_profile(B6), demand(5), parse_gpus("8x80GB")).layout.window == 5
+def test_window_depends_on_slots_and_turns_and_is_limited_by_shots():
+    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("8x80GB")).layout.window == 24
+    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * TURN_SHOTS
+    assert plan(gpu_profile(B6), make_demand(5), parse_gpus("8x80GB")).layout.window == 5
 
 
-def test_no_more_gpus_are_taken_than_there_are_shots():
-    assert len(plan(gpu_profile(B6), demand(3), parse_gpus("8x80GB")).layout.slots) == 3
+def test_slots_are_limited_by_shots():
+    assert len(plan(gpu_profile(B6), make_demand(3), parse_gpus("8x80GB")).layout.slots) == 3
 
 
-def test_a_plan_that_costs_too_much_has_an_exit_code_of_its_own():
-    planned = plan(gpu_profile(B6), demand(1000), parse_gpus("8x80GB"), price=2)
+def test_max_cost_exits_with_code_5():
+    planned = plan(gpu_profile(B6), make_demand(1000), parse_gpus("8x80GB"), price=2)
     assert planned.cost == pytest.approx(planned.gpu_hours * 2)
     planned.check_cost(planned.cost)
-    with pytest.raises(TooExpensive, match=r"--max-cost allows 1.00") as refused:
+    with pytest.raises(TooExpensive, match=r"--max-cost allows 1.00") as error:
         planned.check_cost(1)
-    assert refused.value.exit_code == 5
+    assert error.value.exit_code == 5
 
 
-def test_the_price_is_the_commands_then_the_profiles_then_a_tables():
+def test_price_comes_from_the_command_the_profile_or_the_default_table():
     profile = gpu_profile(B6, price_per_gpu_hour=3)
-    for given, own, rate in ((None, profile, 3), (7, profile, 7), (None, gpu_profile(B6), 2.5)):
-        planned = plan(own, demand(1000), parse_gpus("8x80GB"), price=given)
+    for price, priced, rate in ((None, profile, 3), (7, profile, 7), (None, gpu_profile(B6), 2.5)):
+        planned = plan(priced, make_demand(1000), parse_gpus("8x80GB"), price=price)
         assert planned.cost == pytest.approx(planned.gpu_hours * rate)
         assert any("price" in note for note in planned.notes) == (rate == 2.5)
-    unknown = plan(gpu_profile(B6), demand(1000), parse_gpus("8x288GB"))
+    unknown = plan(gpu_profile(B6), make_demand(1000), parse_gpus("8x288GB"))
     assert unknown.cost is None
     with pytest.raises(UsageError, match="--price"):
         unknown.check_cost(1)
 
 
-def test_the_range_holds_what_is_expected():
-    planned = plan(gpu_profile(B6), demand(1000), parse_gpus("8x80GB"))
+def test_expected_seconds_are_within_the_range():
+    planned = plan(gpu_profile(B6), make_demand(1000), parse_gpus("8x80GB"))
     bound = 1000 * sum(planned.stage_seconds.values()) / 8
     assert planned.seconds_low < bound < planned.seconds < planned.seconds_high
 
 
-# Measured seconds
+# Calibration
 
 
 @pytest.fixture
@@ -353,20 +353,20 @@ def cache_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_measured_seconds_override_the_profiles(cache_folder):
+def test_calibration_overrides_the_seconds_of_the_profile(cache_folder):
     save_calibration("p", "H100", {"svd": [(5.0, 0.5), (10.0, 1.0), (11.0, 1.0), (9.0, 1.0), (900.0, 1.0)], "flux": [(1, 0)]})
-    ((name, found),) = load_calibration("p", "H100").items()
-    assert (name, found.seconds_of_reference, found.shots) == ("svd", 10.0, 5)
-    assert found.spread == pytest.approx(0.148, abs=0.001)
-    planned = plan(gpu_profile(B6), demand(1, ["svd"]), parse_gpus("1x80GB"), calibration=load_calibration("p", "H100"))
+    ((name, calibration),) = load_calibration("p", "H100").items()
+    assert (name, calibration.seconds_of_reference, calibration.shots) == ("svd", 10.0, 5)
+    assert calibration.spread == pytest.approx(0.148, abs=0.001)
+    planned = plan(gpu_profile(B6), make_demand(1, ["svd"]), parse_gpus("1x80GB"), calibration=load_calibration("p", "H100"))
     assert planned.stage_seconds == {"svd": 10.0}
     assert load_calibration("p", "L40S") == load_calibration("q", "H100") == {}
 
 
-def test_a_run_of_few_shots_does_not_replace_what_many_have_shown(cache_folder):
+def test_calibration_of_few_shots_does_not_replace_one_of_many(cache_folder):
     save_calibration("p", "c", {"svd": [(10.0, 1.0)] * 5})
     save_calibration("p", "c", {"svd": [(99.0, 1.0)], "flux": [(3.0, 1.0)]})
-    assert {stage: found.seconds_of_reference for stage, found in load_calibration("p", "c").items()} == {
+    assert {stage: calibration.seconds_of_reference for stage, calibration in load_calibration("p", "c").items()} == {
         "svd": 10.0,
         "flux": 3.0,
     }
@@ -374,19 +374,19 @@ def test_a_run_of_few_shots_does_not_replace_what_many_have_shown(cache_folder):
     assert load_calibration("p", "c")["svd"].seconds_of_reference == 20.0
 
 
-def test_a_damaged_memory_is_an_empty_one(cache_folder):
+def test_damaged_calibration_file_counts_as_empty(cache_folder):
     (cache_folder / "measured.json").write_text('{"p": {"c": {"svd": {"seconds_of_reference": -1}}}}')
     assert load_calibration("p", "c") == {}
     save_calibration("p", "c", {"svd": [(10.0, 1.0)]})
     assert load_calibration("p", "c")["svd"].shots == 1
 
 
-# The command
+# The plan command
 
 
-def test_the_command_prints_what_the_plan_promises(capsys):
+def test_plan_command_prints_the_plan(capsys):
     plan_command(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("2x48GB"), counts=Counts(410, 7, 3, 12))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in (
         "2 x 48 GB, 32 CPUs on 1 node",
         "400 to render; 7 of 410 done before, 3 refused, 12 stages in the cache",
@@ -398,31 +398,31 @@ def test_the_command_prints_what_the_plan_promises(capsys):
         "hybrid with turns",
         "the stages need 61.6 GB together, the largest of 2 GPUs has 48 GB",
     ):
-        assert words in said
+        assert words in output
 
 
-def test_the_command_in_json_is_one_object_and_the_cost_is_checked_after_it(capsys):
+def test_plan_command_prints_json_before_the_cost_check(capsys):
     with pytest.raises(TooExpensive):
         plan_command(gpu_profile(B6), WITHOUT_STYLE, parse_gpus("8x80GB"), max_cost=0.01, as_json=True)
-    said = json.loads(capsys.readouterr().out)
-    assert said["layout"]["kind"] == "fused"
-    assert len(said["layout"]["slots"]) == len(said["nodes"]) == len(said["shares"]) == 8
-    assert said["efficiency"] == pytest.approx(1)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["layout"]["kind"] == "fused"
+    assert len(printed["layout"]["slots"]) == len(printed["nodes"]) == len(printed["shares"]) == 8
+    assert printed["efficiency"] == pytest.approx(1)
 
 
-def test_the_command_with_nothing_to_do_says_so(tiny, capsys):
-    plan_command(tiny, demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
+def test_plan_command_without_pending_shots(tiny, capsys):
+    plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
     assert "nothing to render: 7 of 7 done before" in capsys.readouterr().out
-    plan_command(tiny, demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0), as_json=True)
+    plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0), as_json=True)
     assert json.loads(capsys.readouterr().out)["shots"] == 0
 
 
 # Random profiles and clusters
 
 
-def random_case(rng, *, most_gpus=4, most_actors=5):
-    """A profile, a demand and a cluster, each now and then scarce in something."""
-    names = sorted(rng.sample(list(B6), rng.randint(1, most_actors)))
+def random_case(rng, *, max_gpus=4, max_actors=5):
+    """Return a random profile, demand and cluster. Some of them are short of a resource."""
+    names = sorted(rng.sample(list(B6), rng.randint(1, max_actors)))
     on_cpu = rng.random() < 0.1
     actors = {}
     for name in names:
@@ -438,18 +438,18 @@ def random_case(rng, *, most_gpus=4, most_actors=5):
     profile = Profile(name="r", about="r", actors=actors, layout=layout, cpu_workers=rng.choice([None, None, 1, 3]))
     shots = rng.choice([1, 2, 5, 50, 1000])
     relative_cost = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
-    asked = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 0)
-    nodes, left = [], most_gpus
+    demand = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 0)
+    nodes, gpus_left = [], max_gpus
     for _ in range(rng.randint(1, 3)):
-        gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(left, 4))))
-        left -= len(gpus)
+        gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(gpus_left, 4))))
+        gpus_left -= len(gpus)
         cpus = rng.choice([rng.randint(1, 6), 4 + 8 * len(gpus), 64])
         nodes.append(Node(gpus, cpus, rng.choice([None, None, 512.0, rng.uniform(4, 100)])))
-    return profile, asked, Cluster(tuple(nodes))
+    return profile, demand, Cluster(tuple(nodes))
 
 
 def process_needs(profile, stages, turns):
-    """GPU memory, CPUs and host memory of one process, worked out anew."""
+    """Return GPU memory, CPUs and host memory of one process, computed independently of the planner."""
     actors = {STAGE_BY_NAME[stage].actor for stage in stages}
     groups = [{STAGE_BY_NAME[stage].actor for stage in group} for group in turns]
     gpu = {name: profile.actors[name].memory_gb for name in actors if profile.actors[name].device == "cuda"}
@@ -461,23 +461,23 @@ def process_needs(profile, stages, turns):
     return gpu_gb, cpus, host + waiting + (0 if gpu else PROCESS_HOST_GB)
 
 
-def the_rest_fits(free_cpus, encoders):
-    """Whether encoders, the director and Ray's own tasks find places on nodes with so many CPUs left."""
-    if min(free_cpus) < -ROOM:
+def other_processes_fit(free_cpus, encoders):
+    """Return whether encoders, director and Ray's own tasks fit on nodes with these free CPUs."""
+    if min(free_cpus) < -TOLERANCE:
         return False
 
-    def places(free):
-        return sum(int((cpus + ROOM) / 0.5) for cpus in free)
+    def encoder_places(free):
+        return sum(int((cpus + TOLERANCE) / 0.5) for cpus in free)
 
     options = (
         [cpus - (1.0 if n == director else 0) for n, cpus in enumerate(free_cpus)]
-        for director, its in enumerate(free_cpus)
-        if its >= 1 - ROOM
+        for director, free in enumerate(free_cpus)
+        if free >= 1 - TOLERANCE
     )
-    return any(places(free) >= encoders for free in options)
+    return any(encoder_places(free) >= encoders for free in options)
 
 
-def assert_it_packs(planned, profile, asked, cluster):
+def assert_respects_limits(planned, profile, demand, cluster):
     layout = planned.layout
     cpus = [node.cpus for node in cluster.nodes]
     host = [node.memory_gb if node.memory_gb is not None else float("inf") for node in cluster.nodes]
@@ -493,51 +493,53 @@ def assert_it_packs(planned, profile, asked, cluster):
         host[node] -= sum(gb for _, _, gb in needs)
         if slot.has_gpu:
             sizes[node].append(slot.memory_gb)
-    for node, wanted in sizes.items():
+    for node, slot_sizes in sizes.items():
         gpus = sorted(cluster.nodes[node].gpus, reverse=True)
-        assert len(wanted) <= len(gpus)
-        assert all(gb <= memory + 2e-3 for gb, memory in zip(sorted(wanted, reverse=True), gpus, strict=False))
-    assert the_rest_fits(cpus, layout.encoders)
-    assert min(host) >= -ROOM
-    assert {stage for worker in layout.workers for stage in worker.stages} == set(asked.relative_cost)
-    assert 1 <= layout.window <= asked.shots
-    assert 0 < planned.efficiency <= 1 + ROOM
+        assert len(slot_sizes) <= len(gpus)
+        assert all(gb <= memory + 2e-3 for gb, memory in zip(sorted(slot_sizes, reverse=True), gpus, strict=False))
+    assert other_processes_fit(cpus, layout.encoders)
+    assert min(host) >= -TOLERANCE
+    assert {stage for worker in layout.workers for stage in worker.stages} == set(demand.relative_cost)
+    assert 1 <= layout.window <= demand.shots
+    assert 0 < planned.efficiency <= 1 + TOLERANCE
     for slot, shares in zip(layout.slots, planned.shares, strict=True):
         assert set(shares) == {stage for worker in slot.workers for stage in worker.stages}
         assert sum(shares.values()) <= 1 + 1e-4
 
 
-def can_be_packed(profile, asked, cluster):
-    """Brute force: every way to fill every GPU, within what the profile's layout allows."""
-    used = [name for name in profile.actors if set(STAGES_OF[name]) & set(asked.relative_cost)]
+def has_packing(profile, demand, cluster):
+    """Return whether any packing exists. Tries all ways to fill all GPUs that the layout of the profile allows."""
+    used = [name for name in profile.actors if set(STAGES_OF[name]) & set(demand.relative_cost)]
     on_gpu = [name for name in used if profile.actors[name].device == "cuda"]
     if not on_gpu:
-        return _some_cpu_slot_fits(profile, used, cluster)
+        return _fits_in_a_cpu_slot(profile, used, cluster)
     gpus = [(node, memory) for node, each in enumerate(cluster.nodes) for memory in each.gpus]
 
     @cache
     def ways(memory):
-        """(actors, CPUs, host memory) of what fits, without those that take no less and hold no more than another."""
-        found = {(frozenset(), 0, 0)}
-        for held, processes in _contents(profile.layout, tuple(used), tuple(on_gpu)):
+        """Return all undominated (actors, CPUs, host memory) that fit."""
+        fitting = {(frozenset(), 0, 0)}
+        for actors, processes in _possible_contents(profile.layout, tuple(used), tuple(on_gpu)):
             needs = [
                 process_needs(profile, _stages(actors), [_stages(group) for group in turns]) for actors, turns in processes
             ]
             gpu_gb, cpus, host = map(sum, zip(*needs, strict=True))
-            if gpu_gb <= memory + ROOM:
-                found.add((held, cpus, host))
+            if gpu_gb <= memory + TOLERANCE:
+                fitting.add((actors, cpus, host))
         return [
-            way for way in found if not any(o != way and o[0] >= way[0] and o[1] <= way[1] and o[2] <= way[2] for o in found)
+            way
+            for way in fitting
+            if not any(o != way and o[0] >= way[0] and o[1] <= way[1] and o[2] <= way[2] for o in fitting)
         ]
 
     for choice in product(*(ways(memory) for _, memory in gpus)):
-        if frozenset().union(*(held for held, _, _ in choice)) != set(used):
+        if frozenset().union(*(actors for actors, _, _ in choice)) != set(used):
             continue
         cpus, host = [node.cpus for node in cluster.nodes], [node.memory_gb for node in cluster.nodes]
         for (node, _), (_, needed, gb) in zip(gpus, choice, strict=True):
             cpus[node] -= needed
             host[node] = None if host[node] is None else host[node] - gb
-        if the_rest_fits(cpus, 1) and all(gb is None or gb >= -ROOM for gb in host):
+        if other_processes_fit(cpus, 1) and all(gb is None or gb >= -TOLERANCE for gb in host):
             return True
     return False
 
@@ -547,158 +549,158 @@ def _stages(actors):
 
 
 @cache
-def _contents(layout, used, on_gpu):
-    """(actors, processes) of a slot: a process is its actors and its groups that take turns."""
-    found = []
-    homes = {name: [] for name in on_gpu}
+def _possible_contents(layout, used, on_gpu):
+    """Return all (actors, processes) of a slot. A process is a pair of its actors and its groups that take turns."""
+    contents = []
+    members = {name: [] for name in on_gpu}
     for name in used:
         later = [other for other in on_gpu if list(B6).index(other) >= list(B6).index(name)]
-        homes[min(later, key=list(B6).index) if later else max(on_gpu, key=list(B6).index)].append(name)
-    apart = [tuple(held) for held in homes.values()]
+        members[min(later, key=list(B6).index) if later else max(on_gpu, key=list(B6).index)].append(name)
+    per_actor = [tuple(actors) for actors in members.values()]
     if layout in ("auto", "fused"):
-        found.append((frozenset(used), [(used, ())]))
+        contents.append((frozenset(used), [(used, ())]))
     if layout in ("auto", "colocated"):
-        found.append((frozenset(used), [(held, ()) for held in apart]))
+        contents.append((frozenset(used), [(actors, ()) for actors in per_actor]))
     if layout in ("auto", "staged"):
-        for chosen in product([False, True], repeat=len(apart)):
-            some = [held for held, wanted in zip(apart, chosen, strict=True) if wanted]
+        for chosen in product([False, True], repeat=len(per_actor)):
+            some = [actors for actors, is_chosen in zip(per_actor, chosen, strict=True) if is_chosen]
             if some:
-                found.append((frozenset(name for held in some for name in held), [(held, ()) for held in some]))
+                contents.append((frozenset(name for actors in some for name in actors), [(actors, ()) for actors in some]))
     if layout == "auto":
-        # Each actor is absent, stays, or takes turns in one of as many groups.
+        # Each actor is absent (-2), permanent (-1), or in one of the groups that take turns.
         for places in product(range(-2, len(used)), repeat=len(used)):
-            held = tuple(name for name, place in zip(used, places, strict=True) if place != -2)
+            actors = tuple(name for name, place in zip(used, places, strict=True) if place != -2)
             turning = [name for name, place in zip(used, places, strict=True) if place >= 0]
-            if not held or any(name not in on_gpu or name == "instantid" for name in turning):
+            if not actors or any(name not in on_gpu or name == "instantid" for name in turning):
                 continue
             groups = [tuple(n for n, p in zip(used, places, strict=True) if p == group) for group in range(len(used))]
-            found.append((frozenset(held), [(held, tuple(group for group in groups if group))]))
-    return found
+            contents.append((frozenset(actors), [(actors, tuple(group for group in groups if group))]))
+    return contents
 
 
-def _some_cpu_slot_fits(profile, used, cluster):
-    apart = [[name] for name in used]
-    processes = apart if profile.layout in ("staged", "colocated") else [used]
+def _fits_in_a_cpu_slot(profile, used, cluster):
+    per_actor = [[name] for name in used]
+    processes = per_actor if profile.layout in ("staged", "colocated") else [used]
     needs = [process_needs(profile, _stages(actors), ()) for actors in processes]
     for n, node in enumerate(cluster.nodes):
         cpus = [each.cpus - (sum(c for _, c, _ in needs) if n == m else 0) for m, each in enumerate(cluster.nodes)]
-        if (node.memory_gb is None or sum(gb for _, _, gb in needs) <= node.memory_gb + ROOM) and the_rest_fits(cpus, 1):
+        if (node.memory_gb is None or sum(gb for _, _, gb in needs) <= node.memory_gb + TOLERANCE) and other_processes_fit(
+            cpus, 1
+        ):
             return True
     return False
 
 
-def test_a_thousand_accepted_plans_pack():
+def test_random_plans_respect_all_limits():
     rng = random.Random(3)
     accepted = Counter()
     for _ in range(1000):
-        profile, asked, cluster = random_case(rng, most_gpus=7)
+        profile, demand, cluster = random_case(rng, max_gpus=7)
         try:
-            planned = plan(profile, asked, cluster)
+            planned = plan(profile, demand, cluster)
         except (SetupError, ProfileError):
-            accepted["refused"] += 1
+            accepted["infeasible"] += 1
             continue
-        assert_it_packs(planned, profile, asked, cluster)
+        assert_respects_limits(planned, profile, demand, cluster)
         accepted[planned.layout.kind] += 1
         accepted["turns"] += any(worker.turns for worker in planned.layout.workers)
-    assert min(accepted[kind] for kind in ("refused", "fused", "colocated", "staged", "hybrid", "turns")) >= 10, accepted
+    assert min(accepted[kind] for kind in ("infeasible", "fused", "colocated", "staged", "hybrid", "turns")) >= 10, accepted
 
 
-def test_what_is_refused_has_no_packing_and_what_has_none_is_refused():
+def test_plan_fails_exactly_if_brute_force_finds_no_packing():
     rng = random.Random(4)
     outcomes = Counter()
     for _ in range(300):
-        profile, asked, cluster = random_case(rng, most_gpus=3, most_actors=3)
+        profile, demand, cluster = random_case(rng, max_gpus=3, max_actors=3)
         try:
-            plan(profile, asked, cluster)
+            plan(profile, demand, cluster)
             accepted = True
         except (SetupError, ProfileError):
             accepted = False
-        assert accepted == can_be_packed(profile, asked, cluster), (profile, asked, cluster)
+        assert accepted == has_packing(profile, demand, cluster), (profile, demand, cluster)
         outcomes[accepted] += 1
     assert min(outcomes.values()) > 50, outcomes
 
 
-def best_rate(profile, seconds, gpus):
-    """Shots a second of the best choice of actors for each GPU, without turns, by trying them all.
+def brute_force_rate(profile, seconds, gpus):
+    """Return the highest rate in shots per second over all assignments of actors to GPUs without turns.
 
-    A rate is possible where no set of actors asks for more time than the GPUs have that hold any of it (Hall's theorem).
+    By Hall's theorem, a rate is feasible if every set of actors needs at most the time of the GPUs that hold any of them.
     """
     names = list(seconds)
-    sets = [
-        frozenset(n for n, wanted in zip(names, bits, strict=True) if wanted) for bits in product([0, 1], repeat=len(names))
-    ]
+    sets = [frozenset(n for n, bit in zip(names, bits, strict=True) if bit) for bits in product([0, 1], repeat=len(names))]
     sets.remove(frozenset())
     fitting = {
-        memory: [held for held in sets if CONTEXT_GB + sum(profile.actors[n].memory_gb for n in held) <= memory + ROOM]
+        memory: [some for some in sets if CONTEXT_GB + sum(profile.actors[n].memory_gb for n in some) <= memory + TOLERANCE]
         for memory in gpus
     }
     choices = product(*(fitting[memory] or [frozenset()] for memory in gpus))
     return max(
-        min(sum(bool(held & some) for held in choice) / sum(seconds[name] for name in some) for some in sets)
+        min(sum(bool(actors & some) for actors in choice) / sum(seconds[name] for name in some) for some in sets)
         for choice in choices
     )
 
 
-def test_no_choice_of_stages_for_each_gpu_is_faster_than_the_plan():
+def test_plan_is_as_fast_as_the_best_brute_force_assignment():
     rng = random.Random(6)
     compared = Counter()
     while compared.total() < 60:
-        profile, asked, cluster = random_case(rng, most_gpus=4, most_actors=4)
-        if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or asked.shots < 9:
+        profile, demand, cluster = random_case(rng, max_gpus=4, max_actors=4)
+        if profile.layout != "auto" or any(actor.device == "cpu" for actor in profile.actors.values()) or demand.shots < 9:
             continue
         cluster = Cluster((Node(cluster.gpus, 640, None),))
         try:
-            planned = plan(profile, asked, cluster)
+            planned = plan(profile, demand, cluster)
         except SetupError:
             continue
         seconds = {name: sum(planned.stage_seconds[stage] for stage in STAGES_OF[name]) for name in profile.actors}
-        best, found = best_rate(profile, seconds, cluster.gpus) * 3600, planned.shots_per_hour
+        best, planned_rate = brute_force_rate(profile, seconds, cluster.gpus) * 3600, planned.shots_per_hour
         turns = any(worker.turns for worker in planned.layout.workers)
-        assert found >= best * 0.989
-        assert turns or found <= best * 1.001
+        assert planned_rate >= best * 0.989
+        assert turns or planned_rate <= best * 1.001
         compared[turns] += 1
     assert min(compared.values()) > 5, compared
 
 
-def planned_seconds(profile, asked, cluster):
+def planned_seconds(profile, demand, cluster):
     try:
-        return plan(profile, asked, cluster).seconds
+        return plan(profile, demand, cluster).seconds
     except (SetupError, ProfileError):
         return float("inf")
 
 
-def test_more_gpus_and_faster_stages_never_plan_slower():
+def test_more_gpus_or_faster_stages_are_never_slower():
     rng = random.Random(5)
     for _ in range(100):
-        profile, asked, cluster = random_case(rng)
-        before = planned_seconds(profile, asked, cluster)
+        profile, demand, cluster = random_case(rng)
+        before = planned_seconds(profile, demand, cluster)
         n = rng.randrange(len(cluster.nodes))
         node = cluster.nodes[n]
         more = replace(node, gpus=(*node.gpus, rng.choice([16.0, 48.0, 80.0])))
         nodes = (*cluster.nodes[:n], more, *cluster.nodes[n + 1 :])
-        # A simpler layout is taken where it is slower by less than a hundredth.
-        assert planned_seconds(profile, asked, Cluster(nodes)) <= before * 1.011
+        # A simpler layout is chosen if it is at most 1% slower.
+        assert planned_seconds(profile, demand, Cluster(nodes)) <= before * 1.011
         name = rng.choice(list(profile.actors))
         actor = profile.actors[name]
         faster = actor.model_copy(update={"seconds": {stage: s * rng.uniform(0.2, 1) for stage, s in actor.seconds.items()}})
         quicker = profile.model_copy(update={"actors": {**profile.actors, name: faster}})
-        assert planned_seconds(quicker, asked, cluster) <= before * 1.011
+        assert planned_seconds(quicker, demand, cluster) <= before * 1.011
 
 
-# A run, played through
+# Simulated runs
 
 
-def shots_an_hour(planned, profile, shots=400):
-    """Of a run in which a free worker takes what its slot is most behind with, by the shares of the plan.
+def simulated_shots_per_hour(planned, profile, shots=400):
+    """Simulate a run and return its steady rate and its overall rate.
 
-    Time is that of events; moving weights takes its time, too.
+    A free slot runs the actor that is furthest behind its share in the plan. Swapping weights takes time, too.
     """
     actors = [name for name in B6 if set(STAGES_OF[name]) & set(planned.stage_seconds)]
     seconds = {name: sum(planned.stage_seconds[stage] for stage in STAGES_OF[name]) for name in actors}
     gb = {name: profile.actors[name].memory_gb for name in actors}
     slots = [_Slot(slot, shares, seconds, gb) for slot, shares in zip(planned.layout.slots, planned.shares, strict=True)]
     waiting = {name: [] for name in actors}
-    ended, entered, ticket = [], 0, count()
+    ended, entered, tie_breaker = [], 0, count()
     running = []
 
     def enter():
@@ -710,15 +712,15 @@ def shots_an_hour(planned, profile, shots=400):
     enter()
     now = 0.0
     while len(ended) < shots:
-        given = True
-        while given:
-            given = False
+        has_started = True
+        while has_started:
+            has_started = False
             for slot in slots:
                 name = slot.choice(waiting) if not slot.busy else None
                 if name is not None:
                     shot = waiting[name].pop(0)
-                    heapq.heappush(running, (now + slot.begin(name), next(ticket), slot, name, shot))
-                    given = True
+                    heapq.heappush(running, (now + slot.begin(name), next(tie_breaker), slot, name, shot))
+                    has_started = True
         now, _, slot, name, shot = heapq.heappop(running)
         slot.busy = False
         following = actors.index(name) + 1
@@ -732,7 +734,7 @@ def shots_an_hour(planned, profile, shots=400):
 
 
 class _Slot:
-    """One GPU at work; its processes compute one at a time."""
+    """A simulated GPU. Its processes compute one at a time."""
 
     def __init__(self, slot, shares, seconds, gb):
         self.seconds, self.gb = seconds, gb
@@ -747,60 +749,61 @@ class _Slot:
     def choice(self, waiting):
         ready = [name for name in self.shares if waiting[name]]
         turning = {name for group in self.groups for name in group}
-        here = [name for name in ready if name in (self.group or ())]
-        elsewhere = [name for name in ready if name in turning and name not in here and self.shares[name] > 0]
-        staying = [name for name in ready if name not in turning and (self.shares[name] > 0 or not (here or elsewhere))]
-        if here and (self.turn < TURN_SHOTS or not elsewhere):
-            return max(here + staying, key=self._behind)
-        return max(staying or elsewhere or here, key=self._behind, default=None)
+        in_group = [name for name in ready if name in (self.group or ())]
+        other_groups = [name for name in ready if name in turning and name not in in_group and self.shares[name] > 0]
+        is_idle = not (in_group or other_groups)
+        permanent = [name for name in ready if name not in turning and (self.shares[name] > 0 or is_idle)]
+        if in_group and (self.turn < TURN_SHOTS or not other_groups):
+            return max(in_group + permanent, key=self._missing_shots)
+        return max(permanent or other_groups or in_group, key=self._missing_shots, default=None)
 
-    def _behind(self, name):
-        """Shots of this that are missing to the plan."""
+    def _missing_shots(self, name):
+        """Return how many shots of this actor are missing compared to the plan."""
         return (self.shares[name] * sum(self.worked.values()) - self.worked[name]) / self.seconds[name]
 
     def begin(self, name):
-        took = self.seconds[name]
+        duration = self.seconds[name]
         self.busy = True
-        self.worked[name] += took
+        self.worked[name] += duration
         group = next((group for group in self.groups if name in group), None)
         if group is None:
-            return took
+            return duration
         if group != self.group:
-            took += (
+            duration += (
                 sum(self.gb[other] for other in [*group, *(self.group or ())]) / Profile.model_fields["swap_gb_per_s"].default
             )
             self.group, self.turn = group, 0
         self.turn += 1
-        return took
+        return duration
 
 
 @pytest.mark.parametrize(
     "gpus", ["1x80GB", "8x80GB", "8x48GB", "4x48GB", "3x48GB", "2x48GB", "1x48GB", "8x40GB", "5x40GB", "4x48GB+4x80GB"]
 )
-@pytest.mark.parametrize("asked", [WITHOUT_STYLE, demand(400)])
-def test_a_simple_scheduler_that_keeps_the_shares_reaches_the_predicted_rate(gpus, asked):
+@pytest.mark.parametrize("demand", [WITHOUT_STYLE, make_demand(400)])
+def test_simulated_scheduler_reaches_the_planned_rate(gpus, demand):
     profile = gpu_profile(B6)
-    planned = plan(profile, asked, parse_gpus(gpus))
-    steady, whole = shots_an_hour(planned, profile)
+    planned = plan(profile, demand, parse_gpus(gpus))
+    steady, whole = simulated_shots_per_hour(planned, profile)
     assert steady == pytest.approx(planned.shots_per_hour, rel=0.05)
     assert whole >= planned.shots_per_hour * 0.95
 
 
 @pytest.mark.parametrize("kind", ["colocated", "staged"])
-def test_the_same_with_processes_that_share_gpus(kind):
+def test_simulated_scheduler_reaches_the_planned_rate_with_shared_gpus(kind):
     profile = gpu_profile(B6, layout=kind)
     planned = plan(profile, WITHOUT_STYLE, parse_gpus("8x80GB"))
-    steady, _ = shots_an_hour(planned, profile)
+    steady, _ = simulated_shots_per_hour(planned, profile)
     assert steady == pytest.approx(planned.shots_per_hour, rel=0.05)
 
 
-def test_a_card_has_one_name_whoever_tells_its_memory():
-    for told_by_torch, told_by_the_driver, sold_as in (
+def test_card_name_is_the_nominal_memory():
+    for from_torch, from_driver, nominal in (
         (79.1, 79.6, 80),
         (44.4, 45.0, 48),
         (23.7, 24.0, 24),
         (139.8, 140.4, 141),
     ):
-        names = {Cluster((Node((gb,), 8, None),)).card for gb in (told_by_torch, told_by_the_driver, float(sold_as))}
-        assert names == {f"{sold_as} GB"}
+        names = {Cluster((Node((gb,), 8, None),)).card for gb in (from_torch, from_driver, float(nominal))}
+        assert names == {f"{nominal} GB"}
     assert Cluster((Node((21.4,), 8, None),)).card == "21.4 GB"

@@ -1,4 +1,4 @@
-"""GPUs + profile + script -> layout, seconds, cost. Knows no Ray: whoever asks says which machines there are."""
+"""Planner: cluster + profile + demand of a script -> layout, duration and cost. Does not use Ray; callers pass the cluster."""
 
 from vidgen_ray.planner.calibration import Calibration, load_calibration, save_calibration
 from vidgen_ray.planner.choose_layout import plan

@@ -1,4 +1,4 @@
-"""Seconds that runs on this machine's cards took, remembered for the next plan."""
+"""Calibration: seconds per stage measured in earlier runs, stored in the cache folder for later plans."""
 
 from __future__ import annotations
 
@@ -15,55 +15,60 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.cache_dir import cache_dir
 
-FEWEST_SHOTS = 3
-"""A run of fewer shots, of which the first warms up, does not replace what more shots have shown."""
+MIN_SHOTS = 3
+"""Minimum shots of a run that replaces an existing calibration. The first shot is slower because of warm-up."""
 MAD_TO_SIGMA = 1.4826
-"""Standard deviations in a median absolute deviation, of a normal distribution."""
+"""Standard deviation divided by median absolute deviation, for a normal distribution."""
 
 
 class Calibration(BaseModel):
-    """What one stage took."""
+    """Measured seconds of one stage with one profile on one GPU type."""
 
     model_config = ConfigDict(frozen=True)
 
     seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Median seconds for the reference shot."""
     shots: Annotated[int, Field(ge=1)]
+    """Number of shots measured."""
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """Relative standard deviation of a shot's seconds, as the middle half of the shots has it."""
+    """Relative standard deviation of the seconds of a shot, estimated robustly from the median absolute deviation."""
 
 
-_Remembered = TypeAdapter(dict[str, dict[str, dict[str, Calibration]]])
-"""Profile -> card -> stage."""
+_CalibrationFile = TypeAdapter(dict[str, dict[str, dict[str, Calibration]]])
+"""Profile -> card -> stage -> calibration."""
 
 
 def load_calibration(profile: str, card: str) -> dict[str, Calibration]:
-    """Stage -> what it took with this profile on this card. Empty where nothing was measured."""
+    """Return stage -> calibration for a profile and a card (see `Cluster.card`). Empty if nothing was measured."""
     return _read().get(profile, {}).get(card, {})
 
 
 def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Stage -> (seconds, work) of each shot that was computed, not taken from the cache. Work is `Stage.work(shot)`."""
-    new = {stage: found for stage, samples in seconds.items() if (found := _summary(samples))}
-    # What cannot be remembered is measured again.
+    """Store the measurements of a run.
+
+    `seconds`: stage -> (seconds, `Stage.relative_cost(shot)`) of each shot that was not taken from the stage cache.
+    """
+    new = {stage: calibration for stage, samples in seconds.items() if (calibration := _summary(samples))}
+    # If the file cannot be written, the stages are measured again in the next run.
     with suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(f"{_file()}.lock"):
-            remembered = _read()
-            of_card = remembered.setdefault(profile, {}).setdefault(card, {})
-            for stage, found in new.items():
-                if found.shots >= FEWEST_SHOTS or stage not in of_card:
-                    of_card[stage] = found
-            content = _Remembered.dump_python(remembered, mode="json")
+            stored = _read()
+            stages = stored.setdefault(profile, {}).setdefault(card, {})
+            for stage, calibration in new.items():
+                if calibration.shots >= MIN_SHOTS or stage not in stages:
+                    stages[stage] = calibration
+            content = _CalibrationFile.dump_python(stored, mode="json")
             write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _summary(samples: Sequence[tuple[float, float]]) -> Calibration | None:
-    of_reference = [seconds / relative_cost for seconds, relative_cost in samples if seconds > 0 and relative_cost > 0]
-    if not of_reference:
+    reference_seconds = [seconds / relative_cost for seconds, relative_cost in samples if seconds > 0 and relative_cost > 0]
+    if not reference_seconds:
         return None
-    middle = median(of_reference)
-    off = median(abs(value - middle) for value in of_reference)
-    return Calibration(seconds_of_reference=middle, shots=len(of_reference), spread=MAD_TO_SIGMA * off / middle)
+    center = median(reference_seconds)
+    deviation = median(abs(value - center) for value in reference_seconds)
+    return Calibration(seconds_of_reference=center, shots=len(reference_seconds), spread=MAD_TO_SIGMA * deviation / center)
 
 
 def _file() -> Path:
@@ -72,6 +77,6 @@ def _file() -> Path:
 
 def _read() -> dict[str, dict[str, dict[str, Calibration]]]:
     try:
-        return _Remembered.validate_json(_file().read_bytes())
+        return _CalibrationFile.validate_json(_file().read_bytes())
     except (OSError, ValidationError):
         return {}

@@ -1,4 +1,4 @@
-"""The decision: which layout is fastest on these machines."""
+"""Choose the fastest layout for a profile, a demand and a cluster."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.planner.cluster import Cluster, Node
 from vidgen_ray.planner.demand import ENCODE_SECONDS, Demand, seconds_of
 from vidgen_ray.planner.estimate import ConsideredLayout, Plan, Timing, estimate
-from vidgen_ray.planner.gpu_assignment import Actor, Assignments
-from vidgen_ray.planner.infeasible import reason
+from vidgen_ray.planner.gpu_assignment import Actor, Candidates
+from vidgen_ray.planner.infeasible import explain_infeasible
 from vidgen_ray.planner.layout import Kind
-from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, PackingProblem, Sizes, pack
+from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, PackingProblem, SlotsOfNode, pack
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Stage
 
 TIE = 0.01
-"""A layout that is faster by less than this is not worth its processes."""
-LEAST_SECONDS = 1e-6
-"""Of a stage, so that one without work is there all the same."""
+"""Relative gain in rate below which the simpler layout is preferred."""
+MIN_SECONDS = 1e-6
+"""Minimum seconds of a stage, so that a stage without work still gets a worker."""
 
 
 def plan(
@@ -34,42 +34,44 @@ def plan(
     calibration: Mapping[str, Calibration] | None = None,
     price: float | None = None,
 ) -> Plan:
-    """The fastest layout; the simplest of those within a hundredth of it. A layout that the profile asks for is taken.
+    """Return the plan with the fastest layout, or with the simplest one that is at most 1% slower.
 
-    `calibration`: stage -> what it took on these cards before, in place of the profile's seconds. `price`: of a GPU-hour.
-    Raises SetupError where the machines cannot hold what the script needs, ProfileError where the profile asks for
-    the impossible. At least one shot.
+    Uses the layout that the profile requests, if any. `calibration`: stage -> seconds measured on these GPUs, which replace
+    those of the profile. `price`: price of a GPU-hour.
+
+    Raises SetupError if the stages do not fit on the machines, ProfileError if the requested layout does not fit, and
+    ValueError if there are no shots.
     """
     if demand.shots < 1:
-        raise ValueError("there is nothing to plan")
+        raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
     price = profile.price_per_gpu_hour if price is None else price
     timing = _timing(profile, demand, calibration or {})
     actors = _actors(profile, demand, timing.seconds)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
     if not actors:
-        # Nothing but files to write: every line brings its picture and wants no clip.
+        # No stage to run: every shot has a start image and no clip, so that only files are written.
         rate = ENCODER_BUSY / max(encode_seconds, 1.0)
         return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
     on_gpu = any(actor.gpu_gb for actor in actors)
     slots_of = _gpu_slots if on_gpu else _cpu_slots(actors)
-    wanted = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
+    problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
     if on_gpu:
-        kind, packing, considered = _on_gpus(profile, wanted, cluster)
+        kind, packing, considered = _pack_gpus(profile, problem, cluster)
     else:
-        kind, packing, considered = _on_cpus(profile, wanted, cluster)
+        kind, packing, considered = _pack_cpus(profile, problem, cluster)
     return estimate(kind, packing, demand, cluster, timing, considered, price)
 
 
 def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration]) -> Timing:
     seconds: dict[str, float] = {}
-    off, unknown = 0.0, []
+    spread_seconds, assumed = 0.0, []
     for stage in demand.stages:
-        of_reference, spread, known = seconds_of(profile, stage, calibration)
-        seconds[stage.name] = max(LEAST_SECONDS, of_reference * demand.relative_cost[stage.name] / demand.shots)
-        off += spread * seconds[stage.name]
-        if not known:
-            unknown.append(stage.name)
-    return Timing(seconds, min(0.9, off / sum(seconds.values())) if seconds else 0.0, tuple(unknown))
+        reference_seconds, spread, is_known = seconds_of(profile, stage, calibration)
+        seconds[stage.name] = max(MIN_SECONDS, reference_seconds * demand.relative_cost[stage.name] / demand.shots)
+        spread_seconds += spread * seconds[stage.name]
+        if not is_known:
+            assumed.append(stage.name)
+    return Timing(seconds, min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0, tuple(assumed))
 
 
 def _actors(profile: Profile, demand: Demand, seconds: Mapping[str, float]) -> tuple[Actor, ...]:
@@ -89,7 +91,7 @@ def _actors(profile: Profile, demand: Demand, seconds: Mapping[str, float]) -> t
                 gpu_gb=section.memory_gb if on_gpu else 0.0,
                 host_gb=0.0 if on_gpu else section.memory_gb,
                 cpus=section.cpus,
-                can_wait=all(stage.move is not Stage.move for stage in stages),
+                swappable=all(stage.move is not Stage.move for stage in stages),
             )
         )
     return tuple(actors)
@@ -99,69 +101,72 @@ def _gpu_slots(node: Node) -> Mapping[float, int]:
     return Counter(node.gpus)
 
 
-def _cpu_slots(actors: Iterable[Actor]) -> Sizes:
-    """Shares of a machine: as many as have a core each, or what one of them asks for, but one in any case."""
-    each = max(1.0, *(actor.cpus for actor in actors))
-    return lambda node: {0.0: max(1, int(node.cpus / each))}
+def _cpu_slots(actors: Iterable[Actor]) -> SlotsOfNode:
+    """Return node -> number of worker slots: one per core, or fewer if an actor needs more cores, and at least one."""
+    cpus_per_slot = max(1.0, *(actor.cpus for actor in actors))
+    return lambda node: {0.0: max(1, int(node.cpus / cpus_per_slot))}
 
 
-Found = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
+Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
+"""Kind and packing of the chosen layout, and all layouts considered."""
 
-WAYS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Assignments]], ...] = (
+LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
     ("fused", "fused", gpu_assignment.fused),
     ("hybrid", "hybrid", gpu_assignment.hybrid),
     ("staged", "staged", gpu_assignment.staged),
     ("colocated", "colocated", gpu_assignment.colocated),
     ("hybrid with turns", "hybrid", gpu_assignment.hybrid_with_turns),
 )
-"""Name, kind of the layout and what its slots may hold; the simplest first."""
+"""Name, kind and candidate assignments of each layout, simplest first."""
 
 
-def _on_gpus(profile: Profile, wanted: PackingProblem, cluster: Cluster) -> Found:
-    ways = [way for way in WAYS if profile.layout in ("auto", way[0])]
+def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
+    layouts = [layout for layout in LAYOUTS if profile.layout in ("auto", layout[0])]
     packings: dict[str, Packing] = {}
     considered = []
-    # A single shot is passed on from GPU to GPU where none holds everything.
-    apart = replace(wanted, most_slots=max(wanted.most_slots, sum(1 for actor in wanted.actors if actor.gpu_gb)))
-    most = min(len(cluster.gpus), wanted.most_slots) / wanted.seconds
-    for name, _, allowed in ways:
-        if packings and max(found.rate for found in packings.values()) >= most * (1 - TIE):
+    # Layouts that distribute the stages may need more slots than shots: a single shot moves from GPU to GPU.
+    distributed = replace(problem, max_slots=max(problem.max_slots, sum(1 for actor in problem.actors if actor.gpu_gb)))
+    max_rate = min(len(cluster.gpus), problem.max_slots) / problem.seconds
+    for name, _, candidates_of in layouts:
+        if packings and max(packing.rate for packing in packings.values()) >= max_rate * (1 - TIE):
             considered.append(ConsideredLayout(name, None, "cannot be faster"))
             continue
-        packing = pack(wanted if name in ("fused", "colocated") else apart, allowed(wanted.actors), cluster)
+        candidates = candidates_of(problem.actors)
+        packing = pack(problem if name in ("fused", "colocated") else distributed, candidates, cluster)
         if packing is None:
-            considered.append(ConsideredLayout(name, None, reason(apart, allowed(wanted.actors), cluster)))
+            considered.append(ConsideredLayout(name, None, explain_infeasible(distributed, candidates, cluster)))
             continue
         packings[name] = packing
         considered.append(ConsideredLayout(name, packing.rate * 3600, None))
     if not packings:
-        # The last way is the one that refuses least.
-        raise _refused(profile, considered[-1].reason or "")
+        # The last layout has the fewest requirements.
+        raise _layout_error(profile, considered[-1].reason or "")
     best = max(packing.rate for packing in packings.values())
-    name, kind = next((n, k) for n, k, _ in ways if n in packings and packings[n].rate >= best * (1 - TIE))
+    name, kind = next((n, k) for n, k, _ in layouts if n in packings and packings[n].rate >= best * (1 - TIE))
     return kind, packings[name], tuple(considered)
 
 
-def _on_cpus(profile: Profile, wanted: PackingProblem, cluster: Cluster) -> Found:
+def _pack_cpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> Choice:
     kind: Kind = "fused" if profile.layout == "auto" else profile.layout
-    # Processes of one actor each share the whole run between them, so there is one slot of them.
-    most = min(profile.cpu_workers or wanted.most_slots, wanted.most_slots) if kind == "fused" else 1
-    wanted = replace(wanted, most_slots=most)
-    allowed = gpu_assignment.fused(wanted.actors) if kind == "fused" else gpu_assignment.colocated(wanted.actors)
-    packing = pack(wanted, allowed, cluster)
+    # With one process per actor, a single slot renders the whole run.
+    max_slots = min(profile.cpu_workers or problem.max_slots, problem.max_slots) if kind == "fused" else 1
+    problem = replace(problem, max_slots=max_slots)
+    candidates = gpu_assignment.fused(problem.actors) if kind == "fused" else gpu_assignment.colocated(problem.actors)
+    packing = pack(problem, candidates, cluster)
     if packing is None:
-        raise _refused(profile, reason(wanted, allowed, cluster))
+        raise _layout_error(profile, explain_infeasible(problem, candidates, cluster))
     if kind != "fused":
-        cores = sum(filled.holding.cpus for filled in packing.slots)
-        at_once = min(1 / max(actor.seconds for actor in wanted.actors), max(1.0, cores) / wanted.seconds)
-        packing = replace(packing, rate=max(packing.rate, at_once))
+        cores = sum(filled.assignment.cpus for filled in packing.slots)
+        # The processes of the slot run concurrently.
+        rate = min(1 / max(actor.seconds for actor in problem.actors), max(1.0, cores) / problem.seconds)
+        packing = replace(packing, rate=max(packing.rate, rate))
     return kind, packing, (ConsideredLayout(kind, packing.rate * 3600, None),)
 
 
-def _refused(profile: Profile, why: str) -> VidgenError:
+def _layout_error(profile: Profile, reason: str) -> VidgenError:
     if profile.layout == "auto":
-        return SetupError(f"profile {profile.name} cannot be packed on these machines: {why}")
+        return SetupError(f"profile {profile.name}: does not fit on these machines: {reason}")
     return ProfileError(
-        f"profile {profile.name}, layout: {profile.layout} cannot be packed on these machines: {why}; with `layout: auto` the "
-        "planner looks for another way"
+        f"profile {profile.name}, layout: {profile.layout} does not fit on these machines: {reason}; with `layout: auto` "
+        "the planner chooses another layout"
     )

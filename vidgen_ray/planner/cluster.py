@@ -1,4 +1,4 @@
-"""The machines that a plan is for: GPUs with their memory, CPUs, host memory."""
+"""Machines to plan for: GPUs and their memory, CPUs, host memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from vidgen_ray.errors import UsageError
 
 GB = 2**30
-"""What cards and torch call a GB."""
+"""Bytes per GB, as used by GPU vendors and torch."""
 ASSUMED_CPUS_PER_GPU = 16
+"""CPUs per GPU for clusters given as text, which has no CPU counts."""
 POOL = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", re.IGNORECASE)
-MOST_GPUS = 100_000
-SOLD_AS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
-"""GB of cards. What torch and the driver tell of one is up to a twelfth less, each something else."""
-
+MAX_GPUS = 100_000
+NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
+"""Nominal memory sizes of GPUs. torch and the driver report different values, up to 1/12 less."""
 
 Label = tuple[str, str]
-"""Of Ray's: name and value."""
+"""Name and value of a Ray node label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +32,27 @@ class Node:
     """GB of memory of each GPU."""
     cpus: float
     memory_gb: float | None
-    """Of the host, for processes; none where it is not known."""
+    """Host memory. `None` if unknown."""
     label: Label | None = None
-    """One that only nodes with these cards have; none where it is not known."""
+    """Label that only nodes with these GPUs have. `None` if unknown."""
 
     @property
     def sizes_gb(self) -> frozenset[int]:
-        """Of its cards, each once: whole GB, for two of the same kind may differ by some MB."""
+        """Distinct memory sizes of the GPUs, rounded to GB: two GPUs of the same type may differ by some MB."""
         return frozenset(map(round, self.gpus))
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
+    """All machines of a run."""
+
     nodes: tuple[Node, ...]
     notes: tuple[str, ...] = ()
-    """What had to be assumed, for people."""
+    """Assumptions, to be shown with the plan."""
 
     @property
     def gpus(self) -> tuple[float, ...]:
-        """GB of memory of each GPU of all nodes."""
+        """GB of memory of each GPU, of all nodes."""
         return tuple(memory for node in self.nodes for memory in node.gpus)
 
     @property
@@ -59,7 +61,7 @@ class Cluster:
 
     @property
     def card(self) -> str:
-        """Under which name what was measured here is remembered: `80 GB`, or `cpu`."""
+        """Key of the calibration for these GPUs, such as `80 GB`, or `cpu`."""
         return " + ".join(f"{size:g} GB" for size in sorted(set(map(_nominal, self.gpus)), reverse=True)) or "cpu"
 
     def __str__(self) -> str:
@@ -71,34 +73,35 @@ class Cluster:
 
 
 def _nominal(memory_gb: float) -> float:
-    """What a card is sold as, by the memory that somebody told of it."""
-    return next((float(gb) for gb in SOLD_AS if 11 / 12 * gb <= memory_gb <= gb), round(memory_gb, 1))
+    """Return the nominal memory of a GPU for the memory reported by torch or the driver."""
+    return next((float(gb) for gb in NOMINAL_GB if 11 / 12 * gb <= memory_gb <= gb), round(memory_gb, 1))
 
 
 def parse_gpus(text: str) -> Cluster:
-    """`8x80GB`: a node of 8 GPUs; `2x8x80GB`: two such nodes; `4x48GB+4x80GB`: a node of each kind. Raises UsageError.
+    """Parse a cluster. Raises UsageError.
 
-    CPUs, which the text does not tell, are taken as many, and the notes say so.
+    `8x80GB` is one node with 8 GPUs, `2x8x80GB` are two such nodes, `4x48GB+4x80GB` is one node of each type. Each GPU
+    comes with `ASSUMED_CPUS_PER_GPU` CPUs, which is stated in the notes.
     """
     nodes: list[Node] = []
     for part in text.replace(" ", "").split("+"):
         pool = POOL.fullmatch(part)
-        if pool is None or not 0 < int(pool[2]) * int(pool[1] or 1) <= MOST_GPUS or float(pool[3]) <= 0:
+        if pool is None or not 0 < int(pool[2]) * int(pool[1] or 1) <= MAX_GPUS or float(pool[3]) <= 0:
             raise UsageError(f"--gpus: got {text!r}, must be like 8x80GB, 2x8x80GB (nodes of 8) or 4x48GB+4x80GB")
-        each = int(pool[2])
-        nodes += [Node((float(pool[3]),) * each, each * ASSUMED_CPUS_PER_GPU, None)] * int(pool[1] or 1)
-    return Cluster(tuple(nodes), (f"CPUs are not told by --gpus: taken as {ASSUMED_CPUS_PER_GPU} a GPU",))
+        gpus = int(pool[2])
+        nodes += [Node((float(pool[3]),) * gpus, gpus * ASSUMED_CPUS_PER_GPU, None)] * int(pool[1] or 1)
+    return Cluster(tuple(nodes), (f"--gpus does not specify CPUs: assuming {ASSUMED_CPUS_PER_GPU} per GPU",))
 
 
 def this_machine() -> Cluster:
-    """The machine that this process runs on."""
+    """Return a cluster of this machine only."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    return Cluster((Node(tuple(_gpus_here()), cpus, memory),))
+    return Cluster((Node(tuple(_local_gpus()), cpus, memory),))
 
 
-def _gpus_here() -> Iterator[float]:
-    # Without the driver's file there is nothing for torch to find, and importing it takes seconds.
+def _local_gpus() -> Iterator[float]:
+    # Importing torch takes seconds. Without this device file it finds no GPUs.
     if not Path("/dev/nvidiactl").exists():
         return
     import torch

@@ -1,4 +1,4 @@
-"""What a packing promises: the layout, seconds with a range, cost, disk, and what to know about them."""
+"""Estimate of a packing: layout, duration with a range, cost, disk space and notes."""
 
 from __future__ import annotations
 
@@ -15,72 +15,78 @@ from vidgen_ray.planner.prices import default_price
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing
 
 SHOTS_PER_SLOT = 3
-"""In progress: one is worked on, one waits, one is on its way."""
+"""Shots in progress per slot: one running, one queued and one in transfer."""
 START_SECONDS = 15.0
+"""Seconds to start the processes."""
 LOAD_GB_PER_S = 1.0
-"""Weights from a disk."""
+"""Rate at which weights are loaded from disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConsideredLayout:
-    """A way to lay out the run, and what became of it."""
+    """A layout that was considered, with its rate or the reason why it was not used."""
 
     kind: str
     shots_per_hour: float | None
-    """None where it cannot be packed, or was not worked out."""
+    """`None` if the layout does not fit or was not evaluated."""
     reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A layout and what it promises."""
+    """A layout and its estimates."""
 
     layout: Layout
     nodes: tuple[int, ...]
-    """For each slot of the layout the node of the cluster that it is planned on."""
+    """Index of the planned node in the cluster, per slot of the layout."""
     shares: tuple[Mapping[str, float], ...]
-    """For each slot of the layout: stage -> share of the slot's time. Slots that hold different things reach the rate only
-    where each keeps to these; a stage of share 0 is there for when there is nothing else to do."""
+    """Stage -> share of the slot's time, per slot of the layout. If slots hold different stages, the rate is only reached if
+    each slot keeps to its shares. A stage with share 0 runs only if the slot has nothing else to do."""
     shots: int
     shots_per_hour: float
     efficiency: float
-    """Of all GPUs' time (on CPUs, of the slots' time), the share in which they compute. Without start and end."""
+    """Share of the time of all GPUs (or of all slots, on CPUs) in which they compute, without the start and end of the run."""
     seconds: float
-    """Expected, from start to end, with the loading of the weights."""
+    """Expected duration of the run, including loading the weights."""
     seconds_low: float
     seconds_high: float
+    """Range of the expected duration."""
     gpu_hours: float
     disk_bytes: float
-    """Outputs and the stages' cache."""
+    """Size of the outputs and the stage cache."""
     cost: float | None
-    """In the currency of the price; none without GPUs or without a price."""
+    """Cost in the currency of the price. `None` without GPUs or without a price."""
     bottleneck: str | None
-    """The stage of which a second saved would help most."""
+    """Stage that limits the rate."""
     stage_seconds: Mapping[str, float]
-    """Of a mean shot."""
+    """Stage -> mean seconds per shot."""
     considered: tuple[ConsideredLayout, ...]
     notes: tuple[str, ...]
+    """Assumptions and hints, to be shown with the plan."""
 
-    def check_cost(self, most: float | None) -> None:
-        """Raises TooExpensive for more than that, UsageError where no price is known."""
-        if most is None:
+    def check_cost(self, max_cost: float | None) -> None:
+        """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost is unknown. `None` disables the check."""
+        if max_cost is None:
             return
         if self.cost is None:
-            raise UsageError("--max-cost: no cost is known for this plan; a run on GPUs has one with --price PER_GPU_HOUR")
-        if self.cost > most:
+            raise UsageError("--max-cost: the cost of this plan is unknown; pass --price PER_GPU_HOUR for a run on GPUs")
+        if self.cost > max_cost:
             raise TooExpensive(
-                f"the plan costs {self.cost:,.2f} for {self.gpu_hours:,.1f} GPU-hours, --max-cost allows {most:,.2f}; "
-                "render fewer shots, or with fewer steps, or allow more"
+                f"the plan costs {self.cost:,.2f} for {self.gpu_hours:,.1f} GPU-hours, --max-cost allows {max_cost:,.2f}; "
+                "render fewer shots, use fewer steps, or raise --max-cost"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
+    """Seconds per shot and their uncertainty."""
+
     seconds: Mapping[str, float]
-    """Stage -> of a mean shot."""
+    """Stage -> mean seconds per shot."""
     spread: float
-    unknown: tuple[str, ...]
-    """Stages of which nobody told the seconds."""
+    """Relative standard deviation of the sum."""
+    assumed: tuple[str, ...]
+    """Stages without calibration or seconds in the profile."""
 
     @property
     def shot_seconds(self) -> float:
@@ -88,7 +94,7 @@ class Timing:
 
 
 def cpus_needed(layout: Layout) -> float:
-    """CPUs of everything that a run with this layout starts."""
+    """Return the CPUs of all processes of a run with this layout."""
     return sum(slot.cpus for slot in layout.slots) + layout.encoders * ENCODER_CPUS + DIRECTOR_CPUS + SPARE_CPUS
 
 
@@ -101,31 +107,31 @@ def estimate(
     considered: tuple[ConsideredLayout, ...],
     price: float | None,
 ) -> Plan:
-    """The plan of a packing for the shots of the demand."""
-    held = [filled.holding for filled in packing.slots]
-    slots = tuple(holding.slot() for holding in held)
+    """Return the plan of a packing for the shots of the demand."""
+    assignments = [filled.assignment for filled in packing.slots]
+    slots = tuple(assignment.slot() for assignment in assignments)
     on_gpu = any(slot.has_gpu for slot in slots)
-    # However many slots there are, a shot passes one stage after another.
+    # A single shot runs its stages one after another, regardless of the number of slots.
     one_shot = timing.shot_seconds
-    relative_cost = max(demand.shots / packing.rate, one_shot)
-    # At the end slots run out of work one after another; half a shot is lost in the mean.
-    drain = one_shot / 2 * (1 - 1 / demand.shots)
-    weights_gb = sum(gb for _, gb in sorted({(a.position, a.gpu_gb + a.host_gb) for holding in held for a in holding.actors}))
-    load = START_SECONDS + weights_gb / LOAD_GB_PER_S
-    expected = load + relative_cost + drain
+    render_seconds = max(demand.shots / packing.rate, one_shot)
+    # At the end of a run, slots become idle one after another: on average they lose half a shot.
+    drain_seconds = one_shot / 2 * (1 - 1 / demand.shots)
+    actors = {(actor.position, actor.gpu_gb + actor.host_gb) for assignment in assignments for actor in assignment.actors}
+    load_seconds = START_SECONDS + sum(gb for _, gb in sorted(actors)) / LOAD_GB_PER_S
+    expected = load_seconds + render_seconds + drain_seconds
     gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
     return Plan(
         layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots)),
         nodes=tuple(filled.node for filled in packing.slots),
-        shares=tuple(_of_stages(filled, timing) for filled in packing.slots),
+        shares=tuple(_stage_shares(filled, timing) for filled in packing.slots),
         shots=demand.shots,
         shots_per_hour=packing.rate * 3600,
         efficiency=min(1.0, packing.rate * timing.shot_seconds / units),
         seconds=expected,
-        seconds_low=relative_cost * (1 - timing.spread),
-        seconds_high=load + (relative_cost + one_shot) * (1 + timing.spread),
+        seconds_low=render_seconds * (1 - timing.spread),
+        seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
         gpu_hours=gpu_hours,
         disk_bytes=demand.output_bytes + demand.cache_bytes,
         cost=None if per_hour is None else per_hour * expected / 3600,
@@ -136,22 +142,23 @@ def estimate(
     )
 
 
-def _of_stages(filled: FilledSlot, timing: Timing) -> dict[str, float]:
+def _stage_shares(filled: FilledSlot, timing: Timing) -> dict[str, float]:
+    """Divide the share of each actor among its stages, in proportion to their seconds."""
     shares = {}
-    for actor in sorted(filled.holding.actors, key=lambda actor: actor.position):
+    for actor in sorted(filled.assignment.actors, key=lambda actor: actor.position):
         for stage in actor.stages:
             shares[stage] = round(filled.shares[actor.name] * timing.seconds[stage] / actor.seconds, 6)
     return shares
 
 
 def _window(slots: Sequence[Slot], shots: int) -> int:
-    """Enough that no slot waits for work; where stages take turns, that each turn finds its shots."""
-    most = sum(2 * TURN_SHOTS if any(worker.turns for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots)
-    return max(1, min(most, shots))
+    """Return how many shots must be in progress so that no slot waits, and each turn of swapped stages is full."""
+    shots_needed = sum(2 * TURN_SHOTS if any(worker.turns for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots)
+    return max(1, min(shots_needed, shots))
 
 
 def _price(cluster: Cluster, price: float | None) -> tuple[float | None, bool]:
-    """Of an hour of all GPUs, and whether it is from the table."""
+    """Return the price of an hour of all GPUs, and whether it is from the table of default prices."""
     if price is not None:
         return price * len(cluster.gpus), False
     prices = [default_price(memory) for memory in cluster.gpus]
@@ -159,8 +166,8 @@ def _price(cluster: Cluster, price: float | None) -> tuple[float | None, bool]:
 
 
 def _bottleneck(packing: Packing, timing: Timing) -> str | None:
-    """The longest stage of the actor with the fewest slots behind its seconds."""
-    holders = Counter(actor for filled in packing.slots for actor in filled.holding.actors)
+    """Return the longest stage of the actor with the most seconds per slot."""
+    holders = Counter(actor for filled in packing.slots for actor in filled.assignment.actors)
     if not holders:
         return None
     slowest = max(holders, key=lambda actor: (actor.seconds / holders[actor], -actor.position))
@@ -169,13 +176,13 @@ def _bottleneck(packing: Packing, timing: Timing) -> str | None:
 
 def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, default_price: bool) -> Iterator[str]:
     yield from cluster.notes
-    if timing.unknown:
-        yield f"the profile has no seconds of {', '.join(timing.unknown)}: taken as on an H100, until a run measures them"
-    turning = {filled.node for filled in packing.slots if filled.holding.turning}
-    if unknown := [node for node in turning if cluster.nodes[node].memory_gb is None]:
-        most = max(sum(filled.holding.host_gb for filled in packing.slots if filled.node == node) for node in unknown)
-        yield f"stages that take turns wait in host memory, {most:.4g} GB of a node, which is taken to be there"
+    if timing.assumed:
+        yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
+    nodes_with_turns = {filled.node for filled in packing.slots if filled.assignment.turning}
+    if unknown := [node for node in nodes_with_turns if cluster.nodes[node].memory_gb is None]:
+        host_gb = max(sum(filled.assignment.host_gb for filled in packing.slots if filled.node == node) for node in unknown)
+        yield f"stages that take turns need up to {host_gb:.4g} GB of host memory per node, which is assumed to be available"
     if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
-        yield f"{idle} of {len(cluster.gpus)} GPUs have nothing to do: too small, too few shots, or no CPUs for them"
+        yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
     if default_price:
-        yield "the price is from a table of common prices; say your own with --price or the profile's price_per_gpu_hour"
+        yield "the price is an estimate; set it with --price or price_per_gpu_hour in the profile"

@@ -1,6 +1,6 @@
-"""What one GPU, or one share of a machine without any, can hold: processes, and in them actors of the profile.
+"""Candidate assignments of actors to one slot: a GPU, or a share of a machine without GPUs.
 
-An actor's weights are held once a process, whatever number of stages they serve.
+A slot has one or more processes, and each process holds actors of the profile. Stages of the same actor share its weights.
 """
 
 from __future__ import annotations
@@ -16,67 +16,70 @@ from vidgen_ray.planner.layout import Slot, WorkerSpec
 T = TypeVar("T")
 
 CONTEXT_GB = 0.6
-"""Of the GPU's memory that a process takes before it holds anything."""
+"""GPU memory of a process before it loads any weights."""
 PROCESS_HOST_GB = 0.4
-"""Of the host's memory that a process without a GPU takes: torch and what it brings."""
+"""Host memory of a process without a GPU: torch and other libraries."""
 TURN_SHOTS = 8
-"""Shots of one group's stages that are worked off before another group has its turn."""
+"""Shots that one group of stages processes before its weights are swapped for those of another group."""
 EPSILON = 1e-6
-"""What sums of decimals may exceed."""
+"""Tolerance of comparisons between sums of decimals."""
 
 
 @dataclass(frozen=True)
 class Actor:
-    """An actor of the profile with those of its stages that the script uses."""
+    """An actor of the profile, with the stages that the script uses."""
 
     name: str
     stages: tuple[str, ...]
     position: int
-    """In the chain."""
+    """Position in the chain of actors."""
     seconds: float
-    """Of a shot, in the mean over all shots of the script."""
+    """Mean seconds per shot, over all shots of the script."""
     gpu_gb: float
-    """0 for an actor that computes on the CPU."""
+    """GPU memory of its weights. 0 for an actor on the CPU."""
     host_gb: float
     cpus: float
-    can_wait: bool
-    """Whether its weights can wait in the host's memory while others have the GPU's."""
+    swappable: bool
+    """Its weights can be moved to host memory while other actors use the GPU."""
 
 
 @dataclass(frozen=True)
 class Process:
-    """`turns` are groups of `actors` of which one at a time has the GPU's memory; all others stay."""
+    """A worker process and its actors."""
 
     actors: tuple[Actor, ...]
     turns: tuple[tuple[Actor, ...], ...] = ()
+    """Groups of these actors that take turns in GPU memory (weight swapping). Actors in no group always stay there."""
 
     @cached_property
-    def waiting_gb(self) -> float:
+    def turns_gb(self) -> float:
+        """Weights of all groups that take turns, in GB."""
         return sum(actor.gpu_gb for group in self.turns for actor in group)
 
     @cached_property
     def gpu_gb(self) -> float:
-        held = sum(actor.gpu_gb for actor in self.actors)
-        if not held:
+        """GPU memory needed in GB: the permanent actors and the largest group."""
+        weights = sum(actor.gpu_gb for actor in self.actors)
+        if not weights:
             return 0.0
         largest = max((sum(actor.gpu_gb for actor in group) for group in self.turns), default=0.0)
-        return CONTEXT_GB + held - self.waiting_gb + largest
+        return CONTEXT_GB + weights - self.turns_gb + largest
 
     @cached_property
     def host_gb(self) -> float:
-        """Every group waits while a turn is changed."""
+        """Host memory needed in GB. Between two turns, the weights of all groups are in host memory."""
         own = 0.0 if self.gpu_gb else PROCESS_HOST_GB
-        return own + sum(actor.host_gb for actor in self.actors) + self.waiting_gb
+        return own + sum(actor.host_gb for actor in self.actors) + self.turns_gb
 
     @property
     def cpus(self) -> float:
-        """Stages of one process run one after another."""
+        """CPUs needed by the largest actor: stages of one process run one after another."""
         return max(actor.cpus for actor in self.actors)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """The processes of one slot."""
+    """The processes of one slot and the actors that they hold."""
 
     processes: tuple[Process, ...]
 
@@ -98,14 +101,16 @@ class Assignment:
 
     @cached_property
     def turning(self) -> frozenset[Actor]:
+        """Actors that take turns in GPU memory."""
         return frozenset(actor for process in self.processes for group in process.turns for actor in group)
 
     @property
     def swapped_gb(self) -> float:
-        """What moves in a round in which each group has its turn once: in, and out again."""
-        return sum(2 * process.waiting_gb for process in self.processes)
+        """Weights moved per round, in GB. In a round, each group moves into GPU memory and out again."""
+        return sum(2 * process.turns_gb for process in self.processes)
 
     def slot(self) -> Slot:
+        """Return the slot for the layout of a run."""
         shares = self._shares()
         workers = tuple(
             WorkerSpec(_stages(process.actors), process.cpus, share, tuple(_stages(group) for group in process.turns))
@@ -114,7 +119,7 @@ class Assignment:
         return Slot(workers, round(self.gpu_gb, 3))
 
     def _shares(self) -> list[float]:
-        """Of the GPU, by memory; in ten-thousandths, which is as fine as Ray counts."""
+        """Return the share of the GPU per process, proportional to memory, rounded down to Ray's resolution of 0.0001."""
         if not self.gpu_gb:
             return [0.0] * len(self.processes)
         if len(self.processes) == 1:
@@ -122,103 +127,110 @@ class Assignment:
         return [int(10_000 * process.gpu_gb / self.gpu_gb) / 10_000 for process in self.processes]
 
 
-Assignments = Callable[[float], list[Assignment]]
-"""GB of a GPU's memory -> what fits on it. Of a slot without a GPU, the memory is 0."""
+Candidates = Callable[[float], list[Assignment]]
+"""GB of GPU memory of a slot -> assignments that fit. The memory is 0 for a slot without a GPU."""
 
 
-def fused(actors: Sequence[Actor]) -> Assignments:
-    """One process with everything."""
+def fused(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process that holds all actors."""
     return lambda memory_gb: _fitting([Assignment((Process(tuple(actors)),))], memory_gb)
 
 
-def colocated(actors: Sequence[Actor]) -> Assignments:
-    """A process for each actor, all of them together."""
-    apart = _apart(actors)
-    return lambda memory_gb: _fitting([Assignment(apart)], memory_gb)
+def colocated(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process per actor, all actors on the same slot."""
+    processes = _one_process_per_actor(actors)
+    return lambda memory_gb: _fitting([Assignment(processes)], memory_gb)
 
 
-def staged(actors: Sequence[Actor]) -> Assignments:
-    """Processes of one actor each, as many different ones as fit on a GPU or fewer."""
-    every = [Assignment(processes) for processes in _subsets(_apart(actors))]
-    return lambda memory_gb: _fitting(every, memory_gb)
+def staged(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process per actor, for any subset of the actors that fits."""
+    assignments = [Assignment(processes) for processes in _subsets(_one_process_per_actor(actors))]
+    return lambda memory_gb: _fitting(assignments, memory_gb)
 
 
-def hybrid(actors: Sequence[Actor]) -> Assignments:
-    """One process with a part of the actors that fits."""
-    every = [Assignment((Process(held),)) for held in _subsets(actors)]
-    return lambda memory_gb: _fitting(every, memory_gb)
+def hybrid(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process that holds any subset of the actors that fits."""
+    assignments = [Assignment((Process(subset),)) for subset in _subsets(actors)]
+    return lambda memory_gb: _fitting(assignments, memory_gb)
 
 
-def hybrid_with_turns(actors: Sequence[Actor]) -> Assignments:
-    """As `hybrid`, and where a part does not fit, its actors take turns, with as little to move as possible."""
+def hybrid_with_turns(actors: Sequence[Actor]) -> Candidates:
+    """Return the candidates of `hybrid`, and subsets that fit with weight swapping, with as little to move as possible."""
 
-    def holdings(memory_gb: float) -> list[Assignment]:
-        processes = (_with_turns(held, memory_gb) for held in _subsets(actors))
+    def candidates(memory_gb: float) -> list[Assignment]:
+        processes = (_with_turns(subset, memory_gb) for subset in _subsets(actors))
         return [Assignment((process,)) for process in processes if process]
 
-    return holdings
+    return candidates
 
 
-def drop_dominated(holdings: Sequence[Assignment], *, ignore_host_limits: bool = False) -> list[Assignment]:
-    """Without those that hold less than another one and are in nothing better.
+def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: bool = False) -> list[Assignment]:
+    """Return the assignments without those that hold fewer actors than another one and have no advantage over it.
 
-    `ignore_host_limits`: CPUs and host memory do not matter.
+    Advantages are less swapping and, unless `ignore_host_limits`, fewer CPUs or less host memory.
     """
 
-    def better_in_something(holding: Assignment, other: Assignment) -> bool:
-        swaps_less = holding.swapped_gb < other.swapped_gb - EPSILON or not other.turning <= holding.turning
-        takes_less = holding.cpus < other.cpus - EPSILON or holding.host_gb < other.host_gb - EPSILON
-        return swaps_less or (takes_less and not ignore_host_limits)
+    def has_advantage(assignment: Assignment, other: Assignment) -> bool:
+        swaps_less = assignment.swapped_gb < other.swapped_gb - EPSILON or not other.turning <= assignment.turning
+        needs_less = assignment.cpus < other.cpus - EPSILON or assignment.host_gb < other.host_gb - EPSILON
+        return swaps_less or (needs_less and not ignore_host_limits)
 
-    def beaten(holding: Assignment) -> bool:
-        return any(holding.actors < other.actors and not better_in_something(holding, other) for other in holdings)
+    def is_dominated(assignment: Assignment) -> bool:
+        return any(assignment.actors < other.actors and not has_advantage(assignment, other) for other in assignments)
 
-    return [holding for holding in holdings if not beaten(holding)]
-
-
-def _fitting(holdings: Sequence[Assignment], memory_gb: float) -> list[Assignment]:
-    return [holding for holding in holdings if holding.gpu_gb <= memory_gb + EPSILON]
+    return [assignment for assignment in assignments if not is_dominated(assignment)]
 
 
-def _subsets(things: Sequence[T]) -> Iterator[tuple[T, ...]]:
-    return chain.from_iterable(combinations(things, size) for size in range(1, len(things) + 1))
+def _fitting(assignments: Sequence[Assignment], memory_gb: float) -> list[Assignment]:
+    return [assignment for assignment in assignments if assignment.gpu_gb <= memory_gb + EPSILON]
 
 
-def _apart(actors: Sequence[Actor]) -> tuple[Process, ...]:
-    """A process for each actor on the GPU; one on the CPU lives with the next after it in the chain, or the last."""
+def _subsets(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """Yield all non-empty subsets, smallest first."""
+    return chain.from_iterable(combinations(items, size) for size in range(1, len(items) + 1))
+
+
+def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
+    """Return one process per GPU actor. A CPU actor joins the next GPU actor in the chain, or the last one."""
     on_gpu = [actor for actor in actors if actor.gpu_gb]
     if not on_gpu:
         return tuple(Process((actor,)) for actor in actors)
-    homes: dict[str, list[Actor]] = {actor.name: [] for actor in on_gpu}
+    members: dict[str, list[Actor]] = {actor.name: [] for actor in on_gpu}
     for actor in actors:
-        home = next((other for other in on_gpu if other.position >= actor.position), on_gpu[-1])
-        homes[home.name].append(actor)
-    return tuple(Process(tuple(held)) for held in homes.values())
+        host = next((other for other in on_gpu if other.position >= actor.position), on_gpu[-1])
+        members[host.name].append(actor)
+    return tuple(Process(tuple(group)) for group in members.values())
 
 
 def _with_turns(actors: Sequence[Actor], memory_gb: float) -> Process | None:
-    """These actors in one process: all to stay if they fit, else as much as possible."""
+    """Return one process with these actors, or `None` if they do not fit even with swapping.
+
+    As few GB of weights as possible take turns: none if all actors fit together.
+    """
     free = memory_gb - CONTEXT_GB + EPSILON
     on_gpu = [actor for actor in actors if actor.gpu_gb]
     if sum(actor.gpu_gb for actor in on_gpu) <= free or not on_gpu:
         return Process(tuple(actors))
-    can_wait = [actor for actor in on_gpu if actor.can_wait]
+    swappable_actors = [actor for actor in on_gpu if actor.swappable]
     best: Process | None = None
-    for waiting in _subsets(can_wait):
-        if len(waiting) < 2 or (best and sum(actor.gpu_gb for actor in waiting) >= best.waiting_gb):
+    for swapped in _subsets(swappable_actors):
+        if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.turns_gb):
             continue
-        staying = sum(actor.gpu_gb for actor in on_gpu if actor not in waiting)
-        groups = _grouped(waiting, free - staying)
+        permanent_gb = sum(actor.gpu_gb for actor in on_gpu if actor not in swapped)
+        groups = _fewest_groups(swapped, free - permanent_gb)
         if groups:
             best = Process(tuple(actors), groups)
     return best
 
 
-def _grouped(actors: Sequence[Actor], room_gb: float) -> tuple[tuple[Actor, ...], ...] | None:
-    """The fewest groups of at most that size; none where an actor alone is larger. All actors are a handful."""
+def _fewest_groups(actors: Sequence[Actor], max_gb: float) -> tuple[tuple[Actor, ...], ...] | None:
+    """Divide the actors into the fewest groups of at most `max_gb`. Returns `None` if an actor alone is larger.
+
+    Tries all divisions: a profile has only a handful of actors.
+    """
     best: list[list[Actor]] | None = None
 
-    def put(n: int, groups: list[list[Actor]]) -> None:
+    def assign(n: int, groups: list[list[Actor]]) -> None:
         nonlocal best
         if best is not None and len(groups) >= len(best):
             return
@@ -226,14 +238,14 @@ def _grouped(actors: Sequence[Actor], room_gb: float) -> tuple[tuple[Actor, ...]
             best = [list(group) for group in groups]
             return
         for group in groups:
-            if sum(actor.gpu_gb for actor in group) + actors[n].gpu_gb <= room_gb:
+            if sum(actor.gpu_gb for actor in group) + actors[n].gpu_gb <= max_gb:
                 group.append(actors[n])
-                put(n + 1, groups)
+                assign(n + 1, groups)
                 group.pop()
-        if actors[n].gpu_gb <= room_gb:
-            put(n + 1, [*groups, [actors[n]]])
+        if actors[n].gpu_gb <= max_gb:
+            assign(n + 1, [*groups, [actors[n]]])
 
-    put(0, [])
+    assign(0, [])
     return None if best is None else tuple(tuple(group) for group in best)
 
 

@@ -1,42 +1,42 @@
-"""Why something cannot be packed, in words that name what is missing."""
+"""Error message for a packing problem without a solution: which resource is missing."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from vidgen_ray.planner.cluster import Cluster
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Assignments
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Candidates
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, PackingProblem, pack
 
-PLENTY = 1e6
-"""CPUs that are enough for anything."""
+UNLIMITED_CPUS = 1e6
 
 
-def reason(wanted: PackingProblem, allowed: Assignments, cluster: Cluster) -> str:
-    """For what `pack` has refused."""
-    on_gpu = [actor for actor in wanted.actors if actor.gpu_gb]
+def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> str:
+    """Return why `pack` found no packing for the same arguments."""
+    on_gpu = [actor for actor in problem.actors if actor.gpu_gb]
     largest = max(cluster.gpus, default=0.0)
     for actor in on_gpu:
         if actor.gpu_gb + CONTEXT_GB > largest + EPSILON:
-            has = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
-            return f"{_need(actor.stages)} {actor.gpu_gb + CONTEXT_GB:.4g} GB of a GPU's memory, {has}"
-    if pack(wanted, allowed, _boundless(cluster, cpus=PLENTY)) is None:
-        together = sum(actor.gpu_gb for actor in on_gpu) + CONTEXT_GB
-        return f"the stages need {together:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
-    if pack(wanted, allowed, _boundless(cluster)) is not None:
-        has = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
-        waiting = " while others have the GPU's" if on_gpu else ""
-        weights = sum(actor.gpu_gb + actor.host_gb for actor in wanted.actors)
-        return f"stages need host memory{waiting}, up to {weights:.4g} GB a worker; the nodes have {has} GB"
-    worker = max(actor.cpus for actor in wanted.actors)
+            available = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
+            return f"{_need(actor.stages)} {actor.gpu_gb + CONTEXT_GB:.4g} GB of GPU memory, {available}"
+    if pack(problem, candidates, _without_limits(cluster, cpus=UNLIMITED_CPUS)) is None:
+        total_gb = sum(actor.gpu_gb for actor in on_gpu) + CONTEXT_GB
+        return f"the stages need {total_gb:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
+    if pack(problem, candidates, _without_limits(cluster)) is not None:
+        host_gb = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
+        swapping = " while other stages use the GPU" if on_gpu else ""
+        weights = sum(actor.gpu_gb + actor.host_gb for actor in problem.actors)
+        return f"stages need host memory{swapping}, up to {weights:.4g} GB per worker; the nodes have {host_gb} GB"
+    worker_cpus = max(actor.cpus for actor in problem.actors)
+    node_cpus = ", ".join(f"{node.cpus:g}" for node in cluster.nodes)
     return (
-        f"a worker needs up to {worker:g} CPUs, beside {ENCODER_CPUS:g} for an encoder and {DIRECTOR_CPUS + SPARE_CPUS:g} for "
-        f"the director and Ray; the nodes have {', '.join(f'{node.cpus:g}' for node in cluster.nodes)}"
+        f"a worker needs up to {worker_cpus:g} CPUs, in addition to {ENCODER_CPUS:g} for an encoder and "
+        f"{DIRECTOR_CPUS + SPARE_CPUS:g} for the director and Ray; the nodes have {node_cpus}"
     )
 
 
-def _boundless(cluster: Cluster, cpus: float | None = None) -> Cluster:
-    """The cluster with all the host memory that anybody wants, and so many CPUs a node if they are given."""
+def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:
+    """Return the cluster with unlimited host memory and, if `cpus` is not `None`, with that many CPUs per node."""
     nodes = (replace(node, cpus=node.cpus if cpus is None else cpus, memory_gb=None) for node in cluster.nodes)
     return replace(cluster, nodes=tuple(nodes))
 

@@ -1,4 +1,4 @@
-"""Which processes a run has, what each holds, and on which GPU: what the planner decides and the executor builds."""
+"""Layout of a run: its processes, their stages and their GPUs. Chosen by the planner and started by the executor."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,29 +8,33 @@ Kind = Literal["fused", "colocated", "staged", "hybrid"]
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One process that holds stages."""
+    """One worker process and its stages."""
 
     stages: tuple[str, ...]
-    """Names, in the order of the chain."""
+    """Names of the stages, in the order of the chain."""
     cpus: float
     gpus: float
-    """Share of its slot's GPU; 0 on a slot without one."""
+    """Share of the slot's GPU. 0 for a slot without a GPU."""
     turns: tuple[tuple[str, ...], ...] = ()
-    """Groups of these stages that take turns in the GPU's memory, the others waiting in the host's. Empty: all stay."""
+    """Groups of these stages that take turns in GPU memory, while the others are in host memory (weight swapping). Stages in
+    no group stay in GPU memory."""
 
     def can_run(self, *stages: str) -> bool:
-        """Whether it holds them all, and the first needs the turn that any of them needs: by the first, turns change."""
+        """Return whether the worker can run these stages in sequence without swapping weights in between.
+
+        Weights are swapped when the first stage starts, so the first stage must be in the only group that is needed.
+        """
         turns = [group for group in self.turns if set(group) & set(stages)]
         return set(stages) <= set(self.stages) and (not turns or (len(turns) == 1 and stages[0] in turns[0]))
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One whole GPU, or a share of a machine without one, and the processes that live there."""
+    """One whole GPU, or a share of a machine without GPUs, and its worker processes."""
 
     workers: tuple[WorkerSpec, ...]
     memory_gb: float
-    """GPU memory that the slot needs, in GB; 0 without a GPU."""
+    """GPU memory that the slot needs, in GB. 0 without a GPU."""
 
     @property
     def has_gpu(self) -> bool:
@@ -43,17 +47,18 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Every process of a run. `window` is the number of shots in progress at once, at most."""
+    """All processes of a run."""
 
     kind: Kind
     slots: tuple[Slot, ...]
     encoders: int
     window: int
+    """Maximum number of shots in progress."""
 
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:
         return tuple(worker for slot in self.slots for worker in slot.workers)
 
     def can_fuse(self, first: str, *others: str) -> bool:
-        """Whether every worker that holds the first of these stages takes the others, too, in the same turn."""
+        """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)

@@ -1,8 +1,8 @@
-"""How many slots of which holding: the highest rate of shots that GPUs, CPUs and host memory allow.
+"""Solve the packing problem: how many GPU slots hold which actors, for the highest rate that GPUs, CPUs and host memory allow.
 
-A mixed-integer linear programme. Whole: the number n of slots that hold the same. Continuous: the seconds of each second
-that they give to each actor, and the rounds of turns. Every shot needs each actor for its mean seconds, so the actor with
-the least GPU time behind it sets the rate.
+The problem is a mixed-integer linear programme. Integer variables: the number of slots per assignment. Continuous variables:
+the share of time that these slots spend on each actor, and the rounds of weight swapping. Every shot needs each actor for its
+mean seconds, so the rate is limited by the actor with the least GPU time available.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.gpu_assignment import EPSILON, TURN_SHOTS, Actor, Assignment, Assignments, drop_dominated
+from vidgen_ray.planner.gpu_assignment import EPSILON, TURN_SHOTS, Actor, Assignment, Candidates, drop_dominated
 
 ENCODER_CPUS = 0.5
-"""Of an Encoder: it waits for frames about as long as it works on them."""
+"""CPUs of an encoder. It waits for frames about half of the time."""
 ENCODER_BUSY = 0.8
-"""Share of the time that an encoder may work, so that none is waited for."""
+"""Maximum share of the time that an encoder may work, so that no worker waits for an encoder."""
 DIRECTOR_CPUS = 0.5
 SPARE_CPUS = 0.5
-"""For Ray's own tasks, such as reading the script."""
+"""CPUs for Ray's own tasks, such as reading the script."""
 SLOT_WEIGHT = 1e-5
-"""Efficiency that a slot must add to be worth its processes."""
+"""Minimum efficiency that an additional slot must add."""
 SOLVER_SECONDS = 5.0
-"""Only many nodes with too few CPUs for their GPUs take so long; then the best of what was found is taken."""
+"""Time limit of the solver, after which the best packing so far is used. Reached only for many nodes that are short of CPUs."""
 GAP = 1e-3
-"""Relative, to the best rate there may be, at which it is not searched for."""
+"""Relative distance to the best possible rate at which the search stops."""
 
-Sizes = Callable[[Node], Mapping[float, int]]
-"""The slots that a node offers: GB of GPU memory, 0 without a GPU, and how many of that size."""
+SlotsOfNode = Callable[[Node], Mapping[float, int]]
+"""Node -> number of slots by GB of GPU memory. Slots without a GPU have 0 GB."""
 
 
 @dataclass(frozen=True)
 class PackingProblem:
-    """What is to be packed."""
+    """The actors to be placed and the limits of the run."""
 
     actors: tuple[Actor, ...]
     encode_seconds: float
-    """CPU seconds of encoding, of a mean shot."""
-    most_slots: int
-    slots_of: Sizes
+    """Mean CPU seconds of encoding per shot."""
+    max_slots: int
+    slots_of: SlotsOfNode
     swap_gb_per_s: float
-    """Between the host's memory and the GPU's."""
+    """Transfer rate between host memory and GPU memory."""
 
     @property
     def seconds(self) -> float:
-        """Of all actors, of a mean shot."""
+        """Mean seconds of all actors per shot."""
         return sum(actor.seconds for actor in self.actors)
 
 
@@ -58,225 +58,290 @@ class PackingProblem:
 class FilledSlot:
     """A slot in use."""
 
-    holding: Assignment
+    assignment: Assignment
     node: int
-    """Index in the cluster."""
+    """Index of the node in the cluster."""
     shares: Mapping[str, float]
-    """Actor -> share of the slot's time that the rate counts on."""
+    """Actor -> share of the slot's time on which the rate is based."""
 
 
 @dataclass(frozen=True)
 class Packing:
+    """A solution of the packing problem."""
+
     rate: float
-    """Shots a second."""
+    """Shots per second."""
     slots: tuple[FilledSlot, ...]
     encoders: int
 
 
 @dataclass(frozen=True)
 class _SlotGroup:
-    """Slots of one size that need not be told apart."""
+    """Interchangeable slots: same memory, and same node if `node` matters."""
 
-    room: int
+    node: int
     memory_gb: float
     count: int
 
 
 @dataclass(frozen=True)
-class _ChosenAssignment:
-    place: _SlotGroup
-    holding: Assignment
+class _Option:
+    """An assignment that slots of a group may have."""
+
+    group: _SlotGroup
+    assignment: Assignment
+
+
+@dataclass(frozen=True)
+class _ChosenOption:
+    """An option that `count` slots use."""
+
+    group: _SlotGroup
+    assignment: Assignment
     count: int
     shares: Mapping[str, float]
-    """Of each of them."""
+    """Actor -> share of the time of each of these slots."""
 
 
 @dataclass(frozen=True)
 class _Solution:
     rate: float
-    chosen: tuple[_ChosenAssignment, ...]
+    chosen: tuple[_ChosenOption, ...]
     encoders: tuple[int, ...]
-    """Of each room."""
+    """Encoders per node. Empty if CPUs and host memory were ignored."""
 
 
-def pack(wanted: PackingProblem, holdings: Assignments, cluster: Cluster) -> Packing | None:
-    """The best packing, or none where there is no packing at all.
+def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> Packing | None:
+    """Return the packing with the highest rate, or `None` if there is none.
 
-    First as if CPUs and host memory were plenty, which they mostly are. Where that does not find places on the nodes, node
-    by node.
+    First solves the problem without CPU and host memory limits, which rarely matter, and places the slots on nodes
+    afterwards. If that fails, solves it again with the limits of each node.
     """
     sizes: Counter[float] = Counter()
     for node in cluster.nodes:
-        sizes.update(wanted.slots_of(node))
-    places = [_SlotGroup(0, memory, count) for memory, count in sorted(sizes.items(), reverse=True)]
-    easy = _solve(wanted, places, lambda memory: drop_dominated(holdings(memory), ignore_host_limits=True), None)
-    if easy is None:
+        sizes.update(problem.slots_of(node))
+    groups = [_SlotGroup(0, memory, count) for memory, count in sorted(sizes.items(), reverse=True)]
+    unlimited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory), ignore_host_limits=True), None)
+    if unlimited is None:
         return None
-    on_nodes = _spread(easy, wanted, cluster)
-    if on_nodes is not None:
-        return on_nodes
-    rooms = cluster.nodes
-    places = [
-        _SlotGroup(room, memory, count)
-        for room, node in enumerate(rooms)
-        for memory, count in sorted(wanted.slots_of(node).items(), reverse=True)
+    placed = _place_on_nodes(unlimited, problem, cluster)
+    if placed is not None:
+        return placed
+    groups = [
+        _SlotGroup(index, memory, count)
+        for index, node in enumerate(cluster.nodes)
+        for memory, count in sorted(problem.slots_of(node).items(), reverse=True)
     ]
-    tight = _solve(wanted, places, lambda memory: drop_dominated(holdings(memory)), rooms)
-    if tight is None:
+    limited = _solve(problem, groups, lambda memory: drop_dominated(candidates(memory)), cluster.nodes)
+    if limited is None:
         return None
-    slots = [FilledSlot(c.holding, c.place.room, c.shares) for c in tight.chosen for _ in range(c.count)]
-    return Packing(tight.rate, tuple(slots), sum(tight.encoders))
+    slots = [FilledSlot(c.assignment, c.group.node, c.shares) for c in limited.chosen for _ in range(c.count)]
+    return Packing(limited.rate, tuple(slots), sum(limited.encoders))
 
 
 def encoders_for(rate: float, encode_seconds: float) -> int:
-    """Enough to keep up with so many shots a second."""
+    """Return the number of encoders needed for `rate` shots per second."""
     return max(1, math.ceil(rate * encode_seconds / ENCODER_BUSY - EPSILON))
 
 
-def _spread(solution: _Solution, wanted: PackingProblem, cluster: Cluster) -> Packing | None:
-    """The slots on nodes, each on the one with the most free CPUs; none where that leads nowhere."""
+def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Cluster) -> Packing | None:
+    """Place each slot on the node with the most free CPUs. Returns `None` if this greedy placement fails."""
     cpus = [node.cpus for node in cluster.nodes]
     host = [math.inf if node.memory_gb is None else node.memory_gb for node in cluster.nodes]
-    free = [Counter(wanted.slots_of(node)) for node in cluster.nodes]
+    free = [Counter(problem.slots_of(node)) for node in cluster.nodes]
     slots: list[FilledSlot] = []
 
     def take(cpus_needed: float, host_gb: float, memory_gb: float | None) -> int | None:
-        able = [
-            room
-            for room in range(len(cpus))
-            if cpus[room] >= cpus_needed - EPSILON
-            and host[room] >= host_gb - EPSILON
-            and (memory_gb is None or free[room][memory_gb] > 0)
+        suitable = [
+            node
+            for node in range(len(cpus))
+            if cpus[node] >= cpus_needed - EPSILON
+            and host[node] >= host_gb - EPSILON
+            and (memory_gb is None or free[node][memory_gb] > 0)
         ]
-        if not able:
+        if not suitable:
             return None
-        room = max(able, key=lambda room: cpus[room])
-        cpus[room] -= cpus_needed
-        host[room] -= host_gb
+        node = max(suitable, key=lambda node: cpus[node])
+        cpus[node] -= cpus_needed
+        host[node] -= host_gb
         if memory_gb is not None:
-            free[room][memory_gb] -= 1
-        return room
+            free[node][memory_gb] -= 1
+        return node
 
-    for chosen in sorted(solution.chosen, key=lambda chosen: -chosen.holding.cpus):
+    for chosen in sorted(solution.chosen, key=lambda chosen: -chosen.assignment.cpus):
         for _ in range(chosen.count):
-            room = take(chosen.holding.cpus, chosen.holding.host_gb, chosen.place.memory_gb)
-            if room is None:
+            node = take(chosen.assignment.cpus, chosen.assignment.host_gb, chosen.group.memory_gb)
+            if node is None:
                 return None
-            slots.append(FilledSlot(chosen.holding, room, chosen.shares))
-    encoders = encoders_for(solution.rate, wanted.encode_seconds)
+            slots.append(FilledSlot(chosen.assignment, node, chosen.shares))
+    encoders = encoders_for(solution.rate, problem.encode_seconds)
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
     if any(take(needed, 0.0, None) is None for needed in others):
         return None
     return Packing(solution.rate, tuple(slots), encoders)
 
 
-class _Rows:
-    """Constraints `low <= sum of coefficients times variables <= high`, gathered one by one."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[int, float]] = []
-        self.low: list[float] = []
-        self.high: list[float] = []
-
-    def add(self, terms: dict[int, float], *, low: float = -math.inf, high: float = math.inf) -> None:
-        self.rows.append(terms)
-        self.low.append(low)
-        self.high.append(high)
-
-    def matrix(self, columns: int) -> Any:
-        from scipy.sparse import csr_array
-
-        where = [(row, column) for row, terms in enumerate(self.rows) for column in terms]
-        values = [value for terms in self.rows for value in terms.values()]
-        rows, cols = np.array(where, dtype=int).reshape(-1, 2).T
-        return csr_array((values, (rows, cols)), shape=(len(self.rows), columns))
-
-
 def _solve(
-    wanted: PackingProblem, places: Sequence[_SlotGroup], holdings: Assignments, rooms: Sequence[Node] | None
+    problem: PackingProblem, groups: Sequence[_SlotGroup], candidates: Candidates, nodes: Sequence[Node] | None
 ) -> _Solution | None:
-    """`rooms`: the nodes whose CPUs and host memory bound what is placed there; none: without bounds."""
-    options = [(place, holding) for place in places for holding in holdings(place.memory_gb)]
+    """Return the best solution, or `None` if there is none.
+
+    `nodes`: nodes whose CPUs and host memory limit the slots placed there. `None` ignores these limits.
+    """
+    options = [_Option(group, assignment) for group in groups for assignment in candidates(group.memory_gb)]
     if not options:
         return None
-    # Time is counted in shares of all slots' time, so that numbers are of one size whatever the seconds are.
-    total = sum(place.count for place in places)
-    needs = {actor: total * actor.seconds / wanted.seconds for actor in wanted.actors}
-    rows = _Rows()
-    integer: list[int] = []
-    highest: list[float] = []
+    return _PackingModel(problem, groups, options, nodes).solve()
 
-    def variable(high: float, *, whole: bool = False) -> int:
-        integer.append(int(whole))
-        highest.append(high)
-        return len(highest) - 1
 
-    efficiency = variable(1.0)
-    numbers = [variable(place.count, whole=True) for place, _ in options]
-    seconds_of: dict[int, dict[str, int]] = {number: {} for number in numbers}
-    given: dict[Actor, dict[int, float]] = {actor: {efficiency: -needs[actor]} for actor in wanted.actors}
-    for (_, holding), number in zip(options, numbers, strict=True):
-        time = {number: -1.0}
-        rounds = variable(math.inf) if holding.turning else None
+class _PackingModel:
+    """The packing problem as a linear programme.
+
+    Times are shares of the time of all slots, so that all coefficients have a similar magnitude.
+    """
+
+    def __init__(
+        self,
+        problem: PackingProblem,
+        groups: Sequence[_SlotGroup],
+        options: Sequence[_Option],
+        nodes: Sequence[Node] | None,
+    ) -> None:
+        self._problem = problem
+        self._options = options
+        self._programme = _LinearProgramme()
+        self._total_slots = sum(group.count for group in groups)
+        self._needs = {actor: self._total_slots * actor.seconds / problem.seconds for actor in problem.actors}
+        self._efficiency = self._programme.add_variable(1.0)
+        self._counts = [self._programme.add_variable(option.group.count, integer=True) for option in options]
+        self._time_variables: list[dict[Actor, int]] = [self._add_slot_time(n) for n in range(len(options))]
+        self._supply_all_actors()
+        self._limit_slots(groups)
+        self._encoders = [] if nodes is None else self._limit_nodes(nodes)
+
+    def solve(self) -> _Solution | None:
+        """Maximise the efficiency, with a small penalty per slot and encoder."""
+        cost = self._programme.zero_cost()
+        cost[self._efficiency] = -1.0
+        cost[[*self._counts, *self._encoders]] = SLOT_WEIGHT / self._total_slots
+        values = self._programme.minimize(cost)
+        if values is None:
+            return None
+        chosen = []
+        for option, count_variable, times in zip(self._options, self._counts, self._time_variables, strict=True):
+            if count := round(values[count_variable]):
+                shares = {actor.name: float(values[variable]) / count for actor, variable in times.items()}
+                chosen.append(_ChosenOption(option.group, option.assignment, count, shares))
+        return _Solution(
+            rate=float(values[self._efficiency]) * self._total_slots / self._problem.seconds,
+            chosen=tuple(chosen),
+            encoders=tuple(round(values[variable]) for variable in self._encoders),
+        )
+
+    def _add_slot_time(self, n: int) -> dict[Actor, int]:
+        """Limit the time that the slots of option `n` spend on actors and on swapping. Return actor -> time variable."""
+        assignment = self._options[n].assignment
+        slot_time = {self._counts[n]: -1.0}
+        rounds = self._programme.add_variable(math.inf) if assignment.turning else None
         if rounds is not None:
-            time[rounds] = holding.swapped_gb / wanted.swap_gb_per_s * total / wanted.seconds
-        for actor in (actor for actor in wanted.actors if actor in holding.actors):
-            seconds = variable(math.inf)
-            time[seconds] = 1.0
-            given[actor][seconds] = 1.0
-            seconds_of[number][actor.name] = seconds
-            if actor in holding.turning and rounds is not None:
-                rows.add({seconds: 1.0, rounds: -TURN_SHOTS * needs[actor]}, high=0.0)
-        rows.add(time, high=0.0)
-    for actor in wanted.actors:
-        rows.add(given[actor], low=0.0)
-        rows.add({n: 1.0 for n, (_, holding) in zip(numbers, options, strict=True) if actor in holding.actors}, low=1.0)
-    for place in places:
-        rows.add({n: 1.0 for n, (own, _) in zip(numbers, options, strict=True) if own is place}, high=place.count)
-    rows.add(dict.fromkeys(numbers, 1.0), high=wanted.most_slots)
-    encoders = []
-    if rooms is not None:
-        encoders = [variable(math.floor(node.cpus / ENCODER_CPUS), whole=True) for node in rooms]
-        directors = [variable(1, whole=True) for _ in rooms]
-        keeping_up = total / wanted.seconds * wanted.encode_seconds / ENCODER_BUSY
-        rows.add({**dict.fromkeys(encoders, 1.0), efficiency: -keeping_up}, low=0.0)
-        rows.add(dict.fromkeys(encoders, 1.0), low=1.0)
-        rows.add(dict.fromkeys(directors, 1.0), low=1.0)
-        for room, node in enumerate(rooms):
-            here = {n: holding for n, (place, holding) in zip(numbers, options, strict=True) if place.room == room}
-            cpus = {n: holding.cpus for n, holding in here.items()}
-            rows.add({**cpus, encoders[room]: ENCODER_CPUS, directors[room]: DIRECTOR_CPUS + SPARE_CPUS}, high=node.cpus)
+            seconds_per_round = assignment.swapped_gb / self._problem.swap_gb_per_s
+            slot_time[rounds] = seconds_per_round * self._total_slots / self._problem.seconds
+        times = {}
+        for actor in (actor for actor in self._problem.actors if actor in assignment.actors):
+            time = times[actor] = self._programme.add_variable(math.inf)
+            slot_time[time] = 1.0
+            if actor in assignment.turning and rounds is not None:
+                # At most `TURN_SHOTS` shots per round of swapping.
+                self._programme.add_constraint({time: 1.0, rounds: -TURN_SHOTS * self._needs[actor]}, high=0.0)
+        self._programme.add_constraint(slot_time, high=0.0)
+        return times
+
+    def _supply_all_actors(self) -> None:
+        """Require enough time of every actor for the efficiency, and at least one slot with it."""
+        for actor in self._problem.actors:
+            supply = {times[actor]: 1.0 for times in self._time_variables if actor in times}
+            self._programme.add_constraint({self._efficiency: -self._needs[actor], **supply}, low=0.0)
+            slots = [n for n, option in zip(self._counts, self._options, strict=True) if actor in option.assignment.actors]
+            self._programme.add_constraint(dict.fromkeys(slots, 1.0), low=1.0)
+
+    def _limit_slots(self, groups: Sequence[_SlotGroup]) -> None:
+        """Use at most the slots of each group, and at most `max_slots` in total."""
+        for group in groups:
+            slots = [n for n, option in zip(self._counts, self._options, strict=True) if option.group is group]
+            self._programme.add_constraint(dict.fromkeys(slots, 1.0), high=group.count)
+        self._programme.add_constraint(dict.fromkeys(self._counts, 1.0), high=self._problem.max_slots)
+
+    def _limit_nodes(self, nodes: Sequence[Node]) -> list[int]:
+        """Place encoders and the director, and limit the CPUs and host memory used on each node.
+
+        Returns the variables of the number of encoders per node.
+        """
+        programme, problem = self._programme, self._problem
+        encoders = [programme.add_variable(math.floor(node.cpus / ENCODER_CPUS), integer=True) for node in nodes]
+        directors = [programme.add_variable(1, integer=True) for _ in nodes]
+        encoders_per_efficiency = self._total_slots / problem.seconds * problem.encode_seconds / ENCODER_BUSY
+        programme.add_constraint({**dict.fromkeys(encoders, 1.0), self._efficiency: -encoders_per_efficiency}, low=0.0)
+        programme.add_constraint(dict.fromkeys(encoders, 1.0), low=1.0)
+        programme.add_constraint(dict.fromkeys(directors, 1.0), low=1.0)
+        for index, node in enumerate(nodes):
+            assignments = {
+                n: option.assignment
+                for n, option in zip(self._counts, self._options, strict=True)
+                if option.group.node == index
+            }
+            cpus = {n: assignment.cpus for n, assignment in assignments.items()}
+            others = {encoders[index]: ENCODER_CPUS, directors[index]: DIRECTOR_CPUS + SPARE_CPUS}
+            programme.add_constraint({**cpus, **others}, high=node.cpus)
             if node.memory_gb is not None:
-                rows.add({n: holding.host_gb for n, holding in here.items()}, high=node.memory_gb)
-    cost = np.zeros(len(highest))
-    cost[efficiency] = -1.0
-    cost[[*numbers, *encoders]] = SLOT_WEIGHT / total
-    values = _optimum(cost, integer, highest, rows)
-    if values is None:
-        return None
-    counts = [round(values[number]) for number in numbers]
-    return _Solution(
-        rate=float(values[efficiency]) * total / wanted.seconds,
-        chosen=tuple(
-            _ChosenAssignment(
-                place, holding, n, {name: float(values[column]) / n for name, column in seconds_of[number].items()}
-            )
-            for (place, holding), number, n in zip(options, numbers, counts, strict=True)
-            if n
-        ),
-        encoders=tuple(round(values[number]) for number in encoders),
-    )
+                host_gb = {n: assignment.host_gb for n, assignment in assignments.items()}
+                programme.add_constraint(host_gb, high=node.memory_gb)
+        return encoders
 
 
-def _optimum(cost: Any, integer: Sequence[int], highest: Sequence[float], rows: _Rows) -> Any:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+class _LinearProgramme:
+    """A mixed-integer linear programme. Variables are identified by their index and are at least 0."""
 
-    found = milp(
-        cost,
-        integrality=np.array(integer),
-        bounds=Bounds(np.zeros(len(highest)), np.array(highest)),
-        constraints=LinearConstraint(rows.matrix(len(highest)), np.array(rows.low), np.array(rows.high)),
-        options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": GAP},
-    )
-    # Out of time it may still have found a packing, if not the best one.
-    return found.x
+    def __init__(self) -> None:
+        self._upper_bounds: list[float] = []
+        self._integer: list[int] = []
+        self._rows: list[dict[int, float]] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+
+    def add_variable(self, high: float, *, integer: bool = False) -> int:
+        """Add a variable between 0 and `high`."""
+        self._integer.append(int(integer))
+        self._upper_bounds.append(high)
+        return len(self._upper_bounds) - 1
+
+    def add_constraint(self, terms: dict[int, float], *, low: float = -math.inf, high: float = math.inf) -> None:
+        """Add `low <= sum(coefficient * variable) <= high`. `terms`: variable -> coefficient."""
+        self._rows.append(terms)
+        self._low.append(low)
+        self._high.append(high)
+
+    def zero_cost(self) -> Any:
+        """Return a cost vector of zeros, one per variable."""
+        return np.zeros(len(self._upper_bounds))
+
+    def minimize(self, cost: Any) -> Any:
+        """Return the values of all variables at the minimum of `cost`, or `None` if there is no solution."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        result = milp(
+            cost,
+            integrality=np.array(self._integer),
+            bounds=Bounds(np.zeros(len(self._upper_bounds)), np.array(self._upper_bounds)),
+            constraints=LinearConstraint(self._matrix(), np.array(self._low), np.array(self._high)),
+            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": GAP},
+        )
+        # At the time limit, `x` is the best solution so far, or None.
+        return result.x
+
+    def _matrix(self) -> Any:
+        from scipy.sparse import csr_array
+
+        indices = [(row, column) for row, terms in enumerate(self._rows) for column in terms]
+        values = [value for terms in self._rows for value in terms.values()]
+        rows, columns = np.array(indices, dtype=int).reshape(-1, 2).T
+        return csr_array((values, (rows, columns)), shape=(len(self._rows), len(self._upper_bounds)))
