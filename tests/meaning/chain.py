@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from training.cast import portrait
 from vidgen_ray.content_keys import ShotPlanner, params_of, with_local_loras
-from vidgen_ray.engine.step_runner import with_pictures
+from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.graph import stages_of
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
@@ -61,7 +61,7 @@ class Chain:
             if key not in self._results:
                 self._results[key] = self._run(step.stage, item, cut)
             item = Item(item.shot, {**item.artefacts, **self._results[key]})
-        return with_pictures(item, ("image",)).artefacts
+        return with_images(item, ("image",)).artefacts
 
     def shot(self, **fields: Any) -> Shot:
         """Return a checked shot. By default it has no clip and no upscaling."""
@@ -70,7 +70,7 @@ class Chain:
 
     def _run(self, name: str, item: Item, cut: Mapping[str, Any]) -> Artefacts:
         stage = self.stage(name, item.shot)
-        inputs = with_pictures(item, stage.takes)
+        inputs = with_images(item, stage.takes)
         artefacts = {key: value for key, value in cut.items() if key in stage.takes}
         fields = {key: value for key, value in cut.items() if key not in artefacts}
         shot = with_local_loras(item.shot.model_copy(update=fields))
