@@ -189,7 +189,7 @@ class Shot(_Frozen):
                     raise ValueError(
                         f"{name} {getattr(self, name)} is not a multiple of 64, as a clip needs (its latents are halved thrice)"
                     )
-        for name, used in (("lora", bool(self.lora)), ("refine", self.drawn_by_sdxl and not self.lora)):
+        for name, used in (("lora", bool(self.lora)), ("refine", self.uses_sdxl_base and not self.lora)):
             strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
             if used and steps and strength and steps * strength < 1:
                 raise ValueError(
@@ -205,7 +205,7 @@ class Shot(_Frozen):
         return self.identity if by_flux and self.face_image and self.identity_strength > 0 else None
 
     @property
-    def drawn_by_sdxl(self) -> bool:
+    def uses_sdxl_base(self) -> bool:
         """Whether SDXL draws the base picture, with the person in it, and not FLUX."""
         return self.identity == INSTANTID_SDXL and bool(self.face_image) and self.image is None
 
@@ -231,7 +231,7 @@ class Shot(_Frozen):
             raise ValueError("the shot has no id yet, so no seed can be derived")
         return self.model_copy(update={"seed": _seed_from(run_seed, self.id)})
 
-    def again(self, number: int) -> "Shot":
+    def with_retry_seed(self, number: int) -> "Shot":
         """The same shot with the seed of its `number`-th further try, which follows from its own; the 0th is its own."""
         if self.seed is None:
             raise ValueError("the shot has no seed yet; use with_seed")
