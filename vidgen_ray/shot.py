@@ -140,8 +140,8 @@ class Shot(_Frozen):
         description="Weights file in the profile's upscaler folder, without its extension.",
     )
 
-    steps: StageSteps = StageSteps()
-    guidance: StageGuidance = StageGuidance()
+    steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
+    guidance: StageGuidance = Field(StageGuidance(), description="Guidance scale of each stage. Default: that of the model.")
     metadata: dict[str, JsonValue] = Field(default_factory=dict, description="JSON copied to the manifest unchanged.")
 
     @model_validator(mode="before")

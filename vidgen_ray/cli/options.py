@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vidgen_ray.profile import builtin_profiles
-from vidgen_ray.script.formats import typed
+from vidgen_ray.script.formats import parse_text_fields
 
 ProfileOption = Annotated[
     str, typer.Option("--profile", "-p", help=f"{', '.join(builtin_profiles())}, or the path of a profile file.")
@@ -28,4 +28,4 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not name:
             raise typer.BadParameter(f"got {pair!r}, must be FIELD=VALUE", param_hint="--set")
         fields[name.strip()] = value
-    return typed(fields)
+    return parse_text_fields(fields)
