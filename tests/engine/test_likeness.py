@@ -303,9 +303,9 @@ class TestRecords:
              "face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face"),
             (record((0.6,), (0.5, 0.5)), 2, (0.6, 0.5, 0.5, 0), "face 0.60, clip 0.50, worst 0.50"),
             (record((None,), (0.5, None)), 2, (None, 0.5, 0.5, 1),
-             "no face found in the picture, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
+             "no face found in the image, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
             (record((0.6,), (None, None)), 2, (0.6, None, None, 2), "face 0.60, no face found in the clip"),
-            (record((None,)), None, (None, None, None, 1), "no face found in the picture"),
+            (record((None,)), None, (None, None, None, 1), "no face found in the image"),
             (record((-0.02,)), None, (-0.02, None, None, 0), "face -0.02"),
         ],
     )  # fmt: skip

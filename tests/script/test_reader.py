@@ -29,7 +29,7 @@ def write(tmp_path, name, content):
     return path
 
 
-def test_all_formats_produce_the_same_shots(tmp_path):
+def test_formats_produce_the_same_shots(tmp_path):
     scripts = [write(tmp_path, "s.jsonl", LINES)]
     scripts.append(write(tmp_path, "s.yaml", json.dumps({"title": "t", "shots": LINES})))
     columns = list(dict.fromkeys(k for line in LINES for k in line))
