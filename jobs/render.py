@@ -1,7 +1,7 @@
 """Render a script as a Ray job: `ray job submit --working-dir . -- python jobs/render.py SCRIPT -o OUT [options]`.
 
-The options are those of `vidgen render`; the cluster is the one the job runs on. Script and output folder must be visible
-to every node. A job that ended early is submitted again with the same arguments: finished shots are skipped.
+Takes the options of `vidgen render` and uses the cluster that the job runs on. All nodes must be able to read the script and
+write to the output folder. To resume a job, submit it again with the same arguments. Finished shots are skipped.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What tests share: one torch thread (the number changes the last bits), a private home for Ray and caches, tiny weights."""
+"""Shared test setup: one torch thread (the number of threads changes the last bits), a private home folder, tiny weights."""
 
 import atexit
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # the name is Ray's
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray's spelling
 os.environ["HOME"] = tempfile.mkdtemp(prefix="vidgen-test-home-")
-# Built weights are a pure function of the recipe, so test runs of one checkout may share them.
+# Built weights depend only on their recipe, so test runs of a checkout can share them.
 os.environ.setdefault("VIDGEN_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "vidgen"))
 
 import numpy as np
@@ -34,13 +34,13 @@ def tiny() -> Profile:
 
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
-    """A real portrait, (512, 512, 3)."""
+    """Photo of a face, (512, 512, 3)."""
     return np.asarray(Image.open(ASTRONAUT).convert("RGB"))
 
 
 @pytest.fixture
 def make_shot(tiny):
-    """A shot with the tiny profile's defaults and a fixed seed."""
+    """Return a function that creates a shot with the tiny profile's defaults and a fixed seed."""
 
     def make(**fields) -> Shot:
         return Shot(**{**tiny.defaults, "id": "s", "prompt": "a photo of a man", "seed": 7, **fields})

@@ -1,4 +1,4 @@
-"""`jobs/render.py` as people run it: a real head node, a real submission, the job's own exit code."""
+"""`jobs/render.py` on a real head node: submission, output and exit code."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ PORT_OPTIONS = (
     "--ray-client-server-port",
     "--runtime-env-agent-port",
 )
-"""All of them, since another Ray on this machine has the defaults."""
+"""Options for all ports. Another Ray on this machine may use the defaults."""
 
 
 def free_ports(count):
@@ -41,7 +41,7 @@ def free_ports(count):
 def dashboard():
     ports = dict(zip(PORT_OPTIONS, free_ports(len(PORT_OPTIONS)), strict=True))
     options = [str(word) for pair in ports.items() for word in pair]
-    # A short path: Ray's sockets lie in it, and their names have 107 characters at most.
+    # A short path: it contains Ray's sockets, whose paths are limited to 107 characters.
     temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")
     command = [RAY, "start", "--head", "--block", "--num-cpus", "6", "--temp-dir", temporary, "--disable-usage-stats"]
     head = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -54,23 +54,23 @@ def dashboard():
         except (urllib.error.URLError, ConnectionError):
             assert head.poll() is None, "the head node ended"
             assert time.monotonic() < deadline
-            time.sleep(0.2)  # nobody announces that the dashboard is up
+            time.sleep(0.2)  # the dashboard sends no event when it is ready
     yield address
-    # Told to end, `ray start --block` waits half a minute for its processes.
+    # On SIGTERM, `ray start --block` waits 30 s for its processes.
     for process in [*psutil.Process(head.pid).children(recursive=True), head]:
         process.kill()
     head.wait(timeout=60)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_submitted_job_renders_and_tells_its_exit_code(dashboard, tmp_path):
+def test_submitted_job_renders_and_returns_its_exit_code(dashboard, tmp_path):
     script = tmp_path / "s.jsonl"
     script.write_text('{"id": "ball", "prompt": "a red ball"}\n{"id": "bad", "prompt": "a", "fps": 0}\n')
     out = tmp_path / "out"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     job = [sys.executable, "jobs/render.py", str(script), "-o", str(out), "-p", "tiny"]
     command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *job]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "1 done, 0 done before, 1 failed" in ended.stdout
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "1 done, 0 already done, 1 failed" in result.stdout
     assert (out / "shots" / "ball" / "hd.mp4").exists()

@@ -1,4 +1,4 @@
-"""Profiles: what is built in loads, what is wrong is named, weights are found and never fetched."""
+"""Profiles: built-in profiles, validation errors and weight references."""
 
 import pytest
 
@@ -14,14 +14,14 @@ from vidgen_ray.weights import resolve
 
 
 @pytest.mark.parametrize("name", builtin_profiles())
-def test_built_in_profiles_have_valid_defaults_and_known_actors(name):
+def test_builtin_profiles_have_valid_defaults_and_known_actors(name):
     profile = load_profile(name)
     assert Shot(prompt="a", **profile.defaults)
     check_profile(profile)
 
 
 @pytest.mark.parametrize("name", builtin_profiles())
-def test_built_in_profiles_state_memory(name):
+def test_builtin_profiles_state_memory(name):
     profile = load_profile(name)
     assert all(actor.memory_gb > 0 for actor in profile.actors.values())
     if any(actor.device == "cuda" for actor in profile.actors.values()):
@@ -29,55 +29,55 @@ def test_built_in_profiles_state_memory(name):
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo"])
-def test_profiles_without_downloads_run_anywhere(name):
+def test_tiny_and_demo_profiles_need_no_downloads(name):
     params = params_of(load_profile(name), STAGES)
     assert all(p.weights.exists() and p.threads == 1 for p in params.values())
-    assert params["realesrgan"].dtype in ("float32", "bfloat16"), "auto is resolved before keys are made"
+    assert params["realesrgan"].dtype in ("float32", "bfloat16"), "auto must be resolved before content keys are computed"
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("name: x", "about: got"),
-        ("[", "not YAML"),
-        ("- a", "the file: got"),
+        ("[", "invalid YAML"),
+        ("- a", "top level: got"),
         ("{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}", "actors.svd.gpu: got 1, extra inputs"),
         ("{name: x, about: y, actors: {svd: {weights: a, device: tpu}}}", "actors.svd.device: got 'tpu'"),
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: 0}}}", "greater than 0"),
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: .inf}}}", "finite number"),
         ("{name: x, about: y, actors: {sdv: {weights: a}}}", "actors.sdv: must be one of instantid"),
-        ("{name: x, about: y, actors: {svd: {weights: a, device: cuda}}}", "memory_gb must be given with device cuda"),
+        ("{name: x, about: y, actors: {svd: {weights: a, device: cuda}}}", "device cuda requires memory_gb"),
         ("{name: x, about: y, actors: {svd: {weights: a, memory_gb: -1}}}", "actors.svd.memory_gb: got -1"),
         ("{name: x, about: y, actors: {svd: {weights: a, seconds: {svd: 0}}}}", "actors.svd.seconds.svd: got 0"),
         ("{name: x, about: y, actors: {svd: {weights: a, timeout_s: 0}}}", "actors.svd.timeout_s: got 0"),
         ("{name: x, about: y, layout: pools, actors: {}}", "layout: got 'pools'"),
         ("{name: x, about: y, cpu_workers: 0, actors: {}}", "cpu_workers: got 0"),
-        ("{name: x, name: z, about: y, actors: {}}", "'name' stands twice"),
-        ("{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}", "'svd' stands twice"),
+        ("{name: x, name: z, about: y, actors: {}}", "duplicate key 'name'"),
+        ("{name: x, about: y, actors: {svd: {weights: a}, svd: {weights: b}}}", "duplicate key 'svd'"),
     ],
 )
-def test_a_wrong_profile_is_named_with_its_field(tmp_path, text, says):
+def test_invalid_profile_error_names_the_field(tmp_path, text, message):
     path = tmp_path / "p.yaml"
     path.write_text(text)
-    with pytest.raises(ProfileError, match=says):
+    with pytest.raises(ProfileError, match=message):
         check_profile(load_profile(str(path)))
 
 
-def test_an_unknown_name_lists_the_known():
+def test_unknown_profile_name_lists_the_builtin_profiles():
     with pytest.raises(ProfileError, match="must be one of demo"):
         load_profile("nope")
 
 
-def test_an_unknown_option_is_named_with_its_actor(tiny):
+def test_unknown_option_error_names_the_actor(tiny):
     actor = tiny.actors["svd"].model_copy(update={"options": {"decode_chunk": 3}})
     with pytest.raises(ProfileError, match=r"profile tiny, actors.svd: decode_chunk: got 3"):
         tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage)
-    with pytest.raises(ProfileError, match=r"stage realesrgan needs an entry 'actors.realesrgan'"):
+    with pytest.raises(ProfileError, match=r"stage realesrgan needs an entry actors\.realesrgan"):
         tiny.model_copy(update={"actors": {}}).params(RealESRGANStage)
 
 
 @pytest.mark.parametrize(
-    ("reference", "says"),
+    ("reference", "message"),
     [
         ("builtin:nope", "there are tiny/flux"),
         ("nowhere/at/all", "nothing at /"),
@@ -85,19 +85,29 @@ def test_an_unknown_option_is_named_with_its_actor(tiny):
         ("hub:owner/name@0000000000000000000000000000000000000000", "nothing is downloaded while rendering"),
     ],
 )
-def test_weights_that_are_not_there_say_what_to_do(reference, says):
-    with pytest.raises(SetupError, match=says):
+def test_missing_weights_error_says_what_to_do(reference, message):
+    with pytest.raises(SetupError, match=message):
         resolve(reference)
 
 
-def test_a_relative_path_is_taken_from_the_profile(tmp_path):
+def test_weights_path_is_relative_to_the_profile(tmp_path):
     (tmp_path / "w").mkdir()
     path = tmp_path / "p.yaml"
     path.write_text("{name: x, about: y, actors: {svd: {weights: w}}}")
     assert load_profile(str(path)).params(SVDStage).weights == tmp_path / "w"
 
 
-def test_a_digest_follows_content_and_names(tmp_path):
+@pytest.mark.parametrize("key", ["extra_weights", "also"])
+def test_extra_weights_load_from_the_current_and_the_old_key(tmp_path, key):
+    (tmp_path / "faces").mkdir()
+    path = tmp_path / "p.yaml"
+    path.write_text(f"{{name: x, about: y, actors: {{instantid: {{weights: faces, {key}: {{ir_se50: ir_se50.pth}}}}}}}}")
+    actor = load_profile(str(path)).actors["instantid"]
+    assert actor.extra_weights == {"ir_se50": "ir_se50.pth"}
+    assert "also" not in actor.model_dump()
+
+
+def test_folder_digest_depends_on_content_and_file_names(tmp_path):
     folder = tmp_path / "w"
     folder.mkdir()
     (folder / "a").write_bytes(b"1")

@@ -1,4 +1,4 @@
-"""A script goes in, one line a shot; finished clips come out, with the same recognisable person throughout."""
+"""Batch and online video generation on Ray, with one recognisable person across every clip."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["Shot", "VideoGenerationPipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `vidgen validate` does not wait for torch.
+    # Imported lazily: `vidgen validate` needs no torch.
     if name == "Shot":
         from vidgen_ray.shot import Shot
 

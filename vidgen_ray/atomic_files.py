@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, on a local or shared file system."""
+"""Atomic writes of files and folders on a local or shared file system."""
 
 import os
 import shutil
@@ -9,33 +9,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ABANDONED_AFTER_S = 86_400
-"""Age at which what another machine left unfinished counts as abandoned; here it does when its process is gone."""
+"""Age in seconds at which a temporary file of another machine counts as abandoned.
+
+On this machine it does as soon as its process has ended.
+"""
 
 
 def temporary_prefix() -> str:
-    """How the name of everything begins that this process has not finished."""
+    """Return the name prefix of this process's temporary files and folders."""
     return f".tmp-{os.uname().nodename}-{os.getpid()}-"
 
 
-def temporary_folder(beside: Path) -> Path:
-    """A new hidden folder in `beside`, which is made if it is not there."""
-    beside.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=beside, prefix=temporary_prefix()))
+def temporary_folder(parent: Path) -> Path:
+    """Create a hidden folder in `parent`, and `parent` if needed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=temporary_prefix()))
     folder.chmod(0o755)
     return folder
 
 
-def temporary_file(beside: Path) -> Path:
-    """A new hidden file in `beside`, which is made if it is not there."""
-    beside.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=beside, prefix=temporary_prefix())
+def temporary_file(parent: Path) -> Path:
+    """Create a hidden file in `parent`, and `parent` if needed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=parent, prefix=temporary_prefix())
     os.fchmod(handle, 0o644)
     os.close(handle)
     return Path(name)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, to the disk, and give it its name last."""
+    """Write a file under a temporary name, flush it to disk and rename it."""
     data = content.encode("utf-8") if isinstance(content, str) else content
     with new_file(path) as tmp:
         tmp.write_bytes(data)
@@ -43,7 +46,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name at the end of the block; it is gone where the block raises."""
+    """Yield a temporary path that is renamed to `path` at the end of the block, or deleted if the block raises."""
     tmp = temporary_file(path.parent)
     try:
         yield tmp
@@ -54,26 +57,26 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a finished file would survive a loss of power."""
+    """Flush a written file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def abandoned(folder: Path) -> Iterator[Path]:
-    """What lies directly in the folder and was left unfinished by a process that is gone."""
+    """Yield the temporary files and folders in `folder` whose process has ended."""
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:
         return
     with entries:
-        # Names first: a folder of many shots is looked through at every start.
+        # Filter by name first: folders with many shots are scanned at every start.
         for name in [entry.name for entry in entries if entry.name.startswith(".tmp-")]:
             if _is_abandoned(folder / name):
                 yield folder / name
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, if it is there."""
+    """Remove a file or a folder tree, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""What this machine remembers between runs: where built weights lie, and the digests of files it has read before."""
+"""Cache folder of this machine, and file digests that are cached in it."""
 
 import hashlib
 import os
@@ -12,20 +12,23 @@ HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
-    """`$VIDGEN_CACHE`, else `vidgen-ray` in the user's cache folder."""
-    if chosen := os.environ.get("VIDGEN_CACHE"):
-        return Path(chosen)
+    """Return `$VIDGEN_CACHE`. Default: `vidgen-ray` in the user's cache folder."""
+    if configured := os.environ.get("VIDGEN_CACHE"):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vidgen-ray"
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, read now."""
+    """Return the sha256 of a file's content, without the cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's relative paths and files. Remembered by path, size and time of change."""
+    """Return the sha256 of a file, or of a folder's relative paths and file contents.
+
+    Digests of files are cached by path, size and modification time.
+    """
     if path.is_file():
         return _file_digest(path)
     total = hashlib.sha256()
@@ -37,15 +40,15 @@ def digest(path: Path) -> str:
 def _file_digest(path: Path) -> str:
     path = path.resolve()
     if path.parent.name == "blobs" and HUB_BLOB.fullmatch(path.name):
-        # The hub's own cache names large files by their sha256.
+        # The Hugging Face cache names large files by their sha256.
         return path.name
     stat = path.stat()
-    known_as = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-    memo = cache_dir() / "digests" / known_as[:2] / known_as
+    cache_key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = cache_dir() / "digests" / cache_key[:2] / cache_key
     if memo.exists():
         return memo.read_text()
-    found = sha256_of(path)
-    # A cache that cannot be written is slow, not wrong.
+    sha256 = sha256_of(path)
+    # The cache is optional.
     with suppress(OSError):
-        write_atomically(memo, found)
-    return found
+        write_atomically(memo, sha256)
+    return sha256

@@ -103,7 +103,7 @@ class ShotPlanner:
         key = _sha256(f'{self._end}"{last}"{rule}]')
         again = []
         for number in range(1, shot.retries + 1) if checks_likeness else ():
-            other = shot.again(number)
+            other = shot.with_retry_seed(number)
             again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, number=number + 1))
         return ShotPlan(shot=shot, steps=steps, key=key, again=tuple(again))
 

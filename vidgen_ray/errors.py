@@ -1,24 +1,27 @@
-"""The errors a person can mend. Each says what was got, what is allowed and what to do; the command line shows them
-without a traceback and ends with `exit_code`."""
+"""Errors that a user can fix.
+
+Each message says what was wrong, what is allowed and what to do. The command line prints it without a traceback and exits
+with `exit_code`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class VidgenError(Exception):
-    """Base of everything in this file."""
+    """Base class of all errors in this module."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True, slots=True)
 class FieldError:
-    """One thing wrong with one field of one line."""
+    """One invalid field of a script line."""
 
     source: str
-    """The script's file name, or what else the shot came from."""
+    """File name of the script, or another origin of the shot."""
     line: int | None
-    """Counted from 1 as an editor does; for Parquet the row, counted from 1."""
+    """Line number, from 1. For Parquet: row number, from 1. `None` for a shot that is not from a file."""
     field: str | None
     got: str
     allowed: str
@@ -26,18 +29,18 @@ class FieldError:
     def __str__(self) -> str:
         where = self.source if self.line is None else f"{self.source} line {self.line}"
         field = f", {self.field}" if self.field else ""
-        # A path or a name from a file may hold what a terminal obeys.
+        # Values from a script may contain terminal control characters.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}{field}: got {self.got}, {self.allowed}")
 
 
 class UsageError(VidgenError):
-    """A command was called with arguments that do not go together."""
+    """The arguments of a command are invalid."""
 
     exit_code = 2
 
 
 class ScriptError(VidgenError):
-    """The script cannot be read, or none of its lines can be rendered."""
+    """The script cannot be read, or has no valid lines."""
 
     exit_code = 3
 
@@ -50,23 +53,23 @@ class ScriptError(VidgenError):
 
 
 class ProfileError(VidgenError):
-    """The profile cannot be read or does not describe runnable stages."""
+    """The profile cannot be read, or does not describe runnable stages."""
 
     exit_code = 3
 
 
 class SetupError(VidgenError):
-    """Something is missing on this machine: weights, a provider, a package."""
+    """Something is missing or unusable on this machine, such as weights, a package, a folder or a Ray cluster."""
 
     exit_code = 4
 
 
 class MissingWeights(SetupError):
-    """Weights that only some shots need are not on this machine. A script with such a shot cannot be rendered here."""
+    """Weights that only some shots need are not on this machine."""
 
 
 class TooExpensive(VidgenError):
-    """The plan costs more than `--max-cost` allows. Nothing was started."""
+    """The estimated cost exceeds `--max-cost`. Nothing was started."""
 
     exit_code = 5
 
@@ -76,12 +79,12 @@ class MediaError(VidgenError):
 
 
 class WriteError(MediaError):
-    """A file cannot be written: the disk's business, not that of what was to be written."""
+    """A file cannot be written because of the storage, not because of its content."""
 
 
 class Cancelled(VidgenError):
-    """Nobody wants the result any more, so the work ended in its middle. Not a failure of the shot."""
+    """The work was cancelled. Not a failure of the shot."""
 
 
 class StageError(VidgenError):
-    """A stage cannot do what this shot asks of it. The shot fails, its neighbours do not."""
+    """A stage cannot process this shot. Other shots are not affected."""

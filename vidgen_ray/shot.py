@@ -1,4 +1,4 @@
-"""One shot: what to render. Knows the fields, their ranges and the seeds; does not know files, models or stages."""
+"""Shot: the fields of a script line, their ranges and its seeds. Independent of files, models and stages."""
 
 import hashlib
 import math
@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 VARIANT_SUFFIX = 5
-"""Letters that `-v999` adds to an id."""
+"""Characters that a variant suffix such as `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 NESTED_FIELDS = ("steps", "guidance")
-"""They have a setting for each stage, and may be written flat."""
+"""Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
-"""What `identity` may be beside the name of a method that steers FLUX."""
+"""Values of `identity` that do not name a FLUX identity method."""
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
@@ -25,14 +25,14 @@ class _Frozen(BaseModel):
 
 
 class LoraRef(_Frozen):
-    """A LoRA file and how strongly its adapter acts."""
+    """LoRA file and the weight of its adapter."""
 
-    path: str = Field(min_length=1, description="a .safetensors file, or a `builtin:` name")
-    weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False)
+    path: str = Field(min_length=1, description="A .safetensors file, or a `builtin:` name.")
+    weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False, description="Scale of the adapter.")
 
 
 class StageSteps(_Frozen):
-    """Denoising steps of each stage; none means the default of the model that the profile names."""
+    """Denoising steps of each stage. `None` uses the default of the profile's model."""
 
     flux: Steps | None = None
     refine: Steps | None = None
@@ -42,7 +42,7 @@ class StageSteps(_Frozen):
 
 
 class StageGuidance(_Frozen):
-    """Guidance of each stage; none means the default of the model. For svd it is the guidance of the last frame."""
+    """Guidance scale of each stage. `None` uses the default of the model. For svd: the guidance of the last frame."""
 
     flux: Guidance | None = None
     refine: Guidance | None = None
@@ -52,74 +52,97 @@ class StageGuidance(_Frozen):
 
 
 class Shot(_Frozen):
-    """One line of a script, with every default filled in.
+    """Settings of one shot: a script line with all defaults filled in.
 
     Sizes are in pixels, before upscaling. `steps` and `guidance` may also be written flat: `"flux.steps": 4`.
     """
 
-    id: str | None = Field(None, description="unique in the script; derived from the line's content where it is missing")
-    prompt: str = Field(min_length=1, max_length=10_000)
-    negative_prompt: str | None = Field(None, max_length=10_000)
-    mode: Literal["quality", "fast"] = Field(
-        "quality", description="quality: every stage in turn; fast: one FLUX pass with the LoRA active, no restyle"
+    id: str | None = Field(
+        None, description="Name of the shot, unique in the script. Default: derived from the content of the line."
     )
-    seed: int | None = Field(None, ge=0, lt=2**32, description="none: derived from the run's seed and the id")
-    variants: int = Field(1, ge=1, le=1000, description="one line becomes this many shots: id-v0, id-v1, ...")
+    prompt: str = Field(min_length=1, max_length=10_000, description="Text to render.")
+    negative_prompt: str | None = Field(
+        None, max_length=10_000, description="Text to avoid. FLUX then needs two passes per denoising step."
+    )
+    mode: Literal["quality", "fast"] = Field(
+        "quality",
+        description="quality: run all stages one after another. fast: one FLUX pass with the LoRAs active, no restyle.",
+    )
+    seed: int | None = Field(
+        None, ge=0, lt=2**32, description="Seed of the shot. Default: derived from the run's seed and the id."
+    )
+    variants: int = Field(1, ge=1, le=1000, description="Number of shots rendered from this line: id-v0, id-v1, ...")
 
-    width: int = 1024
-    height: int = 576
-    image: str | None = Field(None, description="start from this picture instead of FLUX; cropped to cover the size")
+    width: int = Field(1024, description="Width in pixels, a multiple of 16 from 64 to 2048; of 64 for video.")
+    height: int = Field(576, description="Height in pixels, a multiple of 16 from 64 to 2048; of 64 for video.")
+    image: str | None = Field(
+        None, description="Start image, used in place of the generated base image. Scaled and cropped to the shot's size."
+    )
 
     face_image: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="a photo of the person, or several of the same one; of the first also the keypoints"
+        (), description="One or more photos of the same face. The keypoints are taken from the first photo."
     )
     face_index: int | None = Field(
-        None, ge=0, description="which face of the first photo, from the left, counted from 0; none: the largest"
+        None,
+        ge=0,
+        description="Index of the face to use in the first photo, from left to right, from 0. Default: the largest face.",
     )
-    character: str | None = Field(None, description="a name from the header of a YAML script")
+    character: str | None = Field(None, description="Name of a character in the header of a YAML script.")
     identity: str = Field(
         "infusenet",
-        description="by what the face steers the picture: the name of a method for FLUX, instantid-sdxl, or none",
+        description="Identity method: the name of a FLUX method such as infusenet; instantid-sdxl for an SDXL base image; "
+        "or none.",
     )
-    identity_strength: Strength = Field(1.0, description="how strongly the face steers the picture; 0 is as without a face")
-    identity_start: Strength = Field(0.0, description="share of FLUX's steps before which the face has no say")
+    identity_strength: Strength = Field(1.0, description="Strength of the identity conditioning. 0 disables it.")
+    identity_start: Strength = Field(0.0, description="Fraction of FLUX's denoising steps before identity conditioning starts.")
     identity_end: Strength = Field(
-        1.0, validate_default=True, description="share of FLUX's steps after which the face has no say"
+        1.0, validate_default=True, description="Fraction of FLUX's denoising steps after which identity conditioning stops."
     )
     pose: Literal["photo", "none"] = Field(
-        "photo", description="photo: the face stands where it stands in the first photo; none: where the prompt puts it"
+        "photo", description="photo: place the face as in the first photo. none: let the prompt place it."
     )
     refine_strength: Strength = Field(
-        0.35, description="image-to-image strength of FLUX after SDXL, for a shot without LoRA: 0 keeps SDXL's picture"
+        0.35,
+        description="Image-to-image strength of FLUX over the SDXL image, for shots without a LoRA. 0 keeps the SDXL image.",
     )
     min_identity: float | None = Field(
-        None, ge=-1, le=1, allow_inf_nan=False, description="least likeness of the picture and of the clip to the face"
+        None,
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="Minimum likeness of the image and the clip to the face (cosine similarity). Default: not checked.",
     )
-    retries: int = Field(0, ge=0, le=10, description="further tries with other seeds while the likeness is below min_identity")
-    lora: tuple[LoraRef, ...] = ()
-    lora_strength: Strength = Field(0.6, description="image-to-image strength of the LoRA stage: 0 keeps the base image")
+    retries: int = Field(0, ge=0, le=10, description="Retries with other seeds while the likeness is below min_identity.")
+    lora: tuple[LoraRef, ...] = Field((), description="LoRAs: a path, or a list of paths or of {path, weight}.")
+    lora_strength: Strength = Field(0.6, description="Image-to-image strength of the LoRA stage. 0 keeps the base image.")
 
-    use_hunyuan_style: bool = Field(False, description="restyle by HunyuanDiT; mode fast has no restyle")
-    style_prompt: str | None = Field(None, max_length=10_000, description="added to the prompt for the restyle")
-    style_strength: Strength = 0.5
+    use_hunyuan_style: bool = Field(False, description="Restyle the image with HunyuanDiT. Ignored in mode fast.")
+    style_prompt: str | None = Field(None, max_length=10_000, description="Text appended to the prompt for the restyle.")
+    style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
-    generate_video: bool = True
-    num_frames: int = Field(25, ge=2, le=256)
-    fps: int = Field(5, ge=1, le=60)
-    motion_bucket_id: int = Field(127, ge=1, le=255)
-    noise_aug_strength: float = Field(0.02, ge=0, le=1, allow_inf_nan=False)
+    generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
+    num_frames: int = Field(25, ge=2, le=256, description="Number of frames in the clip.")
+    fps: int = Field(5, ge=1, le=60, description="Frames per second.")
+    motion_bucket_id: int = Field(127, ge=1, le=255, description="Amount of motion. Higher values move more.")
+    noise_aug_strength: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Noise added to the start image. Higher values depart further from it.",
+    )
 
-    upscale_video: bool = True
-    scale: Literal[2, 3, 4] = 4
+    upscale_video: bool = Field(True, description="Upscale the clip.")
+    scale: Literal[2, 3, 4] = Field(4, description="Upscaling factor.")
     upscaler: str = Field(
         "animevideov3",
         pattern=r"^[A-Za-z0-9._-]+$",
-        description="file name, without ending, in the profile's upscaler folder",
+        description="Weights file in the profile's upscaler folder, without its extension.",
     )
 
-    steps: StageSteps = StageSteps()
-    guidance: StageGuidance = StageGuidance()
-    metadata: dict[str, JsonValue] = Field(default_factory=dict, description="carried to the manifest untouched")
+    steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")
+    guidance: StageGuidance = Field(StageGuidance(), description="Guidance scale of each stage. Default: that of the model.")
+    metadata: dict[str, JsonValue] = Field(default_factory=dict, description="JSON copied to the manifest unchanged.")
 
     @model_validator(mode="before")
     @classmethod
@@ -128,32 +151,34 @@ class Shot(_Frozen):
 
     @field_validator("id")
     @classmethod
-    def _id_is_a_file_name(cls, value: str | None) -> str | None:
+    def _check_id(cls, value: str | None) -> str | None:
         if value is not None and (not ID_PATTERN.fullmatch(value) or value.endswith(".")):
-            raise ValueError("must be 1 to 128 of A-Z a-z 0-9 . _ - and neither begin nor end with a dot")
+            raise ValueError("must be 1 to 128 characters of A-Z a-z 0-9 . _ -, without a dot at the start or end")
         return value
 
     @field_validator("width", "height")
     @classmethod
-    def _size_fits_the_latents(cls, value: int) -> int:
+    def _check_size(cls, value: int) -> int:
         if not 64 <= value <= 2048 or value % 16:
-            raise ValueError("must be a multiple of 16 between 64 and 2048")
+            below = value // 16 * 16
+            nearest = sorted({min(max(size, 64), 2048) for size in (below, below + 16)})
+            raise ValueError(f"must be a multiple of 16 from 64 to 2048 (nearest: {', '.join(map(str, nearest))})")
         return value
 
     @field_validator("prompt", "negative_prompt", "style_prompt")
     @classmethod
-    def _text_is_text(cls, value: str | None) -> str | None:
+    def _check_text(cls, value: str | None) -> str | None:
         if value is None:
             return None
         if not value.strip():
             raise ValueError("must not be blank")
         if "\0" in value:
-            raise ValueError("must be text without NUL")
+            raise ValueError("must not contain NUL characters")
         return value
 
     @field_validator("face_image", mode="before")
     @classmethod
-    def _face_image_may_be_one_path(cls, value: Any) -> Any:
+    def _face_image_to_tuple(cls, value: Any) -> Any:
         if value is None:
             return ()
         if isinstance(value, str):
@@ -162,15 +187,15 @@ class Shot(_Frozen):
 
     @field_validator("identity_end")
     @classmethod
-    def _ends_after_it_starts(cls, value: float, info: ValidationInfo) -> float:
+    def _check_identity_end(cls, value: float, info: ValidationInfo) -> float:
         start = info.data.get("identity_start")
         if start is not None and value <= start:
-            raise ValueError(f"must be more than identity_start, which is {start}")
+            raise ValueError(f"must be greater than identity_start ({start})")
         return value
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _lora_may_be_one_path(cls, value: Any) -> Any:
+    def _lora_to_tuple(cls, value: Any) -> Any:
         if value is None:
             return ()
         if isinstance(value, str | dict | LoraRef):
@@ -180,61 +205,60 @@ class Shot(_Frozen):
         return value
 
     @model_validator(mode="after")
-    def _fields_fit_together(self) -> Self:
+    def _check_field_combinations(self) -> Self:
         if self.variants > 1 and self.id and len(self.id) > 128 - VARIANT_SUFFIX:
-            raise ValueError(f"id of {len(self.id)} letters, with variants at most {128 - VARIANT_SUFFIX}")
+            raise ValueError(f"id is {len(self.id)} characters long, must be at most {128 - VARIANT_SUFFIX} with variants")
         if self.generate_video:
             for name in ("width", "height"):
                 if getattr(self, name) % 64:
-                    raise ValueError(
-                        f"{name} {getattr(self, name)} is not a multiple of 64, as a clip needs (its latents are halved thrice)"
-                    )
-        for name, used in (("lora", bool(self.lora)), ("refine", self.drawn_by_sdxl and not self.lora)):
+                    # SVD halves its latents, an eighth of the size, three times.
+                    raise ValueError(f"{name} {getattr(self, name)} is not a multiple of 64, which video generation requires")
+        for name, used in (("lora", bool(self.lora)), ("refine", self.uses_sdxl_base and not self.lora)):
             strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
             if used and steps and strength and steps * strength < 1:
                 raise ValueError(
                     f"{name}_strength {strength} of {steps} steps is less than one step; "
-                    f"use steps.{name} of at least {math.ceil(1 / strength)}"
+                    f"set steps.{name} to at least {math.ceil(1 / strength)}"
                 )
         return self
 
     @property
     def flux_identity(self) -> str | None:
-        """The method by which the shot's person steers FLUX; none where there is nobody, or who is there does not."""
+        """Identity method that conditions FLUX. `None` without a face, with strength 0, or with another kind of method."""
         by_flux = self.identity not in (NO_IDENTITY, INSTANTID_SDXL)
         return self.identity if by_flux and self.face_image and self.identity_strength > 0 else None
 
     @property
-    def drawn_by_sdxl(self) -> bool:
-        """Whether SDXL draws the base picture, with the person in it, and not FLUX."""
+    def uses_sdxl_base(self) -> bool:
+        """True if SDXL with InstantID renders the base image instead of FLUX."""
         return self.identity == INSTANTID_SDXL and bool(self.face_image) and self.image is None
 
     @property
     def fast_lora(self) -> tuple[LoraRef, ...]:
-        """The LoRAs that act in the one FLUX pass of mode fast; in mode quality they have a stage of their own."""
+        """LoRAs that are active in the single FLUX pass of mode fast. Empty in mode quality, which has a LoRA stage."""
         return self.lora if self.mode == "fast" else ()
 
     def generator_seed(self, stage: str) -> int:
-        """The seed of one stage's noise: the shot's own for FLUX, one derived from it for each other stage.
+        """Return the noise seed of a stage: the shot's seed for FLUX, a derived seed for every other stage.
 
-        A refinement that drew the very noise its input was made from would reinforce it, so stages do not share noise.
+        Stages do not share noise: a refinement with the noise that produced its input would amplify it.
         """
         if self.seed is None:
-            raise ValueError("the shot has no seed yet; use with_seed")
+            raise ValueError("the shot has no seed; call with_seed first")
         return self.seed if stage == "flux" else _seed_from(self.seed, stage)
 
     def with_seed(self, run_seed: int) -> "Shot":
-        """The same shot with its seed filled in from the run's seed and its id."""
+        """Return the shot with its seed. A missing seed is derived from the run's seed and the id."""
         if self.seed is not None:
             return self
         if self.id is None:
-            raise ValueError("the shot has no id yet, so no seed can be derived")
+            raise ValueError("the shot has no id to derive a seed from")
         return self.model_copy(update={"seed": _seed_from(run_seed, self.id)})
 
-    def again(self, number: int) -> "Shot":
-        """The same shot with the seed of its `number`-th further try, which follows from its own; the 0th is its own."""
+    def with_retry_seed(self, number: int) -> "Shot":
+        """Return the shot with the seed of retry `number`, derived from its own seed. 0 returns the shot itself."""
         if self.seed is None:
-            raise ValueError("the shot has no seed yet; use with_seed")
+            raise ValueError("the shot has no seed; call with_seed first")
         return self.model_copy(update={"seed": _seed_from(self.seed, "try", number)}) if number else self
 
 
@@ -244,7 +268,7 @@ def _seed_from(*parts: object) -> int:
 
 
 def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """`{"flux.steps": 4}` -> `{"steps": {"flux": 4}}`; other keys stay as they are."""
+    """Turn `{"flux.steps": 4}` into `{"steps": {"flux": 4}}`. Other keys are unchanged."""
     flat = [k for k in data if isinstance(k, str) and "." in k]
     if not flat:
         return data
@@ -253,16 +277,16 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
         head, tail = key.split(".", 1)
         stage, setting = (tail, head) if head in NESTED_FIELDS else (head, tail)
         if setting in NESTED_FIELDS and stage in StageSteps.model_fields:
-            beside = {} if out.get(setting) is None else out[setting]
-            # Beside something that is no set of fields, that something is refused.
-            out[setting] = {**beside, stage: data[key]} if isinstance(beside, dict) else beside
+            nested = {} if out.get(setting) is None else out[setting]
+            # Anything but a dict is left for the validation to reject.
+            out[setting] = {**nested, stage: data[key]} if isinstance(nested, dict) else nested
         else:
             out[key] = data[key]
     return out
 
 
 def derive_id(fields: dict[str, Any]) -> str:
-    """An id from what the line says, not from where it stands: a line put before others changes nobody's seed."""
+    """Return an id derived from the content of the line, not its position: inserting a line does not change other seeds."""
     text = str(fields.get("prompt", ""))
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
     digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""YAML loader that refuses aliases and duplicate keys."""
+"""YAML loader that rejects aliases and duplicate keys."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import yaml
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without two of its traps: aliases, of which a few lines can make gigabytes, and fields that stand twice."""
+    """Safe loader without aliases, a few lines of which can expand to gigabytes, and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -15,6 +15,6 @@ class StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        if duplicates := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicates[0]!r}", node.start_mark)
         return super().construct_mapping(node, deep)

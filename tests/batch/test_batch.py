@@ -197,7 +197,7 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
     told.send_signal(signal.SIGTERM)
     _, said = told.communicate(timeout=120)
     assert told.returncode == 130
-    assert "the same command goes on with them" in said
+    assert "Run the same command to resume." in said
     assert " INFO " not in said, "Ray's notices are none of the user's business"
     stopped_at = len(list(tmp_path.glob(DONE)))
     assert stopped_at < len(script), "the driver was told too late to show anything"

@@ -238,7 +238,7 @@ def test_a_picture_too_unlike_is_tried_with_other_seeds_before_a_clip_is_made_of
 
     def tries(seed):
         shot = Shot(prompt="a", id="a", seed=seed)
-        return [fake_likeness(shot.again(number).seed) for number in range(3)]
+        return [fake_likeness(shot.with_retry_seed(number).seed) for number in range(3)]
 
     third = next(seed for seed in range(1000) if [one >= 0.5 for one in tries(seed)] == [False, False, True])
     never = next(seed for seed in range(1000) if max(tries(seed)) < 0.5)
@@ -249,7 +249,7 @@ def test_a_picture_too_unlike_is_tried_with_other_seeds_before_a_clip_is_made_of
     assert (report.done, report.failed) == (1, 1)
     assert rows["third"].image_likeness == tries(third)[2]
     record = json.loads((tmp_path / "out" / "shots" / "third" / "shot.json").read_text())
-    assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).again(2).seed)
+    assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).with_retry_seed(2).seed)
     assert (rows["never"].failure_stage, rows["never"].failure_error, rows["never"].failure_attempts) == (
         "likeness",
         "LikenessTooLow",

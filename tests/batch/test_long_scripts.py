@@ -130,7 +130,7 @@ def test_an_id_far_behind_the_first_is_refused_with_the_line_of_the_first(tmp_pa
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps(line) + "\n" for line in lines))
     *_, last = iter_script(script)
-    assert str(last.errors[0]).startswith("s.jsonl line 5002, id: got 'a', line 1 has it already")
+    assert str(last.errors[0]).startswith("s.jsonl line 5002, id: got 'a', line 1 has the same id")
 
 
 def test_many_lines_of_one_name_are_numbered_in_time(tmp_path):

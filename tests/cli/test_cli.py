@@ -1,4 +1,4 @@
-"""The commands: what they print, and the exit code of every kind of end."""
+"""Commands: output, error messages and exit codes."""
 
 import json
 
@@ -13,9 +13,9 @@ from vidgen_ray.media import open_video
 from vidgen_ray.shot import Shot
 
 
-def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
+def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
     assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
-    assert capsys.readouterr().out == "demo.jsonl: 12 shots fine, 0 lines wrong\n"
+    assert capsys.readouterr().out == "demo.jsonl: 12 valid shots, 0 invalid lines\n"
     path = tmp_path / "s.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
     assert main(["validate", str(path)]) == 3
@@ -26,22 +26,22 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (["rendr"], 2, "No such command"),
         (["validate"], 2, "Missing argument"),
-        (["validate", "gone.jsonl"], 3, "gone.jsonl: got gone.jsonl, there is no such file"),
+        (["validate", "gone.jsonl"], 3, "gone.jsonl: got gone.jsonl, must be an existing file"),
         (["shot", "a", "--set", "fps"], 2, "must be FIELD=VALUE"),
         (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
         (["shot", "a", "--set", "fpss=3"], 3, "shot, fpss: got an unknown field"),
         (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
-        (["stage", "svd", "-o", "x.mp4"], 2, "svd needs a file of its image"),
-        (["stage", "svd", "x.png", "-o", "x.gif"], 2, "svd writes .mp4"),
-        (["stage", "flux", "x.png", "-s", "prompt=a"], 2, "flux works on the shot's fields alone"),
-        (["stage", "instantid_sdxl", str(ASTRONAUT), "-s", "prompt=a"], 2, "must be a .json file of the stage instantid"),
-        (["shot", "a", "-s", "prompt=b"], 2, "which is the argument of this command"),
+        (["stage", "svd", "-o", "x.mp4"], 2, "svd requires an input file (image)"),
+        (["stage", "svd", "x.png", "-o", "x.gif"], 2, "must end in .mp4 for svd"),
+        (["stage", "flux", "x.png", "-s", "prompt=a"], 2, "flux has no input file"),
+        (["stage", "instantid_sdxl", str(ASTRONAUT), "-s", "prompt=a"], 2, "must be a .json file written by stage instantid"),
+        (["shot", "a", "-s", "prompt=b"], 2, "which is the argument PROMPT of this command"),
         (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
         (["schema", "cast"], 2, "must be one of shot, profile, manifest"),
         (["identity", "show"], 2, "Missing argument"),
@@ -51,28 +51,28 @@ def test_validate_counts_good_lines_and_names_bad_ones(tmp_path, capsys):
         (["identity", "show", str(ASTRONAUT), "--face-index", "1"], 1, "face_index: got 1, must be from 0 to 0"),
     ],
 )
-def test_a_mistake_is_a_sentence_and_an_exit_code(arguments, code, says, capsys):
+def test_user_errors_are_printed_without_a_traceback(arguments, code, message, capsys):
     assert main(arguments) == code
     err = capsys.readouterr().err
-    assert says in " ".join(err.replace("│", " ").split())
+    assert message in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
 
 
-def test_missing_weights_end_with_the_code_of_the_environment(tmp_path, capsys):
+def test_missing_weights_exit_with_code_4(tmp_path, capsys):
     profile = tmp_path / "p.yaml"
     profile.write_text("{name: x, about: y, actors: {flux: {weights: nowhere}}}")
     assert main(["shot", "a", "-p", str(profile), "--until", "image", "-o", str(tmp_path)]) == 4
     assert f"nothing at {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
-def test_a_cluster_that_is_not_there_ends_with_the_code_of_the_environment(tmp_path, capsys):
+def test_unreachable_cluster_exits_with_code_4(tmp_path, capsys):
     script = tmp_path / "s.txt"
     script.write_text("a red ball\n")
     assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", "127.0.0.1:1"]) == 4
     assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
 
 
-def test_shot_prints_the_files_it_made(tmp_path, capsys):
+def test_shot_prints_the_written_files(tmp_path, capsys):
     arguments = ["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "video", "-s", "id=ball", "-s", "fps=9"]
     assert main(arguments) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "shots" / "ball" / n) for n in ("image.png", "video.mp4")]
@@ -82,7 +82,7 @@ def test_shot_prints_the_files_it_made(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["shot"]["id"] == "ball"
 
 
-def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
+def test_stage_command_chains_all_stages_through_files(tmp_path, capsys):
     def stage(name, *arguments, out):
         assert main(["stage", name, *map(str, arguments), "-o", str(tmp_path / out), "-p", "tiny"]) == 0, capsys.readouterr()
         return tmp_path / out
@@ -99,37 +99,37 @@ def test_each_stage_runs_alone_on_the_file_of_the_one_before(tmp_path, capsys):
     hd = stage("realesrgan", clip, "-s", "scale=3", out="hd.mp4")
     with open_video(clip) as small, open_video(hd) as large:
         assert (large.width, large.height, large.frame_count) == (3 * small.width, 3 * small.height, small.frame_count)
-    picture = stage("realesrgan", base, "-s", "scale=2", out="large.png")
-    assert Image.open(picture).size == (256, 128)
+    upscaled = stage("realesrgan", base, "-s", "scale=2", out="large.png")
+    assert Image.open(upscaled).size == (256, 128)
     assert main(["stage", "svd", str(style), "-o", str(tmp_path / "clip.txt"), "-p", "tiny"]) == 2
-    assert "svd writes .mp4" in capsys.readouterr().err
+    assert "must end in .mp4 for svd" in capsys.readouterr().err
 
 
-def test_schema_is_json_schema(capsys):
+def test_schema_prints_the_json_schema_of_a_shot(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == Shot.model_json_schema()
 
 
-def test_identity_show_draws_the_real_face_where_it_is(tmp_path, capsys):
-    """The numbers are those of tests/nets/test_faces.py, which two networks agree on."""
+def test_identity_show_draws_the_detected_face(tmp_path, capsys):
+    """The expected box and keypoints are those of tests/nets/test_faces.py, confirmed by two networks."""
     drawn = tmp_path / "new" / "astronaut.png"
     assert main(["identity", "show", str(ASTRONAUT), "-o", str(drawn), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    (photo,) = told["photos"]
+    result = json.loads(capsys.readouterr().out)
+    (photo,) = result["photos"]
     (face,) = photo["faces"]
     assert np.abs(np.subtract(face["box"], BOX)).max() < 2
     assert np.abs(np.subtract(photo["keypoints"], POINTS)).max() < 2
     assert (photo["size"], face["chosen"], face["score"] > 0.85) == ([512, 512], True, True)
-    assert (told["embeddings"]["antelopev2"]["numbers"], len(told["digest"]), told["drawn"]) == (512, 64, str(drawn))
-    picture = np.asarray(Image.open(drawn)).astype(int)
-    # The photo is drawn from (12, 32) at 480 of its 512 pixels; its box is green.
+    assert (result["embeddings"]["antelopev2"]["numbers"], len(result["digest"]), result["drawn"]) == (512, 64, str(drawn))
+    sheet = np.asarray(Image.open(drawn)).astype(int)
+    # The photo starts at (12, 32) and is scaled from 512 to 480 pixels. The box of the face is green.
     left, top, _, bottom = (round(side * 480 / 512) for side in BOX)
-    middle = picture[32 + (top + bottom) // 2, 12 + left - 3 : 12 + left + 6]
+    middle = sheet[32 + (top + bottom) // 2, 12 + left - 3 : 12 + left + 6]
     assert (np.abs(middle - (74, 222, 128)).sum(-1) < 30).any()
-    assert len(np.unique(picture[32:242, 740:1160].reshape(-1, 3), axis=0)) > 5, "the keypoint picture"
+    assert len(np.unique(sheet[32:242, 740:1160].reshape(-1, 3), axis=0)) > 5, "keypoint image is missing"
 
 
-def test_identity_show_of_a_photo_without_a_face_draws_nothing(tmp_path, capsys):
+def test_identity_show_fails_for_a_photo_without_a_face(tmp_path, capsys):
     wall = tmp_path / "wall.png"
     Image.new("RGB", (200, 200), "grey").save(wall)
     assert main(["identity", "show", str(ASTRONAUT), str(wall), "-o", str(tmp_path / "drawn.png")]) == 1
@@ -137,13 +137,13 @@ def test_identity_show_of_a_photo_without_a_face_draws_nothing(tmp_path, capsys)
     assert not (tmp_path / "drawn.png").exists()
 
 
-def test_identity_show_numbers_several_people_and_takes_the_one_that_is_asked_for(tmp_path, capsys):
+def test_identity_show_selects_the_face_index(tmp_path, capsys):
     arguments = ["identity", "show", str(GROUP), str(ASTRONAUT), "-o", str(tmp_path / "group.jpg"), "--face-index", "4"]
     assert main([*arguments, "--json"]) == 0
     group, astronaut = json.loads(capsys.readouterr().out)["photos"]
     assert [face["chosen"] for face in group["faces"]] == [False, False, False, False, True, False]
     assert [face["chosen"] for face in astronaut["faces"]] == [True]
     assert main(arguments) == 0
-    said = capsys.readouterr().out
-    assert "107x142 px at 903, 61" in said
-    assert "embedding antelopev2: 512 numbers" in said
+    printed = capsys.readouterr().out
+    assert "107x142 px at 903, 61" in printed
+    assert "embedding antelopev2: 512 numbers" in printed

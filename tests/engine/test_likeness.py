@@ -263,8 +263,8 @@ class TestRetries:
     def test_retries_end_with_the_first_success(self, pipeline, clips, set_likeness):
         set_likeness([(0.2,), (0.6,), (0.7,), (0.9,)], [(0.4, None), (0.5, 0.7)])
         record = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
-        assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).again(2).seed)
-        assert clips == [Shot(prompt="a", seed=7).again(number).seed for number in (1, 2)]
+        assert (record.tries, record.shot.seed) == (3, Shot(prompt="a", seed=7).with_retry_seed(2).seed)
+        assert clips == [Shot(prompt="a", seed=7).with_retry_seed(number).seed for number in (1, 2)]
         assert record.seeds["flux"] == record.shot.seed
         assert record.likeness == LikenessRecord(image=0.7, clip_mean=0.6, clip_worst=0.5, frames_without_face=0)
         again = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=5)["record"]
@@ -303,9 +303,9 @@ class TestRecords:
              "face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face"),
             (record((0.6,), (0.5, 0.5)), 2, (0.6, 0.5, 0.5, 0), "face 0.60, clip 0.50, worst 0.50"),
             (record((None,), (0.5, None)), 2, (None, 0.5, 0.5, 1),
-             "no face found in the picture, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
+             "no face found in the image, clip 0.50, worst 0.50; 1 of 2 frames without a face"),
             (record((0.6,), (None, None)), 2, (0.6, None, None, 2), "face 0.60, no face found in the clip"),
-            (record((None,)), None, (None, None, None, 1), "no face found in the picture"),
+            (record((None,)), None, (None, None, None, 1), "no face found in the image"),
             (record((-0.02,)), None, (-0.02, None, None, 0), "face -0.02"),
         ],
     )  # fmt: skip

@@ -68,7 +68,7 @@ def test_options_win_over_the_file_of_settings(tmp_path):
     with pytest.raises(UsageError, match=r"s\.yaml, max_queue: Extra inputs"):
         settings_of(file, {})
     file.write_text("[1]")
-    with pytest.raises(UsageError, match="must be names and values"):
+    with pytest.raises(UsageError, match="must be a mapping of settings"):
         settings_of(file, {})
 
 
@@ -161,6 +161,6 @@ def test_a_server_that_is_killed_goes_on_with_all_that_it_accepted_and_one_that_
     job = server.store.get(left, LOCAL)
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
     log = server.log.read_text()
-    assert f"{server.url}/ is up, with profile" in log
-    assert "1 job went back into the queue; the next start goes on with them" in log
+    assert f"profile.yaml at {server.url}/" in log
+    assert "Returned 1 job to the queue. Start the server again to resume." in log
     assert "Traceback" not in log

@@ -405,7 +405,7 @@ class TestManifest:
         write(outputs, "r1", *(row("r1", f"a{n}", prompt="p") for n in range(600)), failed("r1", "broken"))
         page = write_gallery(outputs.root).read_text()
         assert "601 shots" in page
-        assert "600 done, 0 done before, 1 failed; the first 500 are shown" in page
+        assert "600 done, 0 already done, 1 failed. Showing the first 500;" in page
         assert page.count("<article>") == 500
         assert page.index("broken") < page.index("a0")
 

@@ -389,10 +389,10 @@ def test_plan_command_prints_the_plan(capsys):
     output = capsys.readouterr().out
     for words in (
         "2 x 48 GB, 32 CPUs on 1 node",
-        "400 to render; 7 of 410 done before, 3 refused, 12 stages in the cache",
+        "400 to render; 7 of 410 already done, 3 rejected, 12 cached stages",
         "hybrid: 2 workers on 2 GPUs",
-        "in turns flux 13%, lora 6% | svd 69%",
-        "bound by svd",
+        "swapping flux 13%, lora 6% | svd 69%",
+        "limited by svd",
         "GPU-hours",
         "cost",
         "hybrid with turns",
@@ -412,7 +412,7 @@ def test_plan_command_prints_json_before_the_cost_check(capsys):
 
 def test_plan_command_without_pending_shots(tiny, capsys):
     plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0))
-    assert "nothing to render: 7 of 7 done before" in capsys.readouterr().out
+    assert "nothing to render: 7 of 7 already done" in capsys.readouterr().out
     plan_command(tiny, make_demand(0, []), this_machine(), counts=Counts(7, 7, 0, 0), as_json=True)
     assert json.loads(capsys.readouterr().out)["shots"] == 0
 

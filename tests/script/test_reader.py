@@ -1,4 +1,4 @@
-"""Scripts: every format, defaults in their order, and every bad line named with file, line and field."""
+"""Scripts: formats, precedence of defaults, and errors with file, line and field."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ LINES = [
 
 
 @pytest.fixture(autouse=True)
-def files_beside_the_script(tmp_path):
+def referenced_files(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"x")
     (tmp_path / "face.jpg").write_bytes(b"x")
 
@@ -29,7 +29,7 @@ def write(tmp_path, name, content):
     return path
 
 
-def test_every_format_gives_the_same_shots(tmp_path):
+def test_formats_produce_the_same_shots(tmp_path):
     scripts = [write(tmp_path, "s.jsonl", LINES)]
     scripts.append(write(tmp_path, "s.yaml", json.dumps({"title": "t", "shots": LINES})))
     columns = list(dict.fromkeys(k for line in LINES for k in line))
@@ -55,13 +55,13 @@ def test_every_format_gives_the_same_shots(tmp_path):
     assert (first.steps.flux, first.lora[0].path) == (3, str(tmp_path / "a.safetensors"))
 
 
-def test_a_text_file_is_one_prompt_a_line(tmp_path):
+def test_txt_script_has_one_prompt_per_line(tmp_path):
     script = read_script(write(tmp_path, "s.txt", "\ufeff# a comment\r\na red ball\n\n  a blue ball \n"))
     assert [s.prompt for s in script.shots] == ["a red ball", "a blue ball"]
     assert list(script.lines.values()) == [2, 4]
 
 
-def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_path):
+def test_defaults_precedence_is_header_then_command_line_then_profile(tmp_path):
     path = write(
         tmp_path,
         "s.yaml",
@@ -76,7 +76,7 @@ def test_a_missing_field_comes_from_header_then_command_line_then_profile(tmp_pa
     assert (shots[1].steps.flux, shots[1].steps.svd) == (1, 9)
 
 
-def test_a_character_brings_photo_lora_and_trigger(tmp_path):
+def test_character_adds_photo_lora_and_trigger(tmp_path):
     ada = {"face_image": "face.jpg", "lora": "a.safetensors", "trigger": "ada person"}
     path = write(
         tmp_path,
@@ -93,10 +93,10 @@ def test_a_character_brings_photo_lora_and_trigger(tmp_path):
     assert shot.prompt == "ada person, at sea"
     assert shot.face_image == (str(tmp_path / "face.jpg"),)
     assert shot.lora[0].path == str(tmp_path / "a.safetensors")
-    assert "characters are: ada" in str(script.errors[0])
+    assert "must be one of the script's characters: ada" in str(script.errors[0])
 
 
-def test_a_line_goes_before_its_character_and_a_character_before_the_defaults(tmp_path):
+def test_line_overrides_character_and_character_overrides_defaults(tmp_path):
     (tmp_path / "side.jpg").write_bytes(b"x")
     ada = {"face_image": ["face.jpg", "side.jpg"], "face_index": 1, "identity": "instantid-sdxl", "identity_strength": 0.6}
     shots = [{"prompt": "a"}, {"prompt": "b", "identity_strength": 0.7, "face_image": None}]
@@ -121,19 +121,19 @@ PHOTOS = [
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), PHOTOS)
-def test_a_face_comes_from_one_photo_or_several(tmp_path, name, text, expected):
+def test_face_image_accepts_one_photo_or_several(tmp_path, name, text, expected):
     (tmp_path / "7").write_bytes(b"x")
     (shot,) = read_script(write(tmp_path, name, text)).shots
     assert shot.face_image == tuple(str(tmp_path / photo) for photo in expected)
     assert Shot.model_validate_json(shot.model_dump_json()) == shot
 
 
-def test_a_refused_line_keeps_its_photos_as_absolute_paths(tmp_path):
+def test_rejected_line_has_absolute_photo_paths(tmp_path):
     (line,) = read_script(write(tmp_path, "s.jsonl", [{"prompt": "a", "fps": 0, "face_image": ["face.jpg"]}])).rejected
     assert line.fields["face_image"] == [str(tmp_path / "face.jpg")]
 
 
-def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
+def test_seeds_and_ids_do_not_depend_on_the_line_order(tmp_path):
     lines = [{"prompt": f"ball {n}"} for n in range(5)]
     forward = read_script(write(tmp_path, "a.jsonl", lines), run_seed=3)
     backward = read_script(write(tmp_path, "b.jsonl", lines[::-1]), run_seed=3)
@@ -142,7 +142,7 @@ def test_seeds_and_ids_do_not_depend_on_the_place_in_the_script(tmp_path):
     assert {s.seed for s in read_script(tmp_path / "a.jsonl", run_seed=4).shots}.isdisjoint({s.seed for s in forward.shots})
 
 
-def test_variants_are_shots_of_their_own(tmp_path):
+def test_variants_are_separate_shots_with_separate_seeds(tmp_path):
     path = write(
         tmp_path,
         "s.jsonl",
@@ -154,18 +154,20 @@ def test_variants_are_shots_of_their_own(tmp_path):
     assert [s.seed for s in shots[3:]] == [5, 6]
 
 
-BAD = [
-    ({"prompt": "a", "width": 7}, "width", "got 7, must be a multiple of 16 between 64 and 2048"),
+INVALID_LINES = [
+    ({"prompt": "a", "width": 7}, "width", "got 7, must be a multiple of 16 from 64 to 2048 (nearest: 64)"),
     ({"prompt": "a", "width": 1e6}, "width", "got 1000000.0"),
+    ({"prompt": "a", "width": 1000}, "width", "got 1000, must be a multiple of 16 from 64 to 2048 (nearest: 992, 1008)"),
+    ({"prompt": "a", "width": 4096}, "width", "(nearest: 2048)"),
     ({"prompt": "a", "height": "64"}, "height", "got '64', must be a valid integer"),
     ({"prompt": "a", "width": 80}, None, "width 80 is not a multiple of 64"),
     ({"width": 128}, "prompt", "got nothing, this field is required"),
     ({"prompt": "  "}, "prompt", "must not be blank"),
-    ({"prompt": "a\u0000b"}, "prompt", "without NUL"),
+    ({"prompt": "a\u0000b"}, "prompt", "must not contain NUL"),
     ({"prompt": "x" * 100_000}, "prompt", "at most 10000 characters"),
-    ({"prompt": "a", "promt": "b"}, "promt", "an unknown field, the fields are id, prompt"),
-    ({"prompt": "a", "id": "../../etc/cron.d/x"}, "id", "must be 1 to 128 of"),
-    ({"prompt": "a", "id": "x" * 129}, "id", "must be 1 to 128 of"),
+    ({"prompt": "a", "promt": "b"}, "promt", "an unknown field, must be one of id, prompt"),
+    ({"prompt": "a", "id": "../../etc/cron.d/x"}, "id", "must be 1 to 128 characters of"),
+    ({"prompt": "a", "id": "x" * 129}, "id", "must be 1 to 128 characters of"),
     ({"prompt": "a", "seed": -1}, "seed", "got -1, must be greater than or equal to 0"),
     ({"prompt": "a", "seed": 2**64}, "seed", "must be less than"),
     ({"prompt": "a", "seed": True}, "seed", "must be a valid integer"),
@@ -173,34 +175,38 @@ BAD = [
     ({"prompt": "a", "lora_strength": 1.5}, "lora_strength", "less than or equal to 1"),
     ({"prompt": "a", "lora": [{"path": "a.safetensors", "weight": 1e9}]}, "lora.weight", "less than or equal to 2"),
     ({"prompt": "a", "lora": "missing.safetensors"}, "lora", "must be an existing .safetensors file"),
-    ({"prompt": "a", "face_image": "nobody.jpg"}, "face_image", "must be an existing file"),
-    ({"prompt": "a", "face_image": ["face.jpg", "nobody.jpg"]}, "face_image", "got 'nobody.jpg', must be an existing file"),
+    ({"prompt": "a", "face_image": "missing.jpg"}, "face_image", "must be an existing file"),
+    ({"prompt": "a", "face_image": ["face.jpg", "missing.jpg"]}, "face_image", "got 'missing.jpg', must be an existing file"),
     ({"prompt": "a", "face_image": [7]}, "face_image", "got 7, must be a valid string"),
     ({"prompt": "a", "face_image": ""}, "face_image", "at least 1 character"),
     ({"prompt": "a", "face_index": -1}, "face_index", "greater than or equal to 0"),
     ({"prompt": "a", "identity": "pulid"}, "identity", "got 'pulid', must be one of infusenet, instantid-sdxl, none"),
     ({"prompt": "a", "identity": None}, "identity", "must be a valid string"),
-    ({"prompt": "a", "identity_start": 0.5, "identity_end": 0.5}, "identity_end", "got 0.5, must be more than identity_start"),
-    ({"prompt": "a", "identity_start": 1.0}, "identity_end", "got 1.0, must be more than identity_start, which is 1.0"),
+    (
+        {"prompt": "a", "identity_start": 0.5, "identity_end": 0.5},
+        "identity_end",
+        "got 0.5, must be greater than identity_start",
+    ),
+    ({"prompt": "a", "identity_start": 1.0}, "identity_end", "got 1.0, must be greater than identity_start (1.0)"),
     ({"prompt": "a", "pose": "face"}, "pose", "must be 'photo' or 'none'"),
     (
         {"prompt": "a", "face_image": "face.jpg", "identity": "instantid-sdxl", "refine.steps": 2},
         None,
-        "refine_strength 0.35 of 2 steps is less than one step; use steps.refine of at least 3",
+        "refine_strength 0.35 of 2 steps is less than one step; set steps.refine to at least 3",
     ),
     ({"prompt": "a", "steps.flux": 0}, "steps.flux", "greater than or equal to 1"),
     ({"prompt": "a", "steps.fulx": 2}, "steps.fulx", "an unknown field"),
     ({"prompt": "a", "character": "ada"}, "character", "header of a .yaml script"),
-    ({"prompt": "a", "lora": "a.safetensors", "lora_strength": 0.2, "steps.lora": 4}, None, "steps.lora of at least 5"),
+    ({"prompt": "a", "lora": "a.safetensors", "lora_strength": 0.2, "steps.lora": 4}, None, "set steps.lora to at least 5"),
     ([1, 2], None, "must be a JSON object"),
     ('{"prompt": "half', None, "must be a JSON object on one line"),
-    ('{"prompt": "a", "prompt": "b"}', "prompt", "each field stands once"),
+    ('{"prompt": "a", "prompt": "b"}', "prompt", "must appear only once"),
     ("[" * 100_000, None, "must be a JSON object"),
     ('{"prompt": "a", "noise_aug_strength": NaN}', "noise_aug_strength", "must be a finite number"),
     ('{"prompt": "\\ud800"}', "prompt", "unicode string"),
     ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata", "must be plain JSON"),
     ({"prompt": "a", "lora": [[[["a.safetensors"]]]]}, "lora", "got"),
-    ({"prompt": "a", "lora": {"wieght": 1, "path": "a.safetensors"}}, "lora.wieght", "lora has none of that name"),
+    ({"prompt": "a", "lora": {"wieght": 1, "path": "a.safetensors"}}, "lora.wieght", "lora has no such field"),
     ({"prompt": "a", "character": ["ada"]}, "character", "got ['ada']"),
     ({"prompt": "a", "image": "~nosuchuser/x.png"}, "image", "must be an existing file"),
     ({"prompt": "a", "lora": "x" * 5000}, "lora", "must be an existing .safetensors file"),
@@ -209,31 +215,35 @@ BAD = [
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
     ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
-    ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "with variants at most 123"),
-    # It fits a shot, but not a shot inside of a plan.
+    ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "must be at most 123 with variants"),
+    # Valid in a shot, but too deep in a shot inside a plan.
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata.x", "maximum validation depth"),
 ]
 
 
-@pytest.mark.parametrize(("line", "field", "says"), BAD, ids=range(len(BAD)))
-def test_a_bad_line_is_named_with_line_and_field_and_its_neighbours_stay(tmp_path, line, field, says):
+@pytest.mark.parametrize(
+    ("line", "field", "message"),
+    INVALID_LINES,
+    ids=[f"{number}-{field or 'line'}" for number, (_, field, _) in enumerate(INVALID_LINES)],
+)
+def test_invalid_line_is_rejected_and_other_lines_are_kept(tmp_path, line, field, message):
     text = line if isinstance(line, str) else json.dumps(line)
     script = read_script(write(tmp_path, "s.jsonl", f'{{"prompt": "good"}}\n{text}\n{{"prompt": "good, too"}}\n'))
     assert [s.prompt for s in script.shots] == ["good", "good, too"]
     (rejected,) = script.rejected
     error = rejected.errors[0]
     assert (error.source, error.line, error.field) == ("s.jsonl", 2, field)
-    assert says in str(error)
+    assert message in str(error)
 
 
-def test_a_broken_csv_row_costs_no_other(tmp_path):
+def test_invalid_csv_row_does_not_affect_other_rows(tmp_path):
     script = read_script(write(tmp_path, "s.csv", 'prompt,fps\none,5\n"two"x,5\nthree,5\nfour,0\nfive,5,6\n'))
     assert [s.prompt for s in script.shots] == ["one", "three"]
     assert [(e.line, e.field) for e in script.errors] == [(3, None), (5, "fps"), (6, None)]
 
 
-def test_every_line_has_an_id_of_its_own_in_the_account(tmp_path):
+def test_rejected_lines_have_unique_ids(tmp_path):
     lines = [
         {"id": "x", "prompt": "good"},
         {"id": "x", "prompt": "bad", "fps": 0},
@@ -247,14 +257,14 @@ def test_every_line_has_an_id_of_its_own_in_the_account(tmp_path):
     assert ids == ["x", "s-line-6", "s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
 
 
-def test_a_line_that_is_refused_for_one_variant_gives_no_other(tmp_path):
+def test_duplicate_id_of_one_variant_rejects_the_whole_line(tmp_path):
     lines = [{"id": "x-v1", "prompt": "a"}, {"id": "x", "prompt": "a", "variants": 3}, {"id": "x-v2", "prompt": "a"}]
     script = read_script(write(tmp_path, "s.jsonl", lines))
     assert [shot.id for shot in script.shots] == ["x-v1", "x-v2"]
     assert [(line.id, line.line, line.fields["id"]) for line in script.rejected] == [("x", 2, "x")]
 
 
-def test_errors_in_yaml_name_the_line_in_the_file(tmp_path):
+def test_yaml_errors_have_line_numbers(tmp_path):
     text = "title: t\nshots:\n- a red ball\n\n- prompt: a blue ball\n  fps: 6\n- 7\n# a comment\n- prompt: b\n  fps: 0\n"
     script = read_script(write(tmp_path, "s.yaml", text))
     assert list(script.lines.values()) == [3, 5]
@@ -263,33 +273,35 @@ def test_errors_in_yaml_name_the_line_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "yaml"])
-def test_a_script_that_is_not_utf8_is_refused_with_the_line(tmp_path, ending):
+def test_non_utf8_script_error_has_the_line_number(tmp_path, ending):
     (tmp_path / f"s.{ending}").write_bytes("prompt\nMädchen\n".encode("latin-1"))
     with pytest.raises(ScriptError, match=rf"s\.{ending} line 2: got bytes that are not UTF-8"):
         list(iter_script(tmp_path / f"s.{ending}"))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
-def test_a_line_as_long_as_a_book_is_refused(tmp_path, monkeypatch, ending):
+def test_too_long_line_is_rejected(tmp_path, monkeypatch, ending):
     monkeypatch.setattr("vidgen_ray.script.formats.MAX_LINE", 1000)
     path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
-    with pytest.raises(ScriptError, match="line 2: got more than 1,000 letters"):
+    with pytest.raises(ScriptError, match="line 2: got more than 1,000 characters"):
         list(iter_script(path))
 
 
-def test_yaml_too_long_to_be_read_whole_is_refused(tmp_path, monkeypatch):
+def test_too_large_yaml_script_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.script.formats.MAX_YAML_BYTES", 10)
-    with pytest.raises(ScriptError, match=r"got 14 bytes, at most 10, .*\.jsonl or \.parquet script may be of any length"):
+    with pytest.raises(
+        ScriptError, match=r"got 14 bytes, must be at most 10 bytes in YAML; \.jsonl and \.parquet scripts can be of any length"
+    ):
         read_script(write(tmp_path, "s.yaml", "shots: [ball]\n"))
 
 
 @pytest.mark.parametrize("prompt", ["a\u2028b", "a\u0085b", "a\x0bb\x0cc"])
-def test_a_csv_row_ends_at_a_line_end_and_nowhere_else(tmp_path, prompt):
+def test_csv_rows_do_not_end_at_unicode_line_separators(tmp_path, prompt):
     (tmp_path / "s.csv").write_text(f"prompt,fps\n{prompt},5\nnext,6\n", encoding="utf-8", newline="")
     assert [s.prompt for s in read_script(tmp_path / "s.csv").shots] == [prompt, "next"]
 
 
-def test_a_trigger_makes_no_wrong_prompt_right(tmp_path):
+def test_character_trigger_does_not_replace_a_missing_prompt(tmp_path):
     header = {"characters": {"ada": {"trigger": "sks"}}}
     shots = [{"character": "ada"}, {"character": "ada", "prompt": " "}, {"character": "ada", "prompt": 5}]
     script = read_script(write(tmp_path, "s.yaml", json.dumps({**header, "shots": shots})))
@@ -297,32 +309,36 @@ def test_a_trigger_makes_no_wrong_prompt_right(tmp_path):
     assert [e.field for e in script.errors] == ["prompt"] * 3
 
 
-def test_an_id_given_twice_names_the_first(tmp_path):
+def test_duplicate_id_error_names_the_first_line(tmp_path):
     script = read_script(write(tmp_path, "s.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]))
-    assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has it already")
+    assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
-        ("s.doc", "x", "a script is one of .csv, .jsonl, .parquet, .txt, .yaml, .yml"),
-        ("s.jsonl", "\n\n", "give at least one shot"),
-        ("s.parquet", "text", "not Parquet"),
+        ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.parquet, \.txt, \.yaml, \.yml"),
+        ("s.jsonl", "\n\n", "must have at least one shot"),
+        ("s.parquet", "text", "invalid Parquet"),
         ("s.yaml", "a: &a [*a]", "aliases are not allowed"),
-        ("s.yaml", "!!python/object/apply:os.system ['true']", "not YAML"),
+        ("s.yaml", "!!python/object/apply:os.system ['true']", "invalid YAML"),
         ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
-        ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a set of named fields"),
-        ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: \['ada'\], must be a set"),
-        ("s.yaml", "shots: [a]\ncharacters: {ada: {photo: x}}", "a character has face_image, face_index, identity, .*trigger"),
+        ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a mapping of names to values"),
+        ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: \['ada'\], must be a mapping"),
+        (
+            "s.yaml",
+            "shots: [a]\ncharacters: {ada: {photo: x}}",
+            "must be a mapping with face_image, face_index, identity, .*trigger",
+        ),
         ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
     ],
 )
-def test_a_file_that_is_no_script_is_refused_whole(tmp_path, name, content, says):
-    with pytest.raises(ScriptError, match=says):
+def test_invalid_script_file_raises_script_error(tmp_path, name, content, message):
+    with pytest.raises(ScriptError, match=message):
         read_script(write(tmp_path, name, content))
 
 
-def test_parquet_with_an_extension_type_is_refused_unread(tmp_path):
+def test_parquet_extension_type_is_rejected_before_reading(tmp_path):
     table = pa.table(
         {"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))}
     )
@@ -331,5 +347,7 @@ def test_parquet_with_an_extension_type_is_refused_unread(tmp_path):
         read_script(tmp_path / "s.parquet")
 
 
-def test_the_schema_names_every_field_of_a_shot():
-    assert set(Shot.model_json_schema()["properties"]) == set(Shot.model_fields)
+def test_shot_schema_describes_all_fields():
+    properties = Shot.model_json_schema()["properties"]
+    assert set(properties) == set(Shot.model_fields)
+    assert all(schema["description"] for schema in properties.values())

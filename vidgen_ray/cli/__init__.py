@@ -1,4 +1,4 @@
-"""The command line. Nothing imports it."""
+"""Command line interface. No other package imports it."""
 
 from vidgen_ray.cli.app import main
 

@@ -1,5 +1,8 @@
-"""The commands and their exit codes: 0 all done, 1 some shots failed, 2 usage, 3 bad script or profile, 4 environment,
-130 interrupted."""
+"""Commands of `vidgen`.
+
+Exit codes: 0 all shots done, 1 some shots failed, 2 usage error, 3 invalid script or profile, 4 environment error, 5 too
+expensive, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,22 @@ from rich.console import Console
 
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
-from vidgen_ray.cli.options import JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
+from vidgen_ray.cli.options import PROFILE_HELP, JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
-from vidgen_ray.profile import Profile, builtin_profiles, load_profile
+from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
 
 app = typer.Typer(
     name="vidgen",
-    help="A script goes in, one line a shot; finished clips come out, with the same recognisable person throughout.",
+    help="Batch and online video generation on Ray, with one recognisable person across every clip.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,62 +45,88 @@ app = typer.Typer(
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
 
-ScriptArgument = Annotated[Path, typer.Argument(help="A .jsonl, .csv, .txt, .parquet or .yaml script.")]
-OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="The output folder, or its URL: s3://BUCKET/FOLDER.")]
+ScriptArgument = Annotated[Path, typer.Argument(help="Script with one shot per line: .jsonl, .csv, .txt, .parquet or .yaml.")]
+OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.")]
 GpusOption = Annotated[
-    str | None, typer.Option("--gpus", help="What to plan for: 8x80GB, 2x8x80GB (nodes of 8). Without it the run looks.")
+    str | None,
+    typer.Option("--gpus", help="GPUs to plan for, e.g. 8x80GB or 2x8x80GB (two nodes of eight). Default: detect."),
 ]
-MaxCostOption = Annotated[float | None, typer.Option("--max-cost", min=0, help="End with 5 where the plan costs more.")]
-PriceOption = Annotated[float | None, typer.Option("--price", min=0, help="Of a GPU-hour, in place of the default.")]
+MaxCostOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-cost", metavar="COST", min=0, help="Exit with code 5 if the estimated cost exceeds this. Default: no limit."
+    ),
+]
+PriceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--price", metavar="PRICE", min=0, help="Price of a GPU-hour. Default: that of the profile, or of the detected GPUs."
+    ),
+]
 AddressOption = Annotated[
-    str | None, typer.Option("--address", "-a", help="A Ray cluster, or `auto`; without it Ray is started here.")
+    str | None, typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: start Ray on this machine.")
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Render shots again that are done, without the cache.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Render finished shots again, without the cache.")]
 KeepOption = Annotated[
     list[str] | None,
-    typer.Option("--keep", help="`stages`: also base.png, lora.png, style.png, face.json of each shot."),
+    typer.Option(
+        "--keep",
+        metavar="stages",
+        help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json).",
+    ),
 ]
-NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Keep no results of single stages (saves disk).")]
-UntilOption = Annotated[str | None, typer.Option("--until", help="`image` or `video`: stop after that.")]
-ModeOption = Annotated[str | None, typer.Option("--mode", help="`quality` or `fast`, for shots that do not say.")]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Do not cache the results of single stages. Saves disk space.")]
+UntilOption = Annotated[
+    str | None,
+    typer.Option(
+        "--until", metavar="image|video", help="Stop after the image, or after the clip without upscaling. Default: all stages."
+    ),
+]
+ModeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mode", metavar="quality|fast", help="Mode of shots without one. Default: that of the profile, otherwise quality."
+    ),
+]
+RESUME = "Run the same command to resume."
 
 
-INTERRUPTED = "vidgen: interrupted; the same command goes on where this one stopped"
+def _server_default(setting: str) -> str:
+    return f"Default: {OnlineSettings.model_fields[setting].default}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit code; a user's mistake is a sentence, not a traceback."""
+    """Run a command and return its exit code. Errors that a user can fix are printed without a traceback."""
     try:
         app(args=None if argv is None else list(argv), prog_name="vidgen")
     except VidgenError as error:
         typer.echo(f"vidgen: {error}", err=True)
         return error.exit_code
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else 0
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 0
     except KeyboardInterrupt:
-        typer.echo(INTERRUPTED, err=True)
+        typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
         return 130
     except OSError as error:
-        # A disk, a share or an object store: the run can go on when it is there again.
-        place = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"vidgen: {place}{error.strerror or error}; the same command goes on where this one stopped", err=True)
+        # A disk, a network share or an object store failed. The run can be resumed when it works again.
+        path = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"vidgen: {path}{error.strerror or error}. {RESUME}", err=True)
         return SetupError.exit_code
     return 0
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C ends the block with exit code 130 and a word on how to go on."""
+    """Exit with code 130 and a hint to resume when the block is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(INTERRUPTED, err=True)
+        typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
         raise typer.Exit(130) from None
 
 
 @app.callback(invoke_without_command=True)
-def show_version(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
-    # The one option that is no command's.
+def show_version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit()
@@ -108,7 +138,7 @@ def demo(
     profile: ProfileOption = "demo",
     as_json: JsonOption = False,
 ) -> None:
-    """Render the demo script: every stage, both modes, on this machine."""
+    """Render the demo script on this machine: all stages, both modes."""
     from vidgen_ray.report.contact_sheet import write_contact_sheet
 
     chosen = load_profile(profile)
@@ -118,7 +148,7 @@ def demo(
         _render(lines, script.name, chosen, str(out), as_json=as_json, keep_stages=True)
     finally:
         if (out / "manifest").exists():
-            typer.echo(f"all shots in one picture: {write_contact_sheet(out)}", err=as_json)
+            typer.echo(f"contact sheet: {write_contact_sheet(out)}", err=as_json)
 
 
 @app.command()
@@ -135,26 +165,31 @@ def render(
     keep: KeepOption = None,
     fresh: FreshOption = False,
     no_cache: NoCacheOption = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Render nothing if any line is wrong.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Render nothing and exit with code 3 if any line is invalid.")
+    ] = False,
     attempts: Annotated[
-        int, typer.Option("--attempts", min=1, help="How often a line may break a stage, hang, or kill its process.")
+        int, typer.Option("--attempts", min=1, help="Attempts per shot when a stage fails, times out or crashes.")
     ] = 3,
     grace_s: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds that shots in progress get when the run is told to stop.")
+        float,
+        typer.Option(
+            "--grace", metavar="SECONDS", min=0, help="How long shots in progress may finish after SIGTERM or Ctrl-C."
+        ),
     ] = 60,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render a script on Ray. Shots that are done are skipped, so the same command resumes a run.
+    """Render a script on Ray. Finished shots are skipped, so the same command resumes a run.
 
-    SIGTERM and Ctrl-C end it when the shots in progress are done; a second one ends it at once.
+    SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
     """
     chosen = load_profile(profile)
-    given = parse_fields(fields) | ({"mode": mode} if mode else {})
-    lines = partial(iter_script, script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
-    if strict and (wrong := [error for line in lines() if isinstance(line, RejectedLine) for error in line.errors]):
-        raise ScriptError(wrong)
+    defaults = _defaults(fields, mode)
+    lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
+    if strict and (errors := [error for line in lines() if isinstance(line, RejectedLine) for error in line.errors]):
+        raise ScriptError(errors)
     _render(
         _until(lines(), until),
         script.name,
@@ -188,58 +223,71 @@ def plan(
     price: PriceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how a script would be laid out over GPUs, how long it would take and what it would cost, without rendering."""
+    """Estimate the GPU layout, duration and cost of a script without rendering it."""
     from vidgen_ray.batch.estimate import estimated
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
-    given = parse_fields(fields) | ({"mode": mode} if mode else {})
-    checked = partial(iter_script, script, run_seed=seed, defaults=given, profile_defaults=chosen.defaults)
-    told = parse_gpus(gpus) if gpus else None
+    defaults = _defaults(fields, mode)
+    lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
+    planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
-        demand, counts, cluster = estimated(lambda: _until(checked(), until), chosen, OutputFolder(out), address, told)
+        demand, counts, cluster = estimated(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
 
 
 @app.command()
 def serve(
-    profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help=f"{', '.join(builtin_profiles())}, or the path of a profile file.")
+    profile: Annotated[str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} {_server_default('profile')}")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            "--host", help=f"Address to listen on. Addresses other than localhost require API keys. {_server_default('host')}"
+        ),
     ] = None,
-    host: Annotated[str | None, typer.Option("--host", help="Where to listen. Beyond this machine it needs API keys.")] = None,
-    port: Annotated[int | None, typer.Option("--port", min=1, max=65535)] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Results and jobs: an output folder, or its URL.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1, max=65535, help=f"Port to listen on. {_server_default('port')}")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help=f"Output folder, or its URL, for results and jobs. {_server_default('data')}"),
+    ] = None,
     database: Annotated[
-        str | None, typer.Option("--database", help="sqlite:///FILE or postgresql://...; without it jobs.db in --data.")
+        str | None,
+        typer.Option("--database", help="Job database: sqlite:///FILE or postgresql://... Default: jobs.db in --data."),
     ] = None,
-    keys: Annotated[Path | None, typer.Option("--keys", help="API keys; see `vidgen keys`.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", help="File with API keys, see `vidgen keys new`. Default: those in $VIDGEN_API_KEYS."),
+    ] = None,
     settings: Annotated[
-        Path | None, typer.Option("--settings", help="A YAML file with these and all other settings; options win over it.")
+        Path | None, typer.Option("--settings", help="YAML file with all settings. Command-line options override it.")
     ] = None,
     address: AddressOption = None,
     grace_s: Annotated[
-        float, typer.Option("--grace", min=0, help="Seconds that jobs in progress get when the server is told to stop.")
+        float,
+        typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
     ] = 60,
 ) -> None:
-    """Answer an API like OpenAI's for videos and images, and show a page, until told to stop.
+    """Start a server with an OpenAI-compatible API for videos and images, and a web page.
 
-    Jobs are stored before they are accepted: whatever ends the server, the same command goes on with them.
+    Jobs are stored before they are accepted. After a stop or a crash, the same command resumes them.
     """
     from vidgen_ray.cli.serve import serve_command, settings_of
 
-    told = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
+    options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
     with interruptible(), redirect_stdout(sys.stderr):
-        serve_command(settings_of(settings, told), address=address, grace_s=grace_s)
+        serve_command(settings_of(settings, options), address=address, grace_s=grace_s)
 
 
 @app.command()
 def gc(
-    out: Annotated[str, typer.Argument(help="An output folder, or its URL.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, say what would be.")] = False,
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove from an output folder what no finished shot refers to: old cache entries, what killed runs left."""
+    """Remove unused files from an output folder: cache entries without a finished shot, and files of killed runs."""
     from vidgen_ray.cli.gc import gc as collect
 
     collect(out, dry_run=dry_run, as_json=as_json)
@@ -247,13 +295,13 @@ def gc(
 
 @app.command()
 def shot(
-    prompt: Annotated[str, typer.Argument(help="What is to be seen.")],
+    prompt: Annotated[str, typer.Argument(help="Text to render.")],
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
     face: Annotated[
-        list[Path] | None, typer.Option("--face", help="A photo of the person; repeatable, for several of the same one.")
+        list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
     ] = None,
-    lora: Annotated[str | None, typer.Option("--lora", help="A .safetensors file.")] = None,
+    lora: Annotated[str | None, typer.Option("--lora", help="LoRA weights, a .safetensors file.")] = None,
     seed: SeedOption = 0,
     mode: ModeOption = None,
     until: UntilOption = None,
@@ -266,14 +314,14 @@ def shot(
     from vidgen_ray.script.reader import check_shot
 
     chosen = load_profile(profile)
-    given = parse_fields(fields)
-    if "prompt" in given:
-        raise typer.BadParameter("got prompt, which is the argument of this command", param_hint="--set")
-    told = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
-    given |= {name: value for name, value in told.items() if value is not None}
-    checked = _shortened(check_shot(given, "shot", chosen.defaults, run_seed=seed), until)
+    values = parse_fields(fields)
+    if "prompt" in values:
+        raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
+    options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
+    values |= {name: value for name, value in options.items() if value is not None}
+    checked = _stop_after(check_shot(values, "shot", chosen.defaults, run_seed=seed), until)
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
-    with interruptible(), Console(stderr=True).status("rendering"):
+    with interruptible(), Console(stderr=True).status("Rendering"):
         record = pipeline.render(checked)
     if as_json:
         typer.echo(record.model_dump_json())
@@ -289,7 +337,7 @@ def validate(
     fields: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every line of a script without rendering. Ends with 3 if any line is wrong."""
+    """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
     checked = read_script(script, defaults=parse_fields(fields), profile_defaults=chosen.defaults)
     if as_json:
@@ -298,21 +346,21 @@ def validate(
     else:
         for error in checked.errors:
             typer.echo(f"{error}", err=True)
-        typer.echo(f"{script.name}: {len(checked.shots)} shots fine, {len(checked.rejected)} lines wrong")
+        typer.echo(f"{script.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
 
 
 @app.command()
 def stage(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGE_BY_NAME)}.")],
-    source: Annotated[Path | None, typer.Argument(help="The picture or clip to work on; flux needs none.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write: .png, .mp4 or .json.")] = Path("out.png"),
+    name: Annotated[str, typer.Argument(help=f"Stage to run: {', '.join(STAGE_BY_NAME)}.")],
+    source: Annotated[Path | None, typer.Argument(help="Input file: an image, a clip or face.json. Not used by flux.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file: .png, .mp4 or .json.")] = Path("out.png"),
     profile: ProfileOption = "demo",
     seed: SeedOption = 0,
     fields: SetOption = None,
 ) -> None:
-    """Run one stage alone on a picture or a clip."""
+    """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
     run_one_stage(load_profile(profile), name, source, out, parse_fields(fields), seed)
@@ -321,15 +369,15 @@ def stage(
 
 @app.command()
 def schema(
-    what: Annotated[str, typer.Argument(help="shot, profile or manifest.")] = "shot",
+    model: Annotated[str, typer.Argument(help="shot (a script line), profile or manifest (a manifest row).")] = "shot",
 ) -> None:
-    """Print the JSON schema of a script's line, a profile, or a row of the manifest."""
+    """Print the JSON schema of a shot, a profile or a manifest row."""
     from vidgen_ray.outputs.manifest import ManifestRow
 
     models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
-    if what not in models:
-        raise typer.BadParameter(f"got {what!r}, must be one of {', '.join(models)}", param_hint="WHAT")
-    typer.echo(json.dumps(models[what].model_json_schema(), indent=2))
+    if model not in models:
+        raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(models)}", param_hint="MODEL")
+    typer.echo(json.dumps(models[model].model_json_schema(), indent=2))
 
 
 def _render(
@@ -341,7 +389,7 @@ def _render(
     outputs = OutputFolder(out)
     local = outputs.storage.local
     try:
-        # Ray prints notices of its own on standard output, which is for the result alone.
+        # Ray prints messages on standard output, which is reserved for the result.
         with (
             interruptible(),
             redirect_stdout(sys.stderr),
@@ -354,25 +402,29 @@ def _render(
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
-        counts = f"{report.done} done, {report.skipped} done before, {report.failed} failed"
-        typer.echo(f"{counts} in {report.seconds:.1f} s; see {gallery}")
+        counts = f"{report.done} done, {report.skipped} already done, {report.failed} failed"
+        typer.echo(f"{counts} in {report.seconds:.1f} s. Gallery: {gallery}")
         if report.failed:
-            typer.echo(f"the failed lines and their reasons are in {outputs.storage.place('failures.jsonl')}")
+            typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
     if report.left:
-        typer.echo(f"vidgen: stopped with {report.left} lines to go; the same command goes on with them", err=True)
+        typer.echo(f"vidgen: stopped. {report.left} lines not started. {RESUME}", err=True)
         raise typer.Exit(130)
     if report.failed:
         nothing_to_render = report.failed == report.refused and not report.done + report.skipped
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 
+def _defaults(fields: list[str] | None, mode: str | None) -> dict[str, Any]:
+    return parse_fields(fields) | ({"mode": mode} if mode else {})
+
+
 def _until(lines: Iterable[CheckedLine | RejectedLine], until: str | None) -> Iterator[CheckedLine | RejectedLine]:
     for line in lines:
-        yield line._replace(shot=_shortened(line.shot, until)) if isinstance(line, CheckedLine) else line
+        yield line._replace(shot=_stop_after(line.shot, until)) if isinstance(line, CheckedLine) else line
 
 
-def _shortened(shot: Shot, until: str | None) -> Shot:
-    """The shot without what comes after the picture, or after the clip."""
+def _stop_after(shot: Shot, until: str | None) -> Shot:
+    """Return the shot without the stages after `until`."""
     changes: dict[str, dict[str, Any]] = {"image": {"generate_video": False}, "video": {"upscale_video": False}}
     if until is None:
         return shot
@@ -382,14 +434,14 @@ def _shortened(shot: Shot, until: str | None) -> Shot:
 
 
 def _keeps_stages(keep: list[str] | None) -> bool:
-    for what in keep or []:
-        if what != "stages":
-            raise typer.BadParameter(f"got {what!r}, must be stages", param_hint="--keep")
+    for value in keep or []:
+        if value != "stages":
+            raise typer.BadParameter(f"got {value!r}, must be stages", param_hint="--keep")
     return bool(keep)
 
 
 def _demo_script() -> Path:
-    """The examples lie in the package where it was installed, beside it in a checkout."""
+    """Return the demo script, inside an installed package or in the folder above the package in a checkout."""
     package = Path(str(resources.files("vidgen_ray")))
-    places = [package / "examples" / "demo.jsonl", package.parent / "examples" / "demo.jsonl"]
-    return next(place for place in places if place.is_file())
+    paths = [package / "examples" / "demo.jsonl", package.parent / "examples" / "demo.jsonl"]
+    return next(path for path in paths if path.is_file())

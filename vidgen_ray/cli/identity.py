@@ -1,4 +1,4 @@
-"""`vidgen identity show`: which face is found in photos of a person, and what the models get of it."""
+"""`vidgen identity show`: show the detected faces in photos and the identity features that the models use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,94 +25,96 @@ from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
-identity = typer.Typer(help="The person of a shot.", no_args_is_help=True)
+identity = typer.Typer(help="Inspect the identity features of a face.", no_args_is_help=True)
 
 
 @identity.callback()
-def _keeps_its_name() -> None:
-    # With one command alone typer would leave out the word `show`.
+def _keep_subcommand() -> None:
+    # Without a callback, typer would turn a group with one command into the command itself.
     return
 
 
 @identity.command()
 def show(
-    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One photo of a person, or several.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to draw: .png or .jpg.")] = Path("identity.png"),
+    photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One or more photos of the same person.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image to write: .png or .jpg.")] = Path("identity.png"),
     profile: ProfileOption = "demo",
     face_index: Annotated[
         int | None,
-        typer.Option("--face-index", min=0, help="Which face of the first photo counts, from the left; else the largest."),
+        typer.Option(
+            "--face-index",
+            min=0,
+            help="Index of the face to use in the first photo, from left to right, from 0. Default: the largest face.",
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the faces that are found, the one that counts, and the keypoint picture at the profile's default size."""
+    """Draw the detected faces, the selected face and its keypoint image at the profile's default size."""
     from vidgen_ray.report.identity_sheet import identity_sheet
 
-    kind = FORMATS.get(out.suffix.lower())
-    if kind is None:
+    image_format = FORMATS.get(out.suffix.lower())
+    if image_format is None:
         raise UsageError(f"--out: got {str(out)!r}, must end in {', '.join(FORMATS)}")
     chosen = load_profile(profile)
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
-    pictures = [read_image(photo) for photo in photos]
+    images = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:
-        seen = stage.seen(pictures, face_index)
-        face = stage.features(pictures, face_index)
-    sheet = identity_sheet(pictures, seen, pose_picture(face, shot))
+        detected = stage.seen(images, face_index)
+        face = stage.features(images, face_index)
+    sheet = identity_sheet(images, detected, pose_picture(face, shot))
     content = io.BytesIO()
-    sheet.save(content, kind, quality=88)
+    sheet.save(content, image_format, quality=88)
     try:
         write_atomically(out, content.getvalue())
     except OSError as error:
         raise SetupError(f"{out}: cannot be written ({error.strerror})") from None
     if as_json:
-        typer.echo(json.dumps(_as_json(photos, pictures, seen, face, out)))
+        typer.echo(json.dumps(_as_json(photos, images, detected, face, out)))
     else:
-        _print(photos, pictures, seen, face, out)
+        _print(photos, images, detected, face, out)
 
 
 def _as_json(
-    photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
+    photos: Sequence[Path], images: Sequence[Image], detected: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
 ) -> dict[str, Any]:
     return {
         "photos": [
             {
                 "photo": str(photo),
-                "size": [picture.shape[1], picture.shape[0]],
-                "faces": [{"box": one.box, "score": one.score, "chosen": one is found.chosen} for one in found.faces],
-                "keypoints": found.chosen.keypoints.tolist(),
+                "size": [image.shape[1], image.shape[0]],
+                "faces": [{"box": f.box, "score": f.score, "chosen": f is detection.chosen} for f in detection.faces],
+                "keypoints": detection.chosen.keypoints.tolist(),
             }
-            for photo, picture, found in zip(photos, pictures, seen, strict=True)
+            for photo, image, detection in zip(photos, images, detected, strict=True)
         ],
-        "embeddings": {name: {"numbers": len(values), "length": _length(values)} for name, values in face.embeddings.items()},
+        "embeddings": {name: {"numbers": len(values), "length": _norm(values)} for name, values in face.embeddings.items()},
         "digest": face.digest,
         "drawn": str(out),
     }
 
 
 def _print(
-    photos: Sequence[Path], pictures: Sequence[Image], seen: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
+    photos: Sequence[Path], images: Sequence[Image], detected: Sequence[DetectedPhoto], face: FaceFeatures, out: Path
 ) -> None:
-    from vidgen_ray.cli.plan import PLAIN_WIDTH
+    from vidgen_ray.cli.plan import stdout_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PLAIN_WIDTH)
-    table = Table("photo", "size", "faces", "the face that counts", "score", box=None, header_style="dim", pad_edge=False)
-    for photo, picture, found in zip(photos, pictures, seen, strict=True):
-        left, top, right, bottom = found.chosen.box
+    console = stdout_console()
+    table = Table("photo", "size", "faces", "selected face", "score", box=None, header_style="dim", pad_edge=False)
+    for photo, image, detection in zip(photos, images, detected, strict=True):
+        left, top, right, bottom = detection.chosen.box
         table.add_row(
             escape(str(photo)),
-            f"{picture.shape[1]}x{picture.shape[0]}",
-            str(len(found.faces)),
+            f"{image.shape[1]}x{image.shape[0]}",
+            str(len(detection.faces)),
             f"{right - left:.0f}x{bottom - top:.0f} px at {left:.0f}, {top:.0f}",
-            f"{found.chosen.score:.2f}",
+            f"{detection.chosen.score:.2f}",
         )
     console.print(table)
     for name, values in face.embeddings.items():
-        console.print(f"embedding {name}: {len(values)} numbers of length {_length(values):g}")
+        console.print(f"embedding {name}: {len(values)} numbers, norm {_norm(values):g}")
     console.print(f"digest {face.digest[:16]}")
-    console.print(f"drawn: {escape(str(out))}")
+    console.print(f"image: {escape(str(out))}")
 
 
-def _length(embedding: Any) -> float:
+def _norm(embedding: Any) -> float:
     return round(float(np.linalg.norm(embedding)), 2)

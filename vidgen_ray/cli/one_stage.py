@@ -1,4 +1,4 @@
-"""`vidgen stage`: one stage on one picture or clip."""
+"""`vidgen stage`: run a single stage on an image or a clip."""
 
 from __future__ import annotations
 
@@ -22,40 +22,43 @@ from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames
 from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.instantid import InstantIDStage
 
-CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
+CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 
 def run_one_stage(
     profile: Profile, name: str, source: Path | None, out: Path, fields: Mapping[str, Any], run_seed: int
 ) -> None:
-    """Read `source`, run the stage, write `out`. Raises UsageError, ScriptError for a wrong field, StepFailed."""
+    """Read `source`, run the stage and write `out`.
+
+    Raises UsageError, ScriptError for an invalid field, and StepFailed.
+    """
     if name not in STAGE_BY_NAME:
         raise UsageError(f"stage: got {name!r}, must be one of {', '.join(STAGE_BY_NAME)}")
     stage_class = STAGE_BY_NAME[name]
-    _check_ending(stage_class, out)
-    # A stage without a prompt still takes a shot, and every shot has one.
-    told = fields if "prompt" in stage_class.reads else {"prompt": name, **fields}
+    _check_suffix(stage_class, out)
+    # Every shot requires a prompt, even if the stage does not read it.
+    values = fields if "prompt" in stage_class.reads else {"prompt": name, **fields}
     if "photos" in stage_class.takes and source is not None:
-        # Which embeddings are made depends on what the shot will do with the face.
-        told = {"face_image": str(source), **told}
-    shot = check_shot(told, "vidgen stage", profile.defaults, run_seed)
+        # The shot's fields select the embeddings, and they apply only to a shot with a face.
+        values = {"face_image": str(source), **values}
+    shot = check_shot(values, "vidgen stage", profile.defaults, run_seed)
     artefacts, fps = _read(stage_class, source, shot)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"{out.parent}: cannot be made ({error.strerror})") from None
+        raise SetupError(f"{out.parent}: cannot be created ({error.strerror})") from None
     if "face" in stage_class.needs(shot) and "face" not in artefacts:
-        artefacts["face"] = _person(profile, shot)
+        artefacts["face"] = _face_of(profile, shot)
     with stage_class(profile.params(stage_class)) as stage:
         try:
             if isinstance(stage, ChunkedStage) and out.suffix.lower() == ".mp4":
                 chunks = _processed_chunks(stage, shot, artefacts["frames"])
                 write_clip(out, chunks, fps * stage.frame_factor(shot), profile.encode)
                 return
-            (given,) = stage([Item(with_local_loras(shot), artefacts)])
+            (result,) = stage([Item(with_local_loras(shot), artefacts)])
         except Exception as error:
             raise StepFailed(name, error) from error
-    _write(given, shot, out, fps, profile)
+    _write(result, shot, out, fps, profile)
 
 
 def _processed_chunks(stage: ChunkedStage[Any], shot: Shot, frames: Frames) -> Iterator[Frames]:
@@ -64,43 +67,43 @@ def _processed_chunks(stage: ChunkedStage[Any], shot: Shot, frames: Frames) -> I
         yield stage.run_chunk(shot, frames[chunk], frames[chunk.stop : chunk.stop + stage.lookahead_frames])
 
 
-def _check_ending(stage: type[Stage[Any]], out: Path) -> None:
+def _check_suffix(stage: type[Stage[Any]], out: Path) -> None:
     allowed = {"face": (".json", ".png"), "image": (".png",), "frames": (".mp4",), "hd_frames": (".mp4", ".png")}
-    endings = allowed.get(stage.writes[0], (".json",))
-    if out.suffix.lower() not in endings:
-        raise UsageError(f"--out: got {str(out)!r}, {stage.name} writes {' or '.join(endings)}")
+    suffixes = allowed.get(stage.writes[0], (".json",))
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(f"--out: got {str(out)!r}, must end in {' or '.join(suffixes)} for {stage.name}")
 
 
 def _read(stage: type[Stage[Any]], source: Path | None, shot: Shot) -> tuple[Artefacts, int | Fraction]:
-    """What the stage takes, out of the file; and the frames a second of a clip."""
+    """Read the stage's input from the file. Return it with the frames per second of the clip to write."""
     if not stage.takes:
         if source is not None:
-            raise UsageError(f"SOURCE: got {str(source)!r}, {stage.name} works on the shot's fields alone")
+            raise UsageError(f"SOURCE: got {str(source)!r}, {stage.name} has no input file")
         return Artefacts(), shot.fps
     (kind,) = set(stage.takes) - {"face"} or {"face"}
     if source is None:
-        raise UsageError(f"SOURCE: got nothing, {stage.name} needs a file of its {kind}")
+        raise UsageError(f"SOURCE: got nothing, {stage.name} requires an input file ({kind})")
     if kind == "frames":
-        return _clip(source, shot)
+        return _read_clip(source, shot)
     if kind == "face":
-        return Artefacts(face=_face(source)), shot.fps
-    picture = read_image(source)
+        return Artefacts(face=_read_face(source)), shot.fps
+    image = read_image(source)
     if kind == "image":
-        return Artefacts(image=cover_crop(picture, shot.width, shot.height)), shot.fps
-    return Artefacts(photos=(picture,)), shot.fps
+        return Artefacts(image=cover_crop(image, shot.width, shot.height)), shot.fps
+    return Artefacts(photos=(image,)), shot.fps
 
 
-def _face(source: Path) -> FaceFeatures:
+def _read_face(source: Path) -> FaceFeatures:
     try:
         return face_from_json(source.read_text("utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"SOURCE: got {str(source)!r}, must be a .json file of the stage instantid ({error})") from None
+        raise UsageError(f"SOURCE: got {str(source)!r}, must be a .json file written by stage instantid ({error})") from None
 
 
-def _person(profile: Profile, shot: Shot) -> FaceFeatures:
-    """The features of the shot's person."""
+def _face_of(profile: Profile, shot: Shot) -> FaceFeatures:
+    """Compute the face features from the shot's photos."""
     if not InstantIDStage.applies(shot):
-        raise UsageError("face_image: got nothing, the stage needs a face; name a photo by -s face_image=PHOTO")
+        raise UsageError("face_image: got nothing, the stage needs a face; pass a photo with -s face_image=PHOTO")
     with InstantIDStage(profile.params(InstantIDStage)) as stage:
         try:
             return stage([with_images(Item(shot), stage.takes)])[0]["face"]
@@ -108,26 +111,26 @@ def _person(profile: Profile, shot: Shot) -> FaceFeatures:
             raise StepFailed(stage.name, error) from error
 
 
-def _clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
-    if source.suffix.lower() not in CLIP_ENDINGS:
+def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
+    if source.suffix.lower() not in CLIP_SUFFIXES:
         return Artefacts(frames=read_image(source)[None]), shot.fps
     with open_video(source) as video:
         return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 
 
-def _write(given: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile) -> None:
-    clip: Frames | None = given.get("hd_frames", given.get("frames"))
-    if "face" in given and out.suffix.lower() == ".json":
-        write_atomically(out, face_to_json(given["face"]))
-    elif likeness := given.get("image_likeness", given.get("clip_likeness")):
+def _write(result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile) -> None:
+    clip: Frames | None = result.get("hd_frames", result.get("frames"))
+    if "face" in result and out.suffix.lower() == ".json":
+        write_atomically(out, face_to_json(result["face"]))
+    elif likeness := result.get("image_likeness", result.get("clip_likeness")):
         write_atomically(out, likeness_to_json(likeness))
-    elif "face" in given:
-        write_png(out, pose_picture(given["face"], shot))
+    elif "face" in result:
+        write_png(out, pose_picture(result["face"], shot))
     elif clip is None:
-        write_png(out, given["image"])
+        write_png(out, result["image"])
     elif out.suffix.lower() == ".mp4":
         write_clip(out, [clip], fps, profile.encode)
     elif len(clip) == 1:
         write_png(out, clip[0])
     else:
-        raise UsageError(f"--out: got {str(out)!r} for {len(clip)} frames, must be .mp4")
+        raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for {len(clip)} frames")

@@ -1,4 +1,4 @@
-"""`progress.jsonl`: how a run goes, for programs; one JSON object a line, the last run's."""
+"""`progress.jsonl`: progress events of a run for programs, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -12,76 +12,77 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vidgen_ray.batch.run_progress import Snapshot
-from vidgen_ray.cli.run_pace import RunPace
+from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.outputs.manifest import ManifestRow
 
-STATUS_EVERY_S = 5.0
+STATUS_INTERVAL_S = 5.0
+"""Seconds between two `status` events."""
 
 
 class ProgressFile(AbstractContextManager["ProgressFile"]):
-    """Appends an event a line to `path`, from the moment the run is planned; the file of the run before is kept as
-    `progress.1.jsonl`.
+    """Progress listener that writes events to `path` once the run is planned.
 
-    Events: `planned`, `ended` (of shots done and failed; those done before are in `planned` alone), `status`, and
-    `finished`, which is missing where the process was killed. Each has `at` (UTC) and `elapsed_s`. A disk that takes no
-    more ends the file, not the run.
+    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned`, `ended` (shots that are done or failed;
+    shots that were already done are only counted in `planned`), `status`, and `finished`, which is missing if the process
+    was killed. Each event has `at` (UTC) and `elapsed_s`. If the file cannot be written, it ends and the run continues.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
         self._clock = clock
-        self._begun = clock()
-        self._told_status = -STATUS_EVERY_S
-        self._pace = RunPace()
+        self._started = clock()
+        self._last_status = -STATUS_INTERVAL_S
+        self._tracker = ProgressTracker(clock)
         self._file: TextIO | None = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        counts = {"done": self._pace.done, "failed": self._pace.failed, "skipped": self._pace.skipped}
-        self._write("finished", **counts, complete=not self._pace.remaining, error=kind.__name__ if kind else None)
+        tracker = self._tracker
+        counts = {"done": tracker.done, "failed": tracker.failed, "skipped": tracker.skipped}
+        self._write("finished", **counts, complete=not tracker.remaining, error=kind.__name__ if kind else None)
         self._close()
 
     def on_rejected(self, row: ManifestRow) -> None:
-        """Nothing: how many there were is in `planned`, and which they were in `failures.jsonl`."""
+        """Do nothing. `planned` contains the number of rejected lines, and `failures.jsonl` the lines."""
 
-    def on_planned(self, total: int, done_before: int, refused: int) -> None:
-        self._pace.plan(total, done_before, refused, self._clock())
+    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
+        self._tracker.on_planned(total, done_before, rejected)
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
-            # Whoever follows the file sees whole lines, at once.
+            # Line-buffered: readers that follow the file see complete lines immediately.
             self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._write("planned", total=total, done_before=done_before, refused=refused)
+        self._write("planned", total=total, done_before=done_before, refused=rejected)
 
     def on_finished(self, row: ManifestRow) -> None:
-        self._pace.count(row, self._clock())
+        self._tracker.on_finished(row)
         if row.status == "done":
             self._write("ended", id=row.id, status=row.status, seconds=row.seconds)
         elif row.status == "failed":
             self._write("ended", id=row.id, status=row.status, stage=row.failure_stage, error=row.failure_error)
 
     def on_status(self, snapshot: Snapshot) -> None:
+        self._tracker.on_status(snapshot)
         now = self._clock()
-        self._pace.see(snapshot, now)
-        if now - self._told_status < STATUS_EVERY_S:
+        if now - self._last_status < STATUS_INTERVAL_S:
             return
-        self._told_status = now
+        self._last_status = now
         stages = {name: stage._asdict() for name, stage in snapshot.stages.items()}
-        eta = self._pace.eta(now)
+        eta = self._tracker.eta()
         self._write(
             "status",
-            remaining=self._pace.remaining,
+            remaining=self._tracker.remaining,
             in_progress=snapshot.in_progress,
             gpus_busy=snapshot.gpus_busy,
-            eta_s=[round(end, 1) for end in eta] if eta else None,
+            eta_s=[round(seconds, 1) for seconds in eta] if eta else None,
             stages=stages,
         )
 
     def _write(self, event: str, **fields: Any) -> None:
         if self._file is None:
             return
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"event": event, "at": moment, "elapsed_s": round(self._clock() - self._begun, 3), **fields}
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"event": event, "at": at, "elapsed_s": round(self._clock() - self._started, 3), **fields}
         try:
             self._file.write(json.dumps(line) + "\n")
         except OSError:

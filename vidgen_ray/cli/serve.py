@@ -1,4 +1,4 @@
-"""`vidgen serve`: one command from a profile to a server that answers, and its orderly end."""
+"""`vidgen serve`: start a server and shut it down gracefully."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.strict_yaml import StrictLoader
 
-GRACE_S = 60.0
 
+def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
+    """Return the settings of a YAML file, overridden by the options that are not `None`.
 
-def settings_of(file: Path | None, told: dict[str, Any]) -> OnlineSettings:
-    """The settings of a YAML file, and over them those that are told and not none.
-
-    Raises UsageError with the setting, what was got and what is allowed.
+    Raises UsageError with the invalid setting and what is allowed.
     """
     content: Any = {}
     if file is not None:
@@ -32,15 +30,16 @@ def settings_of(file: Path | None, told: dict[str, Any]) -> OnlineSettings:
         except OSError as error:
             raise UsageError(f"settings {file}: cannot be read ({error.strerror})") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UsageError(f"settings {file}: not YAML: {' '.join(str(error).split())}") from None
+            raise UsageError(f"settings {file}: invalid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
-            raise UsageError(f"settings {file}: must be names and values, as `port: 8000`")
+            raise UsageError(f"settings {file}: must be a mapping of settings to values, e.g. `port: 8000`")
     try:
-        return OnlineSettings.model_validate({**content, **{name: value for name, value in told.items() if value is not None}})
+        overrides = {name: value for name, value in options.items() if value is not None}
+        return OnlineSettings.model_validate({**content, **overrides})
     except ValidationError as error:
         detail = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, detail["loc"])) or "the settings"
-        raise UsageError(f"{f'settings {file}' if file else 'serve'}, {where}: {detail['msg']}") from None
+        setting = ".".join(map(str, detail["loc"])) or "settings"
+        raise UsageError(f"{f'settings {file}' if file else 'serve'}, {setting}: {detail['msg']}") from None
 
 
 def serve_command(
@@ -50,9 +49,9 @@ def serve_command(
     grace_s: float,
     stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME,
 ) -> None:
-    """The body of the command; until it is told to stop. `stages` are what runs under each stage's name.
+    """Run the server until it is stopped. `stages`: stage name -> class that implements it.
 
-    Raises SetupError, ProfileError.
+    Raises SetupError and ProfileError.
     """
     from vidgen_ray.cli.stop_signals import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
@@ -66,35 +65,38 @@ def serve_command(
     check_reach(settings.host, keys)
     if address is None:
         check_port(settings.host, settings.port)
-    # What is wrong with the database is told here, before anything is started.
+    # Report database errors before anything is started.
     open_store(settings).close()
-    of = server_plan(settings, this_machine) if address is None else None
-    # A busy machine takes longer than the 5 s after which Serve gives its proxy up. Its controller reads this.
+    plan = server_plan(settings, this_machine) if address is None else None
+    # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
-    with stoppable(grace_s, "jobs") as stop, connected(address, of.cpus if of else 0):
-        of = of or server_plan(settings, live_cluster)
-        for stage, why in of.serving_profile.unavailable.items():
-            typer.echo(f"{stage} is not served: {why}", err=True)
-        with serving(of, stages) as server:
+    with stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
+        plan = plan or server_plan(settings, live_cluster)
+        for stage, reason in plan.serving_profile.unavailable.items():
+            typer.echo(f"Stage {stage} is unavailable: {reason}", err=True)
+        with serving(plan, stages) as server:
             server.wait_until_it_answers(stop)
             if not stop.is_set():
-                key = "a key of yours" if keys.are_required else "no key"
-                typer.echo(f"{server.url}/ is up, with profile {settings.profile}; {_kept(settings)}")
-                typer.echo(f"open it in a browser, or point an OpenAI client at {server.url}/v1 with {key}; Ctrl-C ends it")
-            server.wait_until_it_renders(stop, lambda why: typer.echo(f"vidgen: {why}", err=True))
+                key = "an API key" if keys.are_required else "no API key"
+                typer.echo(f"Serving profile {settings.profile} at {server.url}/. {_storage(settings)}")
+                typer.echo(
+                    f"Open the URL in a browser, or use an OpenAI client with {server.url}/v1 and {key}. Ctrl-C to stop."
+                )
+            server.wait_until_it_renders(stop, lambda message: typer.echo(f"vidgen: {message}", err=True))
             if not stop.is_set():
-                typer.echo("models are loaded")
+                typer.echo("Models loaded.")
             wait_for(stop, server)
             if left := server.drain(grace_s):
                 typer.echo(
-                    f"{left} job{'s' if left > 1 else ''} went back into the queue; the next start goes on with them", err=True
+                    f"Returned {left} job{'s' if left > 1 else ''} to the queue. Start the server again to resume.", err=True
                 )
 
 
-def _kept(settings: OnlineSettings) -> str:
-    """Where what outlives the server is; of a database's URL nothing that opens it."""
+def _storage(settings: OnlineSettings) -> str:
+    """Describe where results and jobs are stored, without the database password."""
     from sqlalchemy import make_url
 
     if settings.database is None:
-        return f"results and jobs are in {settings.data}"
-    return f"results are in {settings.data}, jobs in {make_url(settings.database).render_as_string(hide_password=True)}"
+        return f"Results and jobs are stored in {settings.data}."
+    database = make_url(settings.database).render_as_string(hide_password=True)
+    return f"Results are stored in {settings.data}, jobs in {database}."

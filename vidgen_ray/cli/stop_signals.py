@@ -1,4 +1,4 @@
-"""How a run is told to stop: by SIGTERM, as job schedulers and spot machines do, or by Ctrl-C."""
+"""Graceful stop on SIGTERM, which job schedulers and spot instances send, and on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import typer
 
 
 @contextmanager
-def stoppable(grace_s: float, what: str = "shots") -> Iterator[threading.Event]:
-    """An event that the first signal sets; the second one interrupts the block at once."""
+def stoppable(grace_s: float, unit: str = "shots") -> Iterator[threading.Event]:
+    """Yield an event that the first signal sets. A second signal raises KeyboardInterrupt in the block."""
     stop = threading.Event()
 
-    def told(_number: int, _frame: FrameType | None) -> None:
+    def handle(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        typer.echo(f"vidgen: finishing the {what} in progress, {grace_s:g} s at most; once more to stop at once", err=True)
+        typer.echo(
+            f"vidgen: stopping. Finishing the {unit} in progress for up to {grace_s:g} s. Press Ctrl-C again to stop now.",
+            err=True,
+        )
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One picture of a whole run: a row a shot, from the first stage to the last frame."""
+"""Contact sheet: one image of a run, with a row per shot from the first stage to the last frame."""
 
 import io
 import textwrap
@@ -24,22 +24,22 @@ BACKGROUND, INK, FAINT = (24, 24, 27), (228, 228, 231), (161, 161, 170)
 
 
 def write_contact_sheet(out: Path) -> Path:
-    """Draw `OUT/contact_sheet.jpg` from the shots that are done: kept stages, picture, three frames of the clip."""
+    """Draw `OUT/contact_sheet.jpg` from the finished shots: kept stages, image and three frames of the clip."""
     rows = [row for row in read_manifest(out) if row.status != "failed"]
-    drawn = [(row, _cells(out, row)) for row in sorted(rows, key=lambda row: row.line or 0)]
-    columns = list(dict.fromkeys(name for name in _column_names() if any(name in cells for _, cells in drawn)))
-    heights_px = [max([LABEL_HEIGHT_PX, *(cell.height for cell in cells.values())]) for _, cells in drawn]
+    shots = [(row, _cells(out, row)) for row in sorted(rows, key=lambda row: row.line or 0)]
+    columns = list(dict.fromkeys(name for name in _column_names() if any(name in cells for _, cells in shots)))
+    heights_px = [max([LABEL_HEIGHT_PX, *(cell.height for cell in cells.values())]) for _, cells in shots]
     width = LABEL_WIDTH_PX + len(columns) * (CELL_PX + GAP_PX) + GAP_PX
     height = HEADER_PX + GAP_PX + sum(height + GAP_PX for height in heights_px)
     sheet = PILImage.new("RGB", (width, height), BACKGROUND)
-    pen = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
     for number, name in enumerate(columns):
-        pen.text((LABEL_WIDTH_PX + number * (CELL_PX + GAP_PX), GAP_PX), name, FAINT, font)
+        draw.text((LABEL_WIDTH_PX + number * (CELL_PX + GAP_PX), GAP_PX), name, FAINT, font)
     top = HEADER_PX + GAP_PX
-    for (row, cells), height_px in zip(drawn, heights_px, strict=True):
-        pen.text((GAP_PX, top), row.id, INK, font)
-        pen.multiline_text((GAP_PX, top + 18), _wrapped(row.prompt or ""), FAINT, font, spacing=2)
+    for (row, cells), height_px in zip(shots, heights_px, strict=True):
+        draw.text((GAP_PX, top), row.id, INK, font)
+        draw.multiline_text((GAP_PX, top + 18), _wrap(row.prompt or ""), FAINT, font, spacing=2)
         for name, cell in cells.items():
             sheet.paste(cell, (LABEL_WIDTH_PX + columns.index(name) * (CELL_PX + GAP_PX), top))
         top += height_px + GAP_PX
@@ -56,7 +56,7 @@ def _column_names() -> Sequence[str]:
 
 
 def _cells(out: Path, row: ManifestRow) -> dict[str, PILImage.Image]:
-    """Scaled at once: the sheet of a long run never holds its frames at full size."""
+    """Return column name -> thumbnail. Images are scaled down here to limit the memory of long runs."""
     folder = out / "shots" / row.id
     cells = {name: read_image(folder / f"{name}.png") for name in _column_names() if (folder / f"{name}.png").exists()}
     clip = row.hd_video or row.video
@@ -65,15 +65,15 @@ def _cells(out: Path, row: ManifestRow) -> dict[str, PILImage.Image]:
             last = video.frame_count - 1
             frames = video.frames_at([0, last // 2, last])
         cells |= dict(zip(("first frame", "middle frame", "last frame"), frames, strict=True))
-    return {name: _scaled(image) for name, image in cells.items()}
+    return {name: _thumbnail(image) for name, image in cells.items()}
 
 
-def _scaled(image: Image) -> PILImage.Image:
-    """At most CELL_PX wide and high, the shape kept."""
-    picture = PILImage.fromarray(np.asarray(image))
-    picture.thumbnail((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS)
-    return picture
+def _thumbnail(image: Image) -> PILImage.Image:
+    """Scale an image to fit into CELL_PX x CELL_PX, keeping its aspect ratio."""
+    thumbnail = PILImage.fromarray(np.asarray(image))
+    thumbnail.thumbnail((CELL_PX, CELL_PX), PILImage.Resampling.LANCZOS)
+    return thumbnail
 
 
-def _wrapped(text: str, width: int = 30, lines: int = 4) -> str:
+def _wrap(text: str, width: int = 30, lines: int = 4) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))

@@ -1,4 +1,4 @@
-"""`OUT/index.html`: every shot with its clip, its words and what became of it. One file, no network, opens from disk."""
+"""Gallery: `OUT/index.html` with the clip, the prompt and the result of every shot. Works offline, from disk."""
 
 import heapq
 from collections import Counter
@@ -12,20 +12,20 @@ from vidgen_ray.outputs.manifest import manifest_batches
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.stages.likeness import frames_seen
 
-SHOTS_SHOWN = 500
-"""A browser with more players than this is no longer a gallery; the manifest has them all."""
+MAX_SHOTS = 500
+"""Maximum number of shots in the gallery. Browsers become slow with more players."""
 FILE = "index.html"
 
 
 def write_gallery(out: str | Path) -> Path | str:
-    """Write the page from the manifest, failures first. Returns where it lies: a path, or a URL."""
+    """Write the gallery from the manifest, failures first. Return its path or URL."""
     storage = storage_at(out)
     shown: list[dict[str, Any]] = []
     count: Counter[str] = Counter(done=0, skipped=0, failed=0)
     for batch in manifest_batches(storage):
         rows = batch.to_pylist()
         count.update(row["status"] for row in rows)
-        shown = heapq.nsmallest(SHOTS_SHOWN, [*shown, *rows], key=lambda row: (row["status"] != "failed", row["line"] or 0))
+        shown = heapq.nsmallest(MAX_SHOTS, [*shown, *rows], key=lambda row: (row["status"] != "failed", row["line"] or 0))
     environment = Environment(loader=PackageLoader("vidgen_ray.report", "."), autoescape=True)
     page = environment.get_template("gallery.html").render(rows=shown, count=count, total=count.total(), likeness=likeness_text)
     storage.write(FILE, page)
@@ -33,11 +33,11 @@ def write_gallery(out: str | Path) -> Path | str:
 
 
 def likeness_text(row: Mapping[str, Any]) -> str | None:
-    """`face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face`, or none for a row whose shot has no face."""
+    """Return `face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face`. `None` for a shot without a face."""
     missing, image, mean = (row[name] for name in ("frames_without_face", "image_likeness", "clip_likeness_mean"))
     if missing is None:
         return None
-    text = "no face found in the picture" if image is None else f"face {image:.2f}"
+    text = "no face found in the image" if image is None else f"face {image:.2f}"
     if row["num_frames"] is None:
         return text
     if mean is None:

@@ -1,1 +1,1 @@
-"""Read scripts and check every line."""
+"""Read scripts and validate their lines."""

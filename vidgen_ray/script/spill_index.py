@@ -1,4 +1,4 @@
-"""What is remembered of a script while it is checked: its ids and its refused lines, on disk beyond a few megabytes."""
+"""Index of a script's ids and rejected lines while it is read. Spills to disk beyond a few megabytes."""
 
 import json
 import pickle
@@ -11,66 +11,66 @@ from typing import Any, Self
 from vidgen_ray.errors import SetupError
 
 MEMORY_KB = 16_000
-"""Of ids; the rest is in a file that sqlite removes."""
+"""Memory for ids, in kB. SQLite spills the rest to a temporary file."""
 MEMORY_BYTES = 1_000_000
-"""Of refused lines."""
+"""Memory for rejected lines, in bytes. The rest is in a temporary file."""
 
 
 class ScriptIndex:
-    """Empty at first, gone at the end of its `with` block. Its files are in TMPDIR: 60 bytes an id, refused lines whole.
+    """Ids and rejected lines of a script. A context manager: its temporary files exist until the end of the block.
 
-    Raises SetupError where there is no room for them.
+    The files are in TMPDIR: 60 bytes per id, and the complete rejected lines. Raises SetupError if TMPDIR is full.
     """
 
     def __enter__(self) -> Self:
-        # Without a name: a database of our own, in memory until it outgrows its cache. It is never read again after a
-        # crash, so nothing is ever committed, flushed or journalled.
+        # The empty name creates a private database, in memory until it outgrows its cache. It is not needed after a
+        # crash, so nothing is committed, flushed or journalled.
         self._ids = sqlite3.connect("", isolation_level=None)
         for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{MEMORY_KB}"):
             self._ids.execute(f"PRAGMA {setting}")
         self._ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID")
         self._ids.execute("BEGIN")
-        self._refused = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)
+        self._rejected = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ids.close()
-        self._refused.close()
+        self._rejected.close()
         if isinstance(error, sqlite3.Error):
-            raise _no_room(error)
+            raise _disk_full(error)
 
     def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """Those of the ids that shots have, with the line of each."""
-        found = self._ids.execute(
+        """Return id -> line number of the ids that shots use."""
+        rows = self._ids.execute(
             "SELECT id, line FROM ids WHERE line IS NOT NULL AND id IN (SELECT value FROM json_each(?))", (json.dumps(ids),)
         )
-        return dict(found)
+        return dict(rows)
 
     def add(self, lines: Mapping[str, int]) -> None:
-        """Ids of shots, which nobody has so far, and the line of each."""
+        """Add unused ids of shots: id -> line number."""
         self._ids.executemany("INSERT INTO ids VALUES (?, ?)", lines.items())
 
     def claim(self, line_id: str) -> bool:
-        """Take an id for a refused line; whether it was free."""
+        """Reserve an id for a rejected line. Return false if the id is already used."""
         return self._ids.execute("INSERT OR IGNORE INTO ids VALUES (?, NULL)", (line_id,)).rowcount == 1
 
-    def set_aside(self, refused: object) -> None:
-        """Keep a refused line. Raises RecursionError for one that is nested too deeply."""
+    def add_rejected(self, line: object) -> None:
+        """Store a rejected line. Raises RecursionError if it is nested too deeply."""
         try:
-            self._refused.write(pickle.dumps(refused))
+            self._rejected.write(pickle.dumps(line))
         except OSError as error:
-            raise _no_room(error) from None
+            raise _disk_full(error) from None
 
-    def all_set_aside(self) -> Iterator[Any]:
-        """The refused lines, in the order in which they came. No more can be set aside then."""
-        end = self._refused.tell()
-        self._refused.seek(0)
-        while self._refused.tell() < end:
-            yield pickle.load(self._refused)
+    def rejected_lines(self) -> Iterator[Any]:
+        """Yield the rejected lines in order. No lines can be added after this."""
+        end = self._rejected.tell()
+        self._rejected.seek(0)
+        while self._rejected.tell() < end:
+            yield pickle.load(self._rejected)
 
 
-def _no_room(error: Exception) -> SetupError:
+def _disk_full(error: Exception) -> SetupError:
     return SetupError(
-        f"the folder for temporary files, {tempfile.gettempdir()}, cannot hold the ids and refused lines of the script "
-        f"({error}); set TMPDIR to a folder with more room"
+        f"temporary folder {tempfile.gettempdir()}: cannot store the ids and rejected lines of the script ({error}); "
+        "set TMPDIR to a folder with more room"
     )

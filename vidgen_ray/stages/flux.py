@@ -47,7 +47,7 @@ class FluxStage(FluxFamilyStage):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.image is None and not shot.drawn_by_sdxl
+        return shot.image is None and not shot.uses_sdxl_base
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:

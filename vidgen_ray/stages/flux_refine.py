@@ -43,7 +43,7 @@ class FluxRefineStage(FluxFamilyStage):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.drawn_by_sdxl and not shot.lora
+        return shot.uses_sdxl_base and not shot.lora
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

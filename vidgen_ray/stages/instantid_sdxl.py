@@ -86,7 +86,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.drawn_by_sdxl
+        return shot.uses_sdxl_base
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:
