@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.online.web_server import JobDirector, QuickPipeline, chromium, free_port, listening_on
-from vidgen_ray.online.api.app import make_app
-from vidgen_ray.online.auth import hash_of, load_keys, new_key
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import hash_key, load_keys, new_key
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
@@ -128,7 +128,7 @@ def site(new_site) -> PageContext:
 def guarded(new_site, tmp_path) -> PageContext:
     """With keys, of two tenants."""
     keys = {"ann": new_key(), "ben": new_key()}
-    lines = [f"  - {{tenant: {tenant}, sha256: {hash_of(key)}}}\n" for tenant, key in keys.items()]
+    lines = [f"  - {{tenant: {tenant}, sha256: {hash_key(key)}}}\n" for tenant, key in keys.items()]
     (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(lines))
     return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
 

@@ -28,11 +28,11 @@ def new(
     as_json: JsonOption = False,
 ) -> None:
     """Make a key, show it once, and keep its sha256 only. Servers read their file when they start."""
-    from vidgen_ray.online.auth import KeyRecord, add_key, hash_of, new_key
+    from vidgen_ray.online.auth import KeyRecord, add_key, hash_key, new_key
 
     key = new_key()
     try:
-        record = KeyRecord(tenant=tenant, sha256=hash_of(key))
+        record = KeyRecord(tenant=tenant, sha256=hash_key(key))
     except ValidationError:
         allowed = "must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or a digit"
         raise UsageError(f"--tenant: got {tenant!r}, {allowed}") from None

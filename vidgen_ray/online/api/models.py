@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from vidgen_ray.online.api.deps import ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.response_models import Model, ModelPage
-from vidgen_ray.online.api.security import TenantDep
 
 router = APIRouter(tags=["models"])
 

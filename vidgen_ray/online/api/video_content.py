@@ -17,10 +17,10 @@ from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from vidgen_ray.media import cover_crop, open_video, read_image
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
-from vidgen_ray.online.api.security import TenantDep
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api_error import ApiError, not_found
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
 
@@ -88,7 +88,7 @@ async def video_content_head(
     return await video_content(request, server, tenant, video_id, variant)
 
 
-async def content_of(server: Server, job: Job, variant: Variant, request: Request) -> Response:
+async def content_of(server: ServerContext, job: Job, variant: Variant, request: Request) -> Response:
     """A file of a completed job, or what of it the request asks for. Raises ApiError 404 or 416."""
     folder, files = await asyncio.to_thread(_files, server.outputs, job)
     name = _name(files, variant)

@@ -8,11 +8,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.response_models import VideoDeleted, video_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import job_of
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 
 PING_S = 15
@@ -37,8 +37,8 @@ async def video_events(
     return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S, headers={"X-Accel-Buffering": "no"})
 
 
-async def _events(server: Server, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
-    async for now in server.followers.follow(job):
+async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
+    async for now in server.job_feed.follow(job):
         if now is None:
             yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
         # The end is always told: a browser that has missed it would ask for ever.

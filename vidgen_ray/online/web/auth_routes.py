@@ -6,10 +6,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, is_same_origin
 from vidgen_ray.online.inputs.uploads import small_form
-from vidgen_ray.online.web.origin import same_origin
 from vidgen_ray.online.web.page_context import PageContext, base_of
-from vidgen_ray.online.web.sessions import COOKIE, LIFE_S
 
 
 def door_routes(site: PageContext) -> APIRouter:
@@ -17,27 +16,26 @@ def door_routes(site: PageContext) -> APIRouter:
 
     @router.get("/sign-in")
     async def ask(request: Request) -> Response:
-        if await site.tenant(request):
+        if await run_in_threadpool(site.server.auth.page_tenant, request):
             return RedirectResponse(f"{base_of(request)}/", 303)
         return site.answer(request, "sign_in.html", error=None)
 
     @router.post("/sign-in")
     async def sign_in(request: Request) -> Response:
-        if not same_origin(request):
+        if not is_same_origin(request):
             return refusal(site, request)
         try:
             key = (await small_form(request, site.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
             return site.answer(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        tenant = site.server.keys.verify(key) if key else None
-        if tenant is None:
-            return site.answer(request, "sign_in.html", 403, error="No key of this server is like this one.")
-        token = await run_in_threadpool(site.sessions.open, tenant.key_id)
+        token = await run_in_threadpool(site.server.auth.sign_in, key)
+        if token is None:
+            return site.answer(request, "sign_in.html", 403, error="Invalid API key.")
         answer = RedirectResponse(f"{base_of(request)}/", 303)
         answer.set_cookie(
-            COOKIE,
+            SESSION_COOKIE,
             token,
-            max_age=LIFE_S,
+            max_age=SESSION_S,
             path=f"{base_of(request)}/",
             # From a proxy that ends TLS, as it says; who says so falsely only keeps himself out.
             secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto")),
@@ -48,12 +46,11 @@ def door_routes(site: PageContext) -> APIRouter:
 
     @router.post("/sign-out")
     async def sign_out(request: Request) -> Response:
-        if not same_origin(request):
+        if not is_same_origin(request):
             return refusal(site, request)
-        if token := request.cookies.get(COOKIE):
-            await run_in_threadpool(site.sessions.close, token)
+        await run_in_threadpool(site.server.auth.sign_out, request)
         answer = RedirectResponse(f"{base_of(request)}/sign-in", 303)
-        answer.delete_cookie(COOKIE, path=f"{base_of(request)}/", httponly=True, samesite="strict")
+        answer.delete_cookie(SESSION_COOKIE, path=f"{base_of(request)}/", httponly=True, samesite="strict")
         return answer
 
     return router

@@ -53,7 +53,7 @@ async def accepted(
     # A form that is sent twice asks once; one that was changed in between asks for something else.
     once = received.fields.get("once")
     key = f"page-{once}-{received.fingerprint[:32]}" if isinstance(once, str) and WORD.fullmatch(once) else None
-    jobs = await server.intake.accept(
+    jobs = await server.job_service.accept(
         tenant, JobKind.VIDEO, [fields], about, idempotency_key=key, fingerprint=received.fingerprint
     )
     return jobs[0], saved
@@ -72,7 +72,7 @@ async def _saved(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile]
         raise FormError({"save_as": f"Must be 1 to {NAME_LETTERS} printable letters."})
     kept = await _kept(site, tenant, photos)
     try:
-        await site.server.faces.in_turn(lambda: _check_faces(site, tenant, kept))
+        await site.server.face_check.in_turn(lambda: _check_faces(site, tenant, kept))
         return await run_in_threadpool(site.server.store.characters.create, tenant.name, name, kept)
     except StageError as error:
         raise FormError({"photo": str(error).removeprefix("face_image: ").capitalize() + "."}) from None
@@ -85,14 +85,14 @@ async def _kept(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile])
     ids = []
     for photo in photos:
         await photo.seek(0)
-        upload = await run_in_threadpool(site.server.intake.uploads.keep, tenant.name, photo.file, "photo")
+        upload = await run_in_threadpool(site.server.job_service.uploads.keep, tenant.name, photo.file, "photo")
         ids.append(upload.id)
     return ids
 
 
 def _check_faces(site: PageContext, tenant: Tenant, ids: Sequence[str]) -> None:
-    paths = [site.server.intake.uploads.find(tenant.name, each) for each in ids]
-    site.server.faces.check([read_image(path) for path in paths if path is not None])
+    paths = [site.server.job_service.uploads.find(tenant.name, each) for each in ids]
+    site.server.face_check.check([read_image(path) for path in paths if path is not None])
 
 
 async def job_of(site: PageContext, tenant: Tenant, job_id: object) -> Job | None:
@@ -104,4 +104,4 @@ async def job_of(site: PageContext, tenant: Tenant, job_id: object) -> Job | Non
 
 def as_asked(site: PageContext, job: Job) -> Mapping[str, Any]:
     """The fields by which the same shot could be asked for again."""
-    return shown(job.shot, site.server.settings, site.server.intake.uploads)
+    return shown(job.shot, site.server.settings, site.server.job_service.uploads)

@@ -6,16 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from vidgen_ray.online.api.deps import Server
-from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.web.job_cards import ACTIVE, Card, card_of
-from vidgen_ray.online.web.origin import check_is_local, check_url
-from vidgen_ray.online.web.sessions import COOKIE, Sessions
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
@@ -37,10 +33,9 @@ HEADERS = {
 class PageContext:
     """Shared by the routes; holds no state of a request."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerContext) -> None:
         self.server = server
         self.lora_names = {path: name for name, path in server.settings.loras.items()}
-        self.sessions = Sessions(server.store.engine)
         self._templates = Environment(
             loader=PackageLoader("vidgen_ray.online.web"),
             autoescape=True,
@@ -69,24 +64,6 @@ class PageContext:
             "live": str(macros.live(card)) if job.state in ACTIVE else None,
             "card": str(macros.card_item(card)) if with_card else None,
         }
-
-    async def tenant(self, request: Request) -> Tenant | None:
-        """Who is signed in; on a server without keys everybody is the one tenant. Raises ApiError 400, 403 and 429."""
-        check_url(request)
-        if not self.server.keys.are_required:
-            check_is_local(request)
-        tenant = await run_in_threadpool(self.tenant_now, request)
-        if tenant is not None:
-            self.server.rate.check(tenant)
-        return tenant
-
-    def tenant_now(self, request: Request) -> Tenant | None:
-        """Who is signed in, for a caller that may block and has checked the rest."""
-        if not self.server.keys.are_required:
-            return self.server.keys.verify(None)
-        token = request.cookies.get(COOKIE)
-        key_id = self.sessions.key_id(token) if token else None
-        return self.server.keys.by_id(key_id) if key_id else None
 
 
 def base_of(request: Request) -> str:

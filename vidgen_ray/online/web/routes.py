@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.auth import Tenant, is_same_origin
 from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.store.jobs import FINAL, Job
 from vidgen_ray.online.store.store import UnknownJob
@@ -27,7 +27,6 @@ from vidgen_ray.online.web.forms import (
 )
 from vidgen_ray.online.web.job_cards import ACTIVE
 from vidgen_ray.online.web.live_updates import changes
-from vidgen_ray.online.web.origin import same_origin
 from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_of, wants_json
 from vidgen_ray.shot import Shot
 
@@ -46,17 +45,17 @@ def page_routes(site: PageContext) -> APIRouter:
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def index(request: Request) -> Response:
-        tenant = await site.tenant(request)
+        tenant = await run_in_threadpool(site.server.auth.page_tenant, request)
         if tenant is None:
             return RedirectResponse(f"{base_of(request)}/sign-in", 303)
         return await run_in_threadpool(_page, site, request, tenant)
 
     @router.post("/")
     async def create(request: Request) -> Response:
-        tenant = await site.tenant(request)
+        tenant = await run_in_threadpool(site.server.auth.page_tenant, request)
         if tenant is None:
             return _signed_out(request)
-        if not same_origin(request):
+        if not is_same_origin(request):
             return refusal(site, request)
         values = FormValues()
         try:
@@ -83,7 +82,7 @@ def page_routes(site: PageContext) -> APIRouter:
 
     @router.get("/events")
     async def events(request: Request) -> Response:
-        tenant = await site.tenant(request)
+        tenant = await run_in_threadpool(site.server.auth.page_tenant, request)
         if tenant is None:
             return _signed_out(request)
         since = request.query_params.get("since", "")
@@ -94,7 +93,7 @@ def page_routes(site: PageContext) -> APIRouter:
             return site.written(job, base, with_card)
 
         def allowed() -> bool:
-            return site.tenant_now(request) is not None
+            return site.server.auth.session_tenant(request) is not None
 
         stream = changes(site.server.store, tenant.name, cursor, written, allowed)
         return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
@@ -103,20 +102,20 @@ def page_routes(site: PageContext) -> APIRouter:
 
 
 async def _change(site: PageContext, request: Request, job_id: str, what: str) -> Response:
-    tenant = await site.tenant(request)
+    tenant = await run_in_threadpool(site.server.auth.page_tenant, request)
     if tenant is None:
         return _signed_out(request)
-    if not same_origin(request):
+    if not is_same_origin(request):
         return refusal(site, request)
     base = base_of(request)
-    job = await site.server.intake.cancel(tenant, job_id) if what == "cancel" else await job_of(site, tenant, job_id)
+    job = await site.server.job_service.cancel(tenant, job_id) if what == "cancel" else await job_of(site, tenant, job_id)
     if job is None:
         message = "This clip is not there any more."
         if wants_json(request):
             return JSONResponse({"message": message}, 404, HEADERS)
         return site.answer(request, "message.html", 404, heading="Not found", message=message)
     if what == "delete":
-        await site.server.intake.delete(tenant, job_id)
+        await site.server.job_service.delete(tenant, job_id)
     if wants_json(request):
         return JSONResponse({"deleted": True} if what == "delete" else {"job": site.written(job, base)}, headers=HEADERS)
     return RedirectResponse(f"{base}/#gallery" if what == "delete" else f"{base}/#{job_id}", 303)
@@ -154,7 +153,7 @@ def _page(
         error.status if error else 200,
         cursor=cursor,
         first_page=after is None,
-        signed_in=site.server.keys.are_required,
+        signed_in=site.server.auth.keys_are_required,
         profile=site.server.serving_profile.profile.name,
         # One that ended between the two reads is in both lists.
         queue=[site.card(job, base) for job in queue.jobs if job.id not in {ended.id for ended in gallery.jobs}],
