@@ -34,7 +34,7 @@ async def video_events(
 ) -> EventSourceResponse:
     """Follow a clip until it has ended. The stream of one that has ended is its last event."""
     job = await job_of(server, tenant, video_id)
-    return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S, headers={"X-Accel-Buffering": "no"})
+    return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S)
 
 
 async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:

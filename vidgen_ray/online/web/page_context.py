@@ -52,7 +52,7 @@ class PageContext:
     def card(self, job: Job, base: str) -> Card:
         return card_of(job, base, self.lora_names)
 
-    def written(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
+    def job_update(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
         """A job as the script takes it: how far it is, and its card as markup where that is asked for."""
         card = self.card(job, base)
         macros: Any = self._templates.get_template("card.html").make_module({"base": base})

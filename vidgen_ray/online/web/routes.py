@@ -1,17 +1,16 @@
 """The page itself: what is shown, what a form asks for, and the stream of what changes."""
 
 import secrets
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Tenant, is_same_origin
 from vidgen_ray.online.inputs.uploads import receive
-from vidgen_ray.online.store.jobs import FINAL, Job
+from vidgen_ray.online.store.jobs import FINAL
 from vidgen_ray.online.store.store import UnknownJob
 from vidgen_ray.online.web.auth_routes import refusal
 from vidgen_ray.online.web.form_submission import accepted, as_asked, job_of
@@ -26,7 +25,7 @@ from vidgen_ray.online.web.forms import (
     sizes_like,
 )
 from vidgen_ray.online.web.job_cards import ACTIVE
-from vidgen_ray.online.web.live_updates import changes
+from vidgen_ray.online.web.live_updates import event_stream
 from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_of, wants_json
 from vidgen_ray.shot import Shot
 
@@ -37,7 +36,6 @@ CURSOR_DIGITS = 18
 """What a database counts with has one more."""
 PROMPT_LETTERS = 2_000
 """Of a prompt that comes in the page's address."""
-STREAM_HEADERS = {**HEADERS, "X-Accel-Buffering": "no"}
 
 
 def page_routes(site: PageContext) -> APIRouter:
@@ -67,7 +65,7 @@ def page_routes(site: PageContext) -> APIRouter:
         except ApiError as error:
             return await _refused(site, request, tenant, values, _as_form_error(error))
         if wants_json(request):
-            written = site.written(job, base_of(request))
+            written = site.job_update(job, base_of(request))
             character = {"id": saved.id, "name": saved.name} if saved else None
             return JSONResponse({"job": written, "once": _once(), "character": character}, 201, HEADERS)
         return RedirectResponse(f"{base_of(request)}/#{job.id}", 303)
@@ -87,16 +85,7 @@ def page_routes(site: PageContext) -> APIRouter:
             return _signed_out(request)
         since = request.query_params.get("since", "")
         cursor = int(since) if is_number(since, CURSOR_DIGITS) else await run_in_threadpool(site.server.store.latest)
-        base = base_of(request)
-
-        def written(job: Job, with_card: bool) -> dict[str, Any]:
-            return site.written(job, base, with_card)
-
-        def allowed() -> bool:
-            return site.server.auth.session_tenant(request) is not None
-
-        stream = changes(site.server.store, tenant.name, cursor, written, allowed)
-        return StreamingResponse(stream, media_type="text/event-stream", headers=STREAM_HEADERS)
+        return event_stream(site, request, tenant, cursor)
 
     return router
 
@@ -117,7 +106,7 @@ async def _change(site: PageContext, request: Request, job_id: str, what: str) -
     if what == "delete":
         await site.server.job_service.delete(tenant, job_id)
     if wants_json(request):
-        return JSONResponse({"deleted": True} if what == "delete" else {"job": site.written(job, base)}, headers=HEADERS)
+        return JSONResponse({"deleted": True} if what == "delete" else {"job": site.job_update(job, base)}, headers=HEADERS)
     return RedirectResponse(f"{base}/#gallery" if what == "delete" else f"{base}/#{job_id}", 303)
 
 
