@@ -178,7 +178,7 @@ class Authenticator:
         return tenant
 
     def page_tenant(self, request: Request) -> Tenant | None:
-        """Return the tenant signed in to the page and count the request, or return `None` if nobody is signed in.
+        """Return the tenant signed in to the page and count the request, or return `None` without a valid session.
 
         Raises ApiError: 400 for an invalid URL, 403 for another host, 429 over the rate limit.
         """

@@ -1,4 +1,4 @@
-"""What may stand in `model`: the profile, and its fast mode."""
+"""Values of the `model` field: the profile, and its fast mode."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", response_model=ModelPage, responses=error_responses())
 async def list_models(server: ServerDep, tenant: TenantDep) -> ModelPage:
-    """The first one is meant where a request names none."""
+    """List the models. The first is the default."""
     return ModelPage(data=[Model(id=name, created=server.started_at) for name in server.models])
 
 
 @router.get("/v1/models/{model_id}", response_model=Model, responses=error_responses(404))
 async def get_model(server: ServerDep, tenant: TenantDep, model_id: str) -> Model:
-    """Whether there is a model of this name."""
+    """Return a model."""
     name, _ = server.model(model_id)
     return Model(id=name, created=server.started_at)

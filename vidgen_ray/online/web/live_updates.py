@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_of
+from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
 
 PING_S = 15
 """Seconds between pings, which keep proxies from closing an idle stream."""
@@ -18,28 +18,28 @@ SESSION_CHECK_S = 15
 """Seconds between checks that the browser is still signed in."""
 
 
-def event_stream(site: PageContext, request: Request, tenant: Tenant, cursor: int) -> EventSourceResponse:
+def event_stream(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> EventSourceResponse:
     """Respond with the changes after `cursor`, until the browser disconnects or its session ends."""
-    return EventSourceResponse(_events(site, request, tenant, cursor), headers=HEADERS, ping=PING_S)
+    return EventSourceResponse(_events(context, request, tenant, cursor), headers=HEADERS, ping=PING_S)
 
 
-async def _events(site: PageContext, request: Request, tenant: Tenant, cursor: int) -> AsyncIterator[ServerSentEvent]:
+async def _events(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> AsyncIterator[ServerSentEvent]:
     """Yield one event for all jobs that changed together. Its id is the cursor from which the browser resumes."""
     # Sends the headers at once, even through proxies that wait for the first bytes of the body.
     yield ServerSentEvent(comment="open")
-    base = base_of(request)
+    base = base_path(request)
     states: dict[str, str] = {}
     checked_at = time.monotonic()
-    async with aclosing(site.server.job_feed.follow_tenant(tenant.name, cursor, SESSION_CHECK_S)) as feed:
+    async with aclosing(context.server.job_feed.follow_tenant(tenant.name, cursor, SESSION_CHECK_S)) as feed:
         async for changes in feed:
             if changes.jobs or changes.deleted:
                 # The whole card is sent only when the state changes.
-                jobs = [site.job_update(job, base, with_card=states.get(job.id) != job.state) for job in changes.jobs]
+                jobs = [context.job_update(job, base, with_card=states.get(job.id) != job.state) for job in changes.jobs]
                 states |= {job.id: job.state for job in changes.jobs}
                 data = json.dumps({"jobs": jobs, "deleted": [job.id for job in changes.deleted]})
                 yield ServerSentEvent(data, event="changes", id=str(changes.cursor))
             if time.monotonic() - checked_at >= SESSION_CHECK_S:
                 checked_at = time.monotonic()
-                if await run_in_threadpool(site.server.auth.session_tenant, request) is None:
+                if await run_in_threadpool(context.server.auth.session_tenant, request) is None:
                     yield ServerSentEvent("", event="signed-out", id=str(changes.cursor))
                     return

@@ -1,5 +1,4 @@
-"""What every route of the page needs: the templates, who is asking, and the headers that keep a browser from running or
-framing anything that is not ours."""
+"""Templates and security headers, shared by the routes of the page."""
 
 import hashlib
 from pathlib import Path
@@ -15,14 +14,14 @@ from vidgen_ray.online.web.job_cards import ACTIVE, Card, card_of
 
 STATIC = Path(__file__).parent / "static"
 HEADERS = {
-    # No inline script or style, nothing from elsewhere, no frame round it. blob: are the previews of chosen photos.
+    # No inline scripts or styles, no other origins, no framing. blob: allows previews of chosen photos.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Not no-referrer: that takes the origin from forms, by which their requests are known as ours.
+    # Not no-referrer: browsers would then send `Origin: null` with forms, and is_same_origin would reject them.
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
@@ -31,7 +30,7 @@ HEADERS = {
 
 
 class PageContext:
-    """Shared by the routes; holds no state of a request."""
+    """Renders the templates. Holds no state of a request."""
 
     def __init__(self, server: ServerContext) -> None:
         self.server = server
@@ -45,15 +44,15 @@ class PageContext:
         )
         self._assets = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(STATIC.iterdir()))).hexdigest()[:12]
 
-    def answer(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        page = self._templates.get_template(template).render(base=base_of(request), assets=self._assets, **values)
-        return HTMLResponse(page, status, HEADERS)
+    def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        html = self._templates.get_template(template).render(base=base_path(request), assets=self._assets, **values)
+        return HTMLResponse(html, status, HEADERS)
 
     def card(self, job: Job, base: str) -> Card:
         return card_of(job, base, self.lora_names)
 
     def job_update(self, job: Job, base: str, with_card: bool = True) -> dict[str, Any]:
-        """A job as the script takes it: how far it is, and its card as markup where that is asked for."""
+        """Return a job as page.js expects it: its progress and, with `with_card`, the HTML of its card."""
         card = self.card(job, base)
         macros: Any = self._templates.get_template("card.html").make_module({"base": base})
         return {
@@ -66,11 +65,11 @@ class PageContext:
         }
 
 
-def base_of(request: Request) -> str:
-    """Where the application is mounted, without a slash at the end."""
+def base_path(request: Request) -> str:
+    """Return the path at which the app is mounted, without a trailing slash."""
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
 def wants_json(request: Request) -> bool:
-    """Whether the page's script asks, and not a form by itself."""
+    """Return whether page.js sent the request, rather than a plain form."""
     return request.headers.get("accept") == "application/json"
