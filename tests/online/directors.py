@@ -22,7 +22,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.online.api.app import make_app
+from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings

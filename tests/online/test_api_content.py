@@ -1,4 +1,4 @@
-"""The files of a job over HTTP: ranges, tags, small pictures; and pictures while somebody waits."""
+"""Files of a job over HTTP: ranges, ETags and previews. Also the synchronous image API."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def content(client, clip, variant="video", method="GET", **headers):
 
 
 @pytest.mark.parametrize(
-    ("asked", "start", "stop"),
+    ("header", "start", "stop"),
     [
         ("bytes=0-0", 0, 1),
         ("bytes=0-99", 0, 100),
@@ -50,15 +50,15 @@ def content(client, clip, variant="video", method="GET", **headers):
         ("BYTES=5-6", 5, 7),
     ],
 )
-def test_a_range_is_that_part(client, clip, whole, asked, start, stop):
-    answer = content(client, clip, Range=asked)
+def test_range_request_returns_206_with_that_part(client, clip, whole, header, start, stop):
+    answer = content(client, clip, Range=header)
     assert answer.status_code == 206
     assert answer.content == whole[start:stop]
     first = start % len(whole)
     assert answer.headers["content-range"] == f"bytes {first}-{first + len(answer.content) - 1}/{len(whole)}"
 
 
-def test_several_ranges_come_in_parts(client, clip, whole):
+def test_several_ranges_return_multipart_byteranges(client, clip, whole):
     answer = content(client, clip, Range="bytes=0-9,20-29")
     assert answer.status_code == 206
     assert answer.headers["content-type"].startswith("multipart/byteranges")
@@ -66,31 +66,29 @@ def test_several_ranges_come_in_parts(client, clip, whole):
     assert whole[20:30] in answer.content
 
 
-@pytest.mark.parametrize(
-    "asked", ["bytes=x-y", "lines=0-5", "bytes=", "bytes=9-1", "bytes=-", "nonsense", "bytes=0-1,x", "bytes=--1"]
-)
-def test_a_range_that_is_none_gives_the_file(client, clip, whole, asked):
-    answer = content(client, clip, Range=asked)
+@pytest.mark.parametrize("header", ["bytes=x-y", "lines=0-5", "bytes=", "bytes=9-1", "bytes=-", "nonsense"])
+def test_invalid_range_header_is_ignored(client, clip, whole, header):
+    answer = content(client, clip, Range=header)
     assert (answer.status_code, answer.content) == (200, whole)
 
 
-@pytest.mark.parametrize("asked", ["bytes=999999999-", "bytes=-0", "bytes=99999999-999999999"])
-def test_a_range_beyond_the_end_is_416(client, clip, whole, asked):
-    answer = content(client, clip, Range=asked)
+@pytest.mark.parametrize("header", ["bytes=999999999-", "bytes=-0", "bytes=99999999-999999999"])
+def test_range_beyond_the_end_returns_416(client, clip, whole, header):
+    answer = content(client, clip, Range=header)
     assert error_of(answer, 416)["code"] == "range_not_satisfiable"
     assert answer.headers["content-range"] == f"bytes */{len(whole)}"
 
 
-def test_what_the_client_has_is_not_sent_again(client, clip, whole):
-    tag = content(client, clip).headers["etag"]
-    for known in (tag, f'"other", W/{tag}'):
-        answer = content(client, clip, **{"If-None-Match": known})
+def test_if_none_match_and_if_range_compare_the_etag(client, clip, whole):
+    etag = content(client, clip).headers["etag"]
+    for cached in (etag, f'"other", W/{etag}'):
+        answer = content(client, clip, **{"If-None-Match": cached})
         assert (answer.status_code, answer.content) == (304, b"")
-    assert content(client, clip, **{"If-Range": tag, "Range": "bytes=0-4"}).content == whole[:5]
+    assert content(client, clip, **{"If-Range": etag, "Range": "bytes=0-4"}).content == whole[:5]
     assert content(client, clip, **{"If-Range": '"other"', "Range": "bytes=0-4"}).content == whole
 
 
-def test_head_has_all_but_the_body(client, clip, whole):
+def test_head_returns_headers_without_body(client, clip, whole):
     answer = content(client, clip, method="HEAD")
     assert (answer.status_code, answer.content) == (200, b"")
     assert int(answer.headers["content-length"]) == len(whole)
@@ -98,44 +96,45 @@ def test_head_has_all_but_the_body(client, clip, whole):
     assert content(client, clip, method="HEAD", Range="bytes=0-4").status_code == 206
 
 
-def test_browsers_take_it_for_what_it_is(client, clip):
+def test_content_headers_prevent_sniffing_and_public_caching(client, clip):
     headers = content(client, clip).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["content-disposition"] == f'inline; filename="{clip["id"]}.mp4"'
     assert "private" in headers["cache-control"]
 
 
-def test_variants_are_the_clip_in_other_forms(client, clip):
-    still = Image.open(io.BytesIO(content(client, clip, "image").content))
-    assert (still.format, still.size) == ("PNG", (64, 64))
+def test_variants_return_image_thumbnail_and_spritesheet(client, clip):
+    image = Image.open(io.BytesIO(content(client, clip, "image").content))
+    assert (image.format, image.size) == ("PNG", (64, 64))
     assert Image.open(io.BytesIO(content(client, clip, "thumbnail").content)).format == "WEBP"
     assert Image.open(io.BytesIO(content(client, clip, "spritesheet").content)).size == (2 * 160, 160)
     assert error_of(content(client, clip, "hologram"), 400)["param"] == "variant"
 
 
-def test_files_that_are_gone_are_said_to_be(client, server):
+def test_deleted_files_return_404_expired(client, server):
     clip = ended(client, made(client, prompt="gone", seed=2)["id"])
     job = server.store.get(clip["id"], None)
     server.outputs.storage.delete_folder(f"shots/{job.shot_id}")
-    assert error_of(content(client, clip), 404)["code"] == "expired"
+    for variant in ("video", "thumbnail", "image"):
+        assert error_of(content(client, clip, variant), 404)["code"] == "expired"
 
 
-def pictures_of(answer) -> list[np.ndarray]:
+def images_of(answer) -> list[np.ndarray]:
     assert answer.status_code == 200, answer.text
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in answer.json()["data"]]
 
 
-def test_pictures_are_as_many_as_asked_for_and_differ(client):
+def test_n_images_have_different_seeds(client):
     body = {"prompt": "x", "size": "80x64", "n": 3, "seed": 4, "quality": "hd", "user": "me"}
-    first, second, third = pictures_of(client.post("/v1/images/generations", json=body))
+    first, second, third = images_of(client.post("/v1/images/generations", json=body))
     assert first.shape == (64, 80, 3)
     assert (first != second).any()
     assert (second != third).any()
-    (alone,) = pictures_of(client.post("/v1/images/generations", json={**body, "n": 1, "seed": 6}))
+    (alone,) = images_of(client.post("/v1/images/generations", json={**body, "n": 1, "seed": 6}))
     assert (alone == third).all()
 
 
-def test_a_picture_may_come_by_url(client):
+def test_image_response_format_url(client):
     answer = client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", "response_format": "url"}).json()
     assert client.get(answer["data"][0]["url"]).headers["content-type"] == "image/png"
 
@@ -154,12 +153,12 @@ def test_a_picture_may_come_by_url(client):
         ({"num_frames": 3}, "num_frames"),
     ],
 )
-def test_what_is_wrong_with_a_picture_is_named(client, fields, param):
+def test_invalid_image_field_is_named(client, fields, param):
     answer = client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", **fields})
     assert error_of(answer, 400)["param"] == param
 
 
-def test_a_picture_that_failed_is_an_error_that_is_not_tried_again(client):
+def test_failed_image_returns_500_that_clients_do_not_retry(client):
     answer = client.post("/v1/images/generations", json={"prompt": "fail", "size": "64x64"})
     assert error_of(answer, 500)["code"] == "stage_failed"
     assert answer.headers["x-should-retry"] == "false"
@@ -168,7 +167,7 @@ def test_a_picture_that_failed_is_an_error_that_is_not_tried_again(client):
     assert "stage_failed" in stream
 
 
-def test_who_waits_too_long_is_told_where_the_picture_will_be(tiny, tmp_path):
+def test_image_timeout_returns_504_with_the_job(tiny, tmp_path):
     settings = OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02, wait_s=0.1)
     with local_server(tiny, settings) as server:
         client = TestClient(server.app, **LOCAL)
@@ -191,7 +190,7 @@ def edit(client, files, **fields):
     return client.post("/v1/images/edits", data={"prompt": "x", "size": "64x64", **fields}, files=files)
 
 
-def test_edits_go_by_how_much_is_kept(client, server):
+def test_input_fidelity_sets_the_strength_of_an_edit(client, server):
     edit(client, [("image", ("a.png", png()))], input_fidelity="high", seed="1")
     (job,) = server.store.list("local", limit=1).jobs
     assert (job.shot.use_hunyuan_style, job.shot.style_strength) == (True, 0.35)
@@ -200,12 +199,12 @@ def test_edits_go_by_how_much_is_kept(client, server):
     assert server.store.list("local", limit=1).jobs[0].shot.style_strength == 0.9
 
 
-def test_an_edit_without_a_size_has_the_pictures_shape(client, server):
+def test_edit_without_size_keeps_the_aspect_ratio_of_the_image(client, server):
     answer = client.post("/v1/images/edits", data={"prompt": "x"}, files={"image": ("a.png", png(300, 600))})
-    assert [picture.shape for picture in pictures_of(answer)] == [(128, 64, 3)]
+    assert [image.shape for image in images_of(answer)] == [(128, 64, 3)]
 
 
-def test_an_edit_of_nothing_or_of_too_much_is_refused(client):
+def test_invalid_edit_is_rejected(client):
     assert error_of(client.post("/v1/images/edits", data={"prompt": "x"}), 400)["param"] == "image"
     assert error_of(edit(client, [("image[]", ("a.png", png()))] * 3, n="4"), 400)["param"] == "n"
     assert error_of(edit(client, [("image", ("a.png", png())), ("mask", ("m.png", png()))]), 400)["param"] == "mask"
@@ -213,7 +212,7 @@ def test_an_edit_of_nothing_or_of_too_much_is_refused(client):
     assert error_of(edit(client, [("picture", ("a.png", png()))]), 400)["param"] == "picture"
 
 
-def test_pictures_may_be_made_over_by_id(client):
+def test_edit_accepts_the_id_of_an_upload(client):
     upload = client.post("/v1/files", files={"file": ("a.png", png())}).json()
     answer = client.post("/v1/images/edits", json={"prompt": "x", "size": "64x64", "image": [upload["id"]]})
-    assert len(pictures_of(answer)) == 1
+    assert len(images_of(answer)) == 1

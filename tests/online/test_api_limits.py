@@ -24,7 +24,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.online.auth import check_reach, hash_of, is_loopback, load_keys, new_key
+from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
 from vidgen_ray.online.maintenance import forget_old
 from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.online.store.store import FORGOTTEN_AFTER_S
@@ -42,7 +42,7 @@ def server(tiny, tmp_path_factory):
         "one": {"limits": {"open_jobs": 1}},
         "late": {"expires_at": (datetime.now(UTC) - timedelta(seconds=1)).isoformat()},
     }
-    keys = [{"tenant": name, "sha256": hash_of(key), **more.get(name, {})} for name, key in KEYS.items()]
+    keys = [{"tenant": name, "sha256": hash_key(key), **more.get(name, {})} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     settings = OnlineSettings(
         profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", poll_s=0.02, uploads=CAPS, max_queued=4
@@ -136,12 +136,12 @@ def test_without_keys_only_this_machines_names_are_answered(tiny, tmp_path):
 def test_a_server_without_keys_does_not_reach_beyond_its_machine(tmp_path):
     nobody = load_keys(None, Limits(), {})
     for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
-        check_reach(host, nobody)
+        check_bind_host(host, nobody)
     for host in ("0.0.0.0", "::", "192.168.0.2", "example.com", ""):
         assert not is_loopback(host)
         with pytest.raises(SetupError, match="vidgen keys new"):
-            check_reach(host, nobody)
-    check_reach("0.0.0.0", load_keys(None, Limits(), {"VIDGEN_API_KEYS": f"ada={hash_of(new_key())}"}))
+            check_bind_host(host, nobody)
+    check_bind_host("0.0.0.0", load_keys(None, Limits(), {"VIDGEN_API_KEYS": f"ada={hash_key(new_key())}"}))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_new_key_opens_the_door(tmp_path, capsys):
 
 def test_keys_come_from_the_environment_too():
     key = new_key()
-    keys = load_keys(None, Limits(open_jobs=3), {"VIDGEN_API_KEYS": f"ada={hash_of(key)}, bob={'0' * 64}"})
+    keys = load_keys(None, Limits(open_jobs=3), {"VIDGEN_API_KEYS": f"ada={hash_key(key)}, bob={'0' * 64}"})
     tenant = keys.verify(key)
     assert (tenant.name, tenant.limits.open_jobs) == ("ada", 3)
     assert keys.by_id(tenant.key_id) == tenant
@@ -315,7 +315,7 @@ def test_pictures_of_all_kinds_are_taken(client, name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_picture_is_refused_and_not_kept(client, server, name):
-    folder = server.app.state.server.intake.uploads._folder
+    folder = server.app.state.server.job_service.uploads._folder
     before = sorted(folder.iterdir()) if folder.exists() else []
     answer = client.post("/v1/files", files={"file": ("photo.png", REFUSED[name], "image/png")})
     error = error_of(answer, 400)
@@ -400,7 +400,7 @@ def test_an_uploaded_file_is_deleted_when_nobody_has_it(server, client, held):
     content = png(99, 33)
     upload = client.post("/v1/files", files={"file": ("a", content)}).json()["id"]
     client_of(server, "bob").post("/v1/files", files={"file": ("b", content)})
-    path = server.app.state.server.intake.uploads.find("bob", upload)
+    path = server.app.state.server.job_service.uploads.find("bob", upload)
     assert client.delete(f"/v1/files/{upload}").json() == {"id": upload, "object": "file", "deleted": True}
     assert error_of(client.get(f"/v1/files/{upload}"), 404)["code"] == "file_not_found"
     assert path.exists()

@@ -20,7 +20,7 @@ from tests.online.test_director import LOOK_S, passing
 from vidgen_ray.cli import main
 from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
-from vidgen_ray.online.auth import LOCAL
+from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
@@ -100,7 +100,7 @@ class Process:
             return json.load(answer)["id"]
 
     def when(self, job_id, is_so):
-        while not is_so(job := self.store.get(job_id, LOCAL)):
+        while not is_so(job := self.store.get(job_id, LOCAL_TENANT)):
             assert self.process.poll() is None, self.log.read_text()
             assert not job.state.is_final, job
             time.sleep(LOOK_S)
@@ -153,12 +153,12 @@ def test_a_server_that_is_killed_goes_on_with_all_that_it_accepted_and_one_that_
     with started(tmp_path, port) as server:
         with passing(pipes[0]):
             assert [server.ended(job).state for job in (done, *jobs)] == [JobState.COMPLETED] * 8
-        assert server.store.get(jobs[0], LOCAL).attempts == 2
+        assert server.store.get(jobs[0], LOCAL_TENANT).attempts == 2
         left = server.create(prompt=f"steps 3 stop at 2 {pipes[1]}")
         server.when(left, lambda job: job.step == 1)
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(90) == 0
-    job = server.store.get(left, LOCAL)
+    job = server.store.get(left, LOCAL_TENANT)
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
     log = server.log.read_text()
     assert f"profile.yaml at {server.url}/" in log

@@ -246,7 +246,7 @@ def test_a_deleted_job_is_unseen_and_ends(store):
     assert store.get(job.id, "ada") is None
     assert store.list("ada").jobs == []
     assert not store.delete(job.id, "ada")
-    assert store.changed_since(cursor, tenant="ada").deleted == [job.id]
+    assert store.changed_since(cursor, tenant="ada").deleted == [(job.id, "ada")]
     assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
     assert store.queue.cancelled(job.id, "d")
 

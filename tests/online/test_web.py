@@ -1,4 +1,4 @@
-"""The page in a real browser, against a real server that renders with the tiny models."""
+"""The page in Chromium, against a real server with the tiny models or with fakes."""
 
 import re
 import time
@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.online.web_server import JobDirector, QuickPipeline, chromium, free_port, listening_on
-from vidgen_ray.online.api.app import make_app
-from vidgen_ray.online.auth import hash_of, load_keys, new_key
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import hash_key, load_keys, new_key
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
@@ -26,21 +26,21 @@ playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is no
 expect = playwright.expect
 expect.set_options(timeout=20_000)
 
-LOOKING = (Path(__file__).parent / "looking.js").read_text()
-MUST_HAVE_NAMES = {
+CHECK_PAGE = (Path(__file__).parent / "check_page.js").read_text()
+NAMED_ROLES = {
     "button", "link", "textbox", "combobox", "listbox", "spinbutton", "checkbox", "radio", "progressbar", "DisclosureTriangle",
     "Video", "image", "navigation", "region", "radiogroup",
 }  # fmt: skip
-"""Roles, as Chromium's accessibility tree calls them."""
-PROMPT, MAKE = "What should it show?", "Make the clip"
+"""Roles of Chromium's accessibility tree whose nodes need a name."""
+CREATE = "Create clip"
 LOADED_MS = 120_000
-"""In which the tiny models are loaded and do one stage, on a machine that has much else to do."""
+"""Time to load the tiny models and run one stage on a busy machine."""
 PHONE = {"width": 360, "height": 740}
 
 
 @dataclass
-class PageContext:
-    """A server under test, and what stands behind it."""
+class Site:
+    """Server under test, with its store and director."""
 
     url: str
     store: JobStore
@@ -53,16 +53,16 @@ class PageContext:
     def jobs(self, tenant: str = "local") -> list[Job]:
         return self.store.list(tenant, limit=100).jobs
 
-    def when(self, is_so: Callable[[], Any]) -> Any:
-        """What holds, once something does; pytest's own time-out ends what never does."""
-        while not (found := is_so()):
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
+        """Wait until the condition is true and return its value. Limited by pytest's timeout only."""
+        while not (value := condition()):
             time.sleep(0.02)
-        return found
+        return value
 
     def add(self, prompt: str, state: JobState = JobState.COMPLETED, tenant: str = "local", **fields: Any) -> Job:
-        """A job without its work: its files are those of one shot that is rendered once for this file."""
-        plain = {"prompt": "a template", "seed": 1, "num_frames": 4, "upscale_video": False}
-        shot = check_shot(plain, "test", self.pipeline.profile.defaults)
+        """Store a job without rendering it. All such jobs share the files of one shot."""
+        template = {"prompt": "a template", "seed": 1, "num_frames": 4, "upscale_video": False}
+        shot = check_shot(template, "test", self.pipeline.profile.defaults)
         record, now = self.pipeline.render(shot), time.time()
         done = state is JobState.COMPLETED
         job = Job(
@@ -89,46 +89,50 @@ def quick(tmp_path_factory) -> VideoGenerationPipeline:
 
 
 @pytest.fixture
-def new_site(quick, tmp_path) -> Iterator[Callable[..., PageContext]]:
+def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
     with ExitStack() as sites:
 
-        def make(key: str = "", pipeline: VideoGenerationPipeline = quick, **settings: Any) -> PageContext:
-            told = OnlineSettings(
+        def make(key: str = "", pipeline: VideoGenerationPipeline = quick, **settings: Any) -> Site:
+            server_settings = OnlineSettings(
                 profile="tiny",
                 data=str(pipeline.outputs.root),
                 database=f"sqlite:///{tmp_path}/jobs.db",
                 loras={"ink": "builtin:tiny/lora.safetensors"},
                 **settings,
             )
-            store = open_store(told)
+            store = open_store(server_settings)
             director = JobDirector(store, pipeline)
             director.start()
-            sites.callback(director.end)
+            sites.callback(director.stop)
             running, port = ExitStack(), free_port()
             sites.callback(running.close)
 
             def start() -> None:
                 app = make_app(
-                    told, store, pipeline.outputs, serving_profile(pipeline.profile), load_keys(told.keys_file, told.limits)
+                    server_settings,
+                    store,
+                    pipeline.outputs,
+                    serving_profile(pipeline.profile),
+                    load_keys(server_settings.keys_file, server_settings.limits),
                 )
                 running.enter_context(listening_on(app, port))
 
             start()
-            return PageContext(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
+            return Site(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
 
         yield make
 
 
 @pytest.fixture
-def site(new_site) -> PageContext:
+def site(new_site) -> Site:
     return new_site()
 
 
 @pytest.fixture
-def guarded(new_site, tmp_path) -> PageContext:
-    """With keys, of two tenants."""
+def site_with_keys(new_site, tmp_path) -> Site:
+    """Server with the keys of two tenants, ann and ben."""
     keys = {"ann": new_key(), "ben": new_key()}
-    lines = [f"  - {{tenant: {tenant}, sha256: {hash_of(key)}}}\n" for tenant, key in keys.items()]
+    lines = [f"  - {{tenant: {tenant}, sha256: {hash_key(key)}}}\n" for tenant, key in keys.items()]
     (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(lines))
     return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
 
@@ -147,54 +151,54 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser) -> Iterator[Callable[..., Any]]:
-    """Opens windows. Nothing may be said on their consoles, which is where Chromium tells of what a policy forbids, too."""
-    contexts, said = [], []
+    """Open browser windows. Fails if their consoles have messages, e.g. violations of the Content-Security-Policy."""
+    contexts, messages = [], []
 
     def open_(url: str, **options: Any) -> Any:
         context = browser.new_context(**options)
         context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto(url)
         return page
 
-    open_.said = said
+    open_.messages = messages
     yield open_
     for context in contexts:
         context.close()
-    assert said == []
+    assert messages == []
 
 
-def ask_for(page: Any, prompt: str) -> None:
-    page.get_by_label(PROMPT).fill(prompt)
-    page.get_by_role("button", name=MAKE).click()
+def create_clip(page: Any, prompt: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name=CREATE).click()
 
 
-def cards(page: Any, where: str) -> Any:
-    return page.locator(f"#{where} > li")
+def cards(page: Any, list_id: str) -> Any:
+    return page.locator(f"#{list_id} > li")
 
 
-def test_a_clip_is_made_watched_and_played(new_site, open_page, tmp_path):
-    """With the tiny models, and not the fakes of the other tests."""
+def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
+    """Uses the tiny models. The other tests use fakes."""
     site = new_site(pipeline=VideoGenerationPipeline.from_profile("tiny", tmp_path / "out"))
     site.director.gate.clear()
     page = open_page(site.url)
     expect(page.get_by_text("No clips yet")).to_be_visible()
-    ask_for(page, "a lighthouse")
+    create_clip(page, "a lighthouse")
     card = cards(page, "queue")
     # The models are loaded first.
-    expect(card.locator(".now")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
+    expect(card.locator(".status")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
     assert card.get_by_role("progressbar").get_attribute("value") == "0"
     site.director.gate.set()
-    expect(card.locator(".now")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
+    expect(card.locator(".status")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
     expect(cards(page, "clips")).to_have_count(1, timeout=LOADED_MS)
     expect(cards(page, "queue")).to_have_count(0)
-    expect(page.locator("#news")).to_have_text("a lighthouse: is done")
+    expect(page.locator("#announcements")).to_have_text("a lighthouse: completed")
     video = page.locator("video")
     assert video.evaluate("async video => (await fetch(video.poster)).ok && video.readyState === 0"), (
-        "a poster, and not the clip"
+        "the poster is loaded, the clip is not"
     )
     video.evaluate("async video => { video.muted = true; await video.play(); }")
     assert video.evaluate("video => [video.duration, video.videoWidth, video.videoHeight]") == [1.6, 256, 128]
@@ -203,19 +207,19 @@ def test_a_clip_is_made_watched_and_played(new_site, open_page, tmp_path):
     assert download.value.suggested_filename == f"{site.jobs()[0].id}.mp4"
 
 
-def test_what_the_form_says_is_made_and_shown(site, open_page):
+def test_form_values_reach_the_job_and_its_card(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    page.get_by_label("Photo of a person").set_input_files(ASTRONAUT)
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
     expect(page.get_by_role("img", name="astronaut.jpg")).to_be_visible()
     page.get_by_label("LoRA", exact=True).select_option("ink")
     page.get_by_label("LoRA weight").fill("0.5")
     page.get_by_label("Style").fill("watercolour")
-    ask_for(page, "an astronaut\non a beach")
+    create_clip(page, "an astronaut\non a beach")
     card = cards(page, "queue")
-    expect(card.locator(".now")).to_have_text("Reading the face · 0 %")
+    expect(card.locator(".status")).to_have_text("Reading the face · 0 %")
     expect(card.locator("[aria-current=step]")).to_have_text("Face")
-    stages = [text.removesuffix(" (done)") for text in card.locator(".track li").all_text_contents()]
+    stages = [text.removesuffix(" (done)") for text in card.locator(".stages li").all_text_contents()]
     assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]
     site.director.gate.set()
     card = cards(page, "clips")
@@ -223,22 +227,22 @@ def test_what_the_form_says_is_made_and_shown(site, open_page):
     (job,) = site.jobs()
     assert (job.shot.prompt, job.shot.use_hunyuan_style) == ("an astronaut\non a beach", True)
     assert Path(job.shot.face_image[0]).read_bytes() == ASTRONAUT.read_bytes()
-    card.get_by_text("Settings").click()
-    said = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
-    assert said["Size"] == "128 × 64, upscaled 2 times"
-    assert said["Seed"] == str(job.shot.seed)
-    assert said["LoRA"] == "ink, weight 0.5"
-    assert said["Style"] == "watercolour"
-    assert said["Person"] == "from a photo"
+    card.get_by_text("Settings of").click()
+    shown = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
+    assert shown["Size"] == "128 × 64, upscaled 2 times"
+    assert shown["Seed"] == str(job.shot.seed)
+    assert shown["LoRA"] == "ink, weight 0.5"
+    assert shown["Style"] == "watercolour"
+    assert shown["Character"] == "from a photo"
 
 
-def test_a_reload_in_the_middle_finds_the_clip_where_it_is(site, open_page):
+def test_reload_shows_the_current_progress(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    ask_for(page, "a red ball")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating the base image"))
+    create_clip(page, "a red ball")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
     page.reload()
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating the base image"))
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
     site.director.gate.set()
     expect(cards(page, "clips").locator("video")).to_be_visible()
     page.reload()
@@ -246,15 +250,15 @@ def test_a_reload_in_the_middle_finds_the_clip_where_it_is(site, open_page):
     assert len(site.jobs()) == 1
 
 
-def test_cancel_stops_one_and_leaves_the_others(site, open_page):
+def test_cancel_leaves_other_jobs_alone(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
     for prompt in ("first", "second", "third"):
-        ask_for(page, prompt)
+        create_clip(page, prompt)
         expect(page.locator("#queue").get_by_role("heading", name=prompt)).to_be_visible()
-    expect(cards(page, "queue").nth(0).locator(".now")).to_have_text(re.compile("Generating"))
-    expect(cards(page, "queue").nth(1).locator(".now")).to_have_text("Waiting for its turn")
-    for name in ("second", "first"):  # one that waits, and the one in progress
+    expect(cards(page, "queue").nth(0).locator(".status")).to_have_text(re.compile("Generating"))
+    expect(cards(page, "queue").nth(1).locator(".status")).to_have_text("Queued")
+    for name in ("second", "first"):  # a queued job, then the running one
         page.get_by_role("button", name=f"Cancel {name}").click()
         expect(page.locator("#clips").get_by_role("heading", name=name)).to_be_visible()
     expect(page.locator("#clips .reason")).to_have_text(["Cancelled.", "Cancelled."])
@@ -263,52 +267,52 @@ def test_cancel_stops_one_and_leaves_the_others(site, open_page):
     assert [job.state for job in site.jobs()] == ["completed", "cancelled", "cancelled"]
 
 
-def test_another_like_this_fills_the_form_and_keeps_the_person(site, open_page):
+def test_reuse_settings_fills_the_form_and_keeps_the_photo(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    page.get_by_label("Photo of a person").set_input_files(ASTRONAUT)
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
     page.get_by_text("More settings").click()
     page.get_by_label("Frames", exact=True).fill("4")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Size").select_option("64x128")
     page.get_by_label("Upscaling").select_option("None")
     page.get_by_text("Fast", exact=False).first.check()
-    ask_for(page, "a portrait")
-    site.when(site.jobs)
+    create_clip(page, "a portrait")
+    site.wait_for(site.jobs)
     page.get_by_role("button", name="Cancel a portrait").click()
-    page.get_by_role("link", name="Try it again (a portrait)").click()
-    expect(page.get_by_role("heading", name="Another like this")).to_be_visible()
-    expect(page.get_by_label(PROMPT)).to_have_value("a portrait")
-    expect(page.get_by_label("The same person as in that clip")).to_be_checked()
+    page.get_by_role("link", name="Try again (a portrait)").click()
+    expect(page.get_by_role("heading", name="New clip with these settings")).to_be_visible()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a portrait")
+    expect(page.get_by_label("Same character as in that clip")).to_be_checked()
     page.get_by_text("More settings").click()
-    expect(page.get_by_text("That clip had 77")).to_be_visible()
-    page.get_by_role("button", name=MAKE).click()
-    again, before = site.when(lambda: len(jobs := site.jobs()) == 2 and jobs)
+    expect(page.get_by_text("That clip has seed 77")).to_be_visible()
+    page.get_by_role("button", name=CREATE).click()
+    again, before = site.wait_for(lambda: len(jobs := site.jobs()) == 2 and jobs)
     assert again.shot.seed != before.shot.seed
     assert again.shot.model_copy(update={"seed": 77, "id": None}) == before.shot.model_copy(update={"id": None})
     assert again.shot.face_image
 
 
-def test_a_photo_is_saved_as_a_character(site, open_page):
+def test_photo_is_saved_as_character(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    expect(page.get_by_label("Or a saved character")).to_be_hidden()
-    expect(page.get_by_label("Save this person as")).to_be_hidden()
-    page.get_by_label("Photo of a person").set_input_files(ASTRONAUT)
-    page.get_by_label("Save this person as").fill("Eileen")
-    ask_for(page, "somebody new")
+    expect(page.get_by_label("Saved character")).to_be_hidden()
+    expect(page.get_by_label("Save as character")).to_be_hidden()
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    page.get_by_label("Save as character").fill("Eileen")
+    create_clip(page, "a new character")
     expect(cards(page, "queue")).to_have_count(1, timeout=LOADED_MS)
-    expect(page.get_by_label("Or a saved character").locator("option:checked")).to_have_text("Eileen")
-    assert page.get_by_label("Photo of a person").evaluate("input => input.files.length") == 0
-    ask_for(page, "somebody we know")
+    expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Eileen")
+    assert page.get_by_label("Photos").evaluate("input => input.files.length") == 0
+    create_clip(page, "a saved character")
     card = cards(page, "queue").nth(1)
     card.get_by_text("Settings").click()
     expect(card.locator("dl")).to_contain_text("Eileen")
-    known, new = site.jobs()
-    assert known.shot.face_image == new.shot.face_image
+    second, first = site.jobs()
+    assert second.shot.face_image == first.shot.face_image
 
 
-def test_delete_asks_first(site, open_page):
+def test_delete_asks_for_confirmation(site, open_page):
     site.add("one")
     site.add("two")
     page = open_page(site.url)
@@ -321,104 +325,104 @@ def test_delete_asks_first(site, open_page):
     assert [job.shot.prompt for job in site.jobs()] == ["one"]
 
 
-def test_what_is_wrong_stands_beside_its_field(site, open_page, tmp_path):
+def test_errors_are_shown_at_their_field(site, open_page, tmp_path):
     page = open_page(site.url)
-    wrong = tmp_path / "photo.jpg"
-    wrong.write_text("<script>alert(1)</script>")
-    page.get_by_label("Photo of a person").set_input_files(wrong)
-    ask_for(page, "somebody")
-    photo = page.get_by_label("Photo of a person")
+    invalid_photo = tmp_path / "photo.jpg"
+    invalid_photo.write_text("<script>alert(1)</script>")
+    page.get_by_label("Photos").set_input_files(invalid_photo)
+    create_clip(page, "a portrait")
+    photo = page.get_by_label("Photos")
     expect(photo).to_have_attribute("aria-invalid", "true")
     expect(photo).to_be_focused()
     expect(page.locator("#photo-error")).to_be_visible()
     photo.set_input_files([])
     page.get_by_label("Style").fill("ink")
     page.get_by_text("Fast", exact=False).first.check()
-    page.get_by_role("button", name=MAKE).click()
-    expect(page.locator("#style_prompt-error")).to_have_text(re.compile("Mode fast has no restyle"))
+    page.get_by_role("button", name=CREATE).click()
+    expect(page.locator("#style_prompt-error")).to_have_text(re.compile("Fast mode has no restyling"))
     expect(page.get_by_label("Style")).to_be_focused()
     expect(page.locator("#photo-error")).to_be_hidden()
     page.get_by_label("Style").fill("")
-    page.locator("#make").evaluate("form => { form.noValidate = true; form.elements.num_frames.value = '1'; }")
-    page.get_by_role("button", name=MAKE).click()
-    expect(page.get_by_label("Frames", exact=True)).to_be_focused()  # inside of what was folded away
+    page.locator("#create").evaluate("form => { form.noValidate = true; form.elements.num_frames.value = '1'; }")
+    page.get_by_role("button", name=CREATE).click()
+    expect(page.get_by_label("Frames", exact=True)).to_be_focused()  # in the closed details element
     assert site.jobs() == []
-    open_page.said[:] = [text for text in open_page.said if "422" not in text and "400" not in text]
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text and "400" not in text]
 
 
-def test_a_full_queue_is_told_and_keeps_the_form(new_site, open_page):
+def test_full_queue_shows_an_error_and_keeps_the_form(new_site, open_page):
     site = new_site(max_queued=1)
     site.director.gate.clear()
     page = open_page(site.url)
-    ask_for(page, "the one in hand")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating"))
-    ask_for(page, "the one that waits")
+    create_clip(page, "running")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
+    create_clip(page, "queued")
     expect(cards(page, "queue")).to_have_count(2)
-    ask_for(page, "the one too many")
+    create_clip(page, "rejected")
     expect(page.get_by_role("alert")).to_have_text(re.compile(r"The queue is full.*Try again in \d+ s"))
-    expect(page.get_by_label(PROMPT)).to_have_value("the one too many")
-    open_page.said[:] = [text for text in open_page.said if "429" not in text]
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("rejected")
+    open_page.messages[:] = [text for text in open_page.messages if "429" not in text]
 
 
-def test_all_of_it_works_without_script(site, open_page):
+def test_page_works_without_javascript(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url, java_script_enabled=False)
     page.get_by_label("Style").fill("ink")
     page.get_by_text("Fast", exact=False).first.check()
-    ask_for(page, "no script")
+    create_clip(page, "no script")
     style = page.get_by_label("Style")
     expect(style).to_have_attribute("aria-invalid", "true")
     expect(style).to_have_value("ink")
     style.fill("")
-    page.get_by_role("button", name=MAKE).click()
+    page.get_by_role("button", name=CREATE).click()
     expect(cards(page, "queue").locator("h3")).to_have_text("no script")
     page.get_by_role("button", name="Cancel no script").click()
-    site.when(lambda: site.jobs()[0].state.is_final)
+    site.wait_for(lambda: site.jobs()[0].state.is_final)
     page.goto(site.url)
     card = cards(page, "clips")
     expect(card.locator(".reason")).to_have_text("Cancelled.")
     card.locator("summary", has_text="Delete").click()
     card.get_by_role("button", name="Yes, delete").click()
     expect(cards(page, "clips")).to_have_count(0)
-    open_page.said[:] = [text for text in open_page.said if "422" not in text]
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
 
 
-def test_a_form_that_is_sent_twice_asks_once(site):
+def test_form_submitted_twice_creates_one_job(site):
     site.director.gate.clear()
     page = httpx.get(site.url).text
     form = {
         name: re.search(f'name="{name}"[^>]* value="([^"]*)"', page)[1]
-        for name in ("once", "num_frames", "fps", "motion_bucket_id")
+        for name in ("submission_id", "num_frames", "fps", "motion_bucket_id")
     }
     form |= {"prompt": "twice", "size": "128x64", "mode": "quality", "scale": "2"}
     answers = [httpx.post(site.url, files=[(name, (None, value)) for name, value in form.items()]) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [303, 303]
     assert answers[0].headers["location"] == answers[1].headers["location"]
-    changed = form | {"prompt": "something else"}
+    changed = form | {"prompt": "edited"}
     httpx.post(site.url, files=[(name, (None, value)) for name, value in changed.items()])
     assert len(site.jobs()) == 2
 
 
-def test_a_server_that_goes_and_comes_back_is_found_again(site, open_page):
+def test_page_reconnects_after_a_server_restart(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)
-    ask_for(page, "through a restart")
-    expect(cards(page, "queue").locator(".now")).to_have_text(re.compile("Generating"))
+    create_clip(page, "through a restart")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
     site.stop()
     expect(page.locator("#connection")).to_have_text(re.compile("cannot be reached"))
-    page.get_by_role("button", name=MAKE).click()
-    expect(page.get_by_role("alert")).to_have_text(re.compile("Nothing was sent"))
+    page.get_by_role("button", name=CREATE).click()
+    expect(page.get_by_role("alert")).to_have_text(re.compile("The request was not sent"))
     site.director.gate.set()
-    site.when(lambda: site.jobs()[0].state.is_final)
+    site.wait_for(lambda: site.jobs()[0].state.is_final)
     site.start()
     expect(page.locator("#clips video")).to_be_visible()
     expect(page.locator("#connection")).to_be_hidden()
-    open_page.said[:] = [
-        text for text in open_page.said if "ERR_CONNECTION_REFUSED" not in text and "ERR_INCOMPLETE" not in text
+    open_page.messages[:] = [
+        text for text in open_page.messages if "ERR_CONNECTION_REFUSED" not in text and "ERR_INCOMPLETE" not in text
     ]
 
 
-def test_the_gallery_has_pages(site, open_page):
+def test_gallery_is_paginated(site, open_page):
     for number in range(14):
         site.add(f"clip {number}")
     page = open_page(site.url)
@@ -430,54 +434,56 @@ def test_the_gallery_has_pages(site, open_page):
     expect(cards(page, "clips").locator("h3").first).to_have_text("clip 13")
 
 
-def test_signing_in_with_a_key(guarded, open_page):
-    guarded.add("of ann", tenant="ann")
-    guarded.add("of ben", tenant="ben")
-    page = open_page(guarded.url)
+def test_sign_in_with_a_key(site_with_keys, open_page):
+    site_with_keys.add("of ann", tenant="ann")
+    site_with_keys.add("of ben", tenant="ben")
+    page = open_page(site_with_keys.url)
     expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
-    assert page.evaluate(LOOKING) == []
-    page.get_by_label("API key").fill("vg-nobody's")
+    assert page.evaluate(CHECK_PAGE) == []
+    page.get_by_label("API key").fill("vg-invalid")
     page.keyboard.press("Enter")
     expect(page.get_by_label("API key")).to_have_attribute("aria-invalid", "true")
-    page.get_by_label("API key").fill(guarded.key)
+    page.get_by_label("API key").fill(site_with_keys.key)
     page.keyboard.press("Enter")
     expect(cards(page, "clips").locator("h3")).to_have_text(["of ann"])
     (cookie,) = page.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
-    assert guarded.key not in cookie["value"]
+    assert site_with_keys.key not in cookie["value"]
     assert (
         page.locator("video").evaluate("async video => { video.muted = true; await video.play(); return video.duration; }") > 0
     )
-    ask_for(page, "signed in")
+    create_clip(page, "signed in")
     expect(page.locator("#clips video")).to_have_count(2)
 
     by_cookie = {"cookies": {cookie["name"]: cookie["value"]}}
-    clip = guarded.jobs("ann")[0]
-    assert httpx.get(f"{guarded.url}/v1/videos/{clip.id}", **by_cookie).status_code == 200
-    assert httpx.delete(f"{guarded.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401, "the cookie only reads"
-    for site in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}):
+    clip = site_with_keys.jobs("ann")[0]
+    assert httpx.get(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 200
+    assert httpx.delete(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401, (
+        "the cookie is for reads only"
+    )
+    for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}):
         for path in ("/", f"/clips/{clip.id}/delete", "/sign-out", "/sign-in"):
-            assert httpx.post(guarded.url + path, headers=site, **by_cookie).status_code == 403
-    other = guarded.jobs("ben")[0]
-    assert httpx.post(f"{guarded.url}/clips/{other.id}/delete", **by_cookie).status_code == 404
+            assert httpx.post(site_with_keys.url + path, headers=headers, **by_cookie).status_code == 403
+    other = site_with_keys.jobs("ben")[0]
+    assert httpx.post(f"{site_with_keys.url}/clips/{other.id}/delete", **by_cookie).status_code == 404
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_label("API key")).to_be_visible()
-    assert httpx.get(f"{guarded.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401
-    open_page.said[:] = [text for text in open_page.said if "403" not in text]
+    assert httpx.get(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401
+    open_page.messages[:] = [text for text in open_page.messages if "403" not in text]
 
 
-def test_a_cookie_that_was_asked_for_by_https_is_never_sent_in_clear(guarded):
+def test_session_cookie_is_secure_over_https(site_with_keys):
     for proxy, secure in (({}, False), ({"x-forwarded-proto": "https"}, True)):
-        answer = httpx.post(f"{guarded.url}/sign-in", data={"key": guarded.key}, headers=proxy)
+        answer = httpx.post(f"{site_with_keys.url}/sign-in", data={"key": site_with_keys.key}, headers=proxy)
         assert ("Secure" in answer.headers["set-cookie"]) == secure
 
 
-def test_who_signs_in_may_send_a_key_and_no_more(guarded):
-    assert httpx.post(f"{guarded.url}/sign-in", data={"key": "x" * 10_000}).status_code == 413
-    assert httpx.post(f"{guarded.url}/sign-in", data={"key": "x"}).status_code == 403
+def test_sign_in_rejects_large_bodies_and_invalid_keys(site_with_keys):
+    assert httpx.post(f"{site_with_keys.url}/sign-in", data={"key": "x" * 10_000}).status_code == 413
+    assert httpx.post(f"{site_with_keys.url}/sign-in", data={"key": "x"}).status_code == 403
 
 
-def test_a_number_of_thousands_of_digits_is_no_number(site):
+def test_numbers_with_thousands_of_digits_are_rejected(site):
     for field in ("num_frames", "size"):
         fields = {"prompt": "x", "size": "64x64", field: "9" * 5000 if field == "num_frames" else f"{'9' * 5000}x64"}
         assert httpx.post(site.url, data=fields).status_code == 422
@@ -485,20 +491,20 @@ def test_a_number_of_thousands_of_digits_is_no_number(site):
         assert answer.status_code == 200
 
 
-def test_a_stranger_gets_nothing(guarded):
+def test_page_requires_sign_in(site_with_keys):
     for path in ("/", "/?like=video_1"):
-        assert httpx.get(guarded.url + path).headers["location"] == "/sign-in"
-    assert httpx.get(f"{guarded.url}/events").status_code == 401
-    assert httpx.post(guarded.url, data={"prompt": "x"}).headers["location"] == "/sign-in"
-    assert guarded.jobs("ann") == guarded.jobs("ben") == []
+        assert httpx.get(site_with_keys.url + path).headers["location"] == "/sign-in"
+    assert httpx.get(f"{site_with_keys.url}/events").status_code == 401
+    assert httpx.post(site_with_keys.url, data={"prompt": "x"}).headers["location"] == "/sign-in"
+    assert site_with_keys.jobs("ann") == site_with_keys.jobs("ben") == []
 
 
-def test_a_monitor_may_ask_for_the_head_alone(site):
+def test_head_request_of_the_page(site):
     answer = httpx.head(f"{site.url}/")
     assert (answer.status_code, answer.content) == (200, b"")
 
 
-def test_every_page_says_what_may_run_on_it(site):
+def test_pages_have_security_headers(site):
     for path in ("/", "/sign-in", "/clips/video_1/delete"):
         answer = httpx.request("POST" if "clips" in path else "GET", site.url + path)
         policy = answer.headers.get("content-security-policy", "")
@@ -510,76 +516,76 @@ def test_every_page_says_what_may_run_on_it(site):
         assert answer.headers["x-content-type-options"] == "nosniff"
     for file in ("page.css", "page.js", "icon.svg"):
         assert httpx.get(f"{site.url}/static/{file}").headers["x-content-type-options"] == "nosniff"
-    assert httpx.get(site.url, headers={"host": "evil.example"}).status_code == 403, "a name that was rebound to this machine"
+    assert httpx.get(site.url, headers={"host": "evil.example"}).status_code == 403, "DNS rebinding"
 
 
-def test_what_people_wrote_is_text(site, open_page):
-    nasty = "<img src=x onerror=alert(1)>{{7*7}}\"'</textarea><script>alert(1)</script>"
-    site.add(nasty)
+def test_prompts_are_escaped(site, open_page):
+    markup = "<img src=x onerror=alert(1)>{{7*7}}\"'</textarea><script>alert(1)</script>"
+    site.add(markup)
     page = open_page(site.url)
-    expect(cards(page, "clips").locator("h3")).to_have_text(nasty)
-    page.get_by_role("link", name="Make another like this").click()
-    expect(page.get_by_label(PROMPT)).to_have_value(nasty)
-    ask_for(page, nasty)
-    expect(cards(page, "clips").locator("h3")).to_have_text([nasty, nasty])
+    expect(cards(page, "clips").locator("h3")).to_have_text(markup)
+    page.get_by_role("link", name="Reuse settings").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(markup)
+    create_clip(page, markup)
+    expect(cards(page, "clips").locator("h3")).to_have_text([markup, markup])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [PHONE, {"width": 1280, "height": 900}], ids=["phone", "desk"])
-def test_everything_is_named_readable_and_within_the_window(site, open_page, scheme, size):
+@pytest.mark.parametrize("size", [PHONE, {"width": 1280, "height": 900}], ids=["phone", "desktop"])
+def test_accessibility_and_layout(site, open_page, scheme, size):
     site.add("a completed clip with " + "a_very_long_word" * 10)
-    site.add("one that failed", JobState.FAILED, error=JobError(code="stage_failed", message="no face was found " * 6))
-    site.add("one that was cancelled", JobState.CANCELLED)
+    site.add("a failed clip", JobState.FAILED, error=JobError(code="stage_failed", message="no face was found " * 6))
+    site.add("a cancelled clip", JobState.CANCELLED)
     site.director.gate.clear()
     page = open_page(site.url, viewport=size, color_scheme=scheme, reduced_motion="reduce")
-    ask_for(page, "one that is being made")
-    ask_for(page, "one that waits")
-    expect(cards(page, "queue").locator(".now").first).to_have_text(re.compile("Generating"))
-    assert page.evaluate(LOOKING) == []
+    create_clip(page, "a running clip")
+    create_clip(page, "a queued clip")
+    expect(cards(page, "queue").locator(".status").first).to_have_text(re.compile("Generating"))
+    assert page.evaluate(CHECK_PAGE) == []
     for summary in page.locator("summary").all():
         summary.click()
-    page.locator("#make").evaluate("form => { form.noValidate = true; form.elements.prompt.value = ''; }")
-    page.get_by_role("button", name=MAKE).click()
+    page.locator("#create").evaluate("form => { form.noValidate = true; form.elements.prompt.value = ''; }")
+    page.get_by_role("button", name=CREATE).click()
     expect(page.locator("#prompt-error")).to_be_visible()
-    assert page.evaluate(LOOKING) == []
+    assert page.evaluate(CHECK_PAGE) == []
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     roles = {node["role"]["value"] for node in nodes if not node["ignored"]}
     assert {"textbox", "button", "progressbar", "Video", "status"} <= roles
-    nameless = [
+    unnamed = [
         node for node in nodes
-        if not node["ignored"] and node["role"]["value"] in MUST_HAVE_NAMES and not node.get("name", {}).get("value")
+        if not node["ignored"] and node["role"]["value"] in NAMED_ROLES and not node.get("name", {}).get("value")
     ]  # fmt: skip
-    assert nameless == []
-    assert page.locator(".track .current").first.evaluate("e => getComputedStyle(e, '::before').animationName") == "none"
+    assert unnamed == []
+    assert page.locator(".stages .current").first.evaluate("e => getComputedStyle(e, '::before').animationName") == "none"
     page.goto(f"{site.url}/?like={site.jobs()[-1].id}&after={site.jobs()[0].id}")
-    assert page.evaluate(LOOKING) == []
-    open_page.said[:] = [text for text in open_page.said if "422" not in text]
+    assert page.evaluate(CHECK_PAGE) == []
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
 
 
-def test_a_clip_by_the_keyboard_alone(site, open_page):
+def test_clip_is_created_and_deleted_by_keyboard(site, open_page):
     page = open_page(site.url)
     focused = "document.activeElement"
     page.keyboard.press("Tab")
     assert page.evaluate(f"{focused}.textContent") == "Skip to your clips"
-    passed = []
-    while (name := page.evaluate(f"{focused}.name || {focused}.textContent.trim()")) != MAKE:
-        passed.append(name)
+    focus_order = []
+    while (name := page.evaluate(f"{focused}.name || {focused}.textContent.trim()")) != CREATE:
+        focus_order.append(name)
         ring = page.evaluate(f"(({{outlineStyle, outlineWidth}}) => [outlineStyle, outlineWidth])(getComputedStyle({focused}))")
-        assert ring == ["solid", "2px"], f"no ring round {name}"
+        assert ring == ["solid", "2px"], f"no focus ring on {name}"
         if name == "prompt":
-            page.keyboard.type("made by keys")
+            page.keyboard.type("by keyboard")
         if name == "mode":
             page.keyboard.press("ArrowRight")
         page.keyboard.press("Tab")
-    assert passed == [
+    assert focus_order == [
         "Skip to your clips", "vidgen", "prompt", "photo", "lora", "lora_weight", "style_prompt", "mode", "More settings"
     ]  # fmt: skip
     page.keyboard.press("Enter")
     expect(page.locator("#clips video")).to_be_visible()
     job = site.jobs()[0]
-    assert (job.shot.prompt, job.shot.mode) == ("made by keys", "fast")
-    page.locator("h3", has_text="made by keys").focus()
+    assert (job.shot.prompt, job.shot.mode) == ("by keyboard", "fast")
+    page.locator("h3", has_text="by keyboard").focus()
     for _ in range(9):
         page.keyboard.press("Tab")
         if page.evaluate(f"{focused}.textContent").startswith("Delete"):

@@ -1,4 +1,4 @@
-"""A real server on a port of its own, in a thread: the API with the page, and a director that renders one job at a time."""
+"""Test server in a thread: the API with the page on its own port, and a director that renders one job at a time."""
 
 import socket
 import threading
@@ -30,40 +30,40 @@ LEASE_S = 60
 
 
 class JobDirector(threading.Thread):
-    """Renders what is queued. A test that closes `gate` stops the work before its next step."""
+    """Renders queued jobs. While `gate` is cleared, rendering pauses before its next step."""
 
     def __init__(self, store: JobStore, pipeline: VideoGenerationPipeline) -> None:
         super().__init__(daemon=True)
         self._store, self._pipeline = store, pipeline
         self.gate = threading.Event()
         self.gate.set()
-        self._over = threading.Event()
+        self._stopping = threading.Event()
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while not self._stopping.is_set():
             for job in self._store.queue.claim(OWNER, LEASE_S, 1):
-                self._lead(job)
+                self._render(job)
             time.sleep(0.02)
 
-    def end(self) -> None:
-        self._over.set()
+    def stop(self) -> None:
+        self._stopping.set()
         self.gate.set()
         self.join()
 
-    def _lead(self, job: Job) -> None:
+    def _render(self, job: Job) -> None:
         plan = self._pipeline.plan(job.shot)
-        course = ProgressEstimator(plan, self._pipeline.profile)
+        estimator = ProgressEstimator(plan, self._pipeline.profile)
 
-        def tell(stage: str, step: int, steps: int) -> None:
-            percent = course.percent(Progress(stage, step, steps))
+        def on_progress(stage: str, step: int, steps: int) -> None:
+            percent = estimator.percent(Progress(stage, step, steps))
             self._store.queue.progress(OWNER, [JobProgress(job.id, stage, step, steps, percent)])
-            while not self.gate.wait(0.02) and not self._wanted_to_end(job):
+            while not self.gate.wait(0.02) and not self._should_cancel(job):
                 pass
-            if self._wanted_to_end(job):
+            if self._should_cancel(job):
                 raise Cancelled
 
         try:
-            with listening(tell):
+            with listening(on_progress):
                 record = self._pipeline.render(job.shot)
         except Cancelled:
             self._store.queue.cancelled(job.id, OWNER)
@@ -74,13 +74,13 @@ class JobDirector(threading.Thread):
             seconds = {step.stage: step.seconds for step in record.stages}
             self._store.queue.completed(job.id, OWNER, shot_id=record.shot.id or "", stage_seconds=seconds)
 
-    def _wanted_to_end(self, job: Job) -> bool:
-        return self._over.is_set() or bool(self._store.queue.heartbeat(OWNER, [job.id], LEASE_S))
+    def _should_cancel(self, job: Job) -> bool:
+        return self._stopping.is_set() or bool(self._store.queue.heartbeat(OWNER, [job.id], LEASE_S))
 
 
 @contextmanager
 def listening_on(app: FastAPI, port: int) -> Iterator[None]:
-    """The application on a port of this machine, until the block ends."""
+    """Serve the app on a port of this machine until the block ends."""
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=0, lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -108,7 +108,7 @@ FAKES = {**OBEDIENT, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
 
 
 class QuickPipeline(VideoGenerationPipeline):
-    """Draws noise at once instead of loading models: for what is about the page and not about pictures."""
+    """Pipeline that draws noise instead of loading models, for tests of the page."""
 
     def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
         name = stage_class.name
@@ -118,9 +118,9 @@ class QuickPipeline(VideoGenerationPipeline):
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def chromium() -> Path | None:

@@ -30,11 +30,11 @@ def new(
     as_json: JsonOption = False,
 ) -> None:
     """Create a key and print it once. Only its sha256 is stored. Servers read their key file when they start."""
-    from vidgen_ray.online.auth import KeyRecord, add_key, hash_of, new_key
+    from vidgen_ray.online.auth import KeyRecord, add_key, hash_key, new_key
 
     key = new_key()
     try:
-        record = KeyRecord(tenant=tenant, sha256=hash_of(key))
+        record = KeyRecord(tenant=tenant, sha256=hash_key(key))
     except ValidationError:
         allowed = "must be 1 to 64 characters of A-Z a-z 0-9 . _ -, starting with a letter or a digit"
         raise UsageError(f"--tenant: got {tenant!r}, {allowed}") from None

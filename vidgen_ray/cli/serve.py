@@ -56,13 +56,13 @@ def serve_command(
     from vidgen_ray.cli.stop_signals import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
     from vidgen_ray.online.application import server_plan
-    from vidgen_ray.online.auth import check_reach, load_keys
+    from vidgen_ray.online.auth import check_bind_host, load_keys
     from vidgen_ray.online.server import check_port, serving, wait_for
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
 
     keys = load_keys(settings.keys_file, settings.limits)
-    check_reach(settings.host, keys)
+    check_bind_host(settings.host, keys)
     if address is None:
         check_port(settings.host, settings.port)
     # Report database errors before anything is started.

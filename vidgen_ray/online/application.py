@@ -18,8 +18,8 @@ from ray.serve.exceptions import RayServeException
 
 from vidgen_ray.engine.ray_cluster import live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.api.app import make_app
-from vidgen_ray.online.auth import Keys, load_keys
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import ApiKeys, load_keys
 from vidgen_ray.online.deployments import HEALTH, Group, graph, groups_of
 from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
@@ -105,7 +105,9 @@ def application(of: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_B
 class Api:
     """The HTTP side. It tells the director when there is something new; the store has it already."""
 
-    def __init__(self, settings: OnlineSettings, of: ServingProfile, outputs: OutputFolder, keys: Keys, director: Any) -> None:
+    def __init__(
+        self, settings: OnlineSettings, of: ServingProfile, outputs: OutputFolder, keys: ApiKeys, director: Any
+    ) -> None:
         self._settings = settings
         self._served = of
         self._outputs = outputs

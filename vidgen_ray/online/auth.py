@@ -1,4 +1,7 @@
-"""API keys: who may ask. Only their sha256 is kept: a key has 256 random bits, so that nothing slower is needed."""
+"""Authentication: API keys, browser sessions, checks of origin and host, and the authentication of requests.
+
+Only the SHA-256 of a key or a session token is stored. Both have 256 random bits, so a slow hash is not needed.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,52 @@ import ipaddress
 import os
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy import Engine, delete, insert, select
+from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import SetupError
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.limits import RequestRate
 from vidgen_ray.online.settings import Limits
+from vidgen_ray.online.store.database import READS
+from vidgen_ray.online.store.schema import SESSIONS
 from vidgen_ray.strict_yaml import StrictLoader
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
-"""Keys without a file: TENANT=SHA256, with commas between them."""
+"""Environment variable with further keys: TENANT=SHA256, separated by commas."""
 PREFIX = "vg-"
-LOCAL = "local"
-"""The tenant of a server without keys."""
+LOCAL_TENANT = "local"
+"""Tenant, and key id, of every request to a server without keys."""
+KEY_ID_LENGTH = 12
+SESSION_COOKIE = "vidgen_session"
+SESSION_S = 7 * 24 * 3600
+"""Seconds until a browser session expires."""
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class KeyRecord(BaseModel):
-    """One entry of the file of keys."""
+    """One entry of the keys file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the key, in hexadecimal")
-    limits: Limits | None = Field(None, description="none: those of the server")
-    expires_at: datetime | None = Field(None, description="with a time zone; none: never")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal")
+    limits: Limits | None = Field(None, description="None: the limits of the server")
+    expires_at: datetime | None = Field(None, description="with a time zone; None: never")
 
 
 class KeyFile(BaseModel):
-    """The content of the file of keys."""
+    """Content of the keys file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,18 +64,18 @@ class KeyFile(BaseModel):
 
 
 class Tenant(BaseModel):
-    """Who asks. Several keys may be of one tenant: they see the same jobs."""
+    """Tenant of a request. A tenant may have several keys, all of which see the same jobs."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     key_id: str
-    """What of the key may be seen."""
+    """Public part of the key: the first digits of its SHA-256."""
     limits: Limits
 
 
-class Keys:
-    """The keys of a server. Without any it knows one tenant, and must not be reached from elsewhere."""
+class ApiKeys:
+    """API keys of a server. Without any key, every request belongs to `LOCAL_TENANT`."""
 
     def __init__(self, records: Sequence[KeyRecord], limits: Limits) -> None:
         self._records = tuple(records)
@@ -69,47 +86,152 @@ class Keys:
         return bool(self._records)
 
     def verify(self, key: str | None) -> Tenant | None:
-        """Whose key it is; none where it is nobody's, or has expired. All are compared, so the time tells nothing."""
+        """Return the tenant of a key, or `None` if the key is unknown or expired.
+
+        Compares with every record, so the time taken reveals nothing.
+        """
         if not self._records:
-            return Tenant(name=LOCAL, key_id=LOCAL, limits=self._limits)
-        given = hash_of(key or "").encode()
-        found = None
+            return Tenant(name=LOCAL_TENANT, key_id=LOCAL_TENANT, limits=self._limits)
+        digest = hash_key(key or "").encode()
+        match = None
         for record in self._records:
-            if hmac.compare_digest(record.sha256.encode(), given):
-                found = record
-        return None if found is None or key is None else self._tenant(found)
+            if hmac.compare_digest(record.sha256.encode(), digest):
+                match = record
+        return None if match is None or key is None else self._tenant(match)
 
     def by_id(self, key_id: str) -> Tenant | None:
-        """The tenant of a key that was verified before; none where it has expired since, or is not among the keys any more."""
+        """Return the tenant of a key that was verified before, or `None` if the key has expired or was removed since."""
         if not self._records:
-            return self.verify(None) if key_id == LOCAL else None
-        record = next((record for record in self._records if _id(record) == key_id), None)
+            return self.verify(None) if key_id == LOCAL_TENANT else None
+        record = next((record for record in self._records if _key_id(record) == key_id), None)
         return None if record is None else self._tenant(record)
 
     def _tenant(self, record: KeyRecord) -> Tenant | None:
         if record.expires_at is not None and record.expires_at <= datetime.now(UTC):
             return None
-        return Tenant(name=record.tenant, key_id=_id(record), limits=record.limits or self._limits)
+        return Tenant(name=record.tenant, key_id=_key_id(record), limits=record.limits or self._limits)
 
 
-def load_keys(file: Path | None, limits: Limits, environment: Mapping[str, str] = os.environ) -> Keys:
-    """The keys of the file and those of VIDGEN_API_KEYS. Raises SetupError with what is wrong where."""
-    records = [*_from_file(file)] if file else []
+class Sessions:
+    """Browser sessions: a random token in a cookie, its digest in the database.
+
+    Stored in the database of the jobs, so every replica accepts them and they survive a restart. Each request looks its key up
+    again: an expired key ends its sessions at once, a key removed from the keys file ends them at the next start.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def open(self, key_id: str) -> str:
+        """Return the token of a new session. Also deletes expired sessions."""
+        token = secrets.token_urlsafe(32)
+        now = time.time()
+        with self._engine.begin() as connection:
+            connection.execute(delete(SESSIONS).where(SESSIONS.c.expires_at < now))
+            row = {"digest": _token_digest(token), "key_id": key_id, "expires_at": now + SESSION_S}
+            connection.execute(insert(SESSIONS).values(row))
+        return token
+
+    def key_id(self, token: str) -> str | None:
+        """Return the id of the key that opened the session, or `None` if the token is unknown or expired."""
+        valid = SESSIONS.c.digest == _token_digest(token), SESSIONS.c.expires_at > time.time()
+        with self._engine.connect() as connection:
+            result = connection.execution_options(**READS).execute(select(SESSIONS.c.key_id).where(*valid))
+            return result.scalar_one_or_none()
+
+    def close(self, token: str) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(delete(SESSIONS).where(SESSIONS.c.digest == _token_digest(token)))
+
+
+class Authenticator:
+    """Authenticates the requests of the API and of the web page. Methods block: they may query the database."""
+
+    def __init__(self, keys: ApiKeys, sessions: Sessions, request_rate: RequestRate) -> None:
+        self._keys = keys
+        self._sessions = sessions
+        self._request_rate = request_rate
+
+    @property
+    def keys_are_required(self) -> bool:
+        return self._keys.are_required
+
+    def api_tenant(self, request: Request, key: str | None) -> Tenant:
+        """Return the tenant of an API request and count the request.
+
+        A session cookie is accepted for reads without an Authorization header: the players of the page use it.
+        Raises ApiError: 400 for an invalid URL, 401 without a valid key, 403 for another origin or host, 429 over the
+        rate limit.
+        """
+        self._check_host(request)
+        if request.method not in SAFE_METHODS and not is_same_origin(request):
+            raise ApiError(403, "Cross-origin request refused.", code="cross_origin")
+        has_key = "authorization" in request.headers
+        tenant = self._keys.verify(key)
+        if tenant is None and request.method in SAFE_METHODS and not has_key:
+            tenant = self.session_tenant(request)
+        if tenant is None:
+            message = "Invalid API key." if has_key else "No API key. Send it as `Authorization: Bearer KEY`."
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, message, code="invalid_api_key", type="authentication_error", headers=headers)
+        self._request_rate.check(tenant.key_id, tenant.limits)
+        return tenant
+
+    def page_tenant(self, request: Request) -> Tenant | None:
+        """Return the tenant signed in to the page and count the request, or return `None` without a valid session.
+
+        Raises ApiError: 400 for an invalid URL, 403 for another host, 429 over the rate limit.
+        """
+        self._check_host(request)
+        tenant = self.session_tenant(request)
+        if tenant is not None:
+            self._request_rate.check(tenant.key_id, tenant.limits)
+        return tenant
+
+    def session_tenant(self, request: Request) -> Tenant | None:
+        """Return the tenant of the session cookie, or `None` without a valid session. Checks nothing else.
+
+        A server without keys needs no session.
+        """
+        if not self._keys.are_required:
+            return self._keys.verify(None)
+        token = request.cookies.get(SESSION_COOKIE)
+        key_id = self._sessions.key_id(token) if token else None
+        return self._keys.by_id(key_id) if key_id else None
+
+    def sign_in(self, key: str) -> str | None:
+        """Return the token of a new session, or `None` if the key is invalid."""
+        tenant = self._keys.verify(key) if key else None
+        return None if tenant is None else self._sessions.open(tenant.key_id)
+
+    def sign_out(self, request: Request) -> None:
+        if token := request.cookies.get(SESSION_COOKIE):
+            self._sessions.close(token)
+
+    def _check_host(self, request: Request) -> None:
+        check_url(request)
+        if not self._keys.are_required:
+            check_is_local(request)
+
+
+def load_keys(file: Path | None, limits: Limits, environment: Mapping[str, str] = os.environ) -> ApiKeys:
+    """Return the keys of the file and of VIDGEN_API_KEYS. Raises SetupError that names the invalid entry."""
+    records = [*_read_key_file(file)] if file else []
     for entry in filter(None, (part.strip() for part in environment.get(ENVIRONMENT, "").split(","))):
         tenant, _, digest = entry.partition("=")
         try:
             records.append(KeyRecord(tenant=tenant, sha256=digest))
         except ValidationError:
-            raise SetupError(f"{ENVIRONMENT}: must be TENANT=SHA256, with commas between several") from None
-    return Keys(records, limits)
+            raise SetupError(f"{ENVIRONMENT}: must be TENANT=SHA256, several separated by commas") from None
+    return ApiKeys(records, limits)
 
 
 def add_key(file: Path, record: KeyRecord) -> None:
-    """Add a key to a file of keys, which is made where it is missing, for its owner's eyes only. Comments in it are lost.
+    """Add a key to a keys file. Creates the file if needed, readable by its owner only. Comments in the file are lost.
 
-    Raises SetupError for a file that cannot be read or written.
+    Raises SetupError if the file cannot be read or written.
     """
-    before = _from_file(file) if file.exists() else ()
+    before = _read_key_file(file) if file.exists() else ()
     records = [each.model_dump(mode="json", exclude_none=True) for each in (*before, record)]
     try:
         with new_file(file.absolute()) as tmp:
@@ -119,42 +241,81 @@ def add_key(file: Path, record: KeyRecord) -> None:
         raise SetupError(f"keys file {file}: cannot be written ({error.strerror})") from None
 
 
-def check_reach(host: str, keys: Keys) -> None:
-    """Raises SetupError for a server that others could reach, and that would ask nobody who they are."""
+def new_key() -> str:
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_bind_host(host: str, keys: ApiKeys) -> None:
+    """Raises SetupError for a server without keys that listens beyond this machine."""
     if not keys.are_required and not is_loopback(host):
         raise SetupError(
-            f"host {host}: can be reached from other machines, which needs API keys; make one with `vidgen keys new`, "
-            "or listen on 127.0.0.1"
+            f"host {host}: reachable from other machines, which requires API keys. Create one with `vidgen keys new`, "
+            "or listen on 127.0.0.1."
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, by name or number, can only be this machine."""
+    """Return whether a host name or address always means this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower().rstrip(".") == "localhost"
 
 
-def new_key() -> str:
-    return PREFIX + secrets.token_urlsafe(32)
+def is_same_origin(request: Request) -> bool:
+    """Return whether a request comes from a page of this server or from a client that is not a browser.
+
+    `Sec-Fetch-Site` cannot be set by a page and does not depend on proxies, but browsers omit it on plain HTTP beyond loopback.
+    Then `Origin`, which browsers send with each POST, must name the requested host.
+    """
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
-def hash_of(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+def check_is_local(request: Request) -> None:
+    """Raises ApiError 403 unless the request comes from this machine and asks for a loopback name. For servers without keys."""
+    # Behind a proxy on this machine every client looks local; only the host name tells them apart.
+    if request.client is not None and not is_loopback(request.client.host):
+        raise ApiError(403, "A server without API keys accepts requests from its own machine only.", code="unknown_host")
+    # DNS rebinding: another site's name may resolve to this machine, and its page could then read the responses.
+    if not is_loopback(_requested_host(request.headers)):
+        raise ApiError(403, "A server without API keys accepts requests for localhost only.", code="unknown_host")
 
 
-def _id(record: KeyRecord) -> str:
-    return record.sha256[:12]
+def check_url(request: Request) -> None:
+    """Raises ApiError 400 for a NUL in the URL, which PostgreSQL rejects in queries."""
+    if "\0" in request.scope["path"] or b"%00" in request.scope["query_string"]:
+        raise ApiError(400, "The URL contains a NUL character.", code="invalid_url")
 
 
-def _from_file(file: Path) -> Sequence[KeyRecord]:
+def _requested_host(headers: Headers) -> str:
+    """Return the Host header without its port."""
+    host = headers.get("host", "")
+    return host.partition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+
+
+def _key_id(record: KeyRecord) -> str:
+    return record.sha256[:KEY_ID_LENGTH]
+
+
+def _token_digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _read_key_file(file: Path) -> Sequence[KeyRecord]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise SetupError(f"keys file {file}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Without the error's own words, which quote the line: somebody may have written a key itself there.
+        # The message of the YAML error quotes the line, which may contain a plain key.
         place = re.search(r"line \d+", str(error))
         raise SetupError(f"keys file {file}: not YAML{f' ({place[0]})' if place else ''}") from None
     try:

@@ -136,7 +136,7 @@ class JobService:
             shot = check_shot(given, "request", self.serving_profile.profile.defaults)
         except ScriptError as error:
             raise of_fields(error) from None
-        check_size(tenant, shot)
+        check_size(tenant.limits, shot)
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"is larger than {METADATA_BYTES} bytes as JSON", "too_large")
         try:

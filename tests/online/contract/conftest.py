@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from vidgen_ray.online.auth import hash_of
+from vidgen_ray.online.auth import hash_key
 
 KEYS = {name: f"vg-{name}-key" for name in ("ada", "bob", "eve", "joe")}
 LIMITS = {"eve": {"open_jobs": 1}, "joe": {"requests_per_minute": 3}}
@@ -29,7 +29,7 @@ START_S = 240
 def address(tmp_path_factory) -> Iterator[str]:
     """Where the server answers."""
     folder = tmp_path_factory.mktemp("serve")
-    keys = [{"tenant": name, "sha256": hash_of(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]
+    keys = [{"tenant": name, "sha256": hash_key(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

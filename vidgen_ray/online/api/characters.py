@@ -15,14 +15,14 @@ from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.media import VideoReader, encode_png, open_video, read_image
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.request_models import checked_names
 from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse, person_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.stages.base import Image
 
@@ -51,10 +51,10 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
         if bool(images) == bool(videos) or len(videos) > 1:
             raise invalid("video", "give one video, or one or several photos as image", "missing_required_parameter")
         if videos:
-            photos = [await server.faces.in_turn(lambda: _from_video(server, tenant, videos[0]))]
+            photos = [await server.face_check.in_turn(lambda: _from_video(server, tenant, videos[0]))]
         else:
-            photos = await server.references.all_kept(tenant, images, "image")
-            await server.faces.in_turn(lambda: _check_faces(server, tenant, photos))
+            photos = await server.image_references.all_kept(tenant, images, "image")
+            await server.face_check.in_turn(lambda: _check_faces(server, tenant, photos))
     try:
         character = await asyncio.to_thread(server.store.characters.create, tenant.name, name, photos)
     except NameTaken:
@@ -89,15 +89,15 @@ async def delete_character(server: ServerDep, tenant: TenantDep, character_id: s
     return CharacterDeleted(id=character_id)
 
 
-def _check_faces(server: Server, tenant: Tenant, photos: list[str]) -> None:
-    paths = [server.intake.uploads.find(tenant.name, photo) for photo in photos]
+def _check_faces(server: ServerContext, tenant: Tenant, photos: list[str]) -> None:
+    paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
     try:
-        server.faces.check([read_image(path) for path in paths if path is not None])
+        server.face_check.check([read_image(path) for path in paths if path is not None])
     except StageError as error:
         raise invalid("image", str(error).removeprefix("face_image: "), "no_face") from None
 
 
-def _from_video(server: Server, tenant: Tenant, video: UploadFile) -> str:
+def _from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str:
     """The id of a photo out of a video."""
     tmp = temporary_file(cache_dir() / "videos")
     try:
@@ -109,16 +109,16 @@ def _from_video(server: Server, tenant: Tenant, video: UploadFile) -> str:
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
-    return server.intake.uploads.keep(tenant.name, io.BytesIO(encode_png(photo)), "video").id
+    return server.job_service.uploads.keep(tenant.name, io.BytesIO(encode_png(photo)), "video").id
 
 
-def _first_with_a_face(server: Server, clip: VideoReader) -> Image:
+def _first_with_a_face(server: ServerContext, clip: VideoReader) -> Image:
     frames = min(clip.frame_count, BEGINNING)
     why = "it has no frames"
     for index in sorted({number * frames // LOOKS for number in range(LOOKS)}):
         frame: Image = clip.frames(index, index + 1)[0]
         try:
-            server.faces.check([frame])
+            server.face_check.check([frame])
         except StageError as error:
             why = str(error).removeprefix("face_image: ")
         else:

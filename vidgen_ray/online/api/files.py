@@ -8,11 +8,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.request_models import checked_names
 from vidgen_ray.online.api.response_models import FileDeleted, UploadedFile, file_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.inputs.uploads import receive
 
@@ -30,7 +29,7 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
         files = received.files("file")
         if len(files) != 1:
             raise invalid("file", f"got {len(files)} files, must be one", "missing_required_parameter")
-        upload = await asyncio.to_thread(server.intake.uploads.keep, tenant.name, files[0].file, "file")
+        upload = await asyncio.to_thread(server.job_service.uploads.keep, tenant.name, files[0].file, "file")
     return file_of(upload)
 
 
@@ -50,6 +49,6 @@ async def delete_file(server: ServerDep, tenant: TenantDep, file_id: str) -> Fil
         if file_id in person.photos:
             message = f"{file_id} is a photo of the character {person.name!r}; delete that first"
             raise ApiError(409, message, code="file_in_use", headers={"x-should-retry": "false"})
-    if not await asyncio.to_thread(server.intake.uploads.delete, tenant.name, file_id):
+    if not await asyncio.to_thread(server.job_service.uploads.delete, tenant.name, file_id):
         raise not_found("file", file_id[:100])
     return FileDeleted(id=file_id)

@@ -21,8 +21,8 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.request_models import (
     EDIT_FIELDS,
     IMAGE_FIELDS,
@@ -36,11 +36,11 @@ from vidgen_ray.online.api.request_models import (
     yes_or_no,
 )
 from vidgen_ray.online.api.response_models import ImageResult, ImagesResponse, ImageUsage
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import IdempotencyKey, person
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.shot import Shot
 
@@ -111,9 +111,9 @@ async def edit_images(
             raise invalid("mask", "is not supported: pictures are made over as a whole; leave it out", "unsupported_parameter")
         received.check_files(("image", "face_image"))
         given = checked_names(received.fields, EDIT_FIELDS)
-        images = await server.references.all_kept(tenant, received.files("image"), "image")
+        images = await server.image_references.all_kept(tenant, received.files("image"), "image")
         if "image" in given:
-            images += await server.references.all_named(tenant, given["image"], "image")
+            images += await server.image_references.all_named(tenant, given["image"], "image")
         if not images:
             raise invalid("image", "got none, give at least one", "missing_required_parameter")
         fields, about = await _picture(server, tenant, received, given)
@@ -132,7 +132,7 @@ async def edit_images(
 
 
 async def _picture(
-    server: Server, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]
+    server: ServerContext, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     model, meant = server.model(given.get("model"))
     fields = {**meant, **video_fields(given, {**server.serving_profile.profile.defaults, **meant}, moving=False)}
@@ -148,9 +148,9 @@ def _edit(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]
     return {"mode": "quality", "use_hunyuan_style": True, "style_strength": strength}
 
 
-def _size_like(server: Server, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
+def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
     """Where no size was asked for: that of the picture in shape, and the profile's in pixels, so that nothing is cut off."""
-    path = server.intake.uploads.find(tenant.name, image)
+    path = server.job_service.uploads.find(tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
     height, width = read_image(path).shape[:2]
@@ -195,7 +195,7 @@ def _copies(shots: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str,
 
 async def _answer(
     request: Request,
-    server: Server,
+    server: ServerContext,
     tenant: Tenant,
     shots: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
@@ -203,7 +203,7 @@ async def _answer(
     idempotency_key: str | None,
     received: ReceivedRequest,
 ) -> Response:
-    jobs = await server.intake.accept(
+    jobs = await server.job_service.accept(
         tenant,
         JobKind.IMAGE,
         shots,
@@ -215,7 +215,7 @@ async def _answer(
         return EventSourceResponse(_events(server, jobs, wish), ping=PING_S, headers={"X-Accel-Buffering": "no"})
     try:
         async with asyncio.timeout(server.settings.wait_s):
-            ended = [await server.followers.ended(job) for job in jobs]
+            ended = [await server.job_feed.ended(job) for job in jobs]
     except TimeoutError:
         raise ApiError(
             504,
@@ -235,7 +235,7 @@ async def _answer(
     return JSONResponse(answer.model_dump(mode="json", exclude_none=True))
 
 
-async def _events(server: Server, jobs: Sequence[Job], wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
+async def _events(server: ServerContext, jobs: Sequence[Job], wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
     try:
         async with asyncio.timeout(server.settings.wait_s):
             for job in jobs:
@@ -247,11 +247,11 @@ async def _events(server: Server, jobs: Sequence[Job], wish: _ImageOptions) -> A
         yield ServerSentEvent(event="error", data=response_models.ErrorBody.model_validate({"error": detail}).model_dump_json())
 
 
-async def _events_of(server: Server, job: Job, wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
+async def _events_of(server: ServerContext, job: Job, wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
     """What is known of the picture on its way: what stages before the last have made of it."""
     earlier = _drafts(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if wish.partial_images else []
     shown, last = 0, job
-    async for now in server.followers.follow(job):
+    async for now in server.job_feed.follow(job):
         last = _there(now)
         # Those of a job that is done by now, too: how many there are is not to hang on how often somebody looks.
         while earlier and shown < wish.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
@@ -284,7 +284,7 @@ def _drafts(plan: ShotPlan) -> list[str]:
     return [step.key for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
 
 
-def _draft(server: Server, key: str, wish: _ImageOptions) -> str | None:
+def _draft(server: ServerContext, key: str, wish: _ImageOptions) -> str | None:
     cache = server.outputs.stage_cache
     if not cache.has(key):
         return None
@@ -292,7 +292,7 @@ def _draft(server: Server, key: str, wish: _ImageOptions) -> str | None:
     return None if found is None else _as_text(PILImage.fromarray(found["image"]), wish)
 
 
-def _encoded(server: Server, job: Job, wish: _ImageOptions) -> str:
+def _encoded(server: ServerContext, job: Job, wish: _ImageOptions) -> str:
     done = server.outputs.find_by_key(job.key)
     if done is None:
         raise ApiError(404, f"The files of {job.id} are not there any more", code="expired")

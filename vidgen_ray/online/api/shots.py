@@ -6,11 +6,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.request_models import PATH_FIELDS, SHOT_FIELDS, checked_names
 from vidgen_ray.online.api.response_models import ShotJob, shot_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import receive
@@ -35,7 +34,7 @@ async def create_shot(
         if received.is_form:
             raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
     fields = checked_names(nest_flat_settings(received.fields), {*SHOT_FIELDS, *PATH_FIELDS})
-    (job,) = await server.intake.accept(
+    (job,) = await server.job_service.accept(
         tenant,
         JobKind.SHOT,
         [fields],
@@ -43,11 +42,11 @@ async def create_shot(
         idempotency_key=idempotency_key,
         fingerprint=f"shot {received.fingerprint}"[:64],
     )
-    return shot_of(job, shown(job.shot, server.settings, server.intake.uploads))
+    return shot_of(job, shown(job.shot, server.settings, server.job_service.uploads))
 
 
 @router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
 async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
     """How far any job is, and its shot as it may be sent again. Its files and events are those of `/v1/videos/{id}`."""
     job = await job_of(server, tenant, shot_id)
-    return shot_of(job, shown(job.shot, server.settings, server.intake.uploads))
+    return shot_of(job, shown(job.shot, server.settings, server.job_service.uploads))

@@ -1,4 +1,4 @@
-"""What happens to a job, as server-sent events."""
+"""Server-sent events of one job."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.response_models import VideoDeleted, video_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api.videos import job_of
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 
 PING_S = 15
+"""Seconds between pings, which keep proxies from closing an idle stream."""
 EVENTS = {
-    "description": "`video.queued` and `video.in_progress` with a Video whenever it has changed; the last one is "
-    "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`",
+    "description": "`video.queued` and `video.in_progress` events with the Video after each change. The last event is "
+    "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`.",
     "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
@@ -30,19 +31,18 @@ async def video_events(
     server: ServerDep,
     tenant: TenantDep,
     video_id: str,
-    last_event_id: Annotated[str | None, Header(description="the last event that was seen: it is not told again")] = None,
+    last_event_id: Annotated[str | None, Header(description="Id of the last event received. It is not sent again.")] = None,
 ) -> EventSourceResponse:
-    """Follow a clip until it has ended. The stream of one that has ended is its last event."""
+    """Stream the events of a job until it ends. The stream of an ended job is its last event."""
     job = await job_of(server, tenant, video_id)
-    return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S, headers={"X-Accel-Buffering": "no"})
+    return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S)
 
 
-async def _events(server: Server, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
-    async for now in server.followers.follow(job):
-        if now is None:
+async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:
+    async for current in server.job_feed.follow(job):
+        if current is None:
             yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
-        # The end is always told: a browser that has missed it would ask for ever.
-        elif now.state.is_final or str(now.version) != last_event_id:
-            yield ServerSentEvent(
-                event=f"video.{now.state}", id=str(now.version), data=video_of(now).model_dump_json(exclude_none=True)
-            )
+        # The last event is always sent: a browser that missed it would reconnect forever.
+        elif current.state.is_final or str(current.version) != last_event_id:
+            data = video_of(current).model_dump_json(exclude_none=True)
+            yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))

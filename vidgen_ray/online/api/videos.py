@@ -11,15 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vidgen_ray.online.api import response_models
-from vidgen_ray.online.api.deps import Server, ServerDep
-from vidgen_ray.online.api.error_handlers import error_responses
+from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.error_responses import error_responses
 from vidgen_ray.online.api.request_models import VIDEO_FIELDS, checked_names, text, video_fields
 from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_of
-from vidgen_ray.online.api.security import TenantDep
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
 
@@ -45,7 +45,7 @@ async def create_video(
     async with receive(request, server.settings.uploads) as received:
         received.check_files(("input_reference", "image_reference", "face_image"))
         fields, about = await _clip(server, tenant, received)
-    (job,) = await server.intake.accept(
+    (job,) = await server.job_service.accept(
         tenant,
         JobKind.VIDEO,
         [fields],
@@ -86,7 +86,7 @@ async def get_video(response: Response, server: ServerDep, tenant: TenantDep, vi
 @router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=error_responses(404))
 async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> VideoDeleted:
     """Forget a clip. One that is being made is cancelled."""
-    if not await server.intake.delete(tenant, video_id):
+    if not await server.job_service.delete(tenant, video_id):
         raise not_found("video", video_id[:100])
     return VideoDeleted(id=video_id)
 
@@ -94,7 +94,7 @@ async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
 @router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=error_responses(404))
 async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """Stop making a clip: at once where it waits, else after the denoising step or frame at hand. What has ended stays."""
-    job = await server.intake.cancel(tenant, video_id)
+    job = await server.job_service.cancel(tenant, video_id)
     if job is None:
         raise not_found("video", video_id[:100])
     return video_of(job)
@@ -119,9 +119,9 @@ async def remix_video(
     async with receive(request, server.settings.uploads) as received:
         received.check_files(())
         fields, about = await _clip(
-            server, tenant, received, shown(before.shot, server.settings, server.intake.uploads), before
+            server, tenant, received, shown(before.shot, server.settings, server.job_service.uploads), before
         )
-    (job,) = await server.intake.accept(
+    (job,) = await server.job_service.accept(
         tenant,
         JobKind.VIDEO,
         [fields],
@@ -133,7 +133,7 @@ async def remix_video(
     return video_of(job)
 
 
-async def job_of(server: Server, tenant: Tenant, job_id: str) -> Job:
+async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
     """Raises ApiError 404."""
     job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
     if job is None:
@@ -142,7 +142,7 @@ async def job_of(server: Server, tenant: Tenant, job_id: str) -> Job:
 
 
 async def _clip(
-    server: Server,
+    server: ServerContext,
     tenant: Tenant,
     received: ReceivedRequest,
     base: Mapping[str, Any] | None = None,
@@ -165,23 +165,23 @@ async def _clip(
         if files := received.files(name):
             if len(files) > 1 or "image" in fields:
                 raise invalid(name, "a clip starts from one picture")
-            fields["image"] = await server.references.kept(tenant, files[0], name)
+            fields["image"] = await server.image_references.kept(tenant, files[0], name)
         elif name in given:
-            fields["image"] = await server.references.named(tenant, given[name], name)
+            fields["image"] = await server.image_references.named(tenant, given[name], name)
     fields |= await person(server, tenant, received, given)
     return fields, {"model": model, "user": text(given, "user")}
 
 
-async def person(server: Server, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]) -> dict[str, Any]:
+async def person(server: ServerContext, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say who is in the picture."""
-    photos = await server.references.all_kept(tenant, received.files("face_image"), "face_image")
+    photos = await server.image_references.all_kept(tenant, received.files("face_image"), "face_image")
     if photos and "face_image" in given:
         raise invalid("face_image", "came as files and as ids; give either")
     if "face_image" in given:
-        photos += await server.references.all_named(tenant, given["face_image"], "face_image")
+        photos += await server.image_references.all_named(tenant, given["face_image"], "face_image")
     fields = {"character": given.get("character"), "face_image": photos or None}
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _poll_after(server: Server, response: Response) -> None:
+def _poll_after(server: ServerContext, response: Response) -> None:
     response.headers[POLL_AFTER] = str(round(server.settings.poll_after_s * 1000))

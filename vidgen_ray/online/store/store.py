@@ -61,12 +61,19 @@ class Page(NamedTuple):
     has_more: bool
 
 
+class DeletedJob(NamedTuple):
+    """A job that was deleted."""
+
+    id: str
+    tenant: str
+
+
 class Changes(NamedTuple):
     """What happened since a place in the order of changes."""
 
     jobs: list[Job]
     """Their present state, in the order of their last change."""
-    deleted: list[str]
+    deleted: list[DeletedJob]
     cursor: int
     """The place to ask from next."""
 
@@ -206,7 +213,7 @@ class JobStore:
             rows = connection.execute(select(JOBS).where(*new, JOBS.c.version <= last).order_by(JOBS.c.version)).all()
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
-            [row.id for row in rows if row.deleted_at is not None],
+            [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
             rows[-1].version if rows else cursor,
         )
 

@@ -1,28 +1,26 @@
-"""The page at `/`, for people: the same jobs as the API's, through the same intake."""
+"""Web page at `/`. It creates and shows the same jobs as the API."""
 
 from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from vidgen_ray.online.api.deps import Server
-from vidgen_ray.online.web.auth_routes import door_routes
+from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.web.auth_routes import auth_routes
 from vidgen_ray.online.web.page_context import STATIC, PageContext
 from vidgen_ray.online.web.routes import page_routes
 
 
-def add_page(app: FastAPI, server: Server) -> None:
-    """Add the page's routes to an app of the API's. Also tells the API, as `app.state.cookie_tenant`, who is signed in by the
-    page's cookie, so that the page's players can fetch what they show; it must ask for nothing but reading."""
-    site = PageContext(server)
-    app.state.cookie_tenant = site.tenant_now
-    app.include_router(page_routes(site))
-    app.include_router(door_routes(site))
-    app.mount("/static", _Static(directory=STATIC), name="static")
+def add_page(app: FastAPI, server: ServerContext) -> None:
+    """Add the page's routes and static files to the app."""
+    context = PageContext(server)
+    app.include_router(page_routes(context))
+    app.include_router(auth_routes(context))
+    app.mount("/static", _StaticFiles(directory=STATIC), name="static")
 
 
-class _Static(StaticFiles):
-    """The page names these files with a digest of their content, so a browser may keep them."""
+class _StaticFiles(StaticFiles):
+    """Static files with cache headers. URLs with a query contain a digest of the files, so browsers may cache them forever."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)

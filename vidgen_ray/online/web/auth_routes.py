@@ -1,4 +1,4 @@
-"""Signing in and out, where the server has API keys."""
+"""Sign-in and sign-out routes, for servers with API keys."""
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
@@ -6,60 +6,57 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, is_same_origin
 from vidgen_ray.online.inputs.uploads import small_form
-from vidgen_ray.online.web.origin import same_origin
-from vidgen_ray.online.web.page_context import PageContext, base_of
-from vidgen_ray.online.web.sessions import COOKIE, LIFE_S
+from vidgen_ray.online.web.page_context import PageContext, base_path
 
 
-def door_routes(site: PageContext) -> APIRouter:
+def auth_routes(context: PageContext) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     @router.get("/sign-in")
-    async def ask(request: Request) -> Response:
-        if await site.tenant(request):
-            return RedirectResponse(f"{base_of(request)}/", 303)
-        return site.answer(request, "sign_in.html", error=None)
+    async def sign_in_form(request: Request) -> Response:
+        if await run_in_threadpool(context.server.auth.page_tenant, request):
+            return RedirectResponse(f"{base_path(request)}/", 303)
+        return context.render(request, "sign_in.html", error=None)
 
     @router.post("/sign-in")
     async def sign_in(request: Request) -> Response:
-        if not same_origin(request):
-            return refusal(site, request)
+        if not is_same_origin(request):
+            return cross_origin_response(context, request)
         try:
-            key = (await small_form(request, site.server.settings.uploads)).get("key", "").strip()
+            key = (await small_form(request, context.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
-            return site.answer(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        tenant = site.server.keys.verify(key) if key else None
-        if tenant is None:
-            return site.answer(request, "sign_in.html", 403, error="No key of this server is like this one.")
-        token = await run_in_threadpool(site.sessions.open, tenant.key_id)
-        answer = RedirectResponse(f"{base_of(request)}/", 303)
-        answer.set_cookie(
-            COOKIE,
+            return context.render(request, "message.html", error.status, heading="Not signed in", message=error.message)
+        token = await run_in_threadpool(context.server.auth.sign_in, key)
+        if token is None:
+            return context.render(request, "sign_in.html", 403, error="Invalid API key.")
+        response = RedirectResponse(f"{base_path(request)}/", 303)
+        response.set_cookie(
+            SESSION_COOKIE,
             token,
-            max_age=LIFE_S,
-            path=f"{base_of(request)}/",
-            # From a proxy that ends TLS, as it says; who says so falsely only keeps himself out.
+            max_age=SESSION_S,
+            path=f"{base_path(request)}/",
+            # A proxy that terminates TLS sets X-Forwarded-Proto. A client that forges it only loses its own session.
             secure="https" in (request.url.scheme, request.headers.get("x-forwarded-proto")),
             httponly=True,
             samesite="strict",
         )
-        return answer
+        return response
 
     @router.post("/sign-out")
     async def sign_out(request: Request) -> Response:
-        if not same_origin(request):
-            return refusal(site, request)
-        if token := request.cookies.get(COOKIE):
-            await run_in_threadpool(site.sessions.close, token)
-        answer = RedirectResponse(f"{base_of(request)}/sign-in", 303)
-        answer.delete_cookie(COOKIE, path=f"{base_of(request)}/", httponly=True, samesite="strict")
-        return answer
+        if not is_same_origin(request):
+            return cross_origin_response(context, request)
+        await run_in_threadpool(context.server.auth.sign_out, request)
+        response = RedirectResponse(f"{base_path(request)}/sign-in", 303)
+        response.delete_cookie(SESSION_COOKIE, path=f"{base_path(request)}/", httponly=True, samesite="strict")
+        return response
 
     return router
 
 
-def refusal(site: PageContext, request: Request) -> Response:
-    """What a request of another site's page gets."""
-    message = "This request came from another web site. Nothing was done."
-    return site.answer(request, "message.html", 403, heading="Refused", message=message)
+def cross_origin_response(context: PageContext, request: Request) -> Response:
+    """Refuse a request sent by a page of another site."""
+    message = "The request came from another website and was ignored."
+    return context.render(request, "message.html", 403, heading="Request refused", message=message)

@@ -1,4 +1,4 @@
-"""From a form that was filled in to a stored job, and back to what another like it would ask for."""
+"""Create a job from a submitted form, and return the fields of an existing job for a new form."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,48 +19,50 @@ from vidgen_ray.online.web.forms import FormError, FormValues, errors_of
 from vidgen_ray.online.web.page_context import PageContext
 from vidgen_ray.shot import Shot
 
-WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""What our ids and tokens are made of."""
-NAME_LETTERS = 128
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Job ids and submission ids."""
+MAX_NAME_LENGTH = 128
 
 
-async def accepted(
-    site: PageContext, tenant: Tenant, received: ReceivedRequest, values: FormValues
+async def create_job(
+    context: PageContext, tenant: Tenant, received: ReceivedRequest, values: FormValues
 ) -> tuple[Job, Character | None]:
-    """The job that the form asks for, and the person that it saved. Raises FormError and ApiError."""
-    server = site.server
+    """Store the job that the form describes, and the character if it names one. Raises FormError and ApiError."""
+    server = context.server
     fields: dict[str, Any] = values.fields()
-    if lora := values.worn():
+    if lora := values.lora_ref():
         fields["lora"] = [{"name": lora.path, "scale": lora.weight}]
-    # Checked here first, since the intake tells one field at a time and a form can show all.
+    # The job service reports the first invalid field only; the form shows all of them.
     try:
         Shot.model_validate({**server.serving_profile.profile.defaults, **fields, "lora": None})
     except ValidationError as error:
         raise FormError(errors_of(error)) from None
-    about: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if values.mode == "fast" else "")}
-    # An empty choice of files comes as one without a name.
+    job_request: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if values.mode == "fast" else "")}
+    # Browsers send an empty file control as one file without a name.
     photos = [file for file in received.files("photo") if file.filename or file.size]
-    saved = await _saved(site, tenant, photos, values)
+    saved = await _save_character(context, tenant, photos, values)
     if photos:
-        fields["face_image"] = await _kept(site, tenant, photos)
+        fields["face_image"] = await _store_photos(context, tenant, photos)
     elif values.character:
         fields["character"] = values.character
-        if known := await run_in_threadpool(server.store.characters.get, values.character, tenant.name):
-            about["character"] = known.name
-    elif values.same_photo and (before := await job_of(site, tenant, received.fields.get("like"))):
-        fields["face_image"] = as_asked(site, before).get("face_image")
-        about["character"] = before.request.get("character")
-    # A form that is sent twice asks once; one that was changed in between asks for something else.
-    once = received.fields.get("once")
-    key = f"page-{once}-{received.fingerprint[:32]}" if isinstance(once, str) and WORD.fullmatch(once) else None
-    jobs = await server.intake.accept(
-        tenant, JobKind.VIDEO, [fields], about, idempotency_key=key, fingerprint=received.fingerprint
+        if character := await run_in_threadpool(server.store.characters.get, values.character, tenant.name):
+            job_request["character"] = character.name
+    elif values.same_photo and (before := await job_of(context, tenant, received.fields.get("like"))):
+        fields["face_image"] = client_fields_of(context, before).get("face_image")
+        job_request["character"] = before.request.get("character")
+    # A form sent twice creates one job. The fingerprint tells an edited form apart.
+    submission = received.fields.get("submission_id")
+    key = f"page-{submission}-{received.fingerprint[:32]}" if isinstance(submission, str) and ID.fullmatch(submission) else None
+    jobs = await server.job_service.accept(
+        tenant, JobKind.VIDEO, [fields], job_request, idempotency_key=key, fingerprint=received.fingerprint
     )
     return jobs[0], saved
 
 
-async def _saved(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile], values: FormValues) -> Character | None:
-    """The person as whom the form wants its photos saved. Raises FormError."""
+async def _save_character(
+    context: PageContext, tenant: Tenant, photos: Sequence[UploadFile], values: FormValues
+) -> Character | None:
+    """Save the photos as a character if the form names one. Raises FormError."""
     name = values.save_as.strip()
     if photos and values.character:
         raise FormError({"character": "Choose either photos or a saved character."})
@@ -68,40 +70,40 @@ async def _saved(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile]
         return None
     if not photos:
         raise FormError({"save_as": "Choose a photo to save."})
-    if len(name) > NAME_LETTERS or not name.isprintable():
-        raise FormError({"save_as": f"Must be 1 to {NAME_LETTERS} printable letters."})
-    kept = await _kept(site, tenant, photos)
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise FormError({"save_as": f"Must be 1 to {MAX_NAME_LENGTH} printable characters."})
+    photo_ids = await _store_photos(context, tenant, photos)
     try:
-        await site.server.faces.in_turn(lambda: _check_faces(site, tenant, kept))
-        return await run_in_threadpool(site.server.store.characters.create, tenant.name, name, kept)
+        await context.server.face_check.in_turn(lambda: _check_faces(context, tenant, photo_ids))
+        return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids)
     except StageError as error:
         raise FormError({"photo": str(error).removeprefix("face_image: ").capitalize() + "."}) from None
     except NameTaken:
-        raise FormError({"save_as": "There is a character of this name with other photos."}) from None
+        raise FormError({"save_as": "A character with this name and other photos exists."}) from None
 
 
-async def _kept(site: PageContext, tenant: Tenant, photos: Sequence[UploadFile]) -> list[str]:
-    """The ids of the photos; asked again it gives the same ones. Raises ApiError."""
+async def _store_photos(context: PageContext, tenant: Tenant, photos: Sequence[UploadFile]) -> list[str]:
+    """Store the photos and return their ids. The same photo has the same id. Raises ApiError."""
     ids = []
     for photo in photos:
         await photo.seek(0)
-        upload = await run_in_threadpool(site.server.intake.uploads.keep, tenant.name, photo.file, "photo")
+        upload = await run_in_threadpool(context.server.job_service.uploads.keep, tenant.name, photo.file, "photo")
         ids.append(upload.id)
     return ids
 
 
-def _check_faces(site: PageContext, tenant: Tenant, ids: Sequence[str]) -> None:
-    paths = [site.server.intake.uploads.find(tenant.name, each) for each in ids]
-    site.server.faces.check([read_image(path) for path in paths if path is not None])
+def _check_faces(context: PageContext, tenant: Tenant, ids: Sequence[str]) -> None:
+    paths = [context.server.job_service.uploads.find(tenant.name, each) for each in ids]
+    context.server.face_check.check([read_image(path) for path in paths if path is not None])
 
 
-async def job_of(site: PageContext, tenant: Tenant, job_id: object) -> Job | None:
-    """None where the tenant has no such job."""
-    if not isinstance(job_id, str) or not WORD.fullmatch(job_id):
+async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | None:
+    """Return a job of the tenant, or `None` if it has no such job."""
+    if not isinstance(job_id, str) or not ID.fullmatch(job_id):
         return None
-    return await run_in_threadpool(site.server.store.get, job_id, tenant.name)
+    return await run_in_threadpool(context.server.store.get, job_id, tenant.name)
 
 
-def as_asked(site: PageContext, job: Job) -> Mapping[str, Any]:
-    """The fields by which the same shot could be asked for again."""
-    return shown(job.shot, site.server.settings, site.server.intake.uploads)
+def client_fields_of(context: PageContext, job: Job) -> Mapping[str, Any]:
+    """Return the fields that would create the same shot."""
+    return shown(job.shot, context.server.settings, context.server.job_service.uploads)

@@ -1,4 +1,4 @@
-"""The form: what it offers, what was filled in, and what that means as fields of a shot. Knows no HTTP."""
+"""The form of the page: its choices, its values and their conversion to shot fields. No HTTP."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,15 +10,15 @@ from pydantic import JsonValue, ValidationError
 from vidgen_ray.shot import LoraRef, Shot
 
 STYLES = ("watercolour", "oil painting", "ink drawing", "charcoal sketch", "claymation", "film noir", "pixel art", "woodcut")
-"""Suggestions; any words will do."""
+"""Suggested style prompts."""
 IDEAS = (
     "A large red boat by the sea at sunset",
     "A yellow house on green hills under a rainbow",
     "A person in a blue coat walking in the snow",
 )
-"""Prompts to start from, where there is no clip yet."""
+"""Example prompts, shown while there are no clips."""
 MORE_FIELDS = frozenset({"size", "num_frames", "fps", "scale", "motion_bucket_id", "seed", "negative_prompt"})
-"""The controls that are folded away at first."""
+"""Controls under "More settings", which is closed at first."""
 CONTROL_OF = {
     "face_image": "photo",
     "input_reference": "photo",
@@ -27,15 +27,15 @@ CONTROL_OF = {
     "use_hunyuan_style": "style_prompt",
     "upscale_video": "scale",
 }
-"""Field of the API -> the control that stands for it, where the names differ."""
-DIGITS = 10
-"""Of any number that makes sense here; Python refuses to read thousands."""
+"""API field -> control of the form, if the names differ."""
+MAX_DIGITS = 10
+"""Longest number accepted. `int` raises for numbers of thousands of digits."""
 LATENT_PX = 64
-"""Sides of a clip are multiples of it."""
+"""Width and height are multiples of this."""
 
 
 class FormError(Exception):
-    """What is wrong: control -> sentence, and what belongs to no control."""
+    """Invalid form: a message per control, and a message for the whole form."""
 
     def __init__(self, errors: Mapping[str, str], message: str | None = None, status: int = 422) -> None:
         self.errors, self.message, self.status = dict(errors), message, status
@@ -44,7 +44,7 @@ class FormError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FormValues:
-    """What stands in the controls, as text."""
+    """Values of the controls, as text."""
 
     prompt: str = ""
     save_as: str = ""
@@ -63,20 +63,20 @@ class FormValues:
     same_photo: str = ""
 
     @staticmethod
-    def of_form(form: Mapping[str, Any]) -> "FormValues":
-        """Of what a browser sent. Unknown names are left out, files too."""
+    def from_form(form: Mapping[str, Any]) -> "FormValues":
+        """Return the values that a browser sent. Ignores unknown names and files."""
         texts = {name: form.get(name) for name in FormValues.__slots__}
-        # A form ends its lines as HTTP does, which is not what was typed.
+        # Browsers send line breaks as CRLF.
         return FormValues(**{name: text.replace("\r\n", "\n") for name, text in texts.items() if isinstance(text, str)})
 
     @staticmethod
-    def of_shot(shot: Shot, lora_names: Mapping[str, str]) -> "FormValues":
-        """The form that would ask for a shot like this one, with a new seed. `lora_names`: path -> name."""
-        worn = shot.lora[0] if shot.lora else LoraRef(path="-")
+    def from_shot(shot: Shot, lora_names: Mapping[str, str]) -> "FormValues":
+        """Return the values for a shot with the same settings and a new seed. `lora_names` maps paths to names."""
+        lora = shot.lora[0] if shot.lora else LoraRef(path="-")
         return FormValues(
             prompt=shot.prompt,
-            lora=lora_names.get(worn.path, ""),
-            lora_weight=f"{worn.weight:g}",
+            lora=lora_names.get(lora.path, ""),
+            lora_weight=f"{lora.weight:g}",
             style_prompt=(shot.style_prompt or "") if shot.use_hunyuan_style else "",
             mode=shot.mode,
             size=f"{shot.width}x{shot.height}",
@@ -92,7 +92,7 @@ class FormValues:
         return replace(self, prompt=prompt)
 
     def fields(self) -> dict[str, JsonValue]:
-        """As fields of a shot, without photos and LoRA. Raises FormError for text that is no number, each field at once."""
+        """Return the shot fields, without photos and LoRA. Raises FormError with all fields that are not numbers."""
         errors: dict[str, str] = {}
 
         def number(name: str) -> int | None:
@@ -107,7 +107,7 @@ class FormValues:
         if not (is_number(width) and is_number(height)):
             errors["size"] = "Choose one of the sizes."
         if self.mode == "fast" and self.style_prompt.strip():
-            errors["style_prompt"] = "Mode fast has no restyle. Choose quality, or leave this empty."
+            errors["style_prompt"] = "Fast mode has no restyling. Choose quality mode, or leave this empty."
         fields: dict[str, JsonValue] = {
             "prompt": self.prompt,
             "mode": self.mode,
@@ -124,8 +124,8 @@ class FormValues:
             raise FormError(errors)
         return {name: value for name, value in fields.items() if value is not None}
 
-    def worn(self) -> LoraRef | None:
-        """The LoRA by its name. Raises FormError for a weight that is none."""
+    def lora_ref(self) -> LoraRef | None:
+        """Return the chosen LoRA, with its name as path. Raises FormError for an invalid weight."""
         if not self.lora:
             return None
         try:
@@ -134,37 +134,39 @@ class FormValues:
             raise FormError({"lora_weight": "Must be a number between -2 and 2."}) from None
 
 
-def is_number(text: str, most: int = DIGITS) -> bool:
-    """Whether it is a whole number of at most so many digits."""
-    return text.isascii() and text.isdecimal() and len(text) <= most
+def is_number(text: str, max_digits: int = MAX_DIGITS) -> bool:
+    """Return whether the text is a whole number of at most `max_digits` digits."""
+    return text.isascii() and text.isdecimal() and len(text) <= max_digits
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
+    """One choice of the size control."""
+
     value: str
     label: str
 
 
-def sizes_like(width: int, height: int, extra_weights: str = "") -> tuple[Size, ...]:
-    """The profile's own size, the same upright and as a square of about as many pixels, and `also`."""
+def size_choices(width: int, height: int, current: str = "") -> tuple[Size, ...]:
+    """Return a landscape, a portrait and a square size with about as many pixels, and `current` ("WIDTHxHEIGHT")."""
     side = max(LATENT_PX, round(math.sqrt(width * height) / LATENT_PX) * LATENT_PX)
     long, short = max(width, height), min(width, height)
     shapes = {f"{long}x{short}": "Landscape", f"{short}x{long}": "Portrait", f"{side}x{side}": "Square"}
-    if extra_weights:
-        shapes.setdefault(extra_weights, "As in that clip")
+    if current:
+        shapes.setdefault(current, "As in that clip")
     return tuple(Size(value, f"{name}, {value.replace('x', ' × ')}") for value, name in shapes.items())
 
 
 def errors_of(error: ValidationError) -> dict[str, str]:
-    """Pydantic's findings about a shot -> control -> sentence. A finding about fields together goes to the prompt."""
-    found: dict[str, str] = {}
+    """Return a message per control from Pydantic's errors about a shot. Errors without a field go to the prompt."""
+    messages: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
-        name = str(detail["loc"][0]) if detail["loc"] else _named_in(detail["msg"])
+        name = str(detail["loc"][0]) if detail["loc"] else _field_in(detail["msg"])
         text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-        text = "needed" if detail["type"] in ("missing", "string_too_short") else text
-        found.setdefault(CONTROL_OF.get(name, name), f"{text[0].upper()}{text[1:]}.")
-    return found
+        text = "required" if detail["type"] in ("missing", "string_too_short") else text
+        messages.setdefault(CONTROL_OF.get(name, name), f"{text[0].upper()}{text[1:]}.")
+    return messages
 
 
-def _named_in(message: str, fields: Iterable[str] = ("width", "height", "lora_strength")) -> str:
+def _field_in(message: str, fields: Iterable[str] = ("width", "height", "lora_strength")) -> str:
     return next((name for name in fields if name in message), "prompt")

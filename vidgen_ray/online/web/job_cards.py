@@ -1,4 +1,4 @@
-"""One job as the page says it: words, numbers and addresses ready for the template. Knows no HTTP and reads no files."""
+"""Job cards: the texts, numbers and URLs of a job for the template. No HTTP, no files."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,27 +12,31 @@ ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
 NO_BREAK = "\u00a0"
-"""A space between a number and its unit."""
-VERDICTS = {JobState.FAILED: "This one failed.", JobState.CANCELLED: "Cancelled."}
+"""Separates a number from its unit."""
+VERDICTS = {JobState.FAILED: "Failed.", JobState.CANCELLED: "Cancelled."}
 
 
 @dataclass(frozen=True, slots=True)
-class TrackStage:
+class CardStage:
+    """One stage in the list of a job's stages."""
+
     label: str
     state: str
-    """done, current or ahead."""
+    """`done`, `current` or `ahead`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
+    """Values of the card template."""
+
     id: str
     version: int
     state: str
     active: bool
     title: str
     percent: int
-    now: str
-    track: tuple[TrackStage, ...]
+    status: str
+    stages: tuple[CardStage, ...]
     cancelling: bool
     is_clip: bool
     media: str
@@ -40,7 +44,7 @@ class Card:
     file_name: str
     width: int
     height: int
-    """Of what is shown, after upscaling."""
+    """Pixels after upscaling, like `width`."""
     summary: str
     verdict: str
     error: str | None
@@ -50,9 +54,12 @@ class Card:
 
 
 def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
-    """`base` is where the application is mounted; `lora_names` are those of the server's LoRAs by their paths."""
+    """Return the card of a job.
+
+    `base` is the path at which the app is mounted. `lora_names` maps the paths of the server's LoRAs to their names.
+    """
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
-    grown = max((scale for scale, _ in clip_growth(shot).values()), default=1)
+    growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
     content = f"{base}/v1/videos/{job.id}/content"
     return Card(
         id=job.id,
@@ -61,58 +68,58 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
         active=job.state in ACTIVE,
         title=" ".join(shot.prompt.split()),
         percent=job.progress,
-        now=_now(job),
-        track=tuple(_track(job)),
+        status=_status(job),
+        stages=tuple(_card_stages(job)),
         cancelling=job.cancel_requested,
         is_clip=job.kind is not JobKind.IMAGE and shot.generate_video,
         media=content,
         poster=f"{content}?variant=thumbnail",
         file_name=f"{job.id}{'.mp4' if shot.generate_video else '.png'}",
-        width=shot.width * grown,
-        height=shot.height * grown,
-        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, grown)),
+        width=shot.width * growth,
+        height=shot.height * growth,
+        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, growth)),
         verdict=VERDICTS.get(job.state, ""),
         error=job.error.message if job.error and job.state is JobState.FAILED else None,
-        settings=tuple(_settings(job, grown, lora_names)),
+        settings=tuple(_settings(job, growth, lora_names)),
         created=created.isoformat(timespec="seconds"),
         created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def _now(job: Job) -> str:
+def _status(job: Job) -> str:
     if job.cancel_requested:
-        return "Stopping after this step"
+        return "Cancelling after this step"
     if job.state is JobState.QUEUED:
-        return "Waiting for its turn" if job.attempts == 0 else "Waiting to be begun again after an interruption"
+        return "Queued" if job.attempts == 0 else "Queued again after an interruption"
     if job.stage is None:
         return "Starting"
     stage = STAGE_BY_NAME.get(job.stage)
-    doing = stage.activity if stage else SAVING[1]
+    activity = stage.activity if stage else SAVING[1]
     if not job.steps:
-        return f"{doing} · {job.progress} %"
+        return f"{activity} · {job.progress} %"
     unit = stage.progress_unit if stage else "steps"
-    return f"{doing}, {job.step} of {job.steps} {unit} · {job.progress} %"
+    return f"{activity}, {job.step} of {job.steps} {unit} · {job.progress} %"
 
 
-def _track(job: Job) -> Iterator[TrackStage]:
+def _card_stages(job: Job) -> Iterator[CardStage]:
     stages = stages_of(job.shot)
     names = [*(stage.name for stage in stages), OUTPUT]
     labels = [*(stage.label for stage in stages), SAVING[0]]
     reached = names.index(job.stage) if job.stage in names else -1
     for number, label in enumerate(labels):
         state = "done" if number < reached else "current" if number == reached else "ahead"
-        yield TrackStage(label, state)
+        yield CardStage(label, state)
 
 
-def _summary(job: Job, grown: int) -> Iterator[str]:
+def _summary(job: Job, growth: int) -> Iterator[str]:
     shot = job.shot
     if shot.generate_video:
         yield f"{shot.num_frames / shot.fps:.3g} s"
-    yield f"{shot.width * grown} × {shot.height * grown}"
+    yield f"{shot.width * growth} × {shot.height * growth}"
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
-        took_s = job.completed_at - job.started_at
-        yield f"made in {_duration(took_s)}" if took_s else "made before"
+        duration_s = job.completed_at - job.started_at
+        yield f"rendered in {_duration(duration_s)}" if duration_s else "already rendered"
 
 
 def _duration(seconds: float) -> str:
@@ -121,22 +128,22 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min"
 
 
-def _settings(job: Job, grown: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _settings(job: Job, growth: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     shot = job.shot
     yield "Mode", shot.mode
     size = f"{shot.width} × {shot.height}"
-    yield "Size", f"{size}, upscaled {grown} times" if grown > 1 else size
+    yield "Size", f"{size}, upscaled {growth} times" if growth > 1 else size
     if shot.generate_video:
-        yield "Frames", f"{shot.num_frames} at {shot.fps} a second"
+        yield "Frames", f"{shot.num_frames} at {shot.fps} per second"
         yield "Motion", str(shot.motion_bucket_id)
     yield "Seed", str(shot.seed)
     if isinstance(name := job.request.get("character"), str):
-        yield "Person", name
+        yield "Character", name
     elif shot.face_image:
-        yield "Person", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
+        yield "Character", "from a photo" if len(shot.face_image) == 1 else f"from {len(shot.face_image)} photos"
     for lora in shot.lora:
-        yield "LoRA", f"{lora_names.get(lora.path, 'one that is gone')}, weight {lora.weight:g}"
+        yield "LoRA", f"{lora_names.get(lora.path, 'no longer available')}, weight {lora.weight:g}"
     if shot.use_hunyuan_style and shot.mode == "quality":
-        yield "Style", shot.style_prompt or "as the prompt says"
+        yield "Style", shot.style_prompt or "as in the prompt"
     if shot.negative_prompt:
-        yield "Without", shot.negative_prompt
+        yield "Negative prompt", shot.negative_prompt

@@ -1,54 +1,45 @@
-"""The page's live stream: what changed of a tenant's jobs since a place in the order of all changes, as server-sent events."""
+"""Server-sent events of the page: the changes of a tenant's jobs."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
-from vidgen_ray.online.store.jobs import Job
-from vidgen_ray.online.store.store import JobStore
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
-POLL_S = 0.4
-ALIVE_S = 15
-"""Between two signs of life, where nothing else is said: a proxy ends a stream that is silent for long. And between two
-questions whether whoever listens still may."""
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
+
+PING_S = 15
+"""Seconds between pings, which keep proxies from closing an idle stream."""
+SESSION_CHECK_S = 15
+"""Seconds between checks that the browser is still signed in."""
 
 
-async def changes(
-    store: JobStore,
-    tenant: str,
-    cursor: int,
-    written: Callable[[Job, bool], dict[str, Any]],
-    allowed: Callable[[], bool],
-) -> AsyncIterator[str]:
-    """Endless; `written` says what the browser gets of a job, with its whole card or only how far it is, `allowed` whether
-    whoever listens still may.
+def event_stream(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> EventSourceResponse:
+    """Respond with the changes after `cursor`, until the browser disconnects or its session ends."""
+    return EventSourceResponse(_events(context, request, tenant, cursor), headers=HEADERS, ping=PING_S)
 
-    All that changed at once is one event, and its id the place to go on from: a browser that comes back misses nothing.
-    """
-    yield ": open\n\n"
+
+async def _events(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> AsyncIterator[ServerSentEvent]:
+    """Yield one event for all jobs that changed together. Its id is the cursor from which the browser resumes."""
+    # Sends the headers at once, even through proxies that wait for the first bytes of the body.
+    yield ServerSentEvent(comment="open")
+    base = base_path(request)
     states: dict[str, str] = {}
-    silent_s = asked_s = 0.0
-    while True:
-        found = await asyncio.to_thread(store.changed_since, cursor, tenant=tenant)
-        cursor = found.cursor
-        if found.jobs or found.deleted:
-            jobs = [written(job, states.get(job.id) != job.state) for job in found.jobs]
-            states |= {job.id: job.state for job in found.jobs}
-            yield _event("changes", json.dumps({"jobs": jobs, "deleted": found.deleted}), cursor)
-            silent_s = 0.0
-        elif silent_s >= ALIVE_S:
-            silent_s = 0.0
-            yield ": alive\n\n"
-        await asyncio.sleep(POLL_S)
-        silent_s += POLL_S
-        asked_s += POLL_S
-        if asked_s >= ALIVE_S:
-            asked_s = 0.0
-            if not await asyncio.to_thread(allowed):
-                yield _event("signed-out", "", cursor)
-                return
-
-
-def _event(name: str, data: str, cursor: int) -> str:
-    return f"id: {cursor}\nevent: {name}\ndata: {data}\n\n"
+    checked_at = time.monotonic()
+    async with aclosing(context.server.job_feed.follow_tenant(tenant.name, cursor, SESSION_CHECK_S)) as feed:
+        async for changes in feed:
+            if changes.jobs or changes.deleted:
+                # The whole card is sent only when the state changes.
+                jobs = [context.job_update(job, base, with_card=states.get(job.id) != job.state) for job in changes.jobs]
+                states |= {job.id: job.state for job in changes.jobs}
+                data = json.dumps({"jobs": jobs, "deleted": [job.id for job in changes.deleted]})
+                yield ServerSentEvent(data, event="changes", id=str(changes.cursor))
+            if time.monotonic() - checked_at >= SESSION_CHECK_S:
+                checked_at = time.monotonic()
+                if await run_in_threadpool(context.server.auth.session_tenant, request) is None:
+                    yield ServerSentEvent("", event="signed-out", id=str(changes.cursor))
+                    return

@@ -1,43 +1,43 @@
-// Live updates and forms without a reload. Everything here also works without this file, only less smoothly: the server
-// writes all of the markup, the script puts it where it belongs.
+// Live updates, and forms without a reload. The server renders all HTML. Without JavaScript the forms still work; the lists
+// update on reload.
 
 const base = document.body.dataset.base;
 const queue = document.getElementById("queue");
 const clips = document.getElementById("clips");
 const onFirstPage = document.body.dataset.firstPage === "yes";
 
-// ---- telling: one polite region, so that a screen reader hears what changes while focus is elsewhere
+// ---- announcements: a polite live region for screen readers
 
-const news = document.getElementById("news");
-let telling;
+const announcements = document.getElementById("announcements");
+let announcing;
 
-function tell(text) {
-  clearTimeout(telling);
-  news.textContent = "";
-  telling = setTimeout(() => { news.textContent = text; }, 100); // a region that is emptied first is read again
+function announce(text) {
+  clearTimeout(announcing);
+  announcements.textContent = "";
+  announcing = setTimeout(() => { announcements.textContent = text; }, 100); // emptied first, so that equal texts are read again
 }
 
-const TOLD = { in_progress: "being made", completed: "is done", failed: "has failed", cancelled: "was cancelled" };
+const STATE_NAMES = { in_progress: "in progress", completed: "completed", failed: "failed", cancelled: "cancelled" };
 
 // ---- cards
 
-function parsed(html) {
+function parseCard(html) {
   const template = document.createElement("template");
   template.innerHTML = html;
   const card = template.content.firstElementChild;
-  localise(card);
+  localizeTimes(card);
   return card;
 }
 
-function localise(root) {
+function localizeTimes(root) {
   for (const time of root.querySelectorAll("time"))
     time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 }
 
-/** Brings one job up to date: in place while its state stays, as a new card in the other list when it ends. */
+/** Update a job's card: in place while its state is unchanged, else with a new card, in the other list when the job has ended. */
 function show(job) {
   const old = document.getElementById(job.id);
-  if (old && job.version < old.dataset.version) return; // an answer that the stream has overtaken
+  if (old && job.version < old.dataset.version) return; // the event stream was faster than this response
   if (old?.dataset.state === job.state) {
     if (job.live === null) return;
     old.dataset.version = job.version;
@@ -45,15 +45,15 @@ function show(job) {
     old.querySelector(".live").innerHTML = job.live;
     return;
   }
-  const card = parsed(job.card);
-  const focused = old?.contains(document.activeElement);
+  const card = parseCard(job.card);
+  const hadFocus = old?.contains(document.activeElement);
   if (job.live === null) {
     old?.remove();
     if (onFirstPage) clips.prepend(card);
   } else if (old) old.replaceWith(card);
   else queue.append(card);
-  if (focused) (card.isConnected ? card.querySelector("h3") : document.getElementById("queue-heading")).focus({ preventScroll: true });
-  if (old && TOLD[job.state]) tell(`${card.dataset.title}: ${TOLD[job.state]}`);
+  if (hadFocus) (card.isConnected ? card.querySelector("h3") : document.getElementById("queue-heading")).focus({ preventScroll: true });
+  if (old && STATE_NAMES[job.state]) announce(`${card.dataset.title}: ${STATE_NAMES[job.state]}`);
 }
 
 function remove(id) {
@@ -61,22 +61,22 @@ function remove(id) {
   if (!card) return;
   const list = card.parentElement;
   const next = card.nextElementSibling ?? card.previousElementSibling;
-  const focused = card.contains(document.activeElement);
+  const hadFocus = card.contains(document.activeElement);
   card.remove();
-  if (focused) (next?.querySelector("h3") ?? list.closest("section").querySelector("h2")).focus({ preventScroll: true });
+  if (hadFocus) (next?.querySelector("h3") ?? list.closest("section").querySelector("h2")).focus({ preventScroll: true });
 }
 
-// ---- the stream: a new one whenever it breaks, from the place where the last one ended
+// ---- event stream, reconnected from the last cursor when it breaks
 
 const connection = document.getElementById("connection");
-const FIRST_WAIT_MS = 500, LONGEST_WAIT_MS = 10000;
+const MIN_RETRY_MS = 500, MAX_RETRY_MS = 10000;
 let cursor = document.body.dataset.cursor;
-let waitMs = FIRST_WAIT_MS;
+let retryMs = MIN_RETRY_MS;
 
-function listen() {
+function connect() {
   const stream = new EventSource(`${base}/events?since=${encodeURIComponent(cursor)}`);
   stream.addEventListener("open", () => {
-    waitMs = FIRST_WAIT_MS;
+    retryMs = MIN_RETRY_MS;
     connection.hidden = true;
   });
   stream.addEventListener("changes", (event) => {
@@ -88,62 +88,62 @@ function listen() {
   stream.addEventListener("signed-out", () => { stream.close(); location.assign(`${base}/sign-in`); });
   stream.addEventListener("error", () => {
     stream.close();
-    // A stream may end for a good reason, as when one of several servers goes; only the second failure in a row is told.
-    if (waitMs > FIRST_WAIT_MS && connection.hidden) {
-      connection.textContent = "The server cannot be reached. What it accepted is kept; this page goes on by itself.";
+    // One failure is normal, e.g. when a replica stops. The second one in a row is shown.
+    if (retryMs > MIN_RETRY_MS && connection.hidden) {
+      connection.textContent = "The server cannot be reached. Accepted jobs are kept. Reconnecting.";
       connection.hidden = false;
     }
-    setTimeout(listen, waitMs);
-    waitMs = Math.min(waitMs * 1.7, LONGEST_WAIT_MS);
+    setTimeout(connect, retryMs);
+    retryMs = Math.min(retryMs * 1.7, MAX_RETRY_MS);
   });
 }
 
 // ---- forms
 
 async function send(form) {
-  const answer = await fetch(form.action, { method: "POST", body: new FormData(form), headers: { Accept: "application/json" } });
-  if (answer.status === 401) location.assign(`${base}/sign-in`);
-  return answer.json();
+  const response = await fetch(form.action, { method: "POST", body: new FormData(form), headers: { Accept: "application/json" } });
+  if (response.status === 401) location.assign(`${base}/sign-in`);
+  return response.json();
 }
 
 function showErrors(form, { message, errors }) {
-  for (const shown of form.querySelectorAll("[aria-invalid]")) shown.removeAttribute("aria-invalid");
-  for (const place of form.querySelectorAll(".error")) { place.textContent = ""; place.hidden = true; }
+  for (const control of form.querySelectorAll("[aria-invalid]")) control.removeAttribute("aria-invalid");
+  for (const text of form.querySelectorAll(".error")) { text.textContent = ""; text.hidden = true; }
   const summary = document.getElementById("form-error");
   summary.firstElementChild.textContent = message ?? "";
   summary.hidden = !message;
   let first = null;
-  for (const [name, text] of Object.entries(errors ?? {})) {
-    const place = document.getElementById(`${name}-error`);
-    place.textContent = text;
-    place.hidden = false;
+  for (const [name, message] of Object.entries(errors ?? {})) {
+    const text = document.getElementById(`${name}-error`);
+    text.textContent = message;
+    text.hidden = false;
     const field = form.elements[name];
     const control = field instanceof RadioNodeList ? field[0] : field;
     control.setAttribute("aria-invalid", "true");
-    const folded = control.closest("details");
-    if (folded) folded.open = true;
+    const details = control.closest("details");
+    if (details) details.open = true;
     first ??= control;
   }
   first?.focus();
 }
 
-const UNREACHABLE = "The server cannot be reached. Nothing was sent; try again in a moment.";
+const UNREACHABLE = "The server cannot be reached. The request was not sent. Try again later.";
 
-// A button at work keeps the focus, which a disabled one would lose.
+// aria-disabled instead of disabled, which would lose the focus.
 const setBusy = (button, busy) => button.setAttribute("aria-disabled", busy);
 const isBusy = (button) => button.getAttribute("aria-disabled") === "true";
 
 async function create(form, button) {
   try {
-    const answer = await send(form);
-    showErrors(form, answer.job ? {} : answer);
-    if (!answer.job) return;
-    form.elements.once.value = answer.once;
-    if (answer.character) choose(form, answer.character);
-    show(answer.job);
-    const card = document.getElementById(answer.job.id);
-    if (!card) return tell("The clip is done");
-    tell(`${card.dataset.title}: accepted`);
+    const result = await send(form);
+    showErrors(form, result.job ? {} : result);
+    if (!result.job) return;
+    form.elements.submission_id.value = result.submission_id;
+    if (result.character) selectCharacter(form, result.character);
+    show(result.job);
+    const card = document.getElementById(result.job.id);
+    if (!card) return announce("Clip completed");
+    announce(`${card.dataset.title}: queued`);
     card.scrollIntoView({ block: "nearest", behavior: "smooth" });
   } catch {
     showErrors(form, { message: UNREACHABLE });
@@ -152,8 +152,8 @@ async function create(form, button) {
   }
 }
 
-/** A person who was saved just now takes the place of the photos. */
-function choose(form, { id, name }) {
+/** Select a character that was just saved, in place of its photos. */
+function selectCharacter(form, { id, name }) {
   const select = form.elements.character;
   if (![...select.options].some((option) => option.value === id)) select.add(new Option(name, id));
   select.value = id;
@@ -162,42 +162,42 @@ function choose(form, { id, name }) {
   form.elements.photo.dispatchEvent(new Event("change"));
 }
 
-async function act(form, button) {
+async function cancelOrDelete(form, button) {
   const card = form.closest(".card");
   try {
-    const answer = await send(form);
-    if (answer.deleted) {
+    const result = await send(form);
+    if (result.deleted) {
       remove(card.id);
-      tell(`${card.dataset.title}: deleted`);
-    } else if (answer.job) {
-      button.firstChild.data = "Stopping";
-      show(answer.job);
+      announce(`${card.dataset.title}: deleted`);
+    } else if (result.job) {
+      button.firstChild.data = "Cancelling";
+      show(result.job);
       return;
-    } else tell(answer.message);
+    } else announce(result.message);
   } catch {
-    tell(UNREACHABLE);
+    announce(UNREACHABLE);
   }
   setBusy(button, false);
 }
 
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  if (form.id !== "make" && !form.dataset.action) return;
+  if (form.id !== "create" && !form.dataset.action) return;
   event.preventDefault();
   const button = form.querySelector("[type=submit]");
   if (isBusy(button)) return;
   setBusy(button, true);
-  form.id === "make" ? create(form, button) : act(form, button);
+  form.id === "create" ? create(form, button) : cancelOrDelete(form, button);
 });
 
-// ---- small helps in the form
+// ---- form: previews of photos, duration of the clip
 
-const make = document.getElementById("make");
+const createForm = document.getElementById("create");
 const previews = document.getElementById("previews");
 
-make.elements.photo?.addEventListener("change", () => {
+createForm.elements.photo?.addEventListener("change", () => {
   for (const image of previews.children) URL.revokeObjectURL(image.src);
-  previews.replaceChildren(...[...make.elements.photo.files].map((file) => {
+  previews.replaceChildren(...[...createForm.elements.photo.files].map((file) => {
     const image = new Image();
     image.src = URL.createObjectURL(file);
     image.alt = file.name;
@@ -206,13 +206,13 @@ make.elements.photo?.addEventListener("change", () => {
   previews.hidden = !previews.childElementCount;
 });
 
-function tellDuration() {
-  const frames = make.elements.num_frames.valueAsNumber, fps = make.elements.fps.valueAsNumber;
+function showDuration() {
+  const frames = createForm.elements.num_frames.valueAsNumber, fps = createForm.elements.fps.valueAsNumber;
   const seconds = frames / fps;
-  make.elements.duration.textContent = Number.isFinite(seconds) ? `A clip of ${seconds.toFixed(1).replace(".0", "")} s` : "";
+  createForm.elements.duration.textContent = Number.isFinite(seconds) ? `Duration: ${seconds.toFixed(1).replace(".0", "")} s` : "";
 }
-make.addEventListener("input", tellDuration);
-tellDuration();
+createForm.addEventListener("input", showDuration);
+showDuration();
 
-localise(document);
-listen();
+localizeTimes(document);
+connect();

@@ -1,0 +1,108 @@
+"""Assemble the ASGI application: the API and the web page around one `ServerContext`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.online import error_handlers
+from vidgen_ray.online.api.routes import add_api
+from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
+from vidgen_ray.online.inputs.face_check import FaceCheck
+from vidgen_ray.online.inputs.http_fetch import ImageFetcher
+from vidgen_ray.online.inputs.image_references import ImageReferences
+from vidgen_ray.online.inputs.uploads import BodyCap
+from vidgen_ray.online.job_feed import JobFeed
+from vidgen_ray.online.job_service import Accepted, JobService
+from vidgen_ray.online.limits import RequestRate
+from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.online.web import add_page
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.version import __version__
+
+DESCRIPTION = """Clips and pictures by text, photo and LoRA, in the shape of OpenAI's videos and images.
+
+Requests that create take JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
+
+THREADS = 32
+
+
+def make_app(
+    settings: OnlineSettings,
+    store: JobStore,
+    outputs: OutputFolder,
+    serving_profile: ServingProfile,
+    keys: ApiKeys,
+    *,
+    accepted: Accepted = lambda: None,
+    page: bool = True,
+) -> FastAPI:
+    """Return the app of a server: its API and, with `page`, its web page. `accepted` is called when the director has new work.
+
+    Raises SetupError for a missing LoRA file.
+    """
+    _check_loras(settings)
+    job_service = JobService(settings, store, outputs, serving_profile, accepted)
+    server = ServerContext(
+        settings=settings,
+        store=store,
+        outputs=outputs,
+        serving_profile=serving_profile,
+        auth=Authenticator(keys, Sessions(store.engine), RequestRate()),
+        job_service=job_service,
+        job_feed=JobFeed(store, settings.poll_s),
+        image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
+        face_check=FaceCheck(serving_profile),
+        started_at=int(time.time()),
+    )
+    app = _empty_app(settings, store)
+    app.state.server = server
+    app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
+    error_handlers.install(app)
+    add_api(app)
+    if page:
+        add_page(app, server)
+    return app
+
+
+def _check_loras(settings: OnlineSettings) -> None:
+    for name, path in settings.loras.items():
+        if not path.startswith("builtin:") and not os.path.isfile(path):
+            raise SetupError(f"loras.{name}: no such file, {path}")
+
+
+def _image_fetcher(settings: OnlineSettings) -> ImageFetcher | None:
+    urls = settings.url_inputs
+    if not urls.enabled:
+        return None
+    return ImageFetcher(urls.allow_hosts, urls.timeout_s, urls.redirects, settings.uploads.image_bytes)
+
+
+def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Ray sizes the loop's default executor by the replica's CPUs, which is too few threads for blocking database calls.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
+        yield
+        store.close()
+
+    return FastAPI(
+        title="vidgen-ray",
+        version=__version__,
+        description=DESCRIPTION,
+        openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )

@@ -1,0 +1,80 @@
+"""Exception handlers that answer every error in the shape of OpenAI's API."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as ConnectionTimeout
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vidgen_ray.online.api_error import INVALID, ApiError
+
+log = logging.getLogger(__name__)
+
+CODES: Mapping[int, tuple[str, str]] = {
+    400: (INVALID, "invalid_request"),
+    404: (INVALID, "not_found"),
+    405: (INVALID, "method_not_allowed"),
+    413: (INVALID, "too_large"),
+    415: (INVALID, "unsupported_media_type"),
+}
+"""Status -> type and code of errors that the framework raises."""
+
+
+def install(app: FastAPI) -> None:
+    """Install handlers that answer every error as `ErrorBody`."""
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(ConnectionTimeout, _database_error)
+    app.add_exception_handler(Exception, _internal_error)
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _response(error.status, error.message, error.type, error.code, error.param, error.headers)
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    message = f"{param}: {first['msg']}" if param else str(first["msg"])
+    return _response(400, message, INVALID, "invalid_value", param)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind, code = CODES.get(error.status_code, (INVALID if error.status_code < 500 else "server_error", "error"))
+    return _response(error.status_code, str(error.detail), kind, code, headers=error.headers)
+
+
+async def _database_error(_: Request, error: Exception) -> Response:
+    log.error("the database does not respond: %s", type(error).__name__)
+    return _response(
+        503, "The database does not respond. Try again later.", "server_error", "unavailable", headers={"Retry-After": "2"}
+    )
+
+
+async def _internal_error(_: Request, error: Exception) -> Response:
+    # Starlette raises the error again after this response, so it is logged.
+    return _response(500, "Internal server error. See the log of the server.", "server_error", "internal_error")
+
+
+def _response(
+    status: int, message: str, kind: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    content = {"error": {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}}
+    return JSONResponse(content, status, headers=dict(headers or {}))
+
+
+def _printable(text: str) -> str:
+    """Escape lone surrogates, which cannot be encoded."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,136 @@
+"""Changes of jobs for the event streams of this process. All streams share one database poll."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
+
+log = logging.getLogger(__name__)
+
+
+class Topic(NamedTuple):
+    """Subject of a subscription: one job, or all jobs of a tenant."""
+
+    kind: Literal["job", "tenant"]
+    name: str
+    """Id of the job, or name of the tenant."""
+
+
+class Mailbox:
+    """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Job | DeletedJob] = {}
+        self._cursor = 0
+        self._filled = asyncio.Event()
+
+    def put(self, job: Job | DeletedJob, cursor: int) -> None:
+        # Removed first: the dict keeps the order of the last changes.
+        self._pending.pop(job.id, None)
+        self._pending[job.id] = job
+        self._cursor = cursor
+        self._filled.set()
+
+    async def take(self) -> Changes:
+        """Wait for changes and return them."""
+        await self._filled.wait()
+        self._filled.clear()
+        pending, self._pending = self._pending.values(), {}
+        jobs = [job for job in pending if isinstance(job, Job)]
+        return Changes(jobs, [job for job in pending if isinstance(job, DeletedJob)], self._cursor)
+
+
+class JobFeed:
+    """Polls the store every `poll_s` seconds while at least one stream is open."""
+
+    def __init__(self, store: JobStore, poll_s: float) -> None:
+        self._store = store
+        self._poll_s = poll_s
+        self._mailboxes: dict[Topic, set[Mailbox]] = {}
+        self._polling: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
+        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
+        with self._subscribed(Topic("job", job.id)) as mailbox:
+            await self._ensure_polling()
+            # Read after the subscription: later changes arrive in the mailbox.
+            current = await asyncio.to_thread(self._store.get, job.id, job.tenant)
+            yield current
+            while current is not None and not current.state.is_final:
+                changes = await mailbox.take()
+                if changes.deleted:
+                    yield None
+                    return
+                if changes.jobs[0].version > current.version:
+                    current = changes.jobs[0]
+                    yield current
+
+    async def ended(self, job: Job) -> Job | None:
+        """Wait for the end of the job and return it, or `None` if it was deleted."""
+        last: Job | None = job
+        async for current in self.follow(job):
+            last = current
+        return last
+
+    async def follow_tenant(self, tenant: str, cursor: int, idle_s: float) -> AsyncGenerator[Changes, None]:
+        """Yield the changes of a tenant's jobs after `cursor`, without end.
+
+        Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
+        """
+        with self._subscribed(Topic("tenant", tenant)) as mailbox:
+            await self._ensure_polling()
+            # Read after the subscription: later changes arrive in the mailbox.
+            while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
+                cursor = missed.cursor
+                yield missed
+            while True:
+                try:
+                    async with asyncio.timeout(idle_s):
+                        changes = await mailbox.take()
+                except TimeoutError:
+                    changes = Changes([], [], cursor)
+                # The mailbox may also hold changes that were just read from the store.
+                new = [job for job in changes.jobs if job.version > cursor]
+                cursor = max(cursor, changes.cursor)
+                yield Changes(new, changes.deleted, cursor)
+
+    @contextmanager
+    def _subscribed(self, topic: Topic) -> Iterator[Mailbox]:
+        mailbox = Mailbox()
+        self._mailboxes.setdefault(topic, set()).add(mailbox)
+        try:
+            yield mailbox
+        finally:
+            self._mailboxes[topic].remove(mailbox)
+            if not self._mailboxes[topic]:
+                del self._mailboxes[topic]
+
+    async def _ensure_polling(self) -> None:
+        async with self._starting:
+            if self._polling is None or self._polling.done():
+                cursor = await asyncio.to_thread(self._store.latest)
+                self._polling = asyncio.create_task(self._poll(cursor))
+
+    async def _poll(self, cursor: int) -> None:
+        while self._mailboxes:
+            await asyncio.sleep(self._poll_s)
+            try:
+                changes = await asyncio.to_thread(self._store.changed_since, cursor)
+            except SQLAlchemyError as error:
+                log.error("the database does not respond: %s", type(error).__name__)
+                continue
+            cursor = changes.cursor
+            changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
+            for job in changed:
+                for topic in (Topic("job", job.id), Topic("tenant", job.tenant)):
+                    for mailbox in self._mailboxes.get(topic, ()):
+                        mailbox.put(job, cursor)

@@ -1,0 +1,50 @@
+"""State shared by the routes of the API and of the web page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.auth import Authenticator
+from vidgen_ray.online.inputs.face_check import FaceCheck
+from vidgen_ray.online.inputs.image_references import ImageReferences
+from vidgen_ray.online.job_feed import JobFeed
+from vidgen_ray.online.job_service import JobService
+from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.outputs.folder import OutputFolder
+
+
+@dataclass(frozen=True)
+class ServerContext:
+    """Services of one API process. Created once by `make_app`."""
+
+    settings: OnlineSettings
+    store: JobStore
+    outputs: OutputFolder
+    serving_profile: ServingProfile
+    auth: Authenticator
+    job_service: JobService
+    job_feed: JobFeed
+    image_references: ImageReferences
+    face_check: FaceCheck
+    started_at: int
+    """Seconds since 1970."""
+
+    @property
+    def models(self) -> dict[str, dict[str, str]]:
+        """Model name -> the shot fields that it sets. The first is the default."""
+        name = self.serving_profile.profile.name
+        own = {name: {}, f"{name}-fast": {"mode": "fast"}}
+        return {**own, **{alias: own[target] for alias, target in self.settings.models.items() if target in own}}
+
+    def model(self, name: object) -> tuple[str, dict[str, str]]:
+        """Return a model's name and the shot fields that it sets; the default model for `None`. Raises ApiError 404."""
+        models = self.models
+        if name is None:
+            name = next(iter(models))
+        if not isinstance(name, str) or name not in models:
+            message = f"No such model: {str(name)[:100]!r}; the models are {', '.join(models)}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return name, models[name]
