@@ -9,7 +9,7 @@ from vidgen_ray.engine.step_runner import StepRunner
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import stages_of
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.progress import listening, report
+from vidgen_ray.stages.progress import progress_callback, report_progress
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
 
@@ -41,7 +41,7 @@ UP_TO_THE_CLIP = ("instantid", "flux", "lora", "hunyuan", "image_likeness", "svd
 def test_every_denoising_step_and_every_frame_is_reported_in_order_and_changes_no_byte(chain):
     plan, runner = chain
     told = []
-    with listening(lambda *progress: told.append(progress)):
+    with progress_callback(lambda *progress: told.append(progress)):
         item, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
         upscaled, _ = runner.run_chunk(plan, ["realesrgan"], slice(0, 5), item.artefacts)
     assert told == [
@@ -71,7 +71,7 @@ def test_work_ends_after_the_step_in_which_it_was_cancelled_and_leaves_the_weigh
         if progress[:2] == (stage, 1):
             raise Cancelled
 
-    with listening(cancel_after_one_step), pytest.raises(Cancelled):
+    with progress_callback(cancel_after_one_step), pytest.raises(Cancelled):
         runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
     assert told[-1][:2] == (stage, 1)
     after, _ = runner.run(plan, Item(plan.shot), UP_TO_THE_CLIP)
@@ -85,7 +85,7 @@ def test_sdxl_reports_its_steps(tiny, make_shot):
     runner = StepRunner([stage(tiny.params(stage)) for stage in stages], 0.0, None)
     runner.load()
     told = []
-    with listening(lambda *progress: told.append(progress)):
+    with progress_callback(lambda *progress: told.append(progress)):
         runner.run(plan, Item(shot), runner.stages)
     assert told == [("instantid", 0, 0), ("instantid_sdxl", 0, 0), ("instantid_sdxl", 1, 2), ("instantid_sdxl", 2, 2)]
 
@@ -99,14 +99,14 @@ def test_cancel_ends_upscaling_after_the_current_chunk(tiny, make_shot):
         told.append(progress)
         raise Cancelled
 
-    with listening(cancel), pytest.raises(Cancelled):
+    with progress_callback(cancel), pytest.raises(Cancelled):
         stage.run_chunk(make_shot(scale=2), np.zeros((9, 16, 16, 3), np.uint8))
     assert told == [("realesrgan", 4, 9)]
 
 
 def test_outside_of_a_listening_block_nobody_is_told():
     told = []
-    with listening(lambda *progress: told.append(progress)):
-        report("flux", 1, 2)
-    report("flux", 2, 2)
+    with progress_callback(lambda *progress: told.append(progress)):
+        report_progress("flux", 1, 2)
+    report_progress("flux", 2, 2)
     assert told == [("flux", 1, 2)]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, noise_generator, to_uint8
 from vidgen_ray.stages.flux_stage import DEFAULT_GUIDANCE, FluxFamilyStage, flux_work
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 
 class FluxStage(FluxFamilyStage):
@@ -64,6 +64,6 @@ class FluxStage(FluxFamilyStage):
                 num_inference_steps=shot.steps.flux or self.model.default_steps,
                 guidance_scale=DEFAULT_GUIDANCE if shot.guidance.flux is None else shot.guidance.flux,
                 generator=noise_generator(shot, self.name),
-                **each_step(self.name),
+                **diffusers_step_callback(self.name),
             ).images
         return to_uint8(picture)

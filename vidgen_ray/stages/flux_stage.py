@@ -16,7 +16,7 @@ from vidgen_ray.stages.flux_model import DEFAULT_STEPS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
 from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
 from vidgen_ray.stages.identity.pose import pose_picture
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_GUIDANCE = 3.5
 
@@ -118,7 +118,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                 num_inference_steps=steps,
                 guidance_scale=DEFAULT_GUIDANCE if guidance is None else guidance,
                 generator=noise_generator(shot, self.name),
-                **each_step(self.name),
+                **diffusers_step_callback(self.name),
             ).images
         return to_uint8(picture)
 

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
@@ -106,7 +106,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
             negative_prompt=shot.negative_prompt,
             generator=noise_generator(shot, self.name),
             output_type="np",
-            **each_step(self.name),
+            **diffusers_step_callback(self.name),
         ).images
         return cut_out(to_uint8(picture), placement)
 

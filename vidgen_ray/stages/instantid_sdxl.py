@@ -25,7 +25,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.identity.pose import pose_picture
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +161,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
                 guidance_scale=self.params.guidance,
                 generator=noise_generator(shot, self.name),
                 output_type="np",
-                **each_step(self.name),
+                **diffusers_step_callback(self.name),
             ).images
         return to_uint8(picture)
 

@@ -21,7 +21,7 @@ from vidgen_ray.stages.base import (
     to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
@@ -121,6 +121,6 @@ class SVDStage(Stage[SVDParams]):
             decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
             generator=noise_generator(shot, self.name),
             output_type="np",
-            **each_step(self.name),
+            **diffusers_step_callback(self.name),
         ).frames
         return to_uint8(clip)
