@@ -18,10 +18,10 @@ from vidgen_ray.stages.hunyuandit import (
     HunyuanDiTParams,
     HunyuanDiTStage,
     Placement,
-    cut_out,
-    lay,
-    on_multiple_of_16,
-    on_standard_shape,
+    crop_from_canvas,
+    fit_to_multiple_of_16,
+    fit_to_standard_shape,
+    place_on_canvas,
 )
 from vidgen_ray.weights import resolve
 
@@ -270,21 +270,21 @@ def test_standard_shapes_lie_on_themselves_and_16_to_9_on_1280x768() -> None:
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE
 
     for size in SUPPORTED_SHAPE:
-        assert on_standard_shape(*size) == Placement(size, size, size)
-    assert on_standard_shape(1024, 576) == Placement((1024, 576), (1280, 720), (1280, 768))
-    assert on_standard_shape(576, 1024) == Placement((576, 1024), (720, 1280), (768, 1280))
-    assert on_standard_shape(2048, 64) == Placement((2048, 64), (1280, 40), (1280, 768))
+        assert fit_to_standard_shape(*size) == Placement(size, size, size)
+    assert fit_to_standard_shape(1024, 576) == Placement((1024, 576), (1280, 720), (1280, 768))
+    assert fit_to_standard_shape(576, 1024) == Placement((576, 1024), (720, 1280), (768, 1280))
+    assert fit_to_standard_shape(2048, 64) == Placement((2048, 64), (1280, 40), (1280, 768))
 
 
 def test_other_sizes_lie_unscaled_on_the_next_multiple_of_16() -> None:
-    assert on_multiple_of_16(128, 64) == Placement((128, 64), (128, 64), (128, 64))
-    assert on_multiple_of_16(70, 50) == Placement((70, 50), (70, 50), (80, 64))
+    assert fit_to_multiple_of_16(128, 64) == Placement((128, 64), (128, 64), (128, 64))
+    assert fit_to_multiple_of_16(70, 50) == Placement((70, 50), (70, 50), (80, 64))
 
 
 def test_every_size_is_scaled_without_distortion_until_it_touches_the_canvas() -> None:
     for width in range(64, 2049, 61):
         for height in range(64, 2049, 67):
-            placement = on_standard_shape(width, height)
+            placement = fit_to_standard_shape(width, height)
             (scaled_w, scaled_h), (canvas_w, canvas_h) = placement.scaled, placement.canvas
             scale = min(canvas_w / width, canvas_h / height)
             assert abs(scaled_w - scale * width) <= 0.5
@@ -318,14 +318,14 @@ def test_a_circle_stays_a_circle(folder: Path) -> None:
 
 def test_the_repeated_edge_is_cut_away() -> None:
     image = noise_picture(8, 70, 50)
-    placement = on_multiple_of_16(70, 50)
-    canvas = lay(image, placement)
+    placement = fit_to_multiple_of_16(70, 50)
+    canvas = place_on_canvas(image, placement)
     assert np.array_equal(canvas[:7], np.repeat(canvas[7:8], 7, axis=0))
     assert np.array_equal(canvas[:, -5:], np.repeat(canvas[:, -6:-5], 5, axis=1))
-    assert np.array_equal(cut_out(canvas, placement), image)
+    assert np.array_equal(crop_from_canvas(canvas, placement), image)
 
-    placement = on_standard_shape(1024, 576)
-    canvas = lay(np.zeros((576, 1024, 3), np.uint8), placement)
+    placement = fit_to_standard_shape(1024, 576)
+    canvas = place_on_canvas(np.zeros((576, 1024, 3), np.uint8), placement)
     assert not canvas.any()
     canvas[:24] = canvas[-24:] = 255
-    assert not cut_out(canvas, placement).any()
+    assert not crop_from_canvas(canvas, placement).any()

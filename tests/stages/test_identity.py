@@ -269,7 +269,7 @@ class Brighter(FluxInjector):
         """Nothing to move."""
 
     @contextmanager
-    def injecting(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
+    def inject(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
         def brighter(call):
             def uses_identity(**arguments):
                 pictures = call(**arguments)

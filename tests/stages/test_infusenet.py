@@ -100,7 +100,7 @@ both_ways = pytest.mark.parametrize("way", WAYS)
 
 def drawn(injector: InfuseNetInjector, shot: Shot, way: str, who: np.ndarray, pose: Image = POSE, **said: Any) -> np.ndarray:
     arguments = WAYS[way](injector.model, shot)
-    with injector.injecting(who, pose, shot, "flux", **said) as calls:
+    with injector.inject(who, pose, shot, "flux", **said) as calls:
         return getattr(calls, way)(**arguments, generator=noise_generator(shot, "flux")).images[0]
 
 
@@ -210,7 +210,7 @@ def test_networks_of_the_published_sizes_have_the_published_parameters():
     with torch.device("meta"):
         net = IdentityControlNet(num_layers=4, num_single_layers=10, guidance_embeds=True)
         weights = {k: torch.empty(s) for k, s in published_shapes(4, 1280, 1280, 8, 4096, 5120).items()}
-        sizes = ResamplerSizes.of(weights)
+        sizes = ResamplerSizes.from_weights(weights)
         resampler = FaceResampler(sizes)
     assert sizes == ResamplerSizes(512, tokens=8, channels=1280, heads=20, depth=4, hidden=5120, output=4096)
     assert {k: tuple(v.shape) for k, v in resampler.state_dict().items()} == {k: tuple(v.shape) for k, v in weights.items()}
@@ -363,7 +363,7 @@ def test_the_person_wears_a_lora_and_takes_it_off(injector, make_shot, way):
 def test_a_failed_call_leaves_the_model_plain(injector, make_shot):
     shot = make_shot()
     before = plain(injector, shot, "text_to_image")
-    with pytest.raises(TypeError), injector.injecting(face(1), POSE, shot, "flux") as calls:
+    with pytest.raises(TypeError), injector.inject(face(1), POSE, shot, "flux") as calls:
         calls.text_to_image(nonsense=1)
     assert not injector.model.text_to_image.transformer._forward_pre_hooks
     assert np.array_equal(plain(injector, shot, "text_to_image"), before)

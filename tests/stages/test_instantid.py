@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.centerface import CenterFace
-from vidgen_ray.nets.keypoints import draw_keypoints, onto_canvas
+from vidgen_ray.nets.keypoints import draw_keypoints, map_to_canvas
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -45,11 +45,11 @@ def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make
     assert left < 225 < right
     assert top < 115 < bottom
     assert face.photo_size == (512, 512)
-    pose = pose_picture(face, shot)
+    pose = pose_image(face, shot)
     assert pose.shape == (64, 128, 3)
     assert pose.any()
-    assert not pose_picture(face, make_shot(pose="none", width=64)).any()
-    assert pose_picture(face, make_shot(pose="none", width=64)).shape == (64, 64, 3)
+    assert not pose_image(face, make_shot(pose="none", width=64)).any()
+    assert pose_image(face, make_shot(pose="none", width=64)).shape == (64, 64, 3)
 
 
 def test_the_embeddings_are_those_that_the_shot_will_use(stage, make_shot, photo):
@@ -171,6 +171,6 @@ def test_the_keypoint_picture_follows_the_published_rule(points, size, digest):
 
 def test_points_fall_where_the_centred_photo_falls():
     points = np.array([[0.0, 0.0], [400.0, 200.0]])
-    assert onto_canvas(points, (400, 200), (100, 100)).tolist() == [[0, 25], [100, 75]]
-    assert onto_canvas(points, (400, 200), (100, 50)).tolist() == [[0, 0], [100, 50]]
-    assert onto_canvas(points, (200, 400), (128, 64)).tolist() == [[48, 0], [48 + 64, 32]]
+    assert map_to_canvas(points, (400, 200), (100, 100)).tolist() == [[0, 25], [100, 75]]
+    assert map_to_canvas(points, (400, 200), (100, 50)).tolist() == [[0, 0], [100, 50]]
+    assert map_to_canvas(points, (200, 400), (128, 64)).tolist() == [[48, 0], [48 + 64, 32]]

@@ -13,11 +13,11 @@ from PIL import Image as PILImage
 
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, read_parts, resampler_of
+from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, build_resampler, read_parts
 from vidgen_ray.nets.identitynet import IdentityNet
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, Item, noise_generator
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLParams, InstantIDSDXLStage
 from vidgen_ray.weights import resolve
 
@@ -127,7 +127,7 @@ def test_it_equals_a_plain_diffusers_call(stage, make_shot, negative, strength):
         negative_prompt=negative,
         width=128,
         height=64,
-        image=PILImage.fromarray(pose_picture(face(1), shot)),
+        image=PILImage.fromarray(pose_image(face(1), shot)),
         ip_adapter_image_embeds=[faces[:, None]],
         controlnet_conditioning_scale=0.8 * strength,
         num_inference_steps=STEPS,
@@ -291,5 +291,5 @@ def test_weights_of_another_pipeline_are_named():
 
 def test_the_resampler_of_the_file_is_read_with_its_own_sizes():
     file = INSTANTID / "ip-adapter.bin"
-    sizes = resampler_of(read_parts(file, "image_proj")["image_proj"], file).sizes
+    sizes = build_resampler(read_parts(file, "image_proj")["image_proj"], file).sizes
     assert sizes == ResamplerSizes(512, tokens=16, channels=32, heads=2, depth=4, hidden=128, output=64)

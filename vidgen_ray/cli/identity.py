@@ -21,7 +21,7 @@ from vidgen_ray.media import read_image
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -56,9 +56,9 @@ def show(
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     pictures = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:
-        seen = stage.seen(pictures, face_index)
+        seen = stage.detect_faces(pictures, face_index)
         face = stage.features(pictures, face_index)
-    sheet = identity_sheet(pictures, seen, pose_picture(face, shot))
+    sheet = identity_sheet(pictures, seen, pose_image(face, shot))
     content = io.BytesIO()
     sheet.save(content, kind, quality=88)
     try:

@@ -19,7 +19,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, frame_chunks
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 
 CLIP_ENDINGS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
@@ -122,7 +122,7 @@ def _write(given: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile
     elif likeness := given.get("image_likeness", given.get("clip_likeness")):
         write_atomically(out, likeness_to_json(likeness))
     elif "face" in given:
-        write_png(out, pose_picture(given["face"], shot))
+        write_png(out, pose_image(given["face"], shot))
     elif clip is None:
         write_png(out, given["image"])
     elif out.suffix.lower() == ".mp4":

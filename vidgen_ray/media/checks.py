@@ -11,7 +11,7 @@ MAX_PIXELS = 40_000_000
 
 
 @contextmanager
-def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[None]:
+def wrap_errors(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[None]:
     """Turn whatever the block raises into an error of this kind that begins with this sentence.
 
     Whatever, because Pillow's and FFmpeg's decoders raise almost any type on damaged bytes.
@@ -25,9 +25,9 @@ def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[N
         raise kind(f"{sentence}: {reason}") from None
 
 
-def writing(path: Path) -> AbstractContextManager[None]:
+def wrap_write_errors(path: Path) -> AbstractContextManager[None]:
     """Turn whatever the block raises into a WriteError that names the file."""
-    return failing_as(f"{path}: cannot be written", WriteError)
+    return wrap_errors(f"{path}: cannot be written", WriteError)
 
 
 def check_is_file(path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as
+from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
 from vidgen_ray.stages.base import Frames, Image
 
@@ -80,7 +80,7 @@ class VideoReader(ABC):
             raise MediaError(f"{self.path}: got frame {outside[0]}, must be from 0 to {self.frame_count - 1}")
         if not len(indices):
             return np.empty((0, self.height, self.width, 3), np.uint8)
-        with failing_as(f"{self.path}: cannot be decoded"):
+        with wrap_errors(f"{self.path}: cannot be decoded"):
             return self._decode([int(index) for index in indices])
 
     @abstractmethod
@@ -123,7 +123,7 @@ def decode_lossless(path: Path) -> Frames:
 
 def _read_header(path: Path) -> _Header:
     container = _container_of(path)
-    with failing_as(f"{path}: cannot be read as {_CONTAINERS[container]}"):
+    with wrap_errors(f"{path}: cannot be read as {_CONTAINERS[container]}"):
         with _open_stream(path, container) as (opened, stream):
             first = next(opened.decode(stream), None)
             codec, fps, metadata = stream.codec_context.name, stream.average_rate, dict(opened.metadata)
@@ -160,7 +160,7 @@ def _container_of(path: Path) -> str:
     Not left to FFmpeg, which looks into any file for playlists and scripts that name other files.
     """
     check_is_file(path)
-    with failing_as(f"{path}: cannot be read"), path.open("rb") as file:
+    with wrap_errors(f"{path}: cannot be read"), path.open("rb") as file:
         head = file.read(12)
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mov"

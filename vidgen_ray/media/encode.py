@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import writing
+from vidgen_ray.media.checks import wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
 CHECKSUM_TAG = "PIXELS_CRC32"
@@ -64,7 +64,7 @@ class _VideoWriter:
 
     def __enter__(self) -> Self:
         self._reformatter = VideoReformatter()
-        with writing(self.path):
+        with wrap_write_errors(self.path):
             # Bitexact leaves out FFmpeg's version, dates and random ids. An absolute path is never taken for a URL.
             options = {"fflags": "+bitexact", **self._container_options}
             self._container = av.open(str(self.path.absolute()), "w", self._container_name, options=options)
@@ -81,7 +81,7 @@ class _VideoWriter:
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
-        with writing(self.path):
+        with wrap_write_errors(self.path):
             for pixels in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame = self._reformatter.reformat(frame, threads=1, **self._conversion)
@@ -96,7 +96,7 @@ class _VideoWriter:
         try:
             if not self.frames_written:
                 raise MediaError(f"{self.path}: got no frames, must be at least one")
-            with writing(self.path):
+            with wrap_write_errors(self.path):
                 self._container.mux(self._stream.encode())
                 self._container.close()
         except MediaError:

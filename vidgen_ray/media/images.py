@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as, writing
+from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import Image
 
 PNG_LEVEL = 2
@@ -24,7 +24,7 @@ def read_image(path: Path) -> Image:
     Raises MediaError for a format not in IMAGE_FORMATS, more than MAX_PIXELS, and truncated or damaged files.
     """
     check_is_file(path)
-    with failing_as(f"{path}: cannot be read as an image"), _open(path) as picture:
+    with wrap_errors(f"{path}: cannot be read as an image"), _open(path) as picture:
         check_pixels(path, *picture.size)
         return _to_rgb(path, ImageOps.exif_transpose(picture))
 
@@ -63,7 +63,7 @@ def encode_png(image: Image) -> bytes:
 
 def write_png(path: Path, image: Image) -> None:
     """Raises WriteError."""
-    with writing(path):
+    with wrap_write_errors(path):
         path.write_bytes(encode_png(image))
 
 

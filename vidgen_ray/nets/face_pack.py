@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.face_alignment import CROP_PX
 from vidgen_ray.nets.faces import DetectedFace
-from vidgen_ray.nets.onnx_sessions import require_provider, runtime, session_arguments
+from vidgen_ray.nets.onnx_sessions import import_onnxruntime, require_provider, session_arguments
 
 MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
 """insightface's name of a task -> the file that antelopev2 has for it."""
@@ -74,7 +74,7 @@ def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int |
     `weights` is the folder of the .onnx files, or the one round it. Nothing is downloaded. Raises SetupError.
     """
     folder = _folder(weights)
-    runtime()
+    import_onnxruntime()
     from insightface.model_zoo import get_model
 
     found: dict[str, Any] = {}

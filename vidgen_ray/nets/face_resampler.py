@@ -33,7 +33,7 @@ class ResamplerSizes:
     output: int
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> Self:
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> Self:
         """Read off a state dict. ValueError where it is none of a resampler."""
         try:
             _, tokens, channels = weights["latents"].shape
@@ -135,10 +135,10 @@ def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
     return {part: content[part] for part in parts}
 
 
-def resampler_of(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
+def build_resampler(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
     """The resampler of a state dict read from `file`. Raises SetupError where tensors miss, or are of no use or size."""
     try:
-        sizes = ResamplerSizes.of(weights)
+        sizes = ResamplerSizes.from_weights(weights)
         with torch.device("meta"):
             resampler = FaceResampler(sizes)
         _check_shapes(resampler.state_dict(), weights)

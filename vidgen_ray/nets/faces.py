@@ -49,6 +49,6 @@ def mean_embedding(embeddings: NDArray[np.float32], normalised: bool) -> NDArray
     return np.asarray(mean / np.linalg.norm(mean) if normalised else mean, np.float32)
 
 
-def most_alike(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> int:
+def most_similar(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> int:
     """Which of (B, 512) points most nearly where (512,) does."""
     return int(np.argmax(embeddings @ reference / np.linalg.norm(embeddings, axis=1)))

@@ -16,7 +16,7 @@ from diffusers import FluxControlNetModel
 from torch import Tensor
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, read_parts, resampler_of
+from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, build_resampler, read_parts
 from vidgen_ray.nets.model_folder import load_model
 
 NET_FOLDER, PROJECTION_FILE = "InfuseNetModel", "image_proj_model.bin"
@@ -102,7 +102,7 @@ def load_infusenet(folder: Path, dtype: torch.dtype, device: str) -> InfuseNet:
             f"{folder / NET_FOLDER}: a FLUX ControlNet of another design, with control modes or hints; not InfuseNet"
         )
     file = folder / PROJECTION_FILE
-    resampler = resampler_of(read_parts(file, PROJECTION)[PROJECTION], file)
+    resampler = build_resampler(read_parts(file, PROJECTION)[PROJECTION], file)
     sizes = resampler.sizes
     if sizes.embedding != EMBEDDING_SIZE:
         raise SetupError(f"{file}: takes embeddings of {sizes.embedding} numbers, must be {EMBEDDING_SIZE}, as a face has")

@@ -34,7 +34,7 @@ def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, sca
     return picture
 
 
-def onto_canvas(
+def map_to_canvas(
     keypoints: NDArray[np.floating], photo_size: tuple[int, int], canvas_size: tuple[int, int]
 ) -> NDArray[np.float32]:
     """Points of a photo where they fall when the photo is scaled to the canvas's shorter side and centred.

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 
 @lru_cache(maxsize=1)
-def quieten() -> None:
+def silence_libraries() -> None:
     """Call before the first model is loaded. Idempotent."""
     import diffusers
     import transformers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 
 
 def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.dtype) -> Any:
@@ -17,7 +17,7 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
     Local safetensors only. Raises SetupError for a folder that is not there, holds another kind of model, or does not
     hold exactly the tensors of this one: diffusers would go on with random ones for those that miss.
     """
-    quieten()
+    silence_libraries()
     try:
         kind = json.loads((folder / "config.json").read_text("utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):

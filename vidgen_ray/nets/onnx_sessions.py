@@ -9,7 +9,7 @@ from vidgen_ray.errors import SetupError
 ERRORS_ONLY = 3
 
 
-def runtime() -> Any:
+def import_onnxruntime() -> Any:
     """The module onnxruntime, which here reports nothing of itself to anyone. SetupError where it is damaged."""
     # Read when the module is imported for the first time.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -25,7 +25,7 @@ def runtime() -> Any:
 
 def session_arguments(device: str, threads: int | None) -> dict[str, Any]:
     """What an InferenceSession is made with: `providers` and `sess_options`. No number of threads means all cores."""
-    options = runtime().SessionOptions()
+    options = import_onnxruntime().SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = threads or 0
     return {"providers": list(dict.fromkeys([_provider(device), "CPUExecutionProvider"])), "sess_options": options}
@@ -33,7 +33,7 @@ def session_arguments(device: str, threads: int | None) -> dict[str, Any]:
 
 def open_session(model: Path | bytes, device: str, threads: int | None, what: str) -> Any:
     """An InferenceSession of a file, or of its bytes, that runs on `device`. `what` names it in a SetupError."""
-    onnxruntime = runtime()
+    onnxruntime = import_onnxruntime()
     if device.startswith("cuda") and hasattr(onnxruntime, "preload_dlls"):
         # CUDA's libraries are where torch's wheels put them, which onnxruntime alone does not search.
         onnxruntime.preload_dlls()

@@ -22,7 +22,7 @@ SCHNELL_TEXT_TOKENS = 256
 """FLUX.1-schnell was trained with this many T5 tokens; diffusers would silently accept more."""
 
 
-PROMPTS_REMEMBERED = 64
+CACHED_PROMPTS = 64
 """A prompt's embedding takes 4 MB at 512 tokens in bfloat16."""
 DEFAULT_STEPS = 28
 """Of FLUX.1-dev."""
@@ -100,14 +100,14 @@ class FluxModel:
         return arguments
 
     def _embedded(self, prompt: str, tokens: int) -> tuple[Any, Any]:
-        """T5's and CLIP's embeddings of a prompt, computed once while it is among the last `PROMPTS_REMEMBERED`."""
+        """T5's and CLIP's embeddings of a prompt, computed once while it is among the last `CACHED_PROMPTS`."""
         key = (prompt, tokens, self._active_loras if self._text_is_adapted else ())
         if key not in self._embeddings:
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
             )
             self._embeddings[key] = embeds, pooled
-            if len(self._embeddings) > PROMPTS_REMEMBERED:
+            if len(self._embeddings) > CACHED_PROMPTS:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(key)
         return self._embeddings[key]

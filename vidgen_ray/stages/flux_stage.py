@@ -14,8 +14,8 @@ from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, Stage, StageParams, noise_generator, to_uint8
 from vidgen_ray.stages.flux_model import DEFAULT_STEPS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
-from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_GUIDANCE = 3.5
@@ -71,7 +71,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         return shared_injector(name, self.model, self.params.extra_weights_at(name))
 
     @contextmanager
-    def drawing(self, item: Item) -> Iterator[FluxCalls]:
+    def drawing(self, item: Item) -> Iterator[FluxPipelines]:
         """Run a block in which FLUX wears the shot's LoRAs and draws its person."""
         shot = item.shot
         with self.model.loras_active(self.active_loras(shot)):
@@ -85,9 +85,9 @@ class FluxFamilyStage(Stage[FluxParams]):
                 )
             face = item.artefacts["face"]
             injector = self.injectors.get(shot.flux_identity) or self._injector(shot.flux_identity)
-            with injector.injecting(
+            with injector.inject(
                 face.embedding(injector.embedding),
-                pose_picture(face, shot),
+                pose_image(face, shot),
                 shot,
                 self.name,
                 start=shot.identity_start,

@@ -96,10 +96,12 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         if shot.style_strength == 0:
             return image
         height, width = image.shape[:2]
-        placement = on_standard_shape(width, height) if self.params.standard_shapes else on_multiple_of_16(width, height)
+        placement = (
+            fit_to_standard_shape(width, height) if self.params.standard_shapes else fit_to_multiple_of_16(width, height)
+        )
         (picture,) = self.pipe(
             f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
-            PILImage.fromarray(lay(image, placement)),
+            PILImage.fromarray(place_on_canvas(image, placement)),
             strength=shot.style_strength,
             num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
             guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
@@ -108,7 +110,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
             output_type="np",
             **diffusers_step_callback(self.name),
         ).images
-        return cut_out(to_uint8(picture), placement)
+        return crop_from_canvas(to_uint8(picture), placement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,7 @@ class Placement:
         return (self.canvas[0] - self.scaled[0]) // 2, (self.canvas[1] - self.scaled[1]) // 2
 
 
-def on_standard_shape(width: int, height: int) -> Placement:
+def fit_to_standard_shape(width: int, height: int) -> Placement:
     """As large as fits on the standard shape of nearest aspect, then nearest area; 1024x576 lies on 1280x768."""
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import map_to_standard_shapes
 
@@ -140,12 +142,12 @@ def on_standard_shape(width: int, height: int) -> Placement:
     return Placement((width, height), scaled, (canvas_w, canvas_h))
 
 
-def on_multiple_of_16(width: int, height: int) -> Placement:
+def fit_to_multiple_of_16(width: int, height: int) -> Placement:
     """Unscaled, on the smallest canvas whose sides are multiples of 16."""
     return Placement((width, height), (width, height), (-(-width // 16) * 16, -(-height // 16) * 16))
 
 
-def lay(image: Image, placement: Placement) -> Image:
+def place_on_canvas(image: Image, placement: Placement) -> Image:
     """A picture (H, W, 3) -> its canvas, the free pixels filled by repeating the picture's edge."""
     scaled = _resized(image, placement.scaled)
     left, top = placement.left_top
@@ -154,8 +156,8 @@ def lay(image: Image, placement: Placement) -> Image:
     return np.pad(scaled, ((top, bottom), (left, right), (0, 0)), mode="edge")
 
 
-def cut_out(canvas: Image, placement: Placement) -> Image:
-    """The inverse of `lay`: the picture without the free pixels, at its own size (H, W, 3)."""
+def crop_from_canvas(canvas: Image, placement: Placement) -> Image:
+    """The inverse of `place_on_canvas`: the picture without the free pixels, at its own size (H, W, 3)."""
     (left, top), (width, height) = placement.left_top, placement.scaled
     return _resized(np.ascontiguousarray(canvas[top : top + height, left : left + width]), placement.size)
 

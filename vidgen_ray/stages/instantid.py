@@ -18,7 +18,7 @@ from vidgen_ray.stages.identity import injector_class
 if TYPE_CHECKING:
     from vidgen_ray.nets.faces import DetectedFace
 
-PEOPLE_REMEMBERED = 256
+CACHED_FACES = 256
 MAX_ASPECT = 8
 """Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
 
@@ -91,7 +91,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         digest, names = _digest(photos), tuple(self._models.embedders if recognisers is None else recognisers)
         key = (digest, face_index, names)
         if key not in self._known:
-            if len(self._known) >= PEOPLE_REMEMBERED:
+            if len(self._known) >= CACHED_FACES:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = self._look(photos, face_index, digest, names)
         return self._known[key]
@@ -99,7 +99,7 @@ class InstantIDStage(Stage[InstantIDParams]):
     def _look(self, photos: Sequence[Image], face_index: int | None, digest: str, recognisers: Sequence[str]) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
-        seen = self.seen(photos, face_index)
+        seen = self.detect_faces(photos, face_index)
         face, crops = seen[0].chosen, np.stack([one.crop for one in seen])
         return FaceFeatures(
             embeddings={
@@ -114,7 +114,7 @@ class InstantIDStage(Stage[InstantIDParams]):
             digest=digest,
         )
 
-    def seen(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
+    def detect_faces(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
         """What is found in each photo, and which face counts there; see `features`."""
         if not photos:
             raise StageError("face_image: got no photo, at least one is needed")
@@ -123,17 +123,17 @@ class InstantIDStage(Stage[InstantIDParams]):
         face = _chosen(found[0], face_index, self.params.min_face_px)
         first = DetectedPhoto(found[0], face, aligned(photos[0], face))
         further = zip(photos[1:], found[1:], strict=True)
-        return [first, *(self._most_alike(first.crop, photo, faces) for photo, faces in further)]
+        return [first, *(self._most_similar_face(first.crop, photo, faces) for photo, faces in further)]
 
-    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
+    def _most_similar_face(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
         """Of the faces of another photo the one most like `crop` counts."""
-        from vidgen_ray.nets.faces import most_alike
+        from vidgen_ray.nets.faces import most_similar
 
         crops = [aligned(photo, face) for face in faces]
         number = 0
         if len(faces) > 1:
             embeddings = self._models.embed([crop, *crops])
-            number = most_alike(embeddings[1:], embeddings[0])
+            number = most_similar(embeddings[1:], embeddings[0])
         return DetectedPhoto(faces, faces[number], crops[number])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:

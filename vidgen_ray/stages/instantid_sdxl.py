@@ -23,7 +23,7 @@ from vidgen_ray.stages.base import (
     to_uint8,
     torch_dtype,
 )
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -103,7 +103,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     def load(self) -> None:
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 
-        from vidgen_ray.nets.face_resampler import read_parts, resampler_of
+        from vidgen_ray.nets.face_resampler import build_resampler, read_parts
         from vidgen_ray.nets.identitynet import IdentityNet
         from vidgen_ray.nets.model_folder import load_model, require_same
 
@@ -113,7 +113,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)
         file = folder / ADAPTER_FILE
         adapter = read_parts(file, PROJECTION, ATTENTION)
-        resampler = resampler_of(adapter[PROJECTION], file)
+        resampler = build_resampler(adapter[PROJECTION], file)
         base = load_pipeline(StableDiffusionXLPipeline, self.params)
         require_same(net.config, base.unet.config, MUST_AGREE, folder / NET_FOLDER, "SDXL")
         if resampler.sizes.output != base.unet.config.cross_attention_dim:
@@ -153,7 +153,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
                 negative_prompt=shot.negative_prompt,
                 width=shot.width,
                 height=shot.height,
-                image=PILImage.fromarray(pose_picture(face, shot)),
+                image=PILImage.fromarray(pose_image(face, shot)),
                 # (2, 1 picture, 1 token, 512)
                 ip_adapter_image_embeds=[faces[:, None, None]],
                 controlnet_conditioning_scale=self.params.net_scale * shot.identity_strength,

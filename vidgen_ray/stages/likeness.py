@@ -14,7 +14,7 @@ from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likenes
 from vidgen_ray.stages.face_models import RECOGNISER, FaceModels, InstantIDParams, aligned, detection_files
 from vidgen_ray.stages.instantid import InstantIDStage
 
-FRAMES_SEEN = 5
+MAX_SAMPLED_FRAMES = 5
 """Of a clip, at most."""
 DECIMALS = 4
 """More of them would differ from machine to machine."""
@@ -52,11 +52,14 @@ class ImageLikenessStage(_LikenessStage):
         return InstantIDStage.applies(shot)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image_likeness": measured([item.artefacts["image"]], item.artefacts["face"], self._models)} for item in items]
+        return [
+            {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
+            for item in items
+        ]
 
 
 class ClipLikenessStage(_LikenessStage):
-    """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames of `frames_seen`."""
+    """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames of `sampled_frames`."""
 
     name: ClassVar[str] = "clip_likeness"
     label: ClassVar[str] = "Clip likeness"
@@ -72,22 +75,22 @@ class ClipLikenessStage(_LikenessStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return len(frames_seen(shot.num_frames)) / FRAMES_SEEN
+        return len(sampled_frames(shot.num_frames)) / MAX_SAMPLED_FRAMES
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"clip_likeness": self._of_clip(item.artefacts)} for item in items]
 
     def _of_clip(self, artefacts: Artefacts) -> Likeness:
         frames = artefacts["frames"]
-        return measured((frames[number] for number in frames_seen(len(frames))), artefacts["face"], self._models)
+        return measure_likeness((frames[number] for number in sampled_frames(len(frames))), artefacts["face"], self._models)
 
 
-def frames_seen(count: int) -> list[int]:
-    """Which of so many frames are looked at: at most FRAMES_SEEN, evenly spread, the first and the last among them."""
-    return [round(number) for number in np.linspace(0, count - 1, min(count, FRAMES_SEEN)).tolist()]
+def sampled_frames(count: int) -> list[int]:
+    """Which of so many frames are looked at: at most MAX_SAMPLED_FRAMES, evenly spread, the first and the last among them."""
+    return [round(number) for number in np.linspace(0, count - 1, min(count, MAX_SAMPLED_FRAMES)).tolist()]
 
 
-def measured(pictures: Iterable[Image], face: FaceFeatures, models: FaceModels) -> Likeness:
+def measure_likeness(pictures: Iterable[Image], face: FaceFeatures, models: FaceModels) -> Likeness:
     """The likeness of each picture (H, W, 3) to the reference face.
 
     Similarity is the cosine between the embeddings by the pack's recogniser; of several faces in a picture the one most

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.stages.base import StageParams, torch_dtype
 
 
@@ -18,7 +18,7 @@ def require_device(device: str) -> None:
 
 def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> Any:
     """`pipeline_class.from_pretrained` on `params.weights`. SetupError where the folder is not such a pipeline."""
-    quieten()
+    silence_libraries()
     require_device(params.device)
     folder = params.weights
     try:

@@ -72,7 +72,7 @@ def resolve(reference: str, relative_to: Path | None = None) -> Path:
 
 
 def _built(name: str) -> Path:
-    if name in (shipped := demo_family.as_they_lie()):
+    if name in (shipped := demo_family.shipped_models()):
         return shipped[name]
     if name not in BUILTIN:
         raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join((*BUILTIN, *shipped))}")

@@ -14,7 +14,7 @@ AUTOENCODER = SHIPPED / "flux" / "vae"
 WITHOUT_AUTOENCODER = ("hunyuandit", "svd")
 
 
-def as_they_lie() -> dict[str, Path]:
+def shipped_models() -> dict[str, Path]:
     """Name -> the folder or file."""
     return {f"demo/{path.name}": path for path in sorted(SHIPPED.iterdir()) if path.name not in WITHOUT_AUTOENCODER}
 

@@ -38,9 +38,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 
-quieten()
+silence_libraries()
 
 LATENT_BLOCKS = (8, 8, 16, 16)
 """Channels of the autoencoder; four levels make it x8 as the real ones are."""

@@ -18,10 +18,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.weights.tiny_diffusion import autoencoder, clip_text_encoder, clip_tokenizer
 
-quieten()
+silence_libraries()
 
 TOKEN_CHANNELS = 32
 """What the tiny FLUX has for T5's 4096."""

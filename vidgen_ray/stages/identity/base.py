@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vidgen_ray.stages.flux_model import FluxModel
 
 
-class FluxCalls(Protocol):
+class FluxPipelines(Protocol):
     """The two ways to a picture, each called as the diffusers pipeline of that name. A FluxModel is one of these."""
 
     @property
@@ -31,7 +31,7 @@ class FluxCalls(Protocol):
 
 
 class FluxInjector(ABC):
-    """Use `shared_injector(name, model, weights)`; then `with injector.injecting(...) as calls: calls.text_to_image(...)`.
+    """Use `shared_injector(name, model, weights)`; then `with injector.inject(...) as calls: calls.text_to_image(...)`.
 
     An injector owns networks of its own and borrows those of the model, which it leaves as they were. One block at a time.
     """
@@ -54,7 +54,7 @@ class FluxInjector(ABC):
         """Take the method's own weights to another memory; the model moves by itself."""
 
     @abstractmethod
-    def injecting(
+    def inject(
         self,
         embedding: NDArray[np.float32],
         pose: Image,
@@ -63,7 +63,7 @@ class FluxInjector(ABC):
         *,
         start: float = 0.0,
         end: float = 1.0,
-    ) -> AbstractContextManager[FluxCalls]:
+    ) -> AbstractContextManager[FluxPipelines]:
         """A block in which the calls draw the person as strongly as `shot.identity_strength` says; 0 is not at all, bitwise.
 
         `embedding` is what the model of that name gives, (512,) of a recogniser; `pose` the keypoint picture at the shot's

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, noise_generator
-from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
+from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class InfuseNetInjector(FluxInjector):
         self.infusenet.to(device)
 
     @contextmanager
-    def injecting(
+    def inject(
         self,
         embedding: NDArray[np.float32],
         pose: Image,
@@ -67,7 +67,7 @@ class InfuseNetInjector(FluxInjector):
         *,
         start: float = 0.0,
         end: float = 1.0,
-    ) -> Iterator[FluxCalls]:
+    ) -> Iterator[FluxPipelines]:
         import torch
 
         if not 0 <= start < end <= 1:
