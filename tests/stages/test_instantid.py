@@ -72,7 +72,7 @@ def test_no_face_is_a_sentence(stage, make_shot):
 
 def test_a_small_face_is_refused_with_its_size(tiny, make_shot):
     params = tiny.params(InstantIDStage).model_copy(update={"min_face_px": 200})
-    with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, at least 200 px"):
+    with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, must be at least 200 px"):
         strict([Item(make_shot(), {"photos": (portrait((256, 200)),)})])
 
 

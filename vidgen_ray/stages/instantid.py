@@ -140,15 +140,15 @@ class InstantIDStage(Stage[InstantIDParams]):
         """One or more faces of at least `min_face_px`, from the left. `name` is how the photo is called in a StageError."""
         height_px, width_px = photo.shape[:2]
         if max(height_px, width_px) > MAX_ASPECT * min(height_px, width_px):
-            raise StageError(f"{name}: got {width_px}x{height_px}, one side may be at most {MAX_ASPECT} times the other")
+            raise StageError(f"{name}: got {width_px}x{height_px}, must have an aspect ratio of at most {MAX_ASPECT}:1")
         faces = self._models.detect(photo)
         if not faces:
-            raise StageError(f"{name}: no face found; give a photo in which the face is upright and well visible")
+            raise StageError(f"{name}: no face found; use a photo with an upright, clearly visible face")
         large = [face for face in faces if face.side_px >= self.params.min_face_px]
         if not large:
             raise StageError(
                 f"{name}: the largest face is {max(face.side_px for face in faces):.0f} px, "
-                f"at least {self.params.min_face_px} px are needed; give a closer photo"
+                f"must be at least {self.params.min_face_px} px; use a closer photo"
             )
         return sorted(large, key=lambda face: (face.box[0] + face.box[2], face.box[1] + face.box[3]))
 
