@@ -360,5 +360,5 @@ def test_content_key_depends_on_weight_content_not_on_paths(make_shot, tmp_path)
     both = full.model_copy(update={"detector": ("pack", "centerface")})
     assert InstantIDStage.weight_files(both, unsteered) == (tmp_path, centerface.model_file())
     assert len({str(params.for_key()) for params in (plain, full, both)}) == 3
-    with pytest.raises(MissingWeights, match=r"ir_se50: .*`extra_weights: \{ir_se50: "):
+    with pytest.raises(MissingWeights, match=r"ir_se50: not in the profile; add `extra_weights: \{ir_se50: "):
         InstantIDStage.weight_files(plain, shot)
