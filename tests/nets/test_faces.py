@@ -232,7 +232,7 @@ def test_embedding_returns_only_the_requested_recogniser(stage, photo):
     without = FaceFeatures(
         {"antelopev2": face.embedding("antelopev2")}, face.keypoints, face.box, face.score, 1, (512, 512), face.digest
     )
-    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; its weights stand in the profile"):
+    with pytest.raises(StageError, match="got embeddings by antelopev2, ir_se50 is needed; add its weights to the profile"):
         without.embedding("ir_se50")
     with pytest.raises(StageError, match="by antelopev2, ir_se50, arcface is needed"):
         face.embedding("arcface")

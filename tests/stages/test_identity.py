@@ -257,7 +257,7 @@ class Brighter(FluxInjector):
 
     name = "toy"
     embedding = "antelopev2"
-    passes = 0.0
+    passes_per_step = 0.0
 
     def __init__(self, model, weights):
         self.model = model

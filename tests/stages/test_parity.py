@@ -93,7 +93,7 @@ def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
 def test_lora_stage_equals_diffusers(lora, make_shot):
     shot = make_shot(lora=[LORA], lora_strength=0.6)
     pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
-    pipe.load_lora_weights(LORA.path, adapter_name="person")
+    pipe.load_lora_weights(LORA.path, adapter_name="lora")
     expected = pipe(
         shot.prompt,
         image=Image.fromarray(gradient_image()),

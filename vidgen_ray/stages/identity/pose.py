@@ -1,13 +1,13 @@
-"""How a person's face is to stand in a picture: the keypoint picture that identity networks are shown."""
+"""The keypoint image that conditions identity networks on the pose of the face."""
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 
 
 def pose_image(face: FaceFeatures, shot: Shot) -> Image:
-    """RGB at the size of the shot: the keypoints where the centred photo has them, or black where the prompt shall decide.
+    """Draw the keypoints, RGB at the size of the shot, at their position in the centred photo. Black if `shot.pose` is none.
 
-    What the networks were trained with at about a megapixel is drawn smaller on a smaller picture.
+    Line widths scale with the size of the image. The networks were trained on images of about a megapixel.
     """
     import numpy as np
 
