@@ -26,7 +26,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness
 from vidgen_ray.stages.face_models import FaceModels
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
-from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, frames_seen, measured
+from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, measure_likeness, sampled_frames
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
@@ -58,23 +58,23 @@ class TestMeasure:
         dot = sum(x * y for x, y in zip(a, b, strict=True))
         expected = dot / (sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5)
         assert -1 < expected < 0.9999
-        assert measured([changed], face, models).similarities[0] == pytest.approx(expected, abs=1e-4)
+        assert measure_likeness([changed], face, models).similarities[0] == pytest.approx(expected, abs=1e-4)
 
     def test_similarity_of_the_photo_itself_is_one(self, models, face, photo):
-        assert measured([photo, photo], face, models) == Likeness((1.0, 1.0))
+        assert measure_likeness([photo, photo], face, models) == Likeness((1.0, 1.0))
 
     def test_image_without_a_face_has_no_similarity(self, models, face, photo):
-        likeness = measured([wall(), photo], face, models)
+        likeness = measure_likeness([wall(), photo], face, models)
         assert likeness == Likeness((None, 1.0))
         assert (likeness.mean, likeness.worst, likeness.without_face) == (1.0, 1.0, 1)
 
     def test_too_small_face_has_no_similarity(self, models, face, photo):
         # Detected, but smaller than min_face_px.
-        assert measured([on_a_wall((head(photo, 16), (200, 200)))], face, models) == Likeness((None,))
+        assert measure_likeness([on_a_wall((head(photo, 16), (200, 200)))], face, models) == Likeness((None,))
 
     def test_most_similar_of_several_faces_counts(self, models, face, photo):
         group = read_image(GROUP)
-        (strangers,) = measured([group], face, models).similarities
+        (strangers,) = measure_likeness([group], face, models).similarities
         crowd = np.concatenate([group, on_a_wall((head(photo, 91), (300, 300)), size=(1280, 600))])
         faces = models.detect(crowd)
         assert len(faces) == 7
@@ -82,7 +82,7 @@ class TestMeasure:
         cosines = embeddings @ face.embedding("antelopev2") / np.linalg.norm(embeddings, axis=1)
         cosines /= np.linalg.norm(face.embedding("antelopev2"))
         assert faces[cosines.argmax()].box[1] > len(group), "the face of the photo"
-        assert measured([crowd], face, models).similarities == (pytest.approx(cosines.max(), abs=1e-4),)
+        assert measure_likeness([crowd], face, models).similarities == (pytest.approx(cosines.max(), abs=1e-4),)
         assert cosines.max() > strangers + 0.02
 
     def test_mean_and_worst_ignore_images_without_a_face(self):
@@ -97,7 +97,7 @@ class TestMeasure:
         [(1, [0]), (2, [0, 1]), (5, [0, 1, 2, 3, 4]), (6, [0, 1, 2, 4, 5]), (25, [0, 6, 12, 18, 24]), (14, [0, 3, 6, 10, 13])],
     )
     def test_sampled_frames_are_evenly_spread_with_first_and_last(self, count, seen):
-        assert frames_seen(count) == seen
+        assert sampled_frames(count) == seen
 
     def test_clip_likeness_samples_five_frames(self, face, photo, make_shot):
         shot = make_shot(face_image="x.jpg")

@@ -1,4 +1,4 @@
-"""Files in and out: colours, exactness, random access, and files that were made to break readers."""
+"""Reading and writing of images and videos: colours, exactness, random access and malicious files."""
 
 import io
 import itertools
@@ -35,14 +35,14 @@ SQUARE = 32
 
 
 def saturated_chart() -> Image:
-    """(128, 256, 3): 32 squares, each corner and middle of the RGB cube among them."""
+    """Return a chart (128, 256, 3) of 32 squares, including all corners and midpoints of the RGB cube."""
     colours = [*itertools.product((0, 128, 255), repeat=3), (220, 20, 60), (64, 64, 64), (255, 200, 180), (30, 90, 40)]
     squares = np.array([*colours, colours[0]], np.uint8).reshape(4, 8, 3)
     return squares.repeat(SQUARE, 0).repeat(SQUARE, 1)
 
 
 def moving_frames(count: int = 30, width: int = 96, height: int = 64) -> Frames:
-    """Smooth noise that drifts, so that every frame differs from every other."""
+    """Return smooth noise that drifts, so that all frames differ."""
     coarse = np.random.default_rng(7).integers(0, 256, (height // 8 + 8, width // 8 + 8, 3), np.uint8)
     wide = np.asarray(PILImage.fromarray(coarse).resize((width + 64, height + 64), PILImage.Resampling.BICUBIC))
     return np.stack([wide[k : k + height, 2 * k : 2 * k + width] for k in range(count)])
@@ -67,7 +67,7 @@ def write_foreign(
     options: dict[str, str] | None = None,
     pixel_format: str = "yuv420p",
 ) -> Path:
-    """A video as other programs write them. Two of the same frames may differ in a pixel: swscale is not asked to be exact."""
+    """Write a video as other programs do. Equal frames may differ in a pixel, because swscale's exact mode is off."""
     with av.open(str(path), "w", format=container) as output:
         stream = output.add_stream(codec, rate=24, options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixel_format
@@ -77,8 +77,8 @@ def write_foreign(
     return path
 
 
-def turned(path: Path, upright: Path, rotation: int) -> Path:
-    """The same pictures, told to be shown turned, as a phone does."""
+def write_rotated(path: Path, upright: Path, rotation: int) -> Path:
+    """Copy the video and add a display rotation in degrees, as phones do."""
     with av.open(str(upright)) as source, av.open(str(path), "w") as output:
         stream = output.add_stream_from_template(source.streams.video[0])
         stream.set_display_rotation(rotation)
@@ -102,7 +102,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # MP4
 
 
-def test_mp4_is_h264_in_tagged_bt709_and_starts_before_it_is_loaded(tmp_path: Path) -> None:
+def test_mp4_is_h264_tagged_bt709_with_faststart(tmp_path: Path) -> None:
     path = write_mp4(tmp_path / "a.mp4", moving_frames(25), fps=7)
     with av.open(str(path)) as opened:
         stream = opened.streams.video[0]
@@ -125,7 +125,7 @@ def test_fps_is_exact(tmp_path: Path, fps: int | Fraction) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav"])
-def test_saturated_colours_survive(tmp_path: Path, backend: str) -> None:
+def test_saturated_colours_are_preserved(tmp_path: Path, backend: str) -> None:
     chart = saturated_chart()
     path = write_mp4(tmp_path / "chart.mp4", np.stack([chart] * 4), settings=Mp4Settings())
     error = np.abs(read_all(path, backend).astype(int) - chart)
@@ -133,17 +133,17 @@ def test_saturated_colours_survive(tmp_path: Path, backend: str) -> None:
     assert error.mean() < 1
 
 
-def test_colours_are_written_as_they_are_tagged(tmp_path: Path) -> None:
+def test_colours_match_the_bt709_tag(tmp_path: Path) -> None:
     chart = saturated_chart()
     path = write_mp4(tmp_path / "chart.mp4", np.stack([chart] * 2), settings=Mp4Settings())
     with av.open(str(path)) as opened:
         frame = next(opened.decode(video=0))
 
-    def worst(matrix: Colorspace) -> int:
+    def max_error(matrix: Colorspace) -> int:
         return int(np.abs(frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray().astype(int) - chart).max())
 
-    assert worst(Colorspace.ITU709) <= 4
-    assert worst(Colorspace.ITU601) > 15
+    assert max_error(Colorspace.ITU709) <= 4
+    assert max_error(Colorspace.ITU601) > 15
 
 
 def test_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_chunks_give_the_same_bytes_as_one_write(tmp_path: Path, clip: Path) -> 
     assert (tmp_path / "chunks.mp4").read_bytes() == clip.read_bytes()
 
 
-def test_nothing_is_left_where_the_block_raises(tmp_path: Path) -> None:
+def test_file_is_deleted_when_the_block_raises(tmp_path: Path) -> None:
     def write_until_the_model_fails() -> None:
         with Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST) as clip:
             clip.write(moving_frames())
@@ -178,26 +178,26 @@ def test_nothing_is_left_where_the_block_raises(tmp_path: Path) -> None:
     [noise(1, 64, 98), noise(1, 64, 96).astype(np.float32), noise(1, 64, 96)[0]],
     ids=["size", "type", "image"],
 )
-def test_frames_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path, frames: Any) -> None:
-    refused = pytest.raises(MediaError, match=r"a\.mp4: got .*must be uint8 \(64, 96, 3\)")
-    with refused, Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST) as clip:
+def test_frames_of_another_size_or_type_are_rejected_and_the_file_is_deleted(tmp_path: Path, frames: Any) -> None:
+    raises = pytest.raises(MediaError, match=r"a\.mp4: got .*must be uint8 \(64, 96, 3\)")
+    with raises, Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST) as clip:
         clip.write(frames)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_video_without_frames_is_refused(tmp_path: Path) -> None:
+def test_video_without_frames_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="no frames"), Mp4Writer(tmp_path / "a.mp4", 96, 64, 24, FAST):
         pass
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("width", "height", "fps"), [(97, 64, 24), (96, 63, 24), (0, 0, 24), (96, 64, 0)])
-def test_sizes_and_rates_h264_cannot_have_are_refused(tmp_path: Path, width: int, height: int, fps: int) -> None:
+def test_invalid_h264_size_or_fps_is_rejected(tmp_path: Path, width: int, height: int, fps: int) -> None:
     with pytest.raises(MediaError, match=r"a\.mp4: got"):
         Mp4Writer(tmp_path / "a.mp4", width, height, fps, FAST)
 
 
-def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+def test_missing_output_folder_raises_media_error(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"a\.mp4: cannot be written: No such file"):
         write_mp4(tmp_path / "missing" / "a.mp4", moving_frames(2))
 
@@ -206,7 +206,7 @@ def test_a_folder_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (2, 37, 53), (1, 3, 5)])
-def test_lossless_gives_every_bit_back(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+def test_lossless_round_trip_is_bitwise_equal(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     frames = noise(*shape)
     encode_lossless(tmp_path / "a.mkv", frames, 5)
     assert np.array_equal(decode_lossless(tmp_path / "a.mkv"), frames)
@@ -214,12 +214,12 @@ def test_lossless_gives_every_bit_back(tmp_path: Path, shape: tuple[int, int, in
     assert (tmp_path / "a.mkv").read_bytes() == (tmp_path / "b.mkv").read_bytes()
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut"])
-def test_a_damaged_lossless_file_is_refused(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated"])
+def test_damaged_lossless_file_is_rejected(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "a.mkv"
     encode_lossless(path, noise(4, 64, 96), 5)
     content = bytearray(path.read_bytes())
-    if harm == "flip":
+    if damage == "flipped bit":
         content[len(content) // 2] ^= 1
     else:
         del content[len(content) * 6 // 10 :]
@@ -228,7 +228,7 @@ def test_a_damaged_lossless_file_is_refused(tmp_path: Path, harm: str) -> None:
         decode_lossless(path)
 
 
-def test_a_clip_is_not_taken_for_a_lossless_file(clip: Path) -> None:
+def test_decode_lossless_rejects_a_clip(clip: Path) -> None:
     with pytest.raises(MediaError, match="checksum"):
         decode_lossless(clip)
 
@@ -236,34 +236,34 @@ def test_a_clip_is_not_taken_for_a_lossless_file(clip: Path) -> None:
 # Reading videos
 
 
-def test_random_access_by_decord_equals_reading_in_order_by_pyav(tmp_path: Path) -> None:
+def test_decord_random_access_equals_pyav_sequential_reading(tmp_path: Path) -> None:
     pytest.importorskip("decord")
     path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": "keyint=8:bframes=3"})
-    ordered_window = read_all(path, "pyav")
+    expected = read_all(path, "pyav")
     indices = np.random.default_rng(1).integers(0, 30, 40).tolist()
     with open_video(path) as video, open_video(path, backend="pyav") as forwards:
         assert (video.backend, forwards.backend) == ("decord", "pyav")
-        assert np.array_equal(video.frames_at(indices), ordered_window[indices])
-        assert np.array_equal(forwards.frames_at(indices), ordered_window[indices])
-        assert np.array_equal(video.frames(11, 19), ordered_window[11:19])
-        assert np.array_equal(forwards.frames(11, 19), ordered_window[11:19])
+        assert np.array_equal(video.frames_at(indices), expected[indices])
+        assert np.array_equal(forwards.frames_at(indices), expected[indices])
+        assert np.array_equal(video.frames(11, 19), expected[11:19])
+        assert np.array_equal(forwards.frames(11, 19), expected[11:19])
 
 
 @pytest.mark.parametrize("backend", ["auto", "pyav"])
-def test_what_a_reader_says_of_the_video(clip: Path, backend: Any) -> None:
+def test_reader_properties_and_index_errors(clip: Path, backend: Any) -> None:
     with open_video(clip, backend=backend) as video:
         assert (video.frame_count, video.width, video.height, video.fps) == (30, 96, 64, Fraction(24))
         assert video.frames(4, 4).shape == (0, 64, 96, 3)
-        for ask in (lambda: video.frames(0, 31), lambda: video.frames(-1, 2), lambda: video.frames_at([3, 30])):
+        for read in (lambda: video.frames(0, 31), lambda: video.frames(-1, 2), lambda: video.frames_at([3, 30])):
             with pytest.raises(MediaError, match=r"clip\.mp4: got frame"):
-                ask()
+                read()
     video.close()
 
 
 @pytest.mark.parametrize(
     "keyframes", ["open-gop=1:bframes=3", "intra-refresh=1", "tff=1"], ids=["open-gop", "intra-refresh", "interlaced"]
 )
-def test_streams_that_decord_reads_wrongly_go_to_pyav(tmp_path: Path, keyframes: str) -> None:
+def test_pyav_reads_streams_that_decord_reads_wrongly(tmp_path: Path, keyframes: str) -> None:
     path = write_foreign(tmp_path / "a.mp4", moving_frames(), options={"x264-params": f"keyint=8:{keyframes}"})
     with open_video(path) as video:
         assert video.backend == "pyav"
@@ -287,7 +287,7 @@ def test_other_codecs_fall_back_to_pyav(tmp_path: Path, codec: str, container: s
         assert np.abs(video.frames(0, 6).astype(int) - frames).mean() < 12
 
 
-def test_pyav_reads_where_decord_is_not_installed(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pyav_reads_when_decord_is_not_installed(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read_all(clip)
     monkeypatch.setitem(sys.modules, "decord", None)
     with open_video(clip) as video:
@@ -295,7 +295,7 @@ def test_pyav_reads_where_decord_is_not_installed(clip: Path, monkeypatch: pytes
         assert np.array_equal(video.frames(0, 30), expected)
 
 
-def test_untagged_files_are_read_as_ffmpeg_writes_them(tmp_path: Path) -> None:
+def test_untagged_files_are_read_as_bt601(tmp_path: Path) -> None:
     chart = saturated_chart()
     path = write_foreign(tmp_path / "a.mp4", np.stack([chart] * 3), options={"crf": "10"})
     for backend in ("auto", "pyav"):
@@ -304,13 +304,13 @@ def test_untagged_files_are_read_as_ffmpeg_writes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_rotated_videos_stand_upright(tmp_path: Path, rotation: int) -> None:
+def test_display_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
     stored = write_foreign(tmp_path / "stored.mp4", moving_frames(4))
-    flat = read_all(stored, "pyav")
-    with open_video(turned(tmp_path / "turned.mp4", stored, rotation)) as video:
+    unrotated = read_all(stored, "pyav")
+    with open_video(write_rotated(tmp_path / "rotated.mp4", stored, rotation)) as video:
         upright = video.frames(0, 4)
         assert upright.shape[1:3] == (video.height, video.width) == ((64, 96) if rotation == 180 else (96, 64))
-    assert np.array_equal(upright, np.rot90(flat, rotation // 90, (1, 2)))
+    assert np.array_equal(upright, np.rot90(unrotated, rotation // 90, (1, 2)))
 
 
 def audio_only(path: Path) -> None:
@@ -328,20 +328,20 @@ BAD_VIDEOS: dict[str, Callable[[Path, bytes], Any]] = {
     "playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n"),
     "remote playlist": lambda path, good: path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://169.254.169.254/latest\n"),
     "ffconcat": lambda path, good: path.write_text("ffconcat version 1.0\nfile /etc/passwd\n"),
-    "playlist behind an MP4's first bytes": lambda path, good: path.write_bytes(good[:12] + b"\n#EXTM3U\n/etc/passwd\n"),
-    "cut short": lambda path, good: path.write_bytes(good[: len(good) * 6 // 10]),
+    "playlist after MP4 magic bytes": lambda path, good: path.write_bytes(good[:12] + b"\n#EXTM3U\n/etc/passwd\n"),
+    "truncated": lambda path, good: path.write_bytes(good[: len(good) * 6 // 10]),
     "last byte missing": lambda path, good: path.write_bytes(good[:-1]),
     "header only": lambda path, good: path.write_bytes(good[: good.index(b"mdat")]),
     "index missing": lambda path, good: path.write_bytes(good.replace(b"moov", b"skin")),
-    "an image": lambda path, good: path.write_bytes(encode_png(saturated_chart())),
+    "image": lambda path, good: path.write_bytes(encode_png(saturated_chart())),
     "audio only": lambda path, good: audio_only(path),
-    "a folder": lambda path, good: path.mkdir(),
+    "folder": lambda path, good: path.mkdir(),
     "missing": lambda path, good: None,
 }
 
 
 @pytest.mark.parametrize("kind", BAD_VIDEOS)
-def test_bad_videos_are_refused_by_name(tmp_path: Path, clip: Path, kind: str) -> None:
+def test_bad_videos_raise_a_media_error_with_the_file_name(tmp_path: Path, clip: Path, kind: str) -> None:
     path = tmp_path / "bad.mp4"
     BAD_VIDEOS[kind](path, clip.read_bytes())
     with pytest.raises(MediaError, match=r"bad\.mp4: \w") as caught:
@@ -349,17 +349,17 @@ def test_bad_videos_are_refused_by_name(tmp_path: Path, clip: Path, kind: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_a_header_that_promises_a_billion_frames_is_not_believed(tmp_path: Path, clip: Path) -> None:
+def test_frame_count_is_not_taken_from_the_header(tmp_path: Path, clip: Path) -> None:
     content = bytearray(clip.read_bytes())
-    at = content.index(b"stts") + 12
-    assert struct.unpack(">I", content[at : at + 4]) == (30,)
-    content[at : at + 4] = struct.pack(">I", 10**9)
-    (tmp_path / "lie.mp4").write_bytes(content)
-    with open_video(tmp_path / "lie.mp4") as video:
+    offset = content.index(b"stts") + 12
+    assert struct.unpack(">I", content[offset : offset + 4]) == (30,)
+    content[offset : offset + 4] = struct.pack(">I", 10**9)
+    (tmp_path / "billion.mp4").write_bytes(content)
+    with open_video(tmp_path / "billion.mp4") as video:
         assert video.frame_count == 30
 
 
-def test_a_url_is_a_file_that_is_not_there() -> None:
+def test_urls_are_not_opened() -> None:
     with pytest.raises(MediaError, match="no such file"):
         open_video(Path("http://127.0.0.1:9/a.mp4"))
 
@@ -367,7 +367,7 @@ def test_a_url_is_a_file_that_is_not_there() -> None:
 # Images
 
 
-def test_png_comes_back_and_has_the_same_bytes(tmp_path: Path) -> None:
+def test_png_round_trip_is_exact_and_deterministic(tmp_path: Path) -> None:
     image = noise(1, 33, 21)[0]
     write_png(tmp_path / "a.png", image)
     assert np.array_equal(read_image(tmp_path / "a.png"), image)
@@ -384,12 +384,12 @@ def test_cover_crop_keeps_circles_round(size: tuple[int, int]) -> None:
     assert cropped.shape == (height, width, 3)
     scale = max(width / 400, height / 300)
     inside = cropped[:, :, 0] / 255
-    # The centre, and the mean square distance to it, which for a disc is radius² / 4 along each axis.
+    # The centre of mass, and the mean square distance to it, which for a disc is radius² / 4 along each axis.
     for axis, length in ((0, height), (1, width)):
-        along = inside.sum(axis=1 - axis)
+        mass = inside.sum(axis=1 - axis)
         offset = np.arange(length) - (length - 1) / 2
-        assert abs((along * offset).sum() / along.sum()) < 0.05
-        assert (along * offset**2).sum() / along.sum() == pytest.approx((radius * scale) ** 2 / 4, rel=0.05, abs=0.3)
+        assert abs((mass * offset).sum() / mass.sum()) < 0.05
+        assert (mass * offset**2).sum() / mass.sum() == pytest.approx((radius * scale) ** 2 / 4, rel=0.05, abs=0.3)
 
 
 def test_cover_crop_to_the_same_size_changes_nothing() -> None:
@@ -397,14 +397,14 @@ def test_cover_crop_to_the_same_size_changes_nothing() -> None:
     assert np.array_equal(cover_crop(image, 64, 48), image)
 
 
-def pillow_bytes(picture: PILImage.Image, kind: str, **options: Any) -> bytes:
+def pillow_bytes(image: PILImage.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def png_of(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A grey 1-bit PNG, written by hand because Pillow writes no such things."""
+    """Return a grey 1-bit PNG that Pillow would not write."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -428,14 +428,14 @@ BAD_IMAGES = {
     "over the limit": png_of(8_000, 6_000, bytes(1001 * 10)),
     "text bomb": png_of(8, 8, bytes(16), (b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000), 9))),
     "32-bit floats": pillow_bytes(PILImage.new("F", (4, 4), 0.5), "TIFF"),
-    "a format that is not read": pillow_bytes(RED, "PPM"),
-    "a video": b"\0\0\0\x1cftypisom\0\0\2\0isomiso2avc1mp41",
+    "unsupported format": pillow_bytes(RED, "PPM"),
+    "video": b"\0\0\0\x1cftypisom\0\0\2\0isomiso2avc1mp41",
 }
 
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 @pytest.mark.filterwarnings("error")
-def test_bad_images_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_bad_images_raise_a_media_error_with_the_file_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.png"
     path.write_bytes(BAD_IMAGES[kind])
     with pytest.raises(MediaError, match=r"bad\.png: \w") as caught:
@@ -444,19 +444,19 @@ def test_bad_images_are_refused_by_name(tmp_path: Path, kind: str) -> None:
 
 
 def rotated_jpeg() -> bytes:
-    """Stored lying, red at the left; the EXIF says: turn it clockwise, so that red is on top."""
-    picture = PILImage.new("RGB", (40, 20), "blue")
-    picture.paste((255, 0, 0), (0, 0, 20, 20))
+    """Return a landscape JPEG with red on the left and an EXIF rotation that moves red to the top."""
+    image = PILImage.new("RGB", (40, 20), "blue")
+    image.paste((255, 0, 0), (0, 0, 20, 20))
     exif = PILImage.Exif()
     exif[0x0112] = 6
-    return pillow_bytes(picture, "JPEG", exif=exif, quality=95)
+    return pillow_bytes(image, "JPEG", exif=exif, quality=95)
 
 
 def palette_with_alpha() -> bytes:
-    picture = PILImage.new("P", (40, 20), 1)
-    picture.putpalette([0, 0, 0, 255, 0, 0])
-    picture.paste(0, (20, 0, 40, 20))
-    return pillow_bytes(picture, "PNG", transparency=b"\x00\xff")
+    image = PILImage.new("P", (40, 20), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(0, (20, 0, 40, 20))
+    return pillow_bytes(image, "PNG", transparency=b"\x00\xff")
 
 
 def half_transparent() -> bytes:
@@ -485,7 +485,7 @@ def animation(kind: str) -> bytes:
         (pillow_bytes(PILImage.new("LA", (40, 20), (0, 0)), "PNG"), (40, 20), (255, 255, 255), (255, 255, 255)),
         (animation("GIF"), (40, 20), (255, 0, 0), (255, 0, 0)),
         (animation("WEBP"), (40, 20), (255, 0, 0), (255, 0, 0)),
-        (pillow_bytes(RED, "JPEG") + b"PK\x03\x04 a zip behind it", (40, 20), (255, 0, 0), (255, 0, 0)),
+        (pillow_bytes(RED, "JPEG") + b"PK\x03\x04 an appended zip", (40, 20), (255, 0, 0), (255, 0, 0)),
         (pillow_bytes(PILImage.new("RGB", (1, 1), "red"), "PNG"), (1, 1), (255, 0, 0), (255, 0, 0)),
     ],
     ids=[
@@ -500,11 +500,11 @@ def animation(kind: str) -> bytes:
         "grey with alpha",
         "animated GIF",
         "animated WEBP",
-        "JPEG with a tail",
+        "JPEG with appended data",
         "1x1",
     ],
 )
-def test_odd_images_read_right(tmp_path: Path, content: bytes, size: tuple[int, int], first: Any, last: Any) -> None:
+def test_unusual_images_are_read(tmp_path: Path, content: bytes, size: tuple[int, int], first: Any, last: Any) -> None:
     (tmp_path / "photo").write_bytes(content)
     image = read_image(tmp_path / "photo")
     assert (image.dtype, image.shape) == (np.uint8, (size[1], size[0], 3))
@@ -515,13 +515,13 @@ def test_odd_images_read_right(tmp_path: Path, content: bytes, size: tuple[int, 
 def mutants(content: bytes, count: int) -> Iterator[bytes]:
     rng = np.random.default_rng(11)
     for _ in range(count):
-        changed = np.frombuffer(content, np.uint8).copy()
-        spots = rng.integers(0, len(changed), rng.integers(1, 20))
-        changed[spots] ^= rng.integers(1, 256, len(spots), np.uint8)
-        yield changed.tobytes()
+        mutant = np.frombuffer(content, np.uint8).copy()
+        positions = rng.integers(0, len(mutant), rng.integers(1, 20))
+        mutant[positions] ^= rng.integers(1, 256, len(positions), np.uint8)
+        yield mutant.tobytes()
 
 
-def read_or_sentence(read: Callable[[Path], Frames], path: Path, content: bytes) -> Frames | str:
+def read_or_error_text(read: Callable[[Path], Frames], path: Path, content: bytes) -> Frames | str:
     path.write_bytes(content)
     try:
         return read(path)
@@ -529,15 +529,19 @@ def read_or_sentence(read: Callable[[Path], Frames], path: Path, content: bytes)
         return str(error)
 
 
-@pytest.mark.parametrize("content", [JPEG, rotated_jpeg(), palette_with_alpha(), animation("GIF"), animation("WEBP")])
+@pytest.mark.parametrize(
+    "content",
+    [JPEG, rotated_jpeg(), palette_with_alpha(), animation("GIF"), animation("WEBP")],
+    ids=["JPEG", "rotated JPEG", "palette with alpha", "animated GIF", "animated WEBP"],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_images_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_images_are_read_or_raise_a_media_error(tmp_path: Path, content: bytes) -> None:
     for mutant in mutants(content, 40):
-        result = read_or_sentence(read_image, tmp_path / "mutant", mutant)
+        result = read_or_error_text(read_image, tmp_path / "mutant", mutant)
         assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result
 
 
-def test_damaged_videos_are_read_or_refused(tmp_path: Path, clip: Path) -> None:
+def test_damaged_videos_are_read_or_raise_a_media_error(tmp_path: Path, clip: Path) -> None:
     for mutant in mutants(clip.read_bytes(), 30):
-        result = read_or_sentence(read_all, tmp_path / "mutant", mutant)
+        result = read_or_error_text(read_all, tmp_path / "mutant", mutant)
         assert result.dtype == np.uint8 if isinstance(result, np.ndarray) else "mutant: " in result

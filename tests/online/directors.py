@@ -34,7 +34,7 @@ from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.progress import listening
+from vidgen_ray.stages.progress import progress_callback
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
 """Of a TestClient that asks from this machine."""
@@ -99,7 +99,7 @@ def by_pipeline(profile: Profile, data: Path) -> Make:
     pipeline = VideoGenerationPipeline(profile, data)
 
     def make(plan: ShotPlan, told: ProgressCallback) -> None:
-        with listening(told):
+        with progress_callback(told):
             pipeline.render(plan.shot)
 
     return make

@@ -12,7 +12,7 @@ import numpy as np
 
 from tests.fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, obey
 from vidgen_ray.stages.flux_refine import FluxRefineStage
-from vidgen_ray.stages.progress import report
+from vidgen_ray.stages.progress import report_progress
 
 STEPS = re.compile(r"steps (\d+) stop at (\d+) (\S+)")
 
@@ -39,7 +39,7 @@ class SteppingFlux(FakeFlux):
             note(f"{pipe}.steps", step)
             if step == stop:
                 open(pipe).close()
-            report(self.name, step, steps)
+            report_progress(self.name, step, steps)
         return {"image": np.zeros((shot.height, shot.width, 3), np.uint8)}
 
 

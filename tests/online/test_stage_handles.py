@@ -18,7 +18,7 @@ from vidgen_ray.online.server import _reason
 from vidgen_ray.online.stage_handles import PASSED_OVER, RetryingCaller, StageHandles
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.planner.layout import WorkerSpec
-from vidgen_ray.stages.progress import report
+from vidgen_ray.stages.progress import report_progress
 
 SOON_S = 10
 
@@ -31,7 +31,7 @@ class TestWorkbench:
     def test_work_is_told_to_have_begun_then_its_steps_then_what_it_came_to(self):
         def work():
             for step in (0, 1, 2):
-                report("flux", step, 2 if step else 0)
+                report_progress("flux", step, 2 if step else 0)
             return "picture"
 
         async def told():
@@ -72,7 +72,7 @@ class TestWorkbench:
             try:
                 for step in range(1, 100):
                     steps.append(step)
-                    report("svd", step, 100)
+                    report_progress("svd", step, 100)
                     if step == 2:
                         go_on.wait()
             except Cancelled:

@@ -23,7 +23,7 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.progress import listening
+from vidgen_ray.stages.progress import progress_callback
 
 OWNER = "director"
 LEASE_S = 60
@@ -63,7 +63,7 @@ class JobDirector(threading.Thread):
                 raise Cancelled
 
         try:
-            with listening(on_progress):
+            with progress_callback(on_progress):
                 record = self._pipeline.render(job.shot)
         except Cancelled:
             self._store.queue.cancelled(job.id, OWNER)

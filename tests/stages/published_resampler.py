@@ -1,4 +1,4 @@
-"""The face resampler written down a second time, from the published source, as names, shapes and plain formulas."""
+"""A second implementation of the face resampler, written from the published source as plain formulas."""
 
 import torch
 from torch.nn.functional import gelu, layer_norm
@@ -7,37 +7,40 @@ HEAD_CHANNELS = 64
 
 
 def published_tokens(weights: dict[str, torch.Tensor], faces: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, 512) -> tokens (B, n, output), from the state dict alone."""
+    """Return tokens (B, n, output) of embeddings (B, 512), computed from the state dict."""
     rows = len(faces)
     heads = len(weights["layers.0.0.to_q.weight"]) // HEAD_CHANNELS
 
     def norm(x, name):
         return layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
-    def through(x, name):
+    def linear(x, name):
         return x @ weights[f"{name}.weight"].T
 
-    def in_heads(x):
+    def split_heads(x):
         return x.reshape(rows, -1, heads, HEAD_CHANNELS).transpose(1, 2)
 
-    seen = (through(faces, "proj_in") + weights["proj_in.bias"])[:, None]
+    projected = (linear(faces, "proj_in") + weights["proj_in.bias"])[:, None]
     latents = weights["latents"].repeat(rows, 1, 1)
     depth = max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")) + 1
     for n in range(depth):
         attention, feed_forward = f"layers.{n}.0", f"layers.{n}.1"
-        asking = norm(latents, f"{attention}.norm2")
-        answering = torch.cat([norm(seen, f"{attention}.norm1"), asking], 1)
-        keys, values = through(answering, f"{attention}.to_kv").chunk(2, -1)
-        likeness = in_heads(through(asking, f"{attention}.to_q")) @ in_heads(keys).transpose(-2, -1) / HEAD_CHANNELS**0.5
-        answer = (torch.softmax(likeness, -1) @ in_heads(values)).transpose(1, 2).reshape(*latents.shape[:2], -1)
-        latents = latents + through(answer, f"{attention}.to_out")
-        hidden = gelu(through(norm(latents, f"{feed_forward}.0"), f"{feed_forward}.1"))
-        latents = latents + through(hidden, f"{feed_forward}.3")
-    return norm(through(latents, "proj_out") + weights["proj_out.bias"], "norm_out")
+        queries = norm(latents, f"{attention}.norm2")
+        context = torch.cat([norm(projected, f"{attention}.norm1"), queries], 1)
+        keys, values = linear(context, f"{attention}.to_kv").chunk(2, -1)
+        scores = split_heads(linear(queries, f"{attention}.to_q")) @ split_heads(keys).transpose(-2, -1) / HEAD_CHANNELS**0.5
+        attended = (torch.softmax(scores, -1) @ split_heads(values)).transpose(1, 2).reshape(*latents.shape[:2], -1)
+        latents = latents + linear(attended, f"{attention}.to_out")
+        hidden = gelu(linear(norm(latents, f"{feed_forward}.0"), f"{feed_forward}.1"))
+        latents = latents + linear(hidden, f"{feed_forward}.3")
+    return norm(linear(latents, "proj_out") + weights["proj_out.bias"], "norm_out")
 
 
 def published_shapes(depth: int, dim: int, inner: int, tokens: int, output: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of `image_proj` by name; `inner` is the channels of all heads, `hidden` those of a feed-forward layer."""
+    """Return the shapes of all tensors of `image_proj` by name.
+
+    `inner` is the number of channels of all heads, `hidden` that of a feed-forward layer.
+    """
     shapes: dict[str, tuple[int, ...]] = {
         "latents": (1, tokens, dim),
         "proj_in.weight": (dim, 512),

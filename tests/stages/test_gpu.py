@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skips itself where there is none."""
+"""Tests that need a GPU. Skipped without one."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def on_gpu(stage_class, profile, **changes):
     return stage_class(profile.params(stage_class).model_copy(update={"device": "cuda", **changes}))
 
 
-def test_a_seed_means_the_same_picture_on_a_gpu(tiny, make_shot):
+def test_flux_image_on_gpu_is_close_to_cpu(tiny, make_shot):
     with FluxStage(tiny.params(FluxStage)) as cpu, on_gpu(FluxStage, tiny) as gpu:
         a, b = (stage([Item(make_shot())])[0]["image"].astype(int) for stage in (cpu, gpu))
     assert np.abs(a - b).max() <= 8
 
 
-def test_the_upscaler_in_half_precision_is_close_to_single(tiny, photo, make_shot):
+def test_float16_upscaler_is_close_to_float32(tiny, photo, make_shot):
     shot = make_shot(scale=4, upscaler="animevideov3")
     frames = photo[None, 60:124, 180:244]
     with RealESRGANStage(tiny.params(RealESRGANStage)) as cpu, on_gpu(RealESRGANStage, tiny, dtype="float16") as gpu:

@@ -1,4 +1,4 @@
-"""The HunyuanDiT restyle on random weights of the real architecture: parity with text to image, geometry, sameness."""
+"""The HunyuanDiT stage on random weights in the real architecture: parity with text to image, geometry, determinism."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +18,10 @@ from vidgen_ray.stages.hunyuandit import (
     HunyuanDiTParams,
     HunyuanDiTStage,
     Placement,
-    cut_out,
-    lay,
-    on_multiple_of_16,
-    on_standard_shape,
+    crop_from_canvas,
+    fit_to_multiple_of_16,
+    fit_to_standard_shape,
+    place_on_canvas,
 )
 from vidgen_ray.weights import resolve
 
@@ -55,20 +55,20 @@ def loaded(folder: Path, scheduler: str = "dpmsolver") -> HunyuanDiTStage:
     return stage
 
 
-def noise_picture(seed: int, width: int = 64, height: int = 48) -> Image:
+def noise_image(seed: int, width: int = 64, height: int = 48) -> Image:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def circle_picture(width: int, height: int, radius: int) -> Image:
-    picture = PILImage.new("RGB", (width, height))
+def circle_image(width: int, height: int, radius: int) -> Image:
+    image = PILImage.new("RGB", (width, height))
     x, y = width // 2, height // 2
-    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), fill="white")
-    return np.asarray(picture)
+    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill="white")
+    return np.asarray(image)
 
 
-def extent_px(picture: Image) -> tuple[int, int]:
-    """Width and height of what is bright."""
-    bright = picture.max(axis=2) > 127
+def extent_px(image: Image) -> tuple[int, int]:
+    """Return width and height of the bright area."""
+    bright = image.max(axis=2) > 127
     return int(bright.any(axis=0).sum()), int(bright.any(axis=1).sum())
 
 
@@ -85,19 +85,19 @@ def shot(**fields: Any) -> Shot:
     )
 
 
-def restyled(stage: HunyuanDiTStage, image: Image, **fields: Any) -> Image:
+def restyle(stage: HunyuanDiTStage, image: Image, **fields: Any) -> Image:
     ((artefacts),) = stage([Item(shot(**fields), {"image": image})])
     return artefacts["image"]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_full_strength_is_text_to_image_bitwise(scheduler: str, guidance: float, folder: Path) -> None:
+def test_full_strength_equals_text_to_image(scheduler: str, guidance: float, folder: Path) -> None:
     expected, got = text_to_image_and_full_strength(loaded(folder, scheduler).pipe, guidance)
     assert np.array_equal(got, expected)
 
 
-def test_full_strength_is_text_to_image_for_weights_told_their_size(folder: Path) -> None:
+def test_full_strength_equals_text_to_image_for_weights_with_size_conditions(folder: Path) -> None:
     from diffusers import HunyuanDiT2DModel
 
     pipe = loaded(folder).pipe
@@ -112,7 +112,7 @@ def text_to_image_and_full_strength(pipe: Any, guidance: float) -> tuple[Any, An
 
     text_to_image = HunyuanDiTPipeline(**pipe.components, requires_safety_checker=False)
     text_to_image.set_progress_bar_config(disable=True)
-    same = {
+    arguments = {
         "num_inference_steps": 5,
         "guidance_scale": guidance,
         "negative_prompt": "blurry",
@@ -124,10 +124,10 @@ def text_to_image_and_full_strength(pipe: Any, guidance: float) -> tuple[Any, An
         width=64,
         use_resolution_binning=False,
         generator=torch.Generator().manual_seed(3),
-        **same,
+        **arguments,
     ).images
-    picture = PILImage.fromarray(noise_picture(0))
-    got = pipe(PROMPT, picture, strength=1.0, generator=torch.Generator().manual_seed(3), **same).images
+    image = PILImage.fromarray(noise_image(0))
+    got = pipe(PROMPT, image, strength=1.0, generator=torch.Generator().manual_seed(3), **arguments).images
     return expected, got
 
 
@@ -140,19 +140,19 @@ def test_distance_to_the_input_grows_with_strength(scheduler: str, folder: Path)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_one_step_of_a_thousand_gives_the_input_and_a_trace_of_noise(scheduler: str, folder: Path) -> None:
-    # The variance of the noise there is 2 * 0.00085; latents that were not scaled would be at 0.04.
+def test_one_step_of_a_thousand_keeps_the_input(scheduler: str, folder: Path) -> None:
+    # The variance of the noise is 2 * 0.00085 in this step. Latents without scaling would have a distance of 0.04.
     assert distance_to_the_input(loaded(folder, scheduler).pipe, strength=0.001, steps=1000) < 0.003
 
 
 def distance_to_the_input(pipe: Any, strength: float, steps: int) -> float:
-    """Mean squared difference of the latents."""
-    picture = PILImage.fromarray(noise_picture(1))
+    """Return the mean squared difference of the latents."""
+    image = PILImage.fromarray(noise_image(1))
     with torch.no_grad():
-        mean = pipe.vae.encode(pipe.image_processor.preprocess(picture)).latent_dist.mode()
+        mean = pipe.vae.encode(pipe.image_processor.preprocess(image)).latent_dist.mode()
     latents = pipe(
         PROMPT,
-        picture,
+        image,
         strength=strength,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(3),
@@ -162,41 +162,42 @@ def distance_to_the_input(pipe: Any, strength: float, steps: int) -> float:
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_batch_is_its_singles(scheduler: str, folder: Path) -> None:
+def test_batch_equals_single_calls(scheduler: str, folder: Path) -> None:
     pipe = loaded(folder, scheduler).pipe
     prompts, negatives = ["a fox", "a very long street at night"], ["blurry", "text"]
-    pictures = [PILImage.fromarray(noise_picture(seed)) for seed in (1, 2)]
-    same = {"strength": 0.6, "num_inference_steps": 5, "output_type": "np"}
+    images = [PILImage.fromarray(noise_image(seed)) for seed in (1, 2)]
+    arguments = {"strength": 0.6, "num_inference_steps": 5, "output_type": "np"}
 
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
-    together = pipe(prompts, pictures, negative_prompt=negatives, generator=generators(), **same).images
+    batch = pipe(prompts, images, negative_prompt=negatives, generator=generators(), **arguments).images
     for row, generator in enumerate(generators()):
-        alone = pipe(prompts[row], pictures[row], negative_prompt=negatives[row], generator=generator, **same).images
-        np.testing.assert_allclose(together[row], alone[0], rtol=0, atol=5e-6)
+        single = pipe(prompts[row], images[row], negative_prompt=negatives[row], generator=generator, **arguments).images
+        np.testing.assert_allclose(batch[row], single[0], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "message"),
     [
         ({"strength": 0.0}, "strength: got 0.0, must be above 0 and at most 1"),
         ({"strength": 1.1}, "strength: got 1.1"),
         ({"image": PILImage.new("RGB", (64, 40))}, "got 64x40, width and height must be multiples of 16"),
-        ({"prompt": ["a", "b"]}, "got 2 prompts and 1 pictures"),
+        ({"prompt": ["a", "b"]}, "got 2 prompts and 1 images"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "generator: got 2"),
         (
             {"prompt": ["a", "b"], "image": [PILImage.new("RGB", (64, 64)), PILImage.new("RGB", (64, 48))]},
-            "must be one size a call",
+            "must be one size per call",
         ),
     ],
+    ids=["strength 0", "strength 1.1", "size", "prompts", "generators", "mixed sizes"],
 )
-def test_arguments_that_cannot_be_run_are_refused(stage: HunyuanDiTStage, arguments: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+def test_invalid_arguments_raise_value_error(stage: HunyuanDiTStage, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         stage.pipe(**{"prompt": "a", "image": PILImage.new("RGB", (64, 64)), **arguments})
 
 
-def test_a_strength_runs_its_share_of_the_steps_rounded_up() -> None:
+def test_steps_to_run_rounds_up() -> None:
     from vidgen_ray.nets.hunyuandit_img2img import steps_to_run
 
     assert [steps_to_run(30, s) for s in (0.001, 0.1, 0.5, 0.51, 1.0)] == [1, 3, 15, 16, 30]
@@ -204,87 +205,87 @@ def test_a_strength_runs_its_share_of_the_steps_rounded_up() -> None:
     assert [steps_to_run(100, s) for s in (0.07, 0.55)] == [7, 55]
 
 
-def test_each_text_changes_the_picture(stage: HunyuanDiTStage) -> None:
-    image = noise_picture(3)
+def test_prompt_style_prompt_and_negative_prompt_change_the_image(stage: HunyuanDiTStage) -> None:
+    image = noise_image(3)
     texts: tuple[dict[str, str], ...] = (
         {},
         {"prompt": "a cat"},
         {"style_prompt": "oil painting"},
         {"negative_prompt": "blurry"},
     )
-    # Guidance makes the text louder than the rounding to uint8.
-    pictures = [restyled(stage, image, guidance={"hunyuan": 20}, style_strength=1.0, **text) for text in texts]
-    for i, one in enumerate(pictures):
-        for other in pictures[i + 1 :]:
+    # High guidance makes the effect of the text larger than the rounding to uint8.
+    images = [restyle(stage, image, guidance={"hunyuan": 20}, style_strength=1.0, **text) for text in texts]
+    for i, one in enumerate(images):
+        for other in images[i + 1 :]:
             assert not np.array_equal(one, other)
 
 
-def test_the_style_prompt_is_added_to_the_prompt(stage: HunyuanDiTStage) -> None:
-    image = noise_picture(3)
-    added = restyled(stage, image, style_prompt="oil painting")
-    assert np.array_equal(added, restyled(stage, image, prompt=f"{PROMPT}, oil painting"))
+def test_style_prompt_is_appended_to_the_prompt(stage: HunyuanDiTStage) -> None:
+    image = noise_image(3)
+    restyled = restyle(stage, image, style_prompt="oil painting")
+    assert np.array_equal(restyled, restyle(stage, image, prompt=f"{PROMPT}, oil painting"))
 
 
-def test_strength_0_gives_the_image_back(stage: HunyuanDiTStage) -> None:
-    image = noise_picture(4, 70, 50)
-    assert np.array_equal(restyled(stage, image, style_strength=0), image)
+def test_style_strength_0_returns_the_image_unchanged(stage: HunyuanDiTStage) -> None:
+    image = noise_image(4, 70, 50)
+    assert np.array_equal(restyle(stage, image, style_strength=0), image)
 
 
-def test_a_shot_has_the_same_bytes_again_and_beside_others(stage: HunyuanDiTStage) -> None:
-    image = noise_picture(5)
-    item, neighbour = Item(shot(), {"image": image}), Item(shot(seed=9), {"image": noise_picture(6)})
+def test_result_does_not_depend_on_the_batch(stage: HunyuanDiTStage) -> None:
+    image = noise_image(5)
+    item, neighbour = Item(shot(), {"image": image}), Item(shot(seed=9), {"image": noise_image(6)})
     (alone,) = stage([item])
-    _, beside = stage([neighbour, item])
-    assert np.array_equal(alone["image"], beside["image"])
-    assert not np.array_equal(alone["image"], restyled(stage, image, seed=6))
+    _, in_batch = stage([neighbour, item])
+    assert np.array_equal(alone["image"], in_batch["image"])
+    assert not np.array_equal(alone["image"], restyle(stage, image, seed=6))
 
 
 @pytest.mark.parametrize("size", [(64, 48), (70, 50)])
-def test_the_picture_keeps_its_size(stage: HunyuanDiTStage, size: tuple[int, int]) -> None:
+def test_result_has_the_size_of_the_image(stage: HunyuanDiTStage, size: tuple[int, int]) -> None:
     width, height = size
-    picture = restyled(stage, noise_picture(7, width, height))
-    assert picture.shape == (height, width, 3)
-    assert picture.dtype == np.uint8
+    image = restyle(stage, noise_image(7, width, height))
+    assert image.shape == (height, width, 3)
+    assert image.dtype == np.uint8
 
 
-def test_missing_weights_are_a_setup_error(tmp_path: Path) -> None:
+def test_missing_weights_raise_setup_error(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"no model_index\.json"):
         HunyuanDiTStage(HunyuanDiTParams(weights=tmp_path / "nothing")).load()
 
 
 @pytest.mark.parametrize(
-    ("name", "complaint"), [("flux", "holds a FluxPipeline"), ("svd", "holds a StableVideoDiffusionPipeline")]
+    ("name", "message"), [("flux", "holds a FluxPipeline"), ("svd", "holds a StableVideoDiffusionPipeline")]
 )
-def test_weights_of_another_model_are_a_setup_error(name: str, complaint: str) -> None:
-    with pytest.raises(SetupError, match=complaint):
+def test_weights_of_another_model_raise_setup_error(name: str, message: str) -> None:
+    with pytest.raises(SetupError, match=message):
         HunyuanDiTStage(HunyuanDiTParams(weights=resolve(f"builtin:tiny/{name}"))).load()
 
 
-def test_only_quality_shots_that_ask_for_it_are_restyled() -> None:
+def test_stage_applies_to_quality_shots_with_use_hunyuan_style() -> None:
     assert HunyuanDiTStage.applies(shot())
     assert not HunyuanDiTStage.applies(shot(use_hunyuan_style=False))
     assert not HunyuanDiTStage.applies(shot(mode="fast"))
 
 
-def test_standard_shapes_lie_on_themselves_and_16_to_9_on_1280x768() -> None:
+def test_fit_to_standard_shape() -> None:
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import SUPPORTED_SHAPE
 
     for size in SUPPORTED_SHAPE:
-        assert on_standard_shape(*size) == Placement(size, size, size)
-    assert on_standard_shape(1024, 576) == Placement((1024, 576), (1280, 720), (1280, 768))
-    assert on_standard_shape(576, 1024) == Placement((576, 1024), (720, 1280), (768, 1280))
-    assert on_standard_shape(2048, 64) == Placement((2048, 64), (1280, 40), (1280, 768))
+        assert fit_to_standard_shape(*size) == Placement(size, size, size)
+    assert fit_to_standard_shape(1024, 576) == Placement((1024, 576), (1280, 720), (1280, 768))
+    assert fit_to_standard_shape(576, 1024) == Placement((576, 1024), (720, 1280), (768, 1280))
+    assert fit_to_standard_shape(2048, 64) == Placement((2048, 64), (1280, 40), (1280, 768))
 
 
-def test_other_sizes_lie_unscaled_on_the_next_multiple_of_16() -> None:
-    assert on_multiple_of_16(128, 64) == Placement((128, 64), (128, 64), (128, 64))
-    assert on_multiple_of_16(70, 50) == Placement((70, 50), (70, 50), (80, 64))
+def test_fit_to_multiple_of_16_does_not_scale() -> None:
+    assert fit_to_multiple_of_16(128, 64) == Placement((128, 64), (128, 64), (128, 64))
+    assert fit_to_multiple_of_16(70, 50) == Placement((70, 50), (70, 50), (80, 64))
 
 
-def test_every_size_is_scaled_without_distortion_until_it_touches_the_canvas() -> None:
+def test_fit_to_standard_shape_fills_the_canvas_without_distortion() -> None:
     for width in range(64, 2049, 61):
         for height in range(64, 2049, 67):
-            placement = on_standard_shape(width, height)
+            placement = fit_to_standard_shape(width, height)
             (scaled_w, scaled_h), (canvas_w, canvas_h) = placement.scaled, placement.canvas
             scale = min(canvas_w / width, canvas_h / height)
             assert abs(scaled_w - scale * width) <= 0.5
@@ -293,39 +294,39 @@ def test_every_size_is_scaled_without_distortion_until_it_touches_the_canvas() -
             assert scaled_h <= canvas_h
 
 
-def test_a_circle_stays_a_circle(folder: Path) -> None:
+def test_image_is_not_distorted(folder: Path) -> None:
     stage = HunyuanDiTStage(HunyuanDiTParams(weights=folder))
-    seen: list[Image] = []
+    canvases: list[Image] = []
 
-    def identity(_prompt: str, picture: PILImage.Image, **_: Any) -> SimpleNamespace:
-        seen.append(np.asarray(picture))
-        return SimpleNamespace(images=[seen[-1] / np.float32(255)])
+    def identity(_prompt: str, image: PILImage.Image, **_: Any) -> SimpleNamespace:
+        canvases.append(np.asarray(image))
+        return SimpleNamespace(images=[canvases[-1] / np.float32(255)])
 
     stage.pipe = identity
-    image = circle_picture(1024, 576, radius=200)
-    picture = restyled(stage, image)
+    image = circle_image(1024, 576, radius=200)
+    result = restyle(stage, image)
 
-    (canvas,) = seen
+    (canvas,) = canvases
     assert canvas.shape == (768, 1280, 3)
-    wide, high = extent_px(canvas)
-    assert abs(wide - high) <= 1
-    assert abs(wide - 1.25 * extent_px(image)[0]) <= 1
-    assert picture.shape == image.shape
-    wide, high = extent_px(picture)
-    assert abs(wide - high) <= 1
-    assert abs(wide - extent_px(image)[0]) <= 1
+    width, height = extent_px(canvas)
+    assert abs(width - height) <= 1
+    assert abs(width - 1.25 * extent_px(image)[0]) <= 1
+    assert result.shape == image.shape
+    width, height = extent_px(result)
+    assert abs(width - height) <= 1
+    assert abs(width - extent_px(image)[0]) <= 1
 
 
-def test_the_repeated_edge_is_cut_away() -> None:
-    image = noise_picture(8, 70, 50)
-    placement = on_multiple_of_16(70, 50)
-    canvas = lay(image, placement)
+def test_padding_repeats_the_edge_and_is_cropped_away() -> None:
+    image = noise_image(8, 70, 50)
+    placement = fit_to_multiple_of_16(70, 50)
+    canvas = place_on_canvas(image, placement)
     assert np.array_equal(canvas[:7], np.repeat(canvas[7:8], 7, axis=0))
     assert np.array_equal(canvas[:, -5:], np.repeat(canvas[:, -6:-5], 5, axis=1))
-    assert np.array_equal(cut_out(canvas, placement), image)
+    assert np.array_equal(crop_from_canvas(canvas, placement), image)
 
-    placement = on_standard_shape(1024, 576)
-    canvas = lay(np.zeros((576, 1024, 3), np.uint8), placement)
+    placement = fit_to_standard_shape(1024, 576)
+    canvas = place_on_canvas(np.zeros((576, 1024, 3), np.uint8), placement)
     assert not canvas.any()
     canvas[:24] = canvas[-24:] = 255
-    assert not cut_out(canvas, placement).any()
+    assert not crop_from_canvas(canvas, placement).any()

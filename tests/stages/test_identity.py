@@ -1,4 +1,4 @@
-"""A person in the picture, through the whole chain: what steers, what does not, what is missing, and methods of one's own."""
+"""Identity conditioning through the whole pipeline: settings, SDXL, missing weights and custom injectors."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ LORA = "builtin:tiny/lora.safetensors"
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """The tiny profile with a trained detector, which knows one face from two."""
+    """A pipeline with the tiny profile and a trained detector, which can tell two faces apart."""
     tiny = load_profile("tiny")
     faces = tiny.actors["instantid"].model_copy(update={"options": {"detector": "centerface"}})
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "instantid": faces}})
@@ -43,19 +43,19 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def render(pipeline):
-    """The bytes of a shot's picture, and the stages it passed."""
+    """A function that renders an image and returns its bytes and the names of the stages."""
 
-    def rendered(prompt="a man in the rain", **fields):
+    def render_image(prompt="a man in the rain", **fields):
         result = pipeline.generate_video(prompt, **{"generate_video": False, "seed": 7, **fields})
         image = pipeline.outputs.read(result["record"].shot.id, "image.png")
         return image, [stage.stage for stage in result["record"].stages]
 
-    return rendered
+    return render_image
 
 
 @pytest.fixture(scope="module")
 def two_people(tmp_path_factory, photo):
-    """The astronaut, small, to the left of herself, mirrored and large."""
+    """A photo with two faces: the astronaut, small, on the left, and mirrored, large, on the right."""
     wall = np.full((560, 900, 3), (90, 110, 140), np.uint8)
     wall[50:306, 20:276] = photo[::2, ::2]
     wall[20:532, 360:872] = photo[:, ::-1]
@@ -64,61 +64,60 @@ def two_people(tmp_path_factory, photo):
     return file
 
 
-# What steers.
+# InfuseNet.
 
 
-def test_a_face_changes_the_picture_and_the_stages_are_those_of_flux(render):
-    nobody, stages = render()
-    somebody, with_face = render(face_image=ASTRONAUT)
-    assert somebody != nobody
-    assert (stages, with_face) == (["flux"], ["instantid", "flux", "image_likeness"])
+def test_face_changes_the_flux_image(render):
+    without_face, stages = render()
+    with_face, stages_with_face = render(face_image=ASTRONAUT)
+    assert with_face != without_face
+    assert (stages, stages_with_face) == (["flux"], ["instantid", "flux", "image_likeness"])
 
 
 @pytest.mark.parametrize("fields", [{}, {"lora_path": LORA}, {"lora_path": LORA, "mode": "fast"}, {"negative_prompt": "blur"}])
-def test_strength_0_and_no_identity_are_as_without_a_face_byte_for_byte(render, fields):
-    nobody, _ = render(**fields)
-    assert render(face_image=ASTRONAUT, identity_strength=0.0, **fields)[0] == nobody
-    assert render(face_image=ASTRONAUT, identity="none", **fields)[0] == nobody
-    assert render(face_image=ASTRONAUT, **fields)[0] != nobody
+def test_identity_strength_0_and_identity_none_equal_no_face(render, fields):
+    without_face, _ = render(**fields)
+    assert render(face_image=ASTRONAUT, identity_strength=0.0, **fields)[0] == without_face
+    assert render(face_image=ASTRONAUT, identity="none", **fields)[0] == without_face
+    assert render(face_image=ASTRONAUT, **fields)[0] != without_face
 
 
-def test_every_setting_of_the_face_changes_the_picture(render, two_people):
-    pictures = {
-        "nobody": render()[0],
-        "the face": render(face_image=ASTRONAUT)[0],
-        "less of it": render(face_image=ASTRONAUT, identity_strength=0.4)[0],
-        "later": render(face_image=ASTRONAUT, identity_start=0.5)[0],
-        "not to the end": render(face_image=ASTRONAUT, identity_end=0.5)[0],
+def test_every_identity_setting_changes_the_image(render, two_people):
+    images = {
+        "no face": render()[0],
+        "face": render(face_image=ASTRONAUT)[0],
+        "lower strength": render(face_image=ASTRONAUT, identity_strength=0.4)[0],
+        "later start": render(face_image=ASTRONAUT, identity_start=0.5)[0],
+        "earlier end": render(face_image=ASTRONAUT, identity_end=0.5)[0],
         "no pose": render(face_image=ASTRONAUT, pose="none")[0],
-        "another place": render(face_image=two_people)[0],
-        "another place, from the prompt": render(face_image=two_people, pose="none")[0],
-        "the one on the left": render(face_image=two_people, face_index=0)[0],
+        "two faces": render(face_image=two_people)[0],
+        "two faces, no pose": render(face_image=two_people, pose="none")[0],
+        "left face": render(face_image=two_people, face_index=0)[0],
         "two photos": render(face_image=[ASTRONAUT, two_people])[0],
-        "the same in another order": render(face_image=[two_people, ASTRONAUT])[0],
+        "two photos in reverse order": render(face_image=[two_people, ASTRONAUT])[0],
     }
-    assert len(set(pictures.values())) == len(pictures)
-    assert render(face_image=two_people, face_index=1)[0] == pictures["another place"], "the largest is the second"
+    assert len(set(images.values())) == len(images)
+    assert render(face_image=two_people, face_index=1)[0] == images["two faces"], "the second face is the largest"
 
 
 @pytest.mark.parametrize("mode", ["quality", "fast"])
-def test_face_and_lora_act_together_in_both_modes(render, mode):
+def test_face_and_lora_act_together(render, mode):
     both, stages = render(face_image=ASTRONAUT, lora_path=LORA, mode=mode)
     assert stages == ["instantid", "flux", *(["lora"] if mode == "quality" else []), "image_likeness"]
     assert len({both, render(lora_path=LORA, mode=mode)[0], render(face_image=ASTRONAUT, mode=mode)[0]}) == 3
 
 
-def test_in_quality_the_face_steers_the_lora_pass_too(render):
-    """From one base picture, that of nobody."""
-    plain = render(lora_path=LORA, image=str(ASTRONAUT))[0]
-    assert render(lora_path=LORA, image=str(ASTRONAUT), face_image=ASTRONAUT)[0] != plain
+def test_face_conditions_the_lora_stage(render):
+    without_face = render(lora_path=LORA, image=str(ASTRONAUT))[0]
+    assert render(lora_path=LORA, image=str(ASTRONAUT), face_image=ASTRONAUT)[0] != without_face
 
 
-def test_a_face_that_is_not_there_is_said_with_the_number_of_those_that_are(pipeline, two_people):
+def test_invalid_face_index_fails_the_shot(pipeline, two_people):
     with pytest.raises(StepFailed, match="face_index: got 2, must be from 0 to 1: 2 faces"):
         pipeline.generate_video("a", face_image=two_people, face_index=2, generate_video=False)
 
 
-def test_features_are_computed_once_for_a_person_whatever_the_shots_are_like(pipeline):
+def test_shots_of_one_character_share_cached_face_features(pipeline):
     shots = [{"width": 192}, {"height": 128}, {"seed": 11}, {"pose": "none"}, {"identity_strength": 0.3}]
     records = [
         pipeline.generate_video("a", face_image=[ASTRONAUT, ASTRONAUT], generate_video=False, **{"seed": 7, **fields})["record"]
@@ -130,51 +129,51 @@ def test_features_are_computed_once_for_a_person_whatever_the_shots_are_like(pip
 # SDXL.
 
 
-def test_sdxl_draws_the_person_and_flux_goes_over_it(render):
-    picture, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl")
+def test_instantid_sdxl_image_is_refined_by_flux(render):
+    image, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl")
     assert stages == ["instantid", "instantid_sdxl", "refine", "image_likeness"]
-    untouched = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
-    stronger = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.8)[0]
-    weaker = render(face_image=ASTRONAUT, identity="instantid-sdxl", identity_strength=0.3)[0]
-    assert len({picture, untouched, stronger, weaker, render(face_image=ASTRONAUT)[0]}) == 5
+    unrefined = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.0)[0]
+    more_refined = render(face_image=ASTRONAUT, identity="instantid-sdxl", refine_strength=0.8)[0]
+    weaker_identity = render(face_image=ASTRONAUT, identity="instantid-sdxl", identity_strength=0.3)[0]
+    assert len({image, unrefined, more_refined, weaker_identity, render(face_image=ASTRONAUT)[0]}) == 5
 
 
 @pytest.mark.parametrize("mode", ["quality", "fast"])
-def test_after_sdxl_a_lora_has_the_pass_of_flux(render, mode):
-    picture, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl", lora_path=LORA, mode=mode)
+def test_lora_stage_replaces_the_refine_stage(render, mode):
+    image, stages = render(face_image=ASTRONAUT, identity="instantid-sdxl", lora_path=LORA, mode=mode)
     assert stages == ["instantid", "instantid_sdxl", "lora", "image_likeness"]
-    assert picture != render(face_image=ASTRONAUT, identity="instantid-sdxl", mode=mode)[0]
+    assert image != render(face_image=ASTRONAUT, identity="instantid-sdxl", mode=mode)[0]
 
 
-def test_a_refinement_of_strength_0_gives_the_picture_back_and_less_than_a_step_is_refused(tiny, make_shot, photo):
+def test_refine_strength_0_returns_the_image_and_less_than_a_step_is_rejected(tiny, make_shot, photo):
     with FluxRefineStage(tiny.params(FluxRefineStage)) as stage:
         item = Item(make_shot(), {"image": photo[:64, :128]})
         assert np.array_equal(stage([Item(make_shot(refine_strength=0.0), item.artefacts)])[0]["image"], photo[:64, :128])
-        with pytest.raises(StageError, match=r"refine_strength: got 0\.1 of 4 steps, .*use at least 0\.250"):
+        with pytest.raises(StageError, match=r"refine_strength: got 0\.1 of 4 steps, .*must be at least 0\.250"):
             stage([Item(make_shot(refine_strength=0.1), item.artefacts)])
 
 
-# What is refused, and when.
+# Errors.
 
 
-def test_a_wrong_name_is_refused_with_line_and_field(tmp_path, capsys):
+def test_unknown_identity_is_rejected_with_line_and_field(tmp_path, capsys):
     script = tmp_path / "s.jsonl"
     script.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b", "identity": "pulid"}) + "\n")
-    says = "s.jsonl line 2, identity: got 'pulid', must be one of infusenet, instantid-sdxl, none"
-    assert [str(error) for error in read_script(script).errors] == [says]
+    message = "s.jsonl line 2, identity: got 'pulid', must be one of infusenet, instantid-sdxl, none"
+    assert [str(error) for error in read_script(script).errors] == [message]
     assert main(["validate", str(script)]) == 3
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.fixture
 def without(tiny):
-    """The tiny profile with further weights of an actor that are elsewhere."""
+    """A function that returns the tiny profile with missing extra weights of one actor."""
 
-    def changed(actor, name, reference="/nowhere/weights"):
+    def profile_without(actor, name, reference="/nowhere/weights"):
         section = tiny.actors[actor].model_copy(update={"extra_weights": {name: reference}})
         return tiny.model_copy(update={"actors": {**tiny.actors, actor: section}})
 
-    return changed
+    return profile_without
 
 
 MISSING = [
@@ -184,20 +183,18 @@ MISSING = [
 ]
 
 
-@pytest.mark.parametrize(("actor", "name", "fields", "says"), MISSING)
-def test_missing_weights_are_missed_by_shots_that_need_them_and_no_others(
-    without, make_shot, tmp_path, actor, name, fields, says
-):
+@pytest.mark.parametrize(("actor", "name", "fields", "message"), MISSING, ids=["infusenet", "ir_se50", "instantid"])
+def test_missing_extra_weights_fail_only_shots_that_need_them(without, make_shot, tmp_path, actor, name, fields, message):
     pipeline = VideoGenerationPipeline(without(actor, name), tmp_path)
     other = {"identity": "none"} if fields else {"identity": "instantid-sdxl"}
     pipeline.plan(make_shot())
     pipeline.plan(make_shot(face_image=str(ASTRONAUT), **other))
-    with pytest.raises(MissingWeights, match=says) as raised:
+    with pytest.raises(MissingWeights, match=message) as raised:
         pipeline.render(make_shot(face_image=str(ASTRONAUT), **fields))
     assert isinstance(raised.value, SetupError)
 
 
-def test_stages_load_and_work_without_the_weights_that_a_shot_does_not_need(without, make_shot, photo):
+def test_stages_run_without_extra_weights_that_the_shot_does_not_need(without, make_shot, photo):
     face_stage = InstantIDStage(without("instantid", "ir_se50").params(InstantIDStage))
     flux_stage = FluxStage(without("flux", "infusenet").params(FluxStage))
     shot = make_shot(face_image="x.jpg")
@@ -211,7 +208,8 @@ def test_stages_load_and_work_without_the_weights_that_a_shot_does_not_need(with
             flux_stage([Item(shot, {"face": face})])
 
 
-def test_the_command_ends_with_the_sentence_and_the_code_of_the_environment(tmp_path, capsys):
+def test_missing_extra_weights_exit_with_code_4(tmp_path, capsys):
+    """The profile uses `also`, the name of `extra_weights` before 0.2."""
     profile = tmp_path / "p.yaml"
     profile.write_text(
         "{name: x, about: y, actors: {instantid: {weights: 'builtin:tiny/antelopev2', also: {ir_se50: no.pth}}, "
@@ -226,40 +224,40 @@ def test_the_command_ends_with_the_sentence_and_the_code_of_the_environment(tmp_
     assert "run `hf download ByteDance/InfiniteYou --revision main` first" in err
 
 
-def test_an_injector_without_the_recogniser_that_it_needs_is_refused_with_the_profile(tiny):
-    def changed(**extra_weights):
+def test_profile_with_an_injector_but_without_its_recogniser_is_rejected(tiny):
+    def profile_with(**extra_weights):
         actors = {name: tiny.actors[name].model_copy(update={"extra_weights": names}) for name, names in extra_weights.items()}
         return tiny.model_copy(update={"actors": {**tiny.actors, **actors}})
 
-    check_profile(changed(flux={}, instantid={}))
+    check_profile(profile_with(flux={}, instantid={}))
     with pytest.raises(
         ProfileError,
         match=r"actors\.flux\.extra_weights: infusenet needs face embeddings by ir_se50; add `extra_weights: ",
     ):
-        check_profile(changed(instantid={}))
+        check_profile(profile_with(instantid={}))
     with pytest.raises(ProfileError, match=r"actors\.flux\.extra_weights: got 'infusnet', must be one of infusenet"):
-        check_profile(changed(flux={"infusnet": "x"}))
+        check_profile(profile_with(flux={"infusnet": "x"}))
     with pytest.raises(ProfileError, match=r"actors\.svd\.extra_weights: got 'x', this actor has no extra weights"):
-        check_profile(changed(svd={"x": "x"}))
+        check_profile(profile_with(svd={"x": "x"}))
 
 
 @pytest.mark.parametrize("name", builtin_profiles())
-def test_built_in_profiles_have_what_every_identity_needs(name):
+def test_built_in_profiles_have_the_extra_weights_of_every_identity(name):
     profile = load_profile(name)
     check_profile(profile)
     extra_weights = {actor: set(section.extra_weights) for actor, section in profile.actors.items() if section.extra_weights}
     assert extra_weights == {"flux": {"infusenet"}, "instantid": {"ir_se50"}, "instantid_sdxl": {"instantid"}}
 
 
-# A method of one's own.
+# Custom injectors.
 
 
 class Brighter(FluxInjector):
-    """Draws everybody brighter, and brightest those whose embedding is long."""
+    """An injector that brightens the image in proportion to the identity strength."""
 
     name = "toy"
     embedding = "antelopev2"
-    passes = 0.0
+    passes_per_step = 0.0
 
     def __init__(self, model, weights):
         self.model = model
@@ -269,20 +267,20 @@ class Brighter(FluxInjector):
         """Nothing to move."""
 
     @contextmanager
-    def injecting(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
-        def brighter(call):
-            def uses_identity(**arguments):
-                pictures = call(**arguments)
-                pictures.images[0] = np.clip(pictures.images[0] + self.by * shot.identity_strength, 0, 1)
-                return pictures
+    def inject(self, embedding, pose, shot, stage, *, start=0.0, end=1.0):
+        def brightened(pipeline):
+            def run(**arguments):
+                output = pipeline(**arguments)
+                output.images[0] = np.clip(output.images[0] + self.by * shot.identity_strength, 0, 1)
+                return output
 
-            return uses_identity
+            return run
 
-        yield Calls(brighter(self.model.text_to_image), brighter(self.model.image_to_image))
+        yield Pipelines(brightened(self.model.text_to_image), brightened(self.model.image_to_image))
 
 
 @dataclass
-class Calls:
+class Pipelines:
     text_to_image: object
     image_to_image: object
 
@@ -292,7 +290,6 @@ def with_toy(monkeypatch, tiny, tmp_path):
     module = ModuleType("toy")
     module.Brighter = Brighter
     monkeypatch.setitem(sys.modules, "vidgen_ray.stages.identity.toy", module)
-    # The one line of the registry.
     monkeypatch.setitem(INJECTORS, "toy", ("toy", "Brighter"))
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
@@ -304,23 +301,23 @@ def with_toy(monkeypatch, tiny, tmp_path):
     pipeline.close()
 
 
-def test_a_method_of_ones_own_is_one_line_and_one_file(with_toy, tmp_path):
+def test_custom_injector_needs_one_class_and_one_registry_entry(with_toy, tmp_path):
     check_profile(with_toy.profile)
 
-    def picture(**fields):
+    def image(**fields):
         result = with_toy.generate_video("a", face_image=ASTRONAUT, generate_video=False, seed=7, **fields)
         return np.asarray(result["image"], int)
 
-    plain = picture(identity="none")
-    assert np.abs(picture(identity="toy") - np.clip(plain + 51, 0, 255)).max() <= 1
-    assert np.abs(picture(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
+    plain = image(identity="none")
+    assert np.abs(image(identity="toy") - np.clip(plain + 51, 0, 255)).max() <= 1
+    assert np.abs(image(identity="toy", identity_strength=0.5) - np.clip(plain + 25.5, 0, 255)).max() <= 1
     with pytest.raises(ScriptError, match="must be one of infusenet, toy, instantid-sdxl, none"):
-        picture(identity="toi")
+        image(identity="toi")
     with pytest.raises(MissingWeights, match=r"infusenet: not in the profile; add `extra_weights: \{infusenet"):
-        picture(identity="infusenet")
+        image(identity="infusenet")
 
 
-def test_its_weights_are_part_of_the_key_of_shots_that_it_steers(with_toy, make_shot, tmp_path):
+def test_injector_weights_change_only_the_content_keys_of_its_shots(with_toy, make_shot, tmp_path):
     def keys(identity):
         shot = make_shot(face_image=str(ASTRONAUT), identity=identity, generate_video=False)
         planned = ShotPlanner(params_of(with_toy.profile, stages_of(shot)), with_toy.profile.encode)(shot)

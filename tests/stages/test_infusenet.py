@@ -1,4 +1,4 @@
-"""A person in FLUX by InfuseNet, on random weights of the published layout: the token path, parity, sameness, refusals."""
+"""InfuseNet on FLUX with random weights in the published layout: identity tokens, parity, determinism and load errors."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ DEV, SCHNELL = "tiny/flux", "tiny/flux-schnell"
 
 
 @pytest.fixture(autouse=True)
-def _as_a_stage_runs() -> Iterator[None]:
+def _inference_mode() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
@@ -46,20 +46,21 @@ def infusenet(folder: Path) -> InfuseNet:
 
 
 @pytest.fixture(scope="module")
-def injector_of(folder: Path) -> Callable[[str], InfuseNetInjector]:
-    made: dict[str, InfuseNetInjector] = {}
+def injector_for(folder: Path) -> Callable[[str], InfuseNetInjector]:
+    injectors: dict[str, InfuseNetInjector] = {}
 
-    def of(flux: str) -> InfuseNetInjector:
-        if flux not in made:
-            made[flux] = InfuseNetInjector(FluxModel(FluxParams(weights=resolve(f"builtin:{flux}"), text_tokens=64)), folder)
-        return made[flux]
+    def load(flux: str) -> InfuseNetInjector:
+        if flux not in injectors:
+            model = FluxModel(FluxParams(weights=resolve(f"builtin:{flux}"), text_tokens=64))
+            injectors[flux] = InfuseNetInjector(model, folder)
+        return injectors[flux]
 
-    return of
+    return load
 
 
 @pytest.fixture
-def injector(injector_of) -> InfuseNetInjector:
-    return injector_of(DEV)
+def injector(injector_for) -> InfuseNetInjector:
+    return injector_for(DEV)
 
 
 def face(seed: int) -> np.ndarray:
@@ -94,19 +95,22 @@ def image_arguments(model: FluxModel, shot: Shot) -> dict[str, Any]:
     }
 
 
-WAYS = {"text_to_image": text_arguments, "image_to_image": image_arguments}
-both_ways = pytest.mark.parametrize("way", WAYS)
+TASKS = {"text_to_image": text_arguments, "image_to_image": image_arguments}
+both_tasks = pytest.mark.parametrize("task", TASKS)
 
 
-def drawn(injector: InfuseNetInjector, shot: Shot, way: str, who: np.ndarray, pose: Image = POSE, **said: Any) -> np.ndarray:
-    arguments = WAYS[way](injector.model, shot)
-    with injector.injecting(who, pose, shot, "flux", **said) as calls:
-        return getattr(calls, way)(**arguments, generator=noise_generator(shot, "flux")).images[0]
+def generate_with_face(
+    injector: InfuseNetInjector, shot: Shot, task: str, embedding: np.ndarray, pose: Image = POSE, **options: Any
+) -> np.ndarray:
+    arguments = TASKS[task](injector.model, shot)
+    with injector.inject(embedding, pose, shot, "flux", **options) as pipelines:
+        return getattr(pipelines, task)(**arguments, generator=noise_generator(shot, "flux")).images[0]
 
 
-def plain(injector: InfuseNetInjector, shot: Shot, way: str) -> np.ndarray:
-    arguments = WAYS[way](injector.model, shot)
-    return getattr(injector.model, way)(**arguments, generator=noise_generator(shot, "flux")).images[0]
+def generate(injector: InfuseNetInjector, shot: Shot, task: str) -> np.ndarray:
+    """Generate an image without InfuseNet."""
+    arguments = TASKS[task](injector.model, shot)
+    return getattr(injector.model, task)(**arguments, generator=noise_generator(shot, "flux")).images[0]
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -116,7 +120,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 # The networks.
 
 
-def test_the_resampler_is_the_published_formula(infusenet, folder):
+def test_tokens_match_the_published_formula(infusenet, folder):
     weights = torch.load(folder / "image_proj_model.bin", weights_only=True)["image_proj"]
     faces = torch.from_numpy(np.stack([face(1), face(2)]))
     tokens = infusenet.tokens(faces)
@@ -138,42 +142,42 @@ def controlnet_inputs(rows: int) -> dict[str, Any]:
     }
 
 
-def said(residuals) -> torch.Tensor:
+def stacked(residuals) -> torch.Tensor:
     return torch.stack([sample for samples in residuals for sample in samples])
 
 
-def test_the_net_hears_tokens_at_place_zero_and_guidance_one_instead_of_the_prompt(infusenet, folder):
+def test_infusenet_uses_identity_tokens_at_position_0_and_guidance_1(infusenet, folder):
     plain_net = diffusers.FluxControlNetModel.from_pretrained(folder / "InfuseNetModel")
     tokens = infusenet.tokens(torch.from_numpy(face(1)[None]))
     prompt = {"encoder_hidden_states": torch.ones(1, 64, 32), "txt_ids": torch.ones(64, 3), "guidance": torch.tensor([3.5])}
     inputs = controlnet_inputs(1)
     for guidance in (1.0, 2.0):
-        told = {"encoder_hidden_states": tokens, "txt_ids": torch.zeros(8, 3), "guidance": torch.tensor([guidance])}
-        expected = plain_net(**inputs, **told)
+        identity = {"encoder_hidden_states": tokens, "txt_ids": torch.zeros(8, 3), "guidance": torch.tensor([guidance])}
+        expected = plain_net(**inputs, **identity)
         with infusenet.net.identity(tokens, guidance):
-            assert torch.equal(said(infusenet.net(**inputs, **prompt)), said(expected))
+            assert torch.equal(stacked(infusenet.net(**inputs, **prompt)), stacked(expected))
     with infusenet.net.identity(tokens):
-        assert not torch.equal(said(infusenet.net(**inputs, **prompt)), said(expected)), "guidance is not heard"
+        assert not torch.equal(stacked(infusenet.net(**inputs, **prompt)), stacked(expected)), "guidance has no effect"
 
 
-def test_two_people_in_a_batch_are_each_the_same_as_alone(infusenet):
+def test_batch_of_two_faces_equals_single_calls(infusenet):
     tokens, inputs = infusenet.tokens(torch.from_numpy(np.stack([face(1), face(2)]))), controlnet_inputs(2)
     with infusenet.net.identity(tokens):
-        together = said(infusenet.net(**inputs))
+        batch = stacked(infusenet.net(**inputs))
     for row in range(2):
-        alone = {k: v[row : row + 1] if torch.is_tensor(v) and len(v) == 2 else v for k, v in inputs.items()}
+        single = {k: v[row : row + 1] if torch.is_tensor(v) and len(v) == 2 else v for k, v in inputs.items()}
         with infusenet.net.identity(tokens[row : row + 1]):
-            torch.testing.assert_close(said(infusenet.net(**alone))[:, 0], together[:, row], atol=5e-6, rtol=0)
+            torch.testing.assert_close(stacked(infusenet.net(**single))[:, 0], batch[:, row], atol=5e-6, rtol=0)
 
 
-def test_the_net_refuses_to_work_for_nobody_even_after_a_failure(infusenet):
+def test_call_without_identity_tokens_raises_runtime_error(infusenet):
     with pytest.raises(ZeroDivisionError), infusenet.net.identity(infusenet.tokens(torch.from_numpy(face(1)[None]))):
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match="was called without a person; call it within"):
+    with pytest.raises(RuntimeError, match="was called without identity tokens; call it within"):
         infusenet.net(**controlnet_inputs(1))
 
 
-def test_the_tiny_folder_has_the_published_layout(folder):
+def test_tiny_weights_have_the_published_layout(folder):
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     shards = {f"InfuseNetModel/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)}
     index = "InfuseNetModel/diffusion_pytorch_model.safetensors.index.json"
@@ -186,7 +190,7 @@ def test_the_tiny_folder_has_the_published_layout(folder):
 
 
 def infusenet_names(double: int, single: int) -> set[str]:
-    """Names of a FLUX ControlNet's tensors with a guidance embedding."""
+    """Return the tensor names of a FLUX ControlNet with a guidance embedding."""
     linears = ["x_embedder", "context_embedder", "controlnet_x_embedder"]
     linears += [f"time_text_embed.{part}_embedder.linear_{n}" for part in ("timestep", "guidance", "text") for n in (1, 2)]
     linears += [f"controlnet_blocks.{n}" for n in range(double)] + [f"controlnet_single_blocks.{n}" for n in range(single)]
@@ -206,11 +210,11 @@ def infusenet_names(double: int, single: int) -> set[str]:
     return {f"{name}.{part}" for name in linears for part in ("weight", "bias")} | {f"{name}.weight" for name in scales}
 
 
-def test_networks_of_the_published_sizes_have_the_published_parameters():
+def test_networks_have_the_published_number_of_parameters():
     with torch.device("meta"):
         net = IdentityControlNet(num_layers=4, num_single_layers=10, guidance_embeds=True)
         weights = {k: torch.empty(s) for k, s in published_shapes(4, 1280, 1280, 8, 4096, 5120).items()}
-        sizes = ResamplerSizes.of(weights)
+        sizes = ResamplerSizes.from_weights(weights)
         resampler = FaceResampler(sizes)
     assert sizes == ResamplerSizes(512, tokens=8, channels=1280, heads=20, depth=4, hidden=5120, output=4096)
     assert {k: tuple(v.shape) for k, v in resampler.state_dict().items()} == {k: tuple(v.shape) for k, v in weights.items()}
@@ -233,34 +237,34 @@ def test_networks_of_the_published_sizes_have_the_published_parameters():
 # The injector.
 
 
-@both_ways
+@both_tasks
 @pytest.mark.parametrize("flux", [DEV, SCHNELL])
-def test_without_strength_the_picture_is_the_plain_one_bitwise(injector_of, make_shot, way, flux):
-    injector = injector_of(flux)
+def test_identity_strength_0_equals_plain_flux(injector_for, make_shot, task, flux):
+    injector = injector_for(flux)
     for fields in ({}, {"negative_prompt": "blurred"}):
         shot = make_shot(identity_strength=0.0, **fields)
-        assert np.array_equal(drawn(injector, shot, way, face(1)), plain(injector, shot, way))
+        assert np.array_equal(generate_with_face(injector, shot, task, face(1)), generate(injector, shot, task))
 
 
-@both_ways
+@both_tasks
 @pytest.mark.parametrize("flux", [DEV, SCHNELL])
-def test_person_pose_and_strength_each_change_the_picture_and_nothing_stays(injector_of, make_shot, way, flux):
-    injector, shot = injector_of(flux), make_shot()
-    before = plain(injector, shot, way)
-    picture = drawn(injector, shot, way, face(1))
-    assert np.array_equal(drawn(injector, shot, way, face(1)), picture)
+def test_face_pose_strength_range_and_seed_change_the_image(injector_for, make_shot, task, flux):
+    injector, shot = injector_for(flux), make_shot()
+    before = generate(injector, shot, task)
+    image = generate_with_face(injector, shot, task, face(1))
+    assert np.array_equal(generate_with_face(injector, shot, task, face(1)), image)
     others = {
-        "no person": before,
-        "another person": drawn(injector, shot, way, face(2)),
-        "no pose": drawn(injector, shot, way, face(1), np.zeros_like(POSE)),
-        "less strength": drawn(injector, make_shot(identity_strength=0.5), way, face(1)),
-        "a later start": drawn(injector, shot, way, face(1), start=0.3),
-        "an earlier end": drawn(injector, shot, way, face(1), end=0.7),
-        "another seed": drawn(injector, make_shot(seed=8), way, face(1)),
+        "no face": before,
+        "another face": generate_with_face(injector, shot, task, face(2)),
+        "no pose": generate_with_face(injector, shot, task, face(1), np.zeros_like(POSE)),
+        "less strength": generate_with_face(injector, make_shot(identity_strength=0.5), task, face(1)),
+        "a later start": generate_with_face(injector, shot, task, face(1), start=0.3),
+        "an earlier end": generate_with_face(injector, shot, task, face(1), end=0.7),
+        "another seed": generate_with_face(injector, make_shot(seed=8), task, face(1)),
     }
-    for what, other in others.items():
-        assert difference(other, picture) > 0.02, what
-    assert np.array_equal(plain(injector, shot, way), before), "the person lingers"
+    for change, other in others.items():
+        assert difference(other, image) > 0.02, change
+    assert np.array_equal(generate(injector, shot, task), before), "the face has an effect after the block"
 
 
 def controlnet_pipeline(injector: InfuseNetInjector, pipeline_class: Any) -> Any:
@@ -273,141 +277,143 @@ def controlnet_pipeline(injector: InfuseNetInjector, pipeline_class: Any) -> Any
     return pipe
 
 
-def in_the_stock_pipeline(injector: InfuseNetInjector, shot: Shot, way: str, **told: Any) -> np.ndarray:
-    """What diffusers' ControlNet pipeline draws from the noise that the plain pipeline would start with."""
-    arguments = WAYS[way](injector.model, shot)
-    name = {"text_to_image": "FluxControlNetPipeline", "image_to_image": "FluxControlNetImg2ImgPipeline"}[way]
+def generate_with_diffusers(injector: InfuseNetInjector, shot: Shot, task: str, **options: Any) -> np.ndarray:
+    """Generate an image with diffusers' ControlNet pipeline from the initial noise of the plain pipeline."""
+    arguments = TASKS[task](injector.model, shot)
+    name = {"text_to_image": "FluxControlNetPipeline", "image_to_image": "FluxControlNetImg2ImgPipeline"}[task]
     with injector.infusenet.net.identity(injector.infusenet.tokens(torch.from_numpy(face(1)[None]))):
         return controlnet_pipeline(injector, getattr(diffusers, name))(
             **arguments,
             control_image=PILImage.fromarray(POSE),
             controlnet_conditioning_scale=shot.identity_strength,
-            latents=first_latents(injector.model, shot, way),
+            latents=first_latents(injector.model, shot, task),
             generator=noise_generator(shot, "flux/pose"),
-            **told,
+            **options,
         ).images[0]
 
 
-def first_latents(model: FluxModel, shot: Shot, way: str) -> torch.Tensor:
-    """What the plain pipeline hands to the transformer first."""
-    seen: list[torch.Tensor] = []
+def first_latents(model: FluxModel, shot: Shot, task: str) -> torch.Tensor:
+    """Return the latents of the plain pipeline's first call to the transformer."""
+    latents: list[torch.Tensor] = []
     hook = model.text_to_image.transformer.register_forward_pre_hook(
-        lambda module, args, told: seen.append(told["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: latents.append(kwargs["hidden_states"]), with_kwargs=True
     )
-    getattr(model, way)(**WAYS[way](model, shot), generator=noise_generator(shot, "flux"))
+    getattr(model, task)(**TASKS[task](model, shot), generator=noise_generator(shot, "flux"))
     hook.remove()
-    return seen[0]
+    return latents[0]
 
 
-@both_ways
+@both_tasks
 @pytest.mark.parametrize("flux", [DEV, SCHNELL])
-def test_it_equals_the_controlnet_pipelines_of_diffusers(injector_of, make_shot, way, flux):
-    injector = injector_of(flux)
+def test_infusenet_equals_the_controlnet_pipelines_of_diffusers(injector_for, make_shot, task, flux):
+    injector = injector_for(flux)
     shot = make_shot(identity_strength=0.8)
-    assert np.array_equal(drawn(injector, shot, way, face(1)), in_the_stock_pipeline(injector, shot, way))
-    ranged = in_the_stock_pipeline(injector, shot, way, control_guidance_start=0.3, control_guidance_end=0.7)
-    assert np.array_equal(drawn(injector, shot, way, face(1), start=0.3, end=0.7), ranged)
+    assert np.array_equal(generate_with_face(injector, shot, task, face(1)), generate_with_diffusers(injector, shot, task))
+    in_range = generate_with_diffusers(injector, shot, task, control_guidance_start=0.3, control_guidance_end=0.7)
+    assert np.array_equal(generate_with_face(injector, shot, task, face(1), start=0.3, end=0.7), in_range)
 
 
-@both_ways
-def test_in_bfloat16_it_equals_them_too(folder, make_shot, way):
+@both_tasks
+def test_infusenet_equals_diffusers_in_bfloat16(folder, make_shot, task):
     params = FluxParams(weights=resolve(f"builtin:{DEV}"), text_tokens=64, dtype="bfloat16")
     injector, shot = InfuseNetInjector(FluxModel(params), folder), make_shot()
-    picture = drawn(injector, shot, way, face(1))
-    assert np.array_equal(picture, in_the_stock_pipeline(injector, shot, way))
-    assert not np.array_equal(picture, plain(injector, shot, way))
+    image = generate_with_face(injector, shot, task, face(1))
+    assert np.array_equal(image, generate_with_diffusers(injector, shot, task))
+    assert not np.array_equal(image, generate(injector, shot, task))
 
 
-def test_with_a_negative_prompt_it_equals_diffusers_which_has_it_for_text_to_image(injector, make_shot):
+def test_infusenet_equals_diffusers_with_a_negative_prompt(injector, make_shot):
+    """diffusers supports negative prompts for text to image only."""
     shot = make_shot(negative_prompt="blurred")
-    expected = in_the_stock_pipeline(injector, shot, "text_to_image")
-    assert np.array_equal(drawn(injector, shot, "text_to_image", face(1)), expected)
+    expected = generate_with_diffusers(injector, shot, "text_to_image")
+    assert np.array_equal(generate_with_face(injector, shot, "text_to_image", face(1)), expected)
 
 
-def test_a_negative_prompt_acts_in_image_to_image_too(injector, make_shot):
-    pictures = [
-        drawn(injector, make_shot(negative_prompt=text), "image_to_image", face(who))
-        for text, who in ((None, 1), ("blurred", 1), ("a cat", 1), ("blurred", 2))
+def test_negative_prompt_changes_image_to_image(injector, make_shot):
+    images = [
+        generate_with_face(injector, make_shot(negative_prompt=text), "image_to_image", face(seed))
+        for text, seed in ((None, 1), ("blurred", 1), ("a cat", 1), ("blurred", 2))
     ]
-    for n, picture in enumerate(pictures):
-        for other in pictures[:n]:
-            assert difference(picture, other) > 1e-4
+    for n, image in enumerate(images):
+        for other in images[:n]:
+            assert difference(image, other) > 1e-4
 
 
 @pytest.mark.parametrize("negative", [None, "blurred"])
-def test_the_net_is_asked_once_a_step_and_not_outside_its_range(injector, make_shot, negative):
-    asked: list[Any] = []
-    hook = injector.infusenet.net.register_forward_hook(lambda *_: asked.append(1))
+def test_infusenet_runs_once_per_active_step(injector, make_shot, negative):
+    calls: list[Any] = []
+    hook = injector.infusenet.net.register_forward_hook(lambda *_: calls.append(1))
     shot = make_shot(negative_prompt=negative)
-    drawn(injector, shot, "text_to_image", face(1))
-    assert len(asked) == 3
-    drawn(injector, shot, "text_to_image", face(1), start=0.3, end=0.7)
-    assert len(asked) == 3 + 1
+    generate_with_face(injector, shot, "text_to_image", face(1))
+    assert len(calls) == 3
+    generate_with_face(injector, shot, "text_to_image", face(1), start=0.3, end=0.7)
+    assert len(calls) == 3 + 1
     hook.remove()
 
 
-@both_ways
-def test_the_person_wears_a_lora_and_takes_it_off(injector, make_shot, way):
+@both_tasks
+def test_face_and_lora_act_together(injector, make_shot, task):
     shot = make_shot()
-    bare = drawn(injector, shot, way, face(1))
+    without_lora = generate_with_face(injector, shot, task, face(1))
     with injector.model.loras_active([LORA]):
-        dressed, other = (drawn(injector, shot, way, face(who)) for who in (1, 2))
-        nobody = plain(injector, shot, way)
-        unsteered = drawn(injector, make_shot(identity_strength=0.0), way, face(1))
-    assert np.array_equal(unsteered, nobody)
-    for what, picture in {"the LoRA": bare, "the person": other, "InfuseNet": nobody}.items():
-        assert difference(dressed, picture) > 0.02, f"{what} does nothing"
-    assert np.array_equal(drawn(injector, shot, way, face(1)), bare)
+        combined, other_face = (generate_with_face(injector, shot, task, face(seed)) for seed in (1, 2))
+        without_face = generate(injector, shot, task)
+        strength_0 = generate_with_face(injector, make_shot(identity_strength=0.0), task, face(1))
+    assert np.array_equal(strength_0, without_face)
+    for part, image in {"the LoRA": without_lora, "the face": other_face, "InfuseNet": without_face}.items():
+        assert difference(combined, image) > 0.02, f"{part} has no effect"
+    assert np.array_equal(generate_with_face(injector, shot, task, face(1)), without_lora)
 
 
-def test_a_failed_call_leaves_the_model_plain(injector, make_shot):
+def test_failed_call_does_not_change_the_model(injector, make_shot):
     shot = make_shot()
-    before = plain(injector, shot, "text_to_image")
-    with pytest.raises(TypeError), injector.injecting(face(1), POSE, shot, "flux") as calls:
-        calls.text_to_image(nonsense=1)
+    before = generate(injector, shot, "text_to_image")
+    with pytest.raises(TypeError), injector.inject(face(1), POSE, shot, "flux") as pipelines:
+        pipelines.text_to_image(nonsense=1)
     assert not injector.model.text_to_image.transformer._forward_pre_hooks
-    assert np.array_equal(plain(injector, shot, "text_to_image"), before)
+    assert np.array_equal(generate(injector, shot, "text_to_image"), before)
 
 
-def test_stages_on_one_model_share_an_injector(injector, folder):
+def test_stages_with_one_model_share_an_injector(injector, folder):
     first = shared_injector("infusenet", injector.model, folder)
     assert shared_injector("infusenet", injector.model, folder) is first
     first.move("cpu")
     assert set(INJECTORS) == {"infusenet"}
     assert identities() == ("infusenet", "instantid-sdxl", "none")
     assert injector_class("infusenet").embedding == "ir_se50"
-    with pytest.raises(StageError, match="identity: got 'pulid', FLUX is steered by infusenet"):
+    with pytest.raises(StageError, match="identity: got 'pulid', must be one of infusenet"):
         injector_class("pulid")
 
 
 @pytest.mark.parametrize(
-    ("who", "said", "message"),
+    ("embedding", "options", "message"),
     [
         (face(1)[:256], {}, r"got an embedding of shape \(256,\), infusenet takes 512 numbers"),
         (face(1), {"start": 0.5, "end": 0.5}, r"got start 0.5 and end 0.5, must be 0 <= start < end <= 1"),
     ],
+    ids=["embedding size", "empty range"],
 )
-def test_what_a_shot_cannot_ask_is_said(injector, make_shot, who, said, message):
+def test_invalid_embedding_or_range_raises_stage_error(injector, make_shot, embedding, options, message):
     with pytest.raises(StageError, match=message):
-        drawn(injector, make_shot(), "text_to_image", who, **said)
+        generate_with_face(injector, make_shot(), "text_to_image", embedding, **options)
 
 
-# What cannot be loaded.
+# Load errors.
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_projection(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     file = folder / "image_proj_model.bin"
     content = torch.load(file, weights_only=True)
     change(content)
     torch.save(content, file)
 
 
-def reprojected(embedding: int = 512, output: int = 32) -> Callable[[Path], None]:
+def replace_projection(embedding: int = 512, output: int = 32) -> Callable[[Path], None]:
     sizes = ResamplerSizes(embedding, tokens=8, channels=32, heads=2, depth=2, hidden=128, output=output)
-    return lambda folder: rewritten(folder, lambda c: c.update(image_proj=FaceResampler(sizes).state_dict()))
+    return lambda folder: rewrite_projection(folder, lambda c: c.update(image_proj=FaceResampler(sizes).state_dict()))
 
 
-def configured(folder: Path, old: str, new: str) -> None:
+def edit_config(folder: Path, old: str, new: str) -> None:
     file = folder / "InfuseNetModel" / "config.json"
     text = file.read_text()
     assert old in text
@@ -416,7 +422,7 @@ def configured(folder: Path, old: str, new: str) -> None:
 
 class _RunsCode:
     def __reduce__(self):
-        return (print, ("code of the file ran",))
+        return (print, ("code from the file was run",))
 
 
 PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -428,91 +434,93 @@ PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no projection": ((lambda f: (f / "image_proj_model.bin").unlink()), r"image_proj_model\.bin: no such file; copy"),
     "another class": (
-        lambda f: configured(f, "FluxControlNetModel", "ControlNetModel"),
+        lambda f: edit_config(f, "FluxControlNetModel", "ControlNetModel"),
         "holds a ControlNetModel, must be a FluxControlNetModel; copy",
     ),
     "another width": (
-        lambda f: configured(f, '"in_channels": 64', '"in_channels": 48'),
+        lambda f: edit_config(f, '"in_channels": 64', '"in_channels": 48'),
         "not the weights of a FluxControlNetModel",
     ),
     "more blocks": (
-        lambda f: configured(f, '"num_layers": 1', '"num_layers": 2'),
-        r"InfuseNetModel: missing keys, \d+ of them, the first 'controlnet_blocks\.1\.bias'; copy",
+        lambda f: edit_config(f, '"num_layers": 1', '"num_layers": 2'),
+        r"InfuseNetModel: \d+ missing keys, the first is 'controlnet_blocks\.1\.bias'; copy",
     ),
     "fewer blocks": (
-        lambda f: configured(f, '"num_single_layers": 2', '"num_single_layers": 1'),
-        r"InfuseNetModel: unexpected keys, \d+ of them, the first 'controlnet_single_blocks\.1\.bias'; copy",
+        lambda f: edit_config(f, '"num_single_layers": 2', '"num_single_layers": 1'),
+        r"InfuseNetModel: \d+ unexpected keys, the first is 'controlnet_single_blocks\.1\.bias'; copy",
     ),
-    "a damaged projection": (
+    "damaged projection": (
         lambda f: (f / "image_proj_model.bin").write_bytes(b"\x80\x02not a pickle"),
-        "cannot be read as tensors alone.*copy it again",
+        "is not a file of tensors only.*copy the published file again",
     ),
-    "code": (lambda f: torch.save(_RunsCode(), f / "image_proj_model.bin"), "cannot be read as tensors alone"),
+    "pickled code": (lambda f: torch.save(_RunsCode(), f / "image_proj_model.bin"), "is not a file of tensors only"),
     "another file": (
         lambda f: torch.save({"ip_adapter": {}}, f / "image_proj_model.bin"),
         "got a dict of ip_adapter, must have the weights 'image_proj'; copy",
     ),
-    "a bare tensor": (lambda f: torch.save(torch.zeros(1), f / "image_proj_model.bin"), "got Tensor, must have the weights"),
+    "single tensor": (lambda f: torch.save(torch.zeros(1), f / "image_proj_model.bin"), "got Tensor, must have the weights"),
     "another projection": (
-        lambda f: rewritten(f, lambda c: c.update(image_proj={"proj.weight": torch.zeros(2, 2)})),
-        "image_proj has no tensor 'latents'; it is not the projection of a face embedding",
+        lambda f: rewrite_projection(f, lambda c: c.update(image_proj={"proj.weight": torch.zeros(2, 2)})),
+        "image_proj has no tensor 'latents'; it is not a projection of face embeddings",
     ),
-    "a lost tensor": (
-        lambda f: rewritten(f, lambda c: c["image_proj"].pop("layers.1.0.to_kv.weight")),
+    "missing tensor": (
+        lambda f: rewrite_projection(f, lambda c: c["image_proj"].pop("layers.1.0.to_kv.weight")),
         r"image_proj has no tensor 'layers\.1\.0\.to_kv\.weight'",
     ),
-    "a tensor too many": (
-        lambda f: rewritten(f, lambda c: c["image_proj"].update(extra=torch.zeros(1))),
-        "image_proj has a tensor 'extra', which no resampler has",
+    "unexpected tensor": (
+        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update(extra=torch.zeros(1))),
+        "image_proj has an unexpected tensor 'extra'",
     ),
-    "a wrong shape": (
-        lambda f: rewritten(f, lambda c: c["image_proj"].update({"norm_out.bias": torch.zeros(7)})),
+    "wrong shape": (
+        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update({"norm_out.bias": torch.zeros(7)})),
         r"image_proj has 'norm_out\.bias' of shape \(7,\), must be \(32,\)",
     ),
-    "odd heads": (
-        lambda f: rewritten(f, lambda c: c["image_proj"].update({"layers.0.0.to_q.weight": torch.zeros(100, 32)})),
+    "partial head": (
+        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update({"layers.0.0.to_q.weight": torch.zeros(100, 32)})),
         r"layers\.0\.0\.to_q\.weight has 100 rows, must be a multiple of 64",
     ),
-    "odd latents": (
-        lambda f: rewritten(f, lambda c: c["image_proj"].update(latents=torch.zeros(8, 32))),
-        "image_proj has latents or layers of another number of dimensions",
+    "wrong latents": (
+        lambda f: rewrite_projection(f, lambda c: c["image_proj"].update(latents=torch.zeros(8, 32))),
+        "image_proj has latents or layers with the wrong number of dimensions",
     ),
-    "another embedding": (reprojected(embedding=768), "takes embeddings of 768 numbers, must be 512"),
-    "other tokens": (
-        reprojected(output=48),
-        "gives tokens of 48 numbers, InfuseNetModel takes 32; copy both from one published folder",
+    "wrong embedding size": (replace_projection(embedding=768), "takes embeddings of 768 numbers, must be 512"),
+    "wrong token size": (
+        replace_projection(output=48),
+        "returns tokens of 48 numbers, InfuseNetModel takes 32; copy both from the same published folder",
     ),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_a_folder_that_is_not_infusenet_ends_in_a_sentence(folder, tmp_path, problem, capsys):
+def test_wrong_infusenet_folder_raises_setup_error(folder, tmp_path, problem, capsys):
     copy = tmp_path / "weights"
     shutil.copytree(folder, copy)
-    break_it, sentence = PROBLEMS[problem]
-    break_it(copy)
-    with pytest.raises(SetupError, match=f"(?s){sentence}"):
+    damage, message = PROBLEMS[problem]
+    damage(copy)
+    with pytest.raises(SetupError, match=f"(?s){message}"):
         load_infusenet(copy, torch.float32, "cpu")
     assert not capsys.readouterr().out
 
 
-def test_a_controlnet_of_another_design_is_refused(folder, tmp_path):
+def test_controlnet_of_another_design_is_rejected(folder, tmp_path):
     shutil.copy(folder / "image_proj_model.bin", tmp_path)
     config = {**diffusers.FluxControlNetModel.load_config(folder / "InfuseNetModel"), "num_mode": 3}
     diffusers.FluxControlNetModel.from_config(config).save_pretrained(tmp_path / "InfuseNetModel")
-    with pytest.raises(SetupError, match="of another design, with control modes or hints; not InfuseNet"):
+    with pytest.raises(SetupError, match="of another design, with control modes or hints; must be InfuseNet"):
         load_infusenet(tmp_path, torch.float32, "cpu")
 
 
-def test_an_infusenet_for_another_flux_is_refused(injector, folder, tmp_path):
+def test_infusenet_for_another_flux_is_rejected(injector, folder, tmp_path):
     shutil.copy(folder / "image_proj_model.bin", tmp_path)
     config = {**diffusers.FluxControlNetModel.load_config(folder / "InfuseNetModel"), "pooled_projection_dim": 48}
     diffusers.FluxControlNetModel.from_config(config).save_pretrained(tmp_path / "InfuseNetModel")
-    with pytest.raises(SetupError, match="pooled_projection_dim is 48, the profile's FLUX weights have 32; use one that was"):
+    with pytest.raises(
+        SetupError, match="pooled_projection_dim is 48, the profile's FLUX weights have 32; use weights trained"
+    ):
         InfuseNetInjector(injector.model, tmp_path)
 
 
-def test_a_default_that_one_configuration_spells_out_and_the_other_does_not_is_the_same(tmp_path):
+def test_require_same_accepts_a_value_that_one_config_leaves_to_the_default(tmp_path):
     with torch.device("meta"):
         flux = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
         net = IdentityControlNet(num_layers=1, num_single_layers=1)

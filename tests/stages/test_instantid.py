@@ -1,4 +1,4 @@
-"""Features of a face: who, where, and what happens when there is none."""
+"""Face features: embeddings, keypoints, the pose image, and errors of photos and weights."""
 
 import hashlib
 import shutil
@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.centerface import CenterFace
-from vidgen_ray.nets.keypoints import draw_keypoints, onto_canvas
+from vidgen_ray.nets.keypoints import draw_keypoints, map_to_canvas
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -26,15 +26,15 @@ def stage(tiny):
 
 
 def portrait(*centres, size=(512, 512), radius=70):
-    """Plain walls with skin-coloured discs."""
+    """Return a plain wall with skin-coloured discs."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]]
-    picture = np.full((size[1], size[0], 3), (40, 60, 120), np.uint8)
+    image = np.full((size[1], size[0], 3), (40, 60, 120), np.uint8)
     for cx, cy in centres:
-        picture[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = (224, 172, 140)
-    return picture
+        image[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = (224, 172, 140)
+    return image
 
 
-def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make_shot, photo):
+def test_portrait_gives_face_features_and_a_pose_image(stage, make_shot, photo):
     shot = make_shot(face_image="x.jpg")
     face = stage([Item(shot, {"photos": (photo,)})])[0]["face"]
     assert face.embedding("antelopev2").shape == (512,)
@@ -45,45 +45,46 @@ def test_a_real_portrait_gives_features_and_a_pose_of_the_shots_size(stage, make
     assert left < 225 < right
     assert top < 115 < bottom
     assert face.photo_size == (512, 512)
-    pose = pose_picture(face, shot)
+    pose = pose_image(face, shot)
     assert pose.shape == (64, 128, 3)
     assert pose.any()
-    assert not pose_picture(face, make_shot(pose="none", width=64)).any()
-    assert pose_picture(face, make_shot(pose="none", width=64)).shape == (64, 64, 3)
+    assert not pose_image(face, make_shot(pose="none", width=64)).any()
+    assert pose_image(face, make_shot(pose="none", width=64)).shape == (64, 64, 3)
 
 
-def test_the_embeddings_are_those_that_the_shot_will_use(stage, make_shot, photo):
-    def made(**fields):
+def test_only_embeddings_that_the_shot_needs_are_computed(stage, make_shot, photo):
+    def recognisers(**fields):
         return set(stage([Item(make_shot(face_image="x.jpg", **fields), {"photos": (photo,)})])[0]["face"].embeddings)
 
-    assert made() == {"antelopev2", "ir_se50"}
-    assert made(identity="none") == made(identity="instantid-sdxl") == made(identity_strength=0.0) == {"antelopev2"}
+    assert recognisers() == {"antelopev2", "ir_se50"}
+    for fields in ({"identity": "none"}, {"identity": "instantid-sdxl"}, {"identity_strength": 0.0}):
+        assert recognisers(**fields) == {"antelopev2"}
 
 
-def test_several_faces_give_one_and_say_how_many(stage):
+def test_faces_found_counts_all_faces(stage):
     face = stage.features([portrait((140, 150), (380, 360))])
     assert face.faces_found == 2
 
 
-def test_no_face_is_a_sentence(stage, make_shot):
+def test_photo_without_a_face_raises_stage_error(stage, make_shot):
     with pytest.raises(StageError, match="no face found"):
         stage([Item(make_shot(), {"photos": (portrait(),)})])
 
 
-def test_a_small_face_is_refused_with_its_size(tiny, make_shot):
+def test_face_below_min_face_px_is_rejected(tiny, make_shot):
     params = tiny.params(InstantIDStage).model_copy(update={"min_face_px": 200})
-    with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, at least 200 px"):
+    with InstantIDStage(params) as strict, pytest.raises(StageError, match="is 82 px, must be at least 200 px"):
         strict([Item(make_shot(), {"photos": (portrait((256, 200)),)})])
 
 
-def test_a_photo_is_looked_at_once(tiny):
+def test_features_are_cached(tiny):
     with InstantIDStage(tiny.params(InstantIDStage)) as stage:
         first = stage.features([portrait((256, 200))])
         assert stage.features([portrait((256, 200))]) is first
         assert stage.features([portrait((256, 264))]) is not first
 
 
-def test_a_pack_may_be_nested_as_its_zip_unpacks(tiny, tmp_path):
+def test_pack_may_be_in_a_nested_folder(tiny, tmp_path):
     pack = resolve("builtin:tiny/antelopev2")
     shutil.copytree(pack, tmp_path / "antelopev2" / "antelopev2")
     params = tiny.params(InstantIDStage).model_copy(update={"weights": tmp_path / "antelopev2"})
@@ -92,23 +93,24 @@ def test_a_pack_may_be_nested_as_its_zip_unpacks(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kept", "says"),
+    ("files", "message"),
     [
-        ((), r"no \.onnx files there; unpack antelopev2 into it"),
+        ((), r"no \.onnx files in this folder; unpack antelopev2 into it"),
         (("glintr100.onnx",), "no detection model among .*; antelopev2 has scrfd_10g_bnkps.onnx, unpack all of it"),
         (("scrfd_10g_bnkps.onnx",), "no recognition model among .*; antelopev2 has glintr100.onnx, unpack all of it"),
     ],
+    ids=["empty folder", "no detector", "no recogniser"],
 )
-def test_an_incomplete_pack_is_named(tiny, tmp_path, kept, says):
-    for name in kept:
+def test_incomplete_pack_raises_setup_error(tiny, tmp_path, files, message):
+    for name in files:
         shutil.copy(resolve("builtin:tiny/antelopev2") / name, tmp_path)
     stage = InstantIDStage(tiny.params(InstantIDStage).model_copy(update={"weights": tmp_path}))
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=message):
         stage.load()
 
 
 def model(kind, shape, *outputs):
-    """An ONNX model of one node, `kind`, and as many copies of what it gives as there are names."""
+    """Return an ONNX model with one node of this kind per output name."""
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)
     nodes = [helper.make_node(kind, ["image"], [name]) for name in outputs]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
@@ -118,39 +120,47 @@ def model(kind, shape, *outputs):
 
 
 @pytest.mark.parametrize(
-    ("file", "replacement", "says"),
+    ("file", "replacement", "message"),
     [
-        ("glintr100.onnx", b"", "glintr100.onnx: cannot be loaded, unpack antelopev2 anew"),
-        ("scrfd_10g_bnkps.onnx", b"half of it", "scrfd_10g_bnkps.onnx: cannot be loaded, unpack antelopev2 anew"),
+        ("glintr100.onnx", b"", "glintr100.onnx: cannot be loaded, unpack antelopev2 again"),
+        ("scrfd_10g_bnkps.onnx", b"damaged", "scrfd_10g_bnkps.onnx: cannot be loaded, unpack antelopev2 again"),
         (
             "glintr100.onnx",
             model("Flatten", ["b", 3, 112, 112], "embedding"),
-            "must be an ArcFace recogniser from 112x112 pixels to 512 numbers, .*: it gives 37632 numbers",
+            "must be an ArcFace recogniser from 112x112 pixels to 512 numbers, .*: it returns 37632 numbers",
         ),
         ("glintr100.onnx", model("Flatten", ["b", 3, 128, 128], "embedding"), "it takes 128x128 pixels"),
         ("glintr100.onnx", model("Flatten", ["b", 3, 96, 96], "embedding"), "no recognition model"),
         (
             "scrfd_10g_bnkps.onnx",
             model("Flatten", [1, 3, "h", "w"], "s8", "s16", "s32", "b8", "b16", "b32"),
-            "must be a SCRFD detector with five keypoints, as scrfd_10g_bnkps.onnx of antelopev2 is: it gives no keypoints",
+            "must be a SCRFD detector with five keypoints, such as scrfd_10g_bnkps.onnx of antelopev2: it returns no keypoints",
         ),
         ("scrfd_10g_bnkps.onnx", model("Flatten", [1, 3, "h", "w"], *"abcdefghi"), "must be a SCRFD detector"),
     ],
+    ids=[
+        "empty recogniser",
+        "damaged detector",
+        "wrong embedding size",
+        "128px recogniser",
+        "96px recogniser",
+        "detector without keypoints",
+        "wrong detector",
+    ],
 )
-def test_a_pack_with_a_wrong_or_damaged_model_is_named(tiny, tmp_path, file, replacement, says):
+def test_pack_with_a_wrong_or_damaged_model_raises_setup_error(tiny, tmp_path, file, replacement, message):
     shutil.copytree(resolve("builtin:tiny/antelopev2"), tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_bytes(replacement if isinstance(replacement, bytes) else replacement.SerializeToString())
     stage = InstantIDStage(tiny.params(InstantIDStage).model_copy(update={"weights": tmp_path}))
-    with pytest.raises(SetupError, match=says):
+    with pytest.raises(SetupError, match=message):
         stage.load()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize(("detector", "what"), [("pack", "the detection model"), ("centerface", "the recognition model")])
-def test_a_gpu_that_is_not_used_is_an_error(tiny, detector, what):
-    """onnxruntime falls back to the CPU without a word."""
+@pytest.mark.parametrize(("detector", "label"), [("pack", "the detection model"), ("centerface", "the recognition model")])
+def test_onnxruntime_fallback_to_the_cpu_raises_setup_error(tiny, detector, label):
     params = tiny.params(InstantIDStage).model_copy(update={"device": "cuda", "detector": detector})
-    with pytest.raises(SetupError, match=f"{what} runs on CPU.*, the profile asks for CUDA.*; check onnxruntime-gpu"):
+    with pytest.raises(SetupError, match=f"{label} runs on CPU.*, the profile asks for CUDA.*; check onnxruntime-gpu"):
         InstantIDStage(params).load()
     with pytest.raises(SetupError, match=r"the detector .*centerface\.onnx runs on CPU"):
         CenterFace(min_score=0.5, device="cuda")
@@ -163,14 +173,15 @@ def test_a_gpu_that_is_not_used_is_an_error(tiny, detector, what):
         (POINTS * 8, (1024, 576), "e646d364dec1f454"),
         (POINTS[::-1] - 50, (64, 96), "34a34eb7ea5afd45"),
     ],
+    ids=["128x128", "1024x576", "partly outside"],
 )
-def test_the_keypoint_picture_follows_the_published_rule(points, size, digest):
-    """The digests are of pictures drawn by InstantID's published `draw_kps` for these points."""
+def test_keypoint_image_matches_instantid(points, size, digest):
+    """The digests belong to images drawn by InstantID's published `draw_kps` for these points."""
     assert hashlib.sha256(draw_keypoints(points, *size).tobytes()).hexdigest()[:16] == digest
 
 
-def test_points_fall_where_the_centred_photo_falls():
+def test_map_to_canvas_follows_the_centred_photo():
     points = np.array([[0.0, 0.0], [400.0, 200.0]])
-    assert onto_canvas(points, (400, 200), (100, 100)).tolist() == [[0, 25], [100, 75]]
-    assert onto_canvas(points, (400, 200), (100, 50)).tolist() == [[0, 0], [100, 50]]
-    assert onto_canvas(points, (200, 400), (128, 64)).tolist() == [[48, 0], [48 + 64, 32]]
+    assert map_to_canvas(points, (400, 200), (100, 100)).tolist() == [[0, 25], [100, 75]]
+    assert map_to_canvas(points, (400, 200), (100, 50)).tolist() == [[0, 0], [100, 50]]
+    assert map_to_canvas(points, (200, 400), (128, 64)).tolist() == [[48, 0], [48 + 64, 32]]

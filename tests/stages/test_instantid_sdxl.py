@@ -1,4 +1,4 @@
-"""InstantID on SDXL with random weights of the published layout: the projection, the token path, parity, refusals."""
+"""InstantID on SDXL with random weights in the published layout: projection, identity tokens, parity and load errors."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,22 +13,22 @@ from PIL import Image as PILImage
 
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, read_parts, resampler_of
+from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, build_resampler, read_parts
 from vidgen_ray.nets.identitynet import IdentityNet
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, Item, noise_generator
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLParams, InstantIDSDXLStage
 from vidgen_ray.weights import resolve
 
 BASE, INSTANTID = (resolve(f"builtin:tiny/{name}") for name in ("sdxl", "instantid-sdxl"))
 STEPS = 3
 KEYPOINTS = np.array([[55, 20], [75, 22], [66, 32], [58, 42], [73, 43]], np.float32)
-"""Of a photo of the shot's size."""
+"""Keypoints in a photo of the shot's size."""
 
 
 @pytest.fixture(autouse=True)
-def _as_a_stage_runs() -> Iterator[None]:
+def _inference_mode() -> Iterator[None]:
     with torch.inference_mode():
         yield
 
@@ -47,7 +47,7 @@ def loaded(base: Path, instantid: Path, **options: Any) -> InstantIDSDXLStage:
 
 
 def embedding(seed: int) -> np.ndarray:
-    """As glintr100 gives them: not normalised, of a length of about 20."""
+    """Return a random embedding like those of glintr100: not normalised, with a length of about 20."""
     return np.random.default_rng(seed).standard_normal(512).astype(np.float32)
 
 
@@ -59,15 +59,15 @@ def features(embeddings: dict[str, np.ndarray], keypoints: np.ndarray = KEYPOINT
     return FaceFeatures(embeddings, keypoints, (40, 5, 90, 60), 0.9, 1, (128, 64), "")
 
 
-def drawn(stage: InstantIDSDXLStage, shot: Shot, who: FaceFeatures) -> Image:
-    return stage([Item(shot, {"face": who})])[0]["image"]
+def generate(stage: InstantIDSDXLStage, shot: Shot, face: FaceFeatures) -> Image:
+    return stage([Item(shot, {"face": face})])[0]["image"]
 
 
 def difference(a: Image, b: Image) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
-def test_a_face_is_projected_by_the_published_formula_here_and_in_diffusers(stage):
+def test_face_tokens_match_the_published_formula_and_diffusers(stage):
     weights = torch.load(INSTANTID / "ip-adapter.bin", weights_only=True)["image_proj"]
     faces = torch.from_numpy(np.stack([np.zeros(512, np.float32), embedding(1)]))
     (projection,) = stage.pipe.unet.encoder_hid_proj.image_projection_layers
@@ -78,43 +78,43 @@ def test_a_face_is_projected_by_the_published_formula_here_and_in_diffusers(stag
     assert (expected[0] - expected[1]).abs().max() > 0.1
 
 
-def test_the_net_hears_the_face_instead_of_the_prompt_and_refuses_to_work_for_nobody(stage):
+def test_identitynet_uses_identity_tokens_instead_of_the_prompt(stage):
     generator = torch.Generator().manual_seed(3)
-    told = {
+    conditions = {
         "controlnet_cond": torch.rand(2, 3, 64, 128, generator=generator),
         "added_cond_kwargs": {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)},
         "return_dict": False,
     }
     sample, net = torch.randn(2, 4, 8, 16, generator=generator), stage.pipe.controlnet
     plain = diffusers.ControlNetModel.from_pretrained(INSTANTID / "ControlNetModel")
-    answers = []
-    for who in (1, 2):
-        tokens = stage.resampler(torch.from_numpy(np.stack([np.zeros(512, np.float32), embedding(who)])))
+    outputs = []
+    for seed in (1, 2):
+        tokens = stage.resampler(torch.from_numpy(np.stack([np.zeros(512, np.float32), embedding(seed)])))
         with net.identity(tokens):
-            down, middle = net(sample, 500, encoder_hidden_states=torch.ones(2, 77, 64), **told)
-        expected_down, expected_middle = plain(sample, 500, encoder_hidden_states=tokens, **told)
+            down, middle = net(sample, 500, encoder_hidden_states=torch.ones(2, 77, 64), **conditions)
+        expected_down, expected_middle = plain(sample, 500, encoder_hidden_states=tokens, **conditions)
         assert all(torch.equal(a, b) for a, b in zip(down, expected_down, strict=True))
         assert torch.equal(middle, expected_middle)
-        answers.append(middle)
-    assert torch.equal(answers[0][0], answers[1][0]), "nobody's row depends on the face"
-    assert (answers[0][1] - answers[1][1]).abs().max() > 1e-3
-    with pytest.raises(RuntimeError, match="IdentityNet was called without a person"):
-        net(sample, 500, encoder_hidden_states=torch.ones(2, 77, 64), **told)
+        outputs.append(middle)
+    assert torch.equal(outputs[0][0], outputs[1][0]), "the unconditional row depends on the face"
+    assert (outputs[0][1] - outputs[1][1]).abs().max() > 1e-3
+    with pytest.raises(RuntimeError, match="IdentityNet was called without identity tokens"):
+        net(sample, 500, encoder_hidden_states=torch.ones(2, 77, 64), **conditions)
 
 
-class ToldTheFace(diffusers.ControlNetModel):
-    """Written down apart from IdentityNet."""
+class ControlNetWithFace(diffusers.ControlNetModel):
+    """A second, minimal implementation of IdentityNet."""
 
     face: torch.Tensor
 
-    def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, **told):
-        return super().forward(sample, timestep, self.face, controlnet_cond, **told)
+    def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, **kwargs):
+        return super().forward(sample, timestep, self.face, controlnet_cond, **kwargs)
 
 
 @pytest.mark.parametrize(("negative", "strength"), [(None, 1.0), ("blurred", 0.5)])
-def test_it_equals_a_plain_diffusers_call(stage, make_shot, negative, strength):
+def test_instantid_sdxl_equals_diffusers(stage, make_shot, negative, strength):
     shot = make_shot(negative_prompt=negative, identity_strength=strength)
-    net = ToldTheFace.from_pretrained(INSTANTID / "ControlNetModel")
+    net = ControlNetWithFace.from_pretrained(INSTANTID / "ControlNetModel")
     pipe = diffusers.StableDiffusionXLControlNetPipeline.from_pretrained(BASE, controlnet=net, add_watermarker=False)
     pipe.load_ip_adapter(str(INSTANTID), subfolder="", weight_name="ip-adapter.bin", image_encoder_folder=None)
     pipe.set_ip_adapter_scale(0.8 * strength)
@@ -127,7 +127,7 @@ def test_it_equals_a_plain_diffusers_call(stage, make_shot, negative, strength):
         negative_prompt=negative,
         width=128,
         height=64,
-        image=PILImage.fromarray(pose_picture(face(1), shot)),
+        image=PILImage.fromarray(pose_image(face(1), shot)),
         ip_adapter_image_embeds=[faces[:, None]],
         controlnet_conditioning_scale=0.8 * strength,
         num_inference_steps=STEPS,
@@ -135,35 +135,35 @@ def test_it_equals_a_plain_diffusers_call(stage, make_shot, negative, strength):
         generator=noise_generator(shot, "instantid_sdxl"),
         output_type="np",
     ).images[0]
-    picture = drawn(stage, shot, face(1))
-    assert picture.shape == (64, 128, 3)
-    assert np.array_equal(picture, (expected * 255).round().astype(np.uint8))
+    image = generate(stage, shot, face(1))
+    assert image.shape == (64, 128, 3)
+    assert np.array_equal(image, (expected * 255).round().astype(np.uint8))
 
 
-def test_face_pose_strength_prompts_and_seed_each_change_the_picture(stage, make_shot):
+def test_face_pose_strength_prompts_and_seed_change_the_image(stage, make_shot):
     shot = make_shot()
-    picture = drawn(stage, shot, face(1))
-    assert np.array_equal(drawn(stage, shot, face(1)), picture)
+    image = generate(stage, shot, face(1))
+    assert np.array_equal(generate(stage, shot, face(1)), image)
     others = {
-        "another person": drawn(stage, shot, face(2)),
-        "another pose": drawn(stage, shot, face(1, KEYPOINTS - (30, 0))),
-        "no pose": drawn(stage, make_shot(pose="none"), face(1)),
-        "less strength": drawn(stage, make_shot(identity_strength=0.3), face(1)),
-        "another prompt": drawn(stage, make_shot(prompt="a cat on a roof"), face(1)),
-        "a negative prompt": drawn(stage, make_shot(negative_prompt="blurred"), face(1)),
-        "another seed": drawn(stage, make_shot(seed=8), face(1)),
+        "another face": generate(stage, shot, face(2)),
+        "another pose": generate(stage, shot, face(1, KEYPOINTS - (30, 0))),
+        "no pose": generate(stage, make_shot(pose="none"), face(1)),
+        "less strength": generate(stage, make_shot(identity_strength=0.3), face(1)),
+        "another prompt": generate(stage, make_shot(prompt="a cat on a roof"), face(1)),
+        "a negative prompt": generate(stage, make_shot(negative_prompt="blurred"), face(1)),
+        "another seed": generate(stage, make_shot(seed=8), face(1)),
     }
-    for what, other in others.items():
-        assert difference(other, picture) >= 4, what
+    for change, other in others.items():
+        assert difference(other, image) >= 4, change
 
 
-@pytest.mark.parametrize("silent", ["adapter_scale", "net_scale"])
-def test_the_face_acts_by_attention_and_by_identitynet(make_shot, silent):
-    stage = loaded(BASE, INSTANTID, **{silent: 0.0})
-    assert difference(drawn(stage, make_shot(), face(1)), drawn(stage, make_shot(), face(2))) > 0
+@pytest.mark.parametrize("disabled", ["adapter_scale", "net_scale"])
+def test_adapter_and_identitynet_each_apply_the_face(make_shot, disabled):
+    stage = loaded(BASE, INSTANTID, **{disabled: 0.0})
+    assert difference(generate(stage, make_shot(), face(1)), generate(stage, make_shot(), face(2))) > 0
 
 
-def test_without_strength_the_picture_is_that_of_plain_sdxl(stage, make_shot):
+def test_identity_strength_0_equals_plain_sdxl(stage, make_shot):
     shot = make_shot(identity_strength=0.0)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(BASE, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -176,35 +176,35 @@ def test_without_strength_the_picture_is_that_of_plain_sdxl(stage, make_shot):
         generator=noise_generator(shot, "instantid_sdxl"),
         output_type="np",
     ).images[0]
-    assert np.array_equal(drawn(stage, shot, face(1)), (expected * 255).round().astype(np.uint8))
+    assert np.array_equal(generate(stage, shot, face(1)), (expected * 255).round().astype(np.uint8))
 
 
-def test_it_can_be_put_aside_and_let_go(make_shot):
+def test_move_keeps_the_result_and_close_releases_the_weights(make_shot):
     stage = loaded(BASE, INSTANTID)
-    before = drawn(stage, make_shot(), face(1))
+    before = generate(stage, make_shot(), face(1))
     stage.move("cpu")
-    assert np.array_equal(drawn(stage, make_shot(), face(1)), before)
+    assert np.array_equal(generate(stage, make_shot(), face(1)), before)
     stage.close()
     assert set(vars(stage)) == {"params"}
 
 
-def test_a_face_without_the_embedding_it_was_trained_with_is_refused(stage, make_shot):
+def test_wrong_embedding_is_rejected(stage, make_shot):
     with pytest.raises(StageError, match="got embeddings by ir_se50, antelopev2 is needed"):
-        drawn(stage, make_shot(), features({"ir_se50": embedding(1)}))
+        generate(stage, make_shot(), features({"ir_se50": embedding(1)}))
     with pytest.raises(StageError, match=r"got an embedding of shape \(256,\), instantid_sdxl takes 512 numbers"):
-        drawn(stage, make_shot(), features({"antelopev2": embedding(1)[:256]}))
+        generate(stage, make_shot(), features({"antelopev2": embedding(1)[:256]}))
 
 
-def test_the_key_knows_both_folders_by_content_and_the_options_by_value(make_shot):
+def test_content_key_depends_on_weight_content_and_options(make_shot):
     params = InstantIDSDXLParams(weights=BASE, extra_weights={"instantid": INSTANTID})
     assert InstantIDSDXLStage.weight_files(params, make_shot()) == (BASE, INSTANTID)
-    elsewhere = params.model_copy(update={"extra_weights": {"instantid": Path("elsewhere")}})
-    assert params.for_key() == elsewhere.for_key()
+    moved = params.model_copy(update={"extra_weights": {"instantid": Path("elsewhere")}})
+    assert params.for_key() == moved.for_key()
     assert params.for_key() != params.model_copy(update={"net_scale": 0.7}).for_key()
     assert (params.steps, params.guidance, params.adapter_scale, params.net_scale) == (30, 5.0, 0.8, 0.8)
 
 
-def test_the_tiny_folder_has_the_published_layout():
+def test_tiny_weights_have_the_published_layout():
     files = {str(file.relative_to(INSTANTID)) for file in INSTANTID.rglob("*") if file.is_file()}
     net = {f"ControlNetModel/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     assert files == {"ip-adapter.bin", *net}
@@ -216,11 +216,11 @@ def test_the_tiny_folder_has_the_published_layout():
 
 
 def adapter_names(attentions: int) -> set[str]:
-    """Published names: attentions to the prompt have the odd numbers."""
+    """Return the published names. Cross-attentions have the odd numbers."""
     return {f"{2 * n + 1}.{part}.weight" for n in range(attentions) for part in ("to_k_ip", "to_v_ip")}
 
 
-def test_networks_of_the_published_sizes_have_the_published_parameters():
+def test_networks_have_the_published_number_of_parameters():
     sdxl = {
         "block_out_channels": (320, 640, 1280),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -241,55 +241,58 @@ def test_networks_of_the_published_sizes_have_the_published_parameters():
     assert shapes == published_shapes(4, 1280, 1280, 16, 2048, 5120)
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_adapter(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = torch.load(folder / "ip-adapter.bin", weights_only=True)
     change(content)
     torch.save(content, folder / "ip-adapter.bin")
 
 
-def with_other_tokens(folder: Path) -> None:
+def replace_resampler(folder: Path) -> None:
     sizes = ResamplerSizes(512, tokens=16, channels=32, heads=2, depth=4, hidden=128, output=48)
-    rewritten(folder, lambda c: c.update(image_proj=FaceResampler(sizes).state_dict()))
+    rewrite_adapter(folder, lambda c: c.update(image_proj=FaceResampler(sizes).state_dict()))
 
 
-def with_another_net(folder: Path) -> None:
+def replace_net(folder: Path) -> None:
     config = {**diffusers.ControlNetModel.load_config(folder / "ControlNetModel"), "cross_attention_dim": 48}
     diffusers.ControlNetModel.from_config(config).save_pretrained(folder / "ControlNetModel")
 
 
 PROBLEMS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, r"no such folder; copy ControlNetModel/ and ip-adapter\.bin of InstantX/InstantID there"),
+    "no folder": (
+        shutil.rmtree,
+        r"no such folder; copy ControlNetModel/ and ip-adapter\.bin of InstantX/InstantID to this path",
+    ),
     "no net": (lambda f: shutil.rmtree(f / "ControlNetModel"), r"ControlNetModel: no config\.json of a ControlNetModel; copy"),
     "no adapter": ((lambda f: (f / "ip-adapter.bin").unlink()), r"ip-adapter\.bin: no such file; copy"),
-    "half an adapter": (
-        lambda f: rewritten(f, lambda c: c.pop("ip_adapter")),
+    "incomplete adapter": (
+        lambda f: rewrite_adapter(f, lambda c: c.pop("ip_adapter")),
         "got a dict of image_proj, must have the weights 'ip_adapter'",
     ),
-    "another UNet's adapter": (
-        lambda f: rewritten(f, lambda c: c["ip_adapter"].popitem()),
+    "adapter of another UNet": (
+        lambda f: rewrite_adapter(f, lambda c: c["ip_adapter"].popitem()),
         "ip_adapter does not fit the UNet of .*: ",
     ),
-    "other tokens": (with_other_tokens, "gives tokens of 48 numbers, the UNet of .* takes 64; use SDXL base"),
-    "another net": (with_another_net, "cross_attention_dim is 48, the profile's SDXL weights have 64; use one that was"),
+    "wrong token size": (replace_resampler, "returns tokens of 48 numbers, the UNet of .* takes 64; use SDXL base"),
+    "wrong net": (replace_net, "cross_attention_dim is 48, the profile's SDXL weights have 64; use weights trained for"),
 }
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_a_folder_that_is_not_instantid_ends_in_a_sentence(tmp_path, problem):
+def test_wrong_instantid_folder_raises_setup_error(tmp_path, problem):
     copy = tmp_path / "weights"
     shutil.copytree(INSTANTID, copy)
-    break_it, sentence = PROBLEMS[problem]
-    break_it(copy)
-    with pytest.raises(SetupError, match=f"(?s){sentence}"):
+    damage, message = PROBLEMS[problem]
+    damage(copy)
+    with pytest.raises(SetupError, match=f"(?s){message}"):
         loaded(BASE, copy)
 
 
-def test_weights_of_another_pipeline_are_named():
+def test_base_weights_of_another_pipeline_raise_setup_error():
     with pytest.raises(SetupError, match="holds a FluxPipeline, must be one of StableDiffusionXLPipeline"):
         loaded(resolve("builtin:tiny/flux"), INSTANTID)
 
 
-def test_the_resampler_of_the_file_is_read_with_its_own_sizes():
+def test_resampler_sizes_are_read_from_the_file():
     file = INSTANTID / "ip-adapter.bin"
-    sizes = resampler_of(read_parts(file, "image_proj")["image_proj"], file).sizes
+    sizes = build_resampler(read_parts(file, "image_proj")["image_proj"], file).sizes
     assert sizes == ResamplerSizes(512, tokens=16, channels=32, heads=2, depth=4, hidden=128, output=64)

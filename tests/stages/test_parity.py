@@ -1,4 +1,4 @@
-"""Each diffusion stage equals a plain diffusers call with the same weights and seed, bitwise in fp32."""
+"""Parity of the diffusion stages with plain diffusers calls with the same weights and seed, bitwise in fp32."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def as_uint8(pixels):
     return (pixels * 255).round().astype(np.uint8)
 
 
-def picture(width=128, height=64):
+def gradient_image(width=128, height=64):
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([x * 255 // width, y * 255 // height, (x + y) % 256], -1).astype(np.uint8)
 
@@ -74,7 +74,7 @@ def test_flux_equals_diffusers(flux, make_shot, negative):
     assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
 
 
-def test_schnell_takes_four_steps_and_no_more_than_256_text_tokens(tiny, make_shot):
+def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
     schnell = loaded(FluxStage, tiny, weights=resolve("builtin:tiny/flux-schnell"), text_tokens=512)
     shot = make_shot(steps={}, guidance={"flux": 9.0})
     expected = plain(diffusers.FluxPipeline, "tiny/flux-schnell")(
@@ -93,10 +93,10 @@ def test_schnell_takes_four_steps_and_no_more_than_256_text_tokens(tiny, make_sh
 def test_lora_stage_equals_diffusers(lora, make_shot):
     shot = make_shot(lora=[LORA], lora_strength=0.6)
     pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
-    pipe.load_lora_weights(LORA.path, adapter_name="person")
+    pipe.load_lora_weights(LORA.path, adapter_name="lora")
     expected = pipe(
         shot.prompt,
-        image=Image.fromarray(picture()),
+        image=Image.fromarray(gradient_image()),
         strength=0.6,
         width=128,
         height=64,
@@ -106,32 +106,32 @@ def test_lora_stage_equals_diffusers(lora, make_shot):
         generator=generator(shot, "lora"),
         output_type="np",
     ).images[0]
-    given = lora([Item(shot, {"image": picture()})])[0]["image"]
-    assert np.array_equal(given, as_uint8(expected))
+    refined = lora([Item(shot, {"image": gradient_image()})])[0]["image"]
+    assert np.array_equal(refined, as_uint8(expected))
 
 
-def test_the_two_flux_stages_hold_the_weights_once(flux, lora):
+def test_flux_stages_share_one_model(flux, lora):
     assert flux.model is lora.model
     assert flux.model.image_to_image.transformer is flux.model.text_to_image.transformer
     assert flux.model.text_to_image.transformer.dtype == torch.float32
 
 
-def test_a_lora_leaves_no_trace_on_the_base(flux, lora, make_shot):
+def test_lora_does_not_change_later_images_without_it(flux, lora, make_shot):
     before = flux([Item(make_shot())])[0]["image"]
     refined = [lora([Item(make_shot(lora=[{"path": LORA.path, "weight": w}]), {"image": before})]) for w in (1.0, 0.0)]
-    assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA does nothing"
+    assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA has no effect"
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
-def test_fast_mode_wears_the_lora_in_the_one_pass(flux, make_shot):
-    plain_picture, quality, fast = (
+def test_fast_mode_applies_the_lora_in_the_flux_stage(flux, make_shot):
+    without_lora, quality, fast = (
         flux([Item(make_shot(**fields))])[0]["image"] for fields in ({}, {"lora": [LORA]}, {"lora": [LORA], "mode": "fast"})
     )
-    assert np.array_equal(plain_picture, quality)
-    assert not np.array_equal(plain_picture, fast)
+    assert np.array_equal(without_lora, quality)
+    assert not np.array_equal(without_lora, fast)
 
 
-def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
+def test_least_recently_used_adapter_is_evicted(tiny, tmp_path):
     params = tiny.params(FluxStage).model_copy(update={"adapters_kept": 2})
     model = FluxModel(params)
     files = [tmp_path / f"{n}.safetensors" for n in range(3)]
@@ -144,57 +144,57 @@ def test_adapters_are_kept_and_the_oldest_goes_first(tiny, tmp_path):
     assert kept == [model._adapter(files[0]), model._adapter(files[2])]
 
 
-def test_more_loras_than_are_kept_are_refused_and_leave_the_weights_plain(flux, lora, make_shot, tmp_path):
+def test_too_many_loras_are_rejected_and_do_not_change_the_weights(flux, lora, make_shot, tmp_path):
     before = flux([Item(make_shot())])[0]["image"]
     files = [tmp_path / f"{n}.safetensors" for n in range(5)]
     for file in files:
         file.write_bytes(Path(LORA.path).read_bytes())
-    with pytest.raises(StageError, match="got 5 of them, the profile's adapters_kept allows 4"):
+    with pytest.raises(StageError, match="lora: got 5, must be at most 4"):
         lora([Item(make_shot(lora=[str(file) for file in files]), {"image": before})])
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "says"),
+    ("tensors", "message"),
     [
         (
             {
                 "unet.down_blocks.0.attn1.to_q.lora_A.weight": (4, 32),
                 "unet.down_blocks.0.attn1.to_q.lora_B.weight": (32, 4),
             },
-            "acts on nothing",
+            "has no effect",
         ),
-        ({"foo.weight": (2,)}, "cannot be laid on"),
+        ({"foo.weight": (2,)}, "cannot be loaded"),
         (
             {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 99)), ("B", (32, 4)))},
-            "cannot be laid on",
+            "cannot be loaded",
         ),
         (
             {f"transformer.transformer_blocks.0.attn.to_q.lora_{f}.weight": s for f, s in (("A", (4, 32)), ("B", (32, 4)))},
-            "acts on nothing",
+            "has no effect",
         ),
     ],
     ids=["another model", "no lora", "wrong shape", "untrained"],
 )
-def test_a_lora_that_cannot_act_is_refused_and_forgotten(flux, lora, make_shot, tmp_path, tensors, says):
+def test_lora_without_effect_is_rejected_and_unloaded(flux, lora, make_shot, tmp_path, tensors, message):
     file = tmp_path / "bad.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file)
     before = flux([Item(make_shot())])[0]["image"]
-    with pytest.raises(StageError, match=says):
+    with pytest.raises(StageError, match=message):
         lora([Item(make_shot(lora=[{"path": str(file)}]), {"image": before})])
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
 
 
-def test_strength_zero_gives_the_image_back(lora, make_shot):
-    given = lora([Item(make_shot(lora=[LORA], lora_strength=0.0), {"image": picture()})])
-    assert np.array_equal(given[0]["image"], picture())
+def test_lora_strength_0_returns_the_image_unchanged(lora, make_shot):
+    refined = lora([Item(make_shot(lora=[LORA], lora_strength=0.0), {"image": gradient_image()})])
+    assert np.array_equal(refined[0]["image"], gradient_image())
 
 
-def test_svd_equals_diffusers_and_hears_its_conditions(tiny, make_shot):
+def test_svd_equals_diffusers_and_uses_its_conditions(tiny, make_shot):
     stage = loaded(SVDStage, tiny)
     shot = make_shot(num_frames=7, fps=5, motion_bucket_id=90, noise_aug_strength=0.1, guidance={"svd": 2.5})
     expected = plain(diffusers.StableVideoDiffusionPipeline, "tiny/svd")(
-        Image.fromarray(picture()),
+        Image.fromarray(gradient_image()),
         height=64,
         width=128,
         num_frames=7,
@@ -207,20 +207,20 @@ def test_svd_equals_diffusers_and_hears_its_conditions(tiny, make_shot):
         generator=generator(shot, "svd"),
         output_type="np",
     ).frames[0]
-    clip = stage([Item(shot, {"image": picture()})])[0]["frames"]
+    clip = stage([Item(shot, {"image": gradient_image()})])[0]["frames"]
     assert clip.shape == (7, 64, 128, 3)
     assert np.array_equal(clip, as_uint8(expected))
     for change in ({"fps": 25}, {"motion_bucket_id": 1}, {"noise_aug_strength": 0.9}, {"seed": 8}):
-        other = stage([Item(shot.model_copy(update=change), {"image": picture()})])[0]["frames"]
+        other = stage([Item(shot.model_copy(update=change), {"image": gradient_image()})])[0]["frames"]
         assert not np.array_equal(other, clip), change
 
 
-def test_svd_refuses_a_size_its_latents_cannot_halve(tiny, make_shot):
-    with pytest.raises(StageError, match="got a picture of 96x64"):
-        loaded(SVDStage, tiny)([Item(make_shot(), {"image": picture(96, 64)})])
+def test_svd_rejects_sizes_that_are_not_multiples_of_64(tiny, make_shot):
+    with pytest.raises(StageError, match="image: got 96x64, width and height must be multiples of 64"):
+        loaded(SVDStage, tiny)([Item(make_shot(), {"image": gradient_image(96, 64)})])
 
 
-def test_weights_of_another_kind_are_named(tiny, tmp_path):
+def test_missing_weights_and_weights_of_another_model_raise_setup_error(tiny, tmp_path):
     with pytest.raises(SetupError, match=r"no model_index\.json"):
         loaded(SVDStage, tiny, weights=tmp_path)
     with pytest.raises(SetupError, match="holds a FluxPipeline, must be one of StableVideoDiffusionPipeline"):

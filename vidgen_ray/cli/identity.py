@@ -20,7 +20,7 @@ from vidgen_ray.media import read_image
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -59,9 +59,9 @@ def show(
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     images = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:
-        detected = stage.seen(images, face_index)
+        detected = stage.detect_faces(images, face_index)
         face = stage.features(images, face_index)
-    sheet = identity_sheet(images, detected, pose_picture(face, shot))
+    sheet = identity_sheet(images, detected, pose_image(face, shot))
     content = io.BytesIO()
     sheet.save(content, image_format, quality=88)
     try:

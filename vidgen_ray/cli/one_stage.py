@@ -19,7 +19,7 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, frame_chunks
-from vidgen_ray.stages.identity.pose import pose_picture
+from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
@@ -125,7 +125,7 @@ def _write(result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profil
     elif likeness := result.get("image_likeness", result.get("clip_likeness")):
         write_atomically(out, likeness_to_json(likeness))
     elif "face" in result:
-        write_png(out, pose_picture(result["face"], shot))
+        write_png(out, pose_image(result["face"], shot))
     elif clip is None:
         write_png(out, result["image"])
     elif out.suffix.lower() == ".mp4":

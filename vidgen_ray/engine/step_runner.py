@@ -17,7 +17,7 @@ from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Item, Stage
-from vidgen_ray.stages.progress import report
+from vidgen_ray.stages.progress import report_progress
 
 
 class StepFailed(VidgenError):
@@ -117,7 +117,7 @@ class StepRunner:
         loads, recovered = stage.adapter_loads, None
         try:
             # 0 of 0: the stage reports the number of steps with the first one.
-            report(step.stage, 0, 0)
+            report_progress(step.stage, 0, 0)
             cached = self._cache.get(step.key, stage.writes) if self._cache else None
             if cached is None:
                 self.swapper.ensure_on_gpu(step.stage)

@@ -1,8 +1,6 @@
-"""Images and videos as files: reads what people bring, writes what the chain makes. Knows codecs and colour; knows
-nothing of shots, of what the chain does, or of where files belong.
+"""Decode and encode images and videos. Handles codecs and colour. Does not know shots, stages or the output folder.
 
-Two promises: the same pixels give the same file, byte for byte, with the same FFmpeg; and the same file gives the same
-pixels, whichever decoder reads it.
+Encoding is deterministic: with the same FFmpeg, the same pixels give the same bytes. All decoders return the same pixels.
 """
 
 from vidgen_ray.media.checks import MAX_PIXELS

@@ -1,4 +1,4 @@
-"""Checks and sentences that images and videos share."""
+"""Checks and error handling shared by images and videos."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,14 +7,14 @@ from pathlib import Path
 from vidgen_ray.errors import MediaError, WriteError
 
 MAX_PIXELS = 40_000_000
-"""Of one image or one frame that is read; checked before its pixels are decoded."""
+"""Maximum pixels of an image or frame. Checked before the pixels are decoded."""
 
 
 @contextmanager
-def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[None]:
-    """Turn whatever the block raises into an error of this kind that begins with this sentence.
+def wrap_errors(message: str, error_class: type[MediaError] = MediaError) -> Iterator[None]:
+    """Turn every exception of the block into an `error_class` whose text starts with `message`.
 
-    Whatever, because Pillow's and FFmpeg's decoders raise almost any type on damaged bytes.
+    Pillow's and FFmpeg's decoders raise almost any exception type on damaged files.
     """
     try:
         yield
@@ -22,12 +22,12 @@ def failing_as(sentence: str, kind: type[MediaError] = MediaError) -> Iterator[N
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
-        raise kind(f"{sentence}: {reason}") from None
+        raise error_class(f"{message}: {reason}") from None
 
 
-def writing(path: Path) -> AbstractContextManager[None]:
-    """Turn whatever the block raises into a WriteError that names the file."""
-    return failing_as(f"{path}: cannot be written", WriteError)
+def wrap_write_errors(path: Path) -> AbstractContextManager[None]:
+    """Turn every exception of the block into a WriteError that names the file."""
+    return wrap_errors(f"{path}: cannot be written", WriteError)
 
 
 def check_is_file(path: Path) -> None:

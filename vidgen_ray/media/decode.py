@@ -1,4 +1,4 @@
-"""Video files to frames. decord where it was measured to be right, PyAV for everything else."""
+"""Decode video files with decord where it is known to be exact, else with PyAV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, failing_as
+from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
 from vidgen_ray.stages.base import Frames, Image
 
@@ -28,31 +28,31 @@ _H264_IDR = 5
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """What a file says of its video, as its packets and its first frame bear out."""
+    """Properties of a video, read from the container, its packets and the first frame."""
 
     path: Path
     container: str
     codec: str
     pixel_format: str
     width: int
-    """As stored, before `quarter_turns`."""
+    """Stored width in pixels, before the rotation by `quarter_turns`. The same holds for `height`."""
     height: int
     quarter_turns: int
-    """Counter-clockwise, until the picture is upright."""
+    """Counter-clockwise quarter turns that make the image upright."""
     interlaced: bool
     fps: Fraction
     frame_count: int
     clean_keyframes: bool
-    """H.264 only: nothing after a keyframe needs anything before it."""
+    """H.264 only: no frame after a keyframe depends on a frame before it (closed GOPs)."""
     metadata: dict[str, str]
 
 
 class VideoReader(ABC):
-    """The frames of a video by index. A context manager; `open_video` gives one.
+    """Random access to the frames of a video. Returned by `open_video`, and a context manager.
 
-    Frames are upright by the file's rotation. Pixels are taken as square, alpha is dropped, HDR is not tone-mapped.
-    The colour matrix is the tagged one; untagged files are read as BT.601, in which FFmpeg writes them.
-    Damage inside a picture may be patched over, as in a player.
+    Frames are rotated upright. Pixels are assumed to be square, alpha is dropped, HDR is not tone-mapped.
+    The colour matrix is taken from the file's tag. Untagged files are read as BT.601, which FFmpeg uses when it writes them.
+    The decoder may conceal damage inside a frame, as video players do.
     """
 
     backend: ClassVar[Backend]
@@ -64,23 +64,23 @@ class VideoReader(ABC):
         self.width = header.height if sideways else header.width
         self.height = header.width if sideways else header.height
         self.fps = header.fps
-        """The average, where frames last differently long."""
+        """Frames per second. The average if the frame rate varies."""
         self.frame_count = header.frame_count
 
     def frames(self, start: int, stop: int) -> Frames:
-        """Frames from `start` up to and without `stop`, as (stop - start, H, W, 3). Raises MediaError."""
+        """Return frames `start` (inclusive) to `stop` (exclusive), (stop - start, H, W, 3). Raises MediaError."""
         if not 0 <= start <= stop <= self.frame_count:
             raise MediaError(f"{self.path}: got frames {start} to {stop}, must be within 0 to {self.frame_count}")
         return self.frames_at(range(start, stop))
 
     def frames_at(self, indices: Sequence[int]) -> Frames:
-        """Frames in the order asked for, repeats allowed, as (len(indices), H, W, 3). Raises MediaError."""
-        outside = [index for index in indices if not 0 <= index < self.frame_count]
-        if outside:
-            raise MediaError(f"{self.path}: got frame {outside[0]}, must be from 0 to {self.frame_count - 1}")
+        """Return frames in the order of `indices`, (len(indices), H, W, 3). Indices may repeat. Raises MediaError."""
+        out_of_range = [index for index in indices if not 0 <= index < self.frame_count]
+        if out_of_range:
+            raise MediaError(f"{self.path}: got frame {out_of_range[0]}, must be from 0 to {self.frame_count - 1}")
         if not len(indices):
             return np.empty((0, self.height, self.width, 3), np.uint8)
-        with failing_as(f"{self.path}: cannot be decoded"):
+        with wrap_errors(f"{self.path}: cannot be decoded"):
             return self._decode([int(index) for index in indices])
 
     @abstractmethod
@@ -88,7 +88,7 @@ class VideoReader(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file. Safe to call twice."""
+        """Close the file. Safe to call twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -98,12 +98,12 @@ class VideoReader(ABC):
 
 
 def open_video(path: Path, *, backend: Literal["auto", "pyav"] = "auto") -> VideoReader:
-    """Open an MP4, MOV, Matroska, WebM or AVI file: with decord where it is installed and right, else with PyAV.
+    """Open an MP4, MOV, Matroska, WebM or AVI file, with decord if it is installed and exact for this file, else with PyAV.
 
-    decord jumps to a frame; PyAV decodes all that lead to it. The pixels are the same.
-    Only this file is read: playlists are refused and no URL is opened. Matroska and AVI do not say how long they should
-    be: what was cut short there reads as the frames that are left.
-    Raises MediaError where it is no such file, is cut short, has no video or frames of more than MAX_PIXELS.
+    decord seeks to a frame. PyAV decodes all frames before it. The pixels are the same.
+    No other file is read: playlists are rejected and URLs are not opened. Matroska and AVI do not store their length, so a
+    truncated file has fewer frames.
+    Raises MediaError if the file is missing, of another format or truncated, or has no video or frames above MAX_PIXELS.
     """
     header = _read_header(path)
     decord_reader = _open_decord(header) if backend == "auto" else None
@@ -111,30 +111,30 @@ def open_video(path: Path, *, backend: Literal["auto", "pyav"] = "auto") -> Vide
 
 
 def decode_lossless(path: Path) -> Frames:
-    """The (T, H, W, 3) frames that `encode_lossless` was given. Raises MediaError where the file is not whole."""
+    """Return the frames (T, H, W, 3) of a file written by `encode_lossless`. Raises MediaError if the file is damaged."""
     header = _read_header(path)
     with _PyavReader(header) as video:
         frames = video.frames(0, video.frame_count)
-    # FFV1 has checksums of its own, but FFmpeg patches over what fails them.
+    # FFV1 has its own checksums, but FFmpeg conceals slices that fail them.
     if checksum(frames) != header.metadata.get(CHECKSUM_TAG):
-        raise MediaError(f"{path}: its frames do not match its checksum, it is damaged or not from encode_lossless")
+        raise MediaError(f"{path}: the frames do not match the checksum; the file is damaged or not from encode_lossless")
     return frames
 
 
 def _read_header(path: Path) -> _Header:
     container = _container_of(path)
-    with failing_as(f"{path}: cannot be read as {_CONTAINERS[container]}"):
+    with wrap_errors(f"{path}: cannot be read as {_CONTAINERS[container]}"):
         with _open_stream(path, container) as (opened, stream):
             first = next(opened.decode(stream), None)
             codec, fps, metadata = stream.codec_context.name, stream.average_rate, dict(opened.metadata)
         if first is None or not fps:
             raise MediaError(f"{path}: has no frames")
-        _to_rgb(first)  # fails for colour spaces that nothing here converts; decord would read them wrongly
+        _to_rgb(first)  # raises for unsupported colour spaces, which decord would convert wrongly
         with _open_stream(path, container) as (opened, stream):
             frame_count, clean_keyframes = 0, True
             for packet in opened.demux(stream):
                 if packet.is_corrupt:
-                    raise MediaError(f"{path}: is cut short, got {frame_count} whole frames of {stream.frames}")
+                    raise MediaError(f"{path}: is truncated, got {frame_count} complete frames of {stream.frames}")
                 frame_count += packet.size > 0 and not packet.is_discard
                 if packet.is_keyframe and codec == "h264":
                     clean_keyframes &= _H264_IDR in _nal_types(bytes(packet), stream.codec_context.extradata)
@@ -155,12 +155,12 @@ def _read_header(path: Path) -> _Header:
 
 
 def _container_of(path: Path) -> str:
-    """FFmpeg's name of the container that begins with these bytes.
+    """Return FFmpeg's name of the container, detected from the first 12 bytes.
 
-    Not left to FFmpeg, which looks into any file for playlists and scripts that name other files.
+    FFmpeg's own detection would also accept playlists and scripts that refer to other files.
     """
     check_is_file(path)
-    with failing_as(f"{path}: cannot be read"), path.open("rb") as file:
+    with wrap_errors(f"{path}: cannot be read"), path.open("rb") as file:
         head = file.read(12)
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
         return "mov"
@@ -168,48 +168,48 @@ def _container_of(path: Path) -> str:
         return "matroska"
     if head[:4] == b"RIFF" and head[8:] == b"AVI ":
         return "avi"
-    raise MediaError(f"{path}: not a video of a kind that is read ({', '.join(_CONTAINERS.values())})")
+    raise MediaError(f"{path}: not a supported video format ({', '.join(_CONTAINERS.values())})")
 
 
 @contextmanager
 def _open_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its best video stream, checked and ready to decode."""
+    """Open PyAV's container and its best video stream, checked and ready to decode."""
     with av.open(
-        str(path.absolute()),  # never taken for a URL
+        str(path.absolute()),  # absolute, so that FFmpeg never treats it as a URL
         format=container,
         options={"protocol_whitelist": "file"},
         metadata_errors="ignore",
     ) as opened:
         stream = opened.streams.best("video")
         if stream is None or stream.codec_context is None:
-            raise MediaError(f"{path}: has no video, or none of a known codec")
+            raise MediaError(f"{path}: has no video, or none with a supported codec")
         check_pixels(path, stream.width, stream.height)
-        # Frames may be larger than the header says.
+        # Frames may be larger than declared in the header.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         stream.thread_type, stream.thread_count = "AUTO", _DECODE_THREADS
         yield opened, stream
 
 
 def _nal_types(packet: bytes, extradata: bytes | None) -> set[int]:
-    """The kinds of H.264 units in a packet of an MP4; none where they are not stored as MP4 does."""
+    """Return the H.264 NAL unit types in an MP4 packet. Empty if the stream is not in MP4 (avcC) format."""
     kinds: set[int] = set()
     if not extradata or extradata[0] != 1:
         return kinds
     length_bytes = (extradata[4] & 3) + 1
-    at = 0
-    while at + length_bytes < len(packet):
-        kinds.add(packet[at + length_bytes] & 31)
-        at += length_bytes + int.from_bytes(packet[at : at + length_bytes])
+    offset = 0
+    while offset + length_bytes < len(packet):
+        kinds.add(packet[offset + length_bytes] & 31)
+        offset += length_bytes + int.from_bytes(packet[offset : offset + length_bytes])
     return kinds
 
 
 def _to_rgb(frame: Any) -> Image:
-    """By the matrix and range of the frame's tags."""
+    """Convert a frame to RGB (H, W, 3) with the matrix and range of its tags."""
     return np.asarray(VideoReformatter().reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
 
 
 class _PyavReader(VideoReader):
-    """Decodes forwards. A step back begins again at the first frame: slow, and right for every codec."""
+    """Reader that decodes forwards. A step back restarts at the first frame, which is slow but exact for every codec."""
 
     backend = "pyav"
 
@@ -236,7 +236,7 @@ class _PyavReader(VideoReader):
             if self._next > index:
                 self._last = index, self._upright_rgb(frame)
                 return self._last[1]
-        raise MediaError(f"{self.path}: ends after {self._next} frames, its packets promised {self.frame_count}")
+        raise MediaError(f"{self.path}: ends after {self._next} frames, must have {self.frame_count} as its packets declare")
 
     def _from_first_frame(self) -> Generator[Any, None, None]:
         with _open_stream(self.path, self._header.container) as (opened, stream):
@@ -254,14 +254,14 @@ class _PyavReader(VideoReader):
 
 
 def _open_decord(header: _Header) -> VideoReader | None:
-    """A reader by decord 0.6, or none where it is missing, fails or is not known to be right.
+    """Return a reader that uses decord 0.6, or `None` if decord is missing, fails or is not known to be exact for this file.
 
-    Measured against PyAV 18.1. On progressive 8-bit yuv420p H.264 in MP4, tagged with any matrix or none, of limited or
-    full range, every pixel is equal: decord goes by the matrix tag, and a saturated chart comes back within 2 levels.
-    Not so elsewhere. It has no AV1; at edges, odd heights, interlaced frames and 10 bits differ by up to 91 levels. In
-    streams with open GOPs a jump gives a frame up to three later than asked for, with intra refresh a half-decoded one.
+    Measured against PyAV 18.1: on progressive 8-bit yuv420p H.264 in MP4, with any matrix tag or none, in limited or full
+    range, every pixel is equal. decord uses the matrix tag, and a saturated chart is decoded to within 2 levels.
+    Other files are not exact. decord has no AV1. Odd heights, interlaced frames and 10 bits differ by up to 91 levels at edges.
+    With open GOPs, a seek returns a frame up to three frames late. With intra refresh, it returns a partly decoded frame.
     """
-    plain = (
+    is_exact = (
         header.container == "mov"
         and header.codec == "h264"
         and header.pixel_format in ("yuv420p", "yuvj420p")
@@ -269,16 +269,16 @@ def _open_decord(header: _Header) -> VideoReader | None:
         and not header.interlaced
         and header.clean_keyframes
     )
-    if not plain:
+    if not is_exact:
         return None
     try:
         import decord
 
         decord.logging.set_level(decord.logging.QUIET)
-        # The tolerance lets no frame that fails be replaced by its neighbour.
+        # With a higher tolerance, decord replaces frames that fail to decode by their neighbours.
         video = decord.VideoReader(str(header.path.absolute()), num_threads=_DECODE_THREADS, fault_tol=1e-6)
         first_shape = video[0].shape
-    except Exception:  # DECORDError, or OSError and ImportError where it does not load; PyAV will tell what is wrong
+    except Exception:  # DECORDError, or OSError and ImportError if decord does not load; PyAV reports errors of the file
         return None
     if len(video) != header.frame_count or first_shape != (header.height, header.width, 3):
         return None
@@ -286,7 +286,7 @@ def _open_decord(header: _Header) -> VideoReader | None:
 
 
 class _DecordReader(VideoReader):
-    """Jumps to the keyframe before a frame."""
+    """Reader that seeks to the keyframe before a frame."""
 
     backend = "decord"
 
@@ -297,8 +297,8 @@ class _DecordReader(VideoReader):
     def _decode(self, indices: list[int]) -> Frames:
         try:
             frames: Frames = self._video.get_batch(indices).asnumpy()
-        except Exception:  # DECORDError, whose text is a place in its C++ code
-            raise MediaError(f"{self.path}: cannot be decoded, it is damaged in or before the frames asked for") from None
+        except Exception:  # DECORDError, whose text is a location in its C++ code
+            raise MediaError(f"{self.path}: cannot be decoded, damaged in or before the requested frames") from None
         return frames
 
     def close(self) -> None:

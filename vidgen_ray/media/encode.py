@@ -1,4 +1,4 @@
-"""Frames to video files: H.264 for people, FFV1 where every bit has to come back."""
+"""Encode frames to video files: H.264 for viewing, FFV1 for lossless intermediates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import writing
+from vidgen_ray.media.checks import wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
 CHECKSUM_TAG = "PIXELS_CRC32"
@@ -23,17 +23,17 @@ Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium
 
 
 class Mp4Settings(BaseModel):
-    """How clips are compressed. Every field changes the bytes of the file."""
+    """Compression settings of clips. Every field changes the bytes of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    crf: int = Field(18, ge=1, le=51, description="x264's quality: lower is better and larger, 18 looks lossless")
-    preset: Preset = Field("medium", description="slower presets give smaller files")
-    threads: int = Field(4, ge=1, le=64, description="of x264; a fixed number, because its output depends on it")
+    crf: int = Field(18, ge=1, le=51, description="x264 quality; lower is better and larger, 18 is visually lossless")
+    preset: Preset = Field("medium", description="x264 preset; slower presets give smaller files")
+    threads: int = Field(4, ge=1, le=64, description="x264 threads; fixed, because the output depends on the number")
 
 
 class _VideoWriter:
-    """Frames in, one video stream out. No file is left behind where anything goes wrong."""
+    """Writer of one video stream. The file is deleted if anything fails."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class _VideoWriter:
         if width < 1 or height < 1:
             raise MediaError(f"{path}: got {width}×{height} pixels, must be at least 1×1")
         if fps <= 0:
-            raise MediaError(f"{path}: got {fps} frames a second, must be more than 0")
+            raise MediaError(f"{path}: got {fps} frames per second, must be above 0")
         self.path = path
         self.frames_written = 0
         self._shape = (height, width, 3)
@@ -64,8 +64,8 @@ class _VideoWriter:
 
     def __enter__(self) -> Self:
         self._reformatter = VideoReformatter()
-        with writing(self.path):
-            # Bitexact leaves out FFmpeg's version, dates and random ids. An absolute path is never taken for a URL.
+        with wrap_write_errors(self.path):
+            # bitexact omits FFmpeg's version, dates and random ids. FFmpeg never treats an absolute path as a URL.
             options = {"fflags": "+bitexact", **self._container_options}
             self._container = av.open(str(self.path.absolute()), "w", self._container_name, options=options)
             self._container.metadata.update(self._metadata)
@@ -75,13 +75,13 @@ class _VideoWriter:
         return self
 
     def write(self, frames: Frames) -> None:
-        """Append uint8 (T, H, W, 3) frames. How they are cut into chunks changes nothing; no chunk is kept.
+        """Append uint8 frames (T, H, W, 3). The result does not depend on the chunk size. No chunk is kept in memory.
 
-        Raises MediaError where they do not fit the file, WriteError where they cannot be written.
+        Raises MediaError if the frames have another size or type than the file, WriteError if they cannot be written.
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
-        with writing(self.path):
+        with wrap_write_errors(self.path):
             for pixels in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame = self._reformatter.reformat(frame, threads=1, **self._conversion)
@@ -96,7 +96,7 @@ class _VideoWriter:
         try:
             if not self.frames_written:
                 raise MediaError(f"{self.path}: got no frames, must be at least one")
-            with writing(self.path):
+            with wrap_write_errors(self.path):
                 self._container.mux(self._stream.encode())
                 self._container.close()
         except MediaError:
@@ -104,17 +104,17 @@ class _VideoWriter:
             raise
 
     def _discard(self) -> None:
-        with suppress(Exception):  # the first error is the one to tell
+        with suppress(Exception):  # the first error is reported
             self._container.close()
         self.path.unlink(missing_ok=True)
 
 
 class Mp4Writer(_VideoWriter):
-    """An H.264 MP4 that plays while it loads: `with Mp4Writer(path, 1024, 576, 24, Mp4Settings()) as clip: ...`.
+    """Writer of an H.264 MP4 with faststart: `with Mp4Writer(path, 1024, 576, 24, Mp4Settings()) as clip: ...`.
 
-    yuv420p, BT.709, limited range, and tagged so: players guess what untagged files are, and not as FFmpeg does.
-    The file grows at `path` itself and is removed where the block raises.
-    Raises MediaError for an odd width or height (pixels) and for no frames, WriteError where the file cannot be written.
+    The pixels are yuv420p, BT.709, limited range, and tagged as such. Players and FFmpeg guess differently for untagged files.
+    Frames are written directly to `path`. The file is deleted if the block raises.
+    Raises MediaError for an odd width or height (pixels) and for no frames, WriteError if the file cannot be written.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: int | Fraction, settings: Mp4Settings) -> None:
@@ -132,7 +132,7 @@ class Mp4Writer(_VideoWriter):
                 "crf": str(settings.crf),
                 "preset": settings.preset,
                 "threads": str(settings.threads),
-                # Else x264 decides otherwise on a CPU with AVX than on one without.
+                # Without this, the result depends on whether the CPU has AVX.
                 "x264-params": "cpu-independent=1",
                 "color_primaries": "bt709",
                 "color_trc": "bt709",
@@ -143,8 +143,8 @@ class Mp4Writer(_VideoWriter):
                 "format": "yuv420p",
                 "dst_colorspace": Colorspace.ITU709,
                 "dst_color_range": ColorRange.MPEG,
-                # Area averages the chroma of 2×2 pixels, which is what decoders undo: on a chart of saturated squares
-                # it errs by 2 levels at their edges where bicubic errs by 21.
+                # Area averages the chroma of 2×2 pixels, which decoders invert. On a chart of saturated squares the error at
+                # the edges is 2 levels, compared to 21 for bicubic.
                 "interpolation": Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
             },
             metadata={},
@@ -152,10 +152,10 @@ class Mp4Writer(_VideoWriter):
 
 
 def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
-    """Write uint8 (T, H, W, 3) frames so that `decode_lossless` gives the same back: FFV1 in Matroska.
+    """Write uint8 frames (T, H, W, 3) losslessly as FFV1 in Matroska, for `decode_lossless`.
 
-    Any size from 2×2 pixels, odd ones too.
-    Raises MediaError for no frames, WriteError where the file cannot be written; no file is left then.
+    Any size from 2×2 pixels, including odd sizes.
+    Raises MediaError for no frames, WriteError if the file cannot be written. The file is deleted on an error.
     """
     with _VideoWriter(
         path,
@@ -166,11 +166,12 @@ def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
         container_options={},
         codec="ffv1",
         codec_options={"level": "3", "slices": "4"},
-        conversion={"format": "bgr0"},  # the one 8-bit RGB that FFmpeg's FFV1 takes
+        conversion={"format": "bgr0"},  # the only 8-bit RGB format of FFmpeg's FFV1
         metadata={CHECKSUM_TAG: checksum(frames)},
     ) as video:
         video.write(frames)
 
 
 def checksum(frames: Frames) -> str:
+    """Return the CRC-32 of the pixels as 8 hexadecimal digits."""
     return f"{zlib.crc32(np.ascontiguousarray(frames).data):08x}"

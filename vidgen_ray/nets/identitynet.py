@@ -1,4 +1,4 @@
-"""IdentityNet, the SDXL ControlNet of InstantID, which is told a person instead of a prompt. Knows tokens, no faces."""
+"""IdentityNet, InstantID's SDXL ControlNet conditioned on identity tokens instead of text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class IdentityNet(ControlNetModel):  # type: ignore[misc]  # diffusers is untyped, its classes are Any
-    """ControlNetModel that attends to identity tokens where its caller hands it the prompt's.
+    """ControlNetModel that attends to identity tokens instead of the prompt's tokens.
 
-    Same weights, same `from_pretrained`; it may stand in any diffusers pipeline that takes a ControlNetModel.
+    It has the weights and the `from_pretrained` of ControlNetModel and works in every diffusers pipeline that takes one.
     Source: Wang et al. 2024, InstantID, arXiv:2401.07519.
     """
 
@@ -21,18 +21,18 @@ class IdentityNet(ControlNetModel):  # type: ignore[misc]  # diffusers is untype
 
     @contextmanager
     def identity(self, tokens: Tensor) -> Iterator[None]:
-        """Run a block with these tokens (rows, n, cross_attention_dim), a row for each of a call's.
+        """Use these tokens (rows, n, cross_attention_dim) in the block, one row per row of a call.
 
-        With classifier-free guidance the first half of the rows is nobody: the tokens of an embedding of zeros.
+        With classifier-free guidance, the first half of the rows must be the tokens of an embedding of zeros.
         """
-        before, self._tokens = self._tokens, tokens
+        previous, self._tokens = self._tokens, tokens
         try:
             yield
         finally:
-            self._tokens = before
+            self._tokens = previous
 
     def forward(self, *args: Any, encoder_hidden_states: Tensor | None = None, **kwargs: Any) -> Any:
-        """As ControlNetModel's; the prompt's states are not looked at."""
+        """Run ControlNetModel with the identity tokens. `encoder_hidden_states` is ignored."""
         if self._tokens is None:
-            raise RuntimeError("IdentityNet was called without a person; call it within `with net.identity(tokens):`")
+            raise RuntimeError("IdentityNet was called without identity tokens; call it within `with net.identity(tokens):`")
         return super().forward(*args, encoder_hidden_states=self._tokens, **kwargs)

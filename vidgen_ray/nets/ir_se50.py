@@ -1,7 +1,7 @@
-"""IR-SE50, the recogniser whose embedding InfuseNet was trained with. Knows aligned faces, not photos.
+"""IR-SE50, the face recogniser that InfuseNet was trained with. Works on aligned faces.
 
-The network and its names are those of facexlib's `Backbone(50, 0.6, "ir_se")`, so that its published file loads as it is:
-`recognition_arcface_ir_se50.pth`, 43.8 M parameters.
+The network has the layers and names of facexlib's `Backbone(50, 0.6, "ir_se")`, so that its published file
+`recognition_arcface_ir_se50.pth` (43.8 M parameters) loads unchanged.
 Source: Deng et al. 2019, ArcFace, arXiv:1801.07698; Hu et al. 2018, Squeeze-and-Excitation, arXiv:1709.01507;
 TreB1eN/InsightFace_Pytorch `model.py`.
 """
@@ -21,13 +21,13 @@ from vidgen_ray.nets.face_alignment import CROP_PX
 from vidgen_ray.nets.onnx_sessions import open_session
 
 UNITS = (3, 4, 14, 3)
-"""Of each stage; the first unit of a stage halves the picture: 112 -> 56 -> 28 -> 14 -> 7."""
+"""Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""
 WIDTHS = (64, 128, 256, 512)
-"""Channels of each stage in the published network."""
+"""Channels per stage of the published network."""
 LAST_SIDE_PX = CROP_PX // 16
 EMBEDDING = 512
 REDUCTION = 16
-WHAT_TO_DO = "give recognition_arcface_ir_se50.pth of facexlib, or an ONNX export of it"
+HINT = "use recognition_arcface_ir_se50.pth of facexlib, or an ONNX export of it"
 
 
 class IRSE50(nn.Module):
@@ -58,7 +58,7 @@ class IRSE50(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Two convolutions, their channels weighed by their means, and a shortcut: (B, C, H, W) -> (B, D, H/stride, W/stride)."""
+    """Residual unit with squeeze and excitation: (B, C, H, W) -> (B, D, H/stride, W/stride)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -82,19 +82,22 @@ class _Unit(nn.Module):
 class _SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Narrow networks, as tests have them, keep one channel.
+        # At least one channel, for the narrow networks in tests.
         hidden = max(1, channels // REDUCTION)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         means = x.mean((2, 3), keepdim=True)
-        shares: torch.Tensor = self.fc2(self.fc1(means).relu()).sigmoid()
-        return x * shares
+        weights: torch.Tensor = self.fc2(self.fc1(means).relu()).sigmoid()
+        return x * weights
 
 
 class IRSE50Embedder:
-    """`weights`: a `.pth` state dict, read without running code, or an `.onnx` export. Raises SetupError."""
+    """IR-SE50 recogniser from a `.pth` state dict, which is read without running code, or an `.onnx` export.
+
+    Raises SetupError.
+    """
 
     normalised = True
 
@@ -102,34 +105,34 @@ class IRSE50Embedder:
         self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, threads: int | None = None
     ) -> None:
         if weights.suffix not in (".pth", ".onnx"):
-            raise SetupError(f"ir_se50: got {str(weights)!r}, must end with .pth or .onnx; {WHAT_TO_DO}")
+            raise SetupError(f"ir_se50: got {str(weights)!r}, must end with .pth or .onnx; {HINT}")
         if not weights.is_file():
-            raise SetupError(f"ir_se50: no file at {weights}; {WHAT_TO_DO}")
-        self._run = _of_onnx(weights, device, threads) if weights.suffix == ".onnx" else _of_torch(weights, device, dtype)
+            raise SetupError(f"ir_se50: no file at {weights}; {HINT}")
+        self._run = _load_onnx(weights, device, threads) if weights.suffix == ".onnx" else _load_torch(weights, device, dtype)
         try:
             trial = self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8))
-        # An export of another network raises whatever onnxruntime stumbles over.
+        # onnxruntime raises many exception types for an export of another network.
         except Exception as error:
-            raise SetupError(f"ir_se50 {weights}: does not take faces of {CROP_PX}x{CROP_PX} pixels; {WHAT_TO_DO}") from error
+            raise SetupError(f"ir_se50 {weights}: does not take faces of {CROP_PX}x{CROP_PX} pixels; {HINT}") from error
         if trial.shape != (1, EMBEDDING) or not np.isfinite(trial).all():
             raise SetupError(
-                f"ir_se50 {weights}: gives {trial.shape[1:]} numbers, finite: {np.isfinite(trial).all()}; "
-                f"must be ({EMBEDDING},) finite ones; {WHAT_TO_DO}"
+                f"ir_se50 {weights}: returns {trial.shape[1:]} numbers, finite: {np.isfinite(trial).all()}; "
+                f"must be ({EMBEDDING},) finite numbers; {HINT}"
             )
 
     def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Aligned faces (B, 112, 112, 3) in BGR -> (B, 512), each of length 1."""
+        """Return embeddings (B, 512) of length 1 of aligned faces (B, 112, 112, 3) in BGR."""
         pixels = crops.astype(np.float32) / 255 * 2 - 1
         return self._run(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 def read_network(file: Path) -> IRSE50:
-    """The network with the weights of a `.pth` file, on the CPU; its widths are told by the weights."""
+    """Load the network of a `.pth` file on the CPU. The weights determine its widths."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    # Damaged files raise whatever their reader stumbles over.
+    # torch raises many exception types for damaged files.
     except Exception as error:
-        raise SetupError(f"ir_se50 {file}: cannot be read as a state dict; {WHAT_TO_DO}: {error}") from error
+        raise SetupError(f"ir_se50 {file}: cannot be read as a state dict; {HINT}: {error}") from error
     with torch.device("meta"):
         network = IRSE50(_widths(state, file))
     _require_same_tensors(network.state_dict(), state, file)
@@ -138,28 +141,28 @@ def read_network(file: Path) -> IRSE50:
 
 
 def _widths(state: Any, file: Path) -> tuple[int, ...]:
-    firsts = [sum(UNITS[:stage]) for stage in range(len(UNITS))]
+    first_units = [sum(UNITS[:stage]) for stage in range(len(UNITS))]
     try:
-        return tuple(int(state[f"body.{unit}.res_layer.1.weight"].shape[0]) for unit in firsts)
+        return tuple(int(state[f"body.{unit}.res_layer.1.weight"].shape[0]) for unit in first_units)
     except (KeyError, TypeError, AttributeError, IndexError):
-        raise SetupError(f"ir_se50 {file}: not the state dict of an IR-SE50; {WHAT_TO_DO}") from None
+        raise SetupError(f"ir_se50 {file}: not the state dict of an IR-SE50; {HINT}") from None
 
 
-def _require_same_tensors(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor], file: Path) -> None:
-    """SetupError naming the first tensor that is missing, superfluous or of another shape."""
-    # A count of training steps that old files do not have and nobody reads.
-    names = [name for name in {**wanted, **got} if not name.endswith("num_batches_tracked")]
-    shapes = {name: [tuple(getattr(s[name], "shape", ())) if name in s else None for s in (got, wanted)] for name in names}
+def _require_same_tensors(expected: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Raise SetupError if a tensor is missing, unexpected or has another shape. The error names the first one."""
+    # Old files lack num_batches_tracked, which inference does not use.
+    names = [name for name in {**expected, **got} if not name.endswith("num_batches_tracked")]
+    shapes = {name: [tuple(getattr(s[name], "shape", ())) if name in s else None for s in (got, expected)] for name in names}
     wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if wrong:
         name, (shape, must_be) = next(iter(wrong.items()))
         raise SetupError(
             f"ir_se50 {file}: {len(wrong)} of {len(names)} tensors differ, the first is {name}: "
-            f"got {shape or 'none'}, must be {must_be or 'none'}; {WHAT_TO_DO}"
+            f"got {shape or 'none'}, must be {must_be or 'none'}; {HINT}"
         )
 
 
-def _of_torch(file: Path, device: str, dtype: torch.dtype) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def _load_torch(file: Path, device: str, dtype: torch.dtype) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     network = read_network(file).to(device, dtype)
 
     @torch.inference_mode()
@@ -170,13 +173,13 @@ def _of_torch(file: Path, device: str, dtype: torch.dtype) -> Callable[[NDArray[
     return run
 
 
-def _of_onnx(file: Path, device: str, threads: int | None) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def _load_onnx(file: Path, device: str, threads: int | None) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
     session = open_session(file, device, threads, f"ir_se50 {file}")
     name = session.get_inputs()[0].name
 
     def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        # One by one: exports for a single face are about, and so are such without the last step, the length of 1.
-        found = np.concatenate([session.run(None, {name: face[None]})[0] for face in pixels]).astype(np.float32)
-        return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True), np.float32)
+        # One at a time: some exports have a fixed batch size of 1. Some lack the final normalisation.
+        embeddings = np.concatenate([session.run(None, {name: face[None]})[0] for face in pixels]).astype(np.float32)
+        return np.asarray(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), np.float32)
 
     return run

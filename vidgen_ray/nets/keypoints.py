@@ -1,4 +1,4 @@
-"""The keypoint picture that InstantID and InfiniteYou condition on: five points joined to the nose, on black."""
+"""The keypoint image that InstantID and InfiniteYou condition on: five points joined to the nose, on black."""
 
 import math
 
@@ -12,13 +12,14 @@ LIMB_HALF_WIDTH_PX = 4
 POINT_RADIUS_PX = 10
 LIMB_BRIGHTNESS = 0.6
 TRAINING_AREA_PX = 1_000_000
-"""The sizes above belong to pictures of about this area."""
+"""Image area, in pixels, for which the sizes above are defined."""
 
 
 def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, scale: float = 1.0) -> NDArray[np.uint8]:
-    """Draw five points of shape (5, 2), x and y in pixels of the canvas, as RGB (height, width, 3).
+    """Draw keypoints (5, 2), x and y in pixels of the canvas. Return an RGB image (height, width, 3).
 
-    `scale` multiplies the widths; 1 is the published rule (`draw_kps` of InstantID, Wang et al. 2024, arXiv:2401.07519).
+    `scale` multiplies line widths and point sizes. 1 is the published size (`draw_kps` of InstantID, Wang et al. 2024,
+    arXiv:2401.07519).
     """
     canvas = np.zeros((height, width, 3), np.float64)
     limb_half_width = max(1, round(LIMB_HALF_WIDTH_PX * scale))
@@ -28,18 +29,18 @@ def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, sca
         axes = int(math.hypot(x0 - x1, y0 - y1) / 2), limb_half_width
         angle_deg = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
         cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(centre, axes, angle_deg, 0, 360, 1), COLOURS[start])
-    picture = np.ascontiguousarray((canvas * LIMB_BRIGHTNESS).astype(np.uint8))
+    image = np.ascontiguousarray((canvas * LIMB_BRIGHTNESS).astype(np.uint8))
     for (x, y), colour in zip(keypoints, COLOURS, strict=True):
-        cv2.circle(picture, (int(x), int(y)), max(1, round(POINT_RADIUS_PX * scale)), colour, -1)
-    return picture
+        cv2.circle(image, (int(x), int(y)), max(1, round(POINT_RADIUS_PX * scale)), colour, -1)
+    return image
 
 
-def onto_canvas(
+def map_to_canvas(
     keypoints: NDArray[np.floating], photo_size: tuple[int, int], canvas_size: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Points of a photo where they fall when the photo is scaled to the canvas's shorter side and centred.
+    """Map keypoints (5, 2) from photo pixels to canvas pixels. The photo is scaled to the canvas's shorter side and centred.
 
-    The rule by which InfiniteYou places its control image; sizes are (width, height), points (5, 2) in pixels.
+    InfiniteYou places its control image in the same way. Sizes are (width, height).
     """
     (photo_w, photo_h), (canvas_w, canvas_h) = photo_size, canvas_size
     if canvas_w <= canvas_h:

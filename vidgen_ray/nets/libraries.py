@@ -1,17 +1,17 @@
-"""How diffusers and transformers speak in this process: no progress bars, no notes that no user can act on."""
+"""Log settings for diffusers and transformers."""
 
 import warnings
 from functools import lru_cache
 
 
 @lru_cache(maxsize=1)
-def quieten() -> None:
-    """Call before the first model is loaded. Idempotent."""
+def silence_libraries() -> None:
+    """Turn off progress bars and warnings. Call before the first model is loaded. Idempotent."""
     import diffusers
     import transformers
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    # diffusers' ControlNet for FLUX imports it from where diffusers itself no longer wants it.
+    # diffusers' own ControlNet for FLUX imports FluxPosEmbed from the deprecated module.
     warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)

@@ -1,9 +1,8 @@
-"""Reads Real-ESRGAN weights from ncnn's .param/.bin pair. Knows the two networks of Real-ESRGAN, not ncnn in general.
+"""Read Real-ESRGAN weights from ncnn's .param/.bin pair. Supports the two networks of Real-ESRGAN, not ncnn in general.
 
-The text file lists the layers, one a line: `Kind name n_inputs n_outputs inputs.. outputs.. key=value..`. The binary
-file has no header: what the layers own stands in their order. A Convolution has a 4-byte flag, its weights (OIHW) as
-the flag says, padded to 4 bytes, then its bias as plain fp32; a PReLU has plain fp32 slopes; no other layer here owns
-anything.
+The text file lists one layer per line: `Kind name n_inputs n_outputs inputs.. outputs.. key=value..`. The binary file has
+no header and stores the layers' values in the same order. A Convolution has a 4-byte flag that names the format of its
+weights, the weights (OIHW), padded to 4 bytes, and its bias in fp32. A PReLU has fp32 slopes. No other layer here has values.
 Source: Tencent/ncnn, `src/modelbin.cpp` and the load_model of each layer.
 """
 
@@ -23,7 +22,7 @@ MAGIC = "7767517"
 FP32, FP16 = 0, 0x01306B47
 CONVOLUTION, PRELU = "Convolution", "PReLU"
 OUTPUTS, KERNEL, PADDING, BIAS, WEIGHTS = 0, 1, 4, 5, 6
-"""Keys of a Convolution's values; a PReLU has its number of slopes under OUTPUTS too."""
+"""Keys of a Convolution's values. OUTPUTS is also the number of slopes of a PReLU."""
 DENSE_BLOCK = (CONVOLUTION, "Concat") * 4 + (CONVOLUTION, "Eltwise")
 
 
@@ -36,7 +35,7 @@ class Layer:
     values: dict[int, str]
 
     def number(self, key: int) -> int:
-        """A count; ncnn leaves zeros out."""
+        """Return a count. ncnn omits zeros."""
         text = self.values.get(key, "0")
         if not text.isdecimal():
             raise SetupError(f"ncnn layer {self.name}: got {key}={text}, must be a whole number")
@@ -44,17 +43,17 @@ class Layer:
 
 
 def read_realesrgan(param: Path, binary: Path) -> dict[str, torch.Tensor]:
-    """The state dict, fp32, under the names of the official .pth.
+    """Return the fp32 state dict with the names of the official .pth.
 
-    Those are `body.N` of SRVGGNetCompact; `conv_first`, `body.N.rdbM.convK`, `conv_body` and so on of RRDBNet.
-    fp16 weights are widened, not changed. Raises SetupError for anything but one of the two networks at its own scale:
-    ncnn's x2 and x3 variants hold the same weights and a resize that a state dict cannot tell.
+    The names are `body.N` for SRVGGNetCompact, and `conv_first`, `body.N.rdbM.convK`, `conv_body` and so on for RRDBNet.
+    fp16 weights are converted to fp32 without loss. Raises SetupError for anything but one of the two networks at its own
+    scale. ncnn's x2 and x3 variants have the same weights and an extra resize, which a state dict cannot express.
     """
     layers = _read_layers(param)
-    owners = [layer for layer in layers if layer.kind in (CONVOLUTION, PRELU)]
+    layers_with_weights = [layer for layer in layers if layer.kind in (CONVOLUTION, PRELU)]
     content = _Binary(binary)
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in zip(_official_names(layers, param), owners, strict=True):
+    for name, layer in zip(_official_names(layers, param), layers_with_weights, strict=True):
         if layer.kind == PRELU:
             tensors[f"{name}.weight"] = content.floats(layer, layer.number(OUTPUTS))
             continue
@@ -71,12 +70,12 @@ def _read_layers(param: Path) -> list[Layer]:
     if magic.strip() != MAGIC:
         raise SetupError(f"{param}: begins with {magic[:20]!r}, must begin with ncnn's {MAGIC!r}")
     try:
-        promised = int(lines[0].split()[0])
+        declared = int(lines[0].split()[0])
         layers = [_layer(line.split()) for line in lines[1:] if line.strip()]
     except (ValueError, IndexError) as error:
         raise SetupError(f"{param}: not ncnn's text format: {error}") from error
-    if len(layers) != promised:
-        raise SetupError(f"{param}: has {len(layers)} layers, must have {promised} as its second line says")
+    if len(layers) != declared:
+        raise SetupError(f"{param}: has {len(layers)} layers, must have {declared} as declared in its second line")
     return layers
 
 
@@ -94,8 +93,8 @@ def _layer(words: Sequence[str]) -> Layer:
 
 
 def _official_names(layers: Sequence[Layer], param: Path) -> list[str]:
-    """A name for each layer that owns weights, in the file's order."""
-    # ncnn puts a Split wherever a result is used twice, which says nothing that the rest of the list does not say.
+    """Return the official name of each layer that has weights, in file order."""
+    # ncnn inserts a Split after each result that is used twice. The other layers determine the network.
     kinds = tuple(layer.kind for layer in layers if layer.kind != "Split")
     activated = kinds.count(PRELU)
     if kinds == ("Input", *(CONVOLUTION, PRELU) * activated, CONVOLUTION, "PixelShuffle", "Interp", "BinaryOp"):
@@ -114,7 +113,7 @@ def _official_names(layers: Sequence[Layer], param: Path) -> list[str]:
 
 
 def _convolution_channels(layer: Layer, param: Path) -> tuple[int, int]:
-    """Outputs and inputs of a 3x3 convolution that keeps the size and has a bias; the two networks have no other."""
+    """Return output and input channels of a 3x3 convolution with padding 1 and a bias. The networks have no other kind."""
     geometry = {key: layer.number(key) for key in (KERNEL, PADDING, BIAS)}
     outputs, weights = layer.number(OUTPUTS), layer.number(WEIGHTS)
     if geometry != {KERNEL: 3, PADDING: 1, BIAS: 1} or outputs < 1 or weights < 1 or weights % (9 * outputs):
@@ -127,7 +126,7 @@ def _convolution_channels(layer: Layer, param: Path) -> tuple[int, int]:
 
 
 class _Binary:
-    """The binary file, read from front to back."""
+    """Sequential reader of the binary file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +150,7 @@ class _Binary:
     def expect_end(self) -> None:
         left = len(self._content) - self._at
         if left:
-            raise SetupError(f"{self._path}: {left} bytes left over; its .param must name all that is in it")
+            raise SetupError(f"{self._path}: {left} bytes left over; its .param must describe the whole file")
 
     def _take(self, layer: Layer, n_bytes: int) -> bytes:
         taken = self._content[self._at : self._at + n_bytes]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar
 
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.stages.progress import listening
+from vidgen_ray.stages.progress import progress_callback
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class InferenceThread:
             self._deadline = time.monotonic() + timeout_s
             try:
                 tell(stage, 0, 0)
-                with listening(tell):
+                with progress_callback(tell):
                     return work()
             finally:
                 self._deadline = None

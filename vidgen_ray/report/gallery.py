@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 
 from vidgen_ray.outputs.manifest import manifest_batches
 from vidgen_ray.outputs.storage import storage_at
-from vidgen_ray.stages.likeness import frames_seen
+from vidgen_ray.stages.likeness import sampled_frames
 
 MAX_SHOTS = 500
 """Maximum number of shots in the gallery. Browsers become slow with more players."""
@@ -43,4 +43,4 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
     if mean is None:
         return f"{text}, no face found in the clip"
     text += f", clip {mean:.2f}, worst {row['clip_likeness_worst']:.2f}"
-    return f"{text}; {missing} of {len(frames_seen(row['num_frames']))} frames without a face" if missing else text
+    return f"{text}; {missing} of {len(sampled_frames(row['num_frames']))} frames without a face" if missing else text

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.progress import report
+from vidgen_ray.stages.progress import report_progress
 
 if TYPE_CHECKING:
     import torch
@@ -331,7 +331,7 @@ class ChunkedStage(Stage[P]):
             result = self.process_chunk(shot, frames[chunk], following[chunk.stop : chunk.stop + self.lookahead_frames])
             output[filled : filled + len(result)] = result
             filled += len(result)
-            report(self.name, chunk.stop, n_frames)
+            report_progress(self.name, chunk.stop, n_frames)
         return output[:filled]
 
 

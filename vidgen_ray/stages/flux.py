@@ -1,4 +1,4 @@
-"""FLUX text to image: the base picture of a shot."""
+"""FLUX text to image: the base image of a shot."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import ClassVar
 
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, noise_generator, to_uint8
-from vidgen_ray.stages.flux_stage import DEFAULT_GUIDANCE, FluxFamilyStage, flux_work
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.flux_stage import DEFAULT_GUIDANCE, FluxFamilyStage, relative_flux_cost
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 
 class FluxStage(FluxFamilyStage):
     """Prompt -> `image` (height, width, 3); width and height multiples of 16.
 
-    Where the shot's person steers FLUX, the `face` is in it; in mode fast the shot's LoRAs act in this one pass, too.
-    FLUX.1-dev takes `guidance.flux` (embedded, 3.5) and 28 steps, FLUX.1-schnell no guidance and 4 steps; which of them
-    the weights are is read from their configuration.
-    Noise comes from a CPU generator seeded by the shot, so the result does not depend on neighbours in a batch.
+    The image is conditioned on `face` if the shot has a FLUX identity. In mode fast the shot's LoRAs are active here.
+    FLUX.1-dev uses `guidance.flux` (embedded, default 3.5) and 28 steps, FLUX.1-schnell no guidance and 4 steps. The model is
+    detected from the configuration of the weights.
+    Noise comes from a CPU generator seeded by the shot, so the result does not depend on other shots in the batch.
     Source: Black Forest Labs 2024, FLUX.1; diffusers `FluxPipeline`.
     """
 
@@ -55,19 +55,19 @@ class FluxStage(FluxFamilyStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return flux_work(shot, shot.steps.flux)
+        return relative_flux_cost(shot, shot.steps.flux)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._picture(item)} for item in items]
+        return [{"image": self._generate(item)} for item in items]
 
-    def _picture(self, item: Item) -> Image:
+    def _generate(self, item: Item) -> Image:
         shot = item.shot
-        with self.drawing(item) as calls:
-            (picture,) = calls.text_to_image(
+        with self.conditioned_pipelines(item) as pipelines:
+            (image,) = pipelines.text_to_image(
                 **self.model.call_arguments(shot, self.params),
                 num_inference_steps=shot.steps.flux or self.model.default_steps,
                 guidance_scale=DEFAULT_GUIDANCE if shot.guidance.flux is None else shot.guidance.flux,
                 generator=noise_generator(shot, self.name),
-                **each_step(self.name),
+                **diffusers_step_callback(self.name),
             ).images
-        return to_uint8(picture)
+        return to_uint8(image)

@@ -1,4 +1,4 @@
-"""FLUX + LoRA: image to image on the base picture with the shot's adapters on the same weights."""
+"""FLUX + LoRA: image to image on the base image with the shot's LoRAs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item
 from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_stage import FluxFamilyStage, flux_work
+from vidgen_ray.stages.flux_stage import FluxFamilyStage, relative_flux_cost
 
 REFERENCE_STRENGTH = 0.6
-"""The `lora_strength` of a shot that names none."""
+"""Default `lora_strength` of a shot."""
 
 
 class FluxLoRAStage(FluxFamilyStage):
-    """`image` (H, W, 3) -> `image` of the same size, refined towards the LoRA's person or style, and the `face` that steers.
+    """`image` (H, W, 3) -> `image` of the same size, redrawn with the shot's LoRAs and conditioned on its `face`, if any.
 
-    `lora_strength` s is the share of the schedule that is run again, int(steps * s) steps, at least one; 0 gives the image
-    back. The stage shares its actor, and its weights, with FLUX: outside of this stage no adapter acts.
+    `lora_strength` is the fraction of the schedule that is run: int(steps * lora_strength) steps, at least one. 0 returns the
+    image unchanged. The stage shares its actor and weights with FLUX. Its LoRAs are active in this stage only.
     Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
     """
 
@@ -53,7 +53,7 @@ class FluxLoRAStage(FluxFamilyStage):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        # A fast shot wears its LoRA in the one FLUX pass, unless it has no such pass.
+        # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
         return bool(shot.lora) and (shot.mode == "quality" or not FluxStage.applies(shot))
 
     @staticmethod
@@ -62,13 +62,13 @@ class FluxLoRAStage(FluxFamilyStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return flux_work(shot, shot.steps.lora) * shot.lora_strength / REFERENCE_STRENGTH
+        return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / REFERENCE_STRENGTH
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._refined(item)} for item in items]
+        return [{"image": self._refine(item)} for item in items]
 
-    def _refined(self, item: Item) -> Image:
+    def _refine(self, item: Item) -> Image:
         shot = item.shot
         if not shot.lora:
-            raise StageError("lora: got none, this stage needs at least one")
+            raise StageError("lora: got none, must be at least one")
         return self.image_to_image(item, strength=shot.lora_strength, steps=shot.steps.lora, guidance=shot.guidance.lora)

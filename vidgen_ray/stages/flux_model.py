@@ -1,16 +1,17 @@
-"""FLUX.1 weights, held once a process: text to image and image to image over the same modules, and the LoRAs laid on them."""
+"""FLUX.1 weights, loaded once per process: pipelines for text to image and image to image, and the loaded LoRAs."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
+from cachetools import LRUCache
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
@@ -19,38 +20,39 @@ from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
 
 SCHNELL_TEXT_TOKENS = 256
-"""FLUX.1-schnell was trained with this many T5 tokens; diffusers would silently accept more."""
-
-
-PROMPTS_REMEMBERED = 64
-"""A prompt's embedding takes 4 MB at 512 tokens in bfloat16."""
+"""T5 tokens that FLUX.1-schnell was trained with. diffusers would silently accept more."""
+CACHED_PROMPTS = 64
+"""Prompts whose embeddings are cached. An embedding takes 4 MB at 512 tokens in bfloat16."""
 DEFAULT_STEPS = 28
-"""Of FLUX.1-dev."""
+"""Default steps of FLUX.1-dev."""
+SCHNELL_STEPS = 4
+"""Default steps of FLUX.1-schnell."""
 
 
 class FluxParams(StageParams):
     text_tokens: int = Field(512, ge=1, le=512)
-    """T5 tokens of the prompt; schnell never gets more than 256."""
+    """T5 tokens of the prompt. At most 256 are used for schnell."""
     true_cfg_scale: float = Field(4.0, ge=1)
-    """Classifier-free guidance against the negative prompt, for shots that have one; costs a second pass a step."""
+    """Classifier-free guidance scale for shots with a negative prompt. Adds a second pass per step."""
     adapters_kept: int = Field(4, ge=1)
-    """LoRAs kept on the weights, and the most that one shot may have; the one longest unused goes first."""
+    """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
 
     def for_key(self) -> dict[str, Any]:
         return {name: value for name, value in super().for_key().items() if name != "adapters_kept"}
 
 
 class FluxModel:
-    """Use `FluxModel.shared(params)`: stages of one process that name the same weights get the same object."""
+    """FLUX pipelines with their LoRAs. Use `FluxModel.shared(params)`: stages of one process with the same weights share it."""
 
-    _in_this_process: ClassVar[WeakValueDictionary[tuple[Path, str, str], FluxModel]] = WeakValueDictionary()
+    _instances: ClassVar[WeakValueDictionary[tuple[Path, str, str], FluxModel]] = WeakValueDictionary()
 
     @classmethod
     def shared(cls, params: FluxParams) -> FluxModel:
+        """Return the model of this process for these weights, dtype and device, loaded on first use."""
         key = (params.weights, params.dtype, params.device)
-        model = cls._in_this_process.get(key)
+        model = cls._instances.get(key)
         if model is None:
-            model = cls._in_this_process[key] = cls(params)
+            model = cls._instances[key] = cls(params)
         return model
 
     def __init__(self, params: FluxParams) -> None:
@@ -58,30 +60,31 @@ class FluxModel:
 
         self.text_to_image = load_pipeline(FluxPipeline, params)
         # Not `from_pipe`: it casts the shared weights to float32 in place.
-        parts = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
-        scheduler = parts.pop("scheduler")
-        self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **parts)
+        components = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
+        scheduler = components.pop("scheduler")
+        self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
         self.device = params.device
         self._adapters_kept = params.adapters_kept
         self._active_loras: tuple[tuple[str, float], ...] = ()
+        # Adapter names, least recently used first.
         self._adapters: OrderedDict[str, None] = OrderedDict()
         self.adapter_loads = 0
-        self._embeddings: OrderedDict[Hashable, tuple[Any, Any]] = OrderedDict()
+        self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
 
     @property
     def is_schnell(self) -> bool:
-        """Whether these weights were distilled to a few steps without guidance."""
+        """True for weights distilled to a few steps without guidance, such as FLUX.1-schnell."""
         return not self.text_to_image.transformer.config.guidance_embeds
 
     @property
     def default_steps(self) -> int:
-        return 4 if self.is_schnell else DEFAULT_STEPS
+        return SCHNELL_STEPS if self.is_schnell else DEFAULT_STEPS
 
     def call_arguments(self, shot: Shot, params: FluxParams) -> dict[str, Any]:
-        """What text to image and image to image are both told."""
+        """Return the arguments that text to image and image to image have in common."""
         tokens = min(params.text_tokens, SCHNELL_TEXT_TOKENS) if self.is_schnell else params.text_tokens
-        embeds, pooled = self._embedded(shot.prompt, tokens)
+        embeds, pooled = self._encode_prompt(shot.prompt, tokens)
         arguments: dict[str, Any] = {
             "prompt_embeds": embeds,
             "pooled_prompt_embeds": pooled,
@@ -91,7 +94,7 @@ class FluxModel:
             "output_type": "np",
         }
         if shot.negative_prompt:
-            embeds, pooled = self._embedded(shot.negative_prompt, tokens)
+            embeds, pooled = self._encode_prompt(shot.negative_prompt, tokens)
             arguments |= {
                 "negative_prompt_embeds": embeds,
                 "negative_pooled_prompt_embeds": pooled,
@@ -99,44 +102,40 @@ class FluxModel:
             }
         return arguments
 
-    def _embedded(self, prompt: str, tokens: int) -> tuple[Any, Any]:
-        """T5's and CLIP's embeddings of a prompt, computed once while it is among the last `PROMPTS_REMEMBERED`."""
-        key = (prompt, tokens, self._active_loras if self._text_is_adapted else ())
-        if key not in self._embeddings:
+    def _encode_prompt(self, prompt: str, tokens: int) -> tuple[Any, Any]:
+        """Return the embeddings of a prompt by T5 and CLIP. The last `CACHED_PROMPTS` prompts are cached."""
+        key = (prompt, tokens, self._active_loras if self._loras_change_text else ())
+        if (embeddings := self._embeddings.get(key)) is None:
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
             )
-            self._embeddings[key] = embeds, pooled
-            if len(self._embeddings) > PROMPTS_REMEMBERED:
-                self._embeddings.popitem(last=False)
-        self._embeddings.move_to_end(key)
-        return self._embeddings[key]
+            embeddings = self._embeddings[key] = embeds, pooled
+        return embeddings
 
     @property
-    def _text_is_adapted(self) -> bool:
-        """Whether a LoRA that acts now changes what prompts mean, too."""
-        wearers = self.text_to_image.get_list_adapters()
+    def _loras_change_text(self) -> bool:
+        """True if an active LoRA changes a text encoder."""
+        adapters = self.text_to_image.get_list_adapters()
         active_loras = {name for name, _ in self._active_loras}
-        return any(active_loras & set(names) for part, names in wearers.items() if part.startswith("text_encoder"))
+        return any(active_loras & set(names) for part, names in adapters.items() if part.startswith("text_encoder"))
 
     def move(self, device: str) -> None:
-        """Take the weights, and the embeddings made by them, to another memory."""
+        """Move the weights and the cached prompt embeddings to `device`."""
         if device == self.device:
             return
         self.device = device
         self.text_to_image.to(device)
-        self._embeddings = OrderedDict(
-            (key, (embeds.to(device), pooled.to(device))) for key, (embeds, pooled) in self._embeddings.items()
-        )
+        for key, (embeds, pooled) in list(self._embeddings.items()):
+            self._embeddings[key] = embeds.to(device), pooled.to(device)
 
     @contextmanager
     def loras_active(self, loras: Sequence[LoraRef]) -> Iterator[None]:
-        """Run a block with exactly these LoRAs acting; outside of it the weights are the plain ones, bitwise."""
+        """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
         if not loras:
             yield
             return
         if len(loras) > self._adapters_kept:
-            raise StageError(f"lora: got {len(loras)} of them, the profile's adapters_kept allows {self._adapters_kept}")
+            raise StageError(f"lora: got {len(loras)}, must be at most {self._adapters_kept}, the profile's adapters_kept")
         names = [self._adapter(Path(lora.path)) for lora in loras]
         try:
             self.text_to_image.enable_lora()
@@ -148,7 +147,7 @@ class FluxModel:
             self.text_to_image.disable_lora()
 
     def _adapter(self, file: Path) -> str:
-        """The name of the file's adapter, loaded if it is not there."""
+        """Return the adapter name of a LoRA file, loaded on first use."""
         if file.suffix != ".safetensors" or not file.is_file():
             raise StageError(f"lora: got {str(file)!r}, must be an existing .safetensors file (other formats may run code)")
         stat = file.stat()
@@ -174,31 +173,31 @@ class FluxModel:
             _check_shapes(pipe.transformer, factors)
             with _without_peft_warnings():
                 pipe.load_lora_weights(str(file.parent), adapter_name=name, **source)
-        # The converters of LoRA formats raise whatever they stumble over.
+        # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
-            raise StageError(f"lora {file.name}: cannot be laid on these FLUX weights: {error}") from error
+            raise StageError(f"lora {file.name}: cannot be loaded into these FLUX weights: {error}") from error
         if self._adapters:
             pipe.disable_lora()
-        wearers = [part for part, names in pipe.get_list_adapters().items() if name in names]
-        if not any(_acts(getattr(pipe, part), name) for part in wearers):
-            if wearers:
+        changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
+        if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
+            if changed_parts:
                 with _without_peft_warnings():
                     pipe.delete_adapters(name)
             raise StageError(
-                f"lora {file.name}: acts on nothing in these FLUX weights; it was trained for another model, or not trained"
+                f"lora {file.name}: has no effect on these FLUX weights; it was trained for another model, or not trained"
             )
 
 
 @contextmanager
 def _without_peft_warnings() -> Iterator[None]:
-    """peft asks whether several adapters, and the end of an active one, are meant. They are."""
+    """Suppress peft's warnings about several adapters and about deleting an active adapter. Both are intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
         yield
 
 
 def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
-    """Refuse factors of another size than their layer's: diffusers would enlarge the layer, for every shot, to fit them."""
+    """Raise ValueError if LoRA factors do not match their layer. diffusers would resize the layer, for all shots."""
     layers = dict(transformer.named_modules())
     for key, factor in factors.items():
         name, dot, rest = key.removeprefix("transformer.").rpartition(".lora_")
@@ -211,8 +210,8 @@ def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {tuple(layer.weight.shape)}")
 
 
-def _acts(module: Any, adapter: str) -> bool:
-    """Whether any layer's second factor, which training starts at zero, is not zero."""
+def _has_effect(module: Any, adapter: str) -> bool:
+    """Return whether the second factor of any layer is nonzero. Training starts with zeros."""
     return any(
         bool(layer.lora_B[adapter].weight.any())
         for layer in module.modules()

@@ -1,4 +1,4 @@
-"""What the stages on FLUX's weights have in common: one model a process, LoRAs that are worn, a person who steers."""
+"""Base class of the FLUX stages: shared model, active LoRAs and identity conditioning."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import ClassVar
 from PIL import Image as PILImage
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, Stage, StageParams, noise_generator, to_uint8
 from vidgen_ray.stages.flux_model import DEFAULT_STEPS, FluxModel, FluxParams
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
-from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
-from vidgen_ray.stages.identity.pose import pose_picture
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
+from vidgen_ray.stages.identity.pose import pose_image
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_GUIDANCE = 3.5
 
 
 class FluxFamilyStage(Stage[FluxParams]):
-    """A stage that draws by FLUX. The networks of an injector are loaded with the model, where they are on this machine."""
+    """A stage that generates images with FLUX. `load` also loads the injectors whose weights are on this machine."""
 
     actor: ClassVar[str] = "flux"
     identity_fields: ClassVar[tuple[str, ...]] = (
@@ -43,11 +43,6 @@ class FluxFamilyStage(Stage[FluxParams]):
     def extra_weights(cls) -> Collection[str]:
         return INJECTORS
 
-    @staticmethod
-    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
-        """The LoRAs that act in this stage."""
-        return ()
-
     @classmethod
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
@@ -67,12 +62,12 @@ class FluxFamilyStage(Stage[FluxParams]):
         return self.model.adapter_loads
 
     def _injector(self, name: str) -> FluxInjector:
-        """Raises MissingWeights, or SetupError where they are of another kind."""
+        """Return the injector, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
         return shared_injector(name, self.model, self.params.extra_weights_at(name))
 
     @contextmanager
-    def drawing(self, item: Item) -> Iterator[FluxCalls]:
-        """Run a block in which FLUX wears the shot's LoRAs and draws its person."""
+    def conditioned_pipelines(self, item: Item) -> Iterator[FluxPipelines]:
+        """Yield the FLUX pipelines with the shot's LoRAs active and conditioned on its face."""
         shot = item.shot
         with self.model.loras_active(self.active_loras(shot)):
             if shot.flux_identity is None:
@@ -80,23 +75,23 @@ class FluxFamilyStage(Stage[FluxParams]):
                 return
             if "face" not in item.artefacts:
                 raise StageError(
-                    "face: the shot has a person and came without features of the face; render it with `vidgen shot`, which "
-                    "looks at the photo first, or set `identity: none`"
+                    "face: got none, must be the face features of the shot's photos; use `vidgen shot`, which computes them, "
+                    "or set `identity: none`"
                 )
             face = item.artefacts["face"]
             injector = self.injectors.get(shot.flux_identity) or self._injector(shot.flux_identity)
-            with injector.injecting(
+            with injector.inject(
                 face.embedding(injector.embedding),
-                pose_picture(face, shot),
+                pose_image(face, shot),
                 shot,
                 self.name,
                 start=shot.identity_start,
                 end=shot.identity_end,
-            ) as calls:
-                yield calls
+            ) as pipelines:
+                yield pipelines
 
     def image_to_image(self, item: Item, *, strength: float, steps: int | None, guidance: float | None) -> Image:
-        """The item's `image` drawn again over the share `strength` of the schedule, int(steps * strength) steps; 0: as it is.
+        """Redraw the item's `image` with the last int(steps * strength) steps of the schedule. 0 returns it unchanged.
 
         Raises StageError for less than one step.
         Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; diffusers `FluxImg2ImgPipeline`.
@@ -108,27 +103,27 @@ class FluxFamilyStage(Stage[FluxParams]):
         if int(steps * strength) < 1:
             raise StageError(
                 f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
-                f"use at least {1 / steps:.3f}"
+                f"must be at least {1 / steps:.3f}"
             )
-        with self.drawing(item) as calls:
-            (picture,) = calls.image_to_image(
+        with self.conditioned_pipelines(item) as pipelines:
+            (redrawn,) = pipelines.image_to_image(
                 **self.model.call_arguments(shot, self.params),
                 image=PILImage.fromarray(image),
                 strength=strength,
                 num_inference_steps=steps,
                 guidance_scale=DEFAULT_GUIDANCE if guidance is None else guidance,
                 generator=noise_generator(shot, self.name),
-                **each_step(self.name),
+                **diffusers_step_callback(self.name),
             ).images
-        return to_uint8(picture)
+        return to_uint8(redrawn)
 
 
-def flux_work(shot: Shot, steps: int | None) -> float:
-    """A pass over the whole schedule, in those of the reference shot, which has no face.
+def relative_flux_cost(shot: Shot, steps: int | None) -> float:
+    """Return the cost of the whole schedule relative to the reference shot, which has no face.
 
-    A negative prompt costs a second pass a step, an injector a part of one, in the steps in which the face has a say.
+    A negative prompt adds a second pass per step. An injector adds its `passes_per_step` in the steps that it conditions.
     """
     passes = 2.0 if shot.negative_prompt else 1.0
     if shot.flux_identity is not None:
-        passes += injector_class(shot.flux_identity).passes * (shot.identity_end - shot.identity_start)
+        passes += injector_class(shot.flux_identity).passes_per_step * (shot.identity_end - shot.identity_start)
     return shot.width * shot.height / REFERENCE_PIXELS * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes

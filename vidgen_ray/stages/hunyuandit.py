@@ -1,4 +1,4 @@
-"""HunyuanDiT: the picture is restyled towards the prompt and the style prompt."""
+"""HunyuanDiT: restyle the image towards the prompt and the style prompt."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from PIL import Image as PILImage
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
 REFERENCE_STRENGTH = 0.5
-"""The `style_strength` of a shot that names none."""
+"""Default `style_strength` of a shot."""
 
 
 class HunyuanDiTParams(StageParams):
     scheduler: Literal["ddpm", "ddim", "dpmsolver"] = "dpmsolver"
-    """How the weights' own noise schedule is walked; ddpm adds fresh noise at every step."""
+    """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
     standard_shapes: bool = True
-    """Run at the nearest of the sizes the real weights were trained on; random weights know no size."""
+    """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
 
 
 class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     """`image` (H, W, 3) of any size -> `image` of the same size, restyled.
 
-    The prompt is the shot's with the style prompt added: "prompt, style prompt". Bert reads 77 tokens of it, mT5 256:
-    after a long prompt the style is read by mT5 alone.
-    `style_strength` s is the share of the schedule that is run, steps * s rounded up; 0 gives the image back.
-    `guidance.hunyuan` of 1 or less is without guidance, and the negative prompt has no effect.
-    A picture is never stretched: it is laid on a canvas of a size that the weights know, its edge repeated around it,
-    and cut out again. Each shot is its own call, so its bytes do not depend on neighbours in a batch.
+    The style prompt is appended to the shot's prompt: "prompt, style prompt". Bert reads 77 tokens of it and mT5 256, so after
+    a long prompt only mT5 reads the style.
+    `style_strength` is the fraction of the schedule that is run: steps * style_strength, rounded up. 0 returns the image
+    unchanged. A `guidance.hunyuan` of 1 or less turns guidance off, and the negative prompt has no effect.
+    The image is not stretched. It is placed on a canvas of a trained size, padded by repeating its edge, and cropped
+    afterwards. Each shot is a separate call, so the result does not depend on other shots in the batch.
     Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; Li et al. 2024, Hunyuan-DiT, arXiv:2405.08748.
     """
 
@@ -66,7 +66,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        # The canvas has about as many pixels whatever the size of the shot.
+        # The number of pixels of the canvas hardly depends on the size of the shot.
         passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
         return (shot.steps.hunyuan or DEFAULT_STEPS) / DEFAULT_STEPS * shot.style_strength / REFERENCE_STRENGTH * passes
 
@@ -89,31 +89,33 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image": self._restyled(item)} for item in items]
+        return [{"image": self._restyle(item)} for item in items]
 
-    def _restyled(self, item: Item) -> Image:
+    def _restyle(self, item: Item) -> Image:
         shot, image = item.shot, item.artefacts["image"]
         if shot.style_strength == 0:
             return image
         height, width = image.shape[:2]
-        placement = on_standard_shape(width, height) if self.params.standard_shapes else on_multiple_of_16(width, height)
-        (picture,) = self.pipe(
+        placement = (
+            fit_to_standard_shape(width, height) if self.params.standard_shapes else fit_to_multiple_of_16(width, height)
+        )
+        (restyled,) = self.pipe(
             f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
-            PILImage.fromarray(lay(image, placement)),
+            PILImage.fromarray(place_on_canvas(image, placement)),
             strength=shot.style_strength,
             num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
             guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
             negative_prompt=shot.negative_prompt,
             generator=noise_generator(shot, self.name),
             output_type="np",
-            **each_step(self.name),
+            **diffusers_step_callback(self.name),
         ).images
-        return cut_out(to_uint8(picture), placement)
+        return crop_from_canvas(to_uint8(restyled), placement)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a picture lies on the canvas that the weights see: scaled without distortion, in the middle.
+    """Position of an image on the canvas of the model: scaled without distortion and centred.
 
     Sizes are (width, height) in pixels.
     """
@@ -124,12 +126,15 @@ class Placement:
 
     @property
     def left_top(self) -> tuple[int, int]:
-        """Of the scaled picture on the canvas. Half of the free pixels, rounded down."""
+        """Offset of the scaled image on the canvas, in pixels: half of the padding, rounded down."""
         return (self.canvas[0] - self.scaled[0]) // 2, (self.canvas[1] - self.scaled[1]) // 2
 
 
-def on_standard_shape(width: int, height: int) -> Placement:
-    """As large as fits on the standard shape of nearest aspect, then nearest area; 1024x576 lies on 1280x768."""
+def fit_to_standard_shape(width: int, height: int) -> Placement:
+    """Scale to the largest size that fits on the standard shape of nearest aspect, then nearest area.
+
+    1024x576 is placed on 1280x768.
+    """
     from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import map_to_standard_shapes
 
     canvas_w, canvas_h = map_to_standard_shapes(width, height)
@@ -140,13 +145,13 @@ def on_standard_shape(width: int, height: int) -> Placement:
     return Placement((width, height), scaled, (canvas_w, canvas_h))
 
 
-def on_multiple_of_16(width: int, height: int) -> Placement:
-    """Unscaled, on the smallest canvas whose sides are multiples of 16."""
+def fit_to_multiple_of_16(width: int, height: int) -> Placement:
+    """Keep the size. The canvas is the smallest one with sides that are multiples of 16."""
     return Placement((width, height), (width, height), (-(-width // 16) * 16, -(-height // 16) * 16))
 
 
-def lay(image: Image, placement: Placement) -> Image:
-    """A picture (H, W, 3) -> its canvas, the free pixels filled by repeating the picture's edge."""
+def place_on_canvas(image: Image, placement: Placement) -> Image:
+    """Return the canvas with the image (H, W, 3), padded by repeating the edge of the image."""
     scaled = _resized(image, placement.scaled)
     left, top = placement.left_top
     right = placement.canvas[0] - placement.scaled[0] - left
@@ -154,14 +159,14 @@ def lay(image: Image, placement: Placement) -> Image:
     return np.pad(scaled, ((top, bottom), (left, right), (0, 0)), mode="edge")
 
 
-def cut_out(canvas: Image, placement: Placement) -> Image:
-    """The inverse of `lay`: the picture without the free pixels, at its own size (H, W, 3)."""
+def crop_from_canvas(canvas: Image, placement: Placement) -> Image:
+    """Return the image (H, W, 3) without the padding, at its original size. The inverse of `place_on_canvas`."""
     (left, top), (width, height) = placement.left_top, placement.scaled
     return _resized(np.ascontiguousarray(canvas[top : top + height, left : left + width]), placement.size)
 
 
 def _resized(image: Image, size: tuple[int, int]) -> Image:
-    """To (width, height); the same pixels where that is the size already."""
+    """Resize to (width, height). An image of that size is returned unchanged."""
     if (image.shape[1], image.shape[0]) == size:
         return image
     return np.array(PILImage.fromarray(image).resize(size, PILImage.Resampling.LANCZOS))

@@ -1,4 +1,4 @@
-"""InstantID's features of a person's photos: who it is (embeddings) and how the face stands (keypoints)."""
+"""InstantID's face features of one or several photos: embeddings (identity) and keypoints (pose)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams
-from vidgen_ray.stages.face_models import RECOGNISER, RECOGNISERS, FaceModels, InstantIDParams, aligned, detection_files
+from vidgen_ray.stages.face_models import RECOGNISER, RECOGNISERS, FaceModels, InstantIDParams, align_face, detection_files
 from vidgen_ray.stages.identity import injector_class
 
 if TYPE_CHECKING:
     from vidgen_ray.nets.faces import DetectedFace
 
-PEOPLE_REMEMBERED = 256
+CACHED_FACES = 256
+"""Number of cached face features."""
 MAX_ASPECT = 8
-"""Beyond it the detector's square has no pixel left for the shorter side, or not enough for a face."""
+"""Maximum aspect ratio of a photo. Above it the shorter side has too few pixels in the detector's square."""
 
 
 class DetectedPhoto(NamedTuple):
-    """What is found in one photo of a person."""
+    """Faces detected in one photo, and the one that counts."""
 
     faces: Sequence[DetectedFace]
-    """Those that are large enough, from the left."""
+    """Faces of at least `min_face_px`, from the left."""
     chosen: DetectedFace
     crop: Image
-    """The chosen face, aligned: (112, 112, 3) in BGR."""
+    """Aligned crop of the chosen face, (112, 112, 3) in BGR."""
 
 
 class InstantIDStage(Stage[InstantIDParams]):
     """Photos (H, W, 3) of one person -> `face`: embeddings (512,), keypoints (5, 2) in pixels of the first photo.
 
-    Embeddings: `antelopev2`, the pack's recogniser, not normalised; and that which steers FLUX, as `ir_se50`, of length 1.
-    No face, and none of at least `min_face_px`, fail the shot. Which face counts, and how several photos of one person
-    become one, see `features`. The size of the shot does not matter, so that shots of all sizes share a person's features.
+    The embeddings are `antelopev2` by the pack's recogniser, not normalised, and that of the shot's injector, such as `ir_se50`
+    of length 1. The shot fails if no face of at least `min_face_px` is detected. `features` describes how the face is chosen
+    and how several photos are combined. Features do not depend on the size of the shot.
     Source: Wang et al. 2024, InstantID, arXiv:2401.07519; Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
     """
 
@@ -71,7 +73,7 @@ class InstantIDStage(Stage[InstantIDParams]):
 
     def load(self) -> None:
         self._models = FaceModels.shared(self.params)
-        self._known: dict[tuple[str, int | None, tuple[str, ...]], FaceFeatures] = {}
+        self._cache: LRUCache[tuple[str, int | None, tuple[str, ...]], FaceFeatures] = LRUCache(CACHED_FACES)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"face": self._features_for(item)} for item in items]
@@ -82,26 +84,27 @@ class InstantIDStage(Stage[InstantIDParams]):
     def features(
         self, photos: Sequence[Image], face_index: int | None = None, recognisers: Sequence[str] | None = None
     ) -> FaceFeatures:
-        """The features of one person in one or several photos; the same photos are looked at once.
+        """Return the features of one face in one or several photos. Results are cached by the photos' pixels.
 
-        The embeddings are those of `recognisers`, by default of all whose weights are here.
-        In the first photo the largest face counts (of equally large ones the surest), or the `face_index`-th from the
-        left, counted from 0 among those of at least `min_face_px`; box, keypoints, score and size are of that photo. In
-        each further photo the face counts that the pack's recogniser finds most like it. The embeddings are the mean.
+        `recognisers` names the embeddings. `None` uses all recognisers that are loaded.
+        In the first photo, the largest face is chosen (the highest score among equally large ones), or the face at
+        `face_index`, counted from 0 from the left among faces of at least `min_face_px`. Box, keypoints, score and size are
+        those of the first photo. In every further photo, the face most similar to it by the pack's recogniser is chosen. The
+        embeddings are the mean over the photos.
         """
         digest, names = _digest(photos), tuple(self._models.embedders if recognisers is None else recognisers)
         key = (digest, face_index, names)
-        if key not in self._known:
-            if len(self._known) >= PEOPLE_REMEMBERED:
-                self._known.pop(next(iter(self._known)))
-            self._known[key] = self._look(photos, face_index, digest, names)
-        return self._known[key]
+        if (features := self._cache.get(key)) is None:
+            features = self._cache[key] = self._extract(photos, face_index, digest, names)
+        return features
 
-    def _look(self, photos: Sequence[Image], face_index: int | None, digest: str, recognisers: Sequence[str]) -> FaceFeatures:
+    def _extract(
+        self, photos: Sequence[Image], face_index: int | None, digest: str, recognisers: Sequence[str]
+    ) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
-        seen = self.seen(photos, face_index)
-        face, crops = seen[0].chosen, np.stack([one.crop for one in seen])
+        detected = self.detect_faces(photos, face_index)
+        face, crops = detected[0].chosen, np.stack([photo.crop for photo in detected])
         return FaceFeatures(
             embeddings={
                 name: mean_embedding(embedder.embed(crops), embedder.normalised)
@@ -110,58 +113,58 @@ class InstantIDStage(Stage[InstantIDParams]):
             keypoints=face.keypoints,
             box=face.box,
             score=face.score,
-            faces_found=len(seen[0].faces),
+            faces_found=len(detected[0].faces),
             photo_size=(photos[0].shape[1], photos[0].shape[0]),
             digest=digest,
         )
 
-    def seen(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
-        """What is found in each photo, and which face counts there; see `features`."""
+    def detect_faces(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
+        """Return the faces of each photo and the chosen one, see `features`. Raises StageError if a photo has no face."""
         if not photos:
-            raise StageError("face_image: got no photo, at least one is needed")
+            raise StageError("face_image: got no photo, must be at least one")
         names = [f"face_image {i} of {len(photos)}" if len(photos) > 1 else "face_image" for i in range(1, len(photos) + 1)]
-        found = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
-        face = _chosen(found[0], face_index, self.params.min_face_px)
-        first = DetectedPhoto(found[0], face, aligned(photos[0], face))
-        further = zip(photos[1:], found[1:], strict=True)
-        return [first, *(self._most_alike(first.crop, photo, faces) for photo, faces in further)]
+        detected = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
+        face = _choose_face(detected[0], face_index, self.params.min_face_px)
+        first = DetectedPhoto(detected[0], face, align_face(photos[0], face))
+        further = zip(photos[1:], detected[1:], strict=True)
+        return [first, *(self._most_similar_face(first.crop, photo, faces) for photo, faces in further)]
 
-    def _most_alike(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
-        """Of the faces of another photo the one most like `crop` counts."""
-        from vidgen_ray.nets.faces import most_alike
+    def _most_similar_face(self, crop: Image, photo: Image, faces: Sequence[DetectedFace]) -> DetectedPhoto:
+        """Choose the face of a further photo that is most similar to `crop`."""
+        from vidgen_ray.nets.faces import most_similar
 
-        crops = [aligned(photo, face) for face in faces]
-        number = 0
+        crops = [align_face(photo, face) for face in faces]
+        index = 0
         if len(faces) > 1:
             embeddings = self._models.embed([crop, *crops])
-            number = most_alike(embeddings[1:], embeddings[0])
-        return DetectedPhoto(faces, faces[number], crops[number])
+            index = most_similar(embeddings[1:], embeddings[0])
+        return DetectedPhoto(faces, faces[index], crops[index])
 
     def _detect(self, photo: Image, name: str) -> list[DetectedFace]:
-        """One or more faces of at least `min_face_px`, from the left. `name` is how the photo is called in a StageError."""
+        """Return at least one face of at least `min_face_px`, from the left. `name` names the photo in a StageError."""
         height_px, width_px = photo.shape[:2]
         if max(height_px, width_px) > MAX_ASPECT * min(height_px, width_px):
-            raise StageError(f"{name}: got {width_px}x{height_px}, one side may be at most {MAX_ASPECT} times the other")
+            raise StageError(f"{name}: got {width_px}x{height_px}, must have an aspect ratio of at most {MAX_ASPECT}:1")
         faces = self._models.detect(photo)
         if not faces:
-            raise StageError(f"{name}: no face found; give a photo in which the face is upright and well visible")
+            raise StageError(f"{name}: no face found; use a photo with an upright, clearly visible face")
         large = [face for face in faces if face.side_px >= self.params.min_face_px]
         if not large:
             raise StageError(
                 f"{name}: the largest face is {max(face.side_px for face in faces):.0f} px, "
-                f"at least {self.params.min_face_px} px are needed; give a closer photo"
+                f"must be at least {self.params.min_face_px} px; use a closer photo"
             )
         return sorted(large, key=lambda face: (face.box[0] + face.box[2], face.box[1] + face.box[3]))
 
 
 def _recognisers(shot: Shot) -> tuple[str, ...]:
-    """Those whose embeddings the shot needs: the pack's, by which people are compared, and the injector's."""
-    steering = () if shot.flux_identity is None else (injector_class(shot.flux_identity).embedding,)
-    return tuple(dict.fromkeys((RECOGNISER, *steering)))
+    """Return the recognisers that the shot needs: the pack's, which measures likeness, and the injector's."""
+    injector = () if shot.flux_identity is None else (injector_class(shot.flux_identity).embedding,)
+    return tuple(dict.fromkeys((RECOGNISER, *injector)))
 
 
-def _chosen(faces: Sequence[DetectedFace], index: int | None, min_face_px: int) -> DetectedFace:
-    """The largest face, or the one of that number from the left."""
+def _choose_face(faces: Sequence[DetectedFace], index: int | None, min_face_px: int) -> DetectedFace:
+    """Return the largest face, or the one at `index`."""
     if index is None:
         return max(faces, key=lambda face: (round(face.side_px), face.score))
     if not 0 <= index < len(faces):

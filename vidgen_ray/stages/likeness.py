@@ -1,4 +1,4 @@
-"""How much the picture and the clip of a shot look like the person in the reference photo."""
+"""Likeness: similarity of the faces in a shot's image and clip to the face in the reference photo."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness, Stage
-from vidgen_ray.stages.face_models import RECOGNISER, FaceModels, InstantIDParams, aligned, detection_files
+from vidgen_ray.stages.face_models import RECOGNISER, FaceModels, InstantIDParams, align_face, detection_files
 from vidgen_ray.stages.instantid import InstantIDStage
 
-FRAMES_SEEN = 5
-"""Of a clip, at most."""
+MAX_SAMPLED_FRAMES = 5
+"""Maximum number of frames of a clip that are compared."""
 DECIMALS = 4
-"""More of them would differ from machine to machine."""
+"""Decimals of a similarity. Further decimals depend on the machine."""
 
 
 class _LikenessStage(Stage[InstantIDParams]):
-    """Shares detector and recogniser with InstantIDStage."""
+    """Base class. Shares detector and recogniser with InstantIDStage."""
 
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid"
@@ -37,7 +37,7 @@ class _LikenessStage(Stage[InstantIDParams]):
 
 
 class ImageLikenessStage(_LikenessStage):
-    """`face` and `image` (H, W, 3) -> `image_likeness` of the one picture, whether it was drawn or given."""
+    """`face` and `image` (H, W, 3) -> `image_likeness` of the image, generated or given by the shot."""
 
     name: ClassVar[str] = "image_likeness"
     label: ClassVar[str] = "Likeness"
@@ -52,11 +52,14 @@ class ImageLikenessStage(_LikenessStage):
         return InstantIDStage.applies(shot)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"image_likeness": measured([item.artefacts["image"]], item.artefacts["face"], self._models)} for item in items]
+        return [
+            {"image_likeness": measure_likeness([item.artefacts["image"]], item.artefacts["face"], self._models)}
+            for item in items
+        ]
 
 
 class ClipLikenessStage(_LikenessStage):
-    """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames of `frames_seen`."""
+    """`face` and `frames` (T, H, W, 3) -> `clip_likeness` of the frames that `sampled_frames` selects."""
 
     name: ClassVar[str] = "clip_likeness"
     label: ClassVar[str] = "Clip likeness"
@@ -72,33 +75,34 @@ class ClipLikenessStage(_LikenessStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return len(frames_seen(shot.num_frames)) / FRAMES_SEEN
+        return len(sampled_frames(shot.num_frames)) / MAX_SAMPLED_FRAMES
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"clip_likeness": self._of_clip(item.artefacts)} for item in items]
+        return [{"clip_likeness": self._measure(item.artefacts)} for item in items]
 
-    def _of_clip(self, artefacts: Artefacts) -> Likeness:
+    def _measure(self, artefacts: Artefacts) -> Likeness:
         frames = artefacts["frames"]
-        return measured((frames[number] for number in frames_seen(len(frames))), artefacts["face"], self._models)
+        return measure_likeness((frames[index] for index in sampled_frames(len(frames))), artefacts["face"], self._models)
 
 
-def frames_seen(count: int) -> list[int]:
-    """Which of so many frames are looked at: at most FRAMES_SEEN, evenly spread, the first and the last among them."""
-    return [round(number) for number in np.linspace(0, count - 1, min(count, FRAMES_SEEN)).tolist()]
+def sampled_frames(count: int) -> list[int]:
+    """Return the indices of at most MAX_SAMPLED_FRAMES evenly spaced frames of `count`, including the first and the last."""
+    return [round(index) for index in np.linspace(0, count - 1, min(count, MAX_SAMPLED_FRAMES)).tolist()]
 
 
-def measured(pictures: Iterable[Image], face: FaceFeatures, models: FaceModels) -> Likeness:
-    """The likeness of each picture (H, W, 3) to the reference face.
+def measure_likeness(images: Iterable[Image], face: FaceFeatures, models: FaceModels) -> Likeness:
+    """Return the likeness of each image (H, W, 3) to the reference face.
 
-    Similarity is the cosine between the embeddings by the pack's recogniser; of several faces in a picture the one most
-    alike counts, so a stranger beside the person takes nothing away. A face of less than `min_face_px` is none.
+    Similarity is the cosine of the embeddings by the pack's recogniser. In an image with several faces, the most similar one
+    counts, so other people do not lower the similarity. Faces below `min_face_px` are ignored.
     """
     reference = face.embedding(RECOGNISER)
-    return Likeness(tuple(_similarity(picture, reference, models) for picture in pictures))
+    return Likeness(tuple(_similarity(image, reference, models) for image in images))
 
 
-def _similarity(picture: Image, reference: NDArray[np.float32], models: FaceModels) -> float | None:
-    crops = [aligned(picture, face) for face in models.detect(picture) if face.side_px >= models.min_face_px]
+def _similarity(image: Image, reference: NDArray[np.float32], models: FaceModels) -> float | None:
+    """Return the highest cosine of the faces in the image, or `None` if there is no face."""
+    crops = [align_face(image, face) for face in models.detect(image) if face.side_px >= models.min_face_px]
     if not crops:
         return None
     embeddings = models.embed(crops)

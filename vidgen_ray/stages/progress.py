@@ -1,7 +1,7 @@
-"""How far a stage is with its work, said after each denoising step or batch of frames to whoever listens.
+"""Progress reports of a running stage, delivered to a callback after each denoising step or batch of frames.
 
-A listener may end the work there, by raising Cancelled. Knows nothing of who listens, and costs next to nothing where nobody
-does.
+The callback belongs to the current context, so stages need no extra argument. It may raise Cancelled to end the stage. A report
+without a callback costs one context lookup.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-Listener = Callable[[str, int, int], None]
-"""Is told the stage's name, how many of its steps are done, and of how many; 0 of 0 as it begins.
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with the stage's name, its finished steps and its total steps. Both counts are 0 when the stage starts.
 
-A step is one of denoising, or a frame.
+A step is a denoising step or a frame.
 """
 
-_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+_current_callback: ContextVar[ProgressCallback | None] = ContextVar("progress_callback", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """A block whose stages tell `listener` how far they are, in the thread that works."""
-    before = _listener.set(listener)
+def progress_callback(callback: ProgressCallback) -> Iterator[None]:
+    """Send the progress of the stages that run in this block to `callback`, in the thread that runs them."""
+    token = _current_callback.set(callback)
     try:
         yield
     finally:
-        _listener.reset(before)
+        _current_callback.reset(token)
 
 
-def report(stage: str, done: int, steps: int) -> None:
-    """Say that `done` of the stage's `steps` are done. Raises what the listener raises."""
-    listener = _listener.get()
-    if listener is not None:
-        listener(stage, done, steps)
+def report_progress(stage: str, done: int, steps: int) -> None:
+    """Report that `done` of the stage's `steps` are finished. Raises what the callback raises."""
+    callback = _current_callback.get()
+    if callback is not None:
+        callback(stage, done, steps)
 
 
-def each_step(stage: str) -> dict[str, Any]:
-    """What a diffusers pipeline is told, so that it reports each denoising step as one of the stage's."""
-    return {"callback_on_step_end": partial(_step_ended, stage)}
+def diffusers_step_callback(stage: str) -> dict[str, Any]:
+    """Return the arguments that make a diffusers pipeline report each denoising step as a step of the stage."""
+    return {"callback_on_step_end": partial(_on_step_end, stage)}
 
 
-def _step_ended(stage: str, pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    report(stage, index + 1, pipe.num_timesteps)
+def _on_step_end(stage: str, pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    report_progress(stage, index + 1, pipe.num_timesteps)
     return tensors

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: a picture becomes a clip."""
+"""Stable Video Diffusion: generate a clip from an image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vidgen_ray.stages.base import (
     to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.progress import each_step
+from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
@@ -29,17 +29,17 @@ DEFAULT_GUIDANCE = 3.0
 
 class SVDParams(StageParams):
     decode_chunk_frames: int = Field(5, ge=1)
-    """Frames decoded at once by the temporal autoencoder: more is smoother and needs more memory."""
+    """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
-    """Feed-forward layers frame by frame, for cards where 25 frames do not fit."""
+    """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
 
 
 class SVDStage(Stage[SVDParams]):
-    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3), the first close to the image; H and W multiples of 64.
+    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3). The first frame is close to the image. H and W are multiples of 64.
 
-    The clip's fps is a condition of the model (it is told fps - 1), as are the motion bucket (1 still to 255 lively) and
-    the noise added to the image. Guidance rises over the frames from 1 to `guidance.svd`. No prompt.
-    Each clip is denoised and decoded on its own: decoding chunks that span two clips would mix their frames.
+    The model is conditioned on fps - 1, the motion bucket (1 still to 255 lively) and the noise added to the image, not on a
+    prompt. Guidance rises over the frames from 1 to `guidance.svd`.
+    Each clip is denoised and decoded separately, because decoding chunks across clips would mix their frames.
     Source: Blattmann et al. 2023, arXiv:2311.15127; diffusers `StableVideoDiffusionPipeline`.
     """
 
@@ -83,7 +83,7 @@ class SVDStage(Stage[SVDParams]):
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
-        """Fewer frames decoded at once, down to one."""
+        """Return parameters that decode half as many frames at once, down to one."""
         if params.decode_chunk_frames == 1:
             return None
         return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
@@ -99,15 +99,15 @@ class SVDStage(Stage[SVDParams]):
         self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": self._clip(item)} for item in items]
+        return [{"frames": self._generate(item)} for item in items]
 
-    def _clip(self, item: Item) -> Frames:
+    def _generate(self, item: Item) -> Frames:
         from PIL import Image as PILImage
 
         shot, image = item.shot, item.artefacts["image"]
         height, width = image.shape[:2]
         if height % 64 or width % 64:
-            raise StageError(f"svd: got a picture of {width}x{height}, width and height must be multiples of 64")
+            raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
         (clip,) = self.pipe(
             PILImage.fromarray(image),
             height=height,
@@ -121,6 +121,6 @@ class SVDStage(Stage[SVDParams]):
             decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
             generator=noise_generator(shot, self.name),
             output_type="np",
-            **each_step(self.name),
+            **diffusers_step_callback(self.name),
         ).frames
         return to_uint8(clip)

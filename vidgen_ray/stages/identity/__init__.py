@@ -1,4 +1,4 @@
-"""What a shot's `identity` may be, and the injectors among that: the methods by which a face steers FLUX."""
+"""Values of a shot's `identity`, and the registry of injectors, which condition FLUX on a face."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ if TYPE_CHECKING:
 INJECTORS = {
     "infusenet": ("infusenet", "InfuseNetInjector"),
 }
-"""Name -> (module of this package, class). A new method is one new file and one line here."""
+"""Name -> (module of this package, class). A new injector is one new file and one line here."""
 
-_in_this_process: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
+_instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
 
 
 def identities() -> tuple[str, ...]:
-    """All that a shot's `identity` may be."""
+    """Return all values of a shot's `identity`."""
     return (*INJECTORS, INSTANTID_SDXL, NO_IDENTITY)
 
 
 def injector_class(name: str) -> type[FluxInjector]:
+    """Return the class of an injector. Raises StageError for unknown names."""
     if name not in INJECTORS:
-        raise StageError(f"identity: got {name!r}, FLUX is steered by {', '.join(INJECTORS)}")
+        raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
     module, class_name = INJECTORS[name]
-    found: type[FluxInjector] = getattr(import_module(f"{__name__}.{module}"), class_name)
-    return found
+    injector: type[FluxInjector] = getattr(import_module(f"{__name__}.{module}"), class_name)
+    return injector
 
 
 def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
-    """The injector on this model: stages of one process that name the same weights get the same object."""
+    """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
     key = (name, model, weights)
-    injector = _in_this_process.get(key)
+    injector = _instances.get(key)
     if injector is None:
-        injector = _in_this_process[key] = injector_class(name)(model, weights)
+        injector = _instances[key] = injector_class(name)(model, weights)
     return injector

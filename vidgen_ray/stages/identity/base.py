@@ -1,4 +1,4 @@
-"""What an injector is: a way to make FLUX draw a certain person. Knows FluxModel and its two calls, no method and no files."""
+"""Interface of injectors, which condition FLUX on the identity of a face."""
 
 from __future__ import annotations
 
@@ -18,43 +18,44 @@ if TYPE_CHECKING:
     from vidgen_ray.stages.flux_model import FluxModel
 
 
-class FluxCalls(Protocol):
-    """The two ways to a picture, each called as the diffusers pipeline of that name. A FluxModel is one of these."""
+class FluxPipelines(Protocol):
+    """The two pipelines of FLUX, called like the diffusers pipelines. A FluxModel implements this protocol."""
 
     @property
     def text_to_image(self) -> Callable[..., Any]:
-        """As `FluxPipeline`."""
+        """Pipeline with the interface of `FluxPipeline`."""
 
     @property
     def image_to_image(self) -> Callable[..., Any]:
-        """As `FluxImg2ImgPipeline`."""
+        """Pipeline with the interface of `FluxImg2ImgPipeline`."""
 
 
 class FluxInjector(ABC):
-    """Use `shared_injector(name, model, weights)`; then `with injector.injecting(...) as calls: calls.text_to_image(...)`.
+    """A method to condition FLUX on the identity of a face.
 
-    An injector owns networks of its own and borrows those of the model, which it leaves as they were. One block at a time.
+    Use `shared_injector(name, model, weights)`, then `with injector.inject(...) as pipelines: pipelines.text_to_image(...)`.
+    An injector has its own networks and uses those of the model without changing them. Blocks must not be nested.
     """
 
     name: ClassVar[str]
     embedding: ClassVar[str]
-    """Name of the face embedding that the weights were trained with; any other would be another person, unnoticed."""
-    passes: ClassVar[float]
-    """The work that it adds to a step, in passes of FLUX's transformer. For estimates."""
+    """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
+    passes_per_step: ClassVar[float]
+    """Cost added to a denoising step, in passes of FLUX's transformer, for estimates."""
 
     @abstractmethod
     def __init__(self, model: FluxModel, weights: Path) -> None:
-        """Load the method's own weights in the model's precision, to the model's device.
+        """Load the injector's weights with the model's dtype and device.
 
-        Raises SetupError where they are missing, of another kind, or made for another FLUX.
+        Raises SetupError if they are missing, of another kind, or made for another FLUX.
         """
 
     @abstractmethod
     def move(self, device: str) -> None:
-        """Take the method's own weights to another memory; the model moves by itself."""
+        """Move the injector's own weights to `device`. The model is moved separately."""
 
     @abstractmethod
-    def injecting(
+    def inject(
         self,
         embedding: NDArray[np.float32],
         pose: Image,
@@ -63,11 +64,11 @@ class FluxInjector(ABC):
         *,
         start: float = 0.0,
         end: float = 1.0,
-    ) -> AbstractContextManager[FluxCalls]:
-        """A block in which the calls draw the person as strongly as `shot.identity_strength` says; 0 is not at all, bitwise.
+    ) -> AbstractContextManager[FluxPipelines]:
+        """Yield pipelines that generate the face with the strength `shot.identity_strength`. 0 has no effect, bitwise.
 
-        `embedding` is what the model of that name gives, (512,) of a recogniser; `pose` the keypoint picture at the shot's
-        size. A method that needs noise of its own draws it from a generator of its own, derived from `shot` and the name
-        of the `stage`: the diffusion noise is the same with the person and without. `start` and `end` are shares, 0 to 1,
-        of the steps that are run; outside of them the person has no say.
+        `embedding` (512,) is the one that `self.embedding` names. `pose` is the keypoint image at the size of the shot.
+        `start` and `end` are fractions, 0 to 1, of the steps that are run. Identity conditioning is active between them only.
+        An injector that needs noise must draw it from its own generator, derived from `shot` and `stage`, so that the diffusion
+        noise is the same with and without a face.
         """

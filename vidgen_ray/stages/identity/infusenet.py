@@ -1,6 +1,6 @@
-"""A person injected into FLUX by InfuseNet: what its blocks say of a step is added to the transformer's.
+"""InfuseNet injector: add InfuseNet's residuals to FLUX's transformer blocks in each step.
 
-Knows how a step of FluxModel's pipelines looks; the networks are in `nets/infusenet.py`.
+The networks are in `nets/infusenet.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, noise_generator
-from vidgen_ray.stages.identity.base import FluxCalls, FluxInjector
+from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 
 if TYPE_CHECKING:
     import torch
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from vidgen_ray.stages.flux_model import FluxModel
 
 MUST_AGREE = ("in_channels", "num_attention_heads", "attention_head_dim", "axes_dims_rope", "pooled_projection_dim")
-"""Of InfuseNet's configuration with the transformer's."""
+"""Config values that must be equal in InfuseNet and FLUX's transformer."""
 
 
 class InfuseNetInjector(FluxInjector):
-    """FluxModel's own pipelines, with InfuseNet looking in before the transformer at every step.
+    """FluxModel's own pipelines with a hook that runs InfuseNet before the transformer in each step.
 
-    The results are bitwise those of diffusers `FluxControlNetPipeline` and `FluxControlNetImg2ImgPipeline` with the same
-    latents. Those are not used: they draw the pose's latents from the generator before the noise, so that a seed would
-    mean another picture with a face than without; and the image-to-image one takes no negative prompt.
+    The results are bitwise those of diffusers `FluxControlNetPipeline` and `FluxControlNetImg2ImgPipeline` for the same
+    latents. These pipelines are not used for two reasons. They draw the pose latents from the generator before the diffusion
+    noise, so a face would change the noise of a seed. The image-to-image one has no negative prompt.
     Source: Jiang et al. 2025, InfiniteYou, arXiv:2503.16418.
     """
 
     name: ClassVar[str] = "infusenet"
     embedding: ClassVar[str] = "ir_se50"
-    # As many as its parameters are of the transformer's, 2.95 of 11.9 billion: it sees the same patches.
-    passes: ClassVar[float] = 0.25
+    # InfuseNet has 2.95 billion parameters, the transformer 11.9 billion. Both process the same patches.
+    passes_per_step: ClassVar[float] = 0.25
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
         from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
@@ -58,7 +58,7 @@ class InfuseNetInjector(FluxInjector):
         self.infusenet.to(device)
 
     @contextmanager
-    def injecting(
+    def inject(
         self,
         embedding: NDArray[np.float32],
         pose: Image,
@@ -67,7 +67,7 @@ class InfuseNetInjector(FluxInjector):
         *,
         start: float = 0.0,
         end: float = 1.0,
-    ) -> Iterator[FluxCalls]:
+    ) -> Iterator[FluxPipelines]:
         import torch
 
         if not 0 <= start < end <= 1:
@@ -78,7 +78,7 @@ class InfuseNetInjector(FluxInjector):
         if shot.identity_strength == 0:
             yield self.model
             return
-        person = _Identity(
+        conditioning = _IdentityConditioning(
             net=self.infusenet.net,
             pose=self._pose_latents(pose, noise_generator(shot, f"{stage}/pose")),
             strength=shot.identity_strength,
@@ -88,15 +88,16 @@ class InfuseNetInjector(FluxInjector):
         tokens = self.infusenet.tokens(torch.tensor(embedding[None]))
         with self.infusenet.net.identity(tokens):
             yield _IdentityPipelines(
-                partial(person.steer, self.model.text_to_image), partial(person.steer, self.model.image_to_image)
+                partial(conditioning.run, self.model.text_to_image), partial(conditioning.run, self.model.image_to_image)
             )
 
     def _pose_latents(self, pose: Image, generator: torch.Generator) -> torch.Tensor:
-        """The picture as the autoencoder sees it, a sample, packed as FLUX packs latents: (1, H/16 * W/16, 64)."""
+        """Encode the keypoint image with the autoencoder. Return a sample, packed as FLUX latents: (1, H/16 * W/16, 64)."""
         import torch
 
         pipe, vae = self.model.text_to_image, self.model.text_to_image.vae
-        # (1, 3, H, W), -1 to 1; laid out as in diffusers' ControlNet pipelines, for the convolutions round by the layout.
+        # (1, 3, H, W), -1 to 1. Contiguous as in diffusers' ControlNet pipelines, because the layout affects the rounding of
+        # convolutions.
         pixels = pipe.image_processor.preprocess(PILImage.fromarray(pose)).contiguous()
         with torch.no_grad():
             encoded = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample(generator)
@@ -112,8 +113,8 @@ class _IdentityPipelines:
 
 
 @dataclass(frozen=True, slots=True)
-class _Identity:
-    """How the net, which was told who it is, is asked at each step."""
+class _IdentityConditioning:
+    """InfuseNet's inputs that stay the same in all steps of a pipeline call."""
 
     net: IdentityControlNet
     pose: torch.Tensor
@@ -121,16 +122,16 @@ class _Identity:
     start: float
     end: float
 
-    def steer(self, pipe: Any, /, **arguments: Any) -> Any:
-        """Call the pipeline with InfuseNet's residuals in every step of `start` to `end`."""
+    def run(self, pipe: Any, /, **arguments: Any) -> Any:
+        """Call the pipeline with InfuseNet's residuals in the steps from `start` to `end`."""
         step, residuals = -1, {}
 
         def add_residuals(transformer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             nonlocal step, residuals
-            # A negative prompt makes two passes a step. Both get the residuals, as in diffusers: with them in one pass
-            # alone, as InfiniteYou has it, guidance would multiply the person by `true_cfg_scale`, too.
-            if (now := _step(pipe.scheduler)) != step:
-                step = now
+            # A negative prompt makes two passes per step. Both get the residuals, as in diffusers. InfiniteYou adds them to one
+            # pass only, which multiplies the identity conditioning by `true_cfg_scale`.
+            if (current_step := _step_index(pipe.scheduler)) != step:
+                step = current_step
                 residuals = self._residuals(kwargs) if self._is_active_step(step, pipe.num_timesteps) else {}
             return args, kwargs | residuals
 
@@ -143,22 +144,22 @@ class _Identity:
     def _is_active_step(self, step: int, steps: int) -> bool:
         return self.start <= step / steps and (step + 1) / steps <= self.end
 
-    def _residuals(self, told: dict[str, Any]) -> dict[str, Any]:
-        """For the transformer, of what it is told in a pass."""
+    def _residuals(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return InfuseNet's residuals for the inputs of the transformer, as arguments of the transformer."""
         double, single = self.net(
-            hidden_states=told["hidden_states"],
+            hidden_states=inputs["hidden_states"],
             controlnet_cond=self.pose,
             conditioning_scale=self.strength,
-            timestep=told["timestep"],
-            pooled_projections=told["pooled_projections"],
-            img_ids=told["img_ids"],
+            timestep=inputs["timestep"],
+            pooled_projections=inputs["pooled_projections"],
+            img_ids=inputs["img_ids"],
             return_dict=False,
         )
         return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
 
 
-def _step(scheduler: Any) -> int:
-    """The step that a pipeline is in, counted from the first that it runs."""
+def _step_index(scheduler: Any) -> int:
+    """Return the current step of a pipeline, counted from the first step that it runs."""
     first: int = scheduler.begin_index or 0
-    # Before its first step a scheduler has no index.
+    # The index is None before the first step.
     return 0 if scheduler.step_index is None else scheduler.step_index - first
