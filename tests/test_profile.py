@@ -79,7 +79,7 @@ def test_unknown_option_error_names_the_actor(tiny):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("builtin:nope", "there are tiny/flux"),
+        ("builtin:nope", "must be one of tiny/flux"),
         ("nowhere/at/all", "nothing at /"),
         ("hub:owner/name", "no revision"),
         ("hub:owner/name@0000000000000000000000000000000000000000", "nothing is downloaded while rendering"),

@@ -348,4 +348,4 @@ def test_likeness_stages_run_alone_on_a_file(tmp_path, capsys):
     assert main(arguments) == UsageError.exit_code
     assert "face_image: got nothing, the stage needs a face" in capsys.readouterr().err
     assert main([*arguments[:4], str(tmp_path / "l.png")]) == UsageError.exit_code
-    assert "image_likeness writes .json" in capsys.readouterr().err
+    assert "must end in .json for image_likeness" in capsys.readouterr().err
