@@ -36,7 +36,8 @@ chaos: setup
 
 # Regenerates docs/openapi.json and the tables between "generated" markers in docs/.
 docs: setup
-	VIDGEN_UPDATE_DOCS=1 $(BIN)/python -m pytest tests/test_docs_fields.py tests/online/test_docs_api.py
+	$(BIN)/python docs/field_tables.py
+	VIDGEN_UPDATE_OPENAPI=1 $(BIN)/python -m pytest tests/online/test_docs_api.py
 
 check: setup
 	$(BIN)/ruff format --check .

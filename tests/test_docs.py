@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ def modules_in_table(package: str) -> set[str]:
     table = ARCHITECTURE.split(f"| module of `{package}/` |")[1].split("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines()[2:]]
     return {name.rstrip("/") for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
+
+
+def test_generated_tables_are_current():
+    subprocess.run([sys.executable, ROOT / "docs" / "field_tables.py", "--check"], cwd=ROOT, check=True)
 
 
 @each_page
