@@ -265,7 +265,7 @@ class BatchDirector:
     async def _post(self) -> None:
         """Tell the driver how the run stands, and hear whether it is to stop."""
         while True:
-            snapshot = Snapshot(*self._workers.look(), self._in_progress)
+            snapshot = Snapshot(*self._workers.sample_status(), self._in_progress)
             self._metrics.snapshot(snapshot)
             with suppress(ray.exceptions.RayActorError):
                 self._stopping |= await self._board.publish.remote(snapshot)

@@ -15,7 +15,7 @@ import ray
 from vidgen_ray.batch.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.batch.metrics import RunMetrics
 from vidgen_ray.batch.run_config import RunConfig
-from vidgen_ray.batch.worker_pool import lost_for_good
+from vidgen_ray.batch.worker_pool import failure_of_call
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.retries import ShotFailed
@@ -72,7 +72,7 @@ class EncoderPool:
                     self._lost(encoder)
                     blamed += lost.caused_crash
                     suspected |= lost.may_have_caused_crash
-                    failure, final = lost_for_good(OUTPUT, lost, blamed), False
+                    failure, final = failure_of_call(OUTPUT, lost, blamed), False
                 finally:
                     self._give_back(encoder)
             if final or blamed + suspected >= self._attempts:
@@ -155,7 +155,7 @@ class EncoderPool:
             return committed
         except BaseException:
             begun.cancel()
-            encoder.tell("abandon", shot_id)
+            encoder.send("abandon", shot_id)
             raise
 
 

@@ -396,7 +396,7 @@ def _render(
             run_view(local / "progress.jsonl" if local else None) as view,
             stoppable(options.get("grace_s", GRACE_S)) as stop,
         ):
-            report = render(lines, profile, outputs, source=source, watcher=view, stop=stop, **options)
+            report = render(lines, profile, outputs, source=source, listener=view, stop=stop, **options)
     finally:
         gallery = write_gallery(out)
     if as_json:
