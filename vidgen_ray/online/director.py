@@ -215,7 +215,7 @@ class JobDirector:
     async def _lead(self, job: Job) -> None:
         """To its end, which is in the store then; or until nobody wants it, or this director is to end."""
         if job.attempts <= 1:
-            self._metrics.job_begun(job.tenant, time.time() - job.created_at)
+            self._metrics.job_started(job.tenant, time.time() - job.created_at)
         own = job.id, self.owner
         try:
             if job.attempts > MOST_CLAIMS:
@@ -322,7 +322,7 @@ class JobDirector:
                 adapters_of(plan, steps),
                 stages=names,
                 timeout_s=self._service.timeout_s(*names),
-                told=told,
+                on_progress=told,
                 adapters=adapters_of(plan, steps),
             )
             assert isinstance(result.given, tuple)
@@ -343,7 +343,7 @@ class JobDirector:
             stage=OUTPUT,
             # Chunks have timeouts of their own, and wait in queues before.
             timeout_s=None if chunked else ENCODE_TIMEOUT_S,
-            told=told,
+            on_progress=told,
         )
         record = result.given
         assert isinstance(record, ShotRecord)

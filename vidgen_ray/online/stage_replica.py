@@ -47,7 +47,7 @@ class StageReplica:
     def __init__(self, service: ReplicaConfig, spec: WorkerSpec) -> None:
         """Loads the weights. Raises SetupError where they cannot be."""
         self._service = service
-        self._bench = InferenceThread()
+        self._inference_thread = InferenceThread()
         self._useless: str | None = None
         """Why every further call would fail, where it would."""
         self._device = next((p.device for p in map(self._params, spec.stages) if p.device != "cpu"), "cpu")
@@ -104,7 +104,7 @@ class StageReplica:
             yield Result(CallResult(failure=StepFailed(stages[0], error).failure()), inputs_lost=True)
             return
         try:
-            async for news in self._bench.work(lambda: work(artefacts), stages[0], self._service.timeout_s(*stages)):
+            async for news in self._inference_thread.run(lambda: work(artefacts), stages[0], self._service.timeout_s(*stages)):
                 if isinstance(news, InferenceResult):
                     answer, made = news.value
                     # In another thread: the next call works meanwhile.
@@ -125,7 +125,7 @@ class StageReplica:
         """Raises RuntimeError where Serve should put another process in place of this one."""
         if self._useless:
             raise RuntimeError(self._useless)
-        if overdue_s := self._bench.overdue_s():
+        if overdue_s := self._inference_thread.overdue_s():
             # Serve would look twice more before it ends this process, which takes on calls and never begins them.
             self._end(f"a call has outlasted its time by {overdue_s:.0f} s")
             raise RuntimeError(self._useless)
