@@ -199,7 +199,7 @@ class TestRetryingCaller:
         assert (raised.value.failure.error, raised.value.failure.attempts) == ("TimedOut", 2)
 
     def test_lost_inputs_raise_inputs_lost(self):
-        lost = Result(CallResult(failure=failed(RuntimeError("x")).answer.failure), inputs_lost=True)
+        lost = Result(CallResult(failure=failed(RuntimeError("x")).call_result.failure), inputs_lost=True)
         with pytest.raises(InputsLost):
             call(Method((lost,)))
 

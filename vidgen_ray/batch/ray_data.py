@@ -45,13 +45,13 @@ def stream(parts: Sequence[str], config: RunConfig, run_state: RunStateHandle) -
     folder_checked = False
     try:
         for batch in chain.from_iterable(_result_rows(group, config, run_state) for group in batched(parts, PARTS_PER_DATASET)):
-            part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["outcome"][0])
+            part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["result"][0])
             done_lines = received[part]
             # A restarted director may emit results again.
             if done_lines is None or number in done_lines or not text:
                 continue
             done_lines.add(number)
-            if len(done_lines) == batch["of"][0]:
+            if len(done_lines) == batch["line_count"][0]:
                 received[part] = None
                 run_state.received.remote(part)
             task, result = ShotTask.from_line(batch["line"][0]), TaskResult.from_line(text)

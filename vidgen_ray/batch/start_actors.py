@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from vidgen_ray.batch.run_config import RunConfig
 from vidgen_ray.batch.run_state import RunState, RunStateHandle, run_state_name
-from vidgen_ray.batch.worker import CALLS_AT_ONCE, Encoder, Worker
+from vidgen_ray.batch.worker import MAX_CONCURRENT_CALLS, Encoder, Worker
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
@@ -62,7 +62,7 @@ def start_actors(config: RunConfig, labels: Sequence[Label | None]) -> Iterator[
         )
         run_state: RunStateHandle = run_state_class.remote()
         worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
-        worker_options: dict[str, Any] = {"max_concurrency": CALLS_AT_ONCE, **_RESTARTS}
+        worker_options: dict[str, Any] = {"max_concurrency": MAX_CONCURRENT_CALLS, **_RESTARTS}
         for number, (slot, label) in enumerate(zip(config.layout.slots, labels, strict=True)):
             bundle = {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
             group = placement_group([bundle], bundle_label_selector=[dict([label])] if label else None)

@@ -60,10 +60,10 @@ class RetryingCaller:
             try:
                 result = await _final_result(method.remote(*args), on_update, timeout_s)
                 if result.inputs_lost:
-                    raise InputsLost(result.answer.failure.message if result.answer.failure else stage)
-                if result.answer.failure is None:
+                    raise InputsLost(result.call_result.failure.message if result.call_result.failure else stage)
+                if result.call_result.failure is None:
                     return result
-                failure, final = result.answer.failure, result.answer.final
+                failure, final = result.call_result.failure, result.call_result.final
             except TimeoutError:
                 failure = _failure(stage, "TimedOut", f"took longer than {timeout_s:g} s")
             except (ray.exceptions.RayActorError, RayServeException) as error:
