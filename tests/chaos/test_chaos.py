@@ -257,7 +257,7 @@ def test_large_models_are_placed_on_large_gpus(nodes, with_large_flux, tmp_path)
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps({"id": f"s{n}", "prompt": "a", "generate_video": False}) + "\n" for n in range(4)))
     small, large = (node.node_id for node in nodes.nodes)
-    cards = ((SMALL_GB, small), (LARGE_GB, large))
+    gpus = ((SMALL_GB, small), (LARGE_GB, large))
     used_nodes = set()
     ray.init(address=nodes.address, log_to_driver=False)
     try:
@@ -267,7 +267,7 @@ def test_large_models_are_placed_on_large_gpus(nodes, with_large_flux, tmp_path)
             OutputFolder(tmp_path / "out"),
             source=script.name,
             listener=Events(lambda: used_nodes.update(nodes_of_the_workers())),
-            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in cards)),
+            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in gpus)),
             stages=FAKES,
         )
     finally:

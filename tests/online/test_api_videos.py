@@ -206,7 +206,7 @@ def test_a_failed_clip_says_why(client):
     assert done["status"] == "failed"
     assert done["error"] == {
         "code": "stage_failed",
-        "message": "flux: ValueError: it was told to",
+        "message": "flux: ValueError: the prompt asked for it",
         "type": "server_error",
         "param": None,
         "stage": "flux",

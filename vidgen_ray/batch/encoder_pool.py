@@ -139,15 +139,15 @@ class EncoderPool:
     ) -> ShotRecord:
         shot_id = plan.shot.id or ""
         # Chunks are processed while the image and the original clip are written.
-        begun = asyncio.ensure_future(_checked_call(encoder, "begin", plan, artefacts))
+        opened = asyncio.ensure_future(_checked_call(encoder, "begin", plan, artefacts))
         try:
             chunk_records = []
             if chunks is not None:
                 async for records_of_chunk, artefacts_of_chunk in chunks():
-                    await begun
+                    await opened
                     await _checked_call(encoder, "add", shot_id, artefacts_of_chunk)
                     chunk_records.append(records_of_chunk)
-            await begun
+            await opened
             all_records = (*records, *join_records(chunk_records))
             result, reference = await encoder.call(
                 "commit", shot_id, all_records, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
@@ -156,7 +156,7 @@ class EncoderPool:
             committed: ShotRecord = await reference
             return committed
         except BaseException:
-            begun.cancel()
+            opened.cancel()
             encoder.send("abandon", shot_id)
             raise
 

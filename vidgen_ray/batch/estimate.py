@@ -48,7 +48,7 @@ class _Tally(SkippedLines):
         self.done += 1
 
 
-def estimated(
+def estimate_run(
     lines: Callable[[], Iterable[CheckedLine | RejectedLine]],
     profile: Profile,
     outputs: OutputFolder,

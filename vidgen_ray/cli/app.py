@@ -224,7 +224,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the GPU layout, duration and cost of a script without rendering it."""
-    from vidgen_ray.batch.estimate import estimated
+    from vidgen_ray.batch.estimate import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
@@ -232,7 +232,7 @@ def plan(
     lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
-        demand, counts, cluster = estimated(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
+        demand, counts, cluster = estimate_run(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
 
