@@ -154,8 +154,8 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     limits = Limits(open_jobs=unlimited, requests_per_minute=unlimited)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=unlimited)
     with serving(server_plan(settings, this_machine), stages) as server:
-        server.wait_until_it_answers(threading.Event())
-        server.wait_until_it_renders(threading.Event())
+        server.wait_until_accepting(threading.Event())
+        server.wait_until_ready(threading.Event())
         yield Server(port, open_store(settings))
 
 

@@ -56,7 +56,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
 
     `layout_name` is one of efficiency.VIDGEN_LAYOUTS. Raises simulated.DoesNotFit if the layout does not fit on the GPUs.
     """
-    watcher, out = StatusCounter(), run_folder / "out"
+    listener, out = StatusCounter(), run_folder / "out"
     try:
         with local_ray(gpus):
             report = render(
@@ -64,7 +64,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
                 profile(run_folder, layout_name),
                 OutputFolder(out),
                 source="script.jsonl",
-                watcher=watcher,
+                listener=listener,
                 cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
                 # The other systems have no stage cache.
                 use_cache=False,

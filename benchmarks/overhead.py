@@ -150,7 +150,7 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _render(script: Path, folder: Path, watcher: RunClock) -> None:
+def _render(script: Path, folder: Path, listener: RunClock) -> None:
     from vidgen_ray.batch.render import render
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.profile import ActorProfile, Profile
@@ -166,7 +166,7 @@ def _render(script: Path, folder: Path, watcher: RunClock) -> None:
         profile,
         OutputFolder(folder / "out"),
         source=script.name,
-        watcher=watcher,
+        listener=listener,
         use_cache=False,
         stages=STAGES,
     )

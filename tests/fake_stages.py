@@ -1,5 +1,7 @@
-"""Stages without models, in milliseconds and without torch, that break when the prompt says so. Their declarations are those
-of the real ones, and so are all of the batch engine's code paths round them."""
+"""Fake stages: fast, without models or torch. The prompt scripts failures.
+
+They declare the same inputs and outputs as the real stages, so the executors take the same code paths.
+"""
 
 import os
 import time
@@ -16,38 +18,40 @@ from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 
 
-def obey(prompt):
-    """`die`, `hang`, `raise`, `wedge`, `full`; with `once PATH` behind only the first time, of all processes. `until PATH`
-    takes as long as there is no such file."""
-    what, _, when = prompt.partition(" ")
-    if when.startswith("once "):
-        marker = Path(when.removeprefix("once "))
+def run_scripted_failure(prompt):
+    """Fail as the prompt says: `crash`, `hang`, `raise`, `cuda-error` or `oom`.
+
+    With the suffix ` once PATH`, only the first call of all processes fails. `until PATH` waits until the file exists.
+    """
+    action, _, argument = prompt.partition(" ")
+    if argument.startswith("once "):
+        marker = Path(argument.removeprefix("once "))
         if marker.exists():
             return
         marker.touch()
-    if what == "die":
+    if action == "crash":
         os._exit(1)
-    while what == "until" and not Path(when).exists():
-        time.sleep(0.01)  # the file system tells nobody; the condition is the loop's
-    if what == "hang":
+    while action == "until" and not Path(argument).exists():
+        time.sleep(0.01)  # polls: files do not send events
+    if action == "hang":
         time.sleep(3600)
-    if what == "raise":
+    if action == "raise":
         raise RuntimeError("a transient fault")
-    if what == "wedge":
+    if action == "cuda-error":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    if what == "full":
+    if action == "oom":
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
-class EndsItsReader:
-    """Ends the process that unpickles it."""
+class CrashesReader:
+    """Crashes the process that unpickles it."""
 
     def __reduce__(self):
         return os._exit, (1,)
 
 
 class FakeStage:
-    """Comes before the real stage among the bases of each."""
+    """Mixin of all fake stages. It comes before the real stage in the base classes."""
 
     device = "cuda"
 
@@ -60,7 +64,7 @@ class FakeStage:
     adapter_loads = 0
 
     def __call__(self, items):
-        assert self.device != "cpu" or self.params.device == "cpu", "not on the GPU when it works"
+        assert self.device != "cpu" or self.params.device == "cpu", "the weights are not on the GPU"
         return [self.one(item.shot, item.artefacts) for item in items]
 
 
@@ -71,10 +75,10 @@ class FakeInstantID(FakeStage, InstantIDStage):
 
 class FakeFlux(FakeStage, FluxStage):
     def one(self, shot, artefacts):
-        obey(shot.prompt)
-        if shot.prompt == "end the encoder":
-            # Of a picture alone, which nobody else looks into.
-            return {"image": EndsItsReader()}
+        run_scripted_failure(shot.prompt)
+        if shot.prompt == "crash-encoder":
+            # For shots without a clip: only the encoder reads their image.
+            return {"image": CrashesReader()}
         noise = np.random.default_rng(shot.generator_seed(self.name))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 
@@ -82,13 +86,13 @@ class FakeFlux(FakeStage, FluxStage):
 class FakeLoRA(FakeStage, FluxLoRAStage):
     def one(self, shot, artefacts):
         for lora in shot.lora:
-            with Path(lora.path).with_name("worn").open("a") as worn:
-                worn.write(Path(lora.path).stem)
+            with Path(lora.path).with_name("active_loras").open("a") as log:
+                log.write(Path(lora.path).stem)
         return {"image": artefacts["image"][::-1]}
 
 
 def fake_likeness(seed):
-    """0 to 0.99, by the seed."""
+    """Return a likeness of 0 to 0.99 that depends on the seed only."""
     return seed % 100 / 100
 
 
@@ -99,7 +103,7 @@ class FakeImageLikeness(FakeStage, ImageLikenessStage):
 
 class FakeSVD(FakeStage, SVDStage):
     def one(self, shot, artefacts):
-        if shot.prompt == "lean" and self.params.decode_chunk_frames > 2:
+        if shot.prompt == "decoder-oom" and self.params.decode_chunk_frames > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
         return {"frames": np.stack([np.roll(artefacts["image"], n, 1) for n in range(shot.num_frames)])}
 

@@ -1,4 +1,4 @@
-"""The batch executor on a real Ray: the same bytes as the reference, every line accounted for, nothing rendered twice."""
+"""Batch executor on a real Ray: same bytes as the reference, every line in the manifest, nothing render_lines twice."""
 
 import json
 import signal
@@ -22,13 +22,13 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import iter_script, read_script
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
-"""A line of every kind, for the profile `tiny`."""
+"""Script with one line of every kind, for the profile `tiny`."""
 DONE = "shots/[!.]*/shot.json"
-"""Of shots that are done: what is half made has its files, too, in a hidden folder."""
+"""Records of finished shots. Unfinished shots have their files in hidden folders."""
 
 
 class Events:
-    """A watcher that remembers, and does something at the first shot that is done."""
+    """Listener that records events and calls `at_first` when the first shot is done."""
 
     def __init__(self, at_first=lambda: None):
         self.rows = []
@@ -57,7 +57,7 @@ def own_ray():
 
 
 def digests(out: Path) -> dict[str, str]:
-    """File -> sha256 of all that a run leaves to be looked at."""
+    """Return file -> sha256 of all output files of a run."""
     return {
         str(file.relative_to(out)): sha256_of(file)
         for file in sorted((out / "shots").rglob("*"))
@@ -70,13 +70,13 @@ def script(tiny):
     return list(iter_script(SCRIPT, run_seed=3, profile_defaults=tiny.defaults))
 
 
-def rendered(lines, profile, out, watcher=None, **options):
-    return render(lines, profile, OutputFolder(out), source="s", watcher=watcher or Events(), **options)
+def render_lines(lines, profile, out, listener=None, **options):
+    return render(lines, profile, OutputFolder(out), source="s", listener=listener or Events(), **options)
 
 
 @pytest.fixture(scope="module")
 def reference(tiny, script, tmp_path_factory):
-    """The demo script by the in-process pipeline: file -> sha256."""
+    """Output of the in-process pipeline for the script: file -> sha256."""
     out = tmp_path_factory.mktemp("reference")
     pipeline = VideoGenerationPipeline(tiny, out, keep_stages=True)
     for line in script:
@@ -85,10 +85,10 @@ def reference(tiny, script, tmp_path_factory):
     return digests(out)
 
 
-def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, script, reference, tmp_path):
+def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny, script, reference, tmp_path):
     staged = tiny.model_copy(update={"layout": "staged"})
     first = Events()
-    report = rendered(script, staged, tmp_path, first, keep_stages=True)
+    report = render_lines(script, staged, tmp_path, first, keep_stages=True)
     assert (report.done, report.failed, report.skipped) == (10, 0, 0)
     assert {Path(name).name for name in reference} == {
         "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
@@ -96,8 +96,8 @@ def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, s
     assert digests(tmp_path) == reference
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
-    again = Events()
-    report = rendered(script, tiny, tmp_path, again, keep_stages=True)
+    second = Events()
+    report = render_lines(script, tiny, tmp_path, second, keep_stages=True)
     assert (report.done, report.failed, report.skipped) == (0, 0, 10)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
     manifest = pq.read_table(tmp_path / "manifest").to_pylist()
@@ -107,27 +107,27 @@ def test_ray_renders_the_bytes_of_the_reference_and_a_second_run_nothing(tiny, s
             assert row[kind] is None or row[f"{kind}_sha256"] == reference[row[kind]]
 
 
-def test_a_change_to_the_upscaling_alone_reuses_images_and_clips(tiny, tmp_path):
+def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
     path = tmp_path / "s.jsonl"
     path.write_text('{"id": "a", "prompt": "a red ball"}\n')
     out = tmp_path / "out"
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         script = iter_script(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
-        assert rendered(script, tiny, out).done == 1
+        assert render_lines(script, tiny, out).done == 1
         record = json.loads((out / "shots" / "a" / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
         )
 
 
-def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again(tiny, tmp_path, capsys):
+def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, capsys):
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
     (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])
     lines = [
         {"id": "good", "prompt": "a red ball"},
         {"id": "tall", "prompt": "a", "height": 7},
-        {"id": "nobody", "prompt": "a", "face_image": "wall.png"},
+        {"id": "no-face", "prompt": "a", "face_image": "wall.png"},
         {"id": "junk", "prompt": "a", "lora": "junk.safetensors"},
         {"id": "cut", "prompt": "a", "image": "cut.jpg"},
         {"id": "unknown", "prompt": "a", "upscaler": "best"},
@@ -145,7 +145,7 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
     assert {i: (r["status"], r["line"], r["failure_stage"], r["failure_error"]) for i, r in rows.items()} == {
         "good": ("done", 1, None, None),
         "tall": ("failed", 2, "script", "ScriptError"),
-        "nobody": ("failed", 3, "instantid", "StageError"),
+        "no-face": ("failed", 3, "instantid", "StageError"),
         "junk": ("failed", 4, "lora", "StageError"),
         "cut": ("failed", 5, "svd", "MediaError"),
         "unknown": ("failed", 6, "plan", "StageError"),
@@ -153,23 +153,23 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
         "good-too": ("done", 8, None, None),
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
-    assert "no face found" in rows["nobody"]["failure_message"]
-    assert not (out / "shots" / "nobody" / "shot.json").exists()
+    assert "no face found" in rows["no-face"]["failure_message"]
+    assert not (out / "shots" / "no-face" / "shot.json").exists()
 
     failed = [shot for shot in read_script(path, profile_defaults=tiny.defaults).shots if rows[shot.id]["status"] == "failed"]
-    again = read_script(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4})
-    assert {s.id: s for s in again.shots} == {s.id: s for s in failed}, (
-        "a failed line comes back whole, whatever the defaults are by then"
+    reread = read_script(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4})
+    assert {s.id: s for s in reread.shots} == {s.id: s for s in failed}, (
+        "failures.jsonl contains all fields, independent of later defaults"
     )
-    assert {(line.id, line.errors[0].field) for line in again.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
+    assert {(line.id, line.errors[0].field) for line in reread.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
     assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
-    assert (after["nobody"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
+    assert (after["no-face"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
     assert set(after) == set(rows)
 
-    # The script is mended, and what it was refused for is no longer held against it.
+    # The script is fixed: the old failures are removed.
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "height": 64}) + "\n")
     assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--until", "image"]) == 0
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
@@ -180,9 +180,9 @@ def test_lines_that_fail_cost_their_neighbours_nothing_and_can_be_rendered_again
 
 
 @pytest.mark.timeout(600)
-def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_next_ends_it(tiny, script, reference, tmp_path):
+def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny, script, reference, tmp_path):
     def started(done):
-        """A driver that has rendered so many shots, with those before it."""
+        """Start a driver and wait until `done` shots are finished, including earlier ones."""
         options = ["-p", "tiny", "--seed", "3", "--keep", "stages"]
         command = [sys.executable, "-m", "vidgen_ray", "render", str(SCRIPT), "-o", str(tmp_path), *options]
         driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -190,17 +190,17 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
         while len(list(tmp_path.glob(DONE))) < done:
             assert driver.poll() is None, "the driver ended before its first shot"
             assert time.monotonic() < deadline
-            time.sleep(0.02)  # the file system tells nobody; the condition is the loop's
+            time.sleep(0.02)  # polls: files do not send events
         return driver
 
-    told = started(1)
-    told.send_signal(signal.SIGTERM)
-    _, said = told.communicate(timeout=120)
-    assert told.returncode == 130
-    assert "Run the same command to resume." in said
-    assert " INFO " not in said, "Ray's notices are none of the user's business"
+    stopped = started(1)
+    stopped.send_signal(signal.SIGTERM)
+    _, stderr = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130
+    assert "Run the same command to resume." in stderr
+    assert " INFO " not in stderr, "Ray's log messages are hidden"
     stopped_at = len(list(tmp_path.glob(DONE)))
-    assert stopped_at < len(script), "the driver was told too late to show anything"
+    assert stopped_at < len(script), "the driver was stopped too late for this test"
 
     killed = started(stopped_at + 1)
     killed.kill()
@@ -210,9 +210,9 @@ def test_a_driver_told_to_stop_and_a_killed_one_leave_nothing_partial_and_the_ne
         for name, file in json.loads(record.read_text())["files"].items():
             assert sha256_of(record.parent / name) == file["sha256"]
 
-    report = rendered(script, tiny, tmp_path, keep_stages=True)
+    report = render_lines(script, tiny, tmp_path, keep_stages=True)
     assert report.failed == 0
     assert report.skipped >= done_before >= 1
-    assert report.done >= 1, "the driver was killed too late to show anything"
+    assert report.done >= 1, "the driver was killed too late for this test"
     assert digests(tmp_path) == reference
     assert not list(tmp_path.rglob(".tmp-*"))

@@ -1,4 +1,4 @@
-"""Scripts of any length: memory that does not grow with them, and shots in an order that changes adapters seldom."""
+"""Long scripts: constant memory, and an order of shots that minimizes LoRA changes."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
 
 GROWTH_MB = 48
-"""Of peak memory between a script of 10,000 lines and any longer one."""
+"""Allowed growth of peak memory from a script of 10,000 lines to a longer one."""
 READ_AND_PLAN = """
 import json, sys, time
 from pathlib import Path
@@ -35,15 +35,15 @@ params = {
 }
 
 def peak_mb():
-    # Unlike getrusage, it does not begin with what the parent process had.
+    # Unlike getrusage, VmHWM does not include the peak of the parent process.
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
 def run(script):
-    counts = {"shots": 0, "refused": 0, "plans": 0}
+    counts = {"shots": 0, "rejected": 0, "plans": 0}
     def shots():
         for line in iter_script(script, profile_defaults={"scale": 2, "steps": {"flux": 4}}):
-            counts["shots" if isinstance(line, CheckedLine) else "refused"] += 1
+            counts["shots" if isinstance(line, CheckedLine) else "rejected"] += 1
             if isinstance(line, CheckedLine):
                 yield line.shot
     start = time.process_time()
@@ -57,7 +57,7 @@ print(json.dumps([run(Path(script)) for script in sys.argv[2:]]))
 
 
 def fields_of(number):
-    """A line of a mixed script: every 20th is refused, every 50th repeats an id, half of them bring files."""
+    """Return one line of a mixed script: every 20th is rejected, every 50th repeats an id, every second refers to files."""
     fields = {"id": f"shot-{number * 7919 % 1_000_003}", "prompt": f"shot {number}: a red ball rolls over a meadow at dawn"}
     if number % 20 == 5:
         fields["fps"] = 0
@@ -76,7 +76,7 @@ def write_script(path, lines):
         schema = pa.schema([(name, pa.array([fields_of(n).get(name) for n in range(100)]).type) for name in names])
         batches = (map(fields_of, range(first, min(first + 50_000, lines))) for first in range(0, lines, 50_000))
         table = pa.concat_tables([pa.Table.from_pylist(list(batch), schema=schema) for batch in batches])
-        # One row group, however long: the most that a reader may be tempted to hold.
+        # A single row group: the worst case for the memory of a reader.
         pq.write_table(table, path, row_group_size=lines)
         return path
     with path.open("w") as file:
@@ -85,8 +85,8 @@ def write_script(path, lines):
 
 
 @pytest.fixture
-def beside(tmp_path):
-    """The files that the lines name."""
+def input_folder(tmp_path):
+    """Folder with the files that the lines refer to."""
     for name in [f"face{n}.jpg" for n in range(11)] + [f"lora{n}.safetensors" for n in range(5)]:
         (tmp_path / name).write_text(name)
     (tmp_path / "weights").mkdir()
@@ -94,7 +94,7 @@ def beside(tmp_path):
     return tmp_path
 
 
-def measured(folder, *scripts):
+def run_in_process(folder, *scripts):
     command = [sys.executable, "-c", READ_AND_PLAN, str(folder / "weights"), *map(str, scripts)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -105,27 +105,27 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 @needs_proc
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 @pytest.mark.parametrize("lines", [50_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_memory_does_not_grow_with_the_script(beside, ending, lines):
-    scripts = [write_script(beside / f"{n}.{ending}", n) for n in (10_000, lines)]
-    short, long = measured(beside, *scripts)
-    assert long["refused"] == lines // 20 + lines // 50
-    assert long["shots"] == long["plans"] == lines - long["refused"]
+def test_memory_does_not_grow_with_the_script(input_folder, ending, lines):
+    scripts = [write_script(input_folder / f"{n}.{ending}", n) for n in (10_000, lines)]
+    short, long = run_in_process(input_folder, *scripts)
+    assert long["rejected"] == lines // 20 + lines // 50
+    assert long["shots"] == long["plans"] == lines - long["rejected"]
     assert long["peak_mb"] - short["peak_mb"] < GROWTH_MB
 
 
-def test_no_two_lines_of_a_script_have_the_same_id(beside):
-    script = write_script(beside / "s.jsonl", 2000)
+def test_line_ids_are_unique(input_folder):
+    script = write_script(input_folder / "s.jsonl", 2000)
     with script.open("a") as file:
         file.write("{broken\n" * 2000)
-    seen = list(iter_script(script))
-    ids = [line.shot.id if isinstance(line, CheckedLine) else line.id for line in seen]
+    lines = list(iter_script(script))
+    ids = [line.shot.id if isinstance(line, CheckedLine) else line.id for line in lines]
     assert len(ids) == len(set(ids)) == 4000
-    refused = [line for line in seen if isinstance(line, RejectedLine)]
-    assert [line.line for line in refused] == sorted(line.line for line in refused)
-    assert len(refused) == 2000 + 2000 // 20 + 2000 // 50
+    rejected = [line for line in lines if isinstance(line, RejectedLine)]
+    assert [line.line for line in rejected] == sorted(line.line for line in rejected)
+    assert len(rejected) == 2000 + 2000 // 20 + 2000 // 50
 
 
-def test_an_id_far_behind_the_first_is_refused_with_the_line_of_the_first(tmp_path):
+def test_repeated_id_is_rejected_with_the_line_of_the_first(tmp_path):
     lines = [{"id": "a", "prompt": "x"}, *({"id": f"n{n}", "prompt": "x"} for n in range(5000)), {"id": "a", "prompt": "y"}]
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -133,14 +133,14 @@ def test_an_id_far_behind_the_first_is_refused_with_the_line_of_the_first(tmp_pa
     assert str(last.errors[0]).startswith("s.jsonl line 5002, id: got 'a', line 1 has the same id")
 
 
-def test_many_lines_of_one_name_are_numbered_in_time(tmp_path):
+def test_many_lines_with_the_same_generated_id_are_numbered_quickly(tmp_path):
     script = tmp_path / "s.yaml"
     script.write_text(f"shots: [{'7, ' * 2000}]")
     ids = [line.id for line in iter_script(script)]
     assert (ids[:2], ids[-1], len(set(ids))) == (["s-line-1", "s-line-1-2"], "s-line-1-2000", 2000)
 
 
-def test_a_full_disk_is_named():
+def test_full_temporary_folder_raises_setup_error():
     def overfill():
         with ScriptIndex() as index:
             index._ids.execute("PRAGMA max_page_count = 4")
@@ -150,7 +150,7 @@ def test_a_full_disk_is_named():
         overfill()
 
 
-def test_shots_come_before_the_script_is_read_to_its_end(tmp_path):
+def test_shots_are_yielded_before_the_script_is_fully_read(tmp_path):
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps({"prompt": f"ball {n}"}) + "\n" for n in range(5000)))
     with script.open("ab") as file:
@@ -165,13 +165,13 @@ def plan(number, prompt, *loras):
     return ShotPlan(shot=shot, steps=(), key="")
 
 
-def itself(plan):
+def identity(plan):
     return plan
 
 
 def swaps(plans):
-    worn = [frozenset(lora.path for lora in plan.shot.lora) for plan in plans if plan.shot.lora]
-    return sum(a != b for a, b in pairwise(worn))
+    loras = [frozenset(lora.path for lora in plan.shot.lora) for plan in plans if plan.shot.lora]
+    return sum(a != b for a, b in pairwise(loras))
 
 
 @pytest.fixture(scope="module")
@@ -180,31 +180,31 @@ def mixed():
     return [plan(n, f"prompt {draw.randrange(20)}", *draw.choice([(), *("abcde")])) for n in range(2000)]
 
 
-def test_adapters_are_changed_a_few_times_a_window(mixed):
-    ordered = list(in_lora_order(mixed, itself, window=500))
+def test_loras_change_only_a_few_times_per_window(mixed):
+    ordered = list(in_lora_order(mixed, identity, window=500))
     assert sorted(p.shot.id for p in ordered) == sorted(p.shot.id for p in mixed)
-    # Five LoRAs in each of four windows, and none between windows.
+    # Five LoRAs in each of four windows: four changes per window, none between windows.
     assert swaps(ordered) == 4 * 4
     assert swaps(mixed) > 1000
     prompts = [p.shot.prompt for p in ordered if p.shot.lora and p.shot.lora[0].path == "a.safetensors"][:50]
     assert sum(a != b for a, b in pairwise(prompts)) < 20
 
 
-def test_ordering_keeps_the_order_of_what_is_alike_and_the_set_of_loras_has_none():
+def test_order_is_stable_and_ignores_the_order_of_loras():
     plans = [plan(0, "x", "a", "b"), plan(1, "y"), plan(2, "y", "b", "a"), plan(3, "x", "a", "b"), plan(4, "y")]
-    assert [p.shot.id for p in in_lora_order(plans, itself)] == ["s0", "s3", "s2", "s1", "s4"]
+    assert [p.shot.id for p in in_lora_order(plans, identity)] == ["s0", "s3", "s2", "s1", "s4"]
 
 
-def test_ordering_holds_one_window_and_no_more(mixed):
-    taken = given = most = 0
+def test_ordering_holds_at_most_one_window(mixed):
+    read = yielded = max_held = 0
 
     def counted():
-        nonlocal taken
-        for one in mixed:
-            taken += 1
-            yield one
+        nonlocal read
+        for plan in mixed:
+            read += 1
+            yield plan
 
-    for _ in in_lora_order(counted(), itself, window=100):
-        most = max(most, taken - given)
-        given += 1
-    assert (given, most) == (2000, 100)
+    for _ in in_lora_order(counted(), identity, window=100):
+        max_held = max(max_held, read - yielded)
+        yielded += 1
+    assert (yielded, max_held) == (2000, 100)

@@ -1,4 +1,4 @@
-"""Metrics: Ray exports every name of the table as the dashboard asks for it, and the dashboard asks for nothing else."""
+"""Batch metrics: Ray exports every metric, and the Grafana dashboard uses only exported series."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from vidgen_ray.batch import metrics
-from vidgen_ray.batch.metrics import ERRORS_NAMED, METRICS, RunMetrics, exported_names
+from vidgen_ray.batch.metrics import MAX_ERROR_LABELS, METRICS, RunMetrics, exported_names
 from vidgen_ray.batch.run_progress import Snapshot, StageStatus
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
@@ -33,11 +33,11 @@ def every_exported_name():
     return {series for name in METRICS for series in exported_names(name)}
 
 
-# The dashboard and the table
+# Dashboard and docs
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_the_dashboard_asks_only_for_series_that_exist(expression):
+def test_dashboard_uses_only_exported_series(expression):
     series = SERIES.findall(expression)
     assert series
     assert set(series) <= every_exported_name()
@@ -48,11 +48,11 @@ def test_every_metric_is_on_the_dashboard_and_in_the_docs():
     for name, spec in METRICS.items():
         assert shown & set(exported_names(name)), name
         assert f"`{name}`" in MONITORING
-        assert spec.about in MONITORING
+        assert spec.description in MONITORING
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_the_dashboards_queries_are_well_formed(expression):
+def test_dashboard_queries_are_well_formed(expression):
     open_brackets = []
     pairs = {")": "(", "]": "[", "}": "{"}
     for sign in re.sub(r'"[^"]*"', '""', expression):
@@ -63,14 +63,14 @@ def test_the_dashboards_queries_are_well_formed(expression):
     assert not open_brackets
     bare = re.sub(r'"[^"]*"|\[\$__(rate_interval|range)\]', "", expression)
     assert set(re.findall(r"[a-z_]+", SERIES.sub("", bare))) <= FUNCTIONS | KEYWORDS | LABELS
-    # A rate of a gauge, or a counter as it is, would be drawn without complaint and mean nothing.
+    # Grafana would plot the rate of a gauge or a raw counter without an error. Neither has a meaning.
     for series in SERIES.findall(expression):
         kind = next(METRICS[name].kind for name in METRICS if series in exported_names(name))
         assert bool(re.search(rf"(rate|increase)\({series}\b", expression)) == (kind != "gauge")
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_the_dashboard_groups_by_labels_that_the_series_have(expression):
+def test_dashboard_groups_by_existing_labels(expression):
     [series] = set(SERIES.findall(expression))
     spec = next(spec for name, spec in METRICS.items() if series in exported_names(name))
     labels = {"profile", *spec.labels, *(["le"] if series.endswith("_bucket") else [])}
@@ -79,8 +79,8 @@ def test_the_dashboard_groups_by_labels_that_the_series_have(expression):
     assert set(used) <= labels
 
 
-def test_the_dashboard_can_be_imported_anywhere():
-    """Panels name the variable, not somebody's data source; ids are unique; nothing lies over another."""
+def test_dashboard_can_be_imported_into_any_grafana():
+    """Panels use the data source variable, ids are unique, and panels do not overlap."""
     panels = DASHBOARD["panels"]
     assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "profile"}
     assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
@@ -97,12 +97,12 @@ def test_the_dashboard_can_be_imported_anywhere():
     assert max(x for x, _ in cells) < 24
 
 
-# What Ray really exports
+# Export by Ray
 
 
 @pytest.fixture(scope="module")
 def metrics_address():
-    """A Ray of our own that exports what its workers tell it every second."""
+    """Address of the metrics of a local Ray with a report interval of one second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,15 +121,15 @@ def metrics_address():
 
 @ray.remote(num_cpus=0)
 class Run:
-    """Stands where the coordinator of a run stands: in a worker process."""
+    """Worker process that records metrics, like the director of a run."""
 
-    def tell(self):
+    def record(self):
         run = RunMetrics("tiny")
         run.shot_ended("done")
         run.shot_ended("failed")
         run.step_ended("svd", 12.0, cached=False)
         run.step_ended("svd", 0.0, cached=True)
-        for n in range(ERRORS_NAMED + 5):
+        for n in range(MAX_ERROR_LABELS + 5):
             run.step_failed("svd", f"Error{n}")
         run.retried("svd")
         run.adapter_loads(0)
@@ -139,45 +139,45 @@ class Run:
         self._run = run
 
 
-def scraped(address, wanted):
-    """Name -> samples, once all the wanted names are there."""
+def scrape(address, expected):
+    """Return name -> samples, as soon as all expected names are exported."""
     deadline = time.monotonic() + 60
     while True:
-        found = {}
+        samples = {}
         try:
             text = urllib.request.urlopen(address, timeout=5).read().decode()
         except (urllib.error.URLError, ConnectionError):
             text = ""
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                found.setdefault(sample.name, []).append(sample)
-        if wanted <= set(found):
-            return found
-        assert time.monotonic() < deadline, f"not exported: {sorted(wanted - set(found))}"
-        time.sleep(0.5)  # the agent tells nobody that it has new values
+                samples.setdefault(sample.name, []).append(sample)
+        if expected <= set(samples):
+            return samples
+        assert time.monotonic() < deadline, f"not exported: {sorted(expected - set(samples))}"
+        time.sleep(0.5)  # polls: the metrics agent does not send events
 
 
-def test_ray_exports_every_metric_under_the_names_that_the_table_says(metrics_address):
+def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     run = Run.remote()
-    ray.get(run.tell.remote())
-    found = scraped(metrics_address, every_exported_name())
-    assert {name for name in found if "vidgen" in name} == every_exported_name()
+    ray.get(run.record.remote())
+    exported = scrape(metrics_address, every_exported_name())
+    assert {name for name in exported if "vidgen" in name} == every_exported_name()
     for name, spec in METRICS.items():
-        for sample in found[exported_names(name)[0]]:
+        for sample in exported[exported_names(name)[0]]:
             assert {"profile", *spec.labels} <= set(sample.labels), name
-    value = {name: samples[0].value for name, samples in found.items()}
+    value = {name: samples[0].value for name, samples in exported.items()}
     assert value["ray_vidgen_queued"] == 14
     assert value["ray_vidgen_busy_share"] == pytest.approx(0.98)
     assert value["ray_vidgen_adapter_loads_total"] == 3
     assert value["ray_vidgen_step_seconds_count"] == 1
-    shots = {sample.labels["status"]: sample.value for sample in found["ray_vidgen_shots_total"]}
+    shots = {sample.labels["status"]: sample.value for sample in exported["ray_vidgen_shots_total"]}
     assert shots == {"done": 1, "failed": 1}
-    errors = {sample.labels["error"]: sample.value for sample in found["ray_vidgen_step_failures_total"]}
-    assert len(errors) == ERRORS_NAMED + 1
+    errors = {sample.labels["error"]: sample.value for sample in exported["ray_vidgen_step_failures_total"]}
+    assert len(errors) == MAX_ERROR_LABELS + 1
     assert errors["other"] == 5
 
 
-def test_buckets_reach_from_tenths_of_a_second_to_a_stages_time_out():
+def test_histogram_buckets_cover_0_1_s_to_the_stage_timeout():
     assert sorted(metrics.STEP_SECONDS) == metrics.STEP_SECONDS
     assert metrics.STEP_SECONDS[0] <= 0.1
     assert metrics.STEP_SECONDS[-1] >= 1800

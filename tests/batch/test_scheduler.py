@@ -1,4 +1,4 @@
-"""Which worker does what next, without Ray and without time."""
+"""Scheduler: assignment of work to workers."""
 
 import itertools
 from collections import Counter
@@ -17,23 +17,23 @@ def scheduler_with(*stages, turns=(), adapters_kept=2):
     return Scheduler(workers, POSITIONS), workers
 
 
-def orders(given):
-    return [work.order for _, work in given]
+def orders(assigned):
+    return [work.order for _, work in assigned]
 
 
-def test_what_is_nearest_to_a_clip_goes_first_then_what_is_oldest():
+def test_later_stages_go_first_then_older_shots():
     scheduler, (worker,) = scheduler_with(ALL)
     for work in (Work("flux", 3), Work("flux", 2), Work("svd", 1), Work("realesrgan", 0)):
         scheduler.add(work)
-    done = []
-    while given := scheduler.assign():
-        for _, work in given:
-            done.append((work.stage, work.order))
-            scheduler.done(worker, work)
-    assert done == [("realesrgan", 0), ("svd", 1), ("flux", 2), ("flux", 3)]
+    finished = []
+    while assigned := scheduler.assign():
+        for _, work in assigned:
+            finished.append((work.stage, work.order))
+            scheduler.finished(worker, work)
+    assert finished == [("realesrgan", 0), ("svd", 1), ("flux", 2), ("flux", 3)]
 
 
-def test_a_worker_gets_only_what_it_holds_and_nothing_while_it_is_down():
+def test_workers_get_only_their_stages_and_nothing_while_down():
     scheduler, (flux, svd) = scheduler_with(("flux", "lora"), ("svd",))
     svd.live = False
     scheduler.add(Work("svd", 0))
@@ -43,7 +43,7 @@ def test_a_worker_gets_only_what_it_holds_and_nothing_while_it_is_down():
     assert [(worker, work.stage) for worker, work in scheduler.assign()] == [(svd, "svd")]
 
 
-def test_the_next_is_handed_over_early_only_where_plenty_waits():
+def test_work_is_prefetched_only_if_enough_is_queued():
     scheduler, workers = scheduler_with(("svd",), ("svd",))
     for order in range(3):
         scheduler.add(Work("svd", order))
@@ -53,90 +53,90 @@ def test_the_next_is_handed_over_early_only_where_plenty_waits():
     assert sorted(worker.load for worker in workers) == [1, 2]
 
 
-def test_several_chunks_are_at_hand_at_once():
+def test_worker_gets_several_chunks_at_once():
     scheduler, (_worker,) = scheduler_with(("realesrgan",))
     for order in range(20):
         scheduler.add(Work("realesrgan", order, load=CHUNK_LOAD))
     assert len(scheduler.assign()) == 2 / CHUNK_LOAD
 
 
-def test_a_lora_goes_where_it_is_laid_on():
+def test_shots_go_to_the_worker_with_their_lora():
     scheduler, (first, second) = scheduler_with(("flux",), ("flux",))
     for order, lora in enumerate("ab"):
         scheduler.add(Work("flux", order, frozenset(lora)))
     for worker, work in scheduler.assign():
-        scheduler.done(worker, work)
+        scheduler.finished(worker, work)
     assert (first.adapters, second.adapters) == (["a"], ["b"])
     scheduler.add(Work("flux", 2, frozenset("b")))
     scheduler.add(Work("flux", 3, frozenset("a")))
     assert {(worker.adapters[-1], *work.adapters) for worker, work in scheduler.assign()} == {("a", "a"), ("b", "b")}
 
 
-def test_a_shot_is_not_passed_over_for_ever_for_a_loras_sake():
+def test_lora_preference_does_not_starve_a_shot():
     scheduler, (worker,) = scheduler_with(("flux",), adapters_kept=1)
     worker.adapters = ["a"]
     scheduler.add(Work("flux", 0, frozenset("b")))
     for order in range(1, MAX_LORA_SKIPS + 1):
         scheduler.add(Work("flux", order, frozenset("a")))
-    given = scheduler.assign()
-    assert orders(given) == [1, 2]
-    for worker, work in given:
-        scheduler.done(worker, work)
+    assigned = scheduler.assign()
+    assert orders(assigned) == [1, 2]
+    for worker, work in assigned:
+        scheduler.finished(worker, work)
     scheduler.add(Work("flux", MAX_LORA_SKIPS + 1, frozenset("a")))
     assert orders(scheduler.assign())[0] == 0
 
 
-def test_a_suspect_is_alone_with_its_worker():
+def test_work_that_may_have_crashed_a_worker_runs_alone():
     scheduler, (worker,) = scheduler_with(("svd",))
-    may_have_caused_crash = Work("svd", 0, alone=True)
-    for work in (Work("svd", 1), may_have_caused_crash, Work("svd", 2)):
+    suspect = Work("svd", 0, alone=True)
+    for work in (Work("svd", 1), suspect, Work("svd", 2)):
         scheduler.add(work)
     assert orders(scheduler.assign()) == [0]
-    scheduler.done(worker, may_have_caused_crash)
+    scheduler.finished(worker, suspect)
     assert orders(scheduler.assign()) == [1, 2]
     scheduler.add(Work("svd", 0, alone=True))
     assert scheduler.assign() == []
 
 
-def test_what_a_dead_worker_had_laid_on_is_forgotten():
+def test_crash_resets_the_active_loras_of_a_worker():
     scheduler, (worker,) = scheduler_with(("flux",))
     scheduler.add(Work("flux", 0, frozenset("a")))
     scheduler.assign()
-    scheduler.died(worker)
+    scheduler.crashed(worker)
     assert (worker.live, worker.load, worker.adapters) == (False, 0, [])
 
 
-def test_groups_take_turns_in_runs():
+def test_swapped_groups_run_in_batches():
     turns = (("flux",), ("svd",))
     scheduler, (worker,) = scheduler_with(("flux", "svd"), turns=turns)
     for order in range(4 * TURN_SHOTS):
         scheduler.add(Work("flux", order))
         scheduler.add(Work("svd", order))
-    done = []
-    while given := scheduler.assign():
-        for _, work in given:
-            done.append(work.stage)
-            scheduler.done(worker, work)
-    swaps = sum(a != b for a, b in itertools.pairwise(done))
-    assert Counter(done) == {"flux": 4 * TURN_SHOTS, "svd": 4 * TURN_SHOTS}
+    finished = []
+    while assigned := scheduler.assign():
+        for _, work in assigned:
+            finished.append(work.stage)
+            scheduler.finished(worker, work)
+    swaps = sum(a != b for a, b in itertools.pairwise(finished))
+    assert Counter(finished) == {"flux": 4 * TURN_SHOTS, "svd": 4 * TURN_SHOTS}
     assert swaps <= 2 * 4
 
 
-def test_a_worker_that_takes_turns_makes_work_before_the_others_run_out():
+def test_worker_swaps_groups_before_other_workers_run_out_of_work():
     scheduler, (both, svd) = scheduler_with(("flux", "svd"), ("svd",), turns=(("flux",), ("svd",)))
     svd.spec = WorkerSpec(("svd",), 1, 1)
     both.group, both.turn = ("svd",), 1
     scheduler.add(Work("svd", 0))
     scheduler.add(Work("flux", 1))
-    given = {worker.spec.stages: work.stage for worker, work in scheduler.assign()}
-    assert given == {("flux", "svd"): "flux", ("svd",): "svd"}
+    assigned = {worker.spec.stages: work.stage for worker, work in scheduler.assign()}
+    assert assigned == {("flux", "svd"): "flux", ("svd",): "svd"}
 
 
-def test_steps_go_together_only_where_the_first_brings_the_turn_that_the_others_need():
+def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
     turns = (("flux", "lora"), ("svd",))
     worker = WorkerSpec(ALL, 1, 1, turns)
     assert worker.can_run("flux", "lora", "image_likeness")
     assert worker.can_run("instantid", "image_likeness")
-    assert not worker.can_run("instantid", "flux"), "it would be begun in svd's turn"
+    assert not worker.can_run("instantid", "flux"), "instantid may start while the group of svd is on the GPU"
     assert not worker.can_run("lora", "svd")
     assert WorkerSpec(ALL, 1, 1).can_run("instantid", "flux", "svd")

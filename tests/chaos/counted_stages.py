@@ -1,4 +1,4 @@
-"""The real stages, on a CPU whatever the profile says, each of whose calls leaves a line in a log: what was computed, where."""
+"""The real stages, always on the CPU, with a log of every call."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import time
 from vidgen_ray.graph import STAGES
 
 LOG = "VIDGEN_CHAOS_LOG"
-"""Environment variable: the log's path."""
+"""Environment variable with the path of the log."""
 
 
-def note(stage, work):
-    """One write, so that lines of several processes do not mix and a killed process leaves whole ones."""
+def log_call(stage, work):
+    """Append a line with a single write, so that lines are complete and never interleaved."""
     line = json.dumps({"stage": stage, "work": work, "pid": os.getpid(), "at": time.time()}) + "\n"
     file = os.open(os.environ[LOG], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(file, line.encode())
@@ -19,21 +19,21 @@ def note(stage, work):
 
 
 class Counted:
-    """Comes before the real stage among the bases of each."""
+    """Mixin that logs calls. It comes before the real stage in the base classes."""
 
     def __init__(self, params):
         super().__init__(params.model_copy(update={"device": "cpu"}))
 
     def __call__(self, items):
-        given = super().__call__(items)
-        note(self.name, [item.shot.id for item in items])
-        return given
+        results = super().__call__(items)
+        log_call(self.name, [item.shot.id for item in items])
+        return results
 
     def run_chunk(self, shot, frames, lookahead=None):
         result = super().run_chunk(shot, frames, lookahead)
-        note(self.name, len(frames))
+        log_call(self.name, len(frames))
         return result
 
 
 COUNTED = {stage.name: type(f"Counted{stage.__name__}", (Counted, stage), {"__module__": __name__}) for stage in STAGES}
-globals().update({stage.__name__: stage for stage in COUNTED.values()})  # where pickle looks for them
+globals().update({stage.__name__: stage for stage in COUNTED.values()})  # pickle finds classes by their module attribute

@@ -1,4 +1,4 @@
-"""A driver to be killed: `python -m tests.chaos.driver SCRIPT OUT ADDRESS` renders the script on the cluster there."""
+"""Driver process for the chaos tests: `python -m tests.chaos.driver SCRIPT OUT ADDRESS` renders a script on a cluster."""
 
 import sys
 from pathlib import Path
@@ -11,14 +11,14 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.reader import iter_script
 
 GPUS = "2x2x80GB"
-"""Two nodes of two pretended GPUs."""
+"""Two nodes with two simulated GPUs each."""
 SIZES_GB = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
 ATTEMPTS = 10
-"""A line may be in hand at several kills, none of which it is to blame for."""
+"""More than usual: a line may be in progress during several kills that it did not cause."""
 
 
 class Silent:
-    """A watcher that says nothing."""
+    """Listener that ignores all events."""
 
     def on_rejected(self, row): ...
 
@@ -30,7 +30,7 @@ class Silent:
 
 
 def profile() -> Profile:
-    """The tiny models, each actor on a GPU of its own as far as there are GPUs."""
+    """Return the tiny profile with each actor on its own GPU, as far as there are GPUs."""
     tiny = load_profile("tiny")
     actors = {
         name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.5, "seconds": {}})
@@ -46,7 +46,7 @@ def main(script: str, out: str, address: str) -> int:
         chosen,
         OutputFolder(out),
         source="script.jsonl",
-        watcher=Silent(),
+        listener=Silent(),
         address=address,
         cluster=parse_gpus(GPUS),
         stages=COUNTED,

@@ -1,7 +1,7 @@
-"""A cluster of three nodes from which processes, nodes and drivers are taken at random moments while it renders with the
-tiny models: every line is accounted for, every file is the one of an undisturbed run, and little is computed twice.
+"""Chaos tests: kill processes, nodes and drivers of a three-node cluster at random while it renders with the tiny models.
 
-`make chaos` has the long form and prints what was done; `make test` the short one. What else needs several nodes is here, too.
+Every line is in the manifest, every file equals that of an undisturbed run, and little is computed twice. `make chaos` runs the
+long form and prints a summary, `make test` the short form. Other tests that need several nodes are here, too.
 """
 
 import json
@@ -38,28 +38,28 @@ from vidgen_ray.script.reader import iter_script
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "VIDGEN_CHAOS"
-"""In the environment of all processes of the cluster, to tell them from those of another Ray on this machine."""
-LOOK_S = 0.1
-IN_HAND = 8
-"""Calls that one process has at hand at most: chunks of a quarter of a load."""
+"""Environment variable that marks the processes of this cluster, to tell them from those of another Ray."""
+POLL_S = 0.1
+MAX_PENDING_CALLS = 8
+"""Pending calls per process, at most: chunks with a quarter of a load each."""
 WINDOW = 12
-"""Shots in progress: three a slot, four slots."""
+"""Shots in progress: three per slot, four slots."""
 
 
 def processes(title):
-    """Pids of the cluster's processes whose title begins so."""
-    found = []
+    """Return the pids of the cluster's processes whose title starts with `title`."""
+    pids = []
     for process in psutil.process_iter():
         try:
             if " ".join(process.cmdline()).startswith(title) and MARK in process.environ():
-                found.append(process.pid)
+                pids.append(process.pid)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return sorted(found)
+    return sorted(pids)
 
 
 class ThreeNodes:
-    """A head that runs no work, and two nodes with two pretended GPUs each."""
+    """Cluster with a head that runs no work and two nodes with two simulated GPUs each."""
 
     def __init__(self, folder):
         os.environ.update({MARK: uuid.uuid4().hex, LOG: str(folder / "calls.jsonl"), "PYTHONPATH": str(ROOT)})
@@ -75,7 +75,7 @@ class ThreeNodes:
         return self._cluster.add_node(num_cpus=8, num_gpus=2, object_store_memory=200 << 20)
 
     def replace_one(self, rng):
-        """A node vanishes without a word, and another comes, as with spot machines."""
+        """Remove a node without notice and add a new one, like a spot instance."""
         lost = self.nodes.pop(rng.randrange(len(self.nodes)))
         self._cluster.remove_node(lost, allow_graceful=False)
         self.nodes.append(self._add())
@@ -87,22 +87,22 @@ class ThreeNodes:
 
 
 @dataclass
-class SkippedLines:
-    """What happened in one run."""
+class Disturbances:
+    """Disturbances of one run, and its calls."""
 
     drivers: int = 0
-    done_to_it: Counter = field(default_factory=Counter)
+    counts: Counter = field(default_factory=Counter)
     calls: list = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Undisturbed(NamedTuple):
-    """What every run must come to."""
+    """Expected result of every run."""
 
     ids: list[str]
     digests: dict[str, str]
     calls: int
-    """Of stages, each thing computed once."""
+    """Stage calls without repetition."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def nodes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
-    """Six shots; some with a face, a LoRA, a restyle."""
+    """Script with six shots. Some have a face, a LoRA or a restyle."""
     lines = []
     for n in range(6):
         line = {"id": f"s{n:02}", "prompt": f"shot {n}", "num_frames": 6}
@@ -140,18 +140,15 @@ def calls():
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def rendered(script, out, nodes, disturbances, total, rng):
-    """Run the script to its end, with `disturbances` at random shares of its `total` calls.
-
-    A killed driver is started again.
-    """
+def render_with(disturbances, script, out, nodes, total, rng):
+    """Render the script, with `disturbances` at random points of its `total` calls. A killed driver is restarted."""
     Path(os.environ[LOG]).unlink(missing_ok=True)
-    account, begun = SkippedLines(), time.monotonic()
+    record, started = Disturbances(), time.monotonic()
     moments = sorted(rng.uniform(0.05, 0.95) * total for _ in disturbances)
     due = list(zip(moments, disturbances, strict=True))
     with open(out.with_suffix(".log"), "wb") as log:
         driver = start(script, out, nodes, log)
-        account.drivers += 1
+        record.drivers += 1
         while driver.poll() is None:
             if due and len(calls()) >= due[0][0]:
                 _, disturb = due.pop(0)
@@ -159,14 +156,14 @@ def rendered(script, out, nodes, disturbances, total, rng):
                     driver.kill()
                     driver.wait()
                     driver = start(script, out, nodes, log)
-                    account.drivers += 1
-                    account.done_to_it[disturb.__name__] += 1
+                    record.drivers += 1
+                    record.counts[disturb.__name__] += 1
                 elif disturb(nodes, rng):
-                    account.done_to_it[disturb.__name__] += 1
-            time.sleep(LOOK_S)  # nobody announces a call
-    account.calls, account.seconds = calls(), time.monotonic() - begun
+                    record.counts[disturb.__name__] += 1
+            time.sleep(POLL_S)  # polls: calls do not send events
+    record.calls, record.seconds = calls(), time.monotonic() - started
     assert driver.returncode == 0, out.with_suffix(".log").read_text()[-3000:]
-    return account
+    return record
 
 
 def kill_one(pids, rng):
@@ -188,8 +185,8 @@ def kill_encoder(nodes, rng):
     return kill_one(processes("ray::Encoder"), rng)
 
 
-def kill_coordinator(nodes, rng):
-    return kill_one(processes("ray::MapWorker(MapBatches(Director))"), rng)
+def kill_director(nodes, rng):
+    return kill_one(processes("ray::MapWorker(MapBatches(BatchDirector))"), rng)
 
 
 def lose_node(nodes, rng):
@@ -198,43 +195,43 @@ def lose_node(nodes, rng):
 
 
 def kill_driver(nodes, rng):
-    """The loop does it, which has the driver."""
+    """Marker: `render_with` kills the driver itself."""
 
 
-def allowed_rework(account):
-    """What was in hand of the processes that were killed, and of the shots in progress where a node or a driver went."""
-    done = account.done_to_it
-    killed = done.total() - done["lose_node"] - done["kill_driver"]
-    return IN_HAND * killed + WINDOW * (done["lose_node"] + done["kill_driver"])
+def allowed_rework(record):
+    """Return how many calls may be repeated: those pending on killed processes, and shots of a lost node or driver."""
+    counts = record.counts
+    killed = counts.total() - counts["lose_node"] - counts["kill_driver"]
+    return MAX_PENDING_CALLS * killed + WINDOW * (counts["lose_node"] + counts["kill_driver"])
 
 
-def expect_as_undisturbed(out, account, undisturbed):
+def check_results(out, record, undisturbed):
     rows = read_manifest(out)
-    assert sorted(row.id for row in rows) == sorted(undisturbed.ids), "every line once"
+    assert sorted(row.id for row in rows) == sorted(undisturbed.ids), "every line is in the manifest once"
     assert {row.status for row in rows} <= {"done", "skipped"}
     assert digests(out) == undisturbed.digests
     assert not list(out.rglob(".tmp-*"))
     assert not list(out.glob("spool/*"))
     assert not (out / "failures.jsonl").exists() or not (out / "failures.jsonl").read_text()
-    assert len(account.calls) - undisturbed.calls <= allowed_rework(account)
+    assert len(record.calls) - undisturbed.calls <= allowed_rework(record)
 
 
-def told(account, undisturbed):
-    kinds = ", ".join(f"{count} x {name}" for name, count in sorted(account.done_to_it.items()))
-    again = f"{len(account.calls) - undisturbed.calls} of {undisturbed.calls} calls again"
-    return f"{kinds}; {account.drivers} drivers, {account.seconds:.0f} s, {again} (allowed {allowed_rework(account)})"
+def summary(record, undisturbed):
+    kinds = ", ".join(f"{count} x {name}" for name, count in sorted(record.counts.items()))
+    repeated = f"{len(record.calls) - undisturbed.calls} of {undisturbed.calls} calls repeated"
+    return f"{kinds}; {record.drivers} drivers, {record.seconds:.0f} s, {repeated} (allowed {allowed_rework(record)})"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(script, tiny, tmp_path_factory):
-    """The script by the in-process pipeline, where nothing can happen to it."""
+    """Result of the in-process pipeline for the script."""
     out = tmp_path_factory.mktemp("undisturbed")
     pipeline = VideoGenerationPipeline(tiny, out)
     plans = [pipeline.plan(line.shot) for line in iter_script(script, profile_defaults=tiny.defaults)]
     for planned in plans:
         pipeline.render(planned.shot)
     pipeline.close()
-    # Shots share the features of a photo.
+    # Shots with the same photo share its face features.
     calls = len({step.key for planned in plans for step in planned.steps})
     return Undisturbed([planned.shot.id for planned in plans], digests(out), calls)
 
@@ -244,7 +241,7 @@ SMALL_GB, LARGE_GB = 24.0, 80.0
 
 @pytest.fixture(scope="module")
 def with_large_flux(tiny):
-    """A profile whose FLUX fits on the larger cards alone."""
+    """Profile whose FLUX fits only on the larger GPUs."""
     sizes = {"instantid": 1, "flux": 60, "svd": 16, "realesrgan": 4}
     on_gpu = {"device": "cuda", "cpus": 0.5}
     actors = {name: tiny.actors[name].model_copy(update={**on_gpu, "memory_gb": gb}) for name, gb in sizes.items()}
@@ -256,12 +253,12 @@ def nodes_of_the_workers():
     return {ray.get(worker.place.remote()).node for worker in workers}
 
 
-def test_where_cards_differ_a_model_is_on_one_that_holds_it(nodes, with_large_flux, tmp_path):
+def test_large_models_are_placed_on_large_gpus(nodes, with_large_flux, tmp_path):
     script = tmp_path / "s.jsonl"
     script.write_text("".join(json.dumps({"id": f"s{n}", "prompt": "a", "generate_video": False}) + "\n" for n in range(4)))
     small, large = (node.node_id for node in nodes.nodes)
-    cards = ((SMALL_GB, small), (LARGE_GB, large))
-    found = set()
+    gpus = ((SMALL_GB, small), (LARGE_GB, large))
+    used_nodes = set()
     ray.init(address=nodes.address, log_to_driver=False)
     try:
         report = render(
@@ -269,43 +266,44 @@ def test_where_cards_differ_a_model_is_on_one_that_holds_it(nodes, with_large_fl
             with_large_flux,
             OutputFolder(tmp_path / "out"),
             source=script.name,
-            watcher=Events(lambda: found.update(nodes_of_the_workers())),
-            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in cards)),
+            listener=Events(lambda: used_nodes.update(nodes_of_the_workers())),
+            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in gpus)),
             stages=FAKES,
         )
     finally:
         ray.shutdown()
     assert (report.done, report.failed) == (4, 0)
-    assert found == {large}, "a picture needs FLUX alone, which the small cards do not hold"
+    assert used_nodes == {large}, "images need only FLUX, which does not fit on the small GPUs"
 
 
-def test_where_ray_cannot_tell_cards_apart_nothing_is_begun(with_large_flux, make_shot):
+def test_gpus_that_ray_cannot_distinguish_are_an_error(with_large_flux, make_shot):
     demand = demand_of([make_shot()])
-    for machines, says in (
-        (parse_gpus("1x24GB+1x80GB"), "is not told by --gpus"),
-        (Machines((Node((SMALL_GB, LARGE_GB), 16, None, ("a", "b")),)), "cannot be told apart"),
+    for cluster, message in (
+        (parse_gpus("1x24GB+1x80GB"), "--gpus does not say which node has which GPUs"),
+        (Machines((Node((SMALL_GB, LARGE_GB), 16, None, ("a", "b")),)), "Ray cannot distinguish GPUs of different sizes"),
     ):
-        with pytest.raises(SetupError, match=says):
-            labels_of(plan(with_large_flux, demand, machines), machines)
+        with pytest.raises(SetupError, match=message):
+            labels_of(plan(with_large_flux, demand, cluster), cluster)
     alike = parse_gpus("2x80GB")
     assert set(labels_of(plan(with_large_flux, demand, alike), alike)) == {None}
 
 
 @pytest.mark.timeout(900)
-def test_a_run_from_which_all_kinds_of_things_are_taken_ends_as_if_nothing_had_been(nodes, script, undisturbed, tmp_path):
+def test_run_survives_crashes_of_workers_encoders_director_and_node(nodes, script, undisturbed, tmp_path):
     out, rng = tmp_path / "out", random.Random(1)
-    account = rendered(script, out, nodes, [kill_upscaler, kill_encoder, kill_coordinator, lose_node], undisturbed.calls, rng)
-    assert account.done_to_it.total() >= 3, told(account, undisturbed)
-    expect_as_undisturbed(out, account, undisturbed)
+    disturbances = [kill_upscaler, kill_encoder, kill_director, lose_node]
+    record = render_with(disturbances, script, out, nodes, undisturbed.calls, rng)
+    assert record.counts.total() >= 3, summary(record, undisturbed)
+    check_results(out, record, undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(5))
-def test_many_random_moments(nodes, script, undisturbed, tmp_path, seed, capsys):
+def test_run_survives_random_crashes(nodes, script, undisturbed, tmp_path, seed, capsys):
     out, rng = tmp_path / "out", random.Random(seed)
-    kinds = [kill_worker, kill_worker, kill_upscaler, kill_encoder, kill_coordinator, lose_node, kill_driver]
-    account = rendered(script, out, nodes, rng.sample(kinds, len(kinds)), undisturbed.calls, rng)
+    kinds = [kill_worker, kill_worker, kill_upscaler, kill_encoder, kill_director, lose_node, kill_driver]
+    record = render_with(rng.sample(kinds, len(kinds)), script, out, nodes, undisturbed.calls, rng)
     with capsys.disabled():
-        print(f"\nseed {seed}: {told(account, undisturbed)}")  # noqa: T201  # the report is what the long form is for
-    expect_as_undisturbed(out, account, undisturbed)
+        print(f"\nseed {seed}: {summary(record, undisturbed)}")  # noqa: T201  # the long form prints a summary
+    check_results(out, record, undisturbed)

@@ -1,4 +1,4 @@
-"""Databases to test with: SQLite always, a PostgreSQL server of our own where Debian's packages are installed."""
+"""Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
 
 import os
 import pwd
@@ -11,27 +11,27 @@ from pathlib import Path
 
 import pytest
 
-INSTALLED = Path("/usr/lib/postgresql")
+POSTGRES_PREFIX = Path("/usr/lib/postgresql")
 numbers = count()
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A server on a socket of its own: the URL of its database up to the name."""
-    folders = sorted(INSTALLED.glob("*/bin/initdb"), key=lambda path: int(path.parent.parent.name))
+    """Start a PostgreSQL server on a private socket. Return the URL of its databases, with a placeholder for the name."""
+    folders = sorted(POSTGRES_PREFIX.glob("*/bin/initdb"), key=lambda path: int(path.parent.parent.name))
     if not folders:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     programs = folders[-1].parent
-    home = Path(tempfile.mkdtemp(prefix="vidgen-pg-", dir="/tmp"))  # a socket's path may have 107 letters
-    user, drop = "vidgen", {}
+    home = Path(tempfile.mkdtemp(prefix="vidgen-pg-", dir="/tmp"))  # the path of a socket is limited to 107 characters
+    user, run_as = "vidgen", {}
     if os.geteuid() == 0:
-        # PostgreSQL refuses to run as root.
-        nobody = pwd.getpwnam("postgres")
-        os.chown(home, nobody.pw_uid, nobody.pw_gid)
-        drop = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        # PostgreSQL does not run as root.
+        account = pwd.getpwnam("postgres")
+        os.chown(home, account.pw_uid, account.pw_gid)
+        run_as = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
 
     def call(program: str, *args: str) -> None:
-        subprocess.run([programs / program, *args], check=True, capture_output=True, cwd=home, timeout=60, **drop)
+        subprocess.run([programs / program, *args], check=True, capture_output=True, cwd=home, timeout=60, **run_as)
 
     data = home / "data"
     call("initdb", "-D", str(data), "-U", user, "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
@@ -46,7 +46,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request, tmp_path) -> str:
-    """An empty database of either kind."""
+    """URL of an empty database, SQLite and PostgreSQL in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     server = request.getfixturevalue("postgres")

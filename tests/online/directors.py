@@ -1,6 +1,6 @@
-"""A server without Ray to test the API with: the app, and a thread that makes what the store has queued.
+"""API server without Ray, for tests: the app, and a thread that renders queued jobs.
 
-It makes shots by the pipeline, or paints them: real files of the right sizes, without any model.
+Shots are noise: real files of the right sizes, without models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,58 +30,56 @@ from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord
-from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import Profile
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.progress import progress_callback
 
 LOCAL: dict[str, Any] = {"base_url": "http://127.0.0.1", "client": ("127.0.0.1", 50_000)}
-"""Of a TestClient that asks from this machine."""
+"""Arguments of a TestClient that connects from this machine."""
 ProgressCallback = Callable[[str, int, int], None]
-Make = Callable[[ShotPlan, ProgressCallback], None]
-"""Makes a shot's files, saying how far it is. Raises StepFailed or Cancelled."""
+RenderShot = Callable[[ShotPlan, ProgressCallback], None]
+"""Function that renders a shot and reports its progress. Raises StepFailed or Cancelled."""
 
 
 class LocalDirector:
-    """Leads one job at a time. `hold` keeps it from beginning any."""
+    """Runs one job at a time. While `held` is set, no job starts."""
 
-    def __init__(self, store: JobStore, serving_profile: ServingProfile, outputs: OutputFolder, make: Make) -> None:
-        self._store, self._served, self._outputs, self._make = store, serving_profile, outputs, make
-        self._ending = threading.Event()
-        self._news = threading.Event()
+    def __init__(self, store: JobStore, serving_profile: ServingProfile, outputs: OutputFolder, render: RenderShot) -> None:
+        self._store, self._serving_profile, self._outputs, self._render = store, serving_profile, outputs, render
+        self._closing = threading.Event()
+        self._woken = threading.Event()
         self.rendered: list[str] = []
-        """Keys, in the order in which they were made."""
+        """Content keys of the rendered shots, in order."""
         self.held = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
-        self._news.set()
+        self._woken.set()
 
     def close(self) -> None:
-        self._ending.set()
-        self._news.set()
+        self._closing.set()
+        self._woken.set()
         self._thread.join(60)
 
     def _run(self) -> None:
-        while not self._ending.is_set():
-            self._news.clear()
+        while not self._closing.is_set():
+            self._woken.clear()
             jobs = [] if self.held.is_set() else self._store.queue.claim("director", 60, 1)
             for job in jobs:
-                self._lead(job)
+                self._run_job(job)
             if not jobs:
-                self._news.wait(0.05)
+                self._woken.wait(0.05)
 
-    def _lead(self, job: Job) -> None:
-        def told(stage: str, step: int, steps: int) -> None:
-            if self._ending.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
+    def _run_job(self, job: Job) -> None:
+        def on_progress(stage: str, step: int, steps: int) -> None:
+            if self._closing.is_set() or self._store.queue.heartbeat("director", [job.id], 60):
                 raise Cancelled
             self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
 
         try:
-            plan = self._served.plan(job.shot)
+            plan = self._serving_profile.plan(job.shot)
             if self._outputs.find_by_key(plan.key) is None:
-                self._make(plan, told)
+                self._render(plan, on_progress)
                 self.rendered.append(plan.key)
             done = self._outputs.find_by_key(plan.key)
             assert done is not None
@@ -95,26 +92,16 @@ class LocalDirector:
             self._store.queue.failed(job.id, "director", error)
 
 
-def by_pipeline(profile: Profile, data: Path) -> Make:
-    pipeline = VideoGenerationPipeline(profile, data)
+def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps: int = 2) -> RenderShot:
+    """Return a function that writes noise. Each step takes `step_s` seconds. The prompt `fail` fails."""
 
-    def make(plan: ShotPlan, told: ProgressCallback) -> None:
-        with progress_callback(told):
-            pipeline.render(plan.shot)
-
-    return make
-
-
-def painted(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps: int = 2) -> Make:
-    """Waits for `step_s` in each of the steps; a prompt of `fail` fails."""
-
-    def make(plan: ShotPlan, told: ProgressCallback) -> None:
+    def render(plan: ShotPlan, on_progress: ProgressCallback) -> None:
         shot = plan.shot
         for step in range(steps):
-            told("flux", step + 1, steps)
+            on_progress("flux", step + 1, steps)
             time.sleep(step_s)
         if shot.prompt == "fail":
-            raise StepFailed("flux", ValueError("it was told to"))
+            raise StepFailed("flux", ValueError("the prompt asked for it"))
         noise = np.random.default_rng(shot.seed)
         artefacts = {"image": noise.integers(0, 255, (shot.height, shot.width, 3), np.uint8)}
         if shot.generate_video:
@@ -129,12 +116,12 @@ def painted(profile: Profile, outputs: OutputFolder, step_s: float = 0.0, steps:
                 ]
             )
 
-    return make
+    return render
 
 
 @dataclass(frozen=True)
 class LocalServer:
-    """What a test may look into."""
+    """Server and its parts, for assertions."""
 
     app: FastAPI
     settings: OnlineSettings
@@ -146,18 +133,18 @@ class LocalServer:
 
 @contextmanager
 def local_server(
-    profile: Profile, settings: OnlineSettings, make: Make | None = None, step_s: float = 0.0
+    profile: Profile, settings: OnlineSettings, render: RenderShot | None = None, step_s: float = 0.0
 ) -> Iterator[LocalServer]:
-    found = serving_profile(profile)
+    served = serving_profile(profile)
     outputs = OutputFolder(settings.data)
     outputs.prepare()
     store = open_store(settings)
-    director = LocalDirector(store, found, outputs, make or painted(found.profile, outputs, step_s))
+    director = LocalDirector(store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
     try:
         app = make_app(
-            settings, store, outputs, found, load_keys(settings.keys_file, settings.limits), accepted=director.wake, page=False
+            settings, store, outputs, served, load_keys(settings.keys_file, settings.limits), accepted=director.wake, page=False
         )
-        yield LocalServer(app, settings, store, outputs, director, found)
+        yield LocalServer(app, settings, store, outputs, director, served)
     finally:
         director.close()
         store.close()
@@ -165,7 +152,7 @@ def local_server(
 
 @contextmanager
 def listening_on_a_port(app: FastAPI) -> Iterator[str]:
-    """The app behind a real socket: its address."""
+    """Serve the app on a local port, and yield its URL."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))

@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
-from tests.online.directors import LOCAL, local_server, painted
+from tests.online.directors import LOCAL, local_server, noise_renderer
 from vidgen_ray.online import director
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
@@ -206,7 +206,7 @@ def test_a_failed_clip_says_why(client):
     assert done["status"] == "failed"
     assert done["error"] == {
         "code": "stage_failed",
-        "message": "flux: ValueError: it was told to",
+        "message": "flux: ValueError: the prompt asked for it",
         "type": "server_error",
         "param": None,
         "stage": "flux",
@@ -227,7 +227,7 @@ def test_cancel_ends_what_waits_and_what_is_made(client, server):
 def test_a_shot_of_a_batch_is_answered_at_once(client, server, tiny):
     fields = {"prompt": "out of a batch", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
     plan = server.serving_profile.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
-    painted(tiny, server.outputs)(plan, lambda *_: None)
+    noise_renderer(tiny, server.outputs)(plan, lambda *_: None)
     video = made(client, prompt="out of a batch", seed=5)
     assert (video["status"], video["progress"]) == ("completed", 100)
     assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200

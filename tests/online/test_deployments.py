@@ -1,4 +1,4 @@
-"""What a server consists of, before anything is started: which stages, in which processes, on which share of a GPU."""
+"""Deployments of a server: stages, replicas, GPU shares. Progress estimate and metric labels."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.online.deployments import EVERYTHING, groups_of
+from vidgen_ray.online.deployments import ALL_STAGES, groups_of
 from vidgen_ray.online.inference_thread import Progress
-from vidgen_ray.online.metrics import ERRORS_NAMED, METRICS, OTHER, TENANTS_NAMED, _Names
+from vidgen_ray.online.metrics import MAX_ERROR_LABELS, MAX_TENANT_LABELS, METRICS, OTHER, LabelLimit
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.planner import parse_gpus, plan, this_machine
@@ -31,68 +31,68 @@ def groups(profile, gpus):
 @pytest.mark.parametrize(
     ("name", "gpus", "card_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
 )
-def test_whatever_ray_puts_on_one_card_fits_in_its_memory(name, gpus, card_gb, layout):
+def test_replicas_on_one_gpu_always_fit_into_its_memory(name, gpus, card_gb, layout):
     profile = load_profile(name).model_copy(update={"layout": layout})
     planned, made = groups(profile, gpus)
     assert sum(group.replicas for group in made) == len(planned.workers)
     assert len({group.name for group in made}) == len(made)
-    # By the shares alone there is room for all of them.
+    # The shares of all replicas fit on the GPUs.
     assert sum(group.replicas * group.spec.gpus for group in made) <= len(parse_gpus(gpus).gpus) + 1e-9
     for group in made:
-        waiting = {stage for turn in group.spec.turns for stage in turn}
-        actors = {stage.actor for stage in STAGES if stage.name in set(group.spec.stages) - waiting}
-        held_gb = CONTEXT_GB + sum(profile.actors[a].memory_gb for a in actors if profile.actors[a].device != "cpu")
-        assert group.spec.gpus * card_gb >= held_gb - 1e-6
+        swapped = {stage for turn in group.spec.turns for stage in turn}
+        actors = {stage.actor for stage in STAGES if stage.name in set(group.spec.stages) - swapped}
+        resident_gb = CONTEXT_GB + sum(profile.actors[a].memory_gb for a in actors if profile.actors[a].device != "cpu")
+        assert group.spec.gpus * card_gb >= resident_gb - 1e-6
 
 
-def test_staged_deployments_are_called_after_their_models_and_one_that_holds_all_has_a_name_of_its_own():
+def test_deployments_are_named_after_their_models():
     profile = load_profile("gpu-80gb")
     _, made = groups(profile.model_copy(update={"layout": "staged"}), "8x80GB")
     assert {"flux", "svd", "hunyuan", "realesrgan"} < {group.name for group in made}
     _, made = groups(profile, "1x80GB")
-    assert [(group.name, group.replicas, group.spec.gpus) for group in made] == [(EVERYTHING, 1, 1.0)]
+    assert [(group.name, group.replicas, group.spec.gpus) for group in made] == [(ALL_STAGES, 1, 1.0)]
 
 
-def test_without_gpus_replicas_take_cpus_as_the_profile_says(tiny):
+def test_replicas_without_gpus_use_the_cpus_of_the_profile(tiny):
     _, (group,) = groups(tiny, None)
-    assert (group.name, group.spec.gpus, group.spec.cpus) == (EVERYTHING, 0.0, 0.25)
+    assert (group.name, group.spec.gpus, group.spec.cpus) == (ALL_STAGES, 0.0, 0.25)
 
 
-def test_cards_that_are_too_different_are_refused():
+def test_group_that_does_not_fit_on_the_smallest_gpu_is_an_error():
     profile = load_profile("gpu-80gb").model_copy(update={"layout": "staged"})
-    with pytest.raises(SetupError, match=r"need 41.6 GB of a GPU, and a card of this cluster has 24"):
+    with pytest.raises(SetupError, match=r"need 41\.6 GB of GPU memory, the smallest GPU has 24 GB"):
         groups(profile, "4x24GB+8x80GB")
 
 
-def test_stages_without_weights_are_left_out_and_say_why(tiny):
+def test_stages_without_weights_are_unavailable_with_a_reason(tiny):
     actors = {**tiny.actors, "hunyuan": tiny.actors["hunyuan"].model_copy(update={"weights": "gone"})}
     del actors["instantid_sdxl"]
-    found = serving_profile(tiny.model_copy(update={"actors": actors}))
-    assert set(found.unavailable) == {"hunyuan", "instantid_sdxl"}
-    assert {stage.name for stage in found.demand().stages} == {stage.name for stage in STAGES} - {
+    served = serving_profile(tiny.model_copy(update={"actors": actors}))
+    assert set(served.unavailable) == {"hunyuan", "instantid_sdxl"}
+    assert {stage.name for stage in served.demand().stages} == {stage.name for stage in STAGES} - {
         "hunyuan",
         "instantid_sdxl",
         "refine",
     }
     plain = Shot(**tiny.defaults, id="s", prompt="p", seed=1)
-    assert [step.stage for step in found.plan(plain).steps] == ["flux", "svd", "realesrgan"]
+    assert [step.stage for step in served.plan(plain).steps] == ["flux", "svd", "realesrgan"]
     with pytest.raises(ProfileError, match=r"hunyuan is not served here: .*gone"):
-        found.plan(plain.model_copy(update={"use_hunyuan_style": True}))
+        served.plan(plain.model_copy(update={"use_hunyuan_style": True}))
 
 
-def test_with_nothing_that_draws_there_is_nothing_to_serve(tiny):
+def test_profile_without_base_image_stage_cannot_be_served(tiny):
     actors = {name: tiny.actors[name] for name in ("svd", "realesrgan")}
     with pytest.raises(SetupError, match=r"nothing to serve.*flux: profile tiny has no entry actors\.flux"):
         serving_profile(tiny.model_copy(update={"actors": actors}))
 
 
-def test_percent_are_shares_of_the_expected_seconds_and_never_fall(tiny, make_shot):
+def test_progress_is_weighted_by_expected_seconds_and_never_decreases(tiny, make_shot):
     seconds = {"flux": {"flux": 10.0}, "svd": {"svd": 30.0}, "realesrgan": {"realesrgan": 60.0}}
-    actors = {name: tiny.actors[name].model_copy(update={"seconds": told}) for name, told in seconds.items()}
+    actors = {name: tiny.actors[name].model_copy(update={"seconds": expected}) for name, expected in seconds.items()}
     profile = tiny.model_copy(update={"actors": actors})
     shot = make_shot(width=1024, height=576, num_frames=25, steps={"flux": 28, "svd": 25})
-    course = ProgressEstimator(serving_profile(profile).plan(shot), profile)
-    told = [
+    estimator = ProgressEstimator(serving_profile(profile).plan(shot), profile)
+    updates = [
         ("flux", 0, 0),
         ("flux", 14, 28),
         ("svd", 0, 0),
@@ -101,14 +101,14 @@ def test_percent_are_shares_of_the_expected_seconds_and_never_fall(tiny, make_sh
         ("realesrgan", 5, 25),
         (OUTPUT, 0, 0),
     ]
-    # Encoding has some tenths of a second.
-    assert [course.percent(Progress(*progress)) for progress in told] == [0, 4, 9, 15, 15, 51, 99]
+    # Encoding takes some tenths of a second.
+    assert [estimator.percent(Progress(*update)) for update in updates] == [0, 4, 9, 15, 15, 51, 99]
 
 
-def test_labels_are_bounded_and_the_docs_name_every_metric():
-    names = _Names(2)
-    assert [names(name) for name in ("a", "b", "c", "a", "d")] == ["a", "b", OTHER, "a", OTHER]
-    assert TENANTS_NAMED * len(STAGES) + ERRORS_NAMED * len(STAGES) < 2_000
+def test_label_values_are_limited_and_every_metric_is_documented():
+    limit = LabelLimit(2)
+    assert [limit(name) for name in ("a", "b", "c", "a", "d")] == ["a", "b", OTHER, "a", OTHER]
+    assert MAX_TENANT_LABELS * len(STAGES) + MAX_ERROR_LABELS * len(STAGES) < 2_000
     text = (DOCS / "online.md").read_text()
     for name, spec in METRICS.items():
         assert f"{name}_total`" in text if spec.kind == "counter" else f"`{name}`" in text

@@ -1,4 +1,4 @@
-"""`vidgen serve` as a person starts and ends it, and as a machine ends it: with kill -9 in the middle."""
+"""`vidgen serve`: start-up errors, graceful stop, and recovery from kill -9."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.online.test_director import LOOK_S, passing
+from tests.online.test_director import POLL_S, pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (["--profile", "nope"], 3, "must be one of demo"),
         (["--host", "0.0.0.0"], 4, "needs API keys; make one with `vidgen keys new`"),
@@ -45,13 +45,13 @@ ROOT = Path(__file__).parent.parent.parent
         (["--port", "0"], 2, "should be greater than or equal to 1"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_started(capsys, monkeypatch, tmp_path, arguments, code, says):
+def test_invalid_settings_fail_before_start(capsys, monkeypatch, tmp_path, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     assert main(["serve", "--profile", "tiny", *arguments]) == code
-    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-def test_a_port_that_is_taken_is_told(capsys, monkeypatch, tmp_path):
+def test_port_in_use_is_an_error(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -59,7 +59,7 @@ def test_a_port_that_is_taken_is_told(capsys, monkeypatch, tmp_path):
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in capsys.readouterr().err
 
 
-def test_options_win_over_the_file_of_settings(tmp_path):
+def test_options_override_the_settings_file(tmp_path):
     file = tmp_path / "s.yaml"
     file.write_text("profile: tiny\nport: 8123\nmax_queued: 7\n")
     settings = settings_of(file, {"port": 9000, "profile": None})
@@ -73,21 +73,21 @@ def test_options_win_over_the_file_of_settings(tmp_path):
 
 
 class Process:
-    """A server in a process of its own, with stages that do what the prompt says."""
+    """Server process with scripted stages."""
 
     def __init__(self, folder, port):
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log.txt"
         settings = {"profile": str(folder / "profile.yaml"), "data": str(folder / "data"), "port": port}
         self.store = open_store(OnlineSettings(**settings))
-        command = [sys.executable, "-m", "tests.online.obedient_server", json.dumps(settings)]
+        command = [sys.executable, "-m", "tests.online.scripted_server", json.dumps(settings)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while not self.answers():
+        while not self.healthy():
             assert self.process.poll() is None, self.log.read_text()
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
-    def answers(self):
+    def healthy(self):
         try:
             with urlopen(f"{self.url}/healthz", timeout=10) as answer:
                 return json.load(answer) == {"status": "ok"}
@@ -99,27 +99,27 @@ class Process:
         with urlopen(Request(f"{self.url}/v1/shots", body, {"content-type": "application/json"}), timeout=30) as answer:
             return json.load(answer)["id"]
 
-    def when(self, job_id, is_so):
-        while not is_so(job := self.store.get(job_id, LOCAL_TENANT)):
+    def wait_until(self, job_id, condition):
+        while not condition(job := self.store.get(job_id, LOCAL_TENANT)):
             assert self.process.poll() is None, self.log.read_text()
             assert not job.state.is_final, job
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         return job
 
-    def ended(self, job_id):
-        return self.when(job_id, lambda job: job.state.is_final)
+    def wait_for_end(self, job_id):
+        return self.wait_until(job_id, lambda job: job.state.is_final)
 
     def kill(self):
-        """With all that belongs to it, as a machine that goes down does."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
+        """Kill the server with all its child processes, like a machine that goes down."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-        for member in family:
+        for child in children:
             try:
-                member.kill()
+                child.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(family, timeout=30)
+        psutil.wait_procs(children, timeout=30)
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def started(folder, port):
 
 
 @pytest.mark.timeout(600)
-def test_a_server_that_is_killed_goes_on_with_all_that_it_accepted_and_one_that_is_told_to_stop_stops(tiny, tmp_path):
+def test_killed_server_resumes_all_accepted_jobs_and_sigterm_requeues_jobs(tiny, tmp_path):
     actors = {name: tiny.actors[name] for name in ("instantid", "flux", "svd", "realesrgan")}
     profile = tiny.model_copy(update={"actors": actors})
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
@@ -143,22 +143,22 @@ def test_a_server_that_is_killed_goes_on_with_all_that_it_accepted_and_one_that_
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with started(tmp_path, port) as server:
-        # The first before anything is loaded.
+        # Created before the stages are loaded.
         done = server.create(prompt="a red ball")
-        assert server.ended(done).state == JobState.COMPLETED
-        # One in its middle, others that are led or wait behind it.
-        jobs = [server.create(prompt=f"steps 3 stop at 2 {pipes[0]}"), *(server.create(prompt=f"ball {n}") for n in range(6))]
-        server.when(jobs[0], lambda job: job.step == 1)
+        assert server.wait_for_end(done).state == JobState.COMPLETED
+        # One job in the middle, others in progress or queued behind it.
+        jobs = [server.create(prompt=f"steps 3 pause at 2 {pipes[0]}"), *(server.create(prompt=f"ball {n}") for n in range(6))]
+        server.wait_until(jobs[0], lambda job: job.step == 1)
         server.kill()
     with started(tmp_path, port) as server:
-        with passing(pipes[0]):
-            assert [server.ended(job).state for job in (done, *jobs)] == [JobState.COMPLETED] * 8
+        with pipes_open(pipes[0]):
+            assert [server.wait_for_end(job).state for job in (done, *jobs)] == [JobState.COMPLETED] * 8
         assert server.store.get(jobs[0], LOCAL_TENANT).attempts == 2
-        left = server.create(prompt=f"steps 3 stop at 2 {pipes[1]}")
-        server.when(left, lambda job: job.step == 1)
+        unfinished = server.create(prompt=f"steps 3 pause at 2 {pipes[1]}")
+        server.wait_until(unfinished, lambda job: job.step == 1)
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(90) == 0
-    job = server.store.get(left, LOCAL_TENANT)
+    job = server.store.get(unfinished, LOCAL_TENANT)
     assert (job.state, job.attempts) == (JobState.QUEUED, 0)
     log = server.log.read_text()
     assert f"profile.yaml at {server.url}/" in log

@@ -1,4 +1,4 @@
-"""A call from both ends, without Ray: what the bench of a replica tells, and what the caller tries again."""
+"""Inference thread, retries of stage calls, and choice of the deployment, without Ray."""
 
 import asyncio
 import threading
@@ -11,11 +11,11 @@ from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled, StageError
-from vidgen_ray.online import stage_handles as caller_module
+from vidgen_ray.online import stage_handles as stage_handles_module
 from vidgen_ray.online.director import adapters_of, error_of
 from vidgen_ray.online.inference_thread import InferenceResult, InferenceThread, Progress
 from vidgen_ray.online.server import _reason
-from vidgen_ray.online.stage_handles import PASSED_OVER, RetryingCaller, StageHandles
+from vidgen_ray.online.stage_handles import MAX_LOST_STARTS, RetryingCaller, StageHandles
 from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.progress import report_progress
@@ -27,45 +27,45 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, SOON_S))
 
 
-class TestWorkbench:
-    def test_work_is_told_to_have_begun_then_its_steps_then_what_it_came_to(self):
+class TestInferenceThread:
+    def test_yields_start_steps_and_result(self):
         def work():
             for step in (0, 1, 2):
                 report_progress("flux", step, 2 if step else 0)
-            return "picture"
+            return "image"
 
-        async def told():
-            return [news async for news in InferenceThread().work(work, "flux", 60)]
+        async def updates():
+            return [update async for update in InferenceThread().run(work, "flux", 60)]
 
-        assert run(told()) == [
+        assert run(updates()) == [
             Progress("flux", 0, 0),
             Progress("flux", 1, 2),
             Progress("flux", 2, 2),
-            InferenceResult("picture"),
+            InferenceResult("image"),
         ]
 
-    def test_what_is_asked_second_begins_when_the_first_has_ended(self):
+    def test_functions_run_one_after_another(self):
         order, first_may_end = [], threading.Event()
 
         async def both():
-            bench = InferenceThread()
+            inference_thread = InferenceThread()
 
-            async def one(name, wait):
-                async for _ in bench.work(
-                    lambda: (order.append(f"{name} begins"), wait(), order.append(f"{name} ends")), name, 60
+            async def call(name, wait):
+                async for _ in inference_thread.run(
+                    lambda: (order.append(f"{name} starts"), wait(), order.append(f"{name} ends")), name, 60
                 ):
                     pass
 
-            first = asyncio.ensure_future(one("first", first_may_end.wait))
+            first = asyncio.ensure_future(call("first", first_may_end.wait))
             await asyncio.sleep(0)
-            second = asyncio.ensure_future(one("second", lambda: None))
+            second = asyncio.ensure_future(call("second", lambda: None))
             first_may_end.set()
             await asyncio.gather(first, second)
 
         run(both())
-        assert order == ["first begins", "first ends", "second begins", "second ends"]
+        assert order == ["first starts", "first ends", "second starts", "second ends"]
 
-    def test_a_caller_that_goes_away_ends_the_work_at_its_next_step(self):
+    def test_closing_the_generator_stops_the_function_at_its_next_step(self):
         steps, go_on, ended = [], threading.Event(), threading.Event()
 
         def work():
@@ -80,57 +80,57 @@ class TestWorkbench:
                 raise
 
         async def leave():
-            working = InferenceThread().work(work, "svd", 60)
-            async for progress in working:
+            updates = InferenceThread().run(work, "svd", 60)
+            async for progress in updates:
                 if progress.step == 2:
                     break
-            await working.aclose()
+            await updates.aclose()
             go_on.set()
             await asyncio.to_thread(ended.wait)
 
         run(leave())
         assert steps == [1, 2, 3]
 
-    def test_work_that_outlasts_its_time_is_known_and_forgotten_when_it_ends(self):
+    def test_overdue_time_is_reported_until_the_function_returns(self):
         go_on = threading.Event()
 
         async def overdue():
-            bench = InferenceThread()
-            working = bench.work(go_on.wait, "svd", 0)
-            await anext(working)
-            late = bench.overdue_s()
+            inference_thread = InferenceThread()
+            updates = inference_thread.run(go_on.wait, "svd", 0)
+            await anext(updates)
+            overdue_s = inference_thread.overdue_s()
             go_on.set()
-            assert [news async for news in working] == [InferenceResult(True)]
-            return late, bench.overdue_s()
+            assert [update async for update in updates] == [InferenceResult(True)]
+            return overdue_s, inference_thread.overdue_s()
 
-        late, after = run(overdue())
-        assert late > 0
+        running, after = run(overdue())
+        assert running > 0
         assert after == 0
 
 
 class Stream:
-    """What a handle gives: news, in the end an answer or an error."""
+    """Fake response stream of a handle: progress, then a result or an error."""
 
-    def __init__(self, *news):
-        self._news = list(news)
+    def __init__(self, *items):
+        self._items = list(items)
         self.cancelled = False
 
     async def __anext__(self):
-        if not self._news:
+        if not self._items:
             raise StopAsyncIteration
-        news = self._news.pop(0)
-        if news == "hang":
+        item = self._items.pop(0)
+        if item == "hang":
             await asyncio.sleep(3600)
-        if isinstance(news, Exception):
-            raise news
-        return news
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def cancel(self):
         self.cancelled = True
 
 
 class Method:
-    """A method of a handle, of whose calls each gives the next of these streams, the last again and again."""
+    """Fake method of a handle. Each call returns the next stream, and the last one from then on."""
 
     def __init__(self, *streams):
         self._streams = streams
@@ -141,82 +141,82 @@ class Method:
         return Stream(*self._streams[min(self.calls, len(self._streams)) - 1])
 
 
-BEGUN = Progress("flux", 0, 0)
-FINE = Result(CallResult(), ("reference",))
-DIED = ray.exceptions.ActorDiedError()
+STARTED = Progress("flux", 0, 0)
+OK = Result(CallResult(), ("reference",))
+CRASHED = ray.exceptions.ActorDiedError()
 
 
 def failed(error):
     return Result(CallResult.of_failure(StepFailed("flux", error)))
 
 
-def called(method, attempts=3, timeout_s=60.0):
+def call(method, attempts=3, timeout_s=60.0):
     return run(RetryingCaller(attempts).call(method, stage="flux", timeout_s=timeout_s))
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    monkeypatch.setattr(caller_module, "AGAIN_S", 0.0)
+def no_retry_delay(monkeypatch):
+    monkeypatch.setattr(stage_handles_module, "RETRY_DELAY_S", 0.0)
 
 
-class TestCaller:
+class TestRetryingCaller:
     @pytest.mark.parametrize(
         "streams",
         [
-            [(BEGUN, FINE)],
-            [(BEGUN, DIED), (BEGUN, FINE)],
-            [(BEGUN, failed(RuntimeError("a fault"))), (BEGUN, DIED), (BEGUN, FINE)],
-            [(BEGUN, RayServeException("gone")), (BEGUN, FINE)],
-            # It waited behind whoever is to blame.
-            [*[(DIED,)] * (PASSED_OVER - 1), (BEGUN, FINE)],
-            [(), (BEGUN, FINE)],
+            [(STARTED, OK)],
+            [(STARTED, CRASHED), (STARTED, OK)],
+            [(STARTED, failed(RuntimeError("a fault"))), (STARTED, CRASHED), (STARTED, OK)],
+            [(STARTED, RayServeException("gone")), (STARTED, OK)],
+            # The call waited behind another one that crashed the process.
+            [*[(CRASHED,)] * (MAX_LOST_STARTS - 1), (STARTED, OK)],
+            [(), (STARTED, OK)],
         ],
     )
-    def test_what_another_attempt_may_not_meet_is_tried_again(self, streams):
+    def test_transient_failures_are_retried(self, streams):
         method = Method(*streams)
-        assert called(method) == FINE
+        assert call(method) == OK
         assert method.calls == len(streams)
 
     @pytest.mark.parametrize(
         ("streams", "error", "calls", "attempts"),
         [
-            ([(BEGUN, DIED)], "ReplicaDied", 3, 3),
-            ([(BEGUN, failed(RuntimeError("a fault")))], "RuntimeError", 3, 3),
-            ([(BEGUN, failed(StageError("no")))], "StageError", 1, 1),
-            ([(DIED,)], "ReplicaDied", PASSED_OVER, 1),
+            ([(STARTED, CRASHED)], "ReplicaDied", 3, 3),
+            ([(STARTED, failed(RuntimeError("a fault")))], "RuntimeError", 3, 3),
+            ([(STARTED, failed(StageError("no")))], "StageError", 1, 1),
+            ([(CRASHED,)], "ReplicaDied", MAX_LOST_STARTS, 1),
         ],
     )
-    def test_it_gives_up_at_once_where_it_is_the_shot_and_after_three_where_it_is_not(self, streams, error, calls, attempts):
+    def test_shot_errors_fail_at_once_and_other_errors_after_three_attempts(self, streams, error, calls, attempts):
         method = Method(*streams)
-        with pytest.raises(ShotFailed) as gave_up:
-            called(method)
-        failure = gave_up.value.failure
+        with pytest.raises(ShotFailed) as raised:
+            call(method)
+        failure = raised.value.failure
         assert (failure.error, method.calls, failure.attempts) == (error, calls, attempts)
 
-    def test_time_counts_from_when_the_work_has_begun(self):
-        with pytest.raises(ShotFailed) as gave_up:
-            called(Method((BEGUN, "hang")), attempts=2, timeout_s=0.01)
-        assert (gave_up.value.failure.error, gave_up.value.failure.attempts) == ("TimedOut", 2)
+    def test_timeout_starts_when_execution_starts(self):
+        with pytest.raises(ShotFailed) as raised:
+            call(Method((STARTED, "hang")), attempts=2, timeout_s=0.01)
+        assert (raised.value.failure.error, raised.value.failure.attempts) == ("TimedOut", 2)
 
-    def test_inputs_that_are_gone_are_no_failure_of_the_call(self):
-        lost = Result(CallResult(failure=failed(RuntimeError("x")).answer.failure), inputs_lost=True)
+    def test_lost_inputs_raise_inputs_lost(self):
+        lost = Result(CallResult(failure=failed(RuntimeError("x")).call_result.failure), inputs_lost=True)
         with pytest.raises(InputsLost):
-            called(Method((lost,)))
+            call(Method((lost,)))
 
-    def test_a_caller_that_is_cancelled_cancels_the_call(self):
+    def test_cancelling_the_caller_cancels_the_call(self):
         streams = []
 
         class Hanging:
             def remote(self, *args):
-                streams.append(Stream(BEGUN, "hang"))
+                streams.append(Stream(STARTED, "hang"))
                 return streams[-1]
 
         async def cancel():
-            begun = asyncio.Event()
+            started = asyncio.Event()
             calling = asyncio.ensure_future(
-                RetryingCaller(3).call(Hanging(), stage="flux", timeout_s=60, told=lambda _: begun.set())
+                RetryingCaller(3).call(Hanging(), stage="flux", timeout_s=60, on_progress=lambda _: started.set())
             )
-            await begun.wait()
+            await started.wait()
             calling.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await calling
@@ -230,7 +230,7 @@ class Handle:
         return self
 
 
-def test_a_call_goes_to_the_deployment_with_the_least_in_hand_of_those_that_take_it():
+def test_calls_go_to_the_least_loaded_deployment_that_can_run_them():
     specs = {
         "flux": (WorkerSpec(("flux",), 1, 1), 1),
         "both": (WorkerSpec(("flux", "svd"), 1, 1), 2),
@@ -238,36 +238,36 @@ def test_a_call_goes_to_the_deployment_with_the_least_in_hand_of_those_that_take
     }
     handles = StageHandles(dict.fromkeys(specs, Handle()), specs)
     assert handles.can_fuse("svd", "realesrgan") is False
-    assert handles.taking("svd") in ("both", "turns")
-    handles._in_hand.update({"both": 2, "turns": 5})
-    assert handles.taking("svd") == "both"
-    handles._in_hand.update({"flux": 1, "turns": -3})
-    assert handles.taking("flux") == "turns"
+    assert handles.least_loaded("svd") in ("both", "turns")
+    handles._pending.update({"both": 2, "turns": 5})
+    assert handles.least_loaded("svd") == "both"
+    handles._pending.update({"flux": 1, "turns": -3})
+    assert handles.least_loaded("flux") == "turns"
 
 
-def test_shots_with_the_same_loras_are_known_to_the_router_by_one_name(make_shot, tiny):
+def test_shots_with_the_same_loras_have_the_same_multiplexed_model_id(make_shot, tiny):
     from vidgen_ray.content_keys import ShotPlanner, params_of
     from vidgen_ray.graph import stages_of
 
-    def name(**fields):
+    def model_id(**fields):
         shot = make_shot(generate_video=False, **fields)
         plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
         return adapters_of(plan, plan.steps)
 
     lora = "builtin:tiny/lora.safetensors"
-    assert name() == ""
-    assert name(lora=lora) == name(lora=lora, prompt="another", seed=8) != ""
+    assert model_id() == ""
+    assert model_id(lora=lora) == model_id(lora=lora, prompt="another", seed=8) != ""
 
 
-def test_an_error_says_the_stage_and_nothing_of_the_server():
-    failure = StepFailed("svd", StageError("svd: got a picture of 10x10")).failure()
+def test_job_error_names_the_stage_but_not_the_server():
+    failure = StepFailed("svd", StageError("svd: got an image of 10x10")).failure()
     error = error_of(failure)
     assert (error.code, error.type, error.stage) == ("invalid_shot", "invalid_request_error", "svd")
     assert failure.worker not in error.message
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("message", "reason"),
     [
         (
             "The deployment failed.\nTraceback\n  File x\nvidgen_ray.errors.SetupError: loading: no weights\n",
@@ -275,8 +275,8 @@ def test_an_error_says_the_stage_and_nothing_of_the_server():
         ),
         ("The deployment failed.\nTraceback\n  File x\nImportError: no av\n", "ImportError: no av"),
         ("The deployment failed.\n", "The deployment failed."),
-        ("", "Serve could not start it, and does not say why"),
+        ("", "Ray Serve failed to start the application and gave no reason"),
     ],
 )
-def test_of_serves_account_of_a_failure_a_person_sees_what_they_can_mend(messages, says):
-    assert _reason(messages) == says
+def test_cause_is_extracted_from_serve_error_messages(message, reason):
+    assert _reason(message) == reason

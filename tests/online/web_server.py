@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tests.fake_stages import FakeStage
-from tests.online.obedient_stages import OBEDIENT
+from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.progress_estimate import ProgressEstimator
@@ -104,7 +104,7 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
         return {"image": artefacts["image"]}
 
 
-FAKES = {**OBEDIENT, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
+FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
 
 
 class QuickPipeline(VideoGenerationPipeline):

@@ -1,1 +1,1 @@
-"""The graph on Ray Data: actors hold the models, shots stream through them, frames fan out to a pool of upscalers."""
+"""Batch executor: render a script with Ray Data, GPU workers and encoders."""

@@ -1,4 +1,4 @@
-"""An actor of ours as the director sees it: calls in order, a time limit for each, and who is to blame when it dies."""
+"""Client of one Ray actor: ordered calls, a timeout per call, and attribution of crashes to calls."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from vidgen_ray.batch.worker import ActorPlace
 from vidgen_ray.engine.retries import InputsLost, first_line
 from vidgen_ray.outputs.records import Failure
 
-DEATHS_WHILE_LOADING = 3
-"""After so many in a row an actor is given up."""
+MAX_CRASHES_WHILE_LOADING = 3
+"""Crashes in a row while loading before the actor is given up."""
 RETRY_S = 0.2
+"""Seconds between two attempts to reach an actor that restarts."""
 NODE_DIED = "node has died"
-"""In Ray's account of an actor that went with its machine, for which no line is to blame."""
+"""Part of Ray's error text when an actor was lost with its node. No call caused that."""
 NOT_SENT = "The actor is restarting"
-"""In Ray's account of a call that no process has seen: the one it was meant for was dead already, and nobody knew yet."""
+"""Part of Ray's error text when a call was never sent: its process was already dead."""
 
 
 class ActorCallFailed(Exception):
-    """The call will not be answered.
+    """The actor crashed, was lost or timed out during the call.
 
-    It is `blamed` where nothing else can be the reason, and one of several `suspects` where the process died with more than
-    one call in hand: the answer of a call may be lost with the process that died of the next.
+    `caused_crash` is set if no other call can be the cause. `may_have_caused_crash` is set if the process crashed with
+    several pending calls: the result of one call can be lost when the next one crashes the process.
     """
 
     def __init__(
@@ -43,59 +44,59 @@ class ActorCallFailed(Exception):
 class _Call:
     stage: str
     turn: asyncio.Event
-    """Set when the calls before are answered."""
+    """Set when all earlier calls have returned."""
 
 
 class ActorClient:
-    """Calls one actor. Its calls run one after another, in order."""
+    """Client of one actor. Calls run one after another, in order."""
 
     def __init__(self, actor: Any, name: str) -> None:
         self._actor = actor
         self.name = name
         self.place: ActorPlace | None = None
-        self._ended: ActorPlace | None = None
-        """Where the process is, or was, that was told to end last: it answers for a while."""
+        self._killed_place: ActorPlace | None = None
+        """Place of the process that was killed last. It may still result for a short time."""
         self._calls: deque[_Call] = deque()
         self._generation = 0
         self._suspects: list[_Call] = []
-        """What the last process had in hand when it died, for which a call may be the reason."""
+        """Calls that were pending when the last process crashed. One of them may be the cause."""
 
     async def ready(self) -> Failure | None:
-        """Wait until a process is up, and not one that was told to end, and has its weights; or why there will be none."""
-        deaths = 0
+        """Wait until a new process has loaded its weights. Return the failure if it never will."""
+        crashes = 0
         while True:
             try:
                 place = await self._actor.place.remote()
-                if place == self._ended:
-                    # Ray has not got round to it.
+                if place == self._killed_place:
+                    # Ray has not killed the process yet.
                     await asyncio.sleep(RETRY_S)
                     continue
-            # A process that starts again may take its time: its machine may be lost, and another not there yet.
+            # A restart may take long: the node may be lost and its replacement not there yet.
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(RETRY_S)
                 continue
-            # Dead for good, or never born: its environment cannot be set up there.
+            # The actor is dead for good, or never started: its runtime environment cannot be set up.
             except ray.exceptions.RayError as error:
-                return self._given_up(1, error)
+                return self._loading_failed(1, error)
             try:
                 failure: Failure | None = await self._actor.load.remote()
             except ray.exceptions.RayActorError as error:
-                deaths += 1
-                if deaths > DEATHS_WHILE_LOADING:
-                    return self._given_up(deaths, error)
+                crashes += 1
+                if crashes > MAX_CRASHES_WHILE_LOADING:
+                    return self._loading_failed(crashes, error)
             else:
                 self.place = place
                 return failure
 
-    def _given_up(self, deaths: int, error: Exception) -> Failure:
-        message = f"{self.name} died {deaths} times before it was ready: {first_line(error)}"
-        return Failure(stage="loading", error="WorkerDied", message=message, attempts=deaths, worker=self.name)
+    def _loading_failed(self, crashes: int, error: Exception) -> Failure:
+        message = f"{self.name} did not start (attempts: {crashes}): {first_line(error)}"
+        return Failure(stage="loading", error="WorkerDied", message=message, attempts=crashes, worker=self.name)
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
-        """The method's answer, or, of several results, the first and the references of the others.
+        """Return the method's result. With several results, return the first one and references to the others.
 
-        `stage` is what the call counts as while it runs. The time counts from when the calls before are answered; when it is
-        up the process is killed, and starts again.
+        `stage` is what `running` reports during the call. The timeout starts when all earlier calls have returned. On
+        timeout the process is killed and restarted.
         Raises ActorCallFailed and InputsLost.
         """
         generation = self._generation
@@ -104,24 +105,24 @@ class ActorClient:
         self._calls[0].turn.set()
         returned = getattr(self._actor, method).options(num_returns=num_returns).remote(*args)
         first, *rest = returned if num_returns > 1 else [returned]
-        answered = asyncio.ensure_future(first)
-        waiting = asyncio.ensure_future(call.turn.wait())
+        pending = asyncio.ensure_future(first)
+        own_turn = asyncio.ensure_future(call.turn.wait())
         try:
-            await asyncio.wait([answered, waiting], return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait([answered], timeout=timeout_s)
-            if not answered.done():
+            await asyncio.wait([pending, own_turn], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([pending], timeout=timeout_s)
+            if not pending.done():
                 self.restart()
                 raise ActorCallFailed(
-                    "TimedOut", f"{method} took longer than {timeout_s:g} s", caused_crash=True, worker=self.where
+                    "TimedOut", f"{method} took longer than {timeout_s:g} s", caused_crash=True, worker=self.location
                 )
-            answer = answered.result()
+            result = pending.result()
         except ray.exceptions.RayActorError as error:
-            self._died(generation, [] if NODE_DIED in str(error) else list(self._calls))
+            self._record_crash(generation, [] if NODE_DIED in str(error) else list(self._calls))
             may_have_caused_crash, alone = call in self._suspects and NOT_SENT not in str(error), len(self._suspects) == 1
             raise ActorCallFailed(
                 "WorkerDied",
-                f"the process died: {first_line(error)}",
-                worker=self.where,
+                f"the process crashed: {first_line(error)}",
+                worker=self.location,
                 caused_crash=may_have_caused_crash and alone,
                 may_have_caused_crash=may_have_caused_crash and not alone,
             ) from None
@@ -130,39 +131,40 @@ class ActorClient:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ray.exceptions.ObjectLostError):
                 raise InputsLost(first_line(error.cause)) from None
-            # What went wrong there, not Ray's account of it.
+            # Raise the original error instead of Ray's wrapper.
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
-            raise ActorCallFailed("WorkerDied", first_line(error), worker=self.where, caused_crash=True) from None
+            raise ActorCallFailed("WorkerDied", first_line(error), worker=self.location, caused_crash=True) from None
         finally:
-            answered.cancel()
-            waiting.cancel()
+            pending.cancel()
+            own_turn.cancel()
             self._calls.remove(call)
             if self._calls:
                 self._calls[0].turn.set()
-        return (answer, *rest) if rest else answer
+        return (result, *rest) if rest else result
 
-    def tell(self, method: str, *args: Any) -> None:
-        """Call without an answer."""
+    def send(self, method: str, *args: Any) -> None:
+        """Call a method and ignore its result."""
         getattr(self._actor, method).remote(*args)
 
     def restart(self) -> None:
-        """End the process; Ray starts it again."""
-        self._died(self._generation, [])
-        self._ended = self.place
+        """Kill the process. Ray restarts it."""
+        self._record_crash(self._generation, [])
+        self._killed_place = self.place
         ray.kill(self._actor, no_restart=False)
 
     @property
     def running(self) -> str | None:
-        """The stage of the call that runs."""
+        """Stage of the running call. `None` if the actor is idle."""
         return self._calls[0].stage if self._calls else None
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
+        """Name, node and pid, for failure records."""
         return f"{self.name} ({self.place.node[:8]}:{self.place.pid})" if self.place else self.name
 
-    def _died(self, generation: int, suspects: list[_Call]) -> None:
-        """Note what may be the reason, once for each process: all calls in hand hear of its death, in any order."""
+    def _record_crash(self, generation: int, suspects: list[_Call]) -> None:
+        """Record the possible causes of a crash, once per process. All pending calls fail, in any order."""
         if generation == self._generation:
             self._generation += 1
             self._suspects = suspects

@@ -1,7 +1,7 @@
-"""The one operator that Ray Data streams the lines through. It leads every shot from worker to worker; no picture passes it.
+"""Director of a run: the operator of Ray Data that sends every shot from worker to worker. Images never pass through it.
 
-A shot that fails is a result, not an exception, so no neighbour is lost. A shot may be rendered twice (an actor or a node
-died), so every side effect is idempotent.
+A failed shot is a result, not an exception, so that other shots are not lost. A shot may be rendered twice after a crash, so
+all side effects are idempotent.
 """
 
 from __future__ import annotations
@@ -39,160 +39,161 @@ from vidgen_ray.stages.base import Artefacts
 
 CHUNK_BYTES = 128 << 20
 """Largest result of a chunk in raw frames, if one call of the network does not make more: 4 frames of 4096x2304."""
-FACES_REMEMBERED = 32
-"""Features of the last photos stay in Ray's memory, for the shots that come with the same ones."""
-STARTS_OVER = 10
-"""How often a shot begins again because a node went with its pictures."""
-POST_S = 1.0
+MAX_CACHED_FACES = 32
+"""Face features kept in Ray's object store, for later shots with the same photos."""
+MAX_RESTARTS = 10
+"""Restarts of a shot whose artefacts were lost with a node."""
+STATUS_INTERVAL_S = 1.0
+"""Seconds between two status reports to the driver."""
 
 
 T = TypeVar("T")
 
 
 class StepResults(NamedTuple):
-    """What some steps of a shot came to."""
+    """Results of some steps of a shot."""
 
     records: tuple[StepRecord, ...]
-    emitted: RemoteArtefacts
+    artefacts: RemoteArtefacts
     likeness: Artefacts
 
     def shared(self) -> StepResults:
-        """The same for a shot that has it from another one."""
+        """Return the results for another shot that reuses them. Its records count as cached."""
         free = {"cached": True, "gpu_seconds": 0.0, "seconds": 0.0, "adapter_loads": 0}
         return self._replace(records=tuple(record.model_copy(update=free) for record in self.records))
 
 
 class BatchDirector:
-    """Takes parts of the script, and gives what became of each of their lines as soon as it is known.
+    """Renders parts of the script and emits the result of each line as soon as it is known.
 
-    Ray runs a part again whose director died, and passes over as many results as it had. So those come first, in the order
-    in which they were given before, which the board remembers.
+    After a director crash, Ray runs its parts again and skips as many results as it had received. So a restarted director emits
+    those lines first, in their earlier order, which the run state records.
     """
 
-    def __init__(self, job: RunConfig, board: RunStateHandle) -> None:
-        self._job = job
-        self._board = board
+    def __init__(self, config: RunConfig, run_state: RunStateHandle) -> None:
+        self._config = config
+        self._run_state = run_state
         self._stopping = False
-        # Only a director before this one can have ended shots of its parts.
-        self._look_first = ray.get_runtime_context().was_current_actor_reconstructed and not job.fresh
-        # Shots are led by one thread. Ray Data gives what an async operator yields only when its whole part has ended.
+        # Only an earlier director can have finished shots of its parts.
+        self._look_up_finished = ray.get_runtime_context().was_current_actor_reconstructed and not config.fresh
+        # An event loop of its own: Ray Data returns the results of an async operator only when the whole part is finished.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._in_loop(self._begin()).result()
+        self._in_loop(self._start()).result()
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         for part in batch["part"]:
-            before = ray.get(self._board.emitted.remote(str(part)))
+            before = ray.get(self._run_state.emitted.remote(str(part)))
             if self._stopping and not before:
                 continue
-            lines = read_part(self._job.outputs, str(part))
-            errands = [ShotTask.from_line(line) for line in lines]
-            faces = Counter(step.key for errand in errands for step in errand.plan.steps if STAGE_BY_NAME[step.stage].shared)
-            self._in_loop(self._expect(faces)).result()
-            running = [self._in_loop(self._shot(errand)) for errand in errands]
-            for number in chain(before, _as_they_end(running, besides=before)):
-                outcome = running[number].result()
-                # The run stops, and the line was not begun.
-                if outcome is None and number not in before:
+            lines = read_part(self._config.outputs, str(part))
+            tasks = [ShotTask.from_line(line) for line in lines]
+            faces = Counter(step.key for task in tasks for step in task.plan.steps if STAGE_BY_NAME[step.stage].shared)
+            self._in_loop(self._add_faces(faces)).result()
+            running = [self._in_loop(self._run_task(task)) for task in tasks]
+            for number in chain(before, _in_order_of_completion(running, exclude=before)):
+                result = running[number].result()
+                # The run was stopped before this line started.
+                if result is None and number not in before:
                     continue
                 if number not in before:
-                    ray.get(self._board.mark_emitted.remote(str(part), number))
-                texts = {"part": str(part), "line": lines[number], "outcome": outcome.to_line() if outcome else ""}
+                    ray.get(self._run_state.mark_emitted.remote(str(part), number))
+                texts = {"part": str(part), "line": lines[number], "result": result.to_line() if result else ""}
                 row: dict[str, NDArray[Any]] = {name: np.array([text], object) for name, text in texts.items()}
-                yield row | {"number": np.array([number]), "of": np.array([len(lines)])}
-            self._in_loop(self._expect_no_more(faces)).result()
+                yield row | {"number": np.array([number]), "line_count": np.array([len(lines)])}
+            self._in_loop(self._remove_faces(faces)).result()
 
     def _in_loop(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _begin(self) -> None:
-        self._metrics = RunMetrics(self._job.profile.name)
-        self._workers = WorkerPool(self._job, self._metrics)
-        self._encoders = EncoderPool(self._job, self._metrics)
+    async def _start(self) -> None:
+        self._metrics = RunMetrics(self._config.profile.name)
+        self._workers = WorkerPool(self._config, self._metrics)
+        self._encoders = EncoderPool(self._config, self._metrics)
         self._shared: OrderedDict[str, asyncio.Task[StepResults]] = OrderedDict()
         self._faces: Counter[str] = Counter()
-        self._window = asyncio.Semaphore(self._job.layout.window)
+        self._window = asyncio.Semaphore(self._config.layout.window)
         self._orders = count()
         self._in_progress = 0
-        self._posting = asyncio.ensure_future(self._post())
+        self._status_reporter = asyncio.ensure_future(self._report_status())
 
-    async def _expect(self, faces: Counter[str]) -> None:
-        """Note how many shots of a part want each face's features: key -> shots."""
+    async def _add_faces(self, faces: Counter[str]) -> None:
+        """Add the number of shots of a part per face: content key -> shots."""
         self._faces += faces
 
-    async def _expect_no_more(self, faces: Counter[str]) -> None:
-        """Forget those of a part that has ended: there may be as many photos as lines."""
+    async def _remove_faces(self, faces: Counter[str]) -> None:
+        """Subtract the shots of a finished part. There may be as many photos as lines."""
         self._faces -= faces
 
-    # A shot
+    # Shots
 
-    async def _shot(self, errand: ShotTask) -> TaskResult | None:
+    async def _run_task(self, task: ShotTask) -> TaskResult | None:
         async with self._window:
             if self._stopping:
                 return None
             self._in_progress += 1
             try:
-                outcome = TaskResult(await self._rendered(errand.plan))
-            except ShotFailed as gave_up:
-                outcome = TaskResult(gave_up.failure)
-            # A mistake of ours costs the shot, not the run.
+                result = TaskResult(await self._render(task.plan))
+            except ShotFailed as failed:
+                result = TaskResult(failed.failure)
+            # A bug in vidgen fails the shot, not the run.
             except Exception as error:
-                outcome = TaskResult(StepFailed("director", error).failure())
+                result = TaskResult(StepFailed("director", error).failure())
             finally:
                 self._in_progress -= 1
-        self._metrics.shot_ended("failed" if isinstance(outcome.result, Failure) else "done")
-        return outcome
+        self._metrics.shot_ended("failed" if isinstance(result.result, Failure) else "done")
+        return result
 
-    async def _rendered(self, plan: ShotPlan) -> ShotRecord:
-        if self._look_first:
+    async def _render(self, plan: ShotPlan) -> ShotRecord:
+        if self._look_up_finished:
             done = None
-            # A storage that does not answer now has the shot rendered again, which is the same shot.
+            # If the storage fails, render the shot again. The result is the same.
             with suppress(OSError):
-                done = await asyncio.to_thread(self._job.outputs.find_finished, plan, self._job.keep_stages)
+                done = await asyncio.to_thread(self._config.outputs.find_finished, plan, self._config.keep_stages)
             if done is not None:
                 return done.record()
         order = next(self._orders)
-        unlike = []
+        rejected = []
         for attempt in (plan, *plan.again):
             try:
-                return await self._tried(attempt, order)
+                return await self._attempt(attempt, order)
             except LikenessTooLow as reason:
                 self._metrics.step_failed(LIKENESS, type(reason).__name__)
-                unlike.append(reason)
-        failure = StepFailed(LIKENESS, best_attempt(unlike)).failure()
-        raise ShotFailed(failure.model_copy(update={"attempts": len(unlike)}))
+                rejected.append(reason)
+        failure = StepFailed(LIKENESS, best_attempt(rejected)).failure()
+        raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}))
 
-    async def _tried(self, plan: ShotPlan, order: int) -> ShotRecord:
-        """One try, with one seed. Raises LikenessTooLow as soon as it is known to be."""
-        for _ in range(STARTS_OVER):
+    async def _attempt(self, plan: ShotPlan, order: int) -> ShotRecord:
+        """Render with one seed. Raises LikenessTooLow as soon as the likeness is known to be too low."""
+        for _ in range(MAX_RESTARTS):
             try:
-                return await self._once_through(plan, order)
+                return await self._run_steps(plan, order)
             except InputsLost as lost:
                 self._metrics.retried(OUTPUT)
                 reason = lost
                 for step in plan.steps:
                     if step.key in self._shared and self._shared[step.key].done():
                         del self._shared[step.key]
-        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
+        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": MAX_RESTARTS}))
 
-    async def _once_through(self, plan: ShotPlan, order: int) -> ShotRecord:
+    async def _run_steps(self, plan: ShotPlan, order: int) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         artefacts = RemoteArtefacts({}, None)
-        for steps in group_steps(plan, self._job.layout.can_fuse, share_features=self._face_is_shared(plan)):
+        for steps in group_steps(plan, self._config.layout.can_fuse, share_features=self._face_is_shared(plan)):
             done = await self._shared_steps(plan, order, steps, artefacts)
-            records, artefacts = records + done.records, done.emitted
+            records, artefacts = records + done.records, done.artefacts
             check_likeness(plan.shot, done.likeness)
-        return await self._written(plan, order, artefacts, records)
+        return await self._write(plan, order, artefacts, records)
 
     def _face_is_shared(self, plan: ShotPlan) -> bool:
-        """Whether others than this try of this shot want the features of its face."""
+        """Return whether other shots, or later attempts of this shot, need the features of its face."""
         face = plan.steps[0].key if plan.steps else ""
         return bool(plan.again) or self._faces[face] > 1 or face in self._shared
 
     async def _shared_steps(
         self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts
     ) -> StepResults:
-        """These steps, or what they came to for the shot beside this one, where that has the same keys."""
+        """Run these steps, or reuse the results of another shot that is running the same steps."""
         key = steps[-1].key
         task = self._shared.get(key)
         if task is not None:
@@ -212,7 +213,7 @@ class BatchDirector:
             return
         self._shared.move_to_end(key)
         kept = [k for k, t in self._shared.items() if t.done()]
-        for oldest in kept[: max(0, len(kept) - FACES_REMEMBERED)]:
+        for oldest in kept[: max(0, len(kept) - MAX_CACHED_FACES)]:
             del self._shared[oldest]
 
     async def _steps(self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts) -> StepResults:
@@ -220,20 +221,20 @@ class BatchDirector:
         adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
         work = Work(names[0], order, adapters, near=artefacts.by)
         timeout_s = sum(self._timeout_s(name) for name in names)
-        answer, emitted = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
-        for record in answer.records:
+        result, output = await self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference)
+        for record in result.records:
             self._metrics.step_ended(record.stage, record.seconds, record.cached)
             self._metrics.adapter_loads(record.adapter_loads)
-        return StepResults(answer.records, emitted, answer.likeness)
+        return StepResults(result.records, output, result.likeness)
 
     def _timeout_s(self, stage: str) -> float:
-        return self._job.profile.actor_of(self._job.stages[stage]).timeout_s
+        return self._config.profile.actor_of(self._config.stages[stage]).timeout_s
 
-    async def _written(
+    async def _write(
         self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, records: tuple[StepRecord, ...]
     ) -> ShotRecord:
         chunked = chunked_stages_of(plan.shot)
-        written = await self._encoders.written(
+        written = await self._encoders.write(
             plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if chunked else None
         )
         for record in written.stages[len(records) :]:
@@ -243,7 +244,7 @@ class BatchDirector:
 
     def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts) -> Chunks:
         """Process the clip's chunks on any free workers. Yields records and results in order."""
-        calls = group_chunked_steps(plan, self._job.layout.can_fuse)
+        calls = group_chunked_steps(plan, self._config.layout.can_fuse)
 
         async def process(chunk: slice) -> tuple[tuple[StepRecord, ...], Any]:
             cut: slice | None = chunk
@@ -253,26 +254,26 @@ class BatchDirector:
                 names = tuple(step.stage for step in steps)
                 work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
                 timeout_s = sum(map(self._timeout_s, names))
-                answer, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
-                records, cut = records + answer.records, None
+                result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
+                records, cut = records + result.records, None
             return records, current.reference
 
-        unit = chunk_unit(plan.shot, self._job.chunk_frames)
+        unit = chunk_unit(plan.shot, self._config.chunk_frames)
         return ordered_window(clip_chunks(plan.shot, unit, CHUNK_BYTES), process)
 
-    # How it goes
+    # Status
 
-    async def _post(self) -> None:
-        """Tell the driver how the run stands, and hear whether it is to stop."""
+    async def _report_status(self) -> None:
+        """Publish the status at regular intervals, and read the stop flag."""
         while True:
-            snapshot = Snapshot(*self._workers.look(), self._in_progress)
+            snapshot = Snapshot(*self._workers.sample_status(), self._in_progress)
             self._metrics.snapshot(snapshot)
             with suppress(ray.exceptions.RayActorError):
-                self._stopping |= await self._board.publish.remote(snapshot)
-            await asyncio.sleep(POST_S)
+                self._stopping |= await self._run_state.publish.remote(snapshot)
+            await asyncio.sleep(STATUS_INTERVAL_S)
 
 
-def _as_they_end(running: Sequence[Future[Any]], besides: Collection[int]) -> Iterator[int]:
-    """The numbers of those that run, as each ends, without some."""
-    numbers = {future: number for number, future in enumerate(running) if number not in besides}
-    return (numbers[ended] for ended in as_completed(numbers))
+def _in_order_of_completion(running: Sequence[Future[Any]], exclude: Collection[int]) -> Iterator[int]:
+    """Yield the index of each future as it completes, except for the excluded ones."""
+    numbers = {future: number for number, future in enumerate(running) if number not in exclude}
+    return (numbers[future] for future in as_completed(numbers))

@@ -1,4 +1,4 @@
-"""What a run would have to do, without doing it."""
+"""Estimate of a run: what is left to render, without rendering it."""
 
 from __future__ import annotations
 
@@ -20,79 +20,83 @@ from vidgen_ray.shot import Shot
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How the script's lines stand before a run."""
+    """Line counts of a script before a run."""
 
     lines: int
-    """With variants written out."""
+    """Lines, with variants expanded."""
     done: int | None
-    """Shots that are done already and will be skipped; none where their weights are not here to tell."""
+    """Finished shots that are skipped. `None` if the weights needed to look them up are not on this machine."""
     refused: int
-    """Lines that cannot be rendered."""
+    """Rejected lines and lines that cannot be planned."""
     cached_steps: int | None
-    """Stages, of shots that are to be rendered, of which the cache has the result; none as above."""
+    """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
 
 
 class _Tally(SkippedLines):
+    """Counts of the lines that are not pending."""
+
     def __init__(self) -> None:
-        self.done = self.wrong = 0
+        self.done = self.failed = 0
 
-    def refused(self, line: RejectedLine) -> None:
-        self.wrong += 1
+    def rejected(self, line: RejectedLine) -> None:
+        self.failed += 1
 
-    def unplanned(self, line: CheckedLine, failure: Failure) -> None:
-        self.wrong += 1
+    def unplannable(self, line: CheckedLine, failure: Failure) -> None:
+        self.failed += 1
 
-    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
+    def skipped(self, task: ShotTask, done: DoneShot) -> None:
         self.done += 1
 
 
-def estimated(
+def estimate_run(
     lines: Callable[[], Iterable[CheckedLine | RejectedLine]],
     profile: Profile,
     outputs: OutputFolder,
     address: str | None,
     cluster: Cluster | None,
 ) -> tuple[Demand, Counts, Cluster]:
-    """What is to be rendered, how the lines stand, and the machines: those given, those at `address`, or this one.
+    """Return the demand, the line counts and the cluster: `cluster`, the one at `address`, or this machine.
 
-    `lines` gives the script anew with each call. Where the weights are not on this machine nothing counts as done.
-    Raises SetupError where there is no cluster at the address.
+    `lines` returns a new iterator over the script on each call. If the weights are not on this machine, no shot counts as done.
+    Raises SetupError if there is no cluster at `address`.
     """
     check_profile(profile)
     try:
-        demand, counts = _looked_up(lines(), profile, outputs)
+        demand, counts = _count_pending(lines(), profile, outputs)
     except SetupError:
-        demand, counts = _as_if_new(lines())
+        demand, counts = _count_all(lines())
     if cluster is None and address is not None:
         with connected(address, 0):
             cluster = live_cluster()
     return demand, counts, cluster or this_machine()
 
 
-def _looked_up(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+def _count_pending(
+    lines: Iterable[CheckedLine | RejectedLine], profile: Profile, outputs: OutputFolder
+) -> tuple[Demand, Counts]:
     tally = _Tally()
     cached = 0
 
-    def counted() -> Iterator[Shot]:
+    def pending() -> Iterator[Shot]:
         nonlocal cached
-        for errand in pending_shots(lines, profile, outputs, tally):
-            cached += sum(outputs.stage_cache.has(step.key) for step in errand.plan.steps)
-            yield errand.plan.shot
+        for task in pending_shots(lines, profile, outputs, tally):
+            cached += sum(outputs.stage_cache.has(step.key) for step in task.plan.steps)
+            yield task.plan.shot
 
-    demand = demand_of(counted())
-    return demand, Counts(demand.shots + tally.done + tally.wrong, tally.done, tally.wrong, cached)
+    demand = demand_of(pending())
+    return demand, Counts(demand.shots + tally.done + tally.failed, tally.done, tally.failed, cached)
 
 
-def _as_if_new(lines: Iterable[CheckedLine | RejectedLine]) -> tuple[Demand, Counts]:
-    wrong = 0
+def _count_all(lines: Iterable[CheckedLine | RejectedLine]) -> tuple[Demand, Counts]:
+    failed = 0
 
-    def good() -> Iterator[Shot]:
-        nonlocal wrong
+    def valid() -> Iterator[Shot]:
+        nonlocal failed
         for line in lines:
             if isinstance(line, CheckedLine):
                 yield line.shot
             else:
-                wrong += 1
+                failed += 1
 
-    demand = demand_of(good())
-    return demand, Counts(demand.shots + wrong, None, wrong, None)
+    demand = demand_of(valid())
+    return demand, Counts(demand.shots + failed, None, failed, None)

@@ -1,4 +1,4 @@
-"""The order in which shots are rendered so that adapters are changed seldom. Knows no stage and no worker."""
+"""Order of shots that minimizes LoRA changes. Independent of stages and workers."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -9,31 +9,31 @@ from vidgen_ray.content_keys import ShotPlan
 T = TypeVar("T")
 
 WINDOW = 4096
-"""Shots that are put in order together: some megabytes."""
+"""Shots ordered together. A window takes some megabytes."""
 
 
 def in_lora_order(items: Iterable[T], plan_of: Callable[[T], ShotPlan], window: int = WINDOW) -> Iterator[T]:
-    """The same items, those with the same LoRAs side by side, and of these the ones with the same prompt.
+    """Yield all items, grouped by LoRAs and, within a group, by prompt.
 
-    Looks `window` items ahead and holds no more. Each window begins with the LoRAs that the one before it ended with, if
-    it has them; otherwise groups, and the shots in them, keep their order.
+    At most `window` items are held. Each window starts with the LoRAs that the previous one ended with, if it has them.
+    Apart from that, groups and the shots in them keep their order.
     """
     if window < 1:
         raise ValueError(f"window: got {window}, must be at least 1")
-    rest = iter(items)
-    worn: frozenset[str] | None = None
-    while ahead := list(islice(rest, window)):
+    remaining = iter(items)
+    active: frozenset[str] | None = None
+    while batch := list(islice(remaining, window)):
         groups: dict[frozenset[str], dict[str, list[T]]] = {}
-        for item in ahead:
+        for item in batch:
             plan = plan_of(item)
             groups.setdefault(_loras(plan), {}).setdefault(plan.shot.prompt, []).append(item)
-        for loras in sorted(groups, key=lambda loras: loras != worn):
+        for loras in sorted(groups, key=lambda loras: loras != active):
             for same_prompt in groups[loras].values():
                 yield from same_prompt
-            # Shots without LoRAs leave on the weights what is there.
-            worn = loras or worn
+            # Shots without LoRAs do not change the active LoRAs.
+            active = loras or active
 
 
 def _loras(plan: ShotPlan) -> frozenset[str]:
-    """What has to be laid on the weights. How strongly it acts is no part of that."""
+    """Return the LoRA files that the shot needs. Their strength can change without loading them again."""
     return frozenset(lora.path for lora in plan.shot.lora)

@@ -1,4 +1,4 @@
-"""A script's lines on their way in: planned, looked for among what is done, and sorted by what has to happen to each."""
+"""Pending shots of a script: plan each line, skip finished shots, report rejected lines."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from vidgen_ray.stages.base import Stage
 
 
 class SkippedLines(Protocol):
-    """Is told of the lines that are not rendered."""
+    """Callbacks for the lines that are not rendered."""
 
-    def refused(self, line: RejectedLine) -> None:
-        """A line that cannot be rendered."""
+    def rejected(self, line: RejectedLine) -> None:
+        """The line is wrong."""
 
-    def unplanned(self, line: CheckedLine, failure: Failure) -> None:
-        """A line that names something which is not there."""
+    def unplannable(self, line: CheckedLine, failure: Failure) -> None:
+        """The line refers to a file that does not exist or cannot be read."""
 
-    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
-        """A line that was done before."""
+    def skipped(self, task: ShotTask, done: DoneShot) -> None:
+        """The shot was finished by an earlier run."""
 
 
 def pending_shots(
     lines: Iterable[CheckedLine | RejectedLine],
     profile: Profile,
     outputs: OutputFolder,
-    account: SkippedLines,
+    skipped_lines: SkippedLines,
     *,
     fresh: bool = False,
     keep_stages: bool = False,
 ) -> Iterator[ShotTask]:
-    """The shots to render, `fresh` all of them; the account hears of every other line.
+    """Yield the shots to render and report every other line to `skipped_lines`. `fresh`: also yield finished shots.
 
-    Raises SetupError where the weights that a shot needs are not on this machine.
+    Raises SetupError if the weights that a shot needs are not on this machine.
     """
-    planned = _planned(lines, profile, account)
+    planned = _planned(lines, profile, skipped_lines)
     if fresh:
         yield from planned
         return
-    errands, looked_for = tee(planned)
-    found = outputs.find_finished_each((errand.plan for errand in looked_for), keep_stages)
-    for errand, (_, done) in zip(errands, found, strict=True):
+    tasks, to_look_up = tee(planned)
+    finished = outputs.find_finished_each((task.plan for task in to_look_up), keep_stages)
+    for task, (_, done) in zip(tasks, finished, strict=True):
         if done is None:
-            yield errand
+            yield task
         else:
-            account.skipped(errand, done)
+            skipped_lines.skipped(task, done)
 
 
-def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, account: SkippedLines) -> Iterator[ShotTask]:
+def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, skipped_lines: SkippedLines) -> Iterator[ShotTask]:
     planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
     for line in lines:
         if isinstance(line, RejectedLine):
-            account.refused(line)
+            skipped_lines.rejected(line)
             continue
         used = stages_of(line.shot)
-        # Weights that are missing are the run's concern, not the line's.
+        # Outside the `try`: missing weights fail the run, not the line.
         if used not in planners:
             planners[used] = ShotPlanner(params_of(profile, used), profile.encode)
         try:
@@ -72,4 +72,4 @@ def _planned(lines: Iterable[CheckedLine | RejectedLine], profile: Profile, acco
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:
-            account.unplanned(line, StepFailed("plan", error).failure())
+            skipped_lines.unplannable(line, StepFailed("plan", error).failure())

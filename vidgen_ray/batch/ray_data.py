@@ -1,4 +1,4 @@
-"""The parts of a script through Ray Data's one operator, the director; what became of each line comes back as it is known."""
+"""Stream the task files through the director, an operator of Ray Data, and yield the results as they arrive."""
 
 from __future__ import annotations
 
@@ -22,64 +22,64 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.solver import DIRECTOR_CPUS
 
-# Importing Ray Data makes it tell of every data set; what goes wrong is told once, by us.
+# Importing Ray Data enables its log messages about every dataset. Errors are reported by vidgen itself.
 logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 PARTS_AT_ONCE = 2
-"""The next part begins while the last shots of this one end."""
+"""The next part starts while the last shots of the current one finish."""
 BLOCK_BYTES = 1
-"""So small that every result is a block of its own, and is known as soon as it is there."""
-PARTS_A_DATASET = 40
-"""Ray Data keeps an account of every block that a data set gave, some 2 KB, for as long as it lasts. So a long script is
-several, one after another; the workers stay."""
-SEEN_S = 60
-"""After which everybody sees a file that somebody wrote: a network's file system may remember that it was not there."""
+"""Target block size. With 1, every result is a block of its own and is returned at once."""
+PARTS_PER_DATASET = 40
+"""Ray Data keeps about 2 KB of metadata per block as long as a dataset exists. So a long script runs as several datasets, one
+after another, on the same workers."""
+VISIBILITY_TIMEOUT_S = 60
+"""Seconds until a file written by a worker must be visible to the driver. Network file systems cache that a file is missing."""
 
 
-def stream(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Iterator[tuple[ShotTask, TaskResult] | None]:
-    """Run the parts; each of their lines comes out exactly once, or as none where the run was told to stop before it.
+def stream(parts: Sequence[str], config: RunConfig, run_state: RunStateHandle) -> Iterator[tuple[ShotTask, TaskResult] | None]:
+    """Run the parts and yield each task with its result exactly once. Yield `None` for each line not started before a stop.
 
-    Raises SetupError where actors cannot load their weights, or the driver does not see what the workers write.
+    Raises SetupError if actors cannot load their weights, or if the driver does not see the files that the workers write.
     """
     received: dict[str, set[int] | None] = {part: set() for part in parts}
-    seen_a_shot = False
+    folder_checked = False
     try:
-        for batch in chain.from_iterable(_results(some, job, board) for some in batched(parts, PARTS_A_DATASET)):
-            part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["outcome"][0])
-            numbers = received[part]
-            # A director that was started again may give again what its predecessor gave.
-            if numbers is None or number in numbers or not text:
+        for batch in chain.from_iterable(_result_rows(group, config, run_state) for group in batched(parts, PARTS_PER_DATASET)):
+            part, number, text = str(batch["part"][0]), int(batch["number"][0]), str(batch["result"][0])
+            done_lines = received[part]
+            # A restarted director may emit results again.
+            if done_lines is None or number in done_lines or not text:
                 continue
-            numbers.add(number)
-            if len(numbers) == batch["of"][0]:
+            done_lines.add(number)
+            if len(done_lines) == batch["line_count"][0]:
                 received[part] = None
-                board.received.remote(part)
-            errand, outcome = ShotTask.from_line(batch["line"][0]), TaskResult.from_line(text)
-            if isinstance(outcome.result, Failure) and outcome.result.stage == LOADING:
-                # No shot of this run would fare better.
-                raise SetupError(outcome.result.message)
-            if isinstance(outcome.result, ShotRecord) and not seen_a_shot:
-                _expect_to_see(errand, job)
-                seen_a_shot = True
-            yield errand, outcome
+                run_state.received.remote(part)
+            task, result = ShotTask.from_line(batch["line"][0]), TaskResult.from_line(text)
+            if isinstance(result.result, Failure) and result.result.stage == LOADING:
+                # Every other shot would fail in the same way.
+                raise SetupError(result.result.message)
+            if isinstance(result.result, ShotRecord) and not folder_checked:
+                _check_shared_folder(task, config)
+                folder_checked = True
+            yield task, result
     except ray.exceptions.RayError as error:
-        raise SetupError(f"Ray stopped the run: {str(error).strip().splitlines()[0]}") from error
-    stopped = ray.get(board.stopping.remote())
-    for part, numbers in received.items():
-        if numbers is None:
+        raise SetupError(f"Ray aborted the run: {str(error).strip().splitlines()[0]}") from error
+    stopped = ray.get(run_state.stopping.remote())
+    for part, done_lines in received.items():
+        if done_lines is None:
             continue
-        for number, line in enumerate(read_part(job.outputs, part)):
-            if number in numbers:
+        for number, line in enumerate(read_part(config.outputs, part)):
+            if number in done_lines:
                 continue
             if stopped:
                 yield None
                 continue
-            message = "came out of no stage; render it again"
+            message = "Ray Data returned no result for this line. Render it again."
             lost = Failure(stage="ray", error="LostShot", message=message, attempts=1, worker="driver")
             yield ShotTask.from_line(line), TaskResult(lost)
 
 
-def _results(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Any:
+def _result_rows(parts: Sequence[str], config: RunConfig, run_state: RunStateHandle) -> Any:
     _configure(DataContext.get_current())
     dataset = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
     dataset = dataset.map_batches(
@@ -92,26 +92,30 @@ def _results(parts: Sequence[str], job: RunConfig, board: RunStateHandle) -> Any
             max_tasks_in_flight_per_actor=PARTS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
-        fn_constructor_args=(job, board),
+        fn_constructor_args=(config, run_state),
     )
     return dataset.iter_batches(batch_size=1, prefetch_batches=0)
 
 
-def _expect_to_see(errand: ShotTask, job: RunConfig) -> None:
-    seen_by = time.monotonic() + SEEN_S
-    while job.outputs.find_finished(errand.plan) is None:
-        if time.monotonic() > seen_by:
-            place = job.outputs.storage.place(f"shots/{errand.plan.shot.id}")
-            raise SetupError(f"a worker wrote {place}, the driver does not see it; both need one shared output folder")
+def _check_shared_folder(task: ShotTask, config: RunConfig) -> None:
+    """Raise SetupError if the driver does not see a finished shot."""
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
+    while config.outputs.find_finished(task.plan) is None:
+        if time.monotonic() > deadline:
+            place = config.outputs.storage.place(f"shots/{task.plan.shot.id}")
+            raise SetupError(
+                f"a worker wrote {place}, but the driver does not see it. "
+                "The driver and the workers need one shared output folder."
+            )
         time.sleep(1)
 
 
 def _configure(context: DataContext) -> None:
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = False
-    # The director has its own limits, and nodes of a cloud may take hours to come.
+    # The director has its own timeouts, and cloud nodes may take hours to start.
     context.execution_no_progress_timeout_s = -1
-    # A block that raised would be dropped without a word, were this not 0.
+    # With any other value, a block that raised would be dropped silently.
     context.max_errored_blocks = 0
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,4 +1,4 @@
-"""A whole script: check and plan each line, skip what is done, stream the rest, write down what became of every line."""
+"""Render a script: plan its lines, skip finished shots, render the rest and record the result of every line."""
 
 from __future__ import annotations
 
@@ -42,27 +42,28 @@ from vidgen_ray.script.reader import CheckedLine, RejectedLine
 from vidgen_ray.stages.base import Stage
 
 GRACE_S = 60.0
+"""Seconds that shots in progress may take to finish after a stop request."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """How many lines ended how, and what it took."""
+    """Summary of a run."""
 
     run: str
     done: int
     failed: int
     skipped: int
     refused: int
-    """Of the failed lines those that were wrong in the script."""
+    """Rejected lines. They are part of `failed`."""
     left: int
-    """Lines that a run which was stopped did not begin, of those that it had looked at."""
+    """Lines read but not started, because the run was stopped."""
     seconds: float
     gpu_seconds: float
-    """Of what came out: neither of failed shots nor of tries that were too unlike."""
+    """GPU seconds of the finished shots, without failed shots and attempts with too low a likeness."""
     lora_loads: int
-    """How often a LoRA was laid on the weights."""
+    """LoRA files loaded into a model."""
     layout: str | None
-    """None where there was nothing to do."""
+    """Kind of the layout. `None` if there was nothing to render."""
 
 
 def render(
@@ -71,7 +72,7 @@ def render(
     outputs: OutputFolder,
     *,
     source: str,
-    watcher: ProgressListener,
+    listener: ProgressListener,
     address: str | None = None,
     cluster: Cluster | None = None,
     price: float | None = None,
@@ -84,42 +85,41 @@ def render(
     grace_s: float = GRACE_S,
     stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME,
 ) -> RunReport:
-    """Render every shot of the script into `outputs`, on the cluster at `address` or on a Ray of its own.
+    """Render all shots of a script into `outputs`, on the cluster at `address` or on a new local Ray.
 
-    `cluster` says what GPUs to plan for; without it the run looks. `before_start` is shown the plan, and may raise. A shot
-    that is done with the same content key is skipped, unless `fresh`. When `stop` is set no more lines are begun; those in
-    progress have `grace_s` seconds. `stages` are what runs under each stage's name.
-    Raises SetupError or ProfileError where the weights that the script needs are not there, or nothing holds the layout; a
-    line that fails does not raise.
+    `cluster`: GPUs to plan for. Default: detect. `before_start` is called with the plan and may raise. A shot that is finished
+    with the same content key is skipped unless `fresh`. When `stop` is set, no more shots start, and those in progress have
+    `grace_s` seconds to finish. `stages`: stage name -> class that implements it.
+    A failed line does not raise. Raises SetupError or ProfileError if weights are missing or no layout fits the cluster.
     """
     check_profile(profile)
-    begun = time.monotonic()
+    started = time.monotonic()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
-    with outputs.lease(run), RunResults(outputs, run, source, watcher) as ledger:
-        spool, chosen, left = TaskFiles(outputs, run), None, 0
+    with outputs.lease(run), RunResults(outputs, run, source, listener) as results:
+        task_files, chosen, left = TaskFiles(outputs, run), None, 0
         try:
-            errands = pending_shots(lines, profile, outputs, ledger, fresh=fresh, keep_stages=keep_stages)
+            tasks = pending_shots(lines, profile, outputs, results, fresh=fresh, keep_stages=keep_stages)
             if fresh:
-                errands = _without_cache(errands, outputs)
-            ordered_window = in_lora_order(errands, lambda errand: errand.plan)
+                tasks = _drop_cached(tasks, outputs)
+            ordered = in_lora_order(tasks, lambda task: task.plan)
             stop = stop or threading.Event()
-            demand = demand_of(errand.plan.shot for errand in spool.write(_until(stop, ordered_window)))
+            demand = demand_of(task.plan.shot for task in task_files.write(_until(stop, ordered)))
             if stop.is_set():
                 left = demand.shots
             else:
-                ledger.whole_script_read(demand.shots)
+                results.whole_script_read(demand.shots)
             if demand.shots and not left:
-                on_our_own = address is None and not ray.is_initialized()
-                if on_our_own:
+                own_ray = address is None and not ray.is_initialized()
+                if own_ray:
                     cluster = cluster or this_machine()
                     chosen = _planned(profile, demand, cluster, price, before_start)
                 with connected(address, cpus_needed(chosen.layout) if chosen else 0):
-                    if on_our_own and chosen:
+                    if own_ray and chosen:
                         expect_gpus(sum(slot.has_gpu for slot in chosen.layout.slots))
                     cluster = cluster or live_cluster()
                     chosen = chosen or _planned(profile, demand, cluster, price, before_start)
-                    job = RunConfig(
+                    config = RunConfig(
                         run=run,
                         profile=profile.pinned(demand.stages),
                         outputs=outputs,
@@ -131,25 +131,25 @@ def render(
                         fresh=fresh,
                         attempts=attempts,
                     )
-                    left = _run(spool.parts, job, labels_of(chosen, cluster), ledger, watcher, stop, grace_s)
-                save_calibration(profile.name, cluster.card, ledger.took)
+                    left = _run(task_files.parts, config, labels_of(chosen, cluster), results, listener, stop, grace_s)
+                save_calibration(profile.name, cluster.card, results.durations)
         finally:
-            spool.drop()
-            # What this machine's processes left half made, where any was killed.
+            task_files.drop()
+            # Remove temporary files of processes that were killed on this machine.
             outputs.sweep()
     report = RunReport(
         run=run,
-        done=ledger.counts["done"],
-        failed=ledger.counts["failed"],
-        skipped=ledger.counts["skipped"],
-        refused=ledger.refusals,
+        done=results.counts["done"],
+        failed=results.counts["failed"],
+        skipped=results.counts["skipped"],
+        refused=results.refusals,
         left=left,
-        seconds=round(time.monotonic() - begun, 2),
-        gpu_seconds=round(ledger.gpu_seconds, 2),
-        lora_loads=ledger.lora_loads,
+        seconds=round(time.monotonic() - started, 2),
+        gpu_seconds=round(results.gpu_seconds, 2),
+        lora_loads=results.lora_loads,
         layout=chosen.layout.kind if chosen else None,
     )
-    _write_run(outputs, report, source, profile, chosen, ledger)
+    _write_run(outputs, report, source, profile, chosen, results)
     return report
 
 
@@ -163,53 +163,53 @@ def _planned(
 
 def _run(
     parts: list[str],
-    job: RunConfig,
+    config: RunConfig,
     labels: Sequence[Label | None],
-    ledger: RunResults,
-    watcher: ProgressListener,
+    results: RunResults,
+    listener: ProgressListener,
     stop: threading.Event,
     grace_s: float,
 ) -> int:
-    """Have the parts rendered; how many lines were not begun, since the run was stopped."""
+    """Render the parts. Return how many lines were not started because the run was stopped."""
     left = 0
-    with start_actors(job, labels) as board, monitor_run(board, watcher, stop, grace_s):
-        # Ray Data takes a second to import, in which the actors start.
+    with start_actors(config, labels) as run_state, monitor_run(run_state, listener, stop, grace_s):
+        # Import Ray Data (about one second) while the actors start.
         from vidgen_ray.batch.ray_data import stream
 
-        for ended in stream(parts, job, board):
-            if ended is None:
+        for item in stream(parts, config, run_state):
+            if item is None:
                 left += 1
             else:
-                errand, outcome = ended
-                ledger.ended(errand, outcome.result)
+                task, result = item
+                results.finished(task, result.result)
     return left
 
 
-def _until(stop: threading.Event, errands: Iterable[ShotTask]) -> Iterator[ShotTask]:
-    for errand in errands:
-        yield errand
+def _until(stop: threading.Event, tasks: Iterable[ShotTask]) -> Iterator[ShotTask]:
+    for task in tasks:
+        yield task
         if stop.is_set():
             return
 
 
-def _without_cache(errands: Iterable[ShotTask], outputs: OutputFolder) -> Iterator[ShotTask]:
-    for errand in errands:
-        for attempt in (errand.plan, *errand.plan.again):
+def _drop_cached(tasks: Iterable[ShotTask], outputs: OutputFolder) -> Iterator[ShotTask]:
+    for task in tasks:
+        for attempt in (task.plan, *task.plan.again):
             outputs.stage_cache.drop(step.key for step in attempt.steps)
-        yield errand
+        yield task
 
 
 def _write_run(
-    outputs: OutputFolder, report: RunReport, source: str, profile: Profile, chosen: Plan | None, ledger: RunResults
+    outputs: OutputFolder, report: RunReport, source: str, profile: Profile, chosen: Plan | None, results: RunResults
 ) -> None:
-    """`run.json`: what ran last in this folder."""
+    """Write `run.json`, which describes the last run in this folder."""
     outputs.write_run(
         {
             **asdict(report),
             "script": source,
             "profile": profile.model_dump(mode="json"),
             "layout": asdict(chosen.layout) if chosen else None,
-            "weights": {stage: sorted(digests) for stage, digests in sorted(ledger.weights.items())},
+            "weights": {stage: sorted(digests) for stage, digests in sorted(results.weights.items())},
             "software": software_versions(),
         }
     )

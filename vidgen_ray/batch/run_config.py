@@ -1,4 +1,4 @@
-"""What every process of a run is told, and how it is called."""
+"""Configuration of one run, passed to every actor, and the names of its actors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from vidgen_ray.stages.base import Stage
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Small: it is kept for the restart of actors."""
+    """Configuration of one run. Keep it small: Ray keeps a copy per actor for restarts."""
 
     run: str
     profile: Profile
     outputs: OutputFolder
     layout: Layout
     stages: Mapping[str, type[Stage[Any]]]
-    """Name -> what runs under it."""
+    """Stage name -> class that implements it."""
     chunk_frames: Mapping[str, int]
-    """Chunked stage -> frames in one of its calls."""
+    """Chunked stage -> frames per call."""
     use_cache: bool
+    """Read and write the stage cache."""
     keep_stages: bool
+    """Also write the intermediate images."""
     fresh: bool
-    """Whether shots that are done are rendered all the same."""
+    """Render finished shots again."""
     attempts: int
-    """How often a line may break a stage or kill its process before it has failed."""
+    """Attempts per call before the shot has failed. The first one counts."""
 
     def worker_name(self, slot: int, number: int) -> str:
         return f"{self.run}/worker/{slot}/{number}"

@@ -1,5 +1,4 @@
-"""The driver's thread beside the stream of results: it passes on how the run stands, and sees to it that a run ends that is
-told to stop."""
+"""Driver thread that reports the status of a run and stops the run on request."""
 
 from __future__ import annotations
 
@@ -14,17 +13,18 @@ import ray
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_state import RunStateHandle
 
-LOOK_S = 1.0
+POLL_S = 1.0
+"""Seconds between two status reports."""
 
 
 @contextmanager
-def monitor_run(board: RunStateHandle, watcher: ProgressListener, stop: threading.Event, grace_s: float) -> Iterator[None]:
-    """Tell the watcher about every second how the run stands, while the block runs.
+def monitor_run(run_state: RunStateHandle, listener: ProgressListener, stop: threading.Event, grace_s: float) -> Iterator[None]:
+    """Report the status to the listener about every second while the block runs.
 
-    When `stop` is set the run takes no more lines. After `grace_s` seconds more the block is interrupted.
+    When `stop` is set, no more shots start. `grace_s` seconds later the block is interrupted.
     """
     ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(board, watcher, stop, grace_s, ended), daemon=True)
+    thread = threading.Thread(target=_monitor, args=(run_state, listener, stop, grace_s, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -33,21 +33,21 @@ def monitor_run(board: RunStateHandle, watcher: ProgressListener, stop: threadin
         thread.join()
 
 
-def _watch(
-    board: RunStateHandle, watcher: ProgressListener, stop: threading.Event, grace_s: float, ended: threading.Event
+def _monitor(
+    run_state: RunStateHandle, listener: ProgressListener, stop: threading.Event, grace_s: float, ended: threading.Event
 ) -> None:
     deadline: float | None = None
-    while not ended.wait(LOOK_S):
+    while not ended.wait(POLL_S):
         try:
             if stop.is_set() and deadline is None:
-                ray.get(board.stop.remote())
+                ray.get(run_state.stop.remote())
                 deadline = time.monotonic() + grace_s
-            snapshot = ray.get(board.snapshot.remote())
+            snapshot = ray.get(run_state.snapshot.remote())
         except ray.exceptions.RayError:
-            # The stream of results hears of it, too, and says more.
+            # The result stream fails as well, with a better message.
             return
         if snapshot is not None:
-            watcher.on_status(snapshot)
+            listener.on_status(snapshot)
         if deadline is not None and time.monotonic() > deadline and not ended.is_set():
             _thread.interrupt_main()
             return

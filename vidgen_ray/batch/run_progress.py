@@ -1,4 +1,4 @@
-"""How a run tells of itself while it runs."""
+"""Progress of a run: status snapshots and the listener interface."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,37 +6,40 @@ from vidgen_ray.outputs.manifest import ManifestRow
 
 
 class StageStatus(NamedTuple):
-    """One stage at one moment."""
+    """Status of one stage at one moment."""
 
     queued: int
-    """Shots that wait for a worker of this stage."""
+    """Calls that wait for a worker of this stage."""
     running: int
+    """Calls that a worker is running."""
     workers: int
+    """Live workers that hold the stage."""
     busy: float
-    """Share of the workers' time spent on work, 0 to 1, over the last 30 seconds."""
+    """Utilization of these workers over the last 30 seconds, 0 to 1."""
 
 
 class Snapshot(NamedTuple):
-    """A run at one moment. `stages` in the order of the chain, and only those that the script uses."""
+    """Status of a run at one moment."""
 
     stages: dict[str, StageStatus]
+    """Stage name -> status, in execution order. Only the stages that the script uses."""
     gpus_busy: float | None
-    """Share of the GPUs' time spent on work, 0 to 1, over the last 30 seconds; None where a run has no GPU."""
+    """GPU utilization over the last 30 seconds, 0 to 1. `None` if the run has no GPU."""
     in_progress: int
-    """Shots that have begun and not ended."""
+    """Shots that have started and not finished."""
 
 
 class ProgressListener(Protocol):
-    """Is told how a run goes, first by `refused`, then by `planned`, then by the others, one call at a time."""
+    """Callbacks of a run: first `on_rejected`, then `on_planned`, then the others, one call at a time."""
 
     def on_rejected(self, row: ManifestRow) -> None:
-        """A line failed before anything is rendered: it is wrong, or names something that is not there."""
+        """A line failed before rendering: it is wrong or refers to a missing file."""
 
     def on_planned(self, total: int, done_before: int, refused: int) -> None:
-        """Called once, before anything is rendered; `total` lines include those done before and those refused."""
+        """Called once before rendering. `total` includes the lines done before and the rejected ones (`refused`)."""
 
     def on_finished(self, row: ManifestRow) -> None:
-        """A shot was rendered, or failed on the way."""
+        """A shot was rendered or has failed."""
 
     def on_status(self, snapshot: Snapshot) -> None:
-        """Called about every second while shots are rendered, by another thread than the rest."""
+        """Called about every second during rendering, from another thread than the other callbacks."""

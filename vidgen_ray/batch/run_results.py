@@ -1,4 +1,4 @@
-"""What became of every line: each is entered exactly once, counted, told to the watcher and written down."""
+"""Results of a run: count every line once, report it to the listener and write it to the manifest."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.reader import CheckedLine, RejectedLine
 
-SHOTS_MEASURED = 1000
+CALIBRATION_SHOTS = 1000
+"""Last shots per stage whose durations are kept for calibration."""
 
 
 class RunResults:
-    """A context manager: what was entered is kept, whatever ends the block."""
+    """Results of one run. A context manager: the manifest is written even if the block raises."""
 
-    def __init__(self, outputs: OutputFolder, run: str, source: str, watcher: ProgressListener) -> None:
+    def __init__(self, outputs: OutputFolder, run: str, source: str, listener: ProgressListener) -> None:
         self._run = run
         self._source = source
-        self._watcher = watcher
+        self._listener = listener
         self._manifest = ManifestWriter(outputs, run, source)
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
         self.refusals = 0
         self.gpu_seconds = 0.0
         self.lora_loads = 0
-        self.took: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=SHOTS_MEASURED))
-        """Stage -> seconds and work of the last shots that it computed."""
+        self.durations: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
+        """Stage -> (seconds, relative cost) of the last shots that were not taken from the cache."""
         self.weights: dict[str, set[str]] = defaultdict(set)
-        """Stage -> digests of what its results were made with."""
+        """Stage -> digests of the weights that its results were made with."""
 
     def __enter__(self) -> Self:
         return self
@@ -45,31 +46,31 @@ class RunResults:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._manifest.close(whole_script=self._whole_script)
 
-    def refused(self, line: RejectedLine) -> None:
+    def rejected(self, line: RejectedLine) -> None:
         self.refusals += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_rejected_line(self._run, line.script, line.id, line.line, line.fields.get("prompt"), failure)
         self._enter(row, FailedLine(line.id, line.script, line.fields, failure), None)
-        self._watcher.on_rejected(row)
+        self._listener.on_rejected(row)
 
-    def unplanned(self, line: CheckedLine, failure: Failure) -> None:
-        self._watcher.on_rejected(self._failed(line, failure))
+    def unplannable(self, line: CheckedLine, failure: Failure) -> None:
+        self._listener.on_rejected(self._failed(line, failure))
 
-    def skipped(self, errand: ShotTask, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._run, self._source, errand.plan.shot, errand.line, done, "skipped")
-        self._enter(row, None, errand.replaces)
+    def skipped(self, task: ShotTask, done: DoneShot) -> None:
+        row = ManifestRow.of_shot(self._run, self._source, task.plan.shot, task.line, done, "skipped")
+        self._enter(row, None, task.replaces)
 
     def whole_script_read(self, pending_shots: int) -> None:
-        """Every line is checked; so many are to be rendered."""
+        """The script was read to its end. `pending_shots` shots are to be rendered."""
         self._whole_script = True
-        before = self.counts
-        self._watcher.on_planned(pending_shots + before.total(), before["skipped"], before["failed"])
+        counts = self.counts
+        self._listener.on_planned(pending_shots + counts.total(), counts["skipped"], counts["failed"])
 
-    def ended(self, errand: ShotTask, result: ShotRecord | Failure) -> None:
-        """A line that was rendered, or tried."""
+    def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
+        """The shot was rendered or has failed."""
         if isinstance(result, Failure):
-            row = self._failed(CheckedLine(errand.plan.shot, errand.line, errand.replaces), result)
-            self._watcher.on_finished(row)
+            row = self._failed(CheckedLine(task.plan.shot, task.line, task.replaces), result)
+            self._listener.on_finished(row)
             return
         self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
         self.lora_loads += sum(step.adapter_loads for step in result.stages)
@@ -77,15 +78,15 @@ class RunResults:
         for step in result.stages:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
-                self.took[step.stage].append((step.seconds, costs[step.stage]))
-        row = ManifestRow.of_shot(self._run, self._source, errand.plan.shot, errand.line, result, "done")
-        self._enter(row, None, errand.replaces)
-        self._watcher.on_finished(row)
+                self.durations[step.stage].append((step.seconds, costs[step.stage]))
+        row = ManifestRow.of_shot(self._run, self._source, task.plan.shot, task.line, result, "done")
+        self._enter(row, None, task.replaces)
+        self._listener.on_finished(row)
 
     def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
-        again = FailedLine(line.shot.id or "", self._source, line.shot.model_dump(mode="json"), failure)
+        failed_line = FailedLine(line.shot.id or "", self._source, line.shot.model_dump(mode="json"), failure)
         row = ManifestRow.of_shot(self._run, self._source, line.shot, line.line, failure, "failed")
-        self._enter(row, again, line.replaces)
+        self._enter(row, failed_line, line.replaces)
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:

@@ -1,8 +1,8 @@
-"""Which worker does what next. Knows nothing of Ray or of time: a worker is what it holds and has in hand.
+"""Scheduler of a run: assign waiting work to workers. Independent of Ray and of time.
 
-Work nearest to a finished clip goes first, so that shots leave before new ones enter and no stage runs ahead of the slower one
-behind it. Among equals a worker takes what its LoRAs are laid on for, and the older shot;
-a work goes where its inputs are.
+Work nearest to a finished clip goes first: shots finish before new ones start, and no stage runs ahead of a slower later one.
+Within a stage, a worker prefers shots that use its active LoRAs, then the oldest shot. Among equally loaded workers, work goes
+to the one that has its inputs.
 """
 
 from __future__ import annotations
@@ -14,26 +14,31 @@ from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
 from vidgen_ray.planner.layout import WorkerSpec
 
 MAX_RUNNING_LOAD = 1.0
-"""Load of one worker: what runs, in units of `Work.load`. The next is handed over early only where plenty waits."""
+"""Load of a busy worker, in units of `Work.load`. More is assigned only if no other worker could start it now."""
 MAX_PREFETCH_LOAD = 2.0
-"""The most that a worker has at hand, what runs and what waits there: its next inputs arrive while it computes."""
+"""Maximum load of a worker, running and prefetched. The inputs of prefetched work arrive while the worker computes."""
 CHUNK_LOAD = 0.25
+"""Load of one chunk of frames to upscale."""
 MAX_LORA_SKIPS = 64
-"""A shot is not passed over for a LoRA's sake when shots so much younger wait."""
+"""A shot is no longer skipped in favour of the active LoRAs when a shot that is this much younger is waiting."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Work:
-    """One call to a worker. `stage` is the first it passes; `order` is the age of its shot, smaller is older."""
+    """One call to a worker."""
 
     stage: str
+    """First stage of the call."""
     order: int
+    """Sequence number of the shot. Smaller is older."""
     adapters: frozenset[Hashable] = frozenset()
+    """LoRAs of the shot."""
     load: float = 1.0
+    """Load that the call adds to a worker. 1 for a whole shot."""
     alone: bool = False
-    """Whether the worker may have nothing else in hand: a process died with this work and others in it."""
+    """Run this work alone on its worker, because a process crashed while it ran this work and other work."""
     near: WorkerState | None = None
-    """Where its inputs are: of workers with as little in hand it goes to this one."""
+    """Worker that has the inputs. Preferred among equally loaded workers."""
 
 
 @dataclass(eq=False)
@@ -42,25 +47,26 @@ class WorkerState:
 
     spec: WorkerSpec
     adapters_kept: int
+    """Maximum number of active LoRAs."""
     live: bool = False
+    """The process is up and has loaded its weights."""
     load: float = 0.0
+    """Load of the assigned work."""
     adapters: list[Hashable] = field(default_factory=list)
-    """Last used last."""
+    """Active LoRAs. The last used is last."""
     group: Sequence[str] = ()
-    """Of the stages that take turns: those on the GPU after what is in hand."""
+    """Group of stages that is on the GPU after the assigned work, if groups of stages take turns."""
     turn: int = 0
-    """Works of this group in a row."""
+    """Calls to this group in a row."""
     alone: bool = False
-    """Whether what it has in hand is to be there alone."""
+    """The assigned work must run alone."""
 
 
 class Scheduler:
-    """Holds what waits, and gives it to workers.
-
-    `positions` orders the stages: stage name -> place in the chain.
-    """
+    """Queue of waiting work, and its assignment to workers."""
 
     def __init__(self, workers: Iterable[WorkerState], positions: Mapping[str, int]) -> None:
+        """`positions`: stage name -> position in the graph."""
         self.workers = list(workers)
         self._positions = positions
         self.waiting: dict[str, list[Work]] = {}
@@ -73,7 +79,7 @@ class Scheduler:
         self.waiting.setdefault(work.stage, []).append(work)
 
     def remove(self, work: Work) -> None:
-        """Forget work that waits, where nobody wants it any more."""
+        """Remove waiting work, if it was cancelled."""
         if work in self.waiting.get(work.stage, ()):
             self.waiting[work.stage].remove(work)
 
@@ -81,58 +87,60 @@ class Scheduler:
         return len(self.waiting.get(stage, ()))
 
     def assign(self) -> list[tuple[WorkerState, Work]]:
-        """Give out all that can be; the least loaded worker chooses first. What is given is in the worker's hand."""
-        given: list[tuple[WorkerState, Work]] = []
+        """Assign all work that can be assigned now, and return it. The least loaded worker chooses first."""
+        assigned: list[tuple[WorkerState, Work]] = []
         while True:
             free = (worker for worker in self.workers if worker.live and worker.load < MAX_PREFETCH_LOAD and not worker.alone)
             pairs = ((worker, work) for worker in free if (work := self._choice(worker)) is not None)
-            pair = min(pairs, key=_reluctance, default=None)
+            pair = min(pairs, key=_assignment_cost, default=None)
             if pair is None:
-                return given
-            self._give(*pair)
-            given.append(pair)
+                return assigned
+            self._assign(*pair)
+            assigned.append(pair)
 
-    def done(self, worker: WorkerState, work: Work) -> None:
+    def finished(self, worker: WorkerState, work: Work) -> None:
         worker.load = max(0.0, worker.load - work.load)
         worker.alone = worker.alone and worker.load > 0
 
-    def died(self, worker: WorkerState) -> None:
-        """The process and all it knew is gone."""
+    def crashed(self, worker: WorkerState) -> None:
+        """Reset a worker whose process crashed."""
         worker.live, worker.alone, worker.load = False, False, 0.0
         worker.adapters, worker.group, worker.turn = [], (), 0
 
     def _choice(self, worker: WorkerState) -> Work | None:
-        open_to_it = {stage: works for stage in worker.spec.stages if (works := self._open_to(worker, stage))}
-        stages = self._in_turn(worker, open_to_it) if worker.spec.turns else list(open_to_it)
+        available = {stage: works for stage in worker.spec.stages if (works := self._available(worker, stage))}
+        stages = self._in_turn(worker, available) if worker.spec.turns else list(available)
         if not stages:
             return None
-        return _match(worker, open_to_it[max(stages, key=self._positions.__getitem__)])
+        return _best_match(worker, available[max(stages, key=self._positions.__getitem__)])
 
-    def _open_to(self, worker: WorkerState, stage: str) -> list[Work]:
-        """What of the waiting work the worker may take now."""
+    def _available(self, worker: WorkerState, stage: str) -> list[Work]:
+        """Return the waiting work of a stage that the worker may take now."""
         waiting = self.waiting.get(stage, [])
-        at_once = [work for work in waiting if worker.load + work.load <= MAX_RUNNING_LOAD and not (work.alone and worker.load)]
-        if at_once or not waiting:
-            return at_once
-        # Early only what nobody could begin at once, with something left for those who end sooner.
+        startable = [
+            work for work in waiting if worker.load + work.load <= MAX_RUNNING_LOAD and not (work.alone and worker.load)
+        ]
+        if startable or not waiting:
+            return startable
+        # Prefetch only if no worker could start it now, and if enough is left for the workers that finish sooner.
         holders = [other for other in self._holders[stage] if other.live]
         if any(other.load + waiting[0].load <= MAX_RUNNING_LOAD for other in holders):
             return []
-        # What is before this stage is to come here, too.
-        to_come = sum(self.queued(other) for other in self._positions if self._positions[other] <= self._positions[stage])
-        if to_come < len(holders) and waiting[0].load == 1:
+        # Work of earlier stages comes to this stage later.
+        upcoming = sum(self.queued(other) for other in self._positions if self._positions[other] <= self._positions[stage])
+        if upcoming < len(holders) and waiting[0].load == 1:
             return []
         return [work for work in waiting if worker.load + work.load <= MAX_PREFETCH_LOAD and not work.alone]
 
     def _in_turn(self, worker: WorkerState, stages: Collection[str]) -> list[str]:
-        """The stages of the group whose turn it is, and those that are always on the GPU."""
+        """Return the stages of the group whose turn it is, and those that are always on the GPU."""
         groups = [group for group in worker.spec.turns if set(group) & set(stages)]
         always = [stage for stage in stages if not any(stage in group for group in worker.spec.turns)]
         if not groups:
             return always
         if worker.group in groups and not (len(groups) > 1 and self._turn_is_over(worker)):
             return [*always, *(stage for stage in stages if stage in worker.group)]
-        # While something is left that needs no swap, it may be about to make work for the group that is there.
+        # Work that needs no swap may soon produce work for the group on the GPU.
         if always and worker.group:
             return always
         others = [group for group in groups if group != worker.group]
@@ -142,7 +150,7 @@ class Scheduler:
     def _turn_is_over(self, worker: WorkerState) -> bool:
         if worker.turn >= TURN_SHOTS:
             return True
-        # Before those who can do nothing else run out of this group's work, some must be made for them.
+        # Other workers that hold only this group are about to run out of work. Make some for them.
         others = sum(
             other.live and not other.spec.turns
             for stage in worker.group
@@ -151,7 +159,7 @@ class Scheduler:
         )
         return others > 0 and sum(self.queued(stage) for stage in worker.group) <= 2 * others
 
-    def _give(self, worker: WorkerState, work: Work) -> None:
+    def _assign(self, worker: WorkerState, work: Work) -> None:
         self.waiting[work.stage].remove(work)
         worker.load += work.load
         worker.alone = work.alone
@@ -164,20 +172,22 @@ class Scheduler:
             worker.group = group
 
 
-def _reluctance(pair: tuple[WorkerState, Work]) -> tuple[float, bool, bool]:
+def _assignment_cost(pair: tuple[WorkerState, Work]) -> tuple[float, bool, bool]:
+    """Return the sort key of a pair. The smallest is assigned first."""
     worker, work = pair
-    return worker.load, not _wears(worker, work), work.near is not worker
+    return worker.load, not _loras_active(worker, work), work.near is not worker
 
 
-def _match(worker: WorkerState, waiting: Sequence[Work]) -> Work:
+def _best_match(worker: WorkerState, waiting: Sequence[Work]) -> Work:
+    """Return the oldest work that uses the active LoRAs, or the oldest work if it was skipped too often."""
     oldest = min(waiting, key=lambda work: work.order)
     newest = max(waiting, key=lambda work: work.order)
     if not worker.adapters or newest.order - oldest.order > MAX_LORA_SKIPS:
         return oldest
-    worn = [work for work in waiting if _wears(worker, work)]
-    return min(worn, key=lambda work: work.order, default=oldest)
+    matching = [work for work in waiting if _loras_active(worker, work)]
+    return min(matching, key=lambda work: work.order, default=oldest)
 
 
-def _wears(worker: WorkerState, work: Work) -> bool:
-    """Whether the LoRAs of the work are laid on, or it has none and wants none taken off."""
+def _loras_active(worker: WorkerState, work: Work) -> bool:
+    """Return whether the LoRAs of the work are active on the worker. True for work without LoRAs."""
     return work.adapters <= set(worker.adapters)

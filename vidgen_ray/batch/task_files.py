@@ -1,4 +1,4 @@
-"""What the driver leaves for the director: lines that are to be rendered, in parts; and what comes back of each."""
+"""Task files: the pending shots of a run, written by the driver in parts and read by the director; and their results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from vidgen_ray.outputs.records import Failure, ShotRecord
 
 @dataclass(frozen=True, slots=True)
 class ShotTask:
-    """A shot to render, the line it stands on and, where its line failed under another id, that id."""
+    """A shot to render."""
 
     plan: ShotPlan
     line: int
+    """Line number in the script."""
     replaces: str | None
+    """Id under which the line failed in an earlier run, if it differs."""
 
     def to_line(self) -> str:
         head = json.dumps({"line": self.line, "replaces": self.replaces})
@@ -34,7 +36,7 @@ class ShotTask:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """What became of a shot."""
+    """Result of one shot."""
 
     result: ShotRecord | Failure
 
@@ -51,33 +53,35 @@ class TaskResult:
 
 
 LINES_PER_PART = 500
+"""Tasks per file."""
 
 
 class TaskFiles:
-    """The parts of one run, in the output folder, where driver and workers both see them."""
+    """Task files of one run, in the output folder, which driver and workers share."""
 
     def __init__(self, outputs: OutputFolder, run: str) -> None:
         self._outputs = outputs
-        # This run holds the folder's lease: what lies there is a dead run's.
+        # This run holds the lease of the folder, so existing files are remaining over from a crashed run.
         outputs.storage.delete_folder("spool")
         self._folder = f"spool/{run}"
         self.parts: list[str] = []
 
-    def write(self, errands: Iterable[ShotTask]) -> Iterator[ShotTask]:
-        """Write the errands down, a part at a time, and give each on."""
-        for batch in batched(errands, LINES_PER_PART):
+    def write(self, tasks: Iterable[ShotTask]) -> Iterator[ShotTask]:
+        """Write the tasks part by part, and yield each one."""
+        for batch in batched(tasks, LINES_PER_PART):
             self.parts.append(f"{self._folder}/{len(self.parts):06d}.jsonl")
-            self._outputs.storage.write(self.parts[-1], "".join(f"{errand.to_line()}\n" for errand in batch))
+            self._outputs.storage.write(self.parts[-1], "".join(f"{task.to_line()}\n" for task in batch))
             yield from batch
 
     def drop(self) -> None:
+        """Delete the files."""
         self._outputs.storage.delete_folder(self._folder)
 
 
 def read_part(outputs: OutputFolder, part: str) -> list[str]:
-    """The lines of a part, each an errand."""
+    """Return the lines of a part, one task each."""
     content = outputs.storage.read(part)
     if content is None:
-        raise SetupError(f"{outputs.storage.place(part)} is not there; driver and workers need one shared output folder")
-    # JSON's texts may hold other signs that Python takes for ends of lines.
+        raise SetupError(f"{outputs.storage.place(part)} not found. The driver and the workers need one shared output folder.")
+    # Not splitlines(): JSON strings may contain other characters that Python treats as line ends.
     return content.decode().removesuffix("\n").split("\n")

@@ -1,7 +1,6 @@
-"""The actors: workers that hold models on a slot's GPU, and encoders that write the files.
+"""Ray actors of a run: workers, which hold models on the GPU of a slot, and encoders, which write the files.
 
-They do what they are told, one call after another, and know nothing of the other shots. What a shot cannot get past is an
-answer, not an exception; a process that dies or hangs is the director's business.
+They run one call after another. Errors of a shot are returned, not raised. Crashes and timeouts are handled by the director.
 """
 
 from __future__ import annotations
@@ -29,29 +28,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ActorPlace:
-    """Where an actor is."""
+    """Process of an actor."""
 
     node: str
+    """Ray node id."""
     pid: int
     gpus: tuple[str, ...]
-    """Of its node, as Ray counts them."""
+    """Ray's ids of its GPUs on the node."""
 
 
-CALLS_AT_ONCE = 2
-"""While the result of one call is copied into Ray's memory, which for a chunk of large frames takes as long as a fifth of
-its work, the next call works."""
-
-
+MAX_CONCURRENT_CALLS = 2
+"""The next call runs while the result of the previous one is copied to Ray's object store. For a chunk of large frames, copying
+takes a fifth of the computing time."""
 ENCODER_NICENESS = 10
-"""Added to an encoder's. A clip can wait to be written; a GPU whose process waits for a core does nothing."""
+"""Added to the niceness of encoders. Encoding can wait, but a GPU is idle while its process waits for a CPU core."""
 
 
 class Worker:
-    """Stages in memory, at work on one call at a time."""
+    """Actor that holds stages in memory and runs one call at a time."""
 
-    def __init__(self, job: RunConfig, spec: WorkerSpec) -> None:
-        self._at_work = threading.Lock()
-        self._job = job
+    def __init__(self, config: RunConfig, spec: WorkerSpec) -> None:
+        self._lock = threading.Lock()
+        self._config = config
         self._spec = spec
         self._loaded: Failure | StepRunner | None = None
 
@@ -59,92 +57,93 @@ class Worker:
         return _place()
 
     def load(self) -> Failure | None:
-        """Load the weights, or say why they cannot be. Called again it answers the same.
+        """Load the weights. Return the failure if that is impossible. Repeated calls return the same.
 
-        Not part of the start: while a process starts again Ray refuses calls, and a death then could not be told from a start
-        that takes long.
+        Not part of `__init__`: Ray rejects calls during a restart, so a crash while loading would look like a slow start.
         """
-        with self._at_work:
+        with self._lock:
             ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
     def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
-        """Take a shot through these steps: what became of it, and what it has now."""
+        """Run these steps of a shot. Return the call result and the artefacts."""
 
-        def taken(runner: StepRunner) -> tuple[CallResult, Artefacts]:
+        def run_steps(runner: StepRunner) -> tuple[CallResult, Artefacts]:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
-        return self._at_work_on(taken, Artefacts())
+        return self._execute(run_steps, Artefacts())
 
     def run_chunk(
         self, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
     ) -> tuple[CallResult, Artefacts]:
-        """Take a chunk of the clip through these chunked steps; see `StepRunner.run_chunk`."""
+        """Run these chunked steps on a chunk of the clip. See `StepRunner.run_chunk`."""
 
         def process(runner: StepRunner) -> tuple[CallResult, Artefacts]:
-            made, records = runner.run_chunk(plan, steps, chunk, artefacts)
-            return CallResult(tuple(records)), made
+            output, records = runner.run_chunk(plan, steps, chunk, artefacts)
+            return CallResult(tuple(records)), output
 
-        return self._at_work_on(process, Artefacts())
+        return self._execute(process, Artefacts())
 
-    def _at_work_on(self, work: Callable[[StepRunner], tuple[CallResult, T]], nothing: T) -> tuple[CallResult, T]:
-        """What the work gives, or how it failed and `nothing`."""
-        with self._at_work:
+    def _execute(self, function: Callable[[StepRunner], tuple[CallResult, T]], default: T) -> tuple[CallResult, T]:
+        """Return the result of the function, or its failure and `default`."""
+        with self._lock:
             ready = self._ready()
             if isinstance(ready, Failure):
-                return CallResult(failure=ready, final=True), nothing
+                return CallResult(failure=ready, final=True), default
             try:
-                return work(ready)
+                return function(ready)
             except StepFailed as failed:
-                return CallResult.of_failure(failed), nothing
+                return CallResult.of_failure(failed), default
 
     def _ready(self) -> StepRunner | Failure:
-        """Also where nobody asked to load: a call may be meant for the process before this one, and reach this one before
-        anybody knew."""
+        """Return the step runner, and load it first if needed.
+
+        A call meant for the previous process can arrive before `load`.
+        """
         if self._loaded is None:
-            job, spec = self._job, self._spec
+            config, spec = self._config, self._spec
             try:
-                stages = [stage(job.profile.params(stage)) for stage in (job.stages[name] for name in spec.stages)]
-                cache = job.outputs.stage_cache if job.use_cache else None
+                stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
+                cache = config.outputs.stage_cache if config.use_cache else None
                 runner = StepRunner(stages, spec.gpus, cache, spec.turns)
                 runner.load()
                 self._loaded = runner
             except Exception as error:
-                # Raised here it would reach the user as Ray's account of it.
+                # If raised, the user would see Ray's wrapper of the error.
                 self._loaded = StepFailed(LOADING, error).failure()
         return self._loaded
 
 
 class Encoder:
-    """Writes the files of several shots at once, call by call. What it has begun dies with it and is begun again."""
+    """Actor that writes the files of several shots at once. After a crash, its unfinished shots start again."""
 
-    def __init__(self, job: RunConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         os.nice(ENCODER_NICENESS)
-        self._job = job
+        self._config = config
         self._open: dict[str, ShotFiles] = {}
 
     def place(self) -> ActorPlace:
         return _place()
 
     def load(self) -> None:
-        """An encoder has no weights."""
+        """Do nothing. An encoder has no weights."""
 
     def begin(self, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
-        """Write the picture and the clip."""
+        """Start a shot: write the image and the original clip."""
         shot_id = plan.shot.id or ""
         self.abandon(shot_id)
         try:
-            encode = self._job.profile.encode
+            encode = self._config.profile.encode
             item = Item(plan.shot, artefacts)
-            self._open[shot_id] = ShotFiles(plan, item, self._job.outputs, encode, self._job.keep_stages)
-        # A full disk or an unreadable start image is this shot's failure, too.
+            self._open[shot_id] = ShotFiles(plan, item, self._config.outputs, encode, self._config.keep_stages)
+        # Any error, such as a full disk or an unreadable start image, fails this shot only.
         except Exception as error:
             return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
     def add(self, shot_id: str, chunk: Artefacts) -> CallResult:
-        """Encode the next chunk of the clips that chunked stages make."""
+        """Encode the next chunk of the clips made by chunked stages."""
         if shot_id not in self._open:
             return CallResult(session_lost=True)
         try:
@@ -166,7 +165,7 @@ class Encoder:
         return CallResult(), record
 
     def abandon(self, shot_id: str) -> None:
-        """Leave nothing of a shot that is not committed."""
+        """Delete the files of a shot that is not committed."""
         files = self._open.pop(shot_id, None)
         if files is not None:
             files.close()

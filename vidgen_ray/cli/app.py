@@ -224,7 +224,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the GPU layout, duration and cost of a script without rendering it."""
-    from vidgen_ray.batch.estimate import estimated
+    from vidgen_ray.batch.estimate import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
@@ -232,7 +232,7 @@ def plan(
     lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
-        demand, counts, cluster = estimated(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
+        demand, counts, cluster = estimate_run(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
 
@@ -396,7 +396,7 @@ def _render(
             run_view(local / "progress.jsonl" if local else None) as view,
             stoppable(options.get("grace_s", GRACE_S)) as stop,
         ):
-            report = render(lines, profile, outputs, source=source, watcher=view, stop=stop, **options)
+            report = render(lines, profile, outputs, source=source, listener=view, stop=stop, **options)
     finally:
         gallery = write_gallery(out)
     if as_json:

@@ -75,14 +75,14 @@ def serve_command(
         for stage, reason in plan.serving_profile.unavailable.items():
             typer.echo(f"Stage {stage} is unavailable: {reason}", err=True)
         with serving(plan, stages) as server:
-            server.wait_until_it_answers(stop)
+            server.wait_until_accepting(stop)
             if not stop.is_set():
                 key = "an API key" if keys.are_required else "no API key"
                 typer.echo(f"Serving profile {settings.profile} at {server.url}/. {_storage(settings)}")
                 typer.echo(
                     f"Open the URL in a browser, or use an OpenAI client with {server.url}/v1 and {key}. Ctrl-C to stop."
                 )
-            server.wait_until_it_renders(stop, lambda message: typer.echo(f"vidgen: {message}", err=True))
+            server.wait_until_ready(stop, lambda message: typer.echo(f"vidgen: {message}", err=True))
             if not stop.is_set():
                 typer.echo("Models loaded.")
             wait_for(stop, server)

@@ -3,7 +3,7 @@
 from vidgen_ray.outputs.records import Failure
 
 ATTEMPTS = 3
-"""Attempts of one call before its shot has failed. The first one counts."""
+"""Attempts per call before the shot has failed. The first one counts."""
 
 
 class ShotFailed(Exception):
@@ -19,5 +19,5 @@ class InputsLost(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message. Ray's messages go on for many lines of ids."""
+    """Return the first line of an error message. Ray appends many lines of ids."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,9 +1,9 @@
-"""The Serve application: the API, the director, an encoder, and a deployment for each group of replicas that hold stages.
+"""Ray Serve application: the API, the director, the encoders, and one deployment per group of stage replicas.
 
-`vidgen_ray.online.application:build` is what a Serve config names as its import path.
+Serve configs use `vidgen_ray.online.application:build` as their import path.
 """
 
-# Not `from __future__ import annotations`: Serve reads the annotation of `build` to make settings of a config's args.
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -36,12 +36,12 @@ APP = "vidgen"
 API = "Api"
 API_CPUS = 0.25
 API_REQUESTS = 1_000
-"""Of a replica at once: those who watch a job's events stay for as long as it takes."""
+"""Concurrent requests per replica. Event streams stay open as long as their jobs run."""
 
 
 @dataclass(frozen=True)
 class ServerPlan:
-    """What a server consists of on a certain cluster, before anything is started."""
+    """Plan of a server on a cluster, before it is started."""
 
     settings: OnlineSettings
     serving_profile: ServingProfile
@@ -50,47 +50,49 @@ class ServerPlan:
 
     @property
     def cpus(self) -> float:
-        """CPUs of all replicas, as they start."""
+        """CPUs of all replicas at start."""
         stages = sum(group.replicas * group.spec.cpus for group in self.groups)
         return stages + self.layout.encoders * ENCODER_CPUS + DIRECTOR_CPUS + API_CPUS
 
     @property
     def in_progress(self) -> int:
-        """Jobs that are led at once, at most."""
+        """Maximum number of running jobs."""
         return self.settings.in_progress or self.layout.window
 
 
-def server_plan(settings: OnlineSettings, look: Callable[[], Cluster]) -> ServerPlan:
-    """Lay a server out, for the GPUs that the settings name, or those that `look` finds.
+def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> ServerPlan:
+    """Plan a server for the GPUs in the settings, or for those that `detect` returns.
 
-    Raises ProfileError and SetupError as the planner does, and where nothing can be served.
+    Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served.
     """
-    told = load_profile(settings.profile)
-    found = serving_profile(told if settings.layout is None else told.model_copy(update={"layout": settings.layout}))
-    profile = found.profile
-    cluster = parse_gpus(settings.gpus) if settings.gpus else look()
-    layout = plan(profile, found.demand(), cluster, calibration=load_calibration(profile.name, cluster.card)).layout
-    return ServerPlan(settings, found, layout, groups_of(layout, profile, cluster))
+    configured = load_profile(settings.profile)
+    if settings.layout is not None:
+        configured = configured.model_copy(update={"layout": settings.layout})
+    served = serving_profile(configured)
+    profile = served.profile
+    cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
+    layout = plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card)).layout
+    return ServerPlan(settings, served, layout, groups_of(layout, profile, cluster))
 
 
 def build(args: OnlineSettings) -> Application:
-    """For `serve deploy` and `serve run`, laid out for the cluster that this runs on."""
+    """Build the application for `serve deploy` and `serve run`, planned for the cluster that this runs on."""
     return application(server_plan(args, live_cluster))
 
 
-def application(of: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
-    """`stages`: what runs under each stage's name."""
-    settings = of.settings
+def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
+    """Return the application of a server plan. `stages`: stage name -> class that implements it."""
+    settings = server.settings
     outputs = OutputFolder(settings.data)
     outputs.prepare()
-    service = ReplicaConfig(
-        profile=of.serving_profile.profile,
+    config = ReplicaConfig(
+        profile=server.serving_profile.profile,
         outputs=outputs,
-        layout=of.layout,
-        stages={stage.name: stages[stage.name] for stage in of.serving_profile.stages if stage.name in stages},
+        layout=server.layout,
+        stages={stage.name: stages[stage.name] for stage in server.serving_profile.stages if stage.name in stages},
     )
-    director = graph(service, of.groups, settings, of.in_progress)
-    # Handed over, since a replica's environment and files may be another machine's: without them it would ask for no key.
+    director = graph(config, server.groups, settings, server.in_progress)
+    # Passed to the replica, which may run on another machine without the keys file. Without keys it would require none.
     keys = load_keys(settings.keys_file, settings.limits)
     return serve.deployment(
         serve.ingress()(Api),
@@ -99,17 +101,17 @@ def application(of: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_B
         ray_actor_options={"num_cpus": API_CPUS},
         max_ongoing_requests=API_REQUESTS,
         **HEALTH,
-    ).bind(settings, of.serving_profile, outputs, keys, director)
+    ).bind(settings, server.serving_profile, outputs, keys, director)
 
 
 class Api:
-    """The HTTP side. It tells the director when there is something new; the store has it already."""
+    """HTTP API replica. It stores new jobs and then wakes the director."""
 
     def __init__(
-        self, settings: OnlineSettings, of: ServingProfile, outputs: OutputFolder, keys: ApiKeys, director: Any
+        self, settings: OnlineSettings, serving_profile: ServingProfile, outputs: OutputFolder, keys: ApiKeys, director: Any
     ) -> None:
         self._settings = settings
-        self._served = of
+        self._serving_profile = serving_profile
         self._outputs = outputs
         self._keys = keys
         self._director = director
@@ -117,27 +119,34 @@ class Api:
     def __serve_build_asgi_app__(self) -> Any:
         store = open_store(self._settings)
         return make_app(
-            self._settings, store, self._outputs, self._served, self._keys, accepted=DirectorNotifier(self._director).notify
+            self._settings,
+            store,
+            self._outputs,
+            self._serving_profile,
+            self._keys,
+            accepted=DirectorNotifier(self._director).notify,
         )
 
 
 class DirectorNotifier:
-    """Wakes the director, by one call at a time however much there is to tell: one that is gone is not asked thousands of
-    times when it comes back. Rung inside of an event loop."""
+    """Wakes the director, with at most one call at a time, so that calls do not pile up while it is down.
+
+    Use it inside an event loop.
+    """
 
     def __init__(self, director: Any) -> None:
         self._director = director
-        self._rung = False
-        self._ringing: asyncio.Task[None] | None = None
+        self._pending = False
+        self._call: asyncio.Task[None] | None = None
 
     def notify(self) -> None:
-        self._rung = True
-        if self._ringing is None or self._ringing.done():
-            self._ringing = asyncio.ensure_future(self._wake())
+        self._pending = True
+        if self._call is None or self._call.done():
+            self._call = asyncio.ensure_future(self._wake())
 
     async def _wake(self) -> None:
-        while self._rung:
-            self._rung = False
-            # One that dies of it looks into the store when it comes again.
+        while self._pending:
+            self._pending = False
+            # A restarted director polls the store anyway.
             with suppress(ray.exceptions.RayError, RayServeException):
                 await self._director.wake.remote()

@@ -1,7 +1,7 @@
-"""The one replica that leads jobs: it takes them from the store in order, and each through the graph to its end.
+"""Director of a server: claims jobs from the store in order and runs each one through the graph. There is one replica.
 
-No picture passes it. What it knows of a job that is not in the store can be found again: a director that starts goes on with
-the jobs of one that is gone, and the stages' cache has what was done.
+Images never pass through it. Its state can be rebuilt: a new director resumes the jobs of a crashed one, and the results of
+finished stages are in the stage cache.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.stage_handles import RetryingCaller, StageHandles
+from vidgen_ray.online.stage_handles import ProgressCallback, RetryingCaller, StageHandles
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
@@ -40,24 +40,24 @@ from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
 
 LEASE_S = 10.0
-"""After so long without a beat a job is anybody's."""
-BEAT_S = 2.0
+"""Seconds without a heartbeat after which another director may claim a job."""
+HEARTBEAT_S = 2.0
 POLL_S = 1.0
-"""Between looks into the store where nobody says that something is new there."""
-TELL_S = 0.25
-"""Between two notes of a job's progress."""
-GAUGE_S = 5.0
-"""Between two counts of all jobs, for the metrics."""
+"""Seconds between two polls of the store, unless woken earlier."""
+PROGRESS_INTERVAL_S = 0.25
+"""Seconds between two writes of the progress of all jobs."""
+GAUGE_INTERVAL_S = 5.0
+"""Seconds between two counts of all jobs for the metrics."""
 ENCODE_TIMEOUT_S = 1800.0
-STARTS_OVER = 10
-"""How often a shot begins again because its pictures went with the process that held them."""
-MOST_CLAIMS = 10
-"""How often a job is begun, whatever ended the directors that led it."""
-STALLED_S = 60.0
-"""Without a look into the store, after which a director is of no use."""
+MAX_RESTARTS = 10
+"""Restarts of a shot whose artefacts were lost with a process."""
+MAX_CLAIMS = 10
+"""Claims of a job before it fails, if its directors crash."""
+MAX_STORE_SILENCE_S = 60.0
+"""Seconds without a successful poll of the store before the director is unhealthy."""
 
-DIRECTOR_ITSELF = "director"
-"""Stage of a failure that is none of the stages'."""
+DIRECTOR_STAGE = "director"
+"""Stage of a failure outside the stages."""
 CODES = {
     "LikenessTooLow": "too_unlike",
     "TimedOut": "timed_out",
@@ -70,245 +70,245 @@ CODES = {
     "StageError": "invalid_shot",
     "MediaError": "invalid_shot",
 }
-"""Class of the error -> what a client can tell it by. Any other is `stage_failed`."""
+"""Error class -> error code of the API. Any other class is `stage_failed`."""
 CLIENT_ERRORS = frozenset({"LikenessTooLow", "StageError", "MediaError"})
-"""Those that the shot is the reason of."""
+"""Error classes caused by the request."""
 
 log = logging.getLogger("ray.serve")
 
 
 class JobDirector:
-    """Make it inside of an event loop."""
+    """Director of a server. Create it inside an event loop."""
 
     def __init__(
         self,
-        service: ReplicaConfig,
+        config: ReplicaConfig,
         settings: OnlineSettings,
         in_progress: int,
         handles: Mapping[str, Any],
         specs: Mapping[str, tuple[WorkerSpec, int]],
         encoder: Any,
     ) -> None:
-        """`in_progress`: jobs that are led at once, at most. `handles` and `specs` as StageHandles takes them."""
-        self._service = service
-        self._outputs = service.outputs
-        self._served = serving_profile(service.profile)
-        # What becomes of a job is found again by its content key, so only acceptance must outlive the power.
+        """`in_progress`: maximum number of running jobs. `handles` and `specs`: as in StageHandles."""
+        self._config = config
+        self._outputs = config.outputs
+        self._serving_profile = serving_profile(config.profile)
+        # Results are found again by content key, so only the acceptance of a job must survive a power failure.
         self._store = open_store(settings, lasting=False)
         self._in_progress = in_progress
         self._stages = StageHandles(handles, specs)
         self._encoder = encoder.options(stream=True)
         self._metrics = ServerMetrics()
-        self._caller = RetryingCaller(service.attempts, self._metrics.attempt_failed)
+        self._caller = RetryingCaller(config.attempts, self._metrics.attempt_failed)
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
-        self._leading: dict[str, asyncio.Task[None]] = {}
-        self._unwanted: set[str] = set()
-        self._news: dict[str, tuple[Progress, int]] = {}
-        self._at_work: dict[str, asyncio.Future[None]] = {}
-        """Content key -> done when nobody works on it any more."""
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
+        self._updates: dict[str, tuple[Progress, int]] = {}
+        self._rendering: dict[str, asyncio.Future[None]] = {}
+        """Content key -> future that completes when its rendering ends."""
         self._draining = False
         self._more_wait = False
-        """Whether there may be more in the store than the last look took."""
+        """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
-        self._last_beat = 0.0
-        self._last_look = time.monotonic()
+        self._last_heartbeat = 0.0
+        self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
-            for work in (self._look(), self._tell(), housekeeping(self._store, settings, self._outputs))
+            for work in (self._poll(), self._write_progress(), housekeeping(self._store, settings, self._outputs))
         ]
 
-    # What others ask of it
+    # Remote methods
 
     async def wake(self) -> None:
-        """There is something new in the store: a job, or one that is to be cancelled."""
-        self._last_beat = 0.0
+        """Poll the store now. Called for a new job or a cancel request."""
+        self._last_heartbeat = 0.0
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
-        """Begin no more jobs; those in progress have so many seconds. What is not done then is queued again: how many."""
+        """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""
         self._draining = True
-        if self._leading and grace_s:
-            await asyncio.wait(list(self._leading.values()), timeout=grace_s)
-        left = dict(self._leading)
-        for task in left.values():
+        if self._running and grace_s:
+            await asyncio.wait(list(self._running.values()), timeout=grace_s)
+        unfinished = dict(self._running)
+        for task in unfinished.values():
             task.cancel()
-        if left:
-            await asyncio.wait(list(left.values()))
-            await asyncio.to_thread(self._store.queue.release, self.owner, list(left))
-        return len(left)
+        if unfinished:
+            await asyncio.wait(list(unfinished.values()))
+            await asyncio.to_thread(self._store.queue.release, self.owner, list(unfinished))
+        return len(unfinished)
 
     async def check_health(self) -> None:
-        """Raises RuntimeError where the store has not answered for too long, or a part of this has ended."""
-        if (silent_s := time.monotonic() - self._last_look) > STALLED_S:
-            raise RuntimeError(f"the job store has not answered for {silent_s:.0f} s")
+        """Raise RuntimeError if the store has not responded for too long, or if a background task has stopped."""
+        if (silent_s := time.monotonic() - self._last_poll) > MAX_STORE_SILENCE_S:
+            raise RuntimeError(f"the job store has not responded for {silent_s:.0f} s")
         for task in self._background:
             if task.done():
-                raise RuntimeError("a part of the director has ended") from task.exception()
+                raise RuntimeError("a background task of the director has stopped") from task.exception()
 
-    def _gauge(self) -> None:
+    def _update_gauges(self) -> None:
         counts = self._store.counts()
         in_state = {state: sum(n for (_, _, s), n in counts.items() if s == state) for state in JobState}
         self._metrics.jobs(in_state[JobState.QUEUED], in_state[JobState.IN_PROGRESS])
 
     # The store
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
             self._woken.clear()
             try:
-                await self._beat()
+                await self._send_heartbeat()
                 await self._claim()
-                self._last_look = time.monotonic()
-            # A database that is away for a while comes back; the health check knows how long that may take.
+                self._last_poll = time.monotonic()
+            # The database may come back. The health check limits how long it may be away.
             except Exception as error:
-                log.warning("the job store does not answer: %s", error)
+                log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), POLL_S)
 
-    async def _beat(self) -> None:
-        if self._leading and time.monotonic() - self._last_beat > BEAT_S:
-            self._last_beat = time.monotonic()
-            unwanted = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._leading), LEASE_S)
-            for job_id in unwanted & self._leading.keys():
-                self._unwanted.add(job_id)
-                self._leading[job_id].cancel()
+    async def _send_heartbeat(self) -> None:
+        if self._running and time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
+            self._last_heartbeat = time.monotonic()
+            cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
+            for job_id in cancelled & self._running.keys():
+                self._cancelled.add(job_id)
+                self._running[job_id].cancel()
 
     async def _claim(self) -> None:
-        room = self._in_progress - len(self._leading)
-        if room <= 0 or self._draining:
+        free = self._in_progress - len(self._running)
+        if free <= 0 or self._draining:
             return
-        jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, room)
+        jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
         if self._draining:
             await asyncio.to_thread(self._store.queue.release, self.owner, [job.id for job in jobs])
             return
-        self._more_wait = len(jobs) == room
+        self._more_wait = len(jobs) == free
         for job in jobs:
-            # One of ours whose lease ran out, while this process was held up.
-            if job.id not in self._leading:
-                self._leading[job.id] = asyncio.ensure_future(self._lead(job))
+            # A running job is claimed again if its lease expired while this process was stalled.
+            if job.id not in self._running:
+                self._running[job.id] = asyncio.ensure_future(self._run_job(job))
 
-    async def _tell(self) -> None:
-        """Note the progress of all jobs, together and not more often than need be."""
-        gauged, led = 0.0, set[str]()
+    async def _write_progress(self) -> None:
+        """Write the progress of all jobs to the store at regular intervals, in one transaction."""
+        last_gauges, seen = 0.0, set[str]()
         while True:
-            await asyncio.sleep(TELL_S)
-            # A job that is new since the last look may have ended by the next one, and costs no change of the store then.
-            news = {job_id: self._news.pop(job_id) for job_id in led & self._news.keys()}
-            led = set(self._leading)
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+            # Skip jobs that started in the last interval: many of them end in the next one and need no write.
+            updates = {job_id: self._updates.pop(job_id) for job_id in seen & self._updates.keys()}
+            seen = set(self._running)
             try:
-                await asyncio.to_thread(self._note, news)
-                if time.monotonic() - gauged > GAUGE_S:
-                    gauged = time.monotonic()
-                    await asyncio.to_thread(self._gauge)
+                await asyncio.to_thread(self._store_progress, updates)
+                if time.monotonic() - last_gauges > GAUGE_INTERVAL_S:
+                    last_gauges = time.monotonic()
+                    await asyncio.to_thread(self._update_gauges)
             except Exception as error:
-                log.warning("progress is not noted: %s", error)
+                log.warning("cannot write the progress of jobs: %s", error)
 
-    def _note(self, news: Mapping[str, tuple[Progress, int]]) -> None:
-        if news:
+    def _store_progress(self, updates: Mapping[str, tuple[Progress, int]]) -> None:
+        if updates:
             self._store.queue.progress(
                 self.owner,
-                [JobProgress(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in news.items()],
+                [JobProgress(job_id, p.stage, p.step, p.steps, percent) for job_id, (p, percent) in updates.items()],
             )
 
-    # A job
+    # Jobs
 
-    async def _lead(self, job: Job) -> None:
-        """To its end, which is in the store then; or until nobody wants it, or this director is to end."""
+    async def _run_job(self, job: Job) -> None:
+        """Run a job and store its end. Stops early if the job is cancelled or the director shuts down."""
         if job.attempts <= 1:
-            self._metrics.job_begun(job.tenant, time.time() - job.created_at)
-        own = job.id, self.owner
+            self._metrics.job_started(job.tenant, time.time() - job.created_at)
+        claim = job.id, self.owner
         try:
-            if job.attempts > MOST_CLAIMS:
+            if job.attempts > MAX_CLAIMS:
                 raise ShotFailed(_interrupted(job))
-            shot_id, seconds = await self._done(job)
-            end = partial(self._store.queue.completed, *own, shot_id=shot_id, stage_seconds=seconds)
-            await self._ended(job, JobState.COMPLETED, end)
+            shot_id, seconds = await self._find_or_render(job)
+            store_end = partial(self._store.queue.completed, *claim, shot_id=shot_id, stage_seconds=seconds)
+            await self._finish(job, JobState.COMPLETED, store_end)
         except asyncio.CancelledError:
-            if job.id not in self._unwanted:
+            if job.id not in self._cancelled:
                 raise
-            await self._ended(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *own))
-        except ShotFailed as gave_up:
-            await self._ended(job, JobState.FAILED, partial(self._store.queue.failed, *own, error_of(gave_up.failure)))
-        # What is wrong with the shot, or a mistake of ours: it costs the job, not the server.
+            await self._finish(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *claim))
+        except ShotFailed as failed:
+            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error_of(failed.failure)))
+        # An invalid shot or a bug in vidgen fails the job, not the server.
         except Exception as error:
-            log.exception("job %s has failed outside of its stages", job.id)
-            failure = StepFailed(DIRECTOR_ITSELF, error).failure()
-            await self._ended(job, JobState.FAILED, partial(self._store.queue.failed, *own, error_of(failure)))
+            log.exception("job %s failed outside its stages", job.id)
+            failure = StepFailed(DIRECTOR_STAGE, error).failure()
+            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error_of(failure)))
         finally:
-            self._news.pop(job.id, None)
-            self._leading.pop(job.id, None)
-            self._unwanted.discard(job.id)
-            # There is room again. Where nobody waited, who comes next will say so.
+            self._updates.pop(job.id, None)
+            self._running.pop(job.id, None)
+            self._cancelled.discard(job.id)
+            # A slot is free. If no job is queued, the next new job wakes the director.
             if self._more_wait:
                 self._woken.set()
 
-    async def _ended(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
-        """Have the end of the job written down, until it is: only then it has ended."""
-        self._news.pop(job.id, None)
+    async def _finish(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
+        """Store the end of a job. Retries until the store responds."""
+        self._updates.pop(job.id, None)
         while True:
             try:
-                is_ours = await asyncio.to_thread(write)
+                still_claimed = await asyncio.to_thread(write)
                 break
-            # It stays ours meanwhile, for as long as the store cannot give it to anybody else.
+            # Without the store, no other director can claim the job.
             except SQLAlchemyError as error:
-                log.warning("the end of %s is not stored yet: %s", job.id, error)
+                log.warning("cannot store the end of job %s yet: %s", job.id, error)
                 await asyncio.sleep(POLL_S)
-        if is_ours:
+        if still_claimed:
             self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
-    async def _done(self, job: Job) -> tuple[str, dict[str, float]]:
-        """Where the files of the job's shot are, and what each stage took; rendered unless they are there already.
+    async def _find_or_render(self, job: Job) -> tuple[str, dict[str, float]]:
+        """Return the shot id and the seconds per stage. Renders the shot unless its files exist.
 
-        Raises ShotFailed, VidgenError, OSError.
+        Raises ShotFailed, VidgenError and OSError.
         """
-        # Two jobs for the same shot: the second has what the first leaves, or does it where that one fails.
-        while (other := self._at_work.get(job.key)) is not None:
+        # Two jobs for the same shot: the second one waits for the first and renders only if that failed.
+        while (other := self._rendering.get(job.key)) is not None:
             await asyncio.shield(other)
-        ours = self._at_work[job.key] = asyncio.get_running_loop().create_future()
+        rendering = self._rendering[job.key] = asyncio.get_running_loop().create_future()
         try:
-            plan, done = await asyncio.to_thread(self._looked_up, job)
+            plan, done = await asyncio.to_thread(self._look_up, job)
             if done is not None:
                 return done.record().shot.id or "", {}
-            record = await self._rendered(job, plan)
+            record = await self._render(job, plan)
             return record.shot.id or "", {step.stage: 0.0 if step.cached else step.seconds for step in record.stages}
         finally:
-            del self._at_work[job.key]
-            ours.set_result(None)
+            del self._rendering[job.key]
+            rendering.set_result(None)
 
-    def _looked_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
-        """The job's plan, and what is there already. Blocks."""
-        plan = self._served.plan(job.shot)
+    def _look_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
+        """Return the plan of the job, and its finished shot if there is one. Blocks."""
+        plan = self._serving_profile.plan(job.shot)
         return plan, self._outputs.find_by_key(plan.key)
 
-    async def _rendered(self, job: Job, plan: ShotPlan) -> ShotRecord:
-        course = ProgressEstimator(plan, self._service.profile)
+    async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:
+        estimator = ProgressEstimator(plan, self._config.profile)
 
-        def told(progress: Progress) -> None:
-            self._news[job.id] = progress, course.percent(progress)
+        def on_progress(progress: Progress) -> None:
+            self._updates[job.id] = progress, estimator.percent(progress)
 
-        unlike = []
+        rejected = []
         for attempt in (plan, *plan.again):
             try:
-                return await self._tried(job, attempt, told)
+                return await self._attempt(job, attempt, on_progress)
             except LikenessTooLow as reason:
                 self._metrics.attempt_failed(LIKENESS, type(reason).__name__)
-                unlike.append(reason)
-        failure = StepFailed(LIKENESS, best_attempt(unlike)).failure()
-        raise ShotFailed(failure.model_copy(update={"attempts": len(unlike)}))
+                rejected.append(reason)
+        failure = StepFailed(LIKENESS, best_attempt(rejected)).failure()
+        raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}))
 
-    async def _tried(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
-        """One try, with one seed. Raises LikenessTooLow as soon as it is known to be."""
+    async def _attempt(self, job: Job, plan: ShotPlan, on_progress: ProgressCallback) -> ShotRecord:
+        """Render with one seed. Raises LikenessTooLow as soon as the likeness is known to be too low."""
         reason: InputsLost | None = None
-        for _ in range(STARTS_OVER):
+        for _ in range(MAX_RESTARTS):
             try:
-                return await self._once_through(job, plan, told)
+                return await self._run_steps(job, plan, on_progress)
             except InputsLost as lost:
                 self._metrics.attempt_failed(OUTPUT, type(lost).__name__)
                 reason = lost
         assert reason is not None
-        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": STARTS_OVER}))
+        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": MAX_RESTARTS}))
 
-    async def _once_through(self, job: Job, plan: ShotPlan, told: Any) -> ShotRecord:
+    async def _run_steps(self, job: Job, plan: ShotPlan, on_progress: ProgressCallback) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         inputs: tuple[Any, ...] = ()
         for steps in group_steps(plan, self._stages.can_fuse, share_features=False):
@@ -321,18 +321,23 @@ class JobDirector:
                 inputs,
                 adapters_of(plan, steps),
                 stages=names,
-                timeout_s=self._service.timeout_s(*names),
-                told=told,
+                timeout_s=self._config.timeout_s(*names),
+                on_progress=on_progress,
                 adapters=adapters_of(plan, steps),
             )
-            assert isinstance(result.given, tuple)
-            inputs, records = result.given, records + result.answer.records
-            self._metrics.steps_ended(job.tenant, result.answer.records)
-            check_likeness(plan.shot, result.answer.likeness)
-        return await self._written(job, plan, inputs, records, told)
+            assert isinstance(result.output, tuple)
+            inputs, records = result.output, records + result.call_result.records
+            self._metrics.steps_ended(job.tenant, result.call_result.records)
+            check_likeness(plan.shot, result.call_result.likeness)
+        return await self._write(job, plan, inputs, records, on_progress)
 
-    async def _written(
-        self, job: Job, plan: ShotPlan, inputs: tuple[Any, ...], records: tuple[StepRecord, ...], told: Any
+    async def _write(
+        self,
+        job: Job,
+        plan: ShotPlan,
+        inputs: tuple[Any, ...],
+        records: tuple[StepRecord, ...],
+        on_progress: ProgressCallback,
     ) -> ShotRecord:
         chunked = chunked_stages_of(plan.shot)
         result = await self._caller.call(
@@ -341,19 +346,19 @@ class JobDirector:
             inputs,
             records,
             stage=OUTPUT,
-            # Chunks have timeouts of their own, and wait in queues before.
+            # Chunks have their own timeouts, and wait in queues before they start.
             timeout_s=None if chunked else ENCODE_TIMEOUT_S,
-            told=told,
+            on_progress=on_progress,
         )
-        record = result.given
+        record = result.output
         assert isinstance(record, ShotRecord)
         self._metrics.steps_ended(job.tenant, record.stages[len(records) :])
         return record
 
 
 def error_of(failure: Failure) -> JobError:
-    """Why a job failed, as its owner may know it: the stage and what it said, no process and no machine."""
-    stage = None if failure.stage == DIRECTOR_ITSELF else failure.stage
+    """Return the error of a failed job for its owner: the stage and the message, without process, host and paths."""
+    stage = None if failure.stage == DIRECTOR_STAGE else failure.stage
     return JobError(
         code=CODES.get(failure.error, "stage_failed"),
         message=without_places(f"{stage}: {failure.message}" if stage else failure.message),
@@ -363,8 +368,8 @@ def error_of(failure: Failure) -> JobError:
 
 
 def _interrupted(job: Job) -> Failure:
-    message = f"begun {job.attempts - 1} times, and each time the server ended before it was done"
-    return Failure(stage=DIRECTOR_ITSELF, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
+    message = f"started {job.attempts - 1} times, and interrupted each time because the server stopped or crashed"
+    return Failure(stage=DIRECTOR_STAGE, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
 
 
 def adapters_of(plan: ShotPlan, steps: tuple[Step, ...]) -> str:

@@ -1,7 +1,7 @@
-"""A replica that writes the files of shots: a call takes a shot from its frames to its commit.
+"""Ray Serve replica that encodes and commits shots.
 
-The frames of the large clip come to it chunk by chunk from whichever replicas enlarge them, a bounded number at a time; they
-pass nobody else.
+It also runs the chunked stages of a shot on any free replicas and receives their frames directly, a bounded number of chunks at
+a time.
 """
 
 from __future__ import annotations
@@ -34,40 +34,40 @@ R = TypeVar("R")
 
 
 class EncoderReplica:
-    """Encodes and commits; several shots at once, each in a thread of its own."""
+    """Encodes and commits several shots at once, each in its own thread."""
 
-    def __init__(self, service: ReplicaConfig, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
-        """`handles` and `specs` as StageHandles takes them, of the deployments that upscale."""
-        self._service = service
+    def __init__(self, config: ReplicaConfig, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
+        """`handles` and `specs`: as in StageHandles, for the deployments with chunked stages."""
+        self._config = config
         self._stages = StageHandles(handles, specs)
-        self._caller = RetryingCaller(service.attempts)
+        self._caller = RetryingCaller(config.attempts)
 
     async def write(
         self, plan: ShotPlan, inputs: Sequence[Any], records: tuple[StepRecord, ...]
     ) -> AsyncIterator[Progress | Result]:
-        """Write the shot's files and make it done. `inputs`: a reference to what it has, or nothing where it has nothing."""
+        """Write the files of a shot and commit it. `inputs`: a reference to its artefacts, or empty if it has none."""
         chunked = chunked_stages_of(plan.shot)
         reported = chunked[-1].name if chunked else OUTPUT
         yield Progress(reported, 0, 0)
         files = _Files()
-        # The clip is enlarged while the picture and the small clip are written.
+        # Chunks are processed while the image and the original clip are written.
         opened = asyncio.ensure_future(self._open(files, plan, inputs))
         chunk_records: list[Sequence[StepRecord]] = []
         try:
             async with aclosing(self._chunks(plan, inputs)) as chunks:
-                async for chunk, of_chunk, artefacts in chunks:
+                async for chunk, records_of_chunk, artefacts in chunks:
                     await opened
                     await files.add(artefacts)
-                    chunk_records.append(of_chunk)
+                    chunk_records.append(records_of_chunk)
                     yield Progress(reported, chunk.stop, plan.shot.num_frames)
             await opened
-            done = await files.commit([*records, *join_records(chunk_records)])
-            yield Result(CallResult(), done)
+            record = await files.commit([*records, *join_records(chunk_records)])
+            yield Result(CallResult(), record)
         except (InputsLost, ray.exceptions.ObjectLostError) as lost:
             yield Result(CallResult(failure=StepFailed(OUTPUT, lost).failure()), inputs_lost=True)
-        except ShotFailed as gave_up:
-            yield Result(CallResult(failure=gave_up.failure, final=True))
-        # A full disk or an unreadable start image is this shot's failure, too.
+        except ShotFailed as failed:
+            yield Result(CallResult(failure=failed.failure, final=True))
+        # A full disk or an unreadable start image fails this shot only.
         except (OSError, VidgenError) as error:
             yield Result(CallResult.of_failure(StepFailed(OUTPUT, error)))
         finally:
@@ -76,12 +76,12 @@ class EncoderReplica:
 
     async def _open(self, files: _Files, plan: ShotPlan, inputs: Sequence[Any]) -> None:
         item = Item(plan.shot, await inputs[0] if inputs else Artefacts())
-        await files.open(plan, item, self._service.outputs, self._service.profile.encode)
+        await files.open(plan, item, self._config.outputs, self._config.profile.encode)
 
     def _chunks(self, plan: ShotPlan, inputs: Sequence[Any]) -> AsyncGenerator[tuple[slice, tuple[StepRecord, ...], Artefacts]]:
         """Process the clip's chunks on any free replicas. Yields ranges of frames, records and results in order.
 
-        Yields nothing for a shot without chunked stages. Raises ShotFailed, InputsLost.
+        Yields nothing for a shot without chunked stages. Raises ShotFailed and InputsLost.
         """
         calls = group_chunked_steps(plan, self._stages.can_fuse)
 
@@ -91,53 +91,53 @@ class EncoderReplica:
             records: tuple[StepRecord, ...] = ()
             for steps in calls:
                 names = tuple(step.stage for step in steps)
-                timeout_s = self._service.timeout_s(*names)
+                timeout_s = self._config.timeout_s(*names)
                 result = await self._stages.call(
                     self._caller, "run_chunk", plan, names, cut, current, stages=names, timeout_s=timeout_s
                 )
-                assert isinstance(result.given, tuple)
-                current, records, cut = result.given, records + result.answer.records, None
+                assert isinstance(result.output, tuple)
+                current, records, cut = result.output, records + result.call_result.records, None
             return chunk, records, await current[0]
 
-        chunks = clip_chunks(plan.shot, chunk_unit(plan.shot, self._service.chunk_frames)) if calls else []
+        chunks = clip_chunks(plan.shot, chunk_unit(plan.shot, self._config.chunk_frames)) if calls else []
         return ordered_window(chunks, process)
 
 
 class _Files:
-    """ShotFiles that one thread opens, writes and closes, in the order in which it is asked, whoever waits for it."""
+    """ShotFiles with a thread of its own, which opens, writes and closes the files in order."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="files")
         self._files: ShotFiles | None = None
 
     async def open(self, *args: Any) -> None:
-        """As ShotFiles."""
+        """Open the files. Arguments as for ShotFiles."""
 
-        def opened() -> None:
+        def open_files() -> None:
             self._files = ShotFiles(*args)
 
-        await self._run(opened)
+        await self._run(open_files)
 
     async def add(self, chunk: Artefacts) -> None:
-        await self._run(lambda: self._there.add(chunk))
+        await self._run(lambda: self._opened.add(chunk))
 
     async def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
-        return await self._run(lambda: self._there.commit(records))
+        return await self._run(lambda: self._opened.commit(records))
 
     def close(self) -> None:
-        """What was not committed will be gone, after what the thread has in hand. Does not wait for that."""
+        """Delete uncommitted files after the pending writes. Returns without waiting."""
 
-        def closed() -> None:
+        def close_files() -> None:
             if self._files is not None:
                 self._files.close()
 
-        self._thread.submit(closed)
+        self._thread.submit(close_files)
         self._thread.shutdown(wait=False)
 
     @property
-    def _there(self) -> ShotFiles:
+    def _opened(self) -> ShotFiles:
         assert self._files is not None
         return self._files
 
-    async def _run(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _run(self, function: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)

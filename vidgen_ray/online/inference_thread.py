@@ -1,6 +1,6 @@
-"""Where a replica computes: one thread, one piece of work at a time, that tells how far it is and can be told to end.
+"""Thread that runs the models of a replica: one function at a time, with progress, cancellation and an overdue check.
 
-Knows nothing of stages. The event loop of the replica is free meanwhile, for health checks and the inputs of the next call.
+Independent of stages. The event loop of the replica stays free for health checks and for the inputs of the next call.
 """
 
 from __future__ import annotations
@@ -20,74 +20,76 @@ T = TypeVar("T")
 
 
 class Progress(NamedTuple):
-    """How far a call is. The first one of a call says that its work has begun."""
+    """Progress of a call. The first one of a call means that its execution has started."""
 
     stage: str
     step: int
-    """Steps that are done: of denoising, or frames."""
+    """Completed denoising steps or frames."""
     steps: int
-    """0 where that is not known yet."""
+    """Total number of steps. 0 if not known yet."""
 
 
 class InferenceResult(NamedTuple, Generic[T]):
-    """What a piece of work came to."""
+    """Return value of the function."""
 
     value: T
 
 
 class InferenceThread:
-    """Make it anywhere; use it inside of an event loop."""
+    """A single inference thread. `run` must be called inside an event loop."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="workbench")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
         self._deadline: float | None = None
 
-    async def work(self, work: Callable[[], T], stage: str, timeout_s: float) -> AsyncIterator[Progress | InferenceResult[T]]:
-        """Run it after what was asked before: progress as it comes, from when it has begun, then what it came to.
+    async def run(
+        self, function: Callable[[], T], stage: str, timeout_s: float
+    ) -> AsyncIterator[Progress | InferenceResult[T]]:
+        """Run a function after all earlier ones. Yield its progress from its start on, then its result.
 
-        Where the caller goes away the work ends at its next step, or does not begin. Raises what the work raises.
+        If the caller closes the generator, the function stops at its next step or does not start. Raises what the function
+        raises.
         """
         loop = asyncio.get_running_loop()
-        news: asyncio.Queue[Progress | None] = asyncio.Queue()
-        unwanted = threading.Event()
-
+        updates: asyncio.Queue[Progress | None] = asyncio.Queue()
+        cancelled = threading.Event()
         last: Progress | None = None
 
-        def tell(stage: str, step: int, steps: int) -> None:
+        def on_progress(stage: str, step: int, steps: int) -> None:
             nonlocal last
-            if unwanted.is_set():
+            if cancelled.is_set():
                 raise Cancelled
             if (progress := Progress(stage, step, steps)) != last:
                 last = progress
-                loop.call_soon_threadsafe(news.put_nowait, progress)
+                loop.call_soon_threadsafe(updates.put_nowait, progress)
 
         def in_thread() -> T:
             self._deadline = time.monotonic() + timeout_s
             try:
-                tell(stage, 0, 0)
-                with progress_callback(tell):
-                    return work()
+                on_progress(stage, 0, 0)
+                with progress_callback(on_progress):
+                    return function()
             finally:
                 self._deadline = None
 
         running = loop.run_in_executor(self._thread, in_thread)
-        running.add_done_callback(lambda _: news.put_nowait(None))
+        running.add_done_callback(lambda _: updates.put_nowait(None))
         try:
-            while (progress := await news.get()) is not None:
+            while (progress := await updates.get()) is not None:
                 yield progress
             yield InferenceResult(running.result())
         finally:
-            unwanted.set()
+            cancelled.set()
             running.cancel()
-            running.add_done_callback(_heard)
+            running.add_done_callback(_ignore_error)
 
     def overdue_s(self) -> float:
-        """By how many seconds the work on the bench has outlasted its time; 0 where it has not."""
+        """Return by how many seconds the running function exceeds its timeout. 0 if it does not."""
         deadline = self._deadline
         return 0.0 if deadline is None else max(0.0, time.monotonic() - deadline)
 
 
-def _heard(running: asyncio.Future[T]) -> None:
-    """Nobody waits for work that was told to end, so its error is no news."""
+def _ignore_error(running: asyncio.Future[T]) -> None:
+    """Retrieve the error of a cancelled function, so that asyncio does not log it."""
     with suppress(asyncio.CancelledError):
         running.exception()

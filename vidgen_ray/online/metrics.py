@@ -1,6 +1,6 @@
-"""What a server tells Prometheus, through Ray: every metric's name, kind, labels and meaning, and one object that feeds them.
+"""Prometheus metrics of a server, exported through Ray.
 
-Ray puts `ray_` before each name, and after it `_total` for a counter, `_bucket`, `_count` and `_sum` for a histogram.
+Ray prefixes each name with `ray_`, and appends `_total` to counters and `_bucket`, `_count` and `_sum` to histograms.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from vidgen_ray.outputs.records import StepRecord
 Kind = Literal["counter", "histogram", "gauge"]
 
 SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1800.0]
-"""Bounds of the histograms' buckets."""
-TENANTS_NAMED, ERRORS_NAMED = 100, 20
-"""So many get a label of their own; further ones are `other`, so that the series stay few."""
+"""Bucket bounds of the histograms, in seconds."""
+MAX_TENANT_LABELS, MAX_ERROR_LABELS = 100, 20
+"""Tenants and error classes with a label value of their own. Further ones are `other`, to limit the number of series."""
 OTHER = "other"
 
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
-    """One metric."""
+    """Definition of one metric."""
 
     kind: Kind
     labels: tuple[str, ...]
-    about: str
+    description: str
 
 
 METRICS = {
-    "vidgen_online_jobs": MetricSpec("counter", ("tenant", "status"), "Jobs that ended: completed, failed or cancelled."),
-    "vidgen_online_job_seconds": MetricSpec("histogram", ("tenant",), "Seconds from a job's creation to its completion."),
-    "vidgen_online_wait_seconds": MetricSpec("histogram", ("tenant",), "Seconds from a job's creation to its first step."),
+    "vidgen_online_jobs": MetricSpec("counter", ("tenant", "status"), "Finished jobs: completed, failed or cancelled."),
+    "vidgen_online_job_seconds": MetricSpec("histogram", ("tenant",), "Seconds from the creation of a job to its completion."),
+    "vidgen_online_wait_seconds": MetricSpec("histogram", ("tenant",), "Seconds from the creation of a job to its start."),
     "vidgen_online_stage_seconds": MetricSpec(
-        "counter", ("stage", "tenant"), "Seconds that stages worked for a tenant's jobs, cache hits left out."
+        "counter", ("stage", "tenant"), "Seconds of stage execution per tenant, without cache hits."
     ),
-    "vidgen_online_gpu_seconds": MetricSpec("counter", ("tenant",), "GPU-seconds of a tenant's jobs."),
+    "vidgen_online_gpu_seconds": MetricSpec("counter", ("tenant",), "GPU-seconds per tenant."),
     "vidgen_online_step_seconds": MetricSpec(
-        "histogram", ("stage",), "Seconds of a stage's run on one job, without cache hits."
+        "histogram", ("stage",), "Duration of a stage for one job in seconds, without cache hits."
     ),
-    "vidgen_online_cache_hits": MetricSpec("counter", ("stage",), "Results of a stage taken from the cache."),
-    "vidgen_online_attempts_failed": MetricSpec("counter", ("stage", "error"), "Attempts that failed, by class of error."),
-    "vidgen_online_queued": MetricSpec("gauge", (), "Jobs that wait."),
-    "vidgen_online_in_progress": MetricSpec("gauge", (), "Jobs that have begun and not ended."),
+    "vidgen_online_cache_hits": MetricSpec("counter", ("stage",), "Stage results taken from the cache."),
+    "vidgen_online_attempts_failed": MetricSpec("counter", ("stage", "error"), "Failed attempts, by error class."),
+    "vidgen_online_queued": MetricSpec("gauge", (), "Queued jobs."),
+    "vidgen_online_in_progress": MetricSpec("gauge", (), "Jobs that have started and not finished."),
 }
 
 
 class ServerMetrics:
-    """Feeds the metrics. Lives in one replica, the director's."""
+    """Metrics of a server. Create it in the director replica only."""
 
     def __init__(self) -> None:
-        self._counters = {name: Counter(name, spec.about, spec.labels) for name, spec in _of_kind("counter")}
-        self._gauges = {name: Gauge(name, spec.about, spec.labels) for name, spec in _of_kind("gauge")}
-        self._histograms = {name: Histogram(name, s.about, SECONDS, s.labels) for name, s in _of_kind("histogram")}
-        self._tenants, self._errors = _Names(TENANTS_NAMED), _Names(ERRORS_NAMED)
+        self._counters = {name: Counter(name, spec.description, spec.labels) for name, spec in _of_kind("counter")}
+        self._gauges = {name: Gauge(name, spec.description, spec.labels) for name, spec in _of_kind("gauge")}
+        self._histograms = {name: Histogram(name, s.description, SECONDS, s.labels) for name, s in _of_kind("histogram")}
+        self._tenants, self._errors = LabelLimit(MAX_TENANT_LABELS), LabelLimit(MAX_ERROR_LABELS)
 
-    def job_begun(self, tenant: str, waited_s: float) -> None:
+    def job_started(self, tenant: str, waited_s: float) -> None:
         self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._tenants(tenant))
 
     def job_ended(self, tenant: str, status: str, seconds: float) -> None:
@@ -85,24 +85,24 @@ class ServerMetrics:
         self._gauges["vidgen_online_in_progress"].set(in_progress)
 
     def _count(self, name: str, amount: float, **labels: str) -> None:
-        if amount > 0:  # Ray's counters refuse to be increased by nothing
+        if amount > 0:  # Ray's counters reject an increment of 0
             self._counters[name].inc(amount, tags=labels)
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
         self._histograms[name].observe(max(0.0, seconds), tags=labels)
 
 
-class _Names:
-    """The first so many names as they are, all others as one."""
+class LabelLimit:
+    """Limit on the values of a label: the first `limit` values are kept, further ones become `other`."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._known: set[str] = set()
 
     def __call__(self, name: str) -> str:
         if name in self._known:
             return name
-        if len(self._known) >= self._most:
+        if len(self._known) >= self._limit:
             return OTHER
         self._known.add(name)
         return name

@@ -1,4 +1,4 @@
-"""How much of a shot is done, in percent, by the seconds that its stages are expected to take."""
+"""Progress of a shot in percent, estimated from the expected durations of its stages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.planner.demand import ENCODE_SECONDS, seconds_of
 from vidgen_ray.profile import Profile
 
-BEFORE_THE_END = 99
-"""The most that is said of a shot that is not done."""
+MAX_UNFINISHED_PERCENT = 99
+"""Maximum percentage of a shot that is not finished."""
 
 
 class ProgressEstimator:
-    """Of one shot. Percent never fall, whatever is told: a call that is tried again begins anew."""
+    """Progress estimate of one shot. The percentage never decreases, even if a retry starts a stage again."""
 
     def __init__(self, plan: ShotPlan, profile: Profile) -> None:
         shot = plan.shot
@@ -27,12 +27,12 @@ class ProgressEstimator:
         self._percent = 0
 
     def percent(self, progress: Progress) -> int:
-        """0 to 99, at this progress, with all stages before it done."""
+        """Return 0 to 99 for the progress of a stage. All earlier stages count as done."""
         done = 0.0
         for stage, seconds in self._seconds.items():
             if stage == progress.stage:
                 done += seconds * (progress.step / progress.steps if progress.steps else 0)
                 break
             done += seconds
-        self._percent = max(self._percent, min(BEFORE_THE_END, int(100 * done / self._total)))
+        self._percent = max(self._percent, min(MAX_UNFINISHED_PERCENT, int(100 * done / self._total)))
         return self._percent

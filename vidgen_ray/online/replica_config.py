@@ -1,4 +1,4 @@
-"""What every replica of a server is told."""
+"""Configuration passed to every replica of a server."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from vidgen_ray.stages.base import Stage
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """Small: it travels to each replica whenever one starts."""
+    """Configuration of a server. Keep it small: each replica gets a copy when it starts."""
 
     profile: Profile
     outputs: OutputFolder
     layout: Layout
     stages: Mapping[str, type[Stage[Any]]]
-    """Name -> what runs under it, of those that are served."""
+    """Served stage name -> class that implements it."""
     attempts: int = ATTEMPTS
+    """Attempts per call before the shot has failed. The first one counts."""
 
     def timeout_s(self, *stages: str) -> float:
-        """Seconds that a call of these stages may take once it has begun."""
+        """Return the timeout of a call of these stages in seconds. It starts when execution starts."""
         return sum(self.profile.actor_of(STAGE_BY_NAME[name]).timeout_s for name in stages)
 
     @cached_property
     def chunk_frames(self) -> dict[str, int]:
-        """Chunked stage -> frames in one of its calls."""
+        """Chunked stage -> frames per call."""
         return chunk_frames_of(self.profile, self.stages.values())

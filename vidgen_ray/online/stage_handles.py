@@ -1,6 +1,6 @@
-"""Calls to stage deployments: on which of them, how long, and what is tried again.
+"""Calls to stage deployments: choice of the deployment, timeout and retries.
 
-What a call does it does not know. Lives in the event loop of a replica, the director's or an encoder's.
+Independent of what a call does. Runs in the event loop of the director or of an encoder.
 """
 
 from __future__ import annotations
@@ -20,112 +20,112 @@ from vidgen_ray.online.stage_replica import Result
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 
-PASSED_OVER = 6
-"""How often a call may be lost with a process before anything was heard of it. Mostly it was waiting behind the one at work,
-which is to blame; but what ends a process at once is not heard to begin either."""
-AGAIN_S = 0.1
-"""Before such a call is made again: Serve may need a moment to see that the process is gone."""
+MAX_LOST_STARTS = 6
+"""Crashes before the first progress of a call after which the shot fails. Usually another call caused the crash, but a call
+that crashes its process at once reports no progress either."""
+RETRY_DELAY_S = 0.1
+"""Seconds before such a call is repeated. Serve may need a moment to notice the crash."""
 
 
 ProgressCallback = Callable[[Progress], None]
-"""Is told how far a call is."""
+"""Callback for the progress of a call."""
 
 
 class RetryingCaller:
-    """Calls methods that answer by a stream: progress, then a Result."""
+    """Calls methods that stream their progress and then a Result, and retries them."""
 
-    def __init__(self, attempts: int, retried: Callable[[str, str], None] = lambda stage, error: None) -> None:
-        """`retried` is told the stage and the class of error of every attempt that failed."""
+    def __init__(self, attempts: int, on_failed_attempt: Callable[[str, str], None] = lambda stage, error: None) -> None:
+        """`on_failed_attempt` gets the stage and the error class of every failed attempt."""
         self._attempts = attempts
-        self._retried = retried
+        self._on_failed_attempt = on_failed_attempt
 
     async def call(
-        self, method: Any, *args: Any, stage: str, timeout_s: float | None, told: ProgressCallback = lambda _: None
+        self, method: Any, *args: Any, stage: str, timeout_s: float | None, on_progress: ProgressCallback = lambda _: None
     ) -> Result:
-        """What the method came to; tried again where another attempt may fare better. Raises ShotFailed, InputsLost.
+        """Return the result of the method. Retries failures that another attempt may avoid.
 
-        The time counts from when the work has begun; none is without a limit. A process that dies before that costs no
-        attempt, but not for ever.
+        The timeout starts when execution starts. `None` disables it. A crash before that is not counted as an attempt, up to
+        `MAX_LOST_STARTS` times. Raises ShotFailed and InputsLost.
         """
-        blamed = passed_over = 0
+        attempts = lost_starts = 0
         while True:
-            begun = False
+            started = False
 
-            def at_work(progress: Progress) -> None:
-                nonlocal begun
-                begun = True
-                told(progress)
+            def on_update(progress: Progress) -> None:
+                nonlocal started
+                started = True
+                on_progress(progress)
 
             final = False
             try:
-                result = await _last(method.remote(*args), at_work, timeout_s)
+                result = await _final_result(method.remote(*args), on_update, timeout_s)
                 if result.inputs_lost:
-                    raise InputsLost(result.answer.failure.message if result.answer.failure else stage)
-                if result.answer.failure is None:
+                    raise InputsLost(result.call_result.failure.message if result.call_result.failure else stage)
+                if result.call_result.failure is None:
                     return result
-                failure, final = result.answer.failure, result.answer.final
+                failure, final = result.call_result.failure, result.call_result.final
             except TimeoutError:
                 failure = _failure(stage, "TimedOut", f"took longer than {timeout_s:g} s")
             except (ray.exceptions.RayActorError, RayServeException) as error:
-                failure = _failure(stage, "ReplicaDied", f"the process died: {first_line(error)}")
-                if not begun:
-                    passed_over += 1
-                    if passed_over < PASSED_OVER:
-                        await asyncio.sleep(AGAIN_S)
+                failure = _failure(stage, "ReplicaDied", f"the process crashed: {first_line(error)}")
+                if not started:
+                    lost_starts += 1
+                    if lost_starts < MAX_LOST_STARTS:
+                        await asyncio.sleep(RETRY_DELAY_S)
                         continue
             except ray.exceptions.RayTaskError as error:
-                # A mistake of ours, or arguments that cannot be read there.
+                # A bug in vidgen, or arguments that cannot be unpickled.
                 cause = error.cause or error
                 failure = _failure(stage, type(cause).__name__, first_line(cause))
-            blamed += 1
-            self._retried(stage, failure.error)
-            if final or blamed >= self._attempts or passed_over >= PASSED_OVER:
-                raise ShotFailed(failure.model_copy(update={"attempts": blamed}))
+            attempts += 1
+            self._on_failed_attempt(stage, failure.error)
+            if final or attempts >= self._attempts or lost_starts >= MAX_LOST_STARTS:
+                raise ShotFailed(failure.model_copy(update={"attempts": attempts}))
 
 
-async def _last(stream: Any, told: ProgressCallback, timeout_s: float | None) -> Result:
-    """The last of what the stream gives. Where the caller is cancelled, or time is up, so is the call."""
+async def _final_result(stream: Any, on_progress: ProgressCallback, timeout_s: float | None) -> Result:
+    """Return the last item of the stream. Cancels the call on timeout or if the caller is cancelled."""
     loop = asyncio.get_running_loop()
     deadline: float | None = None
     finished = False
     try:
         while True:
-            left = None if deadline is None else deadline - loop.time()
+            remaining_s = None if deadline is None else deadline - loop.time()
             try:
-                news = await asyncio.wait_for(anext(stream), left)
+                item = await asyncio.wait_for(anext(stream), remaining_s)
             except StopAsyncIteration:
-                raise RayServeException("the call ended without an answer") from None
-            if isinstance(news, Result):
+                raise RayServeException("the call returned no result") from None
+            if isinstance(item, Result):
                 finished = True
-                return news
+                return item
             if deadline is None and timeout_s is not None:
                 deadline = loop.time() + timeout_s
-            told(news)
+            on_progress(item)
     finally:
         if not finished:
-            # Of a call that is over there is nothing to cancel.
+            # Cancelling a finished call may raise.
             with suppress(RayServeException, ray.exceptions.RayError):
                 stream.cancel()
 
 
 class StageHandles:
-    """The deployments that hold stages: which of them a call goes to."""
+    """Handles of the stage deployments. Sends each call to the least loaded deployment that can take it."""
 
     def __init__(self, handles: Mapping[str, Any], specs: Mapping[str, tuple[WorkerSpec, int]]) -> None:
-        """`handles` by the deployment's name; `specs`: what its replicas hold, and how many there are to begin with."""
+        """`handles`: deployment name -> handle. `specs`: deployment name -> stages of its replicas and their initial number."""
         self._handles = {name: handle.options(stream=True) for name, handle in handles.items()}
         self._specs = specs
-        self._in_hand: Counter[str] = Counter()
+        self._pending: Counter[str] = Counter()
 
     def can_fuse(self, first: str, *others: str) -> bool:
-        """Whether all replicas that hold the first of these stages take the others, too, in the same turn."""
+        """Return whether all replicas that hold `first` can run the other stages in the same call."""
         holders = [spec for spec, _ in self._specs.values() if first in spec.stages]
         return all(spec.can_run(first, *others) for spec in holders)
 
-    def taking(self, *stages: str) -> str:
-        """The deployment, of those that take all these stages, with the fewest calls of ours a replica in hand."""
+    def least_loaded(self, *stages: str) -> str:
+        """Return the deployment that can run these stages in one call and has the fewest pending calls per replica."""
         names = [name for name, (spec, _) in self._specs.items() if spec.can_run(*stages)]
-        return min(names, key=lambda name: self._in_hand[name] / self._specs[name][1])
+        return min(names, key=lambda name: self._pending[name] / self._specs[name][1])
 
     async def call(
         self,
@@ -134,19 +134,21 @@ class StageHandles:
         *args: Any,
         stages: tuple[str, ...],
         timeout_s: float,
-        told: ProgressCallback = lambda _: None,
+        on_progress: ProgressCallback = lambda _: None,
         adapters: str = "",
     ) -> Result:
-        """Call one of the deployments that take these stages. Raises ShotFailed, InputsLost."""
-        name = self.taking(*stages)
+        """Call a deployment that can run these stages. Raises ShotFailed and InputsLost."""
+        name = self.least_loaded(*stages)
         handle = self._handles[name]
         if adapters:
             handle = handle.options(multiplexed_model_id=adapters)
-        self._in_hand[name] += 1
+        self._pending[name] += 1
         try:
-            return await caller.call(getattr(handle, method), *args, stage=stages[0], timeout_s=timeout_s, told=told)
+            return await caller.call(
+                getattr(handle, method), *args, stage=stages[0], timeout_s=timeout_s, on_progress=on_progress
+            )
         finally:
-            self._in_hand[name] -= 1
+            self._pending[name] -= 1
 
 
 def _failure(stage: str, error: str, message: str) -> Failure:

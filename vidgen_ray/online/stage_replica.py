@@ -1,6 +1,6 @@
-"""A replica that holds stages: takes a shot through some of them, or enlarges some of its frames.
+"""Ray Serve replica that holds stages: runs steps of a shot, or chunked steps on some of its frames.
 
-Artefacts stay in Ray's memory: a call is given a reference to what the shot has, and gives one to what it has then.
+Artefacts stay in Ray's object store. Calls take and return references to them.
 """
 
 from __future__ import annotations
@@ -27,76 +27,77 @@ from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxParams
 
-LAST_WORDS_S = 1.0
-"""Between the answer of a process that is of no use any more, and its end."""
+EXIT_DELAY_S = 1.0
+"""Seconds between the last response of a broken process and its exit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The last that a call says. `given` is what it made: a reference to it, or the record of a shot that is done."""
+    """Last item that a call streams."""
 
-    answer: CallResult
-    given: tuple[Any, ...] | ShotRecord = ()
+    call_result: CallResult
+    output: tuple[Any, ...] | ShotRecord = ()
+    """Reference to the artefacts, or the record of a finished shot."""
     inputs_lost: bool = False
-    """Whether what the call was to work on is gone, with the process or the node that held it."""
+    """The inputs of the call were lost with the process or node that held them."""
 
 
 class StageReplica:
-    """Stages in memory, at work on one call at a time; the inputs of the next are fetched meanwhile."""
+    """Holds stages in memory and runs one call at a time, while the inputs of the next are fetched."""
 
-    def __init__(self, service: ReplicaConfig, spec: WorkerSpec) -> None:
-        """Loads the weights. Raises SetupError where they cannot be."""
-        self._service = service
-        self._bench = InferenceThread()
-        self._useless: str | None = None
-        """Why every further call would fail, where it would."""
+    def __init__(self, config: ReplicaConfig, spec: WorkerSpec) -> None:
+        """Load the weights. Raises SetupError if that fails."""
+        self._config = config
+        self._inference_thread = InferenceThread()
+        self._broken: str | None = None
+        """Reason why every further call would fail. `None` if the process is healthy."""
         self._device = next((p.device for p in map(self._params, spec.stages) if p.device != "cpu"), "cpu")
-        self._active_loras = serve.multiplexed(max_num_models_per_replica=_adapters_kept(service))(_active_loras)
+        self._active_loras = serve.multiplexed(max_num_models_per_replica=_adapters_kept(config))(_active_loras)
         try:
-            stages = [service.stages[name](self._params(name)) for name in spec.stages]
-            self._runner = StepRunner(stages, spec.gpus, service.outputs.stage_cache, spec.turns)
+            stages = [config.stages[name](self._params(name)) for name in spec.stages]
+            self._runner = StepRunner(stages, spec.gpus, config.outputs.stage_cache, spec.turns)
             self._runner.load()
         except Exception as error:
-            # In one line: Serve shows it to people, behind its own account of it.
+            # A single line, because Serve shows it at the end of its own message.
             raise SetupError(str(StepFailed(LOADING, error))) from error
 
     def _params(self, stage: str) -> Any:
-        return self._service.profile.params(self._service.stages[stage])
+        return self._config.profile.params(self._config.stages[stage])
 
     async def run(
         self, plan: ShotPlan, steps: tuple[str, ...], inputs: Sequence[Any], adapters: str = ""
     ) -> AsyncIterator[Progress | Result]:
-        """Take a shot through these steps. `inputs`: a reference to what it has, or nothing where it has nothing yet.
+        """Run these steps of a shot. `inputs`: a reference to its artefacts, or empty for the first steps.
 
-        `adapters` is the name under which the shot's LoRAs, together, are known to the router.
+        `adapters`: id of the set of active LoRAs, which Serve's router uses.
         """
         if adapters:
             await self._active_loras(adapters)
 
-        def taken(artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
+        def run_steps(artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
             item, records = self._runner.run(plan, Item(plan.shot, artefacts), steps)
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
-        async for news in self._call(taken, inputs, steps):
-            yield news
+        async for item in self._call(run_steps, inputs, steps):
+            yield item
 
     async def run_chunk(
         self, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, inputs: Sequence[Any]
     ) -> AsyncIterator[Progress | Result]:
-        """Take a chunk of the clip through these chunked steps; see `StepRunner.run_chunk`."""
+        """Run these chunked steps on a chunk of the clip. See `StepRunner.run_chunk`."""
 
         def process(artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
-            made, records = self._runner.run_chunk(plan, steps, chunk, artefacts)
-            return CallResult(tuple(records)), made
+            output, records = self._runner.run_chunk(plan, steps, chunk, artefacts)
+            return CallResult(tuple(records)), output
 
-        async for news in self._call(process, inputs, steps):
-            yield news
+        async for item in self._call(process, inputs, steps):
+            yield item
 
     async def _call(
-        self, work: Callable[[Artefacts], tuple[CallResult, Any]], inputs: Sequence[Any], stages: tuple[str, ...]
+        self, function: Callable[[Artefacts], tuple[CallResult, Any]], inputs: Sequence[Any], stages: tuple[str, ...]
     ) -> AsyncIterator[Progress | Result]:
-        if self._useless:
-            # It never begins, so nobody is to blame when this process goes.
+        if self._broken:
+            # The call never starts, so it does not count as a failed attempt when this process exits.
             await asyncio.Event().wait()
         try:
             artefacts = await inputs[0] if inputs else Artefacts()
@@ -104,43 +105,48 @@ class StageReplica:
             yield Result(CallResult(failure=StepFailed(stages[0], error).failure()), inputs_lost=True)
             return
         try:
-            async for news in self._bench.work(lambda: work(artefacts), stages[0], self._service.timeout_s(*stages)):
-                if isinstance(news, InferenceResult):
-                    answer, made = news.value
-                    # In another thread: the next call works meanwhile.
-                    yield Result(answer, (await asyncio.to_thread(ray.put, made),))
+            async for item in self._inference_thread.run(
+                lambda: function(artefacts), stages[0], self._config.timeout_s(*stages)
+            ):
+                if isinstance(item, InferenceResult):
+                    call_result, output = item.value
+                    # In another thread, so that the next call can run.
+                    yield Result(call_result, (await asyncio.to_thread(ray.put, output),))
                 else:
-                    yield news
+                    yield item
         except StepFailed as failed:
-            answer = CallResult.of_failure(failed)
-            if answer.context_broken:
-                self._end(str(failed))
-            yield Result(answer)
+            call_result = CallResult.of_failure(failed)
+            if call_result.context_broken:
+                self._exit_soon(str(failed))
+            yield Result(call_result)
 
-    def _end(self, why: str) -> None:
-        self._useless = why
-        asyncio.get_running_loop().call_later(LAST_WORDS_S, os._exit, 1)
+    def _exit_soon(self, reason: str) -> None:
+        self._broken = reason
+        asyncio.get_running_loop().call_later(EXIT_DELAY_S, os._exit, 1)
 
     async def check_health(self) -> None:
-        """Raises RuntimeError where Serve should put another process in place of this one."""
-        if self._useless:
-            raise RuntimeError(self._useless)
-        if overdue_s := self._bench.overdue_s():
-            # Serve would look twice more before it ends this process, which takes on calls and never begins them.
-            self._end(f"a call has outlasted its time by {overdue_s:.0f} s")
-            raise RuntimeError(self._useless)
+        """Raise RuntimeError if Serve should replace this process."""
+        if self._broken:
+            raise RuntimeError(self._broken)
+        if overdue_s := self._inference_thread.overdue_s():
+            # Serve would repeat the check twice before it kills this process, which accepts calls but never starts them.
+            self._exit_soon(f"a call exceeded its timeout by {overdue_s:.0f} s")
+            raise RuntimeError(self._broken)
         torch = sys.modules.get("torch")
         if self._device != "cpu" and torch is not None:
-            # Of a device that is lost, or a context that is broken, the driver says so here.
+            # Raises if the device is lost or the CUDA context is broken.
             await asyncio.to_thread(torch.cuda.mem_get_info)
 
 
 async def _active_loras(adapters: str) -> str:
-    """What tells Serve's router which LoRAs this replica has worn last. FLUX's model itself keeps as many, the same ones."""
+    """Do nothing. As a multiplexed model, it tells Serve's router which LoRAs this replica used last.
+
+    The FLUX model itself keeps the same number of LoRAs.
+    """
     return adapters
 
 
-def _adapters_kept(service: ReplicaConfig) -> int:
-    flux = service.profile.actors.get("flux")
+def _adapters_kept(config: ReplicaConfig) -> int:
+    flux = config.profile.actors.get("flux")
     default: int = FluxParams.model_fields["adapters_kept"].default
     return int(flux.options.get("adapters_kept", default)) if flux else default  # type: ignore[arg-type]  # checked by the stage

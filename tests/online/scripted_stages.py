@@ -1,0 +1,53 @@
+"""Fake stages for the online tests. The prompt scripts their behaviour.
+
+In addition to the failures of `tests/fake_stages.py`, the prompt `steps N pause at K PIPE` reports N steps, waits in step K
+until the named pipe PIPE is opened for writing, and appends every step to `PIPE.steps`. `hang` hangs in the face stage if the
+shot has a face.
+"""
+
+import os
+import re
+
+import numpy as np
+
+from tests.fake_stages import FAKES, FakeFlux, FakeInstantID, FakeStage, run_scripted_failure
+from vidgen_ray.stages.flux_refine import FluxRefineStage
+from vidgen_ray.stages.progress import report_progress
+
+STEPS = re.compile(r"steps (\d+) pause at (\d+) (\S+)")
+
+
+class ScriptedInstantID(FakeInstantID):
+    def one(self, shot, artefacts):
+        if shot.prompt.startswith("hang"):
+            run_scripted_failure(shot.prompt)
+        return super().one(shot, artefacts)
+
+
+class FakeRefine(FakeStage, FluxRefineStage):
+    def one(self, shot, artefacts):
+        return {"image": artefacts["image"]}
+
+
+class ScriptedFlux(FakeFlux):
+    def one(self, shot, artefacts):
+        match = STEPS.fullmatch(shot.prompt)
+        if match is None:
+            return super().one(shot, artefacts)
+        steps, pause, pipe = int(match[1]), int(match[2]), match[3]
+        for step in range(1, steps + 1):
+            append_line(f"{pipe}.steps", step)
+            if step == pause:
+                open(pipe).close()
+            report_progress(self.name, step, steps)
+        return {"image": np.zeros((shot.height, shot.width, 3), np.uint8)}
+
+
+def append_line(path, text):
+    """Append a line with a single write, so that a killed process leaves complete lines."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{text}\n".encode())
+    os.close(file)
+
+
+SCRIPTED = {**FAKES, "instantid": ScriptedInstantID, "refine": FakeRefine, "flux": ScriptedFlux}
