@@ -1,4 +1,4 @@
-"""Who may ask, for how much, and what files are taken."""
+"""API keys, limits, uploads, characters and retention."""
 
 import base64
 import hashlib
@@ -76,27 +76,27 @@ def held(server):
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "Bearer vg-nobody", "Basic dmctYWRh", "vg-ada", "Bearer vg-ada x"]
+    "header", [None, "", "Bearer", "Bearer ", "Bearer vg-unknown", "Basic dmctYWRh", "vg-ada", "Bearer vg-ada x"]
 )
-def test_without_a_known_key_nothing_is_told(server, header):
+def test_missing_or_invalid_key_is_rejected(server, header):
     client = client_of(server, None)
     headers = {} if header is None else {"Authorization": header}
     for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models"), ("GET", "/v1/videos/x/content")):
-        answer = client.request(method, path, headers=headers)
-        assert error_of(answer, 401)["code"] == "invalid_api_key"
-        assert answer.headers["www-authenticate"] == "Bearer"
+        response = client.request(method, path, headers=headers)
+        assert error_of(response, 401)["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_an_expired_key_is_no_key(server):
+def test_expired_key_is_rejected(server):
     assert error_of(client_of(server, "late").get("/v1/models"), 401)["code"] == "invalid_api_key"
 
 
-def test_health_asks_for_no_key(server):
+def test_health_checks_need_no_key(server):
     client = client_of(server, None)
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
 
 
-def test_a_tenant_sees_its_own_only(server, client, held):
+def test_other_tenants_objects_are_not_found(server, client, held):
     video, upload = made(client), client.post("/v1/files", files={"file": ("a", png())}).json()
     bob = client_of(server, "bob")
     for method, path in (
@@ -112,16 +112,16 @@ def test_a_tenant_sees_its_own_only(server, client, held):
         error_of(bob.request(method, path), 404)
     remixed = bob.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "x"})
     assert error_of(remixed, 404)["code"] == "video_not_found"
-    taken = bob.post("/v1/videos", json={**SMALL, "input_reference": {"file_id": upload["id"]}})
-    assert error_of(taken, 400)["code"] == "file_not_found"
+    used = bob.post("/v1/videos", json={**SMALL, "input_reference": {"file_id": upload["id"]}})
+    assert error_of(used, 400)["code"] == "file_not_found"
 
 
-def test_a_page_of_another_site_cannot_ask(server, client):
+def test_cross_origin_request_is_rejected(server, client):
     headers = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
     assert error_of(client.post("/v1/videos", json=SMALL, headers=headers), 403)["code"] == "cross_origin"
 
 
-def test_without_keys_only_this_machines_names_are_answered(tiny, tmp_path):
+def test_server_without_keys_rejects_other_hosts(tiny, tmp_path):
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path))) as server:
         for name in ("127.0.0.1:8000", "localhost", "[::1]:8000"):
             assert (
@@ -133,19 +133,19 @@ def test_without_keys_only_this_machines_names_are_answered(tiny, tmp_path):
         assert error_of(elsewhere, 403)["code"] == "unknown_host"
 
 
-def test_a_server_without_keys_does_not_reach_beyond_its_machine(tmp_path):
-    nobody = load_keys(None, Limits(), {})
+def test_server_without_keys_binds_to_loopback_only(tmp_path):
+    no_keys = load_keys(None, Limits(), {})
     for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
-        check_bind_host(host, nobody)
+        check_bind_host(host, no_keys)
     for host in ("0.0.0.0", "::", "192.168.0.2", "example.com", ""):
         assert not is_loopback(host)
         with pytest.raises(SetupError, match="vidgen keys new"):
-            check_bind_host(host, nobody)
+            check_bind_host(host, no_keys)
     check_bind_host("0.0.0.0", load_keys(None, Limits(), {"VIDGEN_API_KEYS": f"ada={hash_key(new_key())}"}))
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("keys: []", "keys"),
         ("keys: [{tenant: ada, sha256: vg-the-key-itself}]", r"keys\.0\.sha256"),
@@ -154,15 +154,15 @@ def test_a_server_without_keys_does_not_reach_beyond_its_machine(tmp_path):
         ("{ vg-the-key-itself", "not YAML"),
     ],
 )
-def test_what_is_wrong_with_a_file_of_keys_is_said_without_the_key(tmp_path, text, words):
+def test_key_file_errors_do_not_contain_the_key(tmp_path, text, message):
     file = tmp_path / "keys.yaml"
     file.write_text(text)
-    with pytest.raises(SetupError, match=words) as told:
+    with pytest.raises(SetupError, match=message) as raised:
         load_keys(file, Limits(), {})
-    assert "vg-the-key-itself" not in str(told.value)
+    assert "vg-the-key-itself" not in str(raised.value)
 
 
-def test_a_new_key_opens_the_door(tmp_path, capsys):
+def test_new_key_is_accepted(tmp_path, capsys):
     file = tmp_path / "keys.yaml"
     for tenant in ("ada", "bob"):
         assert main(["keys", "new", "--tenant", tenant, "--file", str(file)]) == 0
@@ -174,7 +174,7 @@ def test_a_new_key_opens_the_door(tmp_path, capsys):
     assert main(["keys", "new", "--tenant", "../x"]) == 2
 
 
-def test_keys_come_from_the_environment_too():
+def test_keys_from_the_environment():
     key = new_key()
     keys = load_keys(None, Limits(open_jobs=3), {"VIDGEN_API_KEYS": f"ada={hash_key(key)}, bob={'0' * 64}"})
     tenant = keys.verify(key)
@@ -188,43 +188,43 @@ def test_keys_come_from_the_environment_too():
 # Limits.
 
 
-def test_a_job_that_is_too_large_is_refused(server):
+def test_job_larger_than_the_limit_is_rejected(server):
     small = client_of(server, "small")
     assert small.post("/v1/videos", json=SMALL).status_code == 200
     error = error_of(small.post("/v1/videos", json={**SMALL, "num_frames": 3}), 400)
     assert (error["code"], error["param"]) == ("too_large", "num_frames")
 
 
-def test_too_many_requests_are_refused_for_a_while(server):
+def test_request_rate_limit(server):
     slow = client_of(server, "slow")
-    answers = [slow.get("/v1/models") for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert error_of(answers[2], 429)["type"] == "rate_limit_error"
-    assert 0 < int(answers[2].headers["retry-after"]) <= 60
+    responses = [slow.get("/v1/models") for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert error_of(responses[2], 429)["type"] == "rate_limit_error"
+    assert 0 < int(responses[2].headers["retry-after"]) <= 60
     assert client_of(server, "ada").get("/v1/models").status_code == 200
 
 
-def test_open_jobs_of_a_key_are_bounded(server, held):
+def test_limit_on_open_jobs(server, held):
     one = client_of(server, "one")
     first = made(one)
-    answer = one.post("/v1/videos", json=SMALL)
-    assert error_of(answer, 429)["code"] == "too_many_jobs"
-    assert int(answer.headers["retry-after-ms"]) > 0
+    response = one.post("/v1/videos", json=SMALL)
+    assert error_of(response, 429)["code"] == "too_many_jobs"
+    assert int(response.headers["retry-after-ms"]) > 0
     one.post(f"/v1/videos/{first['id']}/cancel")
     made(one)
-    # Two pictures of one request are two jobs.
+    # Two images of one request are two jobs.
     assert error_of(one.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", "n": 2}), 429)
 
 
-def test_the_queue_is_bounded_for_all(server, client, held):
+def test_full_queue_rejects_all_tenants(server, client, held):
     for _ in range(4):
         made(client)
-    answer = client_of(server, "bob").post("/v1/videos", json=SMALL)
-    assert error_of(answer, 429)["code"] == "queue_full"
-    assert answer.headers["retry-after"] == "5"
+    response = client_of(server, "bob").post("/v1/videos", json=SMALL)
+    assert error_of(response, 429)["code"] == "queue_full"
+    assert response.headers["retry-after"] == "5"
 
 
-def test_an_idempotency_key_creates_once_even_where_the_queue_is_full(client, held, server):
+def test_idempotency_key_with_a_full_queue(client, held, server):
     headers = {"Idempotency-Key": "once"}
     first = client.post("/v1/videos", json=SMALL, headers=headers).json()
     for _ in range(3):
@@ -238,13 +238,13 @@ def test_an_idempotency_key_creates_once_even_where_the_queue_is_full(client, he
     server.store.request_cancel(first["id"], None)
 
 
-def test_a_form_is_the_same_whatever_its_boundary(client, held):
+def test_idempotency_ignores_the_form_boundary(client, held):
     headers = {"Idempotency-Key": "form"}
-    sent = [
+    created = [
         client.post("/v1/videos", data=SMALL, files={"face_image": ("a.png", ASTRONAUT.read_bytes())}, headers=headers)
         for _ in range(2)
     ]
-    assert sent[0].json()["id"] == sent[1].json()["id"]
+    assert created[0].json()["id"] == created[1].json()["id"]
 
 
 # Files.
@@ -256,14 +256,14 @@ def png(width=64, height=64, **options) -> bytes:
     return buffer.getvalue()
 
 
-def saved(picture: Image.Image, kind: str, **options) -> bytes:
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def bomb() -> bytes:
-    """A PNG of 50000 x 50000 pixels of one bit, in some kilobytes."""
+    """Return a PNG with 50000 x 50000 pixels of 1 bit in a few kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -275,27 +275,28 @@ def bomb() -> bytes:
 
 
 def polyglot() -> bytes:
+    """Return a JPEG that is also a ZIP archive."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("x.html", "<script>")
-    return saved(Image.new("RGB", (64, 64)), "JPEG") + buffer.getvalue()
+    return encoded(Image.new("RGB", (64, 64)), "JPEG") + buffer.getvalue()
 
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-TAKEN = {
+VALID_IMAGES = {
     "one pixel": png(1, 1),
-    "CMYK": saved(RGB.convert("CMYK"), "JPEG"),
-    "16 bits": saved(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG"),
-    "palette": saved(RGB.convert("P"), "PNG"),
-    "animated": saved(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
-    "webp": saved(RGB, "WEBP"),
-    "picture and archive": polyglot(),
+    "CMYK": encoded(RGB.convert("CMYK"), "JPEG"),
+    "16 bits": encoded(Image.fromarray(np.zeros((8, 8), np.uint16)), "PNG"),
+    "palette": encoded(RGB.convert("P"), "PNG"),
+    "animated": encoded(RGB, "GIF", save_all=True, append_images=[RGB.rotate(90)]),
+    "webp": encoded(RGB, "WEBP"),
+    "image and archive": polyglot(),
 }
-REFUSED = {
+INVALID_IMAGES = {
     "empty": b"",
     "bomb": bomb(),
-    "truncated": saved(RGB, "JPEG")[:-600],
-    "damaged": saved(RGB, "PNG")[:200] + b"\0" * 400 + saved(RGB, "PNG")[600:],
+    "truncated": encoded(RGB, "JPEG")[:-600],
+    "damaged": encoded(RGB, "PNG")[:200] + b"\0" * 400 + encoded(RGB, "PNG")[600:],
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
     "html": b"<html><script>alert(1)</script>",
     "playlist": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
@@ -304,44 +305,44 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_pictures_of_all_kinds_are_taken(client, name):
-    answer = client.post("/v1/files", files={"file": ("../../../etc/passwd", TAKEN[name], "text/html")})
-    assert answer.status_code == 200, answer.text
-    digest = hashlib.sha256(TAKEN[name]).hexdigest()
-    assert answer.json()["id"] == answer.json()["filename"] == f"file-{digest}"
-    assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(TAKEN[name])
+@pytest.mark.parametrize("name", VALID_IMAGES)
+def test_upload_accepts_image_formats(client, name):
+    response = client.post("/v1/files", files={"file": ("../../../etc/passwd", VALID_IMAGES[name], "text/html")})
+    assert response.status_code == 200, response.text
+    digest = hashlib.sha256(VALID_IMAGES[name]).hexdigest()
+    assert response.json()["id"] == response.json()["filename"] == f"file-{digest}"
+    assert client.get(f"/v1/files/file-{digest}").json()["bytes"] == len(VALID_IMAGES[name])
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_picture_is_refused_and_not_kept(client, server, name):
+@pytest.mark.parametrize("name", INVALID_IMAGES)
+def test_invalid_image_is_rejected_and_not_stored(client, server, name):
     folder = server.app.state.server.job_service.uploads._folder
     before = sorted(folder.iterdir()) if folder.exists() else []
-    answer = client.post("/v1/files", files={"file": ("photo.png", REFUSED[name], "image/png")})
-    error = error_of(answer, 400)
+    response = client.post("/v1/files", files={"file": ("photo.png", INVALID_IMAGES[name], "image/png")})
+    error = error_of(response, 400)
     assert (error["param"], error["code"]) == ("file", "invalid_image")
     assert server.settings.data not in error["message"]
     assert sorted(folder.iterdir()) == before
-    assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", REFUSED[name])}), 400)
+    assert error_of(client.post("/v1/videos", data=SMALL, files={"input_reference": ("a", INVALID_IMAGES[name])}), 400)
 
 
-def test_a_picture_may_be_a_data_url(client, held):
+def test_image_as_a_data_url(client, held):
     url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
     assert client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}}).status_code == 200
     form = client.post("/v1/videos", data={**SMALL, "image_reference": json.dumps({"image_url": url})})
     assert form.status_code == 200
-    for bad in ("data:image/png;base64,%%%", "data:text/html,<script>", "data:,", "data:image/png;base64,AAAA"):
-        answer = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": bad}})
-        assert error_of(answer, 400)["param"] == "image_reference"
+    for invalid in ("data:image/png;base64,%%%", "data:text/html,<script>", "data:,", "data:image/png;base64,AAAA"):
+        response = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": invalid}})
+        assert error_of(response, 400)["param"] == "image_reference"
 
 
-def test_a_clip_starts_from_one_picture(client):
+def test_several_start_images_are_rejected(client):
     for names in (("input_reference", "input_reference"), ("input_reference", "image_reference")):
-        answer = client.post("/v1/videos", data=SMALL, files=[(name, ("a", png())) for name in names])
-        assert error_of(answer, 400)["param"] == names[1]
+        response = client.post("/v1/videos", data=SMALL, files=[(name, ("a", png())) for name in names])
+        assert error_of(response, 400)["param"] == names[1]
 
 
-def test_more_than_the_cap_is_refused(client):
+def test_uploads_larger_than_the_cap_are_rejected(client):
     large = client.post("/v1/files", files={"file": ("a.png", png() + b"\0" * 600_000)})
     assert error_of(large, 413)["param"] == "file"
     body = client.post("/v1/files", files={"file": ("a.png", b"\0" * 4_000_000)})
@@ -350,15 +351,15 @@ def test_more_than_the_cap_is_refused(client):
     assert error_of(prompt, 413)["code"] == "too_large"
 
 
-def test_too_many_parts_are_refused(client):
+def test_too_many_form_parts_are_rejected(client):
     files = client.post("/v1/videos", data=SMALL, files=[("face_image", ("a", png()))] * 4)
     assert "files" in error_of(files, 400)["message"].lower()
     fields = client.post("/v1/videos", data={f"f{number}": "x" for number in range(10_000)}, files={"x": ("a", b"")})
     assert "fields" in error_of(fields, 400)["message"].lower()
 
 
-def test_a_length_that_lies_and_a_body_that_never_ends_are_cut_off(server):
-    """The cap is on what arrives: nothing is announced here, and nothing would ever be whole."""
+def test_endless_body_is_rejected(server):
+    """The cap applies to the bytes received: a chunked body announces no length."""
     import http.client
 
     with listening_on_a_port(server.app) as url:
@@ -373,13 +374,13 @@ def test_a_length_that_lies_and_a_body_that_never_ends_are_cut_off(server):
         try:
             connection.request("POST", "/v1/videos", endless(), headers, encode_chunked=True)
         except OSError:
-            pass  # the server answered and closed before all was sent
+            pass  # the server responded and closed the connection before everything was sent
         else:
             assert connection.getresponse().status == 413
         connection.close()
 
 
-def test_a_body_that_does_not_come_is_given_up(server):
+def test_slow_body_times_out(server):
     import http.client
 
     with listening_on_a_port(server.app) as url:
@@ -389,14 +390,14 @@ def test_a_body_that_does_not_come_is_given_up(server):
             connection.putheader(name, value)
         connection.putheader("Content-Length", "1000")
         connection.endheaders(b"{")
-        begun = time.monotonic()
-        answer = connection.getresponse()
-        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (408, "timeout")
-        assert 1.5 < time.monotonic() - begun < 20
+        started = time.monotonic()
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (408, "timeout")
+        assert 1.5 < time.monotonic() - started < 20
         connection.close()
 
 
-def test_an_uploaded_file_is_deleted_when_nobody_has_it(server, client, held):
+def test_upload_stays_on_disk_until_it_is_unused(server, client, held):
     content = png(99, 33)
     upload = client.post("/v1/files", files={"file": ("a", content)}).json()["id"]
     client_of(server, "bob").post("/v1/files", files={"file": ("b", content)})
@@ -406,14 +407,14 @@ def test_an_uploaded_file_is_deleted_when_nobody_has_it(server, client, held):
     assert path.exists()
     video = made(client_of(server, "bob"), input_reference={"file_id": upload})
     client_of(server, "bob").delete(f"/v1/files/{upload}")
-    assert path.exists(), "a job is still to be made from it"
+    assert path.exists(), "an open job needs it"
     server.store.request_cancel(video["id"], None)
     client_of(server, "bob").post("/v1/files", files={"file": ("b", content)})
     client_of(server, "bob").delete(f"/v1/files/{upload}")
     assert not path.exists()
 
 
-# People.
+# Characters.
 
 
 def clip_of(tmp_path, *frames) -> bytes:
@@ -422,37 +423,37 @@ def clip_of(tmp_path, *frames) -> bytes:
     return path.read_bytes()
 
 
-def test_people_are_named_listed_and_forgotten(client, held):
+def test_create_list_and_delete_characters(client, held):
     photo = {"image": ("me.jpg", ASTRONAUT.read_bytes())}
-    made_ = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()
+    character = client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json()
     photos = [f"file-{hashlib.sha256(ASTRONAUT.read_bytes()).hexdigest()}"]
-    assert (made_["object"], made_["name"], made_["photos"]) == ("character", "Éileen", photos)
+    assert (character["object"], character["name"], character["photos"]) == ("character", "Éileen", photos)
     assert error_of(client.delete(f"/v1/files/{photos[0]}"), 409)["code"] == "file_in_use"
-    assert client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json() == made_
-    assert client.get("/v1/videos/characters").json()["data"] == [made_]
-    assert client.get(f"/v1/videos/characters/{made_['id']}").json() == made_
+    assert client.post("/v1/videos/characters", data={"name": "Éileen"}, files=photo).json() == character
+    assert client.get("/v1/videos/characters").json()["data"] == [character]
+    assert client.get(f"/v1/videos/characters/{character['id']}").json() == character
     video = made(client, character="Éileen", prompt="at sea")
     assert len(client.get(f"/v1/shots/{video['id']}").json()["shot"]["face_image"]) == 1
     both = client.post("/v1/videos", json={**SMALL, "character": "Éileen", "face_image": ["x"]})
     assert error_of(both, 400)["param"] in ("character", "face_image")
-    assert client.delete(f"/v1/videos/characters/{made_['id']}").json()["deleted"]
-    assert error_of(client.get(f"/v1/videos/characters/{made_['id']}"), 404)["code"] == "character_not_found"
+    assert client.delete(f"/v1/videos/characters/{character['id']}").json()["deleted"]
+    assert error_of(client.get(f"/v1/videos/characters/{character['id']}"), 404)["code"] == "character_not_found"
     assert client.delete(f"/v1/files/{photos[0]}").json()["deleted"]
 
 
-def test_a_photo_without_a_face_names_nobody(client):
-    answer = client.post("/v1/videos/characters", data={"name": "x"}, files={"image": ("a.png", png(200, 200))})
-    assert error_of(answer, 400)["code"] == "no_face"
+def test_character_photo_without_a_face_is_rejected(client):
+    response = client.post("/v1/videos/characters", data={"name": "x"}, files={"image": ("a.png", png(200, 200))})
+    assert error_of(response, 400)["code"] == "no_face"
 
 
-def test_the_first_frame_with_a_face_is_taken(client, tmp_path):
+def test_character_from_the_first_frame_with_a_face(client, tmp_path):
     face = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     dark = np.zeros_like(face)
     video = clip_of(tmp_path, dark, dark, face, face)
-    answer = client.post("/v1/videos/characters", data={"name": "of a clip"}, files={"video": ("a.mp4", video)})
-    assert answer.status_code == 200, answer.text
-    nobody = client.post("/v1/videos/characters", data={"name": "y"}, files={"video": ("a.mp4", clip_of(tmp_path, dark))})
-    assert "no frame" in error_of(nobody, 400)["message"]
+    response = client.post("/v1/videos/characters", data={"name": "from a clip"}, files={"video": ("a.mp4", video)})
+    assert response.status_code == 200, response.text
+    without_face = client.post("/v1/videos/characters", data={"name": "y"}, files={"video": ("a.mp4", clip_of(tmp_path, dark))})
+    assert "no frame" in error_of(without_face, 400)["message"]
 
 
 @pytest.mark.parametrize(
@@ -465,23 +466,23 @@ def test_the_first_frame_with_a_face_is_taken(client, tmp_path):
         b"\0\0\0\x18ftypmp42" + bytes(500),
     ],
 )
-def test_what_is_no_video_names_nobody(client, content):
-    answer = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
-    error = error_of(answer, 400)
+def test_invalid_character_video_is_rejected(client, content):
+    response = client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)})
+    error = error_of(response, 400)
     assert (error["param"], error["code"]) == ("video", "invalid_video")
     assert "/tmp" not in error["message"]
 
 
-def test_a_person_needs_a_name_and_either_photos_or_a_video(client):
+def test_character_needs_a_name_and_photos_or_a_video(client):
     photo, video = ("image", ("a", png())), ("video", ("a", b"x"))
     for name, files in ((" ", [photo]), ("a\0", [photo]), ("x" * 129, [photo]), ("x", [photo, video]), ("x", [])):
         error_of(client.post("/v1/videos/characters", data={"name": name}, files=files or {"other": ("a", b"")}), 400)
 
 
-# What is forgotten.
+# Retention.
 
 
-def test_files_of_a_deleted_clip_leave_the_disk_unless_another_has_them(tiny, tmp_path):
+def test_files_of_a_deleted_video_stay_while_another_uses_them(tiny, tmp_path):
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), poll_s=0.02)) as server:
         client = TestClient(server.app, **LOCAL)
         first = ended(client, made(client, seed=1)["id"])
@@ -489,33 +490,33 @@ def test_files_of_a_deleted_clip_leave_the_disk_unless_another_has_them(tiny, tm
         assert second["status"] == "completed"
         folder = tmp_path / "shots" / server.store.get(first["id"], None).shot_id
         now = server.store._now
-        for gone, there in ((first, True), (second, False)):
-            client.delete(f"/v1/videos/{gone['id']}")
+        for deleted, exists in ((first, True), (second, False)):
+            client.delete(f"/v1/videos/{deleted['id']}")
             server.store._now = lambda: now() + FORGOTTEN_AFTER_S + 1
             forget_old(server.store, server.outputs)
             server.store._now = now
-            assert folder.exists() == there
-            assert any((tmp_path / "keys").iterdir()) == there
+            assert folder.exists() == exists
+            assert any((tmp_path / "keys").iterdir()) == exists
 
 
-def test_many_creates_at_once_are_stored_or_refused(server, held):
-    answers = []
+def test_concurrent_creates_respect_the_queue_limit(server, held):
+    responses = []
 
     def create():
         client = client_of(server, "bob")
         for _ in range(5):
-            answers.append(client.post("/v1/videos", json=SMALL).status_code)
+            responses.append(client.post("/v1/videos", json=SMALL).status_code)
 
     threads = [threading.Thread(target=create) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(set(answers)) == [200, 429]
-    assert answers.count(200) == 4
+    assert sorted(set(responses)) == [200, 429]
+    assert responses.count(200) == 4
 
 
-def test_the_api_is_the_same_on_either_database(tiny, tmp_path, database_url):
+def test_api_on_sqlite_and_postgresql(tiny, tmp_path, database_url):
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02)) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
         video = made(client, prompt="«ünter» 🌧", metadata={"nul": "a\0b"})
@@ -523,7 +524,7 @@ def test_the_api_is_the_same_on_either_database(tiny, tmp_path, database_url):
         assert [one["id"] for one in client.get("/v1/videos").json()["data"]] == [video["id"]]
         upload = client.post("/v1/files", files={"file": ("a", png())}).json()["id"]
         assert client.delete(f"/v1/files/{upload}").status_code == 200
-        # PostgreSQL cannot be asked for a NUL.
+        # PostgreSQL rejects NUL characters in queries.
         for path in (
             "/v1/videos/a%00",
             "/v1/videos?after=a%00",
@@ -537,18 +538,18 @@ def test_the_api_is_the_same_on_either_database(tiny, tmp_path, database_url):
         assert client.get("/v1/videos/characters/%F0%9F%8C%A7").status_code == 404
 
 
-def test_urls_are_fetched_only_from_where_it_is_allowed(tiny, tmp_path):
+def test_urls_are_fetched_from_allowed_hosts_only(tiny, tmp_path):
     allowed = {"enabled": True, "allow_hosts": ["127.0.0.1", "images.example"], "timeout_s": 2}
     with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), url_inputs=allowed)) as server:
         client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
-        for url, words in (
+        for url, message in (
             ("http://127.0.0.1/a.png", "not a public address"),
             ("http://127.0.0.1:6379/", "port 6379"),
             ("http://elsewhere.example/a.png", "not among those"),
             ("file:///etc/passwd", "not http or https"),
             ("http://images.example@127.0.0.1/", "a name or a password"),
         ):
-            answer = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
-            error = error_of(answer, 400)
+            response = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
+            error = error_of(response, 400)
             assert error["code"] == "url_not_fetched"
-            assert words in error["message"]
+            assert message in error["message"]

@@ -1,4 +1,4 @@
-"""Clips over HTTP: what is asked for, what is answered, what ends."""
+"""Video routes over HTTP: fields, errors, progress, cancellation and events."""
 
 import json
 import time
@@ -36,7 +36,7 @@ def client(server):
 
 @pytest.fixture
 def held(server):
-    """Nothing is begun meanwhile."""
+    """Keep jobs in the queue during the test."""
     server.director.held.set()
     yield
     server.director.held.clear()
@@ -44,9 +44,9 @@ def held(server):
 
 
 def made(client, **fields) -> dict:
-    answer = client.post("/v1/videos", json={**SMALL, **fields})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    response = client.post("/v1/videos", json={**SMALL, **fields})
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 def ended(client, video_id: str) -> dict:
@@ -61,14 +61,14 @@ def shot_of(client, job_id: str) -> dict:
     return client.get(f"/v1/shots/{job_id}").json()["shot"]
 
 
-def error_of(answer, status: int) -> dict:
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"}
-    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    return answer.json()["error"]
+def error_of(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    return response.json()["error"]
 
 
-def test_form_and_json_ask_for_the_same(client, held):
+def test_form_and_json_create_the_same_shot(client, held):
     fields = {"prompt": "a man", "size": "128x64", "seconds": "2", "seed": 3, "guidance_scale": 2.5, "mode": "fast"}
     by_json = client.post("/v1/videos", json=fields).json()
     by_form = client.post("/v1/videos", data={name: str(value) for name, value in fields.items()}).json()
@@ -77,7 +77,7 @@ def test_form_and_json_ask_for_the_same(client, held):
     assert (shots[0]["num_frames"], shots[0]["guidance"], shots[0]["mode"]) == (10, {"flux": 2.5}, "fast")
 
 
-def test_field_names_of_vllm_omni_are_understood(client, held):
+def test_vllm_omni_field_names(client, held):
     video = made(client, num_inference_steps=9, negative_prompt="blur", lora='{"name": "ink", "scale": 0.5}', fps=4, seed=1)
     shot = shot_of(client, video["id"])
     assert (shot["steps"]["flux"], shot["steps"]["svd"], shot["negative_prompt"], shot["fps"]) == (9, 9, "blur", 4)
@@ -86,68 +86,74 @@ def test_field_names_of_vllm_omni_are_understood(client, held):
     assert (shot_of(client, more["id"])["motion_bucket_id"], shot_of(client, more["id"])["steps"]["svd"]) == (99, 4)
 
 
-def test_brackets_of_a_form_are_a_mapping(client, held):
-    answer = client.post("/v1/videos", data={**SMALL, "lora[name]": "ink", "lora[scale]": "0.25"})
-    assert shot_of(client, answer.json()["id"])["lora"] == [{"name": "ink", "scale": 0.25}]
+def test_form_accepts_text_for_choices_of_numbers(client, held):
+    response = client.post("/v1/videos", data={**SMALL, "upscale": "true", "scale": "2"})
+    assert shot_of(client, response.json()["id"])["scale"] == 2
+    assert error_of(client.post("/v1/videos", data={**SMALL, "scale": "5"}), 400)["param"] == "scale"
+
+
+def test_form_brackets_make_a_mapping(client, held):
+    response = client.post("/v1/videos", data={**SMALL, "lora[name]": "ink", "lora[scale]": "0.25"})
+    assert shot_of(client, response.json()["id"])["lora"] == [{"name": "ink", "scale": 0.25}]
     grouped = client.post("/v1/videos", data={**SMALL, "loras[][name]": ["ink", "ink"]})
     assert error_of(grouped, 400)["code"] == "invalid_form"
 
 
-def test_json_that_comes_as_a_form_is_told_apart_from_a_field(client):
+def test_json_sent_as_a_form_is_rejected(client):
     head = {"content-type": "application/x-www-form-urlencoded"}
-    told = error_of(client.post("/v1/videos", content=b'{"prompt": "x"}', headers=head), 400)
-    assert (told["code"], "send application/json" in told["message"]) == ("invalid_form", True)
+    error = error_of(client.post("/v1/videos", content=b'{"prompt": "x"}', headers=head), 400)
+    assert (error["code"], "Send application/json" in error["message"]) == ("invalid_form", True)
 
 
-def test_a_style_is_a_restyle(client, held):
+def test_style_sets_the_restyle_fields(client, held):
     shot = shot_of(client, made(client, style="watercolour")["id"])
     assert (shot["use_hunyuan_style"], shot["style_prompt"]) == (True, "watercolour")
     for fast in ({"mode": "fast"}, {"model": "tiny-fast"}):
-        answer = client.post("/v1/videos", json={**SMALL, "style": "watercolour", **fast})
-        assert error_of(answer, 400)["param"] == "style"
+        response = client.post("/v1/videos", json={**SMALL, "style": "watercolour", **fast})
+        assert error_of(response, 400)["param"] == "style"
 
 
-def test_a_model_may_have_another_name(client, held):
+def test_model_alias(client, held):
     video = made(client, model="sora-2")
     assert (video["model"], shot_of(client, video["id"])["mode"]) == ("sora-2", "fast")
     assert error_of(client.post("/v1/videos", json={**SMALL, "model": "sora-9"}), 404)["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "code", "words"),
+    ("fields", "param", "code", "message"),
     [
         ({"prompt": None}, "prompt", "missing_required_parameter", "required"),
         ({"prompt": " "}, "prompt", "invalid_value", "blank"),
         ({"prompt": "x" * 10_001}, "prompt", "invalid_value", "10000"),
         ({"prompt": "a\0b"}, "prompt", "invalid_value", "NUL"),
         ({"prompt": 7}, "prompt", "invalid_value", "string"),
-        ({"size": "100x100"}, "size", "invalid_size", "the nearest is 128x128"),
-        ({"size": "4096x64"}, "size", "invalid_size", "the nearest is 2048x64"),
+        ({"size": "100x100"}, "size", "invalid_size", "nearest: 128x128"),
+        ({"size": "4096x64"}, "size", "invalid_size", "nearest: 2048x64"),
         ({"size": "big"}, "size", "invalid_value", "WIDTHxHEIGHT"),
         ({"width": 100}, "width", "invalid_value", "size says 64"),
         ({"size": None, "width": "7"}, "width", "invalid_size", "multiples of 64"),
         ({"size": None, "width": "NaN"}, "width", "invalid_value", "integer"),
         ({"seconds": "0"}, "seconds", "invalid_value", "from 0.4 to 51.2"),
-        ({"seconds": "NaN"}, "seconds", "invalid_value", "a number"),
-        ({"seconds": "1e309"}, "seconds", "invalid_value", "a number"),
+        ({"seconds": "NaN"}, "seconds", "invalid_value", "finite number"),
+        ({"seconds": "1e309"}, "seconds", "invalid_value", "finite number"),
         ({"seconds": 9}, "num_frames", "invalid_value", "seconds says 45"),
         ({"num_frames": 1}, "num_frames", "invalid_value", "2"),
         ({"seed": -1}, "seed", "invalid_value", "0"),
         ({"seed": 2**64}, "seed", "invalid_value", "4294967296"),
-        ({"guidance_scale": "lots"}, "guidance.flux", "invalid_value", "number"),
-        ({"num_inference_steps": 0}, "steps.flux", "invalid_value", "1"),
-        ({"nonsense": 1}, "nonsense", "unknown_parameter", "the fields are"),
-        ({"id": "../../etc/cron.d/x"}, "id", "unknown_parameter", "the fields are"),
-        ({"image": "/etc/passwd"}, "image", "unknown_parameter", "the fields are"),
+        ({"guidance_scale": "lots"}, "guidance_scale", "invalid_value", "number"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value", "1"),
+        ({"nonsense": 1}, "nonsense", "unknown_parameter", "must be one of"),
+        ({"id": "../../etc/cron.d/x"}, "id", "unknown_parameter", "must be one of"),
+        ({"image": "/etc/passwd"}, "image", "unknown_parameter", "must be one of"),
         ({"input_reference": "/etc/passwd"}, "image", "file_not_found", "uploaded"),
         ({"input_reference": {"path": "/etc/passwd"}}, "input_reference", "invalid_value", "file_id"),
         ({"input_reference": {"image_url": "http://localhost/x"}}, "input_reference", "url_inputs_disabled", "no URLs"),
         ({"input_reference": {"image_url": "file:///etc/passwd"}}, "input_reference", "url_inputs_disabled", "no URLs"),
         ({"face_image": ["file-" + "0" * 64]}, "face_image", "file_not_found", "uploaded"),
         ({"face_image": "../../x"}, "face_image", "file_not_found", "uploaded"),
-        ({"character": "nobody"}, "character", "character_not_found", "nobody"),
+        ({"character": "unknown"}, "character", "character_not_found", "unknown"),
         ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "the names are ink"),
-        ({"lora": {"path": "/etc/passwd"}}, "lora", "unknown_parameter", "by its name"),
+        ({"lora": {"path": "/etc/passwd"}}, "lora", "unknown_parameter", "name and scale"),
         ({"lora": {"name": "ink", "scale": 1e9}}, "lora.weight", "invalid_value", "2"),
         ({"upscaler": "../../x"}, "upscaler", "invalid_value", "pattern"),
         ({"extra_params": {"image": "/etc/passwd"}}, "extra_params", "unknown_parameter", "image"),
@@ -156,12 +162,12 @@ def test_a_model_may_have_another_name(client, held):
         ({"metadata": {"a": 1}, "fps": 1000}, "fps", "invalid_value", "60"),
     ],
 )
-def test_what_is_wrong_is_named(client, held, fields, param, code, words):
+def test_invalid_field_is_named(client, held, fields, param, code, message):
     body = {name: value for name, value in {**SMALL, **fields}.items() if value is not None}
     status = 404 if code in ("model_not_found", "character_not_found", "lora_not_found") else 400
     error = error_of(client.post("/v1/videos", json=body), status)
     assert (error["param"], error["code"]) == (param, code), error
-    assert words in error["message"]
+    assert message in error["message"]
     assert "Traceback" not in error["message"]
 
 
@@ -182,18 +188,18 @@ def test_what_is_wrong_is_named(client, held, fields, param, code, words):
         (b"", "multipart/form-data", 400, "invalid_request"),
     ],
 )
-def test_a_body_that_cannot_be_read_is_an_error_of_its_own(client, body, kind, status, code):
-    answer = client.post("/v1/videos", content=body, headers={"content-type": kind})
-    assert error_of(answer, status)["code"] == code
+def test_malformed_body_is_rejected(client, body, kind, status, code):
+    response = client.post("/v1/videos", content=body, headers={"content-type": kind})
+    assert error_of(response, status)["code"] == code
 
 
 @pytest.mark.parametrize("prompt", ["<script>alert(1)</script>", "=cmd()", "{{7*7}}", "\x1b[31mred\r\nfake: log", "‮rtl 👩‍👩‍👧"])
-def test_words_are_only_words(client, held, prompt):
+def test_prompt_is_stored_unchanged(client, held, prompt):
     video = made(client, prompt=prompt)
     assert client.get(f"/v1/videos/{video['id']}").json()["prompt"] == prompt
 
 
-def test_a_clip_says_how_far_it_is_and_ends(client):
+def test_video_reports_progress_and_completes(client):
     video = made(client, prompt="to the end", seconds="0.4")
     done = ended(client, video["id"])
     assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
@@ -201,7 +207,7 @@ def test_a_clip_says_how_far_it_is_and_ends(client):
     assert client.get(f"/v1/videos/{video['id']}").headers["openai-poll-after-ms"] == "1000"
 
 
-def test_a_failed_clip_says_why(client):
+def test_failed_video_reports_its_error(client):
     done = ended(client, made(client, prompt="fail")["id"])
     assert done["status"] == "failed"
     assert done["error"] == {
@@ -214,7 +220,7 @@ def test_a_failed_clip_says_why(client):
     assert error_of(client.get(f"/v1/videos/{done['id']}/content"), 409)["code"] == "not_completed"
 
 
-def test_cancel_ends_what_waits_and_what_is_made(client, server):
+def test_cancel_of_queued_and_completed_videos(client, server):
     server.director.held.set()
     waiting = made(client, prompt="waits")
     assert client.post(f"/v1/videos/{waiting['id']}/cancel").json()["status"] == "cancelled"
@@ -224,16 +230,16 @@ def test_cancel_ends_what_waits_and_what_is_made(client, server):
     assert client.post(f"/v1/videos/{done['id']}/cancel").json()["status"] == "completed"
 
 
-def test_a_shot_of_a_batch_is_answered_at_once(client, server, tiny):
-    fields = {"prompt": "out of a batch", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
+def test_shot_rendered_by_a_batch_run_is_completed_at_once(client, server, tiny):
+    fields = {"prompt": "rendered before", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
     plan = server.serving_profile.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
-    noise_renderer(tiny, server.outputs)(plan, lambda *_: None)
-    video = made(client, prompt="out of a batch", seed=5)
+    painted(tiny, server.outputs)(plan, lambda *_: None)
+    video = made(client, prompt="rendered before", seed=5)
     assert (video["status"], video["progress"]) == ("completed", 100)
     assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
 
 
-def test_remix_keeps_everything_but_what_it_says(client, held):
+def test_remix_keeps_omitted_fields(client, held):
     first = made(client, seed=4, style="ink", motion_bucket_id=50)
     second = client.post(f"/v1/videos/{first['id']}/remix", json={"prompt": "another", "seed": 5}).json()
     before, after = shot_of(client, first["id"]), shot_of(client, second["id"])
@@ -241,22 +247,29 @@ def test_remix_keeps_everything_but_what_it_says(client, held):
     assert second["remixed_from_video_id"] == first["id"]
 
 
-def test_a_remix_takes_the_model_and_the_person_that_it_names(client, held):
+def test_remix_replaces_model_and_face(client, held):
     photo = client.post("/v1/files", files={"file": ("me.jpg", ASTRONAUT.read_bytes())}).json()["id"]
     first = made(client, model="tiny-fast", face_image=[photo])
-    person = shot_of(client, first["id"])["face_image"]
+    face = shot_of(client, first["id"])["face_image"]
     assert shot_of(client, first["id"])["mode"] == "fast"
 
     def remixed(**fields):
-        answer = client.post(f"/v1/videos/{first['id']}/remix", json=fields)
-        assert answer.status_code == 200, answer.text
-        return shot_of(client, answer.json()["id"])
+        response = client.post(f"/v1/videos/{first['id']}/remix", json=fields)
+        assert response.status_code == 200, response.text
+        return shot_of(client, response.json()["id"])
 
-    assert (remixed(prompt="x")["mode"], remixed(prompt="x")["face_image"]) == ("fast", person)
-    assert (remixed(model="tiny")["mode"], remixed(model="tiny")["face_image"]) == ("quality", person)
+    assert (remixed(prompt="x")["mode"], remixed(prompt="x")["face_image"]) == ("fast", face)
+    assert (remixed(model="tiny")["mode"], remixed(model="tiny")["face_image"]) == ("quality", face)
     assert "face_image" not in remixed(face_image=[])
     client.post("/v1/videos/characters", files={"image": ("me.jpg", ASTRONAUT.read_bytes())}, data={"name": "Eileen"})
     assert remixed(character="Eileen")["face_image"] == [photo]
+
+
+def test_remix_accepts_files(client, held):
+    first = made(client)
+    files = {"input_reference": ("me.jpg", ASTRONAUT.read_bytes())}
+    response = client.post(f"/v1/videos/{first['id']}/remix", data={"prompt": "x"}, files=files)
+    assert shot_of(client, response.json()["id"])["image"].startswith("file-")
 
 
 @pytest.mark.parametrize(
@@ -266,14 +279,15 @@ def test_a_remix_takes_the_model_and_the_person_that_it_names(client, held):
         ("videos", {"prompt": "x", "metadata": {"a": "b" * 70_000}}, "metadata"),
         ("videos", {"prompt": "x", "face_image": ["file-1"] * 100}, "face_image"),
         ("images/edits", {"prompt": "x", "image": ["file-1"] * 100}, "image"),
+        ("images/generations", {"prompt": "x", "x" * 1000: 1}, "x" * 100),
         ("images/generations", {"prompt": "x", "n": 2, "seed": 1e300}, "seed"),
     ],
 )
-def test_too_much_of_anything_is_refused(client, path, body, param):
+def test_oversized_values_are_rejected(client, path, body, param):
     assert error_of(client.post(f"/v1/{path}", json=body), 400)["param"] == param
 
 
-def test_nothing_says_where_files_are_on_the_server(client, server):
+def test_errors_do_not_leak_server_paths(client, server):
     message = error_of(client.post("/v1/videos", json={**SMALL, "upscale": True, "upscaler": "nope"}), 400)["message"]
     assert "nope" in message
     assert "/" not in message
@@ -283,33 +297,33 @@ def test_nothing_says_where_files_are_on_the_server(client, server):
     assert (director.error_of(full).type, director.error_of(full).code) == ("server_error", "stage_failed")
 
 
-def test_deleted_is_unseen_and_cancelled(client, held, server):
+def test_deleted_video_is_not_found(client, held, server):
     video = made(client)
     assert client.delete(f"/v1/videos/{video['id']}").json() == {
         "id": video["id"],
         "object": "video.deleted",
         "deleted": True,
     }
-    for answer in (client.get(f"/v1/videos/{video['id']}"), client.delete(f"/v1/videos/{video['id']}")):
-        assert error_of(answer, 404)["code"] == "video_not_found"
+    for response in (client.get(f"/v1/videos/{video['id']}"), client.delete(f"/v1/videos/{video['id']}")):
+        assert error_of(response, 404)["code"] == "video_not_found"
 
 
-def test_pages_have_first_and_last(client, held):
+def test_list_pages(client, held):
     ids = [made(client)["id"] for _ in range(3)]
     page = client.get("/v1/videos", params={"limit": 2}).json()
     assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == ("list", ids[2], ids[1], True)
-    for bad in ({"limit": 0}, {"limit": 101}, {"order": "best"}):
-        assert error_of(client.get("/v1/videos", params=bad), 400)["param"] == next(iter(bad))
+    for invalid in ({"limit": 0}, {"limit": 101}, {"order": "best"}):
+        assert error_of(client.get("/v1/videos", params=invalid), 400)["param"] == next(iter(invalid))
     assert error_of(client.get("/v1/videos", params={"after": "video_x"}), 404)["param"] == "after"
 
 
-def test_pictures_are_not_among_the_clips(client, server):
+def test_list_does_not_contain_images(client, server):
     assert client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64"}).status_code == 200
     assert all(video["id"].startswith("video_") for video in client.get("/v1/videos").json()["data"])
     assert server.store.list("local", kinds=[JobKind.IMAGE]).jobs
 
 
-def test_a_shot_takes_all_fields_of_a_script(client, held):
+def test_create_shot_accepts_script_fields(client, held):
     fields = {"prompt": "x", "width": 64, "height": 64, "svd.steps": 3, "metadata": {"scene": 4}, "min_identity": 0.2}
     shot = client.post("/v1/shots", json=fields).json()
     assert shot["id"].startswith("shot_")
@@ -322,31 +336,25 @@ def test_a_shot_takes_all_fields_of_a_script(client, held):
     assert error_of(client.post("/v1/shots", data={"prompt": "x"}), 415)["code"] == "unsupported_media_type"
 
 
-def test_nothing_of_the_servers_disk_is_told(client, held, server):
-    photo = {"file": ("me.jpg", (client_photo()), "image/jpeg")}
+def test_responses_do_not_leak_server_paths(client, held, server):
+    photo = {"file": ("me.jpg", ASTRONAUT.read_bytes(), "image/jpeg")}
     upload = client.post("/v1/files", files=photo).json()
-    told = [upload]
+    responses = [upload]
     video = made(client, face_image=[upload["id"]], lora="ink", input_reference={"file_id": upload["id"]})
-    told += [video, client.get(f"/v1/shots/{video['id']}").json()]
-    assert server.settings.data not in json.dumps(told)
-    assert told[-1]["shot"]["face_image"] == [upload["id"]]
-    assert told[-1]["shot"]["image"] == upload["id"]
-
-
-def client_photo() -> bytes:
-    from tests.conftest import ASTRONAUT
-
-    return ASTRONAUT.read_bytes()
+    responses += [video, client.get(f"/v1/shots/{video['id']}").json()]
+    assert server.settings.data not in json.dumps(responses)
+    assert responses[-1]["shot"]["face_image"] == [upload["id"]]
+    assert responses[-1]["shot"]["image"] == upload["id"]
 
 
 def events_of(client, job_id: str, **headers) -> list[dict]:
     text = client.get(f"/v1/videos/{job_id}/events", headers=headers).text
     blocks = [block.splitlines() for block in text.replace("\r", "").strip().split("\n\n")]
-    told = [dict(line.split(": ", 1) for line in block) for block in blocks]
-    return [event for event in told if "event" in event]
+    events = [dict(line.split(": ", 1) for line in block) for block in blocks]
+    return [event for event in events if "event" in event]
 
 
-def test_events_tell_every_change_and_end_with_the_end(client):
+def test_events_until_completion(client):
     video = made(client, prompt="to follow")
     events = events_of(client, video["id"])
     names = [event["event"] for event in events]
@@ -355,18 +363,18 @@ def test_events_tell_every_change_and_end_with_the_end(client):
     assert [int(event["id"]) for event in events] == sorted({int(event["id"]) for event in events})
     last = json.loads(events[-1]["data"])
     assert (last["status"], last["progress"]) == ("completed", 100)
-    # Who comes back with the last event's id hears the end again, and may close.
+    # After a reconnect with the last event's id, the final event is sent again.
     again = events_of(client, video["id"], **{"Last-Event-ID": events[-1]["id"]})
     assert [event["event"] for event in again] == ["video.completed"]
     assert error_of(client.get("/v1/videos/video_x/events"), 404)["code"] == "video_not_found"
 
 
-def test_events_of_a_failed_clip_end_with_why(client):
+def test_events_of_a_failed_video(client):
     events = events_of(client, made(client, prompt="fail", seed=8)["id"])
     assert events[-1]["event"] == "video.failed"
     assert json.loads(events[-1]["data"])["error"]["stage"] == "flux"
 
 
-def test_a_job_wakes_the_director(client, server):
+def test_new_job_wakes_the_director(client, server):
     video = made(client, prompt="at once")
     assert ended(client, video["id"])["status"] == JobState.COMPLETED

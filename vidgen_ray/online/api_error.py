@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 from vidgen_ray.errors import FieldError, ScriptError, VidgenError
+from vidgen_ray.script.reader import explain
 
 INVALID = "invalid_request_error"
+MAX_FIELD_ERRORS = 10
+"""Wrong fields that one error describes."""
+FIELD_NAME_LENGTH = 100
+"""Characters of an unknown field's name that an error repeats."""
 FILE_FIELDS = ("image", "face_image", "lora")
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 
@@ -50,6 +56,16 @@ def of_fields(error: ScriptError) -> ApiError:
     """All that is wrong with a shot's fields; `param` is the first of them."""
     first = error.errors[0]
     return ApiError(400, "; ".join(map(_sentence, error.errors)), code=_code(first), param=first.field)
+
+
+def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> ApiError:
+    """Return the error for pydantic's error details of a model with these fields."""
+    errors = []
+    # Unknown fields first: a misspelt name is also a missing one.
+    for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
+        field, got, allowed = explain(detail, fields)
+        errors.append(FieldError("request", None, field and field[:FIELD_NAME_LENGTH], got, allowed))
+    return of_fields(ScriptError(errors))
 
 
 def try_later(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:

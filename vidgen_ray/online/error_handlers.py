@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from vidgen_ray.online.api_error import INVALID, ApiError
+from vidgen_ray.online.api_error import INVALID, ApiError, validation_failed
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,8 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    message = f"{param}: {first['msg']}" if param else str(first["msg"])
-    return _response(400, message, INVALID, "invalid_value", param)
+    # The location starts with the kind of parameter: query, header or path.
+    return await _api_error(_, validation_failed([{**detail, "loc": detail["loc"][1:]} for detail in error.errors()]))
 
 
 async def _http_error(_: Request, error: Exception) -> Response:

@@ -304,7 +304,7 @@ class _LineChecker:
             shot = Shot.model_validate(self._fields, strict=self._line.strict)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
-                self.reject(*_explain(detail))
+                self.reject(*explain(detail, Shot.model_fields))
             return None
         except (ValueError, RecursionError) as error:
             self.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
@@ -397,14 +397,14 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _explain(detail: Any) -> tuple[str | None, str, str]:
-    """Return the field, the value and what is allowed, from a pydantic error."""
+def explain(detail: Any, fields: Iterable[str]) -> tuple[str | None, str, str]:
+    """Return the field, the value and what is allowed, from a pydantic error of a model with these fields."""
     # `lora.weight` and `steps.flux`. Only metadata is nested deeper, to any depth.
     field = ".".join([part for part in detail["loc"] if isinstance(part, str)][:2]) or None
     if detail["type"] == "extra_forbidden" and field and "." in field:
         return field, "an unknown field", f"{field.split('.')[0]} has no such field"
     if detail["type"] == "extra_forbidden":
-        return field, "an unknown field", f"must be one of {', '.join(Shot.model_fields)}"
+        return field, "an unknown field", f"must be one of {', '.join(fields)}"
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")

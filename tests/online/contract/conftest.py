@@ -1,4 +1,4 @@
-"""`vidgen serve` with the tiny models, in processes of its own, for the clients that people have."""
+"""`vidgen serve` with the tiny models, started as a process, for tests of released clients."""
 
 import json
 import os
@@ -22,17 +22,17 @@ KEYS = {name: f"vg-{name}-key" for name in ("ada", "bob", "eve", "joe")}
 LIMITS = {"eve": {"open_jobs": 1}, "joe": {"requests_per_minute": 3}}
 ROOT = Path(__file__).parents[3]
 START_S = 240
-"""A machine that is busy takes its time to start Ray."""
+"""Seconds to wait for the server. Ray starts slowly on a busy machine."""
 
 
 @pytest.fixture(scope="session")
 def address(tmp_path_factory) -> Iterator[str]:
-    """Where the server answers."""
+    """Start a server and return its URL."""
     folder = tmp_path_factory.mktemp("serve")
     keys = [{"tenant": name, "sha256": hash_key(key), "limits": LIMITS.get(name, {})} for name, key in KEYS.items()]
     (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     settings = {"profile": "tiny", "data": str(folder / "out"), "keys_file": str(folder / "keys.yaml"), "poll_after_s": 0.2}
     (folder / "settings.yaml").write_text(yaml.safe_dump({**settings, "port": port}))
     log = folder / "log.txt"
@@ -48,19 +48,19 @@ def address(tmp_path_factory) -> Iterator[str]:
             time.sleep(0.5)
         yield url
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(90)
         except subprocess.TimeoutExpired:
             process.kill()
-        for member in psutil.wait_procs(family, timeout=5)[1]:
-            member.kill()
+        for child in psutil.wait_procs(children, timeout=5)[1]:
+            child.kill()
 
 
 def _is_ready(url: str) -> bool:
     try:
-        with urlopen(f"{url}/readyz", timeout=10) as answer:
-            return json.load(answer) == {"status": "ok"}
+        with urlopen(f"{url}/readyz", timeout=10) as response:
+            return json.load(response) == {"status": "ok"}
     except (URLError, OSError):
         return False

@@ -1,5 +1,7 @@
-"""The `openai` package as people install it, against a running server. `videos` is deprecated there, for OpenAI's own service
-is gone; the shape is what other servers speak."""
+"""The released `openai` package against a running server.
+
+Its `videos` is deprecated because OpenAI has shut down its service. Other servers still implement it.
+"""
 
 import base64
 import io
@@ -34,13 +36,13 @@ def client(address) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def clip(client):
-    """A small clip, finished."""
+    """Return a completed video."""
     return client.videos.create_and_poll(
         prompt="a man in the rain", seconds="1", size="128x64", extra_body={"seed": 7, "negative_prompt": "blur", "flag": None}
     )
 
 
-def picture_of(b64: str) -> Image.Image:
+def decode_image(b64: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64)))
 
 
@@ -52,7 +54,7 @@ def photo(width: int, height: int) -> io.BytesIO:
     return buffer
 
 
-def test_create_and_poll_ends_with_a_clip(clip):
+def test_create_and_poll(clip):
     assert clip.status == "completed", clip.error
     assert (clip.progress, clip.seconds, clip.size) == (100, "1", "128x64")
     assert clip.model == "tiny"
@@ -60,7 +62,7 @@ def test_create_and_poll_ends_with_a_clip(clip):
     assert set(clip.model_extra["stage_durations"]) == {"flux", "svd", "realesrgan"}
 
 
-def test_all_three_variants_can_be_decoded(client, clip, tmp_path):
+def test_content_variants(client, clip, tmp_path):
     video = tmp_path / "clip.mp4"
     client.videos.download_content(clip.id).write_to_file(video)
     with open_video(video) as opened:
@@ -73,7 +75,7 @@ def test_all_three_variants_can_be_decoded(client, clip, tmp_path):
     assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
 
 
-def test_a_clip_that_was_rendered_before_is_answered_at_once(client, clip):
+def test_video_rendered_before_is_completed_at_once(client, clip):
     again = client.videos.create(
         prompt="a man in the rain", seconds="1", size="128x64", extra_body={"seed": 7, "negative_prompt": "blur"}
     )
@@ -81,17 +83,17 @@ def test_a_clip_that_was_rendered_before_is_answered_at_once(client, clip):
     assert (again.status, again.progress) == ("completed", 100)
 
 
-def test_lists_page_by_themselves(client):
-    made = [client.videos.create(prompt=f"a page {number}", **SMALL).id for number in range(5)]
+def test_list_follows_pages(client):
+    created = [client.videos.create(prompt=f"a page {number}", **SMALL).id for number in range(5)]
     seen = [video.id for video in client.videos.list(limit=2)]
-    assert seen[:5] == made[::-1]
+    assert seen[:5] == created[::-1]
     oldest_first = [video.id for video in client.videos.list(limit=2, order="asc")]
     assert oldest_first == seen[::-1]
     first = client.videos.list(limit=2)
-    assert (first.has_next_page(), first.last_id) == (True, made[3])
+    assert (first.has_next_page(), first.last_id) == (True, created[3])
 
 
-def test_a_clip_is_followed_by_events_and_read_in_parts(client, address):
+def test_events_and_range_requests(client, address):
     headers = {"Authorization": f"Bearer {KEYS['ada']}"}
     video = client.videos.create(prompt="followed", size="64x64", extra_body={"num_frames": 4})
     with httpx.Client(base_url=f"{address}/v1", headers=headers, timeout=120) as plain:
@@ -108,36 +110,36 @@ def test_a_clip_is_followed_by_events_and_read_in_parts(client, address):
         assert plain.head(f"/videos/{video.id}/content").headers["content-length"] == str(len(whole))
 
 
-def test_deleted_is_not_found(client):
+def test_deleted_video_is_not_found(client):
     video = client.videos.create(prompt="soon gone", **SMALL)
     assert client.videos.delete(video.id).deleted
-    with pytest.raises(openai.NotFoundError) as told:
+    with pytest.raises(openai.NotFoundError) as raised:
         client.videos.retrieve(video.id)
-    assert told.value.code == "video_not_found"
+    assert raised.value.code == "video_not_found"
     with pytest.raises(openai.NotFoundError):
         client.videos.delete(video.id)
 
 
-def test_remix_keeps_the_seed_and_changes_the_words(client, clip):
+def test_remix_changes_the_prompt_and_keeps_the_seed(client, clip):
     remixed = client.videos.remix(clip.id, prompt="a man in the snow")
     assert remixed.remixed_from_video_id == clip.id
     assert (remixed.prompt, remixed.size, remixed.model_extra["seed"]) == ("a man in the snow", "128x64", 7)
     client.videos.delete(remixed.id)
 
 
-def test_a_clip_can_start_from_a_picture(client):
+def test_input_reference(client):
     video = client.videos.create_and_poll(prompt="she smiles", input_reference=photo(200, 100), **SMALL)
     assert video.status == "completed", video.error
 
 
-def test_a_person_can_be_named_and_shown(client):
-    made = client.videos.create_character(name="Eileen", video=one_second_of_the_astronaut())
-    assert client.videos.get_character(made.id).name == "Eileen"
+def test_create_character_and_use_it(client):
+    character = client.videos.create_character(name="Eileen", video=astronaut_video())
+    assert client.videos.get_character(character.id).name == "Eileen"
     video = client.videos.create(prompt="at the sea", size="64x64", extra_body={"character": "Eileen", "num_frames": 2})
     assert client.videos.poll(video.id).status == "completed"
 
 
-def one_second_of_the_astronaut() -> tuple[str, bytes]:
+def astronaut_video() -> tuple[str, bytes]:
     import tempfile
 
     from vidgen_ray.engine.shot_writer import write_clip
@@ -150,25 +152,25 @@ def one_second_of_the_astronaut() -> tuple[str, bytes]:
         return "me.mp4", path.read_bytes()
 
 
-def test_pictures_come_in_one_answer(client):
-    answer = client.images.generate(prompt="a lighthouse", size="64x64", n=2, extra_body={"seed": 1})
-    pictures = [np.asarray(picture_of(one.b64_json)) for one in answer.data]
-    assert [picture.shape for picture in pictures] == [(64, 64, 3)] * 2
-    assert (pictures[0] != pictures[1]).any()
-    assert (answer.size, answer.output_format) == ("64x64", "png")
+def test_generate_images(client):
+    response = client.images.generate(prompt="a lighthouse", size="64x64", n=2, extra_body={"seed": 1})
+    images = [np.asarray(decode_image(image.b64_json)) for image in response.data]
+    assert [image.shape for image in images] == [(64, 64, 3)] * 2
+    assert (images[0] != images[1]).any()
+    assert (response.size, response.output_format) == ("64x64", "png")
     webp = client.images.generate(prompt="a lighthouse", size="64x64", output_format="webp", extra_body={"seed": 1})
-    assert picture_of(webp.data[0].b64_json).format == "WEBP"
+    assert decode_image(webp.data[0].b64_json).format == "WEBP"
 
 
-def test_pictures_come_as_events(client):
+def test_stream_images(client):
     stream = client.images.generate(prompt="a lighthouse at night", size="64x64", stream=True, extra_body={"seed": 2})
     events = list(stream)
     assert [event.type for event in events] == ["image_generation.completed"]
-    assert picture_of(events[0].b64_json).size == (64, 64)
+    assert decode_image(events[0].b64_json).size == (64, 64)
     assert events[0].usage.total_tokens == 0
 
 
-def test_a_picture_on_its_way_is_an_event_too(client):
+def test_stream_partial_images(client):
     stream = client.images.generate(
         prompt="a lighthouse",
         size="64x64",
@@ -178,81 +180,83 @@ def test_a_picture_on_its_way_is_an_event_too(client):
     )
     events = list(stream)
     assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
-    first, last = (np.asarray(picture_of(event.b64_json)) for event in events)
+    first, last = (np.asarray(decode_image(event.b64_json)) for event in events)
     assert first.shape == last.shape
     assert (first != last).any()
 
 
-def test_one_picture_is_made_over(client):
-    answer = client.images.edit(image=photo(96, 64), prompt="as a woodcut", size="96x64", extra_body={"seed": 1})
-    assert [picture_of(one.b64_json).size for one in answer.data] == [(96, 64)]
+def test_edit_an_image(client):
+    response = client.images.edit(image=photo(96, 64), prompt="as a woodcut", size="96x64", extra_body={"seed": 1})
+    assert [decode_image(one.b64_json).size for one in response.data] == [(96, 64)]
 
 
-def test_two_pictures_are_made_over_each_by_itself(client):
-    answer = client.images.edit(image=[photo(96, 64), photo(64, 64)], prompt="a woodcut", size="64x64", extra_body={"seed": 1})
-    first, second = (np.asarray(picture_of(one.b64_json)) for one in answer.data)
+def test_edit_two_images(client):
+    response = client.images.edit(
+        image=[photo(96, 64), photo(64, 64)], prompt="a woodcut", size="64x64", extra_body={"seed": 1}
+    )
+    first, second = (np.asarray(decode_image(one.b64_json)) for one in response.data)
     assert (first != second).any()
 
 
-def test_a_mask_is_refused_in_words(client):
-    with pytest.raises(openai.BadRequestError, match="mask: is not supported") as told:
+def test_mask_is_rejected(client):
+    with pytest.raises(openai.BadRequestError, match="mask: is not supported") as raised:
         client.images.edit(image=photo(64, 64), mask=photo(64, 64), prompt="x", size="64x64")
-    assert told.value.param == "mask"
+    assert raised.value.param == "mask"
 
 
-def test_models_are_listed(client):
+def test_list_models(client):
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-fast"]
     assert client.models.retrieve("tiny-fast").owned_by == "vidgen-ray"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("sora-2")
 
 
-def test_a_wrong_field_is_named(client):
-    with pytest.raises(openai.BadRequestError, match="the nearest is 704x1280") as told:
+def test_invalid_field_is_named(client):
+    with pytest.raises(openai.BadRequestError, match="nearest: 704x1280") as raised:
         client.videos.create(prompt="x", size="720x1280")
-    assert (told.value.param, told.value.code, told.value.type) == ("size", "invalid_size", "invalid_request_error")
+    assert (raised.value.param, raised.value.code, raised.value.type) == ("size", "invalid_size", "invalid_request_error")
 
 
-def test_after_a_429_the_client_comes_back(address):
+def test_client_retries_after_429(address):
     client = client_of(address, "eve")
     first = client.videos.create(prompt="one of one", size="256x256", extra_body={"num_frames": 25, "steps": {"svd": 200}})
-    with pytest.raises(openai.RateLimitError) as told:
+    with pytest.raises(openai.RateLimitError) as raised:
         client.with_options(max_retries=0).videos.create(prompt="one too many", **SMALL)
-    assert told.value.code == "too_many_jobs"
-    assert int(told.value.response.headers["retry-after-ms"]) == 2000
+    assert raised.value.code == "too_many_jobs"
+    assert int(raised.value.response.headers["retry-after-ms"]) == 2000
     cancelled = threading.Timer(0.5, client.post, (f"/videos/{first.id}/cancel",), {"cast_to": object})
     cancelled.start()
-    # The client waits for as long as it was told, and is taken then.
-    begun = time.monotonic()
+    # The client waits for the time of retry-after-ms. By then the first job is cancelled.
+    started = time.monotonic()
     second = client.videos.create(prompt="one after it", **SMALL)
     assert second.id != first.id
-    assert time.monotonic() - begun > 1.9
+    assert time.monotonic() - started > 1.9
     cancelled.join()
     assert client.videos.retrieve(first.id).status == "cancelled"
 
 
-def test_too_many_requests_are_told_when_to_come_back(address):
+def test_rate_limit_sends_retry_after(address):
     client = client_of(address, "joe", max_retries=0)
     for _ in range(3):
         client.models.list()
-    with pytest.raises(openai.RateLimitError) as told:
+    with pytest.raises(openai.RateLimitError) as raised:
         client.models.list()
-    assert told.value.code == "rate_limit_exceeded"
-    assert 0 < int(told.value.response.headers["retry-after"]) <= 60
+    assert raised.value.code == "rate_limit_exceeded"
+    assert 0 < int(raised.value.response.headers["retry-after"]) <= 60
 
 
-def test_a_create_that_is_sent_twice_renders_once(client):
+def test_idempotency_key_creates_one_job(client):
     once = {"prompt": "only once", "extra_headers": {"Idempotency-Key": "k1"}, **SMALL}
     first, second = client.videos.create(**once), client.videos.create(**once)
     assert first.id == second.id
     client.videos.poll(first.id)
-    with pytest.raises(openai.ConflictError) as told:
+    with pytest.raises(openai.ConflictError) as raised:
         client.videos.create(**{**once, "prompt": "something else"})
-    assert told.value.code == "idempotency_key_reused"
-    assert told.value.response.headers["x-should-retry"] == "false"
+    assert raised.value.code == "idempotency_key_reused"
+    assert raised.value.response.headers["x-should-retry"] == "false"
 
 
-def test_another_tenants_clip_is_not_there(address, clip):
+def test_other_tenants_videos_are_not_found(address, clip):
     bob = client_of(address, "bob")
     for call in (bob.videos.retrieve, bob.videos.delete, bob.videos.download_content):
         with pytest.raises(openai.NotFoundError):
@@ -260,7 +264,7 @@ def test_another_tenants_clip_is_not_there(address, clip):
     assert list(bob.videos.list()) == []
 
 
-def test_a_wrong_key_is_refused(address):
-    with pytest.raises(openai.AuthenticationError) as told:
-        client_of(address, "nobody").models.list()
-    assert told.value.code == "invalid_api_key"
+def test_invalid_key_is_rejected(address):
+    with pytest.raises(openai.AuthenticationError) as raised:
+        client_of(address, "unknown").models.list()
+    assert raised.value.code == "invalid_api_key"

@@ -1,4 +1,4 @@
-"""People who can be named in requests: OpenAI's characters, of photos or of a video in which a face can be seen."""
+"""Routes for characters: named faces, from photos or from a video."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from vidgen_ray.atomic_files import temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.media import VideoReader, encode_png, open_video, read_image
-from vidgen_ray.online.api import response_models
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.error_responses import error_responses
-from vidgen_ray.online.api.request_models import checked_names
-from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse, person_of
+from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
+from vidgen_ray.online.api.request_models import CreateCharacter
+from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
@@ -26,10 +25,10 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.stages.base import Image
 
-LOOKS = 16
-"""Frames of a video that are looked at, evenly spread over its beginning."""
-BEGINNING = 900
-"""Frames."""
+SEARCHED_FRAMES = 16
+"""Frames in which a face is searched, spread evenly over the start of the video."""
+START_FRAMES = 900
+"""Length of the start of the video."""
 
 router = APIRouter(tags=["characters"])
 
@@ -37,53 +36,50 @@ router = APIRouter(tags=["characters"])
 @router.post(
     "/v1/videos/characters",
     response_model=CharacterResponse,
-    openapi_extra=response_models.CHARACTER_BODY,
+    openapi_extra=request_body(CreateCharacter, FORM),
     responses=error_responses(408, 409, 413, 415),
 )
 async def create_character(request: Request, server: ServerDep, tenant: TenantDep) -> CharacterResponse:
-    """Name a person by photos, or by a video: of that the first frame with a face is taken."""
+    """Create a character from photos of one face, or from a video: its first frame with a face becomes the photo."""
     async with receive(request, server.settings.uploads) as received:
-        received.check_files(("image", "video"))
-        name = checked_names(received.fields, ("name",)).get("name")
-        if not isinstance(name, str) or not name.strip() or len(name) > 128 or not name.isprintable():
-            raise invalid("name", "must be 1 to 128 printable letters", "missing_required_parameter")
-        images, videos = received.files("image"), received.files("video")
-        if bool(images) == bool(videos) or len(videos) > 1:
-            raise invalid("video", "give one video, or one or several photos as image", "missing_required_parameter")
-        if videos:
-            photos = [await server.face_check.in_turn(lambda: _from_video(server, tenant, videos[0]))]
+        form = CreateCharacter.parse(received.fields)
+        if bool(form.image) == (form.video is not None):
+            raise invalid("video", "send either photos as image, or one video", "missing_required_parameter")
+        if (video := form.video) is not None:
+            photos = [await server.face_check.in_turn(lambda: _photo_from_video(server, tenant, video))]
         else:
-            photos = await server.image_references.all_kept(tenant, images, "image")
+            photos = await server.image_references.resolve_all(tenant, form.image, "image")
             await server.face_check.in_turn(lambda: _check_faces(server, tenant, photos))
     try:
-        character = await asyncio.to_thread(server.store.characters.create, tenant.name, name, photos)
+        character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos)
     except NameTaken:
+        message = f"name: the character {form.name!r} exists with other photos. Delete it first."
         headers = {"x-should-retry": "false"}
-        message = f"name: there is a character {name!r} with other photos; delete it first"
         raise ApiError(409, message, code="name_taken", param="name", headers=headers) from None
-    return person_of(character)
+    return CharacterResponse.model_validate(character)
 
 
 @router.get("/v1/videos/characters", response_model=CharacterPage, responses=error_responses())
 async def list_characters(server: ServerDep, tenant: TenantDep) -> CharacterPage:
-    """All of the tenant's, the newest first."""
-    people = [person_of(each) for each in await asyncio.to_thread(server.store.characters.list, tenant.name)]
-    ids = [person.id for person in people]
-    return CharacterPage(data=people, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
+    """List all characters of the tenant, newest first."""
+    data = [
+        CharacterResponse.model_validate(each) for each in await asyncio.to_thread(server.store.characters.list, tenant.name)
+    ]
+    return CharacterPage(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
 
 
 @router.get("/v1/videos/characters/{character_id}", response_model=CharacterResponse, responses=error_responses(404))
 async def get_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterResponse:
-    """By id or by name."""
+    """Return a character by id or name."""
     character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
     if character is None:
         raise not_found("character", character_id[:100])
-    return person_of(character)
+    return CharacterResponse.model_validate(character)
 
 
 @router.delete("/v1/videos/characters/{character_id}", response_model=CharacterDeleted, responses=error_responses(404))
 async def delete_character(server: ServerDep, tenant: TenantDep, character_id: str) -> CharacterDeleted:
-    """Forget a person. The photos stay what they are: uploaded files, to be deleted by their ids."""
+    """Delete a character by id. Its photos remain uploads: delete them with `DELETE /v1/files/{file_id}`."""
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id[:100])
     return CharacterDeleted(id=character_id)
@@ -97,35 +93,34 @@ def _check_faces(server: ServerContext, tenant: Tenant, photos: list[str]) -> No
         raise invalid("image", str(error).removeprefix("face_image: "), "no_face") from None
 
 
-def _from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str:
-    """The id of a photo out of a video."""
+def _photo_from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str:
+    """Store the first frame that shows a face and return its id. Raises ApiError 400 or 413."""
     tmp = temporary_file(cache_dir() / "videos")
     try:
         _copy(video, tmp, server.settings.uploads.video_bytes)
         try:
-            with open_video(tmp, backend="pyav") as clip:
-                photo = _first_with_a_face(server, clip)
+            with open_video(tmp, backend="pyav") as reader:
+                frame = _first_frame_with_face(server, reader)
         except MediaError as error:
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
-    return server.job_service.uploads.keep(tenant.name, io.BytesIO(encode_png(photo)), "video").id
+    return server.job_service.uploads.keep(tenant.name, io.BytesIO(encode_png(frame)), "video").id
 
 
-def _first_with_a_face(server: ServerContext, clip: VideoReader) -> Image:
-    frames = min(clip.frame_count, BEGINNING)
-    why = "it has no frames"
-    for index in sorted({number * frames // LOOKS for number in range(LOOKS)}):
-        frame: Image = clip.frames(index, index + 1)[0]
+def _first_frame_with_face(server: ServerContext, video: VideoReader) -> Image:
+    frame_count = min(video.frame_count, START_FRAMES)
+    reason = "the video has no frames"
+    for index in sorted({number * frame_count // SEARCHED_FRAMES for number in range(SEARCHED_FRAMES)}):
+        frame: Image = video.frames(index, index + 1)[0]
         try:
             server.face_check.check([frame])
         except StageError as error:
-            why = str(error).removeprefix("face_image: ")
+            reason = str(error).removeprefix("face_image: ")
         else:
             return frame
-    raise invalid(
-        "video", f"no frame of its beginning shows a face that can be used; of the last one looked at: {why}", "no_face"
-    )
+    message = f"no frame among its first {START_FRAMES} shows a usable face. Last frame searched: {reason}"
+    raise invalid("video", message, "no_face")
 
 
 def _copy(video: UploadFile, target: Path, cap_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: made or made over while the client waits."""
+"""Routes that generate and edit images while the client waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import base64
 import io
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -20,23 +19,11 @@ from starlette.responses import JSONResponse, Response
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import read_image
-from vidgen_ray.online.api import response_models
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.error_responses import error_responses
-from vidgen_ray.online.api.request_models import (
-    EDIT_FIELDS,
-    IMAGE_FIELDS,
-    PICTURE_MULTIPLE,
-    checked_names,
-    nearest_size,
-    one_of,
-    text,
-    video_fields,
-    whole_number,
-    yes_or_no,
-)
-from vidgen_ray.online.api.response_models import ImageResult, ImagesResponse, ImageUsage
-from vidgen_ray.online.api.videos import IdempotencyKey, person
+from vidgen_ray.online.api.openapi import error_responses, request_body
+from vidgen_ray.online.api.request_models import MAX_IMAGES, CreateImages, EditImages, nearest_side
+from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage
+from vidgen_ray.online.api.videos import IdempotencyKey, face_fields
 from vidgen_ray.online.api_error import INVALID, ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
@@ -44,293 +31,239 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.shot import Shot
 
-MOST = 10
-"""Pictures of one request."""
-FORMATS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
-KEEPS = {"high": 0.35, "low": 0.6}
-"""`input_fidelity` -> strength of image-to-image."""
+EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
+"""`input_fidelity` -> image-to-image strength."""
 PING_S = 15
-ANSWER: dict[str, Any] = {
-    "description": "The pictures; with `stream` events: `.partial_image` while later stages work on, and `.completed` for each",
-    "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Pictures"}},
-        "text/event-stream": {"schema": {"type": "string"}},
-    },
+IMAGES: dict[str, Any] = {
+    "model": ImagesResponse,
+    "description": "The images. With `stream`: server-sent events, `.partial_image` for intermediate images and `.completed` "
+    "for each image.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
 }
 
 router = APIRouter(tags=["images"])
 
 
-@dataclass(frozen=True)
-class _ImageOptions:
-    """How the client wants its pictures."""
-
-    event: str
-    """How the names of events begin."""
-    format: str
-    quality: int
-    as_url: bool
-    stream: bool
-    partial_images: int
-
-
 @router.post(
     "/v1/images/generations",
     response_class=Response,
-    openapi_extra=response_models.IMAGE_BODY,
-    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
+    openapi_extra=request_body(CreateImages),
+    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: IMAGES},
 )
 async def create_images(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Make pictures, and wait for them."""
+    """Generate images and wait for them."""
     async with receive(request, server.settings.uploads) as received:
-        received.check_files(("face_image",))
-        given = checked_names(received.fields, IMAGE_FIELDS)
-        fields, about = await _picture(server, tenant, received, given)
-    wish = _wish(given, "image_generation")
-    count = whole_number(given, "n", 1, 1, MOST)
-    return await _answer(request, server, tenant, _copies([fields], count), about, wish, idempotency_key, received)
+        options = CreateImages.parse(received.fields)
+        fields, returned = await _image_fields(server, tenant, options)
+    return await _respond(request, server, tenant, [fields], returned, options, idempotency_key, received)
 
 
 @router.post(
     "/v1/images/edits",
     response_class=Response,
-    openapi_extra=response_models.EDIT_BODY,
-    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: ANSWER},
+    openapi_extra=request_body(EditImages),
+    responses={**error_responses(404, 408, 409, 413, 415, 504), 200: IMAGES},
 )
 async def edit_images(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Response:
-    """Make pictures over by image-to-image, each by itself: with a LoRA, or else restyled by the prompt.
+    """Edit images one by one with image-to-image: with the LoRA of the request, or by restyling with the prompt.
 
-    `data` has `n` results of the first picture, then those of the next.
+    `data` contains `n` results of the first image, then those of the next one.
     """
     async with receive(request, server.settings.uploads) as received:
-        if received.files("mask") or received.fields.get("mask"):
-            raise invalid("mask", "is not supported: pictures are made over as a whole; leave it out", "unsupported_parameter")
-        received.check_files(("image", "face_image"))
-        given = checked_names(received.fields, EDIT_FIELDS)
-        images = await server.image_references.all_kept(tenant, received.files("image"), "image")
-        if "image" in given:
-            images += await server.image_references.all_named(tenant, given["image"], "image")
+        if received.fields.get("mask"):
+            raise invalid("mask", "is not supported: whole images are edited. Omit it.", "unsupported_parameter")
+        options = EditImages.parse(received.fields)
+        images = await server.image_references.resolve_all(tenant, options.image, "image")
         if not images:
-            raise invalid("image", "got none, give at least one", "missing_required_parameter")
-        fields, about = await _picture(server, tenant, received, given)
-    fields = {**_edit(given, fields), **fields}
+            raise invalid("image", "got none, send at least one", "missing_required_parameter")
+        fields, returned = await _image_fields(server, tenant, options)
+    fields = {**_edit_fields(options, fields), **fields}
     if fields["mode"] == "fast":
-        raise invalid("mode", "fast makes nothing over: it has neither a restyle nor a LoRA's own pass; ask for quality")
-    wish = _wish(given, "image_edit")
-    count = whole_number(given, "n", 1, 1, MOST)
-    if count * len(images) > MOST:
-        raise invalid("n", f"{count} of each of {len(images)} pictures are more than {MOST}")
-    starts = [
+        raise invalid("mode", "fast cannot edit images: it has neither a restyle nor a LoRA stage. Use quality.")
+    if options.n * len(images) > MAX_IMAGES:
+        raise invalid("n", f"{options.n} results of {len(images)} images are more than {MAX_IMAGES}")
+    shots = [
         {**fields, "image": image, **await asyncio.to_thread(_size_like, server, tenant, image, fields)} for image in images
     ]
-    shots = _copies(starts, count)
-    return await _answer(request, server, tenant, shots, about, wish, idempotency_key, received)
+    return await _respond(request, server, tenant, shots, returned, options, idempotency_key, received)
 
 
-async def _picture(
-    server: ServerContext, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    model, meant = server.model(given.get("model"))
-    fields = {**meant, **video_fields(given, {**server.serving_profile.profile.defaults, **meant}, moving=False)}
-    fields |= await person(server, tenant, received, given)
-    return fields, {"model": model, "user": text(given, "safety_identifier") or text(given, "user")}
+async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateImages) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields of the shot, and the values that are returned with the job."""
+    model, base = server.model(request.model)
+    fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base})}
+    fields |= await face_fields(server, tenant, request)
+    return fields, {"model": model, "user": request.safety_identifier or request.user}
 
 
-def _edit(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a shot with a picture an edit of it."""
-    strength = given.get("strength", KEEPS[one_of(given, "input_fidelity", "low", KEEPS)])
+def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that turn a shot with a start image into an edit of that image."""
+    strength = EDIT_STRENGTH[request.input_fidelity] if request.strength is None else request.strength
     if "lora" in fields:
         return {"mode": "quality", "lora_strength": strength}
     return {"mode": "quality", "use_hunyuan_style": True, "style_strength": strength}
 
 
 def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
-    """Where no size was asked for: that of the picture in shape, and the profile's in pixels, so that nothing is cut off."""
+    """Return the image's aspect ratio at the profile's default area, so that nothing is cropped. Empty if a size is set."""
     path = server.job_service.uploads.find(tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
     height, width = read_image(path).shape[:2]
-    default = {
-        name: server.serving_profile.profile.defaults.get(name, Shot.model_fields[name].default) for name in ("width", "height")
-    }
-    scale = sqrt(int(default["width"]) * int(default["height"]) / (width * height))
-    return dict(
-        zip(("width", "height"), nearest_size(round(width * scale), round(height * scale), PICTURE_MULTIPLE), strict=True)
-    )
+    defaults = server.serving_profile.profile.defaults
+    default_width, default_height = (int(defaults.get(name, Shot.model_fields[name].default)) for name in ("width", "height"))
+    scale = sqrt(default_width * default_height / (width * height))
+    multiple = EditImages.side_multiple
+    return {"width": nearest_side(round(width * scale), multiple), "height": nearest_side(round(height * scale), multiple)}
 
 
-def _wish(given: Mapping[str, Any], event: str) -> _ImageOptions:
-    one_of(given, "background", "auto", ("auto", "opaque"))
-    for name in ("quality", "moderation"):
-        text(given, name)
-    return _ImageOptions(
-        event,
-        format=one_of(given, "output_format", "png", FORMATS),
-        quality=whole_number(given, "output_compression", 90, 0, 100),
-        as_url=one_of(given, "response_format", "b64_json", ("b64_json", "url")) == "url",
-        stream=yes_or_no(given, "stream"),
-        partial_images=whole_number(given, "partial_images", 0, 0, 3),
-    )
+def _with_seeds(shots: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Return each shot `count` times, with consecutive seeds if it has a seed."""
+    return [
+        {**shot, "seed": (shot["seed"] + number) % 2**32} if number and "seed" in shot else shot
+        for shot in shots
+        for number in range(count)
+    ]
 
 
-def _copies(shots: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """`count` of each, with other seeds; of a given seed the next ones."""
-    out = []
-    for shot in shots:
-        for number in range(count):
-            seed = shot.get("seed")
-            if seed is None or number == 0:
-                out.append(shot)
-                continue
-            try:
-                out.append({**shot, "seed": (int(seed) + number) % 2**32})
-            except (TypeError, ValueError, OverflowError):
-                out.append(shot)  # the shot's own check says what is wrong with it
-    return out
-
-
-async def _answer(
+async def _respond(
     request: Request,
     server: ServerContext,
     tenant: Tenant,
     shots: Sequence[Mapping[str, Any]],
-    about: Mapping[str, Any],
-    wish: _ImageOptions,
+    returned: Mapping[str, Any],
+    options: CreateImages,
     idempotency_key: str | None,
     received: ReceivedRequest,
 ) -> Response:
+    """Create the jobs and wait for the images, or stream events."""
     jobs = await server.job_service.accept(
         tenant,
         JobKind.IMAGE,
-        shots,
-        about,
+        _with_seeds(shots, options.n),
+        returned,
         idempotency_key=idempotency_key,
-        fingerprint=f"{wish.event} {received.fingerprint}"[:64],
+        fingerprint=f"{options.event} {received.fingerprint}"[:64],
     )
-    if wish.stream:
-        return EventSourceResponse(_events(server, jobs, wish), ping=PING_S, headers={"X-Accel-Buffering": "no"})
+    if options.stream:
+        return EventSourceResponse(_events(server, jobs, options), ping=PING_S, headers={"X-Accel-Buffering": "no"})
     try:
         async with asyncio.timeout(server.settings.wait_s):
-            ended = [await server.job_feed.ended(job) for job in jobs]
+            ended = [_require_completed(await server.job_feed.ended(job)) for job in jobs]
     except TimeoutError:
         raise ApiError(
             504,
-            f"The pictures took longer than {server.settings.wait_s:g} s; they go on being made, see /v1/shots/{jobs[0].id}",
+            f"The images took longer than {server.settings.wait_s:g} s. Their jobs continue, see /v1/shots/{jobs[0].id}.",
             code="timeout",
             type="server_error",
             headers={"x-should-retry": "false"},
         ) from None
-    done = [_completed(job) for job in ended]
     data = [
         ImageResult(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
-        if wish.as_url
-        else ImageResult(b64_json=await asyncio.to_thread(_encoded, server, job, wish))
-        for job in done
+        if options.response_format == "url"
+        else ImageResult(b64_json=await asyncio.to_thread(_encode_result, server, job, options))
+        for job in ended
     ]
-    answer = ImagesResponse(created=int(time.time()), data=data, output_format=_format(wish), size=_size(done[0]))
-    return JSONResponse(answer.model_dump(mode="json", exclude_none=True))
+    body = ImagesResponse(created=int(time.time()), data=data, output_format=options.output_format, size=_size(ended[0]))
+    return JSONResponse(body.model_dump(mode="json", exclude_none=True))
 
 
-async def _events(server: ServerContext, jobs: Sequence[Job], wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
+async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateImages) -> AsyncIterator[ServerSentEvent]:
     try:
         async with asyncio.timeout(server.settings.wait_s):
             for job in jobs:
-                async for event in _events_of(server, job, wish):
+                async for event in _events_of(server, job, options):
                     yield event
-    except (ApiError, TimeoutError) as error:
-        known = error if isinstance(error, ApiError) else ApiError(504, "It took too long", code="timeout", type="server_error")
-        detail = {"message": known.message, "type": known.type, "param": known.param, "code": known.code}
-        yield ServerSentEvent(event="error", data=response_models.ErrorBody.model_validate({"error": detail}).model_dump_json())
+    except (ApiError, TimeoutError) as raised:
+        timeout = ApiError(504, "The image was not ready in time.", code="timeout", type="server_error")
+        error = raised if isinstance(raised, ApiError) else timeout
+        detail = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+        yield ServerSentEvent(event="error", data=ErrorBody.model_validate({"error": detail}).model_dump_json())
 
 
-async def _events_of(server: ServerContext, job: Job, wish: _ImageOptions) -> AsyncIterator[ServerSentEvent]:
-    """What is known of the picture on its way: what stages before the last have made of it."""
-    earlier = _drafts(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if wish.partial_images else []
-    shown, last = 0, job
-    async for now in server.job_feed.follow(job):
-        last = _there(now)
-        # Those of a job that is done by now, too: how many there are is not to hang on how often somebody looks.
-        while earlier and shown < wish.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
-            draft = await asyncio.to_thread(_draft, server, earlier[0], wish)
-            if draft is None:
+async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> AsyncIterator[ServerSentEvent]:
+    """Yield an event for each intermediate image, as soon as its stage is done, and one for the result."""
+    keys = _intermediate_keys(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if options.partial_images else []
+    index, last = 0, job
+    async for current in server.job_feed.follow(job):
+        last = _require_existing(current)
+        # A job that is completed sends them, too: their number must not depend on timing.
+        while keys and index < options.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
+            image = await asyncio.to_thread(_encode_intermediate, server, keys[0], options)
+            if image is None:
                 break
-            earlier.pop(0)
-            yield _event(wish, "partial_image", last, b64_json=draft, partial_image_index=shown)
-            shown += 1
-    content = await asyncio.to_thread(_encoded, server, _completed(last), wish)
-    yield _event(wish, "completed", last, b64_json=content, usage=ImageUsage().model_dump())
+            keys.pop(0)
+            yield _event(options, "partial_image", last, b64_json=image, partial_image_index=index)
+            index += 1
+    content = await asyncio.to_thread(_encode_result, server, _require_completed(last), options)
+    yield _event(options, "completed", last, b64_json=content, usage=ImageUsage().model_dump())
 
 
-def _event(wish: _ImageOptions, name: str, job: Job, **more: Any) -> ServerSentEvent:
-    kind = f"{wish.event}.{name}"
-    content = {
-        "type": kind,
+def _event(options: CreateImages, name: str, job: Job, **fields: Any) -> ServerSentEvent:
+    event = f"{options.event}.{name}"
+    data = {
+        "type": event,
         "created_at": int(time.time()),
         "size": _size(job),
         "quality": "high",
         "background": "opaque",
-        "output_format": _format(wish),
-        **more,
+        "output_format": options.output_format,
+        **fields,
     }
-    return ServerSentEvent(event=kind, data=response_models.JSON.dump_json(content).decode())
+    return ServerSentEvent(event=event, data=JSON_OBJECT.dump_json(data).decode())
 
 
-def _drafts(plan: ShotPlan) -> list[str]:
-    """Keys of the pictures that the shot's stages make, but for the last one."""
+def _intermediate_keys(plan: ShotPlan) -> list[str]:
+    """Return the keys of all images of the shot but the last."""
     return [step.key for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
 
 
-def _draft(server: ServerContext, key: str, wish: _ImageOptions) -> str | None:
+def _encode_intermediate(server: ServerContext, key: str, options: CreateImages) -> str | None:
     cache = server.outputs.stage_cache
     if not cache.has(key):
         return None
-    found = cache.get(key, ("image",))
-    return None if found is None else _as_text(PILImage.fromarray(found["image"]), wish)
+    artefacts = cache.get(key, ("image",))
+    return None if artefacts is None else _to_base64(PILImage.fromarray(artefacts["image"]), options)
 
 
-def _encoded(server: ServerContext, job: Job, wish: _ImageOptions) -> str:
-    done = server.outputs.find_by_key(job.key)
-    if done is None:
-        raise ApiError(404, f"The files of {job.id} are not there any more", code="expired")
-    content = server.outputs.read(str(done.record().shot.id), "image.png")
-    if wish.format == "png":
+def _encode_result(server: ServerContext, job: Job, options: CreateImages) -> str:
+    finished = server.outputs.find_by_key(job.key)
+    if finished is None:
+        raise ApiError(404, f"The files of {job.id} no longer exist.", code="expired")
+    content = server.outputs.read(str(finished.record().shot.id), "image.png")
+    if options.output_format == "png":
         return base64.b64encode(content).decode()
-    return _as_text(PILImage.open(io.BytesIO(content)), wish)
+    return _to_base64(PILImage.open(io.BytesIO(content)), options)
 
 
-def _as_text(picture: PILImage.Image, wish: _ImageOptions) -> str:
+def _to_base64(image: PILImage.Image, options: CreateImages) -> str:
     buffer = io.BytesIO()
-    options = {} if wish.format == "png" else {"quality": wish.quality}
-    picture.save(buffer, FORMATS[wish.format], **options)
+    quality = {} if options.output_format == "png" else {"quality": options.output_compression}
+    image.save(buffer, options.output_format.upper(), **quality)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _there(job: Job | None) -> Job:
+def _require_existing(job: Job | None) -> Job:
     if job is None:
-        raise ApiError(404, "The picture was deleted meanwhile", code="deleted")
+        raise ApiError(404, "The image was deleted while it was rendered.", code="deleted")
     return job
 
 
-def _completed(job: Job | None) -> Job:
-    """Raises ApiError where it has ended otherwise."""
-    job = _there(job)
+def _require_completed(job: Job | None) -> Job:
+    """Raise ApiError if the job was deleted, cancelled or failed."""
+    job = _require_existing(job)
+    # Retrying the request would give the same result.
+    headers = {"x-should-retry": "false"}
     if job.state == JobState.CANCELLED:
-        raise ApiError(409, f"{job.id} was cancelled", code="cancelled", headers={"x-should-retry": "false"})
-    if job.state == JobState.FAILED:
-        assert job.error is not None
-        error = job.error
-        # The same again would fail again.
-        status, headers = 400 if error.type == INVALID else 500, {"x-should-retry": "false"}
+        raise ApiError(409, f"{job.id} was cancelled.", code="cancelled", headers=headers)
+    if job.error is not None:
+        error, status = job.error, 400 if job.error.type == INVALID else 500
         raise ApiError(status, error.message, code=error.code, param=error.param, type=error.type, headers=headers)
     return job
-
-
-def _format(wish: _ImageOptions) -> Any:
-    return wish.format
 
 
 def _size(job: Job) -> str:

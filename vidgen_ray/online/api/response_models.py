@@ -1,397 +1,254 @@
-"""The answers, as OpenAI's clients read them, with what is ours beside it; and the shapes of requests for the document."""
+"""Responses of the API: OpenAI's objects with additional fields."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
-from vidgen_ray.online.api.request_models import (
-    EDIT_FIELDS,
-    IMAGE_FIELDS,
-    PATH_FIELDS,
-    SHOT_FIELDS,
-    VIDEO_FIELDS,
-)
-from vidgen_ray.online.store.characters import Character
+from vidgen_ray.graph import clip_growth
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.upload_records import Upload
-from vidgen_ray.shot import Shot
 
-JSON = TypeAdapter(dict[str, JsonValue])
+JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
+Timestamp = Annotated[int, BeforeValidator(int)]
+"""Seconds since 1970."""
 
 
 class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str
+    """Why a request failed."""
+
+    message: str = Field(description="Human-readable explanation.")
+    type: str = Field(description="Kind of error, for example `invalid_request_error`.")
+    param: str | None = Field(description="Field that caused the error.")
+    code: str = Field(description="Stable code of the error, for example `invalid_value`.")
 
 
 class ErrorBody(BaseModel):
-    """What every error looks like."""
+    """Body of every error response."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="The error.")
 
 
 class JobProblem(BaseModel):
     """Why a job failed."""
 
-    code: str
-    message: str
-    type: str | None = None
-    param: str | None = None
-    stage: str | None = None
+    model_config = ConfigDict(from_attributes=True)
+
+    code: str = Field(description="Stable code of the error, for example `stage_failed`.")
+    message: str = Field(description="Human-readable explanation.")
+    type: str | None = Field(None, description="Kind of error.")
+    param: str | None = Field(None, description="Field that caused the error.")
+    stage: str | None = Field(None, description="Stage that failed.")
 
 
-class Video(BaseModel):
-    """A clip that was asked for: OpenAI's Video, and how far it is in our stages. Times are seconds since 1970."""
+class _JobStatus(BaseModel):
+    """Status of a job. Times are in seconds since 1970."""
 
-    id: str
-    object: Literal["video"] = "video"
-    created_at: int
-    status: JobState
-    progress: int = Field(description="percent")
-    model: str
-    seconds: str
-    size: str = Field(description="WIDTHxHEIGHT in pixels, before upscaling")
-    prompt: str
-    completed_at: int | None = None
-    expires_at: int | None = None
-    remixed_from_video_id: str | None = None
-    error: JobProblem | None = None
-    output_size: str = Field(description="WIDTHxHEIGHT of the file")
-    fps: int
-    num_frames: int
-    seed: int
-    stage: str | None = Field(None, description="the stage that is at work")
-    step: int = Field(0, description="steps of this stage that are done: of denoising, or frames")
-    steps: int = 0
-    stage_durations: dict[str, float] = Field(description="stage -> seconds; empty for what was rendered before")
-    inference_time_s: float | None = None
-    user: str | None = None
+    id: str = Field(description="Id of the job.")
+    created_at: Timestamp = Field(description="Time of creation.")
+    status: JobState = Field(validation_alias="state", description="State of the job.")
+    progress: int = Field(description="Progress in percent.")
+    stage: str | None = Field(description="Stage that is running.")
+    step: int = Field(description="Finished steps of this stage: denoising steps, or frames.")
+    steps: int = Field(description="Steps of this stage. 0 if unknown.")
+    stage_durations: dict[str, float] = Field(
+        validation_alias="stage_seconds", description="Stage -> seconds. Without stages whose results were cached."
+    )
+    completed_at: Timestamp | None = Field(description="Time at which the job ended.")
+    expires_at: Timestamp | None = Field(description="Time after which the job and its files are deleted.")
+    error: JobProblem | None = Field(description="Why the job failed.")
 
 
-class VideoPage(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class Video(_JobStatus):
+    """A job as OpenAI's Video, with further fields. Times are in seconds since 1970."""
+
+    object: Literal["video"] = Field("video", description="Type of this object.")
+    model: str = Field(description="Model of the request.")
+    seconds: str = Field(description="Length in seconds.")
+    size: str = Field(description="WIDTHxHEIGHT in pixels, before upscaling.")
+    prompt: str = Field(description="Prompt of the request.")
+    completed_at: Timestamp | None = Field(description="Time of completion. Null if the job failed or was cancelled.")
+    remixed_from_video_id: str | None = Field(description="Id of the video that this one is a remix of.")
+    output_size: str = Field(description="WIDTHxHEIGHT of the file in pixels.")
+    fps: int = Field(description="Frames per second.")
+    num_frames: int = Field(description="Number of frames.")
+    seed: int = Field(description="Seed of the shot.")
+    inference_time_s: float | None = Field(description="Sum of `stage_durations`.")
+    user: str | None = Field(description="`user` of the request.")
 
 
-class VideoDeleted(BaseModel):
-    id: str
-    object: Literal["video.deleted"] = "video.deleted"
-    deleted: Literal[True] = True
+class ShotJob(_JobStatus):
+    """A job with all fields of its shot. Times are in seconds since 1970."""
 
-
-class ShotJob(BaseModel):
-    """A job with the whole shot, as it may be sent again."""
-
-    id: str
-    object: Literal["shot"] = "shot"
-    kind: str
-    created_at: int
-    status: JobState
-    progress: int
-    stage: str | None
-    step: int
-    steps: int
-    started_at: int | None
-    completed_at: int | None
-    expires_at: int | None
-    error: JobProblem | None
-    digest: str = Field(description="the content key: the same one means the same bytes")
-    attempts: int
-    stage_durations: dict[str, float]
-    shot: dict[str, JsonValue]
+    object: Literal["shot"] = Field("shot", description="Type of this object.")
+    kind: str = Field(description="Route that created the job: video, image or shot.")
+    started_at: Timestamp | None = Field(description="Time at which rendering started.")
+    digest: str = Field(validation_alias="key", description="Content key. Jobs with the same key have identical files.")
+    attempts: int = Field(description="Number of times rendering was started.")
+    shot: dict[str, JsonValue] = Field(description="Fields of the shot. `POST /v1/shots` accepts them.")
 
 
 class ImageUsage(BaseModel):
-    """Nothing is counted in tokens here; clients expect the numbers."""
+    """Token counts that OpenAI's clients expect. Always 0."""
 
-    input_tokens: int = 0
-    output_tokens: int = 0
-    total_tokens: int = 0
-    input_tokens_details: dict[str, int] = Field(default_factory=lambda: {"image_tokens": 0, "text_tokens": 0})
+    input_tokens: int = Field(0, description="Always 0.")
+    output_tokens: int = Field(0, description="Always 0.")
+    total_tokens: int = Field(0, description="Always 0.")
+    input_tokens_details: dict[str, int] = Field(
+        default_factory=lambda: {"image_tokens": 0, "text_tokens": 0}, description="Always 0."
+    )
 
 
 class ImageResult(BaseModel):
-    b64_json: str | None = None
-    url: str | None = None
-    revised_prompt: None = None
+    """One image."""
+
+    b64_json: str | None = Field(None, description="File in base64, with response_format b64_json.")
+    url: str | None = Field(None, description="URL of the file, with response_format url. Requires the API key.")
+    revised_prompt: None = Field(None, description="Always null: prompts are not revised.")
 
 
 class ImagesResponse(BaseModel):
     """OpenAI's ImagesResponse."""
 
-    created: int
-    data: list[ImageResult]
-    background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "webp", "jpeg"]
-    quality: Literal["high"] = "high"
-    size: str
-    usage: ImageUsage = ImageUsage()
+    created: int = Field(description="Time of the response in seconds since 1970.")
+    data: list[ImageResult] = Field(description="The images.")
+    background: Literal["opaque"] = Field("opaque", description="Always opaque.")
+    output_format: Literal["png", "webp", "jpeg"] = Field(description="File format.")
+    quality: Literal["high"] = Field("high", description="Always high.")
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+    usage: ImageUsage = Field(ImageUsage(), description="Token counts.")
 
 
 class CharacterResponse(BaseModel):
-    """A person who can be named in requests."""
+    """A named face that requests can refer to."""
 
-    id: str
-    object: Literal["character"] = "character"
-    name: str
-    created_at: int
-    photos: list[str] = Field(description="ids of the uploaded files")
+    model_config = ConfigDict(from_attributes=True)
 
-
-class CharacterPage(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[CharacterResponse]
-    first_id: str | None
-    last_id: str | None
-    has_more: Literal[False] = False
-
-
-class CharacterDeleted(BaseModel):
-    id: str
-    object: Literal["character.deleted"] = "character.deleted"
-    deleted: Literal[True] = True
+    id: str = Field(description="Id of the character.")
+    object: Literal["character"] = Field("character", description="Type of this object.")
+    name: str = Field(description="Name, unique per tenant.")
+    created_at: Timestamp = Field(description="Time of creation in seconds since 1970.")
+    photos: list[str] = Field(description="Ids of the uploaded photos.")
 
 
 class UploadedFile(BaseModel):
-    """A picture that was uploaded. Its id can stand wherever a picture is asked for."""
+    """An uploaded image. Requests refer to it by its id."""
 
-    id: str
-    object: Literal["file"] = "file"
-    bytes: int
-    created_at: int
-    filename: str
-    purpose: Literal["vision"] = "vision"
-    status: Literal["processed"] = "processed"
-
-
-class FileDeleted(BaseModel):
-    id: str
-    object: Literal["file"] = "file"
-    deleted: Literal[True] = True
+    id: str = Field(description="Id of the file, derived from its content.")
+    object: Literal["file"] = Field("file", description="Type of this object.")
+    bytes: int = Field(description="Size in bytes.")
+    created_at: Timestamp = Field(description="Time of the upload in seconds since 1970.")
+    filename: str = Field(description="Same as `id`. The client's file name is not stored.")
+    purpose: Literal["vision"] = Field("vision", description="Always vision.")
+    status: Literal["processed"] = Field("processed", description="Always processed.")
 
 
 class Model(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "vidgen-ray"
+    """A name that requests can set `model` to."""
+
+    id: str = Field(description="Name of the model.")
+    object: Literal["model"] = Field("model", description="Type of this object.")
+    created: int = Field(description="Start of the server in seconds since 1970.")
+    owned_by: str = Field("vidgen-ray", description="Always vidgen-ray.")
 
 
-class ModelPage(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
+class _List(BaseModel):
+    """A list of objects."""
+
+    object: Literal["list"] = Field("list", description="Type of this object.")
+
+
+class _Page(_List):
+    """One page of a list."""
+
+    first_id: str | None = Field(description="Id of the first object of the page.")
+    last_id: str | None = Field(description="Id of the last object of the page. Pass it as `after` to get the next page.")
+    has_more: bool = Field(False, description="True if there is a next page.")
+
+
+class VideoPage(_Page):
+    """One page of videos."""
+
+    data: list[Video] = Field(description="The videos.")
+
+
+class CharacterPage(_Page):
+    """All characters of a tenant, in one page."""
+
+    data: list[CharacterResponse] = Field(description="The characters.")
+
+
+class ModelPage(_List):
+    """All models of the server."""
+
+    data: list[Model] = Field(description="The models.")
+
+
+class _Deleted(BaseModel):
+    """Confirmation of a deletion."""
+
+    id: str = Field(description="Id of the deleted object.")
+    deleted: Literal[True] = Field(True, description="Always true.")
+
+
+class VideoDeleted(_Deleted):
+    """Confirmation that a video was deleted."""
+
+    object: Literal["video.deleted"] = Field("video.deleted", description="Type of this object.")
+
+
+class CharacterDeleted(_Deleted):
+    """Confirmation that a character was deleted."""
+
+    object: Literal["character.deleted"] = Field("character.deleted", description="Type of this object.")
+
+
+class FileDeleted(_Deleted):
+    """Confirmation that a file was deleted."""
+
+    object: Literal["file"] = Field("file", description="Type of this object.")
 
 
 class Health(BaseModel):
-    status: Literal["ok"] = "ok"
+    """The server responds."""
+
+    status: Literal["ok"] = Field("ok", description="Always ok.")
 
 
-def video_of(job: Job) -> Video:
+def video_response(job: Job) -> Video:
+    """Return a job as OpenAI's Video."""
     shot = job.shot
-    scale = shot.scale if shot.generate_video and shot.upscale_video else 1
+    scale = max((scale for scale, _ in clip_growth(shot).values()), default=1)
     frames = shot.num_frames if shot.generate_video else 1
-    return Video(
-        id=job.id,
-        created_at=int(job.created_at),
-        status=job.state,
-        progress=job.progress,
-        model=str(job.request.get("model")),
-        seconds=f"{frames / shot.fps:g}",
-        size=f"{shot.width}x{shot.height}",
-        prompt=shot.prompt,
-        completed_at=_whole(job.completed_at if job.state == JobState.COMPLETED else None),
-        expires_at=_whole(job.expires_at),
-        remixed_from_video_id=_text(job.request.get("remixed_from")),
-        error=problem_of(job),
-        output_size=f"{shot.width * scale}x{shot.height * scale}",
-        fps=shot.fps,
-        num_frames=frames,
-        seed=shot.seed or 0,
-        stage=None if job.state.is_final else job.stage,
-        step=job.step,
-        steps=job.steps,
-        stage_durations=job.stage_seconds,
-        inference_time_s=round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
-        user=_text(job.request.get("user")),
-    )
-
-
-def shot_of(job: Job, shot: dict[str, JsonValue]) -> ShotJob:
-    return ShotJob(
-        id=job.id,
-        kind=job.kind,
-        created_at=int(job.created_at),
-        status=job.state,
-        progress=job.progress,
-        stage=None if job.state.is_final else job.stage,
-        step=job.step,
-        steps=job.steps,
-        started_at=_whole(job.started_at),
-        completed_at=_whole(job.completed_at),
-        expires_at=_whole(job.expires_at),
-        error=problem_of(job),
-        digest=job.key,
-        attempts=job.attempts,
-        stage_durations=job.stage_seconds,
-        shot=shot,
-    )
-
-
-def problem_of(job: Job) -> JobProblem | None:
-    return None if job.error is None else JobProblem.model_validate(job.error.model_dump())
-
-
-def person_of(character: Character) -> CharacterResponse:
-    return CharacterResponse(
-        id=character.id, name=character.name, created_at=int(character.created_at), photos=list(character.photos)
-    )
-
-
-def file_of(upload: Upload) -> UploadedFile:
-    return UploadedFile(id=upload.id, bytes=upload.bytes, created_at=int(upload.created_at), filename=upload.id)
-
-
-def body_of(fields: dict[str, Any], files: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
-    """A request's body for the document: JSON, or a form that may bring files, too."""
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": _object(fields, required)},
-                "multipart/form-data": {"schema": _object({**fields, **files}, required)},
-            },
+    return Video.model_validate(
+        {
+            **_status(job),
+            "model": str(job.request.get("model")),
+            "seconds": f"{frames / shot.fps:g}",
+            "size": f"{shot.width}x{shot.height}",
+            "prompt": shot.prompt,
+            "completed_at": job.completed_at if job.state == JobState.COMPLETED else None,
+            "remixed_from_video_id": job.request.get("remixed_from"),
+            "output_size": f"{shot.width * scale}x{shot.height * scale}",
+            "fps": shot.fps,
+            "num_frames": frames,
+            "seed": shot.seed or 0,
+            "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
+            "user": job.request.get("user"),
         }
-    }
+    )
 
 
-def form_of(fields: dict[str, Any], files: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
-    """A body that is a form."""
-    schema = _object({**fields, **files}, required)
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+def shot_response(job: Job, shot: dict[str, JsonValue]) -> ShotJob:
+    """Return a job with the fields of its shot, as its client may send them again."""
+    return ShotJob.model_validate({**_status(job), "shot": shot})
 
 
-def json_of(fields: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
-    """A body that is JSON."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _object(fields, required)}}}}
+def _status(job: Job) -> dict[str, Any]:
+    return {**vars(job), "stage": None if job.state.is_final else job.stage}
 
 
-def _object(fields: dict[str, Any], required: tuple[str, ...]) -> dict[str, Any]:
-    properties = dict(sorted(fields.items()))
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-def _whole(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds)
-
-
-def _text(value: JsonValue) -> str | None:
-    return None if value is None else str(value)
-
-
-FILE = {"type": "string", "contentMediaType": "application/octet-stream", "contentEncoding": "binary"}
-FILES = {"type": "array", "items": FILE, "maxItems": 16}
-_REFERENCE = {
-    "description": "a picture: the id of an uploaded file, {file_id: ...}, or {image_url: a data: URL, or a URL where the "
-    "server allows that}; in a form as JSON, or a file",
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "object",
-            "properties": {"file_id": {"type": "string"}, "image_url": {"type": "string"}},
-            "additionalProperties": False,
-        },
-    ],
-}
-_LORA = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "object",
-            "properties": {"name": {"type": "string"}, "scale": {"type": "number"}},
-            "required": ["name"],
-            "additionalProperties": False,
-        },
-    ]
-}
-_TEXT = {"type": "string", "maxLength": 512}
-
-
-def _shot_schemas() -> dict[str, Any]:
-    """The fields of a Shot, each with its range, none of them required."""
-    schema = Shot.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {name: schema["properties"][name] for name in SHOT_FIELDS}
-
-
-SHOT_PARTS: dict[str, Any] = Shot.model_json_schema(ref_template="#/components/schemas/{model}")["$defs"]
-"""Schemas that those of the shot's fields refer to."""
-_KNOWN: dict[str, Any] = {
-    **_shot_schemas(),
-    "model": {"type": "string", "description": "one of GET /v1/models; none: the first"},
-    "seconds": {"description": "length; num_frames = seconds x fps", "anyOf": [{"type": "string"}, {"type": "number"}]},
-    "size": {"type": "string", "description": "WIDTHxHEIGHT in pixels, or auto; of a clip in multiples of 64, else of 16"},
-    "input_reference": {**_REFERENCE, "description": f"the picture to start from. {_REFERENCE['description']}"},
-    "image_reference": {**_REFERENCE, "description": "the same as input_reference, as vLLM-Omni calls it"},
-    "face_image": {
-        "description": "ids of uploaded photos of the person; in a form also files",
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-    },
-    "character": {"type": "string", "description": "id or name of one of GET /v1/videos/characters"},
-    "lora": {
-        "description": "a LoRA of the server by its name, {name, scale}, or several; in a form as JSON",
-        "anyOf": [*_LORA["anyOf"], {"type": "array", "items": _LORA}],
-    },
-    "loras": {"type": "array", "items": _LORA, "description": "the same as lora"},
-    "num_inference_steps": {"type": "integer", "minimum": 1, "maximum": 200, "description": "of FLUX, and of the clip's model"},
-    "guidance_scale": {"type": "number", "minimum": 0, "maximum": 30, "description": "of FLUX"},
-    "style": {"type": "string", "description": "restyle towards these words: style_prompt, and use_hunyuan_style"},
-    "upscale": {"type": "boolean", "description": "the same as upscale_video"},
-    "extra_params": {"type": "object", "description": "further fields of a shot; in a form as JSON"},
-    "n": {"type": "integer", "minimum": 1, "maximum": 10, "description": "how many pictures"},
-    "response_format": {"type": "string", "enum": ["b64_json", "url"]},
-    "output_format": {"type": "string", "enum": ["png", "webp", "jpeg"]},
-    "output_compression": {"type": "integer", "minimum": 0, "maximum": 100, "description": "quality of webp and jpeg"},
-    "background": {"type": "string", "enum": ["auto", "opaque"]},
-    "stream": {"type": "boolean", "description": "answer with events"},
-    "partial_images": {"type": "integer", "minimum": 0, "maximum": 3},
-    "quality": {**_TEXT, "description": "has no effect: the profile says how well"},
-    "moderation": {**_TEXT, "description": "has no effect"},
-    "user": _TEXT,
-    "safety_identifier": _TEXT,
-    "input_fidelity": {"type": "string", "enum": ["high", "low"], "description": "high keeps more of the picture"},
-    "strength": {"type": "number", "minimum": 0, "maximum": 1, "description": "0 keeps the picture; 1 keeps nothing"},
-    "image": {
-        "description": "ids of uploaded pictures; in a form files",
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-    },
-}
-
-
-def schemas_of(names: frozenset[str]) -> dict[str, Any]:
-    return {name: _KNOWN[name] for name in names}
-
-
-VIDEO_BODY = body_of(
-    schemas_of(VIDEO_FIELDS), {"input_reference": FILE, "image_reference": FILE, "face_image": FILES}, ("prompt",)
-)
-IMAGE_BODY = json_of(schemas_of(IMAGE_FIELDS), ("prompt",))
-EDIT_BODY = body_of(schemas_of(EDIT_FIELDS), {"image": FILES, "face_image": FILES}, ("prompt",))
-REMIX_BODY = body_of(schemas_of(VIDEO_FIELDS), {}, ())
-SHOT_BODY = json_of(
-    {
-        **_shot_schemas(),
-        **schemas_of(frozenset(PATH_FIELDS)),
-        "image": {"type": "string", "description": "id of an uploaded file"},
-    },
-    ("prompt",),
-)
-CHARACTER_BODY = form_of(
-    {"name": {"type": "string", "minLength": 1, "maxLength": 128}}, {"image": FILES, "video": FILE}, ("name",)
-)
-FILE_BODY = form_of({"purpose": _TEXT}, {"file": FILE}, ("file",))
+def file_response(upload: Upload) -> UploadedFile:
+    """Return an upload as OpenAI's file."""
+    return UploadedFile.model_validate({**vars(upload), "filename": upload.id})

@@ -1,17 +1,15 @@
-"""All routes of the API, the health checks and the OpenAPI document."""
+"""All routes of the API and the health checks."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from vidgen_ray.online.api import characters, files, images, models, shots, video_content, video_events, videos
 from vidgen_ray.online.api.deps import ServerDep
-from vidgen_ray.online.api.error_responses import error_responses
-from vidgen_ray.online.api.response_models import SHOT_PARTS, Health, ImagesResponse
+from vidgen_ray.online.api.openapi import error_responses, openapi_document
+from vidgen_ray.online.api.response_models import Health
 
 health = APIRouter(tags=["health"])
 
@@ -36,23 +34,4 @@ def add_api(app: FastAPI) -> None:
         app.include_router(module.router)
     app.include_router(health)
     # Replacing the method is FastAPI's documented way to extend the document.
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return FastAPI's document, without the validation errors (422) that this app answers with 400, plus our own schemas."""
-    if app.openapi_schema:
-        return app.openapi_schema
-    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    schemas["Pictures"] = ImagesResponse.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas |= schemas["Pictures"].pop("$defs", {})
-    schemas |= SHOT_PARTS
-    document["components"]["schemas"] = dict(sorted(schemas.items()))
-    app.openapi_schema = document
-    return document
+    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]

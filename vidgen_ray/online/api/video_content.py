@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.error_responses import error_responses
+from vidgen_ray.online.api.openapi import error_responses
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Header
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.error_responses import error_responses
-from vidgen_ray.online.api.response_models import VideoDeleted, video_of
+from vidgen_ray.online.api.openapi import error_responses
+from vidgen_ray.online.api.response_models import VideoDeleted, video_response
 from vidgen_ray.online.api.videos import job_of
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
@@ -44,5 +44,5 @@ async def _events(server: ServerContext, job: Job, last_event_id: str | None) ->
             yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
         # The last event is always sent: a browser that missed it would reconnect forever.
         elif current.state.is_final or str(current.version) != last_event_id:
-            data = video_of(current).model_dump_json(exclude_none=True)
+            data = video_response(current).model_dump_json(exclude_none=True)
             yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))

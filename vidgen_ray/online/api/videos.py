@@ -1,32 +1,31 @@
-"""Clips: asked for, listed, followed, cancelled, made again with other words."""
+"""Routes that create, list, poll, cancel, delete and remix videos."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.online.api import response_models
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
-from vidgen_ray.online.api.error_responses import error_responses
-from vidgen_ray.online.api.request_models import VIDEO_FIELDS, checked_names, text, video_fields
-from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_of
+from vidgen_ray.online.api.openapi import error_responses, request_body
+from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, RemixVideo
+from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_response
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
+from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.job_service import shown
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
 
 POLL_AFTER = "openai-poll-after-ms"
-LISTED = (JobKind.VIDEO, JobKind.SHOT)
+LISTED_KINDS = (JobKind.VIDEO, JobKind.SHOT)
 IdempotencyKey = Annotated[
-    str | None, Header(min_length=1, max_length=255, description="a create that is sent again with it renders once")
+    str | None,
+    Header(min_length=1, max_length=255, description="Repeating a request with the same key returns the same job."),
 ]
 
 router = APIRouter(tags=["videos"])
@@ -35,57 +34,58 @@ router = APIRouter(tags=["videos"])
 @router.post(
     "/v1/videos",
     response_model=Video,
-    openapi_extra=response_models.VIDEO_BODY,
+    openapi_extra=request_body(CreateVideo),
     responses=error_responses(404, 408, 409, 413, 415),
 )
 async def create_video(
     request: Request, response: Response, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Video:
-    """Ask for a clip. It is stored when this answers; `GET /v1/videos/{video_id}` says how far it is."""
+    """Create a video. The job is stored before the response is sent. Poll it with `GET /v1/videos/{video_id}`."""
     async with receive(request, server.settings.uploads) as received:
-        received.check_files(("input_reference", "image_reference", "face_image"))
-        fields, about = await _clip(server, tenant, received)
+        fields, returned = await _video_fields(server, tenant, CreateVideo.parse(received.fields))
     (job,) = await server.job_service.accept(
         tenant,
         JobKind.VIDEO,
         [fields],
-        about,
+        returned,
         idempotency_key=idempotency_key,
         fingerprint=f"video {received.fingerprint}"[:64],
     )
-    _poll_after(server, response)
-    return video_of(job)
+    _set_poll_after(server, response)
+    return video_response(job)
 
 
 @router.get("/v1/videos", response_model=VideoPage, responses=error_responses(404))
 async def list_videos(
     server: ServerDep,
     tenant: TenantDep,
-    after: Annotated[str | None, Query(description="id of the last one of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Annotated[Literal["asc", "desc"], Query(description="by age; desc: the newest first")] = "desc",
+    after: Annotated[str | None, Query(description="Id of the last video of the previous page.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of videos.")] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="asc: oldest first. desc: newest first.")] = "desc",
 ) -> VideoPage:
-    """The tenant's clips, page by page."""
+    """List the videos of the tenant, page by page."""
     try:
-        page = await asyncio.to_thread(server.store.list, tenant.name, kinds=LISTED, after=after, limit=limit, order=order)
+        page = await asyncio.to_thread(
+            server.store.list, tenant.name, kinds=LISTED_KINDS, after=after, limit=limit, order=order
+        )
     except UnknownJob:
         raise not_found("video", str(after)[:100], "after") from None
-    data = [video_of(job) for job in page.jobs]
+    data = [video_response(job) for job in page.jobs]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
 
 @router.get("/v1/videos/{video_id}", response_model=Video, responses=error_responses(404))
 async def get_video(response: Response, server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
-    """How far a clip is."""
+    """Return the status and progress of a video."""
     job = await job_of(server, tenant, video_id)
-    _poll_after(server, response)
-    return video_of(job)
+    _set_poll_after(server, response)
+    return video_response(job)
 
 
 @router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=error_responses(404))
 async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> VideoDeleted:
-    """Forget a clip. One that is being made is cancelled."""
+    """Delete a video. A queued or running job is cancelled."""
     if not await server.job_service.delete(tenant, video_id):
         raise not_found("video", video_id[:100])
     return VideoDeleted(id=video_id)
@@ -93,17 +93,20 @@ async def delete_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
 
 @router.post("/v1/videos/{video_id}/cancel", response_model=Video, responses=error_responses(404))
 async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
-    """Stop making a clip: at once where it waits, else after the denoising step or frame at hand. What has ended stays."""
+    """Cancel a video: at once if it is queued, after the current denoising step or frame if it is running.
+
+    Has no effect on a job that has ended.
+    """
     job = await server.job_service.cancel(tenant, video_id)
     if job is None:
         raise not_found("video", video_id[:100])
-    return video_of(job)
+    return video_response(job)
 
 
 @router.post(
     "/v1/videos/{video_id}/remix",
     response_model=Video,
-    openapi_extra=response_models.REMIX_BODY,
+    openapi_extra=request_body(RemixVideo),
     responses=error_responses(404, 408, 409, 413, 415),
 )
 async def remix_video(
@@ -114,74 +117,59 @@ async def remix_video(
     video_id: str,
     idempotency_key: IdempotencyKey = None,
 ) -> Video:
-    """The same clip with other words, or whatever else the body says otherwise; the seed stays unless it is named."""
-    before = await job_of(server, tenant, video_id)
+    """Create a video from an existing one, with another prompt or other values of any field. The seed stays the same."""
+    original = await job_of(server, tenant, video_id)
     async with receive(request, server.settings.uploads) as received:
-        received.check_files(())
-        fields, about = await _clip(
-            server, tenant, received, shown(before.shot, server.settings, server.job_service.uploads), before
-        )
+        fields, returned = await _video_fields(server, tenant, RemixVideo.parse(received.fields), original)
     (job,) = await server.job_service.accept(
         tenant,
         JobKind.VIDEO,
         [fields],
-        {**about, "remixed_from": before.id},
+        {**returned, "remixed_from": original.id},
         idempotency_key=idempotency_key,
-        fingerprint=f"{before.id[6:26]} {received.fingerprint}"[:64],
+        fingerprint=f"{original.id[6:26]} {received.fingerprint}"[:64],
     )
-    _poll_after(server, response)
-    return video_of(job)
+    _set_poll_after(server, response)
+    return video_response(job)
 
 
 async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
-    """Raises ApiError 404."""
+    """Return a job of the tenant. Raises ApiError 404."""
     job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
     if job is None:
         raise not_found("video", job_id[:100])
     return job
 
 
-async def _clip(
-    server: ServerContext,
-    tenant: Tenant,
-    received: ReceivedRequest,
-    base: Mapping[str, Any] | None = None,
-    before: Job | None = None,
+async def _video_fields(
+    server: ServerContext, tenant: Tenant, request: CreateVideo, original: Job | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of the shot, and what the client gets back with the job."""
-    given = checked_names(received.fields, VIDEO_FIELDS)
-    model_named = "model" in given
-    if before is not None:
-        given.setdefault("model", before.request.get("model"))
-        given.setdefault("prompt", before.shot.prompt)
-    model, meant = server.model(given.get("model"))
-    # What is named takes the place of what was: a model says in which mode, a person who it is.
-    replaced = {"mode"} if model_named else set()
-    if {"character", "face_image"} & given.keys():
-        replaced |= {"face_image", "face_index"}
-    begun = {**meant, **{name: value for name, value in (base or {}).items() if name not in replaced}}
-    fields = {**begun, **video_fields(given, {**server.serving_profile.profile.defaults, **begun})}
+    """Return the fields of the shot, and the values that are returned with the job."""
+    model, model_fields = server.model(request.model or (original and original.request.get("model")))
+    base: dict[str, Any] = dict(model_fields)
+    if original is not None:
+        # The model replaces the mode of the original, a face replaces its face.
+        replaced = {"mode"} if request.model else set()
+        if request.model_fields_set & {"character", "face_image"}:
+            replaced |= {"face_image", "face_index"}
+        kept = shown(original.shot, server.settings, server.job_service.uploads)
+        base |= {name: value for name, value in kept.items() if name not in replaced}
+    fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base})}
+    if request.input_reference is not None and request.image_reference is not None:
+        raise invalid("image_reference", "cannot be combined with input_reference: a clip starts from one image")
     for name in ("input_reference", "image_reference"):
-        if files := received.files(name):
-            if len(files) > 1 or "image" in fields:
-                raise invalid(name, "a clip starts from one picture")
-            fields["image"] = await server.image_references.kept(tenant, files[0], name)
-        elif name in given:
-            fields["image"] = await server.image_references.named(tenant, given[name], name)
-    fields |= await person(server, tenant, received, given)
-    return fields, {"model": model, "user": text(given, "user")}
+        if (reference := getattr(request, name)) is not None:
+            fields["image"] = await server.image_references.resolve(tenant, reference, name)
+    return {**fields, **await face_fields(server, tenant, request)}, {"model": model, "user": request.user}
 
 
-async def person(server: ServerContext, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say who is in the picture."""
-    photos = await server.image_references.all_kept(tenant, received.files("face_image"), "face_image")
-    if photos and "face_image" in given:
-        raise invalid("face_image", "came as files and as ids; give either")
-    if "face_image" in given:
-        photos += await server.image_references.all_named(tenant, given["face_image"], "face_image")
-    fields = {"character": given.get("character"), "face_image": photos or None}
-    return {name: value for name, value in fields.items() if value is not None}
+async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVideo | CreateImages) -> dict[str, Any]:
+    """Return the fields of the shot that select its face."""
+    fields: dict[str, Any] = {} if request.character is None else {"character": request.character}
+    if request.face_image:
+        fields["face_image"] = await server.image_references.resolve_all(tenant, request.face_image, "face_image")
+    return fields
 
 
-def _poll_after(server: ServerContext, response: Response) -> None:
+def _set_poll_after(server: ServerContext, response: Response) -> None:
     response.headers[POLL_AFTER] = str(round(server.settings.poll_after_s * 1000))

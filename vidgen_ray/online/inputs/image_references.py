@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -27,22 +26,17 @@ class ImageReferences:
         self._pictures = pictures
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
 
-    async def kept(self, tenant: Tenant, file: UploadFile, param: str) -> str:
-        """The id of a file that came with the request. Raises ApiError 400 or 413."""
-        return (await asyncio.to_thread(self._uploads.keep, tenant.name, file.file, param)).id
+    async def resolve_all(self, tenant: Tenant, references: Any, param: str) -> list[str]:
+        """Return the ids of one image or a list of images. Raises ApiError 400 or 413."""
+        references = references if isinstance(references, list) else [references]
+        if len(references) > self._uploads.caps.files:
+            raise invalid(param, f"got {len(references)}, must be at most {self._uploads.caps.files}")
+        return [await self.resolve(tenant, reference, param) for reference in references]
 
-    async def all_kept(self, tenant: Tenant, files: Sequence[UploadFile], param: str) -> list[str]:
-        return [await self.kept(tenant, file, param) for file in files]
-
-    async def all_named(self, tenant: Tenant, given: Any, param: str) -> list[str]:
-        """Of a field that names one file, or several. Raises ApiError 400 or 413."""
-        each = given if isinstance(given, list) else [given]
-        if len(each) > self._uploads.caps.files:
-            raise invalid(param, f"got {len(each)}, must be at most {self._uploads.caps.files}")
-        return [await self.named(tenant, one, param) for one in each]
-
-    async def named(self, tenant: Tenant, given: Any, param: str) -> str:
-        """The id of the file that a field names. Raises ApiError 400 or 413."""
+    async def resolve(self, tenant: Tenant, given: Any, param: str) -> str:
+        """Store an image and return its id; return the id of a stored one. Raises ApiError 400 or 413."""
+        if isinstance(given, UploadFile):
+            return (await asyncio.to_thread(self._uploads.keep, tenant.name, given.file, param)).id
         if isinstance(given, str) and given.lstrip().startswith("{"):
             try:
                 given = json.loads(given)

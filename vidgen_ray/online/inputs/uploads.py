@@ -11,8 +11,9 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
@@ -31,8 +32,7 @@ from vidgen_ray.online.store.upload_records import Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 
 BLOCK_BYTES = 1 << 20
-FIELDS = 200
-"""Of one form."""
+MAX_FORM_FIELDS = 200
 FIELD_BYTES = 1 << 20
 SMALL_FORM_BYTES = 8 << 10
 NAME = re.compile(r"[0-9a-f]{64}")
@@ -144,42 +144,32 @@ class BodyCap:
         await self._app(scope, counted if scope["type"] == "http" else receive, send)
 
 
+@dataclass(frozen=True)
 class ReceivedRequest:
-    """The fields and files of a request, whether it came as a form or as JSON."""
+    """Fields and files of a request, from JSON or from a form."""
 
-    def __init__(
-        self, fields: Mapping[str, Any], files: Mapping[str, list[UploadFile]], fingerprint: str, is_form: bool
-    ) -> None:
-        self.fields = dict(fields)
-        """From a form all are text; a field that came several times is a list. `lora[name]` became a mapping."""
-        self._files = dict(files)
-        self.fingerprint = fingerprint
-        """A digest of all that the client sent."""
-        self.is_form = is_form
+    fields: Mapping[str, Any]
+    """In a form: text or UploadFile. `name[]` and repeated names become a list, `name[key]` a mapping."""
+    fingerprint: str
+    """Digest of everything that the client sent."""
+    is_form: bool
 
-    def files(self, *names: str) -> list[UploadFile]:
-        """The files that came under any of these names, in their order; `name[]` is the same as `name`."""
-        return [file for name in names for file in self._files.get(name, [])]
-
-    def check_files(self, allowed: Iterable[str]) -> None:
-        """Raises ApiError 400 for a file under another name."""
-        known = tuple(allowed)
-        for name in self._files:
-            if name not in known:
-                expected = f"the files are {', '.join(known)}" if known else "no files are expected here"
-                raise invalid(name, f"an unexpected file; {expected}", "unknown_parameter")
+    def files(self, name: str) -> list[UploadFile]:
+        """Return the files of a field, in order."""
+        value = self.fields.get(name)
+        return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, UploadFile)]
 
 
 @asynccontextmanager
 async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedRequest]:
-    """What a request brings; its files are open inside of the block. Raises ApiError 400, 408, 413 or 415."""
+    """Read a request. Its files stay open inside the block. Raises ApiError 400, 408, 413 or 415."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    async with _in_time(caps):
+    async with _body_timeout(caps):
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            form = await request.form(max_files=caps.files, max_fields=FIELDS, max_part_size=FIELD_BYTES)
+            form = await request.form(max_files=caps.files, max_fields=MAX_FORM_FIELDS, max_part_size=FIELD_BYTES)
         elif kind == "application/json":
             form = None
-            body = await _body(request, caps.json_bytes)
+            body = await _read_body(request, caps.json_bytes)
         else:
             raise ApiError(
                 415,
@@ -187,9 +177,9 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
                 code="unsupported_media_type",
             )
     if form is None:
-        # In a thread: some megabytes take longer than others should wait.
-        content = await asyncio.to_thread(_from_json, body)
-        yield ReceivedRequest(content, {}, hashlib.sha256(body).hexdigest(), is_form=False)
+        # In a thread: parsing megabytes of JSON would block other requests.
+        fields = await asyncio.to_thread(_from_json, body)
+        yield ReceivedRequest(fields, hashlib.sha256(body).hexdigest(), is_form=False)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -198,25 +188,24 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
 
 
 async def small_form(request: Request, caps: UploadCaps) -> dict[str, str]:
-    """The fields of a form of a few short ones, from somebody of whom nothing is known yet. Raises ApiError 408 or 413."""
-    async with _in_time(caps):
-        body = await _body(request, SMALL_FORM_BYTES)
+    """Read a form of at most 8 KiB from an unauthenticated client. Raises ApiError 408 or 413."""
+    async with _body_timeout(caps):
+        body = await _read_body(request, SMALL_FORM_BYTES)
     return dict(parse_qsl(body.decode("utf-8", "replace")))
 
 
 @asynccontextmanager
-async def _in_time(caps: UploadCaps) -> AsyncIterator[None]:
-    """Raises ApiError 408 where the block takes longer than a body may."""
+async def _body_timeout(caps: UploadCaps) -> AsyncIterator[None]:
+    """Raise ApiError 408 if the block takes longer than `caps.seconds`."""
     try:
         async with asyncio.timeout(caps.seconds):
             yield
     except TimeoutError:
-        raise ApiError(
-            408, f"The body did not arrive within {caps.seconds:g} s", code="timeout", headers={"x-should-retry": "false"}
-        ) from None
+        message = f"The request body did not arrive within {caps.seconds:g} s."
+        raise ApiError(408, message, code="timeout", headers={"x-should-retry": "false"}) from None
 
 
-async def _body(request: Request, cap_bytes: int) -> bytes:
+async def _read_body(request: Request, cap_bytes: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -227,69 +216,67 @@ async def _body(request: Request, cap_bytes: int) -> bytes:
 
 def _from_json(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_without_doubles)
+        fields = json.loads(body, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is no JSON: {str(error)[:200]}", code="invalid_json") from None
-    if not isinstance(content, dict):
-        raise ApiError(400, "The body must be a JSON object", code="invalid_json")
+        raise ApiError(400, f"The body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     try:
-        json.dumps(content, ensure_ascii=False).encode()
+        json.dumps(fields, ensure_ascii=False).encode()
     except RecursionError:
-        raise ApiError(400, "The body is nested too deeply", code="invalid_json") from None
+        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
     except UnicodeEncodeError:
-        raise ApiError(400, "The body has half of a letter (a lone surrogate)", code="invalid_json") from None
-    return content
+        raise ApiError(400, "The body contains a lone surrogate, which is not valid Unicode.", code="invalid_json") from None
+    return fields
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return out
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
+        raise ValueError("an object contains the same name twice")
+    return unique
 
 
 def _from_form(form: FormData) -> ReceivedRequest:
     fields: dict[str, Any] = {}
-    files: dict[str, list[UploadFile]] = {}
     digest = hashlib.sha256()
     for name, value in form.multi_items():
         if name.lstrip().startswith("{"):
-            # What curl does with -d where no header says otherwise.
-            raise invalid(
-                None, "The body is JSON, and its Content-Type says that it is a form: send application/json", "invalid_form"
-            )
+            # curl -d sends JSON as a form unless a header says otherwise.
+            raise invalid(None, "The body is JSON, but its Content-Type is a form. Send application/json.", "invalid_form")
         digest.update(f"{name}\0".encode("utf-8", "surrogatepass"))
         if isinstance(value, UploadFile):
-            files.setdefault(name.removesuffix("[]"), []).append(value)
             while block := value.file.read(BLOCK_BYTES):
                 digest.update(block)
             value.file.seek(0)
-            continue
-        digest.update(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
-        _put(fields, name, value)
-    return ReceivedRequest(fields, files, digest.hexdigest(), is_form=True)
+        else:
+            digest.update(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest())
+        _add_form_field(fields, name, value)
+    return ReceivedRequest(fields, digest.hexdigest(), is_form=True)
 
 
-def _put(fields: dict[str, Any], name: str, value: str) -> None:
-    """`a[]` twice and `a` twice are a list; `a[b]` is a mapping, as OpenAI's client writes one."""
-    head, bracket, inner = name.partition("[")
-    inner = inner.removesuffix("]")
-    if bracket and inner and "[" not in inner:
-        inside = fields.setdefault(head, {})
-        if not isinstance(inside, dict) or inner in inside:
-            raise invalid(name, "cannot be read; give a mapping or a list as JSON in one field", "invalid_form")
-        inside[inner] = value
-    elif bracket and inner:
-        raise invalid(name, "a list of mappings cannot be read from a form; give it as JSON in one field", "invalid_form")
+def _add_form_field(fields: dict[str, Any], name: str, value: str | UploadFile) -> None:
+    """Add a form field. `a[]` and repeated names make a list; `a[b]` makes a mapping, as OpenAI's client sends one."""
+    head, bracket, key = name.partition("[")
+    key = key.removesuffix("]")
+    if bracket and key and "[" not in key:
+        mapping = fields.setdefault(head, {})
+        if not isinstance(mapping, dict) or key in mapping:
+            raise invalid(
+                name, "conflicts with another field of this form. Send the mapping as JSON in one field.", "invalid_form"
+            )
+        mapping[key] = value
+    elif bracket and key:
+        raise invalid(name, "lists of mappings are not supported in forms. Send JSON in one field.", "invalid_form")
     elif bracket or head in fields:
-        before = fields.get(head, [])
-        if isinstance(before, dict):
-            raise invalid(name, "came as a mapping and as a value", "invalid_form")
-        fields[head] = [*(before if isinstance(before, list) else [before]), value]
+        previous = fields.get(head, [])
+        if isinstance(previous, dict):
+            raise invalid(name, "was sent as a mapping and as a value", "invalid_form")
+        fields[head] = [*(previous if isinstance(previous, list) else [previous]), value]
     else:
         fields[head] = value
 

@@ -1,0 +1,88 @@
+"""OpenAPI document: FastAPI's document with the request bodies and the error responses of this server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import PydanticOmit, core_schema
+
+from vidgen_ray.online.api.request_models import RequestBody
+from vidgen_ray.online.api.response_models import ErrorBody
+
+ERRORS: Mapping[int, str] = {
+    400: "Invalid request. `param` names the field.",
+    401: "Missing or invalid API key.",
+    403: "Cross-origin request from a browser, or unknown host name.",
+    404: "Not found, or owned by another tenant.",
+    408: "The request body did not arrive in time.",
+    409: "Conflict: the video has no file, the name or idempotency key is in use, or the file is in use.",
+    413: "The request is too large.",
+    415: "The request is neither JSON nor a form.",
+    416: "The range starts after the end of the file.",
+    429: "The queue is full, or the key exceeds its limits. `Retry-After` says when to retry.",
+    500: "A stage failed, or an internal error.",
+    503: "The database does not respond.",
+    504: "The images were not ready in time. Their jobs continue.",
+}
+ANY_ROUTE = (400, 401, 403, 429, 500, 503)
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route: the errors of every route, and these."""
+    return {status: {"model": ErrorBody, "description": ERRORS[status]} for status in sorted({*ANY_ROUTE, *statuses})}
+
+
+class JsonBody(GenerateJsonSchema):
+    """Schema of a JSON body, without files."""
+
+    def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
+        raise PydanticOmit
+
+
+class FormBody(GenerateJsonSchema):
+    """Schema of a form. A field that accepts a file or a reference is documented as a file."""
+
+    def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
+        return {"type": "string", "contentMediaType": "application/octet-stream", "contentEncoding": "binary"}
+
+    def union_schema(self, schema: core_schema.UnionSchema) -> JsonSchemaValue:
+        choices = [choice[0] if isinstance(choice, tuple) else choice for choice in schema["choices"]]
+        accepts_file = any(choice["type"] == "is-instance" for choice in choices)
+        return self.generate_inner(choices[0]) if accepts_file else super().union_schema(schema)
+
+
+JSON, FORM = "application/json", "multipart/form-data"
+BODIES: Mapping[str, type[GenerateJsonSchema]] = {JSON: JsonBody, FORM: FormBody}
+
+
+def request_body(model: type[RequestBody], *media_types: str) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that parses its body with this model."""
+    content = {
+        media_type: {
+            "schema": model.model_json_schema(ref_template="#/components/schemas/{model}", schema_generator=BODIES[media_type])
+        }
+        for media_type in media_types or BODIES
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def openapi_document(app: FastAPI) -> dict[str, Any]:
+    """Return FastAPI's document without its validation errors: this server responds with 400, not 422."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = document["components"]["schemas"]
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+            for body in operation.get("requestBody", {}).get("content", {}).values():
+                schemas |= body["schema"].pop("$defs", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    app.openapi_schema = document
+    return document
