@@ -233,7 +233,7 @@ def test_cancel_of_queued_and_completed_videos(client, server):
 def test_shot_rendered_by_a_batch_run_is_completed_at_once(client, server, tiny):
     fields = {"prompt": "rendered before", "seed": 5, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
     plan = server.serving_profile.plan(check_shot({**fields, "id": "mine"}, "script.jsonl", tiny.defaults))
-    painted(tiny, server.outputs)(plan, lambda *_: None)
+    noise_renderer(tiny, server.outputs)(plan, lambda *_: None)
     video = made(client, prompt="rendered before", seed=5)
     assert (video["status"], video["progress"]) == ("completed", 100)
     assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
