@@ -176,7 +176,7 @@ def test_image_timeout_returns_504_with_the_job(tiny, tmp_path):
         assert error_of(answer, 504)["code"] == "timeout"
         assert answer.headers["x-should-retry"] == "false"
         server.director.held.clear()
-        job_id = answer.json()["error"]["message"].rpartition("/")[2]
+        job_id = answer.json()["error"]["message"].rpartition("/")[2].removesuffix(".")
         assert ended(client, job_id)["status"] == "completed"
 
 
