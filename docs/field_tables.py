@@ -1,11 +1,16 @@
-"""Generate the tables of shot fields and stages in docs/. `make docs` writes them; `--check` fails if one is stale."""
+"""Generate the tables of fields and stages in docs/. `make docs` writes them; `--check` fails if one is stale."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from vidgen_ray.graph import STAGES
+from vidgen_ray.online.api.openapi import JsonBody
+from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, EditImages, RequestBody
 from vidgen_ray.shot import NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage
 
@@ -24,20 +29,36 @@ def shot_fields() -> Iterator[str]:
     """Yield the rows of the table of shot fields."""
     yield "| field | value | default | meaning | stages |"
     yield "| --- | --- | --- | --- | --- |"
-    for name, field in Shot.model_json_schema()["properties"].items():
-        cells = (f"`{name}`", values(name, field), default(name), field.get("description", ""), ", ".join(readers(name)))
+    for name, schema in Shot.model_json_schema()["properties"].items():
+        cells = *field_cells(name, schema, Shot.model_fields[name]), ", ".join(readers(name))
         yield f"| {' | '.join(cells)} |"
 
 
-def values(name: str, schema: dict[str, Any]) -> str:
-    """Return the allowed values of a field, for example "integer, 2 to 256"."""
+def request_fields(model: type[RequestBody], documented: Collection[str] = ()) -> Iterator[str]:
+    """Yield the rows of the table of a request body, required fields first, except fields that are documented elsewhere."""
+    yield "| field | value | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    schemas = model.model_json_schema(schema_generator=JsonBody)["properties"]
+    fields = {name: field for name, field in model.model_fields.items() if name not in documented}
+    for name, field in sorted(fields.items(), key=lambda item: not item[1].is_required()):
+        yield f"| {' | '.join(field_cells(name, schemas[name], field))} |"
+
+
+def field_cells(name: str, schema: Mapping[str, Any], field: FieldInfo) -> tuple[str, str, str, str]:
+    """Return name, values, default and description of a field."""
     if name in NESTED_FIELDS:
-        return "per stage"
-    schema = next((option for option in schema.get("anyOf", ()) if option["type"] != "null"), schema)
+        return f"`{name}`", "per stage", "", schema["description"]
+    return f"`{name}`", values(schema), default(field), schema.get("description", "")
+
+
+def values(schema: Mapping[str, Any]) -> str:
+    """Return the allowed values of a field, for example "integer, 2 to 256"."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(values(option) for option in schema["anyOf"] if option.get("type") != "null"))
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     lowest, highest = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
-    kind = KINDS[schema["type"]]
+    kind = KINDS[schema.get("type", "object")]
     if lowest is None:
         return kind
     if highest is None:
@@ -45,16 +66,11 @@ def values(name: str, schema: dict[str, Any]) -> str:
     return f"{kind}, {lowest} to {highest - 1 if 'exclusiveMaximum' in schema else highest}"
 
 
-def default(name: str) -> str:
-    field = Shot.model_fields[name]
+def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return (
-        ""
-        if value in (None, (), {}) or name in NESTED_FIELDS
-        else f"`{str(value).lower() if value in (True, False) else value}`"
-    )
+    return "" if value in (None, (), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def readers(name: str) -> list[str]:
@@ -76,18 +92,27 @@ def stages() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-TABLES = {"scripts.md": ("shot fields", shot_fields), "architecture.md": ("stages", stages)}
+TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
+    "scripts.md": {"shot fields": shot_fields},
+    "architecture.md": {"stages": stages},
+    "api.md": {
+        "video fields": partial(request_fields, CreateVideo),
+        "image fields": partial(request_fields, CreateImages, CreateVideo.model_fields),
+        "edit fields": partial(request_fields, EditImages, CreateImages.model_fields),
+    },
+}
 
 
 def main(*, check: bool) -> int:
     """Write the tables, or return 1 if one is stale."""
     stale = []
-    for page, (name, rows) in TABLES.items():
+    for page, tables in TABLES.items():
         path = DOCS / page
-        text = path.read_text(encoding="utf-8")
-        begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->\n"
-        before, rest = text.split(begin)
-        new = before + begin + "\n".join(rows()) + "\n" + end + rest.split(end, 1)[1]
+        text = new = path.read_text(encoding="utf-8")
+        for name, rows in tables.items():
+            begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->\n"
+            before, rest = new.split(begin)
+            new = before + begin + "\n".join(rows()) + "\n" + end + rest.split(end, 1)[1]
         if new != text:
             stale.append(page)
             if not check:

@@ -157,7 +157,7 @@ async def _respond(
     except TimeoutError:
         raise ApiError(
             504,
-            f"The images took longer than {server.settings.wait_s:g} s. Their jobs continue, see /v1/shots/{jobs[0].id}.",
+            f"The images took longer than {server.settings.wait_s:g} s. Their jobs continue, see /v1/shots/{jobs[0].id}",
             code="timeout",
             type="server_error",
             headers={"x-should-retry": "false"},
