@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
     ("arguments", "code", "message"),
     [
         (["--profile", "nope"], 3, "must be one of demo"),
-        (["--host", "0.0.0.0"], 4, "needs API keys; make one with `vidgen keys new`"),
+        (["--host", "0.0.0.0"], 4, "requires API keys. Create one with `vidgen keys new`"),
         (
             ["--profile", "gpu-80gb"],
             4,
