@@ -25,9 +25,9 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
-from vidgen_ray.online.maintenance import forget_old
+from vidgen_ray.online.maintenance import purge_jobs
 from vidgen_ray.online.settings import Limits, OnlineSettings
-from vidgen_ray.online.store.store import FORGOTTEN_AFTER_S
+from vidgen_ray.online.store.store import PURGE_DELAY_S
 
 KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3, "seconds": 2}
@@ -491,8 +491,8 @@ def test_files_of_a_deleted_clip_leave_the_disk_unless_another_has_them(tiny, tm
         now = server.store._now
         for gone, there in ((first, True), (second, False)):
             client.delete(f"/v1/videos/{gone['id']}")
-            server.store._now = lambda: now() + FORGOTTEN_AFTER_S + 1
-            forget_old(server.store, server.outputs)
+            server.store._now = lambda: now() + PURGE_DELAY_S + 1
+            purge_jobs(server.store, server.outputs)
             server.store._now = now
             assert folder.exists() == there
             assert any((tmp_path / "keys").iterdir()) == there

@@ -15,7 +15,7 @@ from vidgen_ray.online.inputs.http_fetch import (
     PublicHttpClient,
     UnreachableUrl,
     check_address,
-    checked_url,
+    parse_url,
 )
 from vidgen_ray.online.settings import OnlineSettings, Webhooks
 from vidgen_ray.online.store.store import JobStore
@@ -95,7 +95,7 @@ def test_public_addresses_are_not(address):
 )
 def test_a_url_that_two_programs_may_read_differently_is_refused(url):
     with pytest.raises(BlockedUrl):
-        checked_url(url)
+        parse_url(url)
 
 
 @pytest.mark.parametrize(
@@ -254,14 +254,14 @@ def test_a_webhook_gets_a_message_that_openais_client_can_check(site, tmp_path):
     store = store_with(tmp_path, Clock(), webhooks)
     job_id = ended_job(store)
     site.answers = {"/hook": (204, {}, b"")}
-    assert WebhookSender(webhooks, store.outbox).deliver() == 1
+    assert WebhookSender(webhooks, store.outbox).deliver_due() == 1
     ((_, headers, body),) = site.asked
     client = openai.OpenAI(api_key="x", webhook_secret=SECRET)
     event = client.webhooks.unwrap(body, headers)
     assert (event.type, event.data.id) == ("video.completed", job_id)
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(body + b" ", headers)
-    assert WebhookSender(webhooks, store.outbox).deliver() == 0
+    assert WebhookSender(webhooks, store.outbox).deliver_due() == 0
     assert len(site.asked) == 1
 
 
@@ -272,12 +272,12 @@ def test_a_message_that_is_not_taken_is_tried_again_later_and_given_up_at_last(s
     courier = WebhookSender(webhooks, store.outbox)
     site.answers = {"/hook": (500, {}, b"")}
     for tried in (1, 2, 3):
-        assert courier.deliver() == 0
+        assert courier.deliver_due() == 0
         assert len(site.asked) == tried
-        courier.deliver()
+        courier.deliver_due()
         assert len(site.asked) == tried
         clock.seconds += 100
-    courier.deliver()
+    courier.deliver_due()
     assert len(site.asked) == 3
     assert len({headers["webhook-id"] for _, headers, _ in site.asked}) == 1
 
@@ -287,9 +287,9 @@ def test_who_is_gone_is_not_told_again(site, tmp_path):
     store = store_with(tmp_path, clock, webhooks)
     ended_job(store)
     site.answers = {"/hook": (410, {}, b"")}
-    WebhookSender(webhooks, store.outbox).deliver()
+    WebhookSender(webhooks, store.outbox).deliver_due()
     clock.seconds += 10_000
-    WebhookSender(webhooks, store.outbox).deliver()
+    WebhookSender(webhooks, store.outbox).deliver_due()
     assert len(site.asked) == 1
 
 
@@ -297,7 +297,7 @@ def test_a_webhook_inside_is_not_told_unless_that_is_allowed(site, tmp_path):
     webhooks = hooks(f"{site.url}/hook").model_copy(update={"allow_private": False})
     store = store_with(tmp_path, Clock(), webhooks)
     ended_job(store)
-    assert WebhookSender(webhooks, store.outbox).deliver() == 0
+    assert WebhookSender(webhooks, store.outbox).deliver_due() == 0
     assert site.asked == []
 
 
@@ -311,7 +311,7 @@ def test_who_does_not_answer_holds_up_his_own_messages_alone(site, tmp_path):
     for _ in range(3):
         ended_job(store)
     site.answers = {"/dead": (500, {}, b""), "/alive": (204, {}, b"")}
-    assert WebhookSender(webhooks, store.outbox).deliver() == 3
+    assert WebhookSender(webhooks, store.outbox).deliver_due() == 3
     assert sorted(path for path, _, _ in site.asked) == ["/alive"] * 3 + ["/dead"]
 
 

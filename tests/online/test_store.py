@@ -13,7 +13,7 @@ from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import (
-    FORGOTTEN_AFTER_S,
+    PURGE_DELAY_S,
     IdempotencyConflict,
     JobStore,
     LimitReached,
@@ -80,7 +80,7 @@ def test_a_retried_create_finds_the_first_jobs(store):
 def test_a_key_whose_jobs_are_forgotten_creates_anew(store, clock):
     first, _ = store.create(a_job(), idempotency_key="x", fingerprint="f")
     store.delete(first.id, "ada")
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
     store.purge(lambda key: None, 9)
     second, created = store.create(a_job(), idempotency_key="x", fingerprint="f")
     assert created
@@ -241,7 +241,7 @@ def test_a_job_whose_cancel_nobody_carried_out_is_not_begun_again(store, clock):
 def test_a_deleted_job_is_unseen_and_ends(store):
     store.create(a_job())
     (job,) = store.queue.claim("d", 30, 5)
-    cursor = store.latest()
+    cursor = store.latest_version()
     assert store.delete(job.id, "ada")
     assert store.get(job.id, "ada") is None
     assert store.list("ada").jobs == []
@@ -272,7 +272,7 @@ def test_changes_are_told_once_and_in_order(store):
     store.queue.claim("d", 30, 9)
     # One change of several jobs comes whole, whatever the limit.
     assert len(store.changed_since(rest.cursor, tenant="ada", limit=1).jobs) == 3
-    assert store.changed_since(store.latest()).jobs == []
+    assert store.changed_since(store.latest_version()).jobs == []
 
 
 def test_no_change_is_missed_while_many_are_made(store):
@@ -300,13 +300,13 @@ def test_old_jobs_are_forgotten_with_the_files_that_nobody_else_has(store, clock
     store.delete(done[2].id, "ada")
     gone = []
     assert store.purge(gone.append, 9) == 0
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
     assert (store.purge(gone.append, 1), store.purge(gone.append, 1), store.purge(gone.append, 1)) == (1, 1, 0)
     assert gone == ["own"]
     clock.seconds += 3600
     store.purge(gone.append, 9)
     assert store.list("ada").jobs == []
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
     assert store.purge(gone.append, 9) == 1
     assert gone == ["own", "shared"]
 
@@ -314,7 +314,7 @@ def test_old_jobs_are_forgotten_with_the_files_that_nobody_else_has(store, clock
 def test_what_could_not_be_removed_is_removed_the_next_time(store, clock):
     job, _ = store.create(a_job())
     store.delete(job.id, "ada")
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
 
     def fails(key):
         raise OSError("no room")
@@ -327,7 +327,7 @@ def test_what_could_not_be_removed_is_removed_the_next_time(store, clock):
 def test_a_job_whose_files_went_while_it_was_created_is_queued(store):
     done = a_job(state=JobState.COMPLETED, progress=100, completed_at=5.0, shot_id="online-1")
     (there, gone), _ = store.create_all(
-        [done, done.model_copy(update={"id": "video_2"})], is_there=lambda job: job.id == done.id
+        [done, done.model_copy(update={"id": "video_2"})], files_exist=lambda job: job.id == done.id
     )
     assert (there.state, gone.state, gone.progress, gone.shot_id) == (JobState.COMPLETED, JobState.QUEUED, 0, None)
     assert [job.id for job in store.queue.claim("d", 30, 9)] == ["video_2"]
@@ -371,32 +371,32 @@ def test_uploads_belong_to_who_brought_them(store):
     assert store.uploads.get("file-1", "ada") is None
     assert removed == []
     assert store.uploads.delete("file-1", "bob", removed.append)
-    store.uploads.remove_unwanted(["cd.png"], removed.append)
+    store.uploads.remove_unreferenced(["cd.png"], removed.append)
     assert removed == ["ab.png", "cd.png"]
 
 
 def test_the_end_of_a_job_leaves_a_message(store, clock):
     job, _ = store.create(a_job())
     store.queue.claim("d", 30, 1)
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
     store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-    (message,) = store.outbox.due(60)
+    (message,) = store.outbox.claim_due(60)
     assert (message.event, message.job, message.target, message.tries) == ("video.completed", job.id, "hook", 0)
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
     store.outbox.postpone(message.id, 10)
     clock.seconds += 11
-    (again,) = store.outbox.due(60)
+    (again,) = store.outbox.claim_due(60)
     assert (again.id, again.tries) == (message.id, 1)
-    store.outbox.taken(message.id)
+    store.outbox.delete(message.id)
     clock.seconds += 100
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
 
 
 def test_what_was_stored_outlives_a_killed_process(store, database_url):
     code = (
         "import os, sys; from vidgen_ray.online.store.store import JobStore; from tests.online.test_store import a_job\n"
         "store = JobStore(sys.argv[1]); print(store.create(a_job())[0].id, flush=True)\n"
-        "with store._database.changing() as change:\n"
+        "with store._database.transaction() as change:\n"
         "    store._rows.insert(change, a_job()); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, database_url], capture_output=True, text=True, timeout=120)

@@ -46,19 +46,19 @@ def not_found(what: str, name: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"No such {what}: {name!r}", code=f"{what}_not_found", param=param)
 
 
-def of_fields(error: ScriptError) -> ApiError:
+def invalid_fields(error: ScriptError) -> ApiError:
     """All that is wrong with a shot's fields; `param` is the first of them."""
     first = error.errors[0]
     return ApiError(400, "; ".join(map(_sentence, error.errors)), code=_code(first), param=first.field)
 
 
-def try_later(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:
+def too_many_requests(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:
     """429, with the time after which another try may do, as both headers that clients know."""
     headers = {"Retry-After": str(max(1, ceil(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
     return ApiError(429, message, code=code, param=param, type="rate_limit_error", headers=headers)
 
 
-def without_places(text: str) -> str:
+def without_paths(text: str) -> str:
     """The text with files by their names alone: where they lie on the server is nobody else's business."""
     return FOLDERS.sub("", text)
 

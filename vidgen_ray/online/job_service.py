@@ -19,7 +19,7 @@ from pydantic import JsonValue
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
-from vidgen_ray.online.api_error import ApiError, invalid, not_found, of_fields, try_later, without_places
+from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import UploadFolder, upload_folder
 from vidgen_ray.online.limits import check_size
@@ -39,7 +39,7 @@ NOT_ASKED_FOR = ("id", "variants")
 FULL_QUEUE_WAIT_S = 5
 OPEN_JOBS_WAIT_S = 2
 
-Accepted = Callable[[], Awaitable[None] | None]
+NotifyDirector = Callable[[], Awaitable[None] | None]
 """Is called when there is something new for the director."""
 
 
@@ -52,7 +52,7 @@ class JobService:
         store: JobStore,
         outputs: OutputFolder,
         serving_profile: ServingProfile,
-        accepted: Accepted = lambda: None,
+        accepted: NotifyDirector = lambda: None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -93,31 +93,31 @@ class JobService:
                 fingerprint=fingerprint,
                 max_queued=self._settings.max_queued,
                 max_open=tenant.limits.open_jobs,
-                is_there=lambda job: self._outputs.find_by_key(job.key) is not None,
+                files_exist=lambda job: self._outputs.find_by_key(job.key) is not None,
             )
         except IdempotencyConflict:
             raise _key_reused() from None
         except QueueFull as full:
-            raise try_later(str(full).capitalize(), "queue_full", FULL_QUEUE_WAIT_S) from None
+            raise too_many_requests(str(full).capitalize(), "queue_full", FULL_QUEUE_WAIT_S) from None
         except LimitReached as reached:
-            raise try_later(str(reached).capitalize(), "too_many_jobs", OPEN_JOBS_WAIT_S) from None
+            raise too_many_requests(str(reached).capitalize(), "too_many_jobs", OPEN_JOBS_WAIT_S) from None
         if created:
-            await self.poke()
+            await self.notify_director()
         return stored
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Ask for the end of a job; none where the tenant has no such job."""
         job = await asyncio.to_thread(self._store.request_cancel, job_id, tenant.name)
-        await self.poke()
+        await self.notify_director()
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Make a job unseen and end it; False where the tenant has no such job."""
         deleted = await asyncio.to_thread(self._store.delete, job_id, tenant.name)
-        await self.poke()
+        await self.notify_director()
         return deleted
 
-    async def poke(self) -> None:
+    async def notify_director(self) -> None:
         """Tell the director that there is something new. It looks by itself, too, only later."""
         told = self._accepted()
         if inspect.isawaitable(told):
@@ -135,16 +135,16 @@ class JobService:
         try:
             shot = check_shot(given, "request", self.serving_profile.profile.defaults)
         except ScriptError as error:
-            raise of_fields(error) from None
+            raise invalid_fields(error) from None
         check_size(tenant.limits, shot)
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"is larger than {METADATA_BYTES} bytes as JSON", "too_large")
         try:
             return self.serving_profile.plan(shot)
         except (ProfileError, MissingWeights) as error:
-            raise ApiError(400, without_places(str(error)), code="not_served") from None
+            raise ApiError(400, without_paths(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
-            raise ApiError(400, without_places(str(error)), code="invalid_value") from None
+            raise ApiError(400, without_paths(str(error)), code="invalid_value") from None
 
     def _job(self, tenant: Tenant, kind: JobKind, fields: Mapping[str, Any], request: Mapping[str, JsonValue]) -> Job:
         plan = self.plan(tenant, fields)
@@ -217,7 +217,7 @@ class JobService:
         return {"path": path} if scale is None else {"path": path, "weight": scale}
 
 
-def shown(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
+def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
     """The shot's fields as its client may give them again: files by their ids, LoRAs by their names, nothing of the server's
     disks."""
     fields = shot.model_dump(

@@ -24,26 +24,26 @@ PURGED_AT_ONCE = 8
 log = logging.getLogger(__name__)
 
 
-async def housekeeping(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
+async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
     """Runs for ever, in one process of a server; a storage or database that fails is asked again."""
     courier = WebhookSender(settings.webhooks, store.outbox)
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
     purged_at = swept_at = 0.0
     while True:
         try:
-            await asyncio.to_thread(courier.deliver)
+            await asyncio.to_thread(courier.deliver_due)
             if time.monotonic() - purged_at > PURGE_EVERY_S:
-                await asyncio.to_thread(forget_old, store, outputs)
+                await asyncio.to_thread(purge_jobs, store, outputs)
                 purged_at = time.monotonic()
             if time.monotonic() - swept_at > SWEEP_EVERY_S:
-                await asyncio.to_thread(uploads.sweep, SWEEP_EVERY_S)
+                await asyncio.to_thread(uploads.remove_unreferenced, SWEEP_EVERY_S)
                 swept_at = time.monotonic()
         except (OSError, SQLAlchemyError):
             log.exception("housekeeping is tried again")
         await asyncio.sleep(EVERY_S)
 
 
-def forget_old(store: JobStore, outputs: OutputFolder) -> None:
+def purge_jobs(store: JobStore, outputs: OutputFolder) -> None:
     """Forget jobs that are gone, with their files, unless a batch run made them."""
     while store.purge(lambda key: outputs.delete_shot(shot_id_of(key)), PURGED_AT_ONCE) == PURGED_AT_ONCE:
         pass

@@ -28,7 +28,7 @@ class WebhookSender:
         self._outbox = outbox
         self._outside = PublicHttpClient(webhooks.timeout_s, allow_private=webhooks.allow_private)
 
-    def deliver(self) -> int:
+    def deliver_due(self) -> int:
         """Try each message whose time has come once. Gives how many were taken.
 
         A message whose courier dies is tried again later, so that a receiver may get it twice, under the same id.
@@ -37,7 +37,7 @@ class WebhookSender:
             return 0
         taken, failed = 0, set[str]()
         hold_s = 2 * len(self._webhooks.targets) * self._webhooks.timeout_s
-        while messages := self._outbox.due(hold_s, besides=failed):
+        while messages := self._outbox.claim_due(hold_s, besides=failed):
             for message in messages:
                 if self._delivered(message):
                     taken += 1
@@ -50,7 +50,7 @@ class WebhookSender:
         target = self._webhooks.named(message.target)
         status = GONE if target is None else self._status(target, message)
         if 200 <= status < 300 or status == GONE or message.tries + 1 >= self._webhooks.tries:
-            self._outbox.taken(message.id)
+            self._outbox.delete(message.id)
         else:
             self._outbox.postpone(message.id, backoff_s(message.tries + 1))
         return 200 <= status < 300

@@ -51,10 +51,10 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
         if bool(images) == bool(videos) or len(videos) > 1:
             raise invalid("video", "give one video, or one or several photos as image", "missing_required_parameter")
         if videos:
-            photos = [await server.face_check.in_turn(lambda: _from_video(server, tenant, videos[0]))]
+            photos = [await server.face_check.run_exclusively(lambda: _from_video(server, tenant, videos[0]))]
         else:
-            photos = await server.image_references.all_kept(tenant, images, "image")
-            await server.face_check.in_turn(lambda: _check_faces(server, tenant, photos))
+            photos = await server.image_references.store_files(tenant, images, "image")
+            await server.face_check.run_exclusively(lambda: _check_faces(server, tenant, photos))
     try:
         character = await asyncio.to_thread(server.store.characters.create, tenant.name, name, photos)
     except NameTaken:
@@ -109,7 +109,7 @@ def _from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
-    return server.job_service.uploads.keep(tenant.name, io.BytesIO(encode_png(photo)), "video").id
+    return server.job_service.uploads.store(tenant.name, io.BytesIO(encode_png(photo)), "video").id
 
 
 def _first_with_a_face(server: ServerContext, clip: VideoReader) -> Image:

@@ -29,7 +29,7 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
         files = received.files("file")
         if len(files) != 1:
             raise invalid("file", f"got {len(files)} files, must be one", "missing_required_parameter")
-        upload = await asyncio.to_thread(server.job_service.uploads.keep, tenant.name, files[0].file, "file")
+        upload = await asyncio.to_thread(server.job_service.uploads.store, tenant.name, files[0].file, "file")
     return file_of(upload)
 
 

@@ -111,9 +111,9 @@ async def edit_images(
             raise invalid("mask", "is not supported: pictures are made over as a whole; leave it out", "unsupported_parameter")
         received.check_files(("image", "face_image"))
         given = checked_names(received.fields, EDIT_FIELDS)
-        images = await server.image_references.all_kept(tenant, received.files("image"), "image")
+        images = await server.image_references.store_files(tenant, received.files("image"), "image")
         if "image" in given:
-            images += await server.image_references.all_named(tenant, given["image"], "image")
+            images += await server.image_references.resolve_all(tenant, given["image"], "image")
         if not images:
             raise invalid("image", "got none, give at least one", "missing_required_parameter")
         fields, about = await _picture(server, tenant, received, given)

@@ -13,7 +13,7 @@ from vidgen_ray.online.api.response_models import ShotJob, shot_of
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import receive
-from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.jobs import JobKind
 from vidgen_ray.shot import nest_flat_settings
 
@@ -42,11 +42,11 @@ async def create_shot(
         idempotency_key=idempotency_key,
         fingerprint=f"shot {received.fingerprint}"[:64],
     )
-    return shot_of(job, shown(job.shot, server.settings, server.job_service.uploads))
+    return shot_of(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
 
 @router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
 async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
     """How far any job is, and its shot as it may be sent again. Its files and events are those of `/v1/videos/{id}`."""
     job = await job_of(server, tenant, shot_id)
-    return shot_of(job, shown(job.shot, server.settings, server.job_service.uploads))
+    return shot_of(job, client_fields(job.shot, server.settings, server.job_service.uploads))

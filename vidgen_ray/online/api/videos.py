@@ -18,7 +18,7 @@ from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
-from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
@@ -119,7 +119,7 @@ async def remix_video(
     async with receive(request, server.settings.uploads) as received:
         received.check_files(())
         fields, about = await _clip(
-            server, tenant, received, shown(before.shot, server.settings, server.job_service.uploads), before
+            server, tenant, received, client_fields(before.shot, server.settings, server.job_service.uploads), before
         )
     (job,) = await server.job_service.accept(
         tenant,
@@ -165,20 +165,20 @@ async def _clip(
         if files := received.files(name):
             if len(files) > 1 or "image" in fields:
                 raise invalid(name, "a clip starts from one picture")
-            fields["image"] = await server.image_references.kept(tenant, files[0], name)
+            fields["image"] = await server.image_references.store_file(tenant, files[0], name)
         elif name in given:
-            fields["image"] = await server.image_references.named(tenant, given[name], name)
+            fields["image"] = await server.image_references.resolve(tenant, given[name], name)
     fields |= await person(server, tenant, received, given)
     return fields, {"model": model, "user": text(given, "user")}
 
 
 async def person(server: ServerContext, tenant: Tenant, received: ReceivedRequest, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say who is in the picture."""
-    photos = await server.image_references.all_kept(tenant, received.files("face_image"), "face_image")
+    photos = await server.image_references.store_files(tenant, received.files("face_image"), "face_image")
     if photos and "face_image" in given:
         raise invalid("face_image", "came as files and as ids; give either")
     if "face_image" in given:
-        photos += await server.image_references.all_named(tenant, given["face_image"], "face_image")
+        photos += await server.image_references.resolve_all(tenant, given["face_image"], "face_image")
     fields = {"character": given.get("character"), "face_image": photos or None}
     return {name: value for name, value in fields.items() if value is not None}
 

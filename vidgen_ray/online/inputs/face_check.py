@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TypeVar
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.api_error import ApiError, without_places
+from vidgen_ray.online.api_error import ApiError, without_paths
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
@@ -26,7 +26,7 @@ class FaceCheck:
         self._alone = Lock()
         self._turn = asyncio.Semaphore(1)
 
-    async def in_turn(self, look: Callable[[], T]) -> T:
+    async def run_exclusively(self, look: Callable[[], T]) -> T:
         """What the look gives, in a thread, one look of this process after another: those who wait hold no thread, which others
         need for what takes no time."""
         async with self._turn:
@@ -53,4 +53,4 @@ class FaceCheck:
 
 
 def _not_served(why: str) -> ApiError:
-    return ApiError(400, f"Faces are not served here: {without_places(why)}", code="not_served")
+    return ApiError(400, f"Faces are not served here: {without_paths(why)}", code="not_served")

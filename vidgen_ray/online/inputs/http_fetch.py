@@ -112,7 +112,7 @@ class PublicHttpClient:
 
         Raises Refused, also where `may` does, and Unreachable.
         """
-        parts = checked_url(url)
+        parts = parse_url(url)
         may(parts)
         if not self._allow_private and parts.port not in (None, *PORTS.values()):
             raise BlockedUrl(f"port {parts.port} is not one of {', '.join(map(str, PORTS.values()))}")
@@ -176,7 +176,7 @@ class ImageFetcher:
         raise BlockedUrl(f"host {host[:100]!r} is not among those that are allowed")
 
 
-def checked_url(url: str) -> SplitResult:
+def parse_url(url: str) -> SplitResult:
     """The parts of a plain http or https URL. Raises Refused for whatever two programs might read differently."""
     if not url.isascii() or not url.isprintable() or any(sign in url for sign in ' \\"<>^`{|}'):
         raise BlockedUrl("a URL must be plain ASCII; write other letters as %XX, and names as xn--...")

@@ -27,21 +27,21 @@ class ImageReferences:
         self._pictures = pictures
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
 
-    async def kept(self, tenant: Tenant, file: UploadFile, param: str) -> str:
+    async def store_file(self, tenant: Tenant, file: UploadFile, param: str) -> str:
         """The id of a file that came with the request. Raises ApiError 400 or 413."""
-        return (await asyncio.to_thread(self._uploads.keep, tenant.name, file.file, param)).id
+        return (await asyncio.to_thread(self._uploads.store, tenant.name, file.file, param)).id
 
-    async def all_kept(self, tenant: Tenant, files: Sequence[UploadFile], param: str) -> list[str]:
-        return [await self.kept(tenant, file, param) for file in files]
+    async def store_files(self, tenant: Tenant, files: Sequence[UploadFile], param: str) -> list[str]:
+        return [await self.store_file(tenant, file, param) for file in files]
 
-    async def all_named(self, tenant: Tenant, given: Any, param: str) -> list[str]:
+    async def resolve_all(self, tenant: Tenant, given: Any, param: str) -> list[str]:
         """Of a field that names one file, or several. Raises ApiError 400 or 413."""
         each = given if isinstance(given, list) else [given]
         if len(each) > self._uploads.caps.files:
             raise invalid(param, f"got {len(each)}, must be at most {self._uploads.caps.files}")
-        return [await self.named(tenant, one, param) for one in each]
+        return [await self.resolve(tenant, one, param) for one in each]
 
-    async def named(self, tenant: Tenant, given: Any, param: str) -> str:
+    async def resolve(self, tenant: Tenant, given: Any, param: str) -> str:
         """The id of the file that a field names. Raises ApiError 400 or 413."""
         if isinstance(given, str) and given.lstrip().startswith("{"):
             try:
@@ -58,7 +58,7 @@ class ImageReferences:
         if kind == "file_id":
             return value
         content = await self._content(value, param)
-        return (await asyncio.to_thread(self._uploads.keep, tenant.name, io.BytesIO(content), param)).id
+        return (await asyncio.to_thread(self._uploads.store, tenant.name, io.BytesIO(content), param)).id
 
     async def _content(self, url: str, param: str) -> bytes:
         if url[:5].lower() == "data:":

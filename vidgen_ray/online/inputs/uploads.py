@@ -48,7 +48,7 @@ class UploadFolder:
         self._uploaded = uploaded
         self.caps = caps
 
-    def keep(self, tenant: str, source: BinaryIO, param: str) -> Upload:
+    def store(self, tenant: str, source: BinaryIO, param: str) -> Upload:
         """Store a picture as it is. Raises ApiError 413 where it is too large, 400 where it is no picture that is read; `param`
         names it."""
         digest, size = hashlib.sha256(), 0
@@ -84,12 +84,12 @@ class UploadFolder:
         """Take a file from the tenant, and from the disk where it was nobody else's. False where it is not the tenant's."""
         return self._uploaded.delete(upload_id, tenant, self._remove)
 
-    def sweep(self, older_than_s: float) -> None:
+    def remove_unreferenced(self, older_than_s: float) -> None:
         """Remove files that nobody has any more, and of which no job that has not ended is made."""
         latest = time.time() - older_than_s
         with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
             files = [each.name for each in entries if NAME.fullmatch(each.name) and each.stat().st_mtime < latest]
-            self._uploaded.remove_unwanted(files, self._remove)
+            self._uploaded.remove_unreferenced(files, self._remove)
 
     def _remove(self, file: str) -> None:
         (self._folder / file).unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Characters:
 
     def create(self, tenant: str, name: str, photos: Sequence[str]) -> Character:
         """Asked again with the same photos it gives what is there. Raises NameTaken."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             known = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.name == name)
             if (row := change.connection.execute(known).one_or_none()) is not None:
                 if (found := _character(row)).photos != tuple(photos):
@@ -54,7 +54,7 @@ class Characters:
     def get(self, id_or_name: str, tenant: str) -> Character | None:
         """None where the tenant has none of that id or name."""
         called = or_(CHARACTERS.c.id == id_or_name, CHARACTERS.c.name == id_or_name)
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, called).limit(1)
             row = connection.execute(query).one_or_none()
         return None if row is None else _character(row)
@@ -62,13 +62,13 @@ class Characters:
     def list(self, tenant: str) -> list[Character]:
         """All of a tenant's, the newest first."""
         query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant).order_by(CHARACTERS.c.seq.desc())
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return [_character(row) for row in connection.execute(query)]
 
     def delete(self, character_id: str, tenant: str) -> bool:
         """False where the tenant has none of that id. Jobs that were made with it keep their photos."""
         own = [CHARACTERS.c.id == character_id, CHARACTERS.c.tenant == tenant]
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             return change.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
 
 

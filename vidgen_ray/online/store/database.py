@@ -27,13 +27,13 @@ class Database:
     Raises SetupError where the database cannot be opened, or is of another version of the tables.
     """
 
-    def __init__(self, url: str, *, lasting: bool = True) -> None:
+    def __init__(self, url: str, *, durable: bool = True) -> None:
         """`url` as SQLAlchemy has it: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
 
-        Changes that need not be `lasting` are seen by everybody and survive any process, and the last of them may be lost
+        Changes that need not be `durable` are seen by everybody and survive any process, and the last of them may be lost
         with the machine's power: for who can do again what was lost. PostgreSQL keeps its own counsel.
         """
-        self.engine = _engine(url, lasting)
+        self.engine = _engine(url, durable)
         try:
             self._prepare()
         except OperationalError as error:
@@ -46,20 +46,20 @@ class Database:
         return self.engine.url.render_as_string(hide_password=True)
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def read_connection(self) -> Iterator[Connection]:
         """A transaction that changes nothing."""
         with self.engine.connect() as connection:
             yield connection.execution_options(**READS)
 
     @contextmanager
-    def changing(self) -> Iterator[Transaction]:
+    def transaction(self) -> Iterator[Transaction]:
         """A transaction that is alone in changing anything, and on the disk when the block ends."""
         with self.engine.begin() as connection:
             yield Transaction(connection)
 
     def ping(self) -> None:
         """Raises SQLAlchemyError where the database does not answer."""
-        with self.reading() as connection:
+        with self.read_connection() as connection:
             connection.execute(select(META.c.value).limit(1))
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class Transaction:
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 
-def _engine(url: str, lasting: bool) -> Engine:
+def _engine(url: str, durable: bool) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -114,7 +114,7 @@ def _engine(url: str, lasting: bool) -> Engine:
         )
     engine = create_engine(parsed, connect_args={"timeout": BUSY_S}, pool_timeout=BUSY_S)
     event.listen(engine, "connect", _set_up_sqlite)
-    if not lasting:
+    if not durable:
         event.listen(engine, "connect", _wait_for_no_disk)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

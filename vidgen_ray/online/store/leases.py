@@ -40,7 +40,7 @@ class JobLeases:
 
         `attempts` counts this one already.
         """
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             now = self._now()
             lost = and_(JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
             ids = [*change.connection.scalars(select(JOBS.c.id).where(lost).order_by(JOBS.c.seq))]
@@ -68,7 +68,7 @@ class JobLeases:
 
     def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
         """Hold on to these jobs. Gives those to end: somebody asked for it, or they are not the owner's any more."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             held = and_(JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS)
             kept = (
                 update(JOBS).where(held).values(lease_until=self._now() + lease_s).returning(JOBS.c.id, JOBS.c.cancel_requested)
@@ -78,7 +78,7 @@ class JobLeases:
 
     def release(self, owner: str, ids: Collection[str]) -> None:
         """Put jobs back into the queue, at their old place; being stopped on purpose counts as no attempt."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             held = [JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
             self._rows.end(change, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
             back = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
@@ -86,7 +86,7 @@ class JobLeases:
 
     def progress(self, owner: str, each: Sequence[JobProgress]) -> set[str]:
         """Say how far jobs are; a percentage never goes back. Gives those that are still the owner's."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             held = set()
             for job_id, stage, step, steps, percent in each:
                 # Written out: SQLite calls the larger of two max, PostgreSQL greatest.
@@ -108,7 +108,7 @@ class JobLeases:
         return self._end_own(job_id, owner, JobState.CANCELLED)
 
     def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
             return bool(self._rows.end(change, held, state, **values))
 

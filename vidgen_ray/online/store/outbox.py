@@ -52,9 +52,9 @@ class Outbox:
             )
         )
 
-    def due(self, hold_s: float, besides: Collection[str] = ()) -> Sequence[Message]:
+    def claim_due(self, hold_s: float, besides: Collection[str] = ()) -> Sequence[Message]:
         """Of each target, without some, the oldest message whose time has come; nobody else is given it for `hold_s`."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             now = self._now()
             ready = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(besides)]
             place = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("place")
@@ -65,13 +65,13 @@ class Outbox:
             change.connection.execute(held)
         return [Message.model_validate({name: getattr(row, name) for name in Message.model_fields}) for row in rows]
 
-    def taken(self, message_id: str) -> None:
+    def delete(self, message_id: str) -> None:
         """Forget a message that was taken, or that nobody will ever take."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             change.connection.execute(delete(OUTBOX).where(OUTBOX.c.id == message_id))
 
     def postpone(self, message_id: str, seconds: float) -> None:
         """Try a message again after some time."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             later = {"tries": OUTBOX.c.tries + 1, "next_try_at": self._now() + seconds}
             change.connection.execute(update(OUTBOX).where(OUTBOX.c.id == message_id).values(**later))

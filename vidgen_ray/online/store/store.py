@@ -1,4 +1,4 @@
-"""Where jobs are kept: every change is one transaction, and a lasting one on the disk before anybody hears of it.
+"""Where jobs are kept: every change is one transaction, and a durable one on the disk before anybody hears of it.
 
 Calls block; in an event loop use `asyncio.to_thread`.
 """
@@ -23,9 +23,9 @@ from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
 from vidgen_ray.online.store.upload_records import UploadRecords
 
-REMEMBERED_S = 86_400
+IDEMPOTENCY_TTL_S = 86_400
 """How long a retried create finds the jobs of the first."""
-FORGOTTEN_AFTER_S = 300
+PURGE_DELAY_S = 300
 """Between the deletion of a job and that of its files: whoever is sent one of them has it by then."""
 IDS = TypeAdapter(list[str])
 
@@ -89,10 +89,10 @@ class JobStore:
         retention_s: float | None = None,
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
-        lasting: bool = True,
+        durable: bool = True,
     ) -> None:
         """`targets` gives the names of the webhooks that hear of a tenant's jobs. Raises SetupError; see Database."""
-        self._database = Database(url, lasting=lasting)
+        self._database = Database(url, durable=durable)
         self._now = now
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
@@ -134,18 +134,18 @@ class JobStore:
         fingerprint: str = "",
         max_queued: int | None = None,
         max_open: int | None = None,
-        is_there: Callable[[Job], bool] = lambda job: True,
+        files_exist: Callable[[Job], bool] = lambda job: True,
     ) -> tuple[list[Job], bool]:
         """Store new jobs of one tenant, all or none: queued ones, or ones whose files are there already.
 
-        `is_there` is asked again of those whose files are there: nobody removes files meanwhile (see `purge`), and a job whose
-        files have gone is queued. `max_queued` jobs of all tenants may wait; `max_open` of this one's may be queued or in
+        `files_exist` is called for completed jobs inside the transaction, while `purge` cannot remove files. A job whose
+        files are missing is queued. `max_queued` jobs of all tenants may wait; `max_open` of this one's may be queued or in
         progress.
         With an idempotency key that the tenant has used, nothing is stored and the jobs of then are given, and False.
         Raises IdempotencyConflict where `fingerprint`, a digest of the request, was another one then; QueueFull; LimitReached.
         """
         tenant = jobs[0].tenant
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             if idempotency_key is not None:
                 before = _created_before(change.connection, tenant, idempotency_key, fingerprint)
                 if before:
@@ -153,7 +153,7 @@ class JobStore:
                 # Its jobs are long forgotten, if it was used.
                 used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
                 change.connection.execute(delete(IDEMPOTENCY).where(*used))
-            jobs = [job if not job.state.is_final or is_there(job) else job.queued() for job in jobs]
+            jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
             fresh = sum(not job.state.is_final for job in jobs)
             if fresh:
                 _check_room(change.connection, tenant, fresh, max_queued, max_open)
@@ -166,12 +166,12 @@ class JobStore:
 
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
         """The jobs that this key has created, or none. Raises IdempotencyConflict."""
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return _created_before(connection, tenant, idempotency_key, fingerprint)
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """None where there is no such job, it was deleted, or it is another tenant's. Without a tenant, anybody's."""
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             row = connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
         return None if row is None else job_of(row)
 
@@ -192,7 +192,7 @@ class JobStore:
         query = select(JOBS).where(
             JOBS.c.tenant == tenant, JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states), JOBS.c.deleted_at.is_(None)
         )
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             if after is not None:
                 place = select(JOBS.c.seq).where(JOBS.c.id == after, JOBS.c.tenant == tenant)
                 seq = connection.execute(place).scalar()
@@ -209,7 +209,7 @@ class JobStore:
         # One change may be of several jobs, which must not be torn apart.
         some = select(JOBS.c.version).where(*new).order_by(JOBS.c.version).limit(limit).subquery()
         last = select(func.max(some.c.version)).scalar_subquery()
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             rows = connection.execute(select(JOBS).where(*new, JOBS.c.version <= last).order_by(JOBS.c.version)).all()
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
@@ -217,9 +217,9 @@ class JobStore:
             rows[-1].version if rows else cursor,
         )
 
-    def latest(self) -> int:
+    def latest_version(self) -> int:
         """The place of the last change so far."""
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return int(connection.execute(select(func.max(JOBS.c.version))).scalar() or 0)
 
     def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
@@ -227,7 +227,7 @@ class JobStore:
 
         None where there is no such job.
         """
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             self._rows.end(change, [*_visible(job_id, tenant), JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
             self._rows.update(
                 change,
@@ -239,7 +239,7 @@ class JobStore:
 
     def delete(self, job_id: str, tenant: str | None) -> bool:
         """Make a job unseen, and end it where it has not ended. False where there is no such job."""
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             asked = {"cancel_requested": or_(JOBS.c.cancel_requested, JOBS.c.state == JobState.IN_PROGRESS)}
             deleted = bool(self._rows.update(change, _visible(job_id, tenant), deleted_at=self._now(), **asked))
             if deleted:
@@ -253,12 +253,12 @@ class JobStore:
         `forget` removes what there is under the content key of a shot that no job has any more. Nothing else changes the store
         meanwhile, so that no job is created by what is being removed; where it raises OSError all stays for the next time.
         """
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             now = self._now()
             old = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at < now]
             self._rows.update(change, old, deleted_at=now)
-            change.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - REMEMBERED_S))
-            gone = [JOBS.c.deleted_at < now - FORGOTTEN_AFTER_S, JOBS.c.state.in_(FINAL)]
+            change.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - IDEMPOTENCY_TTL_S))
+            gone = [JOBS.c.deleted_at < now - PURGE_DELAY_S, JOBS.c.state.in_(FINAL)]
             some = select(JOBS.c.id, JOBS.c.key).where(*gone).order_by(JOBS.c.seq).limit(most)
             rows = change.connection.execute(some).all()
             change.connection.execute(delete(JOBS).where(JOBS.c.id.in_([row.id for row in rows])))
@@ -275,14 +275,14 @@ class JobStore:
             .where(JOBS.c.deleted_at.is_(None))
             .group_by(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state)
         )
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return {(tenant, JobKind(kind), JobState(state)): n for tenant, kind, state, n in connection.execute(query)}
 
 
-def open_store(settings: OnlineSettings, *, lasting: bool = True) -> JobStore:
-    """The store of a server; `lasting` as Database has it. Raises SetupError."""
+def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
+    """The store of a server; `durable` as Database has it. Raises SetupError."""
     targets = settings.webhooks.names_for
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, lasting=lasting)
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, durable=durable)
 
 
 def _check_room(connection: Connection, tenant: str, fresh: int, max_queued: int | None, max_open: int | None) -> None:

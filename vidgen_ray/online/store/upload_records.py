@@ -34,7 +34,7 @@ class UploadRecords:
     def add(self, tenant: str, upload_id: str, file: str, size: int) -> Upload:
         """Note that a tenant has brought a file; once more changes nothing."""
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             if (row := change.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
                 return _upload(row)
             upload = Upload(id=upload_id, tenant=tenant, file=file, bytes=size, created_at=self._now())
@@ -44,24 +44,24 @@ class UploadRecords:
     def get(self, upload_id: str, tenant: str) -> Upload | None:
         """None where this tenant has not brought it, whoever else has."""
         query = select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id)
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else _upload(row)
 
     def delete(self, upload_id: str, tenant: str, remove: Callable[[str], None]) -> bool:
         """Take a file from a tenant; `remove` it where nobody wants it then. False where this tenant has not brought it."""
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-        with self._database.changing() as change:
+        with self._database.transaction() as change:
             files = change.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
             _remove_unwanted(change.connection, files, remove)
         return bool(files)
 
-    def remove_unwanted(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
+    def remove_unreferenced(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
         """Remove those that nobody has brought, or has any more. Nobody brings one meanwhile."""
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             brought = set(connection.scalars(select(UPLOADS.c.file)))
         if left := [file for file in files if file not in brought]:
-            with self._database.changing() as change:
+            with self._database.transaction() as change:
                 _remove_unwanted(change.connection, left, remove)
 
 
