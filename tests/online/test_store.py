@@ -6,7 +6,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import text
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store.characters import NameTaken
@@ -402,21 +401,6 @@ def test_what_was_stored_outlives_a_killed_process(store, database_url):
     killed = subprocess.run([sys.executable, "-c", code, database_url], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [job.id for job in store.list("ada").jobs] == [killed.stdout.strip()]
-
-
-def test_tables_of_another_version_are_refused(store, database_url):
-    with store.engine.begin() as connection:
-        connection.execute(text("UPDATE vidgen_meta SET value = 99 WHERE name = 'schema'"))
-    with pytest.raises(SetupError, match="version 99, this program wants 1"):
-        JobStore(database_url)
-
-
-def test_processes_that_start_together_make_the_tables_once(database_url):
-    with ThreadPoolExecutor(6) as pool:
-        stores = list(pool.map(JobStore, [database_url] * 6))
-    for each in stores:
-        each.ping()
-        each.close()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://a@b/c", "sqlite://", "sqlite:////nowhere/at/all/jobs.db"])
