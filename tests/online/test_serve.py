@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent.parent
             "flux: weights 'hub:black-forest-labs/FLUX.1-dev@main': not on this machine",
         ),
         (["--database", "mysql://x"], 4, "database: must be a file of SQLite"),
-        (["--data", "s3://bucket/x"], 4, "database: must be given where data is an object store"),
+        (["--data", "s3://bucket/x"], 4, "database: must be set if data is an object store"),
         (["--keys", "gone.yaml"], 4, "keys file gone.yaml: cannot be read"),
         (["--settings", "gone.yaml"], 2, "settings gone.yaml: cannot be read"),
         (["--port", "0"], 2, "should be greater than or equal to 1"),

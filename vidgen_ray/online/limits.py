@@ -35,8 +35,8 @@ def check_size(limits: Limits, shot: Shot) -> None:
     if total > allowed:
         raise ApiError(
             400,
-            f"{shot.width}x{shot.height} pixels of {frames} frames are {total} together, at most {allowed} are allowed "
-            "with this key; ask for fewer frames or a smaller size",
+            f"{shot.width} x {shot.height} pixels x {frames} frames is {total}, must be at most {allowed} for this key. "
+            "Request fewer frames or a smaller size.",
             code="too_large",
             param="num_frames" if shot.generate_video else "size",
         )
