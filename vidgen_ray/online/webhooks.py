@@ -6,10 +6,10 @@ Messages are stored in the outbox until they are delivered, so a crash of the pr
 from __future__ import annotations
 
 import json
+import random
 from datetime import UTC, datetime
 
 from standardwebhooks import Webhook as Signer
-from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
 from vidgen_ray.online.inputs.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
 from vidgen_ray.online.settings import Webhook, Webhooks
@@ -18,8 +18,11 @@ from vidgen_ray.online.store.outbox import Message, Outbox
 GONE = 410
 """Status with which a receiver rejects a message for good."""
 MAX_RESPONSE_BYTES = 65_536
-BACKOFF = wait_exponential_jitter(initial=5, max=3600, jitter=5)
-"""Seconds before the second attempt, doubled for each further one."""
+FIRST_BACKOFF_S = 5.0
+"""Seconds before the second attempt, plus jitter."""
+MAX_BACKOFF_S = 3600.0
+BACKOFF_JITTER_S = 5.0
+"""Largest number of random seconds added to a backoff, so that retries to a receiver that was down do not coincide."""
 
 
 class WebhookSender:
@@ -94,7 +97,8 @@ def signature_headers(target: Webhook, message_id: str, body: str) -> dict[str, 
 
 
 def backoff_s(attempts: int) -> float:
-    """Return the seconds to wait after this many failed attempts."""
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = attempts
-    return BACKOFF(state)
+    """Return the seconds to wait after this many failed attempts: 5 s doubled for each further one, plus up to 5 s of
+    jitter, at most one hour."""
+    # The exponent is capped because the power of a large one does not fit into a float.
+    backoff = FIRST_BACKOFF_S * 2.0 ** min(attempts - 1, 30)
+    return min(MAX_BACKOFF_S, backoff + random.uniform(0, BACKOFF_JITTER_S))
