@@ -38,7 +38,7 @@ ROOT = Path(__file__).parent.parent.parent
             4,
             "flux: weights 'hub:black-forest-labs/FLUX.1-dev@main': not on this machine",
         ),
-        (["--database", "mysql://x"], 4, "database: must be a file of SQLite"),
+        (["--database", "mysql://x"], 4, "database: must be an SQLite file"),
         (["--data", "s3://bucket/x"], 4, "database: must be set if data is an object store"),
         (["--keys", "gone.yaml"], 4, "keys file gone.yaml: cannot be read"),
         (["--settings", "gone.yaml"], 2, "settings gone.yaml: cannot be read"),
