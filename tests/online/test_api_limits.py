@@ -25,9 +25,9 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
-from vidgen_ray.online.maintenance import forget_old
+from vidgen_ray.online.maintenance import purge_jobs
 from vidgen_ray.online.settings import Limits, OnlineSettings
-from vidgen_ray.online.store.store import FORGOTTEN_AFTER_S
+from vidgen_ray.online.store.store import PURGE_DELAY_S
 
 KEYS = {name: f"vg-{name}" for name in ("ada", "bob", "small", "slow", "one", "late")}
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 900_000, "files": 3, "seconds": 2}
@@ -492,8 +492,8 @@ def test_files_of_a_deleted_video_stay_while_another_uses_them(tiny, tmp_path):
         now = server.store._now
         for deleted, exists in ((first, True), (second, False)):
             client.delete(f"/v1/videos/{deleted['id']}")
-            server.store._now = lambda: now() + FORGOTTEN_AFTER_S + 1
-            forget_old(server.store, server.outputs)
+            server.store._now = lambda: now() + PURGE_DELAY_S + 1
+            purge_jobs(server.store, server.outputs)
             server.store._now = now
             assert folder.exists() == exists
             assert any((tmp_path / "keys").iterdir()) == exists
@@ -545,9 +545,9 @@ def test_urls_are_fetched_from_allowed_hosts_only(tiny, tmp_path):
         for url, message in (
             ("http://127.0.0.1/a.png", "not a public address"),
             ("http://127.0.0.1:6379/", "port 6379"),
-            ("http://elsewhere.example/a.png", "not among those"),
+            ("http://elsewhere.example/a.png", "not in url_inputs.allow_hosts"),
             ("file:///etc/passwd", "not http or https"),
-            ("http://images.example@127.0.0.1/", "a name or a password"),
+            ("http://images.example@127.0.0.1/", "user name or password"),
         ):
             response = client.post("/v1/videos", json={**SMALL, "image_reference": {"image_url": url}})
             error = error_of(response, 400)

@@ -21,15 +21,15 @@ DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 def groups(profile, gpus):
-    everything = ServingProfile(profile, dict.fromkeys(stage.name for stage in STAGES), {})
+    all_stages = ServingProfile(profile, dict.fromkeys(stage.name for stage in STAGES), {})
     cluster = parse_gpus(gpus) if gpus else this_machine()
-    layout = plan(profile, everything.demand(), cluster).layout
+    layout = plan(profile, all_stages.demand(), cluster).layout
     return layout, groups_of(layout, profile, cluster)
 
 
-@pytest.mark.parametrize("layout", ["auto", "staged"])
+@pytest.mark.parametrize("placement", ["auto", "staged"])
 @pytest.mark.parametrize(
-    ("name", "gpus", "card_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
+    ("name", "gpus", "gpu_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
 )
 def test_replicas_on_one_gpu_always_fit_into_its_memory(name, gpus, card_gb, layout):
     profile = load_profile(name).model_copy(update={"layout": layout})

@@ -111,7 +111,7 @@ def test_polling_stops_with_the_last_stream(store, feed):
 
 def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed):
     new_job(store)
-    cursor = store.latest()
+    cursor = store.latest_version()
     missed, other = new_job(store), new_job(store, "bob")
 
     async def seen() -> tuple[list[str], list[str]]:
@@ -131,7 +131,7 @@ def test_tenant_stream_starts_at_its_cursor_and_sees_no_other_tenant(store, feed
 
 def test_slow_stream_gets_the_latest_state_only(store, feed):
     async def states() -> list[str]:
-        async with aclosing(feed.follow_tenant("ada", store.latest(), POLL_S)) as stream:
+        async with aclosing(feed.follow_tenant("ada", store.latest_version(), POLL_S)) as stream:
             await anext(stream)
             job = new_job(store)
             await asyncio.sleep(5 * POLL_S)
@@ -172,7 +172,7 @@ def test_page_stream_ends_when_the_session_ends(store, feed, monkeypatch):
 
     async def events() -> list:
         job = new_job(store)
-        first = store.latest()
+        first = store.latest_version()
         seen = []
         async for event in live_updates._events(site, request, tenant, 0):
             seen.append((event.event, event.id, event.data and json.loads(event.data)))

@@ -1,4 +1,4 @@
-"""The configs for `serve deploy`: every key is one that Serve or we know, and every deployment is one that there will be."""
+"""The configs for `serve deploy`: all keys are known and all deployments exist."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CLUSTERS = {"laptop": this_machine(), "gpu-80gb": parse_gpus("1x80GB"), "cluster
 
 
 def deployments(name, settings):
-    """What there will be on the cluster that the config is for, were all weights there."""
+    """Return the names of the deployments on the cluster that the config is for, with all weights present."""
     profile = load_profile(settings.profile)
     if settings.layout:
         profile = profile.model_copy(update={"layout": settings.layout})
@@ -29,12 +29,12 @@ def deployments(name, settings):
     return {API, DIRECTOR, ENCODER, *(group.name for group in groups)}
 
 
-def test_there_is_one_for_a_laptop_a_card_and_a_cluster():
+def test_configs_for_laptop_gpu_and_cluster_exist():
     assert {file.stem for file in CONFIGS.iterdir()} == set(CLUSTERS)
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
-def test_a_config_is_right_to_the_letter(name):
+def test_shipped_config_is_valid(name):
     config, settings = check_config(CONFIGS / f"{name}.yaml")
     (app,) = config.applications
     assert {deployment.name for deployment in app.deployments} <= deployments(name, settings)
@@ -44,32 +44,32 @@ def test_a_config_is_right_to_the_letter(name):
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "says"),
+    ("valid", "invalid", "message"),
     [
-        ("  port: 8000", "  prt: 8000", "http_options.prt: there is no such key, must be one of host"),
-        ("proxy_location", "proxy_locations", "proxy_locations: there is no such key"),
-        ("route_prefix", "route_prefx", "applications.0.route_prefx: there is no such key"),
-        ("max_queued", "max_queue", "applications.0.args.max_queue: there is no such key"),
-        ("name: svd", "nam: svd", "applications.0.deployments.3.nam: there is no such key"),
-        ("min_replicas: 2", "min_replica: 2", "applications.0.deployments.0.autoscaling_config.min_replica: there is no"),
-        ("log_level", "level", "logging_config.level: there is no such key"),
+        ("  port: 8000", "  prt: 8000", "http_options.prt: unknown key, must be one of host"),
+        ("proxy_location", "proxy_locations", "proxy_locations: unknown key"),
+        ("route_prefix", "route_prefx", "applications.0.route_prefx: unknown key"),
+        ("max_queued", "max_queue", "applications.0.args.max_queue: unknown key"),
+        ("name: svd", "nam: svd", "applications.0.deployments.3.nam: unknown key"),
+        ("min_replicas: 2", "min_replica: 2", "applications.0.deployments.0.autoscaling_config.min_replica: unknown key"),
+        ("log_level", "level", "logging_config.level: unknown key"),
         ("max_queued: 2000", "max_queued: none", "max_queued: Input should be a valid integer"),
         ("      layout: staged", "      layout: stagd", "layout: Input should be"),
-        ("      port: 8000", "      port: 8001", "http_options listens on 0.0.0.0:8000, args say 0.0.0.0:8001"),
-        ("application:build", "application:built", "must have one application, with import_path"),
+        ("      port: 8000", "      port: 8001", "http_options has 0.0.0.0:8000 but args have 0.0.0.0:8001"),
+        ("application:build", "application:built", "must have exactly one application, with import_path"),
         ("proxy_location:", "proxy_location: x\nproxy_location:", "not YAML"),
     ],
 )
-def test_what_is_written_wrong_is_refused(tmp_path, right, wrong, says):
+def test_invalid_config_is_rejected(tmp_path, valid, invalid, message):
     text = (CONFIGS / "cluster.yaml").read_text()
-    assert right in text
-    (tmp_path / "c.yaml").write_text(text.replace(right, wrong, 1))
-    with pytest.raises(UsageError) as told:
+    assert valid in text
+    (tmp_path / "c.yaml").write_text(text.replace(valid, invalid, 1))
+    with pytest.raises(UsageError) as error:
         check_config(tmp_path / "c.yaml")
-    assert says in str(told.value)
+    assert message in str(error.value)
 
 
-def test_serve_makes_settings_of_the_args_and_tells_what_is_wrong_with_them():
+def test_serve_validates_the_args():
     call = call_user_app_builder_with_args_if_necessary
     with pytest.raises(ValidationError, match="max_queue"):
         call(build, {"profile": "tiny", "max_queue": 7})
@@ -77,6 +77,6 @@ def test_serve_makes_settings_of_the_args_and_tells_what_is_wrong_with_them():
         call(build, {"profile": "nope", "gpus": "1x80GB"})
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_missing_config_file_is_reported(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         check_config(tmp_path / "c.yaml")

@@ -1,4 +1,4 @@
-"""What the store of jobs promises, on SQLite and on PostgreSQL alike."""
+"""The job store, on SQLite and PostgreSQL."""
 
 import signal
 import subprocess
@@ -6,14 +6,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import text
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import (
-    FORGOTTEN_AFTER_S,
+    PURGE_DELAY_S,
     IdempotencyConflict,
     JobStore,
     LimitReached,
@@ -38,78 +37,78 @@ def clock():
 
 @pytest.fixture
 def store(database_url, clock):
-    with_targets = JobStore(database_url, retention_s=3600, targets=lambda tenant: ["hook"], now=clock)
-    yield with_targets
-    with_targets.close()
+    store = JobStore(database_url, retention_s=3600, targets=lambda tenant: ["hook"], now=clock)
+    yield store
+    store.close()
 
 
-def a_job(tenant="ada", kind=JobKind.VIDEO, **fields) -> Job:
+def new_job(tenant="ada", kind=JobKind.VIDEO, **fields) -> Job:
     shot = Shot(id="online-1", prompt="a man «ünter» 🌧", seed=7, metadata={"a": [1, None]})
-    given = {"id": new_id(kind), "tenant": tenant, "kind": kind, "shot": shot, "key": "k" * 64, "created_at": 5.25}
-    return Job(**{**given, "request": {"model": "tiny", "seconds": "1"}, **fields})
+    values = {"id": new_id(kind), "tenant": tenant, "kind": kind, "shot": shot, "key": "k" * 64, "created_at": 5.25}
+    return Job(**{**values, "request": {"model": "tiny", "seconds": "1"}, **fields})
 
 
-def test_a_job_comes_back_as_it_was_stored(store):
-    stored, created = store.create(a_job())
+def test_get_returns_the_stored_job(store):
+    stored, created = store.create(new_job())
     assert created
     assert store.get(stored.id, "ada") == stored
     assert stored.state == JobState.QUEUED
     assert stored.shot.metadata == {"a": [1, None]}
 
 
-def test_another_tenants_job_is_not_there(store):
-    job, _ = store.create(a_job())
+def test_jobs_of_other_tenants_are_not_accessible(store):
+    job, _ = store.create(new_job())
     assert store.get(job.id, "bob") is None
     assert store.request_cancel(job.id, "bob") is None
     assert not store.delete(job.id, "bob")
     assert store.get(job.id, None) == job
 
 
-def test_a_retried_create_finds_the_first_jobs(store):
-    first, created = store.create_all([a_job(), a_job()], idempotency_key="x", fingerprint="f")
-    again, created_again = store.create_all([a_job(), a_job()], idempotency_key="x", fingerprint="f", max_queued=0)
+def test_idempotency_key_returns_the_jobs_of_the_first_request(store):
+    first, created = store.create_all([new_job(), new_job()], idempotency_key="x", fingerprint="f")
+    again, created_again = store.create_all([new_job(), new_job()], idempotency_key="x", fingerprint="f", max_queued=0)
     assert (created, created_again) == (True, False)
     assert again == first
     assert store.find_created("ada", "x", "f") == first
     assert store.find_created("bob", "x", "f") == []
     with pytest.raises(IdempotencyConflict):
-        store.create(a_job(), idempotency_key="x", fingerprint="other")
+        store.create(new_job(), idempotency_key="x", fingerprint="other")
     assert len(store.list("ada").jobs) == 2
 
 
-def test_a_key_whose_jobs_are_forgotten_creates_anew(store, clock):
-    first, _ = store.create(a_job(), idempotency_key="x", fingerprint="f")
+def test_idempotency_key_can_be_reused_after_its_jobs_are_purged(store, clock):
+    first, _ = store.create(new_job(), idempotency_key="x", fingerprint="f")
     store.delete(first.id, "ada")
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
     store.purge(lambda key: None, 9)
-    second, created = store.create(a_job(), idempotency_key="x", fingerprint="f")
+    second, created = store.create(new_job(), idempotency_key="x", fingerprint="f")
     assert created
-    assert store.create(a_job(), idempotency_key="x", fingerprint="f") == (second, False)
+    assert store.create(new_job(), idempotency_key="x", fingerprint="f") == (second, False)
 
 
-def test_the_same_key_at_the_same_time_creates_once(store):
+def test_concurrent_requests_with_one_idempotency_key_create_one_job(store):
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: store.create(a_job(), idempotency_key="x", fingerprint="f"), range(24)))
-    assert sum(created for _, created in made) == 1
-    assert len({job.id for job, _ in made}) == 1
+        results = list(pool.map(lambda _: store.create(new_job(), idempotency_key="x", fingerprint="f"), range(24)))
+    assert sum(created for _, created in results) == 1
+    assert len({job.id for job, _ in results}) == 1
 
 
-def test_the_queue_and_a_tenants_share_of_it_are_bounded(store):
-    store.create(a_job(), max_queued=2)
-    store.create(a_job("bob"), max_queued=2)
+def test_max_queued_and_max_open_are_enforced(store):
+    store.create(new_job(), max_queued=2)
+    store.create(new_job("bob"), max_queued=2)
     with pytest.raises(QueueFull):
-        store.create(a_job("eve"), max_queued=2)
+        store.create(new_job("eve"), max_queued=2)
     with pytest.raises(LimitReached):
-        store.create(a_job(), max_open=1)
-    # What is there already waits for nobody.
-    _, created = store.create(a_job(state=JobState.COMPLETED, completed_at=5.0), max_queued=2, max_open=1)
+        store.create(new_job(), max_open=1)
+    # A completed job needs no place in the queue.
+    _, created = store.create(new_job(state=JobState.COMPLETED, completed_at=5.0), max_queued=2, max_open=1)
     assert created
 
 
-def test_a_bound_holds_when_many_come_at_once(store):
+def test_max_queued_is_enforced_for_concurrent_requests(store):
     def create(_):
         try:
-            store.create(a_job(), max_queued=5)
+            store.create(new_job(), max_queued=5)
         except QueueFull:
             return 0
         return 1
@@ -118,13 +117,13 @@ def test_a_bound_holds_when_many_come_at_once(store):
         assert sum(pool.map(create, range(30))) == 5
 
 
-def test_lists_go_page_by_page(store):
-    ids = [store.create(a_job())[0].id for _ in range(5)]
-    store.create(a_job("bob"))
-    store.create(a_job(kind=JobKind.IMAGE))
+def test_list_is_paginated(store):
+    ids = [store.create(new_job())[0].id for _ in range(5)]
+    store.create(new_job("bob"))
+    store.create(new_job(kind=JobKind.IMAGE))
     first = store.list("ada", kinds=[JobKind.VIDEO], limit=2)
     assert ([job.id for job in first.jobs], first.has_more) == ([ids[4], ids[3]], True)
-    # Pages go on after a job that has been deleted meanwhile.
+    # The job named by `after` may have been deleted.
     store.delete(ids[3], "ada")
     second = store.list("ada", kinds=[JobKind.VIDEO], limit=3, after=ids[3])
     assert ([job.id for job in second.jobs], second.has_more) == ([ids[2], ids[1], ids[0]], False)
@@ -134,23 +133,23 @@ def test_lists_go_page_by_page(store):
         store.list("bob", after=ids[0])
 
 
-def test_lists_can_be_of_some_states(store):
-    waiting, taken = store.create(a_job())[0], store.create(a_job())[0]
-    store.request_cancel(taken.id, "ada")
-    assert [job.id for job in store.list("ada", states=[JobState.QUEUED]).jobs] == [waiting.id]
+def test_list_filters_by_state(store):
+    queued, cancelled = store.create(new_job())[0], store.create(new_job())[0]
+    store.request_cancel(cancelled.id, "ada")
+    assert [job.id for job in store.list("ada", states=[JobState.QUEUED]).jobs] == [queued.id]
 
 
-def test_tenants_take_turns(store):
-    ada = [store.create(a_job("ada"))[0].id for _ in range(4)]
-    bob = [store.create(a_job("bob"))[0].id for _ in range(2)]
+def test_claim_takes_turns_between_tenants(store):
+    ada = [store.create(new_job("ada"))[0].id for _ in range(4)]
+    bob = [store.create(new_job("bob"))[0].id for _ in range(2)]
     claimed = [job.id for job in store.queue.claim("d", 30, 3)]
     assert claimed == [ada[0], bob[0], ada[1]]
-    # Ada has two in progress, so Bob's next goes before hers.
+    # Ada has two jobs in progress, so Bob's next job comes first.
     assert [job.id for job in store.queue.claim("d", 30, 9)] == [bob[1], ada[2], ada[3]]
 
 
-def test_a_claimed_job_says_so(store, clock):
-    job, _ = store.create(a_job())
+def test_claimed_job_is_in_progress(store, clock):
+    job, _ = store.create(new_job())
     (claimed,) = store.queue.claim("d", 30, 5)
     assert (claimed.state, claimed.attempts, claimed.started_at) == (JobState.IN_PROGRESS, 1, clock.seconds)
     assert store.get(job.id, "ada") == claimed
@@ -158,16 +157,16 @@ def test_a_claimed_job_says_so(store, clock):
     assert store.queue.claim("e", 30, 5) == []
 
 
-def test_no_job_is_claimed_twice(store):
+def test_concurrent_claims_return_different_jobs(store):
     for _ in range(20):
-        store.create(a_job())
+        store.create(new_job())
     with ThreadPoolExecutor(4) as pool:
-        taken = [job.id for jobs in pool.map(lambda n: store.queue.claim(f"d{n}", 30, 4), range(8)) for job in jobs]
-    assert len(taken) == len(set(taken)) == 20
+        claimed = [job.id for jobs in pool.map(lambda n: store.queue.claim(f"d{n}", 30, 4), range(8)) for job in jobs]
+    assert len(claimed) == len(set(claimed)) == 20
 
 
-def test_a_lease_that_ran_out_is_another_ones(store, clock):
-    store.create(a_job())
+def test_expired_lease_can_be_claimed_by_another_director(store, clock):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
     clock.seconds += 20
     assert store.queue.heartbeat("d", [job.id], 30) == set()
@@ -176,7 +175,7 @@ def test_a_lease_that_ran_out_is_another_ones(store, clock):
     clock.seconds += 20
     (again,) = store.queue.claim("e", 30, 5)
     assert (again.id, again.attempts) == (job.id, 2)
-    # The first owner has lost it, whatever it says now.
+    # Calls of the first owner have no effect.
     assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
     assert not store.queue.progress("d", [JobProgress(job.id, "flux", 1, 2, 50)])
     assert not store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
@@ -184,53 +183,57 @@ def test_a_lease_that_ran_out_is_another_ones(store, clock):
     assert store.get(job.id, "ada") == again
 
 
-def test_progress_never_goes_back(store):
-    store.create(a_job())
+def test_progress_never_decreases(store):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
     assert store.queue.progress("d", [JobProgress(job.id, "flux", 3, 4, 40)])
     assert store.queue.progress("d", [JobProgress(job.id, "svd", 1, 25, 35)])
-    now = store.get(job.id, "ada")
-    assert (now.progress, now.stage, now.step, now.steps) == (40, "svd", 1, 25)
+    current = store.get(job.id, "ada")
+    assert (current.progress, current.stage, current.step, current.steps) == (40, "svd", 1, 25)
 
 
-def test_what_has_ended_stays_as_it_ended(store, clock):
-    store.create(a_job())
+def test_completed_job_does_not_change(store, clock):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
     assert store.queue.completed(job.id, "d", shot_id="online-1", stage_seconds={"flux": 1.5})
-    done = store.get(job.id, "ada")
-    assert (done.state, done.progress, done.shot_id) == (JobState.COMPLETED, 100, "online-1")
-    assert (done.completed_at, done.expires_at, done.stage_seconds) == (clock.seconds, clock.seconds + 3600, {"flux": 1.5})
+    completed = store.get(job.id, "ada")
+    assert (completed.state, completed.progress, completed.shot_id) == (JobState.COMPLETED, 100, "online-1")
+    assert (completed.completed_at, completed.expires_at, completed.stage_seconds) == (
+        clock.seconds,
+        clock.seconds + 3600,
+        {"flux": 1.5},
+    )
     assert not store.queue.failed(job.id, "d", JobError(code="x", message="y"))
     assert not store.queue.cancelled(job.id, "d")
-    assert store.request_cancel(job.id, "ada") == done
+    assert store.request_cancel(job.id, "ada") == completed
 
 
-def test_a_failed_job_says_why(store):
-    store.create(a_job())
+def test_failed_job_has_its_error(store):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
-    why = JobError(code="stage_failed", message="no face in the photo", stage="instantid", param="face_image")
-    assert store.queue.failed(job.id, "d", why)
-    assert store.get(job.id, "ada").error == why
+    error = JobError(code="stage_failed", message="no face in the photo", stage="instantid", param="face_image")
+    assert store.queue.failed(job.id, "d", error)
+    assert store.get(job.id, "ada").error == error
 
 
-def test_a_queued_job_is_cancelled_at_once(store):
-    job, _ = store.create(a_job())
+def test_cancel_of_a_queued_job_is_immediate(store):
+    job, _ = store.create(new_job())
     assert store.request_cancel(job.id, "ada").state == JobState.CANCELLED
     assert store.queue.claim("d", 30, 5) == []
 
 
-def test_a_job_in_progress_is_cancelled_by_its_owner(store):
-    store.create(a_job())
+def test_cancel_of_a_job_in_progress_is_left_to_its_owner(store):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
-    asked = store.request_cancel(job.id, "ada")
-    assert (asked.state, asked.cancel_requested) == (JobState.IN_PROGRESS, True)
+    requested = store.request_cancel(job.id, "ada")
+    assert (requested.state, requested.cancel_requested) == (JobState.IN_PROGRESS, True)
     assert store.queue.heartbeat("d", [job.id], 30) == {job.id}
     assert store.queue.cancelled(job.id, "d")
     assert store.get(job.id, "ada").state == JobState.CANCELLED
 
 
-def test_a_job_whose_cancel_nobody_carried_out_is_not_begun_again(store, clock):
-    store.create(a_job())
+def test_job_with_a_pending_cancel_is_cancelled_when_its_lease_expires(store, clock):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
     store.request_cancel(job.id, "ada")
     clock.seconds += 31
@@ -238,10 +241,10 @@ def test_a_job_whose_cancel_nobody_carried_out_is_not_begun_again(store, clock):
     assert store.get(job.id, "ada").state == JobState.CANCELLED
 
 
-def test_a_deleted_job_is_unseen_and_ends(store):
-    store.create(a_job())
+def test_deleted_job_is_hidden_and_cancelled(store):
+    store.create(new_job())
     (job,) = store.queue.claim("d", 30, 5)
-    cursor = store.latest()
+    cursor = store.latest_version()
     assert store.delete(job.id, "ada")
     assert store.get(job.id, "ada") is None
     assert store.list("ada").jobs == []
@@ -251,8 +254,8 @@ def test_a_deleted_job_is_unseen_and_ends(store):
     assert store.queue.cancelled(job.id, "d")
 
 
-def test_a_director_that_stops_gives_its_jobs_back(store):
-    first, second = store.create(a_job())[0], store.create(a_job())[0]
+def test_released_jobs_return_to_their_position_in_the_queue(store):
+    first, second = store.create(new_job())[0], store.create(new_job())[0]
     store.queue.claim("d", 30, 1)
     store.queue.release("d", [first.id])
     again = store.queue.claim("e", 30, 1)
@@ -261,82 +264,87 @@ def test_a_director_that_stops_gives_its_jobs_back(store):
     assert [job.id for job in store.queue.claim("f", 30, 5)] == [first.id, second.id]
 
 
-def test_changes_are_told_once_and_in_order(store):
-    jobs = [store.create(a_job())[0] for _ in range(3)]
-    store.create(a_job("bob"))
-    seen = store.changed_since(0, tenant="ada", limit=2)
-    assert [job.id for job in seen.jobs] == [jobs[0].id, jobs[1].id]
-    rest = store.changed_since(seen.cursor, tenant="ada", limit=2)
+def test_changed_since_returns_each_change_once_and_in_order(store):
+    jobs = [store.create(new_job())[0] for _ in range(3)]
+    store.create(new_job("bob"))
+    first = store.changed_since(0, tenant="ada", limit=2)
+    assert [job.id for job in first.jobs] == [jobs[0].id, jobs[1].id]
+    rest = store.changed_since(first.cursor, tenant="ada", limit=2)
     assert [job.id for job in rest.jobs] == [jobs[2].id]
     assert store.changed_since(rest.cursor, tenant="ada").jobs == []
     store.queue.claim("d", 30, 9)
-    # One change of several jobs comes whole, whatever the limit.
+    # Jobs changed by one transaction are returned together, even beyond the limit.
     assert len(store.changed_since(rest.cursor, tenant="ada", limit=1).jobs) == 3
-    assert store.changed_since(store.latest()).jobs == []
+    assert store.changed_since(store.latest_version()).jobs == []
 
 
-def test_no_change_is_missed_while_many_are_made(store):
+def test_changed_since_misses_no_concurrent_change(store):
     seen: set[str] = set()
     with ThreadPoolExecutor(4) as pool:
-        made = [pool.submit(store.create, a_job()) for _ in range(40)]
+        created = [pool.submit(store.create, new_job()) for _ in range(40)]
         cursor = 0
         while len(seen) < 40:
             changes = store.changed_since(cursor)
             assert not seen & {job.id for job in changes.jobs}
             seen |= {job.id for job in changes.jobs}
             cursor = changes.cursor
-            if not changes.jobs and all(one.done() for one in made):
+            if not changes.jobs and all(future.done() for future in created):
                 last = store.changed_since(cursor).jobs
                 seen |= {job.id for job in last}
                 break
-    assert seen == {one.result()[0].id for one in made}
+    assert seen == {future.result()[0].id for future in created}
 
 
-def test_old_jobs_are_forgotten_with_the_files_that_nobody_else_has(store, clock):
-    done = [store.create(a_job(key=key))[0] for key in ("shared", "shared", "own")]
+def test_purge_deletes_old_jobs_and_their_unshared_files(store, clock):
+    jobs = [store.create(new_job(key=key))[0] for key in ("shared", "shared", "own")]
     for job in store.queue.claim("d", 30, 9):
         store.queue.completed(job.id, "d", shot_id=job.key, stage_seconds={})
-    store.delete(done[0].id, "ada")
-    store.delete(done[2].id, "ada")
-    gone = []
-    assert store.purge(gone.append, 9) == 0
-    clock.seconds += FORGOTTEN_AFTER_S + 1
-    assert (store.purge(gone.append, 1), store.purge(gone.append, 1), store.purge(gone.append, 1)) == (1, 1, 0)
-    assert gone == ["own"]
+    store.delete(jobs[0].id, "ada")
+    store.delete(jobs[2].id, "ada")
+    purged = []
+    assert store.purge(purged.append, 9) == 0
+    clock.seconds += PURGE_DELAY_S + 1
+    assert (store.purge(purged.append, 1), store.purge(purged.append, 1), store.purge(purged.append, 1)) == (1, 1, 0)
+    assert purged == ["own"]
     clock.seconds += 3600
-    store.purge(gone.append, 9)
+    store.purge(purged.append, 9)
     assert store.list("ada").jobs == []
-    clock.seconds += FORGOTTEN_AFTER_S + 1
-    assert store.purge(gone.append, 9) == 1
-    assert gone == ["own", "shared"]
+    clock.seconds += PURGE_DELAY_S + 1
+    assert store.purge(purged.append, 9) == 1
+    assert purged == ["own", "shared"]
 
 
-def test_what_could_not_be_removed_is_removed_the_next_time(store, clock):
-    job, _ = store.create(a_job())
+def test_purge_is_retried_after_an_error(store, clock):
+    job, _ = store.create(new_job())
     store.delete(job.id, "ada")
-    clock.seconds += FORGOTTEN_AFTER_S + 1
+    clock.seconds += PURGE_DELAY_S + 1
 
-    def fails(key):
-        raise OSError("no room")
+    def fail(key):
+        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="no room"):
-        store.purge(fails, 9)
+    with pytest.raises(OSError, match="disk full"):
+        store.purge(fail, 9)
     assert store.purge(lambda key: None, 9) == 1
 
 
-def test_a_job_whose_files_went_while_it_was_created_is_queued(store):
-    done = a_job(state=JobState.COMPLETED, progress=100, completed_at=5.0, shot_id="online-1")
-    (there, gone), _ = store.create_all(
-        [done, done.model_copy(update={"id": "video_2"})], is_there=lambda job: job.id == done.id
+def test_completed_job_with_missing_files_is_queued(store):
+    completed = new_job(state=JobState.COMPLETED, progress=100, completed_at=5.0, shot_id="online-1")
+    (with_files, without_files), _ = store.create_all(
+        [completed, completed.model_copy(update={"id": "video_2"})], files_exist=lambda job: job.id == completed.id
     )
-    assert (there.state, gone.state, gone.progress, gone.shot_id) == (JobState.COMPLETED, JobState.QUEUED, 0, None)
+    assert (with_files.state, without_files.state, without_files.progress, without_files.shot_id) == (
+        JobState.COMPLETED,
+        JobState.QUEUED,
+        0,
+        None,
+    )
     assert [job.id for job in store.queue.claim("d", 30, 9)] == ["video_2"]
 
 
-def test_jobs_are_counted(store):
-    store.create(a_job())
-    store.create(a_job())
-    store.create(a_job("bob", JobKind.IMAGE))
+def test_counts_by_tenant_kind_and_state(store):
+    store.create(new_job())
+    store.create(new_job())
+    store.create(new_job("bob", JobKind.IMAGE))
     store.queue.claim("d", 30, 1)
     assert store.counts() == {
         ("ada", JobKind.VIDEO, JobState.IN_PROGRESS): 1,
@@ -346,20 +354,20 @@ def test_jobs_are_counted(store):
 
 
 def test_characters_belong_to_their_tenant(store):
-    made = store.characters.create("ada", "Grace", ["a", "b"])
-    assert store.characters.create("ada", "Grace", ["a", "b"]) == made
+    character = store.characters.create("ada", "Grace", ["a", "b"])
+    assert store.characters.create("ada", "Grace", ["a", "b"]) == character
     with pytest.raises(NameTaken):
         store.characters.create("ada", "Grace", ["c"])
     other = store.characters.create("bob", "Grace", ["c"])
-    assert store.characters.get(made.id, "ada") == store.characters.get("Grace", "ada") == made
-    assert store.characters.get(made.id, "bob") is None
-    assert not store.characters.delete(made.id, "bob")
-    assert store.characters.delete(made.id, "ada")
+    assert store.characters.get(character.id, "ada") == store.characters.get("Grace", "ada") == character
+    assert store.characters.get(character.id, "bob") is None
+    assert not store.characters.delete(character.id, "bob")
+    assert store.characters.delete(character.id, "ada")
     assert store.characters.list("ada") == []
     assert store.characters.list("bob") == [other]
 
 
-def test_uploads_belong_to_who_brought_them(store):
+def test_uploads_belong_to_their_tenant(store):
     upload = store.uploads.add("ada", "file-1", "ab.png", 5)
     assert store.uploads.add("ada", "file-1", "ab.png", 5) == upload
     assert store.uploads.get("file-1", "ada") == upload
@@ -371,61 +379,46 @@ def test_uploads_belong_to_who_brought_them(store):
     assert store.uploads.get("file-1", "ada") is None
     assert removed == []
     assert store.uploads.delete("file-1", "bob", removed.append)
-    store.uploads.remove_unwanted(["cd.png"], removed.append)
+    store.uploads.remove_unreferenced(["cd.png"], removed.append)
     assert removed == ["ab.png", "cd.png"]
 
 
-def test_the_end_of_a_job_leaves_a_message(store, clock):
-    job, _ = store.create(a_job())
+def test_outbox_has_a_message_for_each_ended_job(store, clock):
+    job, _ = store.create(new_job())
     store.queue.claim("d", 30, 1)
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
     store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
-    (message,) = store.outbox.due(60)
+    (message,) = store.outbox.claim_due(60)
     assert (message.event, message.job, message.target, message.tries) == ("video.completed", job.id, "hook", 0)
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
     store.outbox.postpone(message.id, 10)
     clock.seconds += 11
-    (again,) = store.outbox.due(60)
+    (again,) = store.outbox.claim_due(60)
     assert (again.id, again.tries) == (message.id, 1)
-    store.outbox.taken(message.id)
+    store.outbox.delete(message.id)
     clock.seconds += 100
-    assert store.outbox.due(60) == []
+    assert store.outbox.claim_due(60) == []
 
 
-def test_what_was_stored_outlives_a_killed_process(store, database_url):
+def test_stored_jobs_survive_sigkill(store, database_url):
     code = (
-        "import os, sys; from vidgen_ray.online.store.store import JobStore; from tests.online.test_store import a_job\n"
-        "store = JobStore(sys.argv[1]); print(store.create(a_job())[0].id, flush=True)\n"
-        "with store._database.changing() as change:\n"
-        "    store._rows.insert(change, a_job()); os.kill(os.getpid(), 9)"
+        "import os, sys; from vidgen_ray.online.store.store import JobStore; from tests.online.test_store import new_job\n"
+        "store = JobStore(sys.argv[1]); print(store.create(new_job())[0].id, flush=True)\n"
+        "with store._database.transaction() as transaction:\n"
+        "    store._rows.insert(transaction, new_job()); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", code, database_url], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [job.id for job in store.list("ada").jobs] == [killed.stdout.strip()]
 
 
-def test_tables_of_another_version_are_refused(store, database_url):
-    with store.engine.begin() as connection:
-        connection.execute(text("UPDATE vidgen_meta SET value = 99 WHERE name = 'schema'"))
-    with pytest.raises(SetupError, match="version 99, this program wants 1"):
-        JobStore(database_url)
-
-
-def test_processes_that_start_together_make_the_tables_once(database_url):
-    with ThreadPoolExecutor(6) as pool:
-        stores = list(pool.map(JobStore, [database_url] * 6))
-    for each in stores:
-        each.ping()
-        each.close()
-
-
 @pytest.mark.parametrize("url", ["nonsense", "mysql://a@b/c", "sqlite://", "sqlite:////nowhere/at/all/jobs.db"])
-def test_a_database_that_cannot_be_is_a_sentence(url):
+def test_invalid_database_url_raises_setup_error(url):
     with pytest.raises(SetupError, match="database"):
         JobStore(url)
 
 
-def test_a_password_is_not_told(tmp_path):
-    with pytest.raises(SetupError) as told:
+def test_errors_do_not_leak_the_database_password(tmp_path):
+    with pytest.raises(SetupError) as error:
         JobStore(f"postgresql://ada:secret@/x?host={tmp_path}")
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(error.value)

@@ -228,12 +228,12 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     assert (job.shot.prompt, job.shot.use_hunyuan_style) == ("an astronaut\non a beach", True)
     assert Path(job.shot.face_image[0]).read_bytes() == ASTRONAUT.read_bytes()
     card.get_by_text("Settings of").click()
-    shown = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
-    assert shown["Size"] == "128 × 64, upscaled 2 times"
-    assert shown["Seed"] == str(job.shot.seed)
-    assert shown["LoRA"] == "ink, weight 0.5"
-    assert shown["Style"] == "watercolour"
-    assert shown["Character"] == "from a photo"
+    client_fields = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
+    assert client_fields["Size"] == "128 × 64, upscaled 2 times"
+    assert client_fields["Seed"] == str(job.shot.seed)
+    assert client_fields["LoRA"] == "ink, weight 0.5"
+    assert client_fields["Style"] == "watercolour"
+    assert client_fields["Character"] == "from a photo"
 
 
 def test_reload_shows_the_current_progress(site, open_page):

@@ -1,4 +1,4 @@
-"""What is wrong with a request, as OpenAI's clients read it: a status, and message, type, param and code."""
+"""Error responses in OpenAI's format: status, message, type, param and code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 
 
 class ApiError(VidgenError):
-    """An answer that is an error. `message` is shown to whoever asked and says nothing of the server's inside."""
+    """Error response. `message` is shown to the client and must not contain internals of the server."""
 
     def __init__(
         self,
@@ -36,24 +36,24 @@ class ApiError(VidgenError):
         self.message = message
         self.type = type
         self.param = param
-        """The field that it is about."""
+        """Request field that caused the error."""
         self.code = code
         self.headers = dict(headers or {})
         super().__init__(message)
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """A field that cannot be what it is."""
+    """Return a 400 error for an invalid field."""
     return ApiError(400, message if param is None else f"{param}: {message}", code=code, param=param)
 
 
-def not_found(what: str, name: str, param: str | None = None) -> ApiError:
-    """Nothing of that name, or nothing that this tenant may see: the two look alike."""
-    return ApiError(404, f"No such {what}: {name!r}", code=f"{what}_not_found", param=param)
+def not_found(kind: str, name: str, param: str | None = None) -> ApiError:
+    """Return a 404 error. It is the same for an object that does not exist and for one of another tenant."""
+    return ApiError(404, f"No such {kind}: {name!r}", code=f"{kind}_not_found", param=param)
 
 
-def of_fields(error: ScriptError) -> ApiError:
-    """All that is wrong with a shot's fields; `param` is the first of them."""
+def invalid_fields(error: ScriptError) -> ApiError:
+    """Return a 400 error with all invalid fields of a shot. `param` is the first of them."""
     first = error.errors[0]
     return ApiError(400, "; ".join(map(_sentence, error.errors)), code=_code(first), param=first.field)
 
@@ -65,25 +65,25 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
         field, got, allowed = explain(detail, fields)
         errors.append(FieldError("request", None, field and field[:FIELD_NAME_LENGTH], got, allowed))
-    return of_fields(ScriptError(errors))
+    return invalid_fields(ScriptError(errors))
 
 
-def try_later(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:
-    """429, with the time after which another try may do, as both headers that clients know."""
+def too_many_requests(message: str, code: str, seconds: float, param: str | None = None) -> ApiError:
+    """Return a 429 error with the retry delay in `Retry-After` (whole seconds) and `retry-after-ms`."""
     headers = {"Retry-After": str(max(1, ceil(seconds))), "retry-after-ms": str(max(1, round(seconds * 1000)))}
     return ApiError(429, message, code=code, param=param, type="rate_limit_error", headers=headers)
 
 
-def without_places(text: str) -> str:
-    """The text with files by their names alone: where they lie on the server is nobody else's business."""
+def without_paths(text: str) -> str:
+    """Remove the folders from file paths in a message, so that clients do not see paths of the server."""
     return FOLDERS.sub("", text)
 
 
 def _sentence(error: FieldError) -> str:
     field = f"{error.field}: " if error.field else ""
     if error.field in FILE_FIELDS and "looked for" in error.allowed:
-        # Where it was looked for is nobody else's business.
-        return f"{field}its file is not on the server any more"
+        # The original message lists the searched paths.
+        return f"{field}the file is no longer on the server"
     return f"{field}got {error.got}, {error.allowed}"
 
 

@@ -20,8 +20,8 @@ from vidgen_ray.online.inputs.http_fetch import ImageFetcher
 from vidgen_ray.online.inputs.image_references import ImageReferences
 from vidgen_ray.online.inputs.uploads import BodyCap
 from vidgen_ray.online.job_feed import JobFeed
-from vidgen_ray.online.job_service import Accepted, JobService
-from vidgen_ray.online.limits import RequestRate
+from vidgen_ray.online.job_service import JobService, NotifyDirector
+from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
@@ -44,7 +44,7 @@ def make_app(
     serving_profile: ServingProfile,
     keys: ApiKeys,
     *,
-    accepted: Accepted = lambda: None,
+    accepted: NotifyDirector = lambda: None,
     page: bool = True,
 ) -> FastAPI:
     """Return the app of a server: its API and, with `page`, its web page. `accepted` is called when the director has new work.
@@ -58,7 +58,7 @@ def make_app(
         store=store,
         outputs=outputs,
         serving_profile=serving_profile,
-        auth=Authenticator(keys, Sessions(store.engine), RequestRate()),
+        auth=Authenticator(keys, Sessions(store.engine), RequestRateLimiter()),
         job_service=job_service,
         job_feed=JobFeed(store, settings.poll_s),
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.limits import RequestRate
+from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.online.store.database import READS
 from vidgen_ray.online.store.schema import SESSIONS
@@ -147,7 +147,7 @@ class Sessions:
 class Authenticator:
     """Authenticates the requests of the API and of the web page. Methods block: they may query the database."""
 
-    def __init__(self, keys: ApiKeys, sessions: Sessions, request_rate: RequestRate) -> None:
+    def __init__(self, keys: ApiKeys, sessions: Sessions, request_rate: RequestRateLimiter) -> None:
         self._keys = keys
         self._sessions = sessions
         self._request_rate = request_rate

@@ -24,9 +24,9 @@ from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.step_groups import OUTPUT, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of
-from vidgen_ray.online.api_error import without_places
+from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.inference_thread import Progress
-from vidgen_ray.online.maintenance import housekeeping
+from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.replica_config import ReplicaConfig
@@ -94,7 +94,7 @@ class JobDirector:
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
-        self._store = open_store(settings, lasting=False)
+        self._store = open_store(settings, durable=False)
         self._in_progress = in_progress
         self._stages = StageHandles(handles, specs)
         self._encoder = encoder.options(stream=True)
@@ -114,7 +114,7 @@ class JobDirector:
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
-            for work in (self._poll(), self._write_progress(), housekeeping(self._store, settings, self._outputs))
+            for work in (self._poll(), self._write_progress(), run_maintenance(self._store, settings, self._outputs))
         ]
 
     # Remote methods
@@ -361,7 +361,7 @@ def error_of(failure: Failure) -> JobError:
     stage = None if failure.stage == DIRECTOR_STAGE else failure.stage
     return JobError(
         code=CODES.get(failure.error, "stage_failed"),
-        message=without_places(f"{stage}: {failure.message}" if stage else failure.message),
+        message=without_paths(f"{stage}: {failure.message}" if stage else failure.message),
         stage=stage,
         type="invalid_request_error" if failure.error in CLIENT_ERRORS else "server_error",
     )

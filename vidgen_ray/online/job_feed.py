@@ -117,7 +117,7 @@ class JobFeed:
     async def _ensure_polling(self) -> None:
         async with self._starting:
             if self._polling is None or self._polling.done():
-                cursor = await asyncio.to_thread(self._store.latest)
+                cursor = await asyncio.to_thread(self._store.latest_version)
                 self._polling = asyncio.create_task(self._poll(cursor))
 
     async def _poll(self, cursor: int) -> None:

@@ -8,12 +8,12 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from vidgen_ray.online.api_error import ApiError, try_later
+from vidgen_ray.online.api_error import ApiError, too_many_requests
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.shot import Shot
 
 
-class RequestRate:
+class RequestRateLimiter:
     """Counter of each key's requests per minute, in this process. With N API replicas a key may send N times as many."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class RequestRate:
         if not self._limiter.hit(allowed, key_id):
             wait_s = self._limiter.get_window_stats(allowed, key_id).reset_time - time.time()
             message = f"More than {limits.requests_per_minute} requests in a minute with this key"
-            raise try_later(message, "rate_limit_exceeded", max(0.05, wait_s))
+            raise too_many_requests(message, "rate_limit_exceeded", max(0.05, wait_s))
 
 
 def check_size(limits: Limits, shot: Shot) -> None:
@@ -35,8 +35,8 @@ def check_size(limits: Limits, shot: Shot) -> None:
     if total > allowed:
         raise ApiError(
             400,
-            f"{shot.width}x{shot.height} pixels of {frames} frames are {total} together, at most {allowed} are allowed "
-            "with this key; ask for fewer frames or a smaller size",
+            f"{shot.width} x {shot.height} pixels x {frames} frames is {total}, must be at most {allowed} for this key. "
+            "Request fewer frames or a smaller size.",
             code="too_large",
             param="num_frames" if shot.generate_video else "size",
         )

@@ -1,4 +1,4 @@
-"""What a server does beside its jobs: messages go out, and what was deleted or has expired goes from the disk."""
+"""Background maintenance of a server: deliver webhooks, delete old jobs and unreferenced uploads."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.webhooks import WebhookSender
 from vidgen_ray.outputs.folder import OutputFolder
 
-EVERY_S = 1.0
-PURGE_EVERY_S = 60.0
-SWEEP_EVERY_S = 3600.0
-PURGED_AT_ONCE = 8
-"""Nobody else changes the store while their files are removed, which takes an object store a second."""
+LOOP_INTERVAL_S = 1.0
+PURGE_INTERVAL_S = 60.0
+UPLOAD_CLEANUP_INTERVAL_S = 3600.0
+PURGE_BATCH = 8
+"""Jobs purged in one transaction. It blocks all other writes while files are deleted, about a second on an object store."""
 
 log = logging.getLogger(__name__)
 
 
-async def housekeeping(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
-    """Runs for ever, in one process of a server; a storage or database that fails is asked again."""
-    courier = WebhookSender(settings.webhooks, store.outbox)
+async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
+    """Run maintenance until cancelled, in one process of a server. Errors of the storage or database are logged and retried."""
+    webhook_sender = WebhookSender(settings.webhooks, store.outbox)
     uploads = upload_folder(outputs, store.uploads, settings.uploads)
-    purged_at = swept_at = 0.0
+    purged_at = uploads_cleaned_at = 0.0
     while True:
         try:
-            await asyncio.to_thread(courier.deliver)
-            if time.monotonic() - purged_at > PURGE_EVERY_S:
-                await asyncio.to_thread(forget_old, store, outputs)
+            await asyncio.to_thread(webhook_sender.deliver_due)
+            if time.monotonic() - purged_at > PURGE_INTERVAL_S:
+                await asyncio.to_thread(purge_jobs, store, outputs)
                 purged_at = time.monotonic()
-            if time.monotonic() - swept_at > SWEEP_EVERY_S:
-                await asyncio.to_thread(uploads.sweep, SWEEP_EVERY_S)
-                swept_at = time.monotonic()
+            if time.monotonic() - uploads_cleaned_at > UPLOAD_CLEANUP_INTERVAL_S:
+                await asyncio.to_thread(uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S)
+                uploads_cleaned_at = time.monotonic()
         except (OSError, SQLAlchemyError):
-            log.exception("housekeeping is tried again")
-        await asyncio.sleep(EVERY_S)
+            log.exception("Maintenance failed. Retrying in %g s.", LOOP_INTERVAL_S)
+        await asyncio.sleep(LOOP_INTERVAL_S)
 
 
-def forget_old(store: JobStore, outputs: OutputFolder) -> None:
-    """Forget jobs that are gone, with their files, unless a batch run made them."""
-    while store.purge(lambda key: outputs.delete_shot(shot_id_of(key)), PURGED_AT_ONCE) == PURGED_AT_ONCE:
+def purge_jobs(store: JobStore, outputs: OutputFolder) -> None:
+    """Delete old jobs with their files. Files made by a batch run are kept."""
+    while store.purge(lambda key: outputs.delete_shot(shot_id_of(key)), PURGE_BATCH) == PURGE_BATCH:
         pass

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: where things are kept, who may ask for what, and how much."""
+"""Settings of a server: profile, storage, API keys, limits, webhooks."""
 
 from __future__ import annotations
 
@@ -20,52 +20,55 @@ class _Section(BaseModel):
 
 
 class Limits(_Section):
-    """What one API key may do."""
+    """Limits of one API key. The keys file may override them for a key."""
 
-    open_jobs: int = Field(32, ge=1, description="jobs that are queued or in progress at the same time")
+    open_jobs: int = Field(32, ge=1, description="Most jobs that may be queued or in progress at once.")
     pixel_frames: int = Field(
-        1024 * 1024 * 128, ge=1, description="width x height x frames of one job, before upscaling; a picture is one frame"
+        1024 * 1024 * 128,
+        ge=1,
+        description="Largest width x height x frames of a job, before upscaling. An image counts as one frame.",
     )
-    requests_per_minute: int = Field(600, ge=1, description="of each replica of the API")
+    requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
 
 
 class UploadCaps(_Section):
-    """How large what a client sends may be. Enforced while it arrives, whatever its headers say."""
+    """Size limits of requests, enforced while the body arrives."""
 
-    image_bytes: int = Field(25 * MB, ge=1)
-    video_bytes: int = Field(100 * MB, ge=1)
-    json_bytes: int = Field(40 * MB, ge=1, description="a body of JSON, which may hold pictures as data: URLs")
-    files: int = Field(16, ge=1, description="in one request")
-    seconds: float = Field(120, gt=0, description="within which a body must have arrived")
+    image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
+    video_bytes: int = Field(100 * MB, ge=1, description="Bytes of a video.")
+    json_bytes: int = Field(40 * MB, ge=1, description="Bytes of a JSON body, which may contain images as data: URLs.")
+    files: int = Field(16, ge=1, description="Files in one request.")
+    seconds: float = Field(120, gt=0, description="Seconds within which the body must arrive.")
 
     @property
     def body_bytes(self) -> int:
-        """Of any request: the largest file, and room for its fields."""
+        """Largest body of any request in bytes: its files, and 1 MB for its fields."""
         return max(self.video_bytes, self.image_bytes * self.files, self.json_bytes) + MB
 
 
 class UrlInputs(_Section):
-    """Pictures that a client names by URL, fetched by the server. Off unless it is switched on."""
+    """Images that clients reference by URL and the server fetches."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="Fetch URLs. If false, requests with an image URL are rejected.")
     allow_hosts: tuple[str, ...] = Field(
-        (), description="host names; `*.example.com` allows all below it. Without any, nothing is fetched"
+        (),
+        description="Host names to fetch from. `*.example.com` allows all its subdomains. An empty list allows none.",
     )
-    timeout_s: float = Field(10, gt=0)
-    redirects: int = Field(3, ge=0, le=10)
+    timeout_s: float = Field(10, gt=0, description="Seconds for one request.")
+    redirects: int = Field(3, ge=0, le=10, description="Most redirects to follow.")
 
 
 class Webhook(_Section):
-    """Who is told that a job has ended."""
+    """Receiver of a message when a job has ended."""
 
-    name: Name
-    url: str
-    secret: SecretStr = Field(description="`whsec_` and base64, as Standard Webhooks has it")
-    tenant: str | None = Field(None, description="whose jobs; none: everybody's")
+    name: Name = Field(description="Unique name of this webhook.")
+    url: str = Field(description="http or https URL that messages are posted to.")
+    secret: SecretStr = Field(description="Secret that signs the messages, `whsec_` and base64, as in Standard Webhooks.")
+    tenant: str | None = Field(None, description="Tenant whose jobs are reported. Default: all tenants.")
 
     @field_validator("secret")
     @classmethod
-    def _secret_signs(cls, value: SecretStr) -> SecretStr:
+    def _check_secret(cls, value: SecretStr) -> SecretStr:
         from standardwebhooks import Webhook as Signer
 
         try:
@@ -76,80 +79,94 @@ class Webhook(_Section):
 
 
 class Webhooks(_Section):
-    """Off unless there are targets."""
+    """Webhooks and how their messages are delivered."""
 
-    targets: tuple[Webhook, ...] = ()
-    allow_private: bool = Field(False, description="also targets on this machine and in private networks")
-    timeout_s: float = Field(10, gt=0)
-    tries: int = Field(8, ge=1, description="then a message is given up")
+    targets: tuple[Webhook, ...] = Field((), description="Receivers. Default: none.")
+    allow_private: bool = Field(False, description="Allow receivers on this machine and in private networks.")
+    timeout_s: float = Field(10, gt=0, description="Seconds for one delivery.")
+    tries: int = Field(8, ge=1, description="Attempts to deliver a message before it is dropped.")
 
     def names_for(self, tenant: str) -> list[str]:
+        """Return the names of the webhooks that receive messages about a tenant's jobs."""
         return [target.name for target in self.targets if target.tenant in (None, tenant)]
 
-    def named(self, name: str) -> Webhook | None:
+    def target(self, name: str) -> Webhook | None:
+        """Return the webhook of this name."""
         return next((target for target in self.targets if target.name == name), None)
 
 
 class OnlineSettings(_Section):
-    """A server. Times are in seconds."""
+    """Settings of a server. Times are in seconds."""
 
-    profile: str = "demo"
+    profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
     layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
-        None, description="in place of the profile's own; staged gives every model a deployment that grows by itself"
+        None,
+        description="Layout of the stages on GPUs. `staged` gives every model its own deployment, which scales by itself. "
+        "Default: the profile's layout.",
     )
-    gpus: str | None = Field(None, description="what to lay out for, as 8x80GB; none: the GPUs that are there at the start")
-    data: str = Field("out", validate_default=True, description="the output folder, as a batch run has it, or its URL")
-    database: str | None = Field(None, description="sqlite:///FILE or postgresql://...; none: jobs.db in `data`")
-    keys_file: Path | None = Field(None, description="API keys; see `vidgen keys`")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    limits: Limits = Limits()
-    uploads: UploadCaps = UploadCaps()
-    in_progress: int | None = Field(None, ge=1, description="jobs that are led at once; none: as the layout says")
-    max_queued: int = Field(256, ge=1, description="jobs of all tenants that may wait")
-    url_inputs: UrlInputs = UrlInputs()
-    webhooks: Webhooks = Webhooks()
+    gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
+    data: str = Field(
+        "out", validate_default=True, description="Output folder or its URL (s3://...). May be shared with batch runs."
+    )
+    database: str | None = Field(
+        None, description="Database of the jobs, sqlite:///FILE or postgresql://... Default: jobs.db in `data`."
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="YAML file of API keys, written by `vidgen keys`. Without API keys only this machine may send requests.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    limits: Limits = Field(Limits(), description="Limits of API keys that set none of their own.")
+    uploads: UploadCaps = Field(UploadCaps(), description="Size limits of requests.")
+    in_progress: int | None = Field(None, ge=1, description="Most jobs in progress at once. Default: derived from the layout.")
+    max_queued: int = Field(256, ge=1, description="Most queued jobs of all tenants. Further requests get status 429.")
+    url_inputs: UrlInputs = Field(UrlInputs(), description="Images that clients reference by URL.")
+    webhooks: Webhooks = Field(Webhooks(), description="Webhooks for finished jobs.")
     loras: dict[Name, str] = Field(
-        default_factory=dict, description="name -> file; clients can ask for these, and for no file by its path"
+        default_factory=dict, description="Name -> file of each LoRA that clients may use. They cannot use other files."
     )
     models: dict[str, str] = Field(
-        default_factory=dict, description="further names of models, for clients that cannot change theirs -> ours"
+        default_factory=dict,
+        description="Alias -> model name, for clients whose model name is fixed.",
     )
-    retention_s: float | None = Field(None, gt=0, description="after which a job that has ended is forgotten, with its files")
+    retention_s: float | None = Field(
+        None, gt=0, description="Seconds after which a finished job and its files are deleted. Default: never."
+    )
     wait_s: float = Field(
         540,
         gt=0,
-        description="how long a request for pictures waits for them; OpenAI's client asks again after 600",
+        description="Seconds that a request for images waits for them. OpenAI's client times out after 600.",
     )
-    poll_s: float = Field(0.25, gt=0, description="between two looks at jobs that somebody follows")
-    poll_after_s: float = Field(1.0, gt=0, description="what clients that poll are told to wait")
-    docs: bool = Field(True, description="whether /openapi.json is served")
+    poll_s: float = Field(0.25, gt=0, description="Seconds between database queries while a client follows jobs.")
+    poll_after_s: float = Field(1.0, gt=0, description="Seconds until the next poll, sent to polling clients.")
+    docs: bool = Field(True, description="Serve /openapi.json.")
 
     @field_validator("data")
     @classmethod
-    def _data_is_one_place_for_all_processes(cls, value: str) -> str:
-        # They do not share a working directory.
+    def _make_data_absolute(cls, value: str) -> str:
+        # The processes of a server do not share a working directory.
         return value if URL.match(value) else os.path.abspath(os.path.expanduser(value))
 
     @model_validator(mode="after")
-    def _names_are_not_taken_twice(self) -> Self:
+    def _check_webhook_names(self) -> Self:
         names = [target.name for target in self.webhooks.targets]
         if len(names) != len(set(names)):
-            raise ValueError("webhooks.targets: each needs a name of its own")
+            raise ValueError("webhooks.targets: names must be unique")
         return self
 
     @field_validator("loras")
     @classmethod
-    def _files_have_one_name(cls, value: dict[str, str]) -> dict[str, str]:
+    def _make_lora_paths_absolute(cls, value: dict[str, str]) -> dict[str, str]:
         return {name: path if path.startswith("builtin:") else os.path.abspath(path) for name, path in value.items()}
 
     @property
     def database_url(self) -> str:
-        """Raises SetupError where the jobs have no place."""
+        """SQLAlchemy URL of the database. Raises SetupError if `data` is an object store and `database` is not set."""
         if self.database is not None:
             return self.database
         if URL.match(self.data) and not self.data.startswith("file://"):
-            raise SetupError(f"database: must be given where data is an object store ({self.data})")
+            raise SetupError(f"database: must be set if data is an object store ({self.data})")
         folder = Path(self.data.removeprefix("file://")).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{folder / 'jobs.db'}"

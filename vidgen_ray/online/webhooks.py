@@ -1,72 +1,84 @@
-"""Tells webhooks that jobs have ended, as Standard Webhooks has it. The messages are the store's, so none is lost with a
-process."""
+"""Send webhooks for finished jobs in the Standard Webhooks format.
+
+Messages are stored in the outbox until they are delivered, so a crash of the process loses none.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 from datetime import UTC, datetime
 
 from standardwebhooks import Webhook as Signer
-from tenacity import RetryCallState, Retrying, wait_exponential_jitter
 
 from vidgen_ray.online.inputs.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
 from vidgen_ray.online.settings import Webhook, Webhooks
 from vidgen_ray.online.store.outbox import Message, Outbox
 
 GONE = 410
-"""What a receiver says that wants no more of these."""
-ANSWER_BYTES = 65_536
-BACKOFF = wait_exponential_jitter(initial=5, max=3600, jitter=5)
-"""Seconds after the first try, doubled after each further one."""
+"""Status with which a receiver rejects a message for good."""
+MAX_RESPONSE_BYTES = 65_536
+FIRST_BACKOFF_S = 5.0
+"""Seconds before the second attempt, plus jitter."""
+MAX_BACKOFF_S = 3600.0
+BACKOFF_JITTER_S = 5.0
+"""Largest number of random seconds added to a backoff, so that retries to a receiver that was down do not coincide."""
 
 
 class WebhookSender:
-    """Delivers what waits in the outbox. Calls block for as long as receivers take."""
+    """Delivers the messages in the outbox. Calls block until the receivers have answered."""
 
     def __init__(self, webhooks: Webhooks, outbox: Outbox) -> None:
         self._webhooks = webhooks
         self._outbox = outbox
-        self._outside = PublicHttpClient(webhooks.timeout_s, allow_private=webhooks.allow_private)
+        self._client = PublicHttpClient(webhooks.timeout_s, allow_private=webhooks.allow_private)
 
-    def deliver(self) -> int:
-        """Try each message whose time has come once. Gives how many were taken.
+    def deliver_due(self) -> int:
+        """Attempt each due message once. Return how many were delivered.
 
-        A message whose courier dies is tried again later, so that a receiver may get it twice, under the same id.
+        A message whose sender crashes is sent again later, so a receiver may get it twice, with the same id.
         """
         if not self._webhooks.targets:
             return 0
-        taken, failed = 0, set[str]()
-        hold_s = 2 * len(self._webhooks.targets) * self._webhooks.timeout_s
-        while messages := self._outbox.due(hold_s, besides=failed):
+        delivered, failed = 0, set[str]()
+        lease_s = 2 * len(self._webhooks.targets) * self._webhooks.timeout_s
+        while messages := self._outbox.claim_due(lease_s, exclude=failed):
             for message in messages:
-                if self._delivered(message):
-                    taken += 1
+                if self._deliver(message):
+                    delivered += 1
                 else:
-                    # Its other messages wait for the next time, so that it holds up those of others once only.
+                    # Leave the other messages of this target for the next call, so that its timeout delays others only once.
                     failed.add(message.target)
-        return taken
+        return delivered
 
-    def _delivered(self, message: Message) -> bool:
-        target = self._webhooks.named(message.target)
-        status = GONE if target is None else self._status(target, message)
+    def _deliver(self, message: Message) -> bool:
+        target = self._webhooks.target(message.target)
+        status = GONE if target is None else self._post(target, message)
         if 200 <= status < 300 or status == GONE or message.tries + 1 >= self._webhooks.tries:
-            self._outbox.taken(message.id)
+            self._outbox.delete(message.id)
         else:
             self._outbox.postpone(message.id, backoff_s(message.tries + 1))
         return 200 <= status < 300
 
-    def _status(self, target: Webhook, message: Message) -> int:
-        """What the receiver answered; 0 where it did not, or must not be asked."""
-        body = payload(message)
-        headers = {"Content-Type": "application/json", "User-Agent": "vidgen-ray", **signed(target, message.id, body)}
+    def _post(self, target: Webhook, message: Message) -> int:
+        """Return the status of the response; 0 if there was none or the URL is blocked."""
+        body = event_json(message)
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": "vidgen-ray",
+            **signature_headers(target, message.id, body),
+        }
         try:
-            return self._outside.request("POST", target.url, headers=headers, body=body.encode(), cap_bytes=ANSWER_BYTES).status
+            response = self._client.request(
+                "POST", target.url, headers=headers, body=body.encode(), max_bytes=MAX_RESPONSE_BYTES
+            )
         except (BlockedUrl, UnreachableUrl):
             return 0
+        return response.status
 
 
-def payload(message: Message) -> str:
-    """The event as OpenAI's clients read it."""
+def event_json(message: Message) -> str:
+    """Return the event as JSON, in the shape that OpenAI's clients parse."""
     event = {
         "id": message.id,
         "object": "event",
@@ -77,15 +89,16 @@ def payload(message: Message) -> str:
     return json.dumps(event, separators=(",", ":"))
 
 
-def signed(target: Webhook, message_id: str, body: str) -> dict[str, str]:
-    """The three headers of Standard Webhooks, as of now."""
+def signature_headers(target: Webhook, message_id: str, body: str) -> dict[str, str]:
+    """Return the three headers of Standard Webhooks, signed with the current time."""
     now = datetime.now(UTC)
     signature = Signer(target.secret.get_secret_value()).sign(message_id, now, body)
     return {"webhook-id": message_id, "webhook-timestamp": str(int(now.timestamp())), "webhook-signature": signature}
 
 
-def backoff_s(tries: int) -> float:
-    """How long to wait after so many tries."""
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = tries
-    return BACKOFF(state)
+def backoff_s(attempts: int) -> float:
+    """Return the seconds to wait after this many failed attempts: 5 s doubled for each further one, plus up to 5 s of
+    jitter, at most one hour."""
+    # The exponent is capped because the power of a large one does not fit into a float.
+    backoff = FIRST_BACKOFF_S * 2.0 ** min(attempts - 1, 30)
+    return min(MAX_BACKOFF_S, backoff + random.uniform(0, BACKOFF_JITTER_S))

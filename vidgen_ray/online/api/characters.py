@@ -46,10 +46,10 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
         if bool(form.image) == (form.video is not None):
             raise invalid("video", "send either photos as image, or one video", "missing_required_parameter")
         if (video := form.video) is not None:
-            photos = [await server.face_check.in_turn(lambda: _photo_from_video(server, tenant, video))]
+            photos = [await server.face_check.run_exclusively(lambda: _photo_from_video(server, tenant, video))]
         else:
             photos = await server.image_references.resolve_all(tenant, form.image, "image")
-            await server.face_check.in_turn(lambda: _check_faces(server, tenant, photos))
+            await server.face_check.run_exclusively(lambda: _check_faces(server, tenant, photos))
     try:
         character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos)
     except NameTaken:
@@ -105,7 +105,7 @@ def _photo_from_video(server: ServerContext, tenant: Tenant, video: UploadFile) 
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
-    return server.job_service.uploads.keep(tenant.name, io.BytesIO(encode_png(frame)), "video").id
+    return server.job_service.uploads.store(tenant.name, io.BytesIO(encode_png(frame)), "video").id
 
 
 def _first_frame_with_face(server: ServerContext, video: VideoReader) -> Image:

@@ -12,7 +12,7 @@ from vidgen_ray.online.api.response_models import ShotJob, shot_response
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import receive
-from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.jobs import JobKind
 
 router = APIRouter(tags=["shots"])
@@ -39,11 +39,11 @@ async def create_shot(
         idempotency_key=idempotency_key,
         fingerprint=f"shot {received.fingerprint}"[:64],
     )
-    return shot_response(job, shown(job.shot, server.settings, server.job_service.uploads))
+    return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
 
 
 @router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))
 async def get_shot(server: ServerDep, tenant: TenantDep, shot_id: str) -> ShotJob:
     """Return a job of any kind with all fields of its shot. Its files and events are at `/v1/videos/{id}`."""
     job = await job_of(server, tenant, shot_id)
-    return shot_response(job, shown(job.shot, server.settings, server.job_service.uploads))
+    return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))

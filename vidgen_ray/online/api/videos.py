@@ -16,7 +16,7 @@ from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import receive
-from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
@@ -152,7 +152,7 @@ async def _video_fields(
         replaced = {"mode"} if request.model else set()
         if request.model_fields_set & {"character", "face_image"}:
             replaced |= {"face_image", "face_index"}
-        kept = shown(original.shot, server.settings, server.job_service.uploads)
+        kept = client_fields(original.shot, server.settings, server.job_service.uploads)
         base |= {name: value for name, value in kept.items() if name not in replaced}
     fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base})}
     if request.input_reference is not None and request.image_reference is not None:

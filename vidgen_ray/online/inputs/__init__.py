@@ -1,1 +1,1 @@
-"""What clients send: uploads, image references, URLs."""
+"""Inputs of clients: uploads, image references, URLs."""

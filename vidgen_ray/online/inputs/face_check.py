@@ -1,4 +1,4 @@
-"""Whether there is a face in a photo, by the same models and rules as when a shot is made."""
+"""Check that photos contain a face, with the models and rules that also render shots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TypeVar
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.api_error import ApiError, without_places
+from vidgen_ray.online.api_error import ApiError, without_paths
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
@@ -18,31 +18,31 @@ T = TypeVar("T")
 
 
 class FaceCheck:
-    """Loads the models when they are first needed: most replicas of the API never do."""
+    """Face detector of an API replica. Loads its models at the first use, which most replicas never have."""
 
     def __init__(self, serving_profile: ServingProfile) -> None:
-        self._served = serving_profile
+        self._serving_profile = serving_profile
         self._stage: InstantIDStage | None = None
-        self._alone = Lock()
-        self._turn = asyncio.Semaphore(1)
+        self._lock = Lock()
+        self._semaphore = asyncio.Semaphore(1)
 
-    async def in_turn(self, look: Callable[[], T]) -> T:
-        """What the look gives, in a thread, one look of this process after another: those who wait hold no thread, which others
-        need for what takes no time."""
-        async with self._turn:
-            return await asyncio.to_thread(look)
+    async def run_exclusively(self, check: Callable[[], T]) -> T:
+        """Run `check` in a thread and return its result, one check at a time. Waiting calls do not occupy threads, which short
+        requests need."""
+        async with self._semaphore:
+            return await asyncio.to_thread(check)
 
     def check(self, photos: list[Image]) -> None:
-        """Raises StageError with what is wrong with them, ApiError 400 where faces are not served."""
-        with self._alone:
-            self._loaded().detect_faces(photos)
+        """Raise StageError if the photos are unsuitable, ApiError 400 if this server has no face models."""
+        with self._lock:
+            self._loaded_stage().detect_faces(photos)
 
-    def _loaded(self) -> InstantIDStage:
+    def _loaded_stage(self) -> InstantIDStage:
         if self._stage is None:
-            params = self._served.params.get(InstantIDStage.name)
+            params = self._serving_profile.params.get(InstantIDStage.name)
             if not isinstance(params, InstantIDParams):
-                raise _not_served(self._served.unavailable.get(InstantIDStage.name, "the profile has no such stage"))
-            # Beside what the machine renders with its accelerators, which are spoken for.
+                raise _not_served(self._serving_profile.unavailable.get(InstantIDStage.name, "the profile has no such stage"))
+            # On the CPU: the GPUs are reserved for rendering.
             stage = InstantIDStage(params.model_copy(update={"device": "cpu"}))
             try:
                 stage.load()
@@ -52,5 +52,5 @@ class FaceCheck:
         return self._stage
 
 
-def _not_served(why: str) -> ApiError:
-    return ApiError(400, f"Faces are not served here: {without_places(why)}", code="not_served")
+def _not_served(reason: str) -> ApiError:
+    return ApiError(400, f"Faces are not served here: {without_paths(reason)}", code="not_served")

@@ -1,7 +1,7 @@
-"""Requests to places that somebody else named. They reach public addresses only, whatever a name resolves to.
+"""HTTP client for URLs from clients and webhook settings. It connects to public addresses only (SSRF protection).
 
-A name is resolved once, all its addresses are checked, and the connection goes to a checked address: there is no second look
-that could find another one. Redirects start from the beginning.
+A host name is resolved once, all its addresses are checked, and the connection goes to a checked address. There is no second
+lookup that could return another address (DNS rebinding). Redirect targets are checked like the first URL.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from vidgen_ray.errors import VidgenError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 PORTS = {"http": 80, "https": 443}
-REFUSED = tuple(
+BLOCKED_NETWORKS = tuple(
     map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b::/96", "64:ff9b:1::/48"))
 )
-"""Beside what Python calls private: a cloud's own services under public addresses, and translators to any address."""
+"""Networks that Python does not call private: cloud services under public addresses, and translators to any address."""
 UNICAST = ipaddress.ip_network("2000::/3")
-"""All that is given to anybody in IPv6. Older Pythons call some of the rest global."""
+"""All public IPv6 addresses. Older Python versions call some other addresses global."""
 HOST = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*|[0-9a-f:.]+")
 REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class BlockedUrl(VidgenError):
-    """A place that must not be asked. Says what about it, not what is there."""
+    """The URL must not be requested. The message does not reveal what is there."""
 
 
 class UnreachableUrl(VidgenError):
-    """A place that may be asked did not answer as it should."""
+    """The request failed: no connection, a timeout or an error status."""
 
 
 class HttpResponse(NamedTuple):
-    """What a server said."""
+    """Response of a server."""
 
     status: int
     headers: Mapping[str, str]
-    """Their names in lower case."""
+    """Names are in lower case."""
     body: bytes
 
 
 def check_address(address: str) -> None:
-    """Raises Refused for every address that is not a public one of a single machine, however it is written."""
-    given = ipaddress.ip_address(address.partition("%")[0])
-    inner: Address = given
-    if isinstance(given, ipaddress.IPv6Address):
-        # Forms that carry an IPv4 address: the mapped one is that address, the others lead to a translator.
-        if given.sixtofour or given.teredo:
-            raise BlockedUrl(f"{address} is an address of a translator")
-        inner = given.ipv4_mapped or given
-        if isinstance(inner, ipaddress.IPv6Address) and inner not in UNICAST:
+    """Raise BlockedUrl unless the address is a public unicast address, in any notation."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    effective: Address = parsed
+    if isinstance(parsed, ipaddress.IPv6Address):
+        # IPv6 addresses that contain an IPv4 address: a mapped one is that address, the others lead to a translator.
+        if parsed.sixtofour or parsed.teredo:
+            raise BlockedUrl(f"{address} is the address of a translator (6to4 or Teredo)")
+        effective = parsed.ipv4_mapped or parsed
+        if isinstance(effective, ipaddress.IPv6Address) and effective not in UNICAST:
             raise BlockedUrl(f"{address} is not a public address")
-    if not inner.is_global or inner.is_multicast or any(inner in network for network in REFUSED):
+    if not effective.is_global or effective.is_multicast or any(effective in network for network in BLOCKED_NETWORKS):
         raise BlockedUrl(f"{address} is not a public address")
 
 
-class _Checked(httpcore.NetworkBackend):
-    """Resolves, checks, and connects to what was checked."""
+class _CheckedBackend(httpcore.NetworkBackend):
+    """Network backend that resolves a host, checks all its addresses and connects to the first."""
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
-        self._plain = httpcore.SyncBackend()
+        self._backend = httpcore.SyncBackend()
 
     def connect_tcp(
         self,
@@ -79,22 +79,23 @@ class _Checked(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise httpcore.ConnectError(f"{host}: no such host") from None
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+            raise httpcore.ConnectError(f"{host}: host not found") from None
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in resolved))
         if not self._allow_private:
-            # All of them: one that is private shows that the name is not what it seems to be.
+            # All of them: one private address is a sign of an attack.
             for address in addresses:
                 check_address(address)
-        return self._plain.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
+        return self._backend.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
 
 class PublicHttpClient:
-    """Makes the requests. Nothing is kept between two of them."""
+    """HTTP client without connection reuse, cookies or redirects."""
 
     def __init__(self, timeout_s: float, *, allow_private: bool = False) -> None:
-        """`allow_private` lifts the check of addresses, for tests and for webhooks in a network of one's own."""
+        """`timeout_s` limits a whole request. `allow_private` disables the address check, for tests and webhooks in a private
+        network."""
         self._timeout_s = timeout_s
         self._allow_private = allow_private
 
@@ -105,90 +106,91 @@ class PublicHttpClient:
         *,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
-        cap_bytes: int,
-        may: Callable[[SplitResult], None] = lambda parts: None,
+        max_bytes: int,
+        check: Callable[[SplitResult], None] = lambda parts: None,
     ) -> HttpResponse:
-        """One request; redirects are not followed. The answer may have `cap_bytes`, or of an error the first ones are given.
+        """Send one request without following redirects.
 
-        Raises Refused, also where `may` does, and Unreachable.
+        A body of more than `max_bytes` is an error if the status is 200, and truncated otherwise. `check` may raise BlockedUrl
+        for the parsed URL. Raises BlockedUrl and UnreachableUrl.
         """
-        parts = checked_url(url)
-        may(parts)
+        parts = parse_url(url)
+        check(parts)
         if not self._allow_private and parts.port not in (None, *PORTS.values()):
-            raise BlockedUrl(f"port {parts.port} is not one of {', '.join(map(str, PORTS.values()))}")
+            raise BlockedUrl(f"port {parts.port} is not allowed, must be {' or '.join(map(str, PORTS.values()))}")
         deadline = time.monotonic() + self._timeout_s
         timeout = dict.fromkeys(("connect", "read", "write", "pool"), self._timeout_s)
-        sent = [("Host", parts.netloc), ("Connection", "close"), *(headers or {}).items()]
+        request_headers = [("Host", parts.netloc), ("Connection", "close"), *(headers or {}).items()]
         if method == "POST":
-            sent.append(("Content-Length", str(len(body))))
+            request_headers.append(("Content-Length", str(len(body))))
         try:
             with (
                 httpcore.ConnectionPool(
-                    ssl_context=ssl.create_default_context(), network_backend=_Checked(self._allow_private)
+                    ssl_context=ssl.create_default_context(), network_backend=_CheckedBackend(self._allow_private)
                 ) as pool,
-                pool.stream(method, url, headers=sent, content=body, extensions={"timeout": timeout}) as response,
+                pool.stream(method, url, headers=request_headers, content=body, extensions={"timeout": timeout}) as response,
             ):
                 content = bytearray()
                 for chunk in response.iter_stream():
                     content += chunk
-                    if len(content) > cap_bytes:
+                    if len(content) > max_bytes:
                         if response.status == 200:
-                            raise BlockedUrl(f"the answer is larger than {cap_bytes} bytes")
+                            raise BlockedUrl(f"the response is larger than {max_bytes} bytes")
                         break
                     if time.monotonic() > deadline:
                         raise UnreachableUrl(f"took longer than {self._timeout_s:g} s")
-                answered = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-                return HttpResponse(response.status, answered, bytes(content))
+                response_headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+                return HttpResponse(response.status, response_headers, bytes(content))
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            # OpenSSL's and the kernel's own words would tell what listens where.
+            # The messages of OpenSSL and the kernel would reveal which services are listening.
             raise UnreachableUrl(f"cannot be reached ({type(error).__name__})") from None
 
 
 class ImageFetcher:
-    """Fetches what clients name by URL, from the hosts that are allowed."""
+    """Fetches images from the allowed hosts."""
 
     def __init__(
-        self, allow_hosts: Sequence[str], timeout_s: float, redirects: int, cap_bytes: int, *, allow_private: bool = False
+        self, allow_hosts: Sequence[str], timeout_s: float, redirects: int, max_bytes: int, *, allow_private: bool = False
     ) -> None:
         self._allow_hosts = [host.lower() for host in allow_hosts]
         self._redirects = redirects
-        self._cap_bytes = cap_bytes
-        self._outside = PublicHttpClient(timeout_s, allow_private=allow_private)
+        self._max_bytes = max_bytes
+        self._client = PublicHttpClient(timeout_s, allow_private=allow_private)
 
     def fetch(self, url: str) -> bytes:
-        """The content at a URL. Raises Refused or Unreachable."""
+        """Return the content of a URL, following redirects. Raises BlockedUrl and UnreachableUrl."""
         for _ in range(self._redirects + 1):
             headers = {"Accept": "image/*", "User-Agent": "vidgen-ray"}
-            answer = self._outside.request("GET", url, headers=headers, cap_bytes=self._cap_bytes, may=self._may)
-            if answer.status in REDIRECTS and "location" in answer.headers:
-                url = urljoin(url, answer.headers["location"])
+            response = self._client.request("GET", url, headers=headers, max_bytes=self._max_bytes, check=self._check_host)
+            if response.status in REDIRECTS and "location" in response.headers:
+                url = urljoin(url, response.headers["location"])
                 continue
-            if answer.status != 200:
-                raise UnreachableUrl(f"answered {answer.status}")
-            return answer.body
+            if response.status != 200:
+                raise UnreachableUrl(f"status {response.status}")
+            return response.body
         raise BlockedUrl(f"more than {self._redirects} redirects")
 
-    def _may(self, parts: SplitResult) -> None:
+    def _check_host(self, parts: SplitResult) -> None:
         host = (parts.hostname or "").rstrip(".")
         for allowed in self._allow_hosts:
             if host == allowed or (allowed.startswith("*.") and host.endswith(allowed[1:])):
                 return
-        raise BlockedUrl(f"host {host[:100]!r} is not among those that are allowed")
+        raise BlockedUrl(f"host {host[:100]!r} is not in url_inputs.allow_hosts")
 
 
-def checked_url(url: str) -> SplitResult:
-    """The parts of a plain http or https URL. Raises Refused for whatever two programs might read differently."""
-    if not url.isascii() or not url.isprintable() or any(sign in url for sign in ' \\"<>^`{|}'):
-        raise BlockedUrl("a URL must be plain ASCII; write other letters as %XX, and names as xn--...")
+def parse_url(url: str) -> SplitResult:
+    """Split an http or https URL. Raises BlockedUrl for a URL that two programs might parse differently."""
+    if not url.isascii() or not url.isprintable() or any(char in url for char in ' \\"<>^`{|}'):
+        raise BlockedUrl("a URL must be printable ASCII; escape other characters as %XX and host names as xn--...")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
-        raise BlockedUrl("not a URL") from None
+        raise BlockedUrl("not a valid URL") from None
     if parts.scheme not in PORTS:
         raise BlockedUrl(f"scheme {parts.scheme[:20]!r} is not http or https")
     if "@" in parts.netloc:
-        raise BlockedUrl("a URL with a name or a password in it")
+        raise BlockedUrl("a URL must not contain a user name or password")
     if not host or not HOST.fullmatch(host.rstrip(".")) or port == 0:
-        raise BlockedUrl("not the name of a host")
+        raise BlockedUrl("the host name or port is invalid")
     return parts

@@ -1,4 +1,4 @@
-"""Pictures that a request brings, in whichever way: as a file, as the id of one, as a data: URL, or by URL."""
+"""Resolve the images of a request: a file, an upload id, a data: URL or an http(s) URL."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.inputs.uploads import UploadFolder, from_data_url
 
-FETCHES_AT_ONCE = 4
-"""A host that answers slowly holds a thread for each."""
+MAX_FETCHES = 4
+"""Concurrent fetches. Each occupies a thread, for up to the timeout if the host is slow."""
 
 
 class ImageReferences:
-    """Makes ids of uploads of them. Without `pictures` nothing is fetched."""
+    """Stores images as uploads and returns their ids. `fetcher=None` rejects http(s) URLs."""
 
-    def __init__(self, uploads: UploadFolder, pictures: ImageFetcher | None) -> None:
+    def __init__(self, uploads: UploadFolder, fetcher: ImageFetcher | None) -> None:
         self._uploads = uploads
-        self._pictures = pictures
-        self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self._fetcher = fetcher
+        self._fetch_slots = asyncio.Semaphore(MAX_FETCHES)
 
     async def resolve_all(self, tenant: Tenant, references: Any, param: str) -> list[str]:
         """Return the ids of one image or a list of images. Raises ApiError 400 or 413."""
@@ -33,36 +33,36 @@ class ImageReferences:
             raise invalid(param, f"got {len(references)}, must be at most {self._uploads.caps.files}")
         return [await self.resolve(tenant, reference, param) for reference in references]
 
-    async def resolve(self, tenant: Tenant, given: Any, param: str) -> str:
+    async def resolve(self, tenant: Tenant, reference: Any, param: str) -> str:
         """Store an image and return its id; return the id of a stored one. Raises ApiError 400 or 413."""
-        if isinstance(given, UploadFile):
-            return (await asyncio.to_thread(self._uploads.keep, tenant.name, given.file, param)).id
-        if isinstance(given, str) and given.lstrip().startswith("{"):
+        if isinstance(reference, UploadFile):
+            return (await asyncio.to_thread(self._uploads.store, tenant.name, reference.file, param)).id
+        if isinstance(reference, str) and reference.lstrip().startswith("{"):
             try:
-                given = json.loads(given)
+                reference = json.loads(reference)
             except (ValueError, RecursionError):
-                raise invalid(param, "is no JSON", "invalid_json") from None
-        if isinstance(given, str):
-            given = {"image_url" if ":" in given else "file_id": given}
-        if not isinstance(given, dict) or len(given) != 1 or not given.keys() <= {"file_id", "image_url"}:
+                raise invalid(param, "is not valid JSON", "invalid_json") from None
+        if isinstance(reference, str):
+            reference = {"image_url" if ":" in reference else "file_id": reference}
+        if not isinstance(reference, dict) or len(reference) != 1 or not reference.keys() <= {"file_id", "image_url"}:
             raise invalid(param, "must be a file, {file_id: ...} or {image_url: ...}")
-        (kind, value), *_ = given.items()
+        (kind, value), *_ = reference.items()
         if not isinstance(value, str):
-            raise invalid(param, f"{kind} must be text")
+            raise invalid(param, f"{kind} must be a string")
         if kind == "file_id":
             return value
         content = await self._content(value, param)
-        return (await asyncio.to_thread(self._uploads.keep, tenant.name, io.BytesIO(content), param)).id
+        return (await asyncio.to_thread(self._uploads.store, tenant.name, io.BytesIO(content), param)).id
 
     async def _content(self, url: str, param: str) -> bytes:
         if url[:5].lower() == "data:":
             return from_data_url(url, self._uploads.caps.image_bytes, param)
-        if self._pictures is None:
+        if self._fetcher is None:
             raise invalid(
-                param, "this server fetches no URLs; upload the picture, or send it as a data: URL", "url_inputs_disabled"
+                param, "this server does not fetch URLs; upload the image or send it as a data: URL", "url_inputs_disabled"
             )
         try:
-            async with self._fetching:
-                return await asyncio.to_thread(self._pictures.fetch, url)
+            async with self._fetch_slots:
+                return await asyncio.to_thread(self._fetcher.fetch, url)
         except (BlockedUrl, UnreachableUrl) as error:
             raise invalid(param, f"cannot be fetched: {error}", "url_not_fetched") from None

@@ -1,5 +1,4 @@
-"""Files that clients send: bounded while they arrive, really decoded, kept by their digest. Nothing is ever called as the
-client calls it."""
+"""Uploaded files: size-limited while they arrive, decoded to verify them, stored by sha256. Client file names are not used."""
 
 from __future__ import annotations
 
@@ -36,21 +35,23 @@ MAX_FORM_FIELDS = 200
 FIELD_BYTES = 1 << 20
 SMALL_FORM_BYTES = 8 << 10
 NAME = re.compile(r"[0-9a-f]{64}")
-"""Of a file of the folder. Others lie there, too, which were given to the library in memory."""
+"""Name of an upload in the folder. The folder also has images that the Python API was given in memory."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 
 class UploadFolder:
-    """A local folder of pictures by digest, and the store's account of who brought which."""
+    """Local folder of uploaded images, named by the sha256 of their content, and the records of their tenants."""
 
-    def __init__(self, folder: Path, uploaded: UploadRecords, caps: UploadCaps) -> None:
+    def __init__(self, folder: Path, records: UploadRecords, caps: UploadCaps) -> None:
         self._folder = folder
-        self._uploaded = uploaded
+        self._records = records
         self.caps = caps
 
-    def keep(self, tenant: str, source: BinaryIO, param: str) -> Upload:
-        """Store a picture as it is. Raises ApiError 413 where it is too large, 400 where it is no picture that is read; `param`
-        names it."""
+    def store(self, tenant: str, source: BinaryIO, param: str) -> Upload:
+        """Store an image unchanged. Raises ApiError 413 if it is too large, 400 if it cannot be decoded.
+
+        `param` is the request field named in errors.
+        """
         digest, size = hashlib.sha256(), 0
         tmp = temporary_file(self._folder)
         try:
@@ -63,9 +64,9 @@ class UploadFolder:
                     target.write(block)
             name = digest.hexdigest()
             if not (self._folder / name).exists():
-                _check_picture(tmp, param)
-            upload = self._uploaded.add(tenant, f"file-{name}", name, size)
-            # From here on nobody removes it; before, somebody may have, who had it alone.
+                _check_image(tmp, param)
+            upload = self._records.add(tenant, f"file-{name}", name, size)
+            # The record protects the file. Before it was added, deleting the only other upload may have removed the file.
             if not (self._folder / name).exists():
                 flush_to_disk(tmp)
                 tmp.rename(self._folder / name)
@@ -74,57 +75,58 @@ class UploadFolder:
         return upload
 
     def find(self, tenant: str, upload_id: str) -> Path | None:
-        """Where a file that the tenant brought lies; none where it did not bring it."""
-        upload = self._uploaded.get(upload_id, tenant)
+        """Return the path of a tenant's upload, or `None`."""
+        upload = self._records.get(upload_id, tenant)
         if upload is None or not (self._folder / upload.file).is_file():
             return None
         return self._folder / upload.file
 
     def delete(self, tenant: str, upload_id: str) -> bool:
-        """Take a file from the tenant, and from the disk where it was nobody else's. False where it is not the tenant's."""
-        return self._uploaded.delete(upload_id, tenant, self._remove)
+        """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload."""
+        return self._records.delete(upload_id, tenant, self._remove)
 
-    def sweep(self, older_than_s: float) -> None:
-        """Remove files that nobody has any more, and of which no job that has not ended is made."""
-        latest = time.time() - older_than_s
+    def remove_unreferenced(self, older_than_s: float) -> None:
+        """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued."""
+        modified_before = time.time() - older_than_s
         with suppress(FileNotFoundError), os.scandir(self._folder) as entries:
-            files = [each.name for each in entries if NAME.fullmatch(each.name) and each.stat().st_mtime < latest]
-            self._uploaded.remove_unwanted(files, self._remove)
+            files = [entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.stat().st_mtime < modified_before]
+            self._records.remove_unreferenced(files, self._remove)
 
     def _remove(self, file: str) -> None:
         (self._folder / file).unlink(missing_ok=True)
 
     def id_of(self, path: str) -> str | None:
-        """The id under which a file of this folder was brought; none for a path that leads elsewhere."""
-        place = Path(path)
-        return f"file-{place.name}" if place.parent == self._folder else None
+        """Return the upload id of a file in this folder, `None` for another path."""
+        file = Path(path)
+        return f"file-{file.name}" if file.parent == self._folder else None
 
 
-def upload_folder(outputs: OutputFolder, uploaded: UploadRecords, caps: UploadCaps) -> UploadFolder:
-    """Beside the results, or in this machine's cache folder where those lie in an object store."""
-    return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", uploaded, caps)
+def upload_folder(outputs: OutputFolder, records: UploadRecords, caps: UploadCaps) -> UploadFolder:
+    """Return the upload folder: in the output folder, or in the local cache folder if the output is an object store."""
+    return UploadFolder((outputs.storage.local or cache_dir()) / "inputs", records, caps)
 
 
 def too_large(param: str | None, cap_bytes: int) -> ApiError:
-    what = f"{param}: is" if param else "The request is"
-    return ApiError(413, f"{what} larger than {cap_bytes} bytes", code="too_large", param=param)
+    """Return a 413 error for a field, or for the whole request."""
+    subject = f"{param}: is" if param else "The request is"
+    return ApiError(413, f"{subject} larger than {cap_bytes} bytes", code="too_large", param=param)
 
 
 def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
-    """The content of a `data:` URL. Raises ApiError 400 or 413."""
-    head = DATA_URL.match(url)
-    if head is None:
-        raise invalid(param, "must be a data: URL with base64, as data:image/png;base64,...")
-    if len(url) - head.end() > cap_bytes * 4 // 3 + 4:
+    """Decode a `data:` URL. Raises ApiError 400 or 413."""
+    header = DATA_URL.match(url)
+    if header is None:
+        raise invalid(param, "must be a base64 data: URL, for example data:image/png;base64,...")
+    if len(url) - header.end() > cap_bytes * 4 // 3 + 4:
         raise too_large(param, cap_bytes)
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        return base64.b64decode(url[header.end() :], validate=True)
     except (binascii.Error, ValueError):
-        raise invalid(param, "is no base64") from None
+        raise invalid(param, "is not valid base64") from None
 
 
 class BodyCap:
-    """Counts the bytes of a body as they arrive, and ends a request that sends more than `cap_bytes`, whatever it announced."""
+    """Middleware that rejects a request once more than `cap_bytes` of its body have arrived, whatever Content-Length says."""
 
     def __init__(self, app: ASGIApp, cap_bytes: int) -> None:
         self._app = app
@@ -281,9 +283,9 @@ def _add_form_field(fields: dict[str, Any], name: str, value: str | UploadFile) 
         fields[head] = value
 
 
-def _check_picture(path: Path, param: str) -> None:
+def _check_image(path: Path, param: str) -> None:
     try:
         read_image(path)
     except MediaError as error:
-        # Without the place at which it lies here.
+        # Without the path on the server.
         raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None

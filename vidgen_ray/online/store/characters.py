@@ -1,4 +1,4 @@
-"""People a tenant has named: a name and the photos that stand for it."""
+"""Characters: named sets of photos of a person, used in place of a face image."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PHOTOS = TypeAdapter(tuple[str, ...])
 
 
 class NameTaken(VidgenError):
-    """The tenant has a character of this name, of other photos."""
+    """The tenant already has a character with this name and other photos."""
 
 
 class Character(BaseModel):
-    """A person by name. `photos` are ids of uploads, the first is the one that gives the keypoints."""
+    """Named person. `photos` are upload ids; the face keypoints come from the first one."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -32,44 +32,48 @@ class Character(BaseModel):
 
 
 class Characters:
-    """Part of the store."""
+    """Characters of the store."""
 
     def __init__(self, database: Database, now: Callable[[], float]) -> None:
         self._database = database
         self._now = now
 
     def create(self, tenant: str, name: str, photos: Sequence[str]) -> Character:
-        """Asked again with the same photos it gives what is there. Raises NameTaken."""
-        with self._database.changing() as change:
-            known = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.name == name)
-            if (row := change.connection.execute(known).one_or_none()) is not None:
-                if (found := _character(row)).photos != tuple(photos):
+        """Create a character, or return the existing one if it has the same photos. Raises NameTaken."""
+        with self._database.transaction() as transaction:
+            query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.name == name)
+            if (row := transaction.connection.execute(query).one_or_none()) is not None:
+                if (existing := _character(row)).photos != tuple(photos):
                     raise NameTaken(name)
-                return found
-            made = Character(id=new_id("char"), tenant=tenant, name=name, photos=tuple(photos), created_at=self._now())
-            row_values = {**made.model_dump(), "photos": PHOTOS.dump_json(made.photos).decode(), "seq": change.version}
-            change.connection.execute(insert(CHARACTERS).values(**row_values))
-            return made
+                return existing
+            character = Character(id=new_id("char"), tenant=tenant, name=name, photos=tuple(photos), created_at=self._now())
+            values = {
+                **character.model_dump(),
+                "photos": PHOTOS.dump_json(character.photos).decode(),
+                "seq": transaction.version,
+            }
+            transaction.connection.execute(insert(CHARACTERS).values(**values))
+            return character
 
     def get(self, id_or_name: str, tenant: str) -> Character | None:
-        """None where the tenant has none of that id or name."""
-        called = or_(CHARACTERS.c.id == id_or_name, CHARACTERS.c.name == id_or_name)
-        with self._database.reading() as connection:
-            query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, called).limit(1)
+        """Return the tenant's character with this id or name, or `None`."""
+        matches = or_(CHARACTERS.c.id == id_or_name, CHARACTERS.c.name == id_or_name)
+        with self._database.read_connection() as connection:
+            query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, matches).limit(1)
             row = connection.execute(query).one_or_none()
         return None if row is None else _character(row)
 
     def list(self, tenant: str) -> list[Character]:
-        """All of a tenant's, the newest first."""
+        """Return all characters of a tenant, newest first."""
         query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant).order_by(CHARACTERS.c.seq.desc())
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return [_character(row) for row in connection.execute(query)]
 
     def delete(self, character_id: str, tenant: str) -> bool:
-        """False where the tenant has none of that id. Jobs that were made with it keep their photos."""
+        """Delete a character. Jobs created with it keep their photos. Return False if the tenant has no such character."""
         own = [CHARACTERS.c.id == character_id, CHARACTERS.c.tenant == tenant]
-        with self._database.changing() as change:
-            return change.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
+        with self._database.transaction() as transaction:
+            return transaction.connection.execute(delete(CHARACTERS).where(*own)).rowcount > 0
 
 
 def _character(row: object) -> Character:

@@ -1,4 +1,4 @@
-"""One database, SQLite or PostgreSQL, behind two kinds of transaction. Knows the tables' version, not what is in them."""
+"""Connection to the store's database, SQLite or PostgreSQL, with one kind of transaction for reads and one for writes."""
 
 from __future__ import annotations
 
@@ -6,132 +6,118 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, make_url, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.schema import META, SCHEMA_VERSION, TABLES
+from vidgen_ray.online.store.schema import META
+from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 
-BUSY_S = 30
-"""How long a change waits for others to end theirs."""
+BUSY_TIMEOUT_S = 30
+"""Seconds that a transaction waits for a lock or for a pooled connection."""
 READS = {"vidgen_reads": True}
-"""Execution option of transactions that change nothing."""
-SCHEMA_LOCK = 0x7669646765
-"""Of PostgreSQL, for the moment in which the tables are made."""
+"""Execution option of transactions that only read."""
 
 
 class Database:
-    """Makes the tables where they are missing.
+    """Open database whose tables are up to date.
 
-    SQLite is for servers whose processes are all on one machine: its write-ahead log does not work over a network.
-    Raises SetupError where the database cannot be opened, or is of another version of the tables.
+    SQLite is for servers whose processes run on one machine: its write-ahead log does not work on a network file system.
     """
 
-    def __init__(self, url: str, *, lasting: bool = True) -> None:
-        """`url` as SQLAlchemy has it: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
+    def __init__(self, url: str, *, durable: bool = True) -> None:
+        """Open a database and create or upgrade its tables.
 
-        Changes that need not be `lasting` are seen by everybody and survive any process, and the last of them may be lost
-        with the machine's power: for who can do again what was lost. PostgreSQL keeps its own counsel.
+        `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME. With `durable=False`, the last
+        writes to SQLite survive a crash of the process but may be lost in a power failure; use it for work that can be
+        repeated. PostgreSQL ignores it.
+
+        Raises SetupError if the database cannot be opened or is newer than this program.
         """
-        self.engine = _engine(url, lasting)
+        self.engine = _engine(url, durable)
         try:
-            self._prepare()
+            upgrade_schema(self.engine)
         except OperationalError as error:
-            raise SetupError(f"database {self._shown}: cannot be opened ({_first_line(error)})") from None
+            raise SetupError(f"database {self._url_without_password}: cannot be opened ({_first_line(error)})") from None
         except SQLAlchemyError as error:
-            raise SetupError(f"database {self._shown}: {_first_line(error)}") from None
+            raise SetupError(f"database {self._url_without_password}: {_first_line(error)}") from None
 
     @property
-    def _shown(self) -> str:
+    def _url_without_password(self) -> str:
         return self.engine.url.render_as_string(hide_password=True)
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A transaction that changes nothing."""
+    def read_connection(self) -> Iterator[Connection]:
+        """Open a read-only transaction."""
         with self.engine.connect() as connection:
             yield connection.execution_options(**READS)
 
     @contextmanager
-    def changing(self) -> Iterator[Transaction]:
-        """A transaction that is alone in changing anything, and on the disk when the block ends."""
+    def transaction(self) -> Iterator[Transaction]:
+        """Open the only write transaction. It is committed when the block ends, and rolled back on an exception."""
         with self.engine.begin() as connection:
             yield Transaction(connection)
 
     def ping(self) -> None:
-        """Raises SQLAlchemyError where the database does not answer."""
-        with self.reading() as connection:
+        """Run a query. Raises SQLAlchemyError if the database does not answer."""
+        with self.read_connection() as connection:
             connection.execute(select(META.c.value).limit(1))
 
     def close(self) -> None:
         self.engine.dispose()
 
-    def _prepare(self) -> None:
-        with self.engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": SCHEMA_LOCK})
-            TABLES.create_all(connection)
-            found = connection.execute(select(META.c.value).where(META.c.name == "schema")).scalar()
-            if found is None:
-                rows = [{"name": "schema", "value": SCHEMA_VERSION}, {"name": "changes", "value": 0}]
-                connection.execute(insert(META), rows)
-            elif found != SCHEMA_VERSION:
-                raise SetupError(
-                    f"database {self._shown}: has tables of version {found}, this program wants {SCHEMA_VERSION}; "
-                    "use the program that made it, or an empty database"
-                )
-
 
 class Transaction:
-    """A transaction under way. Asking for its first number makes it wait until it is alone."""
+    """Open write transaction. Creating it waits until all other write transactions have ended."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.version = self.next_number()
-        """What everything that this transaction changes is stamped with."""
+        """Version of all rows that this transaction writes."""
 
     def next_number(self) -> int:
-        """A number that no other change has, larger than those of all changes before."""
+        """Return a unique number, larger than all numbers of earlier transactions."""
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 
-def _engine(url: str, lasting: bool) -> Engine:
+def _engine(url: str, durable: bool) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
         raise SetupError("database: must be a URL, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME") from None
-    kind = parsed.get_backend_name()
-    if kind == "postgresql":
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
         try:
-            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_timeout=BUSY_S)
+            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S)
         except ModuleNotFoundError:
             raise SetupError("database: PostgreSQL needs `pip install vidgen-ray[postgres]`") from None
-    if kind != "sqlite" or parsed.database in (None, "", ":memory:"):
+    if backend != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise SetupError(
-            "database: must be a file of SQLite, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
+            "database: must be an SQLite file, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
         )
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_S}, pool_timeout=BUSY_S)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_timeout=BUSY_TIMEOUT_S)
     event.listen(engine, "connect", _set_up_sqlite)
-    if not lasting:
-        event.listen(engine, "connect", _wait_for_no_disk)
+    if not durable:
+        event.listen(engine, "connect", _sync_less_often)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
-    # The module's own transactions begin too late to keep two changes apart.
+    # The sqlite3 module would open transactions only before the first write, after the reads that decide on it.
     connection.isolation_level = None
     cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout={BUSY_S * 1000}")
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
     cursor.execute("PRAGMA journal_mode=WAL")
-    # What was accepted must outlive a loss of power, too; WAL's default outlives only the process.
+    # An accepted job must survive a power failure. The default of WAL mode survives only a crash of the process.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
 
-def _wait_for_no_disk(connection: Any, _: object) -> None:
+def _sync_less_often(connection: Any, _: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL").close()
 
 

@@ -1,4 +1,4 @@
-"""Jobs as rows: how they are written, changed and ended in somebody's transaction, and read."""
+"""Read and write job rows inside a transaction of the caller."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ SECONDS = TypeAdapter(dict[str, float])
 REQUEST = TypeAdapter(dict[str, JsonValue])
 
 OPEN = (JobState.QUEUED, JobState.IN_PROGRESS)
+"""States of jobs that have not ended."""
 
 
 class JobRows:
-    """Part of the store."""
+    """Writer of job rows and of the webhook messages for jobs that have ended."""
 
     def __init__(
         self,
@@ -30,35 +31,35 @@ class JobRows:
         retention_s: float | None,
         now: Callable[[], float],
     ) -> None:
-        """`targets` gives the names of the webhooks that hear of a tenant's jobs."""
+        """`targets` returns the names of the webhooks that receive messages about a tenant's jobs."""
         self._outbox = outbox
         self._targets = targets
         self._retention_s = retention_s
         self._now = now
 
-    def insert(self, change: Transaction, job: Job) -> Job:
-        """A new job, as it is stored."""
+    def insert(self, transaction: Transaction, job: Job) -> Job:
+        """Insert a new job. Return it as it is stored."""
         if job.state.is_final:
             job = job.model_copy(update={"expires_at": self._expiry(job.completed_at)})
-        number = change.next_number()
+        number = transaction.next_number()
         job = job.model_copy(update={"version": number})
-        change.connection.execute(insert(JOBS), _values(job) | {"seq": number})
+        transaction.connection.execute(insert(JOBS), _values(job) | {"seq": number})
         if job.state.is_final:
-            self._announce(change, [job])
+            self._add_messages(transaction, [job])
         return job
 
-    def update(self, change: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
-        """Change the jobs that are as `where` expects, and give them as they are then."""
-        changed = update(JOBS).where(*where).values(**values, version=change.version).returning(JOBS)
-        return change.connection.execute(changed).all()
+    def update(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
+        """Update the jobs that match `where`. Return their new rows."""
+        statement = update(JOBS).where(*where).values(**values, version=transaction.version).returning(JOBS)
+        return transaction.connection.execute(statement).all()
 
     def end(
-        self, change: Transaction, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any
+        self, transaction: Transaction, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any
     ) -> Sequence[Row[Any]]:
-        """End jobs, of those that have not ended, and tell the webhooks."""
+        """Set the final state of the open jobs that match `where`, and add their webhook messages. Return their new rows."""
         now = self._now()
         ended = self.update(
-            change,
+            transaction,
             [*where, JOBS.c.state.in_(OPEN)],
             state=state,
             owner=None,
@@ -67,20 +68,20 @@ class JobRows:
             expires_at=self._expiry(now),
             **values,
         )
-        self._announce(change, [job_of(row) for row in ended if row.deleted_at is None])
+        self._add_messages(transaction, [job_of(row) for row in ended if row.deleted_at is None])
         return ended
 
-    def _announce(self, change: Transaction, jobs: Sequence[Job]) -> None:
+    def _add_messages(self, transaction: Transaction, jobs: Sequence[Job]) -> None:
         for job in jobs:
             for target in self._targets(job.tenant):
-                self._outbox.add(change, target, job)
+                self._outbox.add(transaction, target, job)
 
     def _expiry(self, ended_at: float | None) -> float | None:
         return None if self._retention_s is None or ended_at is None else ended_at + self._retention_s
 
 
 def job_of(row: Row[Any]) -> Job:
-    """The job of a row."""
+    """Return the job of a row."""
     fields = {name: getattr(row, name) for name in Job.model_fields}
     return Job.model_validate(
         {
@@ -94,7 +95,7 @@ def job_of(row: Row[Any]) -> Job:
 
 
 def _values(job: Job) -> dict[str, Any]:
-    """A job as a row."""
+    """Return the column values of a job, except `seq` and those of its lease."""
     return {
         **job.model_dump(exclude={"shot", "error", "stage_seconds", "request"}),
         "shot": job.shot.model_dump_json(),

@@ -1,4 +1,4 @@
-"""What a server has accepted and not forgotten: a job is one shot for one tenant, and how far it is. Knows no storage."""
+"""Job model: one shot of one tenant and its progress. Independent of storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vidgen_ray.shot import Shot
 
 
 class JobState(StrEnum):
-    """As the API says them."""
+    """State of a job. The values appear in the API."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -25,11 +25,11 @@ class JobState(StrEnum):
 
 
 FINAL = frozenset({JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED})
-"""States that no job leaves again."""
+"""States in which a job has ended."""
 
 
 class JobKind(StrEnum):
-    """Which part of the API a job came through, and shows itself in. Also how its id begins."""
+    """Part of the API that a job belongs to. Also the prefix of its id."""
 
     VIDEO = "video"
     IMAGE = "image"
@@ -41,7 +41,7 @@ class _Frozen(BaseModel):
 
 
 class JobError(_Frozen):
-    """Why a job failed, for whoever asked for it: nothing of the server's inside."""
+    """Reason why a job failed, shown to the client. Contains no internals of the server."""
 
     code: str
     message: str
@@ -51,52 +51,54 @@ class JobError(_Frozen):
 
 
 class Job(_Frozen):
-    """One shot for one tenant. Times are seconds since 1970."""
+    """One shot of one tenant. Times are seconds since 1970."""
 
     id: str
     tenant: str
     kind: JobKind
     state: JobState = JobState.QUEUED
     shot: Shot
-    """Checked, with its seed; its id is the name of its folder in the output folder."""
+    """Checked shot with its seed. Its id is the name of its folder in the output folder."""
     key: str
-    """The content key: shots with the same one have the same bytes."""
+    """Content key of the shot. Shots with the same key have the same bytes."""
     attempts: int = 0
-    """How often a director took it in hand."""
+    """Number of times that a director has claimed the job."""
     progress: int = Field(0, ge=0, le=100)
     """Percent."""
     stage: str | None = None
     step: int = 0
-    """Steps of the stage that are done: of denoising, or frames."""
+    """Finished denoising steps or frames of the current stage."""
     steps: int = 0
-    """0 where that is not known yet."""
+    """All steps of the current stage. 0 if not known yet."""
     created_at: float
     started_at: float | None = None
     completed_at: float | None = None
-    """When it ended, however it ended."""
+    """Time at which the job ended, in any final state."""
     expires_at: float | None = None
+    """Time after which the job and its files are deleted. `None` keeps them."""
     error: JobError | None = None
     shot_id: str | None = None
-    """Where its files are, once it is completed."""
+    """Folder of the files of a completed job, in the output folder."""
     stage_seconds: dict[str, float] = Field(default_factory=dict)
-    """Stage -> seconds that it took; a result that was there already took none."""
+    """Stage -> seconds that it took. Stages with a cached result took none."""
     request: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the client must get back: model, seconds, size, prompt, remixed_from, ..."""
+    """Request fields returned to the client: model, seconds, size, prompt, remixed_from, ..."""
     cancel_requested: bool = False
+    """A cancel was requested while the job was in progress. Its director carries it out."""
     version: int = 0
-    """Rises with every change of any job of the store, so that it is a place in the order of all changes."""
+    """Number of the last change of the job. Later changes of any job have larger numbers."""
 
     def queued(self) -> Job:
-        """The same as if nothing had been done for it."""
-        begin = {"state": JobState.QUEUED, "progress": 0, "started_at": None, "completed_at": None, "shot_id": None}
-        return self.model_copy(update=begin)
+        """Return a queued copy without progress or result."""
+        reset = {"state": JobState.QUEUED, "progress": 0, "started_at": None, "completed_at": None, "shot_id": None}
+        return self.model_copy(update=reset)
 
 
 def shot_id_of(key: str) -> str:
-    """The name of the folder that a server makes for a shot with this content key."""
+    """Return the name of the folder in which a server stores the shot with this content key."""
     return f"online-{key[:32]}"
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess: the prefix, an underscore and 32 hexadecimal digits."""
+    """Return a random id: the prefix, an underscore and 32 hexadecimal digits."""
     return f"{prefix}_{secrets.token_hex(16)}"

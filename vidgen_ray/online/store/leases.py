@@ -1,7 +1,7 @@
-"""The jobs that directors have in hand: who leads which, how far it is, and how it ends.
+"""Job leases: directors claim jobs, renew their leases, report progress and end the jobs.
 
-Part of the store. Each change says what it expects (the state, the owner), so a job that has ended stays as it ended, and of
-two directors that think they own a job only one writes.
+Each update checks the state and the owner of the job. A job that has ended never changes, and if two directors believe that
+they own a job, only one of them can write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vidgen_ray.online.store.schema import JOBS
 
 
 class JobProgress(NamedTuple):
-    """News of a job in progress."""
+    """Progress of a job. `step` and `steps` count denoising steps or frames of the stage."""
 
     job_id: str
     stage: str
@@ -28,7 +28,7 @@ class JobProgress(NamedTuple):
 
 
 class JobLeases:
-    """Calls block; in an event loop use `asyncio.to_thread`."""
+    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`."""
 
     def __init__(self, database: Database, rows: JobRows, now: Callable[[], float]) -> None:
         self._database = database
@@ -36,101 +36,106 @@ class JobLeases:
         self._now = now
 
     def claim(self, owner: str, lease_s: float, limit: int) -> Sequence[Job]:
-        """Take jobs in hand: those whose owner let the lease run out, then queued ones, the oldest first and tenants in turn.
+        """Claim up to `limit` jobs: first those with an expired lease, then queued ones, oldest first and tenants in turn.
 
-        `attempts` counts this one already.
+        `attempts` of the returned jobs includes this attempt.
         """
-        with self._database.changing() as change:
+        with self._database.transaction() as transaction:
             now = self._now()
-            lost = and_(JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
-            ids = [*change.connection.scalars(select(JOBS.c.id).where(lost).order_by(JOBS.c.seq))]
+            expired = and_(JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
+            ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
             if ids:
-                ended = self._rows.end(change, [lost, JOBS.c.cancel_requested], JobState.CANCELLED)
-                gone = {row.id for row in ended}
-                ids = [job_id for job_id in ids if job_id not in gone][:limit]
-            ids += change.connection.scalars(IN_TURN, {"most": limit - len(ids)})
-            taken: list[Row[Any]] = []
+                ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
+                cancelled = {row.id for row in ended}
+                ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
+            ids += transaction.connection.scalars(NEXT_QUEUED, {"max_jobs": limit - len(ids)})
+            claimed: list[Row[Any]] = []
             for job_id in ids:
-                taken += self._rows.update(
-                    change,
+                claimed += self._rows.update(
+                    transaction,
                     [JOBS.c.id == job_id],
                     state=JobState.IN_PROGRESS,
                     owner=owner,
                     lease_until=now + lease_s,
                     attempts=JOBS.c.attempts + 1,
                     started_at=func.coalesce(JOBS.c.started_at, now),
-                    # What it had reached is in the cache; how far that is, its first stages will say again.
+                    # Finished stages are in the cache; the new owner reports the progress again.
                     stage=None,
                     step=0,
                     steps=0,
                 )
-            return [job_of(row) for row in taken]
+            return [job_of(row) for row in claimed]
 
     def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
-        """Hold on to these jobs. Gives those to end: somebody asked for it, or they are not the owner's any more."""
-        with self._database.changing() as change:
+        """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
+        with self._database.transaction() as transaction:
             held = and_(JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS)
-            kept = (
+            renew = (
                 update(JOBS).where(held).values(lease_until=self._now() + lease_s).returning(JOBS.c.id, JOBS.c.cancel_requested)
             )
-            wanted = {row.id for row in change.connection.execute(kept) if not row.cancel_requested}
-        return set(ids) - wanted
+            renewed = {row.id for row in transaction.connection.execute(renew) if not row.cancel_requested}
+        return set(ids) - renewed
 
     def release(self, owner: str, ids: Collection[str]) -> None:
-        """Put jobs back into the queue, at their old place; being stopped on purpose counts as no attempt."""
-        with self._database.changing() as change:
+        """Return jobs to their old position in the queue. The attempt is not counted. Jobs to be cancelled are cancelled."""
+        with self._database.transaction() as transaction:
             held = [JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-            self._rows.end(change, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
-            back = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
-            self._rows.update(change, held, **back)
+            self._rows.end(transaction, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
+            requeued = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
+            self._rows.update(transaction, held, **requeued)
 
-    def progress(self, owner: str, each: Sequence[JobProgress]) -> set[str]:
-        """Say how far jobs are; a percentage never goes back. Gives those that are still the owner's."""
-        with self._database.changing() as change:
+    def progress(self, owner: str, updates: Sequence[JobProgress]) -> set[str]:
+        """Store the progress of jobs. The percentage never decreases. Return the ids of jobs that `owner` still holds."""
+        with self._database.transaction() as transaction:
             held = set()
-            for job_id, stage, step, steps, percent in each:
-                # Written out: SQLite calls the larger of two max, PostgreSQL greatest.
+            for job_id, stage, step, steps, percent in updates:
+                # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
                 reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
                 own = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-                if self._rows.update(change, own, stage=stage, step=step, steps=steps, progress=reached):
+                if self._rows.update(transaction, own, stage=stage, step=step, steps=steps, progress=reached):
                     held.add(job_id)
             return held
 
     def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
-        """End a job whose files are there. False where it is not the owner's any more, as in the two below."""
+        """End a job whose files are stored. Return False if `owner` has lost the lease."""
         seconds = SECONDS.dump_json(dict(stage_seconds)).decode()
         return self._end_own(job_id, owner, JobState.COMPLETED, shot_id=shot_id, stage_seconds=seconds, progress=100)
 
     def failed(self, job_id: str, owner: str, error: JobError) -> bool:
+        """End a job with an error. Return False if `owner` has lost the lease."""
         return self._end_own(job_id, owner, JobState.FAILED, error=error.model_dump_json())
 
     def cancelled(self, job_id: str, owner: str) -> bool:
+        """End a job after its cancellation. Return False if `owner` has lost the lease."""
         return self._end_own(job_id, owner, JobState.CANCELLED)
 
     def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
-        with self._database.changing() as change:
+        with self._database.transaction() as transaction:
             held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-            return bool(self._rows.end(change, held, state, **values))
+            return bool(self._rows.end(transaction, held, state, **values))
 
 
-def _in_turn() -> Any:
-    """Ids of `most` queued jobs: of every tenant its oldest, then of every one its next. Who has jobs in progress waits as if
-    they stood before his others."""
+def _next_queued() -> Any:
+    """Build the query for the ids of the next `max_jobs` queued jobs.
+
+    The oldest job of every tenant comes first, then the second of every tenant, and so on. Jobs in progress count as if they
+    were ahead of the tenant's queued jobs.
+    """
     busy = (
         select(JOBS.c.tenant, func.count().label("jobs"))
         .where(JOBS.c.state == JobState.IN_PROGRESS)
         .group_by(JOBS.c.tenant)
         .subquery()
     )
-    place = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.seq) + func.coalesce(busy.c.jobs, 0)
+    position = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.seq) + func.coalesce(busy.c.jobs, 0)
     queued = (
-        select(JOBS.c.id, JOBS.c.seq, place.label("place"))
+        select(JOBS.c.id, JOBS.c.seq, position.label("position"))
         .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
         .where(JOBS.c.state == JobState.QUEUED)
         .subquery()
     )
-    return select(queued.c.id).order_by(queued.c.place, queued.c.seq).limit(bindparam("most"))
+    return select(queued.c.id).order_by(queued.c.position, queued.c.seq).limit(bindparam("max_jobs"))
 
 
-IN_TURN = _in_turn()
-"""Put together once: a director asks for it after every job."""
+NEXT_QUEUED = _next_queued()
+"""Built once, because a director runs it after every job."""

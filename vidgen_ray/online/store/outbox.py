@@ -1,4 +1,4 @@
-"""Messages to webhooks, from the moment a job ends until somebody has taken them."""
+"""Outbox: webhook messages that wait for delivery."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from vidgen_ray.online.store.schema import OUTBOX
 
 
 class Message(BaseModel):
-    """That a job has ended, for one target."""
+    """Message to one webhook that a job has ended."""
 
     model_config = ConfigDict(frozen=True)
 
     id: str
-    """The same at every try, so that whoever takes it twice can know."""
+    """The same in every attempt, so that receivers can recognise a message they already have."""
     tenant: str
     target: str
     event: str
-    """`video.completed`, `shot.failed`, ..."""
+    """For example `video.completed` or `shot.failed`."""
     job: str
     created_at: float
     tries: int
+    """Failed attempts to deliver it."""
 
 
 class Outbox:
-    """Part of the store."""
+    """Webhook messages of the store."""
 
     def __init__(self, database: Database, now: Callable[[], float]) -> None:
         self._database = database
         self._now = now
 
-    def add(self, change: Transaction, target: str, job: Job) -> None:
-        """In the transaction that ends the job: neither is seen without the other."""
+    def add(self, transaction: Transaction, target: str, job: Job) -> None:
+        """Add a message in the transaction that ends the job, so that both are stored or neither."""
         now = self._now()
-        change.connection.execute(
+        transaction.connection.execute(
             insert(OUTBOX).values(
                 id=new_id("evt"),
-                seq=change.version,
+                seq=transaction.version,
                 tenant=job.tenant,
                 target=target,
                 event=f"{job.kind}.{job.state}",
@@ -52,26 +53,29 @@ class Outbox:
             )
         )
 
-    def due(self, hold_s: float, besides: Collection[str] = ()) -> Sequence[Message]:
-        """Of each target, without some, the oldest message whose time has come; nobody else is given it for `hold_s`."""
-        with self._database.changing() as change:
+    def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Sequence[Message]:
+        """Return the oldest due message of each target that is not in `exclude`.
+
+        The messages are not due again for `lease_s` seconds.
+        """
+        with self._database.transaction() as transaction:
             now = self._now()
-            ready = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(besides)]
-            place = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("place")
-            first = select(OUTBOX.c.id, place).where(*ready).subquery()
-            query = select(OUTBOX).join(first, OUTBOX.c.id == first.c.id).where(first.c.place == 1).order_by(OUTBOX.c.seq)
-            rows = change.connection.execute(query).all()
-            held = update(OUTBOX).where(OUTBOX.c.id.in_([row.id for row in rows])).values(next_try_at=now + hold_s)
-            change.connection.execute(held)
+            due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
+            position = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("position")
+            first = select(OUTBOX.c.id, position).where(*due).subquery()
+            query = select(OUTBOX).join(first, OUTBOX.c.id == first.c.id).where(first.c.position == 1).order_by(OUTBOX.c.seq)
+            rows = transaction.connection.execute(query).all()
+            leased = update(OUTBOX).where(OUTBOX.c.id.in_([row.id for row in rows])).values(next_try_at=now + lease_s)
+            transaction.connection.execute(leased)
         return [Message.model_validate({name: getattr(row, name) for name in Message.model_fields}) for row in rows]
 
-    def taken(self, message_id: str) -> None:
-        """Forget a message that was taken, or that nobody will ever take."""
-        with self._database.changing() as change:
-            change.connection.execute(delete(OUTBOX).where(OUTBOX.c.id == message_id))
+    def delete(self, message_id: str) -> None:
+        """Delete a message that was delivered or dropped."""
+        with self._database.transaction() as transaction:
+            transaction.connection.execute(delete(OUTBOX).where(OUTBOX.c.id == message_id))
 
     def postpone(self, message_id: str, seconds: float) -> None:
-        """Try a message again after some time."""
-        with self._database.changing() as change:
+        """Count a failed attempt and make the message due again after `seconds`."""
+        with self._database.transaction() as transaction:
             later = {"tries": OUTBOX.c.tries + 1, "next_try_at": self._now() + seconds}
-            change.connection.execute(update(OUTBOX).where(OUTBOX.c.id == message_id).values(**later))
+            transaction.connection.execute(update(OUTBOX).where(OUTBOX.c.id == message_id).values(**later))

@@ -1,4 +1,7 @@
-"""The tables of a server's database, the same in SQLite and PostgreSQL. What is not asked for by itself is JSON in a text."""
+"""Tables of the job store, the same on SQLite and PostgreSQL. Values that are never searched are JSON in a text column.
+
+A change here needs a migration in `migrations/versions`.
+"""
 
 from sqlalchemy import (
     BigInteger,
@@ -14,9 +17,6 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
-"""Raised when a table changes. A database of another version is refused, not guessed at."""
-
 TABLES = MetaData()
 
 META = Table(
@@ -25,8 +25,8 @@ META = Table(
     Column("name", String(64), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-"""`schema`, and `changes`: how many changes were made. Every change raises it first, so changes wait for one another and are
-seen in their order."""
+"""Two rows. `changes`: number of the last write. Every transaction increments it first, which serializes all writers.
+`schema`: read only by version 0.1, which opens stores with value 1 and refuses others."""
 
 JOBS = Table(
     "vidgen_jobs",
@@ -60,8 +60,12 @@ JOBS = Table(
     Index("vidgen_jobs_by_tenant", "tenant", "seq"),
     Index("vidgen_jobs_by_version", "version"),
     Index("vidgen_jobs_by_shot_id", "shot_id"),
+    Index("vidgen_jobs_by_key", "key"),
+    Index("vidgen_jobs_by_expiry", "expires_at"),
+    Index("vidgen_jobs_by_deletion", "deleted_at"),
 )
-"""`seq` is the order of creation. A deleted job stays for a while, so that lists can go on after it and others see it go."""
+"""`seq` is the order of creation. A deleted job keeps its row for some minutes, so that lists can continue after it and
+clients see the deletion."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",
@@ -72,6 +76,7 @@ IDEMPOTENCY = Table(
     Column("jobs", Text, nullable=False),
     Column("created_at", Float(53), nullable=False),
 )
+"""Idempotency keys and the ids of the jobs that they created."""
 
 CHARACTERS = Table(
     "vidgen_characters",
@@ -93,8 +98,9 @@ UPLOADS = Table(
     Column("file", String(128), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Index("vidgen_uploads_by_file", "file"),
 )
-"""Who brought which file. The file itself lies, by its digest, in the data folder."""
+"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder."""
 
 OUTBOX = Table(
     "vidgen_outbox",
@@ -110,7 +116,7 @@ OUTBOX = Table(
     Column("tries", Integer, nullable=False),
     Index("vidgen_outbox_by_time", "next_try_at"),
 )
-"""Messages that a webhook has not taken yet."""
+"""Webhook messages that have not been delivered yet."""
 
 SESSIONS = Table(
     "vidgen_page_sessions",
@@ -119,4 +125,4 @@ SESSIONS = Table(
     Column("key_id", String(128), nullable=False),
     Column("expires_at", Float(53), nullable=False),
 )
-"""Who is signed in to the page: the digest of the cookie's token."""
+"""Sessions of the web page. `digest` is the sha256 of the token in the cookie."""

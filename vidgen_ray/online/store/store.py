@@ -1,4 +1,4 @@
-"""Where jobs are kept: every change is one transaction, and a lasting one on the disk before anybody hears of it.
+"""Job store of a server. Every change is one transaction; a durable one is on the disk before the call returns.
 
 Calls block; in an event loop use `asyncio.to_thread`.
 """
@@ -23,23 +23,23 @@ from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
 from vidgen_ray.online.store.upload_records import UploadRecords
 
-REMEMBERED_S = 86_400
-"""How long a retried create finds the jobs of the first."""
-FORGOTTEN_AFTER_S = 300
-"""Between the deletion of a job and that of its files: whoever is sent one of them has it by then."""
+IDEMPOTENCY_TTL_S = 86_400
+"""Seconds for which an idempotency key is valid."""
+PURGE_DELAY_S = 300
+"""Seconds between the deletion of a job and that of its files, so that downloads in progress can finish."""
 IDS = TypeAdapter(list[str])
 
 
 class QueueFull(VidgenError):
-    """There is no room for another job. Later there may be."""
+    """The queue has no room for the new jobs."""
 
     def __init__(self, queued: int) -> None:
         self.queued = queued
-        super().__init__(f"the queue is full: {queued} jobs wait already")
+        super().__init__(f"the queue is full: {queued} jobs are waiting")
 
 
 class LimitReached(VidgenError):
-    """The tenant has as many open jobs as it may."""
+    """The new jobs would exceed the limit of open jobs of the tenant."""
 
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
@@ -47,15 +47,15 @@ class LimitReached(VidgenError):
 
 
 class IdempotencyConflict(VidgenError):
-    """The idempotency key was used before, with another request."""
+    """The idempotency key was used before with a different request."""
 
 
 class UnknownJob(VidgenError):
-    """A list was to go on after a job that the tenant does not have."""
+    """`after` of a list is not the id of a job of the tenant."""
 
 
 class Page(NamedTuple):
-    """Some of the jobs of a list."""
+    """Page of a list of jobs."""
 
     jobs: list[Job]
     has_more: bool
@@ -69,18 +69,18 @@ class DeletedJob(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """What happened since a place in the order of changes."""
+    """Changes of jobs after a cursor."""
 
     jobs: list[Job]
-    """Their present state, in the order of their last change."""
+    """Current state of the changed jobs, in the order of their last change."""
     deleted: list[DeletedJob]
     cursor: int
-    """The place to ask from next."""
+    """Cursor for the next call."""
 
 
 class JobStore:
-    """Jobs as their tenants see them; `queue`, the same jobs as directors do; and what belongs to tenants beside them:
-    `characters`, `uploads`, and `outbox`, the messages to webhooks."""
+    """Jobs as seen by tenants. `queue` has the same jobs as seen by directors. `characters`, `uploads` and `outbox` have the
+    other records of tenants."""
 
     def __init__(
         self,
@@ -89,10 +89,14 @@ class JobStore:
         retention_s: float | None = None,
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
-        lasting: bool = True,
+        durable: bool = True,
     ) -> None:
-        """`targets` gives the names of the webhooks that hear of a tenant's jobs. Raises SetupError; see Database."""
-        self._database = Database(url, lasting=lasting)
+        """Open the store and create or upgrade its tables.
+
+        `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
+        webhooks that receive messages about a tenant's jobs. `url`, `durable` and errors are those of `Database`.
+        """
+        self._database = Database(url, durable=durable)
         self._now = now
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
@@ -105,7 +109,7 @@ class JobStore:
         return self._database.engine
 
     def ping(self) -> None:
-        """Raises SQLAlchemyError where the database does not answer."""
+        """Run a query. Raises SQLAlchemyError if the database does not answer."""
         self._database.ping()
 
     def close(self) -> None:
@@ -120,7 +124,7 @@ class JobStore:
         max_queued: int | None = None,
         max_open: int | None = None,
     ) -> tuple[Job, bool]:
-        """Store a new job; see `create_all`."""
+        """Store a new job. See `create_all`."""
         (stored,), created = self.create_all(
             [job], idempotency_key=idempotency_key, fingerprint=fingerprint, max_queued=max_queued, max_open=max_open
         )
@@ -134,44 +138,48 @@ class JobStore:
         fingerprint: str = "",
         max_queued: int | None = None,
         max_open: int | None = None,
-        is_there: Callable[[Job], bool] = lambda job: True,
+        files_exist: Callable[[Job], bool] = lambda job: True,
     ) -> tuple[list[Job], bool]:
-        """Store new jobs of one tenant, all or none: queued ones, or ones whose files are there already.
+        """Store new jobs of one tenant, all or none. They are queued, or completed if their files exist already.
 
-        `is_there` is asked again of those whose files are there: nobody removes files meanwhile (see `purge`), and a job whose
-        files have gone is queued. `max_queued` jobs of all tenants may wait; `max_open` of this one's may be queued or in
-        progress.
-        With an idempotency key that the tenant has used, nothing is stored and the jobs of then are given, and False.
-        Raises IdempotencyConflict where `fingerprint`, a digest of the request, was another one then; QueueFull; LimitReached.
+        Return the stored jobs and True. If the tenant has used `idempotency_key` before, store nothing and return the
+        earlier jobs and False.
+
+        `files_exist` is called for completed jobs inside the transaction, while `purge` cannot remove files. A job whose
+        files are missing is queued. At most `max_queued` jobs of all tenants may be queued, and at most `max_open` jobs of
+        this tenant queued or in progress.
+
+        Raises IdempotencyConflict if the earlier request had another `fingerprint` (digest of the request), QueueFull and
+        LimitReached.
         """
         tenant = jobs[0].tenant
-        with self._database.changing() as change:
+        with self._database.transaction() as transaction:
             if idempotency_key is not None:
-                before = _created_before(change.connection, tenant, idempotency_key, fingerprint)
-                if before:
-                    return before, False
-                # Its jobs are long forgotten, if it was used.
+                earlier = _jobs_of_key(transaction.connection, tenant, idempotency_key, fingerprint)
+                if earlier:
+                    return earlier, False
+                # A key whose jobs have been purged can be used again.
                 used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
-                change.connection.execute(delete(IDEMPOTENCY).where(*used))
-            jobs = [job if not job.state.is_final or is_there(job) else job.queued() for job in jobs]
-            fresh = sum(not job.state.is_final for job in jobs)
-            if fresh:
-                _check_room(change.connection, tenant, fresh, max_queued, max_open)
-            stored = [self._rows.insert(change, job) for job in jobs]
+                transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
+            jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
+            new = sum(not job.state.is_final for job in jobs)
+            if new:
+                _check_limits(transaction.connection, tenant, new, max_queued, max_open)
+            stored = [self._rows.insert(transaction, job) for job in jobs]
             if idempotency_key is not None:
                 ids = IDS.dump_json([job.id for job in stored]).decode()
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
-                change.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
+                transaction.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
 
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
-        """The jobs that this key has created, or none. Raises IdempotencyConflict."""
-        with self._database.reading() as connection:
-            return _created_before(connection, tenant, idempotency_key, fingerprint)
+        """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
+        with self._database.read_connection() as connection:
+            return _jobs_of_key(connection, tenant, idempotency_key, fingerprint)
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
-        """None where there is no such job, it was deleted, or it is another tenant's. Without a tenant, anybody's."""
-        with self._database.reading() as connection:
+        """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
+        with self._database.read_connection() as connection:
             row = connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
         return None if row is None else job_of(row)
 
@@ -185,17 +193,18 @@ class JobStore:
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> Page:
-        """A tenant's jobs by age, `desc` from the newest. Raises UnknownJob for an `after` that is not the tenant's.
+        """List a tenant's jobs in the order of their creation; `desc` starts with the newest.
 
-        `after` may be a job that has been deleted meanwhile.
+        The page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is
+        not a job of the tenant.
         """
         query = select(JOBS).where(
             JOBS.c.tenant == tenant, JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states), JOBS.c.deleted_at.is_(None)
         )
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             if after is not None:
-                place = select(JOBS.c.seq).where(JOBS.c.id == after, JOBS.c.tenant == tenant)
-                seq = connection.execute(place).scalar()
+                position = select(JOBS.c.seq).where(JOBS.c.id == after, JOBS.c.tenant == tenant)
+                seq = connection.execute(position).scalar()
                 if seq is None:
                     raise UnknownJob(after)
                 query = query.where(JOBS.c.seq > seq if order == "asc" else JOBS.c.seq < seq)
@@ -204,111 +213,112 @@ class JobStore:
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
-        """What changed after a place in the order of changes, about `limit` jobs at most; 0 is the beginning."""
-        new = [JOBS.c.version > cursor, *([] if tenant is None else [JOBS.c.tenant == tenant])]
-        # One change may be of several jobs, which must not be torn apart.
-        some = select(JOBS.c.version).where(*new).order_by(JOBS.c.version).limit(limit).subquery()
+        """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
+        changed = [JOBS.c.version > cursor, *([] if tenant is None else [JOBS.c.tenant == tenant])]
+        # Jobs changed by the same transaction have the same version and must be returned together.
+        some = select(JOBS.c.version).where(*changed).order_by(JOBS.c.version).limit(limit).subquery()
         last = select(func.max(some.c.version)).scalar_subquery()
-        with self._database.reading() as connection:
-            rows = connection.execute(select(JOBS).where(*new, JOBS.c.version <= last).order_by(JOBS.c.version)).all()
+        with self._database.read_connection() as connection:
+            rows = connection.execute(select(JOBS).where(*changed, JOBS.c.version <= last).order_by(JOBS.c.version)).all()
         return Changes(
             [job_of(row) for row in rows if row.deleted_at is None],
             [DeletedJob(row.id, row.tenant) for row in rows if row.deleted_at is not None],
             rows[-1].version if rows else cursor,
         )
 
-    def latest(self) -> int:
-        """The place of the last change so far."""
-        with self._database.reading() as connection:
+    def latest_version(self) -> int:
+        """Return the version of the last change of any job, a cursor for `changed_since`."""
+        with self._database.read_connection() as connection:
             return int(connection.execute(select(func.max(JOBS.c.version))).scalar() or 0)
 
     def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
-        """Cancel a queued job at once, ask for the end of one in progress; one that has ended stays as it is.
+        """Cancel a queued job, or ask the director to cancel a job in progress. A job that has ended does not change.
 
-        None where there is no such job.
+        Return the job, or `None` if there is no such job.
         """
-        with self._database.changing() as change:
-            self._rows.end(change, [*_visible(job_id, tenant), JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
+        with self._database.transaction() as transaction:
+            self._rows.end(transaction, [*_visible(job_id, tenant), JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
             self._rows.update(
-                change,
+                transaction,
                 [*_visible(job_id, tenant), JOBS.c.state == JobState.IN_PROGRESS],
                 cancel_requested=True,
             )
-            row = change.connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
+            row = transaction.connection.execute(select(JOBS).where(*_visible(job_id, tenant))).one_or_none()
             return None if row is None else job_of(row)
 
     def delete(self, job_id: str, tenant: str | None) -> bool:
-        """Make a job unseen, and end it where it has not ended. False where there is no such job."""
-        with self._database.changing() as change:
-            asked = {"cancel_requested": or_(JOBS.c.cancel_requested, JOBS.c.state == JobState.IN_PROGRESS)}
-            deleted = bool(self._rows.update(change, _visible(job_id, tenant), deleted_at=self._now(), **asked))
+        """Hide a job and cancel it if it has not ended. Return False if there is no such job."""
+        with self._database.transaction() as transaction:
+            cancel = {"cancel_requested": or_(JOBS.c.cancel_requested, JOBS.c.state == JobState.IN_PROGRESS)}
+            deleted = bool(self._rows.update(transaction, _visible(job_id, tenant), deleted_at=self._now(), **cancel))
             if deleted:
-                # After it is unseen: nobody hears of the end of a job that he has deleted.
-                self._rows.end(change, [JOBS.c.id == job_id, JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
+                # Only after it is hidden, so that no webhook message is added for a deleted job.
+                self._rows.end(transaction, [JOBS.c.id == job_id, JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
             return deleted
 
-    def purge(self, forget: Callable[[str], None], most: int) -> int:
-        """Forget jobs that were deleted or have expired, `most` at a time; gives how many.
+    def purge(self, delete_files: Callable[[str], None], limit: int) -> int:
+        """Remove up to `limit` jobs that are deleted or expired. Return how many were removed.
 
-        `forget` removes what there is under the content key of a shot that no job has any more. Nothing else changes the store
-        meanwhile, so that no job is created by what is being removed; where it raises OSError all stays for the next time.
+        `delete_files` deletes the files under a content key that no job has any more. It runs inside the transaction, so that
+        no job can be completed from files that are being deleted. If it raises OSError, no job is removed.
         """
-        with self._database.changing() as change:
+        with self._database.transaction() as transaction:
             now = self._now()
-            old = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at < now]
-            self._rows.update(change, old, deleted_at=now)
-            change.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - REMEMBERED_S))
-            gone = [JOBS.c.deleted_at < now - FORGOTTEN_AFTER_S, JOBS.c.state.in_(FINAL)]
-            some = select(JOBS.c.id, JOBS.c.key).where(*gone).order_by(JOBS.c.seq).limit(most)
-            rows = change.connection.execute(some).all()
-            change.connection.execute(delete(JOBS).where(JOBS.c.id.in_([row.id for row in rows])))
+            expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at < now]
+            self._rows.update(transaction, expired, deleted_at=now)
+            transaction.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - IDEMPOTENCY_TTL_S))
+            deleted = [JOBS.c.deleted_at < now - PURGE_DELAY_S, JOBS.c.state.in_(FINAL)]
+            query = select(JOBS.c.id, JOBS.c.key).where(*deleted).order_by(JOBS.c.seq).limit(limit)
+            rows = transaction.connection.execute(query).all()
+            transaction.connection.execute(delete(JOBS).where(JOBS.c.id.in_([row.id for row in rows])))
             keys = {row.key for row in rows}
-            still = set(change.connection.scalars(select(JOBS.c.key).where(JOBS.c.key.in_(keys))))
-            for key in sorted(keys - still):
-                forget(key)
+            in_use = set(transaction.connection.scalars(select(JOBS.c.key).where(JOBS.c.key.in_(keys))))
+            for key in sorted(keys - in_use):
+                delete_files(key)
             return len(rows)
 
     def counts(self) -> dict[tuple[str, JobKind, JobState], int]:
-        """How many jobs of each tenant, kind and state there are."""
+        """Return the number of jobs of each tenant, kind and state."""
         query = (
             select(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state, func.count())
             .where(JOBS.c.deleted_at.is_(None))
             .group_by(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state)
         )
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             return {(tenant, JobKind(kind), JobState(state)): n for tenant, kind, state, n in connection.execute(query)}
 
 
-def open_store(settings: OnlineSettings, *, lasting: bool = True) -> JobStore:
-    """The store of a server; `lasting` as Database has it. Raises SetupError."""
+def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
+    """Open the store of a server. `durable` and errors are those of `Database`."""
     targets = settings.webhooks.names_for
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, lasting=lasting)
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, durable=durable)
 
 
-def _check_room(connection: Connection, tenant: str, fresh: int, max_queued: int | None, max_open: int | None) -> None:
-    """Raises QueueFull or LimitReached where so many new jobs are too many."""
+def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
+    """Raise QueueFull or LimitReached if `new` more jobs exceed a limit."""
     if max_queued is not None:
         queued = connection.execute(select(func.count()).where(JOBS.c.state == JobState.QUEUED)).scalar_one()
-        if queued + fresh > max_queued:
+        if queued + new > max_queued:
             raise QueueFull(queued)
     if max_open is not None:
         own = select(func.count()).where(JOBS.c.tenant == tenant, JOBS.c.state.in_(OPEN))
-        if connection.execute(own).scalar_one() + fresh > max_open:
+        if connection.execute(own).scalar_one() + new > max_open:
             raise LimitReached(max_open)
 
 
-def _created_before(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job]:
-    known = select(IDEMPOTENCY).where(IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == key)
-    before = connection.execute(known).one_or_none()
-    if before is None:
+def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job]:
+    query = select(IDEMPOTENCY).where(IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == key)
+    earlier = connection.execute(query).one_or_none()
+    if earlier is None:
         return []
-    if before.fingerprint != fingerprint:
+    if earlier.fingerprint != fingerprint:
         raise IdempotencyConflict(key)
-    ids = IDS.validate_json(before.jobs)
+    ids = IDS.validate_json(earlier.jobs)
     rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
 
 
 def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:
-    mine = [] if tenant is None else [JOBS.c.tenant == tenant]
-    return [JOBS.c.id == job_id, *mine, JOBS.c.deleted_at.is_(None)]
+    """Return the conditions for a job that is not deleted and belongs to the tenant, or to any if `tenant` is `None`."""
+    own = [] if tenant is None else [JOBS.c.tenant == tenant]
+    return [JOBS.c.id == job_id, *own, JOBS.c.deleted_at.is_(None)]

@@ -1,4 +1,4 @@
-"""Which tenant brought which file. The files themselves are elsewhere, by their digest; see `uploads`."""
+"""Records of uploads by tenant. The files are stored by `inputs.uploads`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vidgen_ray.online.store.schema import JOBS, UPLOADS
 
 
 class Upload(BaseModel):
-    """A file that a tenant brought. `file` is its name in the folder of uploads: its digest."""
+    """File uploaded by a tenant. `file` is its name in the upload folder, the sha256 of its content."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,53 +25,56 @@ class Upload(BaseModel):
 
 
 class UploadRecords:
-    """Part of the store."""
+    """Uploads of the store."""
 
     def __init__(self, database: Database, now: Callable[[], float]) -> None:
         self._database = database
         self._now = now
 
     def add(self, tenant: str, upload_id: str, file: str, size: int) -> Upload:
-        """Note that a tenant has brought a file; once more changes nothing."""
+        """Record an upload. Return the existing record if the tenant has uploaded the file before."""
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-        with self._database.changing() as change:
-            if (row := change.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
+        with self._database.transaction() as transaction:
+            if (row := transaction.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
                 return _upload(row)
             upload = Upload(id=upload_id, tenant=tenant, file=file, bytes=size, created_at=self._now())
-            change.connection.execute(insert(UPLOADS).values(**upload.model_dump()))
+            transaction.connection.execute(insert(UPLOADS).values(**upload.model_dump()))
             return upload
 
     def get(self, upload_id: str, tenant: str) -> Upload | None:
-        """None where this tenant has not brought it, whoever else has."""
+        """Return the tenant's upload, or `None`."""
         query = select(UPLOADS).where(UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id)
-        with self._database.reading() as connection:
+        with self._database.read_connection() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else _upload(row)
 
     def delete(self, upload_id: str, tenant: str, remove: Callable[[str], None]) -> bool:
-        """Take a file from a tenant; `remove` it where nobody wants it then. False where this tenant has not brought it."""
+        """Delete an upload, and call `remove` if its file is no longer referenced.
+
+        Return False if the tenant has no such upload.
+        """
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
-        with self._database.changing() as change:
-            files = change.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
-            _remove_unwanted(change.connection, files, remove)
+        with self._database.transaction() as transaction:
+            files = transaction.connection.scalars(delete(UPLOADS).where(*own).returning(UPLOADS.c.file)).all()
+            _remove_unreferenced(transaction.connection, files, remove)
         return bool(files)
 
-    def remove_unwanted(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
-        """Remove those that nobody has brought, or has any more. Nobody brings one meanwhile."""
-        with self._database.reading() as connection:
-            brought = set(connection.scalars(select(UPLOADS.c.file)))
-        if left := [file for file in files if file not in brought]:
-            with self._database.changing() as change:
-                _remove_unwanted(change.connection, left, remove)
+    def remove_unreferenced(self, files: Iterable[str], remove: Callable[[str], None]) -> None:
+        """Call `remove` for those of `files` that are no longer referenced. No upload can be recorded meanwhile."""
+        with self._database.read_connection() as connection:
+            uploaded = set(connection.scalars(select(UPLOADS.c.file)))
+        if candidates := [file for file in files if file not in uploaded]:
+            with self._database.transaction() as transaction:
+                _remove_unreferenced(transaction.connection, candidates, remove)
 
 
-def _remove_unwanted(connection: Connection, files: Iterable[str], remove: Callable[[str], None]) -> None:
-    """Unless somebody else has brought it, or a job that has not ended is made from it."""
+def _remove_unreferenced(connection: Connection, files: Iterable[str], remove: Callable[[str], None]) -> None:
+    """Remove files that belong to no upload and to no job that is queued or in progress."""
     for file in files:
-        brought = select(func.count()).where(UPLOADS.c.file == file)
-        # Its name is a digest, so that it stands in no text by chance.
+        uploaded = select(func.count()).where(UPLOADS.c.file == file)
+        # The name is a sha256, so it cannot match other text by chance.
         used = select(func.count()).where(JOBS.c.state.not_in(FINAL), JOBS.c.shot.contains(file))
-        if not any(connection.execute(query).scalar_one() for query in (brought, used)):
+        if not any(connection.execute(query).scalar_one() for query in (uploaded, used)):
             remove(file)
 
 

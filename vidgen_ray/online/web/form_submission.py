@@ -12,7 +12,7 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.media import read_image
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import ReceivedRequest
-from vidgen_ray.online.job_service import shown
+from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.characters import Character, NameTaken
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of
@@ -74,7 +74,7 @@ async def _save_character(
         raise FormError({"save_as": f"Must be 1 to {MAX_NAME_LENGTH} printable characters."})
     photo_ids = await _store_photos(context, tenant, photos)
     try:
-        await context.server.face_check.in_turn(lambda: _check_faces(context, tenant, photo_ids))
+        await context.server.face_check.run_exclusively(lambda: _check_faces(context, tenant, photo_ids))
         return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids)
     except StageError as error:
         raise FormError({"photo": str(error).removeprefix("face_image: ").capitalize() + "."}) from None
@@ -87,7 +87,7 @@ async def _store_photos(context: PageContext, tenant: Tenant, photos: Sequence[U
     ids = []
     for photo in photos:
         await photo.seek(0)
-        upload = await run_in_threadpool(context.server.job_service.uploads.keep, tenant.name, photo.file, "photo")
+        upload = await run_in_threadpool(context.server.job_service.uploads.store, tenant.name, photo.file, "photo")
         ids.append(upload.id)
     return ids
 
@@ -106,4 +106,4 @@ async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | 
 
 def client_fields_of(context: PageContext, job: Job) -> Mapping[str, Any]:
     """Return the fields that would create the same shot."""
-    return shown(job.shot, context.server.settings, context.server.job_service.uploads)
+    return client_fields(job.shot, context.server.settings, context.server.job_service.uploads)

@@ -89,7 +89,9 @@ def page_routes(context: PageContext) -> APIRouter:
         if tenant is None:
             return _signed_out_response(request)
         since = request.query_params.get("since", "")
-        cursor = int(since) if is_number(since, MAX_CURSOR_DIGITS) else await run_in_threadpool(context.server.store.latest)
+        cursor = (
+            int(since) if is_number(since, MAX_CURSOR_DIGITS) else await run_in_threadpool(context.server.store.latest_version)
+        )
         return event_stream(context, request, tenant, cursor)
 
     return router
@@ -130,7 +132,7 @@ def _render_page(
     """Render the page. With `values` and `error`, its form shows the submitted values and their errors."""
     server, base, query = context.server, base_path(request), request.query_params
     # Read before the lists: the event stream sends all later changes.
-    cursor = server.store.latest()
+    cursor = server.store.latest_version()
     queue = server.store.list(tenant.name, states=ACTIVE, limit=QUEUE_LENGTH, order="asc")
     after = query.get("after")
     try:
