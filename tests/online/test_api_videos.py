@@ -162,7 +162,7 @@ def test_model_alias(client, held):
         ({"face_image": ["file-" + "0" * 64]}, "face_image", "file_not_found", "uploaded"),
         ({"face_image": "../../x"}, "face_image", "file_not_found", "uploaded"),
         ({"character": "unknown"}, "character", "character_not_found", "unknown"),
-        ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "the names are ink"),
+        ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "must be one of ink"),
         ({"lora": {"path": "/etc/passwd"}}, "lora", "unknown_parameter", "name and scale"),
         ({"lora": {"name": "ink", "scale": 1e9}}, "lora.weight", "invalid_value", "2"),
         ({"upscaler": "../../x"}, "upscaler", "invalid_value", "pattern"),

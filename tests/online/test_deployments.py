@@ -27,9 +27,9 @@ def groups(profile, gpus):
     return layout, groups_of(layout, profile, cluster)
 
 
-@pytest.mark.parametrize("placement", ["auto", "staged"])
+@pytest.mark.parametrize("layout", ["auto", "staged"])
 @pytest.mark.parametrize(
-    ("name", "gpus", "gpu_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
+    ("name", "gpus", "card_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
 )
 def test_replicas_on_one_gpu_always_fit_into_its_memory(name, gpus, card_gb, layout):
     profile = load_profile(name).model_copy(update={"layout": layout})
