@@ -28,7 +28,7 @@ test: setup
 
 # Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md.
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not very_slow"
 
 # About ten minutes. Kills processes, nodes and drivers of a three-node cluster at 35 random moments.
 chaos: setup

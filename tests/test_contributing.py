@@ -88,7 +88,7 @@ def colours(tmp_path_factory):
 def doubling(tmp_path_factory):
     """A project with a frame-doubling stage before the upscaler."""
     project = ScratchProject(tmp_path_factory.mktemp("doubling") / "project")
-    project.insert("vidgen_ray/shot.py", "    generate_video: bool = True", "    double_frames: bool = False\n")
+    project.insert("vidgen_ray/shot.py", "    generate_video: bool", "    double_frames: bool = False\n")
     project.create("vidgen_ray/stages/doubling.py", DOUBLING)
     base = "from vidgen_ray.stages.base import ChunkedStage, Stage"
     project.insert("vidgen_ray/graph.py", base, "from vidgen_ray.stages.doubling import DoublingStage\n")

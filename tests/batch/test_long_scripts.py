@@ -104,7 +104,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @needs_proc
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-@pytest.mark.parametrize("lines", [50_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("lines", [50_000, pytest.param(1_000_000, marks=[pytest.mark.very_slow, pytest.mark.timeout(1800)])])
 def test_memory_does_not_grow_with_the_script(input_folder, ending, lines):
     scripts = [write_script(input_folder / f"{n}.{ending}", n) for n in (10_000, lines)]
     short, long = run_in_process(input_folder, *scripts)

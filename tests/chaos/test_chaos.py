@@ -36,6 +36,7 @@ from vidgen_ray.planner import Cluster as Machines
 from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
 from vidgen_ray.script.reader import iter_script
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 MARK = "VIDGEN_CHAOS"
 """Environment variable that marks the processes of this cluster, to tell them from those of another Ray."""
@@ -297,7 +298,7 @@ def test_run_survives_crashes_of_workers_encoders_director_and_node(nodes, scrip
     check_results(out, record, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(5))
 def test_run_survives_random_crashes(nodes, script, undisturbed, tmp_path, seed, capsys):

@@ -10,6 +10,7 @@ import pytest
 from tests.meaning.chain import Chain
 from tests.meaning.checks import CHECKS, PERSON_LORA, STYLE_LORA, UNCUT, person_prompt
 
+pytestmark = pytest.mark.slow
 CASES = 12
 """Cases per check. `benchmarks/meaning.py` uses 50 or more."""
 
