@@ -153,7 +153,7 @@ def test_worked_example_renders_an_online_job(colours, tmp_path):
     assert "colours" in text
 
 
-def test_a_chunked_stage_may_change_the_number_of_frames(doubling, tmp_path):
+def test_chunked_stage_changes_the_number_of_frames(doubling, tmp_path):
     line = {"prompt": "a red ball", "seed": 1, "fps": 5}
     lines = script(
         tmp_path,

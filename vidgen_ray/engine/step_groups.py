@@ -30,11 +30,11 @@ class CallResult:
     """The artefacts that the likeness check needs. All others stay in Ray's object store."""
     failure: Failure | None = None
     final: bool = False
-    """Whether the same call would fail again."""
+    """True if the same call would fail again."""
     context_broken: bool = False
-    """Whether every further call to this process would fail."""
+    """True if every further call to this process would fail."""
     session_lost: bool = False
-    """Whether an encoder does not know the shot because the process that began it crashed."""
+    """True if the encoder process that began the shot has crashed."""
 
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:

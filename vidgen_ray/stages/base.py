@@ -156,7 +156,7 @@ class Stage(ABC, Generic[P]):
     label: ClassVar[str]
     """Name shown to people, e.g. "Upscale"."""
     activity: ClassVar[str]
-    """What a running stage does, shown to people, e.g. "Upscaling frames"."""
+    """Activity shown to people while the stage runs, e.g. "Upscaling"."""
     progress_unit: ClassVar[str] = "steps"
     """Plural noun of one unit of reported progress."""
     version: ClassVar[int]
@@ -187,7 +187,7 @@ class Stage(ABC, Generic[P]):
     debug_file: ClassVar[str | None] = None
     """File name for `--keep stages`. `None` keeps nothing."""
     shared: ClassVar[bool] = False
-    """Whether executors keep the result in memory for other shots with the same inputs. Only for small results."""
+    """True if executors keep the result in memory for other shots with the same inputs. Only for small results."""
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P) -> None:

@@ -234,7 +234,7 @@ class JobStore:
     def request_cancel(self, job_id: str, tenant: str | None) -> Job | None:
         """Cancel a queued job, or ask the director to cancel a job in progress. A job that has ended does not change.
 
-        Return the job, or `None` if there is no such job.
+        Return the job, or `None` if it does not exist.
         """
         with self._database.transaction() as transaction:
             self._rows.end(transaction, [*_visible(job_id, tenant), JOBS.c.state == JobState.QUEUED], JobState.CANCELLED)
@@ -247,7 +247,7 @@ class JobStore:
             return None if row is None else job_of(row)
 
     def delete(self, job_id: str, tenant: str | None) -> bool:
-        """Hide a job and cancel it if it has not ended. Return False if there is no such job."""
+        """Hide a job and cancel it if it has not ended. Return False if it does not exist."""
         with self._database.transaction() as transaction:
             cancel = {"cancel_requested": or_(JOBS.c.cancel_requested, JOBS.c.state == JobState.IN_PROGRESS)}
             deleted = bool(self._rows.update(transaction, _visible(job_id, tenant), deleted_at=self._now(), **cancel))
