@@ -126,7 +126,7 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
 
 
 class BodyCap:
-    """Middleware that rejects a request once more than `cap_bytes` of its body have arrived, regardless of Content-Length says."""
+    """Middleware that rejects a request once more than `cap_bytes` of its body have arrived, regardless of Content-Length."""
 
     def __init__(self, app: ASGIApp, cap_bytes: int) -> None:
         self._app = app

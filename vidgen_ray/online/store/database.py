@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,7 @@ from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
+WAL_RETRY_S = 0.05
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
 
@@ -111,10 +114,23 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
-    cursor.execute("PRAGMA journal_mode=WAL")
+    _enable_write_ahead_log(cursor)
     # An accepted job must survive a power failure. The default of WAL mode survives only a crash of the process.
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
+
+
+def _enable_write_ahead_log(cursor: Any) -> None:
+    # SQLite does not apply its busy timeout to this change, so processes that open a new file at the same time retry here.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(WAL_RETRY_S)
 
 
 def _sync_less_often(connection: Any, _: object) -> None:
