@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, run_with_oom_fallback
 from vidgen_ray.engine.weight_swapping import WeightSwapper
-from vidgen_ray.errors import Cancelled, VidgenError
+from vidgen_ray.errors import Cancelled, MediaError, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Item, Stage
 from vidgen_ray.stages.progress import report_progress
+
+log = logging.getLogger(__name__)
 
 
 class StepFailed(VidgenError):
@@ -126,7 +129,7 @@ class StepRunner:
                 (result,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
                 # A result of lower-memory settings may have other bytes than the key stands for.
                 if self._cache and recovered in (None, MEMORY_FREED):
-                    self._cache.put(step.key, result)
+                    _store(self._cache, step.key, result)
             else:
                 result = cached
         except Cancelled:
@@ -158,6 +161,14 @@ class StepRunner:
             recovered=recovered,
             adapter_loads=adapter_loads,
         )
+
+
+def _store(cache: StageCache, key: str, artefacts: Artefacts) -> None:
+    """Write a cache entry. A cache that cannot be written, for example on a full disk, does not fail the shot."""
+    try:
+        cache.put(key, artefacts)
+    except (OSError, MediaError) as error:
+        log.warning("stage cache: the result %s is not cached: %s", key[:12], error)
 
 
 def with_images(item: Item, takes: Iterable[str]) -> Item:

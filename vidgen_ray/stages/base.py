@@ -369,6 +369,12 @@ def noise_generator(shot: Shot, stage: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
 
 
+NOT_FINITE = "the model returned NaN or infinite values; check the weights, the LoRAs and the profile's dtype"
+
+
 def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Convert pixels of any shape from 0..1 to 0..255, rounded as diffusers does."""
+    """Convert pixels of any shape from 0..1 to 0..255, rounded as diffusers does. Raises StageError for NaN and infinity."""
+    # The sum is finite only if all pixels are. It needs no array of its own.
+    if not np.isfinite(pixels.sum(dtype=np.float64)):
+        raise StageError(NOT_FINITE)
     return (pixels * 255).round().astype(np.uint8)

@@ -14,6 +14,7 @@ from pydantic import Field
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
+    NOT_FINITE,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     ChunkedStage,
@@ -250,9 +251,15 @@ def _in_tiles(
 
 
 def _to_frames(pixels: torch.Tensor) -> Frames:
-    """Convert (T, 3, H, W), about 0 to 1, in place to uint8 (T, H, W, 3), clamped and rounded as RealESRGANer does."""
+    """Convert (T, 3, H, W), about 0 to 1, in place to uint8 (T, H, W, 3), clamped and rounded as RealESRGANer does.
+
+    Raises StageError for NaN and infinity.
+    """
     import torch
 
+    # The sum is finite only if all pixels are. It needs no tensor of its own.
+    if not pixels.sum(dtype=torch.float64).isfinite():
+        raise StageError(NOT_FINITE)
     levels = pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     frames: Frames = rearrange(levels, "t c h w -> t h w c").cpu().numpy()
     return frames
