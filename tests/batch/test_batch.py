@@ -17,6 +17,7 @@ from tests.conftest import ASTRONAUT
 from vidgen_ray.batch.render import render
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
+from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import iter_script, read_script
@@ -51,7 +52,7 @@ class Events:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ray():
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=512 << 20)
+    init_local_ray(num_cpus=8, log_to_driver=False, object_store_memory=512 << 20)
     yield
     ray.shutdown()
 

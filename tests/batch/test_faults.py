@@ -13,7 +13,7 @@ import ray
 from tests.batch.test_batch import Events, digests
 from tests.fake_stages import FAKES, fake_likeness
 from vidgen_ray.batch.render import render
-from vidgen_ray.engine.ray_cluster import expect_gpus
+from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -26,7 +26,7 @@ GPUS = "2x80GB"
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ray():
-    ray.init(address="local", num_cpus=16, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vidgen_ray.batch import metrics
 from vidgen_ray.batch.metrics import MAX_ERROR_LABELS, METRICS, RunMetrics, exported_names
 from vidgen_ray.batch.run_progress import Snapshot, StageStatus
+from vidgen_ray.engine.ray_cluster import init_local_ray
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
@@ -106,10 +107,8 @@ def metrics_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(
-        address="local",
+    init_local_ray(
         num_cpus=1,
-        include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100 << 20,
         _metrics_export_port=port,

@@ -14,6 +14,7 @@ from ray import serve
 from tests.conftest import ASTRONAUT
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.deployments import DIRECTOR, graph, groups_of
 from vidgen_ray.online.replica_config import ReplicaConfig
@@ -35,7 +36,7 @@ FACE_TIMEOUT_S = 2
 
 @pytest.fixture(scope="module", autouse=True)
 def own_serve():
-    ray.init(address="local", num_cpus=16, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     yield
     serve.shutdown()

@@ -25,6 +25,9 @@ from vidgen_ray.planner.cluster import Label
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray sets on its nodes."""
+START_ATTEMPTS = 3
+START_TIMEOUT = "timed out during startup"
+"""Text in Ray's error when its processes do not start within 30 s."""
 CONNECT_TIMEOUT_S = 10
 GPU_QUERY_TIMEOUT_S = 120
 
@@ -131,8 +134,35 @@ def _start_ray(address: str | None, cpus: float) -> None:
     # Let Ray place all actors even on a small machine. The operating system shares the CPUs.
     num_cpus = max(os.cpu_count() or 1, math.ceil(cpus))
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with muted_stderr(), _keep_sigterm_handler():
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    try:
+        with muted_stderr(), _keep_sigterm_handler():
+            init_local_ray(num_cpus=num_cpus, **quiet)
+    except RayStartTimeout as error:
+        raise SetupError(f"Ray did not start on this machine: {error}") from None
+
+
+class RayStartTimeout(Exception):
+    """Ray's processes did not start in time, even after retries."""
+
+
+def init_local_ray(**options: Any) -> None:
+    """Start Ray on this machine with `ray.init` options, without the dashboard.
+
+    Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is retried.
+    Raises RayStartTimeout.
+    """
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return
+        except Exception as error:
+            if START_TIMEOUT not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise RayStartTimeout(
+                    f"{START_ATTEMPTS} attempts of 30 s each timed out; the machine may be overloaded"
+                ) from error
 
 
 @contextmanager
