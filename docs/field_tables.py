@@ -12,7 +12,7 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.online.api.openapi import JsonBody
 from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, EditImages, RequestBody
 from vidgen_ray.shot import NESTED_FIELDS, Shot
-from vidgen_ray.stages.base import ChunkedStage
+from vidgen_ray.stages.base import ChunkedStage, Stage
 
 DOCS = Path(__file__).parent
 KINDS = {
@@ -73,11 +73,19 @@ def default(field: FieldInfo) -> str:
     return "" if value in (None, (), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+DERIVED = {"fast_lora": ("lora", "mode"), "flux_identity": ("face_image", "identity", "identity_strength")}
+"""Property that stages read -> the fields it is computed from."""
+
+
+def fields_read(stage: type[Stage[Any]]) -> set[str]:
+    """Return the shot fields that change the result of a stage."""
+    reads = [read.split(".")[0] for read in (*stage.reads, *stage.identity_fields)]
+    return {field for read in reads for field in DERIVED.get(read, (read,))}
+
+
 def readers(name: str) -> list[str]:
     """Return the stages whose result changes with a field."""
-    return [
-        stage.name for stage in STAGES if any(read.split(".")[0] == name for read in (*stage.reads, *stage.identity_fields))
-    ]
+    return [stage.name for stage in STAGES if name in fields_read(stage)]
 
 
 def stages() -> Iterator[str]:
@@ -87,7 +95,7 @@ def stages() -> Iterator[str]:
     for stage in STAGES:
         name = f"`{stage.name}`" + (" (chunked)" if issubclass(stage, ChunkedStage) else "")
         takes = ", ".join((*stage.takes, *(f"[{artefact}]" for artefact in stage.identity_inputs))) or "-"
-        own = ", ".join(f"`{field}`" for field in stage.reads if len(readers(field.split(".")[0])) == 1 or "." in field) or "-"
+        own = ", ".join(f"`{field}`" for field in stage.reads if len(readers(field)) == 1 or "." in field) or "-"
         cells = name, stage.label, stage.actor, takes, ", ".join(stage.writes), own, f"{stage.reference_s:g}"
         yield f"| {' | '.join(cells)} |"
 

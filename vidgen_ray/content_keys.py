@@ -7,13 +7,13 @@ that the stage reads, its options, the digests of its weights and the previous k
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cachetools import LRUCache
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.cache_dir import digest
@@ -21,7 +21,6 @@ from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
 FILE_FIELDS = ("image",)
@@ -92,12 +91,12 @@ class ShotPlanner:
         self._plain_values = attrgetter(*PLAIN_FIELDS)
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
-        self._weights: LRUCache[tuple[object, ...], tuple[tuple[str, ...], str]] = LRUCache(CACHED_DIGESTS)
+        self._weights = lru_cache(CACHED_DIGESTS)(self._hash_weights)
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError if the shot names something that does not exist."""
         steps, last = self._steps_of(shot)
-        checks_likeness = InstantIDStage.applies(shot) and shot.min_identity is not None
+        checks_likeness = shot.min_identity is not None and any("image_likeness" in stage.writes for stage in stages_of(shot))
         # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
         rule = f",{_json(shot.min_identity)},{shot.retries}" if checks_likeness else ""
         key = _sha256(f'{self._end}"{last}"{rule}]')
@@ -130,25 +129,33 @@ class ShotPlanner:
     def _field_values(self, shot: Shot) -> dict[str, str]:
         """Return field -> its value as JSON. Files are represented by their digest."""
         values = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
-        for field in FILE_FIELDS:
-            path = getattr(shot, field)
-            values[field] = "null" if path is None else f'"{self._digest(path)}"'
-        for field in FILES_FIELDS:
-            values[field] = _json([self._digest(path) for path in getattr(shot, field)])
-        for field in LORA_FIELDS:
-            loras = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, field)]
-            values[field] = f"[{','.join(loras)}]"
+        for name in FILE_FIELDS:
+            path = getattr(shot, name)
+            values[name] = "null" if path is None else f'"{self._digest(path)}"'
+        for name in FILES_FIELDS:
+            values[name] = _json([self._digest(path) for path in getattr(shot, name)])
+        for name in LORA_FIELDS:
+            loras = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, name)]
+            values[name] = f"[{','.join(loras)}]"
         return values
 
     def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """Return the digests of the stage's weights for the shot, and the same as JSON."""
-        chosen_by = (stage.name, *(getattr(shot, field) for field in stage.weight_fields))
-        cached: tuple[tuple[str, ...], str] | None = self._weights.get(chosen_by)
-        if cached is None:
-            files = stage.weight_files(self._params[stage.name], with_local_loras(shot))
-            digests = tuple(self._digest(str(file)) for file in files)
-            cached = self._weights[chosen_by] = digests, _json(digests)
-        return cached
+        return self._weights(_WeightChoice(stage, tuple(getattr(shot, field) for field in stage.weight_fields), shot))
+
+    def _hash_weights(self, choice: "_WeightChoice") -> tuple[tuple[str, ...], str]:
+        files = choice.stage.weight_files(self._params[choice.stage.name], with_local_loras(choice.shot))
+        digests = tuple(self._digest(str(file)) for file in files)
+        return digests, _json(digests)
+
+
+@dataclass(frozen=True, slots=True)
+class _WeightChoice:
+    """Cache key of a stage's weights: the shot itself does not count."""
+
+    stage: type[Stage[Any]]
+    values: tuple[object, ...]
+    shot: Shot = field(compare=False)
 
 
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:

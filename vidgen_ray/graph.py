@@ -10,6 +10,7 @@ from vidgen_ray.stages.base import ChunkedStage, Stage
 from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.identity import injector_class
@@ -35,13 +36,17 @@ STAGES: tuple[type[Stage[Any]], ...] = (
 
 
 def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:
-    """Raises TypeError if a chunked stage precedes another kind, or if one that is not the first of them has a lookahead."""
+    """Raises TypeError if chunked stages are not last, do not form a chain, or look ahead without being first."""
     chunked = [stage for stage in stages if issubclass(stage, ChunkedStage)]
     if tuple(stages[len(stages) - len(chunked) :]) != tuple(chunked):
         raise TypeError("STAGES: chunked stages must come last")
-    for stage in chunked[1:]:
-        if stage.lookahead_frames:
+    clips = {"frames"}
+    for stage in chunked:
+        if len(stage.takes) != 1 or len(stage.writes) != 1 or stage.takes[0] not in clips:
+            raise TypeError(f"STAGES: {stage.name} must take one clip of an earlier stage, and write one")
+        if stage.lookahead_frames and stage is not chunked[0]:
             raise TypeError(f"STAGES: {stage.name} has a lookahead, so it must be the first chunked stage")
+        clips.add(stage.writes[0])
 
 
 _check_order(STAGES)
@@ -51,6 +56,13 @@ BASE_IMAGE_STAGES = tuple(stage.name for stage in STAGES if "image" in stage.wri
 """Names of the stages that generate an image from a prompt."""
 CLIP_ONLY_FIELDS = tuple(dict.fromkeys(field for stage in STAGES for field in stage.clip_only_fields))
 """Shot fields that have no meaning for a still image."""
+
+
+def max_loras(profile: Profile) -> int:
+    """Return how many LoRAs a FLUX worker keeps loaded. 0 if the profile has no FLUX."""
+    actor = profile.actors.get(FluxStage.actor)
+    default = FluxParams.model_fields["adapters_kept"].default
+    return int(actor.options.get("adapters_kept", default)) if actor else 0
 
 
 def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:

@@ -29,7 +29,7 @@ class ActorProfile(_Section):
     weights: str = Field(description="A path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME.")
     extra_weights: dict[str, str] = Field(
         default_factory=dict,
-        # `also` is the name of this field in profiles written before 0.2.
+        # `also` is the name of this field in older profiles.
         validation_alias=AliasChoices("extra_weights", "also"),
         description="Extra weights: name -> reference, in the same format. Only shots that need them fail without them.",
     )

@@ -1,3 +1,3 @@
-"""The version of this package, where everything else can read it."""
+"""Package version."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Batch executor on a real Ray: same bytes as the reference, every line in the manifest, nothing render_lines twice."""
+"""Batch executor on a real Ray: same bytes as the reference, every line in the manifest, nothing rendered twice."""
 
 import json
 import signal

@@ -236,7 +236,7 @@ SMALL = {"face_image": ASTRONAUT, "id": "p", "seed": 7, "num_frames": 2, "upscal
 
 class TestRetries:
     def test_no_clip_is_generated_for_an_image_that_fails(self, pipeline, clips):
-        """Nothing is set_likeness: in noise there is no face."""
+        """The likeness is measured, not set: in noise there is no face."""
         with pytest.raises(
             StepFailed, match=r"likeness: min_identity: got no face in the image \(best of 2 attempts\)"
         ) as raised:

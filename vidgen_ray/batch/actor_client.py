@@ -55,7 +55,7 @@ class ActorClient:
         self.name = name
         self.place: ActorPlace | None = None
         self._killed_place: ActorPlace | None = None
-        """Place of the process that was killed last. It may still result for a short time."""
+        """Place of the process that was killed last. It may still respond for a short time."""
         self._calls: deque[_Call] = deque()
         self._generation = 0
         self._suspects: list[_Call] = []

@@ -33,7 +33,7 @@ from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_atte
 from vidgen_ray.engine.retries import InputsLost, ShotFailed
 from vidgen_ray.engine.step_groups import OUTPUT, group_chunked_steps, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
 
@@ -187,8 +187,8 @@ class BatchDirector:
 
     def _face_is_shared(self, plan: ShotPlan) -> bool:
         """Return whether other shots, or later attempts of this shot, need the features of its face."""
-        face = plan.steps[0].key if plan.steps else ""
-        return bool(plan.again) or self._faces[face] > 1 or face in self._shared
+        keys = [step.key for step in plan.steps if STAGE_BY_NAME[step.stage].shared]
+        return bool(plan.again) or any(self._faces[key] > 1 or key in self._shared for key in keys)
 
     async def _shared_steps(
         self, plan: ShotPlan, order: int, steps: tuple[Step, ...], artefacts: RemoteArtefacts
@@ -238,8 +238,10 @@ class BatchDirector:
             plan, artefacts.reference, records, (lambda: self._chunks(plan, order, artefacts)) if chunked else None
         )
         for record in written.stages[len(records) :]:
-            self._metrics.frames_upscaled(plan.shot.num_frames)
             self._metrics.step_ended(record.stage, record.seconds, False)
+        scale, frame_factor = clip_growth(plan.shot).get("hd_frames", (1, 1))
+        if scale > 1:
+            self._metrics.frames_upscaled(plan.shot.num_frames * frame_factor)
         return written
 
     def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts) -> Chunks:

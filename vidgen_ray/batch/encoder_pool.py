@@ -105,7 +105,7 @@ class EncoderPool:
 
     @asynccontextmanager
     async def _isolated(self) -> AsyncIterator[None]:
-        """Let one crash_suspected clip at a time have an encoder of its own."""
+        """Give one clip suspected of a crash at a time have an encoder of its own."""
         async with self._isolation_lock:
             try:
                 yield

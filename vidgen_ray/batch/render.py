@@ -125,7 +125,7 @@ def render(
                         outputs=outputs,
                         layout=chosen.layout,
                         stages=stages,
-                        chunk_frames=chunk_frames_of(profile, demand.stages),
+                        chunk_frames=chunk_frames_of(profile, [stages[stage.name] for stage in demand.stages]),
                         use_cache=use_cache or keep_stages,
                         keep_stages=keep_stages,
                         fresh=fresh,

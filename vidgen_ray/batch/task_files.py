@@ -61,7 +61,7 @@ class TaskFiles:
 
     def __init__(self, outputs: OutputFolder, run: str) -> None:
         self._outputs = outputs
-        # This run holds the lease of the folder, so existing files are remaining over from a crashed run.
+        # This run holds the lease of the folder, so existing files are left over from a crashed run.
         outputs.storage.delete_folder("spool")
         self._folder = f"spool/{run}"
         self.parts: list[str] = []

@@ -20,9 +20,8 @@ from vidgen_ray.batch.run_progress import StageStatus
 from vidgen_ray.batch.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.step_groups import CallResult
-from vidgen_ray.graph import STAGES
+from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.stages.flux_model import FluxParams
 
 BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
@@ -48,7 +47,7 @@ class WorkerPool:
         self._attempts = config.attempts
         self._metrics = metrics
         specs = [worker for slot in config.layout.slots for worker in slot.workers]
-        states = [WorkerState(spec, _adapters_kept(config)) for spec in specs]
+        states = [WorkerState(spec, max_loras(config.profile)) for spec in specs]
         self._clients = {
             state: ActorClient(ray.get_actor(name), name) for state, name in zip(states, config.worker_names, strict=True)
         }
@@ -182,9 +181,3 @@ class WorkerPool:
         running = [sample[stage] for sample in self._running]
         busy = sum(running) / len(running) / workers if workers else 0.0
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
-
-
-def _adapters_kept(config: RunConfig) -> int:
-    """Return how many LoRAs a FLUX worker keeps active."""
-    flux = config.profile.actors.get("flux")
-    return int(flux.options.get("adapters_kept", FluxParams.model_fields["adapters_kept"].default)) if flux else 0

@@ -30,9 +30,9 @@ from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
 
-DESCRIPTION = """Clips and pictures by text, photo and LoRA, in the shape of OpenAI's videos and images.
+DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of OpenAI's API.
 
-Requests that create take JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
+Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
 THREADS = 32
 

@@ -128,6 +128,10 @@ class JobFeed:
             except SQLAlchemyError as error:
                 log.error("the database does not respond: %s", type(error).__name__)
                 continue
+            # All streams depend on this task, so it must survive any error, such as a row of another version.
+            except Exception:
+                log.exception("the changes of jobs cannot be read")
+                continue
             cursor = changes.cursor
             changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
             for job in changed:

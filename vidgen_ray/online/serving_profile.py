@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
-from cachetools import TTLCache
+from cachetools import TTLCache, cached
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner
 from vidgen_ray.errors import ProfileError, SetupError
@@ -49,17 +50,16 @@ class ServingProfile:
         Raises ProfileError for a stage that is not served, StageError or SetupError for a file that does not exist.
         """
         self.check(shot)
-        planner: ShotPlanner | None = self._planners.get("planner")
-        if planner is None:
-            planner = self._planners["planner"] = ShotPlanner(self.params, self.profile.encode)
-        return planner(shot)
+        return self._planner()(shot)
 
     @cached_property
-    def _planners(self) -> TTLCache[str, ShotPlanner]:
-        return TTLCache(1, PLANNER_S)
+    def _planner(self) -> Callable[[], ShotPlanner]:
+        """Function that returns the current planner. Threads may call it."""
+        cache: TTLCache[object, ShotPlanner] = TTLCache(1, PLANNER_S)
+        return cached(cache, lock=Lock())(lambda: ShotPlanner(self.params, self.profile.encode))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_planners"}
+        return {name: value for name, value in vars(self).items() if name != "_planner"}
 
     def demand(self) -> Demand:
         """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""

@@ -20,12 +20,12 @@ from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import max_loras
 from vidgen_ray.online.inference_thread import InferenceResult, InferenceThread, Progress
 from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
-from vidgen_ray.stages.flux_model import FluxParams
 
 EXIT_DELAY_S = 1.0
 """Seconds between the last response of a broken process and its exit."""
@@ -52,7 +52,7 @@ class StageReplica:
         self._broken: str | None = None
         """Reason why every further call would fail. `None` if the process is healthy."""
         self._device = next((p.device for p in map(self._params, spec.stages) if p.device != "cpu"), "cpu")
-        self._active_loras = serve.multiplexed(max_num_models_per_replica=_adapters_kept(config))(_active_loras)
+        self._active_loras = serve.multiplexed(max_num_models_per_replica=max(1, max_loras(config.profile)))(_active_loras)
         try:
             stages = [config.stages[name](self._params(name)) for name in spec.stages]
             self._runner = StepRunner(stages, spec.gpus, config.outputs.stage_cache, spec.turns)
@@ -144,9 +144,3 @@ async def _active_loras(adapters: str) -> str:
     The FLUX model itself keeps the same number of LoRAs.
     """
     return adapters
-
-
-def _adapters_kept(config: ReplicaConfig) -> int:
-    flux = config.profile.actors.get("flux")
-    default: int = FluxParams.model_fields["adapters_kept"].default
-    return int(flux.options.get("adapters_kept", default)) if flux else default  # type: ignore[arg-type]  # checked by the stage

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, chunked_stages_of, clip_growth, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, clip_growth, relative_costs
 from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -79,7 +79,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         if shot.generate_video:
             clip = pixels * shot.num_frames
             encoded_pixels = clip * sum(scale**2 * factor for scale, factor in clip_growth(shot).values())
-            upscaled += bool(chunked_stages_of(shot))
+            upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             cached += FFV1_BYTES_PER_PIXEL * clip

@@ -115,7 +115,7 @@ class RequestBody(BaseModel):
 def _from_text(name: str, text: str, field: FieldInfo) -> Any:
     """Decode JSON in a field that is not text, and find the number that a field with a choice of numbers means."""
     types = (field.annotation, *get_args(field.annotation))
-    if str in types:
+    if str in [getattr(each, "__origin__", each) for each in types]:
         return text
     if not text.lstrip().startswith(("{", "[")):
         return next((choice for choice in types if not isinstance(choice, type) and str(choice) == text), text)

@@ -26,7 +26,7 @@ META = Table(
     Column("value", BigInteger, nullable=False),
 )
 """Two rows. `changes`: number of the last write. Every transaction increments it first, which serializes all writers.
-`schema`: read only by version 0.1, which opens stores with value 1 and refuses others."""
+`schema`: read only by versions without Alembic, which open stores with value 1 and refuse others."""
 
 JOBS = Table(
     "vidgen_jobs",

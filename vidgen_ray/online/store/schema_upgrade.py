@@ -18,7 +18,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "vidgen_alembic_version"
 """Not Alembic's default name: a PostgreSQL database may be shared with another application."""
 REVISION_0_1 = "0001"
-"""Revision of the tables of version 0.1, which did not use Alembic."""
+"""Revision of the tables of stores that were created without Alembic."""
 POSTGRESQL_LOCK = 0x7669646765
 """Key of the advisory lock held during an upgrade."""
 
@@ -59,7 +59,7 @@ def upgrade_schema(engine: Engine) -> None:
 
 
 def _version_without_alembic(connection: Connection) -> int | None:
-    """Return the schema version that version 0.1 recorded, `None` for an empty database."""
+    """Return the schema version that versions without Alembic recorded, `None` for an empty database."""
     if not inspect(connection).has_table(META.name):
         return None
     return connection.execute(select(META.c.value).where(META.c.name == "schema")).scalar()

@@ -174,11 +174,11 @@ def _render_page(
 
 def _stage_controls(server: ServerContext) -> dict[str, Any]:
     """Return the choices of the controls whose stages the server has."""
-    stages = server.serving_profile.params
+    fields = {field for stage in server.serving_profile.stages for field in stage.reads}
     return {
-        "loras": sorted(server.settings.loras) if "lora" in stages else [],
-        "styles": STYLES if "hunyuan" in stages else (),
-        "faces": "instantid" in stages,
+        "loras": sorted(server.settings.loras) if "lora" in fields else [],
+        "styles": STYLES if "style_prompt" in fields else (),
+        "faces": "face_image" in fields,
     }
 
 

@@ -1,4 +1,4 @@
-"""Create the tables of version 0.1."""
+"""Create the tables of stores created without Alembic."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Index the columns that removing old jobs and uploads searches, and make version 0.1 refuse the store."""
+"""Index the columns that removing old jobs and uploads searches, and make versions without Alembic refuse the store."""
 
 import sqlalchemy as sa
 from alembic import op
