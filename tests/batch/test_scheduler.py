@@ -5,15 +5,15 @@ from collections import Counter
 
 from vidgen_ray.batch.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
-from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
+from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import WorkerSpec
 
 POSITIONS = {stage.name: n for n, stage in enumerate(STAGES)}
 ALL = tuple(POSITIONS)
 
 
-def scheduler_with(*stages, turns=(), adapters_kept=2):
-    workers = [WorkerState(WorkerSpec(held, 1, 1, turns), adapters_kept, live=True) for held in stages]
+def scheduler_with(*stages, swap_groups=(), adapters_kept=2):
+    workers = [WorkerState(WorkerSpec(held, 1, 1, swap_groups), adapters_kept, live=True) for held in stages]
     return Scheduler(workers, POSITIONS), workers
 
 
@@ -107,9 +107,9 @@ def test_crash_resets_the_active_loras_of_a_worker():
 
 
 def test_swapped_groups_run_in_batches():
-    turns = (("flux",), ("svd",))
-    scheduler, (worker,) = scheduler_with(("flux", "svd"), turns=turns)
-    for order in range(4 * TURN_SHOTS):
+    swap_groups = (("flux",), ("svd",))
+    scheduler, (worker,) = scheduler_with(("flux", "svd"), swap_groups=swap_groups)
+    for order in range(4 * SHOTS_PER_SWAP):
         scheduler.add(Work("flux", order))
         scheduler.add(Work("svd", order))
     finished = []
@@ -118,12 +118,12 @@ def test_swapped_groups_run_in_batches():
             finished.append(work.stage)
             scheduler.finished(worker, work)
     swaps = sum(a != b for a, b in itertools.pairwise(finished))
-    assert Counter(finished) == {"flux": 4 * TURN_SHOTS, "svd": 4 * TURN_SHOTS}
+    assert Counter(finished) == {"flux": 4 * SHOTS_PER_SWAP, "svd": 4 * SHOTS_PER_SWAP}
     assert swaps <= 2 * 4
 
 
 def test_worker_swaps_groups_before_other_workers_run_out_of_work():
-    scheduler, (both, svd) = scheduler_with(("flux", "svd"), ("svd",), turns=(("flux",), ("svd",)))
+    scheduler, (both, svd) = scheduler_with(("flux", "svd"), ("svd",), swap_groups=(("flux",), ("svd",)))
     svd.spec = WorkerSpec(("svd",), 1, 1)
     both.group, both.turn = ("svd",), 1
     scheduler.add(Work("svd", 0))
@@ -133,8 +133,8 @@ def test_worker_swaps_groups_before_other_workers_run_out_of_work():
 
 
 def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
-    turns = (("flux", "lora"), ("svd",))
-    worker = WorkerSpec(ALL, 1, 1, turns)
+    swap_groups = (("flux", "lora"), ("svd",))
+    worker = WorkerSpec(ALL, 1, 1, swap_groups)
     assert worker.can_run("flux", "lora", "image_likeness")
     assert worker.can_run("instantid", "image_likeness")
     assert not worker.can_run("instantid", "flux"), "instantid may start while the group of svd is on the GPU"

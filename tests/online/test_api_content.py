@@ -158,6 +158,12 @@ def test_invalid_image_field_is_named(client, fields, param):
     assert error_of(answer, 400)["param"] == param
 
 
+@pytest.mark.parametrize("text", ["{id-7}", "[a", '{"a": 1}'])
+def test_text_fields_are_not_parsed_as_json(client, text):
+    form = {"prompt": text, "size": "64x64", "user": text, "moderation": "low"}
+    assert client.post("/v1/images/generations", files={name: (None, value) for name, value in form.items()}).status_code == 200
+
+
 def test_failed_image_returns_500_that_clients_do_not_retry(client):
     answer = client.post("/v1/images/generations", json={"prompt": "fail", "size": "64x64"})
     assert error_of(answer, 500)["code"] == "stage_failed"

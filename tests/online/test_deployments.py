@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from vidgen_ray.engine.metrics import OTHER, LabelLimit
 from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.deployments import ALL_STAGES, groups_of
 from vidgen_ray.online.inference_thread import Progress
-from vidgen_ray.online.metrics import MAX_ERROR_LABELS, MAX_TENANT_LABELS, METRICS, OTHER, LabelLimit
+from vidgen_ray.online.metrics import MAX_ERROR_LABELS, MAX_TENANT_LABELS, METRICS
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.planner import parse_gpus, plan, this_machine
@@ -39,7 +40,7 @@ def test_replicas_on_one_gpu_always_fit_into_its_memory(name, gpus, card_gb, lay
     # The shares of all replicas fit on the GPUs.
     assert sum(group.replicas * group.spec.gpus for group in made) <= len(parse_gpus(gpus).gpus) + 1e-9
     for group in made:
-        swapped = {stage for turn in group.spec.turns for stage in turn}
+        swapped = {stage for turn in group.spec.swap_groups for stage in turn}
         actors = {stage.actor for stage in STAGES if stage.name in set(group.spec.stages) - swapped}
         resident_gb = CONTEXT_GB + sum(profile.actors[a].memory_gb for a in actors if profile.actors[a].device != "cpu")
         assert group.spec.gpus * card_gb >= resident_gb - 1e-6

@@ -16,7 +16,7 @@ from vidgen_ray.cli.plan import Counts, plan_command
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES
 from vidgen_ray.planner import (
-    TURN_SHOTS,
+    SHOTS_PER_SWAP,
     Cluster,
     Demand,
     Node,
@@ -309,7 +309,7 @@ def test_number_of_encoders_follows_the_encoded_pixels():
 
 def test_window_depends_on_slots_and_turns_and_is_limited_by_shots():
     assert plan(gpu_profile(B6), make_demand(400), parse_gpus("8x80GB")).layout.window == 24
-    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * TURN_SHOTS
+    assert plan(gpu_profile(B6), make_demand(400), parse_gpus("1x48GB")).layout.window == 2 * SHOTS_PER_SWAP
     assert plan(gpu_profile(B6), make_demand(5), parse_gpus("8x80GB")).layout.window == 5
 
 
@@ -395,7 +395,7 @@ def test_plan_command_prints_the_plan(capsys):
         "limited by svd",
         "GPU-hours",
         "cost",
-        "hybrid with turns",
+        "hybrid with swapping",
         "the stages need 61.6 GB together, the largest of 2 GPUs has 48 GB",
     ):
         assert words in output
@@ -448,10 +448,10 @@ def random_case(rng, *, max_gpus=4, max_actors=5):
     return profile, demand, Cluster(tuple(nodes))
 
 
-def process_needs(profile, stages, turns):
+def process_needs(profile, stages, swap_groups):
     """Return GPU memory, CPUs and host memory of one process, computed independently of the planner."""
     actors = {STAGE_BY_NAME[stage].actor for stage in stages}
-    groups = [{STAGE_BY_NAME[stage].actor for stage in group} for group in turns]
+    groups = [{STAGE_BY_NAME[stage].actor for stage in group} for group in swap_groups]
     gpu = {name: profile.actors[name].memory_gb for name in actors if profile.actors[name].device == "cuda"}
     host = sum(profile.actors[name].memory_gb for name in actors if name not in gpu)
     waiting = sum(gpu[name] for group in groups for name in group)
@@ -483,12 +483,12 @@ def assert_respects_limits(planned, profile, demand, cluster):
     host = [node.memory_gb if node.memory_gb is not None else float("inf") for node in cluster.nodes]
     sizes = defaultdict(list)
     for slot, node in zip(layout.slots, planned.nodes, strict=True):
-        needs = [process_needs(profile, worker.stages, worker.turns) for worker in slot.workers]
+        needs = [process_needs(profile, worker.stages, worker.swap_groups) for worker in slot.workers]
         assert [worker.cpus for worker in slot.workers] == [needed for _, needed, _ in needs]
         assert sum(gb for gb, _, _ in needs) == pytest.approx(slot.memory_gb, abs=2e-3)
         assert sum(worker.gpus for worker in slot.workers) <= 1
         assert all((worker.gpus > 0) == (gb > 0) for worker, (gb, _, _) in zip(slot.workers, needs, strict=True))
-        assert all(set().union(*worker.turns) <= set(worker.stages) for worker in slot.workers)
+        assert all(set().union(*worker.swap_groups) <= set(worker.stages) for worker in slot.workers)
         cpus[node] -= slot.cpus
         host[node] -= sum(gb for _, _, gb in needs)
         if slot.has_gpu:
@@ -521,7 +521,8 @@ def has_packing(profile, demand, cluster):
         fitting = {(frozenset(), 0, 0)}
         for actors, processes in _possible_contents(profile.layout, tuple(used), tuple(on_gpu)):
             needs = [
-                process_needs(profile, _stages(actors), [_stages(group) for group in turns]) for actors, turns in processes
+                process_needs(profile, _stages(actors), [_stages(group) for group in swap_groups])
+                for actors, swap_groups in processes
             ]
             gpu_gb, cpus, host = map(sum, zip(*needs, strict=True))
             if gpu_gb <= memory + TOLERANCE:
@@ -570,8 +571,8 @@ def _possible_contents(layout, used, on_gpu):
         # Each actor is absent (-2), permanent (-1), or in one of the groups that take turns.
         for places in product(range(-2, len(used)), repeat=len(used)):
             actors = tuple(name for name, place in zip(used, places, strict=True) if place != -2)
-            turning = [name for name, place in zip(used, places, strict=True) if place >= 0]
-            if not actors or any(name not in on_gpu or name == "instantid" for name in turning):
+            swapped_actors = [name for name, place in zip(used, places, strict=True) if place >= 0]
+            if not actors or any(name not in on_gpu or name == "instantid" for name in swapped_actors):
                 continue
             groups = [tuple(n for n, p in zip(used, places, strict=True) if p == group) for group in range(len(used))]
             contents.append((frozenset(actors), [(actors, tuple(group for group in groups if group))]))
@@ -603,7 +604,7 @@ def test_random_plans_respect_all_limits():
             continue
         assert_respects_limits(planned, profile, demand, cluster)
         accepted[planned.layout.kind] += 1
-        accepted["turns"] += any(worker.turns for worker in planned.layout.workers)
+        accepted["turns"] += any(worker.swap_groups for worker in planned.layout.workers)
     assert min(accepted[kind] for kind in ("infeasible", "fused", "colocated", "staged", "hybrid", "turns")) >= 10, accepted
 
 
@@ -655,10 +656,10 @@ def test_plan_is_as_fast_as_the_best_brute_force_assignment():
             continue
         seconds = {name: sum(planned.stage_seconds[stage] for stage in STAGES_OF[name]) for name in profile.actors}
         best, planned_rate = brute_force_rate(profile, seconds, cluster.gpus) * 3600, planned.shots_per_hour
-        turns = any(worker.turns for worker in planned.layout.workers)
+        swap_groups = any(worker.swap_groups for worker in planned.layout.workers)
         assert planned_rate >= best * 0.989
-        assert turns or planned_rate <= best * 1.001
-        compared[turns] += 1
+        assert swap_groups or planned_rate <= best * 1.001
+        compared[swap_groups] += 1
     assert min(compared.values()) > 5, compared
 
 
@@ -741,19 +742,19 @@ class _Slot:
         self.shares = {
             name: sum(shares[stage] for stage in STAGES_OF[name]) for name in seconds if set(STAGES_OF[name]) <= set(shares)
         }
-        turns = [group for worker in slot.workers for group in worker.turns]
-        self.groups = [[name for name in seconds if STAGES_OF[name][0] in group] for group in turns]
+        swap_groups = [group for worker in slot.workers for group in worker.swap_groups]
+        self.groups = [[name for name in seconds if STAGES_OF[name][0] in group] for group in swap_groups]
         self.group, self.turn, self.busy = None, 0, False
         self.worked = dict.fromkeys(self.shares, 0.0)
 
     def choice(self, waiting):
         ready = [name for name in self.shares if waiting[name]]
-        turning = {name for group in self.groups for name in group}
+        swapped_actors = {name for group in self.groups for name in group}
         in_group = [name for name in ready if name in (self.group or ())]
-        other_groups = [name for name in ready if name in turning and name not in in_group and self.shares[name] > 0]
+        other_groups = [name for name in ready if name in swapped_actors and name not in in_group and self.shares[name] > 0]
         is_idle = not (in_group or other_groups)
-        permanent = [name for name in ready if name not in turning and (self.shares[name] > 0 or is_idle)]
-        if in_group and (self.turn < TURN_SHOTS or not other_groups):
+        permanent = [name for name in ready if name not in swapped_actors and (self.shares[name] > 0 or is_idle)]
+        if in_group and (self.turn < SHOTS_PER_SWAP or not other_groups):
             return max(in_group + permanent, key=self._missing_shots)
         return max(permanent or other_groups or in_group, key=self._missing_shots, default=None)
 

@@ -5,31 +5,16 @@ Ray prefixes each name with `ray_`, and appends `_total` to counters and `_bucke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.engine.metrics import SECONDS, Kind, LabelLimit, MetricSpec, of_kind
 from vidgen_ray.outputs.manifest import Status
 
-Kind = Literal["counter", "histogram", "gauge"]
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 
-STEP_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1800.0]
-"""Bucket bounds in seconds. Quantiles of real stages (seconds to minutes) are accurate to about a third."""
 MAX_ERROR_LABELS = 20
 """Error classes with a label value of their own. Further ones are counted as `other`, to limit the number of series."""
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """Definition of one metric."""
-
-    kind: Kind
-    labels: tuple[str, ...]
-    """Labels in addition to `profile`, which all metrics have."""
-    description: str
 
 
 METRICS = {
@@ -49,6 +34,7 @@ METRICS = {
     "vidgen_shots_in_progress": MetricSpec("gauge", (), "Shots that have started and not finished."),
     "vidgen_gpus_busy_share": MetricSpec("gauge", (), "GPU utilization over the last 30 seconds, 0 to 1."),
 }
+"""Labels are in addition to `profile`, which all metrics have."""
 
 
 def exported_names(name: str) -> tuple[str, ...]:
@@ -61,11 +47,11 @@ class RunMetrics:
 
     def __init__(self, profile: str) -> None:
         self._tags = {"profile": profile}
-        self._counters = {name: Counter(name, *_description_and_labels(spec)) for name, spec in _of_kind("counter")}
-        self._gauges = {name: Gauge(name, *_description_and_labels(spec)) for name, spec in _of_kind("gauge")}
+        self._counters = {name: Counter(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "counter")}
+        self._gauges = {name: Gauge(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "gauge")}
         spec = METRICS["vidgen_step_seconds"]
-        self._seconds = Histogram("vidgen_step_seconds", spec.description, STEP_SECONDS, _labels(spec))
-        self._errors: set[str] = set()
+        self._seconds = Histogram("vidgen_step_seconds", spec.description, SECONDS, _labels(spec))
+        self._errors = LabelLimit(MAX_ERROR_LABELS)
 
     def shot_ended(self, status: Status) -> None:
         self._count("vidgen_shots", 1, status=status)
@@ -78,10 +64,7 @@ class RunMetrics:
 
     def step_failed(self, stage: str, error_class: str) -> None:
         """Count one failed attempt. The last attempt counts too."""
-        if error_class not in self._errors and len(self._errors) >= MAX_ERROR_LABELS:
-            error_class = "other"
-        self._errors.add(error_class)
-        self._count("vidgen_step_failures", 1, stage=stage, error=error_class)
+        self._count("vidgen_step_failures", 1, stage=stage, error=self._errors(error_class))
 
     def retried(self, stage: str) -> None:
         self._count("vidgen_retries", 1, stage=stage)
@@ -108,10 +91,6 @@ class RunMetrics:
 
     def _set(self, name: str, value: float, **labels: str) -> None:
         self._gauges[name].set(value, tags={**self._tags, **labels})
-
-
-def _of_kind(kind: Kind) -> list[tuple[str, MetricSpec]]:
-    return [(name, spec) for name, spec in METRICS.items() if spec.kind == kind]
 
 
 def _description_and_labels(spec: MetricSpec) -> tuple[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
+from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import WorkerSpec
 
 MAX_RUNNING_LOAD = 1.0
@@ -109,7 +109,7 @@ class Scheduler:
 
     def _choice(self, worker: WorkerState) -> Work | None:
         available = {stage: works for stage in worker.spec.stages if (works := self._available(worker, stage))}
-        stages = self._in_turn(worker, available) if worker.spec.turns else list(available)
+        stages = self._in_turn(worker, available) if worker.spec.swap_groups else list(available)
         if not stages:
             return None
         return _best_match(worker, available[max(stages, key=self._positions.__getitem__)])
@@ -134,8 +134,8 @@ class Scheduler:
 
     def _in_turn(self, worker: WorkerState, stages: Collection[str]) -> list[str]:
         """Return the stages of the group whose turn it is, and those that are always on the GPU."""
-        groups = [group for group in worker.spec.turns if set(group) & set(stages)]
-        always = [stage for stage in stages if not any(stage in group for group in worker.spec.turns)]
+        groups = [group for group in worker.spec.swap_groups if set(group) & set(stages)]
+        always = [stage for stage in stages if not any(stage in group for group in worker.spec.swap_groups)]
         if not groups:
             return always
         if worker.group in groups and not (len(groups) > 1 and self._turn_is_over(worker)):
@@ -148,11 +148,11 @@ class Scheduler:
         return [*always, *(stage for stage in stages if stage in chosen)]
 
     def _turn_is_over(self, worker: WorkerState) -> bool:
-        if worker.turn >= TURN_SHOTS:
+        if worker.turn >= SHOTS_PER_SWAP:
             return True
         # Other workers that hold only this group are about to run out of work. Make some for them.
         others = sum(
-            other.live and not other.spec.turns
+            other.live and not other.spec.swap_groups
             for stage in worker.group
             for other in self._holders[stage]
             if other is not worker
@@ -166,7 +166,7 @@ class Scheduler:
         if work.adapters:
             kept = [adapter for adapter in worker.adapters if adapter not in work.adapters]
             worker.adapters = [*kept, *work.adapters][-worker.adapters_kept :]
-        group = next((group for group in worker.spec.turns if work.stage in group), None)
+        group = next((group for group in worker.spec.swap_groups if work.stage in group), None)
         if group is not None:
             worker.turn = worker.turn + 1 if group == worker.group else 1
             worker.group = group

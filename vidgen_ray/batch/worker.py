@@ -106,7 +106,7 @@ class Worker:
             try:
                 stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
                 cache = config.outputs.stage_cache if config.use_cache else None
-                runner = StepRunner(stages, spec.gpus, cache, spec.turns)
+                runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
                 runner.load()
                 self._loaded = runner
             except Exception as error:

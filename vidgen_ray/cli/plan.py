@@ -131,9 +131,9 @@ def _stage_shares(worker: WorkerSpec, shares: Mapping[str, float]) -> str:
     def named(stages: Iterable[str]) -> str:
         return ", ".join(f"{stage} {shares[stage]:.0%}" for stage in stages)
 
-    swapped = {stage for group in worker.turns for stage in group}
+    swapped = {stage for group in worker.swap_groups for stage in group}
     resident = named(stage for stage in worker.stages if stage not in swapped)
-    groups = " | ".join(named(group) for group in worker.turns)
+    groups = " | ".join(named(group) for group in worker.swap_groups)
     return "; ".join(part for part in (resident, f"swapping {groups}" if groups else "") if part)
 
 

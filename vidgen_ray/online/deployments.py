@@ -85,11 +85,11 @@ def _stage_deployment(config: ReplicaConfig, group: Group) -> Application:
 
 def groups_of(layout: Layout, profile: Profile, cluster: Cluster) -> tuple[Group, ...]:
     """Return the groups of a layout, in its order. Raises SetupError if a group does not fit on the smallest GPU."""
-    counts = Counter((spec.stages, spec.turns) for spec in layout.workers)
+    counts = Counter((spec.stages, spec.swap_groups) for spec in layout.workers)
     all_stages = {stage for spec in layout.workers for stage in spec.stages}
     groups: list[Group] = []
-    for (stages, turns), replicas in counts.items():
-        specs = [spec for spec in layout.workers if (spec.stages, spec.turns) == (stages, turns)]
+    for (stages, swap_groups), replicas in counts.items():
+        specs = [spec for spec in layout.workers if (spec.stages, spec.swap_groups) == (stages, swap_groups)]
         whole = all(spec.gpus == 1 for spec in specs)
         share = 1.0 if whole else _gpu_share(specs[0], profile, cluster)
         name = ALL_STAGES if set(stages) == all_stages else _name(specs[0], profile)
@@ -120,9 +120,9 @@ def _gpu_gb(spec: WorkerSpec, profile: Profile) -> float:
         actors = dict.fromkeys(STAGE_BY_NAME[stage].actor for stage in stages)
         return sum(profile.actors[actor].memory_gb for actor in actors if profile.actors[actor].device != "cpu")
 
-    swapped = {stage for group in spec.turns for stage in group}
+    swapped = {stage for group in spec.swap_groups for stage in group}
     resident_gb = memory_of(tuple(stage for stage in spec.stages if stage not in swapped))
-    return resident_gb + max((memory_of(group) for group in spec.turns), default=0.0)
+    return resident_gb + max((memory_of(group) for group in spec.swap_groups), default=0.0)
 
 
 def _name(spec: WorkerSpec, profile: Profile) -> str:

@@ -6,29 +6,14 @@ Ray prefixes each name with `ray_`, and appends `_total` to counters and `_bucke
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from vidgen_ray.engine.metrics import SECONDS, LabelLimit, MetricSpec, of_kind
 from vidgen_ray.outputs.records import StepRecord
 
-Kind = Literal["counter", "histogram", "gauge"]
-
-SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1800.0]
-"""Bucket bounds of the histograms, in seconds."""
 MAX_TENANT_LABELS, MAX_ERROR_LABELS = 100, 20
 """Tenants and error classes with a label value of their own. Further ones are `other`, to limit the number of series."""
-OTHER = "other"
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """Definition of one metric."""
-
-    kind: Kind
-    labels: tuple[str, ...]
-    description: str
 
 
 METRICS = {
@@ -53,9 +38,11 @@ class ServerMetrics:
     """Metrics of a server. Create it in the director replica only."""
 
     def __init__(self) -> None:
-        self._counters = {name: Counter(name, spec.description, spec.labels) for name, spec in _of_kind("counter")}
-        self._gauges = {name: Gauge(name, spec.description, spec.labels) for name, spec in _of_kind("gauge")}
-        self._histograms = {name: Histogram(name, s.description, SECONDS, s.labels) for name, s in _of_kind("histogram")}
+        self._counters = {name: Counter(name, spec.description, spec.labels) for name, spec in of_kind(METRICS, "counter")}
+        self._gauges = {name: Gauge(name, spec.description, spec.labels) for name, spec in of_kind(METRICS, "gauge")}
+        self._histograms = {
+            name: Histogram(name, s.description, SECONDS, s.labels) for name, s in of_kind(METRICS, "histogram")
+        }
         self._tenants, self._errors = LabelLimit(MAX_TENANT_LABELS), LabelLimit(MAX_ERROR_LABELS)
 
     def job_started(self, tenant: str, waited_s: float) -> None:
@@ -90,23 +77,3 @@ class ServerMetrics:
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
         self._histograms[name].observe(max(0.0, seconds), tags=labels)
-
-
-class LabelLimit:
-    """Limit on the values of a label: the first `limit` values are kept, further ones become `other`."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._known: set[str] = set()
-
-    def __call__(self, name: str) -> str:
-        if name in self._known:
-            return name
-        if len(self._known) >= self._limit:
-            return OTHER
-        self._known.add(name)
-        return name
-
-
-def _of_kind(kind: Kind) -> list[tuple[str, MetricSpec]]:
-    return [(name, spec) for name, spec in METRICS.items() if spec.kind == kind]

@@ -55,7 +55,7 @@ class StageReplica:
         self._active_loras = serve.multiplexed(max_num_models_per_replica=max(1, max_loras(config.profile)))(_active_loras)
         try:
             stages = [config.stages[name](self._params(name)) for name in spec.stages]
-            self._runner = StepRunner(stages, spec.gpus, config.outputs.stage_cache, spec.turns)
+            self._runner = StepRunner(stages, spec.gpus, config.outputs.stage_cache, spec.swap_groups)
             self._runner.load()
         except Exception as error:
             # A single line, because Serve shows it at the end of its own message.

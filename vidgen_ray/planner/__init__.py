@@ -5,10 +5,10 @@ from vidgen_ray.planner.choose_layout import plan
 from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
 from vidgen_ray.planner.demand import Demand, demand_of
 from vidgen_ray.planner.estimate import ConsideredLayout, Plan, cpus_needed
-from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
+from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 
 __all__ = [
-    "TURN_SHOTS",
+    "SHOTS_PER_SWAP",
     "Calibration",
     "Cluster",
     "ConsideredLayout",

@@ -115,7 +115,7 @@ LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] =
     ("hybrid", "hybrid", gpu_assignment.hybrid),
     ("staged", "staged", gpu_assignment.staged),
     ("colocated", "colocated", gpu_assignment.colocated),
-    ("hybrid with turns", "hybrid", gpu_assignment.hybrid_with_turns),
+    ("hybrid with swapping", "hybrid", gpu_assignment.hybrid_with_swapping),
 )
 """Name, kind and candidate assignments of each layout, simplest first."""
 

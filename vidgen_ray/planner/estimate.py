@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vidgen_ray.errors import TooExpensive, UsageError
 from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.planner.demand import Demand
-from vidgen_ray.planner.gpu_assignment import TURN_SHOTS
+from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import Kind, Layout, Slot
 from vidgen_ray.planner.prices import default_price
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing
@@ -153,7 +153,9 @@ def _stage_shares(filled: FilledSlot, timing: Timing) -> dict[str, float]:
 
 def _window(slots: Sequence[Slot], shots: int) -> int:
     """Return how many shots must be in progress so that no slot waits, and each turn of swapped stages is full."""
-    shots_needed = sum(2 * TURN_SHOTS if any(worker.turns for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots)
+    shots_needed = sum(
+        2 * SHOTS_PER_SWAP if any(worker.swap_groups for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots
+    )
     return max(1, min(shots_needed, shots))
 
 
@@ -178,10 +180,10 @@ def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, def
     yield from cluster.notes
     if timing.assumed:
         yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
-    nodes_with_turns = {filled.node for filled in packing.slots if filled.assignment.turning}
+    nodes_with_turns = {filled.node for filled in packing.slots if filled.assignment.swapped_actors}
     if unknown := [node for node in nodes_with_turns if cluster.nodes[node].memory_gb is None]:
         host_gb = max(sum(filled.assignment.host_gb for filled in packing.slots if filled.node == node) for node in unknown)
-        yield f"stages that take turns need up to {host_gb:.4g} GB of host memory per node, which is assumed to be available"
+        yield f"swapped stages need up to {host_gb:.4g} GB of host memory per node, which is assumed to be available"
     if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
         yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
     if default_price:

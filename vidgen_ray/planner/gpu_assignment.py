@@ -19,7 +19,7 @@ CONTEXT_GB = 0.6
 """GPU memory of a process before it loads any weights."""
 PROCESS_HOST_GB = 0.4
 """Host memory of a process without a GPU: torch and other libraries."""
-TURN_SHOTS = 8
+SHOTS_PER_SWAP = 8
 """Shots that one group of stages processes before its weights are swapped for those of another group."""
 EPSILON = 1e-6
 """Tolerance of comparisons between sums of decimals."""
@@ -48,13 +48,13 @@ class Process:
     """A worker process and its actors."""
 
     actors: tuple[Actor, ...]
-    turns: tuple[tuple[Actor, ...], ...] = ()
+    swap_groups: tuple[tuple[Actor, ...], ...] = ()
     """Groups of these actors that take turns in GPU memory (weight swapping). Actors in no group always stay there."""
 
     @cached_property
     def turns_gb(self) -> float:
         """Weights of all groups that take turns, in GB."""
-        return sum(actor.gpu_gb for group in self.turns for actor in group)
+        return sum(actor.gpu_gb for group in self.swap_groups for actor in group)
 
     @cached_property
     def gpu_gb(self) -> float:
@@ -62,7 +62,7 @@ class Process:
         weights = sum(actor.gpu_gb for actor in self.actors)
         if not weights:
             return 0.0
-        largest = max((sum(actor.gpu_gb for actor in group) for group in self.turns), default=0.0)
+        largest = max((sum(actor.gpu_gb for actor in group) for group in self.swap_groups), default=0.0)
         return CONTEXT_GB + weights - self.turns_gb + largest
 
     @cached_property
@@ -100,9 +100,9 @@ class Assignment:
         return sum(process.cpus for process in self.processes)
 
     @cached_property
-    def turning(self) -> frozenset[Actor]:
+    def swapped_actors(self) -> frozenset[Actor]:
         """Actors that take turns in GPU memory."""
-        return frozenset(actor for process in self.processes for group in process.turns for actor in group)
+        return frozenset(actor for process in self.processes for group in process.swap_groups for actor in group)
 
     @property
     def swapped_gb(self) -> float:
@@ -113,7 +113,7 @@ class Assignment:
         """Return the slot for the layout of a run."""
         shares = self._shares()
         workers = tuple(
-            WorkerSpec(_stages(process.actors), process.cpus, share, tuple(_stages(group) for group in process.turns))
+            WorkerSpec(_stages(process.actors), process.cpus, share, tuple(_stages(group) for group in process.swap_groups))
             for process, share in zip(self.processes, shares, strict=True)
         )
         return Slot(workers, round(self.gpu_gb, 3))
@@ -154,11 +154,11 @@ def hybrid(actors: Sequence[Actor]) -> Candidates:
     return lambda memory_gb: _fitting(assignments, memory_gb)
 
 
-def hybrid_with_turns(actors: Sequence[Actor]) -> Candidates:
+def hybrid_with_swapping(actors: Sequence[Actor]) -> Candidates:
     """Return the candidates of `hybrid`, and subsets that fit with weight swapping, with as little to move as possible."""
 
     def candidates(memory_gb: float) -> list[Assignment]:
-        processes = (_with_turns(subset, memory_gb) for subset in _subsets(actors))
+        processes = (_with_swapping(subset, memory_gb) for subset in _subsets(actors))
         return [Assignment((process,)) for process in processes if process]
 
     return candidates
@@ -171,7 +171,7 @@ def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: boo
     """
 
     def has_advantage(assignment: Assignment, other: Assignment) -> bool:
-        swaps_less = assignment.swapped_gb < other.swapped_gb - EPSILON or not other.turning <= assignment.turning
+        swaps_less = assignment.swapped_gb < other.swapped_gb - EPSILON or not other.swapped_actors <= assignment.swapped_actors
         needs_less = assignment.cpus < other.cpus - EPSILON or assignment.host_gb < other.host_gb - EPSILON
         return swaps_less or (needs_less and not ignore_host_limits)
 
@@ -202,7 +202,7 @@ def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
     return tuple(Process(tuple(group)) for group in members.values())
 
 
-def _with_turns(actors: Sequence[Actor], memory_gb: float) -> Process | None:
+def _with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     """Return one process with these actors, or `None` if they do not fit even with swapping.
 
     As few GB of weights as possible take turns: none if all actors fit together.

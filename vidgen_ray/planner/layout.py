@@ -15,7 +15,7 @@ class WorkerSpec:
     cpus: float
     gpus: float
     """Share of the slot's GPU. 0 for a slot without a GPU."""
-    turns: tuple[tuple[str, ...], ...] = ()
+    swap_groups: tuple[tuple[str, ...], ...] = ()
     """Groups of these stages that take turns in GPU memory, while the others are in host memory (weight swapping). Stages in
     no group stay in GPU memory."""
 
@@ -24,8 +24,8 @@ class WorkerSpec:
 
         Weights are swapped when the first stage starts, so the first stage must be in the only group that is needed.
         """
-        turns = [group for group in self.turns if set(group) & set(stages)]
-        return set(stages) <= set(self.stages) and (not turns or (len(turns) == 1 and stages[0] in turns[0]))
+        swap_groups = [group for group in self.swap_groups if set(group) & set(stages)]
+        return set(stages) <= set(self.stages) and (not swap_groups or (len(swap_groups) == 1 and stages[0] in swap_groups[0]))
 
 
 @dataclass(frozen=True, slots=True)

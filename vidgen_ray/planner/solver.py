@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.gpu_assignment import EPSILON, TURN_SHOTS, Actor, Assignment, Candidates, drop_dominated
+from vidgen_ray.planner.gpu_assignment import EPSILON, SHOTS_PER_SWAP, Actor, Assignment, Candidates, drop_dominated
 
 ENCODER_CPUS = 0.5
 """CPUs of an encoder. It waits for frames about half of the time."""
@@ -242,7 +242,7 @@ class _PackingModel:
         """Limit the time that the slots of option `n` spend on actors and on swapping. Return actor -> time variable."""
         assignment = self._options[n].assignment
         slot_time = {self._counts[n]: -1.0}
-        rounds = self._programme.add_variable(math.inf) if assignment.turning else None
+        rounds = self._programme.add_variable(math.inf) if assignment.swapped_actors else None
         if rounds is not None:
             seconds_per_round = assignment.swapped_gb / self._problem.swap_gb_per_s
             slot_time[rounds] = seconds_per_round * self._total_slots / self._problem.seconds
@@ -250,9 +250,9 @@ class _PackingModel:
         for actor in (actor for actor in self._problem.actors if actor in assignment.actors):
             time = times[actor] = self._programme.add_variable(math.inf)
             slot_time[time] = 1.0
-            if actor in assignment.turning and rounds is not None:
+            if actor in assignment.swapped_actors and rounds is not None:
                 # At most `TURN_SHOTS` shots per round of swapping.
-                self._programme.add_constraint({time: 1.0, rounds: -TURN_SHOTS * self._needs[actor]}, high=0.0)
+                self._programme.add_constraint({time: 1.0, rounds: -SHOTS_PER_SWAP * self._needs[actor]}, high=0.0)
         self._programme.add_constraint(slot_time, high=0.0)
         return times
 
