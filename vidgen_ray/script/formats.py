@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.shot import Shot
 from vidgen_ray.strict_yaml import StrictLoader
 
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")
-TEXT_FIELDS = ("id", "prompt", "negative_prompt", "style_prompt", "character", "image", "identity", "upscaler")
+TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
 """Fields in which `7` is text."""
 TEXT_OR_LIST_FIELDS = ("face_image",)
 """Fields in which `7` is text and `["a", "b"]` a list."""
