@@ -1,8 +1,9 @@
 """Order of shots that minimizes LoRA changes. Independent of stages and workers."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import TypeVar
+
+from more_itertools import batched
 
 from vidgen_ray.content_keys import ShotPlan
 
@@ -20,9 +21,8 @@ def in_lora_order(items: Iterable[T], plan_of: Callable[[T], ShotPlan], window: 
     """
     if window < 1:
         raise ValueError(f"window: got {window}, must be at least 1")
-    remaining = iter(items)
     active: frozenset[str] | None = None
-    while batch := list(islice(remaining, window)):
+    for batch in batched(items, window):
         groups: dict[frozenset[str], dict[str, list[T]]] = {}
         for item in batch:
             plan = plan_of(item)
