@@ -19,9 +19,9 @@ $(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
 demo: setup
 	$(BIN)/vidgen demo --out out/demo
 
-# Two processes with one torch thread each: tests often wait for other processes. Files start in their order, since those of
-# tests/batch take longest. -rs lists skipped tests with the reason (no GPU, browser or database).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -rs --durations 15
+# Two processes with one torch thread each: tests often wait for other processes. -rs lists skipped tests with the reason (no GPU,
+# browser or database).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations 15
 
 test: setup
 	$(PYTEST)

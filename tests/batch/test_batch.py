@@ -180,6 +180,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     assert left == {"unknown", "junk", "cut"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny, script, reference, tmp_path):
     def started(done):

@@ -133,6 +133,7 @@ def started(folder, port):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_killed_server_resumes_all_accepted_jobs_and_sigterm_requeues_jobs(tiny, tmp_path):
     actors = {name: tiny.actors[name] for name in ("instantid", "flux", "svd", "realesrgan")}
     profile = tiny.model_copy(update={"actors": actors})
