@@ -50,34 +50,25 @@ def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features
     `can_fuse(first, *others)` tells whether every process that holds stage `first` also takes the other stages. With
     `share_features` a call ends after a stage whose result other shots use, too. A call ends before a likeness check.
     """
-    groups: list[list[Step]] = []
-    for step in plan.steps:
-        if is_chunked(step.stage):
-            continue
-        if groups and not _ends_call(groups[-1][-1], plan.shot, share_features) and _fuses(groups[-1], step, can_fuse):
-            groups[-1].append(step)
-        else:
-            groups.append([step])
-    return [tuple(steps) for steps in groups]
+    steps = [step for step in plan.steps if not is_chunked(step.stage)]
+    return _group(steps, can_fuse, lambda step: _ends_call(step, plan.shot, share_features))
 
 
 def group_chunked_steps(plan: ShotPlan, can_fuse: Callable[..., bool]) -> list[tuple[Step, ...]]:
     """Group the chunked steps into calls, as `group_steps` does."""
+    return _group([step for step in plan.steps if is_chunked(step.stage)], can_fuse, lambda step: False)
+
+
+def _group(steps: Sequence[Step], can_fuse: Callable[..., bool], ends_call: Callable[[Step], bool]) -> list[tuple[Step, ...]]:
     groups: list[list[Step]] = []
-    for step in plan.steps:
-        if not is_chunked(step.stage):
-            continue
-        if groups and _fuses(groups[-1], step, can_fuse):
+    for step in steps:
+        if groups and not ends_call(groups[-1][-1]) and can_fuse(*(member.stage for member in groups[-1]), step.stage):
             groups[-1].append(step)
         else:
             groups.append([step])
-    return [tuple(steps) for steps in groups]
+    return [tuple(group) for group in groups]
 
 
 def _ends_call(step: Step, shot: Shot, share_features: bool) -> bool:
     stage = STAGE_BY_NAME[step.stage]
     return (share_features and stage.shared) or (shot.min_identity is not None and "image_likeness" in stage.writes)
-
-
-def _fuses(group: Sequence[Step], step: Step, can_fuse: Callable[..., bool]) -> bool:
-    return can_fuse(*(member.stage for member in group), step.stage)
