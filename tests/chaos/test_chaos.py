@@ -27,7 +27,7 @@ from tests.chaos.counted_stages import LOG
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.batch.render import render
-from vidgen_ray.batch.start_actors import labels_of
+from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest

@@ -19,14 +19,14 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from vidgen_ray.batch.encoder_pool import Chunks, EncoderPool
-from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.encoder_pool import Chunks, EncoderPool
+from vidgen_ray.engine.run_metrics import RunMetrics
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.batch.run_progress import Snapshot
 from vidgen_ray.batch.run_state import RunStateHandle
-from vidgen_ray.batch.scheduler import CHUNK_LOAD, Work
+from vidgen_ray.engine.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.batch.task_files import ShotTask, TaskResult, read_part
-from vidgen_ray.batch.worker_pool import RemoteArtefacts, WorkerPool
+from vidgen_ray.engine.worker_pool import RemoteArtefacts, WorkerPool
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness

@@ -14,7 +14,7 @@ from more_itertools import batched
 from ray.data import ActorPoolStrategy, DataContext
 
 from vidgen_ray.batch.director import BatchDirector
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.batch.run_state import RunStateHandle
 from vidgen_ray.batch.task_files import ShotTask, TaskResult, read_part
 from vidgen_ray.engine.step_groups import LOADING

@@ -14,11 +14,11 @@ import ray
 
 from vidgen_ray.batch.lora_order import in_lora_order
 from vidgen_ray.batch.pending_shots import pending_shots
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.batch.run_monitor import monitor_run
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
-from vidgen_ray.batch.start_actors import labels_of, start_actors
+from vidgen_ray.engine.fleet import labels_of, start_actors
 from vidgen_ray.batch.task_files import ShotTask, TaskFiles
 from vidgen_ray.engine.chunks import chunk_frames_of
 from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster

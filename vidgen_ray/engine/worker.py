@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.shot_writer import ShotFiles

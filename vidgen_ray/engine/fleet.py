@@ -14,9 +14,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.batch.run_state import RunState, RunStateHandle, run_state_name
-from vidgen_ray.batch.worker import MAX_CONCURRENT_CALLS, Encoder, Worker
+from vidgen_ray.engine.worker import MAX_CONCURRENT_CALLS, Encoder, Worker
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label

@@ -3,7 +3,7 @@
 import itertools
 from collections import Counter
 
-from vidgen_ray.batch.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, Scheduler, Work, WorkerState
+from vidgen_ray.engine.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, Scheduler, Work, WorkerState
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import WorkerSpec

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.worker import ActorPlace
+from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.engine.retries import InputsLost, first_line
 from vidgen_ray.outputs.records import Failure
 

@@ -11,9 +11,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from vidgen_ray.batch.actor_client import NODE_DIED, NOT_SENT
+from vidgen_ray.engine.actor_client import NODE_DIED, NOT_SENT
 
-CHANGED = f"Ray {ray.__version__} words this error differently. Update vidgen_ray/batch/actor_client.py."
+CHANGED = f"Ray {ray.__version__} words this error differently. Update vidgen_ray/engine/actor_client.py."
 MEMORY = {"object_store_memory": 100 << 20, "include_dashboard": False}
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import ray
 
-from vidgen_ray.batch.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import RunConfig
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.run_metrics import RunMetrics
+from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.batch.run_progress import StageStatus
-from vidgen_ray.batch.scheduler import Scheduler, Work, WorkerState
+from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.retries import ShotFailed
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.graph import STAGES, max_loras

@@ -12,10 +12,10 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.batch.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.batch.metrics import RunMetrics
-from vidgen_ray.batch.run_config import RunConfig
-from vidgen_ray.batch.worker_pool import failure_of_call
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.run_metrics import RunMetrics
+from vidgen_ray.engine.engine_config import RunConfig
+from vidgen_ray.engine.worker_pool import failure_of_call
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.retries import ShotFailed
