@@ -14,7 +14,7 @@ from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
 from vidgen_ray.batch.render import render
-from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console, Group
 
-from vidgen_ray.batch.run_progress import Snapshot, StageStatus
+from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.cli import progress
 from vidgen_ray.cli.progress import FIRST_SHOTS, LOADING, PLANNING, LineView, TerminalView, ViewGroup, run_view
 from vidgen_ray.cli.progress_file import ProgressFile

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vidgen_ray.batch.pending_shots import SkippedLines, pending_shots
-from vidgen_ray.batch.task_files import ShotTask
+from more_itertools import batched
+
+from vidgen_ray.batch.line_planner import LinePlanner, PlannedShot, unique_shots
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, this_machine
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.reader import CheckedLine, RejectedLine
+from vidgen_ray.script.reader import CheckedLine, RejectedLine, ScriptSettings, iter_script, no_lines, open_lines
+from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
+
+LINES_AT_ONCE = 500
+"""Lines that are planned together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,59 +37,57 @@ class Counts:
     """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
 
 
-class _Tally(SkippedLines):
-    """Counts of the lines that are not pending."""
-
-    def __init__(self) -> None:
-        self.done = self.failed = 0
-
-    def rejected(self, line: RejectedLine) -> None:
-        self.failed += 1
-
-    def unplannable(self, line: CheckedLine, failure: Failure) -> None:
-        self.failed += 1
-
-    def skipped(self, task: ShotTask, done: DoneShot) -> None:
-        self.done += 1
-
-
 def estimate_run(
-    lines: Callable[[], Iterable[CheckedLine | RejectedLine]],
-    profile: Profile,
-    outputs: OutputFolder,
-    address: str | None,
-    cluster: Cluster | None,
+    script: ScriptSettings, profile: Profile, outputs: OutputFolder, address: str | None, cluster: Cluster | None
 ) -> tuple[Demand, Counts, Cluster]:
     """Return the demand, the line counts and the cluster: `cluster`, the one at `address`, or this machine.
 
-    `lines` returns a new iterator over the script on each call. If the weights are not on this machine, no shot counts as done.
-    Raises SetupError if there is no cluster at `address`.
+    If the weights are not on this machine, no shot counts as done. Raises SetupError if there is no cluster at `address`.
     """
     check_profile(profile)
     try:
-        demand, counts = _count_pending(lines(), profile, outputs)
+        demand, counts = _count_pending(script, profile, outputs)
     except SetupError:
-        demand, counts = _count_all(lines())
+        demand, counts = _count_all(iter_script(script))
     if cluster is None and address is not None:
         with connected(address, 0):
             cluster = live_cluster()
     return demand, counts, cluster or this_machine()
 
 
-def _count_pending(
-    lines: Iterable[CheckedLine | RejectedLine], profile: Profile, outputs: OutputFolder
-) -> tuple[Demand, Counts]:
-    tally = _Tally()
-    cached = 0
+def pending_demand(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Demand:
+    """Return the demand of the shots that are left to render. Raises SetupError if their weights are not on this machine."""
+    return _count_pending(script, profile, outputs)[0]
+
+
+def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+    done = failed = cached = 0
 
     def pending() -> Iterator[Shot]:
-        nonlocal cached
-        for task in pending_shots(lines, profile, outputs, tally):
-            cached += sum(outputs.stage_cache.has(step.key) for step in task.plan.steps)
-            yield task.plan.shot
+        nonlocal done, failed, cached
+        for shot in _planned(script, profile, outputs):
+            if isinstance(shot, RejectedLine) or isinstance(shot.plan, Failure):
+                failed += 1
+            elif shot.done is not None:
+                done += 1
+            else:
+                cached += sum(outputs.stage_cache.has(step.key) for step in shot.plan.steps)
+                yield shot.plan.shot
 
     demand = demand_of(pending())
-    return demand, Counts(demand.shots + tally.done + tally.failed, tally.done, tally.failed, cached)
+    return demand, Counts(demand.shots + done + failed, done, failed, cached)
+
+
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot | RejectedLine]:
+    checker, lines = open_lines(script)
+    planner = LinePlanner(checker, profile, outputs)
+    with ScriptIndex() as index:
+        empty = True
+        for batch in batched(lines, LINES_AT_ONCE):
+            empty = False
+            yield from unique_shots(planner.plan(batch), index)
+    if empty:
+        raise no_lines(script.path)
 
 
 def _count_all(lines: Iterable[CheckedLine | RejectedLine]) -> tuple[Demand, Counts]:

@@ -1,30 +1,42 @@
-"""Render a script: plan its lines, skip finished shots, render the rest and record the result of every line."""
+"""Render a script: plan its lines, skip finished shots, render the rest and record the result of every line.
+
+Lines stream: shots are rendered while later lines are still being checked. Everything runs in one event loop in the driver.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import ray
 
-from vidgen_ray.batch.lora_order import in_lora_order
-from vidgen_ray.batch.pending_shots import pending_shots
-from vidgen_ray.engine.engine_config import RunConfig
-from vidgen_ray.batch.run_monitor import monitor_run
+from vidgen_ray.batch.estimate import pending_demand
+from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
+from vidgen_ray.batch.line_stream import first_lines, remaining_lines
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
-from vidgen_ray.engine.fleet import labels_of, start_actors
-from vidgen_ray.batch.task_files import ShotTask, TaskFiles
-from vidgen_ray.engine.chunks import chunk_frames_of
+from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster
-from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.engine.retries import ATTEMPTS, Kind, ShotFailed
+from vidgen_ray.engine.run_metrics import RunMetrics
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
+from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner import (
     Cluster,
     Demand,
@@ -36,13 +48,51 @@ from vidgen_ray.planner import (
     save_calibration,
     this_machine,
 )
-from vidgen_ray.planner.cluster import Label
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.reader import CheckedLine, RejectedLine
+from vidgen_ray.script.reader import RejectedLine, ScriptSettings, open_lines
+from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.stages.base import Stage
 
+Remaining = Callable[[], Iterator[list[PlannedLine]]]
+"""Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
 GRACE_S = 60.0
 """Seconds that shots in progress may take to finish after a stop request."""
+STATUS_INTERVAL_S = 1.0
+"""Seconds between two status reports."""
+STOP_POLL_S = 0.1
+"""Seconds between two checks of the stop request."""
+VISIBILITY_TIMEOUT_S = 60.0
+"""Seconds until a file written by a worker must be visible to the driver. Network file systems cache that a file is missing."""
+BREAKER_SHOTS = 20
+"""Last shots that decide whether the run stops because nearly all shots fail."""
+BREAKER_FAILURES = 18
+MANY_SHOTS = 100
+"""Factor for the demand of the first lines while the length of the script is unknown: all GPUs are worth starting."""
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """Options of a run."""
+
+    address: str | None = None
+    """Address of a Ray cluster. Default: a new local Ray, or the one that is connected."""
+    cluster: Cluster | None = None
+    """GPUs to plan for. Default: detect."""
+    price: float | None = None
+    """Price of a GPU-hour."""
+    max_cost: float | None = None
+    """Raise CostError before any worker starts if the run would cost more. Then the whole script is read first."""
+    fresh: bool = False
+    """Render finished shots again, without the cache."""
+    use_cache: bool = True
+    keep_stages: bool = False
+    """Also write the intermediate images."""
+    attempts: int = ATTEMPTS
+    """Attempts per call before the shot has failed. The first one counts."""
+    grace_s: float = GRACE_S
+    """Seconds that shots in progress may take to finish after a stop request."""
+    stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
+    """Stage name -> class that implements it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,140 +113,388 @@ class RunReport:
     lora_loads: int
     """LoRA files loaded into a model."""
     layout: str | None
-    """Kind of the layout. `None` if there was nothing to render."""
+    """Kind of the last layout. `None` if there was nothing to render."""
+    quarantined: tuple[str, ...]
+    """Workers and encoders that were quarantined, with their nodes and the reasons."""
 
 
 def render(
-    lines: Iterable[CheckedLine | RejectedLine],
+    script: ScriptSettings,
     profile: Profile,
     outputs: OutputFolder,
+    options: RenderOptions,
     *,
-    source: str,
     listener: ProgressListener,
-    address: str | None = None,
-    cluster: Cluster | None = None,
-    price: float | None = None,
-    before_start: Callable[[Plan], None] = lambda _: None,
-    fresh: bool = False,
-    use_cache: bool = True,
-    keep_stages: bool = False,
-    attempts: int = ATTEMPTS,
     stop: threading.Event | None = None,
-    grace_s: float = GRACE_S,
-    stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME,
 ) -> RunReport:
-    """Render all shots of a script into `outputs`, on the cluster at `address` or on a new local Ray.
+    """Render all shots of a script into `outputs`. A shot that is finished with the same content key is skipped.
 
-    `cluster`: GPUs to plan for. Default: detect. `before_start` is called with the plan and may raise. A shot that is finished
-    with the same content key is skipped unless `fresh`. When `stop` is set, no more shots start, and those in progress have
-    `grace_s` seconds to finish. `stages`: stage name -> class that implements it.
-    A failed line does not raise. Raises SetupError or ProfileError if weights are missing or no layout fits the cluster.
+    When `stop` is set, no more shots start, and those in progress have `options.grace_s` seconds to finish; then raises
+    KeyboardInterrupt. A failed line does not raise. Raises ScriptError if the script cannot be read, SetupError or ProfileError
+    if weights are missing, no layout fits the cluster or nothing healthy is left.
     """
     check_profile(profile)
+    checker, _ = open_lines(script)
+    planner = LinePlanner(checker, profile, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
+    lines, whole = first_lines(script)
+    remaining = None if whole else partial(remaining_lines, script, planner)
+    demand = None
+    if options.max_cost is not None and not whole:
+        demand = pending_demand(script, profile, outputs)
+    return render_lines(
+        planner.plan(lines), remaining, script.path.name, profile, outputs, options, listener=listener, stop=stop, demand=demand
+    )
+
+
+def render_lines(
+    first: Sequence[PlannedLine],
+    remaining: Remaining | None,
+    source: str,
+    profile: Profile,
+    outputs: OutputFolder,
+    options: RenderOptions,
+    *,
+    listener: ProgressListener,
+    stop: threading.Event | None = None,
+    demand: Demand | None = None,
+) -> RunReport:
+    """Render planned lines. `first`: the first ones. `remaining` starts to read the rest, if there is any.
+
+    `source`: name of the script. `demand` of the whole script, if it is known. Otherwise as `render`.
+    """
     started = time.monotonic()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
-    with outputs.lease(run), RunResults(outputs, run, source, listener) as results:
-        task_files, chosen, left = TaskFiles(outputs, run), None, 0
+    with outputs.lease(run), ScriptIndex() as index, RunResults(outputs, run, source, listener) as results:
+        director = _Director(run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand)
         try:
-            tasks = pending_shots(lines, profile, outputs, results, fresh=fresh, keep_stages=keep_stages)
-            if fresh:
-                tasks = _drop_cached(tasks, outputs)
-            ordered = in_lora_order(tasks, lambda task: task.plan)
-            stop = stop or threading.Event()
-            demand = demand_of(task.plan.shot for task in task_files.write(_until(stop, ordered)))
-            if stop.is_set():
-                left = demand.shots
-            else:
-                results.whole_script_read(demand.shots)
-            if demand.shots and not left:
-                own_ray = address is None and not ray.is_initialized()
-                if own_ray:
-                    cluster = cluster or this_machine()
-                    chosen = _planned(profile, demand, cluster, price, before_start)
-                with connected(address, cpus_needed(chosen.layout) if chosen else 0):
-                    if own_ray and chosen:
-                        expect_gpus(sum(slot.has_gpu for slot in chosen.layout.slots))
-                    cluster = cluster or live_cluster()
-                    chosen = chosen or _planned(profile, demand, cluster, price, before_start)
-                    config = RunConfig(
-                        run=run,
-                        profile=profile.pinned(demand.stages),
-                        outputs=outputs,
-                        layout=chosen.layout,
-                        stages=stages,
-                        chunk_frames=chunk_frames_of(profile, [stages[stage.name] for stage in demand.stages]),
-                        use_cache=use_cache or keep_stages,
-                        keep_stages=keep_stages,
-                        fresh=fresh,
-                        attempts=attempts,
-                    )
-                    left = _run(task_files.parts, config, labels_of(chosen, cluster), results, listener, stop, grace_s)
-                save_calibration(profile.name, cluster.card, results.durations)
+            director.accept(first)
+            results.lines_read(complete=remaining is None)
+            if director.queue or remaining is not None:
+                with director.connected(complete=remaining is None):
+                    asyncio.run(director.render(remaining))
         finally:
-            task_files.drop()
             # Remove temporary files of processes that were killed on this machine.
             outputs.sweep()
+    chosen = director.plan
+    if chosen is not None and director.cluster is not None:
+        save_calibration(profile.name, director.cluster.card, results.durations)
     report = RunReport(
         run=run,
         done=results.counts["done"],
         failed=results.counts["failed"],
         skipped=results.counts["skipped"],
         refused=results.refusals,
-        left=left,
+        left=director.left,
         seconds=round(time.monotonic() - started, 2),
         gpu_seconds=round(results.gpu_seconds, 2),
         lora_loads=results.lora_loads,
         layout=chosen.layout.kind if chosen else None,
+        quarantined=tuple(director.quarantined),
     )
     _write_run(outputs, report, source, profile, chosen, results)
     return report
 
 
-def _planned(
-    profile: Profile, demand: Demand, cluster: Cluster, price: float | None, before_start: Callable[[Plan], None]
-) -> Plan:
-    chosen = plan(profile, demand, cluster, calibration=load_calibration(profile.name, cluster.card), price=price)
-    before_start(chosen)
-    return chosen
+class _Director:
+    """Feeds the engine with shots and records their results."""
 
+    def __init__(
+        self,
+        run: str,
+        profile: Profile,
+        outputs: OutputFolder,
+        options: RenderOptions,
+        results: RunResults,
+        listener: ProgressListener,
+        stop: threading.Event,
+        index: ScriptIndex,
+        demand: Demand | None,
+    ) -> None:
+        self._run = run
+        self._profile = profile
+        self._outputs = outputs
+        self._options = options
+        self._results = results
+        self._listener = listener
+        self._stop = stop
+        self._index = index
+        self.queue = ShotQueue()
+        self.plan: Plan | None = None
+        self.left = 0
+        self.quarantined: list[str] = []
+        self.cluster = options.cluster
+        self._demand = demand
+        self._own_ray = False
+        self._engine: Engine | None = None
+        self._engines = 0
+        self._rendering: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        """Set when the queue, the shots in progress or the reader have changed."""
+        self._reading = False
+        self._error: BaseException | None = None
+        """Error that ends the run."""
+        self._outcomes: deque[Failure | None] = deque(maxlen=BREAKER_SHOTS)
+        """Last shots: the failure of those that failed on every worker, else `None`."""
+        self._folder_checked = False
+        self._metrics: RunMetrics | None = None
 
-def _run(
-    parts: list[str],
-    config: RunConfig,
-    labels: Sequence[Label | None],
-    results: RunResults,
-    listener: ProgressListener,
-    stop: threading.Event,
-    grace_s: float,
-) -> int:
-    """Render the parts. Return how many lines were not started because the run was stopped."""
-    left = 0
-    with start_actors(config, labels) as run_state, monitor_run(run_state, listener, stop, grace_s):
-        # Import Ray Data (about one second) while the actors start.
-        from vidgen_ray.batch.ray_data import stream
+    # Lines
 
-        for item in stream(parts, config, run_state):
-            if item is None:
-                left += 1
+    def accept(self, lines: Sequence[PlannedLine]) -> None:
+        """Queue the pending shots among these lines, and record the other ones."""
+        for shot in unique_shots(lines, self._index):
+            if isinstance(shot, RejectedLine):
+                self._results.rejected(shot)
+            elif isinstance(shot.plan, Failure):
+                self._results.unplannable(shot.line, shot.plan)
+            elif shot.done is not None:
+                self._results.skipped(shot.line, shot.done)
             else:
-                task, result = item
-                results.finished(task, result.result)
-    return left
+                self._results.pending()
+                self.queue.add(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
+        self._changed.set()
 
+    def connected(self, *, complete: bool) -> AbstractContextManager[None]:
+        """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""
+        self._own_ray = self._options.address is None and not ray.is_initialized()
+        cpus = 0.0
+        if self._own_ray:
+            self.cluster = self.cluster or this_machine()
+            # CPUs for workers that a later plan may need.
+            cpus = 0.0 if complete else 2 * self.cluster.cpus
+            if self.queue:
+                self._make_plan([*self.queue], complete=complete)
+                assert self.plan is not None
+                cpus = max(cpus, cpus_needed(self.plan.layout))
+        return connected(self._options.address, cpus)
 
-def _until(stop: threading.Event, tasks: Iterable[ShotTask]) -> Iterator[ShotTask]:
-    for task in tasks:
-        yield task
-        if stop.is_set():
+    # Rendering
+
+    async def render(self, remaining: Remaining | None) -> None:
+        """Render all shots. Returns when every line has a result, or after a stop request."""
+        self._metrics = RunMetrics(self._profile.name, self._on_quarantined)
+        self._reading = remaining is not None
+        background = [asyncio.ensure_future(self._report_status()), asyncio.ensure_future(self._watch_stop())]
+        if remaining is not None:
+            self._start_reader(remaining)
+        try:
+            await self._feed()
+            if self._error is not None:
+                raise self._error
+        finally:
+            for task in (*background, *self._rendering):
+                task.cancel()
+            await self._stop_engine()
+
+    async def _feed(self) -> None:
+        """Give shots to the engine as long as there are any."""
+        while self._error is None:
+            if self._stop.is_set():
+                self.left = len(self.queue)
+                break
+            if not self.queue:
+                if not self._reading and not self._rendering:
+                    return
+                await self._next_change()
+                continue
+            task = self.queue.pop()
+            if self._engine is None or not self._engine.can_render(task.plan):
+                await self._start_engine(task)
+            if not await self._admitted(task):
+                self.left = len(self.queue) + 1
+                break
+        await self._finish_shots()
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _admitted(self, task: ShotTask) -> bool:
+        """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
+        admitted = asyncio.Event()
+        rendering = asyncio.ensure_future(self._render(task, admitted))
+        self._rendering.add(rendering)
+        rendering.add_done_callback(self._ended)
+        waiting = asyncio.ensure_future(admitted.wait())
+        while not admitted.is_set() and not rendering.done():
+            changed = asyncio.ensure_future(self._next_change())
+            await asyncio.wait([waiting, rendering, changed], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if not admitted.is_set() and (self._stop.is_set() or self._error is not None):
+                rendering.cancel()
+                waiting.cancel()
+                return False
+        waiting.cancel()
+        return True
+
+    def _ended(self, rendering: asyncio.Task[None]) -> None:
+        self._rendering.discard(rendering)
+        if not rendering.cancelled() and (error := rendering.exception()) is not None:
+            self._error = self._error or error
+        self._changed.set()
+
+    async def _finish_shots(self) -> None:
+        """Wait for the shots in progress. Raises KeyboardInterrupt if they take longer than the grace period."""
+        # After an unreadable part of the script, the engine is still in order.
+        if not self._rendering or not isinstance(self._error, ScriptError | None):
             return
+        _, unfinished = await asyncio.wait(list(self._rendering), timeout=self._options.grace_s)
+        if unfinished:
+            raise KeyboardInterrupt
+
+    async def _render(self, task: ShotTask, admitted: asyncio.Event) -> None:
+        assert self._engine is not None
+        result: ShotRecord | Failure
+        kind: Kind | None = None
+        try:
+            self._engine.announce(task.plan)
+            result = await self._engine.run(task.plan, on_admitted=admitted.set)
+        except ShotFailed as failed:
+            result, kind = failed.failure, failed.kind
+            if (fatal := self._engine.fatal_failure) is not None and fatal.stage == result.stage:
+                raise SetupError(fatal.message) from None
+        # A bug in vidgen fails the shot, not the run.
+        except Exception as error:
+            result, kind = StepFailed("director", error).failure(), Kind.ERROR
+        if isinstance(result, ShotRecord) and not self._folder_checked:
+            self._folder_checked = True
+            await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
+        if self._metrics is not None:
+            self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
+        self._results.finished(task, result)
+        self._check_breaker(result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+
+    def _check_breaker(self, failure: Failure | None) -> None:
+        """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker."""
+        self._outcomes.append(failure)
+        failures = [outcome for outcome in self._outcomes if outcome is not None]
+        if len(failures) >= BREAKER_FAILURES:
+            raise SetupError(
+                f"{len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was tried, the last one in "
+                f"{failures[-1].stage}: {failures[-1].message}. The run was stopped. Remove the cause and run the same command again"
+            )
+
+    # The engine
+
+    async def _start_engine(self, needed: ShotTask) -> None:
+        """Start the engine, or another one with a layout for all stages that are needed now."""
+        if self._engine is not None:
+            # The new layout needs the GPUs of the present one.
+            if self._rendering:
+                await asyncio.wait(list(self._rendering))
+            await self._stop_engine()
+            self.plan = None
+        if self.plan is None:
+            if not self._own_ray:
+                self.cluster = self._options.cluster or await asyncio.to_thread(live_cluster)
+            self._make_plan([needed, *self.queue], complete=not self._reading)
+        assert self.plan is not None and self.cluster is not None
+        layout, options = self.plan.layout, self._options
+        if self._own_ray:
+            expect_gpus(sum(slot.has_gpu for slot in layout.slots))
+        self._engines += 1
+        config = EngineConfig(
+            name=f"{self._run}/{self._engines}",
+            profile=self._profile.pinned([STAGE_BY_NAME[name] for name in layout.stages]),
+            outputs=self._outputs,
+            stages=options.stages,
+            use_cache=options.use_cache or options.keep_stages,
+            keep_stages=options.keep_stages,
+            attempts=options.attempts,
+        )
+        assert self._metrics is not None
+        self._engine = Engine(config, layout, self._metrics)
+        await self._engine.start(labels_of(self.plan, self.cluster))
+
+    def _make_plan(self, tasks: Sequence[ShotTask], *, complete: bool) -> None:
+        """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
+        assert self.cluster is not None
+        demand = demand_of(task.plan.shot for task in tasks)
+        if not complete:
+            demand = self._demand or demand.scaled(MANY_SHOTS)
+        calibration = load_calibration(self._profile.name, self.cluster.card)
+        self.plan = plan(self._profile, demand, self.cluster, calibration=calibration, price=self._options.price)
+        self.plan.check_cost(self._options.max_cost)
+
+    async def _stop_engine(self) -> None:
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.stop()
+
+    # Reading
+
+    def _start_reader(self, remaining: Remaining) -> None:
+        """Read the remaining lines in a thread. Pauses while the queue is full."""
+        loop = asyncio.get_running_loop()
+        room = threading.Semaphore(1)
+
+        def read() -> None:
+            error: BaseException | None = None
+            try:
+                for lines in remaining():
+                    room.acquire()
+                    loop.call_soon_threadsafe(accept, lines)
+            except BaseException as reason:
+                error = reason
+            with suppress(RuntimeError):  # the loop is closed: the run has ended
+                loop.call_soon_threadsafe(end, error)
+
+        async def release() -> None:
+            while self.queue.is_full:
+                await self._next_change()
+            room.release()
+
+        def accept(lines: list[PlannedLine]) -> None:
+            self.accept(lines)
+            self._results.lines_read(complete=False)
+            task = asyncio.ensure_future(release())
+            releasing.add(task)
+            task.add_done_callback(releasing.discard)
+
+        def end(error: BaseException | None) -> None:
+            self._reading = False
+            if error is None:
+                self._results.lines_read(complete=True)
+            else:
+                self._error = error
+            self._changed.set()
+
+        releasing: set[asyncio.Task[None]] = set()
+        threading.Thread(target=read, daemon=True).start()
+
+    # Status
+
+    async def _report_status(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            if self._engine is not None:
+                snapshot = self._engine.snapshot()
+                if self._metrics is not None:
+                    self._metrics.snapshot(snapshot)
+                self._listener.on_status(snapshot)
+
+    async def _watch_stop(self) -> None:
+        while not self._stop.is_set():
+            await asyncio.sleep(STOP_POLL_S)
+        self._changed.set()
+
+    def _on_quarantined(self, process: str, reason: str) -> None:
+        message = f"{process} is quarantined: {reason}"
+        self.quarantined.append(message)
+        self._listener.on_message(message)
 
 
-def _drop_cached(tasks: Iterable[ShotTask], outputs: OutputFolder) -> Iterator[ShotTask]:
-    for task in tasks:
-        for attempt in (task.plan, *task.plan.again):
-            outputs.stage_cache.drop(step.key for step in attempt.steps)
-        yield task
+def _check_shared_folder(plan: ShotPlan, outputs: OutputFolder) -> None:
+    """Raise SetupError if the driver does not see a finished shot. Blocks."""
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
+    while outputs.find_finished(plan) is None:
+        if time.monotonic() > deadline:
+            raise SetupError(
+                f"a worker wrote {outputs.place(plan.shot.id or '', 'shot.json')}, but the driver does not see it. "
+                "The driver and the workers need one shared output folder."
+            )
+        time.sleep(1)
 
 
 def _write_run(

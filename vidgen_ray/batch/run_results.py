@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from vidgen_ray.batch.run_progress import ProgressListener
-from vidgen_ray.batch.task_files import ShotTask
+from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import relative_costs
@@ -27,12 +27,13 @@ class RunResults:
 
     def __init__(self, outputs: OutputFolder, run: str, source: str, listener: ProgressListener) -> None:
         self._run = run
-        self._source = source
         self._listener = listener
         self._manifest = ManifestWriter(outputs, run, source)
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
         self.refusals = 0
+        """Lines that failed before rendering. They are part of the failed ones."""
+        self.to_render = 0
         self.gpu_seconds = 0.0
         self.lora_loads = 0
         self.durations: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
@@ -54,22 +55,26 @@ class RunResults:
         self._listener.on_rejected(row)
 
     def unplannable(self, line: CheckedLine, failure: Failure) -> None:
+        self.refusals += 1
         self._listener.on_rejected(self._failed(line, failure))
 
-    def skipped(self, task: ShotTask, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._run, self._source, task.plan.shot, task.line, done, "skipped")
-        self._enter(row, None, task.replaces)
+    def skipped(self, line: CheckedLine, done: DoneShot) -> None:
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, done, "skipped")
+        self._enter(row, None, line.replaces)
 
-    def whole_script_read(self, pending_shots: int) -> None:
-        """The script was read to its end. `pending_shots` shots are to be rendered."""
-        self._whole_script = True
-        counts = self.counts
-        self._listener.on_planned(pending_shots + counts.total(), counts["skipped"], counts["failed"])
+    def pending(self) -> None:
+        """A shot is to be rendered."""
+        self.to_render += 1
+
+    def lines_read(self, *, complete: bool) -> None:
+        """Report the lines read so far. `complete`: the script was read to its end."""
+        self._whole_script = complete
+        self._listener.on_lines(self.to_render + self.counts["skipped"] + self.refusals, self.counts["skipped"], self.refusals, complete)
 
     def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
         """The shot was rendered or has failed."""
         if isinstance(result, Failure):
-            row = self._failed(CheckedLine(task.plan.shot, task.line, task.replaces), result)
+            row = self._failed(CheckedLine(task.plan.shot, task.line, task.script, task.replaces), result)
             self._listener.on_finished(row)
             return
         self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
@@ -79,13 +84,13 @@ class RunResults:
             self.weights[step.stage].update(step.weights)
             if not step.cached:
                 self.durations[step.stage].append((step.seconds, costs[step.stage]))
-        row = ManifestRow.of_shot(self._run, self._source, task.plan.shot, task.line, result, "done")
+        row = ManifestRow.of_shot(self._run, task.script, task.plan.shot, task.line, result, "done")
         self._enter(row, None, task.replaces)
         self._listener.on_finished(row)
 
     def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
-        failed_line = FailedLine(line.shot.id or "", self._source, line.shot.model_dump(mode="json"), failure)
-        row = ManifestRow.of_shot(self._run, self._source, line.shot, line.line, failure, "failed")
+        failed_line = FailedLine(line.shot.id or "", line.script, line.shot.model_dump(mode="json"), failure)
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, failure, "failed")
         self._enter(row, failed_line, line.replaces)
         return row
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -31,9 +30,12 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script, read_script
+from vidgen_ray.script.reader import RejectedLine, ScriptSettings, iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
+
+if TYPE_CHECKING:
+    from vidgen_ray.batch.render import RenderOptions
 
 app = typer.Typer(
     name="vidgen",
@@ -139,13 +141,14 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Render the demo script on this machine: all stages, both modes."""
+    from vidgen_ray.batch.render import RenderOptions
     from vidgen_ray.report.contact_sheet import write_contact_sheet
 
     chosen = load_profile(profile)
     script = _demo_script()
     try:
-        lines = iter_script(script, profile_defaults=chosen.defaults)
-        _render(lines, script.name, chosen, str(out), as_json=as_json, keep_stages=True)
+        settings = ScriptSettings(script, profile_defaults=chosen.defaults)
+        _render(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
     finally:
         if (out / "manifest").exists():
             typer.echo(f"contact sheet: {write_contact_sheet(out)}", err=as_json)
@@ -185,27 +188,26 @@ def render(
 
     SIGTERM or Ctrl-C stops the run after the shots in progress. A second one stops it immediately.
     """
+    from vidgen_ray.batch.render import RenderOptions
+
     chosen = load_profile(profile)
-    defaults = _defaults(fields, mode)
-    lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
-    if strict and (errors := [error for line in lines() if isinstance(line, RejectedLine) for error in line.errors]):
-        raise ScriptError(errors)
-    _render(
-        _until(lines(), until),
-        script.name,
-        chosen,
-        out,
+    settings = _script_settings(script, chosen, fields, mode, seed, until)
+    if strict:
+        errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
+        if errors:
+            raise ScriptError(errors)
+    options = RenderOptions(
         address=address,
         cluster=parse_gpus(gpus) if gpus else None,
         price=price,
-        before_start=lambda plan: plan.check_cost(max_cost),
+        max_cost=max_cost,
         fresh=fresh,
         use_cache=not no_cache,
         keep_stages=_keeps_stages(keep),
         attempts=attempts,
         grace_s=grace_s,
-        as_json=as_json,
     )
+    _render(settings, chosen, out, options, as_json=as_json)
 
 
 @app.command()
@@ -228,11 +230,10 @@ def plan(
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
-    defaults = _defaults(fields, mode)
-    lines = partial(iter_script, script, run_seed=seed, defaults=defaults, profile_defaults=chosen.defaults)
+    settings = _script_settings(script, chosen, fields, mode, seed, until)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
-        demand, counts, cluster = estimate_run(lambda: _until(lines(), until), chosen, OutputFolder(out), address, planned_gpus)
+        demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
     plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
 
@@ -339,7 +340,7 @@ def validate(
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
-    checked = read_script(script, defaults=parse_fields(fields), profile_defaults=chosen.defaults)
+    checked = read_script(ScriptSettings(script, defaults=parse_fields(fields), profile_defaults=chosen.defaults))
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         typer.echo(json.dumps({"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors}))
@@ -380,10 +381,8 @@ def schema(
     typer.echo(json.dumps(models[model].model_json_schema(), indent=2))
 
 
-def _render(
-    lines: Iterable[CheckedLine | RejectedLine], source: str, profile: Profile, out: str, *, as_json: bool, **options: Any
-) -> None:
-    from vidgen_ray.batch.render import GRACE_S, render
+def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool) -> None:
+    from vidgen_ray.batch.render import render
     from vidgen_ray.report.gallery import write_gallery
 
     outputs = OutputFolder(out)
@@ -394,9 +393,9 @@ def _render(
             interruptible(),
             redirect_stdout(sys.stderr),
             run_view(local / "progress.jsonl" if local else None) as view,
-            stoppable(options.get("grace_s", GRACE_S)) as stop,
+            stoppable(options.grace_s) as stop,
         ):
-            report = render(lines, profile, outputs, source=source, listener=view, stop=stop, **options)
+            report = render(script, profile, outputs, options, listener=view, stop=stop)
     finally:
         gallery = write_gallery(out)
     if as_json:
@@ -414,23 +413,14 @@ def _render(
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 
-def _defaults(fields: list[str] | None, mode: str | None) -> dict[str, Any]:
-    return parse_fields(fields) | ({"mode": mode} if mode else {})
-
-
-def _until(lines: Iterable[CheckedLine | RejectedLine], until: str | None) -> Iterator[CheckedLine | RejectedLine]:
-    for line in lines:
-        yield line._replace(shot=_stop_after(line.shot, until)) if isinstance(line, CheckedLine) else line
-
-
-def _stop_after(shot: Shot, until: str | None) -> Shot:
-    """Return the shot without the stages after `until`."""
+def _script_settings(
+    script: Path, profile: Profile, fields: list[str] | None, mode: str | None, seed: int, until: str | None
+) -> ScriptSettings:
     changes: dict[str, dict[str, Any]] = {"image": {"generate_video": False}, "video": {"upscale_video": False}}
-    if until is None:
-        return shot
-    if until not in changes:
+    if until is not None and until not in changes:
         raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
-    return shot.model_copy(update=changes[until])
+    defaults = parse_fields(fields) | ({"mode": mode} if mode else {})
+    return ScriptSettings(script, seed, defaults, profile.defaults, changes[until] if until else {})
 
 
 def _keeps_stages(keep: list[str] | None) -> bool:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.run_progress import ProgressListener, Snapshot
+from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.outputs.manifest import ManifestRow
@@ -72,10 +73,15 @@ class ViewGroup:
             for view in self._views:
                 view.on_rejected(row)
 
-    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
         with self._lock:
             for view in self._views:
-                view.on_planned(total, done_before, rejected)
+                view.on_lines(total, skipped, rejected, complete)
+
+    def on_message(self, message: str) -> None:
+        with self._lock:
+            for view in self._views:
+                view.on_message(message)
 
     def on_finished(self, row: ManifestRow) -> None:
         with self._lock:
@@ -116,9 +122,12 @@ class TerminalView(Progress):
         self._tracker.on_rejected(row)
         self._print_failure(row)
 
-    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
-        self._tracker.on_planned(total, done_before, rejected)
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        self._tracker.on_lines(total, skipped, rejected, complete)
         self._update_task()
+
+    def on_message(self, message: str) -> None:
+        self.console.print(Text(message, style="yellow"))
 
     def on_finished(self, row: ManifestRow) -> None:
         self._tracker.on_finished(row)
@@ -142,7 +151,7 @@ class TerminalView(Progress):
         self.update(
             self._run_task,
             description=_phase(tracker) or RENDERING,
-            total=tracker.total,
+            total=tracker.total if tracker.complete else None,
             completed=tracker.ended,
             speed=", ".join(_speed(tracker)),
         )
@@ -173,11 +182,17 @@ class LineView:
         if failure := _failure_line(row, self._tracker.failed):
             self._print(failure)
 
-    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
-        self._tracker.on_planned(total, done_before, rejected)
-        self._print_summary(f"{total:,} shots, {done_before:,} already done, {rejected:,} lines rejected")
-        if self._tracker.remaining:
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        is_first = not self._tracker.total
+        self._tracker.on_lines(total, skipped, rejected, complete)
+        if is_first or complete:
+            so_far = "" if complete else " so far"
+            self._print_summary(f"{total:,} shots{so_far}, {skipped:,} already done, {rejected:,} lines rejected")
+        if is_first and self._tracker.remaining:
             self._print(LOADING)
+
+    def on_message(self, message: str) -> None:
+        self._print(message)
 
     def on_finished(self, row: ManifestRow) -> None:
         self._tracker.on_finished(row)
@@ -195,7 +210,7 @@ class LineView:
 
     @property
     def _is_small(self) -> bool:
-        return self._tracker.total <= SMALL_RUN
+        return self._tracker.complete and self._tracker.total <= SMALL_RUN
 
     def _summarise_if_due(self) -> None:
         interval_s = SMALL_RUN_SUMMARY_INTERVAL_S if self._is_small else SUMMARY_INTERVAL_S

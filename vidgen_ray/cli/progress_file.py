@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.outputs.manifest import ManifestRow
 
@@ -20,9 +20,9 @@ STATUS_INTERVAL_S = 5.0
 
 
 class ProgressFile(AbstractContextManager["ProgressFile"]):
-    """Progress listener that writes events to `path` once the run is planned.
+    """Progress listener that writes events to `path` from the first lines on.
 
-    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned`, `ended` (shots that are done or failed;
+    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned` (the script was read to its end), `message`, `ended` (shots that are done or failed;
     shots that were already done are only counted in `planned`), `status`, and `finished`, which is missing if the process
     was killed. Each event has `at` (UTC) and `elapsed_s`. If the file cannot be written, it ends and the run continues.
     """
@@ -44,15 +44,20 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
     def on_rejected(self, row: ManifestRow) -> None:
         """Do nothing. `planned` contains the number of rejected lines, and `failures.jsonl` the lines."""
 
-    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
-        self._tracker.on_planned(total, done_before, rejected)
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists():
-                self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
-            # Line-buffered: readers that follow the file see complete lines immediately.
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._write("planned", total=total, done_before=done_before, refused=rejected)
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        self._tracker.on_lines(total, skipped, rejected, complete)
+        if self._file is None:
+            with suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                if self._path.exists():
+                    self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
+                # Line-buffered: readers that follow the file see complete lines immediately.
+                self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        if complete:
+            self._write("planned", total=total, done_before=skipped, refused=rejected)
+
+    def on_message(self, message: str) -> None:
+        self._write("message", message=message)
 
     def on_finished(self, row: ManifestRow) -> None:
         self._tracker.on_finished(row)

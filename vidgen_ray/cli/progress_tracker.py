@@ -8,7 +8,7 @@ from collections.abc import Callable
 from math import sqrt
 from typing import NamedTuple
 
-from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
 
 RECENT_SHARE = 0.25
@@ -48,6 +48,8 @@ class ProgressTracker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = self.done = self.failed = self.skipped = 0
+        self.complete = False
+        """True once the script has been read to its end, so that `total` is final."""
         self.snapshot: Snapshot | None = None
         """Last status. `None` before the first."""
         self.shots_started = False
@@ -76,10 +78,14 @@ class ProgressTracker:
         """Count a rejected line as failed."""
         self.failed += 1
 
-    def on_planned(self, total: int, done_before: int, rejected: int) -> None:
-        """Set the number of lines."""
-        self.total, self.skipped, self.failed = total, done_before, rejected
-        self._started = self._clock()
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        """Set the number of lines so far. The rejected ones have been counted."""
+        self.total, self.skipped, self.complete = total, skipped, complete
+        if self._started is None:
+            self._started = self._clock()
+
+    def on_message(self, message: str) -> None:
+        """Do nothing. Messages are not counted."""
 
     def on_finished(self, row: ManifestRow) -> None:
         """Count a shot that is done or failed."""
@@ -106,6 +112,8 @@ class ProgressTracker:
 
     def eta(self) -> tuple[float, float] | None:
         """Return the lowest and highest estimate of the remaining seconds. `None` if unknown."""
+        if not self.complete:
+            return None
         return eta_range(self.remaining, Throughput(self._finished_shots, self._elapsed()), self._recent())
 
     def _elapsed(self) -> float:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 
+from vidgen_ray.engine.retries import InputsLost, Kind, Loss, first_line
+from vidgen_ray.engine.step_groups import LOADING
 from vidgen_ray.engine.worker import ActorPlace
-from vidgen_ray.engine.retries import InputsLost, first_line
 from vidgen_ray.outputs.records import Failure
 
 MAX_CRASHES_WHILE_LOADING = 3
-"""Crashes in a row while loading before the actor is given up."""
+"""Crashes in a row while loading before the load has failed."""
+NODE_POLL_S = 2.0
+"""Seconds between two checks whether the node of a lost process is still alive."""
 RETRY_S = 0.2
 """Seconds between two attempts to reach an actor that restarts."""
-NODE_DIED = "node has died"
-"""Part of Ray's error text when an actor was lost with its node. No call caused that."""
 NOT_SENT = "The actor is restarting"
 """Part of Ray's error text when a call was never sent: its process was already dead."""
 
@@ -26,18 +29,21 @@ NOT_SENT = "The actor is restarting"
 class ActorCallFailed(Exception):
     """The actor crashed, was lost or timed out during the call.
 
-    `caused_crash` is set if no other call can be the cause. `may_have_caused_crash` is set if the process crashed with
-    several pending calls: the result of one call can be lost when the next one crashes the process.
+    A crash with several pending calls is of the kind SHARED_CRASH: the result of one call can be lost when the next one crashes
+    the process. `loss` waits until it is known what became of the process. `None` after a timeout.
     """
 
     def __init__(
-        self, reason: str, message: str, *, worker: str, caused_crash: bool = False, may_have_caused_crash: bool = False
+        self, error: str, message: str, kind: Kind, worker: str, loss: Callable[[], Awaitable[Loss]] | None = None
     ) -> None:
-        self.reason = reason
-        self.caused_crash = caused_crash
-        self.may_have_caused_crash = may_have_caused_crash
+        self.error = error
+        self.kind = kind
         self.worker = worker
+        self.loss = loss
         super().__init__(message)
+
+    def failure(self, stage: str) -> Failure:
+        return Failure(stage=stage, error=self.error, message=str(self), attempts=1, worker=self.worker)
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +54,7 @@ class _Call:
 
 
 class ActorClient:
-    """Client of one actor. Calls run one after another, in order."""
+    """Client of one actor. Calls run one after another, in order. Use it inside an event loop."""
 
     def __init__(self, actor: Any, name: str) -> None:
         self._actor = actor
@@ -60,9 +66,11 @@ class ActorClient:
         self._generation = 0
         self._suspects: list[_Call] = []
         """Calls that were pending when the last process crashed. One of them may be the cause."""
+        self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
+        """What became of the process that was lost last."""
 
     async def ready(self) -> Failure | None:
-        """Wait until a new process has loaded its weights. Return the failure if it never will."""
+        """Wait until a process has loaded its weights. Return the failure if it cannot load them or does not start."""
         crashes = 0
         while True:
             try:
@@ -78,6 +86,7 @@ class ActorClient:
             # The actor is dead for good, or never started: its runtime environment cannot be set up.
             except ray.exceptions.RayError as error:
                 return self._loading_failed(1, error)
+            self._explain_loss(place)
             try:
                 failure: Failure | None = await self._actor.load.remote()
             except ray.exceptions.RayActorError as error:
@@ -90,7 +99,16 @@ class ActorClient:
 
     def _loading_failed(self, crashes: int, error: Exception) -> Failure:
         message = f"{self.name} did not start (attempts: {crashes}): {first_line(error)}"
-        return Failure(stage="loading", error="WorkerDied", message=message, attempts=crashes, worker=self.name)
+        return Failure(stage=LOADING, error="WorkerDied", message=message, attempts=crashes, worker=self.name)
+
+    def _explain_loss(self, place: ActorPlace) -> None:
+        """Set what became of the previous process, now that its successor responds."""
+        if self.place is None or self._loss.done():
+            return
+        if self.place.node != place.node:
+            self._loss.set_result(Loss.NODE)
+        else:
+            self._loss.set_result(Loss.NETWORK if self.place.pid == place.pid else Loss.CRASH)
 
     async def call(self, method: str, *args: Any, stage: str, timeout_s: float, num_returns: int = 1) -> Any:
         """Return the method's result. With several results, return the first one and references to the others.
@@ -112,20 +130,16 @@ class ActorClient:
             await asyncio.wait([pending], timeout=timeout_s)
             if not pending.done():
                 self.restart()
-                raise ActorCallFailed(
-                    "TimedOut", f"{method} took longer than {timeout_s:g} s", caused_crash=True, worker=self.location
-                )
+                raise ActorCallFailed("TimedOut", f"{method} took longer than {timeout_s:g} s", Kind.ERROR, self.location)
             result = pending.result()
         except ray.exceptions.RayActorError as error:
-            self._record_crash(generation, [] if NODE_DIED in str(error) else list(self._calls))
-            may_have_caused_crash, alone = call in self._suspects and NOT_SENT not in str(error), len(self._suspects) == 1
-            raise ActorCallFailed(
-                "WorkerDied",
-                f"the process crashed: {first_line(error)}",
-                worker=self.location,
-                caused_crash=may_have_caused_crash and alone,
-                may_have_caused_crash=may_have_caused_crash and not alone,
-            ) from None
+            self._record_crash(generation, list(self._calls))
+            if call not in self._suspects or NOT_SENT in str(error):
+                kind = Kind.NOT_RUN
+            else:
+                kind = Kind.ERROR if len(self._suspects) == 1 else Kind.SHARED_CRASH
+            message = f"the process crashed: {first_line(error)}"
+            raise ActorCallFailed("WorkerDied", message, kind, self.location, partial(_explained, self._loss, self.node)) from None
         except ray.exceptions.ObjectLostError as error:
             raise InputsLost(first_line(error)) from None
         except ray.exceptions.RayTaskError as error:
@@ -134,7 +148,7 @@ class ActorClient:
             # Raise the original error instead of Ray's wrapper.
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
-            raise ActorCallFailed("WorkerDied", first_line(error), worker=self.location, caused_crash=True) from None
+            raise ActorCallFailed("WorkerDied", first_line(error), Kind.ERROR, self.location) from None
         finally:
             pending.cancel()
             own_turn.cancel()
@@ -143,9 +157,9 @@ class ActorClient:
                 self._calls[0].turn.set()
         return (result, *rest) if rest else result
 
-    def send(self, method: str, *args: Any) -> None:
-        """Call a method and ignore its result."""
-        getattr(self._actor, method).remote(*args)
+    def send(self, method: str, *args: Any) -> Any:
+        """Call a method without waiting. Return the reference of its result."""
+        return getattr(self._actor, method).remote(*args)
 
     def restart(self) -> None:
         """Kill the process. Ray restarts it."""
@@ -159,6 +173,11 @@ class ActorClient:
         return self._calls[0].stage if self._calls else None
 
     @property
+    def node(self) -> str | None:
+        """Ray node id. `None` before the process has started."""
+        return self.place.node if self.place else None
+
+    @property
     def location(self) -> str:
         """Name, node and pid, for failure records."""
         return f"{self.name} ({self.place.node[:8]}:{self.place.pid})" if self.place else self.name
@@ -168,3 +187,17 @@ class ActorClient:
         if generation == self._generation:
             self._generation += 1
             self._suspects = suspects
+            self._loss = asyncio.get_running_loop().create_future()
+
+
+async def _explained(loss: asyncio.Future[Loss], node: str | None) -> Loss:
+    """Return what became of a lost process: as soon as its successor responds, or when Ray reports that its node is gone."""
+    while not loss.done():
+        await asyncio.wait([loss], timeout=NODE_POLL_S)
+        if not loss.done() and not await asyncio.to_thread(_is_alive, node):
+            return Loss.NODE
+    return loss.result()
+
+
+def _is_alive(node: str | None) -> bool:
+    return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())

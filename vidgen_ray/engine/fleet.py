@@ -1,4 +1,4 @@
-"""Start the actors of a run as the layout says, and stop them when the run ends.
+"""Worker and encoder actors of an engine, in placement groups.
 
 A slot is a placement group with one bundle. A bundle with one whole GPU owns that GPU: only the actors of the slot share it,
 and a crashed actor restarts in the same bundle. With GPU fractions alone, Ray could put actors of two slots on one GPU.
@@ -6,24 +6,38 @@ and a crashed actor restarts in the same bundle. With GPU fractions alone, Ray c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vidgen_ray.engine.engine_config import RunConfig
-from vidgen_ray.batch.run_state import RunState, RunStateHandle, run_state_name
-from vidgen_ray.engine.worker import MAX_CONCURRENT_CALLS, Encoder, Worker
+from vidgen_ray.engine.encoder import encoder_class
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.layout import Layout, WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 
-_RESTARTS: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 0}
-"""Ray restarts the process. The director decides about retries."""
+
+class FleetListener(Protocol):
+    """Callbacks of a fleet, in the event loop of the engine."""
+
+    def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
+        """The actor of a worker was created. Its process may still start."""
+
+    def worker_lost(self, name: str) -> None:
+        """The worker is gone for good."""
+
+    def encoder_started(self, name: str, actor: Any) -> None:
+        """The actor of an encoder was created."""
+
+    def waiting(self, reason: str | None) -> None:
+        """The fleet waits for something, or not any more."""
 
 
 def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
@@ -44,43 +58,46 @@ def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
     return [node.label for node in nodes]
 
 
-@contextmanager
-def start_actors(config: RunConfig, labels: Sequence[Label | None]) -> Iterator[RunStateHandle]:
-    """Start the workers, the encoders and the run state, and stop them when the block ends.
+class Fleet:
+    """Actors of one engine. Use it inside the event loop."""
 
-    `labels`: for each slot the label that its node must have. Returns without waiting for the weights to load. The actors are
-    found by the names in `config`.
-    """
-    groups: list[Any] = []
-    # Keep the handles for the whole run: Ray stops an actor without handles.
-    actors: list[Any] = []
-    try:
-        # On the driver's node, so that it lives as long as the driver.
-        driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        run_state_class = ray.remote(RunState).options(
-            name=run_state_name(config.run), num_cpus=0, scheduling_strategy=driver_node, max_restarts=-1
-        )
-        run_state: RunStateHandle = run_state_class.remote()
-        worker_class, encoder_class = ray.remote(Worker), ray.remote(Encoder)
-        worker_options: dict[str, Any] = {"max_concurrency": MAX_CONCURRENT_CALLS, **_RESTARTS}
-        for number, (slot, label) in enumerate(zip(config.layout.slots, labels, strict=True)):
+    def __init__(self, config: EngineConfig, listener: FleetListener) -> None:
+        self._config = config
+        self._listener = listener
+        self._groups: list[Any] = []
+        # Keep the handles: Ray stops an actor without handles.
+        self._actors: list[Any] = []
+
+    async def start(self, layout: Layout, labels: Sequence[Label | None]) -> None:
+        """Create the actors of the layout. Returns without waiting for their processes. `labels`: see `labels_of`."""
+        await asyncio.to_thread(self._create, layout, labels, asyncio.get_running_loop())
+
+    def _create(self, layout: Layout, labels: Sequence[Label | None], loop: asyncio.AbstractEventLoop) -> None:
+        workers, encoders = worker_class(), encoder_class()
+        for number, (slot, label) in enumerate(zip(layout.slots, labels, strict=True)):
             bundle = {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
             group = placement_group([bundle], bundle_label_selector=[dict([label])] if label else None)
-            groups.append(group)
+            self._groups.append(group)
             in_slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
             for k, spec in enumerate(slot.workers):
-                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, **worker_options}
-                actors.append(worker_class.options(name=config.worker_name(number, k), **options).remote(config, spec))
-        for name in config.encoder_names:
-            options = {"num_cpus": ENCODER_CPUS, "scheduling_strategy": "SPREAD", **_RESTARTS}
-            actors.append(encoder_class.options(name=name, **options).remote(config))
-        for actor in actors:
-            # Start loading now, before the director is up.
-            actor.load.remote()
-        actors.append(run_state)
-        yield run_state
-    finally:
-        for actor in actors:
+                name = self._config.worker_name(number, k)
+                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, "name": name}
+                actor = workers.options(**options).remote(self._config, spec)
+                self._actors.append(actor)
+                loop.call_soon_threadsafe(self._listener.worker_started, name, spec, actor)
+        for number in range(layout.encoders):
+            name = self._config.encoder_name(number)
+            actor = encoders.options(num_cpus=ENCODER_CPUS, scheduling_strategy="SPREAD", name=name).remote(self._config)
+            self._actors.append(actor)
+            loop.call_soon_threadsafe(self._listener.encoder_started, name, actor)
+
+    async def stop(self) -> None:
+        """Kill the actors and remove the placement groups."""
+        await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        for actor in self._actors:
             ray.kill(actor)
-        for group in groups:
+        for group in self._groups:
             remove_placement_group(group)
+        self._actors, self._groups = [], []

@@ -1,23 +1,166 @@
-"""Errors that decide about retries, shared by the batch and the online executor."""
+"""Retries of calls: what a failure means, and where the next attempt runs. Shared by workers and encoders. Does not use Ray.
 
+An attempt is repeated on another worker, then on another node, before the shot fails. An error that names a problem of the shot
+counts as the shot's own only if a second node confirms it, or a second worker if there is one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from enum import Enum
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.outputs.records import Failure
 
 ATTEMPTS = 3
-"""Attempts per call before the shot has failed. The first one counts."""
+"""Default number of attempts per step before the shot has failed. The first one counts."""
+
+R = TypeVar("R")
+P = TypeVar("P", bound=Hashable)
+
+
+class Kind(Enum):
+    """Kind of a failed attempt."""
+
+    INPUT = "input"
+    """The stage refused the shot or its files, with an error for the user. Repeated once elsewhere to confirm it."""
+    ERROR = "error"
+    """Any other error, a timeout, or a crash that no other call can have caused."""
+    SHARED_CRASH = "shared crash"
+    """The process crashed with several calls in progress. Each is repeated alone, so that one line costs no other line."""
+    NOT_RUN = "not run"
+    """The call is not the cause: it was never started, or the process was restarted for another reason."""
+
+
+class Loss(Enum):
+    """What became of a process that stopped responding."""
+
+    CRASH = "crash"
+    """The process crashed on a node that is alive."""
+    NODE = "node"
+    """The node is gone."""
+    NETWORK = "network"
+    """The process is still there. Only the connection was interrupted."""
+
+
+class Process(NamedTuple, Generic[P]):
+    """A process that could run the call."""
+
+    key: P
+    node: str | None
+
+
+class AttemptFailed(Exception):
+    """An attempt failed.
+
+    `loss` waits until it is known what became of the process. `None` if it did not stop responding.
+    """
+
+    def __init__(
+        self, kind: Kind, failure: Failure, process: Process[Any], loss: Callable[[], Awaitable[Loss]] | None = None
+    ) -> None:
+        self.kind = kind
+        self.failure = failure
+        self.process = process
+        self.loss = loss
+        super().__init__(failure.message)
 
 
 class ShotFailed(Exception):
-    """The shot failed and is not retried."""
+    """The shot has failed. Further attempts are not made."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, kind: Kind = Kind.ERROR) -> None:
         self.failure = failure
-        super().__init__(failure)
+        self.kind = kind
+        super().__init__(failure.message)
 
 
 class InputsLost(Exception):
-    """The inputs of a call were lost with the process or node that held them."""
+    """The inputs of a call were lost with the process or node that held them, before or during the call. Run the shot again."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error message. Ray appends many lines of ids."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+async def run_with_retries(
+    attempt: Callable[[frozenset[P], bool], Awaitable[R]],
+    candidates: Callable[[], Sequence[Process[P]]],
+    report: Callable[[P, bool], None],
+    *,
+    limit: int,
+    observer: EngineObserver,
+) -> R:
+    """Return the result of `attempt`, repeated until it succeeds or the shot has failed.
+
+    `attempt` gets the processes to avoid, and whether the call must run alone on its process; it raises AttemptFailed. `candidates`
+    returns the live processes that could run the call. `report` gets the processes whose failure was their own (True), or
+    turned out to be the shot's (False). `limit`: attempts, counting the first. Raises ShotFailed.
+    """
+    failed: list[AttemptFailed] = []
+    suspect = False
+    avoid: frozenset[P] = frozenset()
+    while True:
+        try:
+            result = await attempt(avoid, suspect)
+        except AttemptFailed as failure:
+            if failure.kind is Kind.NOT_RUN:
+                continue
+            if failure.kind is Kind.SHARED_CRASH:
+                suspect = True
+            else:
+                failed.append(failure)
+                observer.step_failed(failure.failure.stage, failure.failure.error)
+                if failure.kind is Kind.ERROR:
+                    report(failure.process.key, True)
+            if len(failed) + suspect >= limit:
+                failed = [each for each in failed if await _is_own(each)]
+            last = failure.failure
+            next_avoid = _next(failed, suspect, candidates(), limit)
+            if next_avoid is None:
+                _report_confirmed(failed, report)
+                attempts = len(failed) + suspect
+                raise ShotFailed(last.model_copy(update={"attempts": attempts}), failure.kind) from None
+            avoid = next_avoid
+            observer.retried(last.stage)
+        else:
+            for each in failed:
+                # The shot is fine: another process rendered it.
+                if each.kind is Kind.INPUT:
+                    report(each.process.key, True)
+            return result
+
+
+async def _is_own(failed: AttemptFailed) -> bool:
+    """Return whether the attempt counts: its process did not disappear with its node or its connection."""
+    return failed.loss is None or await failed.loss() is Loss.CRASH
+
+
+def _next(
+    failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Process[P]], limit: int
+) -> frozenset[P] | None:
+    """Return the processes that the next attempt avoids. `None`: no further attempt."""
+    tried = {each.process.key for each in failed}
+    nodes = {each.process.node for each in failed}
+    other_nodes = [process for process in candidates if process.node not in nodes]
+    others = [process for process in candidates if process.key not in tried]
+    on_tried_nodes = frozenset(process.key for process in candidates if process.node in nodes)
+    on_tried_processes = frozenset(process.key for process in candidates if process.key in tried)
+    count = len(failed) + suspect
+    if failed and all(each.kind is Kind.INPUT for each in failed):
+        if limit == 1 or len(nodes) > 1 or not (other_nodes or (others and len(failed) == 1)):
+            return None
+        return on_tried_nodes if other_nodes else on_tried_processes
+    if count >= limit and (limit == 1 or len(nodes) > 1 or not other_nodes):
+        return None
+    if len(failed) > 1 and len(nodes) == 1 and other_nodes:
+        return on_tried_nodes
+    return on_tried_processes if others else frozenset()
+
+
+def _report_confirmed(failed: Sequence[AttemptFailed], report: Callable[[P, bool], None]) -> None:
+    """Report the failures as the shot's own if several processes failed with the same error."""
+    if len({each.process.key for each in failed}) > 1 and len({each.failure.error for each in failed}) == 1:
+        for each in failed:
+            report(each.process.key, False)
+
+
+def first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

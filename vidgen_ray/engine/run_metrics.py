@@ -5,9 +5,11 @@ Ray prefixes each name with `ray_`, and appends `_total` to counters and `_bucke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from vidgen_ray.batch.run_progress import Snapshot
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.metrics import SECONDS, Kind, LabelLimit, MetricSpec, of_kind
 from vidgen_ray.outputs.manifest import Status
 
@@ -27,10 +29,12 @@ METRICS = {
     "vidgen_cache_hits": MetricSpec("counter", ("stage",), "Stage results taken from the cache."),
     "vidgen_adapter_loads": MetricSpec("counter", (), "LoRA files loaded into a model."),
     "vidgen_frames_upscaled": MetricSpec("counter", (), "Upscaled frames."),
+    "vidgen_quarantines": MetricSpec("counter", (), "Workers and encoders that were quarantined."),
     "vidgen_queued": MetricSpec("gauge", ("stage",), "Shots waiting for a worker of the stage."),
     "vidgen_running": MetricSpec("gauge", ("stage",), "Shots running on a worker of the stage."),
     "vidgen_workers": MetricSpec("gauge", ("stage",), "Workers that hold the stage."),
     "vidgen_busy_share": MetricSpec("gauge", ("stage",), "Utilization of these workers over the last 30 seconds, 0 to 1."),
+    "vidgen_quarantined": MetricSpec("gauge", (), "Workers and encoders that are in quarantine or given up."),
     "vidgen_shots_in_progress": MetricSpec("gauge", (), "Shots that have started and not finished."),
     "vidgen_gpus_busy_share": MetricSpec("gauge", (), "GPU utilization over the last 30 seconds, 0 to 1."),
 }
@@ -43,9 +47,11 @@ def exported_names(name: str) -> tuple[str, ...]:
 
 
 class RunMetrics:
-    """Metrics of one run. Create it in a single Ray worker process of the run."""
+    """Metrics of one run, in one process that is connected to Ray. Observer of its engine."""
 
-    def __init__(self, profile: str) -> None:
+    def __init__(self, profile: str, on_quarantined: Callable[[str, str], None] = lambda process, reason: None) -> None:
+        """`on_quarantined` gets the name and node of each quarantined process, and the reason."""
+        self._on_quarantined = on_quarantined
         self._tags = {"profile": profile}
         self._counters = {name: Counter(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "counter")}
         self._gauges = {name: Gauge(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "gauge")}
@@ -75,7 +81,12 @@ class RunMetrics:
     def frames_upscaled(self, n: int) -> None:
         self._count("vidgen_frames_upscaled", n)
 
+    def quarantined(self, process: str, reason: str) -> None:
+        self._count("vidgen_quarantines", 1)
+        self._on_quarantined(process, reason)
+
     def snapshot(self, snapshot: Snapshot) -> None:
+        self._set("vidgen_quarantined", len(snapshot.quarantined))
         for stage, status in snapshot.stages.items():
             self._set("vidgen_queued", status.queued, stage=stage)
             self._set("vidgen_running", status.running, stage=stage)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
@@ -29,8 +30,11 @@ class CallResult:
     likeness: Artefacts = field(default_factory=lambda: Artefacts())
     """The artefacts that the likeness check needs. All others stay in Ray's object store."""
     failure: Failure | None = None
-    final: bool = False
-    """True if the same call would fail again."""
+    kind: Kind = Kind.ERROR
+    """Kind of the failure."""
+    load_failed: bool = False
+    """True if the process could not load its weights."""
+    cancelled: bool = False
     context_broken: bool = False
     """True if every further call to this process would fail."""
     session_lost: bool = False
@@ -39,9 +43,9 @@ class CallResult:
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
         # A full disk may have room at the next attempt.
-        final = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError)
+        is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError)
         context_broken = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
-        return cls(failure=failed.failure(), final=final, context_broken=context_broken)
+        return cls(failure=failed.failure(), kind=Kind.INPUT if is_input else Kind.ERROR, context_broken=context_broken)
 
 
 def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features: bool) -> list[tuple[Step, ...]]:

@@ -1,6 +1,6 @@
-"""Ray actors of a run: workers, which hold models on the GPU of a slot, and encoders, which write the files.
+"""Ray actor of an engine that holds models on the GPU of a slot and runs one call after another.
 
-They run one call after another. Errors of a shot are returned, not raised. Crashes and timeouts are handled by the director.
+Errors of a shot are returned, not raised. Crashes and timeouts are handled by the caller.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ from typing import Any, TypeVar
 
 import ray
 
-from vidgen_ray.engine.engine_config import RunConfig
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import likeness_of
-from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import LOADING, OUTPUT, CallResult
+from vidgen_ray.engine.status import Progress
+from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
-from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
+from vidgen_ray.errors import Cancelled
+from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.progress import progress_callback
 
 T = TypeVar("T")
+
+MAX_CONCURRENT_CALLS = 2
+"""The next call runs while the result of the previous one is copied to Ray's object store. For a chunk of large frames, copying
+takes a fifth of the computing time."""
+CONTROL = "control"
+"""Concurrency group of the methods that respond during a call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +45,31 @@ class ActorPlace:
     """Ray's ids of its GPUs on the node."""
 
 
-MAX_CONCURRENT_CALLS = 2
-"""The next call runs while the result of the previous one is copied to Ray's object store. For a chunk of large frames, copying
-takes a fifth of the computing time."""
-ENCODER_NICENESS = 10
-"""Added to the niceness of encoders. Encoding can wait, but a GPU is idle while its process waits for a CPU core."""
-
-
 class Worker:
     """Actor that holds stages in memory and runs one call at a time."""
 
-    def __init__(self, config: RunConfig, spec: WorkerSpec) -> None:
+    def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
         self._lock = threading.Lock()
         self._config = config
         self._spec = spec
         self._loaded: Failure | StepRunner | None = None
+        self._progress: tuple[int, Progress] | None = None
+        self._cancelled: int = 0
 
+    @ray.method(concurrency_group=CONTROL)
     def place(self) -> ActorPlace:
-        return _place()
+        return place_of_process()
+
+    @ray.method(concurrency_group=CONTROL)
+    def progress(self, call: int) -> Progress | None:
+        """Return the progress of a call. `None` if it is not running."""
+        current = self._progress
+        return current[1] if current is not None and current[0] == call else None
+
+    @ray.method(concurrency_group=CONTROL)
+    def cancel(self, call: int) -> None:
+        """Stop a call at its next step, or before it starts."""
+        self._cancelled = call
 
     def load(self) -> Failure | None:
         """Load the weights. Return the failure if that is impossible. Repeated calls return the same.
@@ -65,17 +80,17 @@ class Worker:
             ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
-    def run(self, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
+    def run(self, call: int, plan: ShotPlan, steps: tuple[str, ...], artefacts: Artefacts) -> tuple[CallResult, Artefacts]:
         """Run these steps of a shot. Return the call result and the artefacts."""
 
         def run_steps(runner: StepRunner) -> tuple[CallResult, Artefacts]:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
-        return self._execute(run_steps, Artefacts())
+        return self._execute(call, run_steps, Artefacts())
 
     def run_chunk(
-        self, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
+        self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
     ) -> tuple[CallResult, Artefacts]:
         """Run these chunked steps on a chunk of the clip. See `StepRunner.run_chunk`."""
 
@@ -83,18 +98,29 @@ class Worker:
             output, records = runner.run_chunk(plan, steps, chunk, artefacts)
             return CallResult(tuple(records)), output
 
-        return self._execute(process, Artefacts())
+        return self._execute(call, process, Artefacts())
 
-    def _execute(self, function: Callable[[StepRunner], tuple[CallResult, T]], default: T) -> tuple[CallResult, T]:
+    def _execute(self, call: int, function: Callable[[StepRunner], tuple[CallResult, T]], default: T) -> tuple[CallResult, T]:
         """Return the result of the function, or its failure and `default`."""
+
+        def on_progress(stage: str, step: int, steps: int) -> None:
+            if self._cancelled == call:
+                raise Cancelled
+            self._progress = call, Progress(stage, step, steps)
+
         with self._lock:
             ready = self._ready()
             if isinstance(ready, Failure):
-                return CallResult(failure=ready, final=True), default
+                return CallResult(failure=ready, load_failed=True), default
             try:
-                return function(ready)
+                with progress_callback(on_progress):
+                    return function(ready)
+            except Cancelled:
+                return CallResult(cancelled=True), default
             except StepFailed as failed:
                 return CallResult.of_failure(failed), default
+            finally:
+                self._progress = None
 
     def _ready(self) -> StepRunner | Failure:
         """Return the step runner, and load it first if needed.
@@ -115,63 +141,15 @@ class Worker:
         return self._loaded
 
 
-class Encoder:
-    """Actor that writes the files of several shots at once. After a crash, its unfinished shots start again."""
-
-    def __init__(self, config: RunConfig) -> None:
-        os.nice(ENCODER_NICENESS)
-        self._config = config
-        self._open: dict[str, ShotFiles] = {}
-
-    def place(self) -> ActorPlace:
-        return _place()
-
-    def load(self) -> None:
-        """Do nothing. An encoder has no weights."""
-
-    def begin(self, plan: ShotPlan, artefacts: Artefacts) -> CallResult:
-        """Start a shot: write the image and the original clip."""
-        shot_id = plan.shot.id or ""
-        self.abandon(shot_id)
-        try:
-            encode = self._config.profile.encode
-            item = Item(plan.shot, artefacts)
-            self._open[shot_id] = ShotFiles(plan, item, self._config.outputs, encode, self._config.keep_stages)
-        # Any error, such as a full disk or an unreadable start image, fails this shot only.
-        except Exception as error:
-            return CallResult.of_failure(StepFailed(OUTPUT, error))
-        return CallResult()
-
-    def add(self, shot_id: str, chunk: Artefacts) -> CallResult:
-        """Encode the next chunk of the clips made by chunked stages."""
-        if shot_id not in self._open:
-            return CallResult(session_lost=True)
-        try:
-            self._open[shot_id].add(chunk)
-        except Exception as error:
-            return CallResult.of_failure(StepFailed(OUTPUT, error))
-        return CallResult()
-
-    def commit(self, shot_id: str, records: tuple[StepRecord, ...]) -> tuple[CallResult, ShotRecord | None]:
-        """Finish the files and commit the shot."""
-        if shot_id not in self._open:
-            return CallResult(session_lost=True), None
-        try:
-            record = self._open[shot_id].commit(records)
-        except Exception as error:
-            return CallResult.of_failure(StepFailed(OUTPUT, error)), None
-        finally:
-            self.abandon(shot_id)
-        return CallResult(), record
-
-    def abandon(self, shot_id: str) -> None:
-        """Delete the files of a shot that is not committed."""
-        files = self._open.pop(shot_id, None)
-        if files is not None:
-            files.close()
+def worker_class() -> Any:
+    """Return the Ray actor class of workers. Ray restarts a crashed process; its caller decides about retries."""
+    return ray.remote(
+        max_restarts=-1, max_task_retries=0, max_concurrency=MAX_CONCURRENT_CALLS, concurrency_groups={CONTROL: 1}
+    )(Worker)
 
 
-def _place() -> ActorPlace:
+def place_of_process() -> ActorPlace:
+    """Return the place of the actor that this process runs."""
     context: Any = ray.get_runtime_context()
     gpus = tuple(context.get_accelerator_ids().get("GPU", ()))
     return ActorPlace(context.get_node_id(), os.getpid(), gpus)

@@ -1,30 +1,44 @@
-"""Worker pool of a run: send each call to a suitable worker, and retry it if another attempt may succeed.
+"""Workers of an engine: send each call to a suitable worker, retry it elsewhere, and quarantine workers that keep failing.
 
-Runs in the director's event loop. Independent of what is called.
+Runs in the engine's event loop. Independent of what is called.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import ray
 
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.run_metrics import RunMetrics
-from vidgen_ray.engine.engine_config import RunConfig
-from vidgen_ray.batch.run_progress import StageStatus
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.health import Health
+from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
-from vidgen_ray.engine.retries import ShotFailed
+from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
+from vidgen_ray.planner.layout import WorkerSpec
 
 BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
+LOAD_ATTEMPTS = 3
+"""Attempts to load the weights, each in a new process, before a worker is given up."""
+LOAD_BACK_OFF_S = 1.0
+"""Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
+SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
+"""Errors of a first load that another attempt cannot avoid."""
+PROGRESS_POLL_S = 0.25
+"""Seconds between two progress requests for a call whose caller wants to know."""
+
+ProgressCallback = Callable[[Progress], None]
 
 
 class RemoteArtefacts(NamedTuple):
@@ -35,69 +49,160 @@ class RemoteArtefacts(NamedTuple):
     """Worker that produced them. They are on its node."""
 
 
-def failure_of_call(stage: str, lost: ActorCallFailed, attempts: int) -> Failure:
-    """Return the failure record of a shot whose call was lost."""
-    return Failure(stage=stage, error=lost.reason, message=str(lost), attempts=attempts, worker=lost.worker)
-
-
 class WorkerPool:
-    """Worker pool of one run. Create it inside the event loop."""
+    """Workers of one engine. Create it inside the event loop."""
 
-    def __init__(self, config: RunConfig, metrics: RunMetrics) -> None:
+    def __init__(self, config: EngineConfig, observer: EngineObserver) -> None:
         self._attempts = config.attempts
-        self._metrics = metrics
-        specs = [worker for slot in config.layout.slots for worker in slot.workers]
-        states = [WorkerState(spec, max_loras(config.profile)) for spec in specs]
-        self._clients = {
-            state: ActorClient(ray.get_actor(name), name) for state, name in zip(states, config.worker_names, strict=True)
-        }
-        self._scheduler = Scheduler(states, {stage.name: n for n, stage in enumerate(STAGES)})
+        self._observer = observer
+        self._adapters_kept = max_loras(config.profile)
+        self._scheduler = Scheduler((), {stage.name: n for n, stage in enumerate(STAGES)})
+        self._clients: dict[WorkerState, ActorClient] = {}
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
-        self._starting: set[WorkerState] = set()
-        self._failed_workers: dict[WorkerState, Failure] = {}
+        self._starting: dict[WorkerState, asyncio.Task[None]] = {}
+        self._health = Health()
+        self._quarantined: set[WorkerState] = set()
+        self._given_up: dict[WorkerState, Failure] = {}
         self._fatal_failure: Failure | None = None
+        self._calls = count(1)
         self._running: deque[Counter[str]] = deque(maxlen=BUSY_WINDOW)
         self._gpu_utilization: deque[float] = deque(maxlen=BUSY_WINDOW)
-        self._background: set[asyncio.Task[None]] = set()
-        for state in states:
-            self._watch_start(state)
 
-    async def call(self, requested: Work, timeout_s: float, method: str, *args: Any) -> tuple[CallResult, RemoteArtefacts]:
+    # Workers
+
+    def add(self, name: str, spec: WorkerSpec, actor: Any) -> None:
+        """Add a worker. It gets calls once it has loaded its weights."""
+        worker = WorkerState(spec, self._adapters_kept)
+        self._clients[worker] = ActorClient(actor, name)
+        self._scheduler.add_worker(worker)
+        self._start(worker)
+
+    def remove(self, name: str) -> None:
+        """Remove a worker that is gone for good."""
+        for worker in [worker for worker, client in self._clients.items() if client.name == name]:
+            self._give_up(worker, Failure(stage="loading", error="NodeLost", message="its node is lost", attempts=1, worker=name))
+
+    def close(self) -> None:
+        """Cancel the background tasks."""
+        for task in self._starting.values():
+            task.cancel()
+
+    @property
+    def fatal_failure(self) -> Failure | None:
+        """Failure after which no shot can be rendered. `None` if there is none."""
+        return self._fatal_failure
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Workers in quarantine or given up, with their nodes."""
+        return [self._clients[worker].location for worker in (*self._quarantined, *self._given_up)]
+
+    def specs(self) -> list[WorkerSpec]:
+        """Return the specs of all workers that are not given up."""
+        return [worker.spec for worker in self._clients if worker not in self._given_up]
+
+    def can_fuse(self, first: str, *others: str) -> bool:
+        """Return whether every worker with the first stage can run all these stages in one call."""
+        return all(spec.can_run(first, *others) for spec in self.specs() if first in spec.stages)
+
+    # Calls
+
+    async def call(
+        self,
+        requested: Work,
+        timeout_s: float,
+        method: str,
+        plan: ShotPlan,
+        *args: Any,
+        on_progress: ProgressCallback | None = None,
+    ) -> tuple[CallResult, RemoteArtefacts]:
         """Run a call on a worker. Return its result and a reference to its output.
 
-        Errors that another attempt may avoid are retried. If a process crashes with several calls in progress, each of them is
-        retried alone, so that one line never costs another line an attempt.
-        Raises ShotFailed and InputsLost.
+        Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
+        its next step. Raises ShotFailed and InputsLost.
         """
-        failed_attempts, crash_suspected = 0, False
-        while True:
+
+        async def attempt(avoid: frozenset[WorkerState], alone: bool) -> tuple[CallResult, RemoteArtefacts]:
             # Each attempt needs its own Work object.
-            work = replace(requested, alone=crash_suspected)
+            work = replace(requested, alone=alone, avoid=avoid)
             worker = await self._worker_for(work)
-            client = self._clients[worker]
-            final = False
-            try:
-                result, output = await client.call(method, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
-                if result.failure is None:
-                    return result, RemoteArtefacts(output, worker)
-                failure, final = result.failure, result.final
+            return await self._attempt(worker, work, timeout_s, method, plan, *args, on_progress=on_progress)
+
+        def report(worker: WorkerState, own_failure: bool) -> None:
+            if not own_failure:
+                self._health.forgive(worker, requested.order)
+            elif self._health.failed(worker, requested.order):
+                self._quarantine(worker, f"failed for {requested.stage} on different shots in a row")
+
+        def candidates() -> Sequence[Process[WorkerState]]:
+            return [Process(worker, worker.node) for worker in self._scheduler.holders(requested.stage) if worker.live]
+
+        return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+
+    async def _attempt(
+        self,
+        worker: WorkerState,
+        work: Work,
+        timeout_s: float,
+        method: str,
+        plan: ShotPlan,
+        *args: Any,
+        on_progress: ProgressCallback | None,
+    ) -> tuple[CallResult, RemoteArtefacts]:
+        client, number = self._clients[worker], next(self._calls)
+        running = asyncio.ensure_future(
+            client.call(method, number, plan, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
+        )
+        busy = True
+        try:
+            if on_progress is not None:
+                await self._follow(running, client, number, on_progress)
+            result, output = await asyncio.shield(running)
+            if result.failure is not None:
+                process = Process(worker, worker.node)
                 if result.context_broken:
                     client.restart()
+                if result.context_broken or result.load_failed:
                     self._mark_down(worker)
-            except ActorCallFailed as lost:
-                self._mark_down(worker)
-                crash_suspected |= lost.may_have_caused_crash
-                if not lost.caused_crash:
-                    continue
-                failure = failure_of_call(work.stage, lost, failed_attempts)
-            finally:
-                self._scheduler.finished(worker, work)
-                self._assign_waiting()
-            failed_attempts += 1
-            self._metrics.step_failed(failure.stage, failure.error)
-            if final or failed_attempts + crash_suspected >= self._attempts:
-                raise ShotFailed(failure.model_copy(update={"attempts": failed_attempts + crash_suspected}))
-            self._metrics.retried(work.stage)
+                # A load that failed before this call is not a failure of the shot.
+                kind = Kind.NOT_RUN if result.load_failed else result.kind
+                raise AttemptFailed(kind, result.failure, process)
+        except asyncio.CancelledError:
+            client.send("cancel", number)
+            # The worker is busy until the call has stopped.
+            running.add_done_callback(lambda _: self._finished(worker, work))
+            running.add_done_callback(_ignore_error)
+            busy = False
+            raise
+        except ActorCallFailed as lost:
+            self._mark_down(worker)
+            raise AttemptFailed(lost.kind, lost.failure(work.stage), Process(worker, worker.node), lost.loss) from None
+        finally:
+            if busy:
+                self._finished(worker, work)
+        self._health.succeeded(worker)
+        worker.probation = False
+        return result, RemoteArtefacts(output, worker)
+
+    async def _follow(
+        self, running: asyncio.Future[Any], client: ActorClient, number: int, on_progress: ProgressCallback
+    ) -> None:
+        """Report the progress of a call until it ends."""
+        last: Progress | None = None
+        while not running.done():
+            await asyncio.wait([running], timeout=PROGRESS_POLL_S)
+            if running.done():
+                return
+            # The call itself fails if the worker is lost.
+            with suppress(ray.exceptions.RayError):
+                progress: Progress | None = await client.send("progress", number)
+                if progress is not None and progress != last:
+                    last = progress
+                    on_progress(progress)
+
+    def _finished(self, worker: WorkerState, work: Work) -> None:
+        self._scheduler.finished(worker, work)
+        self._assign_waiting()
 
     async def _worker_for(self, work: Work) -> WorkerState:
         if self._fatal_failure is not None:
@@ -124,43 +229,79 @@ class WorkerPool:
             else:
                 future.set_result(worker)
 
-    # Crashes and restarts
+    # Crashes, restarts and quarantine
 
-    def _mark_down(self, worker: WorkerState) -> None:
-        """Mark a worker as down until its process is back. Waiting work goes to other workers."""
+    def _mark_down(self, worker: WorkerState, delay_s: float = 0.0) -> None:
+        """Mark a worker as down until a process has loaded its weights. Waiting work goes to other workers."""
+        if worker.live and worker not in self._given_up:
+            self._scheduler.crashed(worker)
+            self._start(worker, delay_s)
+
+    def _quarantine(self, worker: WorkerState, reason: str) -> None:
+        """Restart a worker after a back-off, or give it up. Quarantines the rest of its node if several of its workers are sick."""
+        if worker in self._quarantined or worker in self._given_up:
+            return
+        client = self._clients[worker]
+        self._quarantined.add(worker)
+        delay_s = self._health.quarantine(worker)
+        self._observer.quarantined(client.location, reason)
+        if self._health.is_hopeless(worker):
+            message = f"{client.name}: {reason}, also after restarts"
+            self._give_up(worker, Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=client.location))
+            return
+        starting = self._starting.pop(worker, None)
+        if starting is not None:
+            starting.cancel()
         if worker.live:
             self._scheduler.crashed(worker)
-            self._watch_start(worker)
+        client.restart()
+        self._start(worker, delay_s)
+        if (node := self._health.sick_node(worker)) is not None:
+            for other in [other for other in self._clients if other.node == node and other is not worker]:
+                self._quarantine(other, "several workers of its node are quarantined")
 
-    def _watch_start(self, worker: WorkerState) -> None:
-        if worker in self._starting:
-            return
-        self._starting.add(worker)
-        self._in_background(self._wait_until_ready(worker))
+    def _start(self, worker: WorkerState, delay_s: float = 0.0) -> None:
+        if worker not in self._starting:
+            self._starting[worker] = asyncio.ensure_future(self._wait_until_ready(worker, delay_s))
 
-    async def _wait_until_ready(self, worker: WorkerState) -> None:
-        failure = await self._clients[worker].ready()
-        self._starting.discard(worker)
-        if failure is None:
-            worker.live = True
-            self._assign_waiting()
-            return
-        self._failed_workers[worker] = failure
-        # Missing weights are missing for all workers. A node whose processes crash may be the only one.
-        stages = worker.spec.stages
-        if failure.error != "WorkerDied" or any(self._no_worker_left_for(stage) for stage in stages):
+    async def _wait_until_ready(self, worker: WorkerState, delay_s: float) -> None:
+        client = self._clients[worker]
+        await asyncio.sleep(delay_s)
+        is_first = client.place is None
+        for number in range(LOAD_ATTEMPTS):
+            failure = await client.ready()
+            if failure is None:
+                self._starting.pop(worker, None)
+                self._quarantined.discard(worker)
+                assert client.place is not None
+                self._health.started(worker, client.place.node)
+                worker.node, worker.probation = client.place.node, self._health.is_on_probation(worker)
+                self._scheduler.started(worker)
+                self._assign_waiting()
+                return
+            if (is_first and failure.error in SETUP_ERRORS) or number + 1 == LOAD_ATTEMPTS:
+                break
+            self._observer.quarantined(client.location, f"cannot load its weights: {failure.message}")
+            client.restart()
+            await asyncio.sleep(LOAD_BACK_OFF_S * 2**number)
+        self._starting.pop(worker, None)
+        self._give_up(worker, failure)
+
+    def _give_up(self, worker: WorkerState, failure: Failure) -> None:
+        """Stop to use a worker. Fails all shots if it was the last one with a stage."""
+        if worker.live:
+            self._scheduler.crashed(worker)
+        self._scheduler.remove_worker(worker)
+        self._quarantined.discard(worker)
+        self._given_up[worker] = failure
+        if any(not self._holders(stage) for stage in worker.spec.stages):
             self._fatal_failure = failure
             for future in self._assigned.values():
                 if not future.done():
                     future.set_exception(ShotFailed(failure))
 
-    def _no_worker_left_for(self, stage: str) -> bool:
-        return all(worker in self._failed_workers for worker in self._clients if stage in worker.spec.stages)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+    def _holders(self, stage: str) -> list[WorkerState]:
+        return [worker for worker in self._clients if stage in worker.spec.stages and worker not in self._given_up]
 
     # Status
 
@@ -181,3 +322,9 @@ class WorkerPool:
         running = [sample[stage] for sample in self._running]
         busy = sum(running) / len(running) / workers if workers else 0.0
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
+
+
+def _ignore_error(call: asyncio.Future[Any]) -> None:
+    """Retrieve the error of a cancelled call, so that asyncio does not log it."""
+    with suppress(asyncio.CancelledError):
+        call.exception()

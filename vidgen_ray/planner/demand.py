@@ -60,6 +60,18 @@ class Demand:
         """Stages that at least one shot passes, in order."""
         return tuple(stage for stage in STAGES if stage.name in self.relative_cost)
 
+    def scaled(self, factor: int) -> Demand:
+        """Return the demand of `factor` times as many shots of the same kinds, with the same LoRAs."""
+        return Demand(
+            self.shots * factor,
+            {name: cost * factor for name, cost in self.relative_cost.items()},
+            self.upscaled * factor,
+            self.encoded_mpx * factor,
+            self.output_bytes * factor,
+            self.cache_bytes * factor,
+            self.loras,
+        )
+
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
     """Sum up the shots in one pass. Memory does not grow with their number."""

@@ -59,6 +59,11 @@ class Layout:
     def workers(self) -> tuple[WorkerSpec, ...]:
         return tuple(worker for slot in self.slots for worker in slot.workers)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of all stages that a worker holds."""
+        return tuple(dict.fromkeys(stage for worker in self.workers for stage in worker.stages))
+
     def can_fuse(self, first: str, *others: str) -> bool:
         """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)

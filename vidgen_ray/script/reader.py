@@ -1,21 +1,23 @@
 """Script reader: turns lines into validated shots.
 
-Fills in defaults and characters and checks that files exist. Memory use does not grow with the script.
+Fills in defaults and characters and checks that files exist. Memory use does not grow with the script. Lines can be checked in any
+process and in any order; `ScriptIndex` then makes their ids unique, in the order of the script.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from itertools import chain, count, groupby
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from more_itertools import batched
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
-from vidgen_ray.script.formats import Line, UnreadableLine, open_script, shortened
+from vidgen_ray.script.formats import Header, Line, Lines, UnreadableLine, open_script, shortened
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
@@ -23,8 +25,8 @@ from vidgen_ray.weights import resolve
 
 FAILURE_FIELD = "failure"
 """Field that `failures.jsonl` adds to a line. Not a field of the shot."""
-WINDOW_SHOTS = 512
-"""Shots whose ids are looked up together."""
+WINDOW_LINES = 500
+"""Lines whose ids are looked up together."""
 PATH_CACHE_SIZE = 4096
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
@@ -40,6 +42,8 @@ class RejectedLine:
     """Script of the line. For a line of failures.jsonl: the original script."""
     line: int
     """Line number, from 1."""
+    source: str
+    """Name of the file that was read, for messages."""
     fields: dict[str, Any]
     """Fields with defaults filled in and absolute paths, so that the line can be copied to another script."""
     errors: tuple[FieldError, ...]
@@ -51,8 +55,21 @@ class CheckedLine(NamedTuple):
     shot: Shot
     line: int
     """Line number in the script, from 1."""
+    script: str
+    """Script of the line. For a line of failures.jsonl: the original script."""
     replaces: str | None
     """Id under which the line failed in an earlier run, if it differs."""
+
+
+class ValidLine(NamedTuple):
+    """Valid line whose ids have not been compared with those of other lines."""
+
+    shots: tuple[Shot, ...]
+    """One for each variant."""
+    as_rejected: RejectedLine
+    """The line without errors, for the case that its id is taken."""
+    failed_as: str | None
+    """Id under which a line of failures.jsonl failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,139 +90,21 @@ class Script:
         return [error for line in self.rejected for error in line.errors]
 
 
-def iter_script(
-    path: Path,
-    *,
-    run_seed: int = 0,
-    defaults: Mapping[str, Any] | None = None,
-    profile_defaults: Mapping[str, Any] | None = None,
-) -> Iterator[CheckedLine | RejectedLine]:
-    """Yield the valid shots of a script in order, then the rejected lines in order.
+@dataclass(frozen=True)
+class ScriptSettings:
+    """How to read a script. Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`."""
 
-    Rejected lines come last because their ids must differ from those of all shots. Memory use does not grow with the
-    script: ids and rejected lines are kept in TMPDIR. Only .yaml scripts are read as a whole.
-
-    Missing fields are taken from the script's header, then from `defaults` (the command line), then from
-    `profile_defaults`. Raises ScriptError, possibly after some lines, if the file cannot be read or has no lines.
-    """
-    header, lines = open_script(path)
-    fallback = _merged(profile_defaults or {}, defaults or {}, header.defaults)
-    context = _ScriptContext(path.name, path.parent, fallback, header.characters, run_seed)
-    empty = True
-    with ScriptIndex() as index:
-        for window in _windows(_check_line(number, parsed, context) for number, parsed in lines):
-            empty = False
-            yield from _unique_shots(window, index)
-        for name, rejected in groupby(index.rejected_lines(), _default_id):
-            names = _numbered(name)
-            for line in rejected:
-                yield _with_unique_id(line, names, index)
-    if empty:
-        raise ScriptError([FieldError(path.name, None, None, "no lines", "must have at least one shot")])
+    path: Path
+    run_seed: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults from the command line."""
+    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are set on every shot after its checks."""
 
 
-def read_script(
-    path: Path,
-    *,
-    run_seed: int = 0,
-    defaults: Mapping[str, Any] | None = None,
-    profile_defaults: Mapping[str, Any] | None = None,
-) -> Script:
-    """Read a script that fits into memory. See `iter_script`."""
-    checked = list(iter_script(path, run_seed=run_seed, defaults=defaults, profile_defaults=profile_defaults))
-    valid = [line for line in checked if isinstance(line, CheckedLine)]
-    return Script(
-        path.name,
-        tuple(line.shot for line in valid),
-        {line.shot.id: line.line for line in valid if line.shot.id},
-        tuple(line for line in checked if isinstance(line, RejectedLine)),
-        {line.shot.id: line.replaces for line in valid if line.shot.id and line.replaces},
-    )
-
-
-def _check_line(number: int, parsed: Line | UnreadableLine, context: "_ScriptContext") -> "_LineChecker | RejectedLine":
-    if isinstance(parsed, Line):
-        return _LineChecker(parsed, context)
-    fields = {"unreadable": parsed.text} if parsed.text else {}
-    return RejectedLine("", context.source, number, fields, (parsed.error,))
-
-
-def _windows(lines: Iterable["_LineChecker | RejectedLine"]) -> Iterator[list["_LineChecker | RejectedLine"]]:
-    """Group lines into windows of about WINDOW_SHOTS shots."""
-    window: list[_LineChecker | RejectedLine] = []
-    ids = 0
-    for line in lines:
-        window.append(line)
-        ids += len(line.shots) if isinstance(line, _LineChecker) else 1
-        if ids >= WINDOW_SHOTS or len(window) >= WINDOW_SHOTS:
-            yield window
-            window, ids = [], 0
-    if window:
-        yield window
-
-
-def _unique_shots(window: Iterable["_LineChecker | RejectedLine"], index: ScriptIndex) -> Iterator[CheckedLine]:
-    """Yield the shots of these lines. Lines that are invalid or repeat an id are added to the index's rejected lines."""
-    line_of = index.lines_of([shot_id for line in window if isinstance(line, _LineChecker) for shot_id in line.shots])
-    new: dict[str, int] = {}
-    for line in window:
-        if isinstance(line, RejectedLine):
-            _add_rejected(line, index)
-            continue
-        if duplicate := next((shot_id for shot_id in line.shots if shot_id in line_of), None):
-            line.reject("id", repr(duplicate), f"line {line_of[duplicate]} has the same id; use unique ids, or variants")
-        if not line.shots:
-            _add_rejected(line.rejected(), index)
-        for shot_id, shot in line.shots.items():
-            new[shot_id] = line_of[shot_id] = line.number
-            yield CheckedLine(shot, line.number, line.failed_as if line.failed_as != shot_id else None)
-    index.add(new)
-
-
-def _add_rejected(line: RejectedLine, index: ScriptIndex) -> None:
-    try:
-        index.add_rejected(line)
-    except RecursionError:
-        shallow = {name: value for name, value in line.fields.items() if not isinstance(value, dict | list)}
-        index.add_rejected(replace(line, fields=shallow))
-
-
-def _default_id(line: RejectedLine) -> str:
-    """Return the id of a line without one: `SCRIPT-line-NUMBER`."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
-    return f"{stem}-line-{line.line}"
-
-
-def _with_unique_id(line: RejectedLine, names: Iterator[str], index: ScriptIndex) -> RejectedLine:
-    """Return the rejected line with a unique id, under which it gets its own manifest row."""
-    own_id = line.fields.get("id")
-    # If the line kept the id of a valid shot, rendering failures.jsonl would overwrite that shot's clip.
-    is_taken = isinstance(own_id, str) and own_id in index.lines_of([own_id])
-    line_id = next(name for name in chain([line.id] if line.id else [], names) if index.claim(name))
-    return replace(line, id=line_id, fields={**line.fields, "id": line_id} if is_taken else line.fields)
-
-
-def _numbered(name: str) -> Iterator[str]:
-    """Yield `name`, `name-2`, `name-3`, ..."""
-    yield name
-    for number in count(2):
-        yield f"{name}-{number}"
-
-
-def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
-    """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    context = _ScriptContext(source, Path.cwd(), _merged(profile_defaults), {}, run_seed)
-    line = _LineChecker(Line(None, dict(fields), strict=False), context)
-    if len(line.shots) > 1:
-        line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
-    if line.errors:
-        raise ScriptError(line.errors)
-    (shot,) = line.shots.values()
-    return shot
-
-
-class _ScriptContext:
-    """Settings shared by the lines of a script."""
+class LineChecker:
+    """Checks the lines of one script. Can be pickled, so that lines can be checked by several processes."""
 
     def __init__(
         self,
@@ -214,13 +113,138 @@ class _ScriptContext:
         fallback: Mapping[str, Any],
         characters: Mapping[str, Mapping[str, Any]],
         run_seed: int,
+        changes: Mapping[str, Any],
     ) -> None:
         self.source = source
+        self.folder = folder
         self.fallback = fallback
         self.characters = characters
         self.run_seed = run_seed
-        self.locate = lru_cache(PATH_CACHE_SIZE)(partial(_locate, folder))
+        self.changes = changes
+
+    @staticmethod
+    def of(settings: ScriptSettings, header: Header) -> "LineChecker":
+        fallback = _merged(settings.profile_defaults, settings.defaults, header.defaults)
+        path = settings.path
+        return LineChecker(path.name, path.parent, fallback, header.characters, settings.run_seed, settings.changes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "locate"}
+
+    @cached_property
+    def locate(self) -> Any:
         """Path in a line -> absolute path, and true if the file exists."""
+        return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
+
+    def check(self, number: int, parsed: Line | UnreadableLine) -> ValidLine | RejectedLine:
+        """Check one line. A rejected line has no id yet unless it brings a valid one."""
+        if isinstance(parsed, UnreadableLine):
+            fields = {"unreadable": parsed.text} if parsed.text else {}
+            return RejectedLine("", self.source, number, self.source, fields, (parsed.error,))
+        line = _LineCheck(parsed, self)
+        rejected = line.rejected()
+        if line.errors:
+            return rejected
+        shots = tuple(shot.model_copy(update=self.changes) if self.changes else shot for shot in line.shots.values())
+        return ValidLine(shots, rejected, line.failed_as)
+
+
+def open_lines(settings: ScriptSettings) -> tuple[LineChecker, Lines]:
+    """Return the checker and the unchecked, numbered lines of a script. Raises ScriptError if the file cannot be read."""
+    header, lines = open_script(settings.path)
+    return LineChecker.of(settings, header), lines
+
+
+def iter_script(settings: ScriptSettings) -> Iterator[CheckedLine | RejectedLine]:
+    """Yield the valid shots and the rejected lines of a script, in order.
+
+    Memory use does not grow with the script: ids are kept in TMPDIR. Only .yaml scripts are read as a whole.
+    Raises ScriptError, possibly after some lines, if the file cannot be read or has no lines.
+    """
+    checker, lines = open_lines(settings)
+    empty = True
+    with ScriptIndex() as index:
+        for window in batched((checker.check(number, parsed) for number, parsed in lines), WINDOW_LINES):
+            empty = False
+            yield from unique_lines(window, index)
+    if empty:
+        raise no_lines(settings.path)
+
+
+def no_lines(path: Path) -> ScriptError:
+    return ScriptError([FieldError(path.name, None, None, "no lines", "must have at least one shot")])
+
+
+def read_script(settings: ScriptSettings) -> Script:
+    """Read a script that fits into memory. See `iter_script`."""
+    checked = list(iter_script(settings))
+    valid = [line for line in checked if isinstance(line, CheckedLine)]
+    return Script(
+        settings.path.name,
+        tuple(line.shot for line in valid),
+        {line.shot.id: line.line for line in valid if line.shot.id},
+        tuple(line for line in checked if isinstance(line, RejectedLine)),
+        {line.shot.id: line.replaces for line in valid if line.shot.id and line.replaces},
+    )
+
+
+def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) -> Iterator[CheckedLine | RejectedLine]:
+    """Yield the shots and rejected lines, each with an id that no earlier line of the script has.
+
+    The first line with an id owns it. A later valid line with the same id is rejected.
+    """
+    line_of = index.lines_of([id_ for line in lines for id_ in _ids(line)])
+    new: dict[str, int] = {}
+
+    def claim(id_: str, number: int) -> str:
+        new[id_] = line_of[id_] = number
+        return id_
+
+    for line in lines:
+        if isinstance(line, ValidLine):
+            taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
+            if taken is None:
+                for shot in line.shots:
+                    assert shot.id is not None
+                    claim(shot.id, line.as_rejected.line)
+                    replaces = line.failed_as if line.failed_as != shot.id else None
+                    yield CheckedLine(shot, line.as_rejected.line, line.as_rejected.script, replaces)
+                continue
+            allowed = f"line {line_of[taken]} has the same id; use unique ids, or variants"
+            error = FieldError(line.as_rejected.source, line.as_rejected.line, "id", repr(taken), allowed)
+            line = replace(line.as_rejected, errors=(error,))
+        own_id, named = line.fields.get("id"), line.id
+        if not named or named in line_of:
+            named = index.unused_name(_default_id(line), line_of)
+        # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
+        fields = {**line.fields, "id": named} if isinstance(own_id, str) and own_id in line_of else line.fields
+        yield replace(line, id=claim(named, line.line), fields=fields)
+    index.add(new)
+
+
+def _ids(line: ValidLine | RejectedLine) -> list[str]:
+    if isinstance(line, ValidLine):
+        return [shot.id for shot in line.shots if shot.id]
+    own_id = line.fields.get("id")
+    return [id_ for id_ in (line.id, own_id) if isinstance(id_, str) and id_]
+
+
+def _default_id(line: RejectedLine) -> str:
+    """Return the id of a line without one: `SCRIPT-line-NUMBER`."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
+    return f"{stem}-line-{line.line}"
+
+
+def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
+    """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
+    checker = LineChecker(source, Path.cwd(), _merged(profile_defaults), {}, run_seed, {})
+    line = _LineCheck(Line(None, dict(fields), strict=False), checker)
+    if len(line.shots) > 1:
+        line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
+    if line.errors:
+        raise ScriptError(line.errors)
+    (shot,) = line.shots.values()
+    return shot
 
 
 def _locate(folder: Path, path: str) -> tuple[str, bool]:
@@ -229,10 +253,10 @@ def _locate(folder: Path, path: str) -> tuple[str, bool]:
     return absolute, os.path.isfile(absolute)
 
 
-class _LineChecker:
+class _LineCheck:
     """Validates a line and fills in its defaults. The result is either shots or errors."""
 
-    def __init__(self, line: Line, context: _ScriptContext) -> None:
+    def __init__(self, line: Line, context: LineChecker) -> None:
         self.errors: list[FieldError] = []
         self.shots: dict[str, Shot] = {}
         """Id -> shot. Empty if there are errors."""
@@ -278,6 +302,7 @@ class _LineChecker:
             self.failed_as or own_id,
             script if isinstance(script, str) else self._context.source,
             self.number,
+            self._context.source,
             fields,
             tuple(self.errors),
         )

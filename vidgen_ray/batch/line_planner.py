@@ -1,0 +1,108 @@
+"""Plan script lines: check them, hash their files, plan content keys and look up finished shots.
+
+Does not use Ray. Lines can be planned in any process and in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import MissingWeights, VidgenError
+from vidgen_ray.graph import stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import DoneShot, Failure
+from vidgen_ray.profile import Profile
+from vidgen_ray.script.formats import Line, UnreadableLine
+from vidgen_ray.script.reader import CheckedLine, LineChecker, RejectedLine, ValidLine, unique_lines
+from vidgen_ray.script.spill_index import ScriptIndex
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Stage
+
+
+class PlannedLine(NamedTuple):
+    """A checked line and, for each of its shots, what is to be done."""
+
+    line: ValidLine | RejectedLine
+    plans: tuple[ShotPlan | Failure, ...] = ()
+    """Plan of each shot. A failure if it names a file that does not exist or cannot be read."""
+    done: tuple[DoneShot | None, ...] = ()
+    """Each shot that an earlier run has finished."""
+
+
+class LinePlanner:
+    """Plans the lines of one run. Can be pickled."""
+
+    def __init__(
+        self, checker: LineChecker, profile: Profile, outputs: OutputFolder, *, fresh: bool = False, keep_stages: bool = False
+    ) -> None:
+        """`fresh`: do not look up finished shots, and drop their cached results."""
+        self._checker = checker
+        self._profile = profile
+        self._outputs = outputs
+        self._fresh = fresh
+        self._keep_stages = keep_stages
+        self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_planners": {}}
+
+    def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
+        """Return the planned lines, in order. Raises MissingWeights if the weights that a shot needs are not on this machine."""
+        planned = []
+        for number, parsed in lines:
+            line = self._checker.check(number, parsed)
+            shots = line.shots if isinstance(line, ValidLine) else ()
+            planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
+        return self._without_cached(planned) if self._fresh else self._with_done(planned)
+
+    def _plan(self, shot: Shot) -> ShotPlan | Failure:
+        used = stages_of(shot)
+        # Outside the `try`: missing weights fail the run, not the line.
+        if used not in self._planners:
+            self._planners[used] = ShotPlanner(params_of(self._profile, used), self._profile.encode)
+        try:
+            return self._planners[used](shot)
+        except MissingWeights:
+            raise
+        except (VidgenError, OSError) as error:
+            return StepFailed("plan", error).failure()
+
+    def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
+        plans = [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)]
+        found = self._outputs.find_finished_each(plans, self._keep_stages)
+        return [
+            line._replace(done=tuple(next(found)[1] if isinstance(plan, ShotPlan) else None for plan in line.plans))
+            for line in planned
+        ]
+
+    def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
+        for plan in (plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)):
+            for attempt in (plan, *plan.again):
+                self._outputs.stage_cache.drop(step.key for step in attempt.steps)
+        return planned
+
+
+class PlannedShot(NamedTuple):
+    """A shot with a unique id, and what is to be done."""
+
+    line: CheckedLine
+    plan: ShotPlan | Failure
+    done: DoneShot | None
+
+
+def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot | RejectedLine]:
+    """Yield the shots and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
+    first_with_id: dict[str | None, tuple[ShotPlan | Failure, DoneShot | None]] = {}
+    for each in reversed(planned):
+        if not isinstance(each.line, RejectedLine):
+            first_with_id.update(
+                (shot.id, (plan, done)) for shot, plan, done in zip(each.line.shots, each.plans, each.done, strict=True)
+            )
+    for line in unique_lines([each.line for each in planned], index):
+        if isinstance(line, RejectedLine):
+            yield line
+        else:
+            yield PlannedShot(line, *first_with_id[line.shot.id])

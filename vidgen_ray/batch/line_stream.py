@@ -1,0 +1,153 @@
+"""Stream of planned lines: the first ones are planned in this process, the rest by parallel tasks of a Ray Data pipeline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+import ray
+from more_itertools import batched
+
+from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine
+from vidgen_ray.errors import ScriptError, SetupError, VidgenError
+from vidgen_ray.script.formats import Line, UnreadableLine
+from vidgen_ray.script.reader import ScriptSettings, no_lines, open_lines
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+FIRST_LOOK_LINES = 500
+"""Lines that are planned before Ray starts. They determine the first layout. A short script needs no pipeline at all."""
+BLOCK_LINES = 1_000
+"""Lines per task."""
+BLOCK_BYTES = 1 << 20
+"""Size above which Ray Data starts a new block."""
+MAX_TASKS = 16
+"""Maximum number of parallel tasks. One task plans some thousand lines per second."""
+NODE_LABEL = "ray.io/node-id"
+
+NumberedLines = Iterable[tuple[int, Line | UnreadableLine]]
+
+
+def first_lines(settings: ScriptSettings) -> tuple[list[tuple[int, Line | UnreadableLine]], bool]:
+    """Return the first lines of a script, and whether these are all. Raises ScriptError if it cannot be read or has no lines."""
+    _, lines = open_lines(settings)
+    first = list(islice(lines, FIRST_LOOK_LINES + 1))
+    if not first:
+        raise no_lines(settings.path)
+    return first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
+
+
+def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+    """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
+
+    That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
+    """
+
+    def read() -> Iterator[tuple[int, Line | UnreadableLine]]:
+        _, lines = open_lines(settings)
+        yield from islice(lines, FIRST_LOOK_LINES, None)
+
+    with _own_context():
+        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, ray_remote_args=_on_this_node())
+        yield from planned_rows(dataset, planner)
+
+
+def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+    """Plan the rows of a data set with a pickled line in column `line`. Yield them in order, block by block."""
+    tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
+    planned = dataset.map_batches(
+        _plan_block,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"planner": pickle.dumps(planner)},
+        # The node of the driver often offers no CPUs to Ray.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+        label_selector=_on_this_node()["label_selector"],
+    )
+    for block in planned.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        lines = [pickle.loads(text) for text in block["planned"].to_pylist()]
+        for line in lines:
+            if isinstance(line, VidgenError):
+                raise line
+        yield lines
+
+
+def _plan_block(block: pyarrow.Table, planner: bytes) -> pyarrow.Table:
+    """Task of Ray Data: plan the lines of a block. An error that ends the run is returned as the last row."""
+    rows = [pickle.loads(text) for text in block["line"].to_pylist()]
+    errors = [row for row in rows if isinstance(row, VidgenError)]
+    try:
+        planned: list[Any] = _planner(planner).plan(row for row in rows if not isinstance(row, VidgenError))
+    except VidgenError as error:
+        planned, errors = [], [error]
+    return pyarrow.table({"planned": [pickle.dumps(line) for line in (*planned, *errors)]})
+
+
+_planners: dict[bytes, LinePlanner] = {}
+"""Planner of the last run in this process. It keeps the digests of files, and tasks of a run share processes."""
+
+
+def _planner(pickled: bytes) -> LinePlanner:
+    if pickled not in _planners:
+        _planners.clear()
+        _planners[pickled] = pickle.loads(pickled)
+    return _planners[pickled]
+
+
+def _lines_source(read: Callable[[], NumberedLines]) -> Any:
+    """Return a data source of Ray Data with one task that reads the lines, pickled, in column `line`."""
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    def blocks() -> Iterator[pyarrow.Table]:
+        try:
+            for lines in batched(read(), BLOCK_LINES):
+                yield pyarrow.table({"line": [pickle.dumps(line) for line in lines]})
+        except ScriptError as error:
+            yield pyarrow.table({"line": [pickle.dumps(error)]})
+
+    class ScriptLines(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(blocks, metadata)]
+
+    return ScriptLines()
+
+
+def _on_this_node() -> dict[str, Any]:
+    return {"num_cpus": 0, "label_selector": {NODE_LABEL: ray.get_runtime_context().get_node_id()}}
+
+
+@contextmanager
+def _own_context() -> Iterator[None]:
+    """Configure Ray Data for the pipeline without changing the settings of other data sets in this process."""
+    from ray.data import DataContext
+
+    # Importing Ray Data enables its log messages about every data set. Errors are reported by vidgen itself.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    before = DataContext.get_current()
+    context = before.copy()
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = -1
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    DataContext._set_current(context)
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise SetupError(f"Ray Data cannot read the script: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        DataContext._set_current(before)

@@ -1,0 +1,99 @@
+"""Engine: renders shots with the workers and encoders of a layout. Used by batch runs and by the server.
+
+All methods run in one event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.chunks import chunk_frames_of
+from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import Fleet
+from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
+from vidgen_ray.engine.status import EngineObserver, Snapshot
+from vidgen_ray.engine.window import OBJECT_STORE_SHARE, Window, object_store_bytes
+from vidgen_ray.engine.worker_pool import ProgressCallback, WorkerPool
+from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.layout import Layout, WorkerSpec
+
+
+class Engine:
+    """Workers, encoders and the shots in progress. Create it inside the event loop."""
+
+    def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver) -> None:
+        chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
+        self._layout = layout
+        self._workers = WorkerPool(config, observer)
+        self._encoders = EncoderPool(config, observer)
+        self._runner = ShotRunner(config, self._workers, self._encoders, chunk_frames, observer)
+        self._fleet = Fleet(config, self)
+        self._waiting: str | None = None
+        store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
+        self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
+
+    async def start(self, labels: Sequence[Label | None]) -> None:
+        """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`."""
+        await self._fleet.start(self._layout, labels)
+
+    async def stop(self) -> None:
+        """Stop the actors. Shots in progress fail."""
+        self._workers.close()
+        self._encoders.close()
+        await self._fleet.stop()
+
+    def announce(self, plan: ShotPlan) -> None:
+        """Tell that this shot will run, so that results which it shares with other shots are computed once."""
+        self._runner.announce(plan)
+
+    async def run(
+        self,
+        plan: ShotPlan,
+        on_progress: ProgressCallback | None = None,
+        on_admitted: Callable[[], None] = lambda: None,
+    ) -> ShotRecord:
+        """Render an announced shot and commit its files. Raises ShotFailed.
+
+        Waits until the window has room for the shot, then calls `on_admitted`.
+        """
+        try:
+            async with self.window.admit(object_store_bytes(plan.shot, CHUNK_BYTES)):
+                on_admitted()
+                return await self._runner.run(plan, on_progress)
+        finally:
+            self._runner.retire(plan)
+
+    def can_render(self, plan: ShotPlan) -> bool:
+        """Return whether the layout has a worker for every stage of the shot."""
+        return {step.stage for step in plan.steps} <= set(self._layout.stages)
+
+    @property
+    def fatal_failure(self) -> Failure | None:
+        """Failure after which no shot can be rendered. `None` if there is none."""
+        return self._workers.fatal_failure
+
+    def snapshot(self) -> Snapshot:
+        """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
+        stages, gpus_busy = self._workers.sample_status()
+        quarantined = (*self._workers.quarantined, *self._encoders.quarantined)
+        return Snapshot(stages, gpus_busy, self.window.in_progress, quarantined, self._waiting)
+
+    # Callbacks of the fleet
+
+    def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
+        self._workers.add(name, spec, actor)
+
+    def worker_lost(self, name: str) -> None:
+        self._workers.remove(name)
+
+    def encoder_started(self, name: str, actor: Any) -> None:
+        self._encoders.add(name, actor)
+
+    def waiting(self, reason: str | None) -> None:
+        self._waiting = reason

@@ -1,0 +1,93 @@
+"""Health of workers, encoders and their nodes: which ones are quarantined, and for how long. Does not use Ray or clocks.
+
+A process whose last `FAILURES` calls failed for different shots is quarantined: it is restarted after a back-off, then gets one
+call at a time until one succeeds. If several processes of a node are quarantined, the rest of the node follows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+FAILURES = 3
+"""Failures in a row, on different shots, before a process is quarantined."""
+BACK_OFF_S = 1.0
+"""Seconds before the first restart of a quarantined process. Doubled with each further quarantine in a row."""
+MAX_BACK_OFF_S = 300.0
+MAX_QUARANTINES = 3
+"""Quarantines in a row after which a process is given up if another one holds its stages."""
+NODE_QUARANTINES = 2
+"""Processes of a node in quarantine at the same time after which the whole node is quarantined."""
+
+
+@dataclass(slots=True)
+class _Record:
+    node: str | None = None
+    failed_shots: list[Hashable] = field(default_factory=list)
+    """Shots that failed in a row, in order, without repetition."""
+    quarantines: int = 0
+    """Quarantines in a row."""
+    quarantined: bool = False
+
+
+class Health:
+    """Failure records of the processes of one engine. A process is any hashable object."""
+
+    def __init__(self) -> None:
+        self._records: defaultdict[Hashable, _Record] = defaultdict(_Record)
+
+    def started(self, process: Hashable, node: str) -> None:
+        """The process is up on this node. Its quarantine, if any, becomes a probation."""
+        record = self._records[process]
+        record.node, record.quarantined = node, False
+        record.failed_shots.clear()
+
+    def succeeded(self, process: Hashable) -> None:
+        record = self._records[process]
+        record.failed_shots.clear()
+        record.quarantines = 0
+
+    def failed(self, process: Hashable, shot: Hashable) -> bool:
+        """Record a failed call for a shot. Return whether the process must be quarantined now.
+
+        On probation, a single failure is enough.
+        """
+        record = self._records[process]
+        if record.quarantined:
+            return False
+        if shot not in record.failed_shots:
+            record.failed_shots.append(shot)
+        return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
+
+    def forgive(self, process: Hashable, shot: Hashable) -> None:
+        """Remove a failure that was the fault of the shot: it failed in the same way elsewhere."""
+        record = self._records[process]
+        if shot in record.failed_shots:
+            record.failed_shots.remove(shot)
+
+    def quarantine(self, process: Hashable) -> float:
+        """Quarantine a process. Return the seconds before its restart."""
+        record = self._records[process]
+        record.quarantined = True
+        record.quarantines += 1
+        return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (record.quarantines - 1)))
+
+    def is_on_probation(self, process: Hashable) -> bool:
+        return self._records[process].quarantines > 0
+
+    def is_hopeless(self, process: Hashable) -> bool:
+        """Return whether the process was quarantined too often in a row to try it again."""
+        return self._records[process].quarantines >= MAX_QUARANTINES
+
+    def sick_node(self, process: Hashable) -> str | None:
+        """Return the node of the process if it must be quarantined as a whole, because several processes on it are."""
+        node = self._records[process].node
+        if node is None:
+            return None
+        sick = sum(record.quarantined for record in self._records.values() if record.node == node)
+        return node if sick >= NODE_QUARANTINES else None
+
+    def forget(self, process: Hashable) -> None:
+        """Remove the record of a process that is gone for good."""
+        self._records.pop(process, None)

@@ -1,0 +1,65 @@
+"""Status of an engine at one moment. Does not use Ray."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class Progress(NamedTuple):
+    """Progress of a call. The first one of a call means that its execution has started."""
+
+    stage: str
+    step: int
+    """Completed denoising steps or frames."""
+    steps: int
+    """Total number of steps. 0 if not known yet."""
+
+
+class StageStatus(NamedTuple):
+    """Status of one stage at one moment."""
+
+    queued: int
+    """Calls that wait for a worker of this stage."""
+    running: int
+    """Calls that a worker is running."""
+    workers: int
+    """Live workers that hold the stage."""
+    busy: float
+    """Utilization of these workers over the last 30 seconds, 0 to 1."""
+
+
+class Snapshot(NamedTuple):
+    """Status of an engine at one moment."""
+
+    stages: dict[str, StageStatus]
+    """Stage name -> status, in execution order. Only the stages that workers hold."""
+    gpus_busy: float | None
+    """GPU utilization over the last 30 seconds, 0 to 1. `None` without GPUs."""
+    in_progress: int
+    """Shots that have started and not finished."""
+    quarantined: tuple[str, ...] = ()
+    """Workers and encoders in quarantine or given up, with their nodes."""
+    waiting: str | None = None
+    """What the engine waits for, such as GPUs that another run uses. `None` if it does not wait."""
+
+
+class EngineObserver(Protocol):
+    """Callbacks of an engine, in its event loop."""
+
+    def step_ended(self, stage: str, seconds: float, cached: bool) -> None:
+        """A step of a shot ended."""
+
+    def step_failed(self, stage: str, error_class: str) -> None:
+        """An attempt of a stage failed. The last attempt counts too."""
+
+    def retried(self, stage: str) -> None:
+        """Another attempt of a stage starts."""
+
+    def adapter_loads(self, n: int) -> None:
+        """LoRA files were loaded into a model."""
+
+    def frames_upscaled(self, n: int) -> None:
+        """Frames were upscaled."""
+
+    def quarantined(self, process: str, reason: str) -> None:
+        """A worker or an encoder is quarantined. `process`: its name and node."""
