@@ -142,7 +142,7 @@ class WorkerPool:
         failure = await self._clients[worker].ready()
         self._starting.discard(worker)
         if failure is None:
-            worker.live = True
+            self._scheduler.started(worker)
             self._assign_waiting()
             return
         self._failed_workers[worker] = failure
@@ -155,7 +155,7 @@ class WorkerPool:
                     future.set_exception(ShotFailed(failure))
 
     def _no_worker_left_for(self, stage: str) -> bool:
-        return all(worker in self._failed_workers for worker in self._clients if stage in worker.spec.stages)
+        return all(worker in self._failed_workers for worker in self._scheduler.holders(stage))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
