@@ -35,11 +35,12 @@ def test_later_stages_go_first_then_older_shots():
 
 def test_workers_get_only_their_stages_and_nothing_while_down():
     scheduler, (flux, svd) = scheduler_with(("flux", "lora"), ("svd",))
-    svd.live = False
+    scheduler.crashed(svd)
+    scheduler.crashed(svd)
     scheduler.add(Work("svd", 0))
     scheduler.add(Work("flux", 1))
     assert [(worker, work.stage) for worker, work in scheduler.assign()] == [(flux, "flux")]
-    svd.live = True
+    scheduler.started(svd)
     assert [(worker, work.stage) for worker, work in scheduler.assign()] == [(svd, "svd")]
 
 
@@ -73,8 +74,8 @@ def test_shots_go_to_the_worker_with_their_lora():
 
 
 def test_lora_preference_does_not_starve_a_shot():
-    scheduler, (worker,) = scheduler_with(("flux",), adapters_kept=1)
-    worker.adapters = ["a"]
+    worker = WorkerState(WorkerSpec(("flux",), 1, 1), adapters_kept=1, live=True, adapters=["a"])
+    scheduler = Scheduler([worker], POSITIONS)
     scheduler.add(Work("flux", 0, frozenset("b")))
     for order in range(1, MAX_LORA_SKIPS + 1):
         scheduler.add(Work("flux", order, frozenset("a")))
@@ -123,9 +124,8 @@ def test_swapped_groups_run_in_batches():
 
 
 def test_worker_swaps_groups_before_other_workers_run_out_of_work():
-    scheduler, (both, svd) = scheduler_with(("flux", "svd"), ("svd",), swap_groups=(("flux",), ("svd",)))
-    svd.spec = WorkerSpec(("svd",), 1, 1)
-    both.group, both.turn = ("svd",), 1
+    both = WorkerState(WorkerSpec(("flux", "svd"), 1, 1, (("flux",), ("svd",))), 2, live=True, group=("svd",), turn=1)
+    scheduler = Scheduler([both, WorkerState(WorkerSpec(("svd",), 1, 1), 2, live=True)], POSITIONS)
     scheduler.add(Work("svd", 0))
     scheduler.add(Work("flux", 1))
     assigned = {worker.spec.stages: work.stage for worker, work in scheduler.assign()}
