@@ -12,13 +12,13 @@ import ray
 
 from tests.batch.test_batch import Events, digests
 from tests.fake_stages import FAKES, fake_likeness
-from vidgen_ray.batch.render import render
+from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.reader import iter_script
+from vidgen_ray.script.reader import ScriptSettings
 from vidgen_ray.shot import Shot
 
 GPUS = "2x80GB"
@@ -42,19 +42,17 @@ def profile(tiny):
     return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
 
 
-def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, **options):
+def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, **options):
     script = tmp_path / "s.jsonl"
     script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     out = tmp_path / "out"
     report = render(
-        iter_script(script, profile_defaults=profile.defaults),
+        ScriptSettings(script, profile_defaults=profile.defaults),
         profile,
         OutputFolder(out),
-        source=script.name,
+        RenderOptions(cluster=parse_gpus(gpus), stages=FAKES, **options),
         listener=listener or Events(),
-        cluster=parse_gpus(gpus),
-        stages=FAKES,
-        **options,
+        stop=stop,
     )
     return report, {row.id: row for row in read_manifest(out)}
 

@@ -50,7 +50,7 @@ class LinePlanner:
         return {**vars(self), "_planners": {}}
 
     def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
-        """Return the planned lines, in order. Raises MissingWeights if the weights that a shot needs are not on this machine."""
+        """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
         planned = []
         for number, parsed in lines:
             line = self._checker.check(number, parsed)

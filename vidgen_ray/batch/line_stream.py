@@ -36,7 +36,10 @@ NumberedLines = Iterable[tuple[int, Line | UnreadableLine]]
 
 
 def first_lines(settings: ScriptSettings) -> tuple[list[tuple[int, Line | UnreadableLine]], bool]:
-    """Return the first lines of a script, and whether these are all. Raises ScriptError if it cannot be read or has no lines."""
+    """Return the first lines of a script, and whether these are all.
+
+    Raises ScriptError if it cannot be read or has no lines.
+    """
     _, lines = open_lines(settings)
     first = list(islice(lines, FIRST_LOOK_LINES + 1))
     if not first:
@@ -114,7 +117,7 @@ def _lines_source(read: Callable[[], NumberedLines]) -> Any:
         except ScriptError as error:
             yield pyarrow.table({"line": [pickle.dumps(error)]})
 
-    class ScriptLines(Datasource):
+    class ScriptLines(Datasource):  # type: ignore[misc]  # Ray Data has no types
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 

@@ -371,8 +371,8 @@ class _Director:
         failures = [outcome for outcome in self._outcomes if outcome is not None]
         if len(failures) >= BREAKER_FAILURES:
             raise SetupError(
-                f"{len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was tried, the last one in "
-                f"{failures[-1].stage}: {failures[-1].message}. The run was stopped. Remove the cause and run the same command again"
+                f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
+                f"tried, the last one in {failures[-1].stage}: {failures[-1].message}. Remove the cause and start again"
             )
 
     # The engine
@@ -389,7 +389,8 @@ class _Director:
             if not self._own_ray:
                 self.cluster = self._options.cluster or await asyncio.to_thread(live_cluster)
             self._make_plan([needed, *self.queue], complete=not self._reading)
-        assert self.plan is not None and self.cluster is not None
+        assert self.plan is not None
+        assert self.cluster is not None
         layout, options = self.plan.layout, self._options
         if self._own_ray:
             expect_gpus(sum(slot.has_gpu for slot in layout.slots))

@@ -69,7 +69,9 @@ class RunResults:
     def lines_read(self, *, complete: bool) -> None:
         """Report the lines read so far. `complete`: the script was read to its end."""
         self._whole_script = complete
-        self._listener.on_lines(self.to_render + self.counts["skipped"] + self.refusals, self.counts["skipped"], self.refusals, complete)
+        self._listener.on_lines(
+            self.to_render + self.counts["skipped"] + self.refusals, self.counts["skipped"], self.refusals, complete
+        )
 
     def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
         """The shot was rendered or has failed."""

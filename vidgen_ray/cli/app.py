@@ -320,7 +320,7 @@ def shot(
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
     values |= {name: value for name, value in options.items() if value is not None}
-    checked = _stop_after(check_shot(values, "shot", chosen.defaults, run_seed=seed), until)
+    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed).model_copy(update=_changes(until))
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), Console(stderr=True).status("Rendering"):
         record = pipeline.render(checked)
@@ -416,11 +416,20 @@ def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderO
 def _script_settings(
     script: Path, profile: Profile, fields: list[str] | None, mode: str | None, seed: int, until: str | None
 ) -> ScriptSettings:
-    changes: dict[str, dict[str, Any]] = {"image": {"generate_video": False}, "video": {"upscale_video": False}}
-    if until is not None and until not in changes:
-        raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
     defaults = parse_fields(fields) | ({"mode": mode} if mode else {})
-    return ScriptSettings(script, seed, defaults, profile.defaults, changes[until] if until else {})
+    return ScriptSettings(script, seed, defaults, profile.defaults, _changes(until))
+
+
+def _changes(until: str | None) -> dict[str, Any]:
+    """Return the fields of a shot that has no stages after `until`."""
+    changes: dict[str | None, dict[str, Any]] = {
+        None: {},
+        "image": {"generate_video": False},
+        "video": {"upscale_video": False},
+    }
+    if until not in changes:
+        raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
+    return changes[until]
 
 
 def _keeps_stages(keep: list[str] | None) -> bool:

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vidgen_ray.batch.run_progress import ProgressListener
-from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
 
 PLANNING = "planning"

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.cli.progress_tracker import ProgressTracker
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import ManifestRow
 
 STATUS_INTERVAL_S = 5.0
@@ -22,9 +22,10 @@ STATUS_INTERVAL_S = 5.0
 class ProgressFile(AbstractContextManager["ProgressFile"]):
     """Progress listener that writes events to `path` from the first lines on.
 
-    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned` (the script was read to its end), `message`, `ended` (shots that are done or failed;
-    shots that were already done are only counted in `planned`), `status`, and `finished`, which is missing if the process
-    was killed. Each event has `at` (UTC) and `elapsed_s`. If the file cannot be written, it ends and the run continues.
+    The file of the previous run is kept as `progress.1.jsonl`. Events: `planned` (the script was read to its end), `message`,
+    `ended` (shots that are done or failed; shots that were already done are only counted in `planned`), `status`, and
+    `finished`, which is missing if the process was killed. Each event has `at` (UTC) and `elapsed_s`. If the file cannot be
+    written, it ends and the run continues.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:

@@ -139,7 +139,9 @@ class ActorClient:
             else:
                 kind = Kind.ERROR if len(self._suspects) == 1 else Kind.SHARED_CRASH
             message = f"the process crashed: {first_line(error)}"
-            raise ActorCallFailed("WorkerDied", message, kind, self.location, partial(_explained, self._loss, self.node)) from None
+            raise ActorCallFailed(
+                "WorkerDied", message, kind, self.location, partial(_explained, self._loss, self.node)
+            ) from None
         except ray.exceptions.ObjectLostError as error:
             raise InputsLost(first_line(error)) from None
         except ray.exceptions.RayTaskError as error:

@@ -90,9 +90,9 @@ async def run_with_retries(
 ) -> R:
     """Return the result of `attempt`, repeated until it succeeds or the shot has failed.
 
-    `attempt` gets the processes to avoid, and whether the call must run alone on its process; it raises AttemptFailed. `candidates`
-    returns the live processes that could run the call. `report` gets the processes whose failure was their own (True), or
-    turned out to be the shot's (False). `limit`: attempts, counting the first. Raises ShotFailed.
+    `attempt` gets the processes to avoid, and whether the call must run alone on its process. It raises AttemptFailed.
+    `candidates` returns the live processes that could run the call. `report` gets the processes whose failure was their own
+    (True), or turned out to be the shot's (False). `limit`: attempts, counting the first. Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
     suspect = False
@@ -105,11 +105,11 @@ async def run_with_retries(
                 continue
             if failure.kind is Kind.SHARED_CRASH:
                 suspect = True
-            else:
-                failed.append(failure)
-                observer.step_failed(failure.failure.stage, failure.failure.error)
-                if failure.kind is Kind.ERROR:
-                    report(failure.process.key, True)
+                continue
+            failed.append(failure)
+            observer.step_failed(failure.failure.stage, failure.failure.error)
+            if failure.kind is Kind.ERROR:
+                report(failure.process.key, True)
             if len(failed) + suspect >= limit:
                 failed = [each for each in failed if await _is_own(each)]
             last = failure.failure
@@ -133,9 +133,7 @@ async def _is_own(failed: AttemptFailed) -> bool:
     return failed.loss is None or await failed.loss() is Loss.CRASH
 
 
-def _next(
-    failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Process[P]], limit: int
-) -> frozenset[P] | None:
+def _next(failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[Process[P]], limit: int) -> frozenset[P] | None:
     """Return the processes that the next attempt avoids. `None`: no further attempt."""
     tried = {each.process.key for each in failed}
     nodes = {each.process.node for each in failed}

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.metrics import SECONDS, Kind, LabelLimit, MetricSpec, of_kind
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.outputs.manifest import Status
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}

@@ -208,9 +208,7 @@ class ShotRunner:
             self._observer.frames_upscaled(plan.shot.num_frames * frame_factor)
         return written
 
-    def _chunks(
-        self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None
-    ) -> Chunks:
+    def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None) -> Chunks:
         """Process the clip's chunks on any free workers. Yields records and results in order."""
         calls = group_chunked_steps(plan, self._workers.can_fuse)
         last_stage = calls[-1][-1].stage

@@ -56,17 +56,17 @@ class Worker:
         self._progress: tuple[int, Progress] | None = None
         self._cancelled: int = 0
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def place(self) -> ActorPlace:
         return place_of_process()
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def progress(self, call: int) -> Progress | None:
         """Return the progress of a call. `None` if it is not running."""
         current = self._progress
         return current[1] if current is not None and current[0] == call else None
 
-    @ray.method(concurrency_group=CONTROL)
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def cancel(self, call: int) -> None:
         """Stop a call at its next step, or before it starts."""
         self._cancelled = call

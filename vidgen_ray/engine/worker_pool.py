@@ -80,7 +80,9 @@ class WorkerPool:
     def remove(self, name: str) -> None:
         """Remove a worker that is gone for good."""
         for worker in [worker for worker, client in self._clients.items() if client.name == name]:
-            self._give_up(worker, Failure(stage="loading", error="NodeLost", message="its node is lost", attempts=1, worker=name))
+            self._give_up(
+                worker, Failure(stage="loading", error="NodeLost", message="its node is lost", attempts=1, worker=name)
+            )
 
     def close(self) -> None:
         """Cancel the background tasks."""
@@ -181,7 +183,7 @@ class WorkerPool:
             if busy:
                 self._finished(worker, work)
         self._health.succeeded(worker)
-        worker.probation = False
+        self._scheduler.set_probation(worker, False)
         return result, RemoteArtefacts(output, worker)
 
     async def _follow(
@@ -247,7 +249,9 @@ class WorkerPool:
         self._observer.quarantined(client.location, reason)
         if self._health.is_hopeless(worker):
             message = f"{client.name}: {reason}, also after restarts"
-            self._give_up(worker, Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=client.location))
+            self._give_up(
+                worker, Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=client.location)
+            )
             return
         starting = self._starting.pop(worker, None)
         if starting is not None:
@@ -268,24 +272,25 @@ class WorkerPool:
         client = self._clients[worker]
         await asyncio.sleep(delay_s)
         is_first = client.place is None
-        for number in range(LOAD_ATTEMPTS):
+        for number in count(1):
             failure = await client.ready()
             if failure is None:
                 self._starting.pop(worker, None)
                 self._quarantined.discard(worker)
                 assert client.place is not None
                 self._health.started(worker, client.place.node)
-                worker.node, worker.probation = client.place.node, self._health.is_on_probation(worker)
+                worker.node = client.place.node
+                self._scheduler.set_probation(worker, self._health.is_on_probation(worker))
                 self._scheduler.started(worker)
                 self._assign_waiting()
                 return
-            if (is_first and failure.error in SETUP_ERRORS) or number + 1 == LOAD_ATTEMPTS:
-                break
+            if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:
+                self._starting.pop(worker, None)
+                self._give_up(worker, failure)
+                return
             self._observer.quarantined(client.location, f"cannot load its weights: {failure.message}")
             client.restart()
-            await asyncio.sleep(LOAD_BACK_OFF_S * 2**number)
-        self._starting.pop(worker, None)
-        self._give_up(worker, failure)
+            await asyncio.sleep(LOAD_BACK_OFF_S * 2 ** (number - 1))
 
     def _give_up(self, worker: WorkerState, failure: Failure) -> None:
         """Stop to use a worker. Fails all shots if it was the last one with a stage."""

@@ -1,15 +1,14 @@
 """Script reader: turns lines into validated shots.
 
-Fills in defaults and characters and checks that files exist. Memory use does not grow with the script. Lines can be checked in any
-process and in any order; `ScriptIndex` then makes their ids unique, in the order of the script.
+Fills in defaults and characters and checks that files exist. Memory use does not grow with the script. Lines can be checked
+in any process and in any order; `unique_lines` then makes their ids unique, in the order of the script.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +91,10 @@ class Script:
 
 @dataclass(frozen=True)
 class ScriptSettings:
-    """How to read a script. Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`."""
+    """How to read a script.
+
+    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
+    """
 
     path: Path
     run_seed: int = 0
@@ -132,7 +134,7 @@ class LineChecker:
         return {name: value for name, value in vars(self).items() if name != "locate"}
 
     @cached_property
-    def locate(self) -> Any:
+    def locate(self) -> Callable[[str], tuple[str, bool]]:
         """Path in a line -> absolute path, and true if the file exists."""
         return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
 

@@ -38,9 +38,7 @@ class ScriptIndex:
 
     def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
         """Return id -> line number of those ids that lines have."""
-        rows = self._ids.execute(
-            "SELECT id, line FROM ids WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),)
-        )
+        rows = self._ids.execute("SELECT id, line FROM ids WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
         return dict(rows)
 
     def add(self, lines: Mapping[str, int]) -> None:
