@@ -161,7 +161,11 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     assert "no face found" in rows["no-face"]["failure_message"]
     assert not (out / "shots" / "no-face" / "shot.json").exists()
 
-    failed = [shot for shot in read_script(ScriptSettings(path, profile_defaults=tiny.defaults)).shots if rows[shot.id]["status"] == "failed"]
+    failed = [
+        shot
+        for shot in read_script(ScriptSettings(path, profile_defaults=tiny.defaults)).shots
+        if rows[shot.id]["status"] == "failed"
+    ]
     reread = read_script(ScriptSettings(out / "failures.jsonl", profile_defaults={"num_frames": 99, "scale": 4}))
     assert {s.id: s for s in reread.shots} == {s.id: s for s in failed}, (
         "failures.jsonl contains all fields, independent of later defaults"

@@ -112,7 +112,7 @@ def test_failing_lines_do_not_affect_other_lines(tmp_path, profile):
         "raises": ("raise", "RuntimeError", 3),
         "crashes": ("crash", "WorkerDied", 3),
         "hangs": ("hang", "TimedOut", 3),
-        "oom": ("oom", "StageError", 1),
+        "oom": ("oom", "StageError", 2),
     }
     lines = shots(12)
     for n, (name, (prompt, _, _)) in enumerate(failing.items()):
@@ -147,11 +147,18 @@ def test_write_errors_are_retried(tmp_path, profile):
     assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
 
 
-def test_long_script_runs_as_several_datasets(tmp_path, profile, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.task_files.LINES_PER_PART", 2)
-    monkeypatch.setattr("vidgen_ray.batch.ray_data.PARTS_PER_DATASET", 2)
-    report, rows = render_lines(tmp_path, profile, shots(9))
-    assert (report.done, report.left, len(rows)) == (9, 0, 9)
+def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.BLOCK_LINES", 2)
+    lines = shots(9)
+    # A wrong line and a repeated id among the streamed lines.
+    lines[5] = {"id": "wrong", "prompt": "a", "fps": 0}
+    lines[7] = {"id": "s01", "prompt": "a"}
+    report, rows = render_lines(tmp_path, profile, lines)
+    assert (report.done, report.failed, report.refused, report.left, len(rows)) == (7, 2, 2, 0, 9)
+    assert rows["s01"].status == "done"
+    assert "line 2 has the same id" in rows["s-line-8"].failure_message
+    assert render_lines(tmp_path, profile, lines)[0].skipped == 7
 
 
 def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile):

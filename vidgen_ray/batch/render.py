@@ -253,6 +253,8 @@ class _Director:
             else:
                 self._results.pending()
                 self.queue.add(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
+                if self._engine is not None:
+                    self._engine.announce(shot.plan)
         self._changed.set()
 
     def connected(self, *, complete: bool) -> AbstractContextManager[None]:
@@ -348,7 +350,6 @@ class _Director:
         result: ShotRecord | Failure
         kind: Kind | None = None
         try:
-            self._engine.announce(task.plan)
             result = await self._engine.run(task.plan, on_admitted=admitted.set)
         except ShotFailed as failed:
             result, kind = failed.failure, failed.kind
@@ -406,6 +407,8 @@ class _Director:
         )
         assert self._metrics is not None
         self._engine = Engine(config, layout, self._metrics)
+        for task in (needed, *self.queue):
+            self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))
 
     def _make_plan(self, tasks: Sequence[ShotTask], *, complete: bool) -> None:

@@ -240,7 +240,7 @@ class WorkerPool:
             self._start(worker, delay_s)
 
     def _quarantine(self, worker: WorkerState, reason: str) -> None:
-        """Restart a worker after a back-off, or give it up. Quarantines the rest of its node if several of its workers are sick."""
+        """Restart a worker after a back-off, or give it up. If several workers of its node are sick, the rest follows."""
         if worker in self._quarantined or worker in self._given_up:
             return
         client = self._clients[worker]
