@@ -57,8 +57,8 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
         _, lines = open_lines(settings)
         yield from islice(lines, FIRST_LOOK_LINES, None)
 
-    with _own_context():
-        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, ray_remote_args=_on_this_node())
+    with own_context():
+        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, ray_remote_args=on_this_node())
         yield from planned_rows(dataset, planner)
 
 
@@ -70,10 +70,9 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"planner": pickle.dumps(planner)},
-        # The node of the driver often offers no CPUs to Ray.
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
-        label_selector=_on_this_node()["label_selector"],
+        label_selector=on_this_node()["label_selector"],
     )
     for block in planned.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         lines = [pickle.loads(text) for text in block["planned"].to_pylist()]
@@ -128,21 +127,22 @@ def _lines_source(read: Callable[[], NumberedLines]) -> Any:
     return ScriptLines()
 
 
-def _on_this_node() -> dict[str, Any]:
+def on_this_node() -> dict[str, Any]:
+    """Return the options of tasks that run on the node of this process, which may offer no CPUs to Ray."""
     return {"num_cpus": 0, "label_selector": {NODE_LABEL: ray.get_runtime_context().get_node_id()}}
 
 
 @contextmanager
-def _own_context() -> Iterator[None]:
-    """Configure Ray Data for the pipeline without changing the settings of other data sets in this process."""
+def own_context(block_bytes: int = BLOCK_BYTES, *, ordered: bool = True) -> Iterator[None]:
+    """Configure Ray Data for the data sets of the block, without changing the settings of others in this process."""
     from ray.data import DataContext
 
     # Importing Ray Data enables its log messages about every data set. Errors are reported by vidgen itself.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     before = DataContext.get_current()
     context = before.copy()
-    context.target_max_block_size = BLOCK_BYTES
-    context.execution_options.preserve_order = True
+    context.target_max_block_size = block_bytes
+    context.execution_options.preserve_order = ordered
     context.execution_no_progress_timeout_s = -1
     context.max_errored_blocks = 0
     context.enable_progress_bars = False

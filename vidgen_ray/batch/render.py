@@ -36,6 +36,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
+from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner import (
     Cluster,
@@ -157,15 +158,17 @@ def render_lines(
     listener: ProgressListener,
     stop: threading.Event | None = None,
     demand: Demand | None = None,
+    on_row: Callable[[ManifestRow], None] = lambda _: None,
 ) -> RunReport:
     """Render planned lines. `first`: the first ones. `remaining` starts to read the rest, if there is any.
 
-    `source`: name of the script. `demand` of the whole script, if it is known. Otherwise as `render`.
+    `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
+    Otherwise as `render`.
     """
     started = time.monotonic()
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
-    with outputs.lease(run), ScriptIndex() as index, RunResults(outputs, run, source, listener) as results:
+    with outputs.lease(run), ScriptIndex() as index, RunResults(outputs, run, source, listener, on_row) as results:
         director = _Director(run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand)
         try:
             director.accept(first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -25,9 +26,12 @@ CALIBRATION_SHOTS = 1000
 class RunResults:
     """Results of one run. A context manager: the manifest is written even if the block raises."""
 
-    def __init__(self, outputs: OutputFolder, run: str, source: str, listener: ProgressListener) -> None:
+    def __init__(
+        self, outputs: OutputFolder, run: str, source: str, listener: ProgressListener, on_row: Callable[[ManifestRow], None]
+    ) -> None:
         self._run = run
         self._listener = listener
+        self._on_row = on_row
         self._manifest = ManifestWriter(outputs, run, source)
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
@@ -99,3 +103,4 @@ class RunResults:
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:
         self.counts[row.status] += 1
         self._manifest.add(row, failed=failed, replaces=replaces)
+        self._on_row(row)

@@ -6,7 +6,7 @@ Lines are read lazily, so memory use does not grow with the script. Only .yaml f
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,6 +278,32 @@ def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception) -> Li
         allowed = f"must be text, numbers, lists or structs ({row})"
         return UnreadableLine("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
     return Line(number, _without_nulls(row), strict=True)
+
+
+def table_lines(
+    name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Iterator[tuple[int, Line | UnreadableLine]]:
+    """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row to the fields of a line.
+
+    A row that cannot be read, or for which `to_fields` raises, is an UnreadableLine. `name`: of the data set, for messages.
+    """
+    for batch in table.to_batches():
+        for row in _rows(batch):
+            if isinstance(row, Exception):
+                yield (
+                    0,
+                    UnreadableLine(
+                        "", FieldError(name, None, None, "a row that cannot be read", f"must be plain data ({row})")
+                    ),
+                )
+                continue
+            fields = _without_nulls(row)
+            try:
+                yield 0, Line(None, to_fields(fields) if to_fields else fields, strict=True)
+            # An error of the caller's function concerns this row only.
+            except Exception as error:
+                allowed = f"to_fields raised {type(error).__name__}: {error}"
+                yield 0, UnreadableLine(shortened(fields), FieldError(name, None, None, shortened(fields), allowed))
 
 
 def _without_nulls(value: Any) -> Any:

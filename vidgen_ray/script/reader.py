@@ -130,6 +130,13 @@ class LineChecker:
         path = settings.path
         return LineChecker(path.name, path.parent, fallback, header.characters, settings.run_seed, settings.changes)
 
+    @staticmethod
+    def for_rows(
+        name: str, folder: Path, defaults: Mapping[str, Any], profile_defaults: Mapping[str, Any], run_seed: int
+    ) -> "LineChecker":
+        """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
+        return LineChecker(name, folder, _merged(profile_defaults, defaults), {}, run_seed, {})
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "locate"}
 
@@ -232,8 +239,10 @@ def _ids(line: ValidLine | RejectedLine) -> list[str]:
 
 
 def _default_id(line: RejectedLine) -> str:
-    """Return the id of a line without one: `SCRIPT-line-NUMBER`."""
+    """Return the id of a line without one: `SCRIPT-line-NUMBER`, or `NAME-HASH` for a row without a number."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
+    if not line.line:
+        return f"{stem}-{derive_id({**line.fields, 'prompt': ''})}"
     return f"{stem}-line-{line.line}"
 
 

@@ -1,0 +1,61 @@
+"""Ray Data processor: rendering as a step of a Ray Data pipeline."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+import ray.data
+
+from tests.fake_stages import FAKES
+from vidgen_ray.batch.render import RenderOptions
+from vidgen_ray.data import build_processor
+from vidgen_ray.engine.ray_cluster import init_local_ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    init_local_ray(num_cpus=8, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_rows_become_result_rows_between_other_steps(tiny, tmp_path):
+    rows = [{"id": f"s{n}", "caption": f"shot {n}", "extra": n} for n in range(5)]
+    rows[3]["caption"] = "raise"
+    prompts = ray.data.from_items(rows).map(lambda row: {**row, "caption": row["caption"].strip()})
+    processor = build_processor(
+        tiny,
+        tmp_path / "out",
+        name="captions",
+        defaults={"scale": 2},
+        to_fields=lambda row: {"id": row["id"], "prompt": row["caption"], "metadata": {"extra": row["extra"]}},
+        options=RenderOptions(stages=FAKES),
+    )
+    results = processor(prompts).map(
+        lambda row: {**row, "bytes": Path(row["hd_video"]).stat().st_size if row["hd_video"] else 0}
+    )
+    by_id = {row["id"]: row for row in results.iter_rows()}
+    assert sorted(by_id) == ["s0", "s1", "s2", "s3", "s4"]
+    assert {name: row["status"] for name, row in by_id.items()} == {
+        "s0": "done", "s1": "done", "s2": "done", "s3": "failed", "s4": "done",
+    }  # fmt: skip
+    assert (by_id["s3"]["failure_stage"], by_id["s3"]["failure_error"]) == ("flux", "RuntimeError")
+    assert by_id["s0"]["bytes"] > 0
+    assert by_id["s0"]["seconds"] > 0
+    assert json.loads(by_id["s2"]["metadata"]) == {"extra": 2}
+    manifest = {row["id"]: row for row in pq.read_table(tmp_path / "out" / "manifest").to_pylist()}
+    assert manifest["s0"]["script"] == "captions"
+    assert by_id["s0"]["hd_video"] == str(tmp_path / "out" / manifest["s0"]["hd_video"])
+    again = {row["id"]: row["status"] for row in processor(prompts).iter_rows()}
+    assert again["s0"] == "skipped"
+
+
+def test_wrong_rows_are_failed_results(tiny, tmp_path):
+    dataset = ray.data.from_items([{"id": "a", "prompt": "x", "fps": 0}, {"id": "b", "prompt": None, "fps": None}])
+    results = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES))(dataset)
+    rows = {row["id"]: row for row in results.iter_rows()}
+    assert rows["a"]["status"] == "failed"
+    assert rows["a"]["failure_message"].startswith("dataset, fps: got 0")
+    assert rows["b"]["failure_message"].startswith("dataset, prompt: got nothing")

@@ -1,0 +1,175 @@
+"""Ray Data processor: maps a data set of script rows to a data set of result rows.
+
+    processor = build_processor("gpu-80gb", "s3://bucket/clips")
+    results = processor(ray.data.read_parquet("prompts.parquet"))
+
+So rendering is one step of a Ray Data pipeline: a model may write the prompts before it, and a filter may follow it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+import ray
+
+from vidgen_ray.batch.line_planner import LinePlanner
+from vidgen_ray.batch.line_stream import on_this_node, own_context, planned_rows
+from vidgen_ray.batch.render import RenderOptions, render_lines
+from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.errors import UsageError
+from vidgen_ray.graph import check_profile
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
+from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.script.formats import table_lines
+from vidgen_ray.script.reader import LineChecker
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+Fields = dict[str, Any]
+Processor = Callable[["Dataset"], "Dataset"]
+
+
+def build_processor(
+    profile: str | Profile,
+    out: str | Path,
+    *,
+    name: str = "dataset",
+    seed: int = 0,
+    defaults: Mapping[str, Any] | None = None,
+    to_fields: Callable[[Fields], Fields] | None = None,
+    options: RenderOptions | None = None,
+) -> Processor:
+    """Return a function that maps a data set of shots to a data set of their results.
+
+    The columns of the input are the fields of a script line; `to_fields` maps a row with other columns to them. Nulls are
+    missing fields, which come from `defaults`, then from the profile. `seed` is the run seed of shots without a seed.
+
+    The output has one row per shot, as soon as it has ended, with the columns of the manifest: `id`, `status` (done, failed or
+    skipped), `image`, `video`, `hd_video` (absolute paths or URLs), `seconds`, `failure_stage`, `failure_error`,
+    `failure_message`, `metadata` (JSON) and others. A wrong row is a result whose status is failed. Finished shots are skipped,
+    so the same pipeline resumes. `out` gets the files, the manifest and failures.jsonl, as `vidgen render` writes them. `name`
+    stands for the script there.
+
+    The data set is lazy. When it is executed, one task, on the node of this process, hosts the director. GPUs that other steps of
+    the pipeline need must be reserved: pass `RenderOptions(cluster=...)`, or start those steps first; only free GPUs are used. If the
+    task or its node is lost, the execution fails; run it again to resume.
+
+    Raises ProfileError for an unknown profile.
+    """
+    chosen = load_profile(profile) if isinstance(profile, str) else profile
+    check_profile(chosen)
+    if not name or "/" in name:
+        raise UsageError(f"name: got {name!r}, must be a name without slashes")
+    outputs = OutputFolder(out)
+    options = options or RenderOptions()
+    checker = LineChecker.for_rows(name, Path.cwd(), defaults or {}, chosen.defaults, seed)
+    planner = LinePlanner(checker, chosen, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
+
+    def processor(dataset: Dataset) -> Dataset:
+        lines = dataset.map_batches(
+            _pickled_lines,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            fn_kwargs={"name": name, "to_fields": to_fields},
+        )
+        # One block per result, so that every result is passed on at once.
+        with own_context(block_bytes=1, ordered=False):
+            source = _results_source(partial(_render_rows, lines, planner, name, chosen, outputs, options))
+            once = {**on_this_node(), "max_retries": 0}
+            return ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args=once)
+
+    return processor
+
+
+def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
+    return pyarrow.table({"line": [pickle.dumps(line) for line in table_lines(name, block, to_fields)]})
+
+
+def _render_rows(
+    lines: Dataset, planner: LinePlanner, name: str, profile: Profile, outputs: OutputFolder, options: RenderOptions
+) -> Iterator[pyarrow.Table]:
+    """Render the lines in a thread, and yield the results as they arrive."""
+    rows: SimpleQueue[ManifestRow | BaseException | None] = SimpleQueue()
+    stop = threading.Event()
+
+    def run() -> None:
+        try:
+            render_lines(
+                [],
+                partial(planned_rows, lines, planner),
+                name,
+                profile,
+                outputs,
+                options,
+                listener=_SilentListener(),
+                stop=stop,
+                on_row=rows.put,
+            )
+            rows.put(None)
+        except BaseException as error:
+            rows.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (row := rows.get()) is not None:
+            if isinstance(row, BaseException):
+                raise row
+            yield pyarrow.Table.from_pylist([_with_absolute_paths(row, outputs)], schema=SCHEMA)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _with_absolute_paths(row: ManifestRow, outputs: OutputFolder) -> Fields:
+    columns = dict(vars(row))
+    for name in SHOT_FILES:
+        if columns[name] is not None:
+            columns[name] = str(outputs.storage.place(columns[name]))
+    return columns
+
+
+def _results_source(results: Callable[[], Iterator[pyarrow.Table]]) -> Any:
+    """Return a data source of Ray Data with one task that yields the results."""
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class RenderedShots(Datasource):  # type: ignore[misc]  # Ray Data has no types
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(results, metadata)]
+
+    return RenderedShots()
+
+
+class _SilentListener(ProgressListener):
+    """Listener that ignores all events. Results are rows."""
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        pass
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        pass
+
+    def on_finished(self, row: ManifestRow) -> None:
+        pass
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        pass
+
+    def on_message(self, message: str) -> None:
+        pass
