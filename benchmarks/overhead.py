@@ -1,6 +1,9 @@
 """Benchmark of the batch engine's overhead: a long script with stages that do nothing, then the same script again (resume).
 
 The output files are tiny, but are written and committed as usual, by other processes than the driver.
+
+With `--slots`: CPU time of the scheduler, and of an event loop with fake actors, for large clusters. Simulated, without Ray: a
+thousand actors do not fit on one machine.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from rich.table import Table
 from benchmarks.local_ray import ENVIRONMENT, local_ray
 from benchmarks.machine import machine, write_json
 from benchmarks.noop_stages import STAGES, line
+from benchmarks.simulated_director import measure_director
+from benchmarks.simulated_scheduling import LAYOUTS, Simulation
 
 ROOT = Path(__file__).parent.parent
 LINES = 10_000
@@ -35,7 +40,11 @@ QUICK_LINES = 300
 CPU_WORKERS = 2
 """Slots of the run. More would compete with the driver, which is measured, for CPUs."""
 SAMPLE_S = 1.0
-GOALS = {"driver_cpu_ms_per_shot": 5.0, "resume_s_per_10000": 2.0}
+GOALS = {"driver_cpu_ms_per_shot": 5.0, "resume_s_per_10000": 2.0, "scheduler_cpu_ms_per_shot": 3.0}
+SLOT_LAYOUTS = ("fused", "hybrid")
+SHOTS_PER_SLOT = 6
+MIN_SHOTS = 600
+"""Shots of a simulated run with few slots. Shorter runs are measured less exactly."""
 
 
 class RunClock:
@@ -94,8 +103,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"Use {QUICK_LINES} lines.")
     parser.add_argument("--lines", type=int, default=None, help=f"Lines of the script. Default: {LINES}.")
+    parser.add_argument("--slots", type=_counts, metavar="N,N,...", help="Simulate runs with so many GPUs instead.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
+    if args.slots:
+        rows = [row for slots in args.slots for layout in SLOT_LAYOUTS for row in measure_slots(layout, slots)]
+        _print(rows, "Overhead per shot of 25 frames at 4096x2304, simulated")
+        if args.json:
+            write_json(args.json, {"machine": machine(("vidgen-ray",)), "rows": rows})
+        return 0
     lines = args.lines or (QUICK_LINES if args.quick else LINES)
     # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
     os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
@@ -104,16 +120,46 @@ def main() -> int:
         rows = measure(lines, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table = Table(title=f"Overhead of the batch engine, {lines} lines")
-    for column in ("what", "value", "unit", "goal"):
-        table.add_column(column, justify="right" if column in ("value", "goal") else "left")
-    for row in rows:
-        goal = GOALS.get(row["what"])
-        table.add_row(row["what"], f"{row['value']:.2f}", row["unit"], "" if goal is None else f"{goal:g}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    _print(rows, f"Overhead of the batch engine, {lines} lines")
     if args.json:
         write_json(args.json, {"machine": machine(("vidgen-ray", "ray")), "rows": rows})
     return 0
+
+
+def measure_slots(layout: str, slots: int) -> list[dict[str, Any]]:
+    """Simulate a run with `slots` GPUs and return rows of label, value and unit."""
+    specs, shots = LAYOUTS[layout](slots), max(MIN_SHOTS, SHOTS_PER_SLOT * slots)
+    result = Simulation(specs, shots).run()
+    director = measure_director(specs, shots)
+    values = {
+        "scheduler_cpu_ms_per_shot": (1000 * result.scheduler_cpu_s / shots, "ms"),
+        "event_loop_cpu_ms_per_shot": (director.cpu_ms_per_shot, "ms"),
+        "shots_per_s": (director.shots_per_simulated_s, "1/s"),
+    }
+    return [
+        {"system": layout, "what": what, "value": round(value, 4), "unit": unit, "slots": slots, "shots": shots}
+        for what, (value, unit) in values.items()
+    ]
+
+
+def _counts(text: str) -> list[int]:
+    """Parse positive integers separated by commas. Raises ValueError."""
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(f"got {text}, must be at least 1")
+    return counts
+
+
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    with_slots = "slots" in rows[0]
+    for column in (*(("slots", "layout") if with_slots else ()), "what", "value", "unit", "goal"):
+        table.add_column(column, justify="right" if column in ("slots", "value", "goal") else "left")
+    for row in rows:
+        goal = GOALS.get(row["what"])
+        place = (str(row["slots"]), row["system"]) if with_slots else ()
+        table.add_row(*place, row["what"], f"{row['value']:.2f}", row["unit"], "" if goal is None else f"{goal:g}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def measure(lines: int, folder: Path) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ class Simulation:
         make_worker = worker_type or scheduler.WorkerState
         self.workers = [make_worker(spec, 4, live=True) for spec in specs]
         self._scheduler = scheduler.Scheduler(self.workers, POSITIONS)
-        self._steps = _calls(specs)
+        self._steps = calls_of(specs)
         self._shots, self._loras, self._chunk_count, self._max_cpu_s = shots, loras, chunks, max_cpu_s
         swaps = any(spec.swap_groups for spec in specs)
         self._window = (16 if swaps else SHOTS_PER_WORKER) * len(specs)
@@ -241,7 +241,7 @@ class Simulation:
             self.result.scheduler_cpu_s += time.thread_time() - before
 
 
-def _calls(specs: Sequence[WorkerSpec]) -> list[tuple[str, ...]]:
+def calls_of(specs: Sequence[WorkerSpec]) -> list[tuple[str, ...]]:
     """Return the stages of each call before the chunks: as many per call as every worker with its first stage can run."""
     calls: list[tuple[str, ...]] = []
     for stage in list(SECONDS)[:-1]:

@@ -159,13 +159,24 @@ class Scheduler:
         """Record the end of a call, successful or not. Ignored for work of a process that has crashed."""
         if work not in worker.assigned:
             return
-        worker.assigned.remove(work)
+        del worker.assigned[work]
         worker.load = worker.load - work.load if worker.assigned else 0.0
         worker.alone = worker.alone and bool(worker.assigned)
         self._index(worker)
         for stage, reservation in self._reservations.items():
             if reservation.worker is not worker and stage in worker.spec.stages:
                 reservation.others_load += work.load
+
+    def recall(self, worker: WorkerState) -> list[Work]:
+        """Make the prefetched work of a worker wait again, and return it. For a worker whose running call takes too long.
+
+        The caller cancels the calls, and starts the worker's probation, so that no other work is prefetched.
+        """
+        prefetched = list(worker.assigned)[1:]
+        for work in prefetched:
+            self.finished(worker, work)
+            self.add(work)
+        return prefetched
 
     def assign(self) -> list[Pair]:
         """Assign all work that can be assigned now, and return it. The least loaded worker chooses first."""
@@ -262,7 +273,7 @@ class Scheduler:
 
     def _assign(self, worker: WorkerState, work: Work) -> None:
         self._queues[work.stage].remove(work)
-        worker.assigned.add(work)
+        worker.assigned[work] = None
         worker.load += work.load
         worker.alone = work.alone
         if work.adapters:

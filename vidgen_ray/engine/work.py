@@ -50,8 +50,8 @@ class WorkerState:
     """The worker gets one call at a time, and only if no other worker can start it now. See `Scheduler.set_probation`."""
     load: float = 0.0
     """Load of the assigned work."""
-    assigned: set[Work] = field(default_factory=set)
-    """Running and prefetched work."""
+    assigned: dict[Work, None] = field(default_factory=dict)
+    """Assigned work in the order of assignment: the first runs, the others are prefetched."""
     adapters: list[Hashable] = field(default_factory=list)
     """Active LoRAs. The last used is last."""
     group: Sequence[str] = ()
