@@ -143,10 +143,10 @@ def measure_slots(layout: str, slots: int) -> list[dict[str, Any]]:
 
 
 def _counts(text: str) -> list[int]:
-    """Parse positive integers separated by commas. Raises ValueError."""
-    counts = [int(part) for part in text.split(",")]
+    """Parse positive integers separated by commas."""
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if min(counts) < 1:
-        raise ValueError(f"got {text}, must be at least 1")
+        raise argparse.ArgumentTypeError(f"got {text!r}, must be positive integers separated by commas, such as 10,100")
     return counts
 
 

@@ -152,14 +152,14 @@ class Simulation:
 
     def run(self) -> Result:
         self._start_shots()
-        while self._events and self.result.scheduler_cpu_s < self._max_cpu_s:
+        while self._events and not self._too_slow():
             self._now, _, place = heapq.heappop(self._events)
             self._finish(place)
         self.result.makespan_s = self._now
         return self.result
 
     def _start_shots(self) -> None:
-        while self._in_progress < self._window and (order := next(self._orders)) < self._shots:
+        while self._in_progress < self._window and not self._too_slow() and (order := next(self._orders)) < self._shots:
             self._in_progress += 1
             lora = self._random.randrange(self._loras + 1)
             self._next_step(_Shot(order, frozenset([lora] if lora else []), self._now), -1, None)
@@ -232,6 +232,9 @@ class Simulation:
             self.result.latency_s.append(self._now - call.shot.started_s)
             self._in_progress -= 1
             self._start_shots()
+
+    def _too_slow(self) -> bool:
+        return self.result.scheduler_cpu_s >= self._max_cpu_s
 
     def _timed(self, call: Callable[[], T]) -> T:
         before = time.thread_time()

@@ -1,5 +1,6 @@
 """Tests of the benchmarks: simulated GPUs, the efficiency measurement and the simulated stages."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from benchmarks import noop_stages, simulated, simulated_stages
 from benchmarks.efficiency import row, simulation
+from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.measure import efficiency
 from benchmarks.peers import PEERS, sizes
 from benchmarks.runs import Case, Run
@@ -27,6 +29,9 @@ from benchmarks.simulated import (
     SimulatedModel,
     claimed_gpu,
 )
+from benchmarks.simulated_director import measure_director
+from benchmarks.simulated_scheduling import LAYOUTS, SECONDS
+from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
@@ -237,3 +242,43 @@ def test_noop_stages_run_a_shot(tmp_path):
 def test_peer_modules_exist():
     for peer in PEERS.values():
         assert (ROOT / f"{peer.module.replace('.', '/')}.py").is_file()
+
+
+def test_fake_actors_run_calls_in_order_in_simulated_time():
+    async def calls():
+        actors = [
+            FakeActorClient(f"worker-{n}", lambda method, seconds: seconds, lambda method, _: method) for n in range(1000)
+        ]
+        called = (actor.call(method, 30.0, stage="svd", timeout_s=60) for actor in actors for method in ("first", "second"))
+        return await asyncio.gather(*called)
+
+    results, simulated_s = run_in_simulated_time(calls())
+    assert results == ["first", "second"] * 1000
+    assert simulated_s == pytest.approx(60)
+
+
+def test_fake_actor_call_times_out():
+    async def calls():
+        actor = FakeActorClient("worker", lambda method, seconds: seconds, lambda method, _: None)
+        hanging = asyncio.ensure_future(actor.call("run", 1e6, stage="svd", timeout_s=60))
+        following = asyncio.ensure_future(actor.call("run", 5.0, stage="flux", timeout_s=60))
+        with pytest.raises(ActorCallFailed, match="run took longer than 60 s") as failed:
+            await hanging
+        assert (failed.value.reason, failed.value.caused_crash, actor.running) == ("TimedOut", True, "flux")
+        await following
+
+    assert run_in_simulated_time(calls())[1] == pytest.approx(65)
+
+
+def test_simulated_director_keeps_all_workers_busy():
+    slots = 8
+    cost = measure_director(LAYOUTS["fused"](slots), 100 * slots)
+    assert cost.shots_per_simulated_s == pytest.approx(slots / sum(SECONDS.values()), rel=0.02)
+    assert cost.cpu_ms_per_shot > 0
+
+
+def test_overhead_rejects_wrong_slot_counts():
+    command = [sys.executable, "benchmarks/overhead.py", "--slots", "10,none"]
+    rejected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert rejected.returncode == 2
+    assert "got '10,none', must be positive integers separated by commas" in rejected.stderr

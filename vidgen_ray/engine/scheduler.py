@@ -161,7 +161,7 @@ class Scheduler:
             return
         del worker.assigned[work]
         worker.load = worker.load - work.load if worker.assigned else 0.0
-        worker.alone = worker.alone and bool(worker.assigned)
+        worker.alone = False  # it was its only work
         self._index(worker)
         for stage, reservation in self._reservations.items():
             if reservation.worker is not worker and stage in worker.spec.stages:
