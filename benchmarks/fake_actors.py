@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from vidgen_ray.engine.actor_client import ActorCallFailed
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
 
@@ -77,7 +78,7 @@ class FakeActorClient:
                 await asyncio.sleep(min(seconds, timeout_s))
                 if seconds > timeout_s:
                     message = f"{method} took longer than {timeout_s:g} s"
-                    raise ActorCallFailed("TimedOut", message, worker=self.location, caused_crash=True)
+                    raise ActorCallFailed("TimedOut", message, Kind.ERROR, self.location)
         finally:
             self._calls.remove(stage)
         result = self._result(method, *args)
@@ -85,8 +86,9 @@ class FakeActorClient:
             raise ValueError(f"{method}: got {len(result)} results, must be {num_returns}")
         return result
 
-    def send(self, method: str, *args: Any) -> None:
-        """Ignore the call: a fake actor has no state."""
+    def send(self, method: str, *args: Any) -> Any:
+        """Ignore the call, since a fake actor has no state. Return an awaitable `None`."""
+        return asyncio.sleep(0)
 
     def restart(self) -> None:
         """Do nothing: a fake actor does not crash."""
@@ -94,6 +96,10 @@ class FakeActorClient:
     @property
     def running(self) -> str | None:
         return self._calls[0] if self._calls else None
+
+    @property
+    def node(self) -> str | None:
+        return self.place.node if self.place else None
 
     @property
     def location(self) -> str:

@@ -15,7 +15,6 @@ import resource
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +23,6 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +37,6 @@ LINES = 10_000
 QUICK_LINES = 300
 CPU_WORKERS = 2
 """Slots of the run. More would compete with the driver, which is measured, for CPUs."""
-SAMPLE_S = 1.0
 GOALS = {"driver_cpu_ms_per_shot": 5.0, "resume_s_per_10000": 2.0, "scheduler_cpu_ms_per_shot": 3.0}
 SLOT_LAYOUTS = ("fused", "hybrid")
 SHOTS_PER_SLOT = 6
@@ -55,48 +52,20 @@ class RunClock:
         self.planned_s = 0.0
         self.counts: dict[str, int] = defaultdict(int)
 
-    def on_planned(self, total: int, done_before: int, refused: int) -> None:
+    def on_rejected(self, row: Any) -> None:
+        self.counts["rejected"] += 1
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
         self.planned_s = time.monotonic() - self.started
-        if done_before:
-            self.counts["skipped"] = done_before
+        if skipped:
+            self.counts["skipped"] = skipped
 
     def on_finished(self, row: Any) -> None:
         self.counts[row.status] += 1
 
     def on_status(self, snapshot: Any) -> None: ...
 
-
-class ActorSeconds:
-    """CPU seconds of Ray's processes without the driver, by actor name. Sampled during the block."""
-
-    def __init__(self) -> None:
-        self._by_pid: dict[int, tuple[str, float]] = {}
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> ActorSeconds:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stopped.wait(SAMPLE_S):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    title, cpu = process.cmdline()[0], process.cpu_times()
-                except (psutil.NoSuchProcess, IndexError):
-                    continue
-                if title.startswith("ray::"):
-                    # The title is ray::Worker.run during a call, else ray::Worker.
-                    name = title.removeprefix("ray::").split(".")[0]
-                    self._by_pid[process.pid] = name, cpu.user + cpu.system
-
-    def of(self, word: str) -> float:
-        """Return the CPU seconds of all actors whose name contains `word`."""
-        return sum(seconds for name, seconds in self._by_pid.values() if word in name)
+    def on_message(self, message: str) -> None: ...
 
 
 def main() -> int:
@@ -170,8 +139,7 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
     with local_ray(0):
         before_bytes = _peak_rss_bytes()
         cpu_before, first = time.process_time(), RunClock()
-        with ActorSeconds() as actors:
-            _render(script, folder, first)
+        _render(script, folder, first)
         wall_s, cpu_s = time.monotonic() - first.started, time.process_time() - cpu_before
         peak_bytes = _peak_rss_bytes()
         _check_counts(first.counts, {"done": lines})
@@ -181,7 +149,6 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
         _check_counts(again.counts, {"skipped": lines})
     values = {
         "driver_cpu_ms_per_shot": (1000 * cpu_s / lines, "ms"),
-        "director_cpu_ms_per_shot": (1000 * actors.of("Director") / lines, "ms"),
         "wall_ms_per_shot": (1000 * wall_s / lines, "ms"),
         "driver_peak_rss_mb": (peak_bytes / 2**20, "MB"),
         "driver_rss_growth_mb": ((peak_bytes - before_bytes) / 2**20, "MB"),
@@ -197,25 +164,18 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def _render(script: Path, folder: Path, listener: RunClock) -> None:
-    from vidgen_ray.batch.render import render
+    from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.profile import ActorProfile, Profile
-    from vidgen_ray.script.reader import iter_script
+    from vidgen_ray.script.reader import ScriptSettings
 
     weights = folder / "weights"
     weights.mkdir(exist_ok=True)
     (weights / "animevideov3.safetensors").write_bytes(b"nothing")
     actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
     profile = Profile(name="no-op", about="does nothing", cpu_workers=CPU_WORKERS, actors=actors)
-    render(
-        iter_script(script),
-        profile,
-        OutputFolder(folder / "out"),
-        source=script.name,
-        listener=listener,
-        use_cache=False,
-        stages=STAGES,
-    )
+    options = RenderOptions(use_cache=False, stages=STAGES)
+    render(ScriptSettings(script), profile, OutputFolder(folder / "out"), options, listener=listener)
 
 
 def _check_counts(counts: dict[str, int], expected: dict[str, int]) -> None:

@@ -32,6 +32,7 @@ from benchmarks.simulated import (
 from benchmarks.simulated_director import measure_director
 from benchmarks.simulated_scheduling import LAYOUTS, SECONDS
 from vidgen_ray.engine.actor_client import ActorCallFailed
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
@@ -264,7 +265,7 @@ def test_fake_actor_call_times_out():
         following = asyncio.ensure_future(actor.call("run", 5.0, stage="flux", timeout_s=60))
         with pytest.raises(ActorCallFailed, match="run took longer than 60 s") as failed:
             await hanging
-        assert (failed.value.reason, failed.value.caused_crash, actor.running) == ("TimedOut", True, "flux")
+        assert (failed.value.error, failed.value.kind, actor.running) == ("TimedOut", Kind.ERROR, "flux")
         await following
 
     assert run_in_simulated_time(calls())[1] == pytest.approx(65)
