@@ -29,12 +29,8 @@ MEASURES = {
 }
 
 
-def scheduler_with(*stages, swap_groups=(), adapters_kept=2, nodes=None):
-    nodes = nodes or [None] * len(stages)
-    workers = [
-        WorkerState(WorkerSpec(held, 1, 1, swap_groups), adapters_kept, live=True, node=node)
-        for held, node in zip(stages, nodes, strict=True)
-    ]
+def scheduler_with(*stages, swap_groups=()):
+    workers = [WorkerState(WorkerSpec(held, 1, 1, swap_groups), adapters_kept=2, live=True) for held in stages]
     return Scheduler(workers, POSITIONS), workers
 
 
@@ -172,9 +168,11 @@ def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
 
 
 def test_work_goes_to_active_loras_then_inputs_then_their_node():
-    scheduler, (with_lora, source, neighbour, _elsewhere) = scheduler_with(*[("flux", "svd")] * 4, nodes="abbc")
+    with_lora, source, neighbour, _elsewhere = workers = [
+        WorkerState(WorkerSpec(("flux", "svd"), 1, 1), 2, live=True, node=node) for node in "abbc"
+    ]
     with_lora.adapters.append("x")
-    scheduler.set_probation(with_lora, False)
+    scheduler = Scheduler(workers, POSITIONS)
     scheduler.add(Work("flux", 0, frozenset("x"), near=source))
     for order in (1, 2):
         scheduler.add(Work("svd", order, near=source))

@@ -134,8 +134,9 @@ class Scheduler:
 
     def set_probation(self, worker: WorkerState, probation: bool) -> None:
         """Start or end the probation of a worker. See `WorkerState.probation`."""
-        worker.probation = probation
-        self._index(worker)
+        if worker.probation != probation:
+            worker.probation = probation
+            self._index(worker)
 
     def holders(self, stage: str) -> Collection[WorkerState]:
         """Return the workers that hold a stage, live or not."""
