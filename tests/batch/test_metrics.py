@@ -12,10 +12,10 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from vidgen_ray.engine.run_metrics import MAX_ERROR_LABELS, METRICS, RunMetrics, exported_names
-from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.engine.metrics import SECONDS
 from vidgen_ray.engine.ray_cluster import init_local_ray
+from vidgen_ray.engine.run_metrics import MAX_ERROR_LABELS, METRICS, RunMetrics, exported_names
+from vidgen_ray.engine.status import Snapshot, StageStatus
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
 MONITORING = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()

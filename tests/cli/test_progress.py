@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from rich.console import Console, Group
 
-from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.cli import progress
 from vidgen_ray.cli.progress import FIRST_SHOTS, LOADING, PLANNING, LineView, TerminalView, ViewGroup, run_view
 from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker, Throughput, eta_range
+from vidgen_ray.engine.status import Snapshot, StageStatus
 from vidgen_ray.outputs.manifest import ManifestRow
 
 IDLE = Snapshot({"flux": StageStatus(3, 0, 2, 0.0), "svd": StageStatus(0, 0, 2, 0.0)}, gpus_busy=0.0, in_progress=0)

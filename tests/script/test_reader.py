@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.script.reader import iter_script, read_script
+from vidgen_ray.script import reader
+from vidgen_ray.script.reader import ScriptSettings
 from vidgen_ray.shot import Shot
 
 LINES = [
@@ -21,6 +22,14 @@ LINES = [
 def referenced_files(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"x")
     (tmp_path / "face.jpg").write_bytes(b"x")
+
+
+def read_script(path, **options):
+    return reader.read_script(ScriptSettings(path, **options))
+
+
+def iter_script(path):
+    return reader.iter_script(ScriptSettings(path))
 
 
 def write(tmp_path, name, content):
@@ -253,8 +262,9 @@ def test_rejected_lines_have_unique_ids(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + "{broken\n{broken\n"
     script = read_script(write(tmp_path, "s.jsonl", text))
-    ids = [s.id for s in script.shots] + [line.id for line in script.rejected]
-    assert ids == ["x", "s-line-6", "s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
+    # The first line with an id owns it, also if that line is rejected or the id was made for it.
+    assert [s.id for s in script.shots] == ["x", "s-line-6"]
+    assert [line.id for line in script.rejected] == ["s-line-2", "y", "s-line-4", "s-line-6-2", "s-line-7"]
 
 
 def test_duplicate_id_of_one_variant_rejects_the_whole_line(tmp_path):

@@ -18,7 +18,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.reader import ScriptSettings, read_script
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_refine import FluxRefineStage
@@ -160,7 +160,7 @@ def test_unknown_identity_is_rejected_with_line_and_field(tmp_path, capsys):
     script = tmp_path / "s.jsonl"
     script.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "b", "identity": "pulid"}) + "\n")
     message = "s.jsonl line 2, identity: got 'pulid', must be one of infusenet, instantid-sdxl, none"
-    assert [str(error) for error in read_script(script).errors] == [message]
+    assert [str(error) for error in read_script(ScriptSettings(script)).errors] == [message]
     assert main(["validate", str(script)]) == 3
     assert message in capsys.readouterr().err
 

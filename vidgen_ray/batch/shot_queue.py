@@ -32,8 +32,8 @@ class ShotQueue:
 
     def __init__(self) -> None:
         self._groups: dict[frozenset[str], dict[str, deque[tuple[int, ShotTask]]]] = {}
-        self._active: frozenset[str] = frozenset()
-        """LoRAs of the last shot that had any. Shots without LoRAs do not change them."""
+        self._active: frozenset[str] | None = None
+        """LoRAs of the last shot that had any, since shots without LoRAs do not change them. `None` before the first shot."""
         self._added = 0
         self._count = 0
 
@@ -71,7 +71,7 @@ class ShotQueue:
             del group[prompt]
         if not group:
             del self._groups[loras]
-        self._active = loras or self._active
+        self._active = loras or self._active or loras
         self._count -= 1
         return task
 
