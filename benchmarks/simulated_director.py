@@ -1,90 +1,145 @@
-"""Event loop of a director with fake actors: shots are coroutines, and each call waits for a worker of the scheduler.
+"""Director with fake actors in simulated time: the engine's own worker pool, encoder pool, shot runner and window.
 
-Has no retries, encoders, records or files: the least that any director does per shot.
+A fake actor takes no CPU time, so the CPU time of the process is the director's. The cost of Ray's calls is measured apart.
 """
 
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
 
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
-from benchmarks.simulated_scheduling import CHUNKS, POSITIONS, SECONDS, SHOTS_PER_WORKER, calls_of
-from vidgen_ray.engine.chunks import ordered_window
-from vidgen_ray.engine.scheduler import Scheduler
-from vidgen_ray.engine.work import CHUNK_LOAD, Work, WorkerState
+from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
+from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.step_groups import CallResult
+from vidgen_ray.engine.window import Window
+from vidgen_ray.engine.worker_pool import WorkerPool
+from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.profile import ActorProfile, Profile
+from vidgen_ray.shot import Shot
 
 WORKERS_PER_NODE = 8
-TIMEOUT_S = 1800.0
+FRAMES = 25
+CHUNK_FRAMES = 4
+ENCODE_S = {"begin": 0.3, "add": 0.4, "commit": 0.1, "abandon": 0.0}
+"""Encoder method -> seconds of a call."""
+RAY_CALLS = 2000
 
 
 class DirectorCost(NamedTuple):
     """Cost of a run."""
 
     cpu_ms_per_shot: float
+    """CPU time of the director without Ray's calls."""
+    calls_per_shot: float
     shots_per_simulated_s: float
 
 
-class _Pool:
-    """Worker pool without failures."""
+class _NoObserver:
+    def step_ended(self, stage: str, seconds: float, cached: bool) -> None: ...
 
-    def __init__(self, specs: Sequence[WorkerSpec]) -> None:
-        states = [WorkerState(spec, 4, node=str(n // WORKERS_PER_NODE)) for n, spec in enumerate(specs)]
-        self._scheduler = Scheduler(states, POSITIONS)
-        self._clients = {
-            state: FakeActorClient(f"worker-{n}", lambda method, seconds: seconds, lambda method, seconds: None)
-            for n, state in enumerate(states)
-        }
-        self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
+    def step_failed(self, stage: str, error_class: str) -> None: ...
 
-    async def start(self) -> None:
-        await asyncio.gather(*(client.ready() for client in self._clients.values()))
-        for state in self._clients:
-            self._scheduler.started(state)
+    def retried(self, stage: str) -> None: ...
 
-    async def call(self, work: Work, seconds: float) -> WorkerState:
-        """Run a call of this many seconds on a worker, and return the worker."""
-        future = self._assigned[work] = asyncio.get_running_loop().create_future()
-        self._scheduler.add(work)
-        self._assign()
-        worker = await future
-        await self._clients[worker].call("run", seconds, stage=work.stage, timeout_s=TIMEOUT_S)
-        self._scheduler.finished(worker, work)
-        self._assign()
-        return worker
+    def adapter_loads(self, n: int) -> None: ...
 
-    def _assign(self) -> None:
-        for worker, work in self._scheduler.assign():
-            self._assigned.pop(work).set_result(worker)
+    def frames_upscaled(self, n: int) -> None: ...
+
+    def quarantined(self, process: str, reason: str) -> None: ...
+
+
+def plan_of(number: int) -> ShotPlan:
+    """Return the plan of a shot of 25 frames that becomes 4096x2304."""
+    shot = Shot(id=f"shot-{number:06d}", prompt=f"nothing, number {number}", seed=number, num_frames=FRAMES, scale=4)
+    steps = tuple(Step(stage=stage.name, key=f"{number:032x}{n:032x}", weights=()) for n, stage in enumerate(stages_of(shot)))
+    return ShotPlan(shot=shot, steps=steps, key=steps[-1].key)
 
 
 def measure_director(specs: Sequence[WorkerSpec], shots: int) -> DirectorCost:
     """Run the shots on workers with these stages."""
+    plans = [plan_of(number) for number in range(shots)]
     before = time.process_time()
-    _, simulated_s = run_in_simulated_time(_run(specs, shots))
-    return DirectorCost(1000 * (time.process_time() - before) / shots, shots / simulated_s)
+    calls, simulated_s = run_in_simulated_time(_run(specs, plans))
+    return DirectorCost(1000 * (time.process_time() - before) / shots, calls / shots, shots / simulated_s)
 
 
-async def _run(specs: Sequence[WorkerSpec], shots: int) -> None:
-    pool, window = _Pool(specs), asyncio.Semaphore(SHOTS_PER_WORKER * len(specs))
-    steps = calls_of(specs)
+async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
+    calls = 0
 
-    async def render(order: int) -> None:
-        async with window:
-            worker: WorkerState | None = None
-            for stages in steps:
-                seconds = sum(SECONDS[stage] for stage in stages)
-                worker = await pool.call(Work(stages[0], order, near=worker), seconds)
+    def seconds(method: str, *args: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if method in ENCODE_S:
+            return ENCODE_S[method]
+        names = args[2]
+        return sum(SECONDS.get(name, 0.0) for name in names) / (CHUNKS if method == "run_chunk" else 1)
 
-            async def upscale(_: slice) -> None:
-                work = Work("realesrgan", order, load=CHUNK_LOAD, near=worker)
-                await pool.call(work, SECONDS["realesrgan"] / CHUNKS)
+    def result(method: str, *args: Any) -> Any:
+        if method == "commit":
+            record = asyncio.get_running_loop().create_future()
+            record.set_result(ShotRecord.model_construct(stages=args[1]))
+            return CallResult(), record
+        if method not in ("run", "run_chunk"):
+            return CallResult()
+        records = tuple(
+            StepRecord(stage=name, key="", weights=(), seconds=1.0, gpu_seconds=1.0, cached=False) for name in args[2]
+        )
+        return CallResult(records), None
 
-            async for _ in ordered_window((slice(n, n + 1) for n in range(CHUNKS)), upscale):
-                pass
+    actors = {stage.actor: ActorProfile(weights="tiny") for stage in STAGE_BY_NAME.values()}
+    profile = Profile(name="simulated", about="does nothing", actors=actors)
+    config = EngineConfig("run", profile, OutputFolder(Path("unused")), STAGE_BY_NAME)
+    observer = _NoObserver()
+    workers, encoders = WorkerPool(config, observer), EncoderPool(config, observer)
+    for n, spec in enumerate(specs):
+        node = f"node-{n // WORKERS_PER_NODE}"
+        workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
+        encoders.add(FakeActorClient(f"encoder-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
+    chunk_frames = {"realesrgan": CHUNK_FRAMES}
+    runner = ShotRunner(config, workers, encoders, chunk_frames, observer)
+    window = Window(SHOTS_PER_WORKER * len(specs), float("inf"))
 
-    await pool.start()
-    await asyncio.gather(*(render(order) for order in range(shots)))
+    async def render(plan: ShotPlan) -> None:
+        async with window.admit(1):
+            await runner.run(plan)
+
+    await asyncio.gather(*map(render, plans))
+    return calls
+
+
+class _Echo:
+    def run(self, number: int, plan: ShotPlan) -> tuple[CallResult, None]:
+        return CallResult(), None
+
+
+def measure_ray_call_ms() -> float:
+    """Return the CPU milliseconds in the caller of one actor call with a plan and two results. Needs a connection to Ray."""
+    actor = ray.remote(num_cpus=0)(_Echo).remote()
+    plan = plan_of(1)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+    async def calls() -> float:
+        async def call(number: int) -> None:
+            first, _ = actor.run.options(num_returns=2).remote(number, plan)
+            await first
+
+        await call(0)
+        before = time.process_time()
+        for start in range(0, RAY_CALLS, 100):
+            await asyncio.gather(*(call(number) for number in range(start, start + 100)))
+        return 1000 * (time.process_time() - before) / RAY_CALLS
+
+    return asyncio.run(calls())

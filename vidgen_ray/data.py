@@ -60,9 +60,9 @@ def build_processor(
     so the same pipeline resumes. `out` gets the files, the manifest and failures.jsonl, as `vidgen render` writes them. `name`
     stands for the script there.
 
-    The data set is lazy. When it is executed, one task, on the node of this process, hosts the director. Its workers use the GPUs
-    that are free when the first row arrives; to leave some for later steps, pass `RenderOptions(cluster=parse_gpus("6x80GB"))`.
-    If the task or its node is lost, the execution fails; run it again to resume.
+    The data set is lazy. When it is executed, one task, on the node of this process, hosts the director. Its workers use the
+    GPUs that are free when the first row arrives; to leave some for later steps, pass `RenderOptions(cluster=...)`. If the task
+    or its node is lost, the execution fails; run it again to resume.
 
     Raises ProfileError for an unknown profile.
     """

@@ -54,9 +54,8 @@ class EncoderPool:
         self._health = Health()
         self._quarantined: set[ActorClient] = set()
 
-    def add(self, name: str, actor: Any) -> None:
+    def add(self, client: ActorClient) -> None:
         """Add an encoder. It gets clips once it is up."""
-        client = ActorClient(actor, name)
         self._open[client] = 0
         self._start(client, 0.0)
 

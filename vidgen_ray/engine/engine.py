@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.chunks import chunk_frames_of
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine_config import EngineConfig
@@ -87,13 +88,13 @@ class Engine:
     # Callbacks of the fleet
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        self._workers.add(name, spec, actor)
+        self._workers.add(spec, ActorClient(actor, name))
 
     def worker_lost(self, name: str) -> None:
         self._workers.remove(name)
 
     def encoder_started(self, name: str, actor: Any) -> None:
-        self._encoders.add(name, actor)
+        self._encoders.add(ActorClient(actor, name))
 
     def waiting(self, reason: str | None) -> None:
         self._waiting = reason

@@ -70,10 +70,10 @@ class WorkerPool:
 
     # Workers
 
-    def add(self, name: str, spec: WorkerSpec, actor: Any) -> None:
+    def add(self, spec: WorkerSpec, client: ActorClient) -> None:
         """Add a worker. It gets calls once it has loaded its weights."""
         worker = WorkerState(spec, self._adapters_kept)
-        self._clients[worker] = ActorClient(actor, name)
+        self._clients[worker] = client
         self._scheduler.add_worker(worker)
         self._start(worker)
 
