@@ -240,7 +240,8 @@ def test_one_of_two_runs_that_start_at_once_gets_the_lease_in_s3(s3, monkeypatch
 
     def run(name):
         try:
-            with s3.lease(name):
+            with s3.lease(name) as lease:
+                assert lease.name == ".running"
                 taken.append(name)
                 end.wait(WAIT_S)
         except SetupError as error:
