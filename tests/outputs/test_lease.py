@@ -14,7 +14,7 @@ from moto.s3.responses import S3Response
 
 from tests.pid_namespaces import run_in_pid_namespace
 from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
-from vidgen_ray.batch.render import render
+from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs.conditional_object import ConditionalObject
@@ -338,7 +338,7 @@ class TestSweep:
         abandoned = disk.root / "shots" / f"{temporary_prefix(ENDED)}x"
         write_atomically(abandoned / "hd.mp4", b"1")
         with disk.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
-            render([], tiny, disk, source="s", listener=None)
+            render_lines([], None, "s", tiny, disk, RenderOptions(), listener=None)
         assert (abandoned / "hd.mp4").exists()
         disk.sweep()
         assert not abandoned.exists()
