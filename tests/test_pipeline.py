@@ -1,9 +1,7 @@
 """The library API: the call of the README, its result and its files."""
 
 import json
-import os
 import pickle
-import subprocess
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from PIL import Image
 
 from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.atomic_files import temporary_folder
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
@@ -107,17 +104,6 @@ def test_failed_stage_is_named_and_leaves_no_files(pipeline):
     with pytest.raises(StepFailed, match="instantid: face_image: no face found"):
         pipeline.generate_video("a", id="wall", face_image=wall)
     assert not list((pipeline.outputs.root / "shots").glob("wall/*"))
-
-
-def test_sweep_keeps_workspaces_of_live_processes(tmp_path):
-    ours = temporary_folder(tmp_path / "shots")
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    theirs = ours.with_name(ours.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
-    theirs.mkdir()
-    OutputFolder(tmp_path).sweep()
-    assert ours.exists()
-    assert not theirs.exists()
 
 
 def test_errors_can_be_pickled():

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ABANDONED_AFTER_S = 86_400
-"""Age in seconds at which a temporary file of another machine counts as abandoned.
+from vidgen_ray.process_id import ProcessId, this_process
 
-On this machine it does as soon as its process has ended.
+PREFIX = ".tmp-"
+ABANDONED_AFTER_S = 86_400
+"""Age in seconds at which the temporary file of a process in another container or on another machine counts as abandoned.
+
+If the process was in this PID namespace, its files are abandoned as soon as it has ended.
 """
 
 
-def temporary_prefix() -> str:
-    """Return the name prefix of this process's temporary files and folders."""
-    return f".tmp-{os.uname().nodename}-{os.getpid()}-"
+def temporary_prefix(owner: ProcessId | None = None) -> str:
+    """Return the name prefix of the temporary files and folders of a process. Default: this process."""
+    return f"{PREFIX}{owner or this_process()}-"
 
 
 def temporary_folder(parent: Path) -> Path:
@@ -63,14 +66,14 @@ def flush_to_disk(path: Path) -> None:
 
 
 def abandoned(folder: Path) -> Iterator[Path]:
-    """Yield the temporary files and folders in `folder` whose process has ended."""
+    """Yield the temporary files and folders in `folder` that no process uses any more."""
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:
         return
     with entries:
         # Filter by name first: folders with many shots are scanned at every start.
-        for name in [entry.name for entry in entries if entry.name.startswith(".tmp-")]:
+        for name in [entry.name for entry in entries if entry.name.startswith(PREFIX)]:
             if _is_abandoned(folder / name):
                 yield folder / name
 
@@ -84,10 +87,14 @@ def remove(path: Path) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    host, _, pid = path.name.removeprefix(".tmp-").rpartition("-")[0].rpartition("-")
-    if host == os.uname().nodename and pid.isdigit():
-        return not Path(f"/proc/{pid}").exists()
+    owner = ProcessId.parse(path.name.removeprefix(PREFIX).rpartition("-")[0])
+    running = owner.is_running() if owner else None
+    if running is not None:
+        return not running
     try:
-        return time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
+        # Writing to a file in a folder does not change the time of the folder.
+        files = [path, *(path.iterdir() if path.is_dir() else ())]
+        last_write: float = max(file.stat().st_mtime for file in files)
     except FileNotFoundError:
         return False
+    return time.time() - last_write > ABANDONED_AFTER_S

@@ -8,11 +8,9 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 
 import pyarrow.fs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.outputs.test_outputs import failed, row, write
 from vidgen_ray.cache_dir import cache_dir
@@ -25,31 +23,6 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery import write_gallery
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """Start an S3 server with an empty bucket `clips` and return its host:port."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-            patched.delenv(name, raising=False)
-        patched.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        fs, bucket = pyarrow.fs.FileSystem.from_uri(
-            f"s3://clips?endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        )
-        fs.create_dir(bucket)
-        yield f"{host}:{port}"
-        server.stop()
-
-
-@pytest.fixture
-def url(endpoint, request):
-    return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint_override={endpoint}&scheme=http"
 
 
 @pytest.fixture
@@ -163,8 +136,8 @@ with outputs.draft(plan) as draft:
     assert killed.returncode == 9, killed.stderr.decode()
     assert outputs.find_finished(plan) is None
     (abandoned,) = workspaces() - before
-    outputs.prepare()
-    assert not abandoned.exists(), "prepare() did not delete the workspace of the killed process"
+    outputs.sweep()
+    assert not abandoned.exists(), "sweep() did not delete the workspace of the killed process"
     record = commit(outputs, plan)
     assert outputs.find_finished(plan).record() == record
     assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
@@ -208,32 +181,21 @@ def test_interrupted_upload_keeps_the_old_object(outputs):
     assert outputs.storage.read("failures.jsonl") == b"whole"
 
 
-def test_lease_rejects_a_second_run(outputs, monkeypatch):
-    with outputs.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"), outputs.lease("r2"):
-        pass
-    assert objects(outputs) == {}
-    outputs.storage.write(".running-r0", json.dumps({"run": "r0", "host": "elsewhere", "pid": 1, "since": "then"}))
-    with pytest.raises(SetupError, match="process 1 on elsewhere"), outputs.lease("r1"):
-        pass
-    monkeypatch.setattr("vidgen_ray.outputs.lease.STALE_AFTER_S", 1.0)
-    time.sleep(2.1)  # the clock of the S3 server has a resolution of one second
-    with outputs.lease("r1"):
-        assert set(objects(outputs)) == {".running-r1"}
-
-
 def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, outputs):
     record = render(url, make_shot(id="ball", num_frames=2))
     before = objects(outputs)
     for path in (f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl", "shots/mine/notes.txt"):
         outputs.storage.write(path, "12345")
-    assert collect_garbage(outputs).left_young == 2
+    assert collect_garbage(outputs).left_young == 3
     assert set(objects(outputs)) - set(before) == {
         "shots/mine/notes.txt",
         "shots/partial/image.png",
+        "spool/r0/000000.jsonl",
         f"cache/ab/{'ab' * 32}/image.png",
     }
     report = collect_garbage(outputs, grace_s=-1)
-    assert (report.counts["cache entries"], report.counts["partial shots"], report.bytes) == (1, 1, 10)
+    assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 0, "temporaries": 1}
+    assert report.bytes == 15
     assert objects(outputs) == {**before, "shots/mine/notes.txt": 5}
     assert set(record.files) <= set(outputs.storage.files("shots/ball"))
 

@@ -18,7 +18,6 @@ from vidgen_ray.cli.gc import gc
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.outputs import lease as leases
 from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
@@ -29,6 +28,7 @@ from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.process_id import this_process
 from vidgen_ray.report.gallery import write_gallery
 
 
@@ -453,57 +453,6 @@ def test_id_index_reports_new_ids():
     ids.close()
 
 
-class TestLease:
-    def test_lease_rejects_a_second_run_and_names_the_first(self, outputs):
-        with outputs.lease("r1"):
-            with pytest.raises(SetupError, match=rf"run r1 is working in it \(process {os.getpid()} on ") as error:
-                outputs.lease("r2").__enter__()
-            assert "another folder" in str(error.value)
-            assert sorted(path.name for path in outputs.root.iterdir()) == [".running-r1"]
-        assert not list(outputs.root.iterdir())
-        with outputs.lease("r2"):
-            pass
-
-    def _write_lease(self, outputs, host, pid, age_s):
-        path = outputs.root / ".running-r0"
-        write_atomically(path, json.dumps({"run": "r0", "host": host, "pid": pid, "since": "then"}))
-        os.utime(path, (time.time() - age_s,) * 2)
-        return path
-
-    def test_lease_of_a_dead_process_on_this_machine_expires_immediately(self, outputs):
-        dead = subprocess.Popen(["true"])
-        dead.wait()
-        lease = self._write_lease(outputs, os.uname().nodename, dead.pid, age_s=0)
-        with outputs.lease("r1"):
-            assert not lease.exists()
-
-    def test_lease_of_another_machine_expires_after_two_minutes(self, outputs):
-        self._write_lease(outputs, "elsewhere", 1, age_s=100)
-        with (
-            pytest.raises(SetupError, match=r"process 1 on elsewhere, since then.*expires in (19|20|21) s"),
-            outputs.lease("r1"),
-        ):
-            pass
-        self._write_lease(outputs, "elsewhere", 1, age_s=121)
-        with outputs.lease("r1"):
-            pass
-
-    def test_damaged_lease_expires_by_its_age(self, outputs):
-        write_atomically(outputs.root / ".running-r0", "{")
-        with pytest.raises(SetupError, match="run r0 is working"), outputs.lease("r1"):
-            pass
-
-    def test_lease_is_refreshed(self, outputs, monkeypatch):
-        monkeypatch.setattr(leases, "REFRESH_S", 0.02)
-        path = outputs.root / ".running-r1"
-        with outputs.lease("r1"):
-            os.utime(path, (0, 0))
-            deadline = time.monotonic() + 20
-            while not path.stat().st_mtime:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)  # no notification is available
-
-
 class TestGarbage:
     def _fill(self, outputs, plan_of):
         """Write two shots (one rendered twice, with different keys), a partial shot, and used and unused cache entries."""
@@ -514,9 +463,7 @@ class TestGarbage:
             write_atomically(outputs.root / "cache" / key[:2] / key / "image.png", b"123")
         for path in ("shots/partial/image.png", "shots/mine/holiday.jpg", "cache/readme/notes", "spool/r0/000000.jsonl"):
             write_atomically(outputs.root / path, b"12345")
-        dead = subprocess.Popen(["true"])
-        dead.wait()
-        prefix = temporary_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+        prefix = temporary_prefix(this_process()._replace(started=1))
         write_atomically(outputs.root / "shots" / f"{prefix}x" / "hd.mp4", b"1234567")
         temporary_folder(outputs.root / "shots")
         write_atomically(outputs.root / "manifest" / f"{prefix}y", b"1")
@@ -529,7 +476,7 @@ class TestGarbage:
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == dry_run
-        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 2, "spools": 1}
+        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 3}
         assert report.bytes == 3 + 5 + 1 + 5 + 7 + 1
         removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in removed if ".tmp-" not in name} == {
@@ -543,8 +490,8 @@ class TestGarbage:
     def test_collect_garbage_keeps_young_files(self, outputs, plan_of):
         self._fill(outputs, plan_of)
         report = collect_garbage(outputs)
-        assert report.counts == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2, "spools": 1}
-        assert report.left_young == 3
+        assert report.counts == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2}
+        assert report.left_young == 4
 
     def test_collect_garbage_fails_while_a_run_is_working(self, outputs, plan_of):
         self._fill(outputs, plan_of)
@@ -561,8 +508,8 @@ class TestGarbage:
         self._fill(outputs, plan_of)
         gc(str(outputs.root), dry_run=True, as_json=True)
         report = json.loads(capsys.readouterr().out)
-        assert (report["dry_run"], report["counts"]["spools"], report["left_young"]) == (True, 1, 3)
+        assert (report["dry_run"], report["counts"]["temporaries"], report["left_young"]) == (True, 2, 4)
         gc(str(outputs.root), dry_run=False, as_json=False)
         assert capsys.readouterr().out.startswith(
-            "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries, 1 spools: 0.0 MB\n3 y"
+            "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries: 0.0 MB\n4 y"
         )

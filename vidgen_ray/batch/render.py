@@ -169,6 +169,7 @@ def render_lines(
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
     with outputs.lease(run), ScriptIndex() as index, RunResults(outputs, run, source, listener, on_row) as results:
+        outputs.sweep()
         director = _Director(run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand)
         try:
             director.accept(first)

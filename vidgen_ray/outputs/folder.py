@@ -232,16 +232,15 @@ class OutputFolder:
         return lease(self.storage, run)
 
     def prepare(self) -> None:
-        """Check that the folder is writable and remove abandoned temporary files. Raises SetupError if it is not writable."""
+        """Check that the folder is writable. Raises SetupError if it is not."""
         try:
             self.storage.write(".writable", "")
             self.storage.delete(".writable")
         except OSError as error:
             raise SetupError(f"output folder {self.url}: cannot be written ({error.strerror or error})") from None
-        self.sweep()
 
     def sweep(self) -> None:
-        """Remove the temporary files of killed processes."""
+        """Remove the temporary files of killed processes. Call it only while holding the lease of the folder."""
         for path in self.storage.abandoned(SWEEP_FOLDERS):
             remove(path)
 

@@ -19,7 +19,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import KEYS, RECORD, REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder, key_file
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.lease import PREFIX
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import SHOT_FILES
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
@@ -29,7 +29,7 @@ SHOTS_AT_ONCE = 1_000
 """Shots whose records are read together."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
-Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries", "spools"]
+Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class GarbageReport:
     """Counts of what was removed, or would be removed in a dry run."""
 
     counts: dict[Kind, int] = field(
-        default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0, "spools": 0}
+        default_factory=lambda: {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 0}
     )
     bytes: int = 0
     """Size of all removed files."""
@@ -52,28 +52,32 @@ class GarbageReport:
 def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: float = GRACE_S) -> GarbageReport:
     """Remove garbage from an output folder.
 
-    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot, abandoned
-    temporary files, and task files (spools) of dead runs.
+    Garbage is: cache entries that no shot.json names, shots without shot.json, key files without a finished shot, and
+    temporary files of killed processes.
 
-    Raises SetupError if the folder does not exist or a run is working in it.
+    Raises SetupError if the folder does not exist, a run is working in it, or a run takes the folder over after this process
+    was suspended.
     """
     if not (outputs.storage.folders("") or outputs.storage.files("")):
         raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
     run = f"gc-{secrets.token_hex(3)}"
-    with outputs.lease(run), closing(IdIndex()) as used_keys, closing(IdIndex()) as shots_by_key:
+    with outputs.lease(run) as lease, closing(IdIndex()) as used_keys, closing(IdIndex()) as shots_by_key:
         # Current time by the clock of the storage.
-        now = outputs.storage.files("")[f"{PREFIX}{run}"].modified
-        return _Collector(outputs.storage, used_keys, shots_by_key, now - grace_s, dry_run).collect()
+        now = outputs.storage.files("")[lease.name].modified
+        return _Collector(outputs.storage, lease, used_keys, shots_by_key, now - grace_s, dry_run).collect()
 
 
 class _Collector:
-    def __init__(self, storage: Storage, used_keys: IdIndex, shots_by_key: IdIndex, young_since: float, dry_run: bool) -> None:
+    def __init__(
+        self, storage: Storage, lease: Lease, used_keys: IdIndex, shots_by_key: IdIndex, young_since: float, dry_run: bool
+    ) -> None:
         """Take two empty indexes, to be filled from the shot records.
 
         `used_keys`: step keys of all finished shots. `shots_by_key`: `KEY ID` of each finished shot. `young_since`: time in
         seconds since 1970, by the clock of the storage.
         """
         self._storage = storage
+        self._lease = lease
         self._used_keys = used_keys
         self._shots_by_key = shots_by_key
         self._young_since = young_since
@@ -90,13 +94,13 @@ class _Collector:
             self._drop_file("stale keys", key_file(key), file)
         for entry in self._unused_entries():
             self._drop("cache entries", entry)
+        # Older versions wrote the lines of a run to `spool/<run>/`.
         for run in self._storage.folders("spool"):
             if all(name.endswith(".jsonl") for name in self._storage.files(f"spool/{run}")):
-                self._drop("spools", f"spool/{run}", ignore_age=True)
+                self._drop("temporaries", f"spool/{run}")
         for path in self._storage.abandoned(SWEEP_FOLDERS):
             self._report.add("temporaries", _size_of(path))
-            if not self._dry_run:
-                remove(path)
+            self._delete(remove, path)
         return self._report
 
     def _shots_without_record(self) -> Iterator[str]:
@@ -130,22 +134,25 @@ class _Collector:
             keys = [key for key in self._storage.folders(f"cache/{group}") if CONTENT_KEY.fullmatch(key)]
             yield from (f"cache/{group}/{key}" for key in sorted(set(keys) - self._used_keys.intersection(keys)))
 
-    def _drop(self, kind: Kind, folder: str, *, ignore_age: bool = False) -> None:
+    def _drop(self, kind: Kind, folder: str) -> None:
         files = self._storage.files(folder).values()
-        if not ignore_age and any(file.modified > self._young_since for file in files):
+        if any(file.modified > self._young_since for file in files):
             self._report.left_young += 1
             return
         self._report.add(kind, sum(file.bytes for file in files))
-        if not self._dry_run:
-            self._storage.delete_folder(folder)
+        self._delete(self._storage.delete_folder, folder)
 
     def _drop_file(self, kind: Kind, path: str, file: StoredFile) -> None:
         if file.modified > self._young_since:
             self._report.left_young += 1
             return
         self._report.add(kind, file.bytes)
+        self._delete(self._storage.delete, path)
+
+    def _delete(self, delete: Callable[..., None], path: str | Path) -> None:
         if not self._dry_run:
-            self._storage.delete(path)
+            self._lease.check()
+            delete(path)
 
 
 def _keys_in(shot_json: bytes) -> tuple[str, Sequence[str]]:

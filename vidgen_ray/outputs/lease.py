@@ -1,87 +1,268 @@
-"""Lease of an output folder, `OUT/.running-<run>`. Prevents two runs, or a run and `vidgen gc`, from using it together.
+"""Lease of an output folder. Prevents two runs, or a run and `vidgen gc`, from using the folder together.
 
-A run refreshes its lease file periodically. The lease of a killed run expires immediately if its process was on this
-machine, else when the file has not been refreshed for `STALE_AFTER_S`.
+A lease is a file that its run refreshes. It expires when it was not refreshed for `STALE_AFTER_S`, or at once if its
+process was in the PID namespace of this process and has ended. In S3 the lease is `OUT/.running`, created, refreshed and
+taken over by conditional requests: of several runs exactly one gets it. Elsewhere it is `OUT/.running-<run>`, written
+before looking for those of other runs: at most one run gets the folder, but two that start at the same moment may both
+be refused.
 """
+
+from __future__ import annotations
 
 import json
 import os
+import secrets
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.conditional_object import ConditionalObject, ConditionsUnsupported
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
+from vidgen_ray.process_id import ProcessId, this_process
 
-PREFIX = ".running-"
+PREFIX = ".running"
 REFRESH_S = 30.0
-"""Seconds between refreshes of a lease file."""
+"""Seconds between refreshes of a lease."""
+LOST_AFTER_S = 100.0
+"""Seconds without a refresh after which a run counts its own lease as lost, so that it stops before another run starts."""
 STALE_AFTER_S = 120.0
-"""Seconds without a refresh after which a lease expires."""
+"""Seconds without a refresh after which another run may take the lease."""
+CHECK_S = 1.0
+"""Seconds between checks whether the last refresh is too long ago."""
+ATTEMPTS = 5
+"""Attempts to take a lease while other runs change it at the same moment."""
 
 
-class Lease(NamedTuple):
-    """Content of a lease file: the run and the process that holds the folder."""
+class Holder(NamedTuple):
+    """Content of a lease: the run and the process that hold the folder."""
 
     run: str
     host: str
-    pid: int
+    process: str
+    """A `ProcessId`."""
     since: str
     """Start time of the run, ISO 8601 in UTC."""
+    token: str
+    """Random. Distinguishes leases of runs with the same name."""
+    refreshes: int
+    """Number of refreshes, so that every refresh changes the ETag of the object."""
 
-    def is_dead_here(self) -> bool:
-        """Return whether the process ran on this machine and no longer exists."""
-        return self.host == os.uname().nodename and not Path(f"/proc/{self.pid}").exists()
+    def to_json(self) -> bytes:
+        return json.dumps(self._asdict()).encode()
+
+    def has_ended(self) -> bool:
+        """Return whether the process has certainly ended."""
+        process = ProcessId.parse(self.process)
+        return process is not None and process.is_running() is False
+
+
+class LeaseFile(Protocol):
+    """The stored form of a lease that this process has taken."""
+
+    name: str
+    """File name in the output folder."""
+
+    def refresh(self) -> bool:
+        """Refresh the lease. Return False, and write nothing, if it is no longer the lease of this run. Raises OSError."""
+
+    def release(self) -> None:
+        """Delete the lease if it is still the lease of this run. Raises OSError."""
+
+
+class Lease:
+    """Lease of an output folder, held by this process.
+
+    `lost` is set by a background thread when the lease is no longer held. The process must then stop writing to the folder.
+    After a process was suspended, `check` and `is_lost` notice it before that thread does.
+    """
+
+    def __init__(self, url: str, file: LeaseFile, taken: float) -> None:
+        """Take the time of the last write to `file` as `taken`, by `time.monotonic`, measured before the write."""
+        self.lost = threading.Event()
+        self.name = file.name
+        """Name of the lease file in the output folder."""
+        self._url = url
+        self._file = file
+        self._refreshed = taken
+        self._reason = ""
+
+    def check(self) -> None:
+        """Raise SetupError, with the reason, if the lease was lost."""
+        if self.is_lost():
+            raise SetupError(
+                f"output folder {self._url}: this run lost its lease and stopped, because {self._reason}. "
+                "Finished shots are kept; run the same command to resume, when no other run is working in the folder"
+            )
+
+    def refresh(self) -> None:
+        """Refresh the lease file, or set `lost`. Raises OSError if the storage fails."""
+        if self.is_lost():
+            return
+        started = time.monotonic()
+        if not self._file.refresh():
+            self._lose("its lease file was deleted or replaced")
+        # If this process was suspended during the refresh, another run may have taken the lease.
+        elif not self.is_lost():
+            self._refreshed = started
+
+    def is_lost(self) -> bool:
+        """Return whether the lease was lost, and set `lost` if it was not refreshed in time."""
+        if time.monotonic() - self._refreshed > LOST_AFTER_S:
+            self._lose(f"it was suspended or could not reach the folder for more than {LOST_AFTER_S:.0f} s")
+        return self.lost.is_set()
+
+    def _lose(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        self.lost.set()
 
 
 @contextmanager
 def lease(storage: Storage, run: str) -> Iterator[Lease]:
-    """Hold the lease of a folder during the block. Raises SetupError that names the run, if another run holds it."""
-    own = Lease(run, os.uname().nodename, os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
-    path = f"{PREFIX}{run}"
+    """Hold the lease of a folder during the block. Raises SetupError that names the run, if another run holds it.
 
-    def refresh() -> None:
-        storage.write(path, json.dumps(own._asdict()))
-
-    # Write our lease before looking for others: of two runs that start together, at least one sees the other.
-    refresh()
+    Nothing but a lease file is written or deleted before the lease is held.
+    """
+    started = time.monotonic()
+    file = _take(storage, run)
+    held = Lease(storage.url, file, started)
+    refreshing = PeriodicTask(REFRESH_S, held.refresh)
+    # Another thread, because a refresh may hang for as long as the storage does.
+    checking = PeriodicTask(CHECK_S, held.is_lost)
     try:
-        _check_other_leases(storage, path)
-        refreshing = PeriodicTask(REFRESH_S, refresh)
-        try:
-            yield own
-        finally:
-            refreshing.stop()
+        yield held
     finally:
-        storage.delete(path)
+        checking.stop()
+        refreshing.stop()
+        # If the file cannot be deleted, the lease expires.
+        with suppress(OSError):
+            file.release()
+
+
+def _take(storage: Storage, run: str) -> LeaseFile:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    holder = Holder(run, os.uname().nodename, str(this_process()), since, secrets.token_hex(8), 0)
+    conditional = storage.conditional_object(PREFIX)
+    file: LeaseFile
+    try:
+        file = _ConditionalLeaseFile(storage, conditional, holder) if conditional else _WrittenLeaseFile(storage, holder)
+    except ConditionsUnsupported:
+        file = _WrittenLeaseFile(storage, holder)
+    try:
+        # Runs with and without conditional requests see each other here.
+        _check_other_leases(storage, file.name)
+    except BaseException:
+        file.release()
+        raise
+    return file
+
+
+class _WrittenLeaseFile:
+    """Lease file of a storage without conditional requests. Its name is used by this run only."""
+
+    def __init__(self, storage: Storage, holder: Holder) -> None:
+        self.name = f"{PREFIX}-{holder.run}"
+        self._storage = storage
+        self._holder = holder
+        storage.write(self.name, holder.to_json())
+
+    def refresh(self) -> bool:
+        if not self._is_ours():
+            return False
+        try:
+            # Do not create the file again if another run has deleted it meanwhile.
+            self._storage.touch(self.name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def release(self) -> None:
+        if self._is_ours():
+            self._storage.delete(self.name)
+
+    def _is_ours(self) -> bool:
+        stored = _parse(self._storage.read(self.name))
+        return stored is not None and stored.token == self._holder.token
+
+
+class _ConditionalLeaseFile:
+    """Lease object that is created and changed by conditional requests."""
+
+    name = PREFIX
+
+    def __init__(self, storage: Storage, file: ConditionalObject, holder: Holder) -> None:
+        """Take the lease. Raises SetupError if another run holds it, ConditionsUnsupported if the store ignores conditions."""
+        self._storage = storage
+        self._object = file
+        self._holder = holder
+        self._etag = self._taken()
+        # A store that ignores the condition would have overwritten the lease of a run that started at the same moment.
+        if file.create(holder.to_json()) is not None:
+            storage.delete(self.name)
+            raise ConditionsUnsupported
+
+    def _taken(self) -> str:
+        content = self._holder.to_json()
+        for _ in range(ATTEMPTS):
+            stored = self._object.read()
+            if stored is None:
+                etag = self._object.create(content)
+            else:
+                _check_expired(self._storage, _parse(stored.content), self.name, stored.age_s)
+                etag = self._object.replace(content, stored.etag)
+            etag = etag or self._etag_if_ours()
+            if etag:
+                return etag
+        raise SetupError(f"output folder {self._storage.url}: other runs are starting in it; try again")
+
+    def _etag_if_ours(self) -> str | None:
+        stored = self._object.read()
+        holder = _parse(stored.content) if stored else None
+        return stored.etag if stored and holder and holder.token == self._holder.token else None
+
+    def refresh(self) -> bool:
+        self._holder = self._holder._replace(refreshes=self._holder.refreshes + 1)
+        # The condition also fails if this is the second attempt of a request whose response was lost.
+        etag = self._object.replace(self._holder.to_json(), self._etag) or self._etag_if_ours()
+        self._etag = etag or self._etag
+        return etag is not None
+
+    def release(self) -> None:
+        if self._etag_if_ours():
+            self._storage.delete(self.name)
 
 
 def _check_other_leases(storage: Storage, own: str) -> None:
-    """Delete expired leases of other runs. Raises SetupError for one that has not expired."""
+    """Delete the leases of other runs, all of which have expired. Raises SetupError, and deletes nothing, if one has not."""
     leases = {name: file for name, file in storage.files("").items() if name.startswith(PREFIX)}
     # All times are by the clock of the storage, which may differ from this machine's.
-    now = leases[own].modified
+    now = leases.pop(own).modified
     for name, file in leases.items():
-        if name == own:
-            continue
-        expires_in_s = STALE_AFTER_S - (now - file.modified)
-        other = _read(storage, name)
-        if expires_in_s <= 0 or (other is not None and other.is_dead_here()):
-            storage.delete(name)
-            continue
-        run = name.removeprefix(PREFIX)
-        holder = f" (process {other.pid} on {other.host}, since {other.since})" if other else ""
-        raise SetupError(
-            f"output folder {storage.url}: run {run} is working in it{holder}; wait until it ends, stop it, "
-            f"or use another folder. If it was killed on another machine, its lease expires in {expires_in_s:.0f} s"
-        )
+        _check_expired(storage, _parse(storage.read(name)), name, now - file.modified)
+    for name in leases:
+        storage.delete(name)
 
 
-def _read(storage: Storage, name: str) -> Lease | None:
+def _check_expired(storage: Storage, holder: Holder | None, name: str, age_s: float) -> None:
+    """Raise SetupError if a lease has not expired. `holder`: its content, or `None` if that is damaged."""
+    expires_in_s = STALE_AFTER_S - age_s
+    if expires_in_s <= 0 or (holder is not None and holder.has_ended()):
+        return
+    run = holder.run if holder else name.removeprefix(f"{PREFIX}-")
+    process = ProcessId.parse(holder.process) if holder else None
+    details = f" (process {process.pid} on {holder.host}, since {holder.since})" if holder and process else ""
+    raise SetupError(
+        f"output folder {storage.url}: run {run} is working in it{details}; wait until it ends, stop it, or use another "
+        f"folder. If it was killed in another container or on another machine, its lease expires in {expires_in_s:.0f} s"
+    )
+
+
+def _parse(content: bytes | None) -> Holder | None:
     try:
-        return Lease(**json.loads(storage.read(name) or b"{}"))
+        return Holder(**json.loads(content or b"{}"))
     except (ValueError, TypeError):
         return None

@@ -40,6 +40,12 @@ class LocalStorage(Storage):
     def write(self, path: str, content: str | bytes) -> None:
         atomic_files.write_atomically(self.local / path, content)
 
+    def touch(self, path: str) -> None:
+        os.utime(self.local / path)
+
+    def conditional_object(self, path: str) -> None:
+        return None
+
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
         with atomic_files.new_file(self.local / path) as tmp:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -23,6 +23,7 @@ import pyarrow.fs
 from vidgen_ray import atomic_files
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.conditional_object import ConditionalObject, conditional_object
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -81,6 +82,17 @@ class ObjectStorage(Storage):
 
     def write(self, path: str, content: str | bytes) -> None:
         self._put(io.BytesIO(content.encode("utf-8") if isinstance(content, str) else content), path)
+
+    def touch(self, path: str) -> None:
+        content = self.read(path)
+        if content is None:
+            raise FileNotFoundError(path)
+        self.write(path, content)
+
+    def conditional_object(self, path: str) -> ConditionalObject | None:
+        if not isinstance(self._fs, pyarrow.fs.S3FileSystem):
+            return None
+        return conditional_object(self._root, self._at(path), self._fs.region)
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
@@ -151,6 +163,7 @@ class ObjectStorage(Storage):
     @contextmanager
     def workspace(self, parent: str) -> Iterator[Path]:
         # Always on the local disk, regardless of `parent`.
+        _sweep_workspaces(_workspaces())
         workspace = atomic_files.temporary_folder(_workspaces())
         try:
             yield workspace
@@ -196,6 +209,13 @@ class ObjectStorage(Storage):
 
 def _workspaces() -> Path:
     return cache_dir() / "unfinished"
+
+
+@cache
+def _sweep_workspaces(folder: Path) -> None:
+    """Remove abandoned workspaces, once per process: on worker nodes nothing else does. They belong to no output folder."""
+    for path in atomic_files.abandoned(folder):
+        atomic_files.remove(path)
 
 
 def _with_single_puts(url: str) -> str:

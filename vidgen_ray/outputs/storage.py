@@ -11,9 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen_ray.errors import SetupError
+
+if TYPE_CHECKING:
+    from vidgen_ray.outputs.conditional_object import ConditionalObject
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
@@ -41,6 +44,14 @@ class Storage(ABC):
     @abstractmethod
     def write(self, path: str, content: str | bytes) -> None:
         """Write a file atomically."""
+
+    @abstractmethod
+    def touch(self, path: str) -> None:
+        """Set the modification time of a file to the current time of the storage. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def conditional_object(self, path: str) -> ConditionalObject | None:
+        """Return an object for conditional requests, or `None` if the storage or the installation cannot send them."""
 
     @abstractmethod
     def new_file(self, path: str) -> AbstractContextManager[Path]:
@@ -92,7 +103,10 @@ class Storage(ABC):
 
     @abstractmethod
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
-        """Yield the temporary files and folders of killed processes that are directly in these folders."""
+        """Yield the temporary files and folders of killed processes that are directly in these folders.
+
+        Call it only while holding the lease of the output folder.
+        """
 
     @abstractmethod
     def place(self, path: str) -> Path | str:

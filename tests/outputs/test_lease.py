@@ -1,0 +1,395 @@
+"""Lease of an output folder, on a disk and in an object store (moto)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+from moto.s3.responses import S3Response
+
+from tests.pid_namespaces import run_in_pid_namespace
+from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
+from vidgen_ray.batch.render import RenderOptions, render_lines
+from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs import lease as leases
+from vidgen_ray.outputs.conditional_object import ConditionalObject
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.garbage import collect_garbage
+from vidgen_ray.outputs.local_storage import LocalStorage
+from vidgen_ray.process_id import this_process
+
+WAIT_S = 60.0
+ELSEWHERE = this_process()._replace(namespace="0" * 16)
+ENDED = this_process()._replace(started=1)
+
+
+@pytest.fixture(params=["disk", "s3", "s3 without botocore"])
+def outputs(request, tmp_path, url, monkeypatch):
+    if request.param == "disk":
+        return OutputFolder(tmp_path / "out")
+    if "without" in request.param:
+        disable_botocore(monkeypatch)
+    return OutputFolder(url)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    return OutputFolder(tmp_path / "out")
+
+
+@pytest.fixture
+def s3(url):
+    return OutputFolder(url)
+
+
+@pytest.fixture
+def fast_refresh(monkeypatch):
+    monkeypatch.setattr(leases, "REFRESH_S", 0.02)
+
+
+def disable_botocore(monkeypatch):
+    monkeypatch.setitem(sys.modules, "botocore.config", None)
+
+
+def take(outputs, run):
+    """Take and release the lease, and return the name of its file."""
+    with outputs.lease(run) as lease:
+        return lease.name
+
+
+def lease_files(outputs):
+    return {name for name in outputs.storage.files("") if name.startswith(".running")}
+
+
+def write_lease(outputs, process, name=".running-r0"):
+    holder = leases.Holder("r0", "node7", str(process), "then", "token", 0)
+    outputs.storage.write(name, holder.to_json())
+
+
+def test_lease_rejects_a_second_run_and_names_the_first(outputs):
+    with outputs.lease("r1") as lease:
+        with pytest.raises(SetupError, match=rf"run r1 is working in it \(process {os.getpid()} on ") as error:
+            take(outputs, "r2")
+        assert "another folder" in str(error.value)
+        assert lease_files(outputs) == {lease.name}
+        lease.check()
+    assert not lease_files(outputs)
+    take(outputs, "r2")
+
+
+def test_lease_of_an_ended_process_in_this_namespace_is_taken_at_once(outputs):
+    write_lease(outputs, ENDED)
+    write_lease(outputs, ENDED, ".running")
+    with outputs.lease("r1") as lease:
+        assert lease_files(outputs) == {lease.name}
+
+
+def test_lease_of_another_namespace_is_taken_after_two_minutes(disk):
+    write_lease(disk, ELSEWHERE)
+    file = disk.root / ".running-r0"
+    os.utime(file, (time.time() - 100,) * 2)
+    with pytest.raises(SetupError, match=r"process \d+ on node7, since then.*expires in (19|20|21) s"):
+        take(disk, "r1")
+    os.utime(file, (time.time() - 121,) * 2)
+    take(disk, "r1")
+    assert not file.exists()
+
+
+def test_damaged_lease_expires_by_its_age(outputs):
+    for content in ("{", json.dumps({"run": "r0", "host": "node7", "pid": 1, "since": "then"})):
+        outputs.storage.write(".running-r0", content)
+        with pytest.raises(SetupError, match="run r0 is working in it; wait"):
+            take(outputs, "r1")
+
+
+def test_refused_run_deletes_no_expired_lease(disk):
+    write_lease(disk, ENDED, ".running-a")
+    write_lease(disk, ELSEWHERE, ".running-b")
+    with pytest.raises(SetupError, match="run r0 is working"):
+        take(disk, "r1")
+    assert lease_files(disk) == {".running-a", ".running-b"}
+
+
+def test_lease_is_refreshed(disk, fast_refresh):
+    with disk.lease("r1") as lease:
+        path = disk.root / lease.name
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + WAIT_S
+        while not path.stat().st_mtime:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # no notification is available
+
+
+def test_refreshes_do_not_lose_the_lease(outputs):
+    with outputs.lease("r1") as lease:
+        for _ in range(3):
+            lease.refresh()
+            assert not lease.lost.is_set()
+
+
+@pytest.mark.parametrize("content", [None, b"theirs"], ids=["deleted", "replaced"])
+def test_lease_is_lost_if_its_file_is_deleted_or_replaced(outputs, fast_refresh, content):
+    with outputs.lease("r1") as lease:
+        if content:
+            outputs.storage.write(lease.name, content)
+        else:
+            outputs.storage.delete(lease.name)
+        assert lease.lost.wait(WAIT_S)
+        with pytest.raises(
+            SetupError, match="this run lost its lease and stopped, because its lease file was deleted or replaced"
+        ):
+            lease.check()
+        assert outputs.storage.read(lease.name) == content
+    assert outputs.storage.read(lease.name) == content
+
+
+def test_lease_is_lost_while_a_refresh_hangs(disk, fast_refresh, monkeypatch):
+    monkeypatch.setattr(leases, "LOST_AFTER_S", 0.2)
+    monkeypatch.setattr(leases, "CHECK_S", 0.02)
+    hanging, end = threading.Event(), threading.Event()
+
+    def touch(*_):
+        hanging.set()
+        end.wait(WAIT_S)
+
+    monkeypatch.setattr(LocalStorage, "touch", touch)
+    with ExitStack() as stack:
+        lease = stack.enter_context(disk.lease("r1"))
+        stack.callback(end.set)
+        assert hanging.wait(WAIT_S)
+        assert lease.lost.wait(WAIT_S)
+        with pytest.raises(SetupError, match="suspended or could not reach the folder"):
+            lease.check()
+
+
+def test_storage_error_does_not_lose_the_lease(disk, monkeypatch):
+    with disk.lease("r1") as lease:
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalStorage, "touch", lambda *_: (_ for _ in ()).throw(OSError("network")))
+            with pytest.raises(OSError, match="network"):
+                lease.refresh()
+        lease.refresh()
+        assert not lease.lost.is_set()
+
+
+def test_suspended_process_notices_that_its_lease_was_taken(outputs, monkeypatch):
+    """Another run takes the lease while the first process is stopped with SIGSTOP."""
+    code = """
+import sys
+import vidgen_ray.outputs.lease as leases
+from vidgen_ray.outputs.folder import OutputFolder
+if "without botocore" in sys.argv:
+    sys.modules["botocore.config"] = None
+leases.REFRESH_S, leases.LOST_AFTER_S = 0.1, 0.8
+with OutputFolder(sys.argv[1]).lease("r1") as lease:
+    print("held", flush=True)
+    lease.lost.wait()
+    try:
+        lease.check()
+    except Exception as error:
+        print(error)
+"""
+    monkeypatch.setattr(leases, "STALE_AFTER_S", 2.0)  # times of the S3 server are rounded to seconds
+    mode = "without botocore" if sys.modules.get("botocore.config", ...) is None else ""
+    arguments = [sys.executable, "-c", code, outputs._root, mode]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n", process.stderr.read()
+        process.send_signal(signal.SIGSTOP)
+        with ExitStack() as stack:
+            lease, deadline = None, time.monotonic() + WAIT_S
+            while lease is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)  # no notification is available
+                with suppress(SetupError):
+                    lease = stack.enter_context(outputs.lease("r2"))
+            process.send_signal(signal.SIGCONT)
+            output, errors = process.communicate(timeout=WAIT_S)
+            assert "this run lost its lease and stopped, because it was suspended" in output, errors
+            lease.refresh()
+            assert not lease.lost.is_set()
+            assert lease_files(outputs) == {lease.name}
+            assert json.loads(outputs.storage.read(lease.name))["run"] == "r2"
+
+
+def test_one_of_two_runs_that_start_at_once_gets_the_lease_in_s3(s3, monkeypatch):
+    both_have_looked = threading.Barrier(2, timeout=WAIT_S)
+    read, put, one_put = ConditionalObject.read, S3Response.put_object, threading.Lock()
+    looked = threading.local()
+
+    def read_together(self):
+        stored = read(self)
+        if not hasattr(looked, "once"):
+            looked.once = True
+            assert stored is None
+            both_have_looked.wait()
+        return stored
+
+    def put_atomically(self):
+        # S3 checks the condition and writes in one step. moto does not.
+        with one_put:
+            return put(self)
+
+    monkeypatch.setattr(ConditionalObject, "read", read_together)
+    monkeypatch.setattr(S3Response, "put_object", put_atomically)
+    taken, refused, end = [], [], threading.Event()
+
+    def run(name):
+        try:
+            with s3.lease(name) as lease:
+                assert lease.name == ".running"
+                taken.append(name)
+                end.wait(WAIT_S)
+        except SetupError as error:
+            refused.append(str(error))
+            end.set()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("r1", "r2")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(taken) == len(refused) == 1
+    assert f"run {taken[0]} is working in it" in refused[0]
+
+
+def test_expired_lease_in_s3_is_taken_over_by_one_run(s3, monkeypatch):
+    """Both have read the expired lease before either replaces it."""
+    write_lease(s3, ENDED, ".running")
+    replace, others = ConditionalObject.replace, []
+
+    def replace_after_another_run(self, content, etag):
+        if not others:
+            others.append(None)
+            others[0] = s3.lease("r2")
+            others[0].__enter__()
+        return replace(self, content, etag)
+
+    monkeypatch.setattr(ConditionalObject, "replace", replace_after_another_run)
+    with pytest.raises(SetupError, match="run r2 is working in it"):
+        take(s3, "r1")
+    assert json.loads(s3.storage.read(".running"))["run"] == "r2"
+    others[0].__exit__(None, None, None)
+
+
+def test_lost_response_of_a_conditional_request(s3, monkeypatch):
+    """botocore repeats a request whose response was lost. The second one then fails, because the first one succeeded."""
+    put = ConditionalObject._put
+
+    def put_twice(self, content, **condition):
+        put(self, content, **condition)
+        return put(self, content, **condition)
+
+    monkeypatch.setattr(ConditionalObject, "_put", put_twice)
+    with s3.lease("r1") as lease:
+        assert lease.name == ".running"
+        lease.refresh()
+        assert not lease.lost.is_set()
+
+
+@pytest.mark.parametrize("answer", ["ignores", "rejects"])
+def test_store_without_conditional_requests(s3, monkeypatch, answer):
+    put = S3Response.put_object
+
+    def put_without_condition(self):
+        if answer == "rejects" and {"If-None-Match", "If-Match"} & set(self.headers.keys()):
+            return 501, {}, "<Error><Code>NotImplemented</Code></Error>"
+        self.headers = {name: value for name, value in self.headers.items() if name not in ("If-None-Match", "If-Match")}
+        return put(self)
+
+    monkeypatch.setattr(S3Response, "put_object", put_without_condition)
+    with s3.lease("r1") as lease:
+        assert lease_files(s3) == {lease.name} == {".running-r1"}
+        with pytest.raises(SetupError, match="run r1 is working in it"):
+            take(s3, "r2")
+        lease.refresh()
+        lease.check()
+    assert not lease_files(s3)
+
+
+def test_runs_with_and_without_botocore_see_each_other(s3, monkeypatch):
+    with s3.lease("r1"), monkeypatch.context() as patched:
+        disable_botocore(patched)
+        with pytest.raises(SetupError, match="run r1 is working in it"):
+            take(s3, "r2")
+    with monkeypatch.context() as patched:
+        disable_botocore(patched)
+        other = s3.lease("r1")
+        other.__enter__()
+    with pytest.raises(SetupError, match="run r1 is working in it"):
+        take(s3, "r2")
+    assert lease_files(s3) == {".running-r1"}
+    other.__exit__(None, None, None)
+
+
+def test_lease_errors_do_not_leak_credentials(endpoint):
+    outputs = OutputFolder(f"s3://KEY:SECRET@nowhere/x?endpoint_override={endpoint}&scheme=http")
+    with pytest.raises(OSError, match="bucket does not exist") as error:
+        take(outputs, "r1")
+    assert "SECRET" not in str(error.value)
+
+
+class TestSweep:
+    def test_refused_run_deletes_nothing(self, disk, tiny):
+        abandoned = disk.root / "shots" / f"{temporary_prefix(ENDED)}x"
+        write_atomically(abandoned / "hd.mp4", b"1")
+        with disk.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
+            render_lines([], None, "s", tiny, disk, RenderOptions(), listener=None)
+        assert (abandoned / "hd.mp4").exists()
+        disk.sweep()
+        assert not abandoned.exists()
+
+    def test_gc_in_another_pid_namespace_deletes_nothing_of_a_live_run(self, disk):
+        """The host name is the same, and the PIDs mean other processes there."""
+        with disk.lease("r1") as lease:
+            workspace = temporary_folder(disk.root / "shots")
+            write_atomically(disk.root / "shots" / "partial" / "image.png", b"1")
+            code = """
+import sys
+from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.garbage import collect_garbage
+outputs = OutputFolder(sys.argv[1])
+try:
+    collect_garbage(outputs, grace_s=-1)
+except SetupError as error:
+    print(error)
+outputs.sweep()
+"""
+            output = run_in_pid_namespace(code, str(disk.root))
+            assert f"run r1 is working in it (process {os.getpid()} on " in output
+            assert workspace.exists()
+            assert (disk.root / "shots" / "partial").exists()
+            lease.refresh()
+            lease.check()
+        assert collect_garbage(disk, grace_s=-1).counts["partial shots"] == 1
+
+    def test_gc_stops_when_its_lease_is_lost(self, disk, monkeypatch):
+        for name in ("a", "b", "c"):
+            write_atomically(disk.root / "shots" / name / "image.png", b"1")
+        delete_folder = LocalStorage.delete_folder
+
+        def delete_after_losing_the_lease(storage, folder):
+            monkeypatch.setattr(leases, "LOST_AFTER_S", -1.0)
+            delete_folder(storage, folder)
+
+        monkeypatch.setattr(LocalStorage, "delete_folder", delete_after_losing_the_lease)
+        with pytest.raises(SetupError, match="this run lost its lease"):
+            collect_garbage(disk, grace_s=-1)
+        assert len(disk.storage.folders("shots")) == 2
+
+    def test_first_workspace_of_a_process_removes_those_of_ended_processes(self, s3, tmp_path, monkeypatch):
+        """Nothing else removes leftovers on worker nodes, which hold no lease."""
+        monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
+        folders = {
+            owner: tmp_path / "unfinished" / f"{temporary_prefix(owner)}x" for owner in (ENDED, ELSEWHERE, this_process())
+        }
+        for folder in folders.values():
+            folder.mkdir(parents=True)
+        with s3.storage.workspace("shots"):
+            pass
+        assert set((tmp_path / "unfinished").iterdir()) == {folders[ELSEWHERE], folders[this_process()]}
