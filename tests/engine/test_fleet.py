@@ -204,7 +204,7 @@ def test_message_names_a_slot_that_no_node_can_hold(add_node, fleets):
 def test_late_node_gets_added_slots_and_loses_them_with_the_node(head, add_node, fleets):
     offered = []
 
-    def more_slots(free):
+    def more_slots(_, free):
         offered.append(free)
         return [(slot("flux"), node.label) for node in free.nodes for _ in node.gpus]
 
@@ -229,7 +229,7 @@ def test_late_node_gets_added_slots_and_loses_them_with_the_node(head, add_node,
 
 def test_no_slots_are_added_while_another_user_waits(add_node, fleets):
     async def scenario(make_fleet):
-        fleet, listener = make_fleet("polite", more_slots=lambda free: [(slot("flux"), None)])
+        fleet, listener = make_fleet("polite", more_slots=lambda _, free: [(slot("flux"), None)])
         waiting, waiting_listener = make_fleet("waiting")
         await fleet.start(layout(slot("flux")), [None])
         await listener.until(lambda: listener.workers)

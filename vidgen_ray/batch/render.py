@@ -28,7 +28,7 @@ from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import labels_of
+from vidgen_ray.engine.fleet import PlacedSlot, labels_of
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import ATTEMPTS, Kind, ShotFailed
 from vidgen_ray.engine.run_metrics import RunMetrics
@@ -49,6 +49,8 @@ from vidgen_ray.planner import (
     save_calibration,
     this_machine,
 )
+from vidgen_ray.planner.layout import Slot
+from vidgen_ray.planner.more_slots import more_slots
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import RejectedLine, ScriptSettings, open_lines
 from vidgen_ray.script.spill_index import ScriptIndex
@@ -409,7 +411,9 @@ class _Director:
             attempts=options.attempts,
         )
         assert self._metrics is not None
-        self._engine = Engine(config, layout, self._metrics)
+        # With --gpus, the plan uses all GPUs that there will be.
+        may_grow = not self._own_ray and options.cluster is None
+        self._engine = Engine(config, layout, self._metrics, self._more_slots if may_grow else None)
         for task in (needed, *self.queue):
             self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))
@@ -426,6 +430,13 @@ class _Director:
 
         self.plan, self.cluster = live.plan(planned)
         self.plan.check_cost(self._options.max_cost)
+
+    def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
+        """Return the slots to add for GPUs that have become free. None if all shots have been started."""
+        if self.plan is None or not (self.queue or self._reading):
+            return []
+        added = more_slots(present, self.plan.stage_seconds, free)
+        return [(slot, free.nodes[node].label) for slot, node in added]
 
     async def _stop_engine(self) -> None:
         if self._engine is not None:

@@ -49,6 +49,8 @@ _UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
 T = TypeVar("T")
 PlacedSlot = tuple[Slot, Label | None]
 """A slot, and the label that its node must have."""
+MoreSlots = Callable[[Sequence[Slot], Cluster], Sequence[PlacedSlot]]
+"""Present slots with a node, free resources -> slots to add."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,12 +99,10 @@ class Fleet:
     All methods run in the engine's event loop, and so do the calls of the listener.
     """
 
-    def __init__(
-        self, config: EngineConfig, listener: FleetListener, more_slots: Callable[[Cluster], Sequence[PlacedSlot]] | None = None
-    ) -> None:
-        """`more_slots` is called in a thread with GPUs that are free while the fleet runs, for example on a new node.
+    def __init__(self, config: EngineConfig, listener: FleetListener, more_slots: MoreSlots | None = None) -> None:
+        """`more_slots` is called in a thread when GPUs are free while the fleet runs, for example on a new node.
 
-        It returns the slots to add. With `None`, the fleet adds no slots.
+        With `None`, the fleet adds no slots.
         """
         self._config = config
         self._listener = listener
@@ -241,7 +241,7 @@ class Fleet:
         own = {group.id.hex() for group in self._groups}
         return any(entry["state"] in _UNPLACED for group, entry in groups.items() if group not in own)
 
-    async def _add_slots(self, layout: Layout, more_slots: Callable[[Cluster], Sequence[PlacedSlot]]) -> None:
+    async def _add_slots(self, layout: Layout, more_slots: MoreSlots) -> None:
         """Request the slots that `more_slots` returns for the free GPUs, unless it was asked about the same before."""
         free = (await asyncio.to_thread(live_cluster)).free
         # Ray gives these GPUs to slots that wait for a node.
@@ -251,7 +251,8 @@ class Fleet:
         if not free.gpus or free == self._offered:
             return
         self._offered = free
-        slots = await asyncio.to_thread(more_slots, free)
+        present = [r.slot for r in self._reservations if r.slot is not None and r.unplaced_since is None]
+        slots = await asyncio.to_thread(more_slots, present, free)
         if slots:
             await self._request(slots, layout, added=True)
 
