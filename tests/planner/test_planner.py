@@ -28,7 +28,7 @@ from vidgen_ray.planner import (
     save_calibration,
     this_machine,
 )
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, PROCESS_HOST_GB
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 
@@ -207,7 +207,7 @@ def test_shots_without_stages_need_no_worker(tiny, make_shot):
             gpu_profile(B6),
             Cluster((Node((48,), 8, 32),)),
             SetupError,
-            r"host memory.*up to 74 GB per worker; the nodes have 32 GB",
+            r"host memory: 75 GB are needed on one node \(6 GB .* largest weights.*the nodes have 32 GB",
         ),
         (gpu_profile(B6), Cluster((Node((80,), 2, None),)), SetupError, r"a worker needs up to 1 CPUs.*the nodes have 2"),
         (load_profile("demo"), Cluster((Node((), 1, 8),)), SetupError, r"needs up to 0.25 CPUs.*the nodes have 1"),
@@ -449,7 +449,7 @@ def random_case(rng, *, max_gpus=4, max_actors=5):
 
 
 def process_needs(profile, stages, swap_groups):
-    """Return GPU memory, CPUs and host memory of one process, computed independently of the planner."""
+    """Return GPU memory, CPUs, host memory and more host memory while loading of a process, independently of the planner."""
     actors = {STAGE_BY_NAME[stage].actor for stage in stages}
     groups = [{STAGE_BY_NAME[stage].actor for stage in group} for group in swap_groups]
     gpu = {name: profile.actors[name].memory_gb for name in actors if profile.actors[name].device == "cuda"}
@@ -458,7 +458,8 @@ def process_needs(profile, stages, swap_groups):
     largest = max((sum(gpu[name] for name in group) for group in groups), default=0)
     gpu_gb = CONTEXT_GB + sum(gpu.values()) - waiting + largest if gpu else 0
     cpus = max(profile.actors[name].cpus for name in actors)
-    return gpu_gb, cpus, host + waiting + (0 if gpu else PROCESS_HOST_GB)
+    load = max((gb for name, gb in gpu.items() if not any(name in group for group in groups)), default=0)
+    return gpu_gb, cpus, host + waiting + (GPU_PROCESS_HOST_GB if gpu else PROCESS_HOST_GB), load
 
 
 def other_processes_fit(free_cpus, encoders):
@@ -481,16 +482,18 @@ def assert_respects_limits(planned, profile, demand, cluster):
     layout = planned.layout
     cpus = [node.cpus for node in cluster.nodes]
     host = [node.memory_gb if node.memory_gb is not None else float("inf") for node in cluster.nodes]
+    load = [0 for _ in cluster.nodes]
     sizes = defaultdict(list)
     for slot, node in zip(layout.slots, planned.nodes, strict=True):
         needs = [process_needs(profile, worker.stages, worker.swap_groups) for worker in slot.workers]
-        assert [worker.cpus for worker in slot.workers] == [needed for _, needed, _ in needs]
-        assert sum(gb for gb, _, _ in needs) == pytest.approx(slot.memory_gb, abs=2e-3)
+        assert [worker.cpus for worker in slot.workers] == [needed for _, needed, _, _ in needs]
+        assert sum(gb for gb, _, _, _ in needs) == pytest.approx(slot.memory_gb, abs=2e-3)
         assert sum(worker.gpus for worker in slot.workers) <= 1
-        assert all((worker.gpus > 0) == (gb > 0) for worker, (gb, _, _) in zip(slot.workers, needs, strict=True))
+        assert all((worker.gpus > 0) == (gb > 0) for worker, (gb, _, _, _) in zip(slot.workers, needs, strict=True))
         assert all(set().union(*worker.swap_groups) <= set(worker.stages) for worker in slot.workers)
         cpus[node] -= slot.cpus
-        host[node] -= sum(gb for _, _, gb in needs)
+        host[node] -= sum(gb for _, _, gb, _ in needs)
+        load[node] = max(load[node], *(gb for _, _, _, gb in needs))
         if slot.has_gpu:
             sizes[node].append(slot.memory_gb)
     for node, slot_sizes in sizes.items():
@@ -498,7 +501,7 @@ def assert_respects_limits(planned, profile, demand, cluster):
         assert len(slot_sizes) <= len(gpus)
         assert all(gb <= memory + 2e-3 for gb, memory in zip(sorted(slot_sizes, reverse=True), gpus, strict=False))
     assert other_processes_fit(cpus, layout.encoders)
-    assert min(host) >= -TOLERANCE
+    assert all(gb >= loading - TOLERANCE for gb, loading in zip(host, load, strict=True))
     assert {stage for worker in layout.workers for stage in worker.stages} == set(demand.relative_cost)
     assert 1 <= layout.window <= demand.shots
     assert 0 < planned.efficiency <= 1 + TOLERANCE
@@ -517,30 +520,36 @@ def has_packing(profile, demand, cluster):
 
     @cache
     def ways(memory):
-        """Return all undominated (actors, CPUs, host memory) that fit."""
-        fitting = {(frozenset(), 0, 0)}
+        """Return all undominated (actors, CPUs, host memory, host memory while loading) that fit."""
+        fitting = {(frozenset(), 0, 0, 0)}
         for actors, processes in _possible_contents(profile.layout, tuple(used), tuple(on_gpu)):
             needs = [
                 process_needs(profile, _stages(actors), [_stages(group) for group in swap_groups])
                 for actors, swap_groups in processes
             ]
-            gpu_gb, cpus, host = map(sum, zip(*needs, strict=True))
+            gpu_gb, cpus, host, _ = map(sum, zip(*needs, strict=True))
             if gpu_gb <= memory + TOLERANCE:
-                fitting.add((actors, cpus, host))
+                fitting.add((actors, cpus, host, max(load for _, _, _, load in needs)))
         return [
             way
             for way in fitting
-            if not any(o != way and o[0] >= way[0] and o[1] <= way[1] and o[2] <= way[2] for o in fitting)
+            if not any(
+                o != way and o[0] >= way[0] and all(a <= b for a, b in zip(o[1:], way[1:], strict=True)) for o in fitting
+            )
         ]
 
     for choice in product(*(ways(memory) for _, memory in gpus)):
-        if frozenset().union(*(actors for actors, _, _ in choice)) != set(used):
+        if frozenset().union(*(actors for actors, *_ in choice)) != set(used):
             continue
         cpus, host = [node.cpus for node in cluster.nodes], [node.memory_gb for node in cluster.nodes]
-        for (node, _), (_, needed, gb) in zip(gpus, choice, strict=True):
+        load = [0 for _ in cluster.nodes]
+        for (node, _), (_, needed, gb, load_gb) in zip(gpus, choice, strict=True):
             cpus[node] -= needed
             host[node] = None if host[node] is None else host[node] - gb
-        if other_processes_fit(cpus, 1) and all(gb is None or gb >= -TOLERANCE for gb in host):
+            load[node] = max(load[node], load_gb)
+        if other_processes_fit(cpus, 1) and all(
+            gb is None or gb >= loading - TOLERANCE for gb, loading in zip(host, load, strict=True)
+        ):
             return True
     return False
 
@@ -584,8 +593,8 @@ def _fits_in_a_cpu_slot(profile, used, cluster):
     processes = per_actor if profile.layout in ("staged", "colocated") else [used]
     needs = [process_needs(profile, _stages(actors), ()) for actors in processes]
     for n, node in enumerate(cluster.nodes):
-        cpus = [each.cpus - (sum(c for _, c, _ in needs) if n == m else 0) for m, each in enumerate(cluster.nodes)]
-        if (node.memory_gb is None or sum(gb for _, _, gb in needs) <= node.memory_gb + TOLERANCE) and other_processes_fit(
+        cpus = [each.cpus - (sum(c for _, c, _, _ in needs) if n == m else 0) for m, each in enumerate(cluster.nodes)]
+        if (node.memory_gb is None or sum(gb for _, _, gb, _ in needs) <= node.memory_gb + TOLERANCE) and other_processes_fit(
             cpus, 1
         ):
             return True

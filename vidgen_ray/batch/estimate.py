@@ -51,7 +51,7 @@ def estimate_run(
         demand, counts = _count_all(iter_script(script))
     if cluster is None and address is not None:
         with connected(address, 0):
-            cluster = live_cluster()
+            cluster = live_cluster().total
     return demand, counts, cluster or this_machine()
 
 

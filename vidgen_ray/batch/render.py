@@ -28,8 +28,8 @@ from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import labels_of
-from vidgen_ray.engine.ray_cluster import connected, expect_gpus, live_cluster
+from vidgen_ray.engine.fleet import PlacedSlot, labels_of
+from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import ATTEMPTS, Kind, ShotFailed
 from vidgen_ray.engine.run_metrics import RunMetrics
 from vidgen_ray.engine.step_runner import StepFailed
@@ -49,6 +49,8 @@ from vidgen_ray.planner import (
     save_calibration,
     this_machine,
 )
+from vidgen_ray.planner.layout import Slot
+from vidgen_ray.planner.more_slots import more_slots
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import RejectedLine, ScriptSettings, open_lines
 from vidgen_ray.script.spill_index import ScriptIndex
@@ -266,11 +268,11 @@ class _Director:
         self._own_ray = self._options.address is None and not ray.is_initialized()
         cpus = 0.0
         if self._own_ray:
-            self.cluster = self.cluster or this_machine()
+            self.cluster = self._options.cluster or this_machine()
             # CPUs for workers that a later plan may need.
             cpus = 0.0 if complete else 2 * self.cluster.cpus
             if self.queue:
-                self._make_plan([*self.queue], complete=complete)
+                self._make_plan([*self.queue], LiveCluster(self.cluster, self.cluster), complete=complete)
                 assert self.plan is not None
                 cpus = max(cpus, cpus_needed(self.plan.layout))
         return connected(self._options.address, cpus)
@@ -391,9 +393,9 @@ class _Director:
             await self._stop_engine()
             self.plan = None
         if self.plan is None:
-            if not self._own_ray:
-                self.cluster = self._options.cluster or await asyncio.to_thread(live_cluster)
-            self._make_plan([needed, *self.queue], complete=not self._reading)
+            known = self.cluster if self._own_ray else self._options.cluster
+            live = LiveCluster(known, known) if known else await asyncio.to_thread(live_cluster)
+            self._make_plan([needed, *self.queue], live, complete=not self._reading)
         assert self.plan is not None
         assert self.cluster is not None
         layout, options = self.plan.layout, self._options
@@ -410,20 +412,32 @@ class _Director:
             attempts=options.attempts,
         )
         assert self._metrics is not None
-        self._engine = Engine(config, layout, self._metrics)
+        # With --gpus, the plan uses all GPUs that there will be.
+        may_grow = not self._own_ray and options.cluster is None
+        self._engine = Engine(config, layout, self._metrics, self._more_slots if may_grow else None)
         for task in (needed, *self.queue):
             self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))
 
-    def _make_plan(self, tasks: Sequence[ShotTask], *, complete: bool) -> None:
+    def _make_plan(self, tasks: Sequence[ShotTask], live: LiveCluster, *, complete: bool) -> None:
         """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
-        assert self.cluster is not None
         demand = demand_of(task.plan.shot for task in tasks)
         if not complete:
             demand = self._demand or demand.scaled(MANY_SHOTS)
-        calibration = load_calibration(self._profile.name, self.cluster.card)
-        self.plan = plan(self._profile, demand, self.cluster, calibration=calibration, price=self._options.price)
+
+        def planned(cluster: Cluster) -> Plan:
+            calibration = load_calibration(self._profile.name, cluster.card)
+            return plan(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
+
+        self.plan, self.cluster = live.plan(planned)
         self.plan.check_cost(self._options.max_cost)
+
+    def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
+        """Return the slots to add for GPUs that have become free. None if all shots have been started."""
+        if self.plan is None or not (self.queue or self._reading):
+            return []
+        added = more_slots(present, self.plan.stage_seconds, free)
+        return [(slot, free.nodes[node].label) for slot, node in added]
 
     async def _stop_engine(self) -> None:
         if self._engine is not None:

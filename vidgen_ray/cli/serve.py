@@ -71,7 +71,7 @@ def serve_command(
     # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     with stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
-        plan = plan or server_plan(settings, live_cluster)
+        plan = plan or server_plan(settings, lambda: live_cluster().total)
         for stage, reason in plan.serving_profile.unavailable.items():
             typer.echo(f"Stage {stage} is unavailable: {reason}", err=True)
         with serving(plan, stages) as server:

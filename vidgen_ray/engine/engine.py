@@ -15,7 +15,7 @@ from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.chunks import chunk_frames_of
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import Fleet
+from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
 from vidgen_ray.engine.window import OBJECT_STORE_SHARE, Window, object_store_bytes
@@ -28,13 +28,16 @@ from vidgen_ray.planner.layout import Layout, WorkerSpec
 class Engine:
     """Workers, encoders and the shots in progress. Create it inside the event loop."""
 
-    def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver) -> None:
+    def __init__(
+        self, config: EngineConfig, layout: Layout, observer: EngineObserver, more_slots: MoreSlots | None = None
+    ) -> None:
+        """`more_slots`: see `Fleet`."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
-        self._workers = WorkerPool(config, observer)
+        self._workers = WorkerPool(config, layout, observer)
         self._encoders = EncoderPool(config, observer)
         self._runner = ShotRunner(config, self._workers, self._encoders, chunk_frames, observer)
-        self._fleet = Fleet(config, self)
+        self._fleet = Fleet(config, self, more_slots)
         self._waiting: str | None = None
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
         self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)

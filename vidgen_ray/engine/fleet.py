@@ -1,43 +1,311 @@
-"""Worker and encoder actors of an engine, in placement groups.
+"""Fleet: the worker and encoder actors of an engine, and their placement groups.
 
-A slot is a placement group with one bundle. A bundle with one whole GPU owns that GPU: only the actors of the slot share it,
-and a crashed actor restarts in the same bundle. With GPU fractions alone, Ray could put actors of two slots on one GPU.
+A slot is a bundle of a placement group. A bundle with one whole GPU owns that GPU: only the actors of the slot share it, and a
+crashed actor restarts in the same bundle. With GPU fractions alone, Ray could put actors of two slots on one GPU.
+
+The first placement group holds a complete set: the fewest slots that hold every stage, and an encoder. Ray places all of its
+bundles or none, so two runs never hold half a set each and wait for the other half.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Protocol
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Protocol, TypeVar
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vidgen_ray.engine.encoder import encoder_class
 from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
-from vidgen_ray.planner.layout import Layout, WorkerSpec
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec, complete_set
 from vidgen_ray.planner.solver import ENCODER_CPUS
+
+FIRST_POLL_S, POLL_S = 0.1, 10.0
+"""Seconds between two looks at the cluster: while a request is new, and at most."""
+FIRST_MESSAGE_S, MESSAGE_INTERVAL_S = 30.0, 60.0
+"""Seconds until the first message about what the fleet waits for, and between two messages."""
+LOST_AFTER_S, LAST_LOST_AFTER_S = 60.0, 600.0
+"""Seconds without a node after which the workers of a slot are given up. The second value is for a slot with a stage that no
+other slot has: waiting for a new node, which may take minutes, can be better than another layout."""
+WITHDRAW_AFTER_S = 10.0
+"""Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
+
+_UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
+"""States of a placement group with bundles that have no node."""
+
+T = TypeVar("T")
+PlacedSlot = tuple[Slot, Label | None]
+"""A slot, and the label that its node must have."""
+MoreSlots = Callable[[Sequence[Slot], Cluster], Sequence[PlacedSlot]]
+"""Present slots with a node, free resources -> slots to add."""
+
+_log = logging.getLogger(__name__)
 
 
 class FleetListener(Protocol):
-    """Callbacks of a fleet, in the event loop of the engine."""
+    """Receives the events of a fleet, in the engine's event loop."""
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        """The actor of a worker was created. Its process may still start."""
+        """Called when a worker was created. Its GPU is reserved. Its process may still start."""
 
     def worker_lost(self, name: str) -> None:
-        """The worker is gone for good."""
+        """Called when a worker was removed for good: its node is gone, and there is no room elsewhere.
+
+        If there is room later, a new worker starts under a new name.
+        """
 
     def encoder_started(self, name: str, actor: Any) -> None:
-        """The actor of an encoder was created."""
+        """Called when an encoder was created. Its process may still start."""
 
     def waiting(self, reason: str | None) -> None:
-        """The fleet waits for something, or not any more."""
+        """Called after 30 s without enough resources, and then every minute. `None`: the fleet waits no longer."""
+
+
+@dataclass(eq=False)
+class _Reservation:
+    """A bundle of a placement group: for a slot, or for an encoder if `slot` is `None`."""
+
+    slot: Slot | None
+    label: Label | None
+    group: PlacementGroup
+    bundle: int
+    added: bool
+    """Added for a GPU that was free, not part of the layout. Dropped as soon as it has no node."""
+    unplaced_since: float | None
+    """Time since when it has no node. `None` if it has one."""
+    actors: dict[str, Any] = field(default_factory=dict)
+    """Name -> actor."""
+
+    def __str__(self) -> str:
+        return "encoder" if self.slot is None else f"slot of {'+'.join(stage for w in self.slot.workers for stage in w.stages)}"
+
+
+class Fleet:
+    """Creates the actors of a layout as soon as Ray has nodes for them, and keeps them until `stop`.
+
+    All methods run in the engine's event loop, and so do the calls of the listener.
+    """
+
+    def __init__(self, config: EngineConfig, listener: FleetListener, more_slots: MoreSlots | None = None) -> None:
+        """`more_slots` is called in a thread when GPUs are free while the fleet runs, for example on a new node.
+
+        With `None`, the fleet adds no slots.
+        """
+        self._config = config
+        self._listener = listener
+        self._more_slots = more_slots
+        self._slot_numbers = count()
+        self._encoder_numbers = count()
+        self._groups: list[PlacementGroup] = []
+        """All placement groups. The first one is that of the complete set."""
+        self._reservations: list[_Reservation] = []
+        self._encoders: list[Any] = []
+        """Encoders outside the complete set. Ray places them on any node, and restarts them on another one."""
+        self._further: list[PlacedSlot] = []
+        """Slots of the layout that are requested once the complete set has nodes."""
+        self._offered: Cluster | None = None
+        """Free resources that `more_slots` was called with last."""
+        self._keeper: asyncio.Task[None] | None = None
+        self._change: asyncio.Future[Any] | None = None
+
+    async def start(self, layout: Layout, labels: Sequence[Label | None]) -> None:
+        """Request the complete set of the layout. Returns before it has nodes.
+
+        `labels`: for each slot the label that its node must have; see `labels_of`. After `stop`, the fleet can start again with
+        another layout.
+        """
+        slots = list(zip(layout.slots, labels, strict=True))
+        first = complete_set(layout.slots)
+        self._offered = None
+        self._further = [slot for index, slot in enumerate(slots) if index not in first]
+        await self._do(self._reserve, [*(slots[index] for index in first), (None, None)], False)
+        self._keeper = asyncio.create_task(self._keep(layout))
+
+    async def stop(self) -> None:
+        """Kill the actors and remove the placement groups."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        if self._change is not None:
+            # A thread cannot be cancelled. Wait for it, and then remove what it has created.
+            await asyncio.wait([self._change])
+        await asyncio.to_thread(self._remove_all)
+
+    async def _do(self, change: Callable[..., T], *args: Any) -> T:
+        """Create or remove actors and placement groups in a thread: these calls of Ray block."""
+        change_in_thread = asyncio.ensure_future(asyncio.to_thread(change, *args))
+        self._change = change_in_thread
+        return await asyncio.shield(change_in_thread)
+
+    # Supervision
+
+    async def _keep(self, layout: Layout) -> None:
+        """Create actors where there are nodes, give up lost slots, add slots, and report what the fleet waits for."""
+        started, complete = time.monotonic(), False
+        waiting_since, next_message_s, last_offer = started, FIRST_MESSAGE_S, started
+        while True:
+            now = time.monotonic()
+            try:
+                groups = await asyncio.to_thread(placement_group_table)
+                self._update(groups, now)
+                await self._start_placed()
+                await self._give_up(now)
+                complete = complete or all(r.unplaced_since is None for r in self._reservations)
+                if complete and self._further:
+                    await self._request(self._further, layout, added=False)
+                    self._further = []
+                    continue
+                if complete and now - last_offer >= POLL_S and self._more_slots is not None and not self._others_wait(groups):
+                    last_offer = now
+                    await self._add_slots(layout, self._more_slots)
+                waiting = [r for r in self._reservations if r.unplaced_since is not None and not r.added]
+                if not waiting:
+                    if next_message_s > FIRST_MESSAGE_S:
+                        self._listener.waiting(None)
+                    waiting_since, next_message_s = now, FIRST_MESSAGE_S
+                elif now - waiting_since >= next_message_s:
+                    next_message_s += MESSAGE_INTERVAL_S
+                    self._listener.waiting(await asyncio.to_thread(_reason, waiting))
+            # Whatever fails, such as a restart of Ray's head process: the supervision must continue.
+            except Exception:
+                _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
+                waiting = []
+            pause_s = max(FIRST_POLL_S, (time.monotonic() - waiting_since) / 10) if waiting else POLL_S
+            await asyncio.sleep(min(POLL_S, pause_s))
+
+    def _update(self, groups: Mapping[str, Any], now: float) -> None:
+        """Set which reservations have a node. `groups`: Ray's table of placement groups."""
+        for reservation in self._reservations:
+            entry = groups.get(reservation.group.id.hex())
+            if entry is not None and entry["bundles_to_node_id"].get(reservation.bundle):
+                reservation.unplaced_since = None
+            elif reservation.unplaced_since is None:
+                reservation.unplaced_since = now
+
+    async def _start_placed(self) -> None:
+        for reservation in self._reservations:
+            if reservation.actors or reservation.unplaced_since is not None:
+                continue
+            await self._do(self._create_actors, reservation)
+            if reservation.slot is None:
+                for name, actor in reservation.actors.items():
+                    self._listener.encoder_started(name, actor)
+            else:
+                for (name, actor), spec in zip(reservation.actors.items(), reservation.slot.workers, strict=True):
+                    self._listener.worker_started(name, spec, actor)
+
+    async def _give_up(self, now: float) -> None:
+        """Kill the workers of slots that have had no node for too long. Withdraw requests that cannot be met.
+
+        The request for a slot of the layout stays: its workers start again as soon as there is a node.
+        """
+        for reservation in list(self._reservations):
+            if reservation.slot is None or reservation.unplaced_since is None:
+                continue
+            limit_s = self._patience_s(reservation)
+            if now - reservation.unplaced_since < limit_s:
+                continue
+            lost, reservation.actors = reservation.actors, {}
+            await self._do(_kill, list(lost.values()))
+            for name in lost:
+                self._listener.worker_lost(name)
+            # Only the lost node has this label.
+            needs_lost_node = bool(lost) and reservation.label is not None and reservation.label[0] == NODE_ID_LABEL
+            if reservation.added or needs_lost_node:
+                self._reservations.remove(reservation)
+                await self._do(self._remove_unused_groups)
+
+    def _patience_s(self, reservation: _Reservation) -> float:
+        """Return the seconds after which a slot without a node is given up."""
+        if not reservation.actors:
+            return WITHDRAW_AFTER_S
+        others = (r.slot.stages for r in self._reservations if r.slot is not None and r.unplaced_since is None)
+        has_last_stage = reservation.slot is not None and reservation.slot.stages - frozenset().union(*others)
+        return LAST_LOST_AFTER_S if has_last_stage else LOST_AFTER_S
+
+    def _others_wait(self, groups: Mapping[str, Any]) -> bool:
+        """Return whether another user of the cluster waits for resources."""
+        own = {group.id.hex() for group in self._groups}
+        return any(entry["state"] in _UNPLACED for group, entry in groups.items() if group not in own)
+
+    async def _add_slots(self, layout: Layout, more_slots: MoreSlots) -> None:
+        """Request the slots that `more_slots` returns for the free GPUs, unless it was asked about the same before."""
+        free = (await asyncio.to_thread(live_cluster)).free
+        # Ray gives these GPUs to slots that wait for a node.
+        wanted = {r.label for r in self._reservations if r.slot is not None and r.slot.has_gpu and r.unplaced_since is not None}
+        nodes = (replace(node, gpus=()) if None in wanted or node.label in wanted else node for node in free.nodes)
+        free = replace(free, nodes=tuple(nodes))
+        if not free.gpus or free == self._offered:
+            return
+        self._offered = free
+        present = [r.slot for r in self._reservations if r.slot is not None and r.unplaced_since is None]
+        slots = await asyncio.to_thread(more_slots, present, free)
+        if slots:
+            await self._request(slots, layout, added=True)
+
+    async def _request(self, slots: Sequence[PlacedSlot], layout: Layout, *, added: bool) -> None:
+        """Request a node for each slot, and create encoders in proportion to the slots."""
+        for slot in slots:
+            await self._do(self._reserve, [slot], added)
+        share = sum(r.slot is not None for r in self._reservations) / len(layout.slots) if layout.slots else 1.0
+        for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
+            name = self._config.encoder_name(next(self._encoder_numbers))
+            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
+
+    # Calls of Ray that block, in a thread
+
+    def _reserve(self, slots: Sequence[tuple[Slot | None, Label | None]], added: bool) -> None:
+        """Request one placement group with a bundle for each slot. `None` in place of a slot is an encoder."""
+        group = placement_group(
+            [_resources(slot) for slot, _ in slots],
+            bundle_label_selector=[dict([label]) if label else {} for _, label in slots],
+        )
+        self._groups.append(group)
+        now = time.monotonic()
+        self._reservations += [_Reservation(slot, label, group, n, added, now) for n, (slot, label) in enumerate(slots)]
+
+    def _create_actors(self, reservation: _Reservation) -> None:
+        place = PlacementGroupSchedulingStrategy(reservation.group, placement_group_bundle_index=reservation.bundle)
+        if reservation.slot is None:
+            name = self._config.encoder_name(next(self._encoder_numbers))
+            reservation.actors = {name: self._create_encoder(name, place)}
+            return
+        number = next(self._slot_numbers)
+        for k, spec in enumerate(reservation.slot.workers):
+            name = self._config.worker_name(number, k)
+            worker = worker_class().options(name=name, num_cpus=spec.cpus, num_gpus=spec.gpus, scheduling_strategy=place)
+            reservation.actors[name] = worker.remote(self._config, spec)
+
+    def _create_encoder(self, name: str, place: Any) -> Any:
+        encoder = encoder_class().options(name=name, num_cpus=ENCODER_CPUS, scheduling_strategy=place).remote(self._config)
+        if place == "SPREAD":
+            self._encoders.append(encoder)
+        return encoder
+
+    def _remove_unused_groups(self) -> None:
+        used = {reservation.group.id for reservation in self._reservations}
+        for group in [group for group in self._groups if group.id not in used]:
+            self._groups.remove(group)
+            remove_placement_group(group)
+
+    def _remove_all(self) -> None:
+        _kill([*self._encoders, *(actor for reservation in self._reservations for actor in reservation.actors.values())])
+        self._encoders.clear()
+        self._reservations.clear()
+        self._remove_unused_groups()
 
 
 def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
@@ -58,46 +326,43 @@ def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
     return [node.label for node in nodes]
 
 
-class Fleet:
-    """Actors of one engine. Use it inside the event loop."""
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)
 
-    def __init__(self, config: EngineConfig, listener: FleetListener) -> None:
-        self._config = config
-        self._listener = listener
-        self._groups: list[Any] = []
-        # Keep the handles: Ray stops an actor without handles.
-        self._actors: list[Any] = []
 
-    async def start(self, layout: Layout, labels: Sequence[Label | None]) -> None:
-        """Create the actors of the layout. Returns without waiting for their processes. `labels`: see `labels_of`."""
-        await asyncio.to_thread(self._create, layout, labels, asyncio.get_running_loop())
+def _resources(slot: Slot | None) -> dict[str, float]:
+    if slot is None:
+        return {"CPU": ENCODER_CPUS}
+    return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
 
-    def _create(self, layout: Layout, labels: Sequence[Label | None], loop: asyncio.AbstractEventLoop) -> None:
-        workers, encoders = worker_class(), encoder_class()
-        for number, (slot, label) in enumerate(zip(layout.slots, labels, strict=True)):
-            bundle = {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
-            group = placement_group([bundle], bundle_label_selector=[dict([label])] if label else None)
-            self._groups.append(group)
-            in_slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
-            for k, spec in enumerate(slot.workers):
-                name = self._config.worker_name(number, k)
-                options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, "name": name}
-                actor = workers.options(**options).remote(self._config, spec)
-                self._actors.append(actor)
-                loop.call_soon_threadsafe(self._listener.worker_started, name, spec, actor)
-        for number in range(layout.encoders):
-            name = self._config.encoder_name(number)
-            actor = encoders.options(num_cpus=ENCODER_CPUS, scheduling_strategy="SPREAD", name=name).remote(self._config)
-            self._actors.append(actor)
-            loop.call_soon_threadsafe(self._listener.encoder_started, name, actor)
 
-    async def stop(self) -> None:
-        """Kill the actors and remove the placement groups."""
-        await asyncio.to_thread(self._stop)
+def _reason(waiting: Sequence[_Reservation]) -> str:
+    """Return what these reservations wait for, and what the cluster has."""
+    needed: Counter[str] = Counter()
+    for reservation in waiting:
+        needed.update(_resources(reservation.slot))
+    in_cluster, available = ray.cluster_resources(), ray.available_resources()
+    total, free = (_text({name: amounts.get(name, 0) for name in needed}) for amounts in (in_cluster, available))
+    kinds = Counter(map(str, waiting)).items()
+    listed = ", ".join(f"{number} {kind if number == 1 else kind.replace('slot', 'slots')}" for kind, number in kinds)
+    reason = f"waiting for {_text(needed)} ({listed}): the cluster has {total}, {free} are free"
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for reservation in {str(r): r for r in waiting if not any(_could_hold(node, r) for node in nodes)}.values():
+        label = f" and the label {'='.join(reservation.label)}" if reservation.label else ""
+        reason += f". No node has {_text(_resources(reservation.slot))}{label}, which one {reservation} needs"
+    return reason
 
-    def _stop(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        for group in self._groups:
-            remove_placement_group(group)
-        self._actors, self._groups = [], []
+
+def _could_hold(node: Mapping[str, Any], reservation: _Reservation) -> bool:
+    """Return whether the node could hold the reservation if nothing else ran there."""
+    has_label = reservation.label is None or node["Labels"].get(reservation.label[0]) == reservation.label[1]
+    needed = _resources(reservation.slot)
+    return has_label and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+
+
+def _text(resources: Mapping[str, float]) -> str:
+    """Return for example `2 GPUs and 1.5 CPUs`."""
+    return " and ".join(
+        f"{resources[name]:g} {name}{'' if resources[name] == 1 else 's'}" for name in ("GPU", "CPU") if name in resources
+    )

@@ -10,18 +10,19 @@ import socket
 import subprocess
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vidgen_ray.errors import SetupError
-from vidgen_ray.planner import Cluster, Node
-from vidgen_ray.planner.cluster import Label
+from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.planner import Cluster, Node, Plan
+from vidgen_ray.planner.cluster import GB, Label
 
 GPU_TYPE_LABEL, NODE_ID_LABEL = "ray.io/accelerator-type", "ray.io/node-id"
 """Labels that Ray sets on its nodes."""
@@ -60,24 +61,63 @@ def expect_gpus(count: int) -> None:
         )
 
 
-def live_cluster() -> Cluster:
-    """Return the nodes of the connected Ray. Each node reports the memory of its GPUs itself."""
+class LiveCluster(NamedTuple):
+    """Nodes of the connected Ray."""
+
+    total: Cluster
+    free: Cluster
+    """The same nodes with the GPUs, CPUs and memory that no actor or task has reserved."""
+
+    def plan(self, make_plan: Callable[[Cluster], Plan]) -> tuple[Plan, Cluster]:
+        """Return a plan for the free resources, or for the whole cluster if they do not suffice, and the cluster planned for.
+
+        In the second case the run waits until others end. Raises what `make_plan` raises for the whole cluster.
+        """
+        if self.free != self.total:
+            with suppress(SetupError, ProfileError):
+                return make_plan(self.free), self.free
+        return make_plan(self.total), self.total
+
+
+def live_cluster() -> LiveCluster:
+    """Return the nodes of the connected Ray. Each node reports the memory of its GPUs itself, once per process.
+
+    Raises SetupError if a node does not report it.
+    """
     alive = [node for node in ray.nodes() if node["Alive"]]
+    _query_gpus([node["NodeID"] for node in alive if node["Resources"].get("GPU", 0) >= 1])
+    available = available_resources_per_node()
+    total = [_node(node, node["Resources"]) for node in alive]
+    # A node that is missing has just joined or died.
+    free = [_node(node, available.get(node["NodeID"], {})) for node in alive]
+    labels = list(_labels(alive, total))
+    return LiveCluster(*(Cluster(tuple(map(_labelled, nodes, labels))) for nodes in (total, free)))
+
+
+def _labelled(node: Node, label: Label) -> Node:
+    return replace(node, label=label)
+
+
+_gpus_of_nodes: dict[str, tuple[float, ...]] = {}
+"""Node id -> GB of memory of each GPU. Node ids are never used again."""
+
+
+def _query_gpus(nodes: Sequence[str]) -> None:
+    """Ask the nodes that have not been asked before for the memory of their GPUs."""
     query = ray.remote(num_cpus=0)(_gpus_gb)
     queries = {
-        node["NodeID"]: query.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
-        for node in alive
-        if node["Resources"].get("GPU", 0) >= 1
+        node: query.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+        if node not in _gpus_of_nodes
     }
     try:
-        gpus_gb = dict(zip(queries, ray.get(list(queries.values()), timeout=GPU_QUERY_TIMEOUT_S), strict=True))
+        sizes = ray.get(list(queries.values()), timeout=GPU_QUERY_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         raise SetupError(
             f"the GPU nodes of the cluster did not respond within {GPU_QUERY_TIMEOUT_S} s. "
             "Name the GPUs with --gpus, e.g. 8x80GB."
         ) from None
-    nodes = [_node(node, gpus_gb.get(node["NodeID"], ())) for node in alive]
-    return Cluster(tuple(replace(node, label=label) for node, label in zip(nodes, _labels(alive, nodes), strict=True)))
+    _gpus_of_nodes.update(zip(queries, sizes, strict=True))
 
 
 def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[Label]:
@@ -93,15 +133,16 @@ def _labels(alive: Sequence[dict[str, Any]], nodes: Sequence[Node]) -> Iterator[
         yield (GPU_TYPE_LABEL, gpu_type) if gpu_type and len(sizes[gpu_type]) == 1 else (NODE_ID_LABEL, ray_node["NodeID"])
 
 
-def _node(node: dict[str, Any], gpus_gb: tuple[float, ...]) -> Node:
-    resources = node["Resources"]
+def _node(node: dict[str, Any], resources: Mapping[str, float]) -> Node:
+    """Return the node with these of its resources. Part of a GPU counts as none."""
     gpus = int(resources.get("GPU", 0))
+    gpus_gb = _gpus_of_nodes.get(node["NodeID"], ())
     if gpus > len(gpus_gb):
         raise SetupError(
             f"node {node['NodeManagerAddress']}: Ray has {gpus} GPUs, nvidia-smi shows {len(gpus_gb)}. "
             "Name the GPUs with --gpus, e.g. 8x80GB."
         )
-    return Node(gpus=gpus_gb[:gpus], cpus=resources.get("CPU", 0.0), memory_gb=resources.get("memory", 0.0) / 1e9 or None)
+    return Node(gpus=gpus_gb[:gpus], cpus=resources.get("CPU", 0.0), memory_gb=resources.get("memory", 0.0) / GB or None)
 
 
 def _gpus_gb() -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import likeness_of
+from vidgen_ray.engine.load_lock import load_lock
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
@@ -133,7 +135,9 @@ class Worker:
                 stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
                 cache = config.outputs.stage_cache if config.use_cache else None
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
-                runner.load()
+                # On a machine without GPUs, the weights stay where they are loaded.
+                with load_lock() if spec.gpus else nullcontext():
+                    runner.load()
                 self._loaded = runner
             except Exception as error:
                 # If raised, the user would see Ray's wrapper of the error.

@@ -25,7 +25,7 @@ from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
@@ -52,8 +52,9 @@ class RemoteArtefacts(NamedTuple):
 class WorkerPool:
     """Workers of one engine. Create it inside the event loop."""
 
-    def __init__(self, config: EngineConfig, observer: EngineObserver) -> None:
+    def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver) -> None:
         self._attempts = config.attempts
+        self._layout = layout
         self._observer = observer
         self._adapters_kept = max_loras(config.profile)
         self._scheduler = Scheduler((), {stage.name: n for n, stage in enumerate(STAGES)})
@@ -99,13 +100,9 @@ class WorkerPool:
         """Workers in quarantine or given up, with their nodes."""
         return [self._clients[worker].location for worker in (*self._quarantined, *self._given_up)]
 
-    def specs(self) -> list[WorkerSpec]:
-        """Return the specs of all workers that are not given up."""
-        return [worker.spec for worker in self._clients if worker not in self._given_up]
-
     def can_fuse(self, first: str, *others: str) -> bool:
-        """Return whether every worker with the first stage can run all these stages in one call."""
-        return all(spec.can_run(first, *others) for spec in self.specs() if first in spec.stages)
+        """Return whether every worker with the first stage, started or not, can run all these stages in one call."""
+        return self._layout.can_fuse(first, *others)
 
     # Calls
 

@@ -77,7 +77,7 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
 
 def build(args: OnlineSettings) -> Application:
     """Build the application for `serve deploy` and `serve run`, planned for the cluster that this runs on."""
-    return application(server_plan(args, live_cluster))
+    return application(server_plan(args, lambda: live_cluster().total))
 
 
 def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:

@@ -12,7 +12,7 @@ from vidgen_ray.planner.demand import Demand
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import Kind, Layout, Slot
 from vidgen_ray.planner.prices import default_price
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing, host_gb_of_nodes
 
 SHOTS_PER_SLOT = 3
 """Shots in progress per slot: one running, one queued and one in transfer."""
@@ -180,10 +180,8 @@ def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, def
     yield from cluster.notes
     if timing.assumed:
         yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
-    nodes_with_turns = {filled.node for filled in packing.slots if filled.assignment.swapped_actors}
-    if unknown := [node for node in nodes_with_turns if cluster.nodes[node].memory_gb is None]:
-        host_gb = max(sum(filled.assignment.host_gb for filled in packing.slots if filled.node == node) for node in unknown)
-        yield f"swapped stages need up to {host_gb:.4g} GB of host memory per node, which is assumed to be available"
+    if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
+        yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
     if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
         yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
     if default_price:

@@ -19,6 +19,8 @@ CONTEXT_GB = 0.6
 """GPU memory of a process before it loads any weights."""
 PROCESS_HOST_GB = 0.4
 """Host memory of a process without a GPU: torch and other libraries."""
+GPU_PROCESS_HOST_GB = 2.0
+"""Host memory of a process with a GPU: also the CUDA libraries, and images and frames on their way."""
 SHOTS_PER_SWAP = 8
 """Shots that one group of stages processes before its weights are swapped for those of another group."""
 EPSILON = 1e-6
@@ -67,9 +69,18 @@ class Process:
 
     @cached_property
     def host_gb(self) -> float:
-        """Host memory needed in GB. Between two turns, the weights of all groups are in host memory."""
-        own = 0.0 if self.gpu_gb else PROCESS_HOST_GB
+        """Host memory needed in GB after loading. Between two turns, the weights of all groups are in host memory."""
+        own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
         return own + sum(actor.host_gb for actor in self.actors) + self.turns_gb
+
+    @cached_property
+    def load_gb(self) -> float:
+        """More host memory in GB that loading needs at times: the largest weights that pass through it to the GPU.
+
+        For weights that take turns, `host_gb` includes it.
+        """
+        swapped = {actor for group in self.swap_groups for actor in group}
+        return max((actor.gpu_gb for actor in self.actors if actor not in swapped), default=0.0)
 
     @property
     def cpus(self) -> float:
@@ -94,6 +105,11 @@ class Assignment:
     @cached_property
     def host_gb(self) -> float:
         return sum(process.host_gb for process in self.processes)
+
+    @cached_property
+    def load_gb(self) -> float:
+        """More host memory in GB during loading. The processes of a node load one after another."""
+        return max(process.load_gb for process in self.processes)
 
     @cached_property
     def cpus(self) -> float:
@@ -172,7 +188,14 @@ def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: boo
 
     def has_advantage(assignment: Assignment, other: Assignment) -> bool:
         swaps_less = assignment.swapped_gb < other.swapped_gb - EPSILON or not other.swapped_actors <= assignment.swapped_actors
-        needs_less = assignment.cpus < other.cpus - EPSILON or assignment.host_gb < other.host_gb - EPSILON
+        needs_less = any(
+            needed < by_other - EPSILON
+            for needed, by_other in (
+                (assignment.cpus, other.cpus),
+                (assignment.host_gb, other.host_gb),
+                (assignment.load_gb, other.load_gb),
+            )
+        )
         return swaps_less or (needs_less and not ignore_host_limits)
 
     def is_dominated(assignment: Assignment) -> bool:

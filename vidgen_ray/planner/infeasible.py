@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from vidgen_ray.planner.cluster import Cluster
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Candidates
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, PackingProblem, pack
+from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, PackingProblem, host_gb_of_nodes, pack
 
 UNLIMITED_CPUS = 1e6
 
@@ -23,16 +23,26 @@ def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster:
         total_gb = sum(actor.gpu_gb for actor in on_gpu) + CONTEXT_GB
         return f"the stages need {total_gb:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
     if pack(problem, candidates, _without_limits(cluster)) is not None:
-        host_gb = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
-        swapping = " while other stages use the GPU" if on_gpu else ""
-        weights = sum(actor.gpu_gb + actor.host_gb for actor in problem.actors)
-        return f"stages need host memory{swapping}, up to {weights:.4g} GB per worker; the nodes have {host_gb} GB"
+        return _explain_host_memory(problem, candidates, cluster)
     worker_cpus = max(actor.cpus for actor in problem.actors)
     node_cpus = ", ".join(f"{node.cpus:g}" for node in cluster.nodes)
     return (
         f"a worker needs up to {worker_cpus:g} CPUs, in addition to {ENCODER_CPUS:g} for an encoder and "
         f"{DIRECTOR_CPUS + SPARE_CPUS:g} for the director and Ray; the nodes have {node_cpus}"
     )
+
+
+def _explain_host_memory(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> str:
+    """Return how much host memory the processes of the node that needs most would take, and what the nodes have."""
+    packing = pack(problem, candidates, _without_limits(cluster))
+    assert packing is not None
+    needs = host_gb_of_nodes(packing)
+    node = max(needs, key=lambda node: needs[node])
+    slots = [filled.assignment for filled in packing.slots if filled.node == node]
+    load_gb = max(assignment.load_gb for assignment in slots)
+    while_loading = f" ({load_gb:.4g} GB of it for the largest weights, which pass through host memory)" if load_gb else ""
+    available = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
+    return f"host memory: {needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
 
 
 def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:

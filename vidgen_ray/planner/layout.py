@@ -1,6 +1,8 @@
 """Layout of a run: its processes, their stages and their GPUs. Chosen by the planner and started by the executor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 Kind = Literal["fused", "colocated", "staged", "hybrid"]
@@ -44,6 +46,11 @@ class Slot:
     def cpus(self) -> float:
         return sum(worker.cpus for worker in self.workers)
 
+    @property
+    def stages(self) -> frozenset[str]:
+        """Stages of all its workers."""
+        return frozenset(stage for worker in self.workers for stage in worker.stages)
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -67,3 +74,16 @@ class Layout:
     def can_fuse(self, first: str, *others: str) -> bool:
         """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)
+
+
+def complete_set(slots: Sequence[Slot]) -> tuple[int, ...]:
+    """Return the indexes of the fewest slots that hold every stage of all slots together. Empty for no slots."""
+    first_of_kind = {slot.stages: index for index, slot in reversed(list(enumerate(slots)))}
+    all_stages = frozenset().union(*first_of_kind)
+    # A layout has only a few kinds of slots.
+    return next(
+        tuple(sorted(first_of_kind[kind] for kind in kinds))
+        for size in range(len(first_of_kind) + 1)
+        for kinds in combinations(first_of_kind, size)
+        if frozenset().union(*kinds) == all_stages
+    )

@@ -8,7 +8,7 @@ mean seconds, so the rate is limited by the actor with the least GPU time availa
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,19 +144,28 @@ def encoders_for(rate: float, encode_seconds: float) -> int:
     return max(1, math.ceil(rate * encode_seconds / ENCODER_BUSY - EPSILON))
 
 
+def host_gb_of_nodes(packing: Packing) -> dict[int, float]:
+    """Return node -> GB of host memory that its processes need at most, which is while the largest of them loads."""
+    assignments: defaultdict[int, list[Assignment]] = defaultdict(list)
+    for filled in packing.slots:
+        assignments[filled.node].append(filled.assignment)
+    return {node: sum(a.host_gb for a in held) + max(a.load_gb for a in held) for node, held in assignments.items()}
+
+
 def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Cluster) -> Packing | None:
     """Place each slot on the node with the most free CPUs. Returns `None` if this greedy placement fails."""
     cpus = [node.cpus for node in cluster.nodes]
     host = [math.inf if node.memory_gb is None else node.memory_gb for node in cluster.nodes]
+    load = [0.0 for _ in cluster.nodes]
     free = [Counter(problem.slots_of(node)) for node in cluster.nodes]
     slots: list[FilledSlot] = []
 
-    def take(cpus_needed: float, host_gb: float, memory_gb: float | None) -> int | None:
+    def take(cpus_needed: float, host_gb: float = 0.0, load_gb: float = 0.0, memory_gb: float | None = None) -> int | None:
         suitable = [
             node
             for node in range(len(cpus))
             if cpus[node] >= cpus_needed - EPSILON
-            and host[node] >= host_gb - EPSILON
+            and host[node] >= host_gb + max(load_gb, load[node]) - EPSILON
             and (memory_gb is None or free[node][memory_gb] > 0)
         ]
         if not suitable:
@@ -164,19 +173,21 @@ def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Clust
         node = max(suitable, key=lambda node: cpus[node])
         cpus[node] -= cpus_needed
         host[node] -= host_gb
+        load[node] = max(load_gb, load[node])
         if memory_gb is not None:
             free[node][memory_gb] -= 1
         return node
 
     for chosen in sorted(solution.chosen, key=lambda chosen: -chosen.assignment.cpus):
         for _ in range(chosen.count):
-            node = take(chosen.assignment.cpus, chosen.assignment.host_gb, chosen.group.memory_gb)
+            assignment = chosen.assignment
+            node = take(assignment.cpus, assignment.host_gb, assignment.load_gb, chosen.group.memory_gb)
             if node is None:
                 return None
-            slots.append(FilledSlot(chosen.assignment, node, chosen.shares))
+            slots.append(FilledSlot(assignment, node, chosen.shares))
     encoders = encoders_for(solution.rate, problem.encode_seconds)
     others = [DIRECTOR_CPUS + SPARE_CPUS, *[ENCODER_CPUS] * encoders]
-    if any(take(needed, 0.0, None) is None for needed in others):
+    if any(take(needed) is None for needed in others):
         return None
     return Packing(solution.rate, tuple(slots), encoders)
 
@@ -209,7 +220,7 @@ class _PackingModel:
     ) -> None:
         self._problem = problem
         self._options = options
-        self._programme = _LinearProgramme()
+        self._programme = LinearProgramme()
         self._total_slots = sum(group.count for group in groups)
         self._needs = {actor: self._total_slots * actor.seconds / problem.seconds for actor in problem.actors}
         self._efficiency = self._programme.add_variable(1.0)
@@ -284,21 +295,31 @@ class _PackingModel:
         programme.add_constraint(dict.fromkeys(encoders, 1.0), low=1.0)
         programme.add_constraint(dict.fromkeys(directors, 1.0), low=1.0)
         for index, node in enumerate(nodes):
-            assignments = {
-                n: option.assignment
-                for n, option in zip(self._counts, self._options, strict=True)
-                if option.group.node == index
-            }
-            cpus = {n: assignment.cpus for n, assignment in assignments.items()}
+            options = {n: option for n, option in zip(self._counts, self._options, strict=True) if option.group.node == index}
+            cpus = {n: option.assignment.cpus for n, option in options.items()}
             others = {encoders[index]: ENCODER_CPUS, directors[index]: DIRECTOR_CPUS + SPARE_CPUS}
             programme.add_constraint({**cpus, **others}, high=node.cpus)
             if node.memory_gb is not None:
-                host_gb = {n: assignment.host_gb for n, assignment in assignments.items()}
-                programme.add_constraint(host_gb, high=node.memory_gb)
+                host_gb = {n: option.assignment.host_gb for n, option in options.items()}
+                programme.add_constraint({**host_gb, self._add_load_memory(options): 1.0}, high=node.memory_gb)
         return encoders
 
+    def _add_load_memory(self, options: Mapping[int, _Option]) -> int:
+        """Return the variable of the host memory that loading needs at times on a node: that of the largest load.
 
-class _LinearProgramme:
+        `options`: variable of the number of slots -> option, of this node.
+        """
+        programme = self._programme
+        load_gb = programme.add_variable(math.inf)
+        for slots, option in options.items():
+            if option.assignment.load_gb:
+                is_used = programme.add_variable(1, integer=True)
+                programme.add_constraint({slots: 1.0, is_used: -float(option.group.count)}, high=0.0)
+                programme.add_constraint({load_gb: 1.0, is_used: -option.assignment.load_gb}, low=0.0)
+        return load_gb
+
+
+class LinearProgramme:
     """A mixed-integer linear programme. Variables are identified by their index and are at least 0."""
 
     def __init__(self) -> None:

@@ -1,0 +1,283 @@
+"""Placement of a fleet on real small clusters: complete sets, waiting, late and lost nodes, free resources."""
+
+import asyncio
+import os
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+
+from vidgen_ray.engine import fleet as fleet_module
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import Fleet
+from vidgen_ray.engine.ray_cluster import live_cluster
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+
+MEMORY = {"object_store_memory": 80 << 20}
+FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+TIMEOUT_S = 30
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class TinyActor:
+    """Stands in for `Worker` and `Encoder`, which import torch."""
+
+    def __init__(self, *_):
+        pass
+
+    def place(self):
+        context = ray.get_runtime_context()
+        return context.get_node_id(), context.get_accelerator_ids()["GPU"], os.getpid()
+
+
+class Listener:
+    """Records the events of a fleet."""
+
+    def __init__(self):
+        self.workers, self.stages, self.lost, self.encoders, self.reasons = {}, {}, [], {}, []
+        self._changed = asyncio.Event()
+
+    def worker_started(self, name, spec, actor):
+        assert name not in self.workers
+        self.workers[name], self.stages[name] = actor, spec.stages
+        self._changed.set()
+
+    def worker_lost(self, name):
+        del self.workers[name]
+        self.lost.append(name)
+        self._changed.set()
+
+    def encoder_started(self, name, actor):
+        self.encoders[name] = actor
+        self._changed.set()
+
+    def waiting(self, reason):
+        self.reasons.append(reason)
+        self._changed.set()
+
+    async def until(self, condition):
+        """Wait until the condition holds. It is checked after each event."""
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """Cluster without work nodes. Every GPU node reports GPUs of 80 GB."""
+    programs = tmp_path_factory.mktemp("programs")
+    nvidia_smi = programs / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\nfor n in 1 2 3 4; do echo 81559; done\n")
+    nvidia_smi.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_DETECTION, **MEMORY}
+        cluster = RayCluster(initialize_head=True, head_node_args=options)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def add_node(head):
+    """Function that adds a node with these GPUs and 4 CPUs."""
+    nodes = []
+
+    def add(gpus):
+        nodes.append(head.add_node(num_cpus=4, num_gpus=gpus, **MEMORY))
+        return nodes[-1]
+
+    yield add
+    for node in nodes:
+        if node in head.worker_nodes:
+            head.remove_node(node)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Short intervals, and actors that start quickly."""
+    for name in ("POLL_S", "FIRST_MESSAGE_S", "MESSAGE_INTERVAL_S", "LOST_AFTER_S", "LAST_LOST_AFTER_S", "WITHDRAW_AFTER_S"):
+        monkeypatch.setattr(fleet_module, name, 0.4)
+    monkeypatch.setattr(fleet_module, "worker_class", lambda: TinyActor)
+    monkeypatch.setattr(fleet_module, "encoder_class", lambda: TinyActor)
+
+
+class Fleets(list):
+    """Fleets of a test."""
+
+    def __init__(self, profile, folder):
+        super().__init__()
+        self._profile, self._outputs = profile, OutputFolder(folder)
+
+    def make(self, run, **options):
+        """Return a fleet of a run with this name, and its listener."""
+        listener = Listener()
+        config = EngineConfig(run, self._profile, self._outputs, {})
+        self.append(Fleet(config, listener, **options))
+        return self[-1], listener
+
+    def run(self, scenario):
+        """Run a coroutine function with this object, and stop the fleets. Return its result."""
+
+        async def run():
+            try:
+                return await scenario(self.make)
+            finally:
+                await asyncio.gather(*(fleet.stop() for fleet in self))
+
+        return asyncio.run(run())
+
+
+@pytest.fixture
+def fleets(tiny, tmp_path):
+    return Fleets(tiny, tmp_path)
+
+
+def slot(*stages, cpus=1):
+    return Slot((WorkerSpec(stages, cpus, 1.0),), 1.0)
+
+
+def layout(*slots, encoders=1):
+    return Layout("staged", slots, encoders, 1)
+
+
+STAGED = layout(slot("flux"), slot("svd"))
+
+
+async def places_of(listener):
+    """Return name -> (node, GPU ids, pid) of all workers."""
+    return {name: await actor.place.remote() for name, actor in listener.workers.items()}
+
+
+def test_second_staged_fleet_waits_until_the_first_one_stops(add_node, fleets):
+    async def scenario(make_fleet):
+        started = [make_fleet(name) for name in ("first", "second")]
+        await asyncio.gather(*(fleet.start(STAGED, [None, None]) for fleet, _ in started))
+        await asyncio.gather(*(listener.until(lambda li=listener: li.workers or li.reasons) for _, listener in started))
+        (fleet, running), (_, waiting) = sorted(started, key=lambda pair: not pair[1].workers)
+        await running.until(lambda: len(running.workers) == 2 and running.encoders)
+        gpus = [gpus for _, gpus, _ in (await places_of(running)).values()]
+        assert sorted(gpus) == [["0"], ["1"]]
+        assert not waiting.workers
+        assert waiting.reasons[0] == (
+            "waiting for 2 GPUs and 2.5 CPUs (1 slot of flux, 1 slot of svd, 1 encoder): "
+            "the cluster has 2 GPUs and 4 CPUs, 0 GPUs and 1.5 CPUs are free"
+        )
+        await fleet.stop()
+        await waiting.until(lambda: len(waiting.workers) == 2)
+        await places_of(waiting)
+
+    add_node(2)
+    fleets.run(scenario)
+
+
+def test_slots_beyond_the_complete_set_are_requested_when_it_is_placed(add_node, fleets):
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("partly")
+        await fleet.start(layout(*[slot("flux"), slot("flux"), slot("svd")], encoders=2), [None] * 3)
+        await listener.until(lambda: len(listener.workers) == 2 and len(listener.encoders) == 2 and listener.reasons)
+        assert sorted(listener.stages.values()) == [("flux",), ("svd",)]
+        assert listener.reasons[0].startswith("waiting for 1 GPU and 1 CPU (1 slot of flux): the cluster has 2 GPUs")
+        add_node(1)
+        await listener.until(lambda: len(listener.workers) == 3)
+
+    add_node(2)
+    fleets.run(scenario)
+
+
+def test_message_names_a_slot_that_no_node_can_hold(add_node, fleets):
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("impossible")
+        await fleet.start(layout(slot("flux", "lora", cpus=64)), [("ray.io/accelerator-type", "H100")])
+        await listener.until(lambda: len(listener.reasons) == 2)
+        assert listener.reasons[0].endswith(
+            ". No node has 1 GPU and 64 CPUs and the label ray.io/accelerator-type=H100, which one slot of flux+lora needs"
+        )
+
+    add_node(1)
+    fleets.run(scenario)
+
+
+def test_late_node_gets_added_slots_and_loses_them_with_the_node(head, add_node, fleets):
+    offered = []
+
+    def more_slots(_, free):
+        offered.append(free)
+        return [(slot("flux"), node.label) for node in free.nodes for _ in node.gpus]
+
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("grows", more_slots=more_slots)
+        await fleet.start(layout(slot("flux"), encoders=2), [None])
+        await listener.until(lambda: listener.workers)
+        first = set(listener.workers)
+        late = add_node(2)
+        await listener.until(lambda: len(listener.workers) == 3 and len(listener.encoders) == 6)
+        assert offered[0].gpus == (81559 / 1024,) * 2
+        places = await places_of(listener)
+        assert sorted(gpus for node, gpus, _ in places.values() if node == late.node_id) == [["0"], ["1"]]
+        head.remove_node(late, allow_graceful=False)
+        await listener.until(lambda: len(listener.lost) == 2)
+        assert set(listener.workers) == first
+        assert not listener.reasons, "an added slot is not waited for"
+
+    add_node(1)
+    fleets.run(scenario)
+
+
+def test_no_slots_are_added_while_another_user_waits(add_node, fleets):
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("polite", more_slots=lambda _, free: [(slot("flux"), None)])
+        waiting, waiting_listener = make_fleet("waiting")
+        await fleet.start(layout(slot("flux")), [None])
+        await listener.until(lambda: listener.workers)
+        await waiting.start(layout(slot("flux"), slot("svd"), slot("hunyuan")), [None] * 3)
+        await waiting_listener.until(lambda: waiting_listener.reasons)
+        add_node(1)
+        await waiting_listener.until(lambda: "has 2 GPUs" in waiting_listener.reasons[-1])
+        assert len(listener.workers) == 1
+        await waiting.stop()
+        await listener.until(lambda: len(listener.workers) == 2)
+
+    add_node(1)
+    fleets.run(scenario)
+
+
+def test_lost_slot_is_reported_and_starts_again_on_a_new_node(head, add_node, fleets):
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("moves")
+        await fleet.start(STAGED, [None, None])
+        await listener.until(lambda: len(listener.workers) == 2)
+        places = await places_of(listener)
+        head.remove_node(nodes[0], allow_graceful=False)
+        await listener.until(lambda: listener.lost and listener.reasons)
+        (lost,) = listener.lost
+        (kept,) = listener.workers
+        assert places[lost][0] == nodes[0].node_id
+        assert "(1 slot of " in listener.reasons[0]
+        add_node(1)
+        await listener.until(lambda: len(listener.workers) == 2)
+        after = await places_of(listener)
+        assert after[kept] == places[kept], "the other worker keeps running"
+        assert lost not in after
+        assert {listener.stages[name] for name in after} == {("flux",), ("svd",)}
+
+    nodes = [add_node(1), add_node(1)]
+    fleets.run(scenario)
+
+
+def test_free_resources_are_those_that_no_fleet_has_reserved(add_node, fleets):
+    async def scenario(make_fleet):
+        fleet, listener = make_fleet("first")
+        await fleet.start(layout(slot("flux")), [None])
+        await listener.until(lambda: listener.workers and listener.encoders)
+        total, free = await asyncio.to_thread(live_cluster)
+        return total, free
+
+    add_node(2)
+    total, free = fleets.run(scenario)
+    assert [(len(node.gpus), node.cpus) for node in total.nodes] == [(0, 0), (2, 4)]
+    assert [(len(node.gpus), node.cpus) for node in free.nodes] == [(0, 0), (1, 2.5)]
+    assert [node.label for node in free.nodes] == [node.label for node in total.nodes]
