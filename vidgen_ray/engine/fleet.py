@@ -23,6 +23,9 @@ from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 from vidgen_ray.planner.solver import ENCODER_CPUS
 
+CLOSE_TIMEOUT_S = 5.0
+"""Seconds that workers may take to write their queued cache entries."""
+
 
 class FleetListener(Protocol):
     """Callbacks of a fleet, in the event loop of the engine."""
@@ -67,6 +70,7 @@ class Fleet:
         self._groups: list[Any] = []
         # Keep the handles: Ray stops an actor without handles.
         self._actors: list[Any] = []
+        self._workers: list[Any] = []
 
     async def start(self, layout: Layout, labels: Sequence[Label | None]) -> None:
         """Create the actors of the layout. Returns without waiting for their processes. `labels`: see `labels_of`."""
@@ -84,6 +88,7 @@ class Fleet:
                 options = {"num_cpus": spec.cpus, "num_gpus": spec.gpus, "scheduling_strategy": in_slot, "name": name}
                 actor = workers.options(**options).remote(self._config, spec)
                 self._actors.append(actor)
+                self._workers.append(actor)
                 loop.call_soon_threadsafe(self._listener.worker_started, name, spec, actor)
         for number in range(layout.encoders):
             name = self._config.encoder_name(number)
@@ -96,8 +101,10 @@ class Fleet:
         await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
+        # A worker that has crashed or hangs loses its queued cache entries.
+        ray.wait([worker.close.remote() for worker in self._workers], num_returns=len(self._workers), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
         for group in self._groups:
             remove_placement_group(group)
-        self._actors, self._groups = [], []
+        self._actors, self._workers, self._groups = [], [], []
