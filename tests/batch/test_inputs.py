@@ -5,6 +5,7 @@ import shutil
 import pytest
 import ray
 
+from tests.batch.test_batch import Events
 from tests.batch.test_faults import profile, render_lines, shots  # noqa: F401  # `profile` is a fixture
 from tests.conftest import ASTRONAUT
 from vidgen_ray.engine.ray_cluster import init_local_ray
@@ -23,14 +24,15 @@ def test_photo_replaced_during_the_run_fails_only_its_line(tmp_path, profile):  
     shutil.copy(ASTRONAUT, photo)
     lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo)}]
 
-    def replace(_):
-        write_png(photo, read_image(photo)[:, ::-1])
+    class ReplacePhoto(Events):
+        def on_planned(self, *counts):
+            """All lines are planned, none is rendered."""
+            write_png(photo, read_image(photo)[:, ::-1])
 
-    # All lines are planned, none is rendered.
-    report, rows = render_lines(tmp_path, profile, lines, before_start=replace)
+    report, rows = render_lines(tmp_path, profile, lines, ReplacePhoto())
     row = rows["face"]
     assert (report.done, report.failed) == (4, 1), row
-    assert (row.failure_stage, row.failure_error, row.failure_attempts) == ("instantid", "InputChanged", 1)
+    assert (row.failure_stage, row.failure_error) == ("instantid", "InputChanged")
     assert "photo.jpg: changed since the run planned this shot; render the line again" in row.failure_message
     report, rows = render_lines(tmp_path, profile, lines)
     assert (report.done, rows["face"].status) == (1, "done")

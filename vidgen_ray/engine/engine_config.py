@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vidgen_ray.engine.cache_writer import CacheSettings
@@ -24,7 +24,7 @@ class EngineConfig:
     outputs: OutputFolder
     stages: Mapping[str, type[Stage[Any]]]
     """Stage name -> class that implements it."""
-    cache: CacheSettings = CacheSettings()
+    cache: CacheSettings = field(default_factory=CacheSettings)
     keep_stages: bool = False
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS
