@@ -45,7 +45,7 @@ CLOSE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """What the processes of a run cache."""
+    """Results that the processes of a run keep in the stage cache, and limits."""
 
     mode: CacheMode = DEFAULT_CACHE
     max_bytes: int | None = None
