@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
@@ -43,7 +44,7 @@ def test_photo_replaced_after_planning_fails_the_shot(tiny, tmp_path):
     with pytest.raises(StepFailed, match=r"instantid: \S+photo\.jpg: changed since the run planned this shot") as raised:
         run(tiny, plan)
     assert isinstance(raised.value.cause, InputChanged)
-    assert CallResult.of_failure(raised.value).final
+    assert CallResult.of_failure(raised.value).kind is Kind.INPUT
     run(tiny, plan_of(tiny, face_image=str(photo)))
 
 
@@ -111,7 +112,7 @@ def test_node_with_other_weights_fails_before_a_result_is_made(svd_folder):
         run(profile, plan)
     assert isinstance(raised.value.cause, OtherWeights)
     result = CallResult.of_failure(raised.value)
-    assert (result.final, result.context_broken) == (False, True), "not the line's fault; a new process loads again"
+    assert (result.kind, result.context_broken) == (Kind.ERROR, True), "not the line's fault; a new process loads again"
 
 
 def test_weights_replaced_after_loading_are_noticed(svd_folder):
