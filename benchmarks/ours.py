@@ -67,7 +67,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
                 listener=listener,
                 cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
                 # The other systems have no stage cache.
-                use_cache=False,
+                cache="none",
                 stages=STAGES,
             )
     except (SetupError, ProfileError) as error:

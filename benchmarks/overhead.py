@@ -184,7 +184,7 @@ def _render(script: Path, folder: Path, listener: RunClock) -> None:
     (weights / "animevideov3.safetensors").write_bytes(b"nothing")
     actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
     profile = Profile(name="no-op", about="does nothing", cpu_workers=CPU_WORKERS, actors=actors)
-    options = RenderOptions(use_cache=False, stages=STAGES)
+    options = RenderOptions(cache="none", stages=STAGES)
     render(ScriptSettings(script), profile, OutputFolder(folder / "out"), options, listener=listener)
 
 

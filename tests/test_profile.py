@@ -1,5 +1,8 @@
 """Profiles: built-in profiles, validation errors and weight references."""
 
+import os
+import shutil
+
 import pytest
 
 from vidgen_ray.cache_dir import digest
@@ -10,7 +13,7 @@ from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
-from vidgen_ray.weights import resolve
+from vidgen_ray.weights import resolve, with_commit
 
 
 @pytest.mark.parametrize("name", builtin_profiles())
@@ -81,7 +84,7 @@ def test_unknown_option_error_names_the_actor(tiny):
     [
         ("builtin:nope", "must be one of tiny/flux"),
         ("nowhere/at/all", "nothing at /"),
-        ("hub:owner/name", "no revision"),
+        ("hub:owner/name", "run `hf download owner/name --revision main`"),
         ("hub:owner/name@0000000000000000000000000000000000000000", "nothing is downloaded while rendering"),
     ],
 )
@@ -118,3 +121,49 @@ def test_folder_digest_depends_on_content_and_file_names(tmp_path):
     assert digest(folder) == first
     (folder / "a").rename(folder / "b")
     assert digest(folder) != first
+
+
+def test_replaced_file_with_the_same_size_and_time_has_another_digest(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"1")
+    # Old enough for its digest to be cached.
+    os.utime(file, (1, 1))
+    first = digest(file)
+    other = tmp_path / "b"
+    other.write_bytes(b"2")
+    os.utime(other, (1, 1))
+    other.rename(file)
+    assert digest(file) != first
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a function that makes a snapshot of the tiny SVD the `main` of org/svd in this machine's Hugging Face cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(commit):
+        repo = tmp_path / "hub" / "models--org--svd"
+        shutil.copytree(resolve("builtin:tiny/svd"), repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / "main").write_text(commit)
+
+    return add
+
+
+COMMITS = ("1" * 40, "2" * 40)
+
+
+@pytest.mark.parametrize("reference", ["hub:org/svd@main", "hub:org/svd"])
+def test_branch_is_replaced_by_its_commit(tiny, hub, reference):
+    actor = tiny.actors["svd"].model_copy(update={"weights": reference, "extra_weights": {"other": "hub:org/absent@main:sub"}})
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
+    hub(COMMITS[0])
+    pinned = profile.pinned([SVDStage])
+    hub(COMMITS[1])
+    assert pinned.actors["svd"].weights == f"hub:org/svd@{COMMITS[0]}"
+    assert pinned.actors["svd"].extra_weights == {"other": "hub:org/absent@main:sub"}, "it is not on this machine"
+    assert pinned.params(SVDStage).weights.name == COMMITS[0]
+    assert pinned.with_commits() == pinned
+    assert profile.params(SVDStage).weights.name == COMMITS[1]
+    assert with_commit("hub:org/svd@main:unet") == f"hub:org/svd@{COMMITS[1]}:unet"
+    assert resolve(f"hub:org/svd@{COMMITS[1]}:unet").name == "unet"

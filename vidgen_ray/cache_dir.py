@@ -3,12 +3,16 @@
 import hashlib
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from vidgen_ray.atomic_files import write_atomically
+from vidgen_ray.model_files import loaded_files
 
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+CLOCK_RESOLUTION_NS = 2_000_000_000
+"""Coarsest resolution of file times, that of FAT."""
 
 
 def cache_dir() -> Path:
@@ -25,16 +29,25 @@ def sha256_of(path: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """Return the sha256 of a file, or of a folder's relative paths and file contents.
+    """Return the sha256 of a file, or of the relative paths and contents of the files in a folder that are loaded.
 
-    Digests of files are cached by path, size and modification time.
+    See `loaded_files`. Digests of files are cached, see `file_version`.
     """
     if path.is_file():
         return _file_digest(path)
     total = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in loaded_files(path):
         total.update(f"{file.relative_to(path).as_posix()}\0{_file_digest(file)}\n".encode())
     return total.hexdigest()
+
+
+def file_version(path: Path) -> tuple[int, int, int, int]:
+    """Return inode, size in bytes, and times of the last change of content and of status: they differ after any change.
+
+    The content can be replaced without a change of its size and modification time, as `cp --preserve` does.
+    """
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _file_digest(path: Path) -> str:
@@ -42,13 +55,16 @@ def _file_digest(path: Path) -> str:
     if path.parent.name == "blobs" and HUB_BLOB.fullmatch(path.name):
         # The Hugging Face cache names large files by their sha256.
         return path.name
-    stat = path.stat()
-    cache_key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    version = file_version(path)
+    cache_key = hashlib.sha256("\0".join(map(str, (path, *version))).encode()).hexdigest()
     memo = cache_dir() / "digests" / cache_key[:2] / cache_key
     if memo.exists():
         return memo.read_text()
     sha256 = sha256_of(path)
-    # The cache is optional.
-    with suppress(OSError):
-        write_atomically(memo, sha256)
+    # A later change within the resolution of the file system's clock would have the same times.
+    settled = time.time_ns() - version[-1] > CLOCK_RESOLUTION_NS
+    if settled and file_version(path) == version:
+        # The cache is optional.
+        with suppress(OSError):
+            write_atomically(memo, sha256)
     return sha256

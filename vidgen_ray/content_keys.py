@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.shot import LocalLora, LoraRef, Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 
@@ -60,8 +60,12 @@ class ShotPlan(BaseModel):
     shot: Shot
     steps: tuple[Step, ...]
     key: str
+    inputs: Mapping[str, str] = {}
+    """Photos, start image and LoRAs of the shot, as it names them: path -> sha256 at the time of planning."""
     number: int = 1
     """Number of this attempt, counted from 1."""
+    content: str | None = None
+    """Text that the key is the hash of, without the likeness rule. `None` if the shot has no likeness."""
     again: tuple["ShotPlan", ...] = ()
     """Further attempts, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
 
@@ -71,10 +75,19 @@ def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str,
     return {stage.name: profile.params(stage) for stage in stages}
 
 
-def with_local_loras(shot: Shot) -> Shot:
-    """Return the shot with its built-in LoRAs replaced by files of this machine."""
-    loras = tuple(LoraRef(path=str(resolve(lora.path)), weight=lora.weight) for lora in shot.lora)
-    return shot.model_copy(update={"lora": loras})
+def with_local_loras(shot: Shot, inputs: Mapping[str, str] | None = None) -> Shot:
+    """Return the shot with its built-in LoRAs replaced by files of this machine.
+
+    With `inputs`, those of the shot's plan, a LoRA is only loaded if the file still has its planned digest.
+    """
+
+    def local(lora: LoraRef) -> LoraRef:
+        file = str(resolve(lora.path))
+        if inputs is None:
+            return LoraRef(path=file, weight=lora.weight)
+        return LocalLora(path=file, weight=lora.weight, sha256=inputs[lora.path])
+
+    return shot.model_copy(update={"lora": tuple(map(local, shot.lora))})
 
 
 class ShotPlanner:
@@ -96,15 +109,23 @@ class ShotPlanner:
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError if the shot names something that does not exist."""
         steps, last = self._steps_of(shot)
-        checks_likeness = shot.min_identity is not None and any("image_likeness" in stage.writes for stage in stages_of(shot))
-        # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
-        rule = f",{_json(shot.min_identity)},{shot.retries}" if checks_likeness else ""
-        key = _sha256(f'{self._end}"{last}"{rule}]')
+        has_likeness = any("image_likeness" in stage.writes for stage in stages_of(shot))
+        content = f'{self._end}"{last}"'
+        key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
+        inputs = self._inputs_of(shot)
         again = []
-        for number in range(1, shot.retries + 1) if checks_likeness else ():
+        for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
-            again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, number=number + 1))
-        return ShotPlan(shot=shot, steps=steps, key=key, again=tuple(again))
+            again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, inputs=inputs, number=number + 1))
+        return ShotPlan(
+            shot=shot, steps=steps, key=key, inputs=inputs, content=content if has_likeness else None, again=tuple(again)
+        )
+
+    def _inputs_of(self, shot: Shot) -> dict[str, str]:
+        """Return path -> sha256 of each file that the shot names."""
+        images = [path for path in (*(getattr(shot, name) for name in FILE_FIELDS), *shot.face_image) if path is not None]
+        loras = {lora.path: self._lora_digest(lora.path) for lora in shot.lora}
+        return {path: self._digest(path) for path in images} | loras
 
     def _steps_of(self, shot: Shot) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
@@ -147,6 +168,33 @@ class ShotPlanner:
         files = choice.stage.weight_files(self._params[choice.stage.name], with_local_loras(choice.shot))
         digests = tuple(self._digest(str(file)) for file in files)
         return digests, _json(digests)
+
+
+def is_result_of(plan: ShotPlan, record: Mapping[str, Any]) -> bool:
+    """Return whether the plan would make the shot of this record again.
+
+    `record` is the content of `shot.json`. Apart from equal keys, this is true if only `min_identity` and `retries` differ, and
+    the plan would keep the same attempt: that attempt reaches the new minimum, and those before it do not.
+    """
+    if record["key"] == plan.key:
+        return True
+    if plan.content is None or record["likeness"] is None:
+        return False
+    shot, attempt, likeness = record["shot"], record["tries"], record["likeness"]
+    old, new = shot["min_identity"], plan.shot.min_identity
+    if record["key"] != _key_with_rule(plan.content, old, shot["retries"]):
+        return False
+    # Earlier attempts were below the old minimum.
+    if attempt > 1 and (new is None or new < old or attempt > plan.shot.retries + 1):
+        return False
+    measured = (likeness["image"], likeness["clip_mean"]) if plan.shot.generate_video else (likeness["image"],)
+    return new is None or all(value is not None and value >= new for value in measured)
+
+
+def _key_with_rule(content: str, min_identity: float | None, retries: int) -> str:
+    # The number of retries is part of the rule: a shot that fails after two attempts may succeed after three.
+    rule = "" if min_identity is None else f",{_json(min_identity)},{retries}"
+    return _sha256(f"{content}{rule}]")
 
 
 @dataclass(frozen=True, slots=True)

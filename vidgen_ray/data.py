@@ -72,6 +72,7 @@ def build_processor(
         raise UsageError(f"name: got {name!r}, must be a name without slashes")
     outputs = OutputFolder(out)
     options = options or RenderOptions()
+    chosen = chosen.with_commits()
     checker = LineChecker.for_rows(name, Path.cwd(), defaults or {}, chosen.defaults, seed)
     planner = LinePlanner(checker, chosen, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
 

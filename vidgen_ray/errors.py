@@ -68,6 +68,10 @@ class MissingWeights(SetupError):
     """Weights that only some shots need are not on this machine."""
 
 
+class OtherWeights(SetupError):
+    """This machine has other weights than those that the shot was planned with. Another machine may have the right ones."""
+
+
 class TooExpensive(VidgenError):
     """The estimated cost exceeds `--max-cost`. Nothing was started."""
 
@@ -76,6 +80,17 @@ class TooExpensive(VidgenError):
 
 class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
+
+
+class InputChanged(VidgenError):
+    """A photo, start image or LoRA was changed after the shot was planned. Planning the shot again gives it another key."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+        super().__init__(path)
+
+    def __str__(self) -> str:
+        return f"{self.path}: changed since the run planned this shot; render the line again"
 
 
 class WriteError(MediaError):

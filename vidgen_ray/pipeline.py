@@ -12,10 +12,12 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
+from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.engine.weights_check import WeightsCheck
 from vidgen_ray.graph import check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
@@ -43,15 +45,17 @@ class VideoGenerationPipeline:
     """Renders shots one at a time in this process. Stages are loaded on first use and stay loaded.
 
     `out` is an output folder or its URL, in the format of batch runs: shots that are finished there are not rendered again.
+    `cache` tells which results of stages are kept there: `none`, `images` or `all`, with the clips.
     """
 
-    def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, use_cache: bool = True) -> None:
+    def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, cache: CacheMode = "all") -> None:
         check_profile(profile)
         self.profile = profile
         self.outputs = OutputFolder(out)
         self.outputs.prepare()
         self._keep_stages = keep_stages
-        self._cache = self.outputs.stage_cache if use_cache or keep_stages else None
+        self._cache = cache_settings(cache, keep_stages, wait=True).open(self.outputs.stage_cache)
+        self._check_weights = WeightsCheck()
         self._loaded: dict[str, Stage[Any]] = {}
 
     @classmethod
@@ -102,7 +106,7 @@ class VideoGenerationPipeline:
             return done.record()
         stages = [self._stage(stage) for stage in stages_of(shot)]
         on_gpu = any(stage.params.device != "cpu" for stage in stages)
-        runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache)
+        runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache, check_weights=self._check_weights)
         failures = []
         for attempt in (plan, *plan.again):
             try:
@@ -146,6 +150,7 @@ class VideoGenerationPipeline:
     def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
         if stage_class.name not in self._loaded:
             stage = stage_class(self.profile.params(stage_class))
+            self._check_weights.before_load([stage])
             stage.load()
             self._loaded[stage_class.name] = stage
         return self._loaded[stage_class.name]

@@ -13,7 +13,7 @@ from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.strict_yaml import StrictLoader
-from vidgen_ray.weights import resolve
+from vidgen_ray.weights import resolve, with_commit
 
 P = TypeVar("P", bound=StageParams)
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,7 +26,7 @@ class _Section(BaseModel):
 class ActorProfile(_Section):
     """Weights and resources of an actor. An actor runs one stage, or several stages that share weights."""
 
-    weights: str = Field(description="A path (relative to the profile), hub:OWNER/NAME@REVISION[:SUBFOLDER] or builtin:NAME.")
+    weights: str = Field(description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER] or builtin:NAME.")
     extra_weights: dict[str, str] = Field(
         default_factory=dict,
         # `also` is the name of this field in older profiles.
@@ -108,12 +108,32 @@ class Profile(_Section):
             ) from None
         return params.resolved()
 
-    def pinned(self, stages: Iterable[type[Stage[Any]]]) -> "Profile":
-        """Return the profile with the resolved precision of these stages, so that all machines use that of this one."""
-        resolved = {
-            stage.actor: self.actor_of(stage).model_copy(update={"dtype": self.params(stage).dtype}) for stage in stages
+    def with_commits(self) -> "Profile":
+        """Return the profile with the commit of each Hugging Face snapshot that is on this machine, in place of a branch.
+
+        A branch may mean another commit on another machine, or later in a run.
+        """
+        actors = {
+            name: actor.model_copy(
+                update={
+                    "weights": with_commit(actor.weights),
+                    "extra_weights": {extra: with_commit(reference) for extra, reference in actor.extra_weights.items()},
+                }
+            )
+            for name, actor in self.actors.items()
         }
-        return self.model_copy(update={"actors": {**self.actors, **resolved}})
+        return self.model_copy(update={"actors": actors})
+
+    def pinned(self, stages: Iterable[type[Stage[Any]]]) -> "Profile":
+        """Return the profile with commits and with the resolved precision of these stages.
+
+        With it, all machines use the revisions and the precision of this one.
+        """
+        profile = self.with_commits()
+        resolved = {
+            stage.actor: profile.actor_of(stage).model_copy(update={"dtype": profile.params(stage).dtype}) for stage in stages
+        }
+        return profile.model_copy(update={"actors": {**profile.actors, **resolved}})
 
     def actor_of(self, stage: type[Stage[Any]]) -> ActorProfile:
         """Return the profile of the actor that runs the stage. Raises ProfileError if there is none."""

@@ -31,6 +31,12 @@ class LoraRef(_Frozen):
     weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False, description="Scale of the adapter.")
 
 
+class LocalLora(LoraRef):
+    """LoRA file of this machine, with the content that it must have. Not part of a script."""
+
+    sha256: str
+
+
 class StageSteps(_Frozen):
     """Denoising steps of each stage. `None` uses the default of the profile's model."""
 

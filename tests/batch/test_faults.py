@@ -131,7 +131,7 @@ def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profi
     image_only = {"generate_video": False}
     lines = [{**line, **image_only} for line in shots(8)]
     lines[3:3] = [{"id": f"bad{n}", "prompt": "crash-encoder", **image_only} for n in range(2)]
-    report, rows = render_lines(tmp_path, profile, lines, use_cache=False)
+    report, rows = render_lines(tmp_path, profile, lines, cache="none")
     assert (report.done, report.failed) == (8, 2), {row.id: row.failure_message for row in rows.values()}
     for name in ("bad0", "bad1"):
         row = rows[name]
@@ -237,7 +237,7 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
     from tests.conftest import ASTRONAUT
 
     lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
-    render_lines(tmp_path, profile, lines, use_cache=False)
+    render_lines(tmp_path, profile, lines, cache="none")
     records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/shot.json")]
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
 

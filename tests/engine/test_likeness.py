@@ -280,6 +280,29 @@ class TestRetries:
             "instantid": True, "flux": True, "image_likeness": True, "svd": False, "clip_likeness": False
         }  # fmt: skip
 
+    def test_changed_rule_keeps_the_finished_shots_that_it_would_make_again(self, pipeline, clips, set_likeness):
+        set_likeness([(0.2,), (0.7,), (0.25,)], [(0.6, 0.6), (0.3, 0.3)])
+        first = pipeline.generate_video("a", **SMALL, min_identity=0.5, retries=1)["record"]
+        assert (first.tries, len(clips)) == (2, 1)
+        for rule in (
+            {"min_identity": 0.5, "retries": 3},
+            {"min_identity": 0.55, "retries": 1},
+            {"min_identity": 0.6, "retries": 2},
+        ):
+            assert pipeline.generate_video("a", **SMALL, **rule)["record"] == first
+        for rule in ({"min_identity": 0.65, "retries": 1}, {"min_identity": 0.5, "retries": 0}):
+            with pytest.raises(StepFailed, match="likeness"):
+                pipeline.generate_video("a", **SMALL, **rule)
+        lower = pipeline.generate_video("a", **SMALL, min_identity=0.2, retries=1)["record"]
+        assert (lower.tries, len(clips)) == (1, 2), "the first attempt reaches the lower minimum"
+        assert pipeline.generate_video("a", **SMALL)["record"] == lower, "no rule keeps the first attempt"
+
+    def test_changed_rule_does_not_keep_another_result(self, pipeline, clips, set_likeness):
+        set_likeness([(0.7,)], [(0.7,), (0.7,)])
+        pipeline.generate_video("a", **SMALL)
+        pipeline.generate_video("a", **{**SMALL, "num_frames": 3}, min_identity=0.5)
+        assert len(clips) == 2
+
     def test_likeness_is_recorded_without_min_identity(self, pipeline, set_likeness):
         set_likeness([(-0.1,)], [(None, None)])
         record = pipeline.generate_video("a", **SMALL, retries=3)["record"]

@@ -1,13 +1,28 @@
 """Steps of a shot: numbers are checked, and a cache that cannot be written does not fail a shot."""
 
+import pickle
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, FluxPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from safetensors.torch import load_file, save_file
 
-from vidgen_ray.engine.step_runner import StepFailed
+from tests.conftest import ASTRONAUT
+from tests.fake_stages import FAKES
+from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.errors import SetupError
+from vidgen_ray.graph import stages_of
+from vidgen_ray.nets.face_pack import PackRecogniser
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.stages.base import to_uint8
+from vidgen_ray.script.reader import check_shot
+from vidgen_ray.stages.base import Artefacts, Item, to_uint8
+from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
 SMALL = {"id": "s", "seed": 7, "width": 64, "height": 64, "num_frames": 2, "scale": 2}
@@ -40,11 +55,57 @@ def test_pixels_must_be_finite(value):
 
 def test_nan_lora_fails_the_step_and_is_not_cached(pipeline, tmp_path):
     lora = write_nan(resolve("builtin:tiny/lora.safetensors"), tmp_path / "nan.safetensors")
-    with pytest.raises(StepFailed, match=f"lora: {NOT_FINITE}") as raised:
+    with pytest.raises(StepFailed, match=r"lora: lora nan\.safetensors: .*lora_A\.weight has NaN or infinite values") as raised:
         pipeline.generate_video("a", **SMALL, lora_path=lora)
     assert raised.value.stage == "lora"
     assert not list(pipeline.outputs.root.glob("shots/s/*"))
     assert len(list(pipeline.outputs.root.glob("cache/*/*"))) == 1, "the base image alone"
+
+
+def test_nan_weights_are_refused_when_loaded(tiny, tmp_path):
+    folder = shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "svd")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    write_nan(file, file)
+    actor = tiny.actors["svd"].model_copy(update={"weights": str(folder)})
+    stage = SVDStage(tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage))
+    with pytest.raises(SetupError, match=r"svd: unet: \S+ has NaN or infinite values; copy the weights again"):
+        stage.load()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_prompt_embeddings_must_be_finite(pipeline, monkeypatch, value):
+    encode = FluxPipeline.encode_prompt
+
+    def encode_not_finite(self, *args, **kwargs):
+        embeds, *others = encode(self, *args, **kwargs)
+        embeds[0, 0, 0] = value
+        return embeds, *others
+
+    monkeypatch.setattr(FluxPipeline, "encode_prompt", encode_not_finite)
+    with pytest.raises(StepFailed, match=f"flux: {NOT_FINITE}"):
+        pipeline.generate_video("a", **SMALL)
+    assert not (pipeline.outputs.root / "cache").exists()
+
+
+def test_latents_must_be_finite(pipeline, monkeypatch):
+    """The pipeline clamps pixels, so infinity would become white."""
+    step = EulerDiscreteScheduler.step
+
+    def step_to_infinity(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        return EulerDiscreteSchedulerOutput(torch.full_like(result.prev_sample, float("inf")))
+
+    monkeypatch.setattr(EulerDiscreteScheduler, "step", step_to_infinity)
+    with pytest.raises(StepFailed, match=f"svd: {NOT_FINITE}"):
+        pipeline.generate_video("a", **SMALL)
+    assert not list(pipeline.outputs.root.glob("cache/*/*/frames.mkv"))
+
+
+def test_face_features_must_be_finite(pipeline, monkeypatch):
+    monkeypatch.setattr(PackRecogniser, "embed", lambda self, crops: np.full((len(crops), 512), np.nan, np.float32))
+    with pytest.raises(StepFailed, match=f"instantid: {NOT_FINITE}"):
+        pipeline.generate_video("a", **SMALL, face_image=ASTRONAUT)
+    assert not (pipeline.outputs.root / "cache").exists()
 
 
 def test_nan_upscaler_weights_fail_the_step(tiny, tmp_path):
@@ -54,7 +115,7 @@ def test_nan_upscaler_weights_fail_the_step(tiny, tmp_path):
     actor = tiny.actors["realesrgan"].model_copy(update={"weights": str(folder)})
     profile = tiny.model_copy(update={"actors": {**tiny.actors, "realesrgan": actor}})
     pipeline = VideoGenerationPipeline(profile, tmp_path / "out")
-    with pytest.raises(StepFailed, match=f"realesrgan: {NOT_FINITE}"):
+    with pytest.raises(StepFailed, match=r"realesrgan: upscaler broken: body\.0\.bias has NaN or infinite values"):
         pipeline.generate_video("a", **SMALL, upscaler="broken")
     assert not list(pipeline.outputs.root.glob("shots/s/*"))
 
@@ -64,3 +125,26 @@ def test_unwritable_cache_does_not_fail_the_shot(pipeline):
     (pipeline.outputs.root / "cache").write_bytes(b"")
     record = pipeline.generate_video("a", **SMALL)["record"]
     assert set(record.files) == {"image.png", "video.mp4", "hd.mp4"}
+
+
+def test_result_that_depends_on_lower_memory_settings_is_not_cached(tiny, tmp_path):
+    actor = tiny.actors["svd"].model_copy(update={"options": {"decode_chunk_frames": 4}})
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "svd": actor}})
+    fields = {**SMALL, "prompt": "decoder-oom", "face_image": str(ASTRONAUT), "identity": "none", "upscale_video": False}
+    shot = check_shot(fields, "test", profile.defaults)
+    plan = ShotPlanner(params_of(profile, stages_of(shot)), profile.encode)(shot)
+    cache = OutputFolder(tmp_path).stage_cache
+    artefacts = Artefacts()
+    records = []
+    # One process per step: what a step was made from must be known in the next process.
+    for step in plan.steps:
+        stage = FAKES[step.stage](profile.params(FAKES[step.stage]))
+        runner = StepRunner([stage], 0, CacheSettings("all", wait=True).open(cache))
+        runner.load()
+        item, step_records = runner.run(plan, Item(shot, artefacts), [step.stage])
+        artefacts = pickle.loads(pickle.dumps(item.artefacts))
+        records += step_records
+    assert [record.recovered for record in records] == [None, None, None, "decode_chunk_frames=2", None]
+    assert {step.stage: cache.has(step.key) for step in plan.steps} == {
+        "instantid": True, "flux": True, "image_likeness": True, "svd": False, "clip_likeness": False
+    }  # fmt: skip

@@ -56,7 +56,7 @@ def gpu_profile(actors, **fields):
 
 def make_demand(shots, stages=CHAIN, *, encoded_mpx=0.0):
     """Return the demand of reference shots that use these stages."""
-    return Demand(shots, dict.fromkeys(stages, float(shots)), shots, encoded_mpx, 1e6, 1e6, 0)
+    return Demand(shots, dict.fromkeys(stages, float(shots)), shots, encoded_mpx, 1e6, 1e6, 1e6, 0)
 
 
 WITHOUT_STYLE = make_demand(400, [name for name in CHAIN if name != "hunyuan"])
@@ -438,7 +438,7 @@ def random_case(rng, *, max_gpus=4, max_actors=5):
     profile = Profile(name="r", about="r", actors=actors, layout=layout, cpu_workers=rng.choice([None, None, 1, 3]))
     shots = rng.choice([1, 2, 5, 50, 1000])
     relative_cost = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
-    demand = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 0)
+    demand = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 1e6, 0)
     nodes, gpus_left = [], max_gpus
     for _ in range(rng.randint(1, 3)):
         gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(gpus_left, 4))))

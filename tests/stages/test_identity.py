@@ -295,7 +295,7 @@ def with_toy(monkeypatch, tiny, tmp_path):
     weights.write_text("0.2")
     flux = tiny.actors["flux"].model_copy(update={"extra_weights": {"toy": str(weights)}})
     pipeline = VideoGenerationPipeline(
-        tiny.model_copy(update={"actors": {**tiny.actors, "flux": flux}}), tmp_path / "out", use_cache=False
+        tiny.model_copy(update={"actors": {**tiny.actors, "flux": flux}}), tmp_path / "out", cache="none"
     )
     yield pipeline
     pipeline.close()

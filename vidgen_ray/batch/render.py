@@ -26,6 +26,7 @@ from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode, bytes_per_worker, cache_settings
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import PlacedSlot, labels_of
@@ -87,7 +88,10 @@ class RenderOptions:
     """Raise CostError before any worker starts if the run would cost more. Then the whole script is read first."""
     fresh: bool = False
     """Render finished shots again, without the cache."""
-    use_cache: bool = True
+    cache: CacheMode = DEFAULT_CACHE
+    """Results of stages that are kept."""
+    cache_gb: float | None = None
+    """GB that the run may add to the stage cache. `None`: until the disk is almost full."""
     keep_stages: bool = False
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS
@@ -137,6 +141,7 @@ def render(
     if weights are missing, no layout fits the cluster or nothing healthy is left.
     """
     check_profile(profile)
+    profile = profile.with_commits()
     checker, _ = open_lines(script)
     planner = LinePlanner(checker, profile, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
     lines, whole = first_lines(script)
@@ -407,7 +412,7 @@ class _Director:
             profile=self._profile.pinned([STAGE_BY_NAME[name] for name in layout.stages]),
             outputs=self._outputs,
             stages=options.stages,
-            use_cache=options.use_cache or options.keep_stages,
+            cache=cache_settings(options.cache, options.keep_stages, max_bytes=bytes_per_worker(options.cache_gb, layout)),
             keep_stages=options.keep_stages,
             attempts=options.attempts,
         )

@@ -24,6 +24,7 @@ from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.options import PROFILE_HELP, JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stop_signals import stoppable
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
@@ -77,7 +78,25 @@ KeepOption = Annotated[
         help="Also write the intermediate results (base.png, refine.png, lora.png, style.png, face.json).",
     ),
 ]
-NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Do not cache the results of single stages. Saves disk space.")]
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="none|images|all",
+        help="Results of stages to keep for later runs: face features and images, or also the clips before upscaling.",
+        show_default=True,
+    ),
+]
+CacheGbOption = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-gb",
+        metavar="GB",
+        min=0,
+        help="GB that the run may add to the cache. Default: until less than 10% and less than 50 GB of the disk are free.",
+    ),
+]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="The same as --cache none.")]
 UntilOption = Annotated[
     str | None,
     typer.Option(
@@ -167,6 +186,8 @@ def render(
     fields: SetOption = None,
     keep: KeepOption = None,
     fresh: FreshOption = False,
+    cache: CacheOption = DEFAULT_CACHE,
+    cache_gb: CacheGbOption = None,
     no_cache: NoCacheOption = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Render nothing and exit with code 3 if any line is invalid.")
@@ -202,7 +223,8 @@ def render(
         price=price,
         max_cost=max_cost,
         fresh=fresh,
-        use_cache=not no_cache,
+        cache="none" if no_cache else _cache_mode(cache),
+        cache_gb=cache_gb,
         keep_stages=_keeps_stages(keep),
         attempts=attempts,
         grace_s=grace_s,
@@ -430,6 +452,13 @@ def _changes(until: str | None) -> dict[str, Any]:
     if until not in changes:
         raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
     return changes[until]
+
+
+def _cache_mode(value: str) -> CacheMode:
+    for mode in KEPT:
+        if value == mode:
+            return mode
+    raise typer.BadParameter(f"got {value!r}, must be one of {', '.join(KEPT)}", param_hint="--cache")
 
 
 def _keeps_stages(keep: list[str] | None) -> bool:

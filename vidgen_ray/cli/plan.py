@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.batch.estimate import Counts
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile
@@ -100,7 +101,9 @@ def _facts(
         cost = "unknown; pass --price" if planned.cost is None else f"{planned.cost:,.2f}"
         yield "GPU-hours", f"{planned.gpu_hours:,.2f}"
         yield "cost", cost
-    yield "disk", f"about {_size(planned.disk_bytes)}, including the stage cache"
+    yield "disk", f"about {_size(planned.output_bytes)} of outputs"
+    sizes = ", ".join(f"{_size(n_bytes)} ({mode})" for mode, n_bytes in planned.cache_bytes.items() if n_bytes)
+    yield "cache", f"about {sizes}; --cache {DEFAULT_CACHE} is the default" if sizes else "nothing to keep"
 
 
 def _slots(planned: Plan) -> Table:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
@@ -23,8 +24,7 @@ class EngineConfig:
     outputs: OutputFolder
     stages: Mapping[str, type[Stage[Any]]]
     """Stage name -> class that implements it."""
-    use_cache: bool = True
-    """Read and write the stage cache."""
+    cache: CacheSettings = field(default_factory=CacheSettings)
     keep_stages: bool = False
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS

@@ -40,6 +40,8 @@ FIRST_MESSAGE_S, MESSAGE_INTERVAL_S = 30.0, 60.0
 LOST_AFTER_S, LAST_LOST_AFTER_S = 60.0, 600.0
 """Seconds without a node after which the workers of a slot are given up. The second value is for a slot with a stage that no
 other slot has: waiting for a new node, which may take minutes, can be better than another layout."""
+CLOSE_TIMEOUT_S = 5.0
+"""Seconds that workers may take to write their queued cache entries when the fleet stops."""
 WITHDRAW_AFTER_S = 10.0
 """Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
 
@@ -302,6 +304,12 @@ class Fleet:
             remove_placement_group(group)
 
     def _remove_all(self) -> None:
+        workers = [
+            actor for reservation in self._reservations if reservation.slot is not None for actor in reservation.actors.values()
+        ]
+        # A worker that has crashed or hangs loses its queued cache entries.
+        if workers:
+            ray.wait([worker.close.remote() for worker in workers], num_returns=len(workers), timeout=CLOSE_TIMEOUT_S)
         _kill([*self._encoders, *(actor for reservation in self._reservations for actor in reservation.actors.values())])
         self._encoders.clear()
         self._reservations.clear()

@@ -36,7 +36,7 @@ class ShotFiles:
         self._clips: dict[str, Mp4Writer] = {}
         self._open_clips = ExitStack()
         self._likeness = LikenessRecord.of(item.artefacts)
-        artefacts = with_images(item, ("image",)).artefacts
+        artefacts = with_images(item, ("image",), plan.inputs).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
             write_png(self._draft.path("image.png"), artefacts["image"])

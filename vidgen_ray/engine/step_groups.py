@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import VidgenError, WriteError
+from vidgen_ray.errors import OtherWeights, VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.shot import Shot
@@ -43,8 +43,10 @@ class CallResult:
     @classmethod
     def of_failure(cls, failed: StepFailed) -> CallResult:
         # A full disk may have room at the next attempt.
-        is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError)
-        context_broken = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
+        other_weights = isinstance(failed.cause, OtherWeights)
+        is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError) and not other_weights
+        # A new process loads the weights again.
+        context_broken = other_weights or any(words in str(failed.cause) for words in BROKEN_CONTEXT)
         return cls(failure=failed.failure(), kind=Kind.INPUT if is_input else Kind.ERROR, context_broken=context_broken)
 
 

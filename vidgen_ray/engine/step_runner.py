@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
+from vidgen_ray.engine.cache_writer import CacheWriter
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, run_with_oom_fallback
 from vidgen_ray.engine.weight_swapping import WeightSwapper
-from vidgen_ray.errors import Cancelled, MediaError, VidgenError
+from vidgen_ray.engine.weights_check import WeightsCheck
+from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
-from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Item, Stage
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage
 from vidgen_ray.stages.progress import report_progress
-
-log = logging.getLogger(__name__)
 
 
 class StepFailed(VidgenError):
@@ -46,34 +44,42 @@ class StepFailed(VidgenError):
 
 
 class StepRunner:
-    """Runs steps on the stages of one process.
+    """Runs steps on the stages of one process. Close it when the process ends, to write cache entries that are queued.
 
     `gpus` is the share of a GPU that the process holds. `cache=None` disables the stage cache. Of the groups of stages in
-    `swapped`, only one fits on the GPU at a time.
+    `swapped`, only one fits on the GPU at a time. `check_weights` is for stages that are loaded already.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage[Any]],
         gpus: float,
-        cache: StageCache | None,
+        cache: CacheWriter | None,
         swapped: Sequence[Sequence[str]] = (),
+        check_weights: WeightsCheck | None = None,
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
         self._cache = cache
         self.swapper = WeightSwapper(self.stages, swapped)
+        self._check_weights = check_weights or WeightsCheck()
 
     def load(self) -> None:
         """Load all stages. Raises SetupError if weights are missing or of another kind."""
+        self._check_weights.before_load(self.stages.values())
         self.swapper.load()
+
+    def close(self) -> None:
+        """Write the cache entries that are queued, for a bounded time."""
+        if self._cache is not None:
+            self._cache.close()
 
     def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
         """Take the item through these steps of its plan. Raises StepFailed."""
         records = []
         for step in plan.steps:
             if step.stage in steps:
-                item, record = self._step(step, item)
+                item, record = self._step(plan, step, item)
                 records.append(record)
         return item, records
 
@@ -106,6 +112,7 @@ class StepRunner:
     ) -> tuple[Frames, StepRecord]:
         begun = time.monotonic()
         try:
+            self._check_weights(stage, step, shot)
             self.swapper.ensure_on_gpu(step.stage)
             result, recovered = run_with_oom_fallback(stage, lambda: stage.run_chunk(shot, frames, lookahead))
         except Cancelled:
@@ -114,22 +121,26 @@ class StepRunner:
             raise StepFailed(step.stage, error) from error
         return result, self._record(step, time.monotonic() - begun, recovered=recovered)
 
-    def _step(self, step: Step, item: Item) -> tuple[Item, StepRecord]:
+    def _step(self, plan: ShotPlan, step: Step, item: Item) -> tuple[Item, StepRecord]:
         begun = time.monotonic()
         stage = self.stages[step.stage]
         loads, recovered = stage.adapter_loads, None
+        # A result of lower-memory settings, and what depends on it, may have other bytes than the key stands for.
+        lower_memory = item.artefacts.get("lower_memory", False)
+        cache = None if lower_memory else self._cache
         try:
             # 0 of 0: the stage reports the number of steps with the first one.
             report_progress(step.stage, 0, 0)
-            cached = self._cache.get(step.key, stage.writes) if self._cache else None
+            cached = cache.get(step.key, stage.writes) if cache else None
             if cached is None:
+                self._check_weights(stage, step, plan.shot)
                 self.swapper.ensure_on_gpu(step.stage)
-                ready = with_images(item, stage.takes)
-                local = Item(with_local_loras(ready.shot), ready.artefacts)
+                ready = with_images(item, stage.takes, plan.inputs)
+                local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
-                # A result of lower-memory settings may have other bytes than the key stands for.
-                if self._cache and recovered in (None, MEMORY_FREED):
-                    _store(self._cache, step.key, result)
+                lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
+                if cache and not lower_memory:
+                    cache.put(step.key, result)
             else:
                 result = cached
         except Cancelled:
@@ -146,6 +157,8 @@ class StepRunner:
         )
         # Photos are not needed after the face features.
         kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
+        if lower_memory:
+            kept["lower_memory"] = True
         return Item(item.shot, Artefacts(**{**kept, **result})), record  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _record(
@@ -163,19 +176,19 @@ class StepRunner:
         )
 
 
-def _store(cache: StageCache, key: str, artefacts: Artefacts) -> None:
-    """Write a cache entry. A cache that cannot be written, for example on a full disk, does not fail the shot."""
-    try:
-        cache.put(key, artefacts)
-    except (OSError, MediaError) as error:
-        log.warning("stage cache: the result %s is not cached: %s", key[:12], error)
+def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:
+    """Return the item with its photos and start image read from the shot's paths, if they are among `takes` and missing.
 
-
-def with_images(item: Item, takes: Iterable[str]) -> Item:
-    """Return the item with its photos and start image read from the shot's paths, if they are among `takes` and missing."""
+    With `inputs`, those of the shot's plan, the files must still have their planned digests.
+    Raises MediaError and InputChanged.
+    """
     shot, artefacts = item.shot, item.artefacts.copy()
+
+    def read(path: str) -> Image:
+        return read_image(Path(path), None if inputs is None else inputs[path])
+
     if "photos" in takes and "photos" not in artefacts and shot.face_image:
-        artefacts["photos"] = tuple(read_image(Path(photo)) for photo in shot.face_image)
+        artefacts["photos"] = tuple(map(read, shot.face_image))
     if "image" in takes and "image" not in artefacts and shot.image is not None:
-        artefacts["image"] = cover_crop(read_image(Path(shot.image)), shot.width, shot.height)
+        artefacts["image"] = cover_crop(read(shot.image), shot.width, shot.height)
     return Item(shot, artefacts)

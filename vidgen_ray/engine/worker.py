@@ -102,6 +102,12 @@ class Worker:
 
         return self._execute(call, process, Artefacts())
 
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
+    def close(self) -> None:
+        """Write the cache entries that are queued. Call it before the process is stopped."""
+        if isinstance(self._loaded, StepRunner):
+            self._loaded.close()
+
     def _execute(self, call: int, function: Callable[[StepRunner], tuple[CallResult, T]], default: T) -> tuple[CallResult, T]:
         """Return the result of the function, or its failure and `default`."""
 
@@ -133,7 +139,7 @@ class Worker:
             config, spec = self._config, self._spec
             try:
                 stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
-                cache = config.outputs.stage_cache if config.use_cache else None
+                cache = config.cache.open(config.outputs.stage_cache)
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
                 # On a machine without GPUs, the weights stay where they are loaded.
                 with load_lock() if spec.gpus else nullcontext():

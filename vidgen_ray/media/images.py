@@ -1,5 +1,6 @@
 """Read and write image files as RGB arrays."""
 
+import hashlib
 import io
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
@@ -8,7 +9,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from vidgen_ray.errors import MediaError
+from vidgen_ray.errors import InputChanged, MediaError
 from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import Image
 
@@ -17,25 +18,32 @@ PNG_LEVEL = 2
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
-def read_image(path: Path) -> Image:
+def read_image(path: Path, sha256: str | None = None) -> Image:
     """Read an image file as RGB (H, W, 3).
 
     EXIF rotation is applied, alpha is composited over white, and animations give their first frame. 16-bit grey is scaled to
     8 bits. CMYK is converted by Pillow's formula. Colour profiles are not applied.
-    Raises MediaError for a format that is not in IMAGE_FORMATS, more than MAX_PIXELS, and truncated or damaged files.
+    Raises MediaError for a format that is not in IMAGE_FORMATS, more than MAX_PIXELS, and truncated or damaged files, and
+    InputChanged if the content does not have the digest `sha256`.
     """
     check_is_file(path)
-    with wrap_errors(f"{path}: cannot be read as an image"), _open(path) as image:
+    with wrap_errors(f"{path}: cannot be read as an image"):
+        source = path if sha256 is None else io.BytesIO(path.read_bytes())
+    # The bytes that are decoded are those that are checked.
+    if isinstance(source, io.BytesIO) and hashlib.sha256(source.getbuffer()).hexdigest() != sha256:
+        raise InputChanged(path)
+    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, source) as image:
         check_pixels(path, *image.size)
         return _to_rgb(path, ImageOps.exif_transpose(image))
 
 
-def _open(path: Path) -> PILImage.Image:
+def _open(path: Path, source: Path | io.BytesIO) -> PILImage.Image:
+    """Open the image in `source`. `path` is for error messages."""
     try:
         with catch_warnings():
             # Pillow's own limit is above MAX_PIXELS, so images that only cause a warning are rejected as well.
             simplefilter("error", PILImage.DecompressionBombWarning)
-            return PILImage.open(path, formats=IMAGE_FORMATS)
+            return PILImage.open(source, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise MediaError(f"{path}: not a supported image format ({', '.join(IMAGE_FORMATS)})") from None
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):

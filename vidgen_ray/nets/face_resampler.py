@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.finite import not_finite
 
 HEAD_CHANNELS = 64
 """Channels of an attention head. The weights do not determine it. Every published face resampler uses 64."""
@@ -145,6 +146,8 @@ def build_resampler(weights: Mapping[str, Tensor], file: Path) -> FaceResampler:
         with torch.device("meta"):
             resampler = FaceResampler(sizes)
         _check_shapes(resampler.state_dict(), weights)
+        if (name := not_finite(weights)) is not None:
+            raise ValueError(f"has NaN or infinite values in '{name}'")
     except ValueError as error:
         raise SetupError(f"{file}: {PROJECTION} {error}; it is not a projection of face embeddings") from None
     resampler.load_state_dict(dict(weights), assign=True)

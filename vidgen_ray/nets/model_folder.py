@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
 
 
@@ -37,6 +38,10 @@ def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.d
                 f"{folder}: {len(keys)} {problem.replace('_', ' ')}, the first is {keys[0]!r}; "
                 "copy the published folder again, with its config.json"
             )
+    try:
+        require_finite_weights({published_as: model})
+    except ValueError as error:
+        raise SetupError(f"{folder}: {error}") from None
     return model.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ import ray
 from ray import serve
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
@@ -55,7 +56,9 @@ class StageReplica:
         self._active_loras = serve.multiplexed(max_num_models_per_replica=max(1, max_loras(config.profile)))(_active_loras)
         try:
             stages = [config.stages[name](self._params(name)) for name in spec.stages]
-            self._runner = StepRunner(stages, spec.gpus, config.outputs.stage_cache, spec.swap_groups)
+            # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.
+            cache = CacheSettings("all", wait=True).open(config.outputs.stage_cache)
+            self._runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
             self._runner.load()
         except Exception as error:
             # A single line, because Serve shows it at the end of its own message.

@@ -7,7 +7,7 @@ content key. `keys/<key>` holds the id of the shot with that key, for look-ups b
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, cached_property
@@ -19,7 +19,7 @@ import pydantic_core
 
 from vidgen_ray.atomic_files import remove, write_atomically
 from vidgen_ray.cache_dir import cache_dir, sha256_of
-from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
@@ -129,13 +129,13 @@ class OutputFolder:
         return content
 
     def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
-        """Return the shot if it is finished with the key of the plan, else `None`.
+        """Return the shot if it is finished with the key of the plan, or another key for the same result, else `None`.
 
         `with_stages` also requires the files of `--keep stages`. Only the sizes of files are checked: reading them would be
         too slow for runs with many shots.
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
-        return self._read_finished(_shot_folder(plan), plan.key, debug_files)
+        return self._read_finished(_shot_folder(plan), plan.key, lambda record: is_result_of(plan, record), debug_files)
 
     def find_by_key(self, key: str) -> DoneShot | None:
         """Return the shot that is finished with this key under any id, else `None`.
@@ -144,18 +144,22 @@ class OutputFolder:
         """
         try:
             shot_id = (self.storage.read(key_file(key)) or b"").decode()
-            return self._read_finished(f"shots/{shot_id}", key, set()) if ID_PATTERN.fullmatch(shot_id) else None
+            if not ID_PATTERN.fullmatch(shot_id):
+                return None
+            return self._read_finished(f"shots/{shot_id}", key, lambda record: record["key"] == key, set())
         except (OSError, ValueError):
             return None
 
-    def _read_finished(self, folder: str, key: str, debug_files: Set[str | None]) -> DoneShot | None:
-        """Return the shot in this folder if it is finished with this key and has all `debug_files`, else `None`."""
+    def _read_finished(
+        self, folder: str, key: str, is_result: Callable[[Mapping[str, Any]], bool], debug_files: Set[str | None]
+    ) -> DoneShot | None:
+        """Return the shot in this folder if its record is a result for this key and has all `debug_files`, else `None`."""
         try:
             text = self.storage.read(f"{folder}/{RECORD}")
             if text is None:
                 return None
             record = pydantic_core.from_json(text)
-            if record["key"] != key:
+            if not is_result(record):
                 return None
             files, stages, likeness = record["files"], record["stages"], record["likeness"]
             if not debug_files <= files.keys():

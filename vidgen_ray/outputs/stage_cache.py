@@ -39,13 +39,20 @@ class StageCache:
         """Return whether there is an entry, which may be damaged."""
         return self._storage.has_folder(_entry(key))
 
-    def put(self, key: str, artefacts: Artefacts) -> None:
-        """Store an entry, unless the key already has one."""
+    @property
+    def folder(self) -> Path | None:
+        """Folder on the disk that holds the entries. `None` for an object store."""
+        return self._storage.local
+
+    def put(self, key: str, artefacts: Artefacts) -> int:
+        """Store an entry, unless the key already has one. Return the number of bytes stored."""
         if self.has(key):
-            return
+            return 0
         with self._storage.workspace("cache") as workspace:
             _write_artefacts(workspace, artefacts)
+            size = sum(file.stat().st_size for file in workspace.iterdir())
             self._storage.publish_folder(workspace, _entry(key))
+        return size
 
     def drop(self, keys: Iterable[str]) -> None:
         """Delete the entries of these keys."""

@@ -50,8 +50,10 @@ class Demand:
     """Megapixels of all encoded frames."""
     output_bytes: float
     """Estimated size of all outputs, without the stage cache."""
-    cache_bytes: float
-    """Estimated size of the stage cache at the end."""
+    image_cache_bytes: float
+    """Estimated size of the stage cache at the end with `--cache images`."""
+    clip_cache_bytes: float
+    """Estimated size of the clips that `--cache all` adds."""
     loras: int
     """Number of distinct LoRA files."""
 
@@ -68,7 +70,8 @@ class Demand:
             self.upscaled * factor,
             self.encoded_mpx * factor,
             self.output_bytes * factor,
-            self.cache_bytes * factor,
+            self.image_cache_bytes * factor,
+            self.clip_cache_bytes * factor,
             self.loras,
         )
 
@@ -78,13 +81,13 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
     relative_cost: Counter[str] = Counter()
     loras: set[str] = set()
     count = upscaled = 0
-    encoded = output = cached = 0.0
+    encoded = output = images = clips = 0.0
     for shot in shots:
         count += 1
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
             relative_cost[name] += cost  # type: ignore[assignment]  # typeshed allows only integers
-            cached += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
+            images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
         loras.update(lora.path for lora in shot.lora)
         pixels = shot.width * shot.height
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
@@ -94,8 +97,8 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
-            cached += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, dict(relative_cost), upscaled, encoded, output, cached, len(loras))
+            clips += FFV1_BYTES_PER_PIXEL * clip
+    return Demand(count, dict(relative_cost), upscaled, encoded, output, images, clips, len(loras))
 
 
 def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> tuple[float, float, bool]:

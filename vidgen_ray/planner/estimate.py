@@ -52,8 +52,10 @@ class Plan:
     seconds_high: float
     """Range of the expected duration."""
     gpu_hours: float
-    disk_bytes: float
-    """Size of the outputs and the stage cache."""
+    output_bytes: float
+    """Size of the outputs, without the stage cache."""
+    cache_bytes: Mapping[str, float]
+    """Value of `--cache` -> size of the stage cache."""
     cost: float | None
     """Cost in the currency of the price. `None` without GPUs or without a price."""
     bottleneck: str | None
@@ -133,7 +135,12 @@ def estimate(
         seconds_low=render_seconds * (1 - timing.spread),
         seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
         gpu_hours=gpu_hours,
-        disk_bytes=demand.output_bytes + demand.cache_bytes,
+        output_bytes=demand.output_bytes,
+        cache_bytes={
+            "none": 0.0,
+            "images": demand.image_cache_bytes,
+            "all": demand.image_cache_bytes + demand.clip_cache_bytes,
+        },
         cost=None if per_hour is None else per_hour * expected / 3600,
         bottleneck=_bottleneck(packing, timing),
         stage_seconds=timing.seconds,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
+from vidgen_ray.nets.finite import NOT_FINITE
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.progress import report_progress
 
@@ -103,6 +104,8 @@ class Artefacts(TypedDict, total=False):
     frames: Frames
     clip_likeness: Likeness
     hd_frames: Frames
+    lower_memory: bool
+    """True if a stage made one of these with lower-memory settings. Results that depend on it must not be cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +223,7 @@ class Stage(ABC, Generic[P]):
 
     @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
-        """Return the files or folders whose content decides the result for the shot. Its LoRAs are local files."""
+        """Return the files or folders whose content decides the result. The shot's LoRAs are local files and come last."""
         return (params.weights,)
 
     @classmethod
@@ -262,7 +265,10 @@ class Stage(ABC, Generic[P]):
         import torch
 
         with torch.inference_mode(), torch_threads(self.params.threads):
-            return self.run(items)
+            results = self.run(items)
+        for result in results:
+            _require_finite(result)
+        return results
 
     def __enter__(self) -> Self:
         self.load()
@@ -369,7 +375,16 @@ def noise_generator(shot: Shot, stage: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
 
 
-NOT_FINITE = "the model returned NaN or infinite values; check the weights, the LoRAs and the profile's dtype"
+def _require_finite(artefacts: Artefacts) -> None:
+    """Raise StageError for NaN and infinity in face features and likenesses. Images are checked by `to_uint8`."""
+    arrays: list[NDArray[np.floating]] = []
+    if "face" in artefacts:
+        arrays += [artefacts["face"].keypoints, *artefacts["face"].embeddings.values()]
+    for likeness in (artefacts.get("image_likeness"), artefacts.get("clip_likeness")):
+        if likeness is not None:
+            arrays.append(np.array([value for value in likeness.similarities if value is not None]))
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise StageError(NOT_FINITE)
 
 
 def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:

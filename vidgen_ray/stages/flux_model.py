@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from weakref import WeakValueDictionary
 from cachetools import LRUCache
 from pydantic import Field
 
-from vidgen_ray.errors import StageError
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import InputChanged, StageError
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite, not_finite
+from vidgen_ray.shot import LocalLora, LoraRef, Shot
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
 
@@ -109,6 +112,8 @@ class FluxModel:
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
             )
+            if not (is_finite(embeds) and is_finite(pooled)):
+                raise StageError(NOT_FINITE)
             embeddings = self._embeddings[key] = embeds, pooled
         return embeddings
 
@@ -136,7 +141,7 @@ class FluxModel:
             return
         if len(loras) > self._adapters_kept:
             raise StageError(f"lora: got {len(loras)}, must be at most {self._adapters_kept}, the profile's adapters_kept")
-        names = [self._adapter(Path(lora.path)) for lora in loras]
+        names = [self._adapter(lora) for lora in loras]
         try:
             self.text_to_image.enable_lora()
             self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
@@ -146,13 +151,16 @@ class FluxModel:
             self._active_loras = ()
             self.text_to_image.disable_lora()
 
-    def _adapter(self, file: Path) -> str:
-        """Return the adapter name of a LoRA file, loaded on first use."""
+    def _adapter(self, lora: LoraRef) -> str:
+        """Return the adapter name of a LoRA file, loaded on first use.
+
+        Raises InputChanged if the file does not have the digest that the shot was planned with.
+        """
+        file = Path(lora.path)
         if file.suffix != ".safetensors" or not file.is_file():
             raise StageError(f"lora: got {str(file)!r}, must be an existing .safetensors file (other formats may run code)")
-        stat = file.stat()
-        identity = f"{file.resolve()}/{stat.st_size}/{stat.st_mtime_ns}"
-        name = f"lora_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        sha256 = lora.sha256 if isinstance(lora, LocalLora) else digest(file)
+        name = f"lora_{hashlib.sha256(f'{file.resolve()}/{sha256}'.encode()).hexdigest()[:16]}"
         if name in self._adapters:
             self._adapters.move_to_end(name)
             return name
@@ -160,7 +168,15 @@ class FluxModel:
             oldest, _ = self._adapters.popitem(last=False)
             with _without_peft_warnings():
                 self.text_to_image.delete_adapters(oldest)
-        self._load_adapter(file, name)
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise InputChanged(file)
+        with tempfile.TemporaryDirectory(prefix="vidgen-lora-") as folder:
+            # diffusers reads a path. The copy has the bytes that were checked.
+            copy = Path(folder) / file.name
+            copy.write_bytes(content)
+            del content
+            self._load_adapter(copy, name)
         self.adapter_loads += 1
         self._adapters[name] = None
         return name
@@ -171,6 +187,8 @@ class FluxModel:
         try:
             factors = pipe.lora_state_dict(str(file.parent), **source)
             _check_shapes(pipe.transformer, factors)
+            if (tensor := not_finite(factors)) is not None:
+                raise ValueError(f"{tensor} has NaN or infinite values")
             with _without_peft_warnings():
                 pipe.load_lora_weights(str(file.parent), adapter_name=name, **source)
         # diffusers' converters of LoRA formats raise many exception types.

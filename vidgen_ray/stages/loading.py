@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.stages.base import StageParams, torch_dtype
 
@@ -38,4 +39,11 @@ def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> An
     except Exception as error:
         raise SetupError(f"{folder}: not the weights of {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(params.device)
+    pipe.to(params.device)
+    import torch
+
+    try:
+        require_finite_weights({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
+    except ValueError as error:
+        raise SetupError(f"{folder}: {error}") from None
+    return pipe

@@ -12,6 +12,9 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+from vidgen_ray.errors import StageError
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the stage's name, its finished steps and its total steps. Both counts are 0 when the stage starts.
 
@@ -45,4 +48,7 @@ def diffusers_step_callback(stage: str) -> dict[str, Any]:
 
 def _on_step_end(stage: str, pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     report_progress(stage, index + 1, pipe.num_timesteps)
+    # Only after the last step, because reading a result waits for the GPU. A later clamp of the pixels would hide infinity.
+    if index + 1 == pipe.num_timesteps and not is_finite(tensors["latents"]):
+        raise StageError(NOT_FINITE)
     return tensors

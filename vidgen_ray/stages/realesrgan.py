@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.finite import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    NOT_FINITE,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     ChunkedStage,
@@ -169,6 +169,10 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
             supported = {torch.float16: network.supports_half, torch.bfloat16: network.supports_bfloat16}
             dtype = self._dtype if supported.get(self._dtype, True) else torch.float32
             network.model.to(self.params.device, dtype, memory_format=torch.channels_last)
+            try:
+                require_finite_weights({f"upscaler {upscaler}": network.model})
+            except ValueError as error:
+                raise StageError(str(error)) from None
             self._networks[upscaler] = network
         return self._networks[upscaler]
 

@@ -1,6 +1,6 @@
 """Resolve weight references to local paths. Nothing is downloaded.
 
-A reference is a path, `hub:OWNER/NAME@REVISION[:SUBFOLDER]` for a Hugging Face snapshot that is already on disk, or
+A reference is a path, `hub:OWNER/NAME[@REVISION][:SUBFOLDER]` for a Hugging Face snapshot that is already on disk, or
 `builtin:NAME` for weights that are shipped with the package or built on first use.
 """
 
@@ -16,6 +16,8 @@ from filelock import FileLock
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
 from vidgen_ray.weights import demo_family
+
+DEFAULT_REVISION = "main"
 
 
 def _builder(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
@@ -110,25 +112,49 @@ def _torch_version() -> str:
     return version("torch").split("+")[0]
 
 
+def with_commit(reference: str) -> str:
+    """Return a `hub:` reference with the commit that its branch or tag means on this machine. Others are returned unchanged.
+
+    A snapshot that is not on this machine is left as it is, so that only shots that need it fail.
+    """
+    if not reference.startswith("hub:"):
+        return reference
+    repo, _, subfolder = _parse_hub(reference.removeprefix("hub:"))
+    try:
+        commit = _snapshot(reference.removeprefix("hub:")).name
+    except SetupError:
+        return reference
+    return f"hub:{repo}@{commit}{f':{subfolder}' if subfolder else ''}"
+
+
 def _resolve_hub(name: str) -> Path:
-    """Return the path in a Hugging Face snapshot on disk. `name` is OWNER/NAME@REVISION[:SUBFOLDER]."""
+    """Return the path in a Hugging Face snapshot on disk. `name` is OWNER/NAME[@REVISION][:SUBFOLDER]."""
+    snapshot, (_, _, subfolder) = _snapshot(name), _parse_hub(name)
+    path = snapshot / subfolder if subfolder else snapshot
+    if not path.exists():
+        raise SetupError(f"weights 'hub:{name}': the snapshot has no {subfolder!r}")
+    return path
+
+
+def _parse_hub(name: str) -> tuple[str, str, str]:
+    """Return repository, revision and subfolder, which may be empty."""
+    before, _, subfolder = name.partition(":")
+    repo, _, revision = before.partition("@")
+    return repo, revision or DEFAULT_REVISION, subfolder
+
+
+def _snapshot(name: str) -> Path:
+    """Return the folder of a snapshot, which is named by its commit. Raises SetupError if it is not on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repo, _, rest = name.partition("@")
-    revision, _, subfolder = rest.partition(":")
-    if not revision:
-        raise SetupError(f"weights 'hub:{name}': no revision; write hub:{repo}@COMMIT so that runs are reproducible")
+    repo, revision, _ = _parse_hub(name)
     try:
-        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except HFValidationError as error:
-        raise SetupError(f"weights 'hub:{name}': must be hub:OWNER/NAME@REVISION ({error})") from None
+        raise SetupError(f"weights 'hub:{name}': must be hub:OWNER/NAME[@REVISION][:SUBFOLDER] ({error})") from None
     except LocalEntryNotFoundError:
         raise SetupError(
             f"weights 'hub:{name}': not on this machine, and nothing is downloaded while rendering; "
             f"run `hf download {repo} --revision {revision}` first, on every node or into a shared HF_HOME"
         ) from None
-    path = snapshot / subfolder if subfolder else snapshot
-    if not path.exists():
-        raise SetupError(f"weights 'hub:{name}': the snapshot has no {subfolder!r}")
-    return path

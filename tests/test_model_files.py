@@ -1,0 +1,64 @@
+"""Digests of model folders: only files that are loaded count."""
+
+import json
+import shutil
+
+import pytest
+
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.model_files import loaded_files
+from vidgen_ray.weights import resolve
+
+NOT_LOADED = (
+    "README.md", ".gitattributes", ".cache/huggingface/x.metadata", "teaser.jpg", "LICENSE.txt", "flux1-dev.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+    "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/diffusion_pytorch_model.bin", "unet/model.onnx",
+    "vae_decoder/model.safetensors", "image_encoder/model.fp32.safetensors", "image_encoder/pytorch_model.bin",
+)  # fmt: skip
+
+
+@pytest.fixture
+def snapshot(tmp_path):
+    return shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "snapshot")
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
+def test_other_files_of_a_snapshot_do_not_change_its_digest(snapshot, name):
+    before = digest(snapshot)
+    (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+    (snapshot / name).write_bytes(b"x")
+    assert digest(snapshot) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/diffusion_pytorch_model.safetensors", "feature_extractor/preprocessor_config.json"]
+)
+def test_loaded_file_of_a_snapshot_changes_its_digest(snapshot, name):
+    before = digest(snapshot)
+    with (snapshot / name).open("ab") as file:
+        file.write(b" ")
+    assert digest(snapshot) != before
+
+
+def test_shards_and_tokenizer_files_count(snapshot):
+    index = json.loads((snapshot / "model_index.json").read_text())
+    index |= {"tokenizer": ["transformers", "T5Tokenizer"], "no": [None, None]}
+    (snapshot / "model_index.json").write_text(json.dumps(index))
+    names = (
+        "tokenizer/spiece.model", "tokenizer/merges.txt", "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+    )  # fmt: skip
+    for name in (*names, "no/model.safetensors"):
+        (snapshot / name).parent.mkdir(exist_ok=True)
+        (snapshot / name).write_bytes(b"x")
+    loaded = {file.relative_to(snapshot).as_posix() for file in loaded_files(snapshot)}
+    assert set(names) < loaded
+    assert "no/model.safetensors" not in loaded
+
+
+def test_weights_in_other_formats_count_where_they_are_loaded(tmp_path):
+    folder = shutil.copytree(resolve("builtin:tiny/instantid-sdxl"), tmp_path / "instantid")
+    loaded = {file.relative_to(folder).as_posix() for file in loaded_files(folder)}
+    assert loaded == {"ip-adapter.bin", "ControlNetModel/config.json", "ControlNetModel/diffusion_pytorch_model.safetensors"}
+    faces = resolve("builtin:tiny/antelopev2")
+    assert {file.suffix for file in loaded_files(faces)} == {".onnx"}
