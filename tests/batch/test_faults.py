@@ -256,7 +256,7 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     fields = {"prompt": "a", "face_image": str(ASTRONAUT), "min_identity": 0.5, "retries": 2}
     lines = [{"id": "third", "seed": third, **fields}, {"id": "never", "seed": never, **fields}]
     layout = {"layout": "fused"}
-    report, rows = render_lines(tmp_path, profile.model_copy(update=layout), lines)
+    report, rows = render_lines(tmp_path, profile.model_copy(update=layout), lines, cache="all")
     assert (report.done, report.failed) == (1, 1)
     assert rows["third"].image_likeness == likeness_of_attempts(third)[2]
     record = json.loads((tmp_path / "out" / "shots" / "third" / "shot.json").read_text())
@@ -267,6 +267,6 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
         3,
     )
     assert f"{max(likeness_of_attempts(never)):g}" in rows["never"].failure_message
-    assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is render_lines for rejected images"
+    assert len(list((tmp_path / "out").glob("cache/*/*/frames.mkv"))) == 1, "no clip is rendered for rejected images"
     second, _ = render_lines(tmp_path, profile.model_copy(update=layout), lines)
     assert (second.skipped, second.failed) == (1, 1)
