@@ -19,12 +19,13 @@ from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import ScriptSettings, iter_script, read_script
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
-DONE = "shots/[!.]*/shot.json"
+DONE = "shots/[!.]*/*/shot.json"
 """Records of finished shots. Unfinished shots have their files in hidden folders."""
 
 
@@ -119,7 +120,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         script = ScriptSettings(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
         assert render_lines(script, tiny, out).done == 1
-        record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+        record = json.loads((out / shot_path("a") / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
         )
@@ -159,7 +160,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
     assert "no face found" in rows["no-face"]["failure_message"]
-    assert not (out / "shots" / "no-face" / "shot.json").exists()
+    assert not (out / shot_path("no-face") / "shot.json").exists()
 
     failed = [
         shot

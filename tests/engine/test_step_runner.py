@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import to_uint8
 from vidgen_ray.weights import resolve
@@ -43,7 +44,7 @@ def test_nan_lora_fails_the_step_and_is_not_cached(pipeline, tmp_path):
     with pytest.raises(StepFailed, match=f"lora: {NOT_FINITE}") as raised:
         pipeline.generate_video("a", **SMALL, lora_path=lora)
     assert raised.value.stage == "lora"
-    assert not list(pipeline.outputs.root.glob("shots/s/*"))
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
     assert len(list(pipeline.outputs.root.glob("cache/*/*"))) == 1, "the base image alone"
 
 
@@ -56,7 +57,7 @@ def test_nan_upscaler_weights_fail_the_step(tiny, tmp_path):
     pipeline = VideoGenerationPipeline(profile, tmp_path / "out")
     with pytest.raises(StepFailed, match=f"realesrgan: {NOT_FINITE}"):
         pipeline.generate_video("a", **SMALL, upscaler="broken")
-    assert not list(pipeline.outputs.root.glob("shots/s/*"))
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
 
 
 def test_unwritable_cache_does_not_fail_the_shot(pipeline):

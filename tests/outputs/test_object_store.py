@@ -12,7 +12,6 @@ import time
 
 import pyarrow.fs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from tests.outputs.test_outputs import failed, row, write
 from vidgen_ray.cache_dir import cache_dir
@@ -23,33 +22,9 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery import write_gallery
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """Start an S3 server with an empty bucket `clips` and return its host:port."""
-    with pytest.MonkeyPatch.context() as patched:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-            patched.delenv(name, raising=False)
-        patched.setenv("AWS_ACCESS_KEY_ID", "KEY")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-        patched.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        fs, bucket = pyarrow.fs.FileSystem.from_uri(
-            f"s3://clips?endpoint_override={host}:{port}&scheme=http&allow_bucket_creation=true"
-        )
-        fs.create_dir(bucket)
-        yield f"{host}:{port}"
-        server.stop()
-
-
-@pytest.fixture
-def url(endpoint, request):
-    return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint_override={endpoint}&scheme=http"
 
 
 @pytest.fixture
@@ -105,8 +80,8 @@ def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(render, ma
     assert remote.files == local.files
     assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}
     for name in remote.files:
-        assert outputs.read("ball", name) == (tmp_path / "shots" / "ball" / name).read_bytes()
-    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/shots/ball/hd.mp4"
+        assert outputs.read("ball", name) == (tmp_path / shot_path("ball") / name).read_bytes()
+    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/{shot_path('ball')}/hd.mp4"
 
     monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
     render(url, shot)
@@ -167,18 +142,7 @@ with outputs.draft(plan) as draft:
     assert not abandoned.exists(), "prepare() did not delete the workspace of the killed process"
     record = commit(outputs, plan)
     assert outputs.find_finished(plan).record() == record
-    assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
-
-
-def test_find_finished_each_returns_many_shots_in_order(outputs, plan_of):
-    plans = [plan_of(f"s{number:03d}") for number in range(150)]
-    for plan in plans[::10]:
-        commit(outputs, plan)
-    results = list(outputs.find_finished_each(iter(plans)))
-    assert [plan.shot.id for plan, _ in results] == [plan.shot.id for plan in plans]
-    assert [done is not None for _, done in results] == [number % 10 == 0 for number in range(150)]
-    outputs.storage.write("shots/s000/hd.mp4", "short")
-    assert outputs.find_finished(plans[0]) is None
+    assert set(outputs.storage.files(shot_path("x"))) == {"hd.mp4", "image.png", "shot.json"}
 
 
 def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
@@ -191,7 +155,8 @@ def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
         "a": ("r1", "done"), "b": ("r2", "done"), "c": ("r3", "done"), "d": ("r2", "failed")
     }  # fmt: skip
     assert [json.loads(line)["failure"]["id"] for line in outputs.storage.read("failures.jsonl").splitlines()] == ["d"]
-    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "failures.jsonl"}
+    # r2 was killed, and the row of `a` is older.
+    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "manifest/.open-r2", "failures.jsonl"}
     assert write_gallery(url) == f"{outputs.url}/index.html"
     assert b"4 shots" in outputs.storage.read("index.html")
 
@@ -235,7 +200,7 @@ def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, ou
     report = collect_garbage(outputs, grace_s=-1)
     assert (report.counts["cache entries"], report.counts["partial shots"], report.bytes) == (1, 1, 10)
     assert objects(outputs) == {**before, "shots/mine/notes.txt": 5}
-    assert set(record.files) <= set(outputs.storage.files("shots/ball"))
+    assert set(record.files) <= set(outputs.storage.files(shot_path("ball")))
 
 
 def test_write_errors_do_not_leak_credentials(endpoint):

@@ -69,7 +69,8 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         _plan_block,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"planner": pickle.dumps(planner)},
+        # In a list, so that tasks share the finished shots instead of each getting a copy.
+        fn_kwargs={"planner": pickle.dumps(planner), "finished": [ray.put(planner.finished)]},
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
         label_selector=on_this_node()["label_selector"],
@@ -82,12 +83,12 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         yield lines
 
 
-def _plan_block(block: pyarrow.Table, planner: bytes) -> pyarrow.Table:
+def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
     """Task of Ray Data: plan the lines of a block. An error that ends the run is returned as the last row."""
     rows = [pickle.loads(text) for text in block["line"].to_pylist()]
     errors = [row for row in rows if isinstance(row, VidgenError)]
     try:
-        planned: list[Any] = _planner(planner).plan(row for row in rows if not isinstance(row, VidgenError))
+        planned: list[Any] = _planner(planner, finished[0]).plan(row for row in rows if not isinstance(row, VidgenError))
     except VidgenError as error:
         planned, errors = [], [error]
     return pyarrow.table({"planned": [pickle.dumps(line) for line in (*planned, *errors)]})
@@ -97,10 +98,12 @@ _planners: dict[bytes, LinePlanner] = {}
 """Planner of the last run in this process. It keeps the digests of files, and tasks of a run share processes."""
 
 
-def _planner(pickled: bytes) -> LinePlanner:
+def _planner(pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
     if pickled not in _planners:
         _planners.clear()
-        _planners[pickled] = pickle.loads(pickled)
+        planner: LinePlanner = pickle.loads(pickled)
+        planner.finished = ray.get(finished)
+        _planners[pickled] = planner
     return _planners[pickled]
 
 

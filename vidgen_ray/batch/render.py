@@ -35,6 +35,7 @@ from vidgen_ray.engine.run_metrics import RunMetrics
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
+from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -85,6 +86,8 @@ class RenderOptions:
     """Raise CostError before any worker starts if the run would cost more. Then the whole script is read first."""
     fresh: bool = False
     """Render finished shots again, without the cache."""
+    replace: bool = False
+    """Replace finished shots of other scripts that have the same id. Otherwise such lines are rejected."""
     use_cache: bool = True
     keep_stages: bool = False
     """Also write the intermediate images."""
@@ -136,7 +139,15 @@ def render(
     """
     check_profile(profile)
     checker, _ = open_lines(script)
-    planner = LinePlanner(checker, profile, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
+    planner = LinePlanner(
+        checker,
+        profile,
+        outputs,
+        FinishedShots.load(outputs),
+        fresh=options.fresh,
+        replace=options.replace,
+        keep_stages=options.keep_stages,
+    )
     lines, whole = first_lines(script)
     remaining = None if whole else partial(remaining_lines, script, planner)
     demand = None

@@ -49,7 +49,7 @@ class RunResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manifest.close(whole_script=self._whole_script)
+        self._manifest.close(whole_script=self._whole_script, every_shot_has_a_row=kind is None)
 
     def rejected(self, line: RejectedLine) -> None:
         self.refusals += 1

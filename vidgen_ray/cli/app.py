@@ -167,6 +167,10 @@ def render(
     fields: SetOption = None,
     keep: KeepOption = None,
     fresh: FreshOption = False,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace finished shots of other scripts that have the same id. Default: reject the line."),
+    ] = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Render nothing and exit with code 3 if any line is invalid.")
@@ -202,6 +206,7 @@ def render(
         price=price,
         max_cost=max_cost,
         fresh=fresh,
+        replace=replace,
         use_cache=not no_cache,
         keep_stages=_keeps_stages(keep),
         attempts=attempts,
