@@ -40,6 +40,7 @@ CLIP = b"x" * 1000
 LINKS = 10_000
 """Shots whose files are hard links to the same file. File systems limit the number of links."""
 LOOK_UP_SHOTS = 512
+CPU_WORKERS = 2
 GOALS = {"disk, resume": 180.0, "object store, resume": 60.0}
 OLD_RUN, NEW_RUN = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"
 
@@ -181,31 +182,26 @@ def write_skipped_rows(folder: Path, script: Path, out: str) -> Measured:
 
 def resume(folder: Path, script: Path, out: str) -> Measured:
     """Run `render` on the finished script."""
-    from vidgen_ray.batch.render import render
+    from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.script.reader import iter_script
+    from vidgen_ray.script.reader import ScriptSettings
 
+    options = RenderOptions(use_cache=False, stages=STAGES)
+    profile = noop_profile(folder, CPU_WORKERS)
+    settings = ScriptSettings(script, profile_defaults=profile.defaults)
     started = time.perf_counter()
-    report = render(
-        iter_script(script),
-        noop_profile(folder, 2),
-        OutputFolder(out),
-        source=script.name,
-        listener=_Silent(),
-        use_cache=False,
-        stages=STAGES,
-    )
+    report = render(settings, profile, OutputFolder(out), options, listener=_Silent())
     _require(report.done + report.failed == 0, f"got {report}")
     return [("resume", time.perf_counter() - started)]
 
 
 def _plans(folder: Path, script: Path) -> Iterator[Any]:
     from vidgen_ray.content_keys import ShotPlanner, params_of
-    from vidgen_ray.script.reader import CheckedLine, iter_script
+    from vidgen_ray.script.reader import CheckedLine, ScriptSettings, iter_script
 
-    profile = noop_profile(folder, 2)
+    profile = noop_profile(folder, CPU_WORKERS)
     planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode)
-    for checked in iter_script(script, profile_defaults=profile.defaults):
+    for checked in iter_script(ScriptSettings(script, profile_defaults=profile.defaults)):
         _require(isinstance(checked, CheckedLine), f"{checked}")
         yield planner(checked.shot)  # type: ignore[union-attr]  # checked above
 
@@ -213,7 +209,8 @@ def _plans(folder: Path, script: Path) -> Iterator[Any]:
 class _Silent:
     """Progress listener that does nothing."""
 
-    def on_planned(self, total: int, done_before: int, refused: int) -> None: ...
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None: ...
+    def on_message(self, message: str) -> None: ...
     def on_rejected(self, row: Any) -> None: ...
     def on_finished(self, row: Any) -> None: ...
     def on_status(self, snapshot: Any) -> None: ...

@@ -169,22 +169,21 @@ def test_chunked_stage_changes_the_number_of_frames(doubling, tmp_path):
         "[pipeline.generate_video(**json.loads(line)) for line in open(sys.argv[1])]"
     )
     doubling.run("-c", reference, lines, str(tmp_path / "library"))
+    shots = {name: tmp_path / "ray" / shot_path(name) for name in ("plain", "doubled", "small")}
     for name, files in {"plain": 3, "doubled": 3, "small": 2}.items():
-        clips = sorted(file for file in (tmp_path / "ray" / shot_path(name)).iterdir() if file.name != "shot.json")
+        clips = sorted(file for file in shots[name].iterdir() if file.name != "shot.json")
         assert len(clips) == files
         assert [sha256_of(file) for file in clips] == [
             sha256_of(tmp_path / "library" / shot_path(name) / file.name) for file in clips
         ]
-    plain, doubled, small = (
-        frames_of(tmp_path / "ray" / shot_path(name) / "video.mp4") for name in ("plain", "doubled", "small")
-    )
+    plain, doubled, small = (frames_of(folder / "video.mp4") for folder in shots.values())
     assert (len(plain), len(doubled), len(small)) == (5, 9, 9)
-    assert len(frames_of(shots / "doubled" / "hd.mp4")) == 9
-    assert frames_of(shots / "doubled" / "hd.mp4").shape[1:3] == (128, 128)
-    assert [fps_of(shots / "doubled" / name) for name in ("video.mp4", "hd.mp4")] == [10, 10]
+    assert len(frames_of(shots["doubled"] / "hd.mp4")) == 9
+    assert frames_of(shots["doubled"] / "hd.mp4").shape[1:3] == (128, 128)
+    assert [fps_of(shots["doubled"] / name) for name in ("video.mp4", "hd.mp4")] == [10, 10]
     assert np.abs(doubled[::2].astype(int) - plain).mean() < 4, "every second frame is one of the undoubled clip"
     assert np.array_equal(doubled, small)
     doubling.run(
-        "-m", "vidgen_ray", "stage", "doubling", str(shots / "plain/video.mp4"), "-o", str(tmp_path / "d.mp4"), "-p", "tiny"
+        "-m", "vidgen_ray", "stage", "doubling", str(shots["plain"] / "video.mp4"), "-o", str(tmp_path / "d.mp4"), "-p", "tiny"
     )
     assert len(frames_of(tmp_path / "d.mp4")) == 9

@@ -169,7 +169,7 @@ def render(
     fresh: FreshOption = False,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Replace finished shots of other scripts that have the same id. Default: reject the line."),
+        typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
     ] = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[
