@@ -81,7 +81,7 @@ def measure(folder: Path, out: str, lines: int, place: str) -> list[dict[str, An
     with script.open("w") as file:
         file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
     rows = []
-    for part in (write_finished_folder, load_finished_shots, find_finished_shots, write_skipped_rows, resume):
+    for part in (write_finished_folder, load_finished_shots, skip_all_lines, resume):
         Console(stderr=True).print(f"{place}, {lines} lines: {part.__name__}")
         for what, seconds, peak_mb in _in_new_process(part, folder, script, out):
             rows.append({"what": f"{place}, {what}", "lines": lines, "seconds": seconds, "peak_mb": peak_mb})
@@ -89,7 +89,7 @@ def measure(folder: Path, out: str, lines: int, place: str) -> list[dict[str, An
 
 
 Measured = list[tuple[str, float]]
-"""What was measured, and seconds."""
+"""Names and seconds of the measured parts."""
 
 
 def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
@@ -141,24 +141,8 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
     return [("FinishedShots.load", time.perf_counter() - started)]
 
 
-def find_finished_shots(folder: Path, script: Path, out: str) -> Measured:
-    from vidgen_ray.outputs.finished import FinishedShots
-    from vidgen_ray.outputs.folder import OutputFolder
-
-    finished = FinishedShots.load(OutputFolder(out))
-    find_s = 0.0
-    begun = time.perf_counter()
-    for plans in batched(_plans(folder, script), LOOK_UP_SHOTS):
-        started = time.perf_counter()
-        finished.other_owners(plans, [script.name] * len(plans))
-        found = finished.find(plans)
-        find_s += time.perf_counter() - started
-        _require(all(found), "a shot was not found")
-    return [("FinishedShots.find", find_s), ("read, check and plan the lines", time.perf_counter() - begun - find_s)]
-
-
-def write_skipped_rows(folder: Path, script: Path, out: str) -> Measured:
-    """Write and merge the rows of a run that skips every line."""
+def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
+    """Plan the lines, find their shots, and write and merge the rows of a run that skips them."""
     from vidgen_ray.outputs.finished import FinishedShots
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import ManifestRow
@@ -167,17 +151,28 @@ def write_skipped_rows(folder: Path, script: Path, out: str) -> Measured:
     outputs = OutputFolder(out)
     finished = FinishedShots.load(outputs)
     writer = ManifestWriter(outputs, NEW_RUN, script.name)
-    add_s = 0.0
+    find_s = add_s = 0.0
+    begun = time.perf_counter()
     for plans in batched(_plans(folder, script), LOOK_UP_SHOTS):
+        started = time.perf_counter()
+        finished.other_owners(plans, [script.name] * len(plans))
         found = finished.find(plans)
+        find_s += time.perf_counter() - started
         started = time.perf_counter()
         for plan, done in zip(plans, found, strict=True):
-            assert done is not None
+            if done is None:
+                raise RuntimeError(f"{plan.shot.id} was not found")
             writer.add(ManifestRow.of_shot(NEW_RUN, script.name, plan.shot, 1, done, "skipped"))
         add_s += time.perf_counter() - started
+    plan_s = time.perf_counter() - begun - find_s - add_s
     started = time.perf_counter()
     writer.close()
-    return [("write the rows of skipped shots", add_s), ("close the manifest", time.perf_counter() - started)]
+    return [
+        ("check and plan the lines", plan_s),
+        ("FinishedShots.find", find_s),
+        ("write the rows of skipped shots", add_s),
+        ("close the manifest", time.perf_counter() - started),
+    ]
 
 
 def resume(folder: Path, script: Path, out: str) -> Measured:
@@ -265,7 +260,7 @@ def _serve(ports: Any, done: Any) -> None:
 
 
 async def _delay_requests(port: int, ports: Any) -> None:
-    """Forward connections to the port, and whatever a client sends only after `DELAY_S`."""
+    """Forward connections to the port. Requests are delayed by `DELAY_S`."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)

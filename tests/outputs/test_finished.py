@@ -42,9 +42,9 @@ def write_run(outputs, run, *plans, script="s.jsonl", status="done", render=True
     return write(outputs, run, *rows, script=script, **options)
 
 
-def found(outputs, *plans, run=None, **options):
+def found(outputs, *plans, **options):
     """Return for each plan whether it is finished."""
-    return [done is not None for done in FinishedShots.load(outputs, run).find(plans, **options)]
+    return [done is not None for done in FinishedShots.load(outputs).find(plans, **options)]
 
 
 def move_to_old_layout(outputs, plan):
@@ -117,7 +117,7 @@ def test_stale_row_of_a_killed_run_is_not_trusted(outputs, plan_of):
     writer = write(outputs, RUNS[1], close=False)
     commit(outputs, after)
     writer._flushing.stop()  # the run is killed before it writes the row
-    assert found(outputs, before, after, run=RUNS[2]) == [False, True]
+    assert found(outputs, before, after) == [False, True]
     # The next run writes a new row, so the marker is not needed any more.
     write_run(outputs, RUNS[2], after, status="skipped", render=False)
     assert not list(open_markers.open_writers(outputs.storage))

@@ -49,11 +49,13 @@ class LinePlanner:
         keep_stages: bool = False,
     ) -> None:
         """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts."""
-        self.finished = finished
-        """Set it again after unpickling: it is not part of the pickled planner, since it may take hundreds of megabytes."""
+        self.outputs = outputs
+        self.finished: FinishedShots | None = finished
+        """Not part of the pickled planner, since it may take hundreds of megabytes. Must be set to plan lines."""
+        self.changed_by = finished.changed_by
+        """For `FinishedShots.load` in another process."""
         self._checker = checker
         self._profile = profile
-        self._outputs = outputs
         self._fresh = fresh
         self._replace = replace
         self._keep_stages = keep_stages
@@ -87,6 +89,7 @@ class LinePlanner:
 
     def _without_taken_ids(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         """Reject the lines whose id belongs to a finished shot of another script."""
+        assert self.finished is not None
         owners = iter(
             self.finished.other_owners(
                 _plans(planned),
@@ -102,6 +105,7 @@ class LinePlanner:
         return checked
 
     def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
+        assert self.finished is not None
         found = iter(self.finished.find(_plans(planned), self._keep_stages))
         return [
             line._replace(done=tuple(next(found) if isinstance(plan, ShotPlan) else None for plan in line.plans))
@@ -111,7 +115,7 @@ class LinePlanner:
     def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
         for plan in _plans(planned):
             for attempt in (plan, *plan.again):
-                self._outputs.stage_cache.drop(step.key for step in attempt.steps)
+                self.outputs.stage_cache.drop(step.key for step in attempt.steps)
         return planned
 
 

@@ -149,12 +149,14 @@ def render(
         keep_stages=options.keep_stages,
     )
     lines, whole = first_lines(script)
+    first = planner.plan(lines)
+    planner.finished = None
     remaining = None if whole else partial(remaining_lines, script, planner)
     demand = None
     if options.max_cost is not None and not whole:
         demand = pending_demand(script, profile, outputs)
     return render_lines(
-        planner.plan(lines), remaining, script.path.name, profile, outputs, options, listener=listener, stop=stop, demand=demand
+        first, remaining, script.path.name, profile, outputs, options, listener=listener, stop=stop, demand=demand
     )
 
 

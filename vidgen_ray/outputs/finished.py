@@ -55,8 +55,8 @@ ROW = np.dtype(
     ]
 )
 """A row in about 200 bytes: what a look-up and the manifest row of a skipped shot need."""
-OWN_COLUMNS = ("id", "status", "run", "script", "image")
-"""Further columns that are read from the manifest."""
+COLUMNS = ("run", "script", "image", *HASHES, *FLOATS, *INTEGERS)
+"""Columns of the manifest from which the rows are filled."""
 
 
 class FinishedShots:
@@ -65,29 +65,40 @@ class FinishedShots:
     Instances can be pickled. Their arrays, about 210 bytes per shot, are then shared without a copy by stores such as Ray's.
     """
 
-    def __init__(self, outputs: OutputFolder, ids: NDArray[np.uint64], rows: NDArray[np.void], scripts: Sequence[str]) -> None:
+    def __init__(
+        self,
+        outputs: OutputFolder,
+        ids: NDArray[np.uint64],
+        rows: NDArray[np.void],
+        scripts: Sequence[str],
+        changed_by: Sequence[str],
+    ) -> None:
         """`ids`: (N,) sorted hashes of ids. `rows`: (N,) of type `ROW`, in this order. `scripts`: names that rows refer to."""
         self._outputs = outputs
         self._ids = ids
         self._rows = rows
         self._scripts = scripts
+        self.changed_by = changed_by
+        """Writers that may have changed shots without a row. Rows that are older are not trusted."""
         self._folders: dict[str, frozenset[str]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FinishedShots, (self._outputs, self._ids, self._rows, self._scripts)
+        return FinishedShots, (self._outputs, self._ids, self._rows, self._scripts, self.changed_by)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     @classmethod
-    def load(cls, outputs: OutputFolder, run: str | None = None) -> FinishedShots:
-        """Read the manifest. `run` is the run that holds the lease of the folder, whose own marker is ignored.
+    def load(cls, outputs: OutputFolder, changed_by: Sequence[str] | None = None) -> FinishedShots:
+        """Read the manifest. A million rows take 5 to 20 seconds and a peak of 400 MB.
 
-        Raises OSError if the storage fails.
+        `changed_by`: writers that may have changed shots without a row. Default: those with a marker now, which includes a run
+        that is writing. Raises OSError if the storage fails.
         """
+        writers = open_writers(outputs.storage) if changed_by is None else changed_by
         while True:
             try:
-                return cls(outputs, *_read_rows(outputs, [writer for writer in open_writers(outputs.storage) if writer != run]))
+                return cls(outputs, *_read_rows(outputs, writers), writers)
             except FileNotFoundError:
                 # Without the lease, a run that ended meanwhile may have merged the files.
                 continue
@@ -227,13 +238,12 @@ def _hashes(ids: Sequence[str]) -> NDArray[np.uint64]:
 
 
 def _read_rows(outputs: OutputFolder, changed_by: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.void], Sequence[str]]:
-    """Return the arguments of `FinishedShots` after the folder. Rows are placed directly into the result, to save memory."""
+    """Return the ids, rows and scripts of `FinishedShots`. Rows are placed directly into the result, to save memory."""
     storage = outputs.storage
     with ExitStack() as stack:
         names = manifest_files(storage)[::-1]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE if storage.local is None else 1) as pool:
-            contents = list(pool.map(lambda name: stack.enter_context(opened(storage, name)), names))
-        files = [file for file in map(_parquet_file, contents) if file is not None]
+            files = list(pool.map(lambda name: stack.enter_context(opened(storage, name)), names))
         ids, is_finished = _ids_and_states(files)
         # Sort by id, then by time. The last row of an id is current.
         order = np.argsort(ids, kind="stable")
@@ -246,7 +256,7 @@ def _read_rows(outputs: OutputFolder, changed_by: Sequence[str]) -> tuple[NDArra
         rows = np.empty(len(current), ROW)
         scripts: dict[str, int] = {}
         begin = 0
-        for batch in _batches(files):
+        for batch in _batches(files, COLUMNS):
             positions = target[begin : begin + len(batch)]
             begin += len(batch)
             is_current = positions >= 0
@@ -263,22 +273,28 @@ def _parquet_file(content: pyarrow.NativeFile) -> pyarrow.parquet.ParquetFile | 
     return parquet if set(REQUIRED) <= set(parquet.schema_arrow.names) <= set(SCHEMA.names) else None
 
 
-def _ids_and_states(files: Sequence[pyarrow.parquet.ParquetFile]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+def _ids_and_states(files: Sequence[pyarrow.NativeFile]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
     """Return the hash of the id of every row, and whether its shot is finished."""
     hashes, is_finished = [np.empty(0, np.uint64)], [np.empty(0, bool)]
-    for file in files:
-        for batch in file.iter_batches(BATCH_ROWS, columns=["id", "status"], use_threads=False):
-            hashes.append(_hashes(batch.column("id").to_pylist()))
-            is_finished.append(pc.not_equal(batch.column("status"), "failed").to_numpy(zero_copy_only=False))
+    for batch in _batches(files, ["id", "status"]):
+        hashes.append(_hashes(batch.column("id").to_pylist()))
+        is_finished.append(pc.not_equal(batch.column("status"), "failed").to_numpy(zero_copy_only=False))
     return np.concatenate(hashes), np.concatenate(is_finished)
 
 
-def _batches(files: Sequence[pyarrow.parquet.ParquetFile]) -> Iterator[pyarrow.RecordBatch]:
-    columns = [name for name in SCHEMA.names if name in (*OWN_COLUMNS, *HASHES, *FLOATS, *INTEGERS)]
+def _batches(files: Sequence[pyarrow.NativeFile], columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows in batches with all columns of the manifest, of which only `columns` are filled."""
     for file in files:
-        own = [name for name in columns if name in file.schema_arrow.names]
-        for batch in file.iter_batches(BATCH_ROWS, columns=own, use_threads=False):
+        # Opened here, since a Parquet reader keeps ten megabytes.
+        parquet = _parquet_file(file)
+        if parquet is None:
+            continue
+        own = [name for name in columns if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=own, use_threads=False):
             yield with_all_columns(batch)
+        del parquet, batch
+        # Otherwise the allocator keeps more than a hundred megabytes.
+        pyarrow.default_memory_pool().release_unused()
 
 
 def _fill(

@@ -177,7 +177,7 @@ class OutputFolder:
         return None if text is None else self._finished(folder, text, committed_at, key, debug_files)
 
     def _modified(self, path: str) -> float | None:
-        """Return the time of the last change of a file. `None` for an object store, or if there is no such file."""
+        """Return the time of the last change of a file. `None` for an object store, or if the file does not exist."""
         with suppress(FileNotFoundError, NotADirectoryError):
             return None if self.storage.local is None else os.stat(f"{self.storage.local}/{path}").st_mtime
         return None
