@@ -11,7 +11,6 @@ from vidgen_ray.batch.line_planner import LinePlanner, PlannedShot, unique_shots
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
-from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, this_machine
@@ -81,7 +80,8 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
 
 def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot | RejectedLine]:
     checker, lines = open_lines(script)
-    planner = LinePlanner(checker, profile, outputs, FinishedShots.load(outputs))
+    planner = LinePlanner(checker, profile, outputs)
+    planner.load_finished()
     with ScriptIndex() as index:
         empty = True
         for batch in batched(lines, LINES_AT_ONCE):

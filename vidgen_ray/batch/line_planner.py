@@ -42,7 +42,6 @@ class LinePlanner:
         checker: LineChecker,
         profile: Profile,
         outputs: OutputFolder,
-        finished: FinishedShots,
         *,
         fresh: bool = False,
         replace: bool = False,
@@ -50,10 +49,10 @@ class LinePlanner:
     ) -> None:
         """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts."""
         self.outputs = outputs
-        self.finished: FinishedShots | None = finished
-        """Not part of the pickled planner, since it may take hundreds of megabytes. Must be set to plan lines."""
-        self.changed_by = finished.changed_by
-        """For `FinishedShots.load` in another process."""
+        self.finished: FinishedShots | None = None
+        """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
+        self.changed_by: Sequence[str] | None = None
+        """See `FinishedShots.load`. Set it before the run writes its own marker."""
         self._checker = checker
         self._profile = profile
         self._fresh = fresh
@@ -63,6 +62,11 @@ class LinePlanner:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planners": {}, "finished": None}
+
+    def load_finished(self) -> None:
+        """Read the finished shots. Raises OSError if the storage fails."""
+        self.finished = FinishedShots.load(self.outputs, self.changed_by)
+        self.changed_by = self.finished.changed_by
 
     def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""

@@ -66,7 +66,7 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
 
 def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
     """Plan the rows of a data set with a pickled line in column `line`. Yield them in order, block by block."""
-    finished = _load_finished.options(**on_this_node()).remote(planner.outputs, planner.changed_by)
+    finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
     planned = dataset.map_batches(
         _plan_block,
@@ -86,8 +86,7 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         yield lines
 
 
-@ray.remote
-def _load_finished(outputs: OutputFolder, changed_by: Sequence[str]) -> FinishedShots:
+def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> FinishedShots:
     return FinishedShots.load(outputs, changed_by)
 
 

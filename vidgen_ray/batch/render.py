@@ -35,7 +35,6 @@ from vidgen_ray.engine.run_metrics import RunMetrics
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
-from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -143,13 +142,14 @@ def render(
         checker,
         profile,
         outputs,
-        FinishedShots.load(outputs),
         fresh=options.fresh,
         replace=options.replace,
         keep_stages=options.keep_stages,
     )
     lines, whole = first_lines(script)
+    planner.load_finished()
     first = planner.plan(lines)
+    # The tasks that plan the remaining lines load their own.
     planner.finished = None
     remaining = None if whole else partial(remaining_lines, script, planner)
     demand = None
