@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
 from vidgen_ray.stages.flux import FluxStage
@@ -66,6 +68,15 @@ def line(number: int) -> dict[str, Any]:
         "num_frames": FRAMES,
         "scale": 2,
     }
+
+
+def noop_profile(folder: Path, cpu_workers: int) -> Profile:
+    """Return a profile for `STAGES`. Writes weights of some bytes into the folder."""
+    weights = folder / "weights"
+    weights.mkdir(exist_ok=True)
+    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
+    actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
+    return Profile(name="no-op", about="does nothing", cpu_workers=cpu_workers, actors=actors)
 
 
 class NoOpLoRA(NoOp, FluxLoRAStage):

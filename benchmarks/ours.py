@@ -114,6 +114,6 @@ def _seconds(stage: str) -> float:
 
 def record_commits(run_folder: Path, out: Path) -> None:
     """Record the commit of each shot: the time when its `shot.json` appeared."""
-    for file in out.glob("shots/*/shot.json"):
+    for file in out.glob("shots/*/*/shot.json"):
         at = file.stat().st_mtime
         record(run_folder, Event(COMMIT, file.parent.name, -1, at, at, os.getpid(), 0.0))

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.local_ray import ENVIRONMENT, local_ray
 from benchmarks.machine import machine, write_json
-from benchmarks.noop_stages import STAGES, line
+from benchmarks.noop_stages import STAGES, line, noop_profile
 from benchmarks.simulated_director import measure_director, measure_ray_call_ms
 from benchmarks.simulated_scheduling import LAYOUTS, Simulation
 
@@ -176,15 +176,10 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
 def _render(script: Path, folder: Path, listener: RunClock) -> None:
     from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.profile import ActorProfile, Profile
     from vidgen_ray.script.reader import ScriptSettings
 
-    weights = folder / "weights"
-    weights.mkdir(exist_ok=True)
-    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
-    actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
-    profile = Profile(name="no-op", about="does nothing", cpu_workers=CPU_WORKERS, actors=actors)
     options = RenderOptions(cache="none", stages=STAGES)
+    profile = noop_profile(folder, CPU_WORKERS)
     render(ScriptSettings(script), profile, OutputFolder(folder / "out"), options, listener=listener)
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.scratch import ROOT, ScratchProject
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.media import open_video
+from vidgen_ray.outputs.paths import shot_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -123,7 +124,7 @@ def test_worked_example_is_planned_and_rendered(colours, tmp_path):
     planned = colours.run("-m", "vidgen_ray", "plan", lines, "-p", "gpu-80gb", "--gpus", "8x80GB", "--json")
     assert json.loads(planned.stdout)
     colours.run("-m", "vidgen_ray", "render", lines, "-o", str(tmp_path / "out"), "-p", "tiny")
-    records = {name: json.loads((tmp_path / "out/shots" / name / "shot.json").read_text()) for name in "ab"}
+    records = {name: json.loads((tmp_path / "out" / shot_path(name) / "shot.json").read_text()) for name in "ab"}
     assert [step["stage"] for step in records["a"]["stages"]] == ["flux", "svd", "colours", "realesrgan"]
     assert [step["stage"] for step in records["b"]["stages"]] == ["flux", "svd", "realesrgan"]
     assert records["a"]["files"]["video.mp4"] != records["b"]["files"]["video.mp4"]
@@ -168,21 +169,21 @@ def test_chunked_stage_changes_the_number_of_frames(doubling, tmp_path):
         "[pipeline.generate_video(**json.loads(line)) for line in open(sys.argv[1])]"
     )
     doubling.run("-c", reference, lines, str(tmp_path / "library"))
-    shots = tmp_path / "ray" / "shots"
+    shots = {name: tmp_path / "ray" / shot_path(name) for name in ("plain", "doubled", "small")}
     for name, files in {"plain": 3, "doubled": 3, "small": 2}.items():
-        clips = sorted(file for file in (shots / name).iterdir() if file.name != "shot.json")
+        clips = sorted(file for file in shots[name].iterdir() if file.name != "shot.json")
         assert len(clips) == files
         assert [sha256_of(file) for file in clips] == [
-            sha256_of(tmp_path / "library/shots" / name / file.name) for file in clips
+            sha256_of(tmp_path / "library" / shot_path(name) / file.name) for file in clips
         ]
-    plain, doubled, small = (frames_of(shots / name / "video.mp4") for name in ("plain", "doubled", "small"))
+    plain, doubled, small = (frames_of(folder / "video.mp4") for folder in shots.values())
     assert (len(plain), len(doubled), len(small)) == (5, 9, 9)
-    assert len(frames_of(shots / "doubled" / "hd.mp4")) == 9
-    assert frames_of(shots / "doubled" / "hd.mp4").shape[1:3] == (128, 128)
-    assert [fps_of(shots / "doubled" / name) for name in ("video.mp4", "hd.mp4")] == [10, 10]
+    assert len(frames_of(shots["doubled"] / "hd.mp4")) == 9
+    assert frames_of(shots["doubled"] / "hd.mp4").shape[1:3] == (128, 128)
+    assert [fps_of(shots["doubled"] / name) for name in ("video.mp4", "hd.mp4")] == [10, 10]
     assert np.abs(doubled[::2].astype(int) - plain).mean() < 4, "every second frame is one of the undoubled clip"
     assert np.array_equal(doubled, small)
     doubling.run(
-        "-m", "vidgen_ray", "stage", "doubling", str(shots / "plain/video.mp4"), "-o", str(tmp_path / "d.mp4"), "-p", "tiny"
+        "-m", "vidgen_ray", "stage", "doubling", str(shots["plain"] / "video.mp4"), "-o", str(tmp_path / "d.mp4"), "-p", "tiny"
     )
     assert len(frames_of(tmp_path / "d.mp4")) == 9

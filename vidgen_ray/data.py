@@ -28,6 +28,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
+from vidgen_ray.outputs.open_markers import open_writers
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.formats import table_lines
 from vidgen_ray.script.reader import LineChecker
@@ -74,7 +75,9 @@ def build_processor(
     options = options or RenderOptions()
     chosen = chosen.with_commits()
     checker = LineChecker.for_rows(name, Path.cwd(), defaults or {}, chosen.defaults, seed)
-    planner = LinePlanner(checker, chosen, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
+    planner = LinePlanner(
+        checker, chosen, outputs, fresh=options.fresh, replace=options.replace, keep_stages=options.keep_stages
+    )
 
     def processor(dataset: Dataset) -> Dataset:
         lines = dataset.map_batches(
@@ -106,12 +109,13 @@ def _render_rows(
 
     def run() -> None:
         try:
+            planner.changed_by = open_writers(outputs.storage)
             render_lines(
+                planner,
                 [],
                 partial(planned_rows, lines, planner),
                 name,
                 profile,
-                outputs,
                 options,
                 listener=_SilentListener(),
                 stop=stop,

@@ -21,6 +21,7 @@ from vidgen_ray.engine.weights_check import WeightsCheck
 from vidgen_ray.graph import check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.reader import check_shot
@@ -108,11 +109,12 @@ class VideoGenerationPipeline:
         on_gpu = any(stage.params.device != "cpu" for stage in stages)
         runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache, check_weights=self._check_weights)
         failures = []
-        for attempt in (plan, *plan.again):
-            try:
-                return self._render_attempt(runner, attempt)
-            except LikenessTooLow as failure:
-                failures.append(failure)
+        with shot_without_row(self.outputs.storage):
+            for attempt in (plan, *plan.again):
+                try:
+                    return self._render_attempt(runner, attempt)
+                except LikenessTooLow as failure:
+                    failures.append(failure)
         raise StepFailed(LIKENESS, best_attempt(failures))
 
     def _render_attempt(self, runner: StepRunner, plan: ShotPlan) -> ShotRecord:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, fi
 VARIANT_SUFFIX = 5
 """Characters that a variant suffix such as `-v999` adds to an id."""
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+ID_DIGITS = 16
+"""Hexadecimal digits of the hash in a derived id: 64 bits, so that a million lines have different ids in practice."""
 NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
@@ -295,5 +297,5 @@ def derive_id(fields: dict[str, Any]) -> str:
     """Return an id derived from the content of the line, not its position: inserting a line does not change other seeds."""
     text = str(fields.get("prompt", ""))
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
-    digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
     return f"{slug}-{digest}" if slug else digest

@@ -19,12 +19,13 @@ from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import ScriptSettings, iter_script, read_script
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
-DONE = "shots/[!.]*/shot.json"
+DONE = "shots/[!.]*/*/shot.json"
 """Records of finished shots. Unfinished shots have their files in hidden folders."""
 
 
@@ -119,7 +120,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         script = ScriptSettings(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
         assert render_lines(script, tiny, out).done == 1
-        record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+        record = json.loads((out / shot_path("a") / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
         )
@@ -159,7 +160,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
     assert "no face found" in rows["no-face"]["failure_message"]
-    assert not (out / "shots" / "no-face" / "shot.json").exists()
+    assert not (out / shot_path("no-face") / "shot.json").exists()
 
     failed = [
         shot
@@ -226,3 +227,43 @@ def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny,
     assert report.done >= 1, "the driver was killed too late for this test"
     assert digests(tmp_path) == reference
     assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys):
+    out = tmp_path / "out"
+    episodes = {"episode1.jsonl": "a cat", "episode2.jsonl": "a dog"}
+    for name, prompt in episodes.items():
+        line = {"id": "shot-001", "prompt": prompt, "generate_video": False}
+        (tmp_path / name).write_text(json.dumps(line) + "\n")
+
+    def run(script, *options):
+        code = main(["render", str(script), "-o", str(out), "-p", "tiny", "--json", *options])
+        report = json.loads(capsys.readouterr().out)
+        image = sha256_of(out / shot_path("shot-001") / "image.png")
+        rows = {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+        return code, (report["done"], report["skipped"], report["failed"]), image, rows
+
+    _, counts, cat, _ = run(tmp_path / "episode1.jsonl")
+    assert counts == (1, 0, 0)
+    # Rendering failures.jsonl changes neither the owner nor the script of the line.
+    for script in (tmp_path / "episode2.jsonl", out / "failures.jsonl"):
+        code, counts, image, rows = run(script)
+        assert (code, counts, image) == (3, (0, 0, 1), cat)
+        assert {id_: (row["script"], row["status"]) for id_, row in rows.items()} == {
+            "shot-001": ("episode1.jsonl", "done"),
+            "episode2-line-1": ("episode2.jsonl", "failed"),
+        }
+        assert rows["episode2-line-1"]["failure_message"] == (
+            f"{script.name} line 1, id: got 'shot-001', which is a finished shot of episode1.jsonl in this output folder; "
+            "rename the id, use another output folder, or replace the shot of episode1.jsonl with --replace"
+        )
+    code, counts, dog, rows = run(out / "failures.jsonl", "--replace")
+    assert (code, counts) == (0, (1, 0, 0))
+    assert dog != cat
+    assert {id_: (row["script"], row["status"]) for id_, row in rows.items()} == {"shot-001": ("episode2.jsonl", "done")}
+    assert run(tmp_path / "episode1.jsonl")[0] == 3, "now the id belongs to the other script"
+    # A script may replace its own shots.
+    (tmp_path / "episode2.jsonl").write_text(json.dumps({"id": "shot-001", "prompt": "a fox", "generate_video": False}))
+    code, counts, fox, _ = run(tmp_path / "episode2.jsonl")
+    assert (code, counts) == (0, (1, 0, 0))
+    assert fox != dog

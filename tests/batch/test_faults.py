@@ -17,6 +17,7 @@ from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.reader import ScriptSettings
 from vidgen_ray.shot import Shot
@@ -139,9 +140,9 @@ def test_image_that_crashes_encoders_does_not_affect_other_shots(tmp_path, profi
 
 
 def test_write_errors_are_retried(tmp_path, profile):
-    folder = tmp_path / "out" / "shots"
-    folder.mkdir(parents=True)
-    (folder / "s01").touch()
+    place = tmp_path / "out" / shot_path("s01")
+    place.parent.mkdir(parents=True)
+    place.touch()
     report, rows = render_lines(tmp_path, profile, shots(3))
     assert (report.done, report.failed) == (2, 1)
     assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
@@ -181,7 +182,7 @@ def test_transient_failures_are_retried(tmp_path, profile):
     lines = [{"id": name, "prompt": f"{name} once {tmp_path / name}"} for name in failures]
     report, rows = render_lines(tmp_path, profile, lines)
     assert (report.done, report.failed) == (5, 0), {row.id: row.failure_message for row in rows.values()}
-    record = json.loads((tmp_path / "out" / "shots" / "oom" / "shot.json").read_text())
+    record = json.loads((tmp_path / "out" / shot_path("oom") / "shot.json").read_text())
     assert [step["recovered"] for step in record["stages"]] == ["memory freed", None, None]
 
 
@@ -189,7 +190,7 @@ def test_oom_falls_back_to_smaller_chunks_and_is_recorded(tmp_path, profile):
     _, rows = render_lines(tmp_path, profile, [{"id": "a", "prompt": "decoder-oom"}])
     assert rows["a"].status == "done"
     out = tmp_path / "out"
-    record = json.loads((out / "shots" / "a" / "shot.json").read_text())
+    record = json.loads((out / shot_path("a") / "shot.json").read_text())
     flux, svd, _ = record["stages"]
     assert svd["recovered"] == "decode_chunk_frames=2"
     cached = {entry.name for entry in out.glob("cache/*/*")}
@@ -224,7 +225,7 @@ def test_stopped_run_finishes_started_shots_and_can_be_resumed(tmp_path, profile
     assert report.left >= 1
     assert report.done + report.left == 400
     done = {row.id for row in rows.values() if row.status == "done"}
-    assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/shot.json")))
+    assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/*/shot.json")))
     first = digests(tmp_path / "out")
     second, _ = render_lines(tmp_path, profile, shots(400))
     assert (second.skipped, second.done) == (report.done, report.left)
@@ -238,7 +239,7 @@ def test_face_features_are_shared_between_shots_with_the_same_photo(tmp_path, pr
 
     lines = [{**line, "face_image": str(ASTRONAUT)} for line in shots(6)]
     render_lines(tmp_path, profile, lines, cache="none")
-    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/shot.json")]
+    records = [json.loads(file.read_text()) for file in (tmp_path / "out").glob("shots/*/*/shot.json")]
     assert Counter(record["stages"][0]["cached"] for record in records) == {True: 5, False: 1}
 
 
@@ -259,7 +260,7 @@ def test_low_likeness_retries_with_other_seeds_before_the_clip_is_rendered(tmp_p
     report, rows = render_lines(tmp_path, profile.model_copy(update=layout), lines, cache="all")
     assert (report.done, report.failed) == (1, 1)
     assert rows["third"].image_likeness == likeness_of_attempts(third)[2]
-    record = json.loads((tmp_path / "out" / "shots" / "third" / "shot.json").read_text())
+    record = json.loads((tmp_path / "out" / shot_path("third") / "shot.json").read_text())
     assert (record["tries"], record["shot"]["seed"]) == (3, Shot(prompt="a", id="a", seed=third).with_retry_seed(2).seed)
     assert (rows["never"].failure_stage, rows["never"].failure_error, rows["never"].failure_attempts) == (
         "likeness",

@@ -10,6 +10,7 @@ from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
 from vidgen_ray.media import open_video
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.shot import Shot
 
 
@@ -75,8 +76,8 @@ def test_unreachable_cluster_exits_with_code_4(tmp_path, capsys):
 def test_shot_prints_the_written_files(tmp_path, capsys):
     arguments = ["shot", "a red ball", "-o", str(tmp_path), "-p", "tiny", "--until", "video", "-s", "id=ball", "-s", "fps=9"]
     assert main(arguments) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "shots" / "ball" / n) for n in ("image.png", "video.mp4")]
-    with open_video(tmp_path / "shots" / "ball" / "video.mp4") as video:
+    assert capsys.readouterr().out.split() == [str(tmp_path / shot_path("ball") / n) for n in ("image.png", "video.mp4")]
+    with open_video(tmp_path / shot_path("ball") / "video.mp4") as video:
         assert float(video.fps) == 9
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shot"]["id"] == "ball"

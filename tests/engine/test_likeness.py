@@ -18,6 +18,7 @@ from vidgen_ray.media import read_image, write_png
 from vidgen_ray.nets.face_alignment import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.outputs.records import LikenessRecord
 from vidgen_ray.outputs.stage_cache import likeness_from_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -244,7 +245,7 @@ class TestRetries:
         assert clips == []
         failure = raised.value.failure()
         assert (failure.stage, failure.error) == ("likeness", "LikenessTooLow")
-        assert not list(pipeline.outputs.root.glob("shots/p/*"))
+        assert not list(pipeline.outputs.root.glob(f"{shot_path('p')}/*"))
 
     def test_start_image_of_the_person_passes(self, pipeline, clips, tmp_path):
         """With measured likeness: the start image is the photo itself."""

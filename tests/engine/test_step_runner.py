@@ -19,6 +19,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.nets.face_pack import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, to_uint8
@@ -58,7 +59,7 @@ def test_nan_lora_fails_the_step_and_is_not_cached(pipeline, tmp_path):
     with pytest.raises(StepFailed, match=r"lora: lora nan\.safetensors: .*lora_A\.weight has NaN or infinite values") as raised:
         pipeline.generate_video("a", **SMALL, lora_path=lora)
     assert raised.value.stage == "lora"
-    assert not list(pipeline.outputs.root.glob("shots/s/*"))
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
     assert len(list(pipeline.outputs.root.glob("cache/*/*"))) == 1, "the base image alone"
 
 
@@ -117,7 +118,7 @@ def test_nan_upscaler_weights_fail_the_step(tiny, tmp_path):
     pipeline = VideoGenerationPipeline(profile, tmp_path / "out")
     with pytest.raises(StepFailed, match=r"realesrgan: upscaler broken: body\.0\.bias has NaN or infinite values"):
         pipeline.generate_video("a", **SMALL, upscaler="broken")
-    assert not list(pipeline.outputs.root.glob("shots/s/*"))
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
 
 
 def test_unwritable_cache_does_not_fail_the_shot(pipeline):

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import ended, error_of, made
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.outputs.paths import shot_path
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_variants_return_image_thumbnail_and_spritesheet(client, clip):
 def test_deleted_files_return_404_expired(client, server):
     clip = ended(client, made(client, prompt="gone", seed=2)["id"])
     job = server.store.get(clip["id"], None)
-    server.outputs.storage.delete_folder(f"shots/{job.shot_id}")
+    server.outputs.storage.delete_folder(shot_path(job.shot_id))
     for variant in ("video", "thumbnail", "image"):
         assert error_of(content(client, clip, variant), 404)["code"] == "expired"
 

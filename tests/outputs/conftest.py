@@ -1,10 +1,13 @@
-"""A local S3 server (moto) for tests of output folders in an object store."""
+"""Fixtures of the output folder's tests: planned shots and a local S3 server (moto)."""
 
 import re
 
 import pyarrow.fs
 import pytest
 from moto.server import ThreadedMotoServer
+
+from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
+from vidgen_ray.graph import stages_of
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +33,12 @@ def endpoint():
 @pytest.fixture
 def url(endpoint, request):
     return f"s3://clips/{re.sub('[^a-z0-9_]', '-', request.node.name)}?endpoint_override={endpoint}&scheme=http"
+
+
+@pytest.fixture
+def plan_of(tiny, make_shot):
+    def make(shot_id: str, **fields) -> ShotPlan:
+        shot = make_shot(id=shot_id, **{"upscale_video": False, **fields})
+        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+
+    return make

@@ -21,6 +21,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery import write_gallery
 
@@ -78,8 +79,8 @@ def test_shot_has_the_same_bytes_as_on_disk_and_is_not_rendered_twice(render, ma
     assert remote.files == local.files
     assert set(remote.files) == {"image.png", "video.mp4", "hd.mp4"}
     for name in remote.files:
-        assert outputs.read("ball", name) == (tmp_path / "shots" / "ball" / name).read_bytes()
-    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/shots/ball/hd.mp4"
+        assert outputs.read("ball", name) == (tmp_path / shot_path("ball") / name).read_bytes()
+    assert str(outputs.place("ball", "hd.mp4")) == f"{outputs.url}/{shot_path('ball')}/hd.mp4"
 
     monkeypatch.setattr(OutputFolder, "draft", lambda *_: pytest.fail("rendered twice"))
     render(url, shot)
@@ -140,18 +141,7 @@ with outputs.draft(plan) as draft:
     assert not abandoned.exists(), "sweep() did not delete the workspace of the killed process"
     record = commit(outputs, plan)
     assert outputs.find_finished(plan).record() == record
-    assert set(outputs.storage.files("shots/x")) == {"hd.mp4", "image.png", "shot.json"}
-
-
-def test_find_finished_each_returns_many_shots_in_order(outputs, plan_of):
-    plans = [plan_of(f"s{number:03d}") for number in range(150)]
-    for plan in plans[::10]:
-        commit(outputs, plan)
-    results = list(outputs.find_finished_each(iter(plans)))
-    assert [plan.shot.id for plan, _ in results] == [plan.shot.id for plan in plans]
-    assert [done is not None for _, done in results] == [number % 10 == 0 for number in range(150)]
-    outputs.storage.write("shots/s000/hd.mp4", "short")
-    assert outputs.find_finished(plans[0]) is None
+    assert set(outputs.storage.files(shot_path("x"))) == {"hd.mp4", "image.png", "shot.json"}
 
 
 def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
@@ -164,7 +154,8 @@ def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
         "a": ("r1", "done"), "b": ("r2", "done"), "c": ("r3", "done"), "d": ("r2", "failed")
     }  # fmt: skip
     assert [json.loads(line)["failure"]["id"] for line in outputs.storage.read("failures.jsonl").splitlines()] == ["d"]
-    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "failures.jsonl"}
+    # r2 was killed, and the row of `a` is older.
+    assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "manifest/.open-r2", "failures.jsonl"}
     assert write_gallery(url) == f"{outputs.url}/index.html"
     assert b"4 shots" in outputs.storage.read("index.html")
 
@@ -197,7 +188,7 @@ def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, ou
     assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 0, "temporaries": 1}
     assert report.bytes == 15
     assert objects(outputs) == {**before, "shots/mine/notes.txt": 5}
-    assert set(record.files) <= set(outputs.storage.files("shots/ball"))
+    assert set(record.files) <= set(outputs.storage.files(shot_path("ball")))
 
 
 def test_write_errors_do_not_leak_credentials(endpoint):

@@ -15,9 +15,7 @@ import pytest
 
 from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
 from vidgen_ray.cli.gc import gc
-from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
-from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
@@ -27,6 +25,7 @@ from vidgen_ray.outputs.local_storage import LocalStorage
 from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
+from vidgen_ray.outputs.paths import key_path, shot_path
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.process_id import this_process
 from vidgen_ray.report.gallery import write_gallery
@@ -35,15 +34,6 @@ from vidgen_ray.report.gallery import write_gallery
 @pytest.fixture
 def outputs(tmp_path):
     return OutputFolder(tmp_path / "out")
-
-
-@pytest.fixture
-def plan_of(tiny, make_shot):
-    def make(shot_id: str, **fields) -> ShotPlan:
-        shot = make_shot(id=shot_id, **{"upscale_video": False, **fields})
-        return ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
-
-    return make
 
 
 def commit(outputs, plan, names=("image.png", "video.mp4")):
@@ -125,7 +115,7 @@ class TestFinishedShots:
     def test_damaged_key_file_is_ignored(self, outputs, plan_of, text):
         plan = plan_of("mine")
         commit(outputs, plan)
-        (outputs.root / "keys" / plan.key).write_bytes(text)
+        (outputs.root / key_path(plan.key)).write_bytes(text)
         assert outputs.find_by_key(plan.key) is None
 
     def test_commit_without_its_record_is_not_found_by_key(self, outputs, plan_of, monkeypatch):
@@ -139,14 +129,6 @@ class TestFinishedShots:
         monkeypatch.undo()
         record = commit(outputs, plan)
         assert outputs.find_by_key(plan.key).record() == record
-
-    def test_find_finished_each_keeps_the_order(self, outputs, plan_of):
-        plans = [plan_of(f"s{number}") for number in range(5)]
-        for plan in plans[::2]:
-            commit(outputs, plan)
-        assert [(plan.shot.id, done is not None) for plan, done in outputs.find_finished_each(iter(plans))] == [
-            (f"s{number}", number % 2 == 0) for number in range(5)
-        ]
 
     def test_commit_killed_between_files_leaves_the_shot_unfinished(self, outputs, plan_of, monkeypatch):
         plan = plan_of("x")
@@ -396,7 +378,8 @@ class TestManifest:
         rows = [ManifestRow.of_shot("r", "s", plan.shot, 3, result, "done") for result in (record, outputs.find_finished(plan))]
         assert vars(rows[0]) | {"ended_at": ""} == vars(rows[1]) | {"ended_at": ""}
         checked = ManifestRow.model_validate(vars(rows[0]))
-        assert (checked.video, checked.hd_video, checked.seconds, checked.lora_loads) == ("shots/x/video.mp4", None, 4, 2)
+        assert (checked.video, checked.hd_video) == (f"{shot_path('x')}/video.mp4", None)
+        assert (checked.seconds, checked.lora_loads, checked.video_bytes) == (4, 2, len("video.mp4"))
         assert (checked.image_sha256, checked.metadata) == (record.files["image.png"].sha256, '{"k": [1]}')
         failed = ManifestRow.model_validate(vars(ManifestRow.of_shot("r", "s", plan.shot, 3, failure(), "failed")))
         assert (failed.failure_stage, failed.failure_worker, failed.key) == ("svd", "w", None)
@@ -481,7 +464,7 @@ class TestGarbage:
         removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in removed if ".tmp-" not in name} == {
             f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl",
-            f"keys/{plan_of('y', prompt='before').key}",
+            key_path(plan_of("y", prompt="before").key),
         }  # fmt: skip
         assert outputs.find_by_key(plan_of("z", prompt="other").key).record().shot.id == "y"
         assert outputs.find_finished(plan_of("x")).record() == record

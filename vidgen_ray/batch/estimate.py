@@ -70,7 +70,7 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
                 failed += 1
             elif shot.done is not None:
                 done += 1
-            else:
+            elif shot.plan is not None:
                 cached += sum(outputs.stage_cache.has(step.key) for step in shot.plan.steps)
                 yield shot.plan.shot
 
@@ -81,6 +81,7 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
 def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot | RejectedLine]:
     checker, lines = open_lines(script)
     planner = LinePlanner(checker, profile, outputs)
+    planner.load_finished()
     with ScriptIndex() as index:
         empty = True
         for batch in batched(lines, LINES_AT_ONCE):

@@ -6,12 +6,14 @@ Does not use Ray. Lines can be planned in any process and in any order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, VidgenError
 from vidgen_ray.graph import stages_of
+from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
@@ -26,8 +28,8 @@ class PlannedLine(NamedTuple):
     """A checked line and, for each of its shots, what is to be done."""
 
     line: ValidLine | RejectedLine
-    plans: tuple[ShotPlan | Failure, ...] = ()
-    """Plan of each shot. A failure if it names a file that does not exist or cannot be read."""
+    plans: tuple[ShotPlan | Failure | None, ...] = ()
+    """Plan of each shot. A failure if it names a file that does not exist or cannot be read. `None` if the shot is finished."""
     done: tuple[DoneShot | None, ...] = ()
     """Each shot that an earlier run has finished."""
 
@@ -36,18 +38,35 @@ class LinePlanner:
     """Plans the lines of one run. Can be pickled."""
 
     def __init__(
-        self, checker: LineChecker, profile: Profile, outputs: OutputFolder, *, fresh: bool = False, keep_stages: bool = False
+        self,
+        checker: LineChecker,
+        profile: Profile,
+        outputs: OutputFolder,
+        *,
+        fresh: bool = False,
+        replace: bool = False,
+        keep_stages: bool = False,
     ) -> None:
-        """`fresh`: do not look up finished shots, and drop their cached results."""
+        """`fresh`: do not look up finished shots, and drop their cached results. `replace`: also those of other scripts."""
+        self.outputs = outputs
+        self.finished: FinishedShots | None = None
+        """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
+        self.changed_by: Sequence[str] | None = None
+        """See `FinishedShots.load`. Set it before the run writes its own marker."""
         self._checker = checker
         self._profile = profile
-        self._outputs = outputs
         self._fresh = fresh
+        self._replace = replace
         self._keep_stages = keep_stages
         self._planners: dict[tuple[type[Stage[Any]], ...], ShotPlanner] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_planners": {}}
+        return {**vars(self), "_planners": {}, "finished": None}
+
+    def load_finished(self) -> None:
+        """Read the finished shots. Raises OSError if the storage fails."""
+        self.finished = FinishedShots.load(self.outputs, self.changed_by)
+        self.changed_by = self.finished.changed_by
 
     def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
@@ -56,6 +75,8 @@ class LinePlanner:
             line = self._checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
             planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
+        if not self._replace:
+            planned = self._without_taken_ids(planned)
         return self._without_cached(planned) if self._fresh else self._with_done(planned)
 
     def _plan(self, shot: Shot) -> ShotPlan | Failure:
@@ -70,32 +91,65 @@ class LinePlanner:
         except (VidgenError, OSError) as error:
             return StepFailed("plan", error).failure()
 
+    def _without_taken_ids(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
+        """Reject the lines whose id belongs to a finished shot of another script."""
+        assert self.finished is not None
+        owners = iter(
+            self.finished.other_owners(
+                _plans(planned),
+                [line.line.as_rejected.script for line in planned if isinstance(line.line, ValidLine) for _ in _plans([line])],
+            )
+        )
+        checked = []
+        for each in planned:
+            taken = [(plan.shot.id, owner) for plan in _plans([each]) if (owner := next(owners)) is not None]
+            if taken and isinstance(each.line, ValidLine):
+                each = PlannedLine(_reject_taken_id(each.line, *taken[0]))
+            checked.append(each)
+        return checked
+
     def _with_done(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
-        plans = [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)]
-        found = self._outputs.find_finished_each(plans, self._keep_stages)
-        return [
-            line._replace(done=tuple(next(found)[1] if isinstance(plan, ShotPlan) else None for plan in line.plans))
-            for line in planned
-        ]
+        assert self.finished is not None
+        found = iter(self.finished.find(_plans(planned), self._keep_stages))
+        looked_up = []
+        for line in planned:
+            done = tuple(next(found) if isinstance(plan, ShotPlan) else None for plan in line.plans)
+            # Plans are large, and those of finished shots are not needed.
+            plans = tuple(plan if shot is None else None for plan, shot in zip(line.plans, done, strict=True))
+            looked_up.append(line._replace(plans=plans, done=done))
+        return looked_up
 
     def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
-        for plan in (plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)):
+        for plan in _plans(planned):
             for attempt in (plan, *plan.again):
-                self._outputs.stage_cache.drop(step.key for step in attempt.steps)
+                self.outputs.stage_cache.drop(step.key for step in attempt.steps)
         return planned
+
+
+def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
+    return [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)]
+
+
+def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> RejectedLine:
+    rejected = line.as_rejected
+    error = id_is_taken(rejected.source, rejected.line, str(shot_id), owner)
+    # Under the id of the shot, the row of the rejected line would replace the row of its owner.
+    own_ids = {shot.id for shot in line.shots} | {rejected.fields.get("id")}
+    return replace(rejected, id="" if rejected.id in own_ids else rejected.id, errors=(error,))
 
 
 class PlannedShot(NamedTuple):
     """A shot with a unique id, and what is to be done."""
 
     line: CheckedLine
-    plan: ShotPlan | Failure
+    plan: ShotPlan | Failure | None
+    """`None` if the shot is finished."""
     done: DoneShot | None
 
 
 def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot | RejectedLine]:
     """Yield the shots and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
-    first_with_id: dict[str | None, tuple[ShotPlan | Failure, DoneShot | None]] = {}
+    first_with_id: dict[str | None, tuple[ShotPlan | Failure | None, DoneShot | None]] = {}
     for each in reversed(planned):
         if not isinstance(each.line, RejectedLine):
             first_with_id.update(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from more_itertools import batched
 
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
+from vidgen_ray.outputs.finished import FinishedShots
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.formats import Line, UnreadableLine
 from vidgen_ray.script.reader import ScriptSettings, no_lines, open_lines
 
@@ -64,12 +66,14 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
 
 def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
     """Plan the rows of a data set with a pickled line in column `line`. Yield them in order, block by block."""
+    finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
     planned = dataset.map_batches(
         _plan_block,
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"planner": pickle.dumps(planner)},
+        # Loaded by a task and in a list: then the driver has no copy, and the tasks of a node share one.
+        fn_kwargs={"planner": pickle.dumps(planner), "finished": [finished]},
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
         label_selector=on_this_node()["label_selector"],
@@ -82,12 +86,16 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         yield lines
 
 
-def _plan_block(block: pyarrow.Table, planner: bytes) -> pyarrow.Table:
+def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> FinishedShots:
+    return FinishedShots.load(outputs, changed_by)
+
+
+def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
     """Task of Ray Data: plan the lines of a block. An error that ends the run is returned as the last row."""
     rows = [pickle.loads(text) for text in block["line"].to_pylist()]
     errors = [row for row in rows if isinstance(row, VidgenError)]
     try:
-        planned: list[Any] = _planner(planner).plan(row for row in rows if not isinstance(row, VidgenError))
+        planned: list[Any] = _planner(planner, finished[0]).plan(row for row in rows if not isinstance(row, VidgenError))
     except VidgenError as error:
         planned, errors = [], [error]
     return pyarrow.table({"planned": [pickle.dumps(line) for line in (*planned, *errors)]})
@@ -97,10 +105,12 @@ _planners: dict[bytes, LinePlanner] = {}
 """Planner of the last run in this process. It keeps the digests of files, and tasks of a run share processes."""
 
 
-def _planner(pickled: bytes) -> LinePlanner:
+def _planner(pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
     if pickled not in _planners:
         _planners.clear()
-        _planners[pickled] = pickle.loads(pickled)
+        planner: LinePlanner = pickle.loads(pickled)
+        planner.finished = ray.get(finished)
+        _planners[pickled] = planner
     return _planners[pickled]
 
 

@@ -21,7 +21,7 @@ import ray
 
 from vidgen_ray.batch.estimate import pending_demand
 from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine, unique_shots
-from vidgen_ray.batch.line_stream import first_lines, remaining_lines
+from vidgen_ray.batch.line_stream import NumberedLines, first_lines, remaining_lines
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
@@ -37,6 +37,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME, check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner import (
@@ -92,6 +93,8 @@ class RenderOptions:
     """Results of stages that are kept."""
     cache_gb: float | None = None
     """GB that the run may add to the stage cache. `None`: until the disk is almost full."""
+    replace: bool = False
+    """Replace finished shots of other scripts that have the same id. Otherwise such lines are rejected."""
     keep_stages: bool = False
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS
@@ -143,23 +146,30 @@ def render(
     check_profile(profile)
     profile = profile.with_commits()
     checker, _ = open_lines(script)
-    planner = LinePlanner(checker, profile, outputs, fresh=options.fresh, keep_stages=options.keep_stages)
-    lines, whole = first_lines(script)
+    planner = LinePlanner(
+        checker,
+        profile,
+        outputs,
+        fresh=options.fresh,
+        replace=options.replace,
+        keep_stages=options.keep_stages,
+    )
+    first, whole = first_lines(script)
     remaining = None if whole else partial(remaining_lines, script, planner)
     demand = None
     if options.max_cost is not None and not whole:
         demand = pending_demand(script, profile, outputs)
     return render_lines(
-        planner.plan(lines), remaining, script.path.name, profile, outputs, options, listener=listener, stop=stop, demand=demand
+        planner, first, remaining, script.path.name, profile, options, listener=listener, stop=stop, demand=demand
     )
 
 
 def render_lines(
-    first: Sequence[PlannedLine],
+    planner: LinePlanner,
+    first: NumberedLines,
     remaining: Remaining | None,
     source: str,
     profile: Profile,
-    outputs: OutputFolder,
     options: RenderOptions,
     *,
     listener: ProgressListener,
@@ -167,26 +177,32 @@ def render_lines(
     demand: Demand | None = None,
     on_row: Callable[[ManifestRow], None] = lambda _: None,
 ) -> RunReport:
-    """Render planned lines. `first`: the first ones. `remaining` starts to read the rest, if there is any.
+    """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
     `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
     Otherwise as `render`.
     """
-    started = time.monotonic()
+    started, outputs = time.monotonic(), planner.outputs
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
     outputs.prepare()
-    with outputs.lease(run), ScriptIndex() as index, RunResults(outputs, run, source, listener, on_row) as results:
+    with outputs.lease(run) as lease:
         outputs.sweep()
-        director = _Director(run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand)
-        try:
-            director.accept(first)
+        planner.load_finished()
+        planned = planner.plan(first)
+        # The tasks that plan the remaining lines load their own.
+        planner.finished = None
+        with ScriptIndex() as index, RunResults(outputs, run, source, lease, listener, on_row) as results:
+            director = _Director(
+                run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand, lease
+            )
+            director.accept(planned)
             results.lines_read(complete=remaining is None)
             if director.queue or remaining is not None:
                 with director.connected(complete=remaining is None):
                     asyncio.run(director.render(remaining))
-        finally:
-            # Remove temporary files of processes that were killed on this machine.
-            outputs.sweep()
+            lease.check()
+        # Remove temporary files of processes that were killed on this machine.
+        outputs.sweep()
     chosen = director.plan
     if chosen is not None and director.cluster is not None:
         save_calibration(profile.name, director.cluster.card, results.durations)
@@ -221,7 +237,9 @@ class _Director:
         stop: threading.Event,
         index: ScriptIndex,
         demand: Demand | None,
+        lease: Lease,
     ) -> None:
+        self._lease = lease
         self._run = run
         self._profile = profile
         self._outputs = outputs
@@ -261,7 +279,7 @@ class _Director:
                 self._results.unplannable(shot.line, shot.plan)
             elif shot.done is not None:
                 self._results.skipped(shot.line, shot.done)
-            else:
+            elif shot.plan is not None:
                 self._results.pending()
                 self.queue.add(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
                 if self._engine is not None:
@@ -502,8 +520,14 @@ class _Director:
                 self._listener.on_status(snapshot)
 
     async def _watch_stop(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self._error is None:
             await asyncio.sleep(STOP_POLL_S)
+            if self._lease.lost.is_set():
+                # Another run may be writing to the folder.
+                try:
+                    self._lease.check()
+                except SetupError as error:
+                    self._error = error
         self._changed.set()
 
     def _on_quarantined(self, process: str, reason: str) -> None:

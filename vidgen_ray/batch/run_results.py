@@ -14,6 +14,7 @@ from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
@@ -27,8 +28,15 @@ class RunResults:
     """Results of one run. A context manager: the manifest is written even if the block raises."""
 
     def __init__(
-        self, outputs: OutputFolder, run: str, source: str, listener: ProgressListener, on_row: Callable[[ManifestRow], None]
+        self,
+        outputs: OutputFolder,
+        run: str,
+        source: str,
+        lease: Lease,
+        listener: ProgressListener,
+        on_row: Callable[[ManifestRow], None],
     ) -> None:
+        self._lease = lease
         self._run = run
         self._listener = listener
         self._on_row = on_row
@@ -49,7 +57,10 @@ class RunResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manifest.close(whole_script=self._whole_script)
+        if self._lease.is_lost():
+            self._manifest.discard()
+        else:
+            self._manifest.close(whole_script=self._whole_script, every_shot_has_a_row=kind is None)
 
     def rejected(self, line: RejectedLine) -> None:
         self.refusals += 1

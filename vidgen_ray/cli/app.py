@@ -188,6 +188,10 @@ def render(
     fresh: FreshOption = False,
     cache: CacheOption = DEFAULT_CACHE,
     cache_gb: CacheGbOption = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
+    ] = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Render nothing and exit with code 3 if any line is invalid.")
@@ -223,6 +227,7 @@ def render(
         price=price,
         max_cost=max_cost,
         fresh=fresh,
+        replace=replace,
         cache="none" if no_cache else _cache_mode(cache),
         cache_gb=cache_gb,
         keep_stages=_keeps_stages(keep),

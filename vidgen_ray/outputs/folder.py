@@ -1,14 +1,13 @@
 """The output folder `OUT/`: write, commit, find and delete the files of shots.
 
-`shots/<id>/shot.json` is the commit point and is written last. A shot is finished if this file exists and has the shot's
-content key. `keys/<key>` holds the id of the shot with that key, for look-ups by key alone.
+`shot.json` in the folder of a shot is the commit point and is written last. A shot is finished if this file exists and has the
+shot's content key. `keys/<2>/<key>` holds the id of the shot with that key, for look-ups by key alone.
 """
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -23,16 +22,17 @@ from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
+from vidgen_ray.outputs.paths import KEYS, RECORD, SHARD, SHOTS, key_path, old_key_path, old_shot_path, shot_path
 from vidgen_ray.outputs.records import DoneShot, FileRecord, LikenessRecord, ShotRecord, ShotSummary, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.shot import ID_PATTERN
 from vidgen_ray.version import __version__
 
-RECORD = "shot.json"
-KEYS = "keys"
-SWEEP_FOLDERS = ("", "shots", KEYS, "cache", "manifest", "failures", "inputs")
+SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs")
 """Folders that may contain temporary files."""
+IsResult = Callable[[Mapping[str, Any]], bool]
+"""Tells whether a record, parsed from JSON, is the wanted result."""
 REQUESTS_AT_ONCE = 32
 """Concurrent requests to an object store. Each takes tens of milliseconds."""
 
@@ -62,18 +62,27 @@ class ShotDraft:
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
             software=software_versions(),
         )
-        self.path(RECORD).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        folder = _shot_folder(self.plan)
+        self.path(RECORD).write_text(record.model_dump_json(indent=1, exclude={"committed_at"}), encoding="utf-8")
+        # Renaming the file keeps its time.
+        committed_at = None if self._storage.local is None else self.path(RECORD).stat().st_mtime
+        shot_id = _id_of(self.plan)
+        folder, old_folder = shot_path(shot_id), old_shot_path(shot_id)
         # Delete the record of an earlier render of this id before its first file is replaced.
         self._storage.delete(f"{folder}/{RECORD}")
+        has_old_folder = _read_old_record(self._storage, shot_id) is not None
+        if has_old_folder:
+            self._storage.delete(f"{old_folder}/{RECORD}")
         # The key file comes before the record, so that every finished shot can be found by its key. A key file without a
-        # finished shot is harmless.
-        self._storage.write(key_file(self.plan.key), folder.removeprefix("shots/"))
+        # finished shot is harmless. It is renamed from the workspace, so `keys/` has no temporary files.
+        self.path(self.plan.key).write_text(shot_id, encoding="utf-8")
+        self._storage.publish(self._workspace, os.path.dirname(key_path(self.plan.key)), [self.plan.key])
         self._storage.publish(self._workspace, folder, [file.name for file in files])
         for stale in self._storage.files(folder).keys() - record.files.keys():
             self._storage.delete(f"{folder}/{stale}")
         self._storage.publish(self._workspace, folder, [RECORD])
-        return record
+        if has_old_folder:
+            _delete_old_folder(self._storage, shot_id)
+        return record.model_copy(update={"committed_at": committed_at})
 
 
 class OutputFolder:
@@ -115,18 +124,26 @@ class OutputFolder:
 
     def shot_folder(self, shot_id: str) -> Path:
         """Return the local folder of a shot. Raises SetupError if it is in an object store; see `place`."""
-        return self.root / "shots" / shot_id
+        return self.root / self._folder_of(shot_id)
 
     def place(self, shot_id: str, name: str) -> Path | str:
         """Return the location of a shot's file, for messages: a path, or a URL without credentials."""
-        return self.storage.place(f"shots/{shot_id}/{name}")
+        return self.storage.place(f"{self._folder_of(shot_id)}/{name}")
 
     def read(self, shot_id: str, name: str) -> bytes:
         """Return the content of a shot's file. Raises FileNotFoundError."""
-        content = self.storage.read(f"shots/{shot_id}/{name}")
+        path = f"{self._folder_of(shot_id)}/{name}"
+        content = self.storage.read(path)
         if content is None:
-            raise FileNotFoundError(f"{self.url}/shots/{shot_id}/{name}")
+            raise FileNotFoundError(f"{self.url}/{path}")
         return content
+
+    def _folder_of(self, shot_id: str) -> str:
+        """Return the folder of a shot: that of an older version if the shot is finished there and was not rendered again."""
+        folder = shot_path(shot_id)
+        if self.storage.read(f"{folder}/{RECORD}") is None and _read_old_record(self.storage, shot_id) is not None:
+            return old_shot_path(shot_id)
+        return folder
 
     def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
         """Return the shot if it is finished with the key of the plan, or another key for the same result, else `None`.
@@ -135,7 +152,7 @@ class OutputFolder:
         too slow for runs with many shots.
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
-        return self._read_finished(_shot_folder(plan), plan.key, lambda record: is_result_of(plan, record), debug_files)
+        return self._find(_id_of(plan), plan.key, lambda record: is_result_of(plan, record), debug_files)
 
     def find_by_key(self, key: str) -> DoneShot | None:
         """Return the shot that is finished with this key under any id, else `None`.
@@ -143,34 +160,60 @@ class OutputFolder:
         Also returns `None` if the storage fails: the caller can render the shot again.
         """
         try:
-            shot_id = (self.storage.read(key_file(key)) or b"").decode()
+            content = self.storage.read(key_path(key)) or self.storage.read(old_key_path(key)) or b""
+            shot_id = content.decode()
             if not ID_PATTERN.fullmatch(shot_id):
                 return None
-            return self._read_finished(f"shots/{shot_id}", key, lambda record: record["key"] == key, set())
+            return self._find(shot_id, key, lambda record: record["key"] == key, set())
         except (OSError, ValueError):
             return None
 
-    def _read_finished(
-        self, folder: str, key: str, is_result: Callable[[Mapping[str, Any]], bool], debug_files: Set[str | None]
+    def _find(self, shot_id: str, key: str, is_result: IsResult, debug_files: Set[str | None]) -> DoneShot | None:
+        """Return the shot if its record is a result for this key and has all `debug_files`, else `None`."""
+        folder = shot_path(shot_id)
+        # The time before the content: if the record is replaced in between, its time does not match in the next run.
+        committed_at = self._modified(f"{folder}/{RECORD}")
+        text = self.storage.read(f"{folder}/{RECORD}")
+        if text is None:
+            folder = old_shot_path(shot_id)
+            committed_at = self._modified(f"{folder}/{RECORD}")
+            text = _read_old_record(self.storage, shot_id)
+        return None if text is None else self._finished(folder, text, committed_at, key, is_result, debug_files)
+
+    def _modified(self, path: str) -> float | None:
+        """Return the time of the last change of a file. `None` for an object store, or if the file does not exist."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return None if self.storage.local is None else os.stat(f"{self.storage.local}/{path}").st_mtime
+        return None
+
+    def _finished(
+        self,
+        folder: str,
+        text: bytes,
+        committed_at: float | None,
+        key: str,
+        is_result: IsResult,
+        debug_files: Set[str | None],
     ) -> DoneShot | None:
-        """Return the shot in this folder if its record is a result for this key and has all `debug_files`, else `None`."""
+        """Return the shot with this record if it is a result and its files are right, else `None`."""
         try:
-            text = self.storage.read(f"{folder}/{RECORD}")
-            if text is None:
-                return None
             record = pydantic_core.from_json(text)
             if not is_result(record):
                 return None
             files, stages, likeness = record["files"], record["stages"], record["likeness"]
             if not debug_files <= files.keys():
                 return None
-            if not self.storage.has(folder, {name: file["bytes"] for name, file in files.items()}):
+            sizes = {name: file["bytes"] for name, file in files.items()}
+            if not self.storage.has(folder, sizes):
                 return None
             summary = ShotSummary(
                 key=key,
                 seed=record["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
+                folder=folder,
+                committed_at=committed_at,
                 sha256={name: file["sha256"] for name, file in files.items()},
+                bytes=sizes,
                 seconds=sum([step["seconds"] for step in stages]),
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
@@ -180,28 +223,10 @@ class OutputFolder:
             return None
         return DoneShot(summary, text)
 
-    def find_finished_each(
-        self, plans: Iterable[ShotPlan], with_stages: bool = False
-    ) -> Iterator[tuple[ShotPlan, DoneShot | None]]:
-        """Yield each plan with the result of `find_finished`, in order. Sends concurrent requests to an object store."""
-        if self.storage.local is not None:
-            for plan in plans:
-                yield plan, self.find_finished(plan, with_stages)
-            return
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            pending = deque[tuple[ShotPlan, Any]]()
-            for plan in plans:
-                pending.append((plan, pool.submit(self.find_finished, plan, with_stages)))
-                if len(pending) > 2 * REQUESTS_AT_ONCE:
-                    oldest, future = pending.popleft()
-                    yield oldest, future.result()
-            for plan, future in pending:
-                yield plan, future.result()
-
     @contextmanager
     def draft(self, plan: ShotPlan) -> Iterator[ShotDraft]:
         """Open a draft for the shot's files. Files that are not committed are deleted at the end of the block."""
-        with self.storage.workspace("shots") as workspace:
+        with self.storage.workspace(SHOTS) as workspace:
             yield ShotDraft(self.storage, plan, workspace)
 
     def keep_input(self, content: bytes, suffix: str) -> Path:
@@ -217,15 +242,16 @@ class OutputFolder:
 
     def delete_shot(self, shot_id: str) -> None:
         """Delete a shot's files and its stage cache entries. Other shots that share a cached step compute it again."""
-        folder = f"shots/{shot_id}"
-        text = self.storage.read(f"{folder}/{RECORD}")
+        text = self.storage.read(f"{shot_path(shot_id)}/{RECORD}") or _read_old_record(self.storage, shot_id)
         if text is not None:
             with suppress(ValueError, KeyError, TypeError):
                 record = pydantic_core.from_json(text)
-                if self.storage.read(key_file(record["key"])) == shot_id.encode():
-                    self.storage.delete(key_file(record["key"]))
+                for key_file in (key_path(record["key"]), old_key_path(record["key"])):
+                    if self.storage.read(key_file) == shot_id.encode():
+                        self.storage.delete(key_file)
                 self.stage_cache.drop([step["key"] for step in record["stages"]])
-        self.storage.delete_folder(folder)
+        self.storage.delete_folder(shot_path(shot_id))
+        _delete_old_folder(self.storage, shot_id)
 
     def write_run(self, content: dict[str, Any]) -> None:
         """Write `run.json`: the last run in this folder."""
@@ -249,14 +275,27 @@ class OutputFolder:
             remove(path)
 
 
-def key_file(key: str) -> str:
-    """Return the path of the file that holds the id of the shot with this content key."""
-    return f"{KEYS}/{key}"
-
-
-def _shot_folder(plan: ShotPlan) -> str:
+def _id_of(plan: ShotPlan) -> str:
     assert plan.shot.id is not None
-    return f"shots/{plan.shot.id}"
+    return plan.shot.id
+
+
+def _read_old_record(storage: Storage, shot_id: str) -> bytes | None:
+    """Return the record that an older version wrote for the shot, or `None`."""
+    # `shots/ab/shot.json` may also be the folder of the shot `shot.json` in the shard `ab`.
+    with suppress(IsADirectoryError):
+        return storage.read(f"{old_shot_path(shot_id)}/{RECORD}")
+    return None
+
+
+def _delete_old_folder(storage: Storage, shot_id: str) -> None:
+    """Delete the files that an older version wrote for the shot, but not the shots of a shard with the same name."""
+    folder = old_shot_path(shot_id)
+    if SHARD.fullmatch(shot_id) is None:
+        storage.delete_folder(folder)
+        return
+    for name in storage.files(folder):
+        storage.delete(f"{folder}/{name}")
 
 
 @cache

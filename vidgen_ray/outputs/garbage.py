@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +18,11 @@ from more_itertools import batched
 from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.folder import KEYS, RECORD, REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder, key_file
+from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import SHOT_FILES
+from vidgen_ray.outputs.paths import KEYS, RECORD, SHARD, SHOTS
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 GRACE_S = 600.0
@@ -85,13 +87,12 @@ class _Collector:
         self._report = GarbageReport()
 
     def collect(self) -> GarbageReport:
-        for shot_id in self._shots_without_record():
-            folder = f"shots/{shot_id}"
+        for folder in self._shots_without_record():
             # Keep folders with foreign files or subfolders.
             if not self._storage.folders(folder) and self._storage.files(folder).keys() <= SHOT_FILE_NAMES:
                 self._drop("partial shots", folder)
-        for key, file in self._stale_keys():
-            self._drop_file("stale keys", key_file(key), file)
+        for key_file, file in self._stale_keys():
+            self._drop_file("stale keys", key_file, file)
         for entry in self._unused_entries():
             self._drop("cache entries", entry)
         # Older versions wrote the lines of a run to `spool/<run>/`.
@@ -104,30 +105,42 @@ class _Collector:
         return self._report
 
     def _shots_without_record(self) -> Iterator[str]:
-        """Yield the ids of shot folders without a record. Adds the keys in all other records to the indexes."""
-        shot_ids = [name for name in self._storage.folders("shots") if not name.startswith(".")]
-        for shot_id, text in self._read_each(shot_ids, lambda shot_id: f"shots/{shot_id}/{RECORD}"):
-            if text is None:
-                yield shot_id
-            else:
-                key, keys = _keys_in(text)
-                self._used_keys.add(keys)
-                self._shots_by_key.add([f"{key} {shot_id}"])
+        """Yield the shot folders without a record. Adds the keys in all other records to the indexes."""
+        for folders in self._shot_folders():
+            for folder, text in self._read_each(folders, [f"{folder}/{RECORD}" for folder in folders]):
+                if text is None:
+                    yield folder
+                else:
+                    key, keys = _keys_in(text)
+                    self._used_keys.add(keys)
+                    self._shots_by_key.add([f"{key} {posixpath.basename(folder)}"])
+
+    def _shot_folders(self) -> Iterator[Sequence[str]]:
+        """Yield the folders of shots: those of an older version, then shard by shard."""
+        names = [name for name in self._storage.folders(SHOTS) if not name.startswith(".")]
+        shards = [f"{SHOTS}/{name}" for name in names if SHARD.fullmatch(name)]
+        yield [f"{SHOTS}/{name}" for name in names if not SHARD.fullmatch(name)]
+        for shard in shards:
+            # An older version may have written a shot with two hexadecimal digits as its id.
+            old = [shard] if self._storage.files(shard) else []
+            yield [*old, *(f"{shard}/{name}" for name in self._storage.folders(shard))]
 
     def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
         """Yield the key files that do not lead to a shot finished with that key."""
-        files = self._storage.files(KEYS)
-        keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
-        for key, shot_id in self._read_each(keys, key_file):
-            entry = f"{key} {(shot_id or b'').decode(errors='replace')}"
-            if not self._shots_by_key.intersection([entry]):
-                yield key, files[key]
+        for folder in (KEYS, *(f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name))):
+            files = self._storage.files(folder)
+            keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
+            for key, shot_id in self._read_each(keys, [f"{folder}/{key}" for key in keys]):
+                entry = f"{key} {(shot_id or b'').decode(errors='replace')}"
+                if not self._shots_by_key.intersection([entry]):
+                    yield f"{folder}/{key}", files[key]
 
-    def _read_each(self, names: Sequence[str], path_of: Callable[[str], str]) -> Iterator[tuple[str, bytes | None]]:
+    def _read_each(self, names: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""
         with ThreadPoolExecutor(REQUESTS_AT_ONCE if self._storage.local is None else 1) as pool:
-            for batch in batched(names, SHOTS_AT_ONCE):
-                yield from zip(batch, pool.map(self._storage.read, map(path_of, batch)), strict=True)
+            for batch in batched(zip(names, paths, strict=True), SHOTS_AT_ONCE):
+                contents = pool.map(self._storage.read, [path for _, path in batch])
+                yield from zip([name for name, _ in batch], contents, strict=True)
 
     def _unused_entries(self) -> Iterator[str]:
         for group in self._storage.folders("cache"):

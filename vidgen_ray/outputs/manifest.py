@@ -58,10 +58,13 @@ class ManifestRow(BaseModel):
     fps: int | None = None
     image: str | None = None
     image_sha256: str | None = None
+    image_bytes: int | None = None
     video: str | None = None
     video_sha256: str | None = None
+    video_bytes: int | None = None
     hd_video: str | None = None
     hd_video_sha256: str | None = None
+    hd_video_bytes: int | None = None
     image_likeness: float | None = None
     """Likeness of the image to the face photo, -1 to 1. Null if the image shows no face or the shot has no face photo."""
     clip_likeness_mean: float | None = None
@@ -84,6 +87,8 @@ class ManifestRow(BaseModel):
     metadata: str = "{}"
     """`metadata` of the line, as JSON text."""
     ended_at: str = Field(default_factory=_now)
+    committed_at: float | None = None
+    """Modification time of the shot's shot.json, in seconds since 1970. Null in an object store."""
 
     @staticmethod
     def of_shot(
@@ -105,7 +110,7 @@ class ManifestRow(BaseModel):
             num_frames=shot.num_frames if shot.generate_video else None,
             fps=shot.fps if shot.generate_video else None,
             metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
-            **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(shot.id, result.summary)),
+            **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(result.summary)),
         )
 
     @staticmethod
@@ -140,9 +145,10 @@ def _failure_columns(failure: Failure) -> dict[str, Any]:
     return {**columns, "failure_message": _storable(failure.message)}
 
 
-def _result_columns(shot_id: str, result: ShotSummary) -> dict[str, Any]:
+def _result_columns(result: ShotSummary) -> dict[str, Any]:
     columns: dict[str, Any] = {
         "key": result.key,
+        "committed_at": result.committed_at,
         "seconds": result.seconds,
         "gpu_seconds": result.gpu_seconds,
         "lora_loads": result.lora_loads,
@@ -151,8 +157,9 @@ def _result_columns(shot_id: str, result: ShotSummary) -> dict[str, Any]:
         columns |= {column: result.likeness[field] for column, field in LIKENESS.items()}
     for name, file in SHOT_FILES.items():
         if file in result.sha256:
-            columns[name] = f"shots/{shot_id}/{file}"
+            columns[name] = f"{result.folder}/{file}"
             columns[f"{name}_sha256"] = result.sha256[file]
+            columns[f"{name}_bytes"] = result.bytes[file]
     return columns
 
 
@@ -189,7 +196,7 @@ class ManifestFile(NamedTuple):
 
 
 @contextmanager
-def _opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
+def opened(storage: Storage, name: str) -> Iterator[pyarrow.NativeFile]:
     """Open a file. Its content does not change during the block, even if a run replaces the file.
 
     Raises FileNotFoundError.
@@ -203,7 +210,7 @@ def read_index(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile
 
     Of several rows with the same id the last one is current, unless the id is in `seen`. Adds the ids of the file to `seen`.
     """
-    with _opened(storage, name) as content:
+    with opened(storage, name) as content:
         return _read_index(content, name, seen)
 
 
@@ -231,7 +238,7 @@ def current_rows(storage: Storage, file: ManifestFile) -> Iterator[pyarrow.Recor
 
     The file must not be replaced between `read_index` and this call.
     """
-    with _opened(storage, file.name) as content:
+    with opened(storage, file.name) as content:
         yield from _rows(content, file)
 
 
@@ -240,10 +247,10 @@ def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.R
     for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS):
         mask = pyarrow.array(file.current[begin : begin + len(batch)], pyarrow.bool_())
         begin += len(batch)
-        yield _with_all_columns(batch.filter(mask))
+        yield with_all_columns(batch.filter(mask))
 
 
-def _with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+def with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
     columns = [
         batch.column(field.name).cast(field.type) if field.name in batch.schema.names else pyarrow.nulls(len(batch), field.type)
         for field in SCHEMA
@@ -263,7 +270,7 @@ def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
             for name in names:
                 visited.add(name)
                 try:
-                    with _opened(storage, name) as content:
+                    with opened(storage, name) as content:
                         if (indexed := _read_index(content, name, seen)) is not None:
                             yield from _rows(content, indexed[0])
                 except FileNotFoundError:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from vidgen_ray.outputs.failures import PARTS, FailedLine, ManifestState, failure_key, merge_failures, to_utf8
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestFile, ManifestRow, current_rows, manifest_files, read_index
+from vidgen_ray.outputs.open_markers import delete_markers, write_marker
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
@@ -29,7 +31,10 @@ SMALL_FILE_ROWS = 5_000
 
 
 class ManifestWriter:
-    """Writes the manifest rows and failures of one run, in the order in which lines finish. `script` is the script's name."""
+    """Writes the manifest rows and failures of one run, in the order in which lines finish. `script` is the script's name.
+
+    Create it while the run holds the lease of the folder. Raises OSError if the storage fails.
+    """
 
     def __init__(self, outputs: OutputFolder, run: str, script: str) -> None:
         self._storage = outputs.storage
@@ -41,6 +46,7 @@ class ManifestWriter:
         self._row_parts = self._failed_parts = 1
         self._unwritten = False
         self._replaced_ids = IdIndex()
+        write_marker(self._storage, run)
         self._flushing = PeriodicTask(FLUSH_S, self.flush)
 
     def add(self, row: ManifestRow, *, failed: FailedLine | None = None, replaces: str | None = None) -> None:
@@ -66,10 +72,15 @@ class ManifestWriter:
             if self._unwritten:
                 self._write_parts()
 
-    def close(self, *, whole_script: bool = True) -> None:
+    def discard(self) -> None:
+        """Stop without merging: the lease of the folder was lost, and another run may be writing to it."""
+        self._flushing.stop()
+
+    def close(self, *, whole_script: bool = True, every_shot_has_a_row: bool = True) -> None:
         """Merge this run with earlier ones: one row per id in `manifest/`, and only unresolved lines in `failures.jsonl`.
 
         `whole_script`: the script was read to its end, so earlier rejections of its lines are dropped unless repeated.
+        `every_shot_has_a_row`: false if the run was interrupted, so shots may have been written that no row describes.
         """
         self._flushing.stop()
         self.flush()
@@ -77,6 +88,7 @@ class ManifestWriter:
         names = manifest_files(self._storage)
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources = []
+        finished_runs = set[str]()
         with closing(self._replaced_ids) as replaced_ids, closing(IdIndex()) as seen, closing(IdIndex()) as failures:
             for name in [*own, *(name for name in names if name not in own)]:
                 if (indexed := read_index(self._storage, name, seen)) is None:
@@ -85,10 +97,13 @@ class ManifestWriter:
                 if name not in own:
                     file = _without_replaced(file, index, replaced_ids, rechecked_script)
                 failures.add(_failure_keys(file, index))
+                finished_runs |= _finished_runs(file, index)
                 if name in own or _needs_merge(file):
                     sources.append(file)
             merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script))
         _merge_rows(self._storage, self._run, sources[::-1])
+        if every_shot_has_a_row:
+            delete_markers(self._storage, self._run, min(finished_runs, default=None))
 
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
@@ -128,6 +143,12 @@ def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
     for is_current, run, id_, status in zip(file.current, runs, ids, states, strict=True):
         if is_current and status == "failed":
             yield failure_key(run, id_)
+
+
+def _finished_runs(file: ManifestFile, index: pyarrow.Table) -> set[str]:
+    """Return the runs of the current rows with a finished shot."""
+    is_finished = pyarrow.compute.and_(pyarrow.array(file.current), pyarrow.compute.not_equal(index.column("status"), "failed"))
+    return set(index.column("run").filter(is_finished).unique().to_pylist())
 
 
 def _needs_merge(file: ManifestFile) -> bool:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
 
@@ -74,14 +75,20 @@ class ShotRecord(_Record):
     files: dict[str, FileRecord]
     software: dict[str, str]
     """Package -> version."""
+    committed_at: float | None = None
+    """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 
     @property
     def summary(self) -> "ShotSummary":
+        assert self.shot.id is not None
         return ShotSummary(
             key=self.key,
+            folder=shot_path(self.shot.id),
+            committed_at=self.committed_at,
             seed=self.shot.seed,
             likeness=self.likeness.model_dump() if self.likeness else None,
             sha256={name: file.sha256 for name, file in self.files.items()},
+            bytes={name: file.bytes for name, file in self.files.items()},
             seconds=sum(step.seconds for step in self.stages),
             gpu_seconds=sum(step.gpu_seconds for step in self.stages),
             lora_loads=sum(step.adapter_loads for step in self.stages),
@@ -92,11 +99,17 @@ class ShotSummary(NamedTuple):
     """The parts of a finished shot's record that the manifest contains."""
 
     key: str
+    folder: str
+    """Folder of the shot, relative to the output folder."""
+    committed_at: float | None
+    """Modification time of shot.json, in seconds since 1970. `None` in an object store."""
     seed: int | None
     likeness: dict[str, float | None] | None
     """Fields of `LikenessRecord`."""
     sha256: dict[str, str]
     """File name -> sha256."""
+    bytes: dict[str, int]
+    """File name -> size."""
     seconds: float
     """Seconds of all stages together."""
     gpu_seconds: float
@@ -107,12 +120,15 @@ class DoneShot(NamedTuple):
     """A shot that was already finished. Parses its record only on request: a run may skip thousands of shots."""
 
     summary: ShotSummary
-    text: bytes
-    """The content of shot.json."""
+    text: bytes | None = None
+    """The content of shot.json. `None` if the shot was found in the manifest, without reading its record."""
 
     def record(self) -> ShotRecord:
-        """Parse and validate the record."""
-        return ShotRecord.model_validate_json(self.text)
+        """Parse and validate the record. Raises ValueError if the record was not read."""
+        if self.text is None:
+            raise ValueError(f"{self.summary.folder}: the record was not read")
+        record = ShotRecord.model_validate_json(self.text)
+        return record.model_copy(update={"committed_at": self.summary.committed_at})
 
 
 class Failure(_Record):

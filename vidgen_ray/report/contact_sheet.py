@@ -57,7 +57,7 @@ def _column_names() -> Sequence[str]:
 
 def _cells(out: Path, row: ManifestRow) -> dict[str, PILImage.Image]:
     """Return column name -> thumbnail. Images are scaled down here to limit the memory of long runs."""
-    folder = out / "shots" / row.id
+    folder = (out / row.image).parent if row.image else out
     cells = {name: read_image(folder / f"{name}.png") for name in _column_names() if (folder / f"{name}.png").exists()}
     clip = row.hd_video or row.video
     if clip:

@@ -110,7 +110,7 @@ async def video_content_head(
 
 async def _content(server: ServerContext, job: Job, variant: Variant, request: Request) -> Response:
     """Respond with a file of a completed job, or with 304. Raises ApiError 404 if the file is gone."""
-    shot_id, digests = await asyncio.to_thread(_files, server.outputs, job)
+    folder, digests = await asyncio.to_thread(_files, server.outputs, job)
     name = _file_name(digests, variant)
     suffix = PREVIEWS.get(variant, name[name.rindex(".") :])
     etag = f'"{digests[name]}{f"-{variant}" if variant in PREVIEWS else ""}"'
@@ -123,7 +123,7 @@ async def _content(server: ServerContext, job: Job, variant: Variant, request: R
     }
     if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
         return Response(status_code=304, headers=headers)
-    media_type, path = MEDIA_TYPES[suffix], f"shots/{shot_id}/{name}"
+    media_type, path = MEDIA_TYPES[suffix], f"{folder}/{name}"
     try:
         if variant in PREVIEWS:
             content = await asyncio.to_thread(_preview, server.outputs, path, variant, digests[name])
@@ -179,13 +179,11 @@ def _raise_range_errors(send: Send) -> Send:
 
 
 def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
-    """Return the id of the job's shot, and the digest of each of its files by name. Raises ApiError 404 if they are gone."""
+    """Return the folder of the job's shot, and the digest of each file by name. Raises ApiError 404 if they are gone."""
     done = outputs.find_by_key(job.key)
     if done is None:
         raise _expired(job)
-    shot_id = done.record().shot.id
-    assert shot_id is not None
-    return shot_id, done.summary.sha256
+    return done.summary.folder, done.summary.sha256
 
 
 def _file_name(digests: dict[str, str], variant: Variant) -> str:

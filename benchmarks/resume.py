@@ -1,0 +1,285 @@
+"""Benchmark of resuming: a folder in which every line of the script is finished, on a disk and in an object store.
+
+The folder is written directly, without rendering. Then `render` finds all lines finished. Its parts are measured on their own
+as well, each in a new process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import pyarrow.fs
+from more_itertools import batched
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine, write_json
+from benchmarks.noop_stages import STAGES, line, noop_profile
+
+LINES, QUICK_LINES = 1_000_000, 10_000
+STORE_LINES, QUICK_STORE_LINES = 100_000, 2_000
+DELAY_S = 0.02
+"""Added to every request to the object store."""
+CLIP = b"x" * 1000
+LINKS = 10_000
+"""Shots whose files are hard links to the same file. File systems limit the number of links."""
+LOOK_UP_SHOTS = 512
+CPU_WORKERS = 2
+GOALS = {"disk, resume": 180.0, "object store, resume": 60.0}
+OLD_RUN, NEW_RUN = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"Use {QUICK_LINES} and {QUICK_STORE_LINES} lines.")
+    parser.add_argument("--lines", type=int, help=f"Lines on the disk. Default: {LINES}.")
+    parser.add_argument("--store-lines", type=int, help=f"Lines in the object store, 0 for none. Default: {STORE_LINES}.")
+    parser.add_argument("--folder", type=Path, help="Where to create the folder. Default: the temporary folder.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
+    args = parser.parse_args()
+    lines = args.lines if args.lines is not None else QUICK_LINES if args.quick else LINES
+    store_lines = args.store_lines if args.store_lines is not None else QUICK_STORE_LINES if args.quick else STORE_LINES
+    folder = Path(tempfile.mkdtemp(prefix="vidgen-resume-", dir=args.folder))
+    try:
+        rows = measure(folder, str(folder / "out"), lines, "disk") if lines else []
+        if store_lines:
+            with object_store() as url:
+                rows += measure(folder, url, store_lines, "object store")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = Table(title="Resuming")
+    for column in ("what", "lines", "seconds", "goal", "peak memory in MB"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in rows:
+        goal = GOALS.get(row["what"])
+        table.add_row(row["what"], str(row["lines"]), f"{row['seconds']:.1f}", f"{goal or ''}", f"{row['peak_mb']:.0f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if args.json:
+        write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "pyarrow")), "rows": rows})
+    return 0
+
+
+def measure(folder: Path, out: str, lines: int, place: str) -> list[dict[str, Any]]:
+    """Write the folder and measure the parts of a resumed run, then the run itself."""
+    script = folder / f"{lines}.jsonl"
+    with script.open("w") as file:
+        file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
+    rows = []
+    for part in (write_finished_folder, load_finished_shots, skip_all_lines, resume):
+        Console(stderr=True).print(f"{place}, {lines} lines: {part.__name__}")
+        for what, seconds, peak_mb in _in_new_process(part, folder, script, out):
+            rows.append({"what": f"{place}, {what}", "lines": lines, "seconds": seconds, "peak_mb": peak_mb})
+    return rows
+
+
+Measured = list[tuple[str, float]]
+"""Names and seconds of the measured parts."""
+
+
+def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
+    """Write the records and rows of all lines as finished. In an object store only rows: they are trusted."""
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.outputs.manifest import ManifestRow
+    from vidgen_ray.outputs.manifest_writer import ManifestWriter
+    from vidgen_ray.outputs.paths import shot_path
+    from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
+
+    outputs = OutputFolder(out)
+    writer = ManifestWriter(outputs, OLD_RUN, script.name)
+    names = ("image.png", "video.mp4", "hd.mp4")
+    files = {name: FileRecord(sha256="ab" * 32, bytes=len(CLIP)) for name in names}
+    add_s = 0.0
+    for number, plan in enumerate(_plans(folder, script)):
+        steps = tuple(
+            StepRecord(stage=step.stage, key=step.key, weights=step.weights, seconds=1, gpu_seconds=1, cached=False)
+            for step in plan.steps
+        )
+        record = ShotRecord(
+            key=plan.key, shot=plan.shot, tries=1, likeness=None, seeds={}, stages=steps, files=files, software={}
+        )
+        if outputs.storage.local is not None:
+            clip, target = folder / f"clip-{number // LINKS}", f"{out}/{shot_path(str(plan.shot.id))}"
+            if not number % LINKS:
+                clip.write_bytes(CLIP)
+            os.makedirs(target)
+            for name in names:
+                os.link(clip, f"{target}/{name}")
+            with open(f"{target}/shot.json", "w") as file:
+                file.write(record.model_dump_json(indent=1, exclude={"committed_at"}))
+                file.flush()
+                record = record.model_copy(update={"committed_at": os.stat(file.fileno()).st_mtime})
+        started = time.perf_counter()
+        writer.add(ManifestRow.of_shot(OLD_RUN, script.name, plan.shot, number + 1, record, "done"))
+        add_s += time.perf_counter() - started
+    started = time.perf_counter()
+    writer.close()
+    return [("write the rows of a first run", add_s), ("close its manifest", time.perf_counter() - started)]
+
+
+def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
+    from vidgen_ray.outputs.finished import FinishedShots
+    from vidgen_ray.outputs.folder import OutputFolder
+
+    started = time.perf_counter()
+    FinishedShots.load(OutputFolder(out))
+    return [("FinishedShots.load", time.perf_counter() - started)]
+
+
+def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
+    """Plan the lines, find their shots, and write and merge the rows of a run that skips them."""
+    from vidgen_ray.outputs.finished import FinishedShots
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.outputs.manifest import ManifestRow
+    from vidgen_ray.outputs.manifest_writer import ManifestWriter
+
+    outputs = OutputFolder(out)
+    finished = FinishedShots.load(outputs)
+    writer = ManifestWriter(outputs, NEW_RUN, script.name)
+    find_s = add_s = 0.0
+    begun = time.perf_counter()
+    for plans in batched(_plans(folder, script), LOOK_UP_SHOTS):
+        started = time.perf_counter()
+        finished.other_owners(plans, [script.name] * len(plans))
+        found = finished.find(plans)
+        find_s += time.perf_counter() - started
+        started = time.perf_counter()
+        for plan, done in zip(plans, found, strict=True):
+            if done is None:
+                raise RuntimeError(f"{plan.shot.id} was not found")
+            writer.add(ManifestRow.of_shot(NEW_RUN, script.name, plan.shot, 1, done, "skipped"))
+        add_s += time.perf_counter() - started
+    plan_s = time.perf_counter() - begun - find_s - add_s
+    started = time.perf_counter()
+    writer.close()
+    return [
+        ("check and plan the lines", plan_s),
+        ("FinishedShots.find", find_s),
+        ("write the rows of skipped shots", add_s),
+        ("close the manifest", time.perf_counter() - started),
+    ]
+
+
+def resume(folder: Path, script: Path, out: str) -> Measured:
+    """Run `render` on the finished script."""
+    from vidgen_ray.batch.render import RenderOptions, render
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.script.reader import ScriptSettings
+
+    options = RenderOptions(use_cache=False, stages=STAGES)
+    profile = noop_profile(folder, CPU_WORKERS)
+    settings = ScriptSettings(script, profile_defaults=profile.defaults)
+    started = time.perf_counter()
+    report = render(settings, profile, OutputFolder(out), options, listener=_Silent())
+    _require(report.done + report.failed == 0, f"got {report}")
+    return [("resume", time.perf_counter() - started)]
+
+
+def _plans(folder: Path, script: Path) -> Iterator[Any]:
+    from vidgen_ray.content_keys import ShotPlanner, params_of
+    from vidgen_ray.script.reader import CheckedLine, ScriptSettings, iter_script
+
+    profile = noop_profile(folder, CPU_WORKERS)
+    planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode)
+    for checked in iter_script(ScriptSettings(script, profile_defaults=profile.defaults)):
+        _require(isinstance(checked, CheckedLine), f"{checked}")
+        yield planner(checked.shot)  # type: ignore[union-attr]  # checked above
+
+
+class _Silent:
+    """Progress listener that does nothing."""
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None: ...
+    def on_message(self, message: str) -> None: ...
+    def on_rejected(self, row: Any) -> None: ...
+    def on_finished(self, row: Any) -> None: ...
+    def on_status(self, snapshot: Any) -> None: ...
+
+
+def _require(is_true: bool, message: str) -> None:
+    if not is_true:
+        raise RuntimeError(message)
+
+
+def _in_new_process(part: Callable[..., Measured], *args: object) -> list[tuple[str, float, float]]:
+    """Return what a part measured, and the peak memory of its process in MB."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measured, (part, args))
+
+
+def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> list[tuple[str, float, float]]:
+    measured = part(*args)
+    # Unlike getrusage, VmHWM does not include the peak of the parent process.
+    (peak,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")]
+    return [(what, seconds, int(peak.split()[1]) / 1024) for what, seconds in measured]
+
+
+@contextmanager
+def object_store() -> Iterator[str]:
+    """Start an S3 server (moto) behind a proxy that delays every request, and yield the URL of an empty folder."""
+    os.environ.update(AWS_ACCESS_KEY_ID="KEY", AWS_SECRET_ACCESS_KEY="SECRET", AWS_EC2_METADATA_DISABLED="true")
+    # In another process: it must not take the time of the measured one.
+    context = multiprocessing.get_context("spawn")
+    ports, done = context.SimpleQueue(), context.Event()
+    process = context.Process(target=_serve, args=(ports, done))
+    process.start()
+    try:
+        port = ports.get()
+        address = f"endpoint_override=127.0.0.1:{port}&scheme=http"
+        fs, bucket = pyarrow.fs.FileSystem.from_uri(f"s3://clips?{address}&allow_bucket_creation=true")
+        fs.create_dir(bucket)
+        yield f"s3://clips/out?{address}"
+    finally:
+        done.set()
+        process.join()
+
+
+def _serve(ports: Any, done: Any) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    threading.Thread(target=lambda: asyncio.run(_delay_requests(port, ports)), daemon=True).start()
+    done.wait()
+
+
+async def _delay_requests(port: int, ports: Any) -> None:
+    """Forward connections to the port. Requests are delayed by `DELAY_S`."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
+        answers = asyncio.create_task(_forward(server_reader, writer, 0))
+        await _forward(reader, server_writer, DELAY_S)
+        await answers
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=4 << 20)
+    ports.put(server.sockets[0].getsockname()[1])
+    await server.serve_forever()
+
+
+async def _forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
+    while content := await reader.read(4 << 20):
+        await asyncio.sleep(delay_s)
+        writer.write(content)
+        await writer.drain()
+    writer.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

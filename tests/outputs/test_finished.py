@@ -1,0 +1,256 @@
+"""Finished shots found from the manifest, folders of older versions, and ids that belong to another script."""
+
+import os
+import pickle
+import shutil
+from collections import Counter
+
+import pytest
+
+from tests.outputs.test_outputs import commit, failed, write
+from vidgen_ray.outputs import open_markers
+from vidgen_ray.outputs.finished import FinishedShots
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.garbage import collect_garbage
+from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
+from vidgen_ray.outputs.object_storage import ObjectStorage
+from vidgen_ray.outputs.paths import SHARD, old_key_path, old_shot_path, shot_path
+from vidgen_ray.shot import derive_id
+
+RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
+
+
+@pytest.fixture(params=["disk", "object store"])
+def outputs(request, tmp_path):
+    return OutputFolder(tmp_path / "out" if request.param == "disk" else request.getfixturevalue("url"))
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    return OutputFolder(tmp_path / "out")
+
+
+@pytest.fixture
+def in_store(url):
+    return OutputFolder(url)
+
+
+def write_run(outputs, run, *plans, script="s.jsonl", status="done", render=True, **options):
+    """Write the rows of shots, which are rendered first unless `render` is false."""
+    results = [commit(outputs, plan) if render else outputs.find_finished(plan) for plan in plans]
+    rows = [ManifestRow.of_shot(run, script, plan.shot, 1, result, status) for plan, result in zip(plans, results, strict=True)]
+    return write(outputs, run, *rows, script=script, **options)
+
+
+def found(outputs, *plans, **options):
+    """Return for each plan whether it is finished."""
+    return [done is not None for done in FinishedShots.load(outputs).find(plans, **options)]
+
+
+def move_to_old_layout(outputs, plan):
+    """Move a shot to where older versions stored it."""
+    shot_id = plan.shot.id
+    (outputs.root / old_shot_path(shot_id)).mkdir(exist_ok=True)
+    for file in (outputs.root / shot_path(shot_id)).iterdir():
+        file.rename(outputs.root / old_shot_path(shot_id) / file.name)
+    shutil.rmtree(outputs.root / shot_path(shot_id))
+    shutil.rmtree(outputs.root / "keys")
+    outputs.storage.write(old_key_path(plan.key), shot_id)
+
+
+def test_finished_shots_are_found_without_reading_records(outputs, plan_of, monkeypatch):
+    plans = [plan_of(f"s{number}") for number in range(40)]
+    write_run(outputs, RUNS[0], *plans[:20])
+    expected = [outputs.find_finished(plan) for plan in plans[:20]]
+    finished = pickle.loads(pickle.dumps(FinishedShots.load(outputs)))
+    assert len(finished) == 20
+    monkeypatch.setattr(OutputFolder, "find_finished", lambda *_: pytest.fail("read a record"))
+    # On a disk, a missing record is found by reading it.
+    new_plans = plans[20:] if outputs.storage.local is None else []
+    results = finished.find([*plans[:20], *new_plans])
+    assert [done.summary for done in results[:20]] == [done.summary for done in expected]
+    assert results[20:] == [None] * len(new_plans)
+    rows = [
+        vars(ManifestRow.of_shot("r", "s", plans[0].shot, 1, done, "skipped")) | {"ended_at": ""}
+        for done in (results[0], expected[0])
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_likeness_and_seed_of_a_retry_are_kept(outputs, plan_of):
+    plan = plan_of("x", seed=5)
+    record = commit(outputs, plan)
+    row = ManifestRow.of_shot(RUNS[0], "s", plan.shot, 1, record, "done")
+    likeness = {"image_likeness": 0.5, "clip_likeness_mean": None, "clip_likeness_worst": None, "frames_without_face": 3}
+    write(outputs, RUNS[0], row.model_copy(update={"seed": 7, **likeness}))
+    (done,) = FinishedShots.load(outputs).find([plan])
+    assert done.summary.seed == 7
+    assert done.summary.likeness == {"image": 0.5, "clip_mean": None, "clip_worst": None, "frames_without_face": 3}
+    with pytest.raises(ValueError, match="record was not read"):
+        done.record()
+
+
+def test_last_row_of_an_id_counts_and_shots_without_a_row_are_found_by_their_record(outputs, plan_of):
+    old, new, failed_later, without_row = plan_of("a"), plan_of("a", prompt="new"), plan_of("b"), plan_of("c")
+    write_run(outputs, RUNS[0], old, failed_later)
+    write_run(outputs, RUNS[1], new)
+    write(outputs, RUNS[2], failed(RUNS[2], "b"))
+    commit(outputs, without_row)
+    finished = FinishedShots.load(outputs)
+    assert len(finished) == 1
+    assert [done is not None for done in finished.find([old, new, failed_later, without_row])] == [False, True, True, True]
+    assert found(outputs, new, with_stages=True) == [False], "has no debug files"
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "no record"])
+def test_shot_with_damaged_files_is_not_finished(on_disk, plan_of, damage):
+    plan = plan_of("x")
+    write_run(on_disk, RUNS[0], plan)
+    file = on_disk.shot_folder("x") / ("shot.json" if damage == "no record" else "video.mp4")
+    file.write_bytes(b"cut") if damage == "truncated" else file.unlink()
+    assert found(on_disk, plan) == [False]
+
+
+def test_stale_row_of_a_killed_run_is_not_trusted(outputs, plan_of):
+    before, after = plan_of("x", prompt="before"), plan_of("x", prompt="after!")
+    write_run(outputs, RUNS[0], before)
+    writer = write(outputs, RUNS[1], close=False)
+    commit(outputs, after)
+    writer._flushing.stop()  # the run is killed before it writes the row
+    assert found(outputs, before, after) == [False, True]
+    # The next run writes a new row, so the marker is not needed any more.
+    write_run(outputs, RUNS[2], after, status="skipped", render=False)
+    assert not list(open_markers.open_writers(outputs.storage))
+    assert found(outputs, before, after) == [False, True]
+
+
+def test_marker_is_kept_while_an_older_row_may_be_stale(in_store, plan_of):
+    stale, changed, other = plan_of("x", prompt="before"), plan_of("x", prompt="after!"), plan_of("y")
+    write_run(in_store, RUNS[0], stale)
+    write(in_store, RUNS[1], close=False)._flushing.stop()
+    commit(in_store, changed)
+    write_run(in_store, RUNS[2], other, script="other.jsonl")
+    assert list(open_markers.open_writers(in_store.storage)) == [RUNS[1]]
+    assert found(in_store, stale, changed, other) == [False, True, True]
+
+
+def test_interrupted_run_keeps_its_marker(in_store, plan_of):
+    write_run(in_store, RUNS[0], plan_of("x"), every_shot_has_a_row=False)
+    assert list(open_markers.open_writers(in_store.storage)) == [RUNS[0]]
+
+
+def test_shot_of_a_writer_without_rows_is_not_hidden_by_an_older_row(outputs, plan_of):
+    row_plan, new = plan_of("x", prompt="before"), plan_of("x", prompt="after!")
+    write_run(outputs, RUNS[0], row_plan)
+    with open_markers.shot_without_row(outputs.storage):
+        commit(outputs, new)
+    assert found(outputs, row_plan, new) == [False, True]
+
+
+def test_object_store_lists_shards_instead_of_reading_new_shots(in_store, plan_of, monkeypatch):
+    calls = Counter()
+    for name in ("read", "folders"):
+        original = getattr(ObjectStorage, name)
+
+        def counted(self, path, name=name, original=original):
+            calls[name] += 1
+            return original(self, path)
+
+        monkeypatch.setattr(ObjectStorage, name, counted)
+    commit(in_store, plan_of("there"))
+    calls.clear()
+    assert found(in_store, *(plan_of(f"new{number}") for number in range(300))) == [False] * 300
+    assert calls["folders"] <= 2
+    assert calls["read"] == 0
+
+
+class TestOlderVersions:
+    def test_shots_of_an_older_version_are_found_and_replaced(self, on_disk, plan_of):
+        # `ab` is also the name of a shard.
+        for shot_id in ("ball", "ab"):
+            plan, changed = plan_of(shot_id), plan_of(shot_id, prompt="changed")
+            record = commit(on_disk, plan)
+            move_to_old_layout(on_disk, plan)
+            assert on_disk.find_finished(plan).record().files == record.files
+            assert on_disk.find_by_key(plan.key).summary.folder == old_shot_path(shot_id)
+            assert found(on_disk, plan) == [True]
+            assert on_disk.read(shot_id, "image.png") == b"image.png"
+            commit(on_disk, changed)
+            assert not (on_disk.root / old_shot_path(shot_id) / "shot.json").exists()
+            assert not (on_disk.root / old_shot_path(shot_id) / "video.mp4").exists()
+            assert found(on_disk, plan, changed) == [False, True]
+
+    def test_shots_of_an_older_version_in_an_object_store_are_found(self, in_store, plan_of):
+        plan = plan_of("ball")
+        commit(in_store, plan)
+        for name in in_store.storage.files(shot_path("ball")):
+            content = in_store.storage.read(f"{shot_path('ball')}/{name}")
+            in_store.storage.write(f"{old_shot_path('ball')}/{name}", content)
+        in_store.storage.delete_folder(shot_path("ball"))
+        assert found(in_store, plan, plan_of("new")) == [True, False]
+        commit(in_store, plan)
+        assert in_store.storage.files(old_shot_path("ball")) == {}
+
+    def test_shots_in_a_shard_survive_an_old_shot_with_the_name_of_the_shard(self, on_disk, plan_of):
+        neighbour = plan_of("shot.json")
+        shard = shot_path("shot.json").split("/")[1]
+        old = plan_of(shard)
+        commit(on_disk, old)
+        move_to_old_layout(on_disk, old)
+        assert found(on_disk, old) == [True]
+        commit(on_disk, plan_of(shard, prompt="changed"))
+        commit(on_disk, neighbour)
+        # `shots/<shard>/shot.json` is a folder now.
+        assert found(on_disk, neighbour, old) == [True, False]
+        on_disk.delete_shot(shard)
+        assert found(on_disk, neighbour) == [True]
+
+    def test_rows_of_an_older_version_are_checked_against_the_record(self, outputs, plan_of):
+        plan, lost = plan_of("x"), plan_of("y")
+        write_run(outputs, RUNS[0], plan, lost)
+        columns = dict.fromkeys(("committed_at", "image_bytes", "video_bytes", "hd_video_bytes"))
+        rows = [row.model_copy(update={**columns, "run": RUNS[1]}) for row in read_manifest(outputs._root)]
+        write(outputs, RUNS[1], *rows)
+        outputs.storage.delete(f"{shot_path('y')}/video.mp4")
+        assert found(outputs, plan, lost) == [True, False]
+
+    def test_garbage_collection_keeps_shots_of_both_layouts(self, on_disk, plan_of):
+        plans = [plan_of("ab", seed=1), plan_of("ball", seed=2), plan_of("new", seed=3)]
+        for plan in plans[:2]:
+            commit(on_disk, plan)
+            move_to_old_layout(on_disk, plan)
+        commit(on_disk, plans[2])
+        on_disk.storage.write("shots/ab/partial/image.png", "1")
+        report = collect_garbage(on_disk, grace_s=-1)
+        assert (report.counts["partial shots"], report.counts["stale keys"]) == (1, 0)
+        assert not (on_disk.root / "shots/ab/partial").exists()
+        assert found(on_disk, *plans) == [True] * 3
+
+
+class TestOwners:
+    def test_id_of_another_script_is_owned_unless_the_key_is_the_same(self, outputs, plan_of):
+        plan, changed = plan_of("x"), plan_of("x", prompt="a dog")
+        write_run(outputs, RUNS[0], plan, script="episode1.jsonl")
+        write(outputs, RUNS[1], failed(RUNS[1], "y", script="episode1.jsonl"), script="episode1.jsonl")
+        commit(outputs, plan_of("z"))
+        finished = FinishedShots.load(outputs)
+        plans = [plan, changed, changed, plan_of("y"), plan_of("z", prompt="a dog")]
+        scripts = ["episode2.jsonl", "episode1.jsonl", *["episode2.jsonl"] * 3]
+        assert finished.other_owners(plans, scripts) == [None, None, "episode1.jsonl", None, None]
+
+
+def test_million_derived_ids_do_not_collide():
+    opening = "雨夜的街道上，一个穿红色外套的女人撑着伞慢慢走过霓虹灯下的"
+    ids = {derive_id({"prompt": f"{opening}第{number}个路口"}) for number in range(500_000)}
+    ids |= {
+        derive_id({"prompt": f"A photo of a woman in a red coat who walks through the rain, take {number}"})
+        for number in range(500_000)
+    }
+    assert len(ids) == 1_000_000
+
+
+def test_shards_are_small_and_two_digit_ids_are_not_shards():
+    shards = Counter(os.path.dirname(shot_path(f"shot-{number:06d}")) for number in range(200_000))
+    assert len(shards) == 256
+    assert max(shards.values()) < 1000, "a million shots make fewer than 5000 entries per folder"
+    assert all(SHARD.fullmatch(shard.removeprefix("shots/")) for shard in shards)
