@@ -119,7 +119,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
     out = tmp_path / "out"
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         script = ScriptSettings(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
-        assert render_lines(script, tiny, out).done == 1
+        assert render_lines(script, tiny, out, cache="all").done == 1
         record = json.loads((out / shot_path("a") / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)

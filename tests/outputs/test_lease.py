@@ -14,6 +14,7 @@ from moto.s3.responses import S3Response
 
 from tests.pid_namespaces import run_in_pid_namespace
 from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
+from vidgen_ray.batch.line_planner import LinePlanner
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases
@@ -22,6 +23,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.local_storage import LocalStorage
 from vidgen_ray.process_id import this_process
+from vidgen_ray.script.reader import LineChecker
 
 WAIT_S = 60.0
 ELSEWHERE = this_process()._replace(namespace="0" * 16)
@@ -337,8 +339,9 @@ class TestSweep:
     def test_refused_run_deletes_nothing(self, disk, tiny):
         abandoned = disk.root / "shots" / f"{temporary_prefix(ENDED)}x"
         write_atomically(abandoned / "hd.mp4", b"1")
+        planner = LinePlanner(LineChecker.for_rows("s", disk.root, {}, {}, 0), tiny, disk)
         with disk.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
-            render_lines([], None, "s", tiny, disk, RenderOptions(), listener=None)
+            render_lines(planner, [], None, "s", tiny, RenderOptions(), listener=None)
         assert (abandoned / "hd.mp4").exists()
         disk.sweep()
         assert not abandoned.exists()
