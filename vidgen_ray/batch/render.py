@@ -382,6 +382,9 @@ class _Director:
             result = await self._engine.run(task.plan, on_admitted=admitted.set)
         except ShotFailed as failed:
             result, kind = failed.failure, failed.kind
+            if self._engine.needs_other_layout:
+                self.queue.add(task)
+                return
             if (fatal := self._engine.fatal_failure) is not None and fatal.stage == result.stage:
                 raise SetupError(fatal.message) from None
         # A bug in vidgen fails the shot, not the run.

@@ -19,7 +19,7 @@ from vidgen_ray.engine.fleet import Fleet, MoreSlots
 from vidgen_ray.engine.shot_runner import CHUNK_BYTES, ShotRunner
 from vidgen_ray.engine.status import EngineObserver, Snapshot
 from vidgen_ray.engine.window import OBJECT_STORE_SHARE, Window, object_store_bytes
-from vidgen_ray.engine.worker_pool import ProgressCallback, WorkerPool
+from vidgen_ray.engine.worker_pool import NODE_LOST, ProgressCallback, WorkerPool
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, WorkerSpec
@@ -74,8 +74,13 @@ class Engine:
             self._runner.retire(plan)
 
     def can_render(self, plan: ShotPlan) -> bool:
-        """Return whether the layout has a worker for every stage of the shot."""
-        return {step.stage for step in plan.steps} <= set(self._layout.stages)
+        """Return whether the layout has a worker for every stage of the shot, and has not lost the last one."""
+        return not self.needs_other_layout and {step.stage for step in plan.steps} <= set(self._layout.stages)
+
+    @property
+    def needs_other_layout(self) -> bool:
+        """Whether the last worker with a stage is lost with its node."""
+        return self.fatal_failure is not None and self.fatal_failure.stage == NODE_LOST
 
     @property
     def fatal_failure(self) -> Failure | None:

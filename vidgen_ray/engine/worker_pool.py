@@ -29,6 +29,8 @@ from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
+NODE_LOST = "node"
+"""Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
 LOAD_ATTEMPTS = 3
 """Attempts to load the weights, each in a new process, before a worker is given up."""
 LOAD_BACK_OFF_S = 1.0
@@ -81,9 +83,8 @@ class WorkerPool:
     def remove(self, name: str) -> None:
         """Remove a worker that is gone for good."""
         for worker in [worker for worker, client in self._clients.items() if client.name == name]:
-            self._give_up(
-                worker, Failure(stage="loading", error="NodeLost", message="its node is lost", attempts=1, worker=name)
-            )
+            message = f"{name}: its node is lost, and no other node has room"
+            self._give_up(worker, Failure(stage=NODE_LOST, error="NodeLost", message=message, attempts=1, worker=name))
 
     def close(self) -> None:
         """Cancel the background tasks."""
