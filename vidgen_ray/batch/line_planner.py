@@ -63,18 +63,33 @@ class LinePlanner:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_planners": {}, "finished": None}
 
-    def load_finished(self) -> None:
-        """Read the finished shots. Raises OSError if the storage fails."""
-        self.finished = FinishedShots.load(self.outputs, self.changed_by)
+    def load_finished(self, only: Sequence[str] | None = None) -> None:
+        """Read the finished shots, or those with the ids `only`. Raises OSError if the storage fails."""
+        self.finished = FinishedShots.load(self.outputs, self.changed_by, only)
         self.changed_by = self.finished.changed_by
+
+    def plan_first(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
+        """Return these lines as `plan` does. Reads only what the manifest says about them."""
+        checked = self._check(lines)
+        self.load_finished([plan.shot.id or "" for plan in _plans(checked)])
+        planned = self._compared(checked)
+        self.finished = None
+        return planned
 
     def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
+        return self._compared(self._check(lines))
+
+    def _check(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
         planned = []
         for number, parsed in lines:
             line = self._checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
             planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
+        return planned
+
+    def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
+        """Compare the lines with the finished shots of the folder."""
         if not self._replace:
             planned = self._without_taken_ids(planned)
         return self._without_cached(planned) if self._fresh else self._with_done(planned)

@@ -187,10 +187,8 @@ def render_lines(
     outputs.prepare()
     with outputs.lease(run) as lease:
         outputs.sweep()
-        planner.load_finished()
-        planned = planner.plan(first)
-        # The tasks that plan the remaining lines load their own.
-        planner.finished = None
+        # The tasks that plan the remaining lines read the whole manifest.
+        planned = planner.plan_first(first)
         with ScriptIndex() as index, RunResults(outputs, run, source, lease, listener, on_row) as results:
             director = _Director(
                 run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand, lease
