@@ -90,8 +90,9 @@ def build_processor(
         # One block per result, so that every result is passed on at once.
         with own_context(block_bytes=1, ordered=False):
             source = _results_source(partial(_render_rows, lines, planner, name, chosen, outputs, options))
-            once = {**on_this_node(), "max_retries": 0}
-            return ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args=once)
+            # Ray has no other option yet to run a task once: a second director would find the lease taken.
+            once = {"max_retries": 0}
+            return ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args=once, **on_this_node())
 
     return processor
 

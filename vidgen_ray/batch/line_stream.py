@@ -60,7 +60,7 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
         yield from islice(lines, FIRST_LOOK_LINES, None)
 
     with own_context():
-        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, ray_remote_args=on_this_node())
+        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, **on_this_node())
         yield from planned_rows(dataset, planner)
 
 

@@ -137,7 +137,7 @@ def _row(**columns: Any) -> ManifestRow:
     """Construct a row without validation, as `model_construct` does, but in a tenth of the time: all fields are given."""
     row = ManifestRow.__new__(ManifestRow)
     object.__setattr__(row, "__dict__", {**_DEFAULTS, "ended_at": _now(), **columns})
-    object.__setattr__(row, "__pydantic_fields_set__", _FIELDS)
+    object.__setattr__(row, "__pydantic_fields_set__", set(_FIELDS))
     object.__setattr__(row, "__pydantic_extra__", None)
     object.__setattr__(row, "__pydantic_private__", None)
     return row
