@@ -67,7 +67,7 @@ class ActorClient:
         self._suspects: list[_Call] = []
         """Calls that were pending when the last process crashed. One of them may be the cause."""
         self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
-        """What became of the process that was lost last."""
+        """Fate of the process that was lost last."""
 
     async def ready(self) -> Failure | None:
         """Wait until a process has loaded its weights. Return the failure if it cannot load them or does not start."""

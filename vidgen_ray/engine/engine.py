@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def needs_other_layout(self) -> bool:
-        """Whether the last worker with a stage is lost with its node."""
+        """True if the last worker with a stage is lost with its node."""
         return self.fatal_failure is not None and self.fatal_failure.stage == NODE_LOST
 
     @property

@@ -181,7 +181,7 @@ class Fleet:
                 elif now - waiting_since >= next_message_s:
                     next_message_s += MESSAGE_INTERVAL_S
                     self._listener.waiting(await asyncio.to_thread(_reason, waiting))
-            # Whatever fails, such as a restart of Ray's head process: the supervision must continue.
+            # Supervision must continue after any error, such as a restart of Ray's head process.
             except Exception:
                 _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
                 waiting = []

@@ -34,7 +34,7 @@ class Kind(Enum):
 
 
 class Loss(Enum):
-    """What became of a process that stopped responding."""
+    """Fate of a process that stopped responding."""
 
     CRASH = "crash"
     """The process crashed on a node that is alive."""

@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
     quarantined: tuple[str, ...] = ()
     """Workers and encoders in quarantine or given up, with their nodes."""
     waiting: str | None = None
-    """What the engine waits for, such as GPUs that another run uses. `None` if it does not wait."""
+    """Resources that the engine waits for, such as GPUs that another run uses. `None` if it does not wait."""
 
 
 class EngineObserver(Protocol):

@@ -91,7 +91,7 @@ class Script:
 
 @dataclass(frozen=True)
 class ScriptSettings:
-    """How to read a script.
+    """Settings for reading a script.
 
     Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
     """
