@@ -102,17 +102,18 @@ class Running:
 
     def pids(self, kind):
         """Return name -> pid of the `worker` or `encoder` processes."""
-        return {name: place_of(name).pid for name in self.actor_names() if f"/{kind}/" in name}
+        return {name: pid_of(ray.get_actor(name, space)) for name, space in self.actors().items() if f"/{kind}/" in name}
 
-    def actor_names(self):
+    def actors(self):
+        """Return name -> namespace of the workers and encoders."""
         named = ray.util.list_named_actors(all_namespaces=True)
-        return [actor["name"] for actor in named if actor["name"].startswith(f"{self.name}-")]
+        return {actor["name"]: actor["namespace"] for actor in named if actor["name"].startswith(f"{self.name}-")}
 
 
-def place_of(name):
+def pid_of(actor):
     while True:
         with suppress(ray.exceptions.ActorUnavailableError):
-            return ray.get(ray.get_actor(name, namespace="serve").place.remote())
+            return ray.get(actor.place.remote()).pid
 
 
 def run(name, profile, cluster, out, stages, in_progress=4, wait=True) -> Running:
@@ -381,14 +382,15 @@ class WithoutWeights(FakeSVD):
 
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    app = run("broken", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    profile = scripted_profile(tiny).model_copy(update={"layout": "fused"})
+    app = run("broken", profile, parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
     while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
         assert status.status == ApplicationStatus.DEPLOYING
         time.sleep(POLL_S)
     assert _reason("\n".join(each.message for each in status.deployments.values())) == "loading: its weights are damaged"
     serve.delete("broken")
     # Nothing is left of both applications.
-    while app.actor_names() or scripted.actor_names():
+    while app.actors() or scripted.actors():
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}

@@ -51,9 +51,8 @@ class Workers:
         labels: Sequence[Label | None],
         stage_seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """`labels`: see `fleet.labels_of`. `stage_seconds`: mean seconds per shot, to choose slots for GPUs that become free later.
-
-        With `None`, no slots are added. Raises SetupError if no worker can load the weights of a stage.
+        """`labels`: see `fleet.labels_of`. `stage_seconds`: stage -> mean seconds per shot, to add slots for GPUs that become
+        free; `None` adds none. Raises SetupError if no worker can load the weights of a stage.
         """
         # Actors of a crashed predecessor may still have their names.
         owner = secrets.token_hex(4)
@@ -100,7 +99,7 @@ class Workers:
         self._loads[name].add_done_callback(lambda _: self._changed.set())
 
     def worker_lost(self, name: str) -> None:
-        del self._loads[name]
+        self._loads.pop(name).cancel()
         self._change(workers={other: worker for other, worker in self._actors.workers.items() if other != name})
 
     def encoder_started(self, name: str, actor: Any) -> None:
