@@ -17,6 +17,7 @@ from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD, fake_likeness
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import init_local_ray
@@ -122,7 +123,8 @@ def run(name, profile, cluster, out, stages, in_progress=4, wait=True) -> Runnin
     outputs = OutputFolder(out / "out")
     outputs.prepare()
     settings = OnlineSettings(data=str(out / "out"))
-    config = EngineConfig(name, served.profile, outputs, {stage.name: stages[stage.name] for stage in served.stages})
+    stages_served = {stage.name: stages[stage.name] for stage in served.stages}
+    config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     layout = replace(chosen.layout, window=in_progress)
     app = director_application(config, settings, layout, labels_of(chosen, cluster))
     target = serve.RunTarget(app, name=name, route_prefix=None)

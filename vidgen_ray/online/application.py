@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import live_cluster
@@ -92,6 +93,8 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         profile=server.serving_profile.profile,
         outputs=outputs,
         stages={stage.name: stages[stage.name] for stage in server.serving_profile.stages if stage.name in stages},
+        # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.
+        cache=CacheSettings("all", wait=True),
     )
     director = director_application(config, settings, server.layout, server.labels, server.stage_seconds)
     # Passed to the replica, which may run on another machine without the keys file. Without keys it would require none.
