@@ -42,12 +42,18 @@ FACE_TIMEOUT_S = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_serve():
-    init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    yield
-    serve.shutdown()
-    ray.shutdown()
+def own_serve(tmp_path_factory):
+    """Serve on a Ray with two simulated GPUs of 80 GB."""
+    nvidia_smi = tmp_path_factory.mktemp("bin") / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 81559; echo 81559\n")
+    nvidia_smi.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
+        init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        yield
+        serve.shutdown()
+        ray.shutdown()
 
 
 @dataclass
@@ -117,7 +123,7 @@ def pid_of(actor):
             return ray.get(actor.place.remote()).pid
 
 
-def run(name, profile, cluster, out, stages, in_progress=4, wait=True) -> Running:
+def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=False) -> Running:
     served = serving_profile(profile)
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
@@ -126,7 +132,8 @@ def run(name, profile, cluster, out, stages, in_progress=4, wait=True) -> Runnin
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     layout = replace(chosen.layout, window=in_progress)
-    app = director_application(config, settings, layout, labels_of(chosen, cluster))
+    labels = labels_of(chosen, cluster)
+    app = director_application(config, settings, layout, labels, chosen.stage_seconds if grows else None)
     target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
     return Running(name, served, outputs, open_store(settings))
@@ -377,6 +384,10 @@ class TestScriptedStages:
             assert {scripted.wait_for_end(job).state for job in (job_id, later)} == {JobState.COMPLETED}
 
 
+def fused(tiny):
+    return scripted_profile(tiny).model_copy(update={"layout": "fused"})
+
+
 class WithoutWeights(FakeSVD):
     def load(self):
         raise SetupError("its weights are damaged")
@@ -384,8 +395,7 @@ class WithoutWeights(FakeSVD):
 
 def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
     serve.delete("scripted")
-    profile = scripted_profile(tiny).model_copy(update={"layout": "fused"})
-    app = run("broken", profile, parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
     while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
         assert status.status == ApplicationStatus.DEPLOYING
         time.sleep(POLL_S)
@@ -396,3 +406,28 @@ def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, 
         time.sleep(POLL_S)
     groups = placement_group_table().values()
     assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
+
+
+def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
+    serve.delete("scripted")
+    app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
+    while len(app.pids("worker")) < 2:
+        time.sleep(POLL_S)
+    # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.
+    while not two_jobs_run_at_once(app, tmp_path):
+        pass
+    serve.delete("grows")
+
+
+def two_jobs_run_at_once(app, tmp_path):
+    """Start two jobs and return whether both were in their first step at once. Lets both finish."""
+    pipes = [tmp_path / new_id("shot") for _ in range(2)]
+    for path in pipes:
+        os.mkfifo(path)
+    jobs = [app.accept(prompt=f"steps 2 pause at 2 {path}", **IMAGE_ONLY) for path in pipes]
+    started = time.monotonic()
+    while not (at_once := all(app.job(job).step == 1 for job in jobs)) and time.monotonic() < started + 3:
+        time.sleep(POLL_S)
+    with pipes_open(*pipes):
+        assert {app.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
+    return at_once
