@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import psutil
 import pytest
 import ray
+from PIL import Image
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 from ray.util.placement_group import placement_group_table
@@ -352,7 +353,10 @@ class TestScriptedStages:
     def test_call_of_a_killed_director_that_hangs_ends_its_worker(self, scripted, tmp_path):
         before = scripted.pids("worker")
         marker = tmp_path / "marker"
-        job_id = scripted.accept(prompt=f"hang once {marker}", face_image=[str(ASTRONAUT)], **IMAGE_ONLY)
+        # Face features of the other photo are in the cache.
+        photo = tmp_path / "photo.png"
+        Image.new("RGB", (64, 64)).save(photo)
+        job_id = scripted.accept(prompt=f"hang once {marker}", face_image=[str(photo)], **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: marker.exists())
         os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
         assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
