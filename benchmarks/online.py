@@ -1,11 +1,11 @@
-"""Benchmark of the server: overhead per job, request rate, and jobs lost when replicas are killed. Uses the real HTTP API.
+"""Benchmark of the server: overhead per job, request rate, and jobs lost when processes are killed. Uses the real HTTP API.
 
 Added: one client submits one job after another; measures the time from the creation of a job to its completion, minus the
 seconds reported by its stages. Requests: many clients submit image jobs with stages that do nothing; measures the accepted
-requests per second. Kills: many clients submit jobs while every few seconds a random replica of the server (API, director,
-encoder, stage) is killed with SIGKILL.
+requests per second, and the CPU time of the director for each. Kills: many clients submit jobs while every few seconds a random
+process of the server (API, director, owner of the workers, worker, encoder) is killed with SIGKILL.
 
-Clients, server and all replicas share this machine. The added time includes encoding and writing the files, which are tiny.
+Clients and server share this machine. The added time includes encoding and writing the files, which are tiny.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import statistics
 import sys
@@ -25,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,9 @@ from vidgen_ray.engine.ray_cluster import muted_stderr
 
 ROOT = Path(__file__).parent.parent
 GOALS = {"no-op image, added, p95": 50.0, "accepted jobs lost": 0.0}
-REPLICA = "ray::ServeReplica:vidgen:"
-"""Prefix of the process titles of the server's replicas."""
+PROCESSES = ("ray::ServeReplica:vidgen:", "ray::Worker", "ray::Encoder")
+"""Prefixes of the process titles of the server."""
+DIRECTOR = "ray::ServeReplica:vidgen:Director"
 CPU_WORKERS = 2
 POLL_S = 0.25
 """Seconds between status requests of a client."""
@@ -65,7 +65,7 @@ class Size:
     sequential_jobs: int
     """Jobs of the client that submits one job after another."""
     kills_s: float
-    """Duration of the part in which replicas are killed."""
+    """Duration of the part in which processes are killed."""
     kill_interval_s: float
 
 
@@ -244,7 +244,8 @@ def _requests(server: Server, size: Size) -> list[dict[str, Any]]:
             for n in numbers
         ]
 
-    started = time.monotonic()
+    (director,) = _processes(DIRECTOR)
+    cpu_s, started = sum(director.cpu_times()[:2]), time.monotonic()
     with ThreadPoolExecutor(size.clients) as clients:
         ids = [job_id for batch in clients.map(submit, range(size.clients)) for job_id in batch]
     accepted_s = time.monotonic() - started
@@ -254,6 +255,7 @@ def _requests(server: Server, size: Size) -> list[dict[str, Any]]:
     return [
         _row(f"requests accepted, {size.clients} clients", len(ids) / accepted_s, "1/s"),
         _row("no-op images done", len(ids) / ended_s, "1/s"),
+        _row("CPU time of the director per image", 1000 * (sum(director.cpu_times()[:2]) - cpu_s) / len(ids), "ms"),
     ]
 
 
@@ -282,13 +284,13 @@ def _kills(server: Server, size: Size) -> list[dict[str, Any]]:
             while time.monotonic() < end and client.status(job_id) not in ("completed", "failed", "cancelled"):
                 time.sleep(POLL_S)
 
-    with _run_periodically(size.kill_interval_s, _kill_a_replica) as killed, ThreadPoolExecutor(size.clients) as clients:
+    with _run_periodically(size.kill_interval_s, _kill_a_process) as killed, ThreadPoolExecutor(size.clients) as clients:
         for future in [clients.submit(submit, index) for index in range(size.clients)]:
             future.result()
     ended = _final_states(server, accepted.ids)
     return [
         _row(f"accepted, {size.clients} clients for {size.kills_s:g} s", len(accepted.ids), "jobs"),
-        _row(f"replicas killed, one every {size.kill_interval_s:g} s", len(killed), "processes"),
+        _row(f"processes killed, one every {size.kill_interval_s:g} s", len(killed), "processes"),
         _row("accepted jobs that failed", ended["failed"], "jobs"),
         _row("accepted jobs lost", len(accepted.ids) - sum(ended.values()), "jobs"),
     ]
@@ -327,21 +329,25 @@ def _run_periodically(interval_s: float, action: Callable[[], str | None]) -> It
         thread.join()
 
 
-def _kill_a_replica() -> str | None:
-    """Kill a random replica and return its process title, or `None` if there is none."""
-    replicas = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = process.cmdline()[:1]
-        except psutil.NoSuchProcess:
-            continue
-        if title and title[0].startswith(REPLICA):
-            replicas.append((process.pid, title[0]))
-    if not replicas:
+def _kill_a_process() -> str | None:
+    """Kill a random process of the server and return its title, or `None` if there is none."""
+    processes = _processes(*PROCESSES)
+    if not processes:
         return None
-    pid, title = random.choice(replicas)
-    os.kill(pid, signal.SIGKILL)
+    process = random.choice(processes)
+    title = str(process.cmdline()[0])
+    process.kill()
     return title
+
+
+def _processes(*titles: str) -> list[psutil.Process]:
+    """Return the processes on this machine whose titles start with one of these."""
+    processes = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if (title := process.cmdline()[:1]) and title[0].startswith(titles):
+                processes.append(process)
+    return processes
 
 
 if __name__ == "__main__":

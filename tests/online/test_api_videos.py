@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, noise_renderer
+from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import director
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
@@ -302,9 +303,10 @@ def test_errors_do_not_leak_server_paths(client, server):
     assert "nope" in message
     assert "/" not in message
     failure = Failure(stage="flux", error="RuntimeError", message="/srv/data/cache/x.png: broken", attempts=1, worker="a")
-    assert director.error_of(failure).message == "flux: x.png: broken"
+    assert director.error_of(failure, Kind.ERROR).message == "flux: x.png: broken"
     full = Failure(stage="output", error="WriteError", message="/srv/x.png: cannot be written", attempts=3, worker="a")
-    assert (director.error_of(full).type, director.error_of(full).code) == ("server_error", "stage_failed")
+    error = director.error_of(full, Kind.ERROR)
+    assert (error.type, error.code) == ("server_error", "stage_failed")
 
 
 def test_deleted_video_is_not_found(client, held, server):

@@ -3,21 +3,29 @@
 import os
 import signal
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import psutil
 import pytest
 import ray
+from PIL import Image
 from ray import serve
+from ray.serve.schema import ApplicationStatus
+from ray.util.placement_group import placement_group_table
 
 from tests.conftest import ASTRONAUT
+from tests.fake_stages import FakeSVD, fake_likeness
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import init_local_ray
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.deployments import DIRECTOR, graph, groups_of
-from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.deployments import DIRECTOR, WORKERS, director_application
+from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
@@ -35,12 +43,18 @@ FACE_TIMEOUT_S = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_serve():
-    init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    yield
-    serve.shutdown()
-    ray.shutdown()
+def own_serve(tmp_path_factory):
+    """Serve on a Ray with two simulated GPUs of 80 GB."""
+    nvidia_smi = tmp_path_factory.mktemp("bin") / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 81559; echo 81559\n")
+    nvidia_smi.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
+        init_local_ray(num_cpus=16, num_gpus=2, log_to_driver=False)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        yield
+        serve.shutdown()
+        ray.shutdown()
 
 
 @dataclass
@@ -85,28 +99,44 @@ class Running:
     def director(self):
         return serve.get_deployment_handle(DIRECTOR, self.name)
 
-    def pids(self, deployment):
-        """Return the pids of the replicas of a deployment, by their process titles."""
+    def pid(self, deployment):
+        """Return the pid of the replica of a deployment, by its process title."""
         title = f"ray::ServeReplica:{self.name}:{deployment}"
-        pids = []
         for process in psutil.Process().children(recursive=True):
-            try:
+            with suppress(psutil.NoSuchProcess):
                 if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                    pids.append(process.pid)
-            except psutil.NoSuchProcess:
-                continue
-        return pids
+                    return process.pid
+        raise AssertionError(f"no process {title}")
+
+    def pids(self, kind):
+        """Return name -> pid of the `worker` or `encoder` processes."""
+        return {name: pid_of(ray.get_actor(name, space)) for name, space in self.actors().items() if f"/{kind}/" in name}
+
+    def actors(self):
+        """Return name -> namespace of the workers and encoders."""
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return {actor["name"]: actor["namespace"] for actor in named if actor["name"].startswith(f"{self.name}-")}
 
 
-def run(name, profile, cluster, out, stages, in_progress=4) -> Running:
+def pid_of(actor):
+    while True:
+        with suppress(ray.exceptions.ActorUnavailableError):
+            return ray.get(actor.place.remote()).pid
+
+
+def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=False) -> Running:
     served = serving_profile(profile)
-    layout = plan(served.profile, served.demand(), cluster).layout
+    chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
     settings = OnlineSettings(data=str(out / "out"))
-    config = ReplicaConfig(served.profile, outputs, layout, {stage.name: stages[stage.name] for stage in served.stages})
-    groups = groups_of(layout, served.profile, cluster)
-    serve.run(graph(config, groups, settings, in_progress), name=name, route_prefix=None)
+    stages_served = {stage.name: stages[stage.name] for stage in served.stages}
+    config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
+    layout = replace(chosen.layout, window=in_progress)
+    labels = labels_of(chosen, cluster)
+    app = director_application(config, settings, layout, labels, chosen.stage_seconds if grows else None)
+    target = serve.RunTarget(app, name=name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=wait)
     return Running(name, served, outputs, open_store(settings))
 
 
@@ -119,15 +149,17 @@ def real(tiny, tmp_path_factory) -> Running:
 @pytest.fixture(scope="module")
 def scripted(tiny, tmp_path_factory) -> Running:
     """Application with scripted stages on two simulated GPUs, with one process per actor on each GPU."""
+    return run("scripted", scripted_profile(tiny), parse_gpus("2x80GB"), tmp_path_factory.mktemp("scripted"), SCRIPTED)
+
+
+def scripted_profile(tiny):
     sizes = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
     actors = {
         name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
         for name, gb in sizes.items()
     }
     actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
-    changes = {"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"}
-    cluster = parse_gpus("2x80GB")
-    return run("scripted", tiny.model_copy(update=changes), cluster, tmp_path_factory.mktemp("scripted"), SCRIPTED)
+    return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"})
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
@@ -214,11 +246,6 @@ IMAGE_ONLY = {"generate_video": False}
 
 
 class TestScriptedStages:
-    def test_gpu_shares_fit_all_replicas(self, scripted):
-        replicas = {name: status.replica_states for name, status in serve.status().applications["scripted"].deployments.items()}
-        assert replicas.keys() == {"instantid", "flux", "svd", "realesrgan", "Encoder", "Director"}
-        assert all(states == {"RUNNING": 2} for name, states in replicas.items() if name not in ("Encoder", "Director"))
-
     def test_cancel_stops_a_job_after_the_current_step(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 9 pause at 4 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 3)
@@ -281,18 +308,73 @@ class TestScriptedStages:
 
     def test_shot_that_always_crashes_fails(self, scripted):
         job = scripted.wait_for_end(scripted.accept(prompt="crash", **IMAGE_ONLY))
-        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "replica_died", "flux")
+        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "worker_died", "flux")
 
-    def test_killed_director_loses_no_job(self, scripted, pipe):
+    def test_image_that_crashes_encoders_fails_alone(self, scripted):
+        bad, good = (scripted.accept(prompt=prompt, **IMAGE_ONLY) for prompt in ("crash-encoder", "good"))
+        job = scripted.wait_for_end(bad)
+        assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "worker_died", "output")
+        assert scripted.wait_for_end(good).state == JobState.COMPLETED
+
+    def test_low_likeness_is_retried_with_other_seeds(self, scripted):
+        def attempts(seed):
+            shot = Shot(prompt="a", id="a", seed=seed)
+            return [fake_likeness(attempt.seed) for attempt in (shot, shot.with_retry_seed(1), shot.with_retry_seed(2))]
+
+        third = next(seed for seed in range(1000) if [each >= 0.5 for each in attempts(seed)] == [False, False, True])
+        never = next(seed for seed in range(1000) if max(attempts(seed)) < 0.5)
+        fields = {"face_image": [str(ASTRONAUT)], "min_identity": 0.5, "retries": 2, **IMAGE_ONLY}
+        passes, fails = (scripted.wait_for_end(scripted.accept(seed=seed, **fields)) for seed in (third, never))
+        assert passes.state == JobState.COMPLETED
+        assert (fails.state, fails.error.code, fails.error.type) == (JobState.FAILED, "too_unlike", "invalid_request_error")
+
+    def test_killed_workers_and_encoders_lose_no_job(self, scripted, pipe):
+        job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", num_frames=2)
+        scripted.wait_until(job_id, lambda job: job.step == 1)
+        for pid in [*scripted.pids("worker").values(), *scripted.pids("encoder").values()]:
+            os.kill(pid, signal.SIGKILL)
+        with pipes_open(pipe):
+            job = scripted.wait_for_end(job_id)
+        assert (job.state, job.attempts) == (JobState.COMPLETED, 1)
+
+    def test_killed_director_loses_no_job_and_no_worker(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
         scripted.wait_until(job_id, lambda job: job.step == 1)
         waiting = [scripted.accept(prompt=f"behind it {n}", **IMAGE_ONLY) for n in range(6)]
-        (pid,) = scripted.pids(DIRECTOR)
-        os.kill(pid, signal.SIGKILL)
-        # The restarted director starts them again.
+        before = scripted.pids("worker")
+        os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
+        # The restarted director starts them again, and stops the call of the killed one.
+        scripted.wait_until(job_id, lambda job: job.attempts == 2 and job.step == 1)
         with pipes_open(pipe):
             assert {scripted.wait_for_end(job).state for job in (job_id, *waiting)} == {JobState.COMPLETED}
-        assert scripted.job(job_id).attempts == 2
+        assert steps_run(pipe) == [1, 2, 1, 2, 3]
+        assert scripted.pids("worker") == before
+
+    def test_call_of_a_killed_director_that_hangs_ends_its_worker(self, scripted, tmp_path):
+        before = scripted.pids("worker")
+        marker = tmp_path / "marker"
+        # Face features of the other photo are in the cache.
+        photo = tmp_path / "photo.png"
+        Image.new("RGB", (64, 64)).save(photo)
+        job_id = scripted.accept(prompt=f"hang once {marker}", face_image=[str(photo)], **IMAGE_ONLY)
+        scripted.wait_until(job_id, lambda job: marker.exists())
+        os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
+        assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
+        while not (changed := [name for name, pid in scripted.pids("worker").items() if pid != before[name]]):
+            time.sleep(POLL_S)
+        assert len(changed) == 1
+
+    def test_killed_owner_of_the_workers_loses_no_job(self, scripted, pipe):
+        job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
+        scripted.wait_until(job_id, lambda job: job.step == 1)
+        before = scripted.pids("worker")
+        os.kill(scripted.pid(WORKERS), signal.SIGKILL)
+        with pipes_open(pipe):
+            assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
+        after = scripted.pids("worker")
+        assert len(after) == len(before)
+        assert not set(after) & set(before)
+        assert not any(psutil.pid_exists(pid) for pid in before.values())
 
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
@@ -302,6 +384,54 @@ class TestScriptedStages:
         assert (job.state, job.attempts) == (JobState.QUEUED, 0)
         with pipes_open(pipe):
             later = scripted.accept(prompt="later", **IMAGE_ONLY)
-            (pid,) = scripted.pids(DIRECTOR)
-            os.kill(pid, signal.SIGKILL)
+            os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
             assert {scripted.wait_for_end(job).state for job in (job_id, later)} == {JobState.COMPLETED}
+
+
+def fused(tiny):
+    return scripted_profile(tiny).model_copy(update={"layout": "fused"})
+
+
+class WithoutWeights(FakeSVD):
+    def load(self):
+        raise SetupError("its weights are damaged")
+
+
+def test_failure_to_load_is_the_reason_of_the_failed_deployment(tiny, tmp_path, scripted):
+    serve.delete("scripted")
+    app = run("broken", fused(tiny), parse_gpus("1x80GB"), tmp_path, {**SCRIPTED, "svd": WithoutWeights}, wait=False)
+    while (status := serve.status().applications["broken"]).status != ApplicationStatus.DEPLOY_FAILED:
+        assert status.status == ApplicationStatus.DEPLOYING
+        time.sleep(POLL_S)
+    assert _reason("\n".join(each.message for each in status.deployments.values())) == "loading: its weights are damaged"
+    serve.delete("broken")
+    # Nothing is left of both applications.
+    while app.actors() or scripted.actors():
+        time.sleep(POLL_S)
+    groups = placement_group_table().values()
+    assert {group["state"] for group in groups if any("GPU" in bundle for bundle in group["bundles"].values())} == {"REMOVED"}
+
+
+def test_gpu_that_is_free_gets_a_worker_that_the_director_uses(tiny, tmp_path, scripted):
+    serve.delete("scripted")
+    app = run("grows", fused(tiny), parse_gpus("1x80GB"), tmp_path, SCRIPTED, grows=True)
+    while len(app.pids("worker")) < 2:
+        time.sleep(POLL_S)
+    # The director learns of the second worker up to two seconds later. Before, both jobs wait for the same one.
+    while not two_jobs_run_at_once(app, tmp_path):
+        pass
+    serve.delete("grows")
+
+
+def two_jobs_run_at_once(app, tmp_path):
+    """Start two jobs and return whether both were in their first step at once. Lets both finish."""
+    pipes = [tmp_path / new_id("shot") for _ in range(2)]
+    for path in pipes:
+        os.mkfifo(path)
+    jobs = [app.accept(prompt=f"steps 2 pause at 2 {path}", **IMAGE_ONLY) for path in pipes]
+    started = time.monotonic()
+    while not (at_once := all(app.job(job).step == 1 for job in jobs)) and time.monotonic() < started + 3:
+        time.sleep(POLL_S)
+    with pipes_open(*pipes):
+        assert {app.wait_for_end(job).state for job in jobs} == {JobState.COMPLETED}
+    return at_once

@@ -13,8 +13,8 @@ from fastapi import FastAPI
 
 from tests.fake_stages import FakeStage
 from tests.online.scripted_stages import SCRIPTED
+from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.store.jobs import Job, JobError
 from vidgen_ray.online.store.leases import JobProgress

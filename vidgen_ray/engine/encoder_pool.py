@@ -65,6 +65,12 @@ class EncoderPool:
             task.cancel()
 
     @property
+    def fatal_failure(self) -> Failure | None:
+        """Failure of an encoder if no encoder will come up. `None` if there is hope."""
+        failures = [up.result() for up in self._up.values() if up.done() and not up.cancelled()]
+        return failures[0] if failures and None not in failures and len(failures) == len(self._up) else None
+
+    @property
     def quarantined(self) -> list[str]:
         """Encoders in quarantine, with their nodes."""
         return [client.location for client in self._quarantined]
@@ -153,9 +159,8 @@ class EncoderPool:
                 encoder = min(available, key=cost)
                 self._open[encoder] += 1
                 return encoder
-            failures = [up.result() for up in self._up.values() if up.done()]
-            if failures and failures[0] is not None and len(failures) == len(self._up) and not usable:
-                raise ShotFailed(failures[0])
+            if self.fatal_failure is not None:
+                raise ShotFailed(self.fatal_failure)
             await self._changed.wait()
 
     def _usable(self) -> list[ActorClient]:

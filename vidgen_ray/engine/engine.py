@@ -43,11 +43,14 @@ class Engine:
         self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
 
     async def start(self, labels: Sequence[Label | None]) -> None:
-        """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`."""
+        """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`.
+
+        Instead, another process can run the fleet. Then call `worker_started` and `encoder_started` for its actors.
+        """
         await self._fleet.start(self._layout, labels)
 
     async def stop(self) -> None:
-        """Stop the actors. Shots in progress fail."""
+        """Stop the actors that `start` created. Shots in progress fail."""
         self._workers.close()
         self._encoders.close()
         await self._fleet.stop()
@@ -85,7 +88,7 @@ class Engine:
     @property
     def fatal_failure(self) -> Failure | None:
         """Failure after which no shot can be rendered. `None` if there is none."""
-        return self._workers.fatal_failure
+        return self._workers.fatal_failure or self._encoders.fatal_failure
 
     def snapshot(self) -> Snapshot:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
@@ -93,16 +96,22 @@ class Engine:
         quarantined = (*self._workers.quarantined, *self._encoders.quarantined)
         return Snapshot(stages, gpus_busy, self.window.in_progress, quarantined, self._waiting)
 
-    # Callbacks of the fleet
+    # Events of the fleet
 
     def worker_started(self, name: str, spec: WorkerSpec, actor: Any) -> None:
-        self._workers.add(spec, ActorClient(actor, name))
+        """Use a worker. Calls of an earlier engine are stopped."""
+        client = ActorClient(actor, name)
+        client.send("attach", self._workers.first_call)
+        self._workers.add(spec, client)
 
     def worker_lost(self, name: str) -> None:
         self._workers.remove(name)
 
     def encoder_started(self, name: str, actor: Any) -> None:
-        self._encoders.add(ActorClient(actor, name))
+        """Use an encoder. Clips of an earlier engine are closed."""
+        client = ActorClient(actor, name)
+        client.send("attach", str(self._workers.first_call))
+        self._encoders.add(client)
 
     def waiting(self, reason: str | None) -> None:
         self._waiting = reason

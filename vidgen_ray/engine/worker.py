@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,11 @@ class Worker:
         self._spec = spec
         self._loaded: Failure | StepRunner | None = None
         self._progress: tuple[int, Progress] | None = None
+        self._running: tuple[int, float] | None = None
+        """Running call, and the time at which it exceeds its timeout."""
         self._cancelled: int = 0
+        self._first_call: int = 0
+        """Calls with lower numbers are of an earlier director, which has crashed."""
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def place(self) -> ActorPlace:
@@ -72,6 +77,23 @@ class Worker:
     def cancel(self, call: int) -> None:
         """Stop a call at its next step, or before it starts."""
         self._cancelled = call
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
+    def attach(self, first_call: int) -> None:
+        """Start to work for a director that numbers its calls from `first_call`. Stops the calls of an earlier director.
+
+        A call that hangs ends the process when its timeout is over.
+        """
+        self._first_call = first_call
+        running = self._running
+        if running is not None and running[0] < first_call:
+            timer = threading.Timer(max(0.0, running[1] - time.monotonic()), self._exit_if_running, [running])
+            timer.daemon = True
+            timer.start()
+
+    def _exit_if_running(self, call: tuple[int, float]) -> None:
+        if self._running is call:
+            os._exit(1)
 
     def load(self) -> Failure | None:
         """Load the weights. Return the failure if that is impossible. Repeated calls return the same.
@@ -89,7 +111,7 @@ class Worker:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
-        return self._execute(call, run_steps, Artefacts())
+        return self._execute(call, steps, run_steps, Artefacts())
 
     def run_chunk(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
@@ -100,7 +122,7 @@ class Worker:
             output, records = runner.run_chunk(plan, steps, chunk, artefacts)
             return CallResult(tuple(records)), output
 
-        return self._execute(call, process, Artefacts())
+        return self._execute(call, steps, process, Artefacts())
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def close(self) -> None:
@@ -108,11 +130,13 @@ class Worker:
         if isinstance(self._loaded, StepRunner):
             self._loaded.close()
 
-    def _execute(self, call: int, function: Callable[[StepRunner], tuple[CallResult, T]], default: T) -> tuple[CallResult, T]:
+    def _execute(
+        self, call: int, stages: tuple[str, ...], function: Callable[[StepRunner], tuple[CallResult, T]], default: T
+    ) -> tuple[CallResult, T]:
         """Return the result of the function, or its failure and `default`."""
 
         def on_progress(stage: str, step: int, steps: int) -> None:
-            if self._cancelled == call:
+            if call == self._cancelled or call < self._first_call:
                 raise Cancelled
             self._progress = call, Progress(stage, step, steps)
 
@@ -120,15 +144,17 @@ class Worker:
             ready = self._ready()
             if isinstance(ready, Failure):
                 return CallResult(failure=ready, load_failed=True), default
+            self._running = call, time.monotonic() + self._config.timeout_s(*stages)
             try:
                 with progress_callback(on_progress):
+                    on_progress(stages[0], 0, 0)
                     return function(ready)
             except Cancelled:
                 return CallResult(cancelled=True), default
             except StepFailed as failed:
                 return CallResult.of_failure(failed), default
             finally:
-                self._progress = None
+                self._progress = self._running = None
 
     def _ready(self) -> StepRunner | Failure:
         """Return the step runner, and load it first if needed.

@@ -6,6 +6,7 @@ Runs in the engine's event loop. Independent of what is called.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -67,7 +68,9 @@ class WorkerPool:
         self._quarantined: set[WorkerState] = set()
         self._given_up: dict[WorkerState, Failure] = {}
         self._fatal_failure: Failure | None = None
-        self._calls = count(1)
+        self.first_call = time.time_ns()
+        """Higher than the calls of earlier engines with the same workers."""
+        self._calls = count(self.first_call)
         self._running: deque[Counter[str]] = deque(maxlen=BUSY_WINDOW)
         self._gpu_utilization: deque[float] = deque(maxlen=BUSY_WINDOW)
 

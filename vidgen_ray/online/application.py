@@ -1,4 +1,4 @@
-"""Ray Serve application: the API, the director, the encoders, and one deployment per group of stage replicas.
+"""Ray Serve application: the API, the director, and the owner of the workers and encoders.
 
 Serve configs use `vidgen_ray.online.application:build` as their import path.
 """
@@ -8,7 +8,7 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -16,19 +16,21 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 
+from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import live_cluster
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, load_keys
-from vidgen_ray.online.deployments import HEALTH, Group, graph, groups_of
-from vidgen_ray.online.replica_config import ReplicaConfig
+from vidgen_ray.online.deployments import HEALTH, director_application
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, load_calibration, parse_gpus, plan
+from vidgen_ray.planner import Cluster, cpus_needed, load_calibration, parse_gpus, plan
+from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
 
@@ -46,24 +48,23 @@ class ServerPlan:
     settings: OnlineSettings
     serving_profile: ServingProfile
     layout: Layout
-    groups: tuple[Group, ...]
+    """Its `window` is the maximum number of running jobs."""
+    labels: tuple[Label | None, ...]
+    """Label of the node of each slot; see `fleet.labels_of`."""
+    stage_seconds: Mapping[str, float] | None
+    """Stage -> mean seconds per shot, to use GPUs that become free later. `None` if the settings name all GPUs."""
 
     @property
     def cpus(self) -> float:
-        """CPUs of all replicas at start."""
-        stages = sum(group.replicas * group.spec.cpus for group in self.groups)
-        return stages + self.layout.encoders * ENCODER_CPUS + DIRECTOR_CPUS + API_CPUS
-
-    @property
-    def in_progress(self) -> int:
-        """Maximum number of running jobs."""
-        return self.settings.in_progress or self.layout.window
+        """CPUs of all processes at start. The spare CPUs of a layout are enough for the API and the owner of the workers."""
+        return cpus_needed(self.layout)
 
 
 def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> ServerPlan:
     """Plan a server for the GPUs in the settings, or for those that `detect` returns.
 
-    Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served.
+    Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served, or if Ray cannot
+    distinguish GPUs of different sizes.
     """
     configured = load_profile(settings.profile)
     if settings.layout is not None:
@@ -71,8 +72,10 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     served = serving_profile(configured)
     profile = served.profile
     cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
-    layout = plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card)).layout
-    return ServerPlan(settings, served, layout, groups_of(layout, profile, cluster))
+    chosen = plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card))
+    layout = replace(chosen.layout, window=settings.in_progress or chosen.layout.window)
+    stage_seconds = None if settings.gpus else chosen.stage_seconds
+    return ServerPlan(settings, served, layout, tuple(labels_of(chosen, cluster)), stage_seconds)
 
 
 def build(args: OnlineSettings) -> Application:
@@ -85,13 +88,15 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
     settings = server.settings
     outputs = OutputFolder(settings.data)
     outputs.prepare()
-    config = ReplicaConfig(
+    config = EngineConfig(
+        name=APP,
         profile=server.serving_profile.profile,
         outputs=outputs,
-        layout=server.layout,
         stages={stage.name: stages[stage.name] for stage in server.serving_profile.stages if stage.name in stages},
+        # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.
+        cache=CacheSettings("all", wait=True),
     )
-    director = graph(config, server.groups, settings, server.in_progress)
+    director = director_application(config, settings, server.layout, server.labels, server.stage_seconds)
     # Passed to the replica, which may run on another machine without the keys file. Without keys it would require none.
     keys = load_keys(settings.keys_file, settings.limits)
     return serve.deployment(

@@ -1,13 +1,12 @@
-"""Director of a server: claims jobs from the store in order and runs each one through the graph. There is one replica.
+"""Director of a server: claims jobs from the store in order and renders them with an engine. There is one replica.
 
-Images never pass through it. Its state can be rebuilt: a new director resumes the jobs of a crashed one, and the results of
-finished stages are in the stage cache.
+Images never pass through it. Its state can be rebuilt: a new director uses the workers of a crashed one and resumes its jobs,
+and the results of finished stages are in the stage cache.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -16,28 +15,29 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import ray
+from ray.serve.exceptions import RayServeException
 from sqlalchemy.exc import SQLAlchemyError
 
-from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
-from vidgen_ray.engine.retries import InputsLost, ShotFailed
-from vidgen_ray.engine.step_groups import OUTPUT, group_steps
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.status import Progress
+from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of
 from vidgen_ray.online.api_error import without_paths
-from vidgen_ray.online.inference_thread import Progress
 from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
-from vidgen_ray.online.replica_config import ReplicaConfig
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.stage_handles import ProgressCallback, RetryingCaller, StageHandles
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.online.workers import Actors
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
+from vidgen_ray.planner.layout import Layout
 
 LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
@@ -46,11 +46,12 @@ POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier."""
 PROGRESS_INTERVAL_S = 0.25
 """Seconds between two writes of the progress of all jobs."""
+STATUS_INTERVAL_S = 1.0
+"""Seconds between two snapshots of the engine for the metrics."""
 GAUGE_INTERVAL_S = 5.0
 """Seconds between two counts of all jobs for the metrics."""
-ENCODE_TIMEOUT_S = 1800.0
-MAX_RESTARTS = 10
-"""Restarts of a shot whose artefacts were lost with a process."""
+ATTACH_INTERVAL_S = 2.0
+"""Seconds between two requests for changes of the workers."""
 MAX_CLAIMS = 10
 """Claims of a job before it fails, if its directors crash."""
 MAX_STORE_SILENCE_S = 60.0
@@ -61,8 +62,8 @@ DIRECTOR_STAGE = "director"
 CODES = {
     "LikenessTooLow": "too_unlike",
     "TimedOut": "timed_out",
-    "ReplicaDied": "replica_died",
-    "InputsLost": "replica_died",
+    "WorkerDied": "worker_died",
+    "InputsLost": "worker_died",
     "Interrupted": "interrupted",
     "ProfileError": "not_served",
     "MissingWeights": "not_served",
@@ -70,9 +71,9 @@ CODES = {
     "StageError": "invalid_shot",
     "MediaError": "invalid_shot",
 }
-"""Error class -> error code of the API. Any other class is `stage_failed`."""
-CLIENT_ERRORS = frozenset({"LikenessTooLow", "StageError", "MediaError"})
-"""Error classes caused by the request."""
+"""Error class -> error code of the API. Other classes: `invalid_shot` if the shot is the cause, otherwise `stage_failed`."""
+CLIENT_ERRORS = frozenset({"too_unlike", "invalid_shot"})
+"""Error codes of failures that are caused by the request."""
 
 log = logging.getLogger("ray.serve")
 
@@ -80,26 +81,17 @@ log = logging.getLogger("ray.serve")
 class JobDirector:
     """Director of a server. Create it inside an event loop."""
 
-    def __init__(
-        self,
-        config: ReplicaConfig,
-        settings: OnlineSettings,
-        in_progress: int,
-        handles: Mapping[str, Any],
-        specs: Mapping[str, tuple[WorkerSpec, int]],
-        encoder: Any,
-    ) -> None:
-        """`in_progress`: maximum number of running jobs. `handles` and `specs`: as in StageHandles."""
+    def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
+        """`layout`: its `window` is the maximum number of running jobs. `workers`: handle of the Workers deployment."""
         self._config = config
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
         self._store = open_store(settings, durable=False)
-        self._in_progress = in_progress
-        self._stages = StageHandles(handles, specs)
-        self._encoder = encoder.options(stream=True)
+        self._in_progress = layout.window
         self._metrics = ServerMetrics()
-        self._caller = RetryingCaller(config.attempts, self._metrics.attempt_failed)
+        self._engine = Engine(config, layout, self._metrics)
+        self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
@@ -114,7 +106,13 @@ class JobDirector:
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
-            for work in (self._poll(), self._write_progress(), run_maintenance(self._store, settings, self._outputs))
+            for work in (
+                self._attach_workers(),
+                self._poll(),
+                self._write_progress(),
+                self._report_status(),
+                run_maintenance(self._store, settings, self._outputs),
+            )
         ]
 
     # Remote methods
@@ -138,7 +136,12 @@ class JobDirector:
         return len(unfinished)
 
     async def check_health(self) -> None:
-        """Raise RuntimeError if the store has not responded for too long, or if a background task has stopped."""
+        """Raise RuntimeError if this process must be replaced.
+
+        That is if no worker is left for a stage, the store has not responded for too long, or a background task has stopped.
+        """
+        if (failure := self._engine.fatal_failure) is not None:
+            raise RuntimeError(f"{failure.stage}: {failure.message}")
         if (silent_s := time.monotonic() - self._last_poll) > MAX_STORE_SILENCE_S:
             raise RuntimeError(f"the job store has not responded for {silent_s:.0f} s")
         for task in self._background:
@@ -149,6 +152,32 @@ class JobDirector:
         counts = self._store.counts()
         in_state = {state: sum(n for (_, _, s), n in counts.items() if s == state) for state in JobState}
         self._metrics.jobs(in_state[JobState.QUEUED], in_state[JobState.IN_PROGRESS])
+
+    # Workers
+
+    async def _attach_workers(self) -> None:
+        """Use the workers and encoders that the Workers deployment has. Raises RuntimeError if it has been replaced."""
+        actors = Actors("", 0, {}, {})
+        while True:
+            # While it starts, the call waits.
+            with suppress(ray.exceptions.RayError, RayServeException):
+                changed: Actors | None = await self._workers.actors.remote(actors.owner, actors.version)
+                if changed is not None:
+                    self._use(changed, actors)
+                    actors = changed
+            await asyncio.sleep(ATTACH_INTERVAL_S)
+
+    def _use(self, actors: Actors, before: Actors) -> None:
+        if before.owner not in ("", actors.owner):
+            raise RuntimeError("the workers have been replaced by new ones")
+        for name, (spec, actor) in actors.workers.items():
+            if name not in before.workers:
+                self._engine.worker_started(name, spec, actor)
+        for name, encoder in actors.encoders.items():
+            if name not in before.encoders:
+                self._engine.encoder_started(name, encoder)
+        for name in before.workers.keys() - actors.workers.keys():
+            self._engine.worker_lost(name)
 
     # The store
 
@@ -189,7 +218,7 @@ class JobDirector:
 
     async def _write_progress(self) -> None:
         """Write the progress of all jobs to the store at regular intervals, in one transaction."""
-        last_gauges, seen = 0.0, set[str]()
+        seen = set[str]()
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
             # Skip jobs that started in the last interval: many of them end in the next one and need no write.
@@ -197,11 +226,21 @@ class JobDirector:
             seen = set(self._running)
             try:
                 await asyncio.to_thread(self._store_progress, updates)
-                if time.monotonic() - last_gauges > GAUGE_INTERVAL_S:
-                    last_gauges = time.monotonic()
-                    await asyncio.to_thread(self._update_gauges)
             except Exception as error:
                 log.warning("cannot write the progress of jobs: %s", error)
+
+    async def _report_status(self) -> None:
+        """Update the gauges at regular intervals."""
+        last_gauges = 0.0
+        while True:
+            self._metrics.snapshot(self._engine.snapshot())
+            if time.monotonic() - last_gauges > GAUGE_INTERVAL_S:
+                last_gauges = time.monotonic()
+                try:
+                    await asyncio.to_thread(self._update_gauges)
+                except Exception as error:
+                    log.warning("cannot count the jobs: %s", error)
+            await asyncio.sleep(STATUS_INTERVAL_S)
 
     def _store_progress(self, updates: Mapping[str, tuple[Progress, int]]) -> None:
         if updates:
@@ -228,12 +267,20 @@ class JobDirector:
                 raise
             await self._finish(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *claim))
         except ShotFailed as failed:
-            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error_of(failed.failure)))
+            if self._engine.fatal_failure is None:
+                error = error_of(failed.failure, failed.kind)
+                await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error))
+            else:
+                # Not the job's fault. The next director runs it.
+                self._draining = True
+                await asyncio.to_thread(self._store.queue.release, self.owner, [job.id])
         # An invalid shot or a bug in vidgen fails the job, not the server.
         except Exception as error:
             log.exception("job %s failed outside its stages", job.id)
-            failure = StepFailed(DIRECTOR_STAGE, error).failure()
-            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error_of(failure)))
+            result = CallResult.of_failure(StepFailed(DIRECTOR_STAGE, error))
+            assert result.failure is not None
+            job_error = error_of(result.failure, result.kind)
+            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, job_error))
         finally:
             self._updates.pop(job.id, None)
             self._running.pop(job.id, None)
@@ -286,93 +333,24 @@ class JobDirector:
         def on_progress(progress: Progress) -> None:
             self._updates[job.id] = progress, estimator.percent(progress)
 
-        rejected = []
-        for attempt in (plan, *plan.again):
-            try:
-                return await self._attempt(job, attempt, on_progress)
-            except LikenessTooLow as reason:
-                self._metrics.attempt_failed(LIKENESS, type(reason).__name__)
-                rejected.append(reason)
-        failure = StepFailed(LIKENESS, best_attempt(rejected)).failure()
-        raise ShotFailed(failure.model_copy(update={"attempts": len(rejected)}))
-
-    async def _attempt(self, job: Job, plan: ShotPlan, on_progress: ProgressCallback) -> ShotRecord:
-        """Render with one seed. Raises LikenessTooLow as soon as the likeness is known to be too low."""
-        reason: InputsLost | None = None
-        for _ in range(MAX_RESTARTS):
-            try:
-                return await self._run_steps(job, plan, on_progress)
-            except InputsLost as lost:
-                self._metrics.attempt_failed(OUTPUT, type(lost).__name__)
-                reason = lost
-        assert reason is not None
-        raise ShotFailed(StepFailed(OUTPUT, reason).failure().model_copy(update={"attempts": MAX_RESTARTS}))
-
-    async def _run_steps(self, job: Job, plan: ShotPlan, on_progress: ProgressCallback) -> ShotRecord:
-        records: tuple[StepRecord, ...] = ()
-        inputs: tuple[Any, ...] = ()
-        for steps in group_steps(plan, self._stages.can_fuse, share_features=False):
-            names = tuple(step.stage for step in steps)
-            result = await self._stages.call(
-                self._caller,
-                "run",
-                plan,
-                names,
-                inputs,
-                adapters_of(plan, steps),
-                stages=names,
-                timeout_s=self._config.timeout_s(*names),
-                on_progress=on_progress,
-                adapters=adapters_of(plan, steps),
-            )
-            assert isinstance(result.output, tuple)
-            inputs, records = result.output, records + result.call_result.records
-            self._metrics.steps_ended(job.tenant, result.call_result.records)
-            check_likeness(plan.shot, result.call_result.likeness)
-        return await self._write(job, plan, inputs, records, on_progress)
-
-    async def _write(
-        self,
-        job: Job,
-        plan: ShotPlan,
-        inputs: tuple[Any, ...],
-        records: tuple[StepRecord, ...],
-        on_progress: ProgressCallback,
-    ) -> ShotRecord:
-        chunked = chunked_stages_of(plan.shot)
-        result = await self._caller.call(
-            self._encoder.write,
-            plan,
-            inputs,
-            records,
-            stage=OUTPUT,
-            # Chunks have their own timeouts, and wait in queues before they start.
-            timeout_s=None if chunked else ENCODE_TIMEOUT_S,
-            on_progress=on_progress,
-        )
-        record = result.output
-        assert isinstance(record, ShotRecord)
-        self._metrics.steps_ended(job.tenant, record.stages[len(records) :])
+        self._engine.announce(plan)
+        record = await self._engine.run(plan, on_progress)
+        self._metrics.shot_rendered(job.tenant, record.stages)
         return record
 
 
-def error_of(failure: Failure) -> JobError:
+def error_of(failure: Failure, kind: Kind) -> JobError:
     """Return the error of a failed job for its owner: the stage and the message, without process, host and paths."""
     stage = None if failure.stage == DIRECTOR_STAGE else failure.stage
+    code = CODES.get(failure.error) or ("invalid_shot" if kind is Kind.INPUT else "stage_failed")
     return JobError(
-        code=CODES.get(failure.error, "stage_failed"),
+        code=code,
         message=without_paths(f"{stage}: {failure.message}" if stage else failure.message),
         stage=stage,
-        type="invalid_request_error" if failure.error in CLIENT_ERRORS else "server_error",
+        type="invalid_request_error" if code in CLIENT_ERRORS else "server_error",
     )
 
 
 def _interrupted(job: Job) -> Failure:
     message = f"started {job.attempts - 1} times, and interrupted each time because the server stopped or crashed"
     return Failure(stage=DIRECTOR_STAGE, error="Interrupted", message=message, attempts=job.attempts - 1, worker="online")
-
-
-def adapters_of(plan: ShotPlan, steps: tuple[Step, ...]) -> str:
-    """Return the id of the set of active LoRAs for Serve's router, or "" if these steps have none."""
-    active = {lora.path for step in steps for lora in STAGE_BY_NAME[step.stage].active_loras(plan.shot)}
-    return hashlib.sha256("\n".join(sorted(active)).encode()).hexdigest()[:16] if active else ""

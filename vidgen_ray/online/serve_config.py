@@ -12,6 +12,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
 from vidgen_ray.errors import UsageError
+from vidgen_ray.online.application import API
+from vidgen_ray.online.deployments import DIRECTOR, WORKERS
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.strict_yaml import StrictLoader
 
@@ -41,6 +43,8 @@ def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
         if len(config.applications) != 1 or len(apps) != 1:
             raise UsageError(f"{file}: must have exactly one application, with import_path {IMPORT_PATH}")
         settings = OnlineSettings.model_validate(apps[0].args)
+        for number, deployment in enumerate(apps[0].deployments):
+            _check_deployment(deployment, f"{file}: applications.0.deployments.{number}")
     except ValidationError as error:
         raise UsageError("\n".join(f"{file}: {_dotted(e['loc'])}: {e['msg']}" for e in error.errors())) from None
     host, port = config.http_options.host, config.http_options.port
@@ -49,6 +53,18 @@ def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
             f"{file}: http_options has {host}:{port} but args have {settings.host}:{settings.port}. They must match."
         )
     return config, settings
+
+
+def _check_deployment(deployment: DeploymentSchema, location: str) -> None:
+    """Raise UsageError for a deployment that does not exist, and for replicas of one that has a single replica."""
+    if deployment.name not in (names := (API, DIRECTOR, WORKERS)):
+        raise UsageError(f"{location}.name: no deployment {deployment.name}, must be one of {', '.join(names)}")
+    replicas = deployment.model_fields_set & {"num_replicas", "max_replicas_per_node", "autoscaling_config"}
+    if deployment.name != API and replicas:
+        raise UsageError(
+            f"{location}: {deployment.name} always has one replica. Remove {', '.join(sorted(replicas))}. "
+            "The number of workers follows from `gpus` and `layout`."
+        )
 
 
 def _unknown_keys(content: Any, model: type[BaseModel], location: tuple[str | int, ...]) -> Iterator[str]:

@@ -57,9 +57,9 @@ class Server:
             stop.wait(POLL_S)
 
     def wait_until_ready(self, stop: threading.Event, on_message: Callable[[str], None] = lambda _: None) -> None:
-        """Wait until all replicas have loaded their weights. `on_message` gets each reason for a delay once.
+        """Wait until every stage has a worker with loaded weights. `on_message` gets each reason for a delay once.
 
-        Raises SetupError if a replica cannot load its weights.
+        Raises SetupError if no worker can load the weights of a stage.
         """
         reported: set[str] = set()
         while not stop.is_set() and self._check_deployed() != ApplicationStatus.RUNNING:

@@ -101,7 +101,7 @@ class OnlineSettings(_Section):
     profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
     layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
         None,
-        description="Layout of the stages on GPUs. `staged` gives every model its own deployment, which scales by itself. "
+        description="Layout of the stages on GPUs. `staged` gives every model its own processes and GPUs. "
         "Default: the profile's layout.",
     )
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")

@@ -1,68 +1,55 @@
-"""Deployments of a server: stages, replicas, GPU shares. Progress estimate and metric labels."""
+"""Serving profile, progress estimate, metric labels, and errors of jobs and of Serve."""
 
 from pathlib import Path
 
 import pytest
 
 from vidgen_ray.engine.metrics import OTHER, LabelLimit
-from vidgen_ray.engine.step_groups import OUTPUT
-from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.engine.retries import Kind
+from vidgen_ray.engine.status import Progress
+from vidgen_ray.engine.step_groups import OUTPUT, CallResult
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.online.deployments import ALL_STAGES, groups_of
-from vidgen_ray.online.inference_thread import Progress
+from vidgen_ray.online.director import error_of
 from vidgen_ray.online.metrics import MAX_ERROR_LABELS, MAX_TENANT_LABELS, METRICS
 from vidgen_ray.online.progress_estimate import ProgressEstimator
-from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.planner import parse_gpus, plan, this_machine
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB
-from vidgen_ray.profile import load_profile
+from vidgen_ray.online.server import _reason
+from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.shot import Shot
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
-def groups(profile, gpus):
-    all_stages = ServingProfile(profile, dict.fromkeys(stage.name for stage in STAGES), {})
-    cluster = parse_gpus(gpus) if gpus else this_machine()
-    layout = plan(profile, all_stages.demand(), cluster).layout
-    return layout, groups_of(layout, profile, cluster)
-
-
-@pytest.mark.parametrize("layout", ["auto", "staged"])
 @pytest.mark.parametrize(
-    ("name", "gpus", "card_gb"), [("gpu-80gb", "8x80GB", 80), ("gpu-80gb", "2x4x80GB", 80), ("gpu-48gb", "4x48GB", 48)]
+    ("failure", "kind", "code", "caused_by"),
+    [
+        (StageError("svd: got an image of 10x10"), Kind.INPUT, "invalid_shot", "invalid_request_error"),
+        (MissingWeights("no weights"), Kind.INPUT, "not_served", "server_error"),
+        (RuntimeError("a fault"), Kind.ERROR, "stage_failed", "server_error"),
+    ],
 )
-def test_replicas_on_one_gpu_always_fit_into_its_memory(name, gpus, card_gb, layout):
-    profile = load_profile(name).model_copy(update={"layout": layout})
-    planned, made = groups(profile, gpus)
-    assert sum(group.replicas for group in made) == len(planned.workers)
-    assert len({group.name for group in made}) == len(made)
-    # The shares of all replicas fit on the GPUs.
-    assert sum(group.replicas * group.spec.gpus for group in made) <= len(parse_gpus(gpus).gpus) + 1e-9
-    for group in made:
-        swapped = {stage for turn in group.spec.swap_groups for stage in turn}
-        actors = {stage.actor for stage in STAGES if stage.name in set(group.spec.stages) - swapped}
-        resident_gb = CONTEXT_GB + sum(profile.actors[a].memory_gb for a in actors if profile.actors[a].device != "cpu")
-        assert group.spec.gpus * card_gb >= resident_gb - 1e-6
+def test_job_error_names_stage_and_cause_but_not_the_server(failure, kind, code, caused_by):
+    result = CallResult.of_failure(StepFailed("svd", failure))
+    error = error_of(result.failure, result.kind)
+    assert (result.kind, error.code, error.type, error.stage) == (kind, code, caused_by, "svd")
+    assert result.failure.worker not in error.message
 
 
-def test_deployments_are_named_after_their_models():
-    profile = load_profile("gpu-80gb")
-    _, made = groups(profile.model_copy(update={"layout": "staged"}), "8x80GB")
-    assert {"flux", "svd", "hunyuan", "realesrgan"} < {group.name for group in made}
-    _, made = groups(profile, "1x80GB")
-    assert [(group.name, group.replicas, group.spec.gpus) for group in made] == [(ALL_STAGES, 1, 1.0)]
-
-
-def test_replicas_without_gpus_use_the_cpus_of_the_profile(tiny):
-    _, (group,) = groups(tiny, None)
-    assert (group.name, group.spec.gpus, group.spec.cpus) == (ALL_STAGES, 0.0, 0.25)
-
-
-def test_group_that_does_not_fit_on_the_smallest_gpu_is_an_error():
-    profile = load_profile("gpu-80gb").model_copy(update={"layout": "staged"})
-    with pytest.raises(SetupError, match=r"need 41\.6 GB of GPU memory, the smallest GPU has 24 GB"):
-        groups(profile, "4x24GB+8x80GB")
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "The deployment failed.\nTraceback\n  File x\nvidgen_ray.errors.SetupError: loading: no weights\n",
+            "loading: no weights",
+        ),
+        ("The deployment failed.\nTraceback\n  File x\nImportError: no av\n", "ImportError: no av"),
+        ("The deployment failed.\n", "The deployment failed."),
+        ("", "Ray Serve failed to start the application and gave no reason"),
+    ],
+)
+def test_cause_is_extracted_from_serve_error_messages(message, reason):
+    assert _reason(message) == reason
 
 
 def test_stages_without_weights_are_unavailable_with_a_reason(tiny):
