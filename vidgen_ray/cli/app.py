@@ -57,7 +57,10 @@ GpusOption = Annotated[
 MaxCostOption = Annotated[
     float | None,
     typer.Option(
-        "--max-cost", metavar="COST", min=0, help="Exit with code 5 if the estimated cost exceeds this. Default: no limit."
+        "--max-cost",
+        metavar="COST",
+        min=0,
+        help="Exit with code 5 before any worker starts if the estimated cost exceeds this. Default: no limit.",
     ),
 ]
 PriceOption = Annotated[
@@ -194,10 +197,13 @@ def render(
     ] = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Render nothing and exit with code 3 if any line is invalid.")
+        bool,
+        typer.Option(
+            "--strict", help="Check all lines first, and exit with code 3 if any is invalid. Default: render the valid lines."
+        ),
     ] = False,
     attempts: Annotated[
-        int, typer.Option("--attempts", min=1, help="Attempts per shot when a stage fails, times out or crashes.")
+        int, typer.Option("--attempts", min=1, help="Attempts per call of a stage when it fails, times out or crashes.")
     ] = 3,
     grace_s: Annotated[
         float,
