@@ -89,8 +89,8 @@ def run(tmp_path, profile, lines, fakes=FAKES, gpus=ONE_NODE, listener=None, fol
     return report, {row.id: row for row in read_manifest(out)}
 
 
-def images(count, prompt="shot"):
-    return [{"id": f"s{n:02}", "prompt": prompt, **IMAGE} for n in range(count)]
+def images(count):
+    return [{"id": f"s{n:02}", "prompt": f"shot {n}", **IMAGE} for n in range(count)]
 
 
 def worker_on(place, log):
@@ -101,7 +101,7 @@ def worker_on(place, log):
 # A GPU
 
 
-@pytest.mark.parametrize("error", [RuntimeError, MediaError])
+@pytest.mark.parametrize("error", [RuntimeError, pytest.param(MediaError, marks=pytest.mark.slow)])
 def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, profile, tmp_path, error):
     log = tmp_path / "log"
 
@@ -157,7 +157,7 @@ def test_nan_fails_the_line_with_the_name_of_the_stage(cluster, profile, tmp_pat
 # Loading
 
 
-@pytest.mark.parametrize("failures", [2, 1000])
+@pytest.mark.parametrize("failures", [2, pytest.param(1000, marks=pytest.mark.slow)])
 def test_load_that_fails_on_one_gpu_costs_no_line(cluster, profile, tmp_path, failures):
     """It is tried again in new processes. A worker that never loads is given up while another one goes on."""
     loads, tried = tmp_path / "loads", tmp_path / "tried"
@@ -190,6 +190,7 @@ def test_load_that_fails_on_every_gpu_stops_the_run(cluster, profile, tmp_path):
 # Single calls
 
 
+@pytest.mark.slow
 def test_hanging_call_delays_no_other_line(cluster, profile, tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.engine.worker_pool.MIN_SLOW_S", 1.0)
     starts, done_before = tmp_path / "starts", tmp_path / "done_before"
@@ -202,7 +203,7 @@ def test_hanging_call_delays_no_other_line(cluster, profile, tmp_path, monkeypat
             done_before.write_text(str(len(list((tmp_path / "out").glob("shots/**/shot.json")))))
         time.sleep(3600)
 
-    slow = {name: actor.model_copy(update={"timeout_s": 12}) for name, actor in profile.actors.items()}
+    slow = {name: actor.model_copy(update={"timeout_s": 8}) for name, actor in profile.actors.items()}
     lines = [*images(3), {"id": "hangs", "prompt": "hang", **IMAGE}, *({**line, "id": f"t{line['id']}"} for line in images(15))]
     report, rows = run(
         tmp_path, profile.model_copy(update={"actors": slow}), lines, stages(hang), attempts=2, listener=Events()
@@ -258,6 +259,7 @@ def test_encoder_that_fails_for_every_shot_costs_no_line(cluster, profile, tmp_p
     assert all("/encoder/0" in entry and "failed to write different shots" in entry for entry in report.quarantined)
 
 
+@pytest.mark.slow
 def test_run_stops_if_every_encoder_fails(cluster, profile, tmp_path):
     with pytest.raises(SetupError, match="read-only file system"):
         run(tmp_path, profile, images(60), folder=SickDisks)
@@ -301,6 +303,7 @@ def test_node_without_the_mount_costs_no_line(cluster, second_node, profile, tmp
     assert report.quarantined
 
 
+@pytest.mark.slow
 def test_lost_node_costs_no_attempt(cluster, second_node, profile, tmp_path):
     """With a single attempt per call, a line that was in progress on the node is still rendered."""
     started, lost = tmp_path / "started", tmp_path / "lost"
