@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from benchmarks.local_ray import CPUS as CPUS_OF_RAY
 from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
-from vidgen_ray.batch.render import render
+from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
@@ -21,7 +20,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.profile import ActorProfile, Profile
-from vidgen_ray.script.reader import CheckedLine, RejectedLine, iter_script
+from vidgen_ray.script.reader import ScriptSettings
 from vidgen_ray.shot import Shot
 
 CPUS = 0.25
@@ -43,12 +42,14 @@ class StatusCounter:
 
     def on_rejected(self, row: ManifestRow) -> None: ...
 
-    def on_planned(self, total: int, done_before: int, refused: int) -> None: ...
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None: ...
 
     def on_finished(self, row: ManifestRow) -> None:
         self.counts[row.status] = self.counts.get(row.status, 0) + 1
 
     def on_status(self, snapshot: Snapshot) -> None: ...
+
+    def on_message(self, message: str) -> None: ...
 
 
 def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folder: Path) -> None:
@@ -60,15 +61,16 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
     try:
         with local_ray(gpus):
             report = render(
-                lines(run_folder, shots),
+                ScriptSettings(write_script(run_folder, shots)),
                 profile(run_folder, layout_name),
                 OutputFolder(out),
-                source="script.jsonl",
+                RenderOptions(
+                    cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
+                    # The other systems have no stage cache.
+                    cache="none",
+                    stages=STAGES,
+                ),
                 listener=listener,
-                cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
-                # The other systems have no stage cache.
-                cache="none",
-                stages=STAGES,
             )
     except (SetupError, ProfileError) as error:
         raise DoesNotFit(str(error)) from error
@@ -78,11 +80,11 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
     record_commits(run_folder, out)
 
 
-def lines(run_folder: Path, shots: int) -> Iterator[CheckedLine | RejectedLine]:
-    """Write the script of a run to its folder, and read it."""
+def write_script(run_folder: Path, shots: int) -> Path:
+    """Write the script of a run and its input files to its folder. Return the script."""
     script = run_folder / "script.jsonl"
     script.write_text("".join(json.dumps(line) + "\n" for line in write_inputs(run_folder, shots)))
-    return iter_script(script)
+    return script
 
 
 def profile(run_folder: Path, layout: Any) -> Profile:

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 
 from tests.chaos.counted_stages import COUNTED
-from vidgen_ray.batch.render import render
+from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.reader import iter_script
+from vidgen_ray.script.reader import ScriptSettings
 
 GPUS = "2x2x80GB"
 """Two nodes with two simulated GPUs each."""
@@ -22,11 +22,13 @@ class Silent:
 
     def on_rejected(self, row): ...
 
-    def on_planned(self, total, done_before, refused): ...
+    def on_lines(self, total, skipped, rejected, complete): ...
 
     def on_finished(self, row): ...
 
     def on_status(self, snapshot): ...
+
+    def on_message(self, message): ...
 
 
 def profile() -> Profile:
@@ -42,15 +44,11 @@ def profile() -> Profile:
 def main(script: str, out: str, address: str) -> int:
     chosen = profile()
     report = render(
-        iter_script(Path(script), profile_defaults=chosen.defaults),
+        ScriptSettings(Path(script), profile_defaults=chosen.defaults),
         chosen,
         OutputFolder(out),
-        source="script.jsonl",
+        RenderOptions(address=address, cluster=parse_gpus(GPUS), stages=COUNTED, attempts=ATTEMPTS),
         listener=Silent(),
-        address=address,
-        cluster=parse_gpus(GPUS),
-        stages=COUNTED,
-        attempts=ATTEMPTS,
     )
     return 1 if report.failed else 0
 

@@ -26,7 +26,7 @@ from tests.batch.test_batch import Events, digests
 from tests.chaos.counted_stages import LOG
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
-from vidgen_ray.batch.render import render
+from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
@@ -34,7 +34,7 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster as Machines
 from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
-from vidgen_ray.script.reader import iter_script
+from vidgen_ray.script.reader import ScriptSettings, iter_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
@@ -186,10 +186,6 @@ def kill_encoder(nodes, rng):
     return kill_one(processes("ray::Encoder"), rng)
 
 
-def kill_director(nodes, rng):
-    return kill_one(processes("ray::MapWorker(MapBatches(BatchDirector))"), rng)
-
-
 def lose_node(nodes, rng):
     nodes.replace_one(rng)
     return True
@@ -228,7 +224,7 @@ def undisturbed(script, tiny, tmp_path_factory):
     """Result of the in-process pipeline for the script."""
     out = tmp_path_factory.mktemp("undisturbed")
     pipeline = VideoGenerationPipeline(tiny, out)
-    plans = [pipeline.plan(line.shot) for line in iter_script(script, profile_defaults=tiny.defaults)]
+    plans = [pipeline.plan(line.shot) for line in iter_script(ScriptSettings(script, profile_defaults=tiny.defaults))]
     for planned in plans:
         pipeline.render(planned.shot)
     pipeline.close()
@@ -263,13 +259,13 @@ def test_large_models_are_placed_on_large_gpus(nodes, with_large_flux, tmp_path)
     ray.init(address=nodes.address, log_to_driver=False)
     try:
         report = render(
-            iter_script(script, profile_defaults=with_large_flux.defaults),
+            ScriptSettings(script, profile_defaults=with_large_flux.defaults),
             with_large_flux,
             OutputFolder(tmp_path / "out"),
-            source=script.name,
+            RenderOptions(
+                cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in gpus)), stages=FAKES
+            ),
             listener=Events(lambda: used_nodes.update(nodes_of_the_workers())),
-            cluster=Machines(tuple(Node((gb, gb), 8, None, ("ray.io/node-id", node)) for gb, node in gpus)),
-            stages=FAKES,
         )
     finally:
         ray.shutdown()
@@ -290,9 +286,9 @@ def test_gpus_that_ray_cannot_distinguish_are_an_error(with_large_flux, make_sho
 
 
 @pytest.mark.timeout(900)
-def test_run_survives_crashes_of_workers_encoders_director_and_node(nodes, script, undisturbed, tmp_path):
+def test_run_survives_crashes_of_workers_encoders_and_node(nodes, script, undisturbed, tmp_path):
     out, rng = tmp_path / "out", random.Random(1)
-    disturbances = [kill_upscaler, kill_encoder, kill_director, lose_node]
+    disturbances = [kill_upscaler, kill_encoder, kill_worker, lose_node]
     record = render_with(disturbances, script, out, nodes, undisturbed.calls, rng)
     assert record.counts.total() >= 3, summary(record, undisturbed)
     check_results(out, record, undisturbed)
@@ -303,7 +299,7 @@ def test_run_survives_crashes_of_workers_encoders_director_and_node(nodes, scrip
 @pytest.mark.parametrize("seed", range(5))
 def test_run_survives_random_crashes(nodes, script, undisturbed, tmp_path, seed, capsys):
     out, rng = tmp_path / "out", random.Random(seed)
-    kinds = [kill_worker, kill_worker, kill_upscaler, kill_encoder, kill_director, lose_node, kill_driver]
+    kinds = [kill_worker, kill_worker, kill_upscaler, kill_encoder, kill_encoder, lose_node, kill_driver]
     record = render_with(rng.sample(kinds, len(kinds)), script, out, nodes, undisturbed.calls, rng)
     with capsys.disabled():
         print(f"\nseed {seed}: {summary(record, undisturbed)}")  # noqa: T201  # the long form prints a summary

@@ -93,7 +93,7 @@ def test_eta_grows_while_no_shot_finishes():
 
 
 def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
-    tracker.on_planned(1100, 1000, 0)
+    tracker.on_lines(1100, 1000, 0, complete=True)
     clock.now = 100
     tracker.on_status(IDLE)
     clock.now = 600
@@ -110,7 +110,7 @@ def test_eta_excludes_weight_loading_and_skipped_lines(tracker, clock):
 def test_rejected_lines_do_not_count_as_throughput(tracker, clock):
     for n in range(100):
         tracker.on_rejected(row(f"s{n}", "failed"))
-    tracker.on_planned(200, 0, 100)
+    tracker.on_lines(200, 0, 100, complete=True)
     clock.now = 1
     assert (tracker.failed, tracker.remaining) == (100, 100)
     assert tracker.is_waiting_for_first_shot
@@ -119,7 +119,7 @@ def test_rejected_lines_do_not_count_as_throughput(tracker, clock):
 
 def test_throughput_of_a_long_run_uses_a_bounded_number_of_finish_times(tracker, clock, monkeypatch):
     monkeypatch.setattr("vidgen_ray.cli.progress_tracker.MAX_FINISH_TIMES", 100)
-    tracker.on_planned(20_000, 0, 0)
+    tracker.on_lines(20_000, 0, 0, complete=True)
     for n in range(10_000):
         clock.now = n + 1
         tracker.on_finished(row("s"))
@@ -133,7 +133,7 @@ def test_throughput_of_a_long_run_uses_a_bounded_number_of_finish_times(tracker,
 def test_line_view_prints_a_line_per_shot_of_a_small_run(clock):
     view, printed = line_view(clock)
     with view:
-        view.on_planned(3, 1, 0)
+        view.on_lines(3, 1, 0, complete=True)
         view.on_finished(row("ball"))
         clock.now = 1
         view.on_finished(row("cube", "failed"))
@@ -148,7 +148,7 @@ def test_line_view_prints_a_line_per_shot_of_a_small_run(clock):
 def test_line_view_prints_summaries_and_failures_of_a_large_run(clock):
     view, printed = line_view(clock)
     with view:
-        view.on_planned(10_000, 0, 0)
+        view.on_lines(10_000, 0, 0, complete=True)
         for n in range(1000):
             clock.now = n / 10
             view.on_status(BUSY)
@@ -169,17 +169,32 @@ def test_line_view_prints_summaries_and_failures_of_a_large_run(clock):
 def test_line_view_prints_the_phase_of_a_small_run_every_minute(clock):
     view, printed = line_view(clock)
     with view:
-        view.on_planned(2, 0, 0)
+        view.on_lines(2, 0, 0, complete=True)
         for second in range(150):
             clock.now = second
             view.on_status(IDLE if second < 70 else BUSY)
     assert [line.split("s  ", 1)[1] for line in printed()[2:]] == [LOADING, FIRST_SHOTS]
 
 
+def test_line_view_prints_messages_and_the_lines_read_so_far(clock):
+    view, printed = line_view(clock)
+    with view:
+        view.on_lines(500, 0, 1, complete=False)
+        view.on_message("run/1/worker/0/0 is quarantined: failed for flux on different shots in a row")
+        view.on_lines(700, 0, 1, complete=False)
+        view.on_lines(900, 2, 1, complete=True)
+    assert [line.split("s  ", 1)[1] for line in printed()[:-1]] == [
+        "500 shots so far, 0 already done, 1 lines rejected",
+        LOADING,
+        "run/1/worker/0/0 is quarantined: failed for flux on different shots in a row",
+        "900 shots, 2 already done, 1 lines rejected",
+    ]
+
+
 def test_failure_is_printed_as_one_line_without_control_characters(clock):
     view, printed = line_view(clock)
     with view:
-        view.on_planned(1, 0, 0)
+        view.on_lines(1, 0, 0, complete=True)
         view.on_finished(row("a", "failed", failure_message="CUDA error\n  at layer 3\r\x1b[2J" + "x" * 9000))
     assert len(printed()) == 3
     assert "CUDA error at layer 3 [2Jxxx" in printed()[-1]
@@ -191,7 +206,7 @@ def test_number_of_printed_failures_is_limited(clock):
     with view:
         for n in range(5000):
             view.on_rejected(row(f"s{n}", "failed", failure_stage="script"))
-        view.on_planned(5000, 0, 5000)
+        view.on_lines(5000, 0, 5000, complete=True)
     assert len(printed()) == 1 + progress.MAX_FAILURES + 1 + 1
     assert "all of them are in failures.jsonl" in printed()[-3]
 
@@ -202,7 +217,7 @@ def test_number_of_printed_failures_is_limited(clock):
 def test_terminal_view_shows_the_phases_of_a_run(clock):
     view, frame = terminal_view(clock)
     assert PLANNING in frame()
-    view.on_planned(40, 4, 0)
+    view.on_lines(40, 4, 0, complete=True)
     assert LOADING in frame()
     view.on_status(IDLE)
     assert LOADING in frame()
@@ -221,7 +236,7 @@ def test_terminal_view_shows_the_phases_of_a_run(clock):
 
 def test_terminal_view_updates_the_estimate_with_each_status(clock):
     view, frame = terminal_view(clock)
-    view.on_planned(2, 0, 0)
+    view.on_lines(2, 0, 0, complete=True)
     view.on_status(BUSY)
     clock.now = 10
     view.on_finished(row("a"))
@@ -234,7 +249,7 @@ def test_terminal_view_updates_the_estimate_with_each_status(clock):
 def test_last_frame_has_counts_but_no_estimate(clock):
     view, frame = terminal_view(clock)
     with view:
-        view.on_planned(2, 0, 0)
+        view.on_lines(2, 0, 0, complete=True)
         view.on_status(BUSY)
         clock.now = 10
         view.on_finished(row("a"))
@@ -249,7 +264,7 @@ def test_last_frame_has_counts_but_no_estimate(clock):
 def test_last_frame_of_an_interrupted_run_has_no_estimate(clock):
     view, frame = terminal_view(clock)
     with view:
-        view.on_planned(3, 0, 0)
+        view.on_lines(3, 0, 0, complete=True)
         view.on_status(BUSY)
         clock.now = 10
         view.on_finished(row("a"))
@@ -268,28 +283,33 @@ def read(path):
 def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
     path = tmp_path / "out" / "progress.jsonl"
     with ProgressFile(path, clock) as file:
-        file.on_planned(4, 1, 0)
+        file.on_lines(2, 0, 0, complete=False)
+        file.on_lines(4, 1, 0, complete=True)
+        file.on_message("a worker is quarantined")
         for second in range(12):
             clock.now = second
             file.on_status(BUSY)
         file.on_finished(row("ball", seconds=3.5))
         file.on_finished(row("cube", "failed"))
-        assert len(read(path)) == 6, "complete lines must be written immediately"
+        assert len(read(path)) == 7, "complete lines must be written immediately"
     events = read(path)
-    assert [event["event"] for event in events] == ["planned", "status", "status", "status", "ended", "ended", "finished"]
+    assert [event["event"] for event in events] == [
+        *("planned", "message", "status", "status", "status", "ended", "ended", "finished"),
+    ]
     assert events[0].items() >= {"total": 4, "done_before": 1, "refused": 0}.items()
-    assert events[1]["stages"]["svd"] == {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}
-    assert events[1].items() >= {"gpus_busy": 0.93, "in_progress": 21, "remaining": 3, "eta_s": None}.items()
-    assert events[4].items() >= {"id": "ball", "status": "done", "seconds": 3.5, "elapsed_s": 11.0}.items()
-    assert events[5].items() >= {"id": "cube", "status": "failed", "stage": "svd", "error": "StageError"}.items()
-    assert events[6].items() >= {"done": 1, "failed": 1, "skipped": 1, "complete": False, "error": None}.items()
+    assert events[1]["message"] == "a worker is quarantined"
+    assert events[2]["stages"]["svd"] == {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}
+    assert events[2].items() >= {"gpus_busy": 0.93, "in_progress": 21, "remaining": 3, "eta_s": None}.items()
+    assert events[5].items() >= {"id": "ball", "status": "done", "seconds": 3.5, "elapsed_s": 11.0}.items()
+    assert events[6].items() >= {"id": "cube", "status": "failed", "stage": "svd", "error": "StageError"}.items()
+    assert events[7].items() >= {"done": 1, "failed": 1, "skipped": 1, "complete": False, "error": None}.items()
     assert all(event["at"].endswith("+00:00") for event in events)
 
 
 def test_progress_file_of_an_interrupted_run_names_the_error(tmp_path):
     path = tmp_path / "progress.jsonl"
     file = ProgressFile(path)
-    file.on_planned(1, 0, 0)
+    file.on_lines(1, 0, 0, complete=True)
     file.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert read(path)[-1].items() >= {"event": "finished", "complete": False, "error": "KeyboardInterrupt"}.items()
 
@@ -298,7 +318,7 @@ def test_progress_file_of_the_previous_run_is_kept(tmp_path):
     path = tmp_path / "progress.jsonl"
     for total in (1, 2, 3):
         with ProgressFile(path) as file:
-            file.on_planned(total, 0, 0)
+            file.on_lines(total, 0, 0, complete=True)
     assert read(path)[0]["total"] == 3
     assert read(tmp_path / "progress.1.jsonl")[0]["total"] == 2
     assert len(list(tmp_path.iterdir())) == 2
@@ -314,14 +334,14 @@ def test_progress_file_is_unchanged_if_the_run_was_not_planned(tmp_path):
 
 def test_progress_file_write_errors_do_not_stop_the_run(tmp_path):
     with ProgressFile(tmp_path / "progress.jsonl") as file:
-        file.on_planned(1, 0, 0)
+        file.on_lines(1, 0, 0, complete=True)
         file._file.close()
         file._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
         file.on_finished(row("a"))
         file.on_finished(row("b"))
     (tmp_path / "taken").write_text("")
     with ProgressFile(tmp_path / "taken" / "progress.jsonl") as file:
-        file.on_planned(1, 0, 0)
+        file.on_lines(1, 0, 0, complete=True)
         file.on_finished(row("a"))
 
 
@@ -330,7 +350,7 @@ def test_progress_file_write_errors_do_not_stop_the_run(tmp_path):
 
 def test_run_view_prints_to_stderr_and_writes_the_progress_file(tmp_path, capsys):
     with run_view(tmp_path / "progress.jsonl") as view:
-        view.on_planned(1, 0, 0)
+        view.on_lines(1, 0, 0, complete=True)
         view.on_status(BUSY)
         view.on_finished(row("ball"))
     printed = capsys.readouterr()

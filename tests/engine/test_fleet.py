@@ -30,6 +30,9 @@ class TinyActor:
         context = ray.get_runtime_context()
         return context.get_node_id(), context.get_accelerator_ids()["GPU"], os.getpid()
 
+    def close(self):
+        """Do nothing. There are no cache entries to write."""
+
 
 class Listener:
     """Records the events of a fleet."""

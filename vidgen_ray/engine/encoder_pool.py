@@ -45,7 +45,8 @@ class EncoderPool:
         self._observer = observer
         self._open: dict[ActorClient, int] = {}
         """Encoder -> open clips."""
-        self._up: dict[ActorClient, asyncio.Task[Failure | None]] = {}
+        self._up: dict[ActorClient, asyncio.Future[Failure | None]] = {}
+        """Encoder -> the failure, once it has started, or `None` if it is up."""
         self._changed = asyncio.Event()
         """Set when an encoder has become usable or free."""
         self._isolation_lock = asyncio.Lock()
@@ -72,7 +73,7 @@ class EncoderPool:
 
     @property
     def quarantined(self) -> list[str]:
-        """Encoders in quarantine, with their nodes."""
+        """Encoders in quarantine or given up, with their nodes."""
         return [client.location for client in self._quarantined]
 
     async def write(
@@ -99,11 +100,12 @@ class EncoderPool:
                     self._reserved = None
                     self._changed.set()
 
-        def report(encoder: ActorClient, own_failure: bool) -> None:
+        def report(failed: AttemptFailed, own_failure: bool) -> None:
+            encoder = failed.process.key
             if not own_failure:
                 self._health.forgive(encoder, plan.key)
             elif self._health.failed(encoder, plan.key):
-                self._quarantine(encoder)
+                self._quarantine(encoder, f"failed to write different shots in a row, the last time with: {failed}")
 
         def candidates() -> Sequence[Process[ActorClient]]:
             return [Process(client, client.node) for client in self._usable()]
@@ -128,7 +130,7 @@ class EncoderPool:
         except _EncodingFailed as failed:
             raise AttemptFailed(failed.kind, failed.failure, process) from None
         except ActorCallFailed as lost:
-            if self._up[encoder].done():
+            if encoder in self._usable():
                 self._start(encoder, 0.0)
             raise AttemptFailed(lost.kind, lost.failure(OUTPUT), process, lost.loss) from None
         finally:
@@ -178,12 +180,19 @@ class EncoderPool:
             self._health.started(encoder, encoder.node)
         return failure
 
-    def _quarantine(self, encoder: ActorClient) -> None:
-        """Restart an encoder after a back-off."""
+    def _quarantine(self, encoder: ActorClient, reason: str) -> None:
+        """Restart an encoder after a back-off, or give it up."""
         self._quarantined.add(encoder)
         delay_s = self._health.quarantine(encoder)
-        self._observer.quarantined(encoder.location, "failed to write different shots in a row")
+        self._observer.quarantined(encoder.location, reason)
         self._up[encoder].cancel()
+        if self._health.is_hopeless(encoder):
+            message = f"{encoder.name}: {reason}, also after restarts"
+            failure = Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=encoder.location)
+            self._up[encoder] = asyncio.get_running_loop().create_future()
+            self._up[encoder].set_result(failure)
+            self._changed.set()
+            return
         encoder.restart()
         self._start(encoder, delay_s)
 

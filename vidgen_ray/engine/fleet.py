@@ -215,7 +215,10 @@ class Fleet:
         The request for a slot of the layout stays: its workers start again as soon as there is a node.
         """
         for reservation in list(self._reservations):
-            if reservation.slot is None or reservation.unplaced_since is None:
+            if reservation.unplaced_since is None:
+                continue
+            if reservation.slot is None:
+                await self._replace_encoder(reservation)
                 continue
             limit_s = self._patience_s(reservation)
             if now - reservation.unplaced_since < limit_s:
@@ -229,6 +232,17 @@ class Fleet:
             if reservation.added or needs_lost_node:
                 self._reservations.remove(reservation)
                 await self._do(self._remove_unused_groups)
+
+    async def _replace_encoder(self, reservation: _Reservation) -> None:
+        """Start another encoder on any node if that of the complete set was lost with its node.
+
+        Ray places all lost bundles of a placement group together, so the encoder would wait for a GPU.
+        """
+        lost, reservation.actors = reservation.actors, {}
+        if lost:
+            name = self._config.encoder_name(next(self._encoder_numbers))
+            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
+            await self._do(_kill, list(lost.values()))
 
     def _patience_s(self, reservation: _Reservation) -> float:
         """Return the seconds after which a slot without a node is given up."""

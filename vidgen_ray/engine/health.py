@@ -1,7 +1,7 @@
 """Health of workers, encoders and their nodes: which ones are quarantined, and for how long. Does not use Ray or clocks.
 
 A process whose last `FAILURES` calls failed for different shots is quarantined: it is restarted after a back-off, then gets one
-call at a time until one succeeds. If several processes of a node are quarantined, the rest of the node follows.
+call at a time until one succeeds. If half of the processes of a node, and at least two, are quarantined, the rest follows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ MAX_BACK_OFF_S = 300.0
 MAX_QUARANTINES = 3
 """Quarantines in a row after which a process is given up if another one holds its stages."""
 NODE_QUARANTINES = 2
-"""Processes of a node in quarantine at the same time after which the whole node is quarantined."""
+"""Fewest processes of a node in quarantine at the same time after which the whole node may be quarantined."""
+NODE_SHARE = 0.5
+"""Share of them among the processes of the node. Two sick GPUs do not stop the other six of their node."""
 
 
 @dataclass(slots=True)
@@ -81,12 +83,12 @@ class Health:
         return self._records[process].quarantines >= MAX_QUARANTINES
 
     def sick_node(self, process: Hashable) -> str | None:
-        """Return the node of the process if it must be quarantined as a whole, because several processes on it are."""
+        """Return the node of the process if it must be quarantined as a whole, because half of them are."""
         node = self._records[process].node
         if node is None:
             return None
-        sick = sum(record.quarantined for record in self._records.values() if record.node == node)
-        return node if sick >= NODE_QUARANTINES else None
+        quarantined = [record.quarantined for record in self._records.values() if record.node == node]
+        return node if sum(quarantined) >= max(NODE_QUARANTINES, NODE_SHARE * len(quarantined)) else None
 
     def forget(self, process: Hashable) -> None:
         """Remove the record of a process that is gone for good."""

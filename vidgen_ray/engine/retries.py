@@ -83,7 +83,7 @@ class InputsLost(Exception):
 async def run_with_retries(
     attempt: Callable[[frozenset[P], bool], Awaitable[R]],
     candidates: Callable[[], Sequence[Process[P]]],
-    report: Callable[[P, bool], None],
+    report: Callable[[AttemptFailed, bool], None],
     *,
     limit: int,
     observer: EngineObserver,
@@ -91,8 +91,9 @@ async def run_with_retries(
     """Return the result of `attempt`, repeated until it succeeds or the shot has failed.
 
     `attempt` gets the processes to avoid, and whether the call must run alone on its process. It raises AttemptFailed.
-    `candidates` returns the live processes that could run the call. `report` gets the processes whose failure was their own
-    (True), or turned out to be the shot's (False). `limit`: attempts, counting the first. Raises ShotFailed.
+    `candidates` returns the processes that could run the call, now or once they have started. `report` gets the attempts whose
+    failure was that of their process (True), or turned out to be the shot's (False). `limit`: attempts, counting the first.
+    Attempts lost with a node or a connection do not count. Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
     suspect = False
@@ -104,12 +105,12 @@ async def run_with_retries(
             if failure.kind is Kind.NOT_RUN:
                 continue
             if failure.kind is Kind.SHARED_CRASH:
-                suspect = True
+                suspect = suspect or await _is_own(failure)
                 continue
             failed.append(failure)
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:
-                report(failure.process.key, True)
+                report(failure, True)
             if len(failed) + suspect >= limit:
                 failed = [each for each in failed if await _is_own(each)]
             last = failure.failure
@@ -124,7 +125,7 @@ async def run_with_retries(
             for each in failed:
                 # The shot is fine: another process rendered it.
                 if each.kind is Kind.INPUT:
-                    report(each.process.key, True)
+                    report(each, True)
             return result
 
 
@@ -153,11 +154,11 @@ def _next(failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[P
     return on_tried_processes if others else frozenset()
 
 
-def _report_confirmed(failed: Sequence[AttemptFailed], report: Callable[[P, bool], None]) -> None:
+def _report_confirmed(failed: Sequence[AttemptFailed], report: Callable[[AttemptFailed, bool], None]) -> None:
     """Report the failures as the shot's own if several processes failed with the same error."""
     if len({each.process.key for each in failed}) > 1 and len({each.failure.error for each in failed}) == 1:
         for each in failed:
-            report(each.process.key, False)
+            report(each, False)
 
 
 def first_line(error: object) -> str:

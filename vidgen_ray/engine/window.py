@@ -41,7 +41,8 @@ class Window:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self._leave(size)
-                else:
+                # Otherwise a shot that left the window in the meantime has removed the cancelled one.
+                elif (turn, size) in self._waiting:
                     self._waiting.remove((turn, size))
                     self._admit_waiting()
                 raise

@@ -6,8 +6,9 @@ Runs in the engine's event loop. Independent of what is called.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -38,6 +39,12 @@ LOAD_BACK_OFF_S = 1.0
 """Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
 SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
 """Errors of a first load that another attempt cannot avoid."""
+MIN_SLOW_S = 10.0
+SLOW_FACTOR = 5.0
+"""A call that has run longer than both MIN_SLOW_S and SLOW_FACTOR times the longest recent call of its stage may hang. The work
+behind it goes to other workers."""
+RECENT_CALLS = 32
+"""Calls per stage whose durations are kept."""
 PROGRESS_POLL_S = 0.25
 """Seconds between two progress requests for a call whose caller wants to know."""
 
@@ -68,6 +75,14 @@ class WorkerPool:
         self._quarantined: set[WorkerState] = set()
         self._given_up: dict[WorkerState, Failure] = {}
         self._fatal_failure: Failure | None = None
+        self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_CALLS))
+        """First stage of a call -> durations of the last calls."""
+        self._watched: dict[WorkerState, tuple[Work, asyncio.TimerHandle]] = {}
+        """Running call of each worker, and the timer that checks whether it takes too long."""
+        self._recalled: dict[Work, asyncio.Future[None]] = {}
+        """Assigned work -> set when it must go to another worker."""
+        self._changed = asyncio.Event()
+        """Set, and replaced, when a worker has started, is quarantined or is given up."""
         self.first_call = time.time_ns()
         """Higher than the calls of earlier engines with the same workers."""
         self._calls = count(self.first_call)
@@ -93,6 +108,8 @@ class WorkerPool:
         """Cancel the background tasks."""
         for task in self._starting.values():
             task.cancel()
+        for _, timer in self._watched.values():
+            timer.cancel()
 
     @property
     def fatal_failure(self) -> Failure | None:
@@ -128,17 +145,22 @@ class WorkerPool:
         async def attempt(avoid: frozenset[WorkerState], alone: bool) -> tuple[CallResult, RemoteArtefacts]:
             # Each attempt needs its own Work object.
             work = replace(requested, alone=alone, avoid=avoid)
+            while self._must_wait(work):
+                await self._changed.wait()
             worker = await self._worker_for(work)
             return await self._attempt(worker, work, timeout_s, method, plan, *args, on_progress=on_progress)
 
-        def report(worker: WorkerState, own_failure: bool) -> None:
+        def report(failed: AttemptFailed, own_failure: bool) -> None:
+            worker = failed.process.key
             if not own_failure:
                 self._health.forgive(worker, requested.order)
             elif self._health.failed(worker, requested.order):
-                self._quarantine(worker, f"failed for {requested.stage} on different shots in a row")
+                stage = requested.stage
+                self._quarantine(worker, f"failed for {stage} on different shots in a row, the last time with: {failed}")
 
         def candidates() -> Sequence[Process[WorkerState]]:
-            return [Process(worker, worker.node) for worker in self._scheduler.holders(requested.stage) if worker.live]
+            holders = self._scheduler.holders(requested.stage)
+            return [Process(worker, worker.node) for worker in holders if worker.live or self._is_starting(worker)]
 
         return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
@@ -156,11 +178,18 @@ class WorkerPool:
         running = asyncio.ensure_future(
             client.call(method, number, plan, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
         )
+        recalled = self._recalled[work] = asyncio.get_running_loop().create_future()
         busy = True
         try:
             if on_progress is not None:
-                await self._follow(running, client, number, on_progress)
-            result, output = await asyncio.shield(running)
+                await self._follow(running, recalled, client, number, on_progress)
+            await asyncio.wait([running, recalled], return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                client.send("cancel", number)
+                running.add_done_callback(_ignore_error)
+                failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
+                raise AttemptFailed(Kind.NOT_RUN, failure, Process(worker, worker.node))
+            result, output = running.result()
             if result.failure is not None:
                 process = Process(worker, worker.node)
                 if result.context_broken:
@@ -181,20 +210,27 @@ class WorkerPool:
             self._mark_down(worker)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), Process(worker, worker.node), lost.loss) from None
         finally:
+            del self._recalled[work]
             if busy:
                 self._finished(worker, work)
+        self._seconds[work.stage].append(sum(record.seconds for record in result.records))
         self._health.succeeded(worker)
         self._scheduler.set_probation(worker, False)
         return result, RemoteArtefacts(output, worker)
 
     async def _follow(
-        self, running: asyncio.Future[Any], client: ActorClient, number: int, on_progress: ProgressCallback
+        self,
+        running: asyncio.Future[Any],
+        recalled: asyncio.Future[None],
+        client: ActorClient,
+        number: int,
+        on_progress: ProgressCallback,
     ) -> None:
-        """Report the progress of a call until it ends."""
+        """Report the progress of a call until it ends or is recalled."""
         last: Progress | None = None
-        while not running.done():
-            await asyncio.wait([running], timeout=PROGRESS_POLL_S)
-            if running.done():
+        while True:
+            done, _ = await asyncio.wait([running, recalled], timeout=PROGRESS_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            if done:
                 return
             # The call itself fails if the worker is lost.
             with suppress(ray.exceptions.RayError):
@@ -205,7 +241,59 @@ class WorkerPool:
 
     def _finished(self, worker: WorkerState, work: Work) -> None:
         self._scheduler.finished(worker, work)
+        self._watch(worker)
         self._assign_waiting()
+
+    def _watch(self, worker: WorkerState) -> None:
+        """Check later whether the running call of the worker takes too long."""
+        running = next(iter(worker.assigned), None)
+        if worker in self._watched:
+            watched, timer = self._watched[worker]
+            if watched is running:
+                return
+            timer.cancel()
+            del self._watched[worker]
+        if running is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(MIN_SLOW_S, self._recall_if_slow, worker, running, loop.time())
+            self._watched[worker] = running, timer
+
+    def _recall_if_slow(self, worker: WorkerState, running: Work, started: float) -> None:
+        """Send the work behind a call that may hang to other workers."""
+        if next(iter(worker.assigned), None) is not running:
+            return
+        loop = asyncio.get_running_loop()
+        usual_s = max(self._seconds[running.stage], default=math.inf)
+        left_s = max(MIN_SLOW_S, SLOW_FACTOR * usual_s) - (loop.time() - started)
+        if left_s > 0:
+            timer = loop.call_later(min(left_s, MIN_SLOW_S), self._recall_if_slow, worker, running, started)
+            self._watched[worker] = running, timer
+            return
+        # No more work is prefetched until a call succeeds.
+        self._scheduler.set_probation(worker, True)
+        for work in self._scheduler.recall(worker):
+            # It is added again as another attempt.
+            self._scheduler.remove(work)
+            recalled = self._recalled.get(work)
+            if recalled is not None and not recalled.done():
+                recalled.set_result(None)
+        self._assign_waiting()
+
+    def _is_starting(self, worker: WorkerState) -> bool:
+        """Return whether the worker starts, and not because it was quarantined."""
+        return worker in self._starting and worker not in self._quarantined
+
+    def _must_wait(self, work: Work) -> bool:
+        """Return whether all live workers have failed for the work, but another one starts."""
+        if not work.avoid or self._fatal_failure is not None:
+            return False
+        others = [worker for worker in self._scheduler.holders(work.stage) if worker not in work.avoid]
+        return not any(worker.live for worker in others) and any(map(self._is_starting, others))
+
+    def _notify(self) -> None:
+        """Wake the calls that wait for a change of a worker's state."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def _worker_for(self, work: Work) -> WorkerState:
         if self._fatal_failure is not None:
@@ -218,7 +306,7 @@ class WorkerPool:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self._scheduler.finished(future.result(), work)
+                self._finished(future.result(), work)
             self._scheduler.remove(work)
             raise
         finally:
@@ -231,6 +319,7 @@ class WorkerPool:
                 self._scheduler.finished(worker, work)
             else:
                 future.set_result(worker)
+                self._watch(worker)
 
     # Crashes, restarts and quarantine
 
@@ -248,6 +337,7 @@ class WorkerPool:
         self._quarantined.add(worker)
         delay_s = self._health.quarantine(worker)
         self._observer.quarantined(client.location, reason)
+        self._notify()
         if self._health.is_hopeless(worker):
             message = f"{client.name}: {reason}, also after restarts"
             self._give_up(
@@ -284,6 +374,7 @@ class WorkerPool:
                 self._scheduler.set_probation(worker, self._health.is_on_probation(worker))
                 self._scheduler.started(worker)
                 self._assign_waiting()
+                self._notify()
                 return
             if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:
                 self._starting.pop(worker, None)
@@ -305,6 +396,7 @@ class WorkerPool:
             for future in self._assigned.values():
                 if not future.done():
                     future.set_exception(ShotFailed(failure))
+        self._notify()
 
     def _holders(self, stage: str) -> list[WorkerState]:
         return [worker for worker in self._clients if stage in worker.spec.stages and worker not in self._given_up]

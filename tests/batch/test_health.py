@@ -1,0 +1,328 @@
+"""Faults that are not crashes, on real processes: sick GPUs, nodes and encoders, failing loads, hanging calls, lost nodes."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
+from tests.batch.test_batch import Events
+from tests.fake_stages import FAKES
+from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.errors import MediaError, SetupError, StageError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.script.reader import ScriptSettings
+from vidgen_ray.stages.base import to_uint8
+
+ROOT = Path(__file__).parent.parent.parent
+MEMORY = {"object_store_memory": 200 << 20}
+ONE_NODE, TWO_NODES = "2x80GB", "2x2x80GB"
+WORK_S = 0.1
+"""Simulated duration of a shot."""
+IMAGE = {"generate_video": False}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Cluster whose only node has two simulated GPUs."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 12, "num_gpus": 2, "include_dashboard": False, **MEMORY}
+    )
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.pop("PYTHONPATH")
+
+
+@pytest.fixture
+def second_node(cluster):
+    """Node with two more GPUs."""
+    added = cluster.add_node(num_cpus=12, num_gpus=2, **MEMORY)
+    cluster.wait_for_nodes()
+    yield added
+    if added in cluster.worker_nodes:
+        cluster.remove_node(added, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def profile(tiny):
+    """Profile with all actors on a GPU. Together they fit on one GPU, so each GPU has one worker."""
+    sizes = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
+    actors = {
+        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 60, "cpus": 0.5})
+        for name, gb in sizes.items()
+    }
+    return tiny.model_copy(update={"name": "fakes", "layout": "fused", "actors": actors, "cpu_workers": None})
+
+
+class Statuses(Events):
+    """Listener that also records the names of quarantined processes in all snapshots."""
+
+    def __init__(self):
+        super().__init__()
+        self.quarantined = set()
+
+    def on_status(self, snapshot):
+        self.quarantined.update(snapshot.quarantined)
+
+
+def run(tmp_path, profile, lines, fakes=FAKES, gpus=ONE_NODE, listener=None, folder=OutputFolder, **options):
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    out = tmp_path / "out"
+    report = render(
+        ScriptSettings(script, profile_defaults=profile.defaults),
+        profile,
+        folder(out),
+        RenderOptions(cluster=parse_gpus(gpus), stages=fakes, **options),
+        listener=listener or Events(),
+    )
+    return report, {row.id: row for row in read_manifest(out)}
+
+
+def images(count):
+    return [{"id": f"s{n:02}", "prompt": f"shot {n}", **IMAGE} for n in range(count)]
+
+
+def worker_on(place, log):
+    """Return the name of the worker on a GPU or node, from a log with lines of place and name."""
+    return next(line.split()[1] for line in log.read_text().splitlines() if line.split()[0] == place)
+
+
+# A GPU
+
+
+@pytest.mark.parametrize("error", [RuntimeError, pytest.param(MediaError, marks=pytest.mark.slow)])
+def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, profile, tmp_path, error):
+    log = tmp_path / "log"
+
+    def fail_on_gpu_0(shot):
+        append(log, f"{gpu()} {actor_name()}")
+        if gpu() == "0":
+            raise error("it is broken")
+        time.sleep(WORK_S)  # the work
+
+    listener = Statuses()
+    report, rows = run(tmp_path, profile, images(40), stages(fail_on_gpu_0), listener=listener)
+    assert (report.done, report.failed) == (40, 0), {row.id: row.failure_message for row in rows.values()}
+    sick = worker_on("0", log)
+    assert report.quarantined
+    assert all(entry.startswith(f"{sick} (") and "failed for flux on different shots" in entry for entry in report.quarantined)
+    assert listener.messages == list(report.quarantined)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["quarantined"] == list(report.quarantined)
+    assert listener.quarantined
+    assert all(entry.startswith(f"{sick} (") for entry in listener.quarantined)
+
+
+def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path):
+    def fail(shot):
+        raise RuntimeError("the model is broken")
+
+    with pytest.raises(SetupError, match="the model is broken"):
+        run(tmp_path, profile, images(60), stages(fail))
+    assert 0 < len(list(read_manifest(tmp_path / "out"))) < 60
+
+
+def test_script_of_wrong_photos_does_not_stop_the_run(cluster, profile, tmp_path):
+    def refuse(shot):
+        raise StageError("no face found")
+
+    report, _ = run(tmp_path, profile, images(30), stages(refuse))
+    assert (report.failed, report.left, report.quarantined) == (30, 0, ())
+
+
+def test_nan_fails_the_line_with_the_name_of_the_stage(cluster, profile, tmp_path):
+    def make_nan(shot):
+        if shot.prompt == "nan":
+            to_uint8(np.full((shot.height, shot.width, 3), np.nan))
+
+    report, rows = run(tmp_path, profile, [*images(4), {"id": "nan", "prompt": "nan"}], stages(make_nan))
+    assert (report.done, report.failed) == (4, 1)
+    row = rows["nan"]
+    assert (row.failure_stage, row.failure_error) == ("flux", "StageError")
+    assert "NaN" in row.failure_message
+    assert len(list((tmp_path / "out").glob("cache/*/*/*"))) == 4
+    assert not list((tmp_path / "out" / "shots").rglob("nan/*"))
+
+
+# Loading
+
+
+@pytest.mark.parametrize("failures", [2, pytest.param(1000, marks=pytest.mark.slow)])
+def test_load_that_fails_on_one_gpu_costs_no_line(cluster, profile, tmp_path, failures):
+    """It is tried again in new processes. A worker that never loads is given up while another one goes on."""
+    loads, tried = tmp_path / "loads", tmp_path / "tried"
+
+    def load():
+        if gpu() != "0":
+            return
+        number = append(loads, f"{os.getpid()}")
+        if number > 2:
+            tried.touch()
+        if number <= failures:
+            raise RuntimeError("CUDA error: cannot load")
+
+    listener = Events()
+    lines = [{"id": "late", "prompt": f"until {tried}", **IMAGE}, *images(6)]
+    report, _ = run(tmp_path, profile, lines, stages(on_load=load), listener=listener)
+    assert (report.done, report.failed) == (7, 0)
+    assert len(set(loads.read_text().split())) == 3, "each attempt has a process of its own"
+    assert any("cannot load its weights: CUDA error: cannot load" in message for message in listener.messages)
+
+
+def test_load_that_fails_on_every_gpu_stops_the_run(cluster, profile, tmp_path):
+    def load():
+        raise RuntimeError("the weights are damaged")
+
+    with pytest.raises(SetupError, match="the weights are damaged"):
+        run(tmp_path, profile, images(3), stages(on_load=load))
+
+
+# Single calls
+
+
+@pytest.mark.slow
+def test_hanging_call_delays_no_other_line(cluster, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.engine.worker_pool.MIN_SLOW_S", 1.0)
+    starts, done_before = tmp_path / "starts", tmp_path / "done_before"
+
+    def hang(shot):
+        if shot.prompt != "hang":
+            return
+        # The second attempt starts after the timeout of the first.
+        if append(starts, "start") == 2:
+            done_before.write_text(str(len(list((tmp_path / "out").glob("shots/**/shot.json")))))
+        time.sleep(3600)
+
+    slow = {name: actor.model_copy(update={"timeout_s": 8}) for name, actor in profile.actors.items()}
+    lines = [*images(3), {"id": "hangs", "prompt": "hang", **IMAGE}, *({**line, "id": f"t{line['id']}"} for line in images(15))]
+    report, rows = run(
+        tmp_path, profile.model_copy(update={"actors": slow}), lines, stages(hang), attempts=2, listener=Events()
+    )
+    assert (report.done, report.failed) == (18, 1)
+    assert rows["hangs"].failure_error == "TimedOut"
+    assert done_before.read_text() == "18"
+
+
+def test_suspect_of_a_crash_gets_its_turn_while_workers_are_busy(cluster, profile, tmp_path):
+    def work(shot):
+        time.sleep(WORK_S)
+
+    listener = Events()
+    lines = images(40)
+    lines[5]["prompt"] = f"crash once {tmp_path / 'crashed'}"
+    report, _ = run(tmp_path, profile, lines, stages(work), listener=listener)
+    assert (report.done, report.failed) == (40, 0)
+    finished = [row.id for row in listener.rows]
+    assert finished.index("s05") < len(finished) - 5, "it does not wait until no other work is left"
+
+
+# Encoders
+
+
+class SickDisk(OutputFolder):
+    """Folder that some encoders cannot write to: those whose names contain `self.sick`."""
+
+    sick = "/encoder/0"
+
+    def __reduce__(self):
+        return type(self), (self._root,)
+
+    def draft(self, plan):
+        if self.sick in (actor_name() or ""):
+            raise OSError("read-only file system")
+        return super().draft(plan)
+
+
+class SickDisks(SickDisk):
+    sick = "/encoder/"
+
+
+@pytest.fixture
+def two_encoders(monkeypatch):
+    monkeypatch.setattr("vidgen_ray.planner.solver.encoders_for", lambda rate, seconds: 2)
+
+
+def test_encoder_that_fails_for_every_shot_costs_no_line(cluster, profile, tmp_path, two_encoders):
+    report, rows = run(tmp_path, profile, images(30), folder=SickDisk)
+    assert (report.done, report.failed) == (30, 0), {row.id: row.failure_message for row in rows.values()}
+    assert report.quarantined
+    assert all("/encoder/0" in entry and "failed to write different shots" in entry for entry in report.quarantined)
+
+
+@pytest.mark.slow
+def test_run_stops_if_every_encoder_fails(cluster, profile, tmp_path):
+    with pytest.raises(SetupError, match="read-only file system"):
+        run(tmp_path, profile, images(60), folder=SickDisks)
+    assert len(list(read_manifest(tmp_path / "out"))) < 60
+
+
+# Layout
+
+
+def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.BLOCK_LINES", 2)
+    log = tmp_path / "log"
+
+    def record(shot):
+        append(log, f"{shot.id} {actor_name()}")
+
+    lines = [*images(6), {"id": "clip", "prompt": "a"}, {"id": "image", "prompt": "b", **IMAGE}]
+    report, rows = run(tmp_path, profile, lines, stages(record))
+    assert (report.done, report.failed) == (8, 0)
+    assert rows["clip"].hd_video
+    engine_of = {shot: name.split("/")[1] for shot, name in (line.split() for line in log.read_text().splitlines())}
+    assert (engine_of["s00"], engine_of["clip"]) == ("1", "2")
+
+
+# Nodes
+
+
+def test_node_without_the_mount_costs_no_line(cluster, second_node, profile, tmp_path):
+    sick = second_node.node_id
+
+    def fail_on_the_second_node(shot):
+        append(tmp_path / "log", node())
+        if node() == sick:
+            raise MediaError("photo.jpg: no such file")
+        time.sleep(WORK_S)
+
+    report, rows = run(tmp_path, profile, images(40), stages(fail_on_the_second_node), gpus=TWO_NODES)
+    assert (report.done, report.failed) == (40, 0), {row.id: row.failure_message for row in rows.values()}
+    assert sick in (tmp_path / "log").read_text()
+    assert report.quarantined
+
+
+@pytest.mark.slow
+def test_lost_node_costs_no_attempt(cluster, second_node, profile, tmp_path):
+    """With a single attempt per call, a line that was in progress on the node is still rendered."""
+    started, lost = tmp_path / "started", tmp_path / "lost"
+    sick = second_node.node_id
+
+    def work(shot):
+        if node() == sick and not lost.exists():
+            append(started, shot.id)
+            while not lost.exists():
+                time.sleep(0.02)  # polls: files do not send events
+            time.sleep(3600)
+        time.sleep(WORK_S)
+
+    class LosesNode(Events):
+        def on_status(self, snapshot):
+            if not lost.exists() and started.exists() and len(started.read_text().splitlines()) == 2:
+                lost.touch()
+                cluster.remove_node(second_node, allow_graceful=False)
+
+    report, rows = run(tmp_path, profile, images(20), stages(work), gpus=TWO_NODES, listener=LosesNode(), attempts=1)
+    assert lost.exists()
+    assert (report.done, report.failed) == (20, 0), {row.id: row.failure_message for row in rows.values()}

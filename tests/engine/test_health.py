@@ -1,0 +1,83 @@
+"""Health rules: when a process or a node is quarantined, and for how long."""
+
+import pytest
+
+from vidgen_ray.engine.health import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, Health
+
+
+@pytest.fixture
+def health():
+    health = Health()
+    for name in "abcdefgh":
+        health.started(name, "node")
+    return health
+
+
+def fail(health, process, shots=FAILURES):
+    return [health.failed(process, shot) for shot in range(shots)]
+
+
+def quarantine(health, process):
+    fail(health, process)
+    return health.quarantine(process)
+
+
+def test_failures_of_different_shots_quarantine_a_process(health):
+    assert fail(health, "a") == [False] * (FAILURES - 1) + [True]
+
+
+def test_failures_of_one_shot_count_once(health):
+    assert [health.failed("a", "shot") for _ in range(2 * FAILURES)] == [False] * (2 * FAILURES)
+
+
+def test_success_and_forgiven_failures_do_not_count(health):
+    fail(health, "a", FAILURES - 1)
+    health.succeeded("a")
+    assert not any(fail(health, "a", FAILURES - 1))
+    health.forgive("a", 0)
+    assert not health.failed("a", "other")
+
+
+def test_single_failure_on_probation_quarantines_again(health):
+    quarantine(health, "a")
+    assert not health.failed("a", "shot"), "it is in quarantine already"
+    health.started("a", "node")
+    assert health.is_on_probation("a")
+    assert health.failed("a", "shot")
+    health.quarantine("a")
+    health.started("a", "node")
+    health.succeeded("a")
+    assert not health.is_on_probation("a")
+    assert not health.failed("a", "shot")
+
+
+def test_back_off_doubles_until_the_process_is_hopeless(health):
+    assert [quarantine(health, "a") for _ in range(MAX_QUARANTINES)] == [BACK_OFF_S * 2**n for n in range(MAX_QUARANTINES)]
+    assert health.is_hopeless("a")
+    assert max(quarantine(health, "a") for _ in range(20)) == MAX_BACK_OFF_S
+
+
+def test_node_is_sick_if_half_of_its_processes_are(health):
+    for process in "abc":
+        quarantine(health, process)
+        assert health.sick_node(process) is None
+    quarantine(health, "d")
+    assert health.sick_node("d") == "node"
+    health.started("a", "node")
+    assert health.sick_node("d") is None
+
+
+def test_node_with_one_process_is_not_sick(health):
+    health.started("alone", "other node")
+    quarantine(health, "alone")
+    assert health.sick_node("alone") is None
+
+
+def test_restart_on_another_node_moves_the_process(health):
+    for process in "abcd":
+        health.started(process, "small node")
+    quarantine(health, "a")
+    quarantine(health, "b")
+    assert health.sick_node("b") == "small node"
+    health.started("a", "node")
+    assert health.sick_node("b") is None

@@ -1,0 +1,146 @@
+"""Retries: where the next attempt runs, and when a failure is final."""
+
+import asyncio
+
+import pytest
+
+from vidgen_ray.engine.retries import AttemptFailed, Kind, Loss, Process, ShotFailed, run_with_retries
+from vidgen_ray.outputs.records import Failure
+
+
+class Observer:
+    """Counts failed attempts and retries."""
+
+    def __init__(self):
+        self.failed = self.retries = 0
+
+    def step_failed(self, stage, error_class):
+        self.failed += 1
+
+    def retried(self, stage):
+        self.retries += 1
+
+
+class Workers:
+    """Processes on nodes. `outcomes` are those of the attempts: `None` is a success."""
+
+    def __init__(self, nodes, *outcomes):
+        self.nodes = nodes
+        self.outcomes = list(outcomes)
+        self.tried = []
+        self.alone = []
+        self.reports = []
+        self.observer = Observer()
+
+    async def attempt(self, avoid, alone):
+        worker = next((name for name in self.nodes if name not in avoid), min(self.nodes))
+        self.tried.append(worker)
+        self.alone.append(alone)
+        outcome = self.outcomes.pop(0)
+        if outcome is None:
+            return "done"
+        kind, loss = outcome if isinstance(outcome, tuple) else (outcome, None)
+        failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker=worker)
+        raise AttemptFailed(kind, failure, Process(worker, self.nodes[worker]), loss and (lambda: explained(loss)))
+
+    def run(self, limit=3):
+        def report(failed, own_failure):
+            self.reports.append((failed.process.key, own_failure))
+
+        def candidates():
+            return [Process(name, node) for name, node in self.nodes.items()]
+
+        return asyncio.run(run_with_retries(self.attempt, candidates, report, limit=limit, observer=self.observer))
+
+    def failure(self, limit=3):
+        with pytest.raises(ShotFailed) as raised:
+            self.run(limit)
+        return raised.value
+
+
+async def explained(loss):
+    return loss
+
+
+ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
+TWO_NODES = {"a": "n1", "b": "n1", "c": "n2"}
+ERROR, INPUT, SHARED, NOT_RUN = Kind.ERROR, Kind.INPUT, Kind.SHARED_CRASH, Kind.NOT_RUN
+
+
+def test_error_is_retried_on_another_worker():
+    workers = Workers(ONE_NODE, ERROR, None)
+    assert workers.run() == "done"
+    assert workers.tried == ["a", "b"]
+    assert workers.reports == [("a", True)]
+    assert (workers.observer.failed, workers.observer.retries) == (1, 1)
+
+
+def test_error_that_follows_the_shot_through_all_workers_is_final():
+    workers = Workers(ONE_NODE, ERROR, ERROR, ERROR)
+    failed = workers.failure()
+    assert (failed.failure.attempts, failed.kind) == (3, ERROR)
+    assert workers.tried == ["a", "b", "c"]
+    assert [report for report in workers.reports if not report[1]] == [("a", False), ("b", False), ("c", False)]
+
+
+def test_errors_on_one_node_are_confirmed_on_another():
+    workers = Workers(TWO_NODES, ERROR, ERROR, ERROR)
+    assert workers.failure().failure.attempts == 3
+    assert workers.tried == ["a", "b", "c"]
+    workers = Workers(TWO_NODES, ERROR, ERROR, ERROR)
+    assert workers.failure(limit=2).failure.attempts == 3, "one node cannot make an error final"
+
+
+def test_refused_input_is_confirmed_on_another_node():
+    workers = Workers(TWO_NODES, INPUT, INPUT)
+    assert workers.failure().kind is INPUT
+    assert workers.tried == ["a", "c"]
+    assert workers.reports == [("a", False), ("c", False)]
+
+
+def test_refused_input_is_confirmed_by_another_worker_if_there_is_one_node():
+    workers = Workers(ONE_NODE, INPUT, INPUT)
+    assert workers.failure().failure.attempts == 2
+    assert workers.tried == ["a", "b"]
+
+
+def test_refused_input_is_final_if_there_is_one_worker():
+    workers = Workers({"a": "n1"}, INPUT)
+    assert workers.failure().failure.attempts == 1
+
+
+def test_refused_input_that_another_node_accepts_is_a_failure_of_the_first():
+    workers = Workers(TWO_NODES, INPUT, None)
+    assert workers.run() == "done"
+    assert workers.reports == [("a", True)]
+
+
+def test_shared_crash_is_repeated_alone():
+    workers = Workers(ONE_NODE, (SHARED, Loss.CRASH), None)
+    assert workers.run() == "done"
+    assert workers.alone == [False, True]
+    workers = Workers(ONE_NODE, (SHARED, Loss.CRASH), ERROR, ERROR)
+    assert workers.failure().failure.attempts == 3
+
+
+def test_call_that_was_not_run_costs_no_attempt():
+    workers = Workers(ONE_NODE, *[NOT_RUN] * 10, None)
+    assert workers.run(limit=1) == "done"
+    assert workers.observer.failed == 0
+
+
+@pytest.mark.parametrize("loss", [Loss.NODE, Loss.NETWORK])
+@pytest.mark.parametrize("limit", [1, 3])
+def test_attempts_lost_with_a_node_or_a_connection_do_not_count(loss, limit):
+    workers = Workers(TWO_NODES, *[(ERROR, loss)] * 5, None)
+    assert workers.run(limit) == "done"
+    workers = Workers(TWO_NODES, *[(SHARED, loss)] * 5, (ERROR, loss), None)
+    assert workers.run(limit) == "done"
+    assert not any(workers.alone), "the call did not cause the loss"
+
+
+def test_crash_on_a_live_node_counts():
+    workers = Workers(TWO_NODES, (ERROR, Loss.CRASH))
+    assert workers.failure(limit=1).failure.attempts == 1
+    workers = Workers(ONE_NODE, (ERROR, Loss.NODE), (ERROR, Loss.CRASH), ERROR, ERROR)
+    assert workers.failure().failure.attempts == 3
