@@ -59,7 +59,7 @@ class Worker:
         self._progress: tuple[int, Progress] | None = None
         self._running: tuple[int, float] | None = None
         """Running call, and the time at which it exceeds its timeout."""
-        self._cancelled: int = 0
+        self._cancelled: set[int] = set()
         self._first_call: int = 0
         """Calls with lower numbers are of an earlier director, which has crashed."""
 
@@ -76,7 +76,7 @@ class Worker:
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def cancel(self, call: int) -> None:
         """Stop a call at its next step, or before it starts."""
-        self._cancelled = call
+        self._cancelled.add(call)
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def attach(self, first_call: int) -> None:
@@ -136,7 +136,7 @@ class Worker:
         """Return the result of the function, or its failure and `default`."""
 
         def on_progress(stage: str, step: int, steps: int) -> None:
-            if call == self._cancelled or call < self._first_call:
+            if call in self._cancelled or call < self._first_call:
                 raise Cancelled
             self._progress = call, Progress(stage, step, steps)
 
