@@ -281,6 +281,6 @@ def test_free_resources_are_those_that_no_fleet_has_reserved(add_node, fleets):
 
     add_node(2)
     total, free = fleets.run(scenario)
-    assert [(len(node.gpus), node.cpus) for node in total.nodes] == [(0, 0), (2, 4)]
-    assert [(len(node.gpus), node.cpus) for node in free.nodes] == [(0, 0), (1, 2.5)]
+    assert sorted((len(node.gpus), node.cpus) for node in total.nodes) == [(0, 0), (2, 4)]
+    assert sorted((len(node.gpus), node.cpus) for node in free.nodes) == [(0, 0), (1, 2.5)]
     assert [node.label for node in free.nodes] == [node.label for node in total.nodes]

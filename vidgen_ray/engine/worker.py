@@ -155,6 +155,7 @@ class Worker:
                 return CallResult.of_failure(failed), default
             finally:
                 self._progress = self._running = None
+                self._cancelled.discard(call)
 
     def _ready(self) -> StepRunner | Failure:
         """Return the step runner, and load it first if needed.
