@@ -134,7 +134,10 @@ class Run:
         run.adapter_loads(0)
         run.adapter_loads(3)
         run.frames_upscaled(25)
-        run.snapshot(Snapshot({"svd": StageStatus(14, 2, 2, 0.98)}, gpus_busy=0.93, in_progress=21))
+        run.quarantined("worker on node", "failed for svd")
+        run.snapshot(
+            Snapshot({"svd": StageStatus(14, 2, 2, 0.98)}, gpus_busy=0.93, in_progress=21, quarantined=("worker on node",))
+        )
         self._run = run
 
 
@@ -168,6 +171,8 @@ def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     assert value["ray_vidgen_queued"] == 14
     assert value["ray_vidgen_busy_share"] == pytest.approx(0.98)
     assert value["ray_vidgen_adapter_loads_total"] == 3
+    assert value["ray_vidgen_quarantines_total"] == 1
+    assert value["ray_vidgen_quarantined"] == 1
     assert value["ray_vidgen_step_seconds_count"] == 1
     shots = {sample.labels["status"]: sample.value for sample in exported["ray_vidgen_shots_total"]}
     assert shots == {"done": 1, "failed": 1}
