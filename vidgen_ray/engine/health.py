@@ -16,7 +16,7 @@ BACK_OFF_S = 1.0
 """Seconds before the first restart of a quarantined process. Doubled with each further quarantine in a row."""
 MAX_BACK_OFF_S = 300.0
 MAX_QUARANTINES = 3
-"""Quarantines in a row after which a process is given up if another one holds its stages."""
+"""Quarantines in a row after which a process is given up. If it was the last one with its stages, the run stops."""
 NODE_QUARANTINES = 2
 """Fewest processes of a node in quarantine at the same time after which the whole node may be quarantined."""
 NODE_SHARE = 0.5
