@@ -26,7 +26,7 @@ from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 
@@ -103,14 +103,16 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     profile = Profile(name="simulated", about="does nothing", actors=actors)
     config = EngineConfig("run", profile, OutputFolder(Path("unused")), STAGE_BY_NAME)
     observer = _NoObserver()
-    workers, encoders = WorkerPool(config, observer), EncoderPool(config, observer)
+    slots = tuple(Slot((spec,), 0.0) for spec in specs)
+    layout = Layout("fused", slots, encoders=len(specs), window=SHOTS_PER_WORKER * len(specs))
+    workers, encoders = WorkerPool(config, layout, observer), EncoderPool(config, observer)
     for n, spec in enumerate(specs):
         node = f"node-{n // WORKERS_PER_NODE}"
         workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
         encoders.add(FakeActorClient(f"encoder-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface
     chunk_frames = {"realesrgan": CHUNK_FRAMES}
     runner = ShotRunner(config, workers, encoders, chunk_frames, observer)
-    window = Window(SHOTS_PER_WORKER * len(specs), float("inf"))
+    window = Window(layout.window, float("inf"))
 
     async def render(plan: ShotPlan) -> None:
         async with window.admit(1):

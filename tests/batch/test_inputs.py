@@ -25,7 +25,7 @@ def test_photo_replaced_during_the_run_fails_only_its_line(tmp_path, profile):  
     lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo)}]
 
     class ReplacePhoto(Events):
-        def on_planned(self, *counts):
+        def on_lines(self, *counts):
             """All lines are planned, none is rendered."""
             write_png(photo, read_image(photo)[:, ::-1])
 

