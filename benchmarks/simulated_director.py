@@ -95,7 +95,8 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
         if method not in ("run", "run_chunk"):
             return CallResult()
         records = tuple(
-            StepRecord(stage=name, key="", weights=(), seconds=1.0, gpu_seconds=1.0, cached=False) for name in args[2]
+            StepRecord(stage=name, key="", weights=(), seconds=SECONDS.get(name, 0.0), gpu_seconds=1.0, cached=False)
+            for name in args[2]
         )
         return CallResult(records), None
 

@@ -370,10 +370,9 @@ class TestScriptedStages:
         os.kill(scripted.pid(WORKERS), signal.SIGKILL)
         with pipes_open(pipe):
             assert scripted.wait_for_end(job_id).state == JobState.COMPLETED
-        # Ray lists dead actors for a moment.
-        while set(scripted.actors()) & set(before):
+        # Ray lists dead actors for a moment, and the further slots follow the first one.
+        while set(scripted.actors()) & set(before) or len(scripted.pids("worker")) < len(before):
             time.sleep(POLL_S)
-        assert len(scripted.pids("worker")) == len(before)
         assert not any(psutil.pid_exists(pid) for pid in before.values())
 
     def test_drain_requeues_jobs_that_exceed_the_grace_period(self, scripted, pipe):
