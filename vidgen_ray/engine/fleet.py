@@ -134,6 +134,10 @@ class Fleet:
         self._offered = None
         self._further = [slot for index, slot in enumerate(slots) if index not in first]
         await self._do(self._reserve, [*(slots[index] for index in first), (None, None)], False)
+        if all(slot.stages == frozenset(layout.stages) for slot in layout.slots):
+            # Each slot is a complete set of its own. Waiting for the first one would leave the other GPUs idle.
+            await self._request(self._further, layout, added=False)
+            self._further = []
         self._keeper = asyncio.create_task(self._keep(layout))
 
     async def stop(self) -> None:
