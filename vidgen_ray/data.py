@@ -20,7 +20,7 @@ import pyarrow
 import ray
 
 from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.line_stream import on_this_node, own_context, planned_rows
+from vidgen_ray.batch.line_stream import on_this_node, one_task_source, own_context, planned_rows
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.engine.status import Snapshot
@@ -89,7 +89,7 @@ def build_processor(
         )
         # One block per result, so that every result is passed on at once.
         with own_context(block_bytes=1, ordered=False):
-            source = _results_source(partial(_render_rows, lines, planner, name, chosen, outputs, options))
+            source = one_task_source(partial(_render_rows, lines, planner, name, chosen, outputs, options))
             # Ray has no other option yet to run a task once: a second director would find the lease taken.
             once = {"max_retries": 0}
             return ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args=once, **on_this_node())
@@ -146,36 +146,15 @@ def _with_absolute_paths(row: ManifestRow, outputs: OutputFolder) -> Fields:
     return columns
 
 
-def _results_source(results: Callable[[], Iterator[pyarrow.Table]]) -> Any:
-    """Return a data source of Ray Data with one task that yields the results."""
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    class RenderedShots(Datasource):  # type: ignore[misc]  # Ray Data has no types
-        def estimate_inmemory_data_size(self) -> int | None:
-            return None
-
-        def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-            metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(results, metadata)]
-
-    return RenderedShots()
-
-
 class _SilentListener(ProgressListener):
     """Listener that ignores all events. Results are rows."""
 
-    def on_rejected(self, row: ManifestRow) -> None:
-        pass
+    def on_rejected(self, row: ManifestRow) -> None: ...
 
-    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
-        pass
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None: ...
 
-    def on_finished(self, row: ManifestRow) -> None:
-        pass
+    def on_finished(self, row: ManifestRow) -> None: ...
 
-    def on_status(self, snapshot: Snapshot) -> None:
-        pass
+    def on_status(self, snapshot: Snapshot) -> None: ...
 
-    def on_message(self, message: str) -> None:
-        pass
+    def on_message(self, message: str) -> None: ...

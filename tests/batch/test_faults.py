@@ -43,15 +43,15 @@ def profile(tiny):
     return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
 
 
-def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, **options):
+def render_lines(tmp_path, profile, lines, listener=None, gpus=GPUS, stop=None, fakes=FAKES, folder=OutputFolder, **options):
     script = tmp_path / "s.jsonl"
     script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     out = tmp_path / "out"
     report = render(
         ScriptSettings(script, profile_defaults=profile.defaults),
         profile,
-        OutputFolder(out),
-        RenderOptions(cluster=parse_gpus(gpus), stages=FAKES, **options),
+        folder(out),
+        RenderOptions(cluster=parse_gpus(gpus), stages=fakes, **options),
         listener=listener or Events(),
         stop=stop,
     )

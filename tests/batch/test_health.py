@@ -12,13 +12,11 @@ from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
+from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES
-from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.errors import MediaError, SetupError, StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
-from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.reader import ScriptSettings
 from vidgen_ray.stages.base import to_uint8
 
 ROOT = Path(__file__).parent.parent.parent
@@ -75,18 +73,8 @@ class Statuses(Events):
         self.quarantined.update(snapshot.quarantined)
 
 
-def run(tmp_path, profile, lines, fakes=FAKES, gpus=ONE_NODE, listener=None, folder=OutputFolder, **options):
-    script = tmp_path / "s.jsonl"
-    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    out = tmp_path / "out"
-    report = render(
-        ScriptSettings(script, profile_defaults=profile.defaults),
-        profile,
-        folder(out),
-        RenderOptions(cluster=parse_gpus(gpus), stages=fakes, **options),
-        listener=listener or Events(),
-    )
-    return report, {row.id: row for row in read_manifest(out)}
+def run(tmp_path, profile, lines, fakes=FAKES, gpus=ONE_NODE, **options):
+    return render_lines(tmp_path, profile, lines, fakes=fakes, gpus=gpus, **options)
 
 
 def images(count):
@@ -159,7 +147,7 @@ def test_nan_fails_the_line_with_the_name_of_the_stage(cluster, profile, tmp_pat
 
 @pytest.mark.parametrize("failures", [2, pytest.param(1000, marks=pytest.mark.slow)])
 def test_load_that_fails_on_one_gpu_costs_no_line(cluster, profile, tmp_path, failures):
-    """It is tried again in new processes. A worker that never loads is given up while another one goes on."""
+    """The load is retried in new processes. A worker that never loads is given up, and the others continue."""
     loads, tried = tmp_path / "loads", tmp_path / "tried"
 
     def load():

@@ -19,7 +19,7 @@ from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.formats import Line, UnreadableLine
-from vidgen_ray.script.reader import ScriptSettings, no_lines, open_lines
+from vidgen_ray.script.reader import LineChecker, ScriptSettings, no_lines, open_lines
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -37,16 +37,16 @@ NODE_LABEL = "ray.io/node-id"
 NumberedLines = Iterable[tuple[int, Line | UnreadableLine]]
 
 
-def first_lines(settings: ScriptSettings) -> tuple[list[tuple[int, Line | UnreadableLine]], bool]:
-    """Return the first lines of a script, and whether these are all.
+def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[tuple[int, Line | UnreadableLine]], bool]:
+    """Return the checker and the first lines of a script, and whether these are all.
 
     Raises ScriptError if it cannot be read or has no lines.
     """
-    _, lines = open_lines(settings)
+    checker, lines = open_lines(settings)
     first = list(islice(lines, FIRST_LOOK_LINES + 1))
     if not first:
         raise no_lines(settings.path)
-    return first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
+    return checker, first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
 
 
 def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
@@ -55,12 +55,16 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
     """
 
-    def read() -> Iterator[tuple[int, Line | UnreadableLine]]:
-        _, lines = open_lines(settings)
-        yield from islice(lines, FIRST_LOOK_LINES, None)
+    def blocks() -> Iterator[pyarrow.Table]:
+        try:
+            _, lines = open_lines(settings)
+            for batch in batched(islice(lines, FIRST_LOOK_LINES, None), BLOCK_LINES):
+                yield pyarrow.table({"line": [pickle.dumps(line) for line in batch]})
+        except ScriptError as error:
+            yield pyarrow.table({"line": [pickle.dumps(error)]})
 
     with own_context():
-        dataset = ray.data.read_datasource(_lines_source(read), override_num_blocks=1, **on_this_node())
+        dataset = ray.data.read_datasource(one_task_source(blocks), override_num_blocks=1, **on_this_node())
         yield from planned_rows(dataset, planner)
 
 
@@ -114,19 +118,12 @@ def _planner(pickled: bytes, finished: ray.ObjectRef) -> LinePlanner:
     return _planners[pickled]
 
 
-def _lines_source(read: Callable[[], NumberedLines]) -> Any:
-    """Return a data source of Ray Data with one task that reads the lines, pickled, in column `line`."""
+def one_task_source(blocks: Callable[[], Iterator[pyarrow.Table]]) -> Any:
+    """Return a data source of Ray Data with one task, which yields these blocks."""
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
-    def blocks() -> Iterator[pyarrow.Table]:
-        try:
-            for lines in batched(read(), BLOCK_LINES):
-                yield pyarrow.table({"line": [pickle.dumps(line) for line in lines]})
-        except ScriptError as error:
-            yield pyarrow.table({"line": [pickle.dumps(error)]})
-
-    class ScriptLines(Datasource):  # type: ignore[misc]  # Ray Data has no types
+    class OneTask(Datasource):  # type: ignore[misc]  # Ray Data has no types
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
@@ -134,7 +131,7 @@ def _lines_source(read: Callable[[], NumberedLines]) -> Any:
             metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(blocks, metadata)]
 
-    return ScriptLines()
+    return OneTask()
 
 
 def on_this_node() -> dict[str, Any]:

@@ -29,7 +29,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode, bytes_per_worker, cache_settings
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import PlacedSlot, labels_of
+from vidgen_ray.engine.fleet import PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import ATTEMPTS, Kind, ShotFailed
 from vidgen_ray.engine.run_metrics import RunMetrics
@@ -52,9 +52,8 @@ from vidgen_ray.planner import (
     this_machine,
 )
 from vidgen_ray.planner.layout import Slot
-from vidgen_ray.planner.more_slots import more_slots
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.reader import RejectedLine, ScriptSettings, open_lines
+from vidgen_ray.script.reader import RejectedLine, ScriptSettings
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.stages.base import Stage
 
@@ -145,7 +144,7 @@ def render(
     """
     check_profile(profile)
     profile = profile.with_commits()
-    checker, _ = open_lines(script)
+    checker, first, whole = first_lines(script)
     planner = LinePlanner(
         checker,
         profile,
@@ -154,7 +153,6 @@ def render(
         replace=options.replace,
         keep_stages=options.keep_stages,
     )
-    first, whole = first_lines(script)
     remaining = None if whole else partial(remaining_lines, script, planner)
     demand = None
     if options.max_cost is not None and not whole:
@@ -460,8 +458,7 @@ class _Director:
         """Return the slots to add for GPUs that have become free. None if all shots have been started."""
         if self.plan is None or not (self.queue or self._reading):
             return []
-        added = more_slots(present, self.plan.stage_seconds, free)
-        return [(slot, free.nodes[node].label) for slot, node in added]
+        return placed_more_slots(self.plan.stage_seconds, present, free)
 
     async def _stop_engine(self) -> None:
         if self._engine is not None:

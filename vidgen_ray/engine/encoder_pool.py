@@ -187,10 +187,8 @@ class EncoderPool:
         self._observer.quarantined(encoder.location, reason)
         self._up[encoder].cancel()
         if self._health.is_hopeless(encoder):
-            message = f"{encoder.name}: {reason}, also after restarts"
-            failure = Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=encoder.location)
             self._up[encoder] = asyncio.get_running_loop().create_future()
-            self._up[encoder].set_result(failure)
+            self._up[encoder].set_result(encoder.hopeless(reason))
             self._changed.set()
             return
         encoder.restart()

@@ -31,6 +31,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec, complete_set
+from vidgen_ray.planner.more_slots import more_slots
 from vidgen_ray.planner.solver import ENCODER_CPUS
 
 FIRST_POLL_S, POLL_S = 0.1, 10.0
@@ -350,6 +351,11 @@ def labels_of(chosen: Plan, cluster: Cluster) -> list[Label | None]:
     if any(node.label is None for node in nodes):
         raise SetupError(f"{cluster}: --gpus does not say which node has which GPUs. Leave it out to detect them.")
     return [node.label for node in nodes]
+
+
+def placed_more_slots(stage_seconds: Mapping[str, float], present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
+    """Return the slots to add for GPUs that have become free, with the labels of their nodes. See `more_slots`."""
+    return [(slot, free.nodes[node].label) for slot, node in more_slots(present, stage_seconds, free)]
 
 
 def _kill(actors: Sequence[Any]) -> None:

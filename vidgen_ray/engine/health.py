@@ -89,7 +89,3 @@ class Health:
             return None
         quarantined = [record.quarantined for record in self._records.values() if record.node == node]
         return node if sum(quarantined) >= max(NODE_QUARANTINES, NODE_SHARE * len(quarantined)) else None
-
-    def forget(self, process: Hashable) -> None:
-        """Remove the record of a process that is gone for good."""
-        self._records.pop(process, None)

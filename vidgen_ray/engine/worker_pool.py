@@ -73,7 +73,8 @@ class WorkerPool:
         self._starting: dict[WorkerState, asyncio.Task[None]] = {}
         self._health = Health()
         self._quarantined: set[WorkerState] = set()
-        self._given_up: dict[WorkerState, Failure] = {}
+        self._given_up: dict[WorkerState, None] = {}
+        """Workers that are not used any more, in order."""
         self._fatal_failure: Failure | None = None
         self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_CALLS))
         """First stage of a call -> durations of the last calls."""
@@ -323,11 +324,11 @@ class WorkerPool:
 
     # Crashes, restarts and quarantine
 
-    def _mark_down(self, worker: WorkerState, delay_s: float = 0.0) -> None:
+    def _mark_down(self, worker: WorkerState) -> None:
         """Mark a worker as down until a process has loaded its weights. Waiting work goes to other workers."""
         if worker.live and worker not in self._given_up:
             self._scheduler.crashed(worker)
-            self._start(worker, delay_s)
+            self._start(worker)
 
     def _quarantine(self, worker: WorkerState, reason: str) -> None:
         """Restart a worker after a back-off, or give it up. If several workers of its node are sick, the rest follows."""
@@ -339,10 +340,7 @@ class WorkerPool:
         self._observer.quarantined(client.location, reason)
         self._notify()
         if self._health.is_hopeless(worker):
-            message = f"{client.name}: {reason}, also after restarts"
-            self._give_up(
-                worker, Failure(stage="health", error="Quarantined", message=message, attempts=1, worker=client.location)
-            )
+            self._give_up(worker, client.hopeless(reason))
             return
         starting = self._starting.pop(worker, None)
         if starting is not None:
@@ -390,7 +388,7 @@ class WorkerPool:
             self._scheduler.crashed(worker)
         self._scheduler.remove_worker(worker)
         self._quarantined.discard(worker)
-        self._given_up[worker] = failure
+        self._given_up[worker] = None
         if any(not self._holders(stage) for stage in worker.spec.stages):
             self._fatal_failure = failure
             for future in self._assigned.values():

@@ -16,12 +16,11 @@ from typing import Any
 
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import Fleet, PlacedSlot
+from vidgen_ray.engine.fleet import Fleet, placed_more_slots
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.records import Failure
-from vidgen_ray.planner.cluster import Cluster, Label
-from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
-from vidgen_ray.planner.more_slots import more_slots
+from vidgen_ray.planner.cluster import Label
+from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 log = logging.getLogger("ray.serve")
 
@@ -60,7 +59,7 @@ class Workers:
         self._layout = layout
         self._loads: dict[str, asyncio.Task[Failure | None]] = {}
         self._changed = asyncio.Event()
-        more = None if stage_seconds is None else partial(_more_slots, stage_seconds)
+        more = None if stage_seconds is None else partial(placed_more_slots, stage_seconds)
         self._fleet = Fleet(replace(config, name=f"{config.name}-{owner}"), self, more)
         await self._fleet.start(layout, labels)
         await self._wait_until_ready()
@@ -117,8 +116,3 @@ class Workers:
         if failure is not None:
             log.warning("%s cannot load its weights: %s", name, failure.message)
         return failure
-
-
-def _more_slots(stage_seconds: Mapping[str, float], present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
-    """Return the slots to add for GPUs that have become free."""
-    return [(slot, free.nodes[node].label) for slot, node in more_slots(present, stage_seconds, free)]
