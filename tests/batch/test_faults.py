@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from tests.batch.test_batch import Events, digests
 from tests.fake_stages import FAKES, fake_likeness
@@ -169,6 +170,22 @@ def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile)
     assert (report.done, report.layout, rows) == (0, None, {})
     assert report.left
     assert render_lines(tmp_path, profile, shots(9))[0].done == 9
+
+
+def test_run_reports_what_it_waits_for(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.engine.fleet.FIRST_MESSAGE_S", 0.0)
+    other_run = placement_group([{"GPU": 1}, {"GPU": 1}])
+    ray.get(other_run.ready())
+
+    class EndOtherRun(Events):
+        def on_message(self, message):
+            super().on_message(message)
+            remove_placement_group(other_run)
+
+    events = EndOtherRun()
+    report, _ = render_lines(tmp_path, profile, shots(2), events)
+    assert report.done == 2
+    assert any(message.startswith("waiting for") and "GPU" in message for message in events.messages), events.messages
 
 
 def test_missing_gpus_raise_instead_of_waiting():

@@ -436,7 +436,8 @@ class _Director:
         assert self._metrics is not None
         # With --gpus, the plan uses all GPUs that there will be.
         may_grow = not self._own_ray and options.cluster is None
-        self._engine = Engine(config, layout, self._metrics, self._more_slots if may_grow else None)
+        more = self._more_slots if may_grow else None
+        self._engine = Engine(config, layout, self._metrics, more, self._listener.on_message)
         for task in (needed, *self.queue):
             self._engine.announce(task.plan)
         await self._engine.start(labels_of(self.plan, self.cluster))

@@ -29,16 +29,21 @@ class Engine:
     """Workers, encoders and the shots in progress. Create it inside the event loop."""
 
     def __init__(
-        self, config: EngineConfig, layout: Layout, observer: EngineObserver, more_slots: MoreSlots | None = None
+        self,
+        config: EngineConfig,
+        layout: Layout,
+        observer: EngineObserver,
+        more_slots: MoreSlots | None = None,
+        on_waiting: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`more_slots`: see `Fleet`."""
+        """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
         self._workers = WorkerPool(config, layout, observer)
         self._encoders = EncoderPool(config, observer)
         self._runner = ShotRunner(config, self._workers, self._encoders, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
-        self._waiting: str | None = None
+        self._on_waiting = on_waiting
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
         self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
 
@@ -94,7 +99,7 @@ class Engine:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
         stages, gpus_busy = self._workers.sample_status()
         quarantined = (*self._workers.quarantined, *self._encoders.quarantined)
-        return Snapshot(stages, gpus_busy, self.window.in_progress, quarantined, self._waiting)
+        return Snapshot(stages, gpus_busy, self.window.in_progress, quarantined)
 
     # Events of the fleet
 
@@ -114,4 +119,5 @@ class Engine:
         self._encoders.add(client)
 
     def waiting(self, reason: str | None) -> None:
-        self._waiting = reason
+        if reason is not None:
+            self._on_waiting(reason)

@@ -39,8 +39,6 @@ class Snapshot(NamedTuple):
     """Shots that have started and not finished."""
     quarantined: tuple[str, ...] = ()
     """Workers and encoders in quarantine or given up, with their nodes."""
-    waiting: str | None = None
-    """Resources that the engine waits for, such as GPUs that another run uses. `None` if it does not wait."""
 
 
 class EngineObserver(Protocol):
