@@ -30,7 +30,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
 from vidgen_ray.outputs.open_markers import open_writers
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.formats import table_lines
+from vidgen_ray.script.parquet_format import table_lines
 from vidgen_ray.script.reader import LineChecker
 
 if TYPE_CHECKING:

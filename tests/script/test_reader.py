@@ -291,14 +291,14 @@ def test_non_utf8_script_error_has_the_line_number(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_too_long_line_is_rejected(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("vidgen_ray.script.formats.MAX_LINE", 1000)
+    monkeypatch.setattr("vidgen_ray.script.lines.MAX_LINE", 1000)
     path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
     with pytest.raises(ScriptError, match="line 2: got more than 1,000 characters"):
         list(iter_script(path))
 
 
 def test_too_large_yaml_script_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.script.formats.MAX_YAML_BYTES", 10)
+    monkeypatch.setattr("vidgen_ray.script.yaml_format.MAX_YAML_BYTES", 10)
     with pytest.raises(
         ScriptError, match=r"got 14 bytes, must be at most 10 bytes in YAML; \.jsonl and \.parquet scripts can be of any length"
     ):

@@ -17,7 +17,7 @@ from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.formats import Line, UnreadableLine
+from vidgen_ray.script.lines import Line, UnreadableLine
 from vidgen_ray.script.reader import CheckedLine, LineChecker, RejectedLine, ValidLine, unique_lines
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vidgen_ray.profile import builtin_profiles
-from vidgen_ray.script.formats import parse_text_fields
+from vidgen_ray.script.lines import parse_text_fields
 
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]

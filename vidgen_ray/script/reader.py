@@ -16,7 +16,8 @@ from more_itertools import batched
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
-from vidgen_ray.script.formats import Header, Line, Lines, UnreadableLine, open_script, shortened
+from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, shortened
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities

@@ -1,0 +1,116 @@
+"""Lines of a script before their validation, and what all formats share."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.shot import Shot
+
+TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
+"""Fields in which `7` is text."""
+TEXT_OR_LIST_FIELDS = ("face_image",)
+"""Fields in which `7` is text and `["a", "b"]` a list."""
+MAX_LINE = 2**24
+"""Maximum number of characters in a line of a text file."""
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""Characters that `surrogateescape` substitutes for bytes that are not UTF-8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Unvalidated fields of a script line."""
+
+    number: int | None
+    """Line number, from 1. For Parquet: row number, from 1. `None` for a shot that is not from a file."""
+    fields: dict[str, Any]
+    strict: bool
+    """True if the format has types (JSON), false if all values are text (CSV)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableLine:
+    """Line that could not be parsed."""
+
+    text: str
+    error: FieldError
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Header of a .yaml script: defaults and characters."""
+
+    defaults: Mapping[str, Any]
+    characters: Mapping[str, Mapping[str, Any]]
+
+
+Lines = Iterator[tuple[int, Line | UnreadableLine]]
+NO_HEADER = Header({}, {})
+
+
+def parse_text_fields(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Parse field values given as text, in a CSV cell or on the command line."""
+    return {name: _parse_field(name, value) for name, value in fields.items()}
+
+
+def _parse_field(name: str, text: str) -> Any:
+    value = text if name in TEXT_FIELDS else _parse_value(text)
+    return text if name in TEXT_OR_LIST_FIELDS and not isinstance(value, list) else value
+
+
+def _parse_value(text: str) -> Any:
+    boolean = {"true": True, "false": False}.get(text.strip().lower())
+    if boolean is not None:
+        return boolean
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, int | float | list | dict) else text
+
+
+def shortened(value: object) -> str:
+    """Return the value as an error message shows it, at most 80 characters long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "a value that is nested too deeply"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def file_error(path: Path, got: str, allowed: str) -> ScriptError:
+    return ScriptError([FieldError(path.name, None, None, got, allowed)])
+
+
+def encoding_error(path: Path, line: int | None) -> ScriptError:
+    return ScriptError([FieldError(path.name, line, None, "bytes that are not UTF-8", "save the script as UTF-8")])
+
+
+def check_unique(path: Path, columns: Sequence[str]) -> None:
+    if duplicates := [name for name in columns if columns.count(name) > 1]:
+        raise file_error(path, f"the column {duplicates[0]!r} twice", "must appear only once")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines, each with its line end converted to a line feed. Raises ScriptError on a read error."""
+    file = path.open(encoding="utf-8-sig", errors="surrogateescape")
+
+    def lines() -> Iterator[str]:
+        number = 0
+        with file:
+            try:
+                while text := file.readline(MAX_LINE):
+                    number += 1
+                    if not text.isascii() and NOT_UTF8.search(text):
+                        raise encoding_error(path, number)
+                    if len(text) == MAX_LINE:
+                        got, allowed = f"more than {MAX_LINE:,} characters", "must be one shot per line"
+                        raise ScriptError([FieldError(path.name, number, None, got, allowed)])
+                    yield text
+            except OSError as error:
+                raise file_error(path, f"a read error after line {number}", f"must be readable ({error.strerror})") from None
+
+    return lines()

@@ -1,0 +1,97 @@
+"""Read .parquet scripts, and tables of Ray Data, with a shot per row."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.errors import FieldError
+from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, check_unique, file_error, shortened
+
+PARQUET_BATCH_ROWS = 1024
+COLUMN_BUFFER_BYTES = 2**18
+"""Read-ahead buffer of each Parquet column."""
+
+
+def read_parquet(path: Path) -> tuple[Header, Lines]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # `pre_buffer` would read whole row groups, and a script is often a single row group.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
+    check_unique(path, file.schema_arrow.names)
+    for field in file.schema_arrow:
+        # Extension types may execute code when they are read (CVE-2026-41486).
+        if isinstance(field.type, pyarrow.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+            allowed = "columns must be text, numbers, lists or structs"
+            raise file_error(path, f"an extension type in column {field.name}", allowed)
+
+    def lines() -> Lines:
+        number = 0
+        try:
+            for batch in file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
+                for row in _rows(batch):
+                    number += 1
+                    yield number, _parquet_row(path, number, row)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
+
+    return NO_HEADER, lines()
+
+
+CONVERSION_ERRORS = (UnicodeDecodeError, ValueError, OverflowError)
+"""Raised by pyarrow for text that is not UTF-8 and for times outside of Python's range."""
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
+    """Yield the rows of a batch. A row that cannot be converted to Python is yielded as its exception."""
+    try:
+        yield from batch.to_pylist()
+    except CONVERSION_ERRORS:
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except CONVERSION_ERRORS as error:
+                yield error
+
+
+def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception) -> Line | UnreadableLine:
+    if isinstance(row, Exception):
+        allowed = f"must be text, numbers, lists or structs ({row})"
+        return UnreadableLine("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
+    return Line(number, _without_nulls(row), strict=True)
+
+
+def table_lines(
+    name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Iterator[tuple[int, Line | UnreadableLine]]:
+    """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row to the fields of a line.
+
+    A row that cannot be read, or for which `to_fields` raises, is an UnreadableLine. `name`: of the data set, for messages.
+    """
+    for batch in table.to_batches():
+        for row in _rows(batch):
+            if isinstance(row, Exception):
+                yield (
+                    0,
+                    UnreadableLine(
+                        "", FieldError(name, None, None, "a row that cannot be read", f"must be plain data ({row})")
+                    ),
+                )
+                continue
+            fields = _without_nulls(row)
+            try:
+                yield 0, Line(None, to_fields(fields) if to_fields else fields, strict=True)
+            # An error of the caller's function concerns this row only.
+            except Exception as error:
+                allowed = f"to_fields raised {type(error).__name__}: {error}"
+                yield 0, UnreadableLine(shortened(fields), FieldError(name, None, None, shortened(fields), allowed))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove null values, which stand for missing fields in Parquet."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
