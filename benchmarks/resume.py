@@ -179,7 +179,7 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
     """Run `render` on the finished script."""
     from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.script.reader import ScriptSettings
+    from vidgen_ray.script.settings import ScriptSettings
 
     options = RenderOptions(use_cache=False, stages=STAGES)
     profile = noop_profile(folder, CPU_WORKERS)
@@ -192,7 +192,9 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
 
 def _plans(folder: Path, script: Path) -> Iterator[Any]:
     from vidgen_ray.content_keys import ShotPlanner, params_of
-    from vidgen_ray.script.reader import CheckedLine, ScriptSettings, iter_script
+    from vidgen_ray.script.checked_lines import CheckedLine
+    from vidgen_ray.script.reader import iter_script
+    from vidgen_ray.script.settings import ScriptSettings
 
     profile = noop_profile(folder, CPU_WORKERS)
     planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode)

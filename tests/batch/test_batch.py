@@ -21,7 +21,8 @@ from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.reader import ScriptSettings, iter_script, read_script
+from vidgen_ray.script.reader import iter_script, read_script
+from vidgen_ray.script.settings import ScriptSettings
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""

@@ -20,7 +20,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.reader import ScriptSettings
+from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
 
 GPUS = "2x80GB"

@@ -9,7 +9,7 @@ import pytest
 
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import reader
-from vidgen_ray.script.reader import ScriptSettings
+from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
 
 LINES = [

@@ -17,8 +17,10 @@ from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
+from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
+from vidgen_ray.script.line_check import LineChecker
 from vidgen_ray.script.lines import Line, UnreadableLine
-from vidgen_ray.script.reader import CheckedLine, LineChecker, RejectedLine, ValidLine, unique_lines
+from vidgen_ray.script.reader import unique_lines
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage

@@ -18,8 +18,10 @@ from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.script.line_check import LineChecker
 from vidgen_ray.script.lines import Line, UnreadableLine
-from vidgen_ray.script.reader import LineChecker, ScriptSettings, no_lines, open_lines
+from vidgen_ray.script.reader import no_lines, open_lines
+from vidgen_ray.script.settings import ScriptSettings
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -53,7 +53,8 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.reader import RejectedLine, ScriptSettings
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.stages.base import Stage
 

@@ -31,7 +31,9 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.reader import RejectedLine, ScriptSettings, iter_script, read_script
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.reader import iter_script, read_script
+from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.version import __version__
 

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 from vidgen_ray.errors import FieldError, ScriptError, VidgenError
-from vidgen_ray.script.reader import explain
+from vidgen_ray.invalid_fields import explain
 
 INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10

@@ -72,15 +72,6 @@ def _parse_value(text: str) -> Any:
     return value if isinstance(value, int | float | list | dict) else text
 
 
-def shortened(value: object) -> str:
-    """Return the value as an error message shows it, at most 80 characters long."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = "a value that is nested too deeply"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def file_error(path: Path, got: str, allowed: str) -> ScriptError:
     return ScriptError([FieldError(path.name, None, None, got, allowed)])
 

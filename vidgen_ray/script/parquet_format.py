@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError
-from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, check_unique, file_error, shortened
+from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, check_unique, file_error
 
 PARQUET_BATCH_ROWS = 1024
 COLUMN_BUFFER_BYTES = 2**18

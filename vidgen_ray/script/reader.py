@@ -4,72 +4,25 @@ Fills in defaults and characters and checks that files exist. Memory use does no
 in any process and in any order; `unique_lines` then makes their ids unique, in the order of the script.
 """
 
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from more_itertools import batched
-from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.errors import FieldError, ScriptError, SetupError
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
 from vidgen_ray.script.formats import open_script
-from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, shortened
+from vidgen_ray.script.line_check import LineCheck, LineChecker, merged
+from vidgen_ray.script.lines import Line, Lines
+from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.script.spill_index import ScriptIndex
-from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
-from vidgen_ray.stages.identity import identities
-from vidgen_ray.weights import resolve
+from vidgen_ray.shot import Shot, derive_id
 
-FAILURE_FIELD = "failure"
-"""Field that `failures.jsonl` adds to a line. Not a field of the shot."""
 WINDOW_LINES = 500
 """Lines whose ids are looked up together."""
-PATH_CACHE_SIZE = 4096
-OUTER_LEVELS = 4
-"""Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
-METADATA = TypeAdapter(JsonValue)
-
-
-@dataclass(frozen=True, slots=True)
-class RejectedLine:
-    """Invalid line, with all of its errors."""
-
-    id: str
-    script: str
-    """Script of the line. For a line of failures.jsonl: the original script."""
-    line: int
-    """Line number, from 1."""
-    source: str
-    """Name of the file that was read, for messages."""
-    fields: dict[str, Any]
-    """Fields with defaults filled in and absolute paths, so that the line can be copied to another script."""
-    errors: tuple[FieldError, ...]
-
-
-class CheckedLine(NamedTuple):
-    """Valid shot with its seed and absolute paths. A line with variants yields one for each variant."""
-
-    shot: Shot
-    line: int
-    """Line number in the script, from 1."""
-    script: str
-    """Script of the line. For a line of failures.jsonl: the original script."""
-    replaces: str | None
-    """Id under which the line failed in an earlier run, if it differs."""
-
-
-class ValidLine(NamedTuple):
-    """Valid line whose ids have not been compared with those of other lines."""
-
-    shots: tuple[Shot, ...]
-    """One for each variant."""
-    as_rejected: RejectedLine
-    """The line without errors, for the case that its id is taken."""
-    failed_as: str | None
-    """Id under which a line of failures.jsonl failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,75 +41,6 @@ class Script:
     def errors(self) -> list[FieldError]:
         """Errors of all rejected lines."""
         return [error for line in self.rejected for error in line.errors]
-
-
-@dataclass(frozen=True)
-class ScriptSettings:
-    """Settings for reading a script.
-
-    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
-    """
-
-    path: Path
-    run_seed: int = 0
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults from the command line."""
-    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that are set on every shot after its checks."""
-
-
-class LineChecker:
-    """Checks the lines of one script. Can be pickled, so that lines can be checked by several processes."""
-
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        fallback: Mapping[str, Any],
-        characters: Mapping[str, Mapping[str, Any]],
-        run_seed: int,
-        changes: Mapping[str, Any],
-    ) -> None:
-        self.source = source
-        self.folder = folder
-        self.fallback = fallback
-        self.characters = characters
-        self.run_seed = run_seed
-        self.changes = changes
-
-    @staticmethod
-    def of(settings: ScriptSettings, header: Header) -> "LineChecker":
-        fallback = _merged(settings.profile_defaults, settings.defaults, header.defaults)
-        path = settings.path
-        return LineChecker(path.name, path.parent, fallback, header.characters, settings.run_seed, settings.changes)
-
-    @staticmethod
-    def for_rows(
-        name: str, folder: Path, defaults: Mapping[str, Any], profile_defaults: Mapping[str, Any], run_seed: int
-    ) -> "LineChecker":
-        """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
-        return LineChecker(name, folder, _merged(profile_defaults, defaults), {}, run_seed, {})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "locate"}
-
-    @cached_property
-    def locate(self) -> Callable[[str], tuple[str, bool]]:
-        """Path in a line -> absolute path, and true if the file exists."""
-        return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
-
-    def check(self, number: int, parsed: Line | UnreadableLine) -> ValidLine | RejectedLine:
-        """Check one line. A rejected line has no id yet unless it brings a valid one."""
-        if isinstance(parsed, UnreadableLine):
-            fields = {"unreadable": parsed.text} if parsed.text else {}
-            return RejectedLine("", self.source, number, self.source, fields, (parsed.error,))
-        line = _LineCheck(parsed, self)
-        rejected = line.rejected()
-        if line.errors:
-            return rejected
-        shots = tuple(shot.model_copy(update=self.changes) if self.changes else shot for shot in line.shots.values())
-        return ValidLine(shots, rejected, line.failed_as)
 
 
 def open_lines(settings: ScriptSettings) -> tuple[LineChecker, Lines]:
@@ -249,201 +133,11 @@ def _default_id(line: RejectedLine) -> str:
 
 def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
     """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    checker = LineChecker(source, Path.cwd(), _merged(profile_defaults), {}, run_seed, {})
-    line = _LineCheck(Line(None, dict(fields), strict=False), checker)
+    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), {}, run_seed, {})
+    line = LineCheck(Line(None, dict(fields), strict=False), checker)
     if len(line.shots) > 1:
         line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
     if line.errors:
         raise ScriptError(line.errors)
     (shot,) = line.shots.values()
     return shot
-
-
-def _locate(folder: Path, path: str) -> tuple[str, bool]:
-    # os.path, unlike pathlib, accepts unknown users in `~user` and paths that are too long.
-    absolute = os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
-    return absolute, os.path.isfile(absolute)
-
-
-class _LineCheck:
-    """Validates a line and fills in its defaults. The result is either shots or errors."""
-
-    def __init__(self, line: Line, context: LineChecker) -> None:
-        self.errors: list[FieldError] = []
-        self.shots: dict[str, Shot] = {}
-        """Id -> shot. Empty if there are errors."""
-        self._line = line
-        self._context = context
-        own = dict(line.fields)
-        failure = own.pop(FAILURE_FIELD, None)
-        self._failure = failure if isinstance(failure, dict) else {}
-        self._fields = _merged(context.fallback, own)
-        if own.get("id") is None:
-            # Derived from the line's own fields only: changed defaults must not change its id and seed.
-            self._fields["id"] = derive_id(own)
-        self._apply_character(own)
-        shot = None if self.errors else self._validate()
-        if shot is not None:
-            shot = self._with_absolute_paths(shot)
-        if shot is not None and not self.errors:
-            self.shots = dict(_seeded_variants(shot, context.run_seed))
-
-    def reject(self, field: str | None, got: str, allowed: str) -> None:
-        """Add an error and drop the shots."""
-        self.errors.append(FieldError(self._context.source, self._line.number, field, got, allowed))
-        self.shots = {}
-
-    @property
-    def number(self) -> int:
-        """Line number, from 1. 0 for a shot that is not from a file."""
-        return self._line.number or 0
-
-    @property
-    def failed_as(self) -> str | None:
-        """Id under which a line of failures.jsonl failed."""
-        failed_id = self._failure.get("id")
-        return failed_id if isinstance(failed_id, str) and ID_PATTERN.fullmatch(failed_id) else None
-
-    def rejected(self) -> RejectedLine:
-        """Return the line as a rejected line."""
-        line_id = self._fields.get("id")
-        own_id = line_id if isinstance(line_id, str) and ID_PATTERN.fullmatch(line_id) else ""
-        script = self._failure.get("script")
-        fields = {name: self._absolute_paths(name, value) for name, value in self._fields.items()}
-        return RejectedLine(
-            self.failed_as or own_id,
-            script if isinstance(script, str) else self._context.source,
-            self.number,
-            self._context.source,
-            fields,
-            tuple(self.errors),
-        )
-
-    def _apply_character(self, own: Mapping[str, Any]) -> None:
-        """Merge the fields of the line's character. They override the defaults, not the line's own fields."""
-        name = self._fields.get("character")
-        if name is None:
-            return
-        characters = self._context.characters
-        if not isinstance(name, str) or name not in characters:
-            names = ", ".join(characters) or "none; define characters in the header of a .yaml script"
-            self.reject("character", shortened(name), f"must be one of the script's characters: {names}")
-            return
-        inherited = {field: value for field, value in characters[name].items() if field not in own and field != "trigger"}
-        # The name is dropped: characters exist only in this script, but the line may move to failures.jsonl.
-        self._fields = {**{field: value for field, value in self._fields.items() if field != "character"}, **inherited}
-        trigger, prompt = characters[name].get("trigger"), self._fields.get("prompt")
-        if trigger and isinstance(prompt, str) and prompt.strip():
-            self._fields["prompt"] = f"{trigger}, {prompt}"
-
-    def _validate(self) -> Shot | None:
-        try:
-            shot = Shot.model_validate(self._fields, strict=self._line.strict)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self.reject(*explain(detail, Shot.model_fields))
-            return None
-        except (ValueError, RecursionError) as error:
-            self.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
-            return None
-        if shot.identity not in identities():
-            self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
-        # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
-        if shot.metadata and not _is_plain_json(shot.metadata):
-            allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
-            self.reject("metadata", shortened(shot.metadata), allowed)
-        return shot
-
-    def _with_absolute_paths(self, shot: Shot) -> Shot:
-        """Return the shot with absolute paths. Files that do not exist are errors of the line."""
-        paths: dict[str, Any] = {}
-        if shot.image is not None:
-            paths["image"] = self._existing_file("image", shot.image)
-        if shot.face_image:
-            paths["face_image"] = tuple(self._existing_file("face_image", photo) for photo in shot.face_image)
-        if shot.lora:
-            paths["lora"] = tuple(map(self._existing_lora, shot.lora))
-        return shot.model_copy(update=paths) if paths else shot
-
-    def _existing_file(self, field: str, path: str) -> str:
-        absolute, exists = self._context.locate(path)
-        if not exists:
-            self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
-        return absolute
-
-    def _existing_lora(self, lora: LoraRef) -> LoraRef:
-        is_weights = lora.path.endswith(".safetensors")
-        # A built-in name is not resolved to a path, because each machine builds its own copy.
-        if lora.path.startswith("builtin:") and is_weights:
-            try:
-                resolve(lora.path)
-            except SetupError as error:
-                self.reject("lora", shortened(lora.path), str(error))
-            return lora
-        absolute, exists = self._context.locate(lora.path)
-        if not exists or not is_weights:
-            self.reject("lora", shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
-        return lora.model_copy(update={"path": absolute})
-
-    def _absolute_paths(self, field: str, value: Any) -> Any:
-        """Return a field's unvalidated value with absolute paths. Other fields are unchanged."""
-        if field not in ("image", "face_image", "lora") or value is None:
-            return value
-        if isinstance(value, str):
-            return value if value.startswith("builtin:") else self._context.locate(value)[0]
-        if isinstance(value, list | tuple):
-            return [item if isinstance(item, list | tuple) else self._absolute_paths(field, item) for item in value]
-        if isinstance(value, dict) and isinstance(value.get("path"), str):
-            return {**value, "path": self._absolute_paths(field, value["path"])}
-        return value
-
-
-def _is_plain_json(metadata: JsonValue) -> bool:
-    """Return true if the metadata can be sent as JSON inside a plan."""
-    for _ in range(OUTER_LEVELS):
-        metadata = [metadata]
-    try:
-        return METADATA.validate_json(METADATA.dump_json(metadata)) == metadata
-    except (ValueError, RecursionError):
-        return False
-
-
-def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
-    """Yield the id and the shot of each variant."""
-    assert shot.id is not None
-    if shot.variants == 1:
-        yield shot.id, shot.with_seed(run_seed)
-        return
-    for number in range(shot.variants):
-        # Variants use consecutive seeds from the line's seed. Without one, each seed is derived from the variant's id.
-        seed = None if shot.seed is None else (shot.seed + number) % 2**32
-        shot_id = f"{shot.id}-v{number}"
-        yield shot_id, shot.model_copy(update={"id": shot_id, "variants": 1, "seed": seed}).with_seed(run_seed)
-
-
-def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields. Later layers win. `steps` and `guidance` are merged per stage."""
-    out: dict[str, Any] = {}
-    for layer in layers:
-        fields = nest_flat_settings(dict(layer))
-        previous = {name: out[name] for name in NESTED_FIELDS if name in out and name in fields}
-        out.update(fields)
-        for name, settings in previous.items():
-            if isinstance(settings, dict) and isinstance(fields[name], dict):
-                out[name] = {**settings, **fields[name]}
-    return out
-
-
-def explain(detail: Any, fields: Iterable[str]) -> tuple[str | None, str, str]:
-    """Return the field, the value and what is allowed, from a pydantic error of a model with these fields."""
-    # `lora.weight` and `steps.flux`. Only metadata is nested deeper, to any depth.
-    field = ".".join([part for part in detail["loc"] if isinstance(part, str)][:2]) or None
-    if detail["type"] == "extra_forbidden" and field and "." in field:
-        return field, "an unknown field", f"{field.split('.')[0]} has no such field"
-    if detail["type"] == "extra_forbidden":
-        return field, "an unknown field", f"must be one of {', '.join(fields)}"
-    if detail["type"] == "missing":
-        return field, "nothing", "this field is required"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    got = "the line" if field is None else shortened(detail["input"])
-    return field, got, message[:1].lower() + message[1:]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError
-from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, shortened, text_lines
+from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, text_lines
 
 
 class _DuplicateField(Exception):

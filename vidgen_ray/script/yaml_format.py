@@ -6,7 +6,8 @@ from typing import Any
 import yaml
 
 from vidgen_ray.errors import FieldError
-from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, encoding_error, file_error, shortened
+from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, encoding_error, file_error
 from vidgen_ray.strict_yaml import StrictLoader
 
 HEADER_FIELDS = ("title", "defaults", "characters", "shots")

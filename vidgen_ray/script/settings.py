@@ -1,0 +1,22 @@
+"""Settings for reading a script."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ScriptSettings:
+    """Settings for reading a script.
+
+    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
+    """
+
+    path: Path
+    run_seed: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults from the command line."""
+    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are set on every shot after its checks."""
