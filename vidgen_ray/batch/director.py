@@ -1,0 +1,382 @@
+"""Director of a batch run: feeds the engine with shots, starts it again with another layout, and records the results.
+
+Everything runs in one event loop in the driver, except for the reader of the script, which is a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+
+import ray
+
+from vidgen_ray.batch.line_planner import PlannedLine, unique_shots
+from vidgen_ray.batch.options import RenderOptions
+from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.batch.run_results import RunResults
+from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
+from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
+from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.fleet import PlacedSlot, labels_of, placed_more_slots
+from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
+from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.run_metrics import RunMetrics
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import ScriptError, SetupError
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.lease import Lease
+from vidgen_ray.outputs.records import Failure, ShotRecord
+from vidgen_ray.planner import Cluster, Demand, Plan, cpus_needed, demand_of, load_calibration, plan, this_machine
+from vidgen_ray.planner.layout import Slot
+from vidgen_ray.profile import Profile
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.spill_index import ScriptIndex
+
+Remaining = Callable[[], Iterator[list[PlannedLine]]]
+"""Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
+STATUS_INTERVAL_S = 1.0
+"""Seconds between two status reports."""
+STOP_POLL_S = 0.1
+"""Seconds between two checks of the stop request."""
+VISIBILITY_TIMEOUT_S = 60.0
+"""Seconds until a file written by a worker must be visible to the driver. Network file systems cache that a file is missing."""
+BREAKER_SHOTS = 20
+"""Last shots that decide whether the run stops because nearly all shots fail."""
+BREAKER_FAILURES = 18
+MANY_SHOTS = 100
+"""Factor for the demand of the first lines while the length of the script is unknown: all GPUs are worth starting."""
+
+
+class Director:
+    """Feeds the engine with shots and records their results."""
+
+    def __init__(
+        self,
+        run: str,
+        profile: Profile,
+        outputs: OutputFolder,
+        options: RenderOptions,
+        results: RunResults,
+        listener: ProgressListener,
+        stop: threading.Event,
+        index: ScriptIndex,
+        demand: Demand | None,
+        lease: Lease,
+    ) -> None:
+        self._lease = lease
+        self._run = run
+        self._profile = profile
+        self._outputs = outputs
+        self._options = options
+        self._results = results
+        self._listener = listener
+        self._stop = stop
+        self._index = index
+        self.queue = ShotQueue()
+        self.plan: Plan | None = None
+        self.left = 0
+        self.quarantined: list[str] = []
+        self.cluster = options.cluster
+        self._demand = demand
+        self._own_ray = False
+        self._engine: Engine | None = None
+        self._engines = 0
+        self._rendering: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        """Set when the queue, the shots in progress or the reader have changed."""
+        self._reading = False
+        self._error: BaseException | None = None
+        """Error that ends the run."""
+        self._outcomes: deque[Failure | None] = deque(maxlen=BREAKER_SHOTS)
+        """Last shots: the failure of those that failed on every worker, else `None`."""
+        self._folder_checked = False
+        self._metrics: RunMetrics | None = None
+
+    # Lines
+
+    def accept(self, lines: Sequence[PlannedLine]) -> None:
+        """Queue the pending shots among these lines, and record the other ones."""
+        for shot in unique_shots(lines, self._index):
+            if isinstance(shot, RejectedLine):
+                self._results.rejected(shot)
+            elif isinstance(shot.plan, Failure):
+                self._results.unplannable(shot.line, shot.plan)
+            elif shot.done is not None:
+                self._results.skipped(shot.line, shot.done)
+            elif shot.plan is not None:
+                self._results.pending()
+                self.queue.add(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
+                if self._engine is not None:
+                    self._engine.announce(shot.plan)
+        self._changed.set()
+
+    def connected(self, *, complete: bool) -> AbstractContextManager[None]:
+        """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""
+        self._own_ray = self._options.address is None and not ray.is_initialized()
+        cpus = 0.0
+        if self._own_ray:
+            self.cluster = self._options.cluster or this_machine()
+            # CPUs for workers that a later plan may need.
+            cpus = 0.0 if complete else 2 * self.cluster.cpus
+            if self.queue:
+                self._make_plan([*self.queue], LiveCluster(self.cluster, self.cluster), complete=complete)
+                assert self.plan is not None
+                cpus = max(cpus, cpus_needed(self.plan.layout))
+        return connected(self._options.address, cpus)
+
+    # Rendering
+
+    async def render(self, remaining: Remaining | None) -> None:
+        """Render all shots. Returns when every line has a result, or after a stop request."""
+        self._metrics = RunMetrics(self._profile.name, self._on_quarantined)
+        self._reading = remaining is not None
+        background = [asyncio.ensure_future(self._report_status()), asyncio.ensure_future(self._watch_stop())]
+        if remaining is not None:
+            self._start_reader(remaining)
+        try:
+            await self._feed()
+            if self._error is not None:
+                raise self._error
+        finally:
+            for task in (*background, *self._rendering):
+                task.cancel()
+            await self._stop_engine()
+
+    async def _feed(self) -> None:
+        """Give shots to the engine as long as there are any."""
+        while self._error is None:
+            if self._stop.is_set():
+                self.left = len(self.queue)
+                break
+            if not self.queue:
+                if not self._reading and not self._rendering:
+                    return
+                await self._next_change()
+                continue
+            task = self.queue.pop()
+            if self._engine is None or not self._engine.can_render(task.plan):
+                await self._start_engine(task)
+            if not await self._admitted(task):
+                self.left = len(self.queue) + 1
+                break
+        await self._finish_shots()
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _admitted(self, task: ShotTask) -> bool:
+        """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
+        admitted = asyncio.Event()
+        rendering = asyncio.ensure_future(self._render(task, admitted))
+        self._rendering.add(rendering)
+        rendering.add_done_callback(self._ended)
+        waiting = asyncio.ensure_future(admitted.wait())
+        while not admitted.is_set() and not rendering.done():
+            changed = asyncio.ensure_future(self._next_change())
+            await asyncio.wait([waiting, rendering, changed], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if not admitted.is_set() and (self._stop.is_set() or self._error is not None):
+                rendering.cancel()
+                waiting.cancel()
+                return False
+        waiting.cancel()
+        return True
+
+    def _ended(self, rendering: asyncio.Task[None]) -> None:
+        self._rendering.discard(rendering)
+        if not rendering.cancelled() and (error := rendering.exception()) is not None:
+            self._error = self._error or error
+        self._changed.set()
+
+    async def _finish_shots(self) -> None:
+        """Wait for the shots in progress. Raises KeyboardInterrupt if they take longer than the grace period."""
+        # After an unreadable part of the script, the engine is still in order.
+        if not self._rendering or not isinstance(self._error, ScriptError | None):
+            return
+        _, unfinished = await asyncio.wait(list(self._rendering), timeout=self._options.grace_s)
+        if unfinished:
+            raise KeyboardInterrupt
+
+    async def _render(self, task: ShotTask, admitted: asyncio.Event) -> None:
+        assert self._engine is not None
+        result: ShotRecord | Failure
+        kind: Kind | None = None
+        try:
+            result = await self._engine.run(task.plan, on_admitted=admitted.set)
+        except ShotFailed as failed:
+            result, kind = failed.failure, failed.kind
+            if self._engine.needs_other_layout:
+                self.queue.add(task)
+                return
+            if (fatal := self._engine.fatal_failure) is not None and fatal.stage == result.stage:
+                raise SetupError(fatal.message) from None
+        # A bug in vidgen fails the shot, not the run.
+        except Exception as error:
+            result, kind = StepFailed("director", error).failure(), Kind.ERROR
+        if isinstance(result, ShotRecord) and not self._folder_checked:
+            self._folder_checked = True
+            await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
+        if self._metrics is not None:
+            self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
+        self._results.finished(task, result)
+        self._check_breaker(result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+
+    def _check_breaker(self, failure: Failure | None) -> None:
+        """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker."""
+        self._outcomes.append(failure)
+        failures = [outcome for outcome in self._outcomes if outcome is not None]
+        if len(failures) >= BREAKER_FAILURES:
+            raise SetupError(
+                f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
+                f"tried, the last one in {failures[-1].stage}: {failures[-1].message}. Remove the cause and start again"
+            )
+
+    # The engine
+
+    async def _start_engine(self, needed: ShotTask) -> None:
+        """Start the engine, or another one with a layout for all stages that are needed now."""
+        if self._engine is not None:
+            # The new layout needs the GPUs of the present one.
+            if self._rendering:
+                await asyncio.wait(list(self._rendering))
+            await self._stop_engine()
+            self.plan = None
+        if self.plan is None:
+            known = self.cluster if self._own_ray else self._options.cluster
+            live = LiveCluster(known, known) if known else await asyncio.to_thread(live_cluster)
+            self._make_plan([needed, *self.queue], live, complete=not self._reading)
+        assert self.plan is not None
+        assert self.cluster is not None
+        layout, options = self.plan.layout, self._options
+        if self._own_ray:
+            expect_gpus(sum(slot.has_gpu for slot in layout.slots))
+        self._engines += 1
+        config = EngineConfig(
+            name=f"{self._run}/{self._engines}",
+            profile=self._profile.pinned([STAGE_BY_NAME[name] for name in layout.stages]),
+            outputs=self._outputs,
+            stages=options.stages,
+            cache=cache_settings(options.cache, options.keep_stages, max_bytes=bytes_per_worker(options.cache_gb, layout)),
+            keep_stages=options.keep_stages,
+            attempts=options.attempts,
+        )
+        assert self._metrics is not None
+        # With --gpus, the plan uses all GPUs that there will be.
+        may_grow = not self._own_ray and options.cluster is None
+        more = self._more_slots if may_grow else None
+        self._engine = Engine(config, layout, self._metrics, more, self._listener.on_message)
+        for task in (needed, *self.queue):
+            self._engine.announce(task.plan)
+        await self._engine.start(labels_of(self.plan, self.cluster))
+
+    def _make_plan(self, tasks: Sequence[ShotTask], live: LiveCluster, *, complete: bool) -> None:
+        """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
+        demand = demand_of(task.plan.shot for task in tasks)
+        if not complete:
+            demand = self._demand or demand.scaled(MANY_SHOTS)
+
+        def planned(cluster: Cluster) -> Plan:
+            calibration = load_calibration(self._profile.name, cluster.card)
+            return plan(self._profile, demand, cluster, calibration=calibration, price=self._options.price)
+
+        self.plan, self.cluster = live.plan(planned)
+        self.plan.check_cost(self._options.max_cost)
+
+    def _more_slots(self, present: Sequence[Slot], free: Cluster) -> list[PlacedSlot]:
+        """Return the slots to add for GPUs that have become free. None if all shots have been started."""
+        if self.plan is None or not (self.queue or self._reading):
+            return []
+        return placed_more_slots(self.plan.stage_seconds, present, free)
+
+    async def _stop_engine(self) -> None:
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await engine.stop()
+
+    # Reading
+
+    def _start_reader(self, remaining: Remaining) -> None:
+        """Read the remaining lines in a thread. Pauses while the queue is full."""
+        loop = asyncio.get_running_loop()
+        room = threading.Semaphore(1)
+
+        def read() -> None:
+            error: BaseException | None = None
+            try:
+                for lines in remaining():
+                    room.acquire()
+                    loop.call_soon_threadsafe(accept, lines)
+            except BaseException as reason:
+                error = reason
+            with suppress(RuntimeError):  # the loop is closed: the run has ended
+                loop.call_soon_threadsafe(end, error)
+
+        async def release() -> None:
+            while self.queue.is_full:
+                await self._next_change()
+            room.release()
+
+        def accept(lines: list[PlannedLine]) -> None:
+            self.accept(lines)
+            self._results.lines_read(complete=False)
+            task = asyncio.ensure_future(release())
+            releasing.add(task)
+            task.add_done_callback(releasing.discard)
+
+        def end(error: BaseException | None) -> None:
+            self._reading = False
+            if error is None:
+                self._results.lines_read(complete=True)
+            else:
+                self._error = error
+            self._changed.set()
+
+        releasing: set[asyncio.Task[None]] = set()
+        threading.Thread(target=read, daemon=True).start()
+
+    # Status
+
+    async def _report_status(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            if self._engine is not None:
+                snapshot = self._engine.snapshot()
+                if self._metrics is not None:
+                    self._metrics.snapshot(snapshot)
+                self._listener.on_status(snapshot)
+
+    async def _watch_stop(self) -> None:
+        while not self._stop.is_set() and self._error is None:
+            await asyncio.sleep(STOP_POLL_S)
+            if self._lease.lost.is_set():
+                # Another run may be writing to the folder.
+                try:
+                    self._lease.check()
+                except SetupError as error:
+                    self._error = error
+        self._changed.set()
+
+    def _on_quarantined(self, process: str, reason: str) -> None:
+        message = f"{process} is quarantined: {reason}"
+        self.quarantined.append(message)
+        self._listener.on_message(message)
+
+
+def _check_shared_folder(plan: ShotPlan, outputs: OutputFolder) -> None:
+    """Raise SetupError if the driver does not see a finished shot. Blocks."""
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_S
+    while outputs.find_finished(plan) is None:
+        if time.monotonic() > deadline:
+            raise SetupError(
+                f"a worker wrote {outputs.place(plan.shot.id or '', 'shot.json')}, but the driver does not see it. "
+                "The driver and the workers need one shared output folder."
+            )
+        time.sleep(1)

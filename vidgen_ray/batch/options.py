@@ -1,0 +1,46 @@
+"""Options of a batch run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
+from vidgen_ray.engine.retries import ATTEMPTS
+from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.planner import Cluster
+from vidgen_ray.stages.base import Stage
+
+GRACE_S = 60.0
+"""Seconds that shots in progress may take to finish after a stop request."""
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """Options of a run."""
+
+    address: str | None = None
+    """Address of a Ray cluster. Default: a new local Ray, or the one that is connected."""
+    cluster: Cluster | None = None
+    """GPUs to plan for. Default: detect."""
+    price: float | None = None
+    """Price of a GPU-hour."""
+    max_cost: float | None = None
+    """Raise CostError before any worker starts if the run would cost more. Then the whole script is read first."""
+    fresh: bool = False
+    """Render finished shots again, without the cache."""
+    cache: CacheMode = DEFAULT_CACHE
+    """Results of stages that are kept."""
+    cache_gb: float | None = None
+    """GB that the run may add to the stage cache. `None`: until the disk is almost full."""
+    replace: bool = False
+    """Replace finished shots of other scripts that have the same id. Otherwise such lines are rejected."""
+    keep_stages: bool = False
+    """Also write the intermediate images."""
+    attempts: int = ATTEMPTS
+    """Attempts per call before the shot has failed. The first one counts."""
+    grace_s: float = GRACE_S
+    """Seconds that shots in progress may take to finish after a stop request."""
+    stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
+    """Stage name -> class that implements it."""
