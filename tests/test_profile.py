@@ -43,7 +43,7 @@ def test_tiny_and_demo_profiles_need_no_downloads(name):
     [
         ("name: x", "about: got"),
         ("[", "invalid YAML"),
-        ("- a", "top level: got"),
+        ("- a", "got"),
         ("{name: x, about: y, actors: {svd: {weights: a, gpu: 1}}}", "actors.svd.gpu: got 1, extra inputs"),
         ("{name: x, about: y, actors: {svd: {weights: a, device: tpu}}}", "actors.svd.device: got 'tpu'"),
         ("{name: x, about: y, actors: {svd: {weights: a, cpus: 0}}}", "greater than 0"),

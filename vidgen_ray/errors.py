@@ -7,6 +7,11 @@ with `exit_code`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_MESSAGE_LENGTH = 300
+"""Maximum number of characters of a message about a line."""
+MAX_MESSAGES = 50
+"""Maximum number of messages about lines that are printed. A summary follows."""
+
 
 class VidgenError(Exception):
     """Base class of all errors in this module."""
@@ -30,7 +35,8 @@ class FieldError:
         where = self.source if self.line is None else f"{self.source} line {self.line}"
         field = f", {self.field}" if self.field else ""
         # Values from a script may contain terminal control characters.
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}{field}: got {self.got}, {self.allowed}")
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{where}{field}: got {self.got}, {self.allowed}")
+        return text if len(text) <= MAX_MESSAGE_LENGTH else text[: MAX_MESSAGE_LENGTH - 1] + "…"
 
 
 class UsageError(VidgenError):
@@ -49,7 +55,9 @@ class ScriptError(VidgenError):
         super().__init__(self.errors)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.errors))
+        shown = "\n".join(map(str, self.errors[:MAX_MESSAGES]))
+        more = len(self.errors) - MAX_MESSAGES
+        return f"{shown}\n... and {more:,} more errors" if more > 0 else shown
 
 
 class ProfileError(VidgenError):

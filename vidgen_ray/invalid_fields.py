@@ -1,7 +1,15 @@
 """Describe invalid fields of a shot: which field, which value, and what is allowed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
+
+from pydantic import ValidationError
+
+from vidgen_ray.shot import Shot
+
+MAX_LISTED = 200
+"""Longest list of field names in an error message, in characters."""
 
 
 def shortened(value: object) -> str:
@@ -20,9 +28,35 @@ def explain(detail: Any, fields: Iterable[str]) -> tuple[str | None, str, str]:
     if detail["type"] == "extra_forbidden" and field and "." in field:
         return field, "an unknown field", f"{field.split('.')[0]} has no such field"
     if detail["type"] == "extra_forbidden":
-        return field, "an unknown field", f"must be one of {', '.join(fields)}"
+        return field, "an unknown field", known_fields(field or "", fields)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     got = "the line" if field is None else shortened(detail["input"])
     return field, got, message[:1].lower() + message[1:]
+
+
+def known_fields(name: str, fields: Iterable[str]) -> str:
+    """Say what may stand in place of an unknown field: the most similar name, or all names if these are few."""
+    fields = list(fields)
+    if similar := get_close_matches(name.lower(), fields, 1):
+        return f"did you mean {similar[0]}?"
+    names = ", ".join(fields)
+    return f"must be one of {names}" if len(names) <= MAX_LISTED else "see `vidgen schema shot` for all fields"
+
+
+def wrong_defaults(fields: Mapping[str, Any], *, strict: bool = False) -> list[tuple[str, str, str]]:
+    """Return field, value and what is allowed of each field that would be invalid in every shot that takes these defaults.
+
+    Combinations of fields are not checked, since a shot may set some of them itself.
+    """
+    if "id" in fields:
+        return [("id", shortened(fields["id"]), "must be set by each line, not for all of them")]
+    try:
+        Shot.model_validate({"prompt": "any", **fields}, strict=strict)
+    except ValidationError as error:
+        explained = (explain(detail, Shot.model_fields) for detail in error.errors(include_url=False))
+        return [(field, got, allowed) for field, got, allowed in explained if field is not None]
+    except (ValueError, RecursionError) as error:
+        return [("defaults", "invalid values", f"must be plain JSON, not nested deeply ({error})")]
+    return []

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.strict_yaml import StrictLoader
@@ -79,6 +80,13 @@ class Profile(_Section):
     )
     actors: dict[str, ActorProfile]
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
+
+    @field_validator("defaults")
+    @classmethod
+    def _check_defaults(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for field, got, allowed in wrong_defaults(value):
+            raise ValueError(f"{field} is {got}: {allowed}")
+        return value
 
     def params(self, stage: type[Stage[P]]) -> P:
         """Return the stage's parameters with local paths of its weights, and of the extra weights that this machine has.
@@ -180,6 +188,9 @@ def load_profile(name_or_path: str) -> Profile:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ProfileError(f"profile {name_or_path!r}: invalid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        got = "an empty file" if content is None else shortened(content)
+        raise ProfileError(f"profile {name_or_path!r}: got {got}, must be a mapping with name, about and actors")
     try:
         return Profile.model_validate(content).model_copy(update={"source": source})
     except ValidationError as error:
@@ -191,4 +202,4 @@ def _first_error(error: ValidationError) -> str:
     detail = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in detail["loc"]) or "top level"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{field}: got {detail['input']!r}, {message[0].lower()}{message[1:]}"
+    return f"{field}: got {shortened(detail['input'])}, {message[0].lower()}{message[1:]}"

@@ -153,7 +153,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
         "good": ("done", 1, None, None),
         "tall": ("failed", 2, "script", "ScriptError"),
         "no-face": ("failed", 3, "instantid", "StageError"),
-        "junk": ("failed", 4, "lora", "StageError"),
+        "junk": ("failed", 4, "plan", "ScriptError"),
         "cut": ("failed", 5, "svd", "MediaError"),
         "unknown": ("failed", 6, "plan", "StageError"),
         "s-line-7": ("failed", 7, "script", "ScriptError"),

@@ -36,7 +36,7 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
         (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
-        (["shot", "a", "--set", "fpss=3"], 3, "shot, fpss: got an unknown field"),
+        (["shot", "a", "--set", "fpss=3"], 2, "--set fpss: got an unknown field, did you mean fps?"),
         (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
         (["stage", "svd", "-o", "x.mp4"], 2, "svd requires an input file (image)"),
         (["stage", "svd", "x.png", "-o", "x.gif"], 2, "must end in .mp4 for svd"),

@@ -207,7 +207,7 @@ def test_number_of_printed_failures_is_limited(clock):
         for n in range(5000):
             view.on_rejected(row(f"s{n}", "failed", failure_stage="script"))
         view.on_lines(5000, 0, 5000, complete=True)
-    assert len(printed()) == 1 + progress.MAX_FAILURES + 1 + 1
+    assert len(printed()) == 1 + progress.MAX_MESSAGES + 1 + 1
     assert "all of them are in failures.jsonl" in printed()[-3]
 
 

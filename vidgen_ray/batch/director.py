@@ -28,7 +28,7 @@ from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, l
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.run_metrics import RunMetrics
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import ScriptError, SetupError
+from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -82,6 +82,8 @@ class Director:
         self.queue = ShotQueue()
         self.plan: Plan | None = None
         self.left = 0
+        self._notes = 0
+        """Settings without effect in the lines so far."""
         self.quarantined: list[str] = []
         self.cluster = options.cluster
         self._demand = demand
@@ -104,6 +106,8 @@ class Director:
     def accept(self, lines: Sequence[PlannedLine]) -> None:
         """Queue the pending shots among these lines, and record the other ones."""
         for shot in unique_shots(lines, self._index):
+            if not isinstance(shot, RejectedLine):
+                self._report_notes(shot.line.notes)
             if isinstance(shot, RejectedLine):
                 self._results.rejected(shot)
             elif isinstance(shot.plan, Failure):
@@ -116,6 +120,14 @@ class Director:
                 if self._engine is not None:
                     self._engine.announce(shot.plan)
         self._changed.set()
+
+    def _report_notes(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self._notes += 1
+            if self._notes <= MAX_MESSAGES:
+                self._listener.on_message(f"note: {note}")
+            elif self._notes == MAX_MESSAGES + 1:
+                self._listener.on_message("note: more settings have no effect; `vidgen validate --json` lists all of them")
 
     def connected(self, *, complete: bool) -> AbstractContextManager[None]:
         """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""

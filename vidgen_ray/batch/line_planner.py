@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MissingWeights, VidgenError
+from vidgen_ray.errors import FieldError, MissingWeights, ScriptError, VidgenError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
+from vidgen_ray.script.input_files import check_files
 from vidgen_ray.script.line_check import LineChecker
 from vidgen_ray.script.lines import Line, UnreadableLine
 from vidgen_ray.script.reader import unique_lines
@@ -87,7 +88,8 @@ class LinePlanner:
         for number, parsed in lines:
             line = self._checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
-            planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
+            plans = tuple(self._plan(shot, number) for shot in shots)
+            planned.append(PlannedLine(line, plans, (None,) * len(shots)))
         return planned
 
     def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
@@ -96,12 +98,14 @@ class LinePlanner:
             planned = self._without_taken_ids(planned)
         return self._without_cached(planned) if self._fresh else self._with_done(planned)
 
-    def _plan(self, shot: Shot) -> ShotPlan | Failure:
+    def _plan(self, shot: Shot, line: int) -> ShotPlan | Failure:
         used = stages_of(shot)
         # Outside the `try`: missing weights fail the run, not the line.
         if used not in self._planners:
             self._planners[used] = ShotPlanner(params_of(self._profile, used), self._profile.encode)
         try:
+            for field, error in check_files(shot):
+                raise ScriptError([FieldError(self._checker.source, line, field, "an unusable file", str(error))])
             return self._planners[used](shot)
         except MissingWeights:
             raise

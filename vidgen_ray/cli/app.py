@@ -21,17 +21,28 @@ from rich.console import Console
 
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
-from vidgen_ray.cli.options import PROFILE_HELP, JsonOption, OutOption, ProfileOption, SeedOption, SetOption, parse_fields
+from vidgen_ray.cli.options import (
+    PROFILE_HELP,
+    JsonOption,
+    OutOption,
+    ProfileOption,
+    SeedOption,
+    SetOption,
+    check_out,
+    parse_fields,
+)
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
-from vidgen_ray.errors import ScriptError, SetupError, VidgenError
+from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import iter_script, read_script
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
@@ -50,8 +61,22 @@ app = typer.Typer(
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
 
-ScriptArgument = Annotated[Path, typer.Argument(help="Script with one shot per line: .jsonl, .csv, .txt, .parquet or .yaml.")]
-OutUrlOption = Annotated[str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.")]
+ScriptArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Script with one shot per line: .jsonl, .csv, .tsv, .txt, .parquet or .yaml; or a folder of captioned images or "
+        "of Parquet files."
+    ),
+]
+OutUrlOption = Annotated[
+    str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.", callback=check_out)
+]
+CharactersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--characters", metavar="FILE", help="YAML file of characters that lines may name in their field `character`."
+    ),
+]
 GpusOption = Annotated[
     str | None,
     typer.Option("--gpus", help="GPUs to plan for, e.g. 8x80GB or 2x8x80GB (two nodes of eight). Default: detect."),
@@ -189,6 +214,7 @@ def render(
     mode: ModeOption = None,
     until: UntilOption = None,
     fields: SetOption = None,
+    characters: CharactersOption = None,
     keep: KeepOption = None,
     fresh: FreshOption = False,
     cache: CacheOption = DEFAULT_CACHE,
@@ -224,7 +250,7 @@ def render(
     from vidgen_ray.batch.render import RenderOptions
 
     chosen = load_profile(profile)
-    settings = _script_settings(script, chosen, fields, mode, seed, until)
+    settings = _script_settings(script, chosen, fields, characters, mode, seed, until)
     if strict:
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
         if errors:
@@ -255,6 +281,7 @@ def plan(
     mode: ModeOption = None,
     until: UntilOption = None,
     fields: SetOption = None,
+    characters: CharactersOption = None,
     seed: SeedOption = 0,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
@@ -265,7 +292,7 @@ def plan(
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
-    settings = _script_settings(script, chosen, fields, mode, seed, until)
+    settings = _script_settings(script, chosen, fields, characters, mode, seed, until)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
@@ -319,7 +346,7 @@ def serve(
 
 @app.command()
 def gc(
-    out: Annotated[str, typer.Argument(help="Output folder, or its URL.")],
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -371,17 +398,25 @@ def validate(
     script: ScriptArgument,
     profile: ProfileOption = "demo",
     fields: SetOption = None,
+    characters: CharactersOption = None,
+    mode: ModeOption = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
-    checked = read_script(ScriptSettings(script, defaults=parse_fields(fields), profile_defaults=chosen.defaults))
+    checked = read_script(_script_settings(script, chosen, fields, characters, mode, 0, None), decode_files=files)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
-        typer.echo(json.dumps({"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors}))
+        result = {"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors, "notes": checked.notes}
+        typer.echo(json.dumps(result))
     else:
-        for error in checked.errors:
-            typer.echo(f"{error}", err=True)
+        if checked.errors:
+            typer.echo(str(ScriptError(checked.errors)), err=True)
+        for note in checked.notes[:MAX_MESSAGES]:
+            typer.echo(f"note: {note}", err=True)
         typer.echo(f"{script.name}: {len(checked.shots)} valid shots, {len(checked.rejected)} invalid lines")
     if checked.rejected:
         raise typer.Exit(ScriptError.exit_code)
@@ -418,8 +453,9 @@ def schema(
 
 def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool) -> None:
     from vidgen_ray.batch.render import render
-    from vidgen_ray.report.gallery import write_gallery
+    from vidgen_ray.report.gallery import check_no_other_page, write_gallery
 
+    check_no_other_page(out)
     outputs = OutputFolder(out)
     local = outputs.storage.local
     try:
@@ -449,10 +485,21 @@ def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderO
 
 
 def _script_settings(
-    script: Path, profile: Profile, fields: list[str] | None, mode: str | None, seed: int, until: str | None
+    script: Path,
+    profile: Profile,
+    fields: list[str] | None,
+    characters: Path | None,
+    mode: str | None,
+    seed: int,
+    until: str | None,
 ) -> ScriptSettings:
+    if mode is not None and (wrong := wrong_defaults({"mode": mode})):
+        raise UsageError(f"--mode: got {wrong[0][1]}, {wrong[0][2]}")
     defaults = parse_fields(fields) | ({"mode": mode} if mode else {})
-    return ScriptSettings(script, seed, defaults, profile.defaults, _changes(until))
+    if "id" in defaults:
+        raise UsageError("--set id: must be set by each line of the script, not for all of them")
+    people = read_characters(characters) if characters else {}
+    return ScriptSettings(script, seed, defaults, profile.defaults, _changes(until), people)
 
 
 def _changes(until: str | None) -> dict[str, Any]:

@@ -5,26 +5,62 @@ from typing import Annotated, Any
 
 import typer
 
+from vidgen_ray.errors import UsageError
+from vidgen_ray.invalid_fields import wrong_defaults
+from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import builtin_profiles
 from vidgen_ray.script.lines import parse_text_fields
 
-PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
-ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Field of all shots that do not set it. Repeatable."),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+UNCHECKED = ("id", "character", "style")
+"""Fields that depend on the command and on the script."""
+PATH_FIELDS = ("image", "face_image", "lora")
+JOB_FOLDER = "working_dir_files"
+"""Folder of Ray that has the working directories of submitted jobs."""
 
 
 def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
-    """Parse `["fps=6", "prompt=7"]` into `{"fps": 6, "prompt": "7"}`."""
+    """Parse `["fps=6", "prompt=7"]` into `{"fps": 6, "prompt": "7"}`. Paths are relative to the current folder.
+
+    Raises UsageError for a field that does not exist, and for a value that is invalid for every shot.
+    """
     fields = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"got {pair!r}, must be FIELD=VALUE", param_hint="--set")
         fields[name.strip()] = value
-    return parse_text_fields(fields)
+    parsed = {name: _with_absolute_paths(name, value) for name, value in parse_text_fields(fields).items()}
+    for name, got, allowed in wrong_defaults({name: value for name, value in parsed.items() if name not in UNCHECKED})[:1]:
+        raise UsageError(f"--set {name}: got {got}, {allowed}")
+    return parsed
+
+
+def check_out(value: Any) -> Any:
+    """Reject an empty output folder, which a shell passes for an unset variable, and one that Ray deletes with the job."""
+    if not str(value).strip():
+        raise typer.BadParameter("got an empty text, must be a folder or its URL")
+    if not URL.match(str(value)) and JOB_FOLDER in Path(value).absolute().parts:
+        allowed = (
+            "is inside the copy of the working directory that Ray deletes after the job; use an absolute path of a shared disk"
+        )
+        raise typer.BadParameter(f"{value} {allowed}, or a URL such as s3://BUCKET/FOLDER")
+    return value
+
+
+def _with_absolute_paths(name: str, value: Any) -> Any:
+    if name not in PATH_FIELDS or isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return [_with_absolute_paths(name, each) for each in value]
+    return value if not isinstance(value, str) or value.startswith("builtin:") else str(Path(value).expanduser().absolute())
+
+
+PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
+ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output folder.", callback=check_out)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Field of all shots that do not set it. Repeatable."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]

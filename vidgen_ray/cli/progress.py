@@ -20,6 +20,7 @@ from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.engine.status import Snapshot
+from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
 from vidgen_ray.outputs.manifest import ManifestRow
 
 PLANNING = "planning"
@@ -32,10 +33,6 @@ SUMMARY_INTERVAL_S = 10.0
 """Seconds between two summaries of `LineView`."""
 SMALL_RUN_SUMMARY_INTERVAL_S = 60.0
 """Seconds without other output before `LineView` prints a summary of a small run."""
-MAX_FAILURES = 1000
-"""Maximum number of failures that are printed."""
-MAX_MESSAGE_LENGTH = 300
-"""Maximum number of characters in the line of a failure."""
 
 
 class RunView(ProgressListener, AbstractContextManager["RunView"], Protocol):
@@ -289,10 +286,10 @@ def _stage_table(snapshot: Snapshot) -> Table:
 
 def _failure_line(row: ManifestRow, failed: int) -> str | None:
     """Return one line for the `failed`-th failure. `None` if the row is no failure or enough have been printed."""
-    if row.status != "failed" or failed > MAX_FAILURES + 1:
+    if row.status != "failed" or failed > MAX_MESSAGES + 1:
         return None
-    if failed > MAX_FAILURES:
-        return f"more than {MAX_FAILURES:,} lines failed; all of them are in failures.jsonl"
+    if failed > MAX_MESSAGES:
+        return f"more than {MAX_MESSAGES:,} lines failed; all of them are in failures.jsonl"
     text = f"failed {row.id} in {row.failure_stage}: {row.failure_message}"
     # Messages may contain line breaks, and control characters from the script.
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -37,6 +37,14 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
         return _to_rgb(path, ImageOps.exif_transpose(image))
 
 
+def check_image_header(path: Path) -> None:
+    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
+    check_is_file(path)
+    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
+        check_pixels(path, *image.size)
+        _check_mode(path, image)
+
+
 def _open(path: Path, source: Path | io.BytesIO) -> PILImage.Image:
     """Open the image in `source`. `path` is for error messages."""
     try:
@@ -54,13 +62,17 @@ def _to_rgb(path: Path, image: PILImage.Image) -> Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
-    if image.mode in ("I", "F"):
-        # The file does not define which values are black and white.
-        raise MediaError(f"{path}: got 32 bits per channel, must be 8 or 16")
+    _check_mode(path, image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"))
+
+
+def _check_mode(path: Path, image: PILImage.Image) -> None:
+    if image.mode in ("I", "F"):
+        # The file does not define which values are black and white.
+        raise MediaError(f"{path}: got 32 bits per channel, must be 8 or 16")
 
 
 def encode_png(image: Image) -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from vidgen_ray.errors import UsageError
 from vidgen_ray.outputs.manifest import manifest_batches
 from vidgen_ray.outputs.storage import storage_at
 from vidgen_ray.stages.likeness import sampled_frames
@@ -15,6 +16,17 @@ from vidgen_ray.stages.likeness import sampled_frames
 MAX_SHOTS = 500
 """Maximum number of shots in the gallery. Browsers become slow with more players."""
 FILE = "index.html"
+MARKS = (b'name="generator" content="vidgen"', b"<title>vidgen: ")
+"""One of these is in every gallery. Early versions wrote the title only."""
+
+
+def check_no_other_page(out: str | Path) -> None:
+    """Raise UsageError if the folder has an `index.html` that vidgen has not written."""
+    page = storage_at(out).read(FILE)
+    if page is not None and not any(mark in page for mark in MARKS):
+        raise UsageError(
+            f"{storage_at(out).place(FILE)}: exists and is not from vidgen; move it, or choose another output folder"
+        )
 
 
 def write_gallery(out: str | Path) -> Path | str:

@@ -33,6 +33,8 @@ class CheckedLine(NamedTuple):
     """Script of the line. For a line of failures.jsonl: the original script."""
     replaces: str | None
     """Id under which the line failed in an earlier run, if it differs."""
+    notes: tuple[str, ...] = ()
+    """Settings of the line that have no effect, as messages. Empty for all but the first variant."""
 
 
 class ValidLine(NamedTuple):
@@ -44,3 +46,7 @@ class ValidLine(NamedTuple):
     """The line without errors, for the case that its id is taken."""
     failed_as: str | None
     """Id under which a line of failures.jsonl failed."""
+    has_own_id: bool
+    """False if the id is derived from the content of the line."""
+    notes: tuple[str, ...] = ()
+    """Settings of the line that have no effect, as messages."""

@@ -1,4 +1,4 @@
-"""Script formats: read .jsonl, .csv, .txt, .parquet and .yaml files as lines of unvalidated fields.
+"""Script formats: read .jsonl, .csv, .txt, .parquet and .yaml files, and folders, as lines of unvalidated fields.
 
 Lines are read lazily, so memory use does not grow with the script. Only .yaml files are read as a whole.
 """
@@ -6,6 +6,7 @@ Lines are read lazily, so memory use does not grow with the script. Only .yaml f
 from pathlib import Path
 
 from vidgen_ray.script.csv_format import read_csv
+from vidgen_ray.script.folder_format import read_folder
 from vidgen_ray.script.lines import Header, Lines, file_error
 from vidgen_ray.script.parquet_format import read_parquet
 from vidgen_ray.script.text_formats import read_jsonl, read_txt
@@ -20,17 +21,18 @@ def open_script(path: Path) -> tuple[Header, Lines]:
     readers = {
         ".jsonl": read_jsonl,
         ".csv": read_csv,
+        ".tsv": read_csv,
         ".txt": read_txt,
         ".parquet": read_parquet,
         ".yaml": read_yaml,
         ".yml": read_yaml,
     }
-    reader = readers.get(path.suffix.lower())
+    reader = read_folder if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise file_error(path, f"file type {path.suffix!r}", f"must be one of {', '.join(sorted(readers))}")
     try:
-        if not path.is_file():
-            raise file_error(path, str(path), "must be a file" if path.exists() else "must be an existing file")
+        if not path.exists() or not (path.is_file() or path.is_dir()):
+            raise file_error(path, str(path), "must be a file or a folder" if path.exists() else "must be an existing file")
         return reader(path)
     except OSError as error:
         raise file_error(path, str(path), f"must be readable ({error.strerror})") from None

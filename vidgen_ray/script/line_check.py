@@ -2,16 +2,20 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.errors import FieldError, SetupError
-from vidgen_ray.invalid_fields import explain, shortened
+from vidgen_ray.errors import FieldError, ScriptError, SetupError
+from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
-from vidgen_ray.script.lines import Header, Line, UnreadableLine
+from vidgen_ray.script.expansion import STYLE, ExpansionError, expand, is_expandable
+from vidgen_ray.script.ignored_settings import ignored_settings
+from vidgen_ray.script.lines import NO_HEADER, Header, Line, UnreadableLine
+from vidgen_ray.script.named_fields import UnknownName, with_character, with_style
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
@@ -33,32 +37,45 @@ class LineChecker:
         source: str,
         folder: Path,
         fallback: Mapping[str, Any],
-        characters: Mapping[str, Mapping[str, Any]],
         run_seed: int,
-        changes: Mapping[str, Any],
+        header: Header = NO_HEADER,
+        changes: Mapping[str, Any] | None = None,
     ) -> None:
+        """`fallback`: values of fields that a line does not set. `changes`: fields set on every shot after its checks."""
         self.source = source
         self.folder = folder
         self.fallback = fallback
-        self.characters = characters
+        self.characters = header.characters
+        self.styles = header.styles
         self.run_seed = run_seed
         self.changes = changes
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
+        """Return the checker for a script. Raises ScriptError for wrong defaults and missing files in the header."""
         fallback = merged(settings.profile_defaults, settings.defaults, header.defaults)
         path = settings.path
-        return LineChecker(path.name, path.parent, fallback, header.characters, settings.run_seed, settings.changes)
+        if twice := next((name for name in settings.characters if name in header.characters), None):
+            allowed = "must not be in the file of --characters, too"
+            raise ScriptError([FieldError(path.name, None, f"characters.{twice}", "a character twice", allowed)])
+        header = replace(header, characters={**settings.characters, **header.characters})
+        checker = LineChecker(path.name, settings.folder, fallback, settings.run_seed, header, settings.changes)
+        check_header(header, checker)
+        return checker
 
     @staticmethod
     def for_rows(
         name: str, folder: Path, defaults: Mapping[str, Any], profile_defaults: Mapping[str, Any], run_seed: int
     ) -> "LineChecker":
         """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
-        return LineChecker(name, folder, merged(profile_defaults, defaults), {}, run_seed, {})
+        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "locate"}
+
+    def without_defaults(self) -> "LineChecker":
+        """Return a checker for fields that are checked on their own."""
+        return LineChecker(self.source, self.folder, {}, self.run_seed)
 
     @cached_property
     def locate(self) -> Callable[[str], tuple[str, bool]]:
@@ -75,7 +92,29 @@ class LineChecker:
         if line.errors:
             return rejected
         shots = tuple(shot.model_copy(update=self.changes) if self.changes else shot for shot in line.shots.values())
-        return ValidLine(shots, rejected, line.failed_as)
+        return ValidLine(shots, rejected, line.failed_as, parsed.fields.get("id") is not None, tuple(line.notes))
+
+
+def check_header(header: Header, checker: LineChecker) -> None:
+    """Raise ScriptError for wrong defaults of a header, and for files of its characters and styles that do not exist.
+
+    Checked once, so that the mistake is not reported for every line.
+    """
+    own = {name: value for name, value in header.defaults.items() if name not in ("character", STYLE)}
+    wrong = [(f"defaults.{name}", got, allowed) for name, got, allowed in wrong_defaults(own, strict=True)]
+    for name, named in (("character", header.characters), (STYLE, header.styles)):
+        if (default := header.defaults.get(name)) is not None and default not in named:
+            wrong.append((f"defaults.{name}", shortened(default), f"must be one of {', '.join(named) or 'none'}"))
+    sections = {"defaults": {"": header.defaults}, "characters": header.characters, "styles": header.styles}
+    for section, named in sections.items():
+        for name, fields in named.items():
+            place = f"{section}.{name}" if name else section
+            shot = {field: value for field, value in fields.items() if field in ("image", "face_image", "lora")}
+            if shot and not wrong:
+                line = LineCheck(Line(None, {"prompt": "any", **shot}, strict=True), checker.without_defaults())
+                wrong += [(f"{place}.{error.field}", error.got, error.allowed) for error in line.errors]
+    if wrong:
+        raise ScriptError([FieldError(checker.source, None, *each) for each in wrong])
 
 
 def _locate(folder: Path, path: str) -> tuple[str, bool]:
@@ -89,6 +128,8 @@ class LineCheck:
 
     def __init__(self, line: Line, context: LineChecker) -> None:
         self.errors: list[FieldError] = []
+        self.notes: list[str] = []
+        """Settings that have no effect."""
         self.shots: dict[str, Shot] = {}
         """Id -> shot. Empty if there are errors."""
         self._line = line
@@ -96,20 +137,78 @@ class LineCheck:
         own = dict(line.fields)
         failure = own.pop(FAILURE_FIELD, None)
         self._failure = failure if isinstance(failure, dict) else {}
-        self._fields = merged(context.fallback, own)
-        if own.get("id") is None:
+        if is_expandable(own):
+            # As it is written, since a rejected line is one row.
+            self._fields = self._with_defaults(own, "")
+            try:
+                expanded = expand(own)
+            except ExpansionError as error:
+                self.reject(error.field, error.got, error.allowed)
+                return
+            for fields, suffix in expanded:
+                self._add_shots(fields, self._with_names(self._with_defaults(fields, suffix), fields))
+        else:
+            self._fields = self._with_names(self._with_defaults(own, ""), own)
+            self._add_shots(own, self._fields)
+
+    def _with_defaults(self, own: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+        fields = merged(self._context.fallback, self._line.defaults, own)
+        own_id = own.get("id")
+        if own_id is None:
             # Derived from the line's own fields only: changed defaults must not change its id and seed.
-            self._fields["id"] = derive_id(own)
-        self._apply_character(own)
-        shot = None if self.errors else self._validate()
+            fields["id"] = derive_id(dict(own))
+        elif suffix and isinstance(own_id, str):
+            fields["id"] = own_id + suffix
+        for name in NESTED_FIELDS:
+            nested = own.get(name)
+            for stage in nested if isinstance(nested, dict) else ():
+                if f"{stage}.{name}" in own or f"{name}.{stage}" in own:
+                    self.reject(f"{name}.{stage}", "two values", f"must be set once, as {name}.{stage} or in {name}")
+        return fields
+
+    def _with_names(self, fields: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields with those of the character and the style. Their names are kept in the metadata only.
+
+        They exist only in this script, but the line may move to failures.jsonl.
+        """
+        character, style = fields.pop("character", None), fields.pop(STYLE, None)
+        try:
+            fields, character = with_character(fields, own, self._context.characters, character)
+            if style is not None:
+                fields = with_style(fields, own, self._context.styles, style)
+        except UnknownName as error:
+            self.reject(error.field, error.got, error.allowed)
+            return {
+                **fields,
+                **{name: value for name, value in (("character", character), (STYLE, style)) if value is not None},
+            }
+        labels = {"scene": self._line.scene, "character": character, STYLE: style}
+        labels = {name: label for name, label in labels.items() if label is not None}
+        metadata = fields.get("metadata") or {}
+        return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields
+
+    def _add_shots(self, own: Mapping[str, Any], fields: dict[str, Any]) -> None:
+        shot = None if self.errors else self._validate(fields)
         if shot is not None:
             shot = self._with_absolute_paths(shot)
-        if shot is not None and not self.errors:
-            self.shots = dict(_seeded_variants(shot, context.run_seed))
+        if shot is None or self.errors:
+            return
+        for shot_id, variant in _seeded_variants(shot, self._context.run_seed):
+            if shot_id in self.shots:
+                self.reject("id", repr(shot_id), "two shots of this line have the same id; use values that differ more")
+                return
+            self.shots[shot_id] = variant
+        if not self._failure:
+            where = f"{self._context.source} line {self._line.number}" if self._line.number else self._context.source
+            notes = (f"{where}, {name}: has no effect; {advice}" for name, advice in ignored_settings(own, shot))
+            self.notes += [note for note in notes if note not in self.notes]
 
     def reject(self, field: str | None, got: str, allowed: str) -> None:
         """Add an error and drop the shots."""
-        self.errors.append(FieldError(self._context.source, self._line.number, field, got, allowed))
+        error = FieldError(self._context.source, self._line.number, field, got, allowed)
+        # The shots of a line often have the same error.
+        if error not in self.errors:
+            self.errors.append(error)
         self.shots = {}
 
     @property
@@ -138,26 +237,9 @@ class LineCheck:
             tuple(self.errors),
         )
 
-    def _apply_character(self, own: Mapping[str, Any]) -> None:
-        """Merge the fields of the line's character. They override the defaults, not the line's own fields."""
-        name = self._fields.get("character")
-        if name is None:
-            return
-        characters = self._context.characters
-        if not isinstance(name, str) or name not in characters:
-            names = ", ".join(characters) or "none; define characters in the header of a .yaml script"
-            self.reject("character", shortened(name), f"must be one of the script's characters: {names}")
-            return
-        inherited = {field: value for field, value in characters[name].items() if field not in own and field != "trigger"}
-        # The name is dropped: characters exist only in this script, but the line may move to failures.jsonl.
-        self._fields = {**{field: value for field, value in self._fields.items() if field != "character"}, **inherited}
-        trigger, prompt = characters[name].get("trigger"), self._fields.get("prompt")
-        if trigger and isinstance(prompt, str) and prompt.strip():
-            self._fields["prompt"] = f"{trigger}, {prompt}"
-
-    def _validate(self) -> Shot | None:
+    def _validate(self, fields: dict[str, Any]) -> Shot | None:
         try:
-            shot = Shot.model_validate(self._fields, strict=self._line.strict)
+            shot = Shot.model_validate(fields, strict=self._line.strict)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 self.reject(*explain(detail, Shot.model_fields))
@@ -182,11 +264,16 @@ class LineCheck:
             paths["face_image"] = tuple(self._existing_file("face_image", photo) for photo in shot.face_image)
         if shot.lora:
             paths["lora"] = tuple(map(self._existing_lora, shot.lora))
+            files = [lora.path for lora in paths["lora"]]
+            if twice := next((file for file in files if files.count(file) > 1), None):
+                self.reject("lora", shortened(twice), "is listed twice; list it once, with the sum of the weights")
         return shot.model_copy(update=paths) if paths else shot
 
     def _existing_file(self, field: str, path: str) -> str:
         absolute, exists = self._context.locate(path)
-        if not exists:
+        if not exists and path.startswith(("http://", "https://")):
+            self.reject(field, shortened(path), "must be a file; URLs are not read, download it first")
+        elif not exists:
             self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
         return absolute
 

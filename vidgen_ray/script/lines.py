@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class Line:
     fields: dict[str, Any]
     strict: bool
     """True if the format has types (JSON), false if all values are text (CSV)."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the line's scene. They override those of the header."""
+    scene: str | None = None
+    """Title of the line's scene."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +45,18 @@ class UnreadableLine:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Header of a .yaml script: defaults and characters."""
+    """Header of a .yaml script."""
 
-    defaults: Mapping[str, Any]
-    characters: Mapping[str, Mapping[str, Any]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    styles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    title: str | None = None
+    film: Mapping[str, Any] | None = None
+    """Settings of the film that is made of the clips. Not checked."""
 
 
 Lines = Iterator[tuple[int, Line | UnreadableLine]]
-NO_HEADER = Header({}, {})
+NO_HEADER = Header()
 
 
 def parse_text_fields(fields: Mapping[str, str]) -> dict[str, Any]:
@@ -78,11 +86,6 @@ def file_error(path: Path, got: str, allowed: str) -> ScriptError:
 
 def encoding_error(path: Path, line: int | None) -> ScriptError:
     return ScriptError([FieldError(path.name, line, None, "bytes that are not UTF-8", "save the script as UTF-8")])
-
-
-def check_unique(path: Path, columns: Sequence[str]) -> None:
-    if duplicates := [name for name in columns if columns.count(name) > 1]:
-        raise file_error(path, f"the column {duplicates[0]!r} twice", "must appear only once")
 
 
 def text_lines(path: Path) -> Iterator[str]:

@@ -1,13 +1,24 @@
-"""Read .parquet scripts, and tables of Ray Data, with a shot per row."""
+"""Read .parquet scripts, and tables of Ray Data, with a shot per row.
 
-from collections.abc import Callable, Iterator
+Tables that pandas has written, and data sets of captioned images, are accepted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError
 from vidgen_ray.invalid_fields import shortened
-from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, check_unique, file_error
+from vidgen_ray.script.columns import PANDAS_INDEX, check_columns, nest_metadata, normal_name
+from vidgen_ray.script.lines import NO_HEADER, Header, Line, Lines, UnreadableLine, file_error
+from vidgen_ray.shot import Shot
 
+CAPTIONS = ("caption", "text")
+"""Columns that are used as prompt if there is none, as in data sets of captioned images."""
+INTEGER_FIELDS = frozenset(
+    name for name, field in Shot.model_fields.items() if field.annotation in (int, int | None) or name == "scale"
+)
 PARQUET_BATCH_ROWS = 1024
 COLUMN_BUFFER_BYTES = 2**18
 """Read-ahead buffer of each Parquet column."""
@@ -22,20 +33,24 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
-    check_unique(path, file.schema_arrow.names)
     for field in file.schema_arrow:
         # Extension types may execute code when they are read (CVE-2026-41486).
         if isinstance(field.type, pyarrow.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
             allowed = "columns must be text, numbers, lists or structs"
             raise file_error(path, f"an extension type in column {field.name}", allowed)
+    names = {name: normal_name(name) for name in file.schema_arrow.names if name != PANDAS_INDEX}
+    caption = next((name for name in CAPTIONS if name in names and "prompt" not in names.values()), None)
+    if caption is not None:
+        names[caption] = "prompt"
+    check_columns(path, list(names.values()))
 
     def lines() -> Lines:
         number = 0
         try:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
-                for row in _rows(batch):
+                for row in _rows(batch.select(list(names))):
                     number += 1
-                    yield number, _parquet_row(path, number, row)
+                    yield number, _parquet_row(path, number, row, names)
         except (pyarrow.ArrowException, OSError) as error:
             raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
 
@@ -58,11 +73,27 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
                 yield error
 
 
-def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception) -> Line | UnreadableLine:
+def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception, names: Mapping[str, str]) -> Line | UnreadableLine:
     if isinstance(row, Exception):
         allowed = f"must be text, numbers, lists or structs ({row})"
         return UnreadableLine("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
-    return Line(number, _without_nulls(row), strict=True)
+    fields = {names[name]: value for name, value in row.items()}
+    return Line(number, nest_metadata(plain_fields(fields)), strict=True)
+
+
+def plain_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a row without missing ones: null, and NaN as pandas writes it.
+
+    pandas stores a column of integers with gaps as floats: `7.0` becomes `7` in fields of integers.
+    """
+    fields: dict[str, Any] = _without_nulls(row)
+    for name, value in [*fields.items()]:
+        if isinstance(value, float):
+            if isnan(value):
+                del fields[name]
+            elif name in INTEGER_FIELDS and value.is_integer():
+                fields[name] = int(value)
+    return fields
 
 
 def table_lines(
@@ -82,7 +113,7 @@ def table_lines(
                     ),
                 )
                 continue
-            fields = _without_nulls(row)
+            fields = plain_fields(row)
             try:
                 yield 0, Line(None, to_fields(fields) if to_fields else fields, strict=True)
             # An error of the caller's function concerns this row only.

@@ -15,12 +15,15 @@ from more_itertools import batched
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
 from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.input_files import check_files
 from vidgen_ray.script.line_check import LineCheck, LineChecker, merged
 from vidgen_ray.script.lines import Line, Lines
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot, derive_id
 
+UNIQUE = "give the line another id, change it, or use `variants` for several shots of it (in .csv, .jsonl, .yaml)"
+"""Advice for two lines with the same id."""
 WINDOW_LINES = 500
 """Lines whose ids are looked up together."""
 
@@ -36,6 +39,8 @@ class Script:
     rejected: tuple[RejectedLine, ...]
     replaces: Mapping[str, str]
     """Shot id -> id under which its line failed in an earlier run, if it differs."""
+    notes: tuple[str, ...] = ()
+    """Settings that have no effect, as messages."""
 
     @property
     def errors(self) -> list[FieldError]:
@@ -69,9 +74,11 @@ def no_lines(path: Path) -> ScriptError:
     return ScriptError([FieldError(path.name, None, None, "no lines", "must have at least one shot")])
 
 
-def read_script(settings: ScriptSettings) -> Script:
-    """Read a script that fits into memory. See `iter_script`."""
+def read_script(settings: ScriptSettings, *, decode_files: bool = False) -> Script:
+    """Read a script that fits into memory. See `iter_script`. `decode_files`: decode images and read the headers of LoRAs."""
     checked = list(iter_script(settings))
+    if decode_files:
+        checked = [_with_decoded_files(line, settings.path.name) for line in checked]
     valid = [line for line in checked if isinstance(line, CheckedLine)]
     return Script(
         settings.path.name,
@@ -79,7 +86,16 @@ def read_script(settings: ScriptSettings) -> Script:
         {line.shot.id: line.line for line in valid if line.shot.id},
         tuple(line for line in checked if isinstance(line, RejectedLine)),
         {line.shot.id: line.replaces for line in valid if line.shot.id and line.replaces},
+        tuple(note for line in valid for note in line.notes),
     )
+
+
+def _with_decoded_files(line: CheckedLine | RejectedLine, source: str) -> CheckedLine | RejectedLine:
+    if isinstance(line, RejectedLine) or not (wrong := check_files(line.shot, decode=True)):
+        return line
+    fields = line.shot.model_dump(mode="json")
+    errors = tuple(FieldError(source, line.line, field, "an unusable file", str(error)) for field, error in wrong)
+    return RejectedLine(line.shot.id or "", line.script, line.line, source, fields, errors)
 
 
 def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) -> Iterator[CheckedLine | RejectedLine]:
@@ -98,13 +114,15 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
         if isinstance(line, ValidLine):
             taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
             if taken is None:
+                notes = line.notes
                 for shot in line.shots:
                     assert shot.id is not None
                     claim(shot.id, line.as_rejected.line)
                     replaces = line.failed_as if line.failed_as != shot.id else None
-                    yield CheckedLine(shot, line.as_rejected.line, line.as_rejected.script, replaces)
+                    yield CheckedLine(shot, line.as_rejected.line, line.as_rejected.script, replaces, notes)
+                    notes = ()
                 continue
-            allowed = f"line {line_of[taken]} has the same id; use unique ids, or variants"
+            allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
             error = FieldError(line.as_rejected.source, line.as_rejected.line, "id", repr(taken), allowed)
             line = replace(line.as_rejected, errors=(error,))
         own_id, named = line.fields.get("id"), line.id
@@ -133,7 +151,7 @@ def _default_id(line: RejectedLine) -> str:
 
 def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
     """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), {}, run_seed, {})
+    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed)
     line = LineCheck(Line(None, dict(fields), strict=False), checker)
     if len(line.shots) > 1:
         line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")

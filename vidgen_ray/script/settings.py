@@ -20,3 +20,10 @@ class ScriptSettings:
     profile_defaults: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields that are set on every shot after its checks."""
+    characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Characters that are not from the script itself. See `named_fields.read_characters`."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder to which paths of the script are relative."""
+        return self.path if self.path.is_dir() else self.path.parent

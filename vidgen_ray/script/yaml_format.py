@@ -1,23 +1,102 @@
-"""Read .yaml scripts, which may have defaults and characters for their shots."""
+"""Read .yaml scripts: shots or scenes, with defaults, characters and styles for them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vidgen_ray.errors import FieldError
-from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.invalid_fields import known_fields, shortened
 from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, encoding_error, file_error
+from vidgen_ray.script.named_fields import checked_characters, checked_styles
 from vidgen_ray.strict_yaml import StrictLoader
 
-HEADER_FIELDS = ("title", "defaults", "characters", "shots")
-CHARACTER_FIELDS = ("face_image", "face_index", "identity", "identity_strength", "lora", "trigger")
+HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "scenes")
+SCENE_FIELDS = ("title", "defaults", "shots")
 MAX_YAML_BYTES = 2**24
 """Maximum size of a .yaml script. Parsing takes 70 times the memory of the file and 2 s per megabyte."""
 
 
-def _parse_yaml(path: Path) -> tuple[Any, list[int]]:
-    """Return the content, and the line number of each entry of `shots`."""
+def read_yaml(path: Path) -> tuple[Header, Lines]:
+    """Return the header and the shots of a script, with the shots of its scenes in order."""
+    content, shot_lines = _parse(path)
+    if not isinstance(content, dict):
+        raise file_error(path, shortened(content), "must be a mapping with a list `shots` or `scenes`")
+    _check_names(path, content, HEADER_FIELDS, "header field")
+    if ("shots" in content) == ("scenes" in content):
+        got = "both shots and scenes" if "shots" in content else "neither shots nor scenes"
+        raise file_error(path, got, "must have one of them, a list")
+    title = content.get("title")
+    if title is not None and not isinstance(title, str):
+        raise file_error(path, f"title: {shortened(title)}", "must be text")
+    film = content.get("film")
+    if film is not None:
+        _check_mapping(path, "film", film)
+    header = Header(
+        _check_mapping(path, "defaults", content.get("defaults") or {}),
+        checked_characters(path.name, content.get("characters")),
+        checked_styles(path.name, content.get("styles")),
+        title,
+        film,
+    )
+    if "scenes" not in content:
+        _check_list(path, "shots", content["shots"])
+        return header, _lines(path, content["shots"], iter(shot_lines), {}, None)
+    scenes = [
+        _checked_scene(path, number, scene) for number, scene in enumerate(_check_list(path, "scenes", content["scenes"]))
+    ]
+    line_numbers = iter(shot_lines)
+
+    def lines() -> Lines:
+        for scene in scenes:
+            yield from _lines(path, scene["shots"], line_numbers, scene.get("defaults") or {}, scene.get("title"))
+
+    return header, lines()
+
+
+def _lines(path: Path, shots: list[Any], line_numbers: Iterator[int], defaults: dict[str, Any], scene: str | None) -> Lines:
+    for shot in shots:
+        number = next(line_numbers)
+        if isinstance(shot, str):
+            shot = {"prompt": shot}
+        if isinstance(shot, dict):
+            yield number, Line(number, shot, strict=True, defaults=defaults, scene=scene)
+        else:
+            allowed = "must be a prompt or a mapping of fields"
+            yield number, UnreadableLine(str(shot), FieldError(path.name, number, None, shortened(shot), allowed))
+
+
+def _checked_scene(path: Path, number: int, scene: Any) -> dict[str, Any]:
+    where = f"scenes[{number}]"
+    _check_mapping(path, where, scene)
+    _check_names(path, scene, SCENE_FIELDS, f"field of {where}")
+    if "title" in scene and not isinstance(scene["title"], str):
+        raise file_error(path, f"{where}.title: {shortened(scene['title'])}", "must be text")
+    _check_mapping(path, f"{where}.defaults", scene.get("defaults") or {})
+    _check_list(path, f"{where}.shots", scene.get("shots"))
+    return dict(scene)
+
+
+def _check_names(path: Path, content: dict[Any, Any], allowed: tuple[str, ...], what: str) -> None:
+    if unknown := [name for name in content if name not in allowed]:
+        raise file_error(path, f"an unknown {what} {unknown[0]!r}", known_fields(str(unknown[0]), allowed))
+
+
+def _check_mapping(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise file_error(path, f"{name}: {shortened(value)}", "must be a mapping of names to values")
+    return value
+
+
+def _check_list(path: Path, name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise file_error(path, f"{name}: {shortened(value)}", "must be a list")
+    return value
+
+
+def _parse(path: Path) -> tuple[Any, list[int]]:
+    """Return the content, and the line number of each shot, in order."""
     if (size := path.stat().st_size) > MAX_YAML_BYTES:
         allowed = f"must be at most {MAX_YAML_BYTES:,} bytes in YAML; .jsonl and .parquet scripts can be of any length"
         raise file_error(path, f"{size:,} bytes", allowed)
@@ -29,40 +108,15 @@ def _parse_yaml(path: Path) -> tuple[Any, list[int]]:
         raise encoding_error(path, error.object.count(b"\n", 0, error.start) + 1) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise file_error(path, "invalid YAML", " ".join(str(error).split())) from None
-    fields = node.value if isinstance(node, yaml.MappingNode) else []
-    shots = next((value for key, value in reversed(fields) if key.value == "shots"), None)
-    return content, [shot.start_mark.line + 1 for shot in shots.value] if isinstance(shots, yaml.SequenceNode) else []
+    return content, list(_shot_line_numbers(node))
 
 
-def read_yaml(path: Path) -> tuple[Header, Lines]:
-    content, line_numbers = _parse_yaml(path)
-    if not isinstance(content, dict) or not isinstance(content.get("shots"), list):
-        raise file_error(path, "no list of shots", "must have a list `shots`; title, defaults and characters are optional")
-    if unknown := set(content) - set(HEADER_FIELDS):
-        raise file_error(
-            path, f"an unknown header field {sorted(unknown, key=str)[0]!r}", f"must be one of {', '.join(HEADER_FIELDS)}"
-        )
-    defaults, characters = content.get("defaults") or {}, content.get("characters") or {}
-    for name, value in (("defaults", defaults), ("characters", characters)):
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise file_error(path, f"{name}: {shortened(value)}", "must be a mapping of names to values")
-    for name, character in characters.items():
-        valid = isinstance(character, dict) and set(character) <= set(CHARACTER_FIELDS)
-        if not valid or not isinstance(character.get("trigger", ""), str):
-            raise file_error(
-                path,
-                f"character {name!r}: {shortened(character)}",
-                f"must be a mapping with {', '.join(CHARACTER_FIELDS)}; trigger must be text",
-            )
-
-    def lines() -> Lines:
-        for number, shot in zip(line_numbers, content["shots"], strict=True):
-            if isinstance(shot, str):
-                shot = {"prompt": shot}
-            if isinstance(shot, dict):
-                yield number, Line(number, shot, strict=True)
-            else:
-                allowed = "must be a prompt or a mapping of fields"
-                yield number, UnreadableLine(str(shot), FieldError(path.name, number, None, shortened(shot), allowed))
-
-    return Header(defaults, characters), lines()
+def _shot_line_numbers(node: yaml.Node | None) -> Iterator[int]:
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+        if not isinstance(value, yaml.SequenceNode):
+            continue
+        if key.value == "shots":
+            yield from (shot.start_mark.line + 1 for shot in value.value)
+        elif key.value == "scenes":
+            for scene in value.value:
+                yield from _shot_line_numbers(scene)

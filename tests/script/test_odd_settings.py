@@ -1,0 +1,123 @@
+"""Settings that would be ignored, and files that cannot be used: noted or refused, never silent."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from vidgen_ray.media import write_png
+from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.settings import ScriptSettings
+
+LORA = {"transformer.x.lora_A.weight": np.ones((1, 2), np.float32), "transformer.x.lora_B.weight": np.ones((2, 1), np.float32)}
+
+
+@pytest.fixture
+def check(tmp_path):
+    write_png(tmp_path / "face.png", np.zeros((64, 64, 3), np.uint8))
+    save_file(LORA, tmp_path / "a.safetensors")
+
+    def check(line, *, decode_files=False):
+        (tmp_path / "s.jsonl").write_text(json.dumps(line) + "\n")
+        return read_script(ScriptSettings(tmp_path / "s.jsonl"), decode_files=decode_files)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("line", "notes"),
+    [
+        (
+            {"style_prompt": "ink"},
+            ["s.jsonl line 1, style_prompt: has no effect; set use_hunyuan_style to true, in mode quality"],
+        ),
+        ({"style_prompt": "ink", "use_hunyuan_style": True}, []),
+        ({"style_prompt": "ink", "use_hunyuan_style": True, "mode": "fast"}, ["use_hunyuan_style to true, in mode quality"]),
+        ({"face_index": 1}, ["face_index: has no effect; only these stages read it"]),
+        ({"face_index": 1, "face_image": "face.png"}, []),
+        ({"retries": 2}, ["retries: has no effect; set min_identity"]),
+        ({"min_identity": 0.3}, ["min_identity: has no effect; set face_image"]),
+        ({"lora_strength": 0.2}, ["lora_strength: has no effect; set lora"]),
+        ({"steps": {"hunyuan": 3}}, ["steps.hunyuan: has no effect"]),
+        ({"motion_bucket_id": 127, "generate_video": False}, []),
+    ],
+)
+def test_settings_without_effect_are_noted(check, line, notes):
+    script = check({"prompt": "a", **line})
+    assert not script.errors
+    assert len(script.shots) == 1
+    assert len(script.notes) == len(notes)
+    for note, expected in zip(script.notes, notes, strict=True):
+        assert expected in note
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "message"),
+    [
+        ({"steps.flux": 3, "steps": {"flux": 4}}, "steps.flux", "must be set once"),
+        ({"lora": ["a.safetensors", "./a.safetensors"]}, "lora", "is listed twice"),
+        ({"face_image": "https://example.com/a.jpg"}, "face_image", "URLs are not read"),
+    ],
+)
+def test_contradicting_settings_are_refused(check, line, field, message):
+    (error,) = check({"prompt": "a", **line}).errors
+    assert (error.field, message in error.allowed) == (field, True)
+
+
+def test_same_prompt_twice_names_what_can_be_done(tmp_path):
+    (tmp_path / "s.txt").write_text("a\na\n")
+    (error,) = read_script(ScriptSettings(tmp_path / "s.txt")).errors
+    assert "line 1 has the same content" in error.allowed
+    assert "`variants`" in error.allowed
+
+
+def _truncated_image(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def _safetensors(header):
+    return lambda path: path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("x.png", lambda path: path.write_bytes(b"text"), "not a supported image format"),
+        ("x.png", _truncated_image, "cannot be read as an image"),
+        ("x.tif", lambda path: Image.new("F", (64, 64)).save(path), "32 bits per channel"),
+        ("x.safetensors", lambda path: path.write_bytes(b"text"), "not a readable .safetensors file"),
+        ("x.safetensors", _safetensors(b"{}"), "has no tensors"),
+        (
+            "x.safetensors",
+            lambda path: save_file({"transformer.x.lora_A.weight": np.ones((1, 1), np.int8)}, path),
+            "has type I8",
+        ),
+        (
+            "x.safetensors",
+            lambda path: save_file({"transformer.x.lora_A.weight": LORA["transformer.x.lora_A.weight"]}, path),
+            "one of its",
+        ),
+        (
+            "x.safetensors",
+            lambda path: save_file({"lora_unet_down_blocks_0_attn.lora_up.weight": np.ones((1, 1), np.float32)}, path),
+            "was trained for Stable Diffusion or SDXL",
+        ),
+    ],
+)
+def test_files_that_cannot_be_used_are_found_before_rendering(check, tmp_path, name, write, message):
+    write(tmp_path / name)
+    field = "lora" if name.endswith(".safetensors") else "image"
+    line = {"prompt": "a", field: name}
+    assert not check(line).errors
+    (error,) = check(line, decode_files=True).errors
+    assert (error.field, error.got) == (field, "an unusable file")
+    assert message in error.allowed
+
+
+def test_usable_files_pass(check):
+    script = check({"prompt": "a", "image": "face.png", "face_image": "face.png", "lora": "a.safetensors"}, decode_files=True)
+    assert not script.errors

@@ -1,0 +1,158 @@
+"""Characters, styles, scenes, choices and matrices: what the shots of a line are, and their ids."""
+
+import json
+
+import pytest
+
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.script.expansion import MAX_SHOTS
+from vidgen_ray.script.named_fields import read_characters
+from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.settings import ScriptSettings
+
+HEADER = """
+title: A day
+defaults: {fps: 6}
+characters:
+  anna: {face_image: anna.jpg, trigger: sks woman, description: a woman with red hair}
+  ben: {face_image: ben.jpg, lora: ben.safetensors}
+styles:
+  noir: {style_prompt: film noir, prompt: high contrast, lora: grain.safetensors}
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    for name in ("anna.jpg", "ben.jpg", "ben.safetensors", "grain.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def read(text, name="s.yaml", **settings):
+        (tmp_path / name).write_text(text)
+        return read_script(ScriptSettings(tmp_path / name, **settings))
+
+    return read
+
+
+def test_mentioned_character_gives_its_photo_and_description(script):
+    read = script(HEADER + "shots: ['{anna} in the rain', {prompt: 'a man', character: ben}, 'no one']")
+    assert not read.errors
+    assert [shot.prompt for shot in read.shots] == ["sks woman, a woman with red hair in the rain", "a man", "no one"]
+    assert [[photo.rpartition("/")[2] for photo in shot.face_image] for shot in read.shots] == [["anna.jpg"], ["ben.jpg"], []]
+    assert [shot.metadata.get("character") for shot in read.shots] == ["anna", "ben", None]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("{anna} and {ben}", "must be set: the prompt names anna and ben"), ("{ana} walks", "is no character of the script")],
+)
+def test_unclear_characters_are_errors(script, prompt, message):
+    (error,) = script(HEADER + f"shots: ['{prompt}']").errors
+    assert message in error.allowed
+
+
+def test_two_mentions_need_a_character_and_describe_both(script):
+    (shot,) = script(HEADER + "shots: [{prompt: '{anna} and {ben}', character: ben}]").shots
+    assert (shot.prompt, shot.face_image[0].rpartition("/")[2]) == ("a woman with red hair and ben", "ben.jpg")
+
+
+def test_style_adds_its_fields_below_those_of_the_line(script):
+    plain, own = script(HEADER + "shots: [{prompt: a, style: noir, character: ben}, {prompt: b, style: noir, lora: []}]").shots
+    assert (plain.use_hunyuan_style, plain.style_prompt, plain.prompt) == (True, "film noir", "a, high contrast")
+    assert [lora.path.rpartition("/")[2] for lora in plain.lora] == ["ben.safetensors", "grain.safetensors"]
+    assert own.lora == ()
+
+
+def test_scenes_have_a_title_and_defaults(script):
+    text = HEADER + (
+        "scenes:\n- title: Morning\n  defaults: {fps: 7}\n  shots: [a, {prompt: b, fps: 8}]\n- shots:\n  - c\n  - {prompt: 3}\n"
+    )
+    read = script(text)
+    assert [(shot.prompt, shot.fps, shot.metadata.get("scene")) for shot in read.shots] == [
+        ("a", 7, "Morning"),
+        ("b", 8, "Morning"),
+        ("c", 6, None),
+    ]
+    (error,) = read.errors
+    assert (error.line, error.field) == (text.count("\n"), "prompt")
+
+
+def test_choices_and_matrix_give_one_shot_each_with_ids_that_do_not_depend_on_the_others(script):
+    line = {
+        "id": "beach",
+        "prompt": "a {sunny|rainy} beach, {anna}",
+        "matrix": {"motion_bucket_id": [10, 200], "character": ["ben"]},
+    }
+    read = script(HEADER + f"shots: [{json.dumps(line)}]")
+    assert [(shot.id, shot.prompt, shot.motion_bucket_id) for shot in read.shots] == [
+        ("beach-10-ben-sunny", "a sunny beach, a woman with red hair", 10),
+        ("beach-10-ben-rainy", "a rainy beach, a woman with red hair", 10),
+        ("beach-200-ben-sunny", "a sunny beach, a woman with red hair", 200),
+        ("beach-200-ben-rainy", "a rainy beach, a woman with red hair", 200),
+    ]
+    line["prompt"] = "a {foggy|sunny|rainy} beach, {anna}"
+    more = script(HEADER + f"shots: [{json.dumps(line)}]")
+    seeds = {shot.id: shot.seed for shot in more.shots}
+    assert {shot.id: shot.seed for shot in read.shots}.items() < seeds.items()
+    assert len(seeds) == 6
+
+
+def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
+    chosen = script('{"prompt": "a {red |}ball"}\n', "s.jsonl").shots
+    plain = script('{"prompt": "a red ball"}\n{"prompt": "a ball"}\n', "s.jsonl").shots
+    assert [(shot.id, shot.prompt) for shot in chosen] == [(shot.id, shot.prompt) for shot in plain]
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "message"),
+    [
+        ({"prompt": "a {b|{c|d}}"}, "prompt", "must not contain other choices"),
+        ({"prompt": "a {b|b}"}, "prompt", "must differ"),
+        ({"prompt": "a", "matrix": [1]}, "matrix", "must map fields to lists"),
+        ({"prompt": "a", "matrix": {"fps": 3}}, "matrix.fps", "must be a list"),
+        ({"prompt": "a", "matrix": {"fpss": [3]}}, "matrix.fpss", "did you mean fps?"),
+        ({"prompt": "a", "matrix": {"seed": list(range(MAX_SHOTS + 1))}}, "matrix", f"at most {MAX_SHOTS}"),
+        ({"prompt": "{a|b}" * 11}, "prompt", f"at most {MAX_SHOTS}"),
+        ({"id": "x", "prompt": "a", "matrix": {"style_prompt": ["ink!", "ink?"]}}, "id", "same id"),
+        ({"prompt": "a", "matrix": {"fps": [3, "x"]}}, "fps", "must be a valid integer"),
+    ],
+)
+def test_line_that_cannot_be_expanded_is_rejected_as_a_whole(script, line, field, message):
+    read = script(json.dumps(line) + "\n", "s.jsonl")
+    (error,) = read.errors
+    assert error.field == field
+    assert message in str(error)
+    assert not read.shots
+
+
+def test_characters_of_a_file_serve_every_format(script, tmp_path):
+    people = tmp_path / "people" / "people.yaml"
+    people.parent.mkdir()
+    (people.parent / "cleo.jpg").write_bytes(b"x")
+    people.write_text("cleo: {face_image: cleo.jpg, description: a queen}")
+    read = script("Prompt;Character\na throne;cleo\n", "s.csv", characters=read_characters(people))
+    assert read.shots[0].face_image == (str(people.parent / "cleo.jpg"),)
+    with pytest.raises(ScriptError, match="must not be in the file of --characters, too"):
+        script("characters: {cleo: {}}\nshots: [a]", characters=read_characters(people))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("defaults: {fps: fast}\nshots: [a, b]", "s.yaml, defaults.fps: got 'fast', must be a valid integer"),
+        ("defaults: {id: x}\nshots: [a, b]", "s.yaml, defaults.id: got 'x', must be set by each line"),
+        ("defaults: {style: x}\nshots: [a]", "s.yaml, defaults.style: got 'x', must be one of none"),
+        ("characters: {a: {identity_strength: 2}}\nshots: [a]", "s.yaml, characters.a.identity_strength: got 2, must be"),
+        (
+            "characters: {a: {face_image: x.jpg}}\nshots: [a]",
+            "s.yaml, characters.a.face_image: got 'x.jpg', must be an existing",
+        ),
+        ("characters: {a: {trigger: 1}}\nshots: [a]", "s.yaml, characters.a.trigger: got 1, must be text"),
+        ("styles: {a: {fps: 3}}\nshots: [a]", "s.yaml, styles.a.fps: got an unknown field"),
+        ("shots: [a]\nscenes: []", "got both shots and scenes"),
+        ("scenes: [{shots: [a], titel: x}]", "an unknown field of scenes\\[0\\] 'titel', did you mean title?"),
+    ],
+)
+def test_wrong_header_is_one_error_that_names_its_place(script, text, message):
+    with pytest.raises(ScriptError, match=message) as raised:
+        script(text)
+    assert len(raised.value.errors) == 1

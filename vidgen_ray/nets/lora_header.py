@@ -1,0 +1,51 @@
+"""Check a LoRA file by its header: names, types and shapes of its tensors, without reading their values."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vidgen_ray.errors import StageError
+
+PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
+"""A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
+FIRST, SECOND = ("lora_A", "lora_down"), ("lora_B", "lora_up")
+OTHER_MODELS = {
+    "Stable Diffusion or SDXL": re.compile(
+        r"^(lora_unet_(input|output|middle|down|up|mid)_block|lora_te\d?_text_model|unet\.(down|up|mid)_block)"
+    ),
+    "HunyuanDiT": re.compile(r"^(lora_unet_blocks_\d+_attn1|blocks\.\d+\.attn1)"),
+    "Wan": re.compile(r"^(diffusion_model\.blocks\.\d+\.(self_attn|cross_attn|ffn)|lora_unet_blocks_\d+_(self|cross)_attn)"),
+}
+"""Base model -> names of tensors of its LoRAs, which FLUX has not."""
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+def check_lora_file(path: Path) -> None:
+    """Raise StageError if the file cannot be a LoRA for FLUX: another format or base model, no floats, half of a layer."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StageError(f"lora {path.name}: not a readable .safetensors file ({error})") from None
+    if not types:
+        raise StageError(f"lora {path.name}: has no tensors")
+    for model, names in OTHER_MODELS.items():
+        if any(names.match(name) for name in types):
+            raise StageError(f"lora {path.name}: was trained for {model}, must be for FLUX.1")
+    for name, kind in types.items():
+        if kind not in FLOATS:
+            raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")
+    if alone := next(_halves(types), None):
+        raise StageError(f"lora {path.name}: layer {alone[:80]} has one of its two factors only; the file is damaged")
+
+
+def _halves(names: Iterable[str]) -> Iterator[str]:
+    """Yield the layers of which one factor is missing."""
+    first: set[str] = set()
+    second: set[str] = set()
+    for name in names:
+        if found := PARTS.match(name):
+            (first if found["part"] in FIRST else second).add(found["layer"])
+    yield from sorted(first ^ second)

@@ -1,0 +1,202 @@
+"""Characters and styles: named sets of fields that lines refer to.
+
+A character is a person: photos, LoRA, trigger words, a description. A style is a look. Both stand in the header of a .yaml
+script; characters may also stand in a file of their own.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.invalid_fields import known_fields, shortened, wrong_defaults
+from vidgen_ray.strict_yaml import StrictLoader
+
+CHARACTER_FIELDS = (
+    "face_image",
+    "face_index",
+    "identity",
+    "identity_strength",
+    "identity_start",
+    "identity_end",
+    "pose",
+    "min_identity",
+    "retries",
+    "lora",
+    "lora_strength",
+)
+"""Fields of a shot that a character may set."""
+STYLE_FIELDS = (
+    "negative_prompt",
+    "use_hunyuan_style",
+    "style_prompt",
+    "style_strength",
+    "lora",
+    "lora_strength",
+    "steps",
+    "guidance",
+)
+"""Fields of a shot that a style may set."""
+CHARACTER_TEXTS = ("trigger", "description")
+"""`trigger` is put before the prompt. `description` replaces `{NAME}` in prompts."""
+STYLE_TEXTS = ("prompt",)
+"""`prompt` is appended to the prompt of the shot."""
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+MENTION = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]{0,63})\}")
+"""Name of a character in a prompt."""
+
+NamedFields = Mapping[str, Mapping[str, Any]]
+
+
+def read_characters(path: Path) -> NamedFields:
+    """Return the characters of a YAML file, with absolute paths. They may stand below `characters:` or at the top level.
+
+    Raises ScriptError.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), StrictLoader)
+    except OSError as error:
+        raise _wrong(path.name, None, str(path), f"must be a readable file ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _wrong(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
+    if isinstance(content, dict) and set(content) == {"characters"}:
+        content = content["characters"]
+    characters = checked_characters(path.name, content)
+    return {name: _with_absolute_paths(fields, path.parent) for name, fields in characters.items()}
+
+
+def checked_characters(source: str, value: Any) -> NamedFields:
+    """Return the characters of a header. Raises ScriptError for the first wrong one."""
+    return _checked(source, "characters", value, CHARACTER_FIELDS, CHARACTER_TEXTS)
+
+
+def checked_styles(source: str, value: Any) -> NamedFields:
+    """Return the styles of a header. Raises ScriptError for the first wrong one."""
+    return _checked(source, "styles", value, STYLE_FIELDS, STYLE_TEXTS)
+
+
+def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: Sequence[str]) -> NamedFields:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong(source, kind, shortened(value), "must be a mapping of names to fields")
+    for name, named in value.items():
+        where = f"{kind}.{str(name)[:64]}"
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            allowed = "a name must be 1 to 64 of A-Z a-z 0-9 _ -, starting with a letter"
+            raise _wrong(source, kind, shortened(name), allowed)
+        if not isinstance(named, dict):
+            raise _wrong(source, where, shortened(named), f"must be a mapping with {', '.join((*fields, *texts))}")
+        for field, content in named.items():
+            if field not in (*fields, *texts):
+                raise _wrong(
+                    source, f"{where}.{str(field)[:64]}", "an unknown field", known_fields(str(field), (*fields, *texts))
+                )
+            if field in texts and (not isinstance(content, str) or not content.strip()):
+                raise _wrong(source, f"{where}.{field}", shortened(content), "must be text")
+        shot_fields = {field: content for field, content in named.items() if field in fields}
+        for wrong, got, allowed in wrong_defaults(shot_fields, strict=True)[:1]:
+            raise _wrong(source, f"{where}.{wrong}", got, allowed)
+    return value
+
+
+def _with_absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the fields of a character with paths that do not depend on the folder of the script."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, str):
+            return value if value.startswith("builtin:") else str(folder.absolute() / Path(value).expanduser())
+        if isinstance(value, list):
+            return [absolute(each) for each in value]
+        return {**value, "path": absolute(value["path"])} if isinstance(value, dict) and "path" in value else value
+
+    return {field: absolute(value) if field in ("face_image", "lora") else value for field, value in fields.items()}
+
+
+class UnknownName(Exception):
+    """A line refers to a character or a style that does not exist, or to several characters."""
+
+    def __init__(self, field: str, got: str, allowed: str) -> None:
+        self.field, self.got, self.allowed = field, got, allowed
+        super().__init__(field, got, allowed)
+
+
+def with_style(fields: dict[str, Any], own: Mapping[str, Any], styles: NamedFields, name: Any) -> dict[str, Any]:
+    """Return the fields of a shot with those of the style. The line's own fields win. Raises UnknownName."""
+    style = _named("style", name, styles, "styles")
+    added = {field: value for field, value in style.items() if field not in own and field not in STYLE_TEXTS}
+    if "style_prompt" in added:
+        added.setdefault("use_hunyuan_style", own.get("use_hunyuan_style", True))
+    if "lora" in added and fields.get("lora"):
+        added["lora"] = [*_as_list(fields["lora"]), *_as_list(added["lora"])]
+    fields = {**fields, **added}
+    if "prompt" in style and isinstance(fields.get("prompt"), str) and fields["prompt"].strip():
+        fields["prompt"] = f"{fields['prompt']}, {style['prompt']}"
+    return fields
+
+
+def with_character(
+    fields: dict[str, Any], own: Mapping[str, Any], characters: NamedFields, name: Any
+) -> tuple[dict[str, Any], str | None]:
+    """Return the fields of a shot with those of its character, and the character's name.
+
+    The character is that of the field `character`, otherwise the only one that the prompt mentions as `{NAME}`. The line's own
+    fields win. Raises UnknownName.
+    """
+    mentioned = list(dict.fromkeys(_mentions(fields.get("prompt"), characters)))
+    if name is None and len(mentioned) > 1:
+        allowed = f"must be set: the prompt names {' and '.join(mentioned)}, and a shot has the face of one"
+        raise UnknownName("character", "nothing", allowed)
+    if name is None and mentioned:
+        name = mentioned[0]
+    character: Mapping[str, Any] = {}
+    if name is not None:
+        character = _named("character", name, characters, "characters")
+        fields = {
+            **fields,
+            **{field: value for field, value in character.items() if field in CHARACTER_FIELDS and field not in own},
+        }
+    trigger, prompt = character.get("trigger"), fields.get("prompt")
+    for text in ("prompt", "style_prompt"):
+        if characters and isinstance(fields.get(text), str):
+            fields = {**fields, text: MENTION.sub(lambda found: _description(found[1], characters), fields[text])}
+    # A mention of a character without a description is replaced by its trigger, which must not appear twice.
+    has_trigger = name in mentioned and "description" not in character
+    if trigger and isinstance(prompt, str) and prompt.strip() and not has_trigger:
+        fields = {**fields, "prompt": f"{trigger}, {fields['prompt']}"}
+    return fields, name
+
+
+def _mentions(prompt: Any, characters: NamedFields) -> Iterator[str]:
+    if not characters or not isinstance(prompt, str):
+        return
+    for name in MENTION.findall(prompt):
+        if name not in characters:
+            raise UnknownName("prompt", f"{{{name}}}", f"is no character of the script; these are {', '.join(characters)}")
+        yield name
+
+
+def _description(name: str, characters: NamedFields) -> str:
+    character = characters.get(name, {})
+    return str(character.get("description") or character.get("trigger") or name)
+
+
+def _named(field: str, name: Any, named: NamedFields, section: str) -> Mapping[str, Any]:
+    if not isinstance(name, str) or name not in named:
+        names = ", ".join(named) or "none"
+        more = (
+            " (define characters in the header of a .yaml script, or with --characters FILE)" if section == "characters" else ""
+        )
+        raise UnknownName(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
+    return named[name]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _wrong(source: str, field: str | None, got: str, allowed: str) -> ScriptError:
+    return ScriptError([FieldError(source, None, field, got, allowed)])
