@@ -26,9 +26,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile -rs --durations 15
 test: setup
 	$(PYTEST)
 
-# Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md.
+# Tests that take minutes: chaos, the demo models, long scripts, the worked example of CONTRIBUTING.md, the notebook.
 test-slow: setup
 	$(PYTEST) -m "slow and not very_slow"
+	$(BIN)/python -m pytest -m "" --nbmake --nbmake-timeout 600 examples/library.ipynb
 
 # About fifteen minutes. Faults of GPUs, nodes and encoders; then kills processes, nodes and drivers of a three-node cluster at
 # 35 random moments.

@@ -1,21 +1,24 @@
 """The library API: the call of the README, its result and its files."""
 
+import io
 import json
 import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from tests.conftest import ASTRONAUT
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.errors import FieldError, ScriptError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.progress_bar import progress_bar
 from vidgen_ray.weights import resolve
 
 
@@ -77,7 +80,69 @@ def test_invalid_field_fails_before_loading(pipeline):
 
 def test_images_in_memory_are_stored_by_size_and_pixels(pipeline):
     wide, tall = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((64, 128, 3), (128, 64, 3)))
-    assert pipeline._as_file(wide) != pipeline._as_file(tall)
+    assert pipeline._as_file("image", wide) != pipeline._as_file("image", tall)
+
+
+def test_photos_may_be_paths_images_pixels_or_bytes(pipeline):
+    pixels = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
+    kinds = [ASTRONAUT, Image.open(ASTRONAUT), pixels, ASTRONAUT.read_bytes()]
+    fields = {"seed": 3, "generate_video": False}
+    shown = [np.asarray(pipeline.generate_video("a portrait", face_image=photo, **fields).image) for photo in kinds]
+    assert all(np.array_equal(image, shown[0]) for image in shown)
+
+
+@pytest.mark.parametrize(
+    ("photo", "message"),
+    [
+        (5, "face_image: got 5, must be a path, a PIL image"),
+        (np.zeros((4, 4), np.uint8), r"got an array of uint8 \(4, 4\), must be"),
+        (np.zeros((0, 4, 3), np.uint8), r"got an array of uint8 \(0, 4, 3\)"),
+        ([np.zeros((4, 4, 3), np.float32)], "got an array of float32"),
+    ],
+)
+def test_other_photos_are_errors(pipeline, photo, message):
+    with pytest.raises(ScriptError, match=message):
+        pipeline.generate_video("a", face_image=photo)
+
+
+def test_progress_reaches_the_callback_and_a_bar(pipeline):
+    steps = []
+    pipeline.generate_video("a green ball", seed=5, num_frames=3, on_progress=lambda *report: steps.append(report))
+    assert {stage for stage, _, _ in steps} == {"flux", "svd", "realesrgan"}
+    assert ("realesrgan", 3, 3) in steps
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress_bar(console) as on_progress:
+        for report in steps:
+            on_progress(*report)
+    assert "Upscale" in console.file.getvalue()
+    assert "3/3" in console.file.getvalue()
+
+
+def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
+    image = pipeline.image("a red ball", seed=1)
+    result = pipeline.animate(image, num_frames=3, seed=1)
+    assert (image.size, result["hd_video"], len(result), set(result)) == (
+        (128, 64),
+        None,
+        4,
+        {"image", "video", "hd_video", "record"},
+    )
+    html = result._repr_html_()
+    assert '<img src="data:image/png;base64,' in html
+    assert '<video src="data:video/mp4;base64,' in html
+    clip = pipeline.upscale(result.video, scale=2, out=tmp_path / "large.mp4")
+    with open_video(clip) as video:
+        assert (video.width, video.height, video.frame_count) == (256, 128, 3)
+    assert pipeline.upscale(image, scale=3).size == (384, 192)
+    with pytest.raises(UsageError, match=r"must end in \.mp4"):
+        pipeline.upscale(result.video, out=tmp_path / "x.png")
+
+
+def test_block_releases_the_weights(tmp_path):
+    with VideoGenerationPipeline.from_profile("tiny", tmp_path) as pipeline:
+        pipeline.image("a ball")
+        assert pipeline._loaded
+    assert not pipeline._loaded
 
 
 def test_keep_stages_after_a_render_without_it(pipeline):

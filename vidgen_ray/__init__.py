@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
+    from vidgen_ray.generated_video import GeneratedVideo
     from vidgen_ray.pipeline import VideoGenerationPipeline
     from vidgen_ray.shot import Shot
 
-__all__ = ["Shot", "VideoGenerationPipeline", "__version__"]
+__all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from vidgen_ray.shot import Shot
 
         return Shot
+    if name == "GeneratedVideo":
+        from vidgen_ray.generated_video import GeneratedVideo
+
+        return GeneratedVideo
     if name == "VideoGenerationPipeline":
         from vidgen_ray.pipeline import VideoGenerationPipeline
 

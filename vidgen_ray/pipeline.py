@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
+from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.engine.weights_check import WeightsCheck
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.generated_video import GeneratedVideo
 from vidgen_ray.graph import check_profile, chunked_stages_of, is_chunked, stages_of
-from vidgen_ray.media import encode_png
+from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.media import encode_png, read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.progress_bar import in_notebook, progress_bar
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Stage
+from vidgen_ray.stages.progress import ProgressCallback, progress_callback
+from vidgen_ray.stages.realesrgan import RealESRGANStage
 
-Photo = str | Path | PILImage.Image
-"""A file, or an image in memory."""
+S = TypeVar("S", bound=Stage[Any])
 
-
-class GeneratedVideo(TypedDict):
-    """Result of `generate_video`."""
-
-    image: PILImage.Image
-    video: Path | str | None
-    """Path, or URL if the output folder is in an object store. `None` if the shot has no clip."""
-    hd_video: Path | str | None
-    record: ShotRecord
+Photo = str | Path | PILImage.Image | np.ndarray[Any, Any] | bytes
+"""A path, a PIL image, an array of RGB pixels (H, W, 3), or the bytes of an image file."""
 
 
 class VideoGenerationPipeline:
     """Renders shots one at a time in this process. Stages are loaded on first use and stay loaded.
+
+    A context manager: `close` releases the weights at the end of the block.
 
     `out` is an output folder or its URL, in the format of batch runs: shots that are finished there are not rendered again.
     `cache` tells which results of stages are kept there: `none`, `images` or `all`, with the clips.
@@ -69,22 +70,28 @@ class VideoGenerationPipeline:
         prompt: str,
         *,
         face_image: Photo | Sequence[Photo] | None = None,
+        image: Photo | None = None,
         lora_path: str | Path | None = None,
+        on_progress: ProgressCallback | None = None,
         **fields: Any,
     ) -> GeneratedVideo:
         """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
-        `face_image` is one or several photos of the same person.
-        Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails.
+        `face_image` is one or several photos of the same person, `image` the start image. `on_progress` is called with the name
+        of the running stage, its finished steps and its number of steps. By default, notebooks show a progress bar.
+        Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails, and
+        what `on_progress` raises.
         """
         shot_fields = {"prompt": prompt, **fields}
         if lora_path is not None:
             shot_fields["lora"] = str(lora_path)
+        if image is not None:
+            shot_fields["image"] = self._as_file("image", image)
         if face_image is not None:
-            photos = [face_image] if isinstance(face_image, Photo) else face_image
-            shot_fields["face_image"] = [str(self._as_file(photo)) for photo in photos]
+            shot_fields["face_image"] = [self._as_file("face_image", photo) for photo in _as_list(face_image)]
         shot = check_shot(shot_fields, "generate_video", self.profile.defaults)
-        record = self.render(shot)
+        with _reporting(on_progress):
+            record = self.render(shot)
         shot_id = shot.id or ""
         return GeneratedVideo(
             image=PILImage.open(io.BytesIO(self.outputs.read(shot_id, "image.png"))),
@@ -92,6 +99,37 @@ class VideoGenerationPipeline:
             hd_video=self.outputs.place(shot_id, "hd.mp4") if "hd.mp4" in record.files else None,
             record=record,
         )
+
+    def image(self, prompt: str, **fields: Any) -> PILImage.Image:
+        """Generate an image. Takes the arguments of `generate_video`, and raises what it raises."""
+        return self.generate_video(prompt, **{**fields, "generate_video": False}).image
+
+    def animate(self, image: Photo, prompt: str = "animate", **fields: Any) -> GeneratedVideo:
+        """Generate a clip that starts with an image, without upscaling it unless `upscale_video` is true.
+
+        Takes the arguments of `generate_video`, and raises what it raises.
+        """
+        return self.generate_video(prompt, image=image, **{"upscale_video": False, **fields})
+
+    def upscale(
+        self, source: Photo, *, out: str | Path | None = None, on_progress: ProgressCallback | None = None, **fields: Any
+    ) -> Path | PILImage.Image:
+        """Upscale an image or a clip by `scale`, with `upscaler`. Return the image, or the path of the clip.
+
+        A clip is a path. Its result is written to `out`, by default into the same folder. Sound is not kept.
+        Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, MediaError and StepFailed.
+        """
+        shot = check_shot({"prompt": "upscale", **fields}, "upscale", self.profile.defaults)
+        stage = self._stage(RealESRGANStage)
+        with _reporting(on_progress):
+            if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
+                target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
+                return upscale_clip(stage, shot, Path(source), target, self.profile.encode)
+            image = read_image(Path(self._as_file("source", source)))
+            try:
+                return PILImage.fromarray(stage.run_chunk(shot, image[None])[0])
+            except Exception as error:
+                raise StepFailed(stage.name, error) from error
 
     def plan(self, shot: Shot) -> ShotPlan:
         """Return the steps and content keys of a shot. Raises StepFailed if one of its files cannot be read."""
@@ -149,16 +187,52 @@ class VideoGenerationPipeline:
             stage.close()
         self._loaded.clear()
 
-    def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stage(self, stage_class: type[S]) -> S:
         if stage_class.name not in self._loaded:
             stage = stage_class(self.profile.params(stage_class))
             self._check_weights.before_load([stage])
             stage.load()
             self._loaded[stage_class.name] = stage
-        return self._loaded[stage_class.name]
+        loaded: S = self._loaded[stage_class.name]  # type: ignore[assignment]  # stored under its own name
+        return loaded
 
-    def _as_file(self, photo: Photo) -> Path:
-        """Return the path of a photo. An image in memory is stored in the output folder, so that the shot can be repeated."""
-        if not isinstance(photo, PILImage.Image):
-            return Path(photo).absolute()
-        return self.outputs.keep_input(encode_png(np.asarray(photo.convert("RGB"))), ".png").absolute()
+    def _as_file(self, field: str, photo: Photo) -> str:
+        """Return the path of a photo. An image in memory is stored in the output folder, so that the shot can be repeated.
+
+        Raises ScriptError for anything else.
+        """
+        if isinstance(photo, str | Path):
+            return str(Path(photo).absolute())
+        if isinstance(photo, bytes):
+            return str(self.outputs.keep_input(photo, ".image").absolute())
+        if isinstance(photo, PILImage.Image):
+            photo = np.asarray(photo.convert("RGB"))
+        is_pixels = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
+        if not is_pixels or not photo.size:
+            got = f"an array of {photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else shortened(photo)
+            allowed = "must be a path, a PIL image, the bytes of an image file, or an array (H, W, 3) of uint8"
+            raise ScriptError([FieldError("generate_video", None, field, got, allowed)])
+        return str(self.outputs.keep_input(encode_png(photo), ".png").absolute())
+
+
+def _as_list(photos: Photo | Sequence[Photo]) -> list[Photo]:
+    if isinstance(photos, Sequence) and not isinstance(photos, str | bytes):
+        return list(photos)
+    return [photos]
+
+
+@contextmanager
+def _reporting(on_progress: ProgressCallback | None) -> Iterator[None]:
+    """Report the progress of the block to a callback; without one, in a notebook, to a progress bar."""
+    with ExitStack() as stack:
+        if on_progress is None and in_notebook():
+            on_progress = stack.enter_context(progress_bar())
+        if on_progress is not None:
+            stack.enter_context(progress_callback(on_progress))
+        yield

@@ -41,11 +41,13 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.progress_bar import progress_bar
 from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import iter_script, read_script
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
@@ -384,7 +386,7 @@ def shot(
     values |= {name: value for name, value in options.items() if value is not None}
     checked = check_shot(values, "shot", chosen.defaults, run_seed=seed).model_copy(update=_changes(until))
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
-    with interruptible(), Console(stderr=True).status("Rendering"):
+    with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
     if as_json:
         typer.echo(record.model_dump_json())
@@ -434,7 +436,8 @@ def stage(
     """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
-    run_one_stage(load_profile(profile), name, source, out, parse_fields(fields), seed)
+    with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
+        run_one_stage(load_profile(profile), name, source, out, parse_fields(fields), seed)
     typer.echo(str(out))
 
 

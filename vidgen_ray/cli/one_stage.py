@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import SetupError, UsageError
@@ -18,11 +19,9 @@ from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likenes
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage, frame_chunks
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
-
-CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 
 def run_one_stage(
@@ -42,6 +41,13 @@ def run_one_stage(
         # The shot's fields select the embeddings, and they apply only to a shot with a face.
         values = {"face_image": str(source), **values}
     shot = check_shot(values, "vidgen stage", profile.defaults, run_seed)
+    is_clip = source is not None and source.suffix.lower() in CLIP_SUFFIXES
+    if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
+        if out.suffix.lower() != ".mp4":
+            raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for a clip")
+        with stage_class(profile.params(stage_class)) as chunked:
+            upscale_clip(chunked, shot, source, out, profile.encode)
+        return
     artefacts, fps = _read(stage_class, source, shot)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,20 +57,10 @@ def run_one_stage(
         artefacts["face"] = _face_of(profile, shot)
     with stage_class(profile.params(stage_class)) as stage:
         try:
-            if isinstance(stage, ChunkedStage) and out.suffix.lower() == ".mp4":
-                chunks = _processed_chunks(stage, shot, artefacts["frames"])
-                write_clip(out, chunks, fps * stage.frame_factor(shot), profile.encode)
-                return
             (result,) = stage([Item(with_local_loras(shot), artefacts)])
         except Exception as error:
             raise StepFailed(name, error) from error
     _write(result, shot, out, fps, profile)
-
-
-def _processed_chunks(stage: ChunkedStage[Any], shot: Shot, frames: Frames) -> Iterator[Frames]:
-    """Process the clip chunk by chunk. A whole upscaled clip may not fit in memory."""
-    for chunk in frame_chunks(len(frames), stage.chunk_frames(stage.params)):
-        yield stage.run_chunk(shot, frames[chunk], frames[chunk.stop : chunk.stop + stage.lookahead_frames])
 
 
 def _check_suffix(stage: type[Stage[Any]], out: Path) -> None:
