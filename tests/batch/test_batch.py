@@ -175,7 +175,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     assert {(line.id, line.errors[0].field) for line in reread.rejected} == {("tall", "height"), ("s-line-7", "prompt")}
 
     Image.open(ASTRONAUT).save(tmp_path / "wall.png")
-    assert main(["render", str(out / "failures.jsonl"), "-o", str(out), "-p", "tiny"]) == 1
+    assert main(["retry", str(out)]) == 1
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
     assert (after["no-face"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
     assert set(after) == set(rows)

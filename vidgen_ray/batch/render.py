@@ -156,6 +156,7 @@ def _write_run(
             **asdict(report),
             "script": source,
             "profile": profile.model_dump(mode="json"),
+            "profile_source": str(profile.source) if profile.source else None,
             "layout": asdict(chosen.layout) if chosen else None,
             "weights": {stage: sorted(digests) for stage, digests in sorted(results.weights.items())},
             "software": software_versions(),

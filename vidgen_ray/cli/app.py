@@ -359,6 +359,50 @@ def gc(
 
 
 @app.command()
+def status(
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)] = "out",
+    as_json: JsonOption = False,
+) -> None:
+    """Print what an output folder has: counts, failures, slowest and least alike shots, disk use."""
+    from vidgen_ray.cli.status import status_command
+
+    status_command(out, as_json=as_json)
+
+
+@app.command()
+def retry(
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)] = "out",
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} Default: that of the last run in the folder.")
+    ] = None,
+    address: AddressOption = None,
+    gpus: GpusOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Render the failed lines of an output folder again, with the profile of its last run."""
+    from vidgen_ray.batch.render import RenderOptions
+    from vidgen_ray.cli.retry import failed_lines, last_profile
+
+    outputs = OutputFolder(out)
+    chosen = load_profile(profile) if profile else last_profile(outputs)
+    with failed_lines(outputs) as script:
+        settings = ScriptSettings(script, profile_defaults=chosen.defaults)
+        options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)
+        _render(settings, chosen, out, options, as_json=as_json)
+
+
+@app.command()
+def watch(
+    out: Annotated[Path, typer.Argument(help="Output folder.", callback=check_out)] = Path("out"),
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
+) -> None:
+    """Show the gallery of an output folder in the browser, while a run fills it."""
+    from vidgen_ray.cli.watch import watch_command
+
+    watch_command(out, port)
+
+
+@app.command()
 def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     out: OutUrlOption = "out",

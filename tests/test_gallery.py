@@ -1,0 +1,161 @@
+"""The gallery: what it shows of a run, in a browser, from disk and live."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from starlette.testclient import TestClient
+
+from tests.browser import browser_page
+from vidgen_ray.cli.app import main
+from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
+from vidgen_ray.outputs.manifest import SCHEMA
+from vidgen_ray.report.gallery import check_no_other_page, page_of, write_gallery
+from vidgen_ray.report.watch import gallery_app
+
+MANY = 10_000
+
+
+def row(shot_id, line, **columns):
+    return {
+        "run": "r",
+        "script": "s.yaml",
+        "id": shot_id,
+        "line": line,
+        "status": "done",
+        "metadata": "{}",
+        "ended_at": "",
+        **columns,
+    }
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An output folder with two finished shots and a failed one."""
+    rows = [
+        row("bad", 3, status="failed", prompt="a </script> man", failure_stage="instantid", failure_message="no face found")
+    ]
+    for number, shot_id in enumerate(("ada", "bo"), start=1):
+        folder = tmp_path / "shots" / "ab" / shot_id
+        folder.mkdir(parents=True)
+        image = np.full((72, 128, 3), 40 * number, np.uint8)
+        for name in ("image.png", "base.png"):
+            write_png(folder / name, image)
+        with Mp4Writer(folder / "video.mp4", 128, 72, 5, Mp4Settings()) as clip:
+            clip.write(np.stack([image] * 3))
+        shot = {
+            "id": shot_id,
+            "prompt": f"a portrait of {shot_id}",
+            "lora": [{"path": f"/x/{shot_id}.safetensors", "weight": 1.0}],
+            "fps": 5,
+        }
+        (folder / "shot.json").write_text(json.dumps({"shot": shot, "files": {"image.png": {}, "base.png": {}}}))
+        files = {"image": f"shots/ab/{shot_id}/image.png", "video": f"shots/ab/{shot_id}/video.mp4"}
+        likeness = {
+            "image_likeness": 0.5,
+            "clip_likeness_mean": 0.4,
+            "clip_likeness_worst": 0.1 * number,
+            "frames_without_face": 0,
+        }
+        size = {"width": 128, "height": 72, "num_frames": 3, "fps": 5, "seconds": 1.0 * number}
+        metadata = json.dumps({"character": shot_id, "style": "noir"})
+        rows.append(row(shot_id, number, prompt=shot["prompt"], metadata=metadata, **files, **likeness, **size))
+    (tmp_path / "manifest").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), tmp_path / "manifest" / "r-00001.parquet")
+    failed = {"id": "bad", "prompt": "a </script> man", "failure": {"id": "bad", "stage": "instantid"}}
+    (tmp_path / "failures.jsonl").write_text(json.dumps(failed) + "\n")
+    return tmp_path
+
+
+def cards(page):
+    return page.locator("article .id").all_inner_texts()
+
+
+def test_gallery_opens_from_disk_and_filters(out):
+    page_file = write_gallery(out)
+    assert sorted(path.name for path in (out / "thumbnails").rglob("*.webp")) == ["ada.webp", "bo.webp"]
+    with browser_page(1366, 768) as page:
+        page.goto(page_file.as_uri())
+        assert cards(page) == ["bad", "ada", "bo"]
+        assert page.locator("#counts").inner_text() == "2 done, 1 failed"
+        page.select_option("select[name=lora]", "bo")
+        assert cards(page) == ["bo"]
+        page.select_option("select[name=lora]", "")
+        page.fill("input[name=likeness]", "0.15")
+        assert cards(page) == ["ada"]
+        page.fill("input[name=likeness]", "")
+        page.select_option("select[name=sort]", "slow")
+        assert cards(page)[0] == "bo"
+        page.fill("input[name=text]", "portrait ada")
+        assert (cards(page), page.locator("#shown").inner_text()) == (["ada"], "1 of 3")
+
+
+def test_detail_shows_clip_images_settings_and_reason(out):
+    page_file = write_gallery(out)
+    with browser_page(1366, 768) as page:
+        page.goto(page_file.as_uri())
+        page.hover("article >> nth=1")
+        page.wait_for_function("document.querySelector('article video')?.readyState >= 2")
+        page.click("article >> nth=0")
+        assert "instantid: no face found" in page.locator("dialog dd.failed").inner_text()
+        page.keyboard.press("ArrowRight")
+        assert page.locator("dialog h2").inner_text() == "ada"
+        assert page.locator("dialog figcaption").all_inner_texts() == ["base", "image"]
+        assert page.locator("dialog .chain img").evaluate_all("images => images.every(image => image.naturalWidth === 128)")
+        assert "face 0.50, clip 0.40, worst 0.10" in page.locator("dialog dl").inner_text()
+        page.click("text=Copy as script line")
+        line = json.loads(page.locator("dialog textarea").input_value())
+        assert (line["id"], line["prompt"], line["lora"][0]["path"]) == ("ada", "a portrait of ada", "/x/ada.safetensors")
+        page.keyboard.press("Escape")
+        assert page.locator("dialog[open]").count() == 0
+
+
+def test_ten_thousand_shots_keep_the_page_small(tmp_path):
+    rows = [{"id": f"shot-{n}", "status": "done", "prompt": f"a ball {n}", "script": "s", "line": n} for n in range(MANY)]
+    (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY}))
+    with browser_page(1366, 768) as page:
+        page.goto((tmp_path / "index.html").as_uri())
+        page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+        page.wait_for_selector(f"text=shot-{MANY - 1}")
+        assert page.locator("article").count() < 60
+        page.fill("input[name=text]", "ball 77")
+        assert page.locator("#shown").inner_text() == "280 of 10,000"
+
+
+def test_watch_serves_new_rows_and_nothing_beside_the_shots(out):
+    (out / "jobs.db").write_text("secret")
+    client = TestClient(gallery_app(out))
+    assert 'name="generator"' in client.get("/").text
+    assert len(client.get("/rows.json").json()["rows"]) == 3
+    pq.write_table(pa.Table.from_pylist([row("new", 4)], schema=SCHEMA), out / "manifest" / "s-00001.parquet")
+    assert {each["id"] for each in client.get("/rows.json").json()["rows"]} == {"ada", "bo", "bad", "new"}
+    clip = client.get("/shots/ab/ada/video.mp4", headers={"Range": "bytes=0-9"})
+    assert (clip.status_code, len(clip.content)) == (206, 10)
+    for path in ("/jobs.db", "/shots/../jobs.db", "/shots/%2e%2e/jobs.db", "/manifest/r-00001.parquet", "/shots/ab"):
+        assert client.get(path).status_code == 404, path
+    with pytest.raises(SetupError, match="no such folder"):
+        gallery_app(out / "gone")
+
+
+def test_status_lists_what_stands_out(out, capsys):
+    assert main(["status", str(out), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"] == {"done": 2, "skipped": 0, "failed": 1}
+    assert [(each["stage"], each["count"], each["line"]) for each in status["failures"]] == [("instantid", 1, 3)]
+    assert [shot["id"] for shot in status["slowest"]] == ["bo", "ada"]
+    assert [(shot["id"], shot["value"]) for shot in status["least_alike"]] == [("ada", 0.1), ("bo", 0.2)]
+    assert main(["status", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "2 done, 1 failed" in text
+    assert "s.yaml line 3" in text
+    assert main(["status", str(out / "gone")]) == 4
+
+
+def test_page_of_another_program_is_kept(tmp_path):
+    check_no_other_page(tmp_path)
+    (tmp_path / "index.html").write_text("<h1>My holiday</h1>")
+    with pytest.raises(UsageError, match="exists and is not from vidgen"):
+        check_no_other_page(tmp_path)

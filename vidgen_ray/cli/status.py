@@ -1,0 +1,54 @@
+"""`vidgen status`: print an overview of an output folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.storage import storage_at
+from vidgen_ray.report.overview import ListedShot, Overview, overview
+
+
+def status_command(out: str, *, as_json: bool) -> None:
+    """Print the overview. Raises SetupError if the folder has no results."""
+    storage = storage_at(out)
+    with Console(stderr=True).status(f"Reading {storage.url}"):
+        found = overview(storage)
+    if not sum(found.counts.values()):
+        raise SetupError(f"{storage.url}: has no results; pass the output folder of `vidgen render`")
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        _print(found, storage.url)
+
+
+def _print(found: Overview, url: str) -> None:
+    console = Console(highlight=False)
+    console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
+    space = f"{found.shot_bytes / 1e9:.2f} GB of images and clips"
+    if found.cache_bytes is not None:
+        space += f", {found.cache_bytes / 1e9:.2f} GB of cache"
+    console.print(f"{found.seconds / 3600:.2f} hours of stages, {found.gpu_seconds / 3600:.2f} GPU-hours; {space}")
+    if found.failures:
+        table = Table("stage", "error", "lines", "first", "message", box=None, title="Failures", title_justify="left")
+        for group in found.failures:
+            first = f"{group.script} line {group.line}" if group.line else group.example
+            table.add_row(group.stage, group.error, f"{group.count:,}", first, group.message)
+        console.print(table)
+        console.print(f"Render them again: vidgen retry {url}", markup=False)
+    _print_shots(console, "Slowest shots", "seconds", found.slowest)
+    _print_shots(console, "Least alike shots", "worst likeness", found.least_alike)
+
+
+def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot]) -> None:
+    if not shots:
+        return
+    table = Table(unit, "id", "line", box=None, title=title, title_justify="left")
+    for shot in shots:
+        table.add_row(f"{shot.value:.2f}", shot.id, f"{shot.script} line {shot.line}" if shot.line else shot.script)
+    console.print(table)

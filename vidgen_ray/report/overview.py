@@ -1,0 +1,125 @@
+"""Overview of an output folder, from its manifest: counts, failures, slowest shots, least alike shots and disk use."""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.outputs.manifest import SHOT_FILES, manifest_batches
+from vidgen_ray.outputs.storage import Storage
+
+LISTED = 5
+"""Shots in each list."""
+MAX_MESSAGE_LENGTH = 200
+
+
+@dataclass(slots=True)
+class FailureGroup:
+    """Failures with the same stage and class of error."""
+
+    stage: str
+    error: str
+    count: int
+    example: str
+    """Id of the first one in the order of the manifest."""
+    script: str
+    line: int | None
+    message: str
+    """Message of the example."""
+
+
+@dataclass(slots=True)
+class ListedShot:
+    """A shot that stands out."""
+
+    id: str
+    script: str
+    line: int | None
+    value: float
+    """Seconds of all stages, or the worst likeness of the clip, -1 to 1."""
+
+
+@dataclass(slots=True)
+class Overview:
+    """What `vidgen status` shows."""
+
+    counts: dict[str, int]
+    """Status -> number of shots."""
+    failures: list[FailureGroup]
+    """Most frequent first."""
+    slowest: list[ListedShot]
+    least_alike: list[ListedShot]
+    seconds: float
+    """Seconds of all stages of all shots."""
+    gpu_seconds: float
+    shot_bytes: int
+    """Bytes of the images and clips."""
+    cache_bytes: int | None = field(default=None)
+    """Bytes of the stage cache. `None` in an object store."""
+
+
+def overview(storage: Storage) -> Overview:
+    """Read the manifest. Memory use does not grow with the number of shots. Raises OSError."""
+    counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
+    groups: dict[tuple[str, str], FailureGroup] = {}
+    slowest: list[tuple[float, str, ListedShot]] = []
+    least: list[tuple[float, str, ListedShot]] = []
+    seconds = gpu_seconds = 0.0
+    shot_bytes = 0
+    for batch in manifest_batches(storage):
+        for row in batch.to_pylist():
+            counts[row["status"]] += 1
+            if row["status"] == "failed":
+                _count_failure(groups, row)
+                continue
+            seconds += row["seconds"] or 0
+            gpu_seconds += row["gpu_seconds"] or 0
+            shot_bytes += sum(row[f"{name}_bytes"] or 0 for name in SHOT_FILES)
+            _keep(slowest, row, row["seconds"], largest=True)
+            worst = row["clip_likeness_worst"] if row["num_frames"] else row["image_likeness"]
+            _keep(least, row, worst, largest=False)
+    return Overview(
+        dict(counts),
+        sorted(groups.values(), key=lambda group: -group.count),
+        [shot for _, _, shot in sorted(slowest, key=lambda entry: -entry[2].value)],
+        [shot for _, _, shot in sorted(least, key=lambda entry: entry[2].value)],
+        round(seconds, 1),
+        round(gpu_seconds, 1),
+        shot_bytes,
+        _bytes_below(storage.local / "cache") if storage.local else None,
+    )
+
+
+def _count_failure(groups: dict[tuple[str, str], FailureGroup], row: Mapping[str, Any]) -> None:
+    key = row["failure_stage"] or "", row["failure_error"] or ""
+    if key in groups:
+        groups[key].count += 1
+        return
+    message = " ".join((row["failure_message"] or "").split())
+    groups[key] = FailureGroup(*key, 1, row["id"], row["script"], row["line"], message[:MAX_MESSAGE_LENGTH])
+
+
+def _keep(kept: list[tuple[float, str, ListedShot]], row: Mapping[str, Any], value: float | None, *, largest: bool) -> None:
+    """Add the shot to a heap of the `LISTED` shots with the largest or smallest values."""
+    if value is None:
+        return
+    heapq.heappush(kept, (value if largest else -value, row["id"], ListedShot(row["id"], row["script"], row["line"], value)))
+    if len(kept) > LISTED:
+        heapq.heappop(kept)
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            # Removed meanwhile.
+            except FileNotFoundError:
+                continue
+    return total
