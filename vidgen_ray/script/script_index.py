@@ -1,49 +1,37 @@
-"""Index of a script's ids while it is read. Spills to disk beyond a few megabytes."""
+"""Index of a script's ids while it is read: which line has which id."""
 
-import json
-import sqlite3
-import tempfile
 from collections.abc import Container, Mapping, Sequence
 from itertools import count
-from types import TracebackType
-from typing import Self
 
-from vidgen_ray.errors import SetupError
+import numpy as np
+from numpy.typing import NDArray
 
-MEMORY_KB = 16_000
-"""Memory for ids, in kB. SQLite spills the rest to a temporary file."""
+from vidgen_ray.outputs.id_index import IdIndex, id_hashes
 
 
 class ScriptIndex:
-    """Ids of a script. A context manager: its temporary file exists until the end of the block.
+    """Ids of a script and their lines, in 24 bytes per id."""
 
-    The file is in TMPDIR, with 60 bytes per id. Raises SetupError if TMPDIR is full.
-    """
-
-    def __enter__(self) -> Self:
-        # The empty name creates a private database, in memory until it outgrows its cache. It is not needed after a
-        # crash, so nothing is committed, flushed or journalled.
-        self._ids = sqlite3.connect("", isolation_level=None)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{MEMORY_KB}"):
-            self._ids.execute(f"PRAGMA {setting}")
-        self._ids.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, line INTEGER NOT NULL) WITHOUT ROWID")
-        self._ids.execute("BEGIN")
+    def __init__(self) -> None:
+        self._ids = IdIndex()
         self._last_numbers: dict[str, int] = {}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ids.close()
-        if isinstance(error, sqlite3.Error):
-            raise _disk_full(error)
 
     def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
         """Return id -> line number of those ids that lines have."""
-        rows = self._ids.execute("SELECT id, line FROM ids WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
-        return dict(rows)
+        numbers = self._ids.numbers(id_hashes(ids)).tolist()
+        return {id_: number for id_, number in zip(ids, numbers, strict=True) if number >= 0}
 
     def add(self, lines: Mapping[str, int]) -> None:
         """Add new ids: id -> line number."""
-        self._ids.executemany("INSERT INTO ids VALUES (?, ?)", lines.items())
+        self.add_hashes(id_hashes(lines), np.fromiter(lines.values(), np.int64, len(lines)))
+
+    def are_new(self, hashes: NDArray[np.bytes_]) -> bool:
+        """Return whether the ids with these hashes, see `id_hashes`, all differ and none of them is in the index."""
+        return len(np.unique(hashes)) == len(hashes) and bool((self._ids.numbers(hashes) < 0).all())
+
+    def add_hashes(self, hashes: NDArray[np.bytes_], lines: NDArray[np.int64]) -> None:
+        """Add new ids, given as hashes, (N,), with their line numbers, (N,)."""
+        self._ids.insert(hashes, lines)
 
     def unused_name(self, name: str, taken: Container[str]) -> str:
         """Return `name`, `name-2`, `name-3`, ... : the first that is neither in the index nor in `taken`."""
@@ -55,10 +43,3 @@ class ScriptIndex:
                     self._last_numbers[name] = number
                 return candidate
         raise AssertionError
-
-
-def _disk_full(error: Exception) -> SetupError:
-    return SetupError(
-        f"temporary folder {tempfile.gettempdir()}: cannot store the ids of the script ({error}); "
-        "set TMPDIR to a folder with more room"
-    )
