@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -258,6 +259,8 @@ def object_store() -> Iterator[str]:
 def _serve(ports: Any, done: Any) -> None:
     from moto.server import ThreadedMotoServer
 
+    # It logs every request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]

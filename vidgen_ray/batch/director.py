@@ -109,6 +109,8 @@ class Director:
         shots, finished = unique_shots_of_block(block, self._index, self._check)
         if finished is not None:
             self._results.skipped_rows(finished)
+        if block.finished is not None:
+            self._report_notes(block.finished.notes)
         for shot in shots:
             if not isinstance(shot, RejectedLine):
                 self._report_notes(shot.line.notes)

@@ -59,6 +59,8 @@ class FinishedLines(NamedTuple):
     """Hash of the id of each row. See `id_hashes`."""
     positions: tuple[int, ...]
     """Position of each line in its block."""
+    notes: tuple[str, ...]
+    """Notes of all lines."""
     lines: bytes
     """The lines, a pickled list of `NumberedLine`. Only needed if an id is taken."""
 
@@ -198,13 +200,14 @@ def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> Reject
 
 
 def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine]) -> PlannedBlock:
-    others, positions, rows = list[PlannedLine](), list[int](), list[ManifestRow]()
+    others, positions, rows, notes = list[PlannedLine](), list[int](), list[ManifestRow](), list[str]()
     for position, each in enumerate(planned):
         line = each.line
         if isinstance(line, RejectedLine) or line.failed_as is not None or None in each.done:
             others.append(each)
             continue
         positions.append(position)
+        notes += line.notes
         script, number = line.as_rejected.script, line.as_rejected.line
         rows += [
             ManifestRow.of_shot("", script, shot, number, done, "skipped")
@@ -215,7 +218,7 @@ def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine]) -> 
         return PlannedBlock(tuple(others), None)
     hashes = id_hashes(row.id for row in rows)
     text = pickle.dumps([lines[position] for position in positions])
-    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), text))
+    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), tuple(notes), text))
 
 
 class PlannedShot(NamedTuple):
@@ -240,7 +243,7 @@ def unique_shots_of_block(
     """Return what `unique_shots` yields for the lines of the block, but finished shots as manifest rows, if there are any."""
     if block.finished is None:
         return list(unique_shots(block.others, index)), None
-    rows, hashes, positions, text = block.finished
+    rows, hashes, positions, _, text = block.finished
     other_ids = id_hashes(id_ for each in block.others for id_ in _claimed_ids(each.line))
     if index.are_new(np.concatenate([hashes, other_ids])):
         index.add_hashes(hashes, rows.column("line").to_numpy())
