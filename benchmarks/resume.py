@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -39,7 +41,6 @@ DELAY_S = 0.02
 CLIP = b"x" * 1000
 LINKS = 10_000
 """Shots whose files are hard links to the same file. File systems limit the number of links."""
-LOOK_UP_SHOTS = 512
 CPU_WORKERS = 2
 GOALS = {"disk, resume": 180.0, "object store, resume": 60.0}
 OLD_RUN, NEW_RUN = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"
@@ -64,11 +65,12 @@ def main() -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = Table(title="Resuming")
-    for column in ("what", "lines", "seconds", "goal", "peak memory in MB"):
+    for column in ("what", "lines", "seconds", "goal", "CPU seconds of the process", "peak memory in MB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:
         goal = GOALS.get(row["what"])
-        table.add_row(row["what"], str(row["lines"]), f"{row['seconds']:.1f}", f"{goal or ''}", f"{row['peak_mb']:.0f}")
+        numbers = (f"{row['seconds']:.1f}", f"{goal or ''}", f"{row['cpu_s']:.1f}", f"{row['peak_mb']:.0f}")
+        table.add_row(row["what"], str(row["lines"]), *numbers)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json:
         write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "pyarrow")), "rows": rows})
@@ -83,8 +85,10 @@ def measure(folder: Path, out: str, lines: int, place: str) -> list[dict[str, An
     rows = []
     for part in (write_finished_folder, load_finished_shots, skip_all_lines, resume):
         Console(stderr=True).print(f"{place}, {lines} lines: {part.__name__}")
-        for what, seconds, peak_mb in _in_new_process(part, folder, script, out):
-            rows.append({"what": f"{place}, {what}", "lines": lines, "seconds": seconds, "peak_mb": peak_mb})
+        measured, cpu_s, peak_mb = _in_new_process(part, folder, script, out)
+        for what, seconds in measured:
+            row = {"what": f"{place}, {what}", "lines": lines, "seconds": seconds, "cpu_s": cpu_s, "peak_mb": peak_mb}
+            rows.append(row)
     return rows
 
 
@@ -142,35 +146,36 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
-    """Plan the lines, find their shots, and write and merge the rows of a run that skips them."""
-    from vidgen_ray.outputs.finished import FinishedShots
+    """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
+    from vidgen_ray.batch.line_planner import LinePlanner, unique_shots_of_block
+    from vidgen_ray.batch.line_stream import BLOCK_LINES
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.manifest import ManifestRow
+    from vidgen_ray.outputs.manifest import rows_of_run
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
+    from vidgen_ray.script.reader import open_lines
+    from vidgen_ray.script.script_index import ScriptIndex
+    from vidgen_ray.script.settings import ScriptSettings
 
-    outputs = OutputFolder(out)
-    finished = FinishedShots.load(outputs)
-    writer = ManifestWriter(outputs, NEW_RUN, script.name)
-    find_s = add_s = 0.0
-    begun = time.perf_counter()
-    for plans in batched(_plans(folder, script), LOOK_UP_SHOTS):
+    outputs, profile = OutputFolder(out), noop_profile(folder, CPU_WORKERS)
+    checker, lines = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
+    planner = LinePlanner(checker, profile, outputs)
+    planner.load_finished()
+    writer, index = ManifestWriter(outputs, NEW_RUN, script.name), ScriptIndex()
+    plan_s = accept_s = 0.0
+    for batch in batched(lines, BLOCK_LINES):
         started = time.perf_counter()
-        finished.other_owners(plans, [script.name] * len(plans))
-        found = finished.find(plans)
-        find_s += time.perf_counter() - started
+        block = pickle.dumps(planner.plan_block(batch))
+        plan_s += time.perf_counter() - started
         started = time.perf_counter()
-        for plan, done in zip(plans, found, strict=True):
-            if done is None:
-                raise RuntimeError(f"{plan.shot.id} was not found")
-            writer.add(ManifestRow.of_shot(NEW_RUN, script.name, plan.shot, 1, done, "skipped"))
-        add_s += time.perf_counter() - started
-    plan_s = time.perf_counter() - begun - find_s - add_s
+        others, rows = unique_shots_of_block(pickle.loads(block), index, checker.check)
+        _require(not others and rows is not None, f"{others[:1]} were not found")
+        writer.add_columns(rows_of_run(rows, NEW_RUN))
+        accept_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()
     return [
-        ("check and plan the lines", plan_s),
-        ("FinishedShots.find", find_s),
-        ("write the rows of skipped shots", add_s),
+        ("plan the lines and find their shots", plan_s),
+        ("compare ids and write rows", accept_s),
         ("close the manifest", time.perf_counter() - started),
     ]
 
@@ -181,7 +186,7 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.script.settings import ScriptSettings
 
-    options = RenderOptions(use_cache=False, stages=STAGES)
+    options = RenderOptions(cache="none", stages=STAGES)
     profile = noop_profile(folder, CPU_WORKERS)
     settings = ScriptSettings(script, profile_defaults=profile.defaults)
     started = time.perf_counter()
@@ -218,17 +223,17 @@ def _require(is_true: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def _in_new_process(part: Callable[..., Measured], *args: object) -> list[tuple[str, float, float]]:
-    """Return what a part measured, and the peak memory of its process in MB."""
+def _in_new_process(part: Callable[..., Measured], *args: object) -> tuple[Measured, float, float]:
+    """Return what a part measured, and the CPU seconds and the peak memory of its process in MB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (part, args))
 
 
-def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> list[tuple[str, float, float]]:
+def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> tuple[Measured, float, float]:
     measured = part(*args)
     # Unlike getrusage, VmHWM does not include the peak of the parent process.
     (peak,) = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")]
-    return [(what, seconds, int(peak.split()[1]) / 1024) for what, seconds in measured]
+    return measured, time.process_time(), int(peak.split()[1]) / 1024
 
 
 @contextmanager
@@ -254,6 +259,8 @@ def object_store() -> Iterator[str]:
 def _serve(ports: Any, done: Any) -> None:
     from moto.server import ThreadedMotoServer
 
+    # It logs every request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]

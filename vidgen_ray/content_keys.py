@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -108,15 +108,18 @@ class ShotPlanner:
 
     def __call__(self, shot: Shot) -> ShotPlan:
         """Raises StageError or SetupError if the shot names something that does not exist."""
-        steps, last = self._steps_of(shot)
-        has_likeness = any("image_likeness" in stage.writes for stage in stages_of(shot))
+        stages = stages_of(shot)
+        steps, last = self._steps_of(shot, stages)
+        has_likeness = any("image_likeness" in stage.writes for stage in stages)
         content = f'{self._end}"{last}"'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
         inputs = self._inputs_of(shot)
         again = []
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
-            again.append(ShotPlan(shot=other, steps=self._steps_of(other)[0], key=key, inputs=inputs, number=number + 1))
+            again.append(
+                ShotPlan(shot=other, steps=self._steps_of(other, stages)[0], key=key, inputs=inputs, number=number + 1)
+            )
         return ShotPlan(
             shot=shot, steps=steps, key=key, inputs=inputs, content=content if has_likeness else None, again=tuple(again)
         )
@@ -127,18 +130,17 @@ class ShotPlanner:
         loras = {lora.path: self._lora_digest(lora.path) for lora in shot.lora}
         return {path: self._digest(path) for path in images} | loras
 
-    def _steps_of(self, shot: Shot) -> tuple[tuple[Step, ...], str]:
+    def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]]) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
         values = self._field_values(shot)
         key = _sha256(f'["start",{_object(START_FIELDS if shot.image else (), values)}]')
         steps = []
-        for stage in stages_of(shot):
-            fields = (*stage.reads, *stage.identity_fields) if stage.uses_identity(shot) else stage.reads
+        for stage in stages:
             weights, weights_json = self._weights_of(stage, shot)
             parts = (
                 f'"{stage.name}"',
                 str(stage.version),
-                _object(sorted(fields), values),
+                _object(_fields_of(stage, stage.uses_identity(shot)), values),
                 self._options[stage.name],
                 weights_json,
                 f'"{key}"',
@@ -154,7 +156,8 @@ class ShotPlanner:
             path = getattr(shot, name)
             values[name] = "null" if path is None else f'"{self._digest(path)}"'
         for name in FILES_FIELDS:
-            values[name] = _json([self._digest(path) for path in getattr(shot, name)])
+            digests = [f'"{self._digest(path)}"' for path in getattr(shot, name)]
+            values[name] = f"[{','.join(digests)}]"
         for name in LORA_FIELDS:
             loras = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, name)]
             values[name] = f"[{','.join(loras)}]"
@@ -206,6 +209,12 @@ class _WeightChoice:
     shot: Shot = field(compare=False)
 
 
+@cache
+def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
+    """Return the fields that the stage reads, sorted."""
+    return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
+
+
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:
     return "{" + ",".join([f'"{field}":{values[field]}' for field in fields]) + "}"
 
@@ -221,7 +230,8 @@ JSON_OF_TYPE: dict[type, Callable[[Any], str]] = {
     bool: lambda value: "true" if value else "false",
     int: int.__repr__,
     float: float.__repr__,
-    str: json.dumps,
+    # Same text as that of json.dumps, in a tenth of the time.
+    str: json.encoder.encode_basestring_ascii,
 }
 """Shortcuts for scalars, which most fields are. Floats are finite."""
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import ray
+from more_itertools import batched
 
 from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.line_stream import on_this_node, one_task_source, own_context, planned_rows
+from vidgen_ray.batch.line_stream import BLOCK_LINES, on_this_node, one_task_source, own_context, planned_rows
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.engine.status import Snapshot
@@ -98,7 +99,8 @@ def build_processor(
 
 
 def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
-    return pyarrow.table({"line": [pickle.dumps(line) for line in table_lines(name, block, to_fields)]})
+    batches = batched(table_lines(name, block, to_fields), BLOCK_LINES)
+    return pyarrow.table({"lines": pyarrow.array([pickle.dumps(batch) for batch in batches], pyarrow.binary())})
 
 
 def _render_rows(

@@ -13,11 +13,9 @@ import pytest
 
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import SetupError
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
 from vidgen_ray.script.reader import iter_script
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
 
 GROWTH_MB = 48
@@ -141,16 +139,6 @@ def test_many_lines_with_the_same_generated_id_are_numbered_quickly(tmp_path):
     script.write_text(f"shots: [{'7, ' * 2000}]")
     ids = [line.id for line in iter_script(ScriptSettings(script))]
     assert (ids[:2], ids[-1], len(set(ids))) == (["s-line-1", "s-line-1-2"], "s-line-1-2000", 2000)
-
-
-def test_full_temporary_folder_raises_setup_error():
-    def overfill():
-        with ScriptIndex() as index:
-            index._ids.execute("PRAGMA max_page_count = 4")
-            index.add({f"id-{number}": number for number in range(10_000)})
-
-    with pytest.raises(SetupError, match="set TMPDIR to a folder with more room"):
-        overfill()
 
 
 def test_shots_are_yielded_before_the_script_is_fully_read(tmp_path):

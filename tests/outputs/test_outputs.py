@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -20,9 +21,9 @@ from vidgen_ray.outputs import manifest_writer
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
-from vidgen_ray.outputs.id_index import IdIndex
+from vidgen_ray.outputs.id_index import IdIndex, id_hashes
 from vidgen_ray.outputs.local_storage import LocalStorage
-from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest
+from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestRow, manifest_batches, read_manifest, rows_as_columns
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.paths import key_path, shot_path
@@ -326,6 +327,19 @@ class TestManifest:
         writer.close()
         assert sorted(id_ for batch in reading for id_ in batch.column("id").to_pylist()) == ["a", "b"]
 
+    def test_rows_added_as_columns_are_written_and_merged_like_other_rows(self, outputs, monkeypatch):
+        monkeypatch.setattr(manifest_writer, "PART_COLUMN_ROWS", 3)
+        write(outputs, "r1", row("r1", "a"), row("r1", "b"))
+        writer = ManifestWriter(outputs, "r2", "s.jsonl")
+        writer.add(row("r2", "c"))
+        for ids in (["a", "d"], ["e", "f"], ["g"]):
+            writer.add_columns(rows_as_columns([row("r2", id_) for id_ in ids]))
+        # The first part is full. The last row is not written yet.
+        assert {r.id: r.run for r in read_manifest(outputs.root)} == {"b": "r1"} | dict.fromkeys("acdef", "r2")
+        writer.close()
+        assert {r.id: r.run for r in read_manifest(outputs.root)} == {"b": "r1"} | dict.fromkeys("acdefg", "r2")
+        assert len(list((outputs.root / "manifest").iterdir())) == 1
+
     def test_foreign_files_in_the_manifest_folder_are_kept(self, outputs):
         folder = outputs.root / "manifest"
         folder.mkdir(parents=True)
@@ -426,14 +440,25 @@ print(peak_mb() - before)
         assert grown_mb < 120, f"{grown_mb:.0f} MB"
 
 
-def test_id_index_reports_new_ids():
-    ids = IdIndex()
-    assert ids.add_new(["a", "b", "a"]) == [True, True, False]
-    ids.add(["c", "ü"])
-    assert ids.add_new(["c", "d", "b"]) == [False, True, False]
-    assert ids.intersection(["a", "x", "ü"]) == {"a", "ü"}
-    assert ids.intersection([]) == set()
-    ids.close()
+class TestIdIndex:
+    def test_new_ids_are_reported(self):
+        ids = IdIndex()
+        assert ids.add_new(["a", "b", "a"]) == [True, True, False]
+        ids.add_new(["c", "ü", "\ud800"])
+        assert ids.add_new(["c", "d", "b"]) == [False, True, False]
+        assert ids.intersection(["a", "x", "ü", "\ud800"]) == {"a", "ü", "\ud800"}
+        assert ids.intersection([]) == set()
+        assert ids.add_new([]) == []
+
+    def test_numbers_of_ids_added_in_batches_of_any_size(self):
+        draw, ids, expected = random.Random(1), IdIndex(), {}
+        while len(expected) < 5000:
+            new = {f"id {len(expected) + n}": draw.randrange(2**40) for n in range(draw.choice([1, 3, 700]))}
+            ids.insert(id_hashes(new), np.array([*new.values()], np.int64))
+            expected |= new
+        asked = [*expected, *(f"other {n}" for n in range(1000))]
+        draw.shuffle(asked)
+        assert ids.numbers(id_hashes(asked)).tolist() == [expected.get(id_, -1) for id_ in asked]
 
 
 class TestGarbage:

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, suppress
 
 import ray
 
-from vidgen_ray.batch.line_planner import PlannedLine, unique_shots
+from vidgen_ray.batch.line_planner import Check, PlannedBlock, unique_shots_of_block
 from vidgen_ray.batch.options import RenderOptions
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
@@ -37,9 +37,9 @@ from vidgen_ray.planner import Cluster, Demand, Plan, cpus_needed, demand_of, lo
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import RejectedLine
-from vidgen_ray.script.spill_index import ScriptIndex
+from vidgen_ray.script.script_index import ScriptIndex
 
-Remaining = Callable[[], Iterator[list[PlannedLine]]]
+Remaining = Callable[[], Iterator[PlannedBlock]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
 STATUS_INTERVAL_S = 1.0
 """Seconds between two status reports."""
@@ -66,7 +66,7 @@ class Director:
         results: RunResults,
         listener: ProgressListener,
         stop: threading.Event,
-        index: ScriptIndex,
+        check: Check,
         demand: Demand | None,
         lease: Lease,
     ) -> None:
@@ -78,7 +78,8 @@ class Director:
         self._results = results
         self._listener = listener
         self._stop = stop
-        self._index = index
+        self._check = check
+        self._index = ScriptIndex()
         self.queue = ShotQueue()
         self.plan: Plan | None = None
         self.left = 0
@@ -103,9 +104,14 @@ class Director:
 
     # Lines
 
-    def accept(self, lines: Sequence[PlannedLine]) -> None:
-        """Queue the pending shots among these lines, and record the other ones."""
-        for shot in unique_shots(lines, self._index):
+    def accept(self, block: PlannedBlock) -> None:
+        """Queue the pending shots of a block of lines, and record the other ones."""
+        shots, finished = unique_shots_of_block(block, self._index, self._check)
+        if finished is not None:
+            self._results.skipped_rows(finished)
+        if block.finished is not None:
+            self._report_notes(block.finished.notes)
+        for shot in shots:
             if not isinstance(shot, RejectedLine):
                 self._report_notes(shot.line.notes)
             if isinstance(shot, RejectedLine):
@@ -323,9 +329,9 @@ class Director:
         def read() -> None:
             error: BaseException | None = None
             try:
-                for lines in remaining():
+                for block in remaining():
                     room.acquire()
-                    loop.call_soon_threadsafe(accept, lines)
+                    loop.call_soon_threadsafe(accept, block)
             except BaseException as reason:
                 error = reason
             with suppress(RuntimeError):  # the loop is closed: the run has ended
@@ -336,8 +342,8 @@ class Director:
                 await self._next_change()
             room.release()
 
-        def accept(lines: list[PlannedLine]) -> None:
-            self.accept(lines)
+        def accept(block: PlannedBlock) -> None:
+            self.accept(block)
             self._results.lines_read(complete=False)
             task = asyncio.ensure_future(release())
             releasing.add(task)

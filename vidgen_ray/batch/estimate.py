@@ -17,8 +17,8 @@ from vidgen_ray.planner import Cluster, Demand, demand_of, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
 from vidgen_ray.script.reader import iter_script, no_lines, open_lines
+from vidgen_ray.script.script_index import ScriptIndex
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot
 
 LINES_AT_ONCE = 500
@@ -84,11 +84,10 @@ def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) ->
     checker, lines = open_lines(script)
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()
-    with ScriptIndex() as index:
-        empty = True
-        for batch in batched(lines, LINES_AT_ONCE):
-            empty = False
-            yield from unique_shots(planner.plan(batch), index)
+    empty, index = True, ScriptIndex()
+    for batch in batched(lines, LINES_AT_ONCE):
+        empty = False
+        yield from unique_shots(planner.plan(batch), index)
     if empty:
         raise no_lines(script.path)
 

@@ -1,13 +1,19 @@
 """Plan script lines: check them, hash their files, plan content keys and look up finished shots.
 
-Does not use Ray. Lines can be planned in any process and in any order.
+Does not use Ray. Lines can be planned in any process and in any order. Finished shots leave such a process as columns: a
+million of them would take minutes as objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
@@ -15,14 +21,16 @@ from vidgen_ray.errors import FieldError, MissingWeights, ScriptError, VidgenErr
 from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.finished import FinishedShots, id_is_taken
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.id_index import id_hashes
+from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
 from vidgen_ray.script.input_files import check_files
 from vidgen_ray.script.line_check import LineChecker
 from vidgen_ray.script.lines import Line, UnreadableLine
-from vidgen_ray.script.reader import unique_lines
-from vidgen_ray.script.spill_index import ScriptIndex
+from vidgen_ray.script.reader import default_id, ids_of, unique_lines
+from vidgen_ray.script.script_index import ScriptIndex
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
@@ -35,6 +43,34 @@ class PlannedLine(NamedTuple):
     """Plan of each shot. A failure if it names a file that does not exist or cannot be read. `None` if the shot is finished."""
     done: tuple[DoneShot | None, ...] = ()
     """Each shot that an earlier run has finished."""
+
+
+NumberedLine = tuple[int, Line | UnreadableLine]
+Check = Callable[[int, Line | UnreadableLine], ValidLine | RejectedLine]
+"""`LineChecker.check`."""
+
+
+class FinishedLines(NamedTuple):
+    """Lines whose shots are all finished, as columns."""
+
+    rows: pyarrow.RecordBatch
+    """Manifest rows of their shots. The run is still missing."""
+    hashes: NDArray[np.bytes_]
+    """Hash of the id of each row. See `id_hashes`."""
+    positions: tuple[int, ...]
+    """Position of each line in its block."""
+    notes: tuple[str, ...]
+    """Notes of all lines."""
+    lines: bytes
+    """The lines, a pickled list of `NumberedLine`. Only needed if an id is taken."""
+
+
+class PlannedBlock(NamedTuple):
+    """Planned lines that follow each other in a script."""
+
+    others: tuple[PlannedLine, ...]
+    """All lines but the finished ones, in order."""
+    finished: FinishedLines | None
 
 
 class LinePlanner:
@@ -56,7 +92,7 @@ class LinePlanner:
         """Must be set to plan lines. Not part of the pickled planner, since it may take hundreds of megabytes."""
         self.changed_by: Sequence[str] | None = None
         """See `FinishedShots.load`. Set it before the run writes its own marker."""
-        self._checker = checker
+        self.checker = checker
         self._profile = profile
         self._fresh = fresh
         self._replace = replace
@@ -71,22 +107,26 @@ class LinePlanner:
         self.finished = FinishedShots.load(self.outputs, self.changed_by, only)
         self.changed_by = self.finished.changed_by
 
-    def plan_first(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
-        """Return these lines as `plan` does. Reads only what the manifest says about them."""
+    def plan_first(self, lines: Sequence[NumberedLine]) -> PlannedBlock:
+        """Return these lines as `plan_block` does. Reads only what the manifest says about them."""
         checked = self._check(lines)
         self.load_finished([plan.shot.id or "" for plan in _plans(checked)])
         planned = self._compared(checked)
         self.finished = None
-        return planned
+        return _as_block(lines, planned)
 
-    def plan(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
+    def plan_block(self, lines: Sequence[NumberedLine]) -> PlannedBlock:
+        """Return the planned lines, finished ones as columns. Raises the errors of `plan`."""
+        return _as_block(lines, self.plan(lines))
+
+    def plan(self, lines: Iterable[NumberedLine]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
         return self._compared(self._check(lines))
 
-    def _check(self, lines: Iterable[tuple[int, Line | UnreadableLine]]) -> list[PlannedLine]:
+    def _check(self, lines: Iterable[NumberedLine]) -> list[PlannedLine]:
         planned = []
         for number, parsed in lines:
-            line = self._checker.check(number, parsed)
+            line = self.checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
             plans = tuple(self._plan(shot, number) for shot in shots)
             planned.append(PlannedLine(line, plans, (None,) * len(shots)))
@@ -105,7 +145,7 @@ class LinePlanner:
             self._planners[used] = ShotPlanner(params_of(self._profile, used), self._profile.encode)
         try:
             for field, error in check_files(shot):
-                raise ScriptError([FieldError(self._checker.source, line, field, "an unusable file", str(error))])
+                raise ScriptError([FieldError(self.checker.source, line, field, "an unusable file", str(error))])
             return self._planners[used](shot)
         except MissingWeights:
             raise
@@ -159,6 +199,28 @@ def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> Reject
     return replace(rejected, id="" if rejected.id in own_ids else rejected.id, errors=(error,))
 
 
+def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine]) -> PlannedBlock:
+    others, positions, rows, notes = list[PlannedLine](), list[int](), list[ManifestRow](), list[str]()
+    for position, each in enumerate(planned):
+        line = each.line
+        if isinstance(line, RejectedLine) or line.failed_as is not None or None in each.done:
+            others.append(each)
+            continue
+        positions.append(position)
+        notes += line.notes
+        script, number = line.as_rejected.script, line.as_rejected.line
+        rows += [
+            ManifestRow.of_shot("", script, shot, number, done, "skipped")
+            for shot, done in zip(line.shots, each.done, strict=True)
+            if done is not None
+        ]
+    if not positions:
+        return PlannedBlock(tuple(others), None)
+    hashes = id_hashes(row.id for row in rows)
+    text = pickle.dumps([lines[position] for position in positions])
+    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), tuple(notes), text))
+
+
 class PlannedShot(NamedTuple):
     """A shot with a unique id, and what is to be done."""
 
@@ -166,6 +228,40 @@ class PlannedShot(NamedTuple):
     plan: ShotPlan | Failure | None
     """`None` if the shot is finished."""
     done: DoneShot | None
+    """The finished shot. `None` if it is not finished or has a row in `FinishedLines`."""
+
+
+def _claimed_ids(line: ValidLine | RejectedLine) -> set[str]:
+    """Return the ids that `unique_lines` may give to the shots of the line or to the line."""
+    ids = {*ids_of(line)}
+    return ids if isinstance(line, ValidLine) or line.id else ids | {default_id(line)}
+
+
+def unique_shots_of_block(
+    block: PlannedBlock, index: ScriptIndex, check: Check
+) -> tuple[list[PlannedShot | RejectedLine], pyarrow.RecordBatch | None]:
+    """Return what `unique_shots` yields for the lines of the block, but finished shots as manifest rows, if there are any."""
+    if block.finished is None:
+        return list(unique_shots(block.others, index)), None
+    rows, hashes, positions, _, text = block.finished
+    other_ids = id_hashes(id_ for each in block.others for id_ in _claimed_ids(each.line))
+    if index.are_new(np.concatenate([hashes, other_ids])):
+        index.add_hashes(hashes, rows.column("line").to_numpy())
+        return list(unique_shots(block.others, index)), rows
+    # Rare: compare the lines one by one, in order.
+    planned = list(block.others)
+    for position, (number, parsed) in zip(positions, pickle.loads(text), strict=True):
+        line = check(number, parsed)
+        none = (None,) * len(line.shots) if isinstance(line, ValidLine) else ()
+        planned.insert(position, PlannedLine(line, none, none))
+    first_row = {id_: number for number, id_ in reversed([*enumerate(rows.column("id").to_pylist())])}
+    shots, kept = list[PlannedShot | RejectedLine](), list[int]()
+    for shot in unique_shots(planned, index):
+        if isinstance(shot, PlannedShot) and shot.plan is None and shot.done is None:
+            kept.append(first_row[shot.line.shot.id])
+        else:
+            shots.append(shot)
+    return shots, rows.take(pyarrow.array(kept, pyarrow.int64()))
 
 
 def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot | RejectedLine]:

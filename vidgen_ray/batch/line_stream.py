@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,11 @@ import pyarrow
 import ray
 from more_itertools import batched
 
-from vidgen_ray.batch.line_planner import LinePlanner, PlannedLine
+from vidgen_ray.batch.line_planner import LinePlanner, NumberedLine, PlannedBlock
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.line_check import LineChecker
-from vidgen_ray.script.lines import Line, UnreadableLine
 from vidgen_ray.script.reader import no_lines, open_lines
 from vidgen_ray.script.settings import ScriptSettings
 
@@ -36,10 +35,8 @@ MAX_TASKS = 16
 """Maximum number of parallel tasks. One task plans some thousand lines per second."""
 NODE_LABEL = "ray.io/node-id"
 
-NumberedLines = Iterable[tuple[int, Line | UnreadableLine]]
 
-
-def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[tuple[int, Line | UnreadableLine]], bool]:
+def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[NumberedLine], bool]:
     """Return the checker and the first lines of a script, and whether these are all.
 
     Raises ScriptError if it cannot be read or has no lines.
@@ -51,7 +48,7 @@ def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[tuple[int, 
     return checker, first[:FIRST_LOOK_LINES], len(first) <= FIRST_LOOK_LINES
 
 
-def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
+def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[PlannedBlock]:
     """Yield the lines after the first ones, planned by parallel tasks on the node of this process, in order.
 
     That node can read the script and its files. Needs a connection to Ray. Raises what reading and planning raise.
@@ -61,17 +58,17 @@ def remaining_lines(settings: ScriptSettings, planner: LinePlanner) -> Iterator[
         try:
             _, lines = open_lines(settings)
             for batch in batched(islice(lines, FIRST_LOOK_LINES, None), BLOCK_LINES):
-                yield pyarrow.table({"line": [pickle.dumps(line) for line in batch]})
+                yield pyarrow.table({"lines": [pickle.dumps(batch)]})
         except ScriptError as error:
-            yield pyarrow.table({"line": [pickle.dumps(error)]})
+            yield pyarrow.table({"lines": [pickle.dumps(error)]})
 
     with own_context():
         dataset = ray.data.read_datasource(one_task_source(blocks), override_num_blocks=1, **on_this_node())
         yield from planned_rows(dataset, planner)
 
 
-def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[PlannedLine]]:
-    """Plan the rows of a data set with a pickled line in column `line`. Yield them in order, block by block."""
+def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[PlannedBlock]:
+    """Plan the lines of a data set, in order. Each row has a pickled sequence of lines in its column `lines`."""
     finished = ray.remote(_load_finished).options(**on_this_node()).remote(planner.outputs, planner.changed_by)
     tasks = max(1, min(MAX_TASKS, os.cpu_count() or 1))
     planned = dataset.map_batches(
@@ -85,11 +82,11 @@ def planned_rows(dataset: Dataset, planner: LinePlanner) -> Iterator[list[Planne
         label_selector=on_this_node()["label_selector"],
     )
     for block in planned.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        lines = [pickle.loads(text) for text in block["planned"].to_pylist()]
-        for line in lines:
-            if isinstance(line, VidgenError):
-                raise line
-        yield lines
+        for text in block["planned"].to_pylist():
+            result: PlannedBlock | VidgenError = pickle.loads(text)
+            if isinstance(result, VidgenError):
+                raise result
+            yield result
 
 
 def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> FinishedShots:
@@ -97,14 +94,16 @@ def _load_finished(outputs: OutputFolder, changed_by: Sequence[str] | None) -> F
 
 
 def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectRef]) -> pyarrow.Table:
-    """Task of Ray Data: plan the lines of a block. An error that ends the run is returned as the last row."""
-    rows = [pickle.loads(text) for text in block["line"].to_pylist()]
-    errors = [row for row in rows if isinstance(row, VidgenError)]
-    try:
-        planned: list[Any] = _planner(planner, finished[0]).plan(row for row in rows if not isinstance(row, VidgenError))
-    except VidgenError as error:
-        planned, errors = [], [error]
-    return pyarrow.table({"planned": [pickle.dumps(line) for line in (*planned, *errors)]})
+    """Task of Ray Data: plan the lines of each row. An error that ends the run is returned in place of the planned lines."""
+
+    def planned(text: bytes) -> PlannedBlock | VidgenError:
+        lines: Sequence[NumberedLine] | VidgenError = pickle.loads(text)
+        try:
+            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan_block(lines)
+        except VidgenError as error:
+            return error
+
+    return pyarrow.table({"planned": [pickle.dumps(planned(text)) for text in block["lines"].to_pylist()]})
 
 
 _planners: dict[bytes, LinePlanner] = {}

@@ -9,15 +9,15 @@ import asyncio
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 
 from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.estimate import pending_demand
-from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.line_stream import NumberedLines, first_lines, remaining_lines
+from vidgen_ray.batch.line_planner import LinePlanner, NumberedLine
+from vidgen_ray.batch.line_stream import first_lines, remaining_lines
 from vidgen_ray.batch.options import GRACE_S, RenderOptions
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
@@ -27,7 +27,6 @@ from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.planner import Demand, Plan, save_calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.script.spill_index import ScriptIndex
 
 __all__ = ["GRACE_S", "RenderOptions", "RunReport", "render", "render_lines"]
 
@@ -92,7 +91,7 @@ def render(
 
 def render_lines(
     planner: LinePlanner,
-    first: NumberedLines,
+    first: Sequence[NumberedLine],
     remaining: Remaining | None,
     source: str,
     profile: Profile,
@@ -101,7 +100,7 @@ def render_lines(
     listener: ProgressListener,
     stop: threading.Event | None = None,
     demand: Demand | None = None,
-    on_row: Callable[[ManifestRow], None] = lambda _: None,
+    on_row: Callable[[ManifestRow], None] | None = None,
 ) -> RunReport:
     """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
@@ -115,9 +114,18 @@ def render_lines(
         outputs.sweep()
         # The tasks that plan the remaining lines read the whole manifest.
         planned = planner.plan_first(first)
-        with ScriptIndex() as index, RunResults(outputs, run, source, lease, listener, on_row) as results:
+        with RunResults(outputs, run, source, lease, listener, on_row) as results:
             director = Director(
-                run, profile, outputs, options, results, listener, stop or threading.Event(), index, demand, lease
+                run,
+                profile,
+                outputs,
+                options,
+                results,
+                listener,
+                stop or threading.Event(),
+                planner.checker.check,
+                demand,
+                lease,
             )
             director.accept(planned)
             results.lines_read(complete=remaining is None)

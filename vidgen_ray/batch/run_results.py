@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+import pyarrow
+
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.engine.step_runner import StepFailed
@@ -15,7 +17,7 @@ from vidgen_ray.graph import relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
+from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, columns_as_rows, rows_of_run
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
@@ -34,7 +36,7 @@ class RunResults:
         source: str,
         lease: Lease,
         listener: ProgressListener,
-        on_row: Callable[[ManifestRow], None],
+        on_row: Callable[[ManifestRow], None] | None,
     ) -> None:
         self._lease = lease
         self._run = run
@@ -77,6 +79,15 @@ class RunResults:
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, done, "skipped")
         self._enter(row, None, line.replaces)
 
+    def skipped_rows(self, rows: pyarrow.RecordBatch) -> None:
+        """Finished shots, given as rows of the manifest without a run."""
+        rows = rows_of_run(rows, self._run)
+        self.counts["skipped"] += len(rows)
+        self._manifest.add_columns(rows)
+        if self._on_row is not None:
+            for row in columns_as_rows(rows):
+                self._on_row(row)
+
     def pending(self) -> None:
         """A shot is to be rendered."""
         self.to_render += 1
@@ -114,4 +125,5 @@ class RunResults:
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:
         self.counts[row.status] += 1
         self._manifest.add(row, failed=failed, replaces=replaces)
-        self._on_row(row)
+        if self._on_row is not None:
+            self._on_row(row)

@@ -5,7 +5,7 @@ During a run, failures are written to part files in `failures/`: `failures.jsonl
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,7 +71,8 @@ def merge_failures(storage: Storage, state: ManifestState) -> None:
     parts = [f"{PARTS}/{name}" for name in sorted(storage.files(PARTS)) if name.endswith(".jsonl")]
     if FILE not in storage.files("") and not parts:
         return
-    with closing(IdIndex()) as written, storage.new_file(FILE) as path:
+    written = IdIndex()
+    with storage.new_file(FILE) as path:
         with path.open("wb") as target:
             for lines in _batches(storage, [FILE, *parts]):
                 target.writelines(to_utf8(line + "\n") for line in _unresolved(lines, state, written))

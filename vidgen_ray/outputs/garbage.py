@@ -8,7 +8,6 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,25 +62,21 @@ def collect_garbage(outputs: OutputFolder, *, dry_run: bool = False, grace_s: fl
     if not (outputs.storage.folders("") or outputs.storage.files("")):
         raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
     run = f"gc-{secrets.token_hex(3)}"
-    with outputs.lease(run) as lease, closing(IdIndex()) as used_keys, closing(IdIndex()) as shots_by_key:
+    with outputs.lease(run) as lease:
         # Current time by the clock of the storage.
         now = outputs.storage.files("")[lease.name].modified
-        return _Collector(outputs.storage, lease, used_keys, shots_by_key, now - grace_s, dry_run).collect()
+        return _Collector(outputs.storage, lease, now - grace_s, dry_run).collect()
 
 
 class _Collector:
-    def __init__(
-        self, storage: Storage, lease: Lease, used_keys: IdIndex, shots_by_key: IdIndex, young_since: float, dry_run: bool
-    ) -> None:
-        """Take two empty indexes, to be filled from the shot records.
-
-        `used_keys`: step keys of all finished shots. `shots_by_key`: `KEY ID` of each finished shot. `young_since`: time in
-        seconds since 1970, by the clock of the storage.
-        """
+    def __init__(self, storage: Storage, lease: Lease, young_since: float, dry_run: bool) -> None:
+        """`young_since`: time in seconds since 1970, by the clock of the storage."""
         self._storage = storage
         self._lease = lease
-        self._used_keys = used_keys
-        self._shots_by_key = shots_by_key
+        self._used_keys = IdIndex()
+        """Step keys of all finished shots. Filled from their records."""
+        self._shots_by_key = IdIndex()
+        """`KEY ID` of each finished shot."""
         self._young_since = young_since
         self._dry_run = dry_run
         self._report = GarbageReport()
@@ -106,14 +101,17 @@ class _Collector:
 
     def _shots_without_record(self) -> Iterator[str]:
         """Yield the shot folders without a record. Adds the keys in all other records to the indexes."""
-        for folders in self._shot_folders():
+        for folders in (batch for group in self._shot_folders() for batch in batched(group, SHOTS_AT_ONCE)):
+            used_keys, shots_by_key = list[str](), list[str]()
             for folder, text in self._read_each(folders, [f"{folder}/{RECORD}" for folder in folders]):
                 if text is None:
                     yield folder
                 else:
                     key, keys = _keys_in(text)
-                    self._used_keys.add(keys)
-                    self._shots_by_key.add([f"{key} {posixpath.basename(folder)}"])
+                    used_keys += keys
+                    shots_by_key.append(f"{key} {posixpath.basename(folder)}")
+            self._used_keys.add_new(used_keys)
+            self._shots_by_key.add_new(shots_by_key)
 
     def _shot_folders(self) -> Iterator[Sequence[str]]:
         """Yield the folders of shots: those of an older version, then shard by shard."""
@@ -130,10 +128,10 @@ class _Collector:
         for folder in (KEYS, *(f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name))):
             files = self._storage.files(folder)
             keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
-            for key, shot_id in self._read_each(keys, [f"{folder}/{key}" for key in keys]):
-                entry = f"{key} {(shot_id or b'').decode(errors='replace')}"
-                if not self._shots_by_key.intersection([entry]):
-                    yield f"{folder}/{key}", files[key]
+            for batch in batched(self._read_each(keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):
+                entries = {key: f"{key} {(shot_id or b'').decode(errors='replace')}" for key, shot_id in batch}
+                known = self._shots_by_key.intersection([*entries.values()])
+                yield from ((f"{folder}/{key}", files[key]) for key, entry in entries.items() if entry not in known)
 
     def _read_each(self, names: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""

@@ -1,45 +1,64 @@
-"""A set of ids that is kept on disk when it outgrows a few megabytes."""
+"""Index of ids in memory: a set of ids, or a map from ids to numbers, in 24 bytes per id."""
 
-import json
-import sqlite3
+import hashlib
 from collections.abc import Iterable, Sequence
 
-CACHE_KB = 8_000
-"""Memory for the set, in KiB. The rest is on disk."""
+import numpy as np
+from numpy.typing import NDArray
+
+HASH_BYTES = 16
+HASH = np.dtype(f"S{HASH_BYTES}")
+"""Hash of an id: the first 128 bits of its sha256, so that different ids have different hashes in practice.
+
+NumPy drops zeros at the end of such values. Since all have the same length, they still differ.
+"""
+
+
+def id_hashes(ids: Iterable[str]) -> NDArray[np.bytes_]:
+    """Return the hashes of the ids, (N,) of type `HASH`."""
+    digests = [hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()[:HASH_BYTES] for id_ in ids]
+    return np.frombuffer(b"".join(digests), HASH)
 
 
 class IdIndex:
-    """Set of strings for millions of entries, in a temporary SQLite database that is deleted on `close`.
+    """Map from ids to numbers for millions of entries. Fast if many ids are added and looked up per call.
 
-    Look-ups and insertions take many ids per call. Not thread-safe: callers must serialize access.
+    Not thread-safe: callers must serialize access.
     """
 
     def __init__(self) -> None:
-        # The empty name creates a private temporary database that spills to disk. It need not survive a crash.
-        self._db = sqlite3.connect("", check_same_thread=False)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{CACHE_KB}"):
-            self._db.execute(f"PRAGMA {setting}")
-        self._db.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._parts: list[tuple[NDArray[np.bytes_], NDArray[np.int64]]] = []
+        """Sorted hashes and their numbers. Each part has at least twice as many as the next one, so there are few parts."""
 
-    def add(self, ids: Iterable[str]) -> None:
-        """Add ids. Ids that are already in the set are ignored."""
-        self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((id_,) for id_ in ids))
+    def numbers(self, hashes: NDArray[np.bytes_]) -> NDArray[np.int64]:
+        """Return the number of each id, (N,), or -1 if it is not in the index."""
+        found = np.full(len(hashes), -1, np.int64)
+        for known, numbers in self._parts:
+            positions = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+            found = np.where(known[positions] == hashes, numbers[positions], found)
+        return found
 
-    def intersection(self, ids: Sequence[str]) -> set[str]:
-        """Return the members of `ids` that are in the set."""
-        rows = self._db.execute("SELECT id FROM ids WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(ids),))
-        return {id_ for (id_,) in rows}
+    def insert(self, hashes: NDArray[np.bytes_], numbers: NDArray[np.int64]) -> None:
+        """Add ids, (N,), with their numbers, 0 or more. They must differ and not be in the index."""
+        if not len(hashes):
+            return
+        while self._parts and len(self._parts[-1][0]) < 2 * len(hashes):
+            last_hashes, last_numbers = self._parts.pop()
+            hashes, numbers = np.concatenate([last_hashes, hashes]), np.concatenate([last_numbers, numbers])
+        # Stable sorting is fast for parts that are already sorted.
+        order = np.argsort(hashes, kind="stable")
+        self._parts.append((hashes[order], numbers[order]))
 
     def add_new(self, ids: Sequence[str]) -> list[bool]:
-        """Add `ids`. Return for each one whether it is new: neither in the set nor earlier in `ids`."""
-        known = self.intersection(ids)
-        is_new = []
-        for id_ in ids:
-            is_new.append(id_ not in known)
-            known.add(id_)
-        self.add(id_ for id_, new in zip(ids, is_new, strict=True) if new)
-        return is_new
+        """Add `ids`. Return for each one whether it is new: neither in the index nor earlier in `ids`."""
+        hashes = id_hashes(ids)
+        is_new = self.numbers(hashes) < 0
+        is_first = np.zeros(len(hashes), bool)
+        is_first[np.unique(hashes, return_index=True)[1]] = True
+        is_new &= is_first
+        self.insert(hashes[is_new], np.zeros(is_new.sum(), np.int64))
+        return [bool(new) for new in is_new]
 
-    def close(self) -> None:
-        """Delete the database."""
-        self._db.close()
+    def intersection(self, ids: Sequence[str]) -> set[str]:
+        """Return the members of `ids` that are in the index."""
+        return {id_ for id_, number in zip(ids, self.numbers(id_hashes(ids)).tolist(), strict=True) if number >= 0}

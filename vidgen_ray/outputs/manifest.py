@@ -1,7 +1,7 @@
 """Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -193,6 +193,24 @@ SCHEMA = _arrow_schema()
 REQUIRED = [name for name, field in ManifestRow.model_fields.items() if field.is_required()]
 
 
+def rows_as_columns(rows: Iterable[ManifestRow]) -> pyarrow.RecordBatch:
+    """Return the rows as a batch with the columns of `SCHEMA`."""
+    return pyarrow.RecordBatch.from_pylist([vars(row) for row in rows], schema=SCHEMA)
+
+
+def columns_as_rows(batch: pyarrow.RecordBatch) -> list[ManifestRow]:
+    """Return the rows of a batch with the columns of `SCHEMA`."""
+    return [_row(**columns) for columns in batch.to_pylist()]
+
+
+def rows_of_run(batch: pyarrow.RecordBatch, run: str) -> pyarrow.RecordBatch:
+    """Return the rows as rows of a run, ended now."""
+    for name, value in (("run", run), ("ended_at", _now())):
+        position = SCHEMA.get_field_index(name)
+        batch = batch.set_column(position, SCHEMA.field(position), pyarrow.repeat(value, len(batch)))
+    return batch
+
+
 class ManifestFile(NamedTuple):
     """A file of the manifest and its current rows."""
 
@@ -272,21 +290,18 @@ def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:
     Can be called during a run and then returns the rows written so far.
     """
     seen, names, visited = IdIndex(), manifest_files(storage), set[str]()
-    try:
-        while names:
-            was_merged = False
-            for name in names:
-                visited.add(name)
-                try:
-                    with opened(storage, name) as content:
-                        if (indexed := _read_index(content, name, seen)) is not None:
-                            yield from _rows(content, indexed[0])
-                except FileNotFoundError:
-                    was_merged = True
-            # A run that ended meanwhile has merged its parts into new files, and then deleted the parts.
-            names = [name for name in manifest_files(storage) if name not in visited] if was_merged else []
-    finally:
-        seen.close()
+    while names:
+        was_merged = False
+        for name in names:
+            visited.add(name)
+            try:
+                with opened(storage, name) as content:
+                    if (indexed := _read_index(content, name, seen)) is not None:
+                        yield from _rows(content, indexed[0])
+            except FileNotFoundError:
+                was_merged = True
+        # A run that ended meanwhile has merged its parts into new files, and then deleted the parts.
+        names = [name for name in manifest_files(storage) if name not in visited] if was_merged else []
 
 
 def read_manifest(out: str | Path) -> list[ManifestRow]:

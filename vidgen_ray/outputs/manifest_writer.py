@@ -8,7 +8,7 @@ already copied are recognised by their id. Memory use does not depend on the num
 import io
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 
 import pyarrow
 import pyarrow.compute
@@ -17,12 +17,23 @@ import pyarrow.parquet
 from vidgen_ray.outputs.failures import PARTS, FailedLine, ManifestState, failure_key, merge_failures, to_utf8
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
-from vidgen_ray.outputs.manifest import REJECTED, SCHEMA, ManifestFile, ManifestRow, current_rows, manifest_files, read_index
+from vidgen_ray.outputs.manifest import (
+    REJECTED,
+    SCHEMA,
+    ManifestFile,
+    ManifestRow,
+    current_rows,
+    manifest_files,
+    read_index,
+    rows_as_columns,
+)
 from vidgen_ray.outputs.open_markers import delete_markers, write_marker
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
 
 PART_ROWS = 2_000
+PART_COLUMN_ROWS = 10_000
+"""Rows of a part that were added as columns. They take 8 MB. Without them, a resumed run needs no more time."""
 FLUSH_S = 30.0
 """Seconds between automatic flushes."""
 FILE_ROWS = 100_000
@@ -45,7 +56,9 @@ class ManifestWriter:
         self._failed: list[str] = []
         self._row_parts = self._failed_parts = 1
         self._unwritten = False
-        self._replaced_ids = IdIndex()
+        self._columns: list[pyarrow.RecordBatch] = []
+        """Further rows of the current part."""
+        self._replaced_ids: list[str] = []
         write_marker(self._storage, run)
         self._flushing = PeriodicTask(FLUSH_S, self.flush)
 
@@ -61,10 +74,15 @@ class ManifestWriter:
             if failed is not None:
                 self._failed.append(failed.as_json(self._run))
             if replaces is not None:
-                self._replaced_ids.add([replaces])
-            if max(len(self._rows), len(self._failed)) >= PART_ROWS:
-                with suppress(OSError):
-                    self._write_parts()
+                self._replaced_ids.append(replaces)
+            self._write_full_parts()
+
+    def add_columns(self, rows: pyarrow.RecordBatch) -> None:
+        """Add the rows of skipped shots, with the columns of `SCHEMA`. Otherwise as `add`."""
+        with self._lock:
+            self._columns.append(rows)
+            self._unwritten = True
+            self._write_full_parts()
 
     def flush(self) -> None:
         """Write the rows added so far. Runs automatically every `FLUSH_S` seconds."""
@@ -89,31 +107,43 @@ class ManifestWriter:
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
         sources = []
         finished_runs = set[str]()
-        with closing(self._replaced_ids) as replaced_ids, closing(IdIndex()) as seen, closing(IdIndex()) as failures:
-            for name in [*own, *(name for name in names if name not in own)]:
-                if (indexed := read_index(self._storage, name, seen)) is None:
-                    continue
-                file, index = indexed
-                if name not in own:
-                    file = _without_replaced(file, index, replaced_ids, rechecked_script)
-                failures.add(_failure_keys(file, index))
-                finished_runs |= _finished_runs(file, index)
-                if name in own or _needs_merge(file):
-                    sources.append(file)
-            merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script))
+        replaced_ids, seen, failures = IdIndex(), IdIndex(), IdIndex()
+        replaced_ids.add_new(self._replaced_ids)
+        for name in [*own, *(name for name in names if name not in own)]:
+            if (indexed := read_index(self._storage, name, seen)) is None:
+                continue
+            file, index = indexed
+            if name not in own:
+                file = _without_replaced(file, index, replaced_ids, rechecked_script)
+            failures.add_new(list(_failure_keys(file, index)))
+            finished_runs |= _finished_runs(file, index)
+            if name in own or _needs_merge(file):
+                sources.append(file)
+        merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script))
         _merge_rows(self._storage, self._run, sources[::-1])
         if every_shot_has_a_row:
             delete_markers(self._storage, self._run, min(finished_runs, default=None))
 
+    def _write_full_parts(self) -> None:
+        if self._rows_are_full or len(self._failed) >= PART_ROWS:
+            with suppress(OSError):
+                self._write_parts()
+
+    @property
+    def _rows_are_full(self) -> bool:
+        return len(self._rows) >= PART_ROWS or sum(map(len, self._columns)) >= PART_COLUMN_ROWS
+
     def _write_parts(self) -> None:
         """Write the current part files. They are rewritten until they are full."""
-        if self._rows:
-            table = pyarrow.Table.from_pylist([vars(row) for row in self._rows], schema=SCHEMA)
+        if self._rows or self._columns:
+            table = pyarrow.Table.from_batches([rows_as_columns(self._rows), *self._columns])
             content = io.BytesIO()
             pyarrow.parquet.write_table(table, content)
             self._storage.write(f"manifest/{self._run}-{self._row_parts:05d}.parquet", content.getvalue())
-            if len(self._rows) >= PART_ROWS:
-                self._rows, self._row_parts = [], self._row_parts + 1
+            if self._rows_are_full:
+                self._rows, self._columns, self._row_parts = [], [], self._row_parts + 1
+                del table, content
+                _release_memory()
         if self._failed:
             lines = to_utf8("".join(line + "\n" for line in self._failed))
             self._storage.write(f"{PARTS}/{self._run}-{self._failed_parts:05d}.jsonl", lines)
@@ -156,12 +186,17 @@ def _needs_merge(file: ManifestFile) -> bool:
     return not (all(file.current) and file.has_all_columns and len(file.current) >= SMALL_FILE_ROWS)
 
 
+def _release_memory() -> None:
+    # Otherwise the allocator keeps more than a hundred megabytes.
+    pyarrow.default_memory_pool().release_unused()
+
+
 def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None:
     """Copy the current rows of the sources into files of at most `FILE_ROWS` rows, and delete the sources."""
     free_rows, files = 0, 0
     with ExitStack() as target:
         for source in sources:
-            for batch in current_rows(storage, source):
+            for batch in current_rows(storage, source) if any(source.current) else ():
                 while len(batch):
                     if not free_rows:
                         target.close()
@@ -171,5 +206,6 @@ def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None
                     writer.write_batch(batch.slice(0, free_rows))
                     written = min(free_rows, len(batch))
                     free_rows, batch = free_rows - written, batch.slice(written)
+            _release_memory()
     for source in sources:
         storage.delete(source.name)

@@ -1,7 +1,7 @@
 """Script reader: turns lines into validated shots.
 
-Fills in defaults and characters and checks that files exist. Memory use does not grow with the script. Lines can be checked
-in any process and in any order; `unique_lines` then makes their ids unique, in the order of the script.
+Fills in defaults and characters and checks that files exist. Only ids are kept in memory. Lines can be checked in any process
+and in any order; `unique_lines` then makes their ids unique, in the order of the script.
 """
 
 import re
@@ -18,8 +18,8 @@ from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.input_files import check_files
 from vidgen_ray.script.line_check import LineCheck, LineChecker, merged
 from vidgen_ray.script.lines import Line, Lines
+from vidgen_ray.script.script_index import ScriptIndex
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.script.spill_index import ScriptIndex
 from vidgen_ray.shot import Shot, derive_id
 
 UNIQUE = "give the line another id, change it, or use `variants` for several shots of it (in .csv, .jsonl, .yaml)"
@@ -57,15 +57,14 @@ def open_lines(settings: ScriptSettings) -> tuple[LineChecker, Lines]:
 def iter_script(settings: ScriptSettings) -> Iterator[CheckedLine | RejectedLine]:
     """Yield the valid shots and the rejected lines of a script, in order.
 
-    Memory use does not grow with the script: ids are kept in TMPDIR. Only .yaml scripts are read as a whole.
+    Memory use grows by 24 bytes per id. Only .yaml scripts are read as a whole.
     Raises ScriptError, possibly after some lines, if the file cannot be read or has no lines.
     """
     checker, lines = open_lines(settings)
-    empty = True
-    with ScriptIndex() as index:
-        for window in batched((checker.check(number, parsed) for number, parsed in lines), WINDOW_LINES):
-            empty = False
-            yield from unique_lines(window, index)
+    empty, index = True, ScriptIndex()
+    for window in batched((checker.check(number, parsed) for number, parsed in lines), WINDOW_LINES):
+        empty = False
+        yield from unique_lines(window, index)
     if empty:
         raise no_lines(settings.path)
 
@@ -103,7 +102,7 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
 
     The first line with an id owns it. A later valid line with the same id is rejected.
     """
-    line_of = index.lines_of([id_ for line in lines for id_ in _ids(line)])
+    line_of = index.lines_of([id_ for line in lines for id_ in ids_of(line)])
     new: dict[str, int] = {}
 
     def claim(id_: str, number: int) -> str:
@@ -127,21 +126,22 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
             line = replace(line.as_rejected, errors=(error,))
         own_id, named = line.fields.get("id"), line.id
         if not named or named in line_of:
-            named = index.unused_name(_default_id(line), line_of)
+            named = index.unused_name(default_id(line), line_of)
         # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
         fields = {**line.fields, "id": named} if isinstance(own_id, str) and own_id in line_of else line.fields
         yield replace(line, id=claim(named, line.line), fields=fields)
     index.add(new)
 
 
-def _ids(line: ValidLine | RejectedLine) -> list[str]:
+def ids_of(line: ValidLine | RejectedLine) -> list[str]:
+    """Return the ids that the line brings, before they are made unique."""
     if isinstance(line, ValidLine):
         return [shot.id for shot in line.shots if shot.id]
     own_id = line.fields.get("id")
     return [id_ for id_ in (line.id, own_id) if isinstance(id_, str) and id_]
 
 
-def _default_id(line: RejectedLine) -> str:
+def default_id(line: RejectedLine) -> str:
     """Return the id of a line without one: `SCRIPT-line-NUMBER`, or `NAME-HASH` for a row without a number."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
     if not line.line:

@@ -1,0 +1,124 @@
+"""Blocks of planned lines: finished shots as manifest rows, and ids that several lines have."""
+
+import pickle
+import random
+from collections import Counter
+
+import pytest
+
+from vidgen_ray.batch.line_planner import LinePlanner, unique_shots, unique_shots_of_block
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import ManifestRow, columns_as_rows
+from vidgen_ray.outputs.records import DoneShot, ShotSummary
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.line_check import LineChecker
+from vidgen_ray.script.lines import Line
+from vidgen_ray.script.script_index import ScriptIndex
+
+BLOCK = 20
+
+
+class FinishedIf:
+    """Stands for `FinishedShots`: a shot is finished if its prompt contains `finished`."""
+
+    def other_owners(self, plans, scripts):
+        return [None] * len(plans)
+
+    def find(self, plans, with_stages):
+        return [_done(plan) if "finished" in plan.shot.prompt else None for plan in plans]
+
+
+def _done(plan):
+    times = {"committed_at": None, "seconds": 1.0, "gpu_seconds": 1.0, "lora_loads": 0}
+    return DoneShot(ShotSummary(plan.key, f"shots/{plan.shot.id}", seed=1, likeness=None, sha256={}, bytes={}, **times))
+
+
+@pytest.fixture
+def planner(tiny, tmp_path):
+    checker = LineChecker.for_rows("s.jsonl", tmp_path, {"upscale_video": False}, tiny.defaults, 0)
+    planner = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"))
+    planner.finished = FinishedIf()
+    return planner
+
+
+def numbered(fields):
+    return [(number, Line(number, line, strict=True)) for number, line in enumerate(fields, start=1)]
+
+
+def as_rows(planner, lines, *, size=BLOCK):
+    """Return the shots, in order, and the manifest rows of finished shots. Blocks are pickled as they are between processes."""
+    index, shots, rows = ScriptIndex(), [], []
+    for first in range(0, len(lines), size):
+        block = pickle.loads(pickle.dumps(planner.plan_block(lines[first : first + size])))
+        others, finished = unique_shots_of_block(block, index, planner.checker.check)
+        shots += others
+        rows += columns_as_rows(finished) if finished is not None else []
+    return shots, rows
+
+
+def test_blocks_have_the_same_result_as_lines_one_by_one(planner):
+    draw = random.Random(3)
+    fields = []
+    for number in range(400):
+        line = {"prompt": f"{draw.choice(['finished', 'new'])} {number}"}
+        if draw.random() < 0.9:
+            # Few blocks of the first half have a repeated id, nearly all blocks of the second half do.
+            line["id"] = f"x{draw.randrange(100_000 if number < 200 else 300)}"
+        if draw.random() < 0.1:
+            line["variants"] = 2
+        if draw.random() < 0.1:
+            line["fps"] = 0
+        if draw.random() < 0.05:
+            line["failure"] = {"id": f"before-{number}", "script": "s.jsonl"}
+        if draw.random() < 0.05:
+            # The id that a rejected line without an id gets.
+            line["id"] = f"s-line-{number + draw.randrange(1, 9)}"
+        fields.append(line)
+    lines = numbered(fields)
+    expected = list(unique_shots(planner.plan(lines), ScriptIndex()))
+    shots, rows = as_rows(planner, lines)
+    rejected = [shot for shot in expected if isinstance(shot, RejectedLine)]
+    assert Counter("has the same id" in str(line.errors[0]) for line in rejected)[True] > 20
+    assert [shot for shot in shots if isinstance(shot, RejectedLine)] == rejected
+    accepted = [shot for shot in expected if not isinstance(shot, RejectedLine)]
+    pending = [shot for shot in shots if not isinstance(shot, RejectedLine) and shot.done is None]
+    assert pending == [shot for shot in accepted if shot.done is None]
+    rows += [_row(shot) for shot in shots if not isinstance(shot, RejectedLine) and shot.done is not None]
+    of_lines = [_row(shot) for shot in accepted if shot.done is not None]
+    assert len(of_lines) > 100
+    assert sorted(map(_columns, rows)) == sorted(map(_columns, of_lines))
+
+
+def _row(shot):
+    return ManifestRow.of_shot("", shot.line.script, shot.line.shot, shot.line.line, shot.done, "skipped")
+
+
+def _columns(row):
+    return repr({**vars(row), "ended_at": ""})
+
+
+def test_finished_lines_need_no_objects(planner):
+    """Lines of a block are compared one by one only if an id is taken."""
+    lines = numbered([{"id": f"a{number}", "prompt": f"finished {number}"} for number in range(BLOCK)])
+    block = planner.plan_block(lines)
+    assert block.others == ()
+    shots, rows = unique_shots_of_block(block, ScriptIndex(), lambda *_: pytest.fail("checked a line again"))
+    assert shots == []
+    assert rows.column("id").to_pylist() == [f"a{number}" for number in range(BLOCK)]
+    assert rows.column("line").to_pylist() == [number for number, _ in lines]
+
+
+@pytest.mark.parametrize("size", [1, BLOCK])
+def test_first_line_owns_its_id_even_if_it_is_not_finished(planner, size):
+    lines = numbered([{"id": "a", "prompt": "new"}, {"id": "a", "prompt": "finished"}])
+    shots, rows = as_rows(planner, lines, size=size)
+    assert rows == []
+    assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
+    assert str(shots[1].errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
+
+
+def test_rejected_line_does_not_take_the_generated_name_from_a_later_line_that_has_it(planner):
+    lines = numbered([{"prompt": "x", "fps": 0, "id": "?"}, {"id": "s-line-1", "prompt": "finished"}])
+    shots, rows = as_rows(planner, lines)
+    assert rows == []
+    assert [shot.id for shot in shots] == ["s-line-1", "s-line-2"]
