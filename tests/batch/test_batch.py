@@ -179,15 +179,19 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
     assert (after["no-face"], after["junk"], after["good"], after["tall"]) == ("done", "failed", "done", "failed")
     assert set(after) == set(rows)
+    assert {i: r["line"] for i, r in rows.items()} == {r["id"]: r["line"] for r in pq.read_table(out / "manifest").to_pylist()}
 
     # The script is fixed: the old failures are removed.
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "height": 64}) + "\n")
     assert main(["render", str(path), "-o", str(out), "-p", "tiny", "--until", "image"]) == 0
     after = {row["id"]: row["status"] for row in pq.read_table(out / "manifest").to_pylist()}
     assert after["tall"] == "done"
-    assert "s-line-7" not in after
-    left = {json.loads(line)["failure"]["id"] for line in (out / "failures.jsonl").read_text().splitlines()}
-    assert left == {"unknown", "junk", "cut"}
+    # Lines that the script no longer has: failures are gone, finished shots are marked and can be removed.
+    assert after == {"good": "done", "tall": "done", "no-face": "replaced", "good-too": "replaced"}
+    assert not (out / "failures.jsonl").exists()
+    assert main(["prune", str(out)]) == 0
+    assert {row["id"] for row in pq.read_table(out / "manifest").to_pylist()} == {"good", "tall"}
+    assert [(out / shot_path(id_) / "shot.json").exists() for id_ in ("good", "tall", "no-face", "good-too")] == [1, 1, 0, 0]
 
 
 @pytest.mark.slow

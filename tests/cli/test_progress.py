@@ -141,7 +141,7 @@ def test_line_view_prints_a_line_per_shot_of_a_small_run(clock):
         "3 shots, 1 already done, 0 lines rejected",
         LOADING,
         "2/3 done ball",
-        "3/3 failed cube in svd: it broke",
+        "3/3 failed s.jsonl line 1 cube in svd: it broke",
     ]
 
 
@@ -154,7 +154,7 @@ def test_line_view_prints_summaries_and_failures_of_a_large_run(clock):
             view.on_status(BUSY)
             view.on_finished(row(f"s{n}", "failed" if n in (500, 501) else "done"))
     text = printed()
-    assert len([line for line in text if "failed s50" in line]) == 2
+    assert len([line for line in text if "failed s.jsonl line 1 s50" in line]) == 2
     summaries = [line for line in text if "/10,000 shots" in line]
     assert 9 <= len(summaries) <= 11
     assert len(text) == len(summaries) + 4
@@ -254,7 +254,7 @@ def test_last_frame_has_counts_but_no_estimate(clock):
         clock.now = 10
         view.on_finished(row("a"))
         view.on_finished(row("b", "failed"))
-    assert "failed b in svd: it broke" in view.console.file.getvalue()
+    assert "failed s.jsonl line 1 b in svd: it broke" in view.console.file.getvalue()
     assert "2/2" in frame()
     assert "1 done   1 failed" in frame()
     assert "left" not in frame()

@@ -196,7 +196,7 @@ def failure(stage="svd"):
 
 
 def failed(run, shot_id, stage="svd", script="s.jsonl"):
-    line = FailedLine(shot_id, script, {"prompt": shot_id}, failure(stage))
+    line = FailedLine(shot_id, script, 1, {"prompt": shot_id}, failure(stage))
     return {"row": row(run, shot_id, "failed", script, failure_stage=stage), "failed": line}
 
 
@@ -374,7 +374,10 @@ class TestManifest:
 
     def test_lone_surrogates_and_unserializable_fields_are_written_escaped(self, outputs):
         rejected = ManifestRow.of_rejected_line("r1", "s", "x", 3, "a\udc80b", failure(REJECTED))
-        lines = [FailedLine("x", "s", {"prompt": "a\udc80b"}, failure()), FailedLine("y", "s", {("no", "key"): 1}, failure())]
+        lines = [
+            FailedLine("x", "s", 1, {"prompt": "a\udc80b"}, failure()),
+            FailedLine("y", "s", 2, {("no", "key"): 1}, failure()),
+        ]
         write(outputs, "r1", {"row": rejected, "failed": lines[0]}, {"row": row("r1", "y", "failed"), "failed": lines[1]})
         assert {r.id: r.prompt for r in read_manifest(outputs.root)}["x"] == "a\\udc80b"
         first, second = (outputs.root / "failures.jsonl").read_bytes().decode("utf-8").splitlines()

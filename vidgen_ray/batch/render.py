@@ -85,7 +85,16 @@ def render(
     if options.max_cost is not None and not whole:
         demand = pending_demand(script, profile, outputs)
     return render_lines(
-        planner, first, remaining, script.path.name, profile, options, listener=listener, stop=stop, demand=demand
+        planner,
+        first,
+        remaining,
+        script.path.name,
+        profile,
+        options,
+        listener=listener,
+        stop=stop,
+        demand=demand,
+        is_script=True,
     )
 
 
@@ -101,10 +110,12 @@ def render_lines(
     stop: threading.Event | None = None,
     demand: Demand | None = None,
     on_row: Callable[[ManifestRow], None] | None = None,
+    is_script: bool = False,
 ) -> RunReport:
     """Render lines. `first`: the first ones. `remaining` starts to read and plan the rest, if there is any.
 
     `source`: name of the script. `demand` of the whole script, if it is known. `on_row` gets the manifest row of every line.
+    `is_script`: earlier rows of `source` whose lines it no longer has become `replaced`.
     Otherwise as `render`.
     """
     started, outputs = time.monotonic(), planner.outputs
@@ -114,7 +125,7 @@ def render_lines(
         outputs.sweep()
         # The tasks that plan the remaining lines read the whole manifest.
         planned = planner.plan_first(first)
-        with RunResults(outputs, run, source, lease, listener, on_row) as results:
+        with RunResults(outputs, run, source, lease, listener, on_row, is_script=is_script) as results:
             director = Director(
                 run,
                 profile,

@@ -37,7 +37,11 @@ class RunResults:
         lease: Lease,
         listener: ProgressListener,
         on_row: Callable[[ManifestRow], None] | None,
+        *,
+        is_script: bool,
     ) -> None:
+        """`is_script`: `source` is a script, not one of several data sets with this name."""
+        self._is_script = is_script
         self._lease = lease
         self._run = run
         self._listener = listener
@@ -62,13 +66,20 @@ class RunResults:
         if self._lease.is_lost():
             self._manifest.discard()
         else:
-            self._manifest.close(whole_script=self._whole_script, every_shot_has_a_row=kind is None)
+            results = self.counts["done"] + self.counts["failed"] - self.refusals
+            self._manifest.close(
+                whole_script=self._whole_script,
+                every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,
+                every_shot_has_a_row=kind is None,
+            )
 
     def rejected(self, line: RejectedLine) -> None:
         self.refusals += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
-        row = ManifestRow.of_rejected_line(self._run, line.script, line.id, line.line, line.fields.get("prompt"), failure)
-        self._enter(row, FailedLine(line.id, line.script, line.fields, failure), None)
+        row = ManifestRow.of_rejected_line(
+            self._run, line.script, line.id, line.origin_line, line.fields.get("prompt"), failure
+        )
+        self._enter(row, FailedLine(line.id, line.script, line.origin_line, line.fields, failure), None)
         self._listener.on_rejected(row)
 
     def unplannable(self, line: CheckedLine, failure: Failure) -> None:
@@ -117,7 +128,7 @@ class RunResults:
         self._listener.on_finished(row)
 
     def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
-        failed_line = FailedLine(line.shot.id or "", line.script, line.shot.model_dump(mode="json"), failure)
+        failed_line = FailedLine(line.shot.id or "", line.script, line.line, line.shot.model_dump(mode="json"), failure)
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, failure, "failed")
         self._enter(row, failed_line, line.replaces)
         return row

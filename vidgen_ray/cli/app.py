@@ -225,6 +225,10 @@ def render(
         bool,
         typer.Option("--replace", help="Replace finished shots of other scripts with the same id. Default: reject the line."),
     ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Then remove the shots of lines that the script no longer has, as `vidgen prune` does."),
+    ] = False,
     no_cache: NoCacheOption = False,
     strict: Annotated[
         bool,
@@ -270,7 +274,7 @@ def render(
         attempts=attempts,
         grace_s=grace_s,
     )
-    _render(settings, chosen, out, options, as_json=as_json)
+    _render(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
 @app.command()
@@ -403,6 +407,23 @@ def watch(
 
 
 @app.command()
+def prune(
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove the shots of lines that their script no longer has."""
+    from vidgen_ray.outputs.prune import prune as remove_replaced
+
+    report = remove_replaced(OutputFolder(out), dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps({"dry_run": dry_run, **asdict(report)}))
+    else:
+        verb = "would remove" if dry_run else "removed"
+        typer.echo(f"{verb} {report.shots:,} replaced shots: {report.bytes / 1e6:.1f} MB")
+
+
+@app.command()
 def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     out: OutUrlOption = "out",
@@ -498,8 +519,11 @@ def schema(
     typer.echo(json.dumps(models[model].model_json_schema(), indent=2))
 
 
-def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool) -> None:
+def _render(
+    script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool, then_prune: bool = False
+) -> None:
     from vidgen_ray.batch.render import render
+    from vidgen_ray.outputs.prune import prune as prune_folder
     from vidgen_ray.report.gallery import check_no_other_page, write_gallery
 
     check_no_other_page(out)
@@ -514,6 +538,8 @@ def _render(script: ScriptSettings, profile: Profile, out: str, options: RenderO
             stoppable(options.grace_s) as stop,
         ):
             report = render(script, profile, outputs, options, listener=view, stop=stop)
+        if then_prune:
+            prune_folder(outputs)
     finally:
         gallery = write_gallery(out)
     if as_json:

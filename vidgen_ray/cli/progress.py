@@ -21,7 +21,7 @@ from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import MAX_MESSAGE_LENGTH, MAX_MESSAGES
-from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.manifest import REJECTED, ManifestRow
 
 PLANNING = "planning"
 LOADING = "starting workers, loading weights"
@@ -290,7 +290,8 @@ def _failure_line(row: ManifestRow, failed: int) -> str | None:
         return None
     if failed > MAX_MESSAGES:
         return f"more than {MAX_MESSAGES:,} lines failed; all of them are in failures.jsonl"
-    text = f"failed {row.id} in {row.failure_stage}: {row.failure_message}"
+    line = f"{row.script} line {row.line} " if row.line and row.failure_stage != REJECTED else ""
+    text = f"failed {line}{row.id} in {row.failure_stage}: {row.failure_message}"
     # Messages may contain line breaks, and control characters from the script.
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= MAX_MESSAGE_LENGTH else line[: MAX_MESSAGE_LENGTH - 1] + "…"

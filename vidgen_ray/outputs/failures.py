@@ -27,12 +27,14 @@ class FailedLine:
 
     id: str
     script: str
+    line: int | None
+    """Line number in that script, from 1."""
     fields: dict[str, Any]
     failure: Failure
 
     def as_json(self, run: str) -> str:
         """Return the line of `failures.jsonl`, without the newline."""
-        reason = {"id": self.id, "script": self.script, "run": run, **self.failure.model_dump()}
+        reason = {"id": self.id, "script": self.script, "line": self.line, "run": run, **self.failure.model_dump()}
         try:
             # Values from Parquet and YAML scripts that JSON does not support, such as dates, are written as text.
             return json.dumps({**self.fields, "failure": reason}, ensure_ascii=False, default=str)
@@ -56,6 +58,8 @@ class ManifestState(NamedTuple):
     """Ids of earlier runs whose lines now have another id."""
     rechecked_script: str | None
     """Script that this run read to its end. Earlier rejections of its lines are dropped."""
+    every_line_has_a_row: bool = False
+    """The ids include all lines that this script has now. Its other failures are dropped."""
 
 
 def failure_key(run: object, line_id: object) -> str:
@@ -107,7 +111,8 @@ def _unresolved(lines: Sequence[str], state: ManifestState, written: IdIndex) ->
         if reason is None:
             yield line
             continue
-        was_rechecked = reason.script == state.rechecked_script and reason.stage == REJECTED
+        is_rejection = reason.stage == REJECTED
+        was_rechecked = reason.script == state.rechecked_script and (is_rejection or state.every_line_has_a_row)
         is_resolved = reason.id in known or reason.id in replaced or was_rechecked
         if next(is_new) and (reason.key in failed or not is_resolved):
             yield line

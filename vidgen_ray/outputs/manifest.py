@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,7 +26,9 @@ LIKENESS = {
     "frames_without_face": "frames_without_face",
 }
 """Manifest column -> field of `LikenessRecord`."""
-Status = Literal["done", "failed", "skipped"]
+Status = Literal["done", "failed", "skipped", "replaced"]
+REPLACED = "replaced"
+"""`status` of a finished shot whose line the script no longer has."""
 REJECTED = "script"
 """`failure_stage` of a line that was rejected when the script was read."""
 BATCH_ROWS = 10_000
@@ -219,6 +222,8 @@ class ManifestFile(NamedTuple):
     """One value per row: true if no later row replaces it."""
     has_all_columns: bool
     """The columns are exactly those of `SCHEMA`."""
+    replaced: Sequence[bool] | None = None
+    """One value per row: true if the row gets the status `replaced`. `None`: no row does."""
 
 
 @contextmanager
@@ -271,9 +276,14 @@ def current_rows(storage: Storage, file: ManifestFile) -> Iterator[pyarrow.Recor
 def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
     begin = 0
     for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS):
-        mask = pyarrow.array(file.current[begin : begin + len(batch)], pyarrow.bool_())
+        rows = slice(begin, begin + len(batch))
         begin += len(batch)
-        yield with_all_columns(batch.filter(mask))
+        if file.replaced is not None and any(file.replaced[rows]):
+            position = batch.schema.get_field_index("status")
+            replaced = pyarrow.array(file.replaced[rows], pyarrow.bool_())
+            status = pyarrow.compute.if_else(replaced, REPLACED, batch.column(position))
+            batch = batch.set_column(position, "status", status)
+        yield with_all_columns(batch.filter(pyarrow.array(file.current[rows], pyarrow.bool_())))
 
 
 def with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:

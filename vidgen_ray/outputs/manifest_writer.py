@@ -19,6 +19,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.manifest import (
     REJECTED,
+    REPLACED,
     SCHEMA,
     ManifestFile,
     ManifestRow,
@@ -94,10 +95,14 @@ class ManifestWriter:
         """Stop without merging: the lease of the folder was lost, and another run may be writing to it."""
         self._flushing.stop()
 
-    def close(self, *, whole_script: bool = True, every_shot_has_a_row: bool = True) -> None:
+    def close(
+        self, *, whole_script: bool = True, every_line_has_a_row: bool = False, every_shot_has_a_row: bool = True
+    ) -> None:
         """Merge this run with earlier ones: one row per id in `manifest/`, and only unresolved lines in `failures.jsonl`.
 
         `whole_script`: the script was read to its end, so earlier rejections of its lines are dropped unless repeated.
+        `every_line_has_a_row`: the rows of this run are all lines that the script has now. Its earlier rows with other ids
+        become `replaced`, and its earlier failures with other ids are dropped.
         `every_shot_has_a_row`: false if the run was interrupted, so shots may have been written that no row describes.
         """
         self._flushing.stop()
@@ -115,11 +120,13 @@ class ManifestWriter:
             file, index = indexed
             if name not in own:
                 file = _without_replaced(file, index, replaced_ids, rechecked_script)
+                if every_line_has_a_row:
+                    file = _with_replaced_rows(file, index, self._script)
             failures.add_new(list(_failure_keys(file, index)))
             finished_runs |= _finished_runs(file, index)
             if name in own or _needs_merge(file):
                 sources.append(file)
-        merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script))
+        merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script, every_line_has_a_row))
         _merge_rows(self._storage, self._run, sources[::-1])
         if every_shot_has_a_row:
             delete_markers(self._storage, self._run, min(finished_runs, default=None))
@@ -167,6 +174,37 @@ def _without_replaced(
     )
 
 
+def _with_replaced_rows(file: ManifestFile, index: pyarrow.Table, script: str) -> ManifestFile:
+    """Return the file with its current rows of the script marked as replaced, and without those that failed."""
+    scripts, states = (index.column(name).to_pylist() for name in ("script", "status"))
+    gone = [is_current and name == script for is_current, name in zip(file.current, scripts, strict=True)]
+    if not any(gone):
+        return file
+    current = [
+        is_current and not (is_gone and status == "failed")
+        for is_current, is_gone, status in zip(file.current, gone, states, strict=True)
+    ]
+    # Rows that are replaced already need no rewriting.
+    replaced = [is_gone and status != REPLACED for is_gone, status in zip(gone, states, strict=True)]
+    return file._replace(current=current, replaced=replaced)
+
+
+def drop_rows(storage: Storage, run: str, status: str) -> None:
+    """Remove the rows with a status from the manifest. `run` is part of the names of new files, which become the newest.
+
+    Call it while holding the lease of the folder. Raises OSError if the storage fails.
+    """
+    seen, sources = IdIndex(), []
+    for name in manifest_files(storage):
+        if (indexed := read_index(storage, name, seen)) is None:
+            continue
+        file, index = indexed
+        is_kept = [each != status for each in index.column("status").to_pylist()]
+        if not all(is_kept):
+            sources.append(file._replace(current=[a and b for a, b in zip(file.current, is_kept, strict=True)]))
+    _merge_rows(storage, run, sources[::-1])
+
+
 def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
     """Yield the failure key of each current row that failed."""
     runs, ids, states = (index.column(name).to_pylist() for name in ("run", "id", "status"))
@@ -183,7 +221,8 @@ def _finished_runs(file: ManifestFile, index: pyarrow.Table) -> set[str]:
 
 def _needs_merge(file: ManifestFile) -> bool:
     """Return whether a file of an earlier run must be rewritten: stale rows, other columns, or few rows."""
-    return not (all(file.current) and file.has_all_columns and len(file.current) >= SMALL_FILE_ROWS)
+    is_unchanged = all(file.current) and not any(file.replaced or ()) and file.has_all_columns
+    return not (is_unchanged and len(file.current) >= SMALL_FILE_ROWS)
 
 
 def _release_memory() -> None:

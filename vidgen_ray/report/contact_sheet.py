@@ -25,7 +25,7 @@ BACKGROUND, INK, FAINT = (24, 24, 27), (228, 228, 231), (161, 161, 170)
 
 def write_contact_sheet(out: Path) -> Path:
     """Draw `OUT/contact_sheet.jpg` from the finished shots: kept stages, image and three frames of the clip."""
-    rows = [row for row in read_manifest(out) if row.status != "failed"]
+    rows = [row for row in read_manifest(out) if row.status in ("done", "skipped")]
     shots = [(row, _cells(out, row)) for row in sorted(rows, key=lambda row: row.line or 0)]
     columns = list(dict.fromkeys(name for name in _column_names() if any(name in cells for _, cells in shots)))
     heights_px = [max([LABEL_HEIGHT_PX, *(cell.height for cell in cells.values())]) for _, cells in shots]

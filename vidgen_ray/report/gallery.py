@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from vidgen_ray.errors import UsageError
+from vidgen_ray.outputs.manifest import REPLACED
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.report.gallery_rows import gallery_rows
 from vidgen_ray.report.thumbnails import OnMade, add_thumbnails
@@ -39,7 +40,7 @@ def gallery_data(storage: Storage, on_made: OnMade = lambda done, total: None) -
     rows, counts = gallery_rows(storage)
     if storage.local is not None:
         add_thumbnails(storage.local, rows, on_made)
-    return {"rows": rows, "counts": counts, "total": sum(counts.values())}
+    return {"rows": rows, "counts": counts, "total": sum(counts.values()) - counts.get(REPLACED, 0)}
 
 
 def page_of(data: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.failures import FILE as FAILURES
-from vidgen_ray.outputs.manifest import manifest_batches
+from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
 from vidgen_ray.outputs.paths import RECORD
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.shot import Shot
@@ -40,8 +40,8 @@ def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
     counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
     chosen: list[dict[str, Any]] = []
     for batch in manifest_batches(storage):
-        rows = batch.to_pylist()
-        counts.update(row["status"] for row in rows)
+        counts.update(batch.column("status").to_pylist())
+        rows = [row for row in batch.to_pylist() if row["status"] != REPLACED]
         chosen = heapq.nsmallest(limit, [*chosen, *rows], key=_order)
     failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
     return GalleryRows([_row(storage, row, failed_fields) for row in chosen], dict(counts))

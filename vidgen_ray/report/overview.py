@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.outputs.manifest import SHOT_FILES, manifest_batches
+from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
 from vidgen_ray.outputs.storage import Storage
 
 LISTED = 5
@@ -76,6 +76,8 @@ def overview(storage: Storage) -> Overview:
             counts[row["status"]] += 1
             if row["status"] == "failed":
                 _count_failure(groups, row)
+                continue
+            if row["status"] == REPLACED:
                 continue
             seconds += row["seconds"] or 0
             gpu_seconds += row["gpu_seconds"] or 0

@@ -21,6 +21,8 @@ class RejectedLine:
     fields: dict[str, Any]
     """Fields with defaults filled in and absolute paths, so that the line can be copied to another script."""
     errors: tuple[FieldError, ...]
+    origin_line: int
+    """Line number in `script`, from 1. Differs from `line` for a line of failures.jsonl."""
 
 
 class CheckedLine(NamedTuple):

@@ -86,7 +86,7 @@ class LineChecker:
         """Check one line. A rejected line has no id yet unless it brings a valid one."""
         if isinstance(parsed, UnreadableLine):
             fields = {"unreadable": parsed.text} if parsed.text else {}
-            return RejectedLine("", self.source, number, self.source, fields, (parsed.error,))
+            return RejectedLine("", self.source, number, self.source, fields, (parsed.error,), number)
         line = LineCheck(parsed, self)
         rejected = line.rejected()
         if line.errors:
@@ -217,6 +217,12 @@ class LineCheck:
         return self._line.number or 0
 
     @property
+    def origin_line(self) -> int:
+        """Line number in the script of the line, which for a line of failures.jsonl is the original script."""
+        line = self._failure.get("line")
+        return line if isinstance(line, int) and isinstance(self._failure.get("script"), str) else self.number
+
+    @property
     def failed_as(self) -> str | None:
         """Id under which a line of failures.jsonl failed."""
         failed_id = self._failure.get("id")
@@ -235,6 +241,7 @@ class LineCheck:
             self._context.source,
             fields,
             tuple(self.errors),
+            self.origin_line,
         )
 
     def _validate(self, fields: dict[str, Any]) -> Shot | None:

@@ -94,7 +94,7 @@ def _with_decoded_files(line: CheckedLine | RejectedLine, source: str) -> Checke
         return line
     fields = line.shot.model_dump(mode="json")
     errors = tuple(FieldError(source, line.line, field, "an unusable file", str(error)) for field, error in wrong)
-    return RejectedLine(line.shot.id or "", line.script, line.line, source, fields, errors)
+    return RejectedLine(line.shot.id or "", line.script, line.line, source, fields, errors, line.line)
 
 
 def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) -> Iterator[CheckedLine | RejectedLine]:
@@ -118,7 +118,7 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
                     assert shot.id is not None
                     claim(shot.id, line.as_rejected.line)
                     replaces = line.failed_as if line.failed_as != shot.id else None
-                    yield CheckedLine(shot, line.as_rejected.line, line.as_rejected.script, replaces, notes)
+                    yield CheckedLine(shot, line.as_rejected.origin_line, line.as_rejected.script, replaces, notes)
                     notes = ()
                 continue
             allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
