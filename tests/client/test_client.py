@@ -26,7 +26,7 @@ from vidgen_ray.client import (
     JobFailed,
     WaitTimeout,
 )
-from vidgen_ray.online.auth import LOCAL_TENANT
+from vidgen_ray.online.auth import LOCAL_TENANT, KeyRecord, add_key, hash_key, new_key
 from vidgen_ray.online.settings import OnlineSettings
 
 SMALL = {"size": "64x64", "num_frames": 2, "upscale": False}
@@ -303,3 +303,17 @@ def test_client_imports_neither_torch_nor_ray():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert {"torch", "ray", "numpy", "PIL", "fastapi", "sqlalchemy"} & set(json.loads(run.stdout)) == set()
+
+
+def test_url_and_key_come_from_the_environment(tiny, tmp_path, monkeypatch):
+    key = new_key()
+    add_key(tmp_path / "keys.yaml", KeyRecord(tenant="ada", sha256=hash_key(key)))
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml")
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
+        monkeypatch.setenv("VIDGEN_URL", f"{url}/v1/")
+        monkeypatch.setenv("VIDGEN_API_KEY", key)
+        with Client() as client:
+            assert client.list_models()[0].id == "tiny"
+        with Client(api_key="vg-wrong") as client, pytest.raises(ApiError) as raised:
+            client.list_models()
+    assert (raised.value.status, raised.value.code) == (401, "invalid_api_key")

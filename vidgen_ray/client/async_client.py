@@ -305,7 +305,8 @@ class AsyncClient:
         async with self._http.stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
             suffix = SUFFIXES.get(response.headers.get("content-type", ""), "")
             target = path / f"{_id(video)}{suffix}" if path.is_dir() else path
-            etag, length = response.headers.get("etag", ""), int(response.headers["content-length"])
+            # A proxy may leave out both headers. Then the file is written in one piece.
+            etag, length = response.headers.get("etag", ""), int(response.headers.get("content-length", 0))
             digest = hashlib.sha256(f"{_id(video)} {variant} {etag}".encode()).hexdigest()[:12]
             part = target.with_name(f".{target.name}.{digest}.part")
             written = part.stat().st_size if etag and part.exists() else 0

@@ -19,6 +19,7 @@ RETRIED_STATUS = (429, 502, 503)
 """Too many requests or jobs; the server restarts behind its proxy; it cannot store jobs."""
 MAX_DELAY_S = 60.0
 """Longest delay between two attempts. A server that asks for a longer one is not tried again."""
+CONNECT_TIMEOUT_S = 10.0
 BACKOFF = wait_random_exponential(multiplier=0.5, max=16)
 R = TypeVar("R")
 Files = Sequence[tuple[str, tuple[str, bytes]]]
@@ -131,7 +132,7 @@ class Http:
         `Idempotency-Key`. `timeout_s`: seconds without any data; `None` is the client's default. Raises ApiError and
         ConnectionFailed.
         """
-        timeout = httpx2.USE_CLIENT_DEFAULT if timeout_s is None else httpx2.Timeout(timeout_s)
+        timeout = httpx2.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
         request = self.network.client.build_request(
             method, path, params=params, json=json, data=data, files=files, headers=headers, timeout=timeout
         )
@@ -142,9 +143,7 @@ class Http:
         self, path: str, *, params: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None, timeout_s: float
     ) -> AsyncIterator[httpx2.Response]:
         """Open a response to read its body piece by piece. Not repeated. Raises ApiError and ConnectionFailed."""
-        request = self.network.client.build_request(
-            "GET", path, params=params, headers=headers, timeout=httpx2.Timeout(timeout_s)
-        )
+        request = self.network.client.build_request("GET", path, params=params, headers=headers, timeout=_timeout(timeout_s))
         response = await self._send(request, stream=True)
         try:
             with _connection_errors(request):
@@ -188,7 +187,11 @@ def connection_options(url: str, api_key: str | None, timeout_s: float) -> dict[
     headers = {"User-Agent": f"vidgen-ray/{__version__}"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
-    return {"base_url": url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": timeout_s}
+    return {"base_url": url.rstrip("/").removesuffix("/v1"), "headers": headers, "timeout": _timeout(timeout_s)}
+
+
+def _timeout(timeout_s: float) -> httpx2.Timeout:
+    return httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
 
 
 @contextmanager
