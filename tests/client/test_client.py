@@ -177,7 +177,7 @@ def test_characters(client):
     client.delete_character(character)
     assert client.list_characters() == []
     with pytest.raises(ApiError) as no_face:
-        client.create_character("Nobody", Image.new("RGB", (64, 64)))
+        client.create_character("Black", Image.new("RGB", (64, 64)))
     assert (no_face.value.status, no_face.value.code) == (400, "no_face")
 
 

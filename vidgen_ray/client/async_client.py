@@ -199,7 +199,7 @@ class AsyncClient:
         """Write a file of a completed video and return its path.
 
         `path`: file to write, or an existing folder, in which the file gets the id as its name. The data goes to a hidden
-        `.part` file beside it first. After a lost connection or a stopped program, the download continues that file.
+        `.part` file in the same folder first. After a lost connection or a stopped program, the download continues that file.
         """
         return await self._http.retry(lambda: self._download(video, Path(path), variant))
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Variant = Literal["video", "hd", "sd", "image", "thumbnail", "spritesheet", "preview"]
-"""File of a video: the clip; the larger or the smaller clip beside it; its first image; previews."""
+"""File of a video: the clip, a larger clip, the clip before upscaling, the first image, or a preview."""
 
 
 class Answer(BaseModel):
