@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 import yaml
 from mcp import Client, StdioServerParameters
@@ -229,6 +230,10 @@ def test_streamable_http_on_loopback(url, tmp_path):
                     return (await client.call_tool("list_models")).structured_content
 
             assert [model["id"] for model in asyncio.run(scenario())["result"]] == ["tiny", "tiny-fast"]
+            mcp_url = f"http://127.0.0.1:{port}/mcp"
+            # As a web page would send them, also after DNS rebinding.
+            for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+                assert httpx2.post(mcp_url, json={}, headers=foreign).status_code in (403, 421)
         finally:
             process.terminate()
 

@@ -41,7 +41,8 @@ def mcp(
         raise SetupError(
             "vidgen mcp needs the package mcp, version 2. Install it with: pip install 'vidgen-ray[mcp]'"
         ) from None
-    server = make_server(AsyncClient(url, api_key), folder.expanduser())
+    # Few retries: the assistant can repeat a call itself, and sees within seconds that the server is down.
+    server = make_server(AsyncClient(url, api_key, retries=3), folder.expanduser())
     try:
         if http is None:
             server.run("stdio")
