@@ -8,7 +8,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet as pq
 
-from tests.conftest import EXAMPLES
+from tests.conftest import ASTRONAUT, EXAMPLES
+from tests.online.directors import listening_on_a_port, local_server
+from vidgen_ray.online.settings import OnlineSettings
 
 
 def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
@@ -37,3 +39,16 @@ def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):
     assert {name: row["status"] for name, row in manifest.items()} == {"boat": "done", "astronaut": "done", "missing": "failed"}
     assert "missing.png" in manifest["missing"]["failure_message"]
     assert '"missing"' in (out / "failures.jsonl").read_text()
+
+
+def test_client_renders_and_downloads_prompts(tiny, tmp_path):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "data"), poll_s=0.02)
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
+        command = [sys.executable, EXAMPLES / "client.py", "a boat", "fail", "--photo", ASTRONAUT, "--out", tmp_path / "clips"]
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "VIDGEN_URL": url}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    (clip,) = (tmp_path / "clips").iterdir()
+    assert f"{clip.stem} completed 100%" in run.stdout
+    assert "'fail': " in run.stdout
+    assert run.stdout.splitlines()[-2:] == [str(clip), "failed"]

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
+from vidgen_ray.cli.mcp import mcp
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     JsonOption,
@@ -62,6 +63,7 @@ app = typer.Typer(
 )
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
+app.command()(mcp)
 
 ScriptArgument = Annotated[
     Path,

@@ -1,0 +1,319 @@
+"""The client against a server on a port: all methods, errors, retries, resumed downloads."""
+
+import asyncio
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+
+from tests.client.tcp_proxy import cutting_proxy
+from tests.conftest import ASTRONAUT
+from tests.online.directors import listening_on_a_port, local_server
+from vidgen_ray.client import (
+    ApiError,
+    AsyncClient,
+    Client,
+    ClientError,
+    ConnectionFailed,
+    JobCancelled,
+    JobFailed,
+    WaitTimeout,
+)
+from vidgen_ray.online.auth import LOCAL_TENANT, KeyRecord, add_key, hash_key, new_key
+from vidgen_ray.online.settings import OnlineSettings
+
+SMALL = {"size": "64x64", "num_frames": 2, "upscale": False}
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, poll_after_s=0.02)
+    with local_server(tiny, settings, step_s=0.02) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    with listening_on_a_port(server.app) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with Client(url) as client:
+        yield client
+
+
+@pytest.fixture
+def held(server):
+    """Keep jobs in the queue during the test."""
+    server.director.held.set()
+    yield
+    server.director.held.clear()
+    server.director.wake()
+
+
+@pytest.fixture(scope="module")
+def finished(url):
+    """Finished clip of noise, some hundred kB."""
+    with Client(url) as client:
+        return client.wait_for_video(client.create_video("noise", size="256x256", num_frames=8, upscale=False, seed=1))
+
+
+def stored_shot(server, video):
+    return server.store.get(video.id, LOCAL_TENANT).shot
+
+
+def scripted(*answers):
+    """App that answers every request with the next answer, and with the last one from then on."""
+    left = list(answers)
+
+    async def answer(_):
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])])
+
+
+def test_create_wait_and_download(client, tmp_path):
+    states = []
+    video = client.create_video("a man", seed=3, **SMALL)
+    assert (video.status, video.seed, video.prompt) == ("queued", 3, "a man")
+    done = client.wait_for_video(video, on_progress=states.append)
+    assert (done.status, done.progress, done.num_frames) == ("completed", 100, 2)
+    assert states[-1] == done
+    assert {state.stage for state in states} >= {"flux", None}
+    path = client.download_video(done, tmp_path)
+    assert path == tmp_path / f"{done.id}.mp4"
+    assert path.read_bytes() == client.read_video(done)
+    assert client.download_video(done.id, tmp_path / "first.png", variant="image").read_bytes().startswith(b"\x89PNG")
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([path.name, "first.png"])
+
+
+def test_async_client_has_the_same_methods(url, tmp_path):
+    async def scenario():
+        async with AsyncClient(url) as client:
+            videos = await asyncio.gather(*(client.create_video("a man", seed=seed, **SMALL) for seed in (10, 11)))
+            done = await asyncio.gather(*(client.wait_for_video(video) for video in videos))
+            states = [state.status async for state in client.follow_video(videos[0])]
+            return done, states, await client.download_video(done[0], tmp_path)
+
+    done, states, path = asyncio.run(scenario())
+    assert [video.status for video in done] == ["completed", "completed"]
+    assert states == ["completed"]
+    assert path.stat().st_size > 1000
+    public = {name for name in vars(AsyncClient) if not name.startswith("_")}
+    assert {name for name in vars(Client) if not name.startswith("_")} == public
+
+
+def test_client_works_inside_a_running_event_loop(client):
+    async def scenario():
+        return client.wait_for_video(client.create_video("a man", seed=12, **SMALL)).status
+
+    assert asyncio.run(scenario()) == "completed"
+
+
+def test_image_inputs(client, server, held):
+    content = ASTRONAUT.read_bytes()
+    upload = client.upload_image(ASTRONAUT)
+    inputs = [ASTRONAUT, str(ASTRONAUT), content, upload, {"file_id": upload.id}]
+    shots = [stored_shot(server, client.create_video("a man", input_reference=image, **SMALL)) for image in inputs]
+    assert len({shot.image for shot in shots}) == 1
+    pixels = Image.new("RGB", (64, 64), "red")
+    shot = stored_shot(server, client.create_video("a man", face_image=[pixels, ASTRONAUT], **SMALL))
+    assert len(shot.face_image) == 2
+    assert Image.open(shot.face_image[0]).getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(TypeError, match="image: got int, must be a path"):
+        client.create_video("a man", input_reference=7)
+    with pytest.raises(FileNotFoundError):
+        client.create_video("a man", input_reference="gone.png")
+
+
+def test_list_remix_cancel_delete(client, server, held):
+    video = client.create_video("a man", seed=5, **SMALL)
+    remix = client.remix_video(video, prompt="a woman")
+    assert (remix.seed, remix.prompt, remix.remixed_from_video_id) == (5, "a woman", video.id)
+    page = client.list_videos(limit=1)
+    assert ([each.id for each in page.data], page.has_more) == ([remix.id], True)
+    assert client.list_videos(after=page.last_id, limit=1).data[0].id == video.id
+    assert client.cancel_video(video).status == "cancelled"
+    with pytest.raises(JobCancelled) as raised:
+        client.wait_for_video(video)
+    assert raised.value.video.id == video.id
+    client.delete_video(video)
+    with pytest.raises(ApiError) as gone:
+        client.get_video(video)
+    assert (gone.value.status, gone.value.code) == (404, "video_not_found")
+    with pytest.raises(ApiError, match="video_not_found"):
+        client.wait_for_video(video)
+
+
+def test_wait_timeout_keeps_the_job(client, held):
+    video = client.create_video("a man", **SMALL)
+    with pytest.raises(WaitTimeout, match=r"is queued after 0\.1 s. Its job continues"):
+        client.wait_for_video(video, timeout_s=0.1)
+    assert client.get_video(video).status == "queued"
+
+
+def test_images(client):
+    first, second = client.create_images("a lighthouse", n=2, size="64x64", output_format="webp")
+    assert (first.format, first.size) == ("webp", "64x64")
+    assert Image.open(io.BytesIO(first.content)).format == "WEBP"
+    assert first.content != second.content
+    (edited,) = client.edit_images(first.content, "an oil painting", size="64x64")
+    assert Image.open(io.BytesIO(edited.content)).size == (64, 64)
+
+
+def test_characters(client):
+    character = client.create_character("Eileen", [ASTRONAUT])
+    assert [each.name for each in client.list_characters()] == ["Eileen"]
+    assert client.create_video("a woman", character="Eileen", **SMALL).status
+    client.delete_character(character)
+    assert client.list_characters() == []
+    with pytest.raises(ApiError) as no_face:
+        client.create_character("Black", Image.new("RGB", (64, 64)))
+    assert (no_face.value.status, no_face.value.code) == (400, "no_face")
+
+
+def test_models(client):
+    assert [model.id for model in client.list_models()] == ["tiny", "tiny-fast"]
+
+
+def test_failed_job_is_an_error_with_a_code(client):
+    with pytest.raises(JobFailed, match="the prompt asked for it") as raised:
+        client.wait_for_video(client.create_video("fail", **SMALL))
+    assert (raised.value.code, raised.value.video.error.stage) == ("stage_failed", "flux")
+    assert not isinstance(raised.value, JobCancelled)
+
+
+def test_invalid_field_is_an_error_with_status_code_and_param(client):
+    with pytest.raises(ApiError, match=r"num_frames: got 1, .* \(HTTP 400, invalid_value\)") as raised:
+        client.create_video("a man", num_frames=1)
+    assert (raised.value.status, raised.value.code, raised.value.param) == (400, "invalid_value", "num_frames")
+
+
+def test_failed_with_code_cancelled_is_cancelled():
+    video = {"id": "video_1", "status": "failed", "created_at": 1, "error": {"code": "cancelled", "message": "x"}, "new": 7}
+    with listening_on_a_port(scripted(JSONResponse(video))) as url, Client(url) as client:
+        answer = client.get_video("video_1")
+        assert (answer.status, answer.new) == ("cancelled", 7)
+        with pytest.raises(JobCancelled):
+            client.wait_for_video("video_1")
+
+
+def test_busy_server_is_asked_again(server):
+    busy = JSONResponse({"error": {"message": "busy", "code": "queue_full"}}, 429, {"retry-after-ms": "20"})
+    down = HTMLResponse("<h1>Bad gateway</h1>", 502, {"Retry-After": "0"})
+    answers = [busy, down, JSONResponse({"data": [{"id": "tiny"}]})]
+    with listening_on_a_port(scripted(*answers)) as url, Client(url) as client:
+        assert client.list_models()[0].id == "tiny"
+    final = JSONResponse({"error": {"message": "never", "code": "queue_full"}}, 429, {"x-should-retry": "false"})
+    for answer, code in ((final, "queue_full"), (down, None)):
+        with (
+            listening_on_a_port(scripted(answer, JSONResponse({"data": []}))) as url,
+            Client(url, retries=0 if answer is down else 5) as client,
+            pytest.raises(ApiError) as raised,
+        ):
+            client.list_models()
+        assert (raised.value.status, raised.value.code) == (answer.status_code, code)
+
+
+def test_answer_of_another_server_is_an_error():
+    with (
+        listening_on_a_port(scripted(HTMLResponse("<h1>Hello</h1>"))) as url,
+        Client(url) as client,
+        pytest.raises(ClientError, match="The answer is not a ModelPage"),
+    ):
+        client.list_models()
+    with pytest.raises(ClientError, match="must be the URL of a server"):
+        Client("127.0.0.1:8000")
+
+
+def test_unreachable_server_is_an_error():
+    with (
+        Client("http://127.0.0.1:9/v1", retries=1) as client,
+        pytest.raises(ConnectionFailed, match=r"http://127\.0\.0\.1:9/v1/models"),
+    ):
+        client.list_models()
+
+
+def test_lost_answer_creates_one_video(url, client, held):
+    before = client.list_videos(limit=100).data
+    with cutting_proxy(url, [0]) as proxy, Client(proxy) as unlucky:
+        video = unlucky.create_video("once", **SMALL)
+    new = [each.id for each in client.list_videos(limit=100).data if each not in before]
+    assert new == [video.id]
+
+
+def test_wait_polls_when_events_fail(url, client, server, held):
+    video = client.create_video("a man", seed=21, **SMALL)
+    requests = []
+
+    def on_progress(_):
+        # The stream is cut with its first event.
+        server.director.held.clear()
+        server.director.wake()
+
+    hooks = {"request": [lambda request: requests.append(request.url.path.removeprefix(f"/v1/videos/{video.id}"))]}
+    with cutting_proxy(url, [600]) as proxy, Client(proxy, event_hooks=hooks) as unlucky:
+        assert unlucky.wait_for_video(video, on_progress=on_progress).status == "completed"
+    assert requests[0] == "/events"
+    assert set(requests[1:]) == {""}
+
+
+def test_download_continues_after_a_lost_connection(url, client, finished, tmp_path):
+    content = client.read_video(finished)
+    statuses = []
+    hooks = {"response": [lambda response: statuses.append(response.status_code)]}
+    with cutting_proxy(url, [len(content) // 2]) as proxy, Client(proxy, event_hooks=hooks) as unlucky:
+        path = unlucky.download_video(finished, tmp_path / "clip.mp4")
+    assert path.read_bytes() == content
+    assert statuses == [200, 200, 206]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_download_continues_the_file_of_a_stopped_program(url, client, finished, tmp_path):
+    content = client.read_video(finished)
+    with (
+        cutting_proxy(url, [len(content) // 2]) as proxy,
+        Client(proxy, retries=0) as unlucky,
+        pytest.raises(ConnectionFailed),
+    ):
+        unlucky.download_video(finished, tmp_path / "clip.mp4")
+    (part,) = tmp_path.iterdir()
+    assert content.startswith(part.read_bytes())
+    written = part.stat().st_size
+    received = []
+    hooks = {"response": [lambda response: received.append(response.headers.get("content-range"))]}
+    with Client(url, event_hooks=hooks) as again:
+        path = again.download_video(finished, tmp_path / "clip.mp4")
+    assert path.read_bytes() == content
+    assert received == [None, f"bytes {written}-{len(content) - 1}/{len(content)}"]
+
+
+def test_client_imports_neither_torch_nor_ray():
+    program = "import sys, vidgen_ray.client, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    assert {"torch", "ray", "numpy", "PIL", "fastapi", "sqlalchemy"} & set(json.loads(run.stdout)) == set()
+
+
+def test_url_and_key_come_from_the_environment(tiny, tmp_path, monkeypatch):
+    key = new_key()
+    add_key(tmp_path / "keys.yaml", KeyRecord(tenant="ada", sha256=hash_key(key)))
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml")
+    with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:
+        monkeypatch.setenv("VIDGEN_URL", f"{url}/v1/")
+        monkeypatch.setenv("VIDGEN_API_KEY", key)
+        with Client() as client:
+            assert client.list_models()[0].id == "tiny"
+        with Client(api_key="vg-wrong") as client, pytest.raises(ApiError) as raised:
+            client.list_models()
+    assert (raised.value.status, raised.value.code) == (401, "invalid_api_key")

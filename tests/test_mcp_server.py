@@ -1,0 +1,243 @@
+"""`vidgen mcp` as an assistant uses it: the SDK's client, standard input and output, a real server."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+import yaml
+from mcp import Client, StdioServerParameters
+from mcp.types import ImageContent, TextContent
+
+from tests.conftest import ASTRONAUT
+from tests.online.directors import listening_on_a_port, local_server
+from tests.online.test_serve import started
+from vidgen_ray.cli import main
+from vidgen_ray.online.settings import OnlineSettings
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"num_frames": 2, "upscale": False}
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    settings = OnlineSettings(profile="tiny", data=str(tmp_path_factory.mktemp("out")), poll_s=0.02, poll_after_s=0.02)
+    with local_server(tiny, settings, step_s=0.02) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    with listening_on_a_port(server.app) as url:
+        yield url
+
+
+@pytest.fixture
+def command(url, tmp_path):
+    """Command of an MCP server whose downloads go to tmp_path."""
+    # As in an assistant's configuration: a command, arguments and environment variables.
+    environment = {"PYTHONPATH": str(ROOT), "VIDGEN_URL": url, "HOME": str(tmp_path)}
+    arguments = ["-m", "vidgen_ray", "mcp", "--folder", str(tmp_path / "clips")]
+    return StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+
+
+def text_of(result) -> str:
+    return "\n".join(block.text for block in result.content if isinstance(block, TextContent))
+
+
+def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
+    progress = []
+
+    async def on_progress(done, total, message):
+        progress.append((done, total, message))
+
+    async def scenario():
+        async with Client(command) as client:
+            tools = (await client.list_tools()).tools
+            undescribed = [
+                (tool.name, name)
+                for tool in tools
+                for name, schema in tool.input_schema["properties"].items()
+                if not schema.get("description")
+            ]
+            assert undescribed == []
+            assert [tool.name for tool in tools if not tool.description] == []
+
+            estimate = (await client.call_tool("estimate", {"size": "64x64", "seconds": 2})).structured_content
+            assert estimate == {"render_s": None, "finished_videos": 0, "open_jobs": 0}
+
+            created = await client.call_tool("create_video", {"prompt": "a man", "size": "64x64", "seed": 1, "fields": SMALL})
+            video = created.structured_content
+            assert (video["status"], video["seed"]) == ("queued", 1)
+            waited = await client.call_tool("wait", {"video_id": video["id"]}, progress_callback=on_progress)
+            assert text_of(waited).startswith(f"{video['id']}: completed, 64x64")
+            (preview,) = [block for block in waited.content if isinstance(block, ImageContent)]
+            assert preview.mime_type == "image/jpeg"
+
+            saved = text_of(await client.call_tool("download", {"video_id": video["id"]}))
+            assert saved == str(tmp_path / "clips" / f"{video['id']}.mp4")
+            assert Path(saved).stat().st_size > 1000
+            first = text_of(await client.call_tool("download", {"video_id": video["id"], "variant": "image"}))
+            assert Path(first).read_bytes().startswith(b"\x89PNG")
+
+            listed = await client.call_tool("list_videos", {})
+            assert [each["id"] for each in listed.structured_content["result"]] == [video["id"]]
+            # The stages of a finished 0.4 s clip took 0.5 s each.
+            estimate = (await client.call_tool("estimate", {"size": "128x64", "seconds": video["seconds"]})).structured_content
+            status = (await client.call_tool("status", {"video_id": video["id"]})).structured_content
+            assert estimate == {"render_s": round(2 * status["inference_time_s"], 1), "finished_videos": 1, "open_jobs": 0}
+
+    asyncio.run(scenario())
+    assert (progress[-1][:2], {total for _, total, _ in progress}) == ((100, 100), {100})
+    assert any("in_progress" in message and "flux" in message for _, _, message in progress)
+
+
+def test_assistant_creates_an_image_of_a_character(server, command):
+    async def scenario():
+        async with Client(command) as client:
+            made = await client.call_tool("create_character", {"name": "Eileen", "photos": [str(ASTRONAUT)]})
+            character = made.structured_content
+            assert [each["name"] for each in (await client.call_tool("list_characters")).structured_content["result"]] == [
+                "Eileen"
+            ]
+            arguments = {"prompt": "a woman", "size": "64x64", "character": "Eileen", "start_image": str(ASTRONAUT)}
+            image = (await client.call_tool("create_image", arguments)).structured_content
+            waited = await client.call_tool("wait", {"video_id": image["id"]})
+            assert [block.mime_type for block in waited.content if isinstance(block, ImageContent)] == ["image/webp"]
+            saved = text_of(await client.call_tool("download", {"video_id": image["id"]}))
+            assert saved.endswith(f"{image['id']}.png")
+            await client.call_tool("delete_character", {"character_id": character["id"]})
+            assert (await client.call_tool("list_characters")).structured_content["result"] == []
+
+    asyncio.run(scenario())
+
+
+def test_assistant_cancels_a_queued_video(server, command):
+    server.director.held.set()
+
+    async def scenario():
+        async with Client(command) as client:
+            video = (await client.call_tool("create_video", {"prompt": "a man", "fields": SMALL})).structured_content
+            waited = await client.call_tool("wait", {"video_id": video["id"], "timeout_s": 0.2})
+            assert "Not done after 0.2 s. Call wait again." in text_of(waited)
+            cancelled = await client.call_tool("cancel", {"video_id": video["id"]})
+            assert cancelled.structured_content["status"] == "cancelled"
+            waited = await client.call_tool("wait", {"video_id": video["id"]})
+            assert (waited.is_error, text_of(waited)) == (False, f"{video['id']}: cancelled")
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        server.director.held.clear()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.slow
+def test_assistant_cancels_a_running_video_of_vidgen_serve(tiny, tmp_path):
+    actors = {name: tiny.actors[name] for name in ("instantid", "flux", "svd", "realesrgan")}
+    profile = tiny.model_copy(update={"actors": actors})
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    progress = []
+
+    async def scenario(url):
+        async def cancel_in_step_2(done, total, message):
+            progress.append(message)
+            if "flux 2 of 8" in message:
+                await client.call_tool("cancel", {"video_id": video["id"]})
+                # The paused step continues.
+                await asyncio.to_thread(pipe.write_bytes, b"")
+
+        arguments = ["-m", "vidgen_ray", "mcp", "--url", url, "--folder", str(tmp_path / "clips")]
+        command = StdioServerParameters(command=sys.executable, args=arguments, env={"PYTHONPATH": str(ROOT)})
+        async with Client(command) as client:
+            prompt = {"prompt": f"steps 8 pause at 3 {pipe}", "size": "64x64"}
+            video = (await client.call_tool("create_image", prompt)).structured_content
+            wait = {"video_id": video["id"], "timeout_s": 300}
+            cancelled = text_of(await client.call_tool("wait", wait, progress_callback=cancel_in_step_2))
+            image = (await client.call_tool("create_image", {"prompt": "a red ball", "size": "64x64"})).structured_content
+            completed = text_of(await client.call_tool("wait", {"video_id": image["id"], "timeout_s": 300}))
+            saved = text_of(await client.call_tool("download", {"video_id": image["id"]}))
+            return cancelled, completed, Path(saved).read_bytes()
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with started(tmp_path, port) as server:
+        cancelled, completed, content = asyncio.run(scenario(server.url))
+    assert cancelled.endswith(": cancelled")
+    assert ": completed, 64x64" in completed
+    assert content.startswith(b"\x89PNG")
+    steps = [int(step) for step in Path(f"{pipe}.steps").read_text().split()]
+    assert steps[:3] == [1, 2, 3]
+    assert len(steps) < 8
+
+
+def test_errors_are_reported_to_the_assistant(server, command):
+    async def scenario():
+        async with Client(command) as client:
+            calls = [
+                ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}),
+                ("create_video", {"prompt": "a man", "start_image": "gone.png"}),
+                ("status", {"video_id": "video_0"}),
+                ("estimate", {"size": "large", "seconds": 1}),
+            ]
+            results = [await client.call_tool(name, arguments) for name, arguments in calls]
+            failing = (await client.call_tool("create_video", {"prompt": "fail", "fields": SMALL})).structured_content
+            results.append(await client.call_tool("wait", {"video_id": failing["id"]}))
+            return results
+
+    results = asyncio.run(scenario())
+    assert [result.is_error for result in results] == [True] * 5
+    parts = ("num_frames: got 1", "gone.png", "video_not_found", "size", "the prompt asked for it")
+    assert [part for part, result in zip(parts, results, strict=True) if part not in text_of(result)] == []
+
+
+def test_unreachable_server_is_reported_to_the_assistant(tmp_path):
+    arguments = ["-m", "vidgen_ray", "mcp", "--url", "http://127.0.0.1:9"]
+    command = StdioServerParameters(command=sys.executable, args=arguments, env={"PYTHONPATH": str(ROOT)})
+
+    async def scenario():
+        async with Client(command) as client:
+            return await client.call_tool("list_models")
+
+    result = asyncio.run(scenario())
+    assert result.is_error
+    assert "http://127.0.0.1:9/v1/models: " in text_of(result)
+
+
+def test_streamable_http_on_loopback(url, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", "vidgen_ray", "mcp", "--url", url, "--http", str(port)]
+    with subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        try:
+            while True:
+                assert process.poll() is None
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+
+            async def scenario():
+                async with Client(f"http://127.0.0.1:{port}/mcp") as client:
+                    return (await client.call_tool("list_models")).structured_content
+
+            assert [model["id"] for model in asyncio.run(scenario())["result"]] == ["tiny", "tiny-fast"]
+            mcp_url = f"http://127.0.0.1:{port}/mcp"
+            # As a web page would send them, also after DNS rebinding.
+            for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+                assert httpx2.post(mcp_url, json={}, headers=foreign).status_code in (403, 421)
+        finally:
+            process.terminate()
+
+
+def test_invalid_url_is_a_usage_message(capsys):
+    assert main(["mcp", "--url", "localhost"]) != 0
+    assert "must be the URL of a server, for example http://127.0.0.1:8000" in capsys.readouterr().err

@@ -1,0 +1,352 @@
+"""Asynchronous client of a vidgen-ray server. The blocking client runs the same methods."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+from urllib.parse import quote
+from uuid import uuid4
+
+import httpx2
+from pydantic import ValidationError
+
+from vidgen_ray.client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
+from vidgen_ray.client.http import AsyncNetwork, Files, Http, Network, connection_options
+from vidgen_ray.client.image_inputs import ImageInput, file_of, reference_of
+from vidgen_ray.client.models import (
+    Answer,
+    Character,
+    CharacterPage,
+    GeneratedImage,
+    ImagesAnswer,
+    Model,
+    ModelPage,
+    UploadedFile,
+    Variant,
+    Video,
+    VideoPage,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE, KEY_VARIABLE = "VIDGEN_URL", "VIDGEN_API_KEY"
+TIMEOUT_S = 60.0
+"""Seconds without any data before a request counts as lost."""
+IMAGES_TIMEOUT_S = 600.0
+"""The same for images: the server answers when they are ready."""
+STREAM_TIMEOUT_S = 45.0
+"""The same for event streams, in which the server sends a ping every 15 s."""
+POLL_S = 1.0
+"""Seconds between polls if the server recommends none."""
+IMAGE_FIELDS = ("input_reference", "input_references", "image_reference", "face_image", "image")
+SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png", "image/webp": ".webp", "image/jpeg": ".jpg"}
+
+
+A = TypeVar("A", bound=Answer)
+
+
+class AsyncClient:
+    """Client of a server, for use in an event loop.
+
+    Requests are repeated after lost connections, with an idempotency key, so that nothing is created twice. Methods raise
+    ApiError if the server refuses a request, and ConnectionFailed if it cannot be reached.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: int = 5,
+        network: Callable[..., Network] = AsyncNetwork,
+        **options: Any,
+    ) -> None:
+        """Open no connection yet.
+
+        `url`: of the server, with or without /v1; default: `$VIDGEN_URL` or http://127.0.0.1:8000. `api_key`: default:
+        `$VIDGEN_API_KEY`. `timeout_s`: seconds without any data before a request counts as lost. `retries`: attempts after the
+        first one. `network`: I/O, another one in the blocking client. `options`: of httpx2. Raises ClientError.
+        """
+        url = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+        api_key = api_key or os.environ.get(KEY_VARIABLE)
+        self._http = Http(network(**connection_options(url, api_key, timeout_s), **options), retries=retries)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.network.close()
+
+    async def create_video(
+        self,
+        /,
+        prompt: str,
+        *,
+        size: str | None = None,
+        seconds: float | None = None,
+        input_reference: ImageInput | None = None,
+        face_image: ImageInput | Sequence[ImageInput] | None = None,
+        character: str | None = None,
+        lora: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+        seed: int | None = None,
+        model: str | None = None,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> Video:
+        """Create a video and return it at once, queued.
+
+        `size`: WIDTHxHEIGHT in pixels. `input_reference`: image to start from. `face_image`: photos of one face.
+        `character`: name or id of a character, instead of photos. `lora`: names of LoRAs of the server, or
+        `{"name": ..., "scale": ...}`. `fields`: any other field of `POST /v1/videos`. `idempotency_key`: the same key returns
+        the same video; default: a new key.
+        """
+        named = {
+            "prompt": prompt,
+            "size": size,
+            "seconds": seconds,
+            "input_reference": input_reference,
+            "face_image": face_image,
+            "character": character,
+            "lora": lora,
+            "seed": seed,
+            "model": model,
+        }
+        return _parse(Video, await self._create("/v1/videos", {**fields, **named}, idempotency_key))
+
+    async def remix_video(self, /, video: Video | str, *, idempotency_key: str | None = None, **fields: Any) -> Video:
+        """Create a video from another one. Fields that are not passed keep their values, including the seed."""
+        return _parse(Video, await self._create(f"{_path(video)}/remix", fields, idempotency_key))
+
+    async def get_video(self, video: Video | str) -> Video:
+        """Return the current state of a video."""
+        return (await self._poll(video))[0]
+
+    async def list_videos(
+        self, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+    ) -> VideoPage:
+        """Return a page of up to 100 videos, the newest first. `after`: `last_id` of the page before."""
+        params = {"limit": limit, "order": order} | ({"after": after} if after else {})
+        return _parse(VideoPage, (await self._http.request("GET", "/v1/videos", params=params)).content)
+
+    async def cancel_video(self, video: Video | str) -> Video:
+        """Cancel a job: at once if it is queued, after the current step if it is running. No effect on a job that has ended."""
+        return _parse(Video, (await self._http.request("POST", f"{_path(video)}/cancel")).content)
+
+    async def delete_video(self, video: Video | str) -> None:
+        """Delete a video and its files. A job that has not ended is cancelled."""
+        await self._http.request("DELETE", _path(video))
+
+    async def follow_video(self, video: Video | str, *, timeout_s: float | None = None) -> AsyncGenerator[Video]:
+        """Yield a video now and after each change, until its job has ended.
+
+        Changes come as server-sent events. If that fails, and if there is a time limit, the video is polled as often as the
+        server recommends. Raises WaitTimeout after `timeout_s`.
+        """
+        last: Video | None = None
+        if timeout_s is None:
+            async with aclosing(self._events(video)) as events:
+                async for last in events:
+                    yield last
+            if last is not None and last.is_final:
+                return
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            current, pause_s = await self._poll(video)
+            if current != last:
+                yield current
+            if current.is_final:
+                return
+            last = current
+            if deadline is not None:
+                if time.monotonic() >= deadline:
+                    raise WaitTimeout(current, timeout_s or 0)
+                pause_s = min(pause_s, max(0, deadline - time.monotonic()))
+            await self._http.network.sleep(pause_s)
+
+    async def wait_for_video(
+        self, video: Video | str, *, on_progress: Callable[[Video], object] | None = None, timeout_s: float | None = None
+    ) -> Video:
+        """Wait until the job has ended and return the completed video.
+
+        `on_progress` is called with the video now and after each change. Raises JobFailed, JobCancelled, and WaitTimeout after
+        `timeout_s`.
+        """
+        async with aclosing(self.follow_video(video, timeout_s=timeout_s)) as states:
+            async for current in states:
+                if on_progress is not None:
+                    on_progress(current)
+        if current.status == "cancelled":
+            raise JobCancelled(current)
+        if current.status == "failed":
+            raise JobFailed(current)
+        return current
+
+    async def read_video(self, video: Video | str, *, variant: Variant = "video") -> bytes:
+        """Return a file of a completed video. Use `download_video` for large files."""
+        response = await self._http.request("GET", f"{_path(video)}/content", params={"variant": variant})
+        return response.content
+
+    async def download_video(self, video: Video | str, path: str | os.PathLike[str], *, variant: Variant = "video") -> Path:
+        """Write a file of a completed video and return its path.
+
+        `path`: file to write, or an existing folder, in which the file gets the id as its name. The data goes to a hidden
+        `.part` file in the same folder first. After a lost connection or a stopped program, the download continues that file.
+        """
+        return await self._http.retry(lambda: self._download(video, Path(path), variant))
+
+    async def create_images(
+        self,
+        /,
+        prompt: str,
+        *,
+        n: int = 1,
+        size: str | None = None,
+        output_format: Literal["png", "webp", "jpeg"] = "png",
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> list[GeneratedImage]:
+        """Generate images and wait for them. `fields`: any other field of `POST /v1/images/generations`."""
+        body = {**fields, "prompt": prompt, "n": n, "size": size, "output_format": output_format}
+        answer = await self._create("/v1/images/generations", body, idempotency_key, timeout_s=IMAGES_TIMEOUT_S)
+        return _parse(ImagesAnswer, answer).images
+
+    async def edit_images(
+        self,
+        /,
+        image: ImageInput | Sequence[ImageInput],
+        prompt: str,
+        *,
+        idempotency_key: str | None = None,
+        **fields: Any,
+    ) -> list[GeneratedImage]:
+        """Edit images with a prompt and wait for the results. `fields`: any other field of `POST /v1/images/edits`."""
+        body = {**fields, "image": image, "prompt": prompt}
+        answer = await self._create("/v1/images/edits", body, idempotency_key, timeout_s=IMAGES_TIMEOUT_S)
+        return _parse(ImagesAnswer, answer).images
+
+    async def upload_image(self, image: ImageInput) -> UploadedFile:
+        """Upload an image, to use it in several requests. The same image always has the same id."""
+        response = await self._http.request("POST", "/v1/files", data={"purpose": "vision"}, files=[("file", file_of(image))])
+        return _parse(UploadedFile, response.content)
+
+    async def create_character(
+        self, name: str, photos: ImageInput | Sequence[ImageInput] = (), *, video: str | os.PathLike[str] | bytes | None = None
+    ) -> Character:
+        """Create a character from photos of one face, or from a video that shows it."""
+        files: Files = [("image", file_of(photo)) for photo in _as_list(photos)]
+        if video is not None:
+            files = [*files, ("video", file_of(video))]
+        response = await self._http.request("POST", "/v1/videos/characters", data={"name": name}, files=files)
+        return _parse(Character, response.content)
+
+    async def list_characters(self) -> list[Character]:
+        """Return all characters, the newest first."""
+        return _parse(CharacterPage, (await self._http.request("GET", "/v1/videos/characters")).content).data
+
+    async def delete_character(self, character: Character | str) -> None:
+        """Delete a character by its id. Its photos remain uploads."""
+        character_id = character.id if isinstance(character, Character) else character
+        await self._http.request("DELETE", f"/v1/videos/characters/{quote(character_id, safe='')}")
+
+    async def list_models(self) -> list[Model]:
+        """Return the models of the server. The first is the default."""
+        return _parse(ModelPage, (await self._http.request("GET", "/v1/models")).content).data
+
+    async def _create(
+        self, path: str, fields: Mapping[str, Any], idempotency_key: str | None, timeout_s: float | None = None
+    ) -> bytes:
+        body = {name: await self._uploaded(name, value) for name, value in fields.items() if value is not None}
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        return (await self._http.request("POST", path, json=body, headers=headers, timeout_s=timeout_s)).content
+
+    async def _uploaded(self, field: str, value: Any) -> Any:
+        """Return the value of a field with uploads in place of images."""
+        if field not in IMAGE_FIELDS:
+            return value
+        if isinstance(value, list | tuple):
+            return [await self._uploaded(field, each) for each in value]
+        return reference_of(value) or reference_of(await self.upload_image(value))
+
+    async def _poll(self, video: Video | str) -> tuple[Video, float]:
+        """Return the state of a video, and the seconds until the next poll."""
+        response = await self._http.request("GET", _path(video))
+        pause_ms = response.headers.get("openai-poll-after-ms", "")
+        return _parse(Video, response.content), int(pause_ms) / 1000 if pause_ms.isdecimal() else POLL_S
+
+    async def _events(self, video: Video | str) -> AsyncGenerator[Video]:
+        """Yield the video of each event. End early if the stream cannot be opened or breaks off."""
+        try:
+            async with (
+                self._http.stream(f"{_path(video)}/events", timeout_s=STREAM_TIMEOUT_S) as response,
+                aclosing(self._http.network.events(response)) as events,
+            ):
+                async for event in events:
+                    if event.event == "video.deleted":
+                        return
+                    yield _parse(Video, event.data)
+        except (ApiError, ConnectionFailed):
+            # Polling reports the error if it persists.
+            return
+
+    async def _download(self, video: Video | str, path: Path, variant: Variant) -> Path:
+        """Download once, from the end of a partial file on."""
+        url = f"{_path(video)}/content"
+        # A compressed body would not have the offsets of the file.
+        headers = {"Accept-Encoding": "identity"}
+        async with self._http.stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
+            suffix = SUFFIXES.get(response.headers.get("content-type", ""), "")
+            target = path / f"{_id(video)}{suffix}" if path.is_dir() else path
+            # A proxy may leave out both headers. Then the file is written in one piece.
+            etag, length = response.headers.get("etag", ""), int(response.headers.get("content-length", 0))
+            digest = hashlib.sha256(f"{_id(video)} {variant} {etag}".encode()).hexdigest()[:12]
+            part = target.with_name(f".{target.name}.{digest}.part")
+            written = part.stat().st_size if etag and part.exists() else 0
+            if not 0 < written <= length:
+                written = await self._write(response, part, "wb")
+        if written < length:
+            headers |= {"Range": f"bytes={written}-", "If-Range": etag}
+            async with self._http.stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
+                await self._write(response, part, "ab" if response.status_code == httpx2.codes.PARTIAL_CONTENT else "wb")
+        part.replace(target)
+        return target
+
+    async def _write(self, response: httpx2.Response, part: Path, mode: str) -> int:
+        """Write a body to a file and return the size of the file in bytes."""
+        with part.open(mode) as file:
+            async with aclosing(self._http.network.chunks(response)) as chunks:
+                async for chunk in chunks:
+                    file.write(chunk)
+            return file.tell()
+
+
+def _parse(model: type[A], content: bytes | str) -> A:
+    """Parse an answer of the server. Raises ClientError if it is not one of vidgen-ray."""
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        detail = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise ClientError(
+            f"The answer is not a {model.__name__}{f', {where}' if where else ''}: {detail['msg']}. Check the URL."
+        ) from None
+
+
+def _id(video: Video | str) -> str:
+    return video.id if isinstance(video, Video) else video
+
+
+def _path(video: Video | str) -> str:
+    return f"/v1/videos/{quote(_id(video), safe='')}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

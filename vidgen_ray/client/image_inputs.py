@@ -1,0 +1,44 @@
+"""Images that callers pass to the client: paths, bytes, PIL images, URLs and uploads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+from vidgen_ray.client.models import UploadedFile
+
+if TYPE_CHECKING:
+    # The client works without Pillow.
+    from PIL.Image import Image
+
+ImageInput: TypeAlias = Union[str, PathLike[str], bytes, "Image", UploadedFile, Mapping[str, str]]
+"""Path, content of an image file, PIL image, `data:` or http(s) URL, upload, or `{"file_id": ...}`."""
+URL_PREFIXES = ("data:", "http://", "https://")
+
+
+def reference_of(image: ImageInput) -> dict[str, str] | None:
+    """Return the reference that the API accepts, or `None` if the image must be uploaded."""
+    if isinstance(image, UploadedFile):
+        return {"file_id": image.id}
+    if isinstance(image, Mapping):
+        return dict(image)
+    if isinstance(image, str) and image.startswith(URL_PREFIXES):
+        return {"image_url": image}
+    return None
+
+
+def file_of(image: Any) -> tuple[str, bytes]:
+    """Return the name and content of an image file. PIL images become PNG. Raises OSError and TypeError."""
+    if isinstance(image, bytes):
+        return "image", image
+    if isinstance(image, str | PathLike):
+        path = Path(image)
+        return path.name, path.read_bytes()
+    if callable(getattr(image, "save", None)):
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        return "image.png", buffer.getvalue()
+    raise TypeError(f"image: got {type(image).__name__}, must be a path, bytes, a PIL image, a URL or an UploadedFile")

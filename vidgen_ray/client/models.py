@@ -1,0 +1,159 @@
+"""Answers of the server. Fields that this version does not know are kept as attributes."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+Variant = Literal["video", "hd", "sd", "image", "thumbnail", "spritesheet", "preview"]
+"""File of a video: the clip, a larger clip, the clip before upscaling, the first image, or a preview."""
+
+
+class Answer(BaseModel):
+    """Base of all answers. Immutable."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class JobProblem(Answer):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+    stage: str | None = None
+    """Stage that failed."""
+
+
+class Video(Answer):
+    """Job of a video, or of an image. Times are in seconds since 1970."""
+
+    id: str
+    status: Status
+    progress: int = 0
+    """Progress in percent."""
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    """Time after which the job and its files are deleted."""
+    model: str | None = None
+    prompt: str = ""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels."""
+    seconds: float | None = None
+    fps: int | None = None
+    num_frames: int | None = None
+    seed: int | None = None
+    stage: str | None = None
+    """Stage that is running."""
+    step: int = 0
+    """Finished steps of this stage: denoising steps, or frames."""
+    steps: int = 0
+    """Steps of this stage. 0 if unknown."""
+    queue_position: int | None = None
+    """Queued jobs before this one."""
+    eta_s: float | None = None
+    """Estimate of the seconds left."""
+    inference_time_s: float | None = None
+    """Seconds that the stages took, without stages whose results were cached."""
+    remixed_from_video_id: str | None = None
+    error: JobProblem | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_cancelled(cls, data: Any) -> Any:
+        # OpenAI's Video has no status for a cancelled job: servers answer `failed` with this code.
+        if (
+            isinstance(data, Mapping)
+            and data.get("status") == "failed"
+            and (data.get("error") or {}).get("code") == "cancelled"
+        ):
+            return {**data, "status": "cancelled"}
+        return data
+
+    @property
+    def is_final(self) -> bool:
+        """True if the job has ended."""
+        return self.status in ("completed", "failed", "cancelled")
+
+
+class VideoPage(Answer):
+    """One page of videos."""
+
+    data: list[Video]
+    last_id: str | None = None
+    """Id of the last video. Pass it as `after` to get the next page."""
+    has_more: bool = False
+
+
+class GeneratedImage(Answer):
+    """Image of `create_images` or `edit_images`."""
+
+    content: bytes = Field(repr=False)
+    """Encoded file."""
+    format: str
+    """png, webp or jpeg."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels."""
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write the file and return its path. The name should end as `format` does."""
+        target = Path(path)
+        target.write_bytes(self.content)
+        return target
+
+
+class ImagesAnswer(Answer):
+    """Answer of the image routes."""
+
+    data: list[dict[str, Any]]
+    output_format: str = "png"
+    size: str | None = None
+
+    @property
+    def images(self) -> list[GeneratedImage]:
+        """The decoded images."""
+        return [
+            GeneratedImage(content=b64decode(each["b64_json"]), format=self.output_format, size=self.size) for each in self.data
+        ]
+
+
+class UploadedFile(Answer):
+    """Uploaded image. Requests accept it in place of the image."""
+
+    id: str
+    bytes: int
+
+
+class Character(Answer):
+    """Named face. Requests refer to it by its name or id."""
+
+    id: str
+    name: str
+    created_at: int
+    photos: list[str]
+    """Ids of the uploaded photos."""
+
+
+class CharacterPage(Answer):
+    """All characters."""
+
+    data: list[Character]
+
+
+class Model(Answer):
+    """Name that requests can set `model` to."""
+
+    id: str
+
+
+class ModelPage(Answer):
+    """All models. The first is the default."""
+
+    data: list[Model]

@@ -1,0 +1,266 @@
+"""MCP server over the client: tools with which an assistant creates videos and images on a vidgen-ray server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import anyio
+from mcp.server.mcpserver import Context, Image, MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import ToolAnnotations
+from pydantic import BaseModel, Field
+
+from vidgen_ray.client import AsyncClient, Character, ClientError, JobFailed, Model, Variant, Video
+from vidgen_ray.version import __version__
+
+INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
+Call wait with this id, and again while it reports that the job is not done; then call download to save the file."""
+WAIT_S = 45.0
+"""Default of `wait`. Many MCP clients give up on a call after 60 s."""
+P = ParamSpec("P")
+R = TypeVar("R")
+
+VideoId = Annotated[str, Field(description="Id that create_video, create_image or list_videos returned.")]
+Prompt = Annotated[str, Field(description="Text to render.")]
+Size = Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, for example 1280x720. Default: that of the server.")]
+Photos = Annotated[
+    list[str] | None,
+    Field(description="Paths of photos of one face. This person appears. Only of people who have agreed to it."),
+]
+CharacterName = Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
+Loras = Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
+Seed = Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
+MoreFields = Annotated[
+    dict[str, Any] | None,
+    Field(
+        description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, guidance_scale, fps."
+    ),
+]
+
+
+class Estimate(BaseModel):
+    """Estimated duration of a video, from finished ones on this server."""
+
+    render_s: float | None = Field(description="Seconds of rendering, without the time in the queue. Null if unknown.")
+    finished_videos: int = Field(description="Number of finished videos that the estimate is based on.")
+    open_jobs: int = Field(description="Jobs of this API key that are queued or in progress, among its latest 100.")
+
+
+def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
+    """Return the MCP server. `download` writes to `folder`. The client is closed when the server ends."""
+
+    @asynccontextmanager
+    async def close_client(_: MCPServer[None]) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    server = MCPServer[None](
+        "vidgen-ray", instructions=INSTRUCTIONS, version=__version__, lifespan=close_client, log_level="WARNING"
+    )
+    tools = _Tools(client, folder)
+    reads = ToolAnnotations(read_only_hint=True)
+    creates = ToolAnnotations(destructive_hint=False)
+    destroys = ToolAnnotations(destructive_hint=True)
+    annotations: dict[Callable[..., Awaitable[Any]], ToolAnnotations] = {
+        tools.create_video: creates,
+        tools.create_image: creates,
+        tools.wait: reads,
+        tools.status: reads,
+        tools.cancel: destroys,
+        tools.list_videos: reads,
+        tools.download: creates,
+        tools.estimate: reads,
+        tools.create_character: creates,
+        tools.list_characters: reads,
+        tools.delete_character: destroys,
+        tools.list_models: reads,
+    }
+    for tool, hints in annotations.items():
+        server.add_tool(_with_tool_errors(tool), annotations=hints)
+    return server
+
+
+class _Tools:
+    """Tools of the server. Their docstrings are read by the assistant."""
+
+    def __init__(self, client: AsyncClient, folder: Path) -> None:
+        self._client = client
+        self._folder = folder
+
+    async def create_video(
+        self,
+        prompt: Prompt,
+        size: Size = None,
+        seconds: Annotated[float | None, Field(description="Length of the clip in seconds.")] = None,
+        start_image: Annotated[str | None, Field(description="Path of an image to start from.")] = None,
+        face_photos: Photos = None,
+        character: CharacterName = None,
+        loras: Loras = None,
+        seed: Seed = None,
+        fields: MoreFields = None,
+    ) -> Video:
+        """Start to render a video and return its id at once. Call wait next."""
+        named = {
+            "size": size,
+            "seconds": seconds,
+            "input_reference": start_image,
+            "face_image": face_photos,
+            "character": character,
+            "lora": loras,
+            "seed": seed,
+        }
+        return await self._client.create_video(**{**(fields or {}), **named, "prompt": prompt})
+
+    async def create_image(
+        self,
+        prompt: Prompt,
+        size: Size = None,
+        start_image: Annotated[str | None, Field(description="Path of an image to start from.")] = None,
+        face_photos: Photos = None,
+        character: CharacterName = None,
+        loras: Loras = None,
+        seed: Seed = None,
+        fields: MoreFields = None,
+    ) -> Video:
+        """Start to render an image and return its id at once. Call wait next."""
+        still = {"generate_video": False, "upscale": False}
+        return await self.create_video(
+            prompt, size, None, start_image, face_photos, character, loras, seed, {**(fields or {}), **still}
+        )
+
+    async def wait(
+        self,
+        video_id: VideoId,
+        context: Context[Any, Any],
+        timeout_s: Annotated[float, Field(gt=0, le=600, description="Longest time to wait in seconds.")] = WAIT_S,
+    ) -> list[str | Image]:
+        """Wait for a video or an image. Returns its status, and a preview if it is completed. Fails if its job failed."""
+        current = None
+        with anyio.move_on_after(timeout_s):
+            async with aclosing(self._client.follow_video(video_id)) as states:
+                async for current in states:
+                    await context.report_progress(current.progress, 100, _describe(current))
+        current = current or await self._client.get_video(video_id)
+        if current.status == "failed":
+            raise JobFailed(current)
+        if not current.is_final:
+            return [f"{_describe(current)}. Not done after {timeout_s:g} s. Call wait again."]
+        if current.status == "cancelled":
+            return [_describe(current)]
+        variant: Variant = "thumbnail" if current.num_frames == 1 else "spritesheet"
+        preview = await self._client.read_video(current, variant=variant)
+        return [_describe(current), Image(data=preview, format="webp" if variant == "thumbnail" else "jpeg")]
+
+    async def status(self, video_id: VideoId) -> Video:
+        """Return status, progress and settings of a video or an image."""
+        return await self._client.get_video(video_id)
+
+    async def cancel(self, video_id: VideoId) -> Video:
+        """Cancel a queued or running job. A running one stops after its current step."""
+        return await self._client.cancel_video(video_id)
+
+    async def list_videos(
+        self,
+        limit: Annotated[int, Field(ge=1, le=100, description="Most videos to return.")] = 10,
+        after: Annotated[str | None, Field(description="Id of the last video of the page before.")] = None,
+    ) -> list[Video]:
+        """List videos and images, the newest first."""
+        return (await self._client.list_videos(limit=limit, after=after)).data
+
+    async def download(
+        self,
+        video_id: VideoId,
+        variant: Annotated[
+            Literal["video", "hd", "sd", "image"],
+            Field(description="video: the finished file. hd or sd: a larger or smaller clip. image: the first image."),
+        ] = "video",
+    ) -> str:
+        """Save the file of a completed video or image in the download folder of this MCP server, and return its path."""
+        video = await self._client.get_video(video_id)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if variant == "video":
+            return str(await self._client.download_video(video, self._folder))
+        name = f"{video.id}-{variant}{'.png' if variant == 'image' else '.mp4'}"
+        return str(await self._client.download_video(video, self._folder / name, variant=variant))
+
+    async def list_characters(self) -> list[Character]:
+        """List all characters: named faces that create_video and create_image accept."""
+        return await self._client.list_characters()
+
+    async def create_character(
+        self,
+        name: Annotated[str, Field(description="Unique name.")],
+        photos: Annotated[list[str], Field(min_length=1, description="Paths of photos of one face.")],
+    ) -> Character:
+        """Create a character from photos of one face. Only use photos of people who have agreed to it."""
+        return await self._client.create_character(name, photos)
+
+    async def delete_character(self, character_id: Annotated[str, Field(description="Id of the character.")]) -> str:
+        """Delete a character."""
+        await self._client.delete_character(character_id)
+        return f"Deleted {character_id}."
+
+    async def list_models(self) -> list[Model]:
+        """List the models of the server. The first is the default."""
+        return await self._client.list_models()
+
+    async def estimate(
+        self,
+        size: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT in pixels.")],
+        seconds: Annotated[float, Field(gt=0, description="Length of the clip in seconds.")],
+        model: Annotated[str | None, Field(description="Only count videos of this model.")] = None,
+    ) -> Estimate:
+        """Estimate how long a video takes, without creating it: from the latest 100 videos of this API key."""
+        videos = (await self._client.list_videos(limit=100)).data
+        # Results from the cache and single images say nothing about clips.
+        finished = [
+            video
+            for video in videos
+            if video.status == "completed" and video.inference_time_s and video.num_frames != 1 and video.size and video.seconds
+            if model in (None, video.model)
+        ]
+        rates = [(video.inference_time_s or 0) / (_pixels(video.size or "") * (video.seconds or 1)) for video in finished]
+        return Estimate(
+            render_s=round(median(rates) * _pixels(size) * seconds, 1) if rates else None,
+            finished_videos=len(finished),
+            open_jobs=sum(not video.is_final for video in videos),
+        )
+
+
+def _with_tool_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Return the tool with errors that the assistant can act on reported to it."""
+
+    @wraps(tool)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await tool(*args, **kwargs)
+        except (ClientError, OSError) as error:
+            raise ToolError(str(error)) from error
+
+    return call
+
+
+def _describe(video: Video) -> str:
+    """Describe the status of a job in one line."""
+    parts = [f"{video.id}: {video.status}"]
+    if video.status == "queued" and video.queue_position is not None:
+        parts.append(f"{video.queue_position} jobs before it")
+    if video.status == "in_progress":
+        parts.append(f"{video.progress} %")
+        if video.stage:
+            parts.append(f"{video.stage} {video.step} of {video.steps}" if video.steps else video.stage)
+    if video.eta_s is not None and not video.is_final:
+        parts.append(f"about {video.eta_s:.0f} s left")
+    if video.status == "completed":
+        parts.append(f"{video.size}, {video.seconds:g} s, seed {video.seed}" if video.num_frames != 1 else f"{video.size}")
+    return ", ".join(parts)
+
+
+def _pixels(size: str) -> int:
+    width, height = size.split("x")
+    return int(width) * int(height)
