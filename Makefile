@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
 
-.PHONY: setup demo test test-slow chaos docs check clean
+.PHONY: setup demo test test-slow chaos docs docs-site check clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,10 @@ chaos: setup
 docs: setup
 	$(BIN)/python docs/field_tables.py
 	VIDGEN_UPDATE_OPENAPI=1 $(BIN)/python -m pytest tests/online/test_docs_api.py
+
+# Builds the documentation site into out/site. A warning, such as a broken reference, is an error.
+docs-site: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs out/site
 
 check: setup
 	$(BIN)/ruff format --check .
