@@ -40,7 +40,9 @@ class _EncodingFailed(Exception):
 class EncoderPool:
     """Encoders of one engine. Create it inside the event loop."""
 
-    def __init__(self, config: EngineConfig, observer: EngineObserver) -> None:
+    def __init__(self, config: EngineConfig, director: str, observer: EngineObserver) -> None:
+        """`director`: name under which the encoders work for this engine; see `Encoder.attach`."""
+        self._director = director
         self._attempts = config.attempts
         self._observer = observer
         self._open: dict[ActorClient, int] = {}
@@ -56,7 +58,8 @@ class EncoderPool:
         self._quarantined: set[ActorClient] = set()
 
     def add(self, client: ActorClient) -> None:
-        """Add an encoder. It gets clips once it is up."""
+        """Add an encoder. It gets clips once it is up, and closes those of an earlier engine."""
+        client.send("attach", self._director)
         self._open[client] = 0
         self._start(client, 0.0)
 
@@ -126,7 +129,7 @@ class EncoderPool:
         encoder = await self._acquire(avoid, node, alone=alone)
         process = Process(encoder, encoder.node)
         try:
-            record = await _encode(encoder, plan, artefacts, records, chunks)
+            record = await _encode(encoder, self._director, plan, artefacts, records, chunks)
         except _EncodingFailed as failed:
             raise AttemptFailed(failed.kind, failed.failure, process) from None
         except ActorCallFailed as lost:
@@ -197,6 +200,7 @@ class EncoderPool:
 
 async def _encode(
     encoder: ActorClient,
+    director: str,
     plan: ShotPlan,
     artefacts: Any,
     records: tuple[StepRecord, ...],
@@ -204,7 +208,7 @@ async def _encode(
 ) -> ShotRecord:
     shot_id = plan.shot.id or ""
     # Chunks are processed while the image and the original clip are written.
-    opened = asyncio.ensure_future(_checked_call(encoder, "begin", plan, artefacts))
+    opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, plan, artefacts))
     try:
         chunk_records = []
         if chunks is not None:

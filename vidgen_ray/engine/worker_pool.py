@@ -98,6 +98,10 @@ class WorkerPool:
         self._clients[worker] = client
         self._scheduler.add_worker(worker)
         self._start(worker)
+        lost = self._fatal_failure is not None and self._fatal_failure.stage == NODE_LOST
+        if lost and all(map(self._holders, self._layout.stages)):
+            # Another node has come.
+            self._fatal_failure = None
 
     def remove(self, name: str) -> None:
         """Remove a worker that is gone for good."""
@@ -116,6 +120,16 @@ class WorkerPool:
     def fatal_failure(self) -> Failure | None:
         """Failure after which no shot can be rendered. `None` if there is none."""
         return self._fatal_failure
+
+    @property
+    def count(self) -> int:
+        """Number of workers that are not given up."""
+        return len(self._clients) - len(self._given_up)
+
+    @property
+    def missing_stages(self) -> list[str]:
+        """Stages of the layout without a worker that has loaded its weights."""
+        return [stage for stage in self._layout.stages if not any(worker.live for worker in self._scheduler.holders(stage))]
 
     @property
     def quarantined(self) -> list[str]:
