@@ -55,6 +55,9 @@ class Listener:
         self.encoders[name] = actor
         self._changed.set()
 
+    def encoder_lost(self, name):
+        del self.encoders[name]
+
     def waiting(self, reason):
         self.reasons.append(reason)
         self._changed.set()

@@ -133,6 +133,9 @@ class Engine:
     def encoder_started(self, name: str, actor: Any) -> None:
         self._encoders.add(ActorClient(actor, name))
 
+    def encoder_lost(self, name: str) -> None:
+        self._encoders.remove(name)
+
     def waiting(self, reason: str | None) -> None:
         if reason is not None:
             self._on_waiting(reason)

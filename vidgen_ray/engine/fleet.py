@@ -73,6 +73,9 @@ class FleetListener(Protocol):
     def encoder_started(self, name: str, actor: Any) -> None:
         """Called when an encoder was created. Its process may still start."""
 
+    def encoder_lost(self, name: str) -> None:
+        """Called when an encoder was removed for good, and another one was created."""
+
     def waiting(self, reason: str | None) -> None:
         """Called after 30 s without enough resources, and then every minute. `None`: the fleet waits no longer."""
 
@@ -248,6 +251,8 @@ class Fleet:
             name = self._config.encoder_name(next(self._encoder_numbers))
             self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
             await self._do(_kill, list(lost.values()))
+            for name in lost:
+                self._listener.encoder_lost(name)
 
     def _patience_s(self, reservation: _Reservation) -> float:
         """Return the seconds after which a slot without a node is given up."""

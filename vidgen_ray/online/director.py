@@ -193,6 +193,8 @@ class JobDirector:
                 self._engine.encoder_started(name, encoder)
         for name in before.workers.keys() - actors.workers.keys():
             self._engine.worker_lost(name)
+        for name in before.encoders.keys() - actors.encoders.keys():
+            self._engine.encoder_lost(name)
 
     async def _replace_engine(self, layout: Layout) -> None:
         """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""

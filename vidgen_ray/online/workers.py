@@ -175,6 +175,9 @@ class Workers:
     def encoder_started(self, name: str, actor: Any) -> None:
         self._change(encoders={**self._actors.encoders, name: actor})
 
+    def encoder_lost(self, name: str) -> None:
+        self._change(encoders={other: encoder for other, encoder in self._actors.encoders.items() if other != name})
+
     def waiting(self, reason: str | None) -> None:
         self._change(waiting=reason)
         if reason is not None:
