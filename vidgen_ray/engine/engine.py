@@ -65,6 +65,10 @@ class Engine:
         self._encoders.close()
         await self._fleet.stop()
 
+    async def holdings(self) -> str:
+        """Return which GPUs and CPUs the actors that `start` created hold, and what is free."""
+        return await self._fleet.holdings()
+
     def announce(self, plan: ShotPlan) -> None:
         """Tell that this shot will run, so that results which it shares with other shots are computed once."""
         self._runner.announce(plan)

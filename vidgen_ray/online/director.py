@@ -90,7 +90,7 @@ class JobDirector:
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
         self._store = open_store(settings, durable=False)
         self._max_jobs = settings.in_progress
-        self._metrics = ServerMetrics()
+        self._metrics = ServerMetrics(config.profile.name)
         self._engine = Engine(config, layout, self._metrics, max_shots=self._max_jobs)
         self._actors = Actors("", 0, {}, {}, layout)
         self._workers = workers
