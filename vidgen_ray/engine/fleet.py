@@ -127,6 +127,7 @@ class Fleet:
         """Slots of the layout that are requested once the complete set has nodes."""
         self._offered: Cluster | None = None
         """Free resources that `more_slots` was called with last."""
+        self._parallel_loads = 1
         self._keeper: asyncio.Task[None] | None = None
         self._change: asyncio.Future[Any] | None = None
 
@@ -139,6 +140,7 @@ class Fleet:
         slots = list(zip(layout.slots, labels, strict=True))
         first = complete_set(layout.slots)
         self._offered = None
+        self._parallel_loads = layout.parallel_loads
         self._further = [slot for index, slot in enumerate(slots) if index not in first]
         await self._do(self._reserve, [*(slots[index] for index in first), (None, None)], False)
         if all(slot.stages == frozenset(layout.stages) for slot in layout.slots):
@@ -324,7 +326,7 @@ class Fleet:
         for k, spec in enumerate(reservation.slot.workers):
             name = self._config.worker_name(number, k)
             worker = worker_class().options(name=name, num_cpus=spec.cpus, num_gpus=spec.gpus, scheduling_strategy=place)
-            reservation.actors[name] = worker.remote(self._config, spec)
+            reservation.actors[name] = worker.remote(self._config, spec, self._parallel_loads)
 
     def _create_encoder(self, name: str, place: Any) -> Any:
         encoder = encoder_class().options(name=name, num_cpus=ENCODER_CPUS, scheduling_strategy=place).remote(self._config)
