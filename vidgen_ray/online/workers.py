@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ class Actors:
     generation: int = 0
     """Number of this layout. With the next one, all workers and encoders are new."""
     waiting: str | None = None
-    """What the fleet waits for. `None` if it does not wait."""
+    """Reason why the fleet waits. `None` if it does not wait."""
 
 
 class Workers:
@@ -84,8 +85,9 @@ class Workers:
         for load in self._loads.values():
             load.cancel()
         self._loads = {}
-        # A fleet that waits for other users of the cluster gets as much time as one that waits for a lost node.
-        self._replan_at = time.monotonic() + fleet.LAST_LOST_AFTER_S
+        # A fleet that waits for other users of the cluster gets as much time as one that waits for a lost node. If the settings
+        # name the GPUs, Ray's autoscaler may still start them.
+        self._replan_at = time.monotonic() + fleet.LAST_LOST_AFTER_S if self._grows else math.inf
         generation = self._actors.generation + 1
         self._change(workers={}, encoders={}, layout=layout, generation=generation, waiting=None)
         more = None if stage_seconds is None else partial(placed_more_slots, stage_seconds)
@@ -121,7 +123,7 @@ class Workers:
         """Replace the layout by one for the nodes that are left, unless it is the same. Raises what `make_plan` raises."""
         total = (await asyncio.to_thread(live_cluster)).total
         chosen = await asyncio.to_thread(make_plan, total)
-        if (chosen.layout, labels_of(chosen, total)) == (self._layout, self._labels):
+        if (chosen.layout.slots, labels_of(chosen, total)) == (self._layout.slots, self._labels):
             return
         log.warning("no worker is left for %s: starting another layout", ", ".join(self._missing_stages()))
         await self._fleet.stop()
