@@ -117,7 +117,7 @@ class EncoderPool:
                 self._supervisor.forgive(encoder, plan.key)
 
         def candidates() -> Sequence[Process[ActorClient]]:
-            return [Process(client, client.node) for client in self._supervisor.up]
+            return [Process(client, client.node) for client in self._supervisor.candidates]
 
         return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
@@ -150,6 +150,7 @@ class EncoderPool:
     async def _acquire(self, avoid: frozenset[ActorClient], node: str | None, *, alone: bool) -> ActorClient:
         """Return the least loaded encoder that is up, preferably on `node`. Waits until one is up and free.
 
+        Waits for an encoder that starts if all others are to be avoided.
         `alone`: reserve an encoder without other clips. Raises ShotFailed if no encoder will come up.
         """
 
@@ -165,7 +166,8 @@ class EncoderPool:
                 available = [client for client in usable if client is self._reserved and not self._open[client]]
             else:
                 available = [client for client in usable if client is not self._reserved]
-            if available:
+            others_start = any(client not in avoid and client not in usable for client in self._supervisor.candidates)
+            if available and not (others_start and avoid.issuperset(available)):
                 encoder = min(available, key=cost)
                 self._open[encoder] += 1
                 return encoder

@@ -70,6 +70,11 @@ class Supervisor:
         return [client for client in self._clients if client in self._up]
 
     @property
+    def candidates(self) -> list[ActorClient]:
+        """Processes that are up or start, except for those that start after a quarantine."""
+        return [client for client in self._clients if client in self._up or self.is_starting(client)]
+
+    @property
     def count(self) -> int:
         """Number of processes that are not given up."""
         return len(self._clients) - len(self._given_up)
