@@ -156,7 +156,7 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
     inputs.mkdir()
     (weights / f"{Shot.model_fields['upscaler'].default}.safetensors").write_bytes(b"simulated")
     lora = inputs / "adapter.safetensors"
-    save_file({"transformer.simulated.lora_A.weight": np.zeros((1, 1), np.float32)}, lora)
+    save_file({f"simulated.{part}.weight": np.zeros((1, 1), np.float32) for part in ("lora_A", "lora_B")}, lora)
     lines = []
     for number, shot in enumerate(shot_ids(shots)):
         photo = inputs / f"{shot}.png"

@@ -130,5 +130,5 @@ def test_lost_task_fails_the_execution(tiny, tmp_path):
     shots = [{"id": "done", "prompt": "x"}, {"id": "waits", "prompt": f"until {tmp_path / 'never'}"}]
     rows = ray.data.from_items([{**shot, "generate_video": False} for shot in shots])
     processor = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES))
-    with pytest.raises(Exception, match="the task that rendered the data set was lost with its process"):
+    with pytest.raises(Exception, match="worker died unexpectedly"):
         list(processor(rows).map(kill_director, fn_kwargs={"driver": os.getpid()}).iter_rows())

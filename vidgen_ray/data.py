@@ -8,6 +8,7 @@ So rendering is one step of a Ray Data pipeline: a model may write the prompts b
 
 from __future__ import annotations
 
+import inspect
 import logging
 import pickle
 import threading
@@ -98,9 +99,18 @@ def build_processor(
         with own_context(block_bytes=1, ordered=False):
             listener = _MessageListener(on_message or _log.warning)
             source = one_task_source(partial(_render_rows, lines, planner, name, chosen, outputs, options, listener))
-            return ray.data.read_datasource(source, override_num_blocks=1, **on_this_node())
+            return ray.data.read_datasource(source, override_num_blocks=1, **_once(), **on_this_node())
 
     return processor
+
+
+def _once() -> Fields:
+    """Return the options of a task of Ray Data that runs once, if this version of Ray has them.
+
+    Ray 2.64 removes the argument. There, `_render_rows` refuses to run again.
+    """
+    supported = "ray_remote_args" in inspect.signature(ray.data.read_datasource).parameters
+    return {"ray_remote_args": {"max_retries": 0}} if supported else {}
 
 
 def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
@@ -118,8 +128,7 @@ def _render_rows(
     listener: ProgressListener,
 ) -> Iterator[pyarrow.Table]:
     """Render the lines in a thread, and yield the results as they arrive."""
-    # Ray Data retries every task. Ray would skip as many results of the retry as it has of the first attempt, but their order
-    # differs.
+    # Ray would skip as many results of a retry as it has of the first attempt, but their order differs.
     if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
         raise SetupError("the task that rendered the data set was lost with its process. Execute the data set again to resume")
     rows: SimpleQueue[ManifestRow | BaseException | None] = SimpleQueue()
