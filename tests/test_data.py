@@ -1,12 +1,8 @@
 """Ray Data processor: rendering as a step of a Ray Data pipeline."""
 
 import json
-import os
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -63,72 +59,3 @@ def test_wrong_rows_are_failed_results(tiny, tmp_path):
     assert rows["a"]["status"] == "failed"
     assert rows["a"]["failure_message"].startswith("dataset, fps: got 0")
     assert rows["b"]["failure_message"].startswith("dataset, prompt: got nothing")
-
-
-class HoldsCpus:
-    """Step that passes its first row on, and the others when rendering has said what it waits for."""
-
-    def __init__(self, message):
-        self._message, self._rows = message, 0
-
-    def __call__(self, batch):
-        while self._rows and not self._message.exists():
-            time.sleep(0.1)  # polls: files do not send events
-        self._rows += 1
-        return batch
-
-
-@pytest.mark.slow
-def test_message_names_the_step_that_holds_what_rendering_waits_for(tiny, tmp_path):
-    message = tmp_path / "message"
-    rows = ray.data.from_items(
-        [{"id": f"s{n}", "prompt": "x", "generate_video": False} for n in range(3)], override_num_blocks=3
-    )
-    step = rows.map_batches(
-        HoldsCpus,
-        fn_constructor_args=(message,),
-        batch_size=1,
-        num_cpus=8,
-        compute=ray.data.ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=1),
-    )
-    options = RenderOptions(stages=FAKES)
-    results = build_processor(tiny, tmp_path / "out", options=options, on_message=message.write_text)(step)
-    assert [row["status"] for row in results.iter_rows()] == ["done"] * 3
-    text = message.read_text()
-    assert text.startswith("waiting for ")
-    assert "others hold 8 CPUs, among them the steps of data sets: MapBatches(HoldsCpus) with 1 actor" in text
-
-
-@pytest.mark.slow
-def test_message_says_that_the_steps_before_may_wait_for_what_rendering_holds(tiny, tmp_path):
-    message = tmp_path / "message"
-
-    @ray.remote(num_cpus=0)
-    def execute():
-        rows = [{"id": f"s{n}", "prompt": "x", "generate_video": False} for n in range(20)]
-        step = ray.data.from_items(rows, override_num_blocks=20).map(lambda row: row, num_cpus=6, concurrency=1)
-        options = RenderOptions(stages=FAKES)
-        list(build_processor(tiny, tmp_path / "out", options=options, on_message=message.write_text)(step).iter_rows())
-
-    execution = execute.remote()
-    while not message.exists():
-        assert not ray.wait([execution], timeout=0.2)[0], "it does not end"
-    assert "no line has come for 30 s. Rendering holds" in message.read_text()
-    ray.cancel(execution, force=True)
-
-
-def kill_director(row, driver):
-    """Kill the task that renders, which is a child of the driver's processes."""
-    for process in psutil.Process(driver).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "OneTask" in "".join(process.cmdline()[:1]):
-                process.kill()
-    return row
-
-
-def test_lost_task_fails_the_execution(tiny, tmp_path):
-    shots = [{"id": "done", "prompt": "x"}, {"id": "waits", "prompt": f"until {tmp_path / 'never'}"}]
-    rows = ray.data.from_items([{**shot, "generate_video": False} for shot in shots])
-    processor = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES))
-    with pytest.raises(Exception, match="worker died unexpectedly"):
-        list(processor(rows).map(kill_director, fn_kwargs={"driver": os.getpid()}).iter_rows())
