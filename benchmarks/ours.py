@@ -25,6 +25,8 @@ from vidgen_ray.shot import Shot
 
 CPUS = 0.25
 """CPUs per worker, as for the other systems."""
+HOST_GB = 2048.0
+"""Host memory of a machine with 8 GPUs. The other systems load their models in parallel, too."""
 NO_SECONDS = 1e-6
 """Seconds of stages without GPU work."""
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
@@ -65,7 +67,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
                 profile(run_folder, layout_name),
                 OutputFolder(out),
                 RenderOptions(
-                    cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, None),)),
+                    cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, HOST_GB),)),
                     # The other systems have no stage cache.
                     cache="none",
                     stages=STAGES,

@@ -106,7 +106,7 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     observer = _NoObserver()
     slots = tuple(Slot((spec,), 0.0) for spec in specs)
     layout = Layout("fused", slots, encoders=len(specs), window=SHOTS_PER_WORKER * len(specs))
-    workers, encoders = WorkerPool(config, layout, observer), EncoderPool(config, observer)
+    workers, encoders = WorkerPool(config, layout, observer), EncoderPool(config, "director", observer)
     for n, spec in enumerate(specs):
         node = f"node-{n // WORKERS_PER_NODE}"
         workers.add(spec, FakeActorClient(f"worker-{n}", seconds, result, node=node))  # type: ignore[arg-type]  # same interface

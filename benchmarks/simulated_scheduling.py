@@ -130,8 +130,11 @@ class Simulation:
         self._random = random.Random(seed)
         self._work_type = work_type or scheduler.Work
         make_worker = worker_type or scheduler.WorkerState
-        self.workers = [make_worker(spec, 4, live=True) for spec in specs]
-        self._scheduler = scheduler.Scheduler(self.workers, POSITIONS)
+        self.workers = [make_worker(spec, 4) for spec in specs]
+        self._scheduler = scheduler.Scheduler(POSITIONS)
+        for worker in self.workers:
+            self._scheduler.add_worker(worker)
+            self._scheduler.started(worker)
         self._steps = calls_of(specs)
         self._shots, self._loras, self._chunk_count, self._max_cpu_s = shots, loras, chunks, max_cpu_s
         swaps = any(spec.swap_groups for spec in specs)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from benchmarks import simulated
 from benchmarks.simulated import FRAMES, FRAMES_SHAPE, IMAGE_SHAPE, SimulatedGPU, SimulatedModel, assigned_gpu, shot_ids
@@ -155,7 +156,7 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
     inputs.mkdir()
     (weights / f"{Shot.model_fields['upscaler'].default}.safetensors").write_bytes(b"simulated")
     lora = inputs / "adapter.safetensors"
-    lora.write_bytes(b"simulated")
+    save_file({f"simulated.{part}.weight": np.zeros((1, 1), np.float32) for part in ("lora_A", "lora_B")}, lora)
     lines = []
     for number, shot in enumerate(shot_ids(shots)):
         photo = inputs / f"{shot}.png"

@@ -79,7 +79,7 @@ class FakeFlux(FakeStage, FluxStage):
         if shot.prompt == "crash-encoder":
             # For shots without a clip: only the encoder reads their image.
             return {"image": CrashesReader()}
-        noise = np.random.default_rng(shot.generator_seed(self.name))
+        noise = np.random.default_rng(self.generator_seed(shot))
         return {"image": noise.integers(0, 256, (shot.height, shot.width, 3), np.uint8)}
 
 

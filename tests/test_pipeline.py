@@ -1,8 +1,10 @@
 """The library API: the call of the README, its result and its files."""
 
+import gc
 import io
 import json
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -202,3 +204,17 @@ def test_new_render_replaces_all_files_of_the_id(tmp_path, plan):
     assert not outputs.find_finished(plan.model_copy(update={"key": "0" * 64}))
     (outputs.shot_folder("x") / "shot.json").write_text("{")
     assert not outputs.find_finished(plan), "a damaged record is no record"
+
+
+def test_close_frees_the_weights_at_once(tiny, tmp_path):
+    # Another type, so that the model is not shared with that of the other tests.
+    actors = {**tiny.actors, "flux": tiny.actors["flux"].model_copy(update={"dtype": "bfloat16"})}
+    pipeline = VideoGenerationPipeline(tiny.model_copy(update={"actors": actors}), tmp_path)
+    pipeline.generate_video("a red ball", generate_video=False, width=64, height=64)
+    weights = weakref.ref(pipeline._loaded["flux"].model.text_to_image.transformer)
+    gc.disable()
+    try:
+        pipeline.close()
+        assert weights() is None
+    finally:
+        gc.enable()

@@ -8,6 +8,8 @@ So rendering is one step of a Ray Data pipeline: a model may write the prompts b
 
 from __future__ import annotations
 
+import inspect
+import logging
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +27,7 @@ from vidgen_ray.batch.line_stream import BLOCK_LINES, on_this_node, one_task_sou
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.engine.status import Snapshot
-from vidgen_ray.errors import UsageError
+from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
@@ -36,6 +38,8 @@ from vidgen_ray.script.parquet_format import table_lines
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+_log = logging.getLogger("vidgen_ray")
 
 Fields = dict[str, Any]
 Processor = Callable[["Dataset"], "Dataset"]
@@ -50,6 +54,7 @@ def build_processor(
     defaults: Mapping[str, Any] | None = None,
     to_fields: Callable[[Fields], Fields] | None = None,
     options: RenderOptions | None = None,
+    on_message: Callable[[str], None] | None = None,
 ) -> Processor:
     """Return a function that maps a data set of shots to a data set of their results.
 
@@ -64,7 +69,9 @@ def build_processor(
 
     The data set is lazy. When it is executed, one task, on the node of this process, hosts the director. Its workers use the
     GPUs that are free when the first row arrives; to leave some for later steps, pass `RenderOptions(cluster=...)`. If the task
-    or its node is lost, the execution fails; run it again to resume.
+    or its node is lost, the execution fails; run it again to resume. Steps before this one keep their GPUs and CPUs while rows
+    flow: leave enough for rendering. `on_message` gets messages for the user, such as what rendering waits for; it is called in
+    the task, and pickled. Default: log them, and Ray prints them in this process.
 
     Raises ProfileError for an unknown profile.
     """
@@ -90,12 +97,20 @@ def build_processor(
         )
         # One block per result, so that every result is passed on at once.
         with own_context(block_bytes=1, ordered=False):
-            source = one_task_source(partial(_render_rows, lines, planner, name, chosen, outputs, options))
-            # Ray has no other option yet to run a task once: a second director would find the lease taken.
-            once = {"max_retries": 0}
-            return ray.data.read_datasource(source, override_num_blocks=1, ray_remote_args=once, **on_this_node())
+            listener = _MessageListener(on_message or _log.warning)
+            source = one_task_source(partial(_render_rows, lines, planner, name, chosen, outputs, options, listener))
+            return ray.data.read_datasource(source, override_num_blocks=1, **_once(), **on_this_node())
 
     return processor
+
+
+def _once() -> Fields:
+    """Return the options of a task of Ray Data that runs once, if this version of Ray has them.
+
+    Ray 2.64 removes the argument. There, `_render_rows` refuses to run again.
+    """
+    supported = "ray_remote_args" in inspect.signature(ray.data.read_datasource).parameters
+    return {"ray_remote_args": {"max_retries": 0}} if supported else {}
 
 
 def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields], Fields] | None) -> pyarrow.Table:
@@ -104,9 +119,18 @@ def _pickled_lines(block: pyarrow.Table, name: str, to_fields: Callable[[Fields]
 
 
 def _render_rows(
-    lines: Dataset, planner: LinePlanner, name: str, profile: Profile, outputs: OutputFolder, options: RenderOptions
+    lines: Dataset,
+    planner: LinePlanner,
+    name: str,
+    profile: Profile,
+    outputs: OutputFolder,
+    options: RenderOptions,
+    listener: ProgressListener,
 ) -> Iterator[pyarrow.Table]:
     """Render the lines in a thread, and yield the results as they arrive."""
+    # Ray would skip as many results of a retry as it has of the first attempt, but their order differs.
+    if ray._private.worker.global_worker.core_worker.get_current_task_attempt_number() > 0:
+        raise SetupError("the task that rendered the data set was lost with its process. Execute the data set again to resume")
     rows: SimpleQueue[ManifestRow | BaseException | None] = SimpleQueue()
     stop = threading.Event()
 
@@ -120,7 +144,7 @@ def _render_rows(
                 name,
                 profile,
                 options,
-                listener=_SilentListener(),
+                listener=listener,
                 stop=stop,
                 on_row=rows.put,
             )
@@ -148,8 +172,11 @@ def _with_absolute_paths(row: ManifestRow, outputs: OutputFolder) -> Fields:
     return columns
 
 
-class _SilentListener(ProgressListener):
-    """Listener that ignores all events. Results are rows."""
+class _MessageListener(ProgressListener):
+    """Listener that passes messages on, and ignores other events: results are rows."""
+
+    def __init__(self, on_message: Callable[[str], None]) -> None:
+        self._on_message = on_message
 
     def on_rejected(self, row: ManifestRow) -> None: ...
 
@@ -159,4 +186,5 @@ class _SilentListener(ProgressListener):
 
     def on_status(self, snapshot: Snapshot) -> None: ...
 
-    def on_message(self, message: str) -> None: ...
+    def on_message(self, message: str) -> None:
+        self._on_message(message)

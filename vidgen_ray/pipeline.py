@@ -16,6 +16,7 @@ from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
+from vidgen_ray.engine.oom_fallback import free_gpu_memory
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.engine.weights_check import WeightsCheck
@@ -186,6 +187,8 @@ class VideoGenerationPipeline:
         for stage in self._loaded.values():
             stage.close()
         self._loaded.clear()
+        # Models have reference cycles.
+        free_gpu_memory()
 
     def __enter__(self) -> Self:
         return self

@@ -246,14 +246,15 @@ class Shot(_Frozen):
         """LoRAs that are active in the single FLUX pass of mode fast. Empty in mode quality, which has a LoRA stage."""
         return self.lora if self.mode == "fast" else ()
 
-    def generator_seed(self, stage: str) -> int:
-        """Return the noise seed of a stage: the shot's seed for FLUX, a derived seed for every other stage.
-
-        Stages do not share noise: a refinement with the noise that produced its input would amplify it.
-        """
+    def required_seed(self) -> int:
+        """Return the seed. Raises ValueError if the shot has none."""
         if self.seed is None:
             raise ValueError("the shot has no seed; call with_seed first")
-        return self.seed if stage == "flux" else _seed_from(self.seed, stage)
+        return self.seed
+
+    def derived_seed(self, purpose: str) -> int:
+        """Return a seed derived from the shot's seed, such as that of a stage. Raises ValueError if the shot has none."""
+        return _seed_from(self.required_seed(), purpose)
 
     def with_seed(self, run_seed: int) -> "Shot":
         """Return the shot with its seed. A missing seed is derived from the run's seed and the id."""

@@ -157,7 +157,7 @@ def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, m
     lines[5] = {"id": "wrong", "prompt": "a", "fps": 0}
     lines[7] = {"id": "s01", "prompt": "a"}
     report, rows = render_lines(tmp_path, profile, lines)
-    assert (report.done, report.failed, report.refused, report.left, len(rows)) == (7, 2, 2, 0, 9)
+    assert (report.done, report.failed, report.rejected, report.left, len(rows)) == (7, 2, 2, 0, 9)
     assert rows["s01"].status == "done"
     assert "line 2 has the same id" in rows["s-line-8"].failure_message
     assert render_lines(tmp_path, profile, lines)[0].skipped == 7

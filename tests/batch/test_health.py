@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import yaml
 from ray.cluster_utils import Cluster
 
 from tests.batch.faulty_stages import actor_name, append, gpu, node, stages
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES
+from vidgen_ray.batch.director import BREAKER_FAILURES
+from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, SetupError, StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -111,13 +115,38 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
     assert all(entry.startswith(f"{sick} (") for entry in listener.quarantined)
 
 
-def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path):
-    def fail(shot):
-        raise RuntimeError("the model is broken")
+def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path, monkeypatch, capsys):
+    """The lines that are left, and those that have failed, are rendered by the next run."""
+    repaired, out = tmp_path / "repaired", tmp_path / "out"
 
-    with pytest.raises(SetupError, match="the model is broken"):
-        run(tmp_path, profile, images(60), stages(fail))
-    assert 0 < len(list(read_manifest(tmp_path / "out"))) < 60
+    def fail_until_repaired(shot):
+        if not repaired.exists():
+            raise RuntimeError("the model is broken")
+
+    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", stages(fail_until_repaired))
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
+    (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(60)))
+    command = ["render", str(tmp_path / "s.jsonl"), "-o", str(out), "--profile", str(tmp_path / "profile.yaml")]
+    assert main([*command, "--gpus", ONE_NODE]) == 4
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert re.search(
+        rf"stopped, because {BREAKER_FAILURES} of the last \d+ shots failed on every worker that was tried", message
+    )
+    assert "the last one in flux: the model is broken" in message
+    assert "Traceback" not in message
+    assert BREAKER_FAILURES <= len(list(read_manifest(out))) < 60
+    repaired.touch()
+    assert main([*command, "--gpus", ONE_NODE]) == 0
+    assert sorted(row.status for row in read_manifest(out)) == ["done"] * 60
+
+
+def test_wrong_lines_of_a_healthy_run_do_not_stop_it(cluster, profile, tmp_path):
+    def fail_for_wrong_lines(shot):
+        if int(shot.id[1:]) % 3:
+            raise RuntimeError("the prompt breaks the model")
+
+    report, _ = run(tmp_path, profile, images(45), stages(fail_for_wrong_lines))
+    assert (report.done, report.failed, report.left) == (15, 30, 0)
 
 
 def test_script_of_wrong_photos_does_not_stop_the_run(cluster, profile, tmp_path):

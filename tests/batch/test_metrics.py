@@ -12,9 +12,10 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
+from vidgen_ray.batch.run_metrics import METRICS, RunMetrics
+from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, exported_names
 from vidgen_ray.engine.metrics import SECONDS
 from vidgen_ray.engine.ray_cluster import init_local_ray
-from vidgen_ray.engine.run_metrics import MAX_ERROR_LABELS, METRICS, RunMetrics, exported_names
 from vidgen_ray.engine.status import Snapshot, StageStatus
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana" / "vidgen.json").read_text())
@@ -31,7 +32,7 @@ LABELS = {"profile", "le", *(label for spec in METRICS.values() for label in spe
 
 
 def every_exported_name():
-    return {series for name in METRICS for series in exported_names(name)}
+    return {series for name in METRICS for series in exported_names(name, METRICS[name])}
 
 
 # Dashboard and docs
@@ -47,7 +48,7 @@ def test_dashboard_uses_only_exported_series(expression):
 def test_every_metric_is_on_the_dashboard_and_in_the_docs():
     shown = set(SERIES.findall(json.dumps(DASHBOARD)))
     for name, spec in METRICS.items():
-        assert shown & set(exported_names(name)), name
+        assert shown & set(exported_names(name, METRICS[name])), name
         assert f"`{name}`" in MONITORING
         assert spec.description in MONITORING
 
@@ -66,14 +67,14 @@ def test_dashboard_queries_are_well_formed(expression):
     assert set(re.findall(r"[a-z_]+", SERIES.sub("", bare))) <= FUNCTIONS | KEYWORDS | LABELS
     # Grafana would plot the rate of a gauge or a raw counter without an error. Neither has a meaning.
     for series in SERIES.findall(expression):
-        kind = next(METRICS[name].kind for name in METRICS if series in exported_names(name))
+        kind = next(METRICS[name].kind for name in METRICS if series in exported_names(name, METRICS[name]))
         assert bool(re.search(rf"(rate|increase)\({series}\b", expression)) == (kind != "gauge")
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_dashboard_groups_by_existing_labels(expression):
     [series] = set(SERIES.findall(expression))
-    spec = next(spec for name, spec in METRICS.items() if series in exported_names(name))
+    spec = next(spec for name, spec in METRICS.items() if series in exported_names(name, METRICS[name]))
     labels = {"profile", *spec.labels, *(["le"] if series.endswith("_bucket") else [])}
     used = [label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")]
     used += re.findall(r"(\w+)=~?\"", expression)
@@ -165,7 +166,7 @@ def test_ray_exports_every_metric_under_its_documented_name(metrics_address):
     exported = scrape(metrics_address, every_exported_name())
     assert {name for name in exported if "vidgen" in name} == every_exported_name()
     for name, spec in METRICS.items():
-        for sample in exported[exported_names(name)[0]]:
+        for sample in exported[exported_names(name, METRICS[name])[0]]:
             assert {"profile", *spec.labels} <= set(sample.labels), name
     value = {name: samples[0].value for name, samples in exported.items()}
     assert value["ray_vidgen_queued"] == 14

@@ -23,7 +23,7 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
     assert "s.jsonl line 2, fps: got 0, must be greater than or equal to 1" in capsys.readouterr().err
     assert main(["validate", str(path), "--json"]) == 3
     report = json.loads(capsys.readouterr().out)
-    assert (report["shots"], report["refused"], report["errors"][0]["line"]) == (1, 1, 2)
+    assert (report["shots"], report["rejected"], report["errors"][0]["line"]) == (1, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_progress_file_has_one_json_object_per_event(tmp_path, clock):
     assert [event["event"] for event in events] == [
         *("planned", "message", "status", "status", "status", "ended", "ended", "finished"),
     ]
-    assert events[0].items() >= {"total": 4, "done_before": 1, "refused": 0}.items()
+    assert events[0].items() >= {"total": 4, "skipped": 1, "rejected": 0}.items()
     assert events[1]["message"] == "a worker is quarantined"
     assert events[2]["stages"]["svd"] == {"queued": 14, "running": 2, "workers": 2, "busy": 0.98}
     assert events[2].items() >= {"gpus_busy": 0.93, "in_progress": 21, "remaining": 3, "eta_s": None}.items()

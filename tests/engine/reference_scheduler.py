@@ -7,7 +7,7 @@ to the one that has its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
@@ -65,15 +65,20 @@ class WorkerState:
 class Scheduler:
     """Queue of waiting work, and its assignment to workers."""
 
-    def __init__(self, workers: Iterable[WorkerState], positions: Mapping[str, int]) -> None:
+    def __init__(self, positions: Mapping[str, int]) -> None:
         """`positions`: stage name -> position in the graph."""
-        self.workers = list(workers)
+        self.workers: list[WorkerState] = []
         self._positions = positions
         self.waiting: dict[str, list[Work]] = {}
-        self._holders = {
-            stage: [worker for worker in self.workers if stage in worker.spec.stages]
-            for stage in {stage for worker in self.workers for stage in worker.spec.stages}
-        }
+        self._holders: dict[str, list[WorkerState]] = {}
+
+    def add_worker(self, worker: WorkerState) -> None:
+        self.workers.append(worker)
+        for stage in worker.spec.stages:
+            self._holders.setdefault(stage, []).append(worker)
+
+    def started(self, worker: WorkerState) -> None:
+        worker.live = True
 
     def add(self, work: Work) -> None:
         self.waiting.setdefault(work.stage, []).append(work)

@@ -55,6 +55,9 @@ class Listener:
         self.encoders[name] = actor
         self._changed.set()
 
+    def encoder_lost(self, name):
+        del self.encoders[name]
+
     def waiting(self, reason):
         self.reasons.append(reason)
         self._changed.set()
@@ -167,7 +170,7 @@ def test_second_staged_fleet_waits_until_the_first_one_stops(add_node, fleets):
         assert not waiting.workers
         assert waiting.reasons[0] == (
             "waiting for 2 GPUs and 2.5 CPUs (1 slot of flux, 1 slot of svd, 1 encoder): "
-            "the cluster has 2 GPUs and 4 CPUs, 0 GPUs and 1.5 CPUs are free"
+            "the cluster has 2 GPUs and 4 CPUs, 0 GPUs and 1.5 CPUs are free; others hold 2 GPUs and 2.5 CPUs"
         )
         await fleet.stop()
         await waiting.until(lambda: len(waiting.workers) == 2)

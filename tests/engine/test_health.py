@@ -38,6 +38,14 @@ def test_success_and_forgiven_failures_do_not_count(health):
     assert not health.failed("a", "other")
 
 
+def test_quarantine_after_the_failure_of_a_wrong_shot_does_not_count(health):
+    quarantine(health, "a")
+    health.forgive("a", 0)
+    health.started("a", "node")
+    assert not health.is_on_probation("a")
+    assert not health.failed("a", "other")
+
+
 def test_single_failure_on_probation_quarantines_again(health):
     quarantine(health, "a")
     assert not health.failed("a", "shot"), "it is in quarantine already"

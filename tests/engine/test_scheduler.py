@@ -29,9 +29,18 @@ MEASURES = {
 }
 
 
+def scheduler_of(*workers):
+    """Return a scheduler with these workers, all live."""
+    scheduler = Scheduler(POSITIONS)
+    for worker in workers:
+        scheduler.add_worker(worker)
+        scheduler.started(worker)
+    return scheduler
+
+
 def scheduler_with(*stages, swap_groups=()):
-    workers = [WorkerState(WorkerSpec(held, 1, 1, swap_groups), adapters_kept=2, live=True) for held in stages]
-    return Scheduler(workers, POSITIONS), workers
+    workers = [WorkerState(WorkerSpec(held, 1, 1, swap_groups), adapters_kept=2) for held in stages]
+    return scheduler_of(*workers), workers
 
 
 def orders(assigned):
@@ -91,16 +100,16 @@ def test_shots_go_to_the_worker_with_their_lora():
 
 
 def test_shot_with_several_loras_goes_to_the_worker_that_has_them_all():
-    worker = WorkerState(WorkerSpec(("flux",), 1, 1), adapters_kept=3, live=True, adapters=["a", "b", "c"])
-    scheduler = Scheduler([worker], POSITIONS)
+    worker = WorkerState(WorkerSpec(("flux",), 1, 1), adapters_kept=3, adapters=["a", "b", "c"])
+    scheduler = scheduler_of(worker)
     for order, loras in enumerate(("ad", "ac", "a")):
         scheduler.add(Work("flux", order, frozenset(loras)))
     assert orders(scheduler.assign()) == [1, 2]
 
 
 def test_lora_preference_does_not_starve_a_shot():
-    worker = WorkerState(WorkerSpec(("flux",), 1, 1), adapters_kept=1, live=True, adapters=["a"])
-    scheduler = Scheduler([worker], POSITIONS)
+    worker = WorkerState(WorkerSpec(("flux",), 1, 1), adapters_kept=1, adapters=["a"])
+    scheduler = scheduler_of(worker)
     scheduler.add(Work("flux", 0, frozenset("b")))
     for order in range(1, MAX_LORA_SKIPS + 1):
         scheduler.add(Work("flux", order, frozenset("a")))
@@ -149,8 +158,8 @@ def test_swapped_groups_run_in_batches():
 
 
 def test_worker_swaps_groups_before_other_workers_run_out_of_work():
-    both = WorkerState(WorkerSpec(("flux", "svd"), 1, 1, (("flux",), ("svd",))), 2, live=True, group=("svd",), turn=1)
-    scheduler = Scheduler([both, WorkerState(WorkerSpec(("svd",), 1, 1), 2, live=True)], POSITIONS)
+    both = WorkerState(WorkerSpec(("flux", "svd"), 1, 1, (("flux",), ("svd",))), 2, group=("svd",), turn=1)
+    scheduler = scheduler_of(both, WorkerState(WorkerSpec(("svd",), 1, 1), 2))
     scheduler.add(Work("svd", 0))
     scheduler.add(Work("flux", 1))
     assigned = {worker.spec.stages: work.stage for worker, work in scheduler.assign()}
@@ -169,10 +178,10 @@ def test_steps_are_fused_only_if_they_need_the_same_group_on_the_gpu():
 
 def test_work_goes_to_active_loras_then_inputs_then_their_node():
     with_lora, source, neighbour, _elsewhere = workers = [
-        WorkerState(WorkerSpec(("flux", "svd"), 1, 1), 2, live=True, node=node) for node in "abbc"
+        WorkerState(WorkerSpec(("flux", "svd"), 1, 1), 2, node=node) for node in "abbc"
     ]
     with_lora.adapters.append("x")
-    scheduler = Scheduler(workers, POSITIONS)
+    scheduler = scheduler_of(*workers)
     scheduler.add(Work("flux", 0, frozenset("x"), near=source))
     for order in (1, 2):
         scheduler.add(Work("svd", order, near=source))
@@ -358,7 +367,9 @@ def test_suspect_waits_for_a_healthy_worker_rather_than_use_one_on_probation():
     scheduler, (reserved,) = busy_scheduler(("svd",))
     scheduler.add(suspect := Work("svd", 0, alone=True))
     scheduler.assign()
-    scheduler.add_worker(WorkerState(WorkerSpec(("svd",), 1, 1), 2, live=True, probation=True))
+    on_probation = WorkerState(WorkerSpec(("svd",), 1, 1), 2, probation=True)
+    scheduler.add_worker(on_probation)
+    scheduler.started(on_probation)
     assert suspect not in [work for _, work in scheduler.assign()]
     drained(scheduler, [reserved])
     assert scheduler.assign()[0] == (reserved, suspect)
@@ -427,7 +438,7 @@ def test_every_call_finishes_in_random_runs_with_faults(seed):
     rng = random.Random(seed)
     kinds = [("flux",), ("svd",), ("flux", "svd", "realesrgan"), ("svd", "realesrgan")]
     groups = {("flux", "svd", "realesrgan"): (("flux",), ("svd",))}
-    scheduler = Scheduler([], POSITIONS)
+    scheduler = Scheduler(POSITIONS)
     workers, lost, waiting, done, total = [], [], set(), set(), 0
 
     def add_worker(stages):

@@ -57,6 +57,23 @@ def test_number_of_shots_is_limited_first_come_first_served():
     asyncio.run(scenario())
 
 
+def test_resized_window_admits_waiting_shots_and_evicts_none():
+    async def scenario():
+        shots = Shots(Window(1, 100))
+        for name in "abc":
+            await shots.start(name)
+        shots.window.resize(2)
+        await shots.settle()
+        assert shots.admitted == ["a", "b"]
+        shots.window.resize(1)
+        await shots.release("a")
+        assert (shots.admitted, shots.window.in_progress) == (["a", "b"], 1)
+        await shots.release("b")
+        assert shots.admitted == ["a", "b", "c"]
+
+    asyncio.run(scenario())
+
+
 def test_bytes_are_limited_and_a_large_shot_is_not_overtaken():
     async def scenario():
         shots = Shots(Window(10, 100))

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import pytest
@@ -129,12 +129,11 @@ def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=Fal
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    settings = OnlineSettings(data=str(out / "out"))
+    settings = OnlineSettings(data=str(out / "out"), in_progress=in_progress)
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
-    layout = replace(chosen.layout, window=in_progress)
     labels = labels_of(chosen, cluster)
-    app = director_application(config, settings, layout, labels, chosen.stage_seconds if grows else None)
+    app = director_application(config, settings, chosen.layout, labels, chosen.stage_seconds if grows else None)
     target = serve.RunTarget(app, name=name, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=wait)
     return Running(name, served, outputs, open_store(settings))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS
 from vidgen_ray.engine.metrics import OTHER, LabelLimit
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.status import Progress
@@ -12,7 +13,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.director import error_of
-from vidgen_ray.online.metrics import MAX_ERROR_LABELS, MAX_TENANT_LABELS, METRICS
+from vidgen_ray.online.metrics import JOB_METRICS, MAX_TENANT_LABELS
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import serving_profile
@@ -98,5 +99,5 @@ def test_label_values_are_limited_and_every_metric_is_documented():
     assert [limit(name) for name in ("a", "b", "c", "a", "d")] == ["a", "b", OTHER, "a", OTHER]
     assert MAX_TENANT_LABELS * len(STAGES) + MAX_ERROR_LABELS * len(STAGES) < 2_000
     text = (DOCS / "online.md").read_text()
-    for name, spec in METRICS.items():
+    for name, spec in JOB_METRICS.items():
         assert f"{name}_total`" in text if spec.kind == "counter" else f"`{name}`" in text

@@ -219,6 +219,12 @@ def test_infeasible_plan_names_the_missing_resource(profile, cluster, error, mes
         plan(profile, make_demand(9), cluster)
 
 
+@pytest.mark.parametrize(("memory_gb", "loads"), [(None, 1), (60, 1), (16 + 3 * 34, 3), (2048, 8)])
+def test_as_many_workers_load_at_once_as_host_memory_allows(memory_gb, loads):
+    cluster = Cluster((Node((80,) * 8, 128, memory_gb),))
+    assert plan(gpu_profile(B6), make_demand(400), cluster).layout.parallel_loads == loads
+
+
 @pytest.mark.parametrize("name", ["gpu-80gb", "gpu-48gb", "gpu-24gb"])
 def test_gpu_profiles_fit_on_their_gpus(name):
     stages = [stage.name for stage in STAGES if name != "gpu-24gb" or stage.actor != "flux"]

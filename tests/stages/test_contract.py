@@ -24,7 +24,7 @@ class Spy:
         value = getattr(self._target, name)
         if name in ("steps", "guidance"):
             return Spy(value, self._seen, f"{name}.")
-        self._seen.add("seed" if name == "generator_seed" else self._prefix + name)
+        self._seen.add("seed" if name in ("required_seed", "derived_seed") else self._prefix + name)
         return value
 
 
@@ -210,3 +210,4 @@ def test_close_is_safe_twice_and_before_load(stage_class, tiny):
     stage.load()
     stage.close()
     stage.close()
+    assert set(vars(stage)) == {"params"}, "weight_attributes names all attributes that load sets"

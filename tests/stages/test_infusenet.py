@@ -104,13 +104,13 @@ def generate_with_face(
 ) -> np.ndarray:
     arguments = TASKS[task](injector.model, shot)
     with injector.inject(embedding, pose, shot, "flux", **options) as pipelines:
-        return getattr(pipelines, task)(**arguments, generator=noise_generator(shot, "flux")).images[0]
+        return getattr(pipelines, task)(**arguments, generator=noise_generator(shot.seed)).images[0]
 
 
 def generate(injector: InfuseNetInjector, shot: Shot, task: str) -> np.ndarray:
     """Generate an image without InfuseNet."""
     arguments = TASKS[task](injector.model, shot)
-    return getattr(injector.model, task)(**arguments, generator=noise_generator(shot, "flux")).images[0]
+    return getattr(injector.model, task)(**arguments, generator=noise_generator(shot.seed)).images[0]
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -287,7 +287,7 @@ def generate_with_diffusers(injector: InfuseNetInjector, shot: Shot, task: str, 
             control_image=PILImage.fromarray(POSE),
             controlnet_conditioning_scale=shot.identity_strength,
             latents=first_latents(injector.model, shot, task),
-            generator=noise_generator(shot, "flux/pose"),
+            generator=noise_generator(shot.derived_seed("flux/pose")),
             **options,
         ).images[0]
 
@@ -298,7 +298,7 @@ def first_latents(model: FluxModel, shot: Shot, task: str) -> torch.Tensor:
     hook = model.text_to_image.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: latents.append(kwargs["hidden_states"]), with_kwargs=True
     )
-    getattr(model, task)(**TASKS[task](model, shot), generator=noise_generator(shot, "flux"))
+    getattr(model, task)(**TASKS[task](model, shot), generator=noise_generator(shot.seed))
     hook.remove()
     return latents[0]
 

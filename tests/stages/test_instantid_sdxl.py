@@ -132,7 +132,7 @@ def test_instantid_sdxl_equals_diffusers(stage, make_shot, negative, strength):
         controlnet_conditioning_scale=0.8 * strength,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
-        generator=noise_generator(shot, "instantid_sdxl"),
+        generator=noise_generator(shot.derived_seed("instantid_sdxl")),
         output_type="np",
     ).images[0]
     image = generate(stage, shot, face(1))
@@ -173,7 +173,7 @@ def test_identity_strength_0_equals_plain_sdxl(stage, make_shot):
         height=64,
         num_inference_steps=STEPS,
         guidance_scale=5.0,
-        generator=noise_generator(shot, "instantid_sdxl"),
+        generator=noise_generator(shot.derived_seed("instantid_sdxl")),
         output_type="np",
     ).images[0]
     assert np.array_equal(generate(stage, shot, face(1)), (expected * 255).round().astype(np.uint8))

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.shot import LoraRef
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
@@ -34,7 +35,7 @@ def plain(pipeline_class, name):
 
 
 def generator(shot, stage):
-    return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
+    return torch.Generator("cpu").manual_seed(STAGE_BY_NAME[stage].generator_seed(shot))
 
 
 def as_uint8(pixels):

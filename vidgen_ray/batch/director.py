@@ -16,6 +16,7 @@ import ray
 
 from vidgen_ray.batch.line_planner import Check, PlannedBlock, unique_shots_of_block
 from vidgen_ray.batch.options import RenderOptions
+from vidgen_ray.batch.run_metrics import RunMetrics
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
@@ -23,10 +24,9 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.engine import Engine
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import PlacedSlot, labels_of, placed_more_slots
+from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed
-from vidgen_ray.engine.run_metrics import RunMetrics
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -363,8 +363,17 @@ class Director:
     # Status
 
     async def _report_status(self) -> None:
+        idle_since, next_message_s = time.monotonic(), FIRST_MESSAGE_S
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
+            if self._engine is None or self.queue or self._rendering or not self._reading:
+                idle_since, next_message_s = time.monotonic(), FIRST_MESSAGE_S
+            elif (idle_s := time.monotonic() - idle_since) >= next_message_s:
+                next_message_s += MESSAGE_INTERVAL_S
+                self._listener.on_message(
+                    f"all shots so far are rendered, and no line has come for {idle_s:.0f} s. Rendering holds "
+                    f"{await self._engine.holdings()}. A step that makes the lines waits forever if it needs more than that"
+                )
             if self._engine is not None:
                 snapshot = self._engine.snapshot()
                 if self._metrics is not None:

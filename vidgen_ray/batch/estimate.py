@@ -33,7 +33,7 @@ class Counts:
     """Lines, with variants expanded."""
     done: int | None
     """Finished shots that are skipped. `None` if the weights needed to look them up are not on this machine."""
-    refused: int
+    rejected: int
     """Rejected lines and lines that cannot be planned."""
     cached_steps: int | None
     """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""

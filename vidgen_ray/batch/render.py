@@ -39,7 +39,7 @@ class RunReport:
     done: int
     failed: int
     skipped: int
-    refused: int
+    rejected: int
     """Rejected lines. They are part of `failed`."""
     left: int
     """Lines read but not started, because the run was stopped."""
@@ -154,7 +154,7 @@ def render_lines(
         done=results.counts["done"],
         failed=results.counts["failed"],
         skipped=results.counts["skipped"],
-        refused=results.refusals,
+        rejected=results.rejected_lines,
         left=director.left,
         seconds=round(time.monotonic() - started, 2),
         gpu_seconds=round(results.gpu_seconds, 2),

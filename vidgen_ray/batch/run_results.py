@@ -49,7 +49,7 @@ class RunResults:
         self._manifest = ManifestWriter(outputs, run, source)
         self._whole_script = False
         self.counts: Counter[str] = Counter(done=0, failed=0, skipped=0)
-        self.refusals = 0
+        self.rejected_lines = 0
         """Lines that failed before rendering. They are part of the failed ones."""
         self.to_render = 0
         self.gpu_seconds = 0.0
@@ -74,7 +74,7 @@ class RunResults:
             )
 
     def rejected(self, line: RejectedLine) -> None:
-        self.refusals += 1
+        self.rejected_lines += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_rejected_line(
             self._run, line.script, line.id, line.origin_line, line.fields.get("prompt"), failure
@@ -83,7 +83,7 @@ class RunResults:
         self._listener.on_rejected(row)
 
     def unplannable(self, line: CheckedLine, failure: Failure) -> None:
-        self.refusals += 1
+        self.rejected_lines += 1
         self._listener.on_rejected(self._failed(line, failure))
 
     def skipped(self, line: CheckedLine, done: DoneShot) -> None:
@@ -107,7 +107,7 @@ class RunResults:
         """Report the lines read so far. `complete`: the script was read to its end."""
         self._whole_script = complete
         self._listener.on_lines(
-            self.to_render + self.counts["skipped"] + self.refusals, self.counts["skipped"], self.refusals, complete
+            self.to_render + self.counts["skipped"] + self.rejected_lines, self.counts["skipped"], self.rejected_lines, complete
         )
 
     def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:

@@ -479,7 +479,7 @@ def validate(
     checked = read_script(_script_settings(script, chosen, fields, characters, mode, 0, None), decode_files=files)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
-        result = {"shots": len(checked.shots), "refused": len(checked.rejected), "errors": errors, "notes": checked.notes}
+        result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
         typer.echo(json.dumps(result))
     else:
         if checked.errors:
@@ -555,7 +555,7 @@ def _render(
         typer.echo(f"vidgen: stopped. {report.left} lines not started. {RESUME}", err=True)
         raise typer.Exit(130)
     if report.failed:
-        nothing_to_render = report.failed == report.refused and not report.done + report.skipped
+        nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
         raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
 
 

@@ -153,9 +153,9 @@ def _considered(planned: Plan) -> Table:
 
 def _line_counts(counts: Counts) -> str:
     if counts.done is None:
-        return f"{counts.refused:,} of {counts.lines:,} rejected; finished shots are unknown without the weights"
+        return f"{counts.rejected:,} of {counts.lines:,} rejected; finished shots are unknown without the weights"
     return (
-        f"{counts.done:,} of {counts.lines:,} already done, {counts.refused:,} rejected, {counts.cached_steps:,} cached stages"
+        f"{counts.done:,} of {counts.lines:,} already done, {counts.rejected:,} rejected, {counts.cached_steps:,} cached stages"
     )
 
 

@@ -55,7 +55,7 @@ class ProgressFile(AbstractContextManager["ProgressFile"]):
                 # Line-buffered: readers that follow the file see complete lines immediately.
                 self._file = self._path.open("a", encoding="utf-8", buffering=1)
         if complete:
-            self._write("planned", total=total, done_before=skipped, refused=rejected)
+            self._write("planned", total=total, skipped=skipped, rejected=rejected)
 
     def on_message(self, message: str) -> None:
         self._write("message", message=message)

@@ -14,10 +14,10 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.health import Health
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.step_groups import OUTPUT, CallResult
+from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
@@ -40,41 +40,49 @@ class _EncodingFailed(Exception):
 class EncoderPool:
     """Encoders of one engine. Create it inside the event loop."""
 
-    def __init__(self, config: EngineConfig, observer: EngineObserver) -> None:
+    def __init__(self, config: EngineConfig, director: str, observer: EngineObserver) -> None:
+        """`director`: name under which the encoders work for this engine; see `Encoder.attach`."""
+        self._director = director
         self._attempts = config.attempts
         self._observer = observer
         self._open: dict[ActorClient, int] = {}
         """Encoder -> open clips."""
-        self._up: dict[ActorClient, asyncio.Future[Failure | None]] = {}
-        """Encoder -> the failure, once it has started, or `None` if it is up."""
         self._changed = asyncio.Event()
         """Set when an encoder has become usable or free."""
         self._isolation_lock = asyncio.Lock()
         self._reserved: ActorClient | None = None
         """Encoder reserved for a clip that may have crashed its encoder."""
-        self._health = Health()
-        self._quarantined: set[ActorClient] = set()
+        self._supervisor = Supervisor(
+            observer,
+            on_up=lambda encoder: self._changed.set(),
+            on_down=lambda encoder: self._changed.set(),
+            on_given_up=lambda encoder, failure: self._changed.set(),
+        )
 
     def add(self, client: ActorClient) -> None:
-        """Add an encoder. It gets clips once it is up."""
+        """Add an encoder. It gets clips once it is up, and closes those of an earlier engine."""
+        client.send("attach", self._director)
         self._open[client] = 0
-        self._start(client, 0.0)
+        self._supervisor.add(client)
+
+    def remove(self, name: str) -> None:
+        """Remove an encoder that is gone for good."""
+        message = f"{name}: its node is lost"
+        self._supervisor.remove(name, Failure(stage=OUTPUT, error="NodeLost", message=message, attempts=1, worker=name))
 
     def close(self) -> None:
         """Cancel the background tasks."""
-        for task in self._up.values():
-            task.cancel()
+        self._supervisor.close()
 
     @property
     def fatal_failure(self) -> Failure | None:
-        """Failure of an encoder if no encoder will come up. `None` if there is hope."""
-        failures = [up.result() for up in self._up.values() if up.done() and not up.cancelled()]
-        return failures[0] if failures and None not in failures and len(failures) == len(self._up) else None
+        """Failure of an encoder if all of them are given up. Otherwise `None`."""
+        return None if self._supervisor.count else next(iter(self._supervisor.given_up.values()), None)
 
     @property
     def quarantined(self) -> list[str]:
         """Encoders in quarantine or given up, with their nodes."""
-        return [client.location for client in self._quarantined]
+        return self._supervisor.quarantined
 
     async def write(
         self,
@@ -102,13 +110,14 @@ class EncoderPool:
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             encoder = failed.process.key
-            if not own_failure:
-                self._health.forgive(encoder, plan.key)
-            elif self._health.failed(encoder, plan.key):
-                self._quarantine(encoder, f"failed to write different shots in a row, the last time with: {failed}")
+            if own_failure:
+                reason = f"failed to write different shots in a row, the last time with: {failed}"
+                self._supervisor.failed(encoder, plan.key, reason)
+            else:
+                self._supervisor.forgive(encoder, plan.key)
 
         def candidates() -> Sequence[Process[ActorClient]]:
-            return [Process(client, client.node) for client in self._usable()]
+            return [Process(client, client.node) for client in self._supervisor.candidates]
 
         return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
@@ -126,22 +135,22 @@ class EncoderPool:
         encoder = await self._acquire(avoid, node, alone=alone)
         process = Process(encoder, encoder.node)
         try:
-            record = await _encode(encoder, plan, artefacts, records, chunks)
+            record = await _encode(encoder, self._director, plan, artefacts, records, chunks)
         except _EncodingFailed as failed:
             raise AttemptFailed(failed.kind, failed.failure, process) from None
         except ActorCallFailed as lost:
-            if encoder in self._usable():
-                self._start(encoder, 0.0)
+            self._supervisor.crashed(encoder)
             raise AttemptFailed(lost.kind, lost.failure(OUTPUT), process, lost.loss) from None
         finally:
             self._open[encoder] -= 1
             self._changed.set()
-        self._health.succeeded(encoder)
+        self._supervisor.succeeded(encoder)
         return record
 
     async def _acquire(self, avoid: frozenset[ActorClient], node: str | None, *, alone: bool) -> ActorClient:
         """Return the least loaded encoder that is up, preferably on `node`. Waits until one is up and free.
 
+        Waits for an encoder that starts if all others are to be avoided.
         `alone`: reserve an encoder without other clips. Raises ShotFailed if no encoder will come up.
         """
 
@@ -150,14 +159,15 @@ class EncoderPool:
 
         while True:
             self._changed.clear()
-            usable = self._usable()
+            usable = self._supervisor.up
             if alone and usable and self._reserved not in usable:
                 self._reserved = min(usable, key=cost)
             if alone:
                 available = [client for client in usable if client is self._reserved and not self._open[client]]
             else:
                 available = [client for client in usable if client is not self._reserved]
-            if available:
+            others_start = any(client not in avoid and client not in usable for client in self._supervisor.candidates)
+            if available and not (others_start and avoid.issuperset(available)):
                 encoder = min(available, key=cost)
                 self._open[encoder] += 1
                 return encoder
@@ -165,38 +175,10 @@ class EncoderPool:
                 raise ShotFailed(self.fatal_failure)
             await self._changed.wait()
 
-    def _usable(self) -> list[ActorClient]:
-        return [client for client, up in self._up.items() if up.done() and up.result() is None]
-
-    def _start(self, encoder: ActorClient, delay_s: float) -> None:
-        self._up[encoder] = asyncio.ensure_future(self._wait_until_ready(encoder, delay_s))
-        self._up[encoder].add_done_callback(lambda _: self._changed.set())
-
-    async def _wait_until_ready(self, encoder: ActorClient, delay_s: float) -> Failure | None:
-        await asyncio.sleep(delay_s)
-        failure = await encoder.ready()
-        if failure is None and encoder.node is not None:
-            self._quarantined.discard(encoder)
-            self._health.started(encoder, encoder.node)
-        return failure
-
-    def _quarantine(self, encoder: ActorClient, reason: str) -> None:
-        """Restart an encoder after a back-off, or give it up."""
-        self._quarantined.add(encoder)
-        delay_s = self._health.quarantine(encoder)
-        self._observer.quarantined(encoder.location, reason)
-        self._up[encoder].cancel()
-        if self._health.is_hopeless(encoder):
-            self._up[encoder] = asyncio.get_running_loop().create_future()
-            self._up[encoder].set_result(encoder.hopeless(reason))
-            self._changed.set()
-            return
-        encoder.restart()
-        self._start(encoder, delay_s)
-
 
 async def _encode(
     encoder: ActorClient,
+    director: str,
     plan: ShotPlan,
     artefacts: Any,
     records: tuple[StepRecord, ...],
@@ -204,7 +186,7 @@ async def _encode(
 ) -> ShotRecord:
     shot_id = plan.shot.id or ""
     # Chunks are processed while the image and the original clip are written.
-    opened = asyncio.ensure_future(_checked_call(encoder, "begin", plan, artefacts))
+    opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, plan, artefacts))
     try:
         chunk_records = []
         if chunks is not None:

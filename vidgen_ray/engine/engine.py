@@ -35,17 +35,22 @@ class Engine:
         observer: EngineObserver,
         more_slots: MoreSlots | None = None,
         on_waiting: Callable[[str], None] = lambda _: None,
+        max_shots: int | None = None,
     ) -> None:
-        """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses."""
+        """`more_slots`: see `Fleet`. `on_waiting` gets what the fleet waits for, such as GPUs that another run uses.
+
+        `max_shots`: maximum number of shots in progress. `None`: the window of the layout, in proportion to its workers.
+        """
         chunk_frames = chunk_frames_of(config.profile, [config.stages[stage] for stage in layout.stages])
         self._layout = layout
         self._workers = WorkerPool(config, layout, observer)
-        self._encoders = EncoderPool(config, observer)
+        self._encoders = EncoderPool(config, str(self._workers.first_call), observer)
         self._runner = ShotRunner(config, self._workers, self._encoders, chunk_frames, observer)
         self._fleet = Fleet(config, self, more_slots)
         self._on_waiting = on_waiting
         store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
-        self.window = Window(layout.window, OBJECT_STORE_SHARE * store_bytes)
+        self._max_shots = max_shots
+        self.window = Window(max_shots or layout.window, OBJECT_STORE_SHARE * store_bytes)
 
     async def start(self, labels: Sequence[Label | None]) -> None:
         """Create the actors. Returns before they have loaded their weights. `labels`: see `fleet.labels_of`.
@@ -59,6 +64,10 @@ class Engine:
         self._workers.close()
         self._encoders.close()
         await self._fleet.stop()
+
+    async def holdings(self) -> str:
+        """Return which GPUs and CPUs the actors that `start` created hold, and what is free."""
+        return await self._fleet.holdings()
 
     def announce(self, plan: ShotPlan) -> None:
         """Tell that this shot will run, so that results which it shares with other shots are computed once."""
@@ -95,6 +104,11 @@ class Engine:
         """Failure after which no shot can be rendered. `None` if there is none."""
         return self._workers.fatal_failure or self._encoders.fatal_failure
 
+    @property
+    def missing_stages(self) -> list[str]:
+        """Stages of the layout that no worker can run now."""
+        return self._workers.missing_stages
+
     def snapshot(self) -> Snapshot:
         """Return the status. Call it at regular intervals: utilizations are averages over the calls."""
         stages, gpus_busy = self._workers.sample_status()
@@ -108,15 +122,23 @@ class Engine:
         client = ActorClient(actor, name)
         client.send("attach", self._workers.first_call)
         self._workers.add(spec, client)
+        self._resize_window()
 
     def worker_lost(self, name: str) -> None:
         self._workers.remove(name)
+        self._resize_window()
+
+    def _resize_window(self) -> None:
+        """Adapt the window to the present workers: slots can start late, be added and be lost."""
+        if self._max_shots is None:
+            share = self._workers.count / len(self._layout.workers)
+            self.window.resize(max(1, round(self._layout.window * share)))
 
     def encoder_started(self, name: str, actor: Any) -> None:
-        """Use an encoder. Clips of an earlier engine are closed."""
-        client = ActorClient(actor, name)
-        client.send("attach", str(self._workers.first_call))
-        self._encoders.add(client)
+        self._encoders.add(ActorClient(actor, name))
+
+    def encoder_lost(self, name: str) -> None:
+        self._encoders.remove(name)
 
     def waiting(self, reason: str | None) -> None:
         if reason is not None:

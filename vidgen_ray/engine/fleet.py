@@ -20,6 +20,7 @@ from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import ray
+from ray._private.state import actors
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -46,6 +47,8 @@ CLOSE_TIMEOUT_S = 5.0
 WITHDRAW_AFTER_S = 10.0
 """Seconds after which the request for an added slot is withdrawn: the GPU that was free is in use."""
 
+DATA_ACTOR = "MapWorker("
+"""Start of the class name of Ray Data's actors, before the name of their step."""
 _UNPLACED = ("PENDING", "PREPARED", "RESCHEDULING")
 """States of a placement group with bundles that have no node."""
 
@@ -72,6 +75,9 @@ class FleetListener(Protocol):
 
     def encoder_started(self, name: str, actor: Any) -> None:
         """Called when an encoder was created. Its process may still start."""
+
+    def encoder_lost(self, name: str) -> None:
+        """Called when an encoder was removed for good, and another one was created."""
 
     def waiting(self, reason: str | None) -> None:
         """Called after 30 s without enough resources, and then every minute. `None`: the fleet waits no longer."""
@@ -121,6 +127,7 @@ class Fleet:
         """Slots of the layout that are requested once the complete set has nodes."""
         self._offered: Cluster | None = None
         """Free resources that `more_slots` was called with last."""
+        self._parallel_loads = 1
         self._keeper: asyncio.Task[None] | None = None
         self._change: asyncio.Future[Any] | None = None
 
@@ -133,6 +140,7 @@ class Fleet:
         slots = list(zip(layout.slots, labels, strict=True))
         first = complete_set(layout.slots)
         self._offered = None
+        self._parallel_loads = layout.parallel_loads
         self._further = [slot for index, slot in enumerate(slots) if index not in first]
         await self._do(self._reserve, [*(slots[index] for index in first), (None, None)], False)
         if all(slot.stages == frozenset(layout.stages) for slot in layout.slots):
@@ -150,6 +158,13 @@ class Fleet:
             # A thread cannot be cancelled. Wait for it, and then remove what it has created.
             await asyncio.wait([self._change])
         await asyncio.to_thread(self._remove_all)
+
+    async def holdings(self) -> str:
+        """Return which GPUs and CPUs the fleet holds, and what is free."""
+        held = _total([reservation for reservation in self._reservations if reservation.unplaced_since is None])
+        held["CPU"] = held.get("CPU", 0.0) + len(self._encoders) * ENCODER_CPUS
+        available = await asyncio.to_thread(ray.available_resources)
+        return f"{_text(held)}; {_text({name: available.get(name, 0) for name in held})} are free"
 
     async def _do(self, change: Callable[..., T], *args: Any) -> T:
         """Create or remove actors and placement groups in a thread: these calls of Ray block."""
@@ -185,7 +200,8 @@ class Fleet:
                     waiting_since, next_message_s = now, FIRST_MESSAGE_S
                 elif now - waiting_since >= next_message_s:
                     next_message_s += MESSAGE_INTERVAL_S
-                    self._listener.waiting(await asyncio.to_thread(_reason, waiting))
+                    placed = [r for r in self._reservations if r.unplaced_since is None]
+                    self._listener.waiting(await asyncio.to_thread(_reason, waiting, placed))
             # Supervision must continue after any error, such as a restart of Ray's head process.
             except Exception:
                 _log.warning("cannot supervise the placement groups, trying again", exc_info=True)
@@ -248,6 +264,8 @@ class Fleet:
             name = self._config.encoder_name(next(self._encoder_numbers))
             self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
             await self._do(_kill, list(lost.values()))
+            for name in lost:
+                self._listener.encoder_lost(name)
 
     def _patience_s(self, reservation: _Reservation) -> float:
         """Return the seconds after which a slot without a node is given up."""
@@ -308,7 +326,7 @@ class Fleet:
         for k, spec in enumerate(reservation.slot.workers):
             name = self._config.worker_name(number, k)
             worker = worker_class().options(name=name, num_cpus=spec.cpus, num_gpus=spec.gpus, scheduling_strategy=place)
-            reservation.actors[name] = worker.remote(self._config, spec)
+            reservation.actors[name] = worker.remote(self._config, spec, self._parallel_loads)
 
     def _create_encoder(self, name: str, place: Any) -> Any:
         encoder = encoder_class().options(name=name, num_cpus=ENCODER_CPUS, scheduling_strategy=place).remote(self._config)
@@ -369,21 +387,39 @@ def _resources(slot: Slot | None) -> dict[str, float]:
     return {"CPU": slot.cpus, **({"GPU": 1} if slot.has_gpu else {})}
 
 
-def _reason(waiting: Sequence[_Reservation]) -> str:
-    """Return what these reservations wait for, and what the cluster has."""
-    needed: Counter[str] = Counter()
-    for reservation in waiting:
-        needed.update(_resources(reservation.slot))
+def _reason(waiting: Sequence[_Reservation], placed: Sequence[_Reservation]) -> str:
+    """Return what these reservations wait for, what the cluster has, and what is not held by the `placed` ones."""
+    needed, own = _total(waiting), _total(placed)
     in_cluster, available = ray.cluster_resources(), ray.available_resources()
     total, free = (_text({name: amounts.get(name, 0) for name in needed}) for amounts in (in_cluster, available))
     kinds = Counter(map(str, waiting)).items()
     listed = ", ".join(f"{number} {kind if number == 1 else kind.replace('slot', 'slots')}" for kind, number in kinds)
     reason = f"waiting for {_text(needed)} ({listed}): the cluster has {total}, {free} are free"
+    held = {name: max(0.0, round(in_cluster.get(name, 0) - available.get(name, 0) - own.get(name, 0), 2)) for name in needed}
+    if any(held.values()):
+        reason += f"; others hold {_text(held)}{_data_steps()}"
     nodes = [node for node in ray.nodes() if node["Alive"]]
     for reservation in {str(r): r for r in waiting if not any(_could_hold(node, r) for node in nodes)}.values():
         label = f" and the label {'='.join(reservation.label)}" if reservation.label else ""
         reason += f". No node has {_text(_resources(reservation.slot))}{label}, which one {reservation} needs"
     return reason
+
+
+def _total(reservations: Sequence[_Reservation]) -> dict[str, float]:
+    """Return the resources of all these reservations."""
+    total: dict[str, float] = {}
+    for reservation in reservations:
+        for name, amount in _resources(reservation.slot).items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _data_steps() -> str:
+    """Return which steps of Ray Data pipelines have actors. They hold their resources while rows flow."""
+    alive = (actor["ActorClassName"] for actor in actors().values() if actor["State"] == "ALIVE")
+    steps = Counter(name.removeprefix(DATA_ACTOR).removesuffix(")") for name in alive if name.startswith(DATA_ACTOR))
+    listed = ", ".join(f"{step} with {count} actor{'' if count == 1 else 's'}" for step, count in steps.items())
+    return f", among them the steps of data sets: {listed}" if listed else ""
 
 
 def _could_hold(node: Mapping[str, Any], reservation: _Reservation) -> bool:

@@ -28,8 +28,8 @@ class _Record:
     node: str | None = None
     failed_shots: list[Hashable] = field(default_factory=list)
     """Shots that failed in a row, in order, without repetition."""
-    quarantines: int = 0
-    """Quarantines in a row."""
+    quarantines: list[tuple[Hashable, ...]] = field(default_factory=list)
+    """Quarantines in a row: for each, the shots that failed before it. Empty if its node was quarantined."""
     quarantined: bool = False
 
 
@@ -48,7 +48,7 @@ class Health:
     def succeeded(self, process: Hashable) -> None:
         record = self._records[process]
         record.failed_shots.clear()
-        record.quarantines = 0
+        record.quarantines.clear()
 
     def failed(self, process: Hashable, shot: Hashable) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
@@ -63,24 +63,28 @@ class Health:
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
 
     def forgive(self, process: Hashable, shot: Hashable) -> None:
-        """Remove a failure that was the fault of the shot: it failed in the same way elsewhere."""
+        """Remove a failure that was the fault of the shot: it failed in the same way elsewhere.
+
+        A quarantine to which it has led does not count any more.
+        """
         record = self._records[process]
         if shot in record.failed_shots:
             record.failed_shots.remove(shot)
+        record.quarantines = [shots for shots in record.quarantines if shot not in shots]
 
     def quarantine(self, process: Hashable) -> float:
         """Quarantine a process. Return the seconds before its restart."""
         record = self._records[process]
         record.quarantined = True
-        record.quarantines += 1
-        return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (record.quarantines - 1)))
+        record.quarantines.append(tuple(record.failed_shots))
+        return float(min(MAX_BACK_OFF_S, BACK_OFF_S * 2 ** (len(record.quarantines) - 1)))
 
     def is_on_probation(self, process: Hashable) -> bool:
-        return self._records[process].quarantines > 0
+        return bool(self._records[process].quarantines)
 
     def is_hopeless(self, process: Hashable) -> bool:
         """Return whether the process was quarantined too often in a row to try it again."""
-        return self._records[process].quarantines >= MAX_QUARANTINES
+        return len(self._records[process].quarantines) >= MAX_QUARANTINES
 
     def sick_node(self, process: Hashable) -> str | None:
         """Return the node of the process if it must be quarantined as a whole, because half of them are."""

@@ -11,7 +11,7 @@ of worker and load, however many workers and calls there are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class _Reservation:
 class Scheduler:
     """Queue of waiting work, and its assignment to workers. Events of workers that were removed are ignored."""
 
-    def __init__(self, workers: Iterable[WorkerState], positions: Mapping[str, int]) -> None:
+    def __init__(self, positions: Mapping[str, int]) -> None:
         """`positions`: stage name -> position in the graph."""
         self._positions = positions
         self._queues: dict[str, StageQueue] = {}
@@ -85,13 +85,11 @@ class Scheduler:
         self._indexed: dict[WorkerState, _Alike] = {}
         self._reservations: dict[str, _Reservation] = {}
         """Stage -> reservation for its oldest suspect."""
-        for worker in workers:
-            self.add_worker(worker)
 
     # Workers
 
     def add_worker(self, worker: WorkerState) -> None:
-        """Add a worker. It gets work after `started`, or at once if it is live."""
+        """Add a worker. It gets work after `started`."""
         stages = sorted(worker.spec.stages, key=self._positions.__getitem__, reverse=True)
         kind = _Kind(tuple(stages), worker.spec.swap_groups)
         if kind not in self._kinds:
@@ -99,9 +97,6 @@ class Scheduler:
         self._workers[worker] = self._kinds.index(kind)
         for stage in worker.spec.stages:
             self._holders.setdefault(stage, {})[worker] = None
-        if worker.live:
-            worker.live = False
-            self.started(worker)
 
     def remove_worker(self, worker: WorkerState) -> None:
         """Remove a worker that does not come back. Its assigned work is forgotten, as after a crash."""

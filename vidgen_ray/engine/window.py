@@ -20,15 +20,25 @@ class Window:
 
     def __init__(self, shots: int, max_bytes: float) -> None:
         """`shots`: maximum number of shots. `max_bytes`: maximum of their bytes; one shot may exceed it if it is alone."""
-        self.shots = shots
+        self._shots = shots
         self._max_bytes = max_bytes
         self._open = 0
         self._bytes = 0
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
 
     @property
+    def shots(self) -> int:
+        """Maximum number of shots."""
+        return self._shots
+
+    @property
     def in_progress(self) -> int:
         return self._open
+
+    def resize(self, shots: int) -> None:
+        """Change the maximum number of shots. If more are in progress, no shot is admitted until enough of them have ended."""
+        self._shots = shots
+        self._admit_waiting()
 
     @asynccontextmanager
     async def admit(self, size: int) -> AsyncIterator[None]:
@@ -54,7 +64,7 @@ class Window:
             self._leave(size)
 
     def _has_room(self, size: int) -> bool:
-        return self._open < self.shots and (not self._open or self._bytes + size <= self._max_bytes)
+        return self._open < self._shots and (not self._open or self._bytes + size <= self._max_bytes)
 
     def _enter(self, size: int) -> None:
         self._open += 1

@@ -42,7 +42,7 @@ class WorkerState:
     spec: WorkerSpec
     adapters_kept: int
     """Maximum number of active LoRAs."""
-    live: bool = False
+    live: bool = field(init=False, default=False)
     """The process is up and has loaded its weights."""
     node: str | None = None
     """Node of the process. May change while the worker is not live."""

@@ -51,10 +51,12 @@ class ActorPlace:
 class Worker:
     """Actor that holds stages in memory and runs one call at a time."""
 
-    def __init__(self, config: EngineConfig, spec: WorkerSpec) -> None:
+    def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
+        """`parallel_loads`: maximum number of processes of this machine that load weights at once."""
         self._lock = threading.Lock()
         self._config = config
         self._spec = spec
+        self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
         self._progress: tuple[int, Progress] | None = None
         self._running: tuple[int, float] | None = None
@@ -169,7 +171,7 @@ class Worker:
                 cache = config.cache.open(config.outputs.stage_cache)
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
                 # On a machine without GPUs, the weights stay where they are loaded.
-                with load_lock() if spec.gpus else nullcontext():
+                with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
                     runner.load()
                 self._loaded = runner
             except Exception as error:

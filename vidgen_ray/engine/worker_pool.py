@@ -1,4 +1,4 @@
-"""Workers of an engine: send each call to a suitable worker, retry it elsewhere, and quarantine workers that keep failing.
+"""Workers of an engine: send each call to a suitable worker, and retry it elsewhere.
 
 Runs in the engine's event loop. Independent of what is called.
 """
@@ -20,11 +20,11 @@ import ray
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.health import Health
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
 from vidgen_ray.engine.step_groups import CallResult
+from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import Layout, WorkerSpec
@@ -33,12 +33,6 @@ BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
 NODE_LOST = "node"
 """Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
-LOAD_ATTEMPTS = 3
-"""Attempts to load the weights, each in a new process, before a worker is given up."""
-LOAD_BACK_OFF_S = 1.0
-"""Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
-SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
-"""Errors of a first load that another attempt cannot avoid."""
 MIN_SLOW_S = 10.0
 SLOW_FACTOR = 5.0
 """A call that has run longer than both MIN_SLOW_S and SLOW_FACTOR times the longest recent call of its stage may hang. The work
@@ -67,14 +61,13 @@ class WorkerPool:
         self._layout = layout
         self._observer = observer
         self._adapters_kept = max_loras(config.profile)
-        self._scheduler = Scheduler((), {stage.name: n for n, stage in enumerate(STAGES)})
+        self._scheduler = Scheduler({stage.name: n for n, stage in enumerate(STAGES)})
+        self._supervisor = Supervisor(
+            observer, on_up=self._worker_up, on_down=self._worker_down, on_given_up=self._worker_given_up
+        )
         self._clients: dict[WorkerState, ActorClient] = {}
+        self._workers: dict[ActorClient, WorkerState] = {}
         self._assigned: dict[Work, asyncio.Future[WorkerState]] = {}
-        self._starting: dict[WorkerState, asyncio.Task[None]] = {}
-        self._health = Health()
-        self._quarantined: set[WorkerState] = set()
-        self._given_up: dict[WorkerState, None] = {}
-        """Workers that are not used any more, in order."""
         self._fatal_failure: Failure | None = None
         self._seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT_CALLS))
         """First stage of a call -> durations of the last calls."""
@@ -95,20 +88,23 @@ class WorkerPool:
     def add(self, spec: WorkerSpec, client: ActorClient) -> None:
         """Add a worker. It gets calls once it has loaded its weights."""
         worker = WorkerState(spec, self._adapters_kept)
-        self._clients[worker] = client
+        self._clients[worker], self._workers[client] = client, worker
         self._scheduler.add_worker(worker)
-        self._start(worker)
+        self._supervisor.add(client)
+        lost = self._fatal_failure is not None and self._fatal_failure.stage == NODE_LOST
+        if lost and all(map(self._scheduler.holders, self._layout.stages)):
+            # Another node has come.
+            self._fatal_failure = None
 
     def remove(self, name: str) -> None:
         """Remove a worker that is gone for good."""
-        for worker in [worker for worker, client in self._clients.items() if client.name == name]:
-            message = f"{name}: its node is lost, and no other node has room"
-            self._give_up(worker, Failure(stage=NODE_LOST, error="NodeLost", message=message, attempts=1, worker=name))
+        message = f"{name}: its node is lost, and no other node has room"
+        failure = Failure(stage=NODE_LOST, error="NodeLost", message=message, attempts=1, worker=name)
+        self._supervisor.remove(name, failure)
 
     def close(self) -> None:
         """Cancel the background tasks."""
-        for task in self._starting.values():
-            task.cancel()
+        self._supervisor.close()
         for _, timer in self._watched.values():
             timer.cancel()
 
@@ -118,9 +114,19 @@ class WorkerPool:
         return self._fatal_failure
 
     @property
+    def count(self) -> int:
+        """Number of workers that are not given up."""
+        return self._supervisor.count
+
+    @property
+    def missing_stages(self) -> list[str]:
+        """Stages of the layout without a worker that has loaded its weights."""
+        return [stage for stage in self._layout.stages if not any(worker.live for worker in self._scheduler.holders(stage))]
+
+    @property
     def quarantined(self) -> list[str]:
         """Workers in quarantine or given up, with their nodes."""
-        return [self._clients[worker].location for worker in (*self._quarantined, *self._given_up)]
+        return self._supervisor.quarantined
 
     def can_fuse(self, first: str, *others: str) -> bool:
         """Return whether every worker with the first stage, started or not, can run all these stages in one call."""
@@ -152,12 +158,12 @@ class WorkerPool:
             return await self._attempt(worker, work, timeout_s, method, plan, *args, on_progress=on_progress)
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
-            worker = failed.process.key
-            if not own_failure:
-                self._health.forgive(worker, requested.order)
-            elif self._health.failed(worker, requested.order):
-                stage = requested.stage
-                self._quarantine(worker, f"failed for {stage} on different shots in a row, the last time with: {failed}")
+            client = self._clients[failed.process.key]
+            if own_failure:
+                reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
+                self._supervisor.failed(client, requested.order, reason)
+            else:
+                self._supervisor.forgive(client, requested.order)
 
         def candidates() -> Sequence[Process[WorkerState]]:
             holders = self._scheduler.holders(requested.stage)
@@ -196,7 +202,7 @@ class WorkerPool:
                 if result.context_broken:
                     client.restart()
                 if result.context_broken or result.load_failed:
-                    self._mark_down(worker)
+                    self._supervisor.crashed(client)
                 # A load that failed before this call is not a failure of the shot.
                 kind = Kind.NOT_RUN if result.load_failed else result.kind
                 raise AttemptFailed(kind, result.failure, process)
@@ -208,14 +214,14 @@ class WorkerPool:
             busy = False
             raise
         except ActorCallFailed as lost:
-            self._mark_down(worker)
+            self._supervisor.crashed(client)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), Process(worker, worker.node), lost.loss) from None
         finally:
             del self._recalled[work]
             if busy:
                 self._finished(worker, work)
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
-        self._health.succeeded(worker)
+        self._supervisor.succeeded(client)
         self._scheduler.set_probation(worker, False)
         return result, RemoteArtefacts(output, worker)
 
@@ -281,8 +287,7 @@ class WorkerPool:
         self._assign_waiting()
 
     def _is_starting(self, worker: WorkerState) -> bool:
-        """Return whether the worker starts, and not because it was quarantined."""
-        return worker in self._starting and worker not in self._quarantined
+        return self._supervisor.is_starting(self._clients[worker])
 
     def _must_wait(self, work: Work) -> bool:
         """Return whether all live workers have failed for the work, but another one starts."""
@@ -322,82 +327,32 @@ class WorkerPool:
                 future.set_result(worker)
                 self._watch(worker)
 
-    # Crashes, restarts and quarantine
+    # Events of the supervisor
 
-    def _mark_down(self, worker: WorkerState) -> None:
-        """Mark a worker as down until a process has loaded its weights. Waiting work goes to other workers."""
-        if worker.live and worker not in self._given_up:
-            self._scheduler.crashed(worker)
-            self._start(worker)
-
-    def _quarantine(self, worker: WorkerState, reason: str) -> None:
-        """Restart a worker after a back-off, or give it up. If several workers of its node are sick, the rest follows."""
-        if worker in self._quarantined or worker in self._given_up:
-            return
-        client = self._clients[worker]
-        self._quarantined.add(worker)
-        delay_s = self._health.quarantine(worker)
-        self._observer.quarantined(client.location, reason)
+    def _worker_up(self, client: ActorClient) -> None:
+        worker = self._workers[client]
+        worker.node = client.node
+        self._scheduler.set_probation(worker, self._supervisor.is_on_probation(client))
+        self._scheduler.started(worker)
+        self._assign_waiting()
         self._notify()
-        if self._health.is_hopeless(worker):
-            self._give_up(worker, client.hopeless(reason))
-            return
-        starting = self._starting.pop(worker, None)
-        if starting is not None:
-            starting.cancel()
-        if worker.live:
-            self._scheduler.crashed(worker)
-        client.restart()
-        self._start(worker, delay_s)
-        if (node := self._health.sick_node(worker)) is not None:
-            for other in [other for other in self._clients if other.node == node and other is not worker]:
-                self._quarantine(other, "several workers of its node are quarantined")
 
-    def _start(self, worker: WorkerState, delay_s: float = 0.0) -> None:
-        if worker not in self._starting:
-            self._starting[worker] = asyncio.ensure_future(self._wait_until_ready(worker, delay_s))
+    def _worker_down(self, client: ActorClient) -> None:
+        """Give waiting work to other workers until a process has loaded its weights."""
+        if self._workers[client].live:
+            self._scheduler.crashed(self._workers[client])
+        self._notify()
 
-    async def _wait_until_ready(self, worker: WorkerState, delay_s: float) -> None:
-        client = self._clients[worker]
-        await asyncio.sleep(delay_s)
-        is_first = client.place is None
-        for number in count(1):
-            failure = await client.ready()
-            if failure is None:
-                self._starting.pop(worker, None)
-                self._quarantined.discard(worker)
-                assert client.place is not None
-                self._health.started(worker, client.place.node)
-                worker.node = client.place.node
-                self._scheduler.set_probation(worker, self._health.is_on_probation(worker))
-                self._scheduler.started(worker)
-                self._assign_waiting()
-                self._notify()
-                return
-            if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:
-                self._starting.pop(worker, None)
-                self._give_up(worker, failure)
-                return
-            self._observer.quarantined(client.location, f"cannot load its weights: {failure.message}")
-            client.restart()
-            await asyncio.sleep(LOAD_BACK_OFF_S * 2 ** (number - 1))
-
-    def _give_up(self, worker: WorkerState, failure: Failure) -> None:
+    def _worker_given_up(self, client: ActorClient, failure: Failure) -> None:
         """Stop to use a worker. Fails all shots if it was the last one with a stage."""
-        if worker.live:
-            self._scheduler.crashed(worker)
+        worker = self._workers[client]
         self._scheduler.remove_worker(worker)
-        self._quarantined.discard(worker)
-        self._given_up[worker] = None
-        if any(not self._holders(stage) for stage in worker.spec.stages):
+        if any(not self._scheduler.holders(stage) for stage in worker.spec.stages):
             self._fatal_failure = failure
             for future in self._assigned.values():
                 if not future.done():
                     future.set_exception(ShotFailed(failure))
         self._notify()
-
-    def _holders(self, stage: str) -> list[WorkerState]:
-        return [worker for worker in self._clients if stage in worker.spec.stages and worker not in self._given_up]
 
     # Status
 

@@ -8,7 +8,8 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,7 +29,7 @@ from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.planner import Cluster, cpus_needed, load_calibration, parse_gpus, plan
+from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import load_profile
@@ -37,6 +38,8 @@ from vidgen_ray.stages.base import Stage
 APP = "vidgen"
 API = "Api"
 API_CPUS = 0.25
+DIRECTOR_TIMEOUT_S = 2.0
+"""Seconds that the director may take to say what is missing."""
 API_REQUESTS = 1_000
 """Concurrent requests per replica. Event streams stay open as long as their jobs run."""
 
@@ -48,7 +51,6 @@ class ServerPlan:
     settings: OnlineSettings
     serving_profile: ServingProfile
     layout: Layout
-    """Its `window` is the maximum number of running jobs."""
     labels: tuple[Label | None, ...]
     """Label of the node of each slot; see `fleet.labels_of`."""
     stage_seconds: Mapping[str, float] | None
@@ -70,12 +72,16 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     if settings.layout is not None:
         configured = configured.model_copy(update={"layout": settings.layout})
     served = serving_profile(configured)
-    profile = served.profile
     cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
-    chosen = plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card))
-    layout = replace(chosen.layout, window=settings.in_progress or chosen.layout.window)
+    chosen = plan_for(served, cluster)
     stage_seconds = None if settings.gpus else chosen.stage_seconds
-    return ServerPlan(settings, served, layout, tuple(labels_of(chosen, cluster)), stage_seconds)
+    return ServerPlan(settings, served, chosen.layout, tuple(labels_of(chosen, cluster)), stage_seconds)
+
+
+def plan_for(served: ServingProfile, cluster: Cluster) -> Plan:
+    """Plan the layout of a server. Raises ProfileError and SetupError as the planner does."""
+    profile = served.profile
+    return plan(profile, served.demand(), cluster, calibration=load_calibration(profile.name, cluster.card))
 
 
 def build(args: OnlineSettings) -> Application:
@@ -96,7 +102,8 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         # Streamed images are read from the cache while a job runs, and lost artefacts are taken from it.
         cache=CacheSettings("all", wait=True),
     )
-    director = director_application(config, settings, server.layout, server.labels, server.stage_seconds)
+    make_plan = partial(plan_for, server.serving_profile)
+    director = director_application(config, settings, server.layout, server.labels, server.stage_seconds, make_plan)
     # Passed to the replica, which may run on another machine without the keys file. Without keys it would require none.
     keys = load_keys(settings.keys_file, settings.limits)
     return serve.deployment(
@@ -123,20 +130,22 @@ class Api:
 
     def __serve_build_asgi_app__(self) -> Any:
         store = open_store(self._settings)
+        director = DirectorClient(self._director)
         return make_app(
             self._settings,
             store,
             self._outputs,
             self._serving_profile,
             self._keys,
-            accepted=DirectorNotifier(self._director).notify,
+            accepted=director.notify,
+            missing=director.missing,
         )
 
 
-class DirectorNotifier:
-    """Wakes the director, with at most one call at a time, so that calls do not pile up while it is down.
+class DirectorClient:
+    """Client of the director. Use it inside an event loop.
 
-    Use it inside an event loop.
+    It wakes the director with at most one call at a time, so that calls do not pile up while it is down.
     """
 
     def __init__(self, director: Any) -> None:
@@ -155,3 +164,11 @@ class DirectorNotifier:
             # A restarted director polls the store anyway.
             with suppress(ray.exceptions.RayError, RayServeException):
                 await self._director.wake.remote()
+
+    async def missing(self) -> str | None:
+        """Return what the server lacks to run jobs. `None` if nothing is missing."""
+        try:
+            missing: str | None = await asyncio.wait_for(self._director.missing.remote(), DIRECTOR_TIMEOUT_S)
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return "the director does not respond; it starts again by itself"
+        return missing

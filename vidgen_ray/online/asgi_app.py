@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -30,6 +30,11 @@ from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
 
+
+async def _nothing() -> None:
+    """Default of `missing`: there is no director to ask."""
+
+
 DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of OpenAI's API.
 
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
@@ -45,9 +50,12 @@ def make_app(
     keys: ApiKeys,
     *,
     accepted: NotifyDirector = lambda: None,
+    missing: Callable[[], Awaitable[str | None]] = _nothing,
     page: bool = True,
 ) -> FastAPI:
     """Return the app of a server: its API and, with `page`, its web page. `accepted` is called when the director has new work.
+
+    `missing` returns what the server lacks to run jobs, for `/readyz`.
 
     Raises SetupError for a missing LoRA file.
     """
@@ -64,6 +72,7 @@ def make_app(
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
         face_check=FaceCheck(serving_profile),
         started_at=int(time.time()),
+        missing=missing,
     )
     app = _empty_app(settings, store)
     app.state.server = server

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -12,6 +12,7 @@ from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.workers import Workers
+from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.planner.solver import DIRECTOR_CPUS
@@ -29,14 +30,15 @@ def director_application(
     layout: Layout,
     labels: Sequence[Label | None],
     stage_seconds: Mapping[str, float] | None = None,
+    make_plan: Callable[[Cluster], Plan] | None = None,
 ) -> Application:
     """Return the application of the director and the deployment that it calls.
 
-    `layout`: its `window` is the maximum number of running jobs. `labels`, `stage_seconds`: see `Workers`.
+    `labels`, `stage_seconds`, `make_plan`: see `Workers`.
     """
     workers = serve.deployment(
         Workers, name=WORKERS, num_replicas=1, ray_actor_options={"num_cpus": WORKERS_CPUS}, **HEALTH
-    ).bind(config, layout, labels, stage_seconds)
+    ).bind(config, layout, labels, stage_seconds, make_plan)
     return serve.deployment(
         JobDirector,
         name=DIRECTOR,

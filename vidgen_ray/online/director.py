@@ -26,6 +26,7 @@ from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
@@ -82,15 +83,16 @@ class JobDirector:
     """Director of a server. Create it inside an event loop."""
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
-        """`layout`: its `window` is the maximum number of running jobs. `workers`: handle of the Workers deployment."""
+        """`layout`: the planned one; `workers`, the handle of the Workers deployment, may have another one by now."""
         self._config = config
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
         self._store = open_store(settings, durable=False)
-        self._in_progress = layout.window
-        self._metrics = ServerMetrics()
-        self._engine = Engine(config, layout, self._metrics)
+        self._max_jobs = settings.in_progress
+        self._metrics = ServerMetrics(config.profile.name)
+        self._engine = Engine(config, layout, self._metrics, max_shots=self._max_jobs)
+        self._actors = Actors("", 0, {}, {}, layout)
         self._workers = workers
         self.owner = f"{os.uname().nodename}:{os.getpid()}:{time.time_ns()}"
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -127,20 +129,30 @@ class JobDirector:
         self._draining = True
         if self._running and grace_s:
             await asyncio.wait(list(self._running.values()), timeout=grace_s)
-        unfinished = dict(self._running)
-        for task in unfinished.values():
+        return await self._requeue(dict(self._running))
+
+    async def _requeue(self, jobs: Mapping[str, asyncio.Task[None]]) -> int:
+        """Stop these running jobs, and put them back into the queue. Return how many there were."""
+        for task in jobs.values():
             task.cancel()
-        if unfinished:
-            await asyncio.wait(list(unfinished.values()))
-            await asyncio.to_thread(self._store.queue.release, self.owner, list(unfinished))
-        return len(unfinished)
+        if jobs:
+            await asyncio.wait(list(jobs.values()))
+            await asyncio.to_thread(self._store.queue.release, self.owner, list(jobs))
+        return len(jobs)
+
+    async def missing(self) -> str | None:
+        """Return the stages that no worker can run now, and what the server waits for. `None` if nothing is missing."""
+        if not (stages := self._engine.missing_stages):
+            return None
+        return f"no worker for {', '.join(stages)}: {self._actors.waiting or 'the weights are loading'}"
 
     async def check_health(self) -> None:
         """Raise RuntimeError if this process must be replaced.
 
-        That is if no worker is left for a stage, the store has not responded for too long, or a background task has stopped.
+        That is if every worker of a stage has failed, the store has not responded for too long, or a background task has
+        stopped. If the last worker of a stage is lost with its node, the jobs wait for another layout.
         """
-        if (failure := self._engine.fatal_failure) is not None:
+        if (failure := self._engine.fatal_failure) is not None and not self._engine.needs_other_layout:
             raise RuntimeError(f"{failure.stage}: {failure.message}")
         if (silent_s := time.monotonic() - self._last_poll) > MAX_STORE_SILENCE_S:
             raise RuntimeError(f"the job store has not responded for {silent_s:.0f} s")
@@ -156,20 +168,23 @@ class JobDirector:
     # Workers
 
     async def _attach_workers(self) -> None:
-        """Use the workers and encoders that the Workers deployment has. Raises RuntimeError if it has been replaced."""
-        actors = Actors("", 0, {}, {})
+        """Use the workers and encoders that the Workers deployment has."""
         while True:
             # While it starts, the call waits.
             with suppress(ray.exceptions.RayError, RayServeException):
-                changed: Actors | None = await self._workers.actors.remote(actors.owner, actors.version)
+                known = self._actors
+                changed: Actors | None = await self._workers.actors.remote(known.owner, known.version)
                 if changed is not None:
-                    self._use(changed, actors)
-                    actors = changed
+                    await self._use(changed, known)
             await asyncio.sleep(ATTACH_INTERVAL_S)
 
-    def _use(self, actors: Actors, before: Actors) -> None:
-        if before.owner not in ("", actors.owner):
-            raise RuntimeError("the workers have been replaced by new ones")
+    async def _use(self, actors: Actors, before: Actors) -> None:
+        self._actors = actors
+        assert actors.layout is not None
+        is_first = before.owner == "" and before.layout == actors.layout
+        if not is_first and (before.owner, before.generation) != (actors.owner, actors.generation):
+            await self._replace_engine(actors.layout)
+            before = Actors("", 0, {}, {})
         for name, (spec, actor) in actors.workers.items():
             if name not in before.workers:
                 self._engine.worker_started(name, spec, actor)
@@ -178,6 +193,16 @@ class JobDirector:
                 self._engine.encoder_started(name, encoder)
         for name in before.workers.keys() - actors.workers.keys():
             self._engine.worker_lost(name)
+        for name in before.encoders.keys() - actors.encoders.keys():
+            self._engine.encoder_lost(name)
+
+    async def _replace_engine(self, layout: Layout) -> None:
+        """Use an engine for new workers with this layout. Running jobs are queued again: their workers are gone."""
+        running = dict(self._running)
+        old, self._engine = self._engine, Engine(self._config, layout, self._metrics, max_shots=self._max_jobs)
+        await self._requeue(running)
+        await old.stop()
+        self._woken.set()
 
     # The store
 
@@ -203,8 +228,8 @@ class JobDirector:
                 self._running[job_id].cancel()
 
     async def _claim(self) -> None:
-        free = self._in_progress - len(self._running)
-        if free <= 0 or self._draining:
+        free = self._engine.window.shots - len(self._running)
+        if free <= 0 or self._draining or self._engine.fatal_failure is not None:
             return
         jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
         if self._draining:
@@ -267,12 +292,11 @@ class JobDirector:
                 raise
             await self._finish(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *claim))
         except ShotFailed as failed:
-            if self._engine.fatal_failure is None:
+            if self._engine.fatal_failure is None and failed.failure.stage != NODE_LOST:
                 error = error_of(failed.failure, failed.kind)
                 await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error))
             else:
-                # Not the job's fault. The next director runs it.
-                self._draining = True
+                # Not the job's fault. It runs with the next layout or the next director.
                 await asyncio.to_thread(self._store.queue.release, self.owner, [job.id])
         # An invalid shot or a bug in vidgen fails the job, not the server.
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from vidgen_ray.online.api_error import ApiError
@@ -31,6 +32,8 @@ class ServerContext:
     face_check: FaceCheck
     started_at: int
     """Seconds since 1970."""
+    missing: Callable[[], Awaitable[str | None]]
+    """Returns what the server lacks to run jobs. `None` if nothing is missing."""
 
     @property
     def models(self) -> dict[str, dict[str, str]]:

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from vidgen_ray.engine import fleet
 from vidgen_ray.engine.actor_client import ActorClient
 from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.fleet import Fleet, placed_more_slots
-from vidgen_ray.errors import SetupError
+from vidgen_ray.engine.fleet import Fleet, labels_of, placed_more_slots
+from vidgen_ray.engine.ray_cluster import LiveCluster, live_cluster
+from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.outputs.records import Failure
+from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, WorkerSpec
 
 log = logging.getLogger("ray.serve")
+
+REPLAN_POLL_S = 10.0
+"""Seconds between two checks whether a stage has no worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,12 @@ class Actors:
     """Name -> stages and actor."""
     encoders: dict[str, Any]
     """Name -> actor."""
+    layout: Layout | None = None
+    """Layout of these workers. `None` if there is none yet."""
+    generation: int = 0
+    """Number of this layout. With the next one, all workers and encoders are new."""
+    waiting: str | None = None
+    """Reason why the fleet waits. `None` if it does not wait."""
 
 
 class Workers:
@@ -49,24 +63,81 @@ class Workers:
         layout: Layout,
         labels: Sequence[Label | None],
         stage_seconds: Mapping[str, float] | None = None,
+        make_plan: Callable[[Cluster], Plan] | None = None,
     ) -> None:
         """`labels`: see `fleet.labels_of`. `stage_seconds`: stage -> mean seconds per shot, to add slots for GPUs that become
-        free; `None` adds none. Raises SetupError if no worker can load the weights of a stage.
+        free; `None` adds none. `make_plan` plans another layout if the last worker with a stage is lost with its node; with
+        `None`, the server waits for another node. Raises SetupError if no worker can load the weights of a stage.
         """
         # Actors of a crashed predecessor may still have their names.
         owner = secrets.token_hex(4)
-        self._actors = Actors(owner, 0, {}, {})
-        self._layout = layout
-        self._loads: dict[str, asyncio.Task[Failure | None]] = {}
+        self._config = config
         self._changed = asyncio.Event()
-        more = None if stage_seconds is None else partial(placed_more_slots, stage_seconds)
-        self._fleet = Fleet(replace(config, name=f"{config.name}-{owner}"), self, more)
-        await self._fleet.start(layout, labels)
+        self._actors = Actors(owner, 0, {}, {})
+        self._loads: dict[str, asyncio.Task[Failure | None]] = {}
+        await self._start(layout, labels, stage_seconds)
+        self._replanning = None if make_plan is None else asyncio.create_task(self._replan_if_incomplete(make_plan))
         await self._wait_until_ready()
+
+    async def _start(self, layout: Layout, labels: Sequence[Label | None], stage_seconds: Mapping[str, float] | None) -> None:
+        """Start the fleet of a layout."""
+        self._layout, self._labels, self._grows = layout, list(labels), stage_seconds is not None
+        for load in self._loads.values():
+            load.cancel()
+        self._loads = {}
+        # A fleet that waits for other users of the cluster gets as much time as one that waits for a lost node. If the settings
+        # name the GPUs, Ray's autoscaler may still start them.
+        self._replan_at = time.monotonic() + fleet.LAST_LOST_AFTER_S if self._grows else math.inf
+        generation = self._actors.generation + 1
+        self._change(workers={}, encoders={}, layout=layout, generation=generation, waiting=None)
+        more = None if stage_seconds is None else partial(placed_more_slots, stage_seconds)
+        name = f"{self._config.name}-{self._actors.owner}-{generation}"
+        self._fleet = Fleet(replace(self._config, name=name), self, more)
+        await self._fleet.start(layout, labels)
 
     async def actors(self, owner: str, version: int) -> Actors | None:
         """Return the workers and encoders. `None` if the caller has this version of this owner already."""
         return None if (owner, version) == (self._actors.owner, self._actors.version) else self._actors
+
+    # Lost stages
+
+    async def _replan_if_incomplete(self, make_plan: Callable[[Cluster], Plan]) -> None:
+        """Start another layout when a stage has had no worker for too long."""
+        last_reason = None
+        while True:
+            await asyncio.sleep(REPLAN_POLL_S)
+            if not self._missing_stages() or time.monotonic() < self._replan_at:
+                continue
+            try:
+                await self._start_other_layout(make_plan)
+            # The nodes that are left are too few, or one has just been lost. Others may come.
+            except (SetupError, ProfileError) as error:
+                if str(error) != last_reason:
+                    last_reason = str(error)
+                    log.warning("no other layout: %s", error)
+            # Supervision must continue after any error, such as a restart of Ray's head process.
+            except Exception:
+                log.warning("cannot plan another layout, trying again", exc_info=True)
+
+    async def _start_other_layout(self, make_plan: Callable[[Cluster], Plan]) -> None:
+        """Replace the layout by one for the nodes that are left, unless it is the same. Raises what `make_plan` raises."""
+        total = (await asyncio.to_thread(live_cluster)).total
+        chosen = await asyncio.to_thread(make_plan, total)
+        if (chosen.layout.slots, labels_of(chosen, total)) == (self._layout.slots, self._labels):
+            return
+        log.warning("no worker is left for %s: starting another layout", ", ".join(self._missing_stages()))
+        await self._fleet.stop()
+        # Without the GPUs of other users of the cluster, if it fits on the rest.
+        live: LiveCluster = await asyncio.to_thread(live_cluster)
+        chosen, cluster = await asyncio.to_thread(live.plan, make_plan)
+        await self._start(chosen.layout, labels_of(chosen, cluster), chosen.stage_seconds if self._grows else None)
+
+    def _missing_stages(self) -> list[str]:
+        """Return the stages of the layout that no worker holds, started or not."""
+        held = {stage for spec, _ in self._actors.workers.values() for stage in spec.stages}
+        return [stage for stage in self._layout.stages if stage not in held]
+
+    # Loading
 
     async def _wait_until_ready(self) -> None:
         while missing := [stage for stage in self._layout.stages if not self._is_ready(stage)]:
@@ -100,11 +171,17 @@ class Workers:
     def worker_lost(self, name: str) -> None:
         self._loads.pop(name).cancel()
         self._change(workers={other: worker for other, worker in self._actors.workers.items() if other != name})
+        # The fleet has waited for another node.
+        self._replan_at = time.monotonic()
 
     def encoder_started(self, name: str, actor: Any) -> None:
         self._change(encoders={**self._actors.encoders, name: actor})
 
+    def encoder_lost(self, name: str) -> None:
+        self._change(encoders={other: encoder for other, encoder in self._actors.encoders.items() if other != name})
+
     def waiting(self, reason: str | None) -> None:
+        self._change(waiting=reason)
         if reason is not None:
             log.warning(reason)
 

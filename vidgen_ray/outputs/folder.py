@@ -57,7 +57,7 @@ class ShotDraft:
             shot=self.plan.shot,
             tries=self.plan.number,
             likeness=likeness,
-            seeds={step.stage: self.plan.shot.generator_seed(step.stage) for step in self.plan.steps},
+            seeds={step.stage: STAGE_BY_NAME[step.stage].generator_seed(self.plan.shot) for step in self.plan.steps},
             stages=tuple(stages),
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
             software=software_versions(),

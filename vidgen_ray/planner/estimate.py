@@ -12,7 +12,15 @@ from vidgen_ray.planner.demand import Demand
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
 from vidgen_ray.planner.layout import Kind, Layout, Slot
 from vidgen_ray.planner.prices import default_price
-from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, FilledSlot, Packing, host_gb_of_nodes
+from vidgen_ray.planner.solver import (
+    DIRECTOR_CPUS,
+    ENCODER_CPUS,
+    SPARE_CPUS,
+    FilledSlot,
+    Packing,
+    host_gb_of_nodes,
+    parallel_loads,
+)
 
 SHOTS_PER_SLOT = 3
 """Shots in progress per slot: one running, one queued and one in transfer."""
@@ -125,7 +133,7 @@ def estimate(
     per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
     units = len(cluster.gpus) if on_gpu else max(1, len(slots))
     return Plan(
-        layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots)),
+        layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
         nodes=tuple(filled.node for filled in packing.slots),
         shares=tuple(_stage_shares(filled, timing) for filled in packing.slots),
         shots=demand.shots,

@@ -61,6 +61,8 @@ class Layout:
     encoders: int
     window: int
     """Maximum number of shots in progress."""
+    parallel_loads: int = 1
+    """Maximum number of processes per node that load weights at once. The weights pass through host memory."""
 
     @property
     def workers(self) -> tuple[WorkerSpec, ...]:

@@ -152,6 +152,18 @@ def host_gb_of_nodes(packing: Packing) -> dict[int, float]:
     return {node: sum(a.host_gb for a in held) + max(a.load_gb for a in held) for node, held in assignments.items()}
 
 
+def parallel_loads(packing: Packing, cluster: Cluster) -> int:
+    """Return how many processes may load weights at once on each node. 1 if the host memory of a node is unknown."""
+    loads = [sum(len(filled.assignment.processes) for filled in packing.slots)]
+    for number, node in enumerate(cluster.nodes):
+        held = [filled.assignment for filled in packing.slots if filled.node == number]
+        load_gb = max((assignment.load_gb for assignment in held), default=0.0)
+        if load_gb:
+            free_gb = 0.0 if node.memory_gb is None else node.memory_gb - sum(assignment.host_gb for assignment in held)
+            loads.append(int(free_gb / load_gb))
+    return max(1, min(loads))
+
+
 def _place_on_nodes(solution: _Solution, problem: PackingProblem, cluster: Cluster) -> Packing | None:
     """Place each slot on the node with the most free CPUs. Returns `None` if this greedy placement fails."""
     cpus = [node.cpus for node in cluster.nodes]

@@ -191,6 +191,11 @@ class Stage(ABC, Generic[P]):
     """File name for `--keep stages`. `None` keeps nothing."""
     shared: ClassVar[bool] = False
     """True if executors keep the result in memory for other shots with the same inputs. Only for small results."""
+    uses_shot_seed: ClassVar[bool] = False
+    """True if the noise comes from the shot's seed itself, not from a seed derived for the stage. Only for a stage that makes
+    the first image: a refinement with the noise that produced its input would amplify it."""
+    weight_attributes: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `load` sets and `close` deletes."""
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P) -> None:
@@ -244,6 +249,11 @@ class Stage(ABC, Generic[P]):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         """Process the items with loaded weights. Returns one result per item, in order."""
 
+    @classmethod
+    def generator_seed(cls, shot: Shot) -> int:
+        """Return the seed of the stage's noise. Raises ValueError if the shot has no seed."""
+        return shot.required_seed() if cls.uses_shot_seed else shot.derived_seed(cls.name)
+
     def move(self, device: str) -> None:
         """Move the loaded weights to `device` ("cpu" is host memory), for weight swapping.
 
@@ -258,8 +268,9 @@ class Stage(ABC, Generic[P]):
 
     def close(self) -> None:
         """Release the weights. Safe to call twice, and before `load`."""
-        for name in [k for k in vars(self) if k != "params"]:
-            delattr(self, name)
+        for name in self.weight_attributes:
+            if name in vars(self):
+                delattr(self, name)
 
     def __call__(self, items: Sequence[Item]) -> list[Artefacts]:
         import torch
@@ -368,11 +379,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def noise_generator(shot: Shot, stage: str) -> torch.Generator:
+def noise_generator(seed: int) -> torch.Generator:
     """Return a seeded CPU generator: a seed gives the same noise on every device."""
     import torch
 
-    return torch.Generator("cpu").manual_seed(shot.generator_seed(stage))
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _require_finite(artefacts: Artefacts) -> None:

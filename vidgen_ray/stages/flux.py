@@ -27,6 +27,7 @@ class FluxStage(FluxFamilyStage):
     reference_s: ClassVar[float] = 6.7
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
+    uses_shot_seed: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",
@@ -67,7 +68,7 @@ class FluxStage(FluxFamilyStage):
                 **self.model.call_arguments(shot, self.params),
                 num_inference_steps=shot.steps.flux or self.model.default_steps,
                 guidance_scale=DEFAULT_GUIDANCE if shot.guidance.flux is None else shot.guidance.flux,
-                generator=noise_generator(shot, self.name),
+                generator=noise_generator(self.generator_seed(shot)),
                 **diffusers_step_callback(self.name),
             ).images
         return to_uint8(image)

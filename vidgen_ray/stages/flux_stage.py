@@ -33,6 +33,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         "pose",
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
     Params: ClassVar[type[StageParams]] = FluxParams
 
     @staticmethod
@@ -112,7 +113,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                 strength=strength,
                 num_inference_steps=steps,
                 guidance_scale=DEFAULT_GUIDANCE if guidance is None else guidance,
-                generator=noise_generator(shot, self.name),
+                generator=noise_generator(self.generator_seed(shot)),
                 **diffusers_step_callback(self.name),
             ).images
         return to_uint8(redrawn)

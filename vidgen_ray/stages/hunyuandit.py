@@ -58,6 +58,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 
     @staticmethod
@@ -106,7 +107,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
             num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
             guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
             negative_prompt=shot.negative_prompt,
-            generator=noise_generator(shot, self.name),
+            generator=noise_generator(self.generator_seed(shot)),
             output_type="np",
             **diffusers_step_callback(self.name),
         ).images

@@ -57,6 +57,7 @@ class InstantIDStage(Stage[InstantIDParams]):
     takes: ClassVar[tuple[str, ...]] = ("photos",)
     writes: ClassVar[tuple[str, ...]] = ("face",)
     debug_file: ClassVar[str | None] = "face.json"
+    weight_attributes: ClassVar[tuple[str, ...]] = ("_models", "_cache")
     Params: ClassVar[type[StageParams]] = InstantIDParams
 
     @staticmethod

@@ -82,6 +82,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 
     @staticmethod
@@ -161,7 +162,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
                 controlnet_conditioning_scale=self.params.net_scale * shot.identity_strength,
                 num_inference_steps=self.params.steps,
                 guidance_scale=self.params.guidance,
-                generator=noise_generator(shot, self.name),
+                generator=noise_generator(self.generator_seed(shot)),
                 output_type="np",
                 **diffusers_step_callback(self.name),
             ).images

@@ -26,6 +26,7 @@ class _LikenessStage(Stage[InstantIDParams]):
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid"
     reads: ClassVar[tuple[str, ...]] = ()
+    weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
     Params: ClassVar[type[InstantIDParams]] = InstantIDParams
 
     @classmethod

@@ -70,6 +70,7 @@ class SVDStage(Stage[SVDParams]):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @staticmethod
@@ -119,7 +120,7 @@ class SVDStage(Stage[SVDParams]):
             motion_bucket_id=shot.motion_bucket_id,
             noise_aug_strength=shot.noise_aug_strength,
             decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
-            generator=noise_generator(shot, self.name),
+            generator=noise_generator(self.generator_seed(shot)),
             output_type="np",
             **diffusers_step_callback(self.name),
         ).frames

@@ -216,6 +216,15 @@ class Health(BaseModel):
     status: Literal["ok"] = Field("ok", description="Always ok.")
 
 
+class Readiness(BaseModel):
+    """Jobs can be stored."""
+
+    status: Literal["ok", "waiting"] = Field(description="ok, or waiting if jobs are stored but cannot run yet.")
+    missing: str | None = Field(
+        None, description="With status waiting: the stages without a worker, and what the server waits for."
+    )
+
+
 def video_response(job: Job) -> Video:
     """Return a job as OpenAI's Video."""
     shot = job.shot

@@ -9,7 +9,7 @@ from fastapi import APIRouter, FastAPI
 from vidgen_ray.online.api import characters, files, images, models, shots, video_content, video_events, videos
 from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.openapi import error_responses, openapi_document
-from vidgen_ray.online.api.response_models import Health
+from vidgen_ray.online.api.response_models import Health, Readiness
 
 health = APIRouter(tags=["health"])
 
@@ -20,11 +20,12 @@ async def healthz() -> Health:
     return Health()
 
 
-@health.get("/readyz", response_model=Health, responses={503: error_responses()[503]})
-async def readyz(server: ServerDep) -> Health:
-    """Respond with 200 if jobs can be stored."""
+@health.get("/readyz", response_model_exclude_none=True, responses={503: error_responses()[503]})
+async def readyz(server: ServerDep) -> Readiness:
+    """Respond with 200 if jobs can be stored, and say what is missing to run them."""
     await asyncio.to_thread(server.store.ping)
-    return Health()
+    missing = await server.missing()
+    return Readiness(status="ok" if missing is None else "waiting", missing=missing)
 
 
 def add_api(app: FastAPI) -> None:

@@ -80,7 +80,7 @@ class InfuseNetInjector(FluxInjector):
             return
         conditioning = _IdentityConditioning(
             net=self.infusenet.net,
-            pose=self._pose_latents(pose, noise_generator(shot, f"{stage}/pose")),
+            pose=self._pose_latents(pose, noise_generator(shot.derived_seed(f"{stage}/pose"))),
             strength=shot.identity_strength,
             start=start,
             end=end,

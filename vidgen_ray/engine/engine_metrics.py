@@ -1,26 +1,24 @@
-"""Prometheus metrics of a run, exported through Ray.
+"""Prometheus metrics of an engine, exported through Ray. Runs and servers add their own.
 
 Ray prefixes each name with `ray_`, and appends `_total` to counters and `_bucket`, `_count` and `_sum` to histograms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import ClassVar
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from vidgen_ray.engine.metrics import SECONDS, Kind, LabelLimit, MetricSpec, of_kind
 from vidgen_ray.engine.status import Snapshot
-from vidgen_ray.outputs.manifest import Status
 
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum"), "gauge": ("",)}
 
 MAX_ERROR_LABELS = 20
 """Error classes with a label value of their own. Further ones are counted as `other`, to limit the number of series."""
 
-
-METRICS = {
-    "vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."),
+ENGINE_METRICS = {
     "vidgen_step_seconds": MetricSpec(
         "histogram", ("stage",), "Duration of a stage for one shot in seconds, without cache hits."
     ),
@@ -41,32 +39,28 @@ METRICS = {
 """Labels are in addition to `profile`, which all metrics have."""
 
 
-def exported_names(name: str) -> tuple[str, ...]:
-    """Return the names of the Prometheus series of a metric."""
-    return tuple(f"ray_{name}{suffix}" for suffix in SUFFIXES[METRICS[name].kind])
+class EngineMetrics:
+    """Metrics of one engine, in one process that is connected to Ray. Observer of the engine.
 
+    Subclasses with metrics of their own extend `definitions`.
+    """
 
-class RunMetrics:
-    """Metrics of one run, in one process that is connected to Ray. Observer of its engine."""
+    definitions: ClassVar[Mapping[str, MetricSpec]] = ENGINE_METRICS
 
-    def __init__(self, profile: str, on_quarantined: Callable[[str, str], None] = lambda process, reason: None) -> None:
-        """`on_quarantined` gets the name and node of each quarantined process, and the reason."""
-        self._on_quarantined = on_quarantined
+    def __init__(self, profile: str) -> None:
         self._tags = {"profile": profile}
-        self._counters = {name: Counter(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "counter")}
-        self._gauges = {name: Gauge(name, *_description_and_labels(spec)) for name, spec in of_kind(METRICS, "gauge")}
-        spec = METRICS["vidgen_step_seconds"]
-        self._seconds = Histogram("vidgen_step_seconds", spec.description, SECONDS, _labels(spec))
+        self._counters = {n: Counter(n, spec.description, _labels(spec)) for n, spec in of_kind(self.definitions, "counter")}
+        self._gauges = {n: Gauge(n, spec.description, _labels(spec)) for n, spec in of_kind(self.definitions, "gauge")}
+        self._histograms = {
+            n: Histogram(n, spec.description, SECONDS, _labels(spec)) for n, spec in of_kind(self.definitions, "histogram")
+        }
         self._errors = LabelLimit(MAX_ERROR_LABELS)
-
-    def shot_ended(self, status: Status) -> None:
-        self._count("vidgen_shots", 1, status=status)
 
     def step_ended(self, stage: str, seconds: float, cached: bool) -> None:
         if cached:
             self._count("vidgen_cache_hits", 1, stage=stage)
         else:
-            self._seconds.observe(seconds, tags={**self._tags, "stage": stage})
+            self._observe("vidgen_step_seconds", seconds, stage=stage)
 
     def step_failed(self, stage: str, error_class: str) -> None:
         """Count one failed attempt. The last attempt counts too."""
@@ -83,9 +77,9 @@ class RunMetrics:
 
     def quarantined(self, process: str, reason: str) -> None:
         self._count("vidgen_quarantines", 1)
-        self._on_quarantined(process, reason)
 
     def snapshot(self, snapshot: Snapshot) -> None:
+        """Set the gauges."""
         self._set("vidgen_quarantined", len(snapshot.quarantined))
         for stage, status in snapshot.stages.items():
             self._set("vidgen_queued", status.queued, stage=stage)
@@ -96,16 +90,20 @@ class RunMetrics:
         if snapshot.gpus_busy is not None:
             self._set("vidgen_gpus_busy_share", snapshot.gpus_busy)
 
-    def _count(self, name: str, n: int, **labels: str) -> None:
-        if n:  # Ray's counters reject an increment of 0
-            self._counters[name].inc(n, tags={**self._tags, **labels})
+    def _count(self, name: str, amount: float, **labels: str) -> None:
+        if amount > 0:  # Ray's counters reject an increment of 0
+            self._counters[name].inc(amount, tags={**self._tags, **labels})
 
     def _set(self, name: str, value: float, **labels: str) -> None:
         self._gauges[name].set(value, tags={**self._tags, **labels})
 
+    def _observe(self, name: str, seconds: float, **labels: str) -> None:
+        self._histograms[name].observe(max(0.0, seconds), tags={**self._tags, **labels})
 
-def _description_and_labels(spec: MetricSpec) -> tuple[str, tuple[str, ...]]:
-    return spec.description, _labels(spec)
+
+def exported_names(name: str, spec: MetricSpec) -> tuple[str, ...]:
+    """Return the names of the Prometheus series of a metric."""
+    return tuple(f"ray_{name}{suffix}" for suffix in SUFFIXES[spec.kind])
 
 
 def _labels(spec: MetricSpec) -> tuple[str, ...]:

@@ -1,0 +1,110 @@
+"""Encoder actor: the next director can use it after a director has crashed."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import ray
+
+from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.encoder import CONTROL, Encoder
+from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.ray_cluster import init_local_ray
+from vidgen_ray.engine.status import EngineObserver
+from vidgen_ray.outputs.folder import OutputFolder
+
+TIMEOUT_S = 60
+
+
+class ImpatientEncoder(Encoder):
+    stale_call_s = 0.5
+
+
+class HangingDisk(OutputFolder):
+    """Folder on which shots whose id starts with `hang` hang, until the file `released` exists."""
+
+    def __reduce__(self):
+        return type(self), (self._root,)
+
+    def draft(self, plan):
+        if plan.shot.id.startswith("hang"):
+            self.root.joinpath("hangs").touch()
+            while not self.root.joinpath("released").exists():
+                time.sleep(0.02)  # polls: files do not send events
+        return super().draft(plan)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def config(tiny, tmp_path):
+    outputs = HangingDisk(tmp_path)
+    outputs.prepare()
+    return EngineConfig("test", tiny, outputs, {})
+
+
+def plan_of(make_shot, name):
+    shot = make_shot(id=name, width=64, height=64, generate_video=False)
+    return ShotPlan(shot=shot, steps=(Step(stage="flux", key=64 * "0", weights=()),), key=64 * "0")
+
+
+ARTEFACTS = {"image": np.zeros((64, 64, 3), np.uint8)}
+
+
+async def write(client, config, director, plan):
+    """Write a shot as a director that has just started."""
+    pool = EncoderPool(config, director, EngineObserver)
+    pool.add(client)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await pool.write(plan, ARTEFACTS, (), None, None)
+    finally:
+        pool.close()
+
+
+def run_with_hanging_call(config, make_shot, scenario):
+    """Run the scenario with an encoder in which a call of a crashed director hangs."""
+    actor = ray.remote(max_restarts=-1, max_task_retries=0, concurrency_groups={CONTROL: 1})(ImpatientEncoder).remote(config)
+
+    async def run():
+        crashed = asyncio.create_task(write(ActorClient(actor, "e"), config, "crashed", plan_of(make_shot, "hangs")))
+        async with asyncio.timeout(TIMEOUT_S):
+            while not config.outputs.root.joinpath("hangs").exists():
+                await asyncio.sleep(0.02)  # polls: files do not send events
+        crashed.cancel()
+        with suppress(asyncio.CancelledError):
+            await crashed
+        pid = (await actor.place.remote()).pid
+        await scenario(actor, pid)
+
+    asyncio.run(run())
+    ray.kill(actor)
+
+
+def test_hanging_call_of_a_crashed_director_does_not_block_the_next_one(config, make_shot):
+    async def scenario(actor, pid):
+        record = await write(ActorClient(actor, "e"), config, "next", plan_of(make_shot, "later"))
+        assert record.shot.id == "later"
+        assert (await actor.place.remote()).pid != pid
+
+    run_with_hanging_call(config, make_shot, scenario)
+
+
+def test_call_of_a_crashed_director_that_ends_soon_keeps_the_process(config, make_shot):
+    async def scenario(actor, pid):
+        config.outputs.root.joinpath("released").touch()
+        await write(ActorClient(actor, "e"), config, "next", plan_of(make_shot, "later"))
+        assert (await actor.place.remote()).pid == pid
+        # The crashed director's shot was closed, and it can begin no other.
+        assert (await actor.begin.remote("crashed", plan_of(make_shot, "late"), ARTEFACTS)).session_lost
+
+    run_with_hanging_call(config, make_shot, scenario)

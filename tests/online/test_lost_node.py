@@ -1,0 +1,235 @@
+"""Server on a real small cluster that loses nodes: the director and the owner of the workers, without Serve."""
+
+import asyncio
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.online.scripted_stages import SCRIPTED
+from tests.online.test_director import IMAGE_ONLY, pipes_open, scripted_profile, steps_run
+from vidgen_ray.engine import fleet as fleet_module
+from vidgen_ray.engine.cache_writer import CacheSettings
+from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.online import director as director_module
+from vidgen_ray.online import workers as workers_module
+from vidgen_ray.online.application import plan_for
+from vidgen_ray.online.director import JobDirector
+from vidgen_ray.online.serving_profile import serving_profile
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
+from vidgen_ray.online.store.store import open_store
+from vidgen_ray.online.workers import Workers
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec
+from vidgen_ray.shot import Shot
+
+MEMORY = {"object_store_memory": 200 << 20}
+FAST_DETECTION = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+TIMEOUT_S = 60
+STAGED = Layout(
+    "staged",
+    (
+        Slot((WorkerSpec(("instantid", "image_likeness", "clip_likeness", "flux", "lora"), 0.1, 1.0),), 40.0),
+        Slot((WorkerSpec(("svd", "realesrgan"), 0.1, 1.0),), 30.0),
+    ),
+    encoders=1,
+    window=6,
+)
+"""Two slots that need each other."""
+POLL_S = 0.05
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Cluster without work nodes. Every GPU node reports one GPU of 80 GB."""
+    nvidia_smi = tmp_path_factory.mktemp("programs") / "nvidia-smi"
+    nvidia_smi.write_text("#!/bin/sh\necho 81559\n")
+    nvidia_smi.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{nvidia_smi.parent}:{os.environ['PATH']}")
+        patch.setenv("PYTHONPATH", os.getcwd())
+        options = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_DETECTION, **MEMORY}
+        cluster = Cluster(initialize_head=True, head_node_args=options)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def add_node(cluster):
+    """Function that adds a node with one GPU."""
+    nodes = []
+
+    def add():
+        nodes.append(cluster.add_node(num_cpus=8, num_gpus=1, memory=200 << 30, **MEMORY))
+        return nodes[-1]
+
+    yield add
+    for node in nodes:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node)
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Short intervals."""
+    for name in ("POLL_S", "FIRST_MESSAGE_S", "MESSAGE_INTERVAL_S", "LOST_AFTER_S", "LAST_LOST_AFTER_S", "WITHDRAW_AFTER_S"):
+        monkeypatch.setattr(fleet_module, name, 0.4)
+    monkeypatch.setattr(workers_module, "REPLAN_POLL_S", 2.0)
+    monkeypatch.setattr(director_module, "ATTACH_INTERVAL_S", 0.2)
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    return path
+
+
+class RunningServer:
+    """Director and workers of a server in this process, without Serve, and their job store."""
+
+    def __init__(self, profile, folder):
+        self.served = serving_profile(scripted_profile(profile).model_copy(update={"layout": "auto"}))
+        self._outputs = OutputFolder(folder)
+        self._outputs.prepare()
+        self._settings = OnlineSettings(data=str(folder))
+        self._store = open_store(self._settings)
+        self.workers = Workers.__new__(Workers)
+
+    async def start(self, layout=None):
+        """Start with this layout, or the one for one GPU."""
+        chosen = plan_for(self.served, parse_gpus("1x80GB"))
+        layout = layout or chosen.layout
+        self.kinds = [layout.kind]
+
+        def make_plan(cluster):
+            plan = plan_for(self.served, cluster)
+            self.kinds.append(plan.layout.kind)
+            return plan
+
+        stages = {stage.name: SCRIPTED[stage.name] for stage in self.served.stages}
+        config = EngineConfig(
+            f"server-{new_id('x')}", self.served.profile, self._outputs, stages, CacheSettings("all", wait=True)
+        )
+        await self.workers.__init__(config, layout, [None] * len(layout.slots), chosen.stage_seconds, make_plan)
+        handle = SimpleNamespace(actors=SimpleNamespace(remote=self.workers.actors))
+        self.director = JobDirector(config, self._settings, layout, handle)
+
+    async def accept(self, **fields):
+        shot = Shot(**{**self.served.profile.defaults, "seed": 3, **IMAGE_ONLY, **fields, "id": new_id("shot")})
+        key = self.served.plan(shot).key
+        job = Job(id=new_id("shot"), tenant="me", kind=JobKind.SHOT, shot=shot, key=key, created_at=time.time())
+        self._store.create(job)
+        await self.director.wake()
+        return job.id
+
+    async def until(self, job_id, condition):
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition(job := self._store.get(job_id, "me")):
+                assert not job.state.is_final, job
+                await asyncio.sleep(POLL_S)  # polls: the store does not send events
+        return job
+
+    async def end(self, job_id):
+        return await self.until(job_id, lambda job: job.state.is_final)
+
+    async def worker_of(self, stage):
+        """Return the actor with a stage, and its node."""
+        actors = await self.workers.actors("", 0)
+        actor = next(actor for spec, actor in actors.workers.values() if stage in spec.stages)
+        return actor, (await actor.place.remote()).node
+
+    async def stop(self):
+        await self.director.drain(0)
+        for task in (*self.director._background, self.workers._replanning):
+            task.cancel()
+        await self.director._engine.stop()
+        await self.workers._fleet.stop()
+
+
+@pytest.fixture
+def server(tiny, tmp_path):
+    return RunningServer(tiny, tmp_path / "data")
+
+
+def run(server, scenario):
+    async def to_the_end():
+        try:
+            await scenario()
+        finally:
+            await server.stop()
+
+    asyncio.run(to_the_end())
+
+
+async def missing(server, text):
+    """Wait until the server says that something with this text is missing. Return its sentence."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while text not in (reason := await server.director.missing() or ""):
+            await asyncio.sleep(POLL_S)
+    return reason
+
+
+@pytest.mark.timeout(400)
+def test_jobs_continue_with_another_layout_on_the_nodes_that_are_left(cluster, add_node, server, pipe):
+    async def scenario():
+        await server.start(STAGED)
+        running = await server.accept(prompt=f"steps 3 pause at 2 {pipe}")
+        await server.until(running, lambda job: job.step == 1)
+        _, node = await server.worker_of("svd")
+        lost = next(each for each in nodes if each.node_id == node)
+        cluster.remove_node(lost, allow_graceful=False)
+        assert (await missing(server, "(1 slot of svd+realesrgan)")).startswith("no worker for ")
+        waiting = await server.accept(prompt="behind it")
+        await server.until(running, lambda job: job.step == 1 and len(steps_run(pipe)) == 4)
+        with pipes_open(pipe):
+            jobs = [await server.end(running), await server.end(waiting)]
+        assert [(job.state, job.error) for job in jobs] == [(JobState.COMPLETED, None)] * 2
+        assert jobs[0].attempts == 1, "a lost node is not the fault of the job"
+        assert steps_run(pipe) == [1, 2, 1, 2, 3]
+        assert (server.kinds[0], server.kinds[-1]) == ("staged", "fused")
+        assert await server.director.missing() is None
+
+    nodes = [add_node(), add_node()]
+    run(server, scenario)
+
+
+@pytest.mark.timeout(400)
+def test_server_says_what_is_missing_until_a_node_comes(cluster, add_node, server):
+    async def scenario():
+        await server.start()
+        cluster.remove_node(node, allow_graceful=False)
+        assert "the cluster has 0 GPUs" in await missing(server, "waiting for 1 GPU")
+        waiting = await server.accept(prompt="it waits")
+        add_node()
+        assert (await server.end(waiting)).state == JobState.COMPLETED
+
+    node = add_node()
+    run(server, scenario)
+
+
+@pytest.mark.timeout(400)
+def test_window_follows_late_and_lost_slots(cluster, add_node, server):
+    async def scenario():
+        await server.start()
+        window = server.director._engine.window
+        async with asyncio.timeout(TIMEOUT_S):
+            while server.director._engine._workers.count < 1:
+                await asyncio.sleep(POLL_S)
+            before = window.shots
+            late = add_node()
+            while window.shots != 2 * before:
+                await asyncio.sleep(POLL_S)
+            cluster.remove_node(late, allow_graceful=False)
+            while window.shots != before:
+                await asyncio.sleep(POLL_S)
+
+    add_node()
+    run(server, scenario)

@@ -1,0 +1,175 @@
+"""Supervision of the processes of one kind, workers or encoders: start-up, restarts, quarantine, and giving up.
+
+Runs in the engine's event loop. Independent of what the processes do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Mapping
+from itertools import count
+
+from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.health import Health
+from vidgen_ray.engine.status import EngineObserver
+from vidgen_ray.outputs.records import Failure
+
+LOAD_ATTEMPTS = 3
+"""Attempts to load the weights, each in a new process, before a process is given up."""
+LOAD_BACK_OFF_S = 1.0
+"""Seconds before the second attempt. Doubled for the third: the memory of the previous process may not be free yet."""
+SETUP_ERRORS = ("MissingWeights", "ProfileError", "SetupError")
+"""Errors of a first load that another attempt cannot avoid."""
+
+
+class Supervisor:
+    """Supervises processes. Create it inside the event loop."""
+
+    def __init__(
+        self,
+        observer: EngineObserver,
+        *,
+        on_up: Callable[[ActorClient], None],
+        on_down: Callable[[ActorClient], None],
+        on_given_up: Callable[[ActorClient, Failure], None],
+    ) -> None:
+        """`on_up`: a process has loaded its weights. `on_down`: it has crashed or is quarantined, and starts again.
+        `on_given_up`: it is not used any more.
+        """
+        self._observer = observer
+        self._on_up = on_up
+        self._on_down = on_down
+        self._on_given_up = on_given_up
+        self._health = Health()
+        self._clients: dict[ActorClient, None] = {}
+        self._up: set[ActorClient] = set()
+        self._starting: dict[ActorClient, asyncio.Task[None]] = {}
+        self._quarantined: dict[ActorClient, None] = {}
+        self._given_up: dict[ActorClient, Failure] = {}
+
+    def add(self, client: ActorClient) -> None:
+        """Add a process that starts."""
+        self._clients[client] = None
+        self._start(client)
+
+    def remove(self, name: str, failure: Failure) -> None:
+        """Give up a process that is gone for good. No effect if there is none with this name."""
+        for client in [client for client in self._clients if client.name == name and client not in self._given_up]:
+            self._give_up(client, failure)
+
+    def close(self) -> None:
+        """Cancel the background tasks."""
+        for task in self._starting.values():
+            task.cancel()
+
+    # State
+
+    @property
+    def up(self) -> list[ActorClient]:
+        """Processes that have loaded their weights."""
+        return [client for client in self._clients if client in self._up]
+
+    @property
+    def candidates(self) -> list[ActorClient]:
+        """Processes that are up or start, except for those that start after a quarantine."""
+        return [client for client in self._clients if client in self._up or self.is_starting(client)]
+
+    @property
+    def count(self) -> int:
+        """Number of processes that are not given up."""
+        return len(self._clients) - len(self._given_up)
+
+    @property
+    def given_up(self) -> Mapping[ActorClient, Failure]:
+        """Processes that are not used any more, in order, and their failures."""
+        return self._given_up
+
+    @property
+    def quarantined(self) -> list[str]:
+        """Processes in quarantine or given up, with their nodes."""
+        return [client.location for client in (*self._quarantined, *self._given_up)]
+
+    def is_starting(self, client: ActorClient) -> bool:
+        """Return whether the process starts, and not because it was quarantined."""
+        return client in self._starting and client not in self._quarantined
+
+    def is_on_probation(self, client: ActorClient) -> bool:
+        """Return whether the process was quarantined and has not succeeded since."""
+        return self._health.is_on_probation(client)
+
+    # Events
+
+    def succeeded(self, client: ActorClient) -> None:
+        """Record a successful call."""
+        self._health.succeeded(client)
+
+    def failed(self, client: ActorClient, shot: Hashable, reason: str) -> None:
+        """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row."""
+        if self._health.failed(client, shot):
+            self._quarantine(client, reason)
+
+    def forgive(self, client: ActorClient, shot: Hashable) -> None:
+        """Remove a failure that was the fault of the shot."""
+        self._health.forgive(client, shot)
+
+    def crashed(self, client: ActorClient) -> None:
+        """Wait until the next process has loaded its weights. No effect if the process is down already."""
+        if client in self._up:
+            self._down(client)
+            self._start(client)
+
+    def _down(self, client: ActorClient) -> None:
+        self._up.discard(client)
+        self._on_down(client)
+
+    def _quarantine(self, client: ActorClient, reason: str) -> None:
+        """Restart a process after a back-off, or give it up. If several processes of its node are sick, the rest follows."""
+        if client in self._quarantined or client in self._given_up:
+            return
+        self._quarantined[client] = None
+        delay_s = self._health.quarantine(client)
+        self._observer.quarantined(client.location, reason)
+        if self._health.is_hopeless(client):
+            self._give_up(client, client.hopeless(reason))
+            return
+        if (starting := self._starting.pop(client, None)) is not None:
+            starting.cancel()
+        self._down(client)
+        client.restart()
+        self._start(client, delay_s)
+        if (node := self._health.sick_node(client)) is not None:
+            for other in [other for other in self._clients if other.node == node and other is not client]:
+                self._quarantine(other, "several processes of its node are quarantined")
+
+    def _give_up(self, client: ActorClient, failure: Failure) -> None:
+        if (starting := self._starting.pop(client, None)) is not None:
+            starting.cancel()
+        self._down(client)
+        self._quarantined.pop(client, None)
+        self._given_up[client] = failure
+        self._on_given_up(client, failure)
+
+    def _start(self, client: ActorClient, delay_s: float = 0.0) -> None:
+        if client not in self._starting:
+            self._starting[client] = asyncio.ensure_future(self._wait_until_ready(client, delay_s))
+
+    async def _wait_until_ready(self, client: ActorClient, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        is_first = client.place is None
+        for number in count(1):
+            failure = await client.ready()
+            if failure is None:
+                assert client.place is not None
+                del self._starting[client]
+                self._quarantined.pop(client, None)
+                self._health.started(client, client.place.node)
+                self._up.add(client)
+                self._on_up(client)
+                return
+            if (is_first and failure.error in SETUP_ERRORS) or number == LOAD_ATTEMPTS:
+                del self._starting[client]
+                self._give_up(client, failure)
+                return
+            self._observer.quarantined(client.location, f"cannot load its weights: {failure.message}")
+            client.restart()
+            await asyncio.sleep(LOAD_BACK_OFF_S * 2 ** (number - 1))
