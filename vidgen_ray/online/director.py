@@ -149,7 +149,7 @@ class JobDirector:
                 raise RuntimeError("a background task of the director has stopped") from task.exception()
 
     def _update_gauges(self) -> None:
-        counts = self._store.counts()
+        counts = self._store.open_counts()
         in_state = {state: sum(n for (_, _, s), n in counts.items() if s == state) for state in JobState}
         self._metrics.jobs(in_state[JobState.QUEUED], in_state[JobState.IN_PROGRESS])
 
