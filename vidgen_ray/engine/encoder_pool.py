@@ -18,6 +18,7 @@ from vidgen_ray.engine.health import Health
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.step_groups import OUTPUT, CallResult
+from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
@@ -102,6 +103,9 @@ class EncoderPool:
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             encoder = failed.process.key
+            # A restart does not make room on a full disk.
+            if is_disk_full(failed.failure.message):
+                return
             if not own_failure:
                 self._health.forgive(encoder, plan.key)
             elif self._health.failed(encoder, plan.key):

@@ -10,6 +10,7 @@ from vidgen_ray.online.api import characters, files, images, models, shots, vide
 from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.openapi import error_responses, openapi_document
 from vidgen_ray.online.api.response_models import Health
+from vidgen_ray.online.api_error import ApiError
 
 health = APIRouter(tags=["health"])
 
@@ -22,8 +23,10 @@ async def healthz() -> Health:
 
 @health.get("/readyz", response_model=Health, responses={503: error_responses()[503]})
 async def readyz(server: ServerDep) -> Health:
-    """Respond with 200 if jobs can be stored."""
-    await asyncio.to_thread(server.store.ping)
+    """Respond with 200 if jobs and files can be stored, after writing to the database and the output folder."""
+    problem = await asyncio.to_thread(server.storage_check.problem)
+    if problem is not None:
+        raise ApiError(503, problem, code="not_ready", type="server_error", headers={"Retry-After": "5"})
     return Health()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
@@ -38,6 +39,7 @@ from vidgen_ray.online.store.leases import JobLeases
 from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
 from vidgen_ray.online.store.upload_records import UploadRecords
+from vidgen_ray.shot import Shot
 
 IDEMPOTENCY_TTL_S = 86_400
 """Seconds for which an idempotency key is valid."""
@@ -126,9 +128,18 @@ class JobStore:
     def engine(self) -> Engine:
         return self._database.engine
 
+    @property
+    def folder(self) -> Path | None:
+        """Folder of an SQLite database, else `None`."""
+        return Path(str(self.engine.url.database)).parent if self.engine.dialect.name == "sqlite" else None
+
     def ping(self) -> None:
         """Run a query. Raises SQLAlchemyError if the database does not answer."""
         self._database.ping()
+
+    def write_nothing(self) -> None:
+        """Commit a write transaction that changes no job. Raises SQLAlchemyError if the database cannot be written."""
+        self._database.write(lambda transaction: None)
 
     def close(self) -> None:
         self._database.close()
@@ -306,10 +317,24 @@ class JobStore:
         with self._database.read_connection() as connection:
             return {(tenant, JobKind(kind), JobState(state)): n for tenant, kind, state, n in connection.execute(query)}
 
-    def queue_order(self) -> list[str]:
+    def queue_order(self) -> Sequence[str]:
         """Return the ids of all queued jobs in the order in which they start."""
         with self._database.read_connection() as connection:
             return [*connection.scalars(ALL_QUEUED)]
+
+    def queue_position(self, job: Job) -> int:
+        """Return how many queued jobs start before this one. 0 if it is not queued. Reads the whole queue."""
+        order = self.queue_order()
+        return order.index(job.id) if job.id in order else 0
+
+    def recent_durations(self, limit: int) -> Sequence[tuple[Shot, float]]:
+        """Return the shots of the completed jobs among the last `limit` changed ones, and their seconds from start to end."""
+        columns = JOBS.c.state, JOBS.c.shot, JOBS.c.started_at, JOBS.c.completed_at
+        query = select(*columns).order_by(JOBS.c.version.desc()).limit(limit)
+        with self._database.read_connection() as connection:
+            rows = connection.execute(query).all()
+        completed = [row for row in rows if row.state == JobState.COMPLETED and row.started_at is not None]
+        return [(Shot.model_validate_json(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
 def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
