@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import insert, text, update
+from sqlalchemy import insert, select, text, update
 
 from vidgen_ray.online.store.job_rows import row_of
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
@@ -23,10 +23,11 @@ ENDED = [JobState.COMPLETED] * 18 + [JobState.FAILED, JobState.CANCELLED]
 
 
 def fill(store: JobStore, count: int, queued: int = 0) -> None:
-    """Store `count` jobs in an empty store. The last `queued` are queued, and the others have ended."""
+    """Store `count` jobs more. The last `queued` are queued, and the others have ended."""
     with store.engine.begin() as connection:
+        first = connection.execute(select(META.c.value).where(META.c.name == "changes")).scalar_one() + 1
         rows: list[dict[str, Any]] = []
-        for row in _rows(count, queued):
+        for row in _rows(first, count, queued):
             rows.append(row)
             if len(rows) == BATCH:
                 connection.execute(insert(JOBS), rows)
@@ -39,18 +40,18 @@ def fill(store: JobStore, count: int, queued: int = 0) -> None:
         ]
         for start in range(0, count, BATCH):
             connection.execute(insert(IDEMPOTENCY), keys[start : start + BATCH])
-        connection.execute(update(META).where(META.c.name == "changes").values(value=count))
+        connection.execute(update(META).where(META.c.name == "changes").values(value=first + count))
     if store.engine.dialect.name == "postgresql":
         with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE"))
 
 
-def _rows(count: int, queued: int) -> Iterator[dict[str, Any]]:
+def _rows(first: int, count: int, queued: int) -> Iterator[dict[str, Any]]:
     shot = Shot(id="online-0", prompt="a lighthouse in a storm, waves, dramatic light", seed=7)
     job = Job(id="", tenant="", kind=JobKind.VIDEO, shot=shot, key="", created_at=0, request={"model": "tiny", "seconds": "1"})
     template = row_of(job)
-    for number in range(1, count + 1):
-        ended = number <= count - queued
+    for number in range(first, first + count):
+        ended = number < first + count - queued
         yield {
             **template,
             "id": f"video_{number:032x}",

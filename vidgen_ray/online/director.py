@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -44,6 +45,10 @@ from vidgen_ray.planner.layout import Layout
 LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
 HEARTBEAT_S = 2.0
+CANCEL_CHECK_S = 0.2
+"""Seconds between two heartbeats while requests arrive, which may be cancel requests. Each heartbeat is a write transaction."""
+THREADS = 16
+"""Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier."""
 PROGRESS_INTERVAL_S = 0.25
@@ -90,6 +95,7 @@ class JobDirector:
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
         """`layout`: its `window` is the maximum number of running jobs. `workers`: handle of the Workers deployment."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
@@ -114,6 +120,8 @@ class JobDirector:
         """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
         self._last_heartbeat = 0.0
+        self._may_be_cancelled = False
+        """A running job may have a cancel request."""
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
@@ -131,7 +139,7 @@ class JobDirector:
 
     async def wake(self) -> None:
         """Poll the store now. Called for a new job or a cancel request."""
-        self._last_heartbeat = 0.0
+        self._may_be_cancelled = True
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
@@ -197,18 +205,23 @@ class JobDirector:
         while True:
             self._woken.clear()
             try:
-                await self._send_heartbeat()
+                # Jobs first: they wait for a transaction less.
                 await self._claim()
+                await self._send_heartbeat()
                 self._last_poll = time.monotonic()
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                await asyncio.wait_for(self._woken.wait(), CANCEL_CHECK_S if self._may_be_cancelled else POLL_S)
 
     async def _send_heartbeat(self) -> None:
-        if self._running and time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
+        interval_s = CANCEL_CHECK_S if self._may_be_cancelled else HEARTBEAT_S
+        if not self._running:
+            self._may_be_cancelled = False
+        elif time.monotonic() - self._last_heartbeat > interval_s:
             self._last_heartbeat = time.monotonic()
+            self._may_be_cancelled = False
             cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
             for job_id in cancelled & self._running.keys():
                 self._cancelled.add(job_id)
