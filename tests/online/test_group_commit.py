@@ -8,6 +8,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from tests.online.test_store import new_job
+from vidgen_ray.online.store import database
 from vidgen_ray.online.store.store import JobStore, LimitReached
 
 
@@ -41,6 +42,13 @@ def test_writes_that_wait_share_one_commit(store, commits):
     created = [future.result() for future in futures]
     assert len({job.version for job in created}) == 8
     assert {job.id for job in store.list("ada").jobs} == {job.id for job in created}
+
+
+def test_writes_beyond_the_limit_of_a_group_are_run_too(store, commits, monkeypatch):
+    monkeypatch.setattr(database, "MAX_GROUP", 3)
+    futures = at_once(store, [lambda: store.create(new_job())[0]] * 8)
+    assert len(commits) == 3
+    assert {future.result().id for future in futures} == {job.id for job in store.list("ada").jobs}
 
 
 def test_refused_write_undoes_only_its_own_changes(store, commits):

@@ -78,7 +78,8 @@ class Database:
         call = _Call(work)
         self._pending.append(call)
         with self._writing:
-            if not call.has_run:
+            # The call may come after the first group.
+            while not call.has_run:
                 self._run_group([self._pending.popleft() for _ in range(min(len(self._pending), MAX_GROUP))])
         return call.result()
 
@@ -88,7 +89,7 @@ class Database:
                 for call in calls:
                     call.run(connection)
         # The transaction is lost: no space, or no connection.
-        except Exception as error:
+        except BaseException as error:
             for call in calls:
                 call.error = error
         finally:
@@ -123,7 +124,7 @@ class _Call(Generic[R]):
     def __init__(self, work: Callable[[Transaction], R]) -> None:
         self._work = work
         self._value: R | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.has_run = False
 
     def run(self, connection: Connection) -> None:
