@@ -251,7 +251,7 @@ def _added(
         for number in range(count + 2):
             started = time.perf_counter()
             job_id = client.create(
-                {"prompt": f"{kind} {number}", "seed": number, **fields, **fields_of_kind}, f"{system}-{kind}-{number}"
+                {"prompt": f"{system} {kind} {number}", "seed": number, **fields, **fields_of_kind}, f"{system}-{kind}-{number}"
             )
             request_ms.append(1000 * (time.perf_counter() - started))
             job = server.wait_for(job_id)
