@@ -1,9 +1,12 @@
 """Benchmark of the server: overhead per job, request rate, and jobs lost when processes are killed. Uses the real HTTP API.
 
 Added: one client submits one job after another; measures the time from the creation of a job to its completion, minus the
-seconds reported by its stages. Requests: many clients submit image jobs with stages that do nothing; measures the accepted
-requests per second, and the CPU time of the director for each. Kills: many clients submit jobs while every few seconds a random
-process of the server (API, director, owner of the workers, worker, encoder) is killed with SIGKILL.
+seconds reported by its stages. It is measured again while many event streams are open, while many clients poll, and when many
+jobs are stored.
+Requests: many clients submit image jobs with stages that do nothing; measures the accepted requests per second, and the CPU
+time of the director for each.
+Kills: many clients submit jobs while every few seconds a random process of the server (API, director, owner of the workers,
+worker, encoder) is killed with SIGKILL.
 
 Clients and server share this machine. The added time includes encoding and writing the files, which are tiny.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import random
@@ -22,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -36,18 +40,27 @@ import psutil
 import yaml
 from rich.console import Console
 from rich.table import Table
+from sqlalchemy import update
 
 from benchmarks.local_ray import ENVIRONMENT, local_ray
 from benchmarks.machine import machine, write_json
 from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
+from benchmarks.open_connections import Connections, running
+from benchmarks.stored_jobs import fill
 from vidgen_ray.engine.ray_cluster import muted_stderr
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
+from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.schema import JOBS
+from vidgen_ray.shot import Shot
 
 ROOT = Path(__file__).parent.parent
-GOALS = {"no-op image, added, p95": 50.0, "accepted jobs lost": 0.0}
+GOALS = {"no-op image, added, p95": 40.0, "no-op clip, added, p95": 60.0, "accepted jobs lost": 0.0}
 PROCESSES = ("ray::ServeReplica:vidgen:", "ray::Worker", "ray::Encoder")
 """Prefixes of the process titles of the server."""
 DIRECTOR = "ray::ServeReplica:vidgen:Director"
 CPU_WORKERS = 2
+OTHER_DIRECTOR = "benchmark"
+"""Owner of jobs that stay in progress."""
 POLL_S = 0.25
 """Seconds between status requests of a client."""
 TIMEOUT_S = 180.0
@@ -64,13 +77,20 @@ class Size:
     """Requests of all clients together."""
     sequential_jobs: int
     """Jobs of the client that submits one job after another."""
+    streams: int
+    polling_clients: int
+    stored_jobs: int
     kills_s: float
     """Duration of the part in which processes are killed."""
     kill_interval_s: float
 
 
-FULL = Size(clients=64, requests=2_000, sequential_jobs=200, kills_s=120, kill_interval_s=10)
-QUICK = Size(clients=8, requests=100, sequential_jobs=15, kills_s=12, kill_interval_s=4)
+FULL = Size(64, 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
+QUICK = Size(8, 100, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
+POLL_INTERVAL_S = 10.0
+"""Seconds between the requests of each polling client: what the server asks for if a job takes 100 s more."""
+PROGRESS_INTERVAL_S = 1.0
+"""Seconds between two changes of the job that the event streams follow."""
 
 
 def main() -> int:
@@ -112,6 +132,9 @@ def _no_op(size: Size, folder: Path) -> list[dict[str, Any]]:
     profile.write_text(yaml.safe_dump({"name": "no-op", "about": "does nothing", "cpu_workers": CPU_WORKERS, "actors": actors}))
     with _server(str(profile), folder / "no-op", ON_THESE_ACTORS) as server:
         rows = _added("no-op", server, size.sequential_jobs, SMALL)
+        rows += _with_streams(server, size)
+        rows += _with_polling_clients(server, size)
+        rows += _with_stored_jobs(server, size)
         rows += _requests(server, size)
         return rows + _kills(server, size)
 
@@ -151,7 +174,7 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     unlimited = 1_000_000
-    limits = Limits(open_jobs=unlimited, requests_per_minute=unlimited)
+    limits = Limits(open_jobs=unlimited, requests_per_minute=unlimited, streams=unlimited)
     settings = OnlineSettings(profile=profile, data=str(data), port=port, limits=limits, max_queued=unlimited)
     with serving(server_plan(settings, this_machine), stages) as server:
         server.wait_until_accepting(threading.Event())
@@ -172,6 +195,9 @@ class Client:
 
     def status(self, job_id: str) -> str:
         return str(self._request("GET", f"/v1/shots/{job_id}", None, {})["status"])
+
+    def healthz(self) -> None:
+        self._request("GET", "/healthz", None, {})
 
     def _request(self, method: str, path: str, body: str | None, headers: dict[str, str]) -> dict[str, Any]:
         started = time.monotonic()
@@ -215,14 +241,17 @@ def _quantiles(what: str, milliseconds: list[float]) -> list[dict[str, Any]]:
 # The parts
 
 
-def _added(system: str, server: Server, count: int, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _added(
+    system: str, server: Server, count: int, fields: Mapping[str, Any], kinds: Sequence[str] = ("image", "clip")
+) -> list[dict[str, Any]]:
     client, rows = Client(server), []
-    for kind, fields_of_kind in (("image", {"generate_video": False}), ("clip", {})):
+    for kind in kinds:
+        fields_of_kind = {"generate_video": kind == "clip"}
         request_ms, added_ms = [], []
         for number in range(count + 2):
             started = time.perf_counter()
             job_id = client.create(
-                {"prompt": f"{kind} {number}", "seed": number, **fields, **fields_of_kind}, f"{system}-{kind}-{number}"
+                {"prompt": f"{system} {kind} {number}", "seed": number, **fields, **fields_of_kind}, f"{system}-{kind}-{number}"
             )
             request_ms.append(1000 * (time.perf_counter() - started))
             job = server.wait_for(job_id)
@@ -233,6 +262,62 @@ def _added(system: str, server: Server, count: int, fields: Mapping[str, Any]) -
         rows += _quantiles(f"{system} {kind}, added", added_ms[2:])
         rows += _quantiles(f"{system} {kind}, request", request_ms[2:])
     return rows
+
+
+def _with_streams(server: Server, size: Size) -> list[dict[str, Any]]:
+    """Measure while event streams follow a job in progress."""
+    connections, job = Connections(server.port), _endless_job(server)
+    clients = [connections.stream(f"/v1/videos/{job.id}/events") for _ in range(size.streams)]
+    steps = itertools.count(1)
+
+    def change() -> None:
+        server.store.queue.progress(OTHER_DIRECTOR, [JobProgress(job.id, "flux", next(steps), 1_000, 0)])
+
+    with running(connections, clients), _run_periodically(PROGRESS_INTERVAL_S, change):
+        rows = _added(f"no-op, {size.streams} streams,", server, size.sequential_jobs, SMALL, kinds=("image",))
+        rows.append(_health(server, f"{size.streams} streams"))
+    return [*rows, _row(f"events received by {size.streams} streams", connections.events, "events")]
+
+
+def _with_polling_clients(server: Server, size: Size) -> list[dict[str, Any]]:
+    """Measure while clients poll a job in progress."""
+    connections, job = Connections(server.port), _endless_job(server)
+    clients = [
+        connections.poll(f"/v1/videos/{job.id}", POLL_INTERVAL_S * number / size.polling_clients, POLL_INTERVAL_S)
+        for number in range(size.polling_clients)
+    ]
+    what = f"{size.polling_clients} polling clients"
+    with running(connections, clients):
+        rows = _added(f"no-op, {what},", server, size.sequential_jobs, SMALL, kinds=("image",))
+        rows.append(_health(server, what))
+    return [*rows, *_quantiles(f"poll, {what}", connections.latencies_ms or [0.0])]
+
+
+def _with_stored_jobs(server: Server, size: Size) -> list[dict[str, Any]]:
+    fill(server.store, size.stored_jobs)
+    return _added(f"no-op, {size.stored_jobs} stored jobs,", server, size.sequential_jobs, SMALL, kinds=("image",))
+
+
+def _endless_job(server: Server) -> Any:
+    """Store a job that another director has in progress."""
+    shot = Shot(id="online-0", prompt="endless", seed=1)
+    values = {"state": JobState.IN_PROGRESS, "created_at": time.time(), "started_at": time.time()}
+    job, _ = server.store.create(
+        Job(id=new_id("video"), tenant="local", kind=JobKind.VIDEO, shot=shot, key="endless", **values)
+    )
+    with server.store.engine.begin() as connection:
+        connection.execute(update(JOBS).where(JOBS.c.id == job.id).values(owner=OTHER_DIRECTOR))
+    return job
+
+
+def _health(server: Server, what: str) -> dict[str, Any]:
+    """Return the slowest of ten health checks."""
+    client, slowest_ms = Client(server), 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        client.healthz()
+        slowest_ms = max(slowest_ms, 1000 * (time.perf_counter() - started))
+    return _row(f"/healthz, {what}, slowest of 10", slowest_ms, "ms")
 
 
 def _requests(server: Server, size: Size) -> list[dict[str, Any]]:
@@ -310,9 +395,9 @@ def _final_states(server: Server, ids: list[str]) -> dict[str, int]:
 
 
 @contextmanager
-def _run_periodically(interval_s: float, action: Callable[[], str | None]) -> Iterator[list[str]]:
+def _run_periodically(interval_s: float, action: Callable[[], object]) -> Iterator[list[object]]:
     """Call `action` periodically during the block. Yields the list of its results, without `None`."""
-    results: list[str] = []
+    results: list[object] = []
     stopped = threading.Event()
 
     def run() -> None:

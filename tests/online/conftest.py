@@ -1,47 +1,25 @@
-"""Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed."""
+"""Test databases: SQLite, and a private PostgreSQL server if Debian's packages are installed. And a disk that can be full."""
 
-import os
-import pwd
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-POSTGRES_PREFIX = Path("/usr/lib/postgresql")
+from benchmarks.local_postgres import create_database, is_installed, postgres_server
+
 numbers = count()
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """Start a PostgreSQL server on a private socket. Return the URL of its databases, with a placeholder for the name."""
-    folders = sorted(POSTGRES_PREFIX.glob("*/bin/initdb"), key=lambda path: int(path.parent.parent.name))
-    if not folders:
+    if not is_installed():
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    programs = folders[-1].parent
-    home = Path(tempfile.mkdtemp(prefix="vidgen-pg-", dir="/tmp"))  # the path of a socket is limited to 107 characters
-    user, run_as = "vidgen", {}
-    if os.geteuid() == 0:
-        # PostgreSQL does not run as root.
-        account = pwd.getpwnam("postgres")
-        os.chown(home, account.pw_uid, account.pw_gid)
-        run_as = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-
-    def call(program: str, *args: str) -> None:
-        subprocess.run([programs / program, *args], check=True, capture_output=True, cwd=home, timeout=60, **run_as)
-
-    data = home / "data"
-    call("initdb", "-D", str(data), "-U", user, "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
-    options = f"-c listen_addresses='' -c unix_socket_directories='{home}' -c fsync=off -c max_connections=50"
-    call("pg_ctl", "-D", str(data), "-w", "-l", str(home / "log"), "-o", options, "start")
-    try:
-        yield f"postgresql://{user}@/{{name}}?host={home}"
-    finally:
-        call("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
-        shutil.rmtree(home, ignore_errors=True)
+    with postgres_server(fsync=False) as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -49,10 +27,36 @@ def database_url(request, tmp_path) -> str:
     """URL of an empty database, SQLite and PostgreSQL in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
-    server = request.getfixturevalue("postgres")
-    name = f"test{next(numbers)}"
-    import psycopg
+    return create_database(request.getfixturevalue("postgres"), f"test{next(numbers)}")
 
-    with psycopg.connect(server.format(name="postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return server.format(name=name)
+
+class SmallDisk:
+    """A disk of a few megabytes that can be filled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ballast = folder / "ballast"
+
+    def fill(self) -> None:
+        """Take all free space."""
+        with self._ballast.open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def make_room(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[SmallDisk]:
+    """Mount a disk of 16 MB. Skips the test if this process may not mount file systems."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a disk: {mounted.stderr.strip()}")
+    try:
+        yield SmallDisk(folder)
+    finally:
+        # Lazily: the processes of a failed test may still have files open.
+        subprocess.run(["umount", "--lazy", folder], check=True)

@@ -69,7 +69,7 @@ def held(server):
     server.director.held.clear()
     server.director.wake()
     until = time.monotonic() + 60
-    while any(state in ("queued", "in_progress") for _, _, state in server.store.counts()) and time.monotonic() < until:
+    while any(state in ("queued", "in_progress") for _, _, state in server.store.open_counts()) and time.monotonic() < until:
         time.sleep(0.02)
 
 

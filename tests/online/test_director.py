@@ -38,6 +38,8 @@ from vidgen_ray.shot import Shot
 pytestmark = pytest.mark.timeout(600)
 
 POLL_S = 0.02
+ACTORS_GB = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
+"""Actors with scripted stages, and their GPU memory."""
 FACE_TIMEOUT_S = 2
 """Timeout of the face stage in seconds. All other stages keep their long timeouts, for slow machines."""
 
@@ -124,12 +126,12 @@ def pid_of(actor):
             return ray.get(actor.place.remote()).pid
 
 
-def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=False) -> Running:
+def run(name, profile, cluster, out, stages, in_progress=4, wait=True, grows=False, database=None) -> Running:
     served = serving_profile(profile)
     chosen = plan(served.profile, served.demand(), cluster)
     outputs = OutputFolder(out / "out")
     outputs.prepare()
-    settings = OnlineSettings(data=str(out / "out"), in_progress=in_progress)
+    settings = OnlineSettings(data=str(out / "out"), database=database, in_progress=in_progress)
     stages_served = {stage.name: stages[stage.name] for stage in served.stages}
     config = EngineConfig(name, served.profile, outputs, stages_served, CacheSettings("all", wait=True))
     labels = labels_of(chosen, cluster)
@@ -152,10 +154,9 @@ def scripted(tiny, tmp_path_factory) -> Running:
 
 
 def scripted_profile(tiny):
-    sizes = {"instantid": 1, "flux": 34, "svd": 20, "realesrgan": 6}
     actors = {
         name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.1})
-        for name, gb in sizes.items()
+        for name, gb in ACTORS_GB.items()
     }
     actors["instantid"] = actors["instantid"].model_copy(update={"timeout_s": FACE_TIMEOUT_S})
     return tiny.model_copy(update={"name": "scripted", "actors": actors, "cpu_workers": None, "layout": "colocated"})
@@ -314,6 +315,27 @@ class TestScriptedStages:
         job = scripted.wait_for_end(bad)
         assert (job.state, job.error.code, job.error.stage) == (JobState.FAILED, "worker_died", "output")
         assert scripted.wait_for_end(good).state == JobState.COMPLETED
+
+    def test_job_that_finds_the_disk_full_is_completed_later(self, tiny, small_disk, tmp_path, pipe):
+        """The encoder of this application really gets ENOSPC. The database is on another disk."""
+        database = f"sqlite:///{tmp_path}/jobs.db"
+        profile = tiny.model_copy(update={"actors": {name: tiny.actors[name] for name in ACTORS_GB}})
+        app = run("full", profile, this_machine(), small_disk.folder, SCRIPTED, database=database)
+        try:
+            job_id = app.accept(prompt=f"steps 2 pause at 2 {pipe}", **IMAGE_ONLY)
+            app.wait_until(job_id, lambda job: job.step == 1)
+            small_disk.fill()
+            with pipes_open(pipe):
+                app.wait_until(job_id, lambda job: job.state == JobState.QUEUED)
+                # It is not claimed again, and neither is a new job.
+                next_job_id = app.accept(prompt="next", **IMAGE_ONLY)
+                assert not app.director.check_health.remote().result(timeout_s=60)
+                assert {app.job(each).state for each in (job_id, next_job_id)} == {JobState.QUEUED}
+                small_disk.make_room()
+                ended = [app.wait_for_end(each) for each in (job_id, next_job_id)]
+            assert [(job.state, job.attempts) for job in ended] == [(JobState.COMPLETED, 1)] * 2
+        finally:
+            serve.delete("full")
 
     def test_low_likeness_is_retried_with_other_seeds(self, scripted):
         def attempts(seed):

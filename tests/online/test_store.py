@@ -346,7 +346,7 @@ def test_counts_by_tenant_kind_and_state(store):
     store.create(new_job())
     store.create(new_job("bob", JobKind.IMAGE))
     store.queue.claim("d", 30, 1)
-    assert store.counts() == {
+    assert store.open_counts() == {
         ("ada", JobKind.VIDEO, JobState.IN_PROGRESS): 1,
         ("ada", JobKind.VIDEO, JobState.QUEUED): 1,
         ("bob", JobKind.IMAGE, JobState.QUEUED): 1,

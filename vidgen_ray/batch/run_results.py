@@ -66,7 +66,7 @@ class RunResults:
         if self._lease.is_lost():
             self._manifest.discard()
         else:
-            results = self.counts["done"] + self.counts["failed"] - self.refusals
+            results = self.counts["done"] + self.counts["failed"] - self.rejected_lines
             self._manifest.close(
                 whole_script=self._whole_script,
                 every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,

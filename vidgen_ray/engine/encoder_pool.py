@@ -18,6 +18,7 @@ from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, 
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.supervisor import Supervisor
+from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord
 
 ENCODE_TIMEOUT_S = 1800.0
@@ -110,6 +111,9 @@ class EncoderPool:
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             encoder = failed.process.key
+            # A restart does not make room on a full disk.
+            if is_disk_full(failed.failure.message):
+                return
             if own_failure:
                 reason = f"failed to write different shots in a row, the last time with: {failed}"
                 self._supervisor.failed(encoder, plan.key, reason)

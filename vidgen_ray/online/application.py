@@ -25,6 +25,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, load_keys
 from vidgen_ray.online.deployments import HEALTH, director_application
+from vidgen_ray.online.event_streams import MAX_STREAMS
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
@@ -41,7 +42,7 @@ API_CPUS = 0.25
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
 API_REQUESTS = 1_000
-"""Concurrent requests per replica. Event streams stay open as long as their jobs run."""
+"""Concurrent requests per replica, without event streams."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STA
         name=API,
         num_replicas=1,
         ray_actor_options={"num_cpus": API_CPUS},
-        max_ongoing_requests=API_REQUESTS,
+        max_ongoing_requests=API_REQUESTS + MAX_STREAMS,
         **HEALTH,
     ).bind(settings, server.serving_profile, outputs, keys, director)
 

@@ -15,6 +15,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.online import error_handlers
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
+from vidgen_ray.online.event_streams import EventStreams
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.http_fetch import ImageFetcher
 from vidgen_ray.online.inputs.image_references import ImageReferences
@@ -22,9 +23,11 @@ from vidgen_ray.online.inputs.uploads import BodyCap
 from vidgen_ray.online.job_feed import JobFeed
 from vidgen_ray.online.job_service import JobService, NotifyDirector
 from vidgen_ray.online.limits import RequestRateLimiter
+from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
@@ -69,8 +72,11 @@ def make_app(
         auth=Authenticator(keys, Sessions(store.engine), RequestRateLimiter()),
         job_service=job_service,
         job_feed=JobFeed(store, settings.poll_s),
+        event_streams=EventStreams(),
+        queue_estimator=QueueEstimator(store, serving_profile.profile, settings.poll_after_s),
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
         face_check=FaceCheck(serving_profile),
+        storage_check=StorageCheck(store, outputs),
         started_at=int(time.time()),
         missing=missing,
     )

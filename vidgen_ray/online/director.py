@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.serve.exceptions import RayServeException
@@ -33,16 +34,22 @@ from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.workers import Actors
+from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.planner.layout import Layout
 
 LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
 HEARTBEAT_S = 2.0
+CANCEL_CHECK_S = 0.2
+"""Seconds between two heartbeats while requests arrive, which may be cancel requests. Each heartbeat is a write transaction."""
+THREADS = 16
+"""Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
 """Seconds between two polls of the store, unless woken earlier."""
 PROGRESS_INTERVAL_S = 0.25
@@ -53,6 +60,10 @@ GAUGE_INTERVAL_S = 5.0
 """Seconds between two counts of all jobs for the metrics."""
 ATTACH_INTERVAL_S = 2.0
 """Seconds between two requests for changes of the workers."""
+STORAGE_CHECK_INTERVAL_S = 5.0
+"""Seconds between two checks that the outputs and the store can be written."""
+FULL_DISK_PAUSE_S = 10.0
+"""Seconds without new claims, at least, after a job found the disk full."""
 MAX_CLAIMS = 10
 """Claims of a job before it fails, if its directors crash."""
 MAX_STORE_SILENCE_S = 60.0
@@ -77,6 +88,7 @@ CLIENT_ERRORS = frozenset({"too_unlike", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
 log = logging.getLogger("ray.serve")
+R = TypeVar("R")
 
 
 class JobDirector:
@@ -84,6 +96,7 @@ class JobDirector:
 
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
         """`layout`: the planned one; `workers`, the handle of the Workers deployment, may have another one by now."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
@@ -100,17 +113,24 @@ class JobDirector:
         self._updates: dict[str, tuple[Progress, int]] = {}
         self._rendering: dict[str, asyncio.Future[None]] = {}
         """Content key -> future that completes when its rendering ends."""
+        self._storage_check = StorageCheck(self._store, config.outputs)
+        self._storage_problem: str | None = None
+        """Reason why no jobs are claimed: their files could not be written."""
+        self._paused_until = 0.0
         self._draining = False
         self._more_wait = False
         """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
         self._last_heartbeat = 0.0
+        self._may_be_cancelled = False
+        """A running job may have a cancel request."""
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
             for work in (
                 self._attach_workers(),
                 self._poll(),
+                self._check_storage(),
                 self._write_progress(),
                 self._report_status(),
                 run_maintenance(self._store, settings, self._outputs),
@@ -121,7 +141,7 @@ class JobDirector:
 
     async def wake(self) -> None:
         """Poll the store now. Called for a new job or a cancel request."""
-        self._last_heartbeat = 0.0
+        self._may_be_cancelled = True
         self._woken.set()
 
     async def drain(self, grace_s: float) -> int:
@@ -161,7 +181,7 @@ class JobDirector:
                 raise RuntimeError("a background task of the director has stopped") from task.exception()
 
     def _update_gauges(self) -> None:
-        counts = self._store.counts()
+        counts = self._store.open_counts()
         in_state = {state: sum(n for (_, _, s), n in counts.items() if s == state) for state in JobState}
         self._metrics.jobs(in_state[JobState.QUEUED], in_state[JobState.IN_PROGRESS])
 
@@ -210,18 +230,23 @@ class JobDirector:
         while True:
             self._woken.clear()
             try:
-                await self._send_heartbeat()
+                # Jobs first: they wait for a transaction less.
                 await self._claim()
+                await self._send_heartbeat()
                 self._last_poll = time.monotonic()
             # The database may come back. The health check limits how long it may be away.
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                await asyncio.wait_for(self._woken.wait(), CANCEL_CHECK_S if self._may_be_cancelled else POLL_S)
 
     async def _send_heartbeat(self) -> None:
-        if self._running and time.monotonic() - self._last_heartbeat > HEARTBEAT_S:
+        interval_s = CANCEL_CHECK_S if self._may_be_cancelled else HEARTBEAT_S
+        if not self._running:
+            self._may_be_cancelled = False
+        elif time.monotonic() - self._last_heartbeat > interval_s:
             self._last_heartbeat = time.monotonic()
+            self._may_be_cancelled = False
             cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
             for job_id in cancelled & self._running.keys():
                 self._cancelled.add(job_id)
@@ -229,7 +254,8 @@ class JobDirector:
 
     async def _claim(self) -> None:
         free = self._engine.window.shots - len(self._running)
-        if free <= 0 or self._draining or self._engine.fatal_failure is not None:
+        is_paused = self._storage_problem is not None or self._engine.fatal_failure is not None
+        if free <= 0 or self._draining or is_paused:
             return
         jobs = await asyncio.to_thread(self._store.queue.claim, self.owner, LEASE_S, free)
         if self._draining:
@@ -240,6 +266,20 @@ class JobDirector:
             # A running job is claimed again if its lease expired while this process was stalled.
             if job.id not in self._running:
                 self._running[job.id] = asyncio.ensure_future(self._run_job(job))
+
+    async def _check_storage(self) -> None:
+        """Stop claiming jobs while the outputs or the store cannot be written."""
+        while True:
+            problem = await asyncio.to_thread(self._storage_check.problem)
+            if problem is not None or time.monotonic() >= self._paused_until:
+                self._set_storage_problem(problem)
+            await asyncio.sleep(STORAGE_CHECK_INTERVAL_S)
+
+    def _set_storage_problem(self, problem: str | None) -> None:
+        if (problem is None) != (self._storage_problem is None):
+            log.warning("jobs are claimed again" if problem is None else f"no jobs are claimed: {problem}")
+            self._woken.set()
+        self._storage_problem = problem
 
     async def _write_progress(self) -> None:
         """Write the progress of all jobs to the store at regular intervals, in one transaction."""
@@ -292,19 +332,13 @@ class JobDirector:
                 raise
             await self._finish(job, JobState.CANCELLED, partial(self._store.queue.cancelled, *claim))
         except ShotFailed as failed:
-            if self._engine.fatal_failure is None and failed.failure.stage != NODE_LOST:
-                error = error_of(failed.failure, failed.kind)
-                await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, error))
-            else:
-                # Not the job's fault. It runs with the next layout or the next director.
-                await asyncio.to_thread(self._store.queue.release, self.owner, [job.id])
+            await self._failed(job, failed.failure, failed.kind)
         # An invalid shot or a bug in vidgen fails the job, not the server.
         except Exception as error:
             log.exception("job %s failed outside its stages", job.id)
             result = CallResult.of_failure(StepFailed(DIRECTOR_STAGE, error))
             assert result.failure is not None
-            job_error = error_of(result.failure, result.kind)
-            await self._finish(job, JobState.FAILED, partial(self._store.queue.failed, *claim, job_error))
+            await self._failed(job, result.failure, result.kind)
         finally:
             self._updates.pop(job.id, None)
             self._running.pop(job.id, None)
@@ -313,19 +347,32 @@ class JobDirector:
             if self._more_wait:
                 self._woken.set()
 
-    async def _finish(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
-        """Store the end of a job. Retries until the store responds."""
+    async def _failed(self, job: Job, failure: Failure, kind: Kind) -> None:
+        """Store the failure of a job, or queue it again if the failure is not its own."""
+        if is_disk_full(failure.message):
+            self._paused_until = time.monotonic() + FULL_DISK_PAUSE_S
+            self._set_storage_problem("The disk is full.")
+        elif self._engine.fatal_failure is None and failure.stage != NODE_LOST:
+            store_end = partial(self._store.queue.failed, job.id, self.owner, error_of(failure, kind))
+            await self._finish(job, JobState.FAILED, store_end)
+            return
         self._updates.pop(job.id, None)
+        await self._write(partial(self._store.queue.release, self.owner, [job.id]), job)
+
+    async def _finish(self, job: Job, state: JobState, write: Callable[[], bool]) -> None:
+        """Store the end of a job."""
+        self._updates.pop(job.id, None)
+        if await self._write(write, job):
+            self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
+
+    async def _write(self, write: Callable[[], R], job: Job) -> R:
+        """Write to the store. Retries until it responds: without it, no other director can claim the job."""
         while True:
             try:
-                still_claimed = await asyncio.to_thread(write)
-                break
-            # Without the store, no other director can claim the job.
+                return await asyncio.to_thread(write)
             except SQLAlchemyError as error:
                 log.warning("cannot store the end of job %s yet: %s", job.id, error)
                 await asyncio.sleep(POLL_S)
-        if still_claimed:
-            self._metrics.job_ended(job.tenant, state.value, time.time() - job.created_at)
 
     async def _find_or_render(self, job: Job) -> tuple[str, dict[str, float]]:
         """Return the shot id and the seconds per stage. Renders the shot unless its files exist.

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.online.api_error import INVALID, ApiError, validation_failed
+from vidgen_ray.outputs.disk_space import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(ConnectionTimeout, _database_error)
+    app.add_exception_handler(OSError, _storage_error)
     app.add_exception_handler(Exception, _internal_error)
 
 
@@ -55,10 +57,20 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 async def _database_error(_: Request, error: Exception) -> Response:
-    log.error("the database does not respond: %s", type(error).__name__)
-    return _response(
-        503, "The database does not respond. Try again later.", "server_error", "unavailable", headers={"Retry-After": "2"}
-    )
+    is_full = is_disk_full(str(error))
+    log.error("the database %s: %s", "is full" if is_full else "does not respond", type(error).__name__)
+    return _unavailable("The disk of the server is full" if is_full else "The database does not respond")
+
+
+async def _storage_error(request: Request, error: Exception) -> Response:
+    log.error("the storage failed", exc_info=error)
+    if is_disk_full(str(error)):
+        return _unavailable("The disk of the server is full")
+    return await _internal_error(request, error)
+
+
+def _unavailable(reason: str) -> Response:
+    return _response(503, f"{reason}. Try again later.", "server_error", "unavailable", headers={"Retry-After": "2"})
 
 
 async def _internal_error(_: Request, error: Exception) -> Response:

@@ -8,21 +8,24 @@ from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
 from vidgen_ray.planner.demand import ENCODE_SECONDS, seconds_of
 from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
 
 MAX_UNFINISHED_PERCENT = 99
 """Maximum percentage of a shot that is not finished."""
+
+
+def expected_seconds(shot: Shot, profile: Profile) -> dict[str, float]:
+    """Return stage name -> seconds that the profile expects for a shot, in order. The last stage writes the files."""
+    seconds = {name: seconds_of(profile, STAGE_BY_NAME[name], {})[0] * cost for name, cost in relative_costs(shot).items()}
+    megapixels = shot.width * shot.height / 1e6 * (shot.num_frames if shot.generate_video else 1)
+    return seconds | {OUTPUT: megapixels * ENCODE_SECONDS[profile.encode.preset]}
 
 
 class ProgressEstimator:
     """Progress estimate of one shot. The percentage never decreases, even if a retry starts a stage again."""
 
     def __init__(self, plan: ShotPlan, profile: Profile) -> None:
-        shot = plan.shot
-        self._seconds = {
-            name: seconds_of(profile, STAGE_BY_NAME[name], {})[0] * cost for name, cost in relative_costs(shot).items()
-        }
-        megapixels = shot.width * shot.height / 1e6 * (shot.num_frames if shot.generate_video else 1)
-        self._seconds[OUTPUT] = megapixels * ENCODE_SECONDS[profile.encode.preset]
+        self._seconds = expected_seconds(plan.shot, profile)
         self._total = sum(self._seconds.values()) or 1.0
         self._percent = 0
 

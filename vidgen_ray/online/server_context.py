@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Authenticator
+from vidgen_ray.online.event_streams import EventStreams
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.image_references import ImageReferences
 from vidgen_ray.online.job_feed import JobFeed
 from vidgen_ray.online.job_service import JobService
+from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
 
@@ -28,8 +31,11 @@ class ServerContext:
     auth: Authenticator
     job_service: JobService
     job_feed: JobFeed
+    event_streams: EventStreams
+    queue_estimator: QueueEstimator
     image_references: ImageReferences
     face_check: FaceCheck
+    storage_check: StorageCheck
     started_at: int
     """Seconds since 1970."""
     missing: Callable[[], Awaitable[str | None]]

@@ -29,6 +29,7 @@ class Limits(_Section):
         description="Largest width x height x frames of a job, before upscaling. An image counts as one frame.",
     )
     requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
+    streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
 
 class UploadCaps(_Section):
@@ -139,7 +140,11 @@ class OnlineSettings(_Section):
         description="Seconds that a request for images waits for them. OpenAI's client times out after 600.",
     )
     poll_s: float = Field(0.25, gt=0, description="Seconds between database queries while a client follows jobs.")
-    poll_after_s: float = Field(1.0, gt=0, description="Seconds until the next poll, sent to polling clients.")
+    poll_after_s: float = Field(
+        1.0,
+        gt=0,
+        description="Least seconds until the next poll, sent to polling clients. Jobs that end later are polled later.",
+    )
     docs: bool = Field(True, description="Serve /openapi.json.")
 
     @field_validator("data")

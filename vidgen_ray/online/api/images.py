@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from PIL import Image as PILImage
-from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -33,7 +33,6 @@ from vidgen_ray.shot import Shot
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
-PING_S = 15
 IMAGES: dict[str, Any] = {
     "model": ImagesResponse,
     "description": "The images. With `stream`: server-sent events, `.partial_image` for intermediate images and `.completed` "
@@ -141,6 +140,8 @@ async def _respond(
     received: ReceivedRequest,
 ) -> Response:
     """Create the jobs and wait for the images, or stream events."""
+    if options.stream:
+        server.event_streams.check_room(tenant)
     jobs = await server.job_service.accept(
         tenant,
         JobKind.IMAGE,
@@ -150,7 +151,7 @@ async def _respond(
         fingerprint=f"{options.event} {received.fingerprint}"[:64],
     )
     if options.stream:
-        return EventSourceResponse(_events(server, jobs, options), ping=PING_S, headers={"X-Accel-Buffering": "no"})
+        return server.event_streams.respond(tenant, _events(server, jobs, options))
     try:
         async with asyncio.timeout(server.settings.wait_s):
             ended = [_require_completed(await server.job_feed.ended(job)) for job in jobs]

@@ -10,6 +10,7 @@ from vidgen_ray.online.api import characters, files, images, models, shots, vide
 from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.openapi import error_responses, openapi_document
 from vidgen_ray.online.api.response_models import Health, Readiness
+from vidgen_ray.online.api_error import ApiError
 
 health = APIRouter(tags=["health"])
 
@@ -22,8 +23,13 @@ async def healthz() -> Health:
 
 @health.get("/readyz", response_model_exclude_none=True, responses={503: error_responses()[503]})
 async def readyz(server: ServerDep) -> Readiness:
-    """Respond with 200 if jobs can be stored, and say what is missing to run them."""
-    await asyncio.to_thread(server.store.ping)
+    """Respond with 200 if jobs and files can be stored, after writing to the database and the output folder.
+
+    Says what is missing to run jobs.
+    """
+    problem = await asyncio.to_thread(server.storage_check.problem)
+    if problem is not None:
+        raise ApiError(503, problem, code="not_ready", type="server_error", headers={"Retry-After": "5"})
     missing = await server.missing()
     return Readiness(status="ok" if missing is None else "waiting", missing=missing)
 

@@ -15,8 +15,6 @@ from vidgen_ray.online.api.videos import job_of
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 
-PING_S = 15
-"""Seconds between pings, which keep proxies from closing an idle stream."""
 EVENTS = {
     "description": "`video.queued` and `video.in_progress` events with the Video after each change. The last event is "
     "`video.completed`, `video.failed`, `video.cancelled` or `video.deleted`.",
@@ -35,7 +33,7 @@ async def video_events(
 ) -> EventSourceResponse:
     """Stream the events of a job until it ends. The stream of an ended job is its last event."""
     job = await job_of(server, tenant, video_id)
-    return EventSourceResponse(_events(server, job, last_event_id), ping=PING_S)
+    return server.event_streams.respond(tenant, _events(server, job, last_event_id))
 
 
 async def _events(server: ServerContext, job: Job, last_event_id: str | None) -> AsyncIterator[ServerSentEvent]:

@@ -51,7 +51,7 @@ async def create_video(
         idempotency_key=idempotency_key,
         fingerprint=f"video {received.fingerprint}"[:64],
     )
-    _set_poll_after(server, response)
+    await _set_poll_after(server, response, job)
     return video_response(job)
 
 
@@ -79,7 +79,7 @@ async def list_videos(
 async def get_video(response: Response, server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """Return the status and progress of a video."""
     job = await job_of(server, tenant, video_id)
-    _set_poll_after(server, response)
+    await _set_poll_after(server, response, job)
     return video_response(job)
 
 
@@ -129,7 +129,7 @@ async def remix_video(
         idempotency_key=idempotency_key,
         fingerprint=f"{original.id[6:26]} {received.fingerprint}"[:64],
     )
-    _set_poll_after(server, response)
+    await _set_poll_after(server, response, job)
     return video_response(job)
 
 
@@ -171,5 +171,6 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
     return fields
 
 
-def _set_poll_after(server: ServerContext, response: Response) -> None:
-    response.headers[POLL_AFTER] = str(round(server.settings.poll_after_s * 1000))
+async def _set_poll_after(server: ServerContext, response: Response, job: Job) -> None:
+    estimate = await server.queue_estimator.estimate(job)
+    response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
@@ -18,8 +20,12 @@ from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
+MAX_GROUP = 64
+"""Most calls of `Database.write` that share one transaction."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
+
+R = TypeVar("R")
 
 
 class Database:
@@ -38,6 +44,9 @@ class Database:
         Raises SetupError if the database cannot be opened or is newer than this program.
         """
         self.engine = _engine(url, durable)
+        self._pending: deque[_Call[Any]] = deque()
+        # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
+        self._writing = threading.Lock()
         try:
             upgrade_schema(self.engine)
         except OperationalError as error:
@@ -58,8 +67,34 @@ class Database:
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Open the only write transaction. It is committed when the block ends, and rolled back on an exception."""
-        with self.engine.begin() as connection:
+        with self._writing, self.engine.begin() as connection:
             yield Transaction(connection)
+
+    def write(self, work: Callable[[Transaction], R]) -> R:
+        """Run `work` in a write transaction, commit it and return its result. If `work` raises, its changes are undone.
+
+        Calls that wait at the same time share one transaction, so that they share its commit. Each has its own version.
+        """
+        call = _Call(work)
+        self._pending.append(call)
+        with self._writing:
+            # The call may come after the first group.
+            while not call.has_run:
+                self._run_group([self._pending.popleft() for _ in range(min(len(self._pending), MAX_GROUP))])
+        return call.result()
+
+    def _run_group(self, calls: Sequence[_Call[Any]]) -> None:
+        try:
+            with self.engine.begin() as connection:
+                for call in calls:
+                    call.run(connection)
+        # The transaction is lost: no space, or no connection.
+        except BaseException as error:
+            for call in calls:
+                call.error = error
+        finally:
+            for call in calls:
+                call.has_run = True
 
     def ping(self) -> None:
         """Run a query. Raises SQLAlchemyError if the database does not answer."""
@@ -81,6 +116,31 @@ class Transaction:
     def next_number(self) -> int:
         """Return a unique number, larger than all numbers of earlier transactions."""
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
+
+
+class _Call(Generic[R]):
+    """Call of `Database.write` that waits for its result."""
+
+    def __init__(self, work: Callable[[Transaction], R]) -> None:
+        self._work = work
+        self._value: R | None = None
+        self.error: BaseException | None = None
+        self.has_run = False
+
+    def run(self, connection: Connection) -> None:
+        """Run the work in a savepoint and keep its result or error. Raises OperationalError: the transaction is lost."""
+        try:
+            with connection.begin_nested():
+                self._value = self._work(Transaction(connection))
+        except OperationalError:
+            raise
+        except Exception as error:
+            self.error = error
+
+    def result(self) -> R:
+        if self.error is not None:
+            raise self.error
+        return cast(R, self._value)
 
 
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)

@@ -17,8 +17,9 @@ from vidgen_ray.shot import Shot
 SECONDS = TypeAdapter(dict[str, float])
 REQUEST = TypeAdapter(dict[str, JsonValue])
 
-OPEN = (JobState.QUEUED, JobState.IN_PROGRESS)
-"""States of jobs that have not ended."""
+OPEN_STATES = (JobState.QUEUED, JobState.IN_PROGRESS)
+IS_OPEN = JOBS.c.completed_at.is_(None)
+"""Condition of jobs that have not ended. The index of open jobs is used only by queries that include it."""
 
 
 class JobRows:
@@ -40,10 +41,11 @@ class JobRows:
     def insert(self, transaction: Transaction, job: Job) -> Job:
         """Insert a new job. Return it as it is stored."""
         if job.state.is_final:
-            job = job.model_copy(update={"expires_at": self._expiry(job.completed_at)})
+            ended_at = self._now() if job.completed_at is None else job.completed_at
+            job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
         number = transaction.next_number()
         job = job.model_copy(update={"version": number})
-        transaction.connection.execute(insert(JOBS), _values(job) | {"seq": number})
+        transaction.connection.execute(insert(JOBS), row_of(job) | {"seq": number})
         if job.state.is_final:
             self._add_messages(transaction, [job])
         return job
@@ -60,7 +62,7 @@ class JobRows:
         now = self._now()
         ended = self.update(
             transaction,
-            [*where, JOBS.c.state.in_(OPEN)],
+            [*where, IS_OPEN],
             state=state,
             owner=None,
             lease_until=None,
@@ -76,8 +78,8 @@ class JobRows:
             for target in self._targets(job.tenant):
                 self._outbox.add(transaction, target, job)
 
-    def _expiry(self, ended_at: float | None) -> float | None:
-        return None if self._retention_s is None or ended_at is None else ended_at + self._retention_s
+    def _expiry(self, ended_at: float) -> float | None:
+        return None if self._retention_s is None else ended_at + self._retention_s
 
 
 def job_of(row: Row[Any]) -> Job:
@@ -94,7 +96,7 @@ def job_of(row: Row[Any]) -> Job:
     )
 
 
-def _values(job: Job) -> dict[str, Any]:
+def row_of(job: Job) -> dict[str, Any]:
     """Return the column values of a job, except `seq` and those of its lease."""
     return {
         **job.model_dump(exclude={"shot", "error", "stage_seconds", "request"}),

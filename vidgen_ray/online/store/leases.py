@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, and_, bindparam, case, func, select, update
+from sqlalchemy import and_, case, func, select, update
 
-from vidgen_ray.online.store.database import Database
-from vidgen_ray.online.store.job_rows import SECONDS, JobRows, job_of
+from vidgen_ray.online.store.database import Database, Transaction
+from vidgen_ray.online.store.job_queue import next_queued
+from vidgen_ray.online.store.job_rows import IS_OPEN, SECONDS, JobRows, job_of
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.schema import JOBS
 
@@ -40,31 +41,34 @@ class JobLeases:
 
         `attempts` of the returned jobs includes this attempt.
         """
-        with self._database.transaction() as transaction:
-            now = self._now()
-            expired = and_(JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
-            ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
-            if ids:
-                ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
-                cancelled = {row.id for row in ended}
-                ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-            ids += transaction.connection.scalars(NEXT_QUEUED, {"max_jobs": limit - len(ids)})
-            claimed: list[Row[Any]] = []
-            for job_id in ids:
-                claimed += self._rows.update(
-                    transaction,
-                    [JOBS.c.id == job_id],
-                    state=JobState.IN_PROGRESS,
-                    owner=owner,
-                    lease_until=now + lease_s,
-                    attempts=JOBS.c.attempts + 1,
-                    started_at=func.coalesce(JOBS.c.started_at, now),
-                    # Finished stages are in the cache; the new owner reports the progress again.
-                    stage=None,
-                    step=0,
-                    steps=0,
-                )
-            return [job_of(row) for row in claimed]
+        return self._database.write(lambda transaction: self._claim(transaction, owner, lease_s, limit))
+
+    def _claim(self, transaction: Transaction, owner: str, lease_s: float, limit: int) -> list[Job]:
+        now = self._now()
+        expired = and_(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
+        ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
+        if ids:
+            ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
+            cancelled = {row.id for row in ended}
+            ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
+        ids += next_queued(transaction.connection, limit - len(ids))
+        if not ids:
+            return []
+        claimed = self._rows.update(
+            transaction,
+            [JOBS.c.id.in_(ids)],
+            state=JobState.IN_PROGRESS,
+            owner=owner,
+            lease_until=now + lease_s,
+            attempts=JOBS.c.attempts + 1,
+            started_at=func.coalesce(JOBS.c.started_at, now),
+            # Finished stages are in the cache; the new owner reports the progress again.
+            stage=None,
+            step=0,
+            steps=0,
+        )
+        jobs = {row.id: job_of(row) for row in claimed}
+        return [jobs[job_id] for job_id in ids]
 
     def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
         """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
@@ -110,32 +114,5 @@ class JobLeases:
         return self._end_own(job_id, owner, JobState.CANCELLED)
 
     def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
-        with self._database.transaction() as transaction:
-            held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-            return bool(self._rows.end(transaction, held, state, **values))
-
-
-def _next_queued() -> Any:
-    """Build the query for the ids of the next `max_jobs` queued jobs.
-
-    The oldest job of every tenant comes first, then the second of every tenant, and so on. Jobs in progress count as if they
-    were ahead of the tenant's queued jobs.
-    """
-    busy = (
-        select(JOBS.c.tenant, func.count().label("jobs"))
-        .where(JOBS.c.state == JobState.IN_PROGRESS)
-        .group_by(JOBS.c.tenant)
-        .subquery()
-    )
-    position = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.seq) + func.coalesce(busy.c.jobs, 0)
-    queued = (
-        select(JOBS.c.id, JOBS.c.seq, position.label("position"))
-        .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
-        .where(JOBS.c.state == JobState.QUEUED)
-        .subquery()
-    )
-    return select(queued.c.id).order_by(queued.c.position, queued.c.seq).limit(bindparam("max_jobs"))
-
-
-NEXT_QUEUED = _next_queued()
-"""Built once, because a director runs it after every job."""
+        held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
+        return self._database.write(lambda transaction: bool(self._rows.end(transaction, held, state, **values)))

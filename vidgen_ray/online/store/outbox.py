@@ -58,6 +58,9 @@ class Outbox:
 
         The messages are not due again for `lease_s` seconds.
         """
+        with self._database.read_connection() as connection:
+            if connection.execute(select(OUTBOX.c.id).where(OUTBOX.c.next_try_at <= self._now()).limit(1)).first() is None:
+                return []
         with self._database.transaction() as transaction:
             now = self._now()
             due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]

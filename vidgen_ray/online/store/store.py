@@ -7,26 +7,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal, NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    bindparam,
+    delete,
+    false,
+    func,
+    insert,
+    not_,
+    or_,
+    select,
+    union_all,
+)
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.characters import Characters
-from vidgen_ray.online.store.database import Database
-from vidgen_ray.online.store.job_rows import OPEN, JobRows, job_of
-from vidgen_ray.online.store.jobs import FINAL, Job, JobKind, JobState
+from vidgen_ray.online.store.database import Database, Transaction
+from vidgen_ray.online.store.job_queue import ALL_QUEUED
+from vidgen_ray.online.store.job_rows import IS_OPEN, OPEN_STATES, JobRows, job_of
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.online.store.leases import JobLeases
 from vidgen_ray.online.store.outbox import Outbox
 from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
 from vidgen_ray.online.store.upload_records import UploadRecords
+from vidgen_ray.shot import Shot
 
 IDEMPOTENCY_TTL_S = 86_400
 """Seconds for which an idempotency key is valid."""
 PURGE_DELAY_S = 300
 """Seconds between the deletion of a job and that of its files, so that downloads in progress can finish."""
+EXPIRY_BATCH = 1_000
+"""Most expired jobs that one `purge` hides, and most old idempotency keys that it deletes."""
 IDS = TypeAdapter(list[str])
 
 
@@ -108,9 +128,18 @@ class JobStore:
     def engine(self) -> Engine:
         return self._database.engine
 
+    @property
+    def folder(self) -> Path | None:
+        """Folder of an SQLite database, else `None`."""
+        return Path(str(self.engine.url.database)).parent if self.engine.dialect.name == "sqlite" else None
+
     def ping(self) -> None:
         """Run a query. Raises SQLAlchemyError if the database does not answer."""
         self._database.ping()
+
+    def write_nothing(self) -> None:
+        """Commit a write transaction that changes no job. Raises SQLAlchemyError if the database cannot be written."""
+        self._database.write(lambda transaction: None)
 
     def close(self) -> None:
         self._database.close()
@@ -153,7 +182,8 @@ class JobStore:
         LimitReached.
         """
         tenant = jobs[0].tenant
-        with self._database.transaction() as transaction:
+
+        def store_jobs(transaction: Transaction) -> tuple[list[Job], bool]:
             if idempotency_key is not None:
                 earlier = _jobs_of_key(transaction.connection, tenant, idempotency_key, fingerprint)
                 if earlier:
@@ -161,16 +191,18 @@ class JobStore:
                 # A key whose jobs have been purged can be used again.
                 used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
                 transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
-            jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
-            new = sum(not job.state.is_final for job in jobs)
+            new_jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
+            new = sum(not job.state.is_final for job in new_jobs)
             if new:
                 _check_limits(transaction.connection, tenant, new, max_queued, max_open)
-            stored = [self._rows.insert(transaction, job) for job in jobs]
+            stored = [self._rows.insert(transaction, job) for job in new_jobs]
             if idempotency_key is not None:
                 ids = IDS.dump_json([job.id for job in stored]).decode()
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
                 transaction.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
+
+        return self._database.write(store_jobs)
 
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
         """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
@@ -198,18 +230,15 @@ class JobStore:
         The page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is
         not a job of the tenant.
         """
-        query = select(JOBS).where(
-            JOBS.c.tenant == tenant, JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states), JOBS.c.deleted_at.is_(None)
-        )
+        query = _page_query(frozenset(kinds), frozenset(states), order, after is not None)
+        values: dict[str, object] = {"owner": tenant, "most": limit + 1}
         with self._database.read_connection() as connection:
             if after is not None:
                 position = select(JOBS.c.seq).where(JOBS.c.id == after, JOBS.c.tenant == tenant)
-                seq = connection.execute(position).scalar()
-                if seq is None:
+                values["position"] = connection.execute(position).scalar()
+                if values["position"] is None:
                     raise UnknownJob(after)
-                query = query.where(JOBS.c.seq > seq if order == "asc" else JOBS.c.seq < seq)
-            sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
-            rows = connection.execute(query.order_by(sorted_by).limit(limit + 1)).all()
+            rows = connection.execute(query, values).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
@@ -264,11 +293,12 @@ class JobStore:
         """
         with self._database.transaction() as transaction:
             now = self._now()
-            expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at < now]
-            self._rows.update(transaction, expired, deleted_at=now)
-            transaction.connection.execute(delete(IDEMPOTENCY).where(IDEMPOTENCY.c.created_at < now - IDEMPOTENCY_TTL_S))
-            deleted = [JOBS.c.deleted_at < now - PURGE_DELAY_S, JOBS.c.state.in_(FINAL)]
-            query = select(JOBS.c.id, JOBS.c.key).where(*deleted).order_by(JOBS.c.seq).limit(limit)
+            expired = [JOBS.c.deleted_at.is_(None), JOBS.c.expires_at.is_not(None), JOBS.c.expires_at < now]
+            some = select(JOBS.c.id).where(*expired).order_by(JOBS.c.expires_at).limit(EXPIRY_BATCH)
+            self._rows.update(transaction, [JOBS.c.id.in_(some)], deleted_at=now)
+            _delete_old_keys(transaction.connection, now - IDEMPOTENCY_TTL_S)
+            deleted = [JOBS.c.deleted_at.is_not(None), JOBS.c.deleted_at < now - PURGE_DELAY_S, not_(IS_OPEN)]
+            query = select(JOBS.c.id, JOBS.c.key).where(*deleted).order_by(JOBS.c.deleted_at).limit(limit)
             rows = transaction.connection.execute(query).all()
             transaction.connection.execute(delete(JOBS).where(JOBS.c.id.in_([row.id for row in rows])))
             keys = {row.key for row in rows}
@@ -277,15 +307,34 @@ class JobStore:
                 delete_files(key)
             return len(rows)
 
-    def counts(self) -> dict[tuple[str, JobKind, JobState], int]:
-        """Return the number of jobs of each tenant, kind and state."""
+    def open_counts(self) -> dict[tuple[str, JobKind, JobState], int]:
+        """Return the number of queued jobs and jobs in progress of each tenant and kind."""
         query = (
             select(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state, func.count())
-            .where(JOBS.c.deleted_at.is_(None))
+            .where(IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.deleted_at.is_(None))
             .group_by(JOBS.c.tenant, JOBS.c.kind, JOBS.c.state)
         )
         with self._database.read_connection() as connection:
             return {(tenant, JobKind(kind), JobState(state)): n for tenant, kind, state, n in connection.execute(query)}
+
+    def queue_order(self) -> Sequence[str]:
+        """Return the ids of all queued jobs in the order in which they start."""
+        with self._database.read_connection() as connection:
+            return [*connection.scalars(ALL_QUEUED)]
+
+    def queue_position(self, job: Job) -> int:
+        """Return how many queued jobs start before this one. 0 if it is not queued. Reads the whole queue."""
+        order = self.queue_order()
+        return order.index(job.id) if job.id in order else 0
+
+    def recent_durations(self, limit: int) -> Sequence[tuple[Shot, float]]:
+        """Return the shots of the completed jobs among the last `limit` changed ones, and their seconds from start to end."""
+        columns = JOBS.c.state, JOBS.c.shot, JOBS.c.started_at, JOBS.c.completed_at
+        query = select(*columns).order_by(JOBS.c.version.desc()).limit(limit)
+        with self._database.read_connection() as connection:
+            rows = connection.execute(query).all()
+        completed = [row for row in rows if row.state == JobState.COMPLETED and row.started_at is not None]
+        return [(Shot.model_validate_json(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
 def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
@@ -297,13 +346,39 @@ def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
     """Raise QueueFull or LimitReached if `new` more jobs exceed a limit."""
     if max_queued is not None:
-        queued = connection.execute(select(func.count()).where(JOBS.c.state == JobState.QUEUED)).scalar_one()
+        some = select(JOBS.c.seq).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(max_queued).subquery()
+        queued = connection.execute(select(func.count()).select_from(some)).scalar_one()
         if queued + new > max_queued:
             raise QueueFull(queued)
     if max_open is not None:
-        own = select(func.count()).where(JOBS.c.tenant == tenant, JOBS.c.state.in_(OPEN))
-        if connection.execute(own).scalar_one() + new > max_open:
+        own = [IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant]
+        if connection.execute(select(func.count()).where(*own)).scalar_one() + new > max_open:
             raise LimitReached(max_open)
+
+
+@cache
+def _page_query(
+    kinds: frozenset[JobKind], states: frozenset[JobState], order: Literal["asc", "desc"], continues: bool
+) -> Select[Any]:
+    """Return the query for a page of jobs. Its parameters: `owner` (tenant), `most` (jobs), and `position` if it `continues`.
+
+    It reads the first jobs of every kind and state from the index and merges them, so that it reads no job of others.
+    """
+    sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
+    after = JOBS.c.seq > bindparam("position") if order == "asc" else JOBS.c.seq < bindparam("position")
+    common = [JOBS.c.tenant == bindparam("owner"), JOBS.c.deleted_at.is_(None), *([after] if continues else [])]
+    parts = [
+        select(JOBS.c.seq)
+        .where(*common, JOBS.c.kind == kind, JOBS.c.state == state)
+        .order_by(sorted_by)
+        .limit(bindparam("most"))
+        for kind in sorted(kinds)
+        for state in sorted(states)
+    ]
+    if not parts:
+        return select(JOBS).where(false())
+    merged = union_all(*(select(part.subquery().c.seq) for part in parts)).subquery()
+    return select(JOBS).where(JOBS.c.seq.in_(select(merged.c.seq))).order_by(sorted_by).limit(bindparam("most"))
 
 
 def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job]:
@@ -316,6 +391,14 @@ def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str
     ids = IDS.validate_json(earlier.jobs)
     rows = connection.execute(select(JOBS).where(JOBS.c.id.in_(ids)).order_by(JOBS.c.seq)).all()
     return [job_of(row) for row in rows]
+
+
+def _delete_old_keys(connection: Connection, before: float) -> None:
+    """Delete the oldest idempotency keys created before a time. Leaves the rest to the next call if there are too many."""
+    created_at = IDEMPOTENCY.c.created_at
+    following = select(created_at).where(created_at < before).order_by(created_at).offset(EXPIRY_BATCH).limit(1)
+    oldest_kept = connection.execute(following).scalar()
+    connection.execute(delete(IDEMPOTENCY).where(created_at < (before if oldest_kept is None else oldest_kept)))
 
 
 def _visible(job_id: str, tenant: str | None) -> list[ColumnElement[bool]]:

@@ -12,15 +12,13 @@ from starlette.requests import Request
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path
 
-PING_S = 15
-"""Seconds between pings, which keep proxies from closing an idle stream."""
 SESSION_CHECK_S = 15
 """Seconds between checks that the browser is still signed in."""
 
 
 def event_stream(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> EventSourceResponse:
-    """Respond with the changes after `cursor`, until the browser disconnects or its session ends."""
-    return EventSourceResponse(_events(context, request, tenant, cursor), headers=HEADERS, ping=PING_S)
+    """Respond with the changes after `cursor`, until the browser disconnects or its session ends. Raises ApiError 429."""
+    return context.server.event_streams.respond(tenant, _events(context, request, tenant, cursor), HEADERS)
 
 
 async def _events(context: PageContext, request: Request, tenant: Tenant, cursor: int) -> AsyncIterator[ServerSentEvent]:

@@ -1,0 +1,77 @@
+"""Limits of event streams, over HTTP."""
+
+import threading
+from contextlib import ExitStack
+
+import httpx
+import pytest
+import yaml
+
+from tests.online.directors import listening_on_a_port, local_server
+from tests.online.test_api_videos import SMALL
+from vidgen_ray.online.auth import hash_key
+from vidgen_ray.online.settings import OnlineSettings
+
+STREAMS = 3
+
+
+@pytest.fixture
+def server(tiny, tmp_path):
+    keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}")} for name in ("ada", "bob")]
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    settings = OnlineSettings(
+        profile="tiny", data=str(tmp_path / "out"), keys_file=tmp_path / "keys.yaml", limits={"streams": STREAMS}, poll_s=0.02
+    )
+    with local_server(tiny, settings) as running:
+        running.director.held.set()
+        yield running
+
+
+def client_of(url, tenant):
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer vg-{tenant}"}, timeout=60)
+
+
+def test_streams_are_capped_per_key(server):
+    with listening_on_a_port(server.app) as url, client_of(url, "ada") as ada, client_of(url, "bob") as bob:
+        video, other = (client.post("/v1/videos", json=SMALL).json()["id"] for client in (ada, bob))
+        # httpx closes a stream whose iterator is garbage.
+        iterators = []
+        with ExitStack() as stack:
+            for _ in range(STREAMS):
+                stream = stack.enter_context(ada.stream("GET", f"/v1/videos/{video}/events"))
+                assert stream.status_code == 200
+                # The first event has been sent.
+                iterators.append(stream.iter_lines())
+                assert next(iterators[-1]).startswith("id: ")
+            refused = ada.get(f"/v1/videos/{video}/events")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+            assert refused.json()["error"]["message"].startswith(f"At most {STREAMS} event streams may be open at once")
+            assert "Retry-After" in refused.headers
+            jobs = len(server.store.list("ada").jobs)
+            image = ada.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "stream": True})
+            assert image.status_code == 429
+            # The refused request has stored no job.
+            assert len(server.store.list("ada").jobs) == jobs
+            # Other keys and other requests are not affected.
+            with bob.stream("GET", f"/v1/videos/{other}/events") as stream:
+                assert stream.status_code == 200
+            assert ada.get(f"/v1/videos/{video}").status_code == 200
+        assert _opens_again(ada, video)
+
+
+def _opens_again(client, video):
+    """Return whether a stream opens once the server has noticed that the others are closed."""
+    for _ in range(600):
+        with client.stream("GET", f"/v1/videos/{video}/events") as stream:
+            if stream.status_code == 200:
+                return True
+        threading.Event().wait(0.05)
+    return False
+
+
+def test_ended_streams_are_not_counted(server):
+    server.director.held.clear()
+    with listening_on_a_port(server.app) as url, client_of(url, "ada") as client:
+        video = client.post("/v1/videos", json=SMALL).json()["id"]
+        for _ in range(2 * STREAMS):
+            assert "event: video.completed" in client.get(f"/v1/videos/{video}/events").text

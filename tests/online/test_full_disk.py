@@ -1,0 +1,68 @@
+"""Requests to a server whose disk is full."""
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.online.directors import LOCAL, local_server
+from tests.online.test_api_videos import SMALL, ended
+from vidgen_ray.online import storage_check
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.storage_check import StorageCheck
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.outputs.folder import OutputFolder
+
+
+@pytest.fixture(autouse=True)
+def no_reuse(monkeypatch):
+    monkeypatch.setattr(storage_check, "RESULT_VALID_S", 0)
+
+
+def test_requests_get_a_sentence_while_the_disk_is_full(tiny, small_disk):
+    settings = OnlineSettings(profile="tiny", data=str(small_disk.folder / "out"), poll_s=0.02)
+    with local_server(tiny, settings) as server:
+        client = TestClient(server.app, raise_server_exceptions=False, **LOCAL)
+        assert client.get("/readyz").status_code == 200
+        server.director.held.set()
+        small_disk.fill()
+        ready = client.get("/readyz")
+        assert ready.status_code == 503
+        assert ready.json()["error"]["message"].startswith("The disk of the output folder is almost full: 0.0")
+        assert str(small_disk.folder) not in ready.text
+        refused = client.post("/v1/videos", json={"prompt": "a", **SMALL})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert refused.json()["error"]["message"] == "The disk of the server is full. Try again later."
+        small_disk.make_room()
+        assert client.get("/readyz").status_code == 200
+        accepted = client.post("/v1/videos", json={"prompt": "a", **SMALL})
+        assert accepted.status_code == 200
+        server.director.held.clear()
+        assert ended(client, accepted.json()["id"])["status"] == "completed"
+
+
+def test_check_writes_to_the_database(tmp_path, small_disk):
+    """The disk of the database is full, that of the outputs is not."""
+    outputs = OutputFolder(tmp_path / "out")
+    outputs.prepare()
+    store = JobStore(f"sqlite:///{small_disk.folder}/jobs.db")
+    check = StorageCheck(store, outputs)
+    assert check.problem() is None
+    small_disk.fill()
+    assert check.problem().startswith("The disk of the database is almost full: ")
+    small_disk.make_room()
+    assert check.problem() is None
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE vidgen_meta")
+    assert check.problem() == "The database does not respond."
+    store.close()
+
+
+def test_check_writes_to_the_output_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    store = JobStore(f"sqlite:///{tmp_path}/jobs.db")
+    check = StorageCheck(store, OutputFolder(tmp_path / "out"))
+    assert check.problem() is None
+    assert [*(tmp_path / "out").iterdir()] == []
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").touch()
+    assert check.problem() == "The output folder cannot be written: File exists."
+    store.close()

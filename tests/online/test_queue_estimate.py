@@ -1,0 +1,112 @@
+"""Queue position, remaining seconds and the time of the next poll."""
+
+import asyncio
+
+import pytest
+
+from tests.online.test_store import Clock, new_job
+from vidgen_ray.online.progress_estimate import expected_seconds
+from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_INTERVAL_S, QueueEstimator
+from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.store import JobStore
+
+SLOWNESS = 3.0
+"""Duration of the jobs of these tests, as a multiple of what the profile expects."""
+
+
+class CountingStore(JobStore):
+    reads = 0
+
+    def queue_order(self):
+        self.reads += 1
+        return super().queue_order()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path, clock):
+    store = CountingStore(f"sqlite:///{tmp_path}/jobs.db", now=clock)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def estimator(store, tiny, clock):
+    return QueueEstimator(store, tiny, 1.0, clock)
+
+
+@pytest.fixture
+def expected_s(tiny):
+    return sum(expected_seconds(new_job().shot, tiny).values())
+
+
+def complete_jobs(store, clock, seconds, count=5):
+    for _ in range(count):
+        store.create(new_job())
+        (job,) = store.queue.claim("d", 10**6, 1)
+        clock.seconds += seconds
+        store.queue.completed(job.id, "d", shot_id="s", stage_seconds={})
+
+
+def test_queue_position_is_the_order_in_which_jobs_start(store, estimator):
+    ada = [store.create(new_job("ada"))[0] for _ in range(3)]
+    bob = store.create(new_job("bob"))[0]
+
+    async def positions():
+        return [(await estimator.estimate(job)).queue_position for job in (*ada, bob)]
+
+    assert asyncio.run(positions()) == [0, 2, 3, 1] == [store.queue_position(job) for job in (*ada, bob)]
+    assert [job.id for job in store.queue.claim("d", 30, 4)] == [ada[0].id, bob.id, ada[1].id, ada[2].id]
+
+
+def test_eta_follows_progress_and_the_speed_of_recent_jobs(store, estimator, clock, expected_s):
+    complete_jobs(store, clock, SLOWNESS * expected_s)
+    store.create(new_job())
+    (job,) = store.queue.claim("d", 10**6, 1)
+
+    def eta(percent):
+        store.queue.progress("d", [JobProgress(job.id, "flux", 1, 4, percent)])
+        return asyncio.run(estimator.estimate(store.get(job.id, "ada"))).eta_s
+
+    assert [eta(percent) for percent in (0, 50, 90)] == pytest.approx(
+        [SLOWNESS * expected_s * left for left in (1, 0.5, 0.1)], abs=0.1
+    )
+
+
+def test_eta_of_a_queued_job_counts_the_jobs_before_it(store, estimator, clock, expected_s):
+    duration_s = SLOWNESS * expected_s
+    complete_jobs(store, clock, duration_s)
+    for _ in range(2):
+        store.create(new_job())
+    store.queue.claim("d", 10**6, 2)
+    queued = [store.create(new_job())[0] for _ in range(3)]
+    estimates = [asyncio.run(estimator.estimate(job)) for job in queued]
+    # Two jobs run at once, so one ends every half duration.
+    assert [estimate.eta_s for estimate in estimates] == pytest.approx([duration_s * n for n in (1.5, 2, 2.5)], abs=0.1)
+
+
+def test_poll_interval_grows_with_the_remaining_time(store, estimator, clock, expected_s):
+    complete_jobs(store, clock, 40)
+    first, *_, last = [store.create(new_job())[0] for _ in range(30)]
+    poll_after = [asyncio.run(estimator.estimate(job)).poll_after_s for job in (first, last)]
+    assert poll_after == [pytest.approx(4, rel=0.1), MAX_POLL_AFTER_S]
+    store.request_cancel(first.id, "ada")
+    ended = asyncio.run(estimator.estimate(store.get(first.id, "ada")))
+    assert ended == (None, None, 1.0)
+
+
+def test_requests_share_one_snapshot(store, estimator, clock):
+    jobs = [store.create(new_job())[0] for _ in range(3)]
+
+    async def polls():
+        await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
+        assert store.reads == 1
+        clock.seconds += SNAPSHOT_INTERVAL_S + 1
+        await asyncio.gather(*(estimator.estimate(job) for _ in range(300) for job in jobs))
+        assert store.reads == 2
+
+    asyncio.run(polls())

@@ -1,0 +1,114 @@
+"""Estimate when jobs end, from the queue, the jobs in progress and the durations of recent jobs.
+
+All requests of a process share one snapshot of the queue, so that a poll costs no query of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vidgen_ray.online.progress_estimate import expected_seconds
+from vidgen_ray.online.store.jobs import Job, JobState
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
+
+SNAPSHOT_INTERVAL_S = 1.0
+"""Seconds for which a snapshot of the queue is used, at least."""
+SNAPSHOT_COST_FACTOR = 20
+"""A snapshot is used for this many times as long as it took to read."""
+RECENT_JOBS = 50
+"""Changed jobs from which the speed of the server is taken."""
+POLL_SHARE = 0.1
+"""Time until the next poll, as a fraction of the time that the job still takes."""
+MAX_POLL_AFTER_S = 15.0
+
+
+class JobEstimate(NamedTuple):
+    """Estimate for one job."""
+
+    queue_position: int | None
+    """Queued jobs that start before this one. `None` if the job is not queued."""
+    eta_s: float | None
+    """Seconds until the job ends. `None` if it has ended."""
+    poll_after_s: float
+    """Seconds until a client should poll again."""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """Queue of the server at one time."""
+
+    positions: dict[str, int]
+    """Id of each queued job -> queued jobs before it."""
+    in_progress: int
+    slowness: float
+    """Duration of recent jobs, as a multiple of what the profile expects."""
+    seconds_per_job: float | None
+    """Mean duration of recent jobs. `None` if there were none."""
+    valid_until: float
+    """Monotonic time."""
+
+
+class QueueEstimator:
+    """Estimates of one API process. Use it inside an event loop."""
+
+    def __init__(
+        self, store: JobStore, profile: Profile, min_poll_after_s: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._profile = profile
+        self._min_poll_after_s = min_poll_after_s
+        self._now = now
+        self._snapshot: _Snapshot | None = None
+        self._reading = asyncio.Lock()
+
+    async def estimate(self, job: Job) -> JobEstimate:
+        """Return the estimate for a job."""
+        if job.state.is_final:
+            return JobEstimate(None, None, self._min_poll_after_s)
+        snapshot = await self._current_snapshot()
+        seconds = snapshot.slowness * self._expected_s(job.shot)
+        if job.state == JobState.IN_PROGRESS:
+            return self._estimate(None, seconds * (1 - job.progress / 100))
+        # A job that was created after the snapshot is the last one.
+        position = snapshot.positions.get(job.id, len(snapshot.positions))
+        per_job_s = (snapshot.seconds_per_job or seconds) / max(1, snapshot.in_progress)
+        waits_s = (position + 1) * per_job_s if snapshot.in_progress else position * per_job_s
+        return self._estimate(position, waits_s + seconds)
+
+    def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
+        poll_after_s = max(self._min_poll_after_s, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))
+        return JobEstimate(position, round(eta_s, 1), poll_after_s)
+
+    def _expected_s(self, shot: Shot) -> float:
+        return sum(expected_seconds(shot, self._profile).values())
+
+    async def _current_snapshot(self) -> _Snapshot:
+        snapshot = self._snapshot
+        if snapshot is not None and (self._now() < snapshot.valid_until or self._reading.locked()):
+            return snapshot
+        async with self._reading:
+            if self._snapshot is None or self._now() >= self._snapshot.valid_until:
+                self._snapshot = await asyncio.to_thread(self._read_snapshot)
+            return self._snapshot
+
+    def _read_snapshot(self) -> _Snapshot:
+        started = self._now()
+        order = self._store.queue_order()
+        in_progress = sum(n for (_, _, state), n in self._store.open_counts().items() if state == JobState.IN_PROGRESS)
+        ended = [(shot, seconds) for shot, seconds in self._store.recent_durations(RECENT_JOBS) if seconds > 0]
+        ratios = [seconds / expected for shot, seconds in ended if (expected := self._expected_s(shot)) > 0]
+        took_s = self._now() - started
+        return _Snapshot(
+            positions={job_id: position for position, job_id in enumerate(order)},
+            in_progress=in_progress,
+            slowness=statistics.median(ratios) if ratios else 1.0,
+            seconds_per_job=statistics.fmean(seconds for _, seconds in ended) if ended else None,
+            valid_until=self._now() + max(SNAPSHOT_INTERVAL_S, SNAPSHOT_COST_FACTOR * took_s),
+        )
