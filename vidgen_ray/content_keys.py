@@ -111,7 +111,9 @@ class ShotPlanner:
         stages = stages_of(shot)
         steps, last = self._steps_of(shot, stages)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
-        content = f'{self._end}"{last}"'
+        # Shots without a crop keep the keys that they had before shots could have one.
+        crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
+        content = f'{self._end}"{last}"{crop}'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
         inputs = self._inputs_of(shot)
         again = []

@@ -88,6 +88,30 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, int]]:
     return growth
 
 
+def file_sizes(shot: Shot) -> dict[str, tuple[int, int]]:
+    """Return artefact -> width and height in pixels of the file that is written from it: the image and each clip.
+
+    The last file is the finished one, which `crop_width` and `crop_height` refer to. The others are cut to the same share,
+    rounded to even numbers.
+    """
+    scales = {"image": 1} | {name: scale for name, (scale, _) in clip_growth(shot).items()}
+    finished = max(scales.values())
+
+    def side(full: int, crop: int | None, scale: int) -> int:
+        return full * scale if crop is None else min(full * scale, max(2, round(crop * scale / finished / 2) * 2))
+
+    return {
+        name: (side(shot.width, shot.crop_width, scale), side(shot.height, shot.crop_height, scale))
+        for name, scale in scales.items()
+    }
+
+
+def uncropped_size(shot: Shot) -> tuple[int, int]:
+    """Return width and height in pixels of the finished file before it is cropped."""
+    finished = max((scale for scale, _ in clip_growth(shot).values()), default=1)
+    return shot.width * finished, shot.height * finished
+
+
 def relative_costs(shot: Shot) -> dict[str, float]:
     """Return stage name -> duration of the shot relative to the reference shot.
 

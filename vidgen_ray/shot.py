@@ -12,6 +12,8 @@ VARIANT_SUFFIX = 5
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 ID_DIGITS = 16
 """Hexadecimal digits of the hash in a derived id: 64 bits, so that a million lines have different ids in practice."""
+MIN_CROP_PX = 16
+"""Smallest width and height in pixels that a clip may be cut to."""
 NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
@@ -62,7 +64,8 @@ class StageGuidance(_Frozen):
 class Shot(_Frozen):
     """Settings of one shot: a script line with all defaults filled in.
 
-    Sizes are in pixels, before upscaling. `steps` and `guidance` may also be written flat: `"flux.steps": 4`.
+    `width` and `height` are in pixels, before upscaling and cropping. `steps` and `guidance` may also be written flat:
+    `"flux.steps": 4`.
     """
 
     id: str | None = Field(
@@ -146,6 +149,16 @@ class Shot(_Frozen):
         "animevideov3",
         pattern=r"^[A-Za-z0-9._-]+$",
         description="Weights file in the profile's upscaler folder, without its extension.",
+    )
+    crop_width: int | None = Field(
+        None,
+        ge=MIN_CROP_PX,
+        multiple_of=2,
+        description="Width in pixels of the middle of the finished clip that is kept, after upscaling. The clip before "
+        "upscaling and the image are cut to the same share. Default: the whole width.",
+    )
+    crop_height: int | None = Field(
+        None, ge=MIN_CROP_PX, multiple_of=2, description="Same as crop_width, for the height. Default: the whole height."
     )
 
     steps: StageSteps = Field(StageSteps(), description="Denoising steps of each stage. Default: those of the model.")

@@ -1,4 +1,4 @@
-"""Write the files of one shot."""
+"""Write the files of one shot, cropped as the shot says. Stages and their caches only know whole images and frames."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.engine.step_runner import with_images
-from vidgen_ray.graph import chunked_stages_of, clip_growth, stages_of
-from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
+from vidgen_ray.graph import chunked_stages_of, clip_growth, file_sizes, stages_of
+from vidgen_ray.media import Mp4Settings, Mp4Writer, centre_crop, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
@@ -32,6 +32,7 @@ class ShotFiles:
         self._encode = encode
         self._stages = outputs.stage_cache if keep_stages else None
         self._growth = clip_growth(plan.shot)
+        self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
         self._clips: dict[str, Mp4Writer] = {}
         self._open_clips = ExitStack()
@@ -39,23 +40,24 @@ class ShotFiles:
         artefacts = with_images(item, ("image",), plan.inputs).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
-            write_png(self._draft.path("image.png"), artefacts["image"])
+            write_png(self._draft.path("image.png"), centre_crop(artefacts["image"], *self._sizes["image"]))
             if "frames" in artefacts and "frames" not in self._chunked:
-                write_clip(self._draft.path(CLIP_FILES["frames"]), [artefacts["frames"]], plan.shot.fps, encode)
+                frames = centre_crop(artefacts["frames"], *self._sizes["frames"])
+                write_clip(self._draft.path(CLIP_FILES["frames"]), [frames], plan.shot.fps, encode)
             self._open = stack.pop_all()
 
     def add(self, chunk: Artefacts) -> None:
         """Encode the next chunk of each clip that chunked stages make."""
         for name, file in CLIP_FILES.items():
-            frames: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
-            if frames is None:
+            whole: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
+            if whole is None:
                 continue
+            width, height = self._sizes[name]
             if name not in self._clips:
-                height, width = frames.shape[1:3]
                 fps = self._shot.fps * self._growth[name][1]
                 writer = Mp4Writer(self._draft.path(file), width, height, fps, self._encode)
                 self._clips[name] = self._open_clips.enter_context(writer)
-            self._clips[name].write(frames)
+            self._clips[name].write(centre_crop(whole, width, height))
 
     def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
         """Finish the files and commit the shot."""

@@ -6,7 +6,15 @@ Encoding is deterministic: with the same FFmpeg, the same pixels give the same b
 from vidgen_ray.media.checks import MAX_PIXELS
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
-from vidgen_ray.media.images import IMAGE_FORMATS, check_image_header, cover_crop, encode_png, read_image, write_png
+from vidgen_ray.media.images import (
+    IMAGE_FORMATS,
+    centre_crop,
+    check_image_header,
+    cover_crop,
+    encode_png,
+    read_image,
+    write_png,
+)
 
 __all__ = [
     "IMAGE_FORMATS",
@@ -14,6 +22,7 @@ __all__ = [
     "Mp4Settings",
     "Mp4Writer",
     "VideoReader",
+    "centre_crop",
     "check_image_header",
     "cover_crop",
     "decode_lossless",

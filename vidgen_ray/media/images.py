@@ -6,6 +6,7 @@ from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
@@ -86,6 +87,12 @@ def write_png(path: Path, image: Image) -> None:
     """Write an image (H, W, 3) as PNG. Raises WriteError."""
     with wrap_write_errors(path):
         path.write_bytes(encode_png(image))
+
+
+def centre_crop(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """Return the middle of an image (H, W, 3) or of frames (T, H, W, 3), at most as large as they are. Copies nothing."""
+    top, left = (pixels.shape[-3] - height) // 2, (pixels.shape[-2] - width) // 2
+    return pixels[..., top : top + height, left : left + width, :]
 
 
 def cover_crop(image: Image, width: int, height: int) -> Image:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
+from vidgen_ray.graph import uncropped_size
 from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
 from vidgen_ray.script.expansion import STYLE, ExpansionError, expand, is_expandable
@@ -256,6 +257,10 @@ class LineCheck:
             return None
         if shot.identity not in identities():
             self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
+        for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
+            crop = getattr(shot, name)
+            if crop is not None and crop > whole:
+                self.reject(name, str(crop), f"must be at most {whole}, the {name[5:]} of the finished clip or image")
         # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
         if shot.metadata and not _is_plain_json(shot.metadata):
             allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"

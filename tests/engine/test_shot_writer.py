@@ -1,0 +1,107 @@
+"""Files of a cropped shot: exact sizes, the middle of the whole frames, the same bytes however they are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fake_stages import FAKES
+from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.engine.shot_writer import ShotFiles, write_clip
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.graph import file_sizes, stages_of
+from vidgen_ray.media import open_video, read_image
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script.reader import check_shot
+from vidgen_ray.stages.base import Artefacts, Item
+
+FRAMES = 4
+
+
+@pytest.fixture
+def fake_pipeline(tiny, tmp_path):
+    """In-process pipeline with fake stages."""
+    pipeline = VideoGenerationPipeline(tiny, tmp_path / "out")
+    pipeline._stage = lambda stage: FAKES[stage.name](tiny.params(stage))
+    return pipeline
+
+
+def shot_files(tiny, shot, folder: Path) -> tuple[dict[str, np.ndarray], Path]:
+    """Write random pixels as the files of a shot, the larger clip in two chunks. Return the pixels and the folder."""
+    random = np.random.default_rng(0)
+    outputs = OutputFolder(folder)
+    outputs.prepare()
+    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    image = random.integers(0, 256, (shot.height, shot.width, 3), np.uint8)
+    frames = random.integers(0, 256, (FRAMES, shot.height, shot.width, 3), np.uint8)
+    pixels = {"image.png": image, "video.mp4": frames}
+    files = ShotFiles(plan, Item(shot, Artefacts(image=image, frames=frames)), outputs, tiny.encode)
+    if shot.upscale_video:
+        hd = random.integers(0, 256, (FRAMES, shot.height * shot.scale, shot.width * shot.scale, 3), np.uint8)
+        pixels["hd.mp4"] = hd
+        files.add(Artefacts(hd_frames=hd[:3]))
+        files.add(Artefacts(hd_frames=hd[3:]))
+    files.commit([])
+    files.close()
+    return pixels, next(folder.rglob("image.png")).parent
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({"scale": 2, "crop_width": 250, "crop_height": 90}, {"image.png": (124, 44), "hd.mp4": (250, 90)}),
+        ({"scale": 3, "crop_width": 322, "crop_height": 182}, {"image.png": (108, 60), "hd.mp4": (322, 182)}),
+        ({"scale": 4, "crop_width": 418}, {"image.png": (104, 64), "hd.mp4": (418, 256)}),
+        ({"upscale_video": False, "crop_width": 90, "crop_height": 50}, {"image.png": (90, 50), "video.mp4": (90, 50)}),
+    ],
+)
+def test_files_are_the_middle_of_the_whole_frames(tiny, make_shot, tmp_path, fields, sizes):
+    shot = make_shot(width=128, height=64, num_frames=FRAMES, **fields)
+    pixels, folder = shot_files(tiny, shot, tmp_path / "out")
+    for name, size in {"video.mp4": sizes["image.png"], **sizes}.items():
+        (width, height), whole = size, pixels[name]
+        top, left = (whole.shape[-3] - height) // 2, (whole.shape[-2] - width) // 2
+        middle = whole[..., top : top + height, left : left + width, :]
+        if name == "image.png":
+            assert (read_image(folder / name) == middle).all()
+            continue
+        write_clip(tmp_path / "expected.mp4", [middle], shot.fps, tiny.encode)
+        assert (folder / name).read_bytes() == (tmp_path / "expected.mp4").read_bytes()
+        with open_video(folder / name) as clip:
+            assert (clip.width, clip.height) == size
+
+
+def test_crop_changes_the_key_of_the_files_only(tiny, make_shot):
+    plan = ShotPlanner(params_of(tiny, stages_of(make_shot())), tiny.encode)
+    whole, cropped, other = plan(make_shot()), plan(make_shot(crop_width=64)), plan(make_shot(crop_height=64))
+    assert len({whole.key, cropped.key, other.key}) == 3
+    assert whole.steps == cropped.steps == other.steps
+
+
+def test_pipeline_crops_all_files(fake_pipeline):
+    result = fake_pipeline.generate_video("a", num_frames=2, scale=2, crop_width=200, crop_height=90)
+    with open_video(result["video"]) as video, open_video(result["hd_video"]) as hd:
+        assert (video.width, video.height, hd.width, hd.height) == (100, 44, 200, 90)
+    assert result["image"].size == (100, 44)
+    image = fake_pipeline.generate_video("a", generate_video=False, crop_width=100, crop_height=50)["image"]
+    assert image.size == (100, 50)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop_width": 101}, "crop_width: got 101, must be a multiple of 2"),
+        ({"crop_height": 8}, "crop_height: got 8, must be greater than or equal to 16"),
+        ({"crop_width": 258}, "crop_width: got 258, must be at most 256, the width of the finished clip or image"),
+        ({"crop_height": 66, "upscale_video": False}, "crop_height: got 66, must be at most 64, the height"),
+    ],
+)
+def test_invalid_crop_is_rejected(tiny, fields, message):
+    with pytest.raises(ScriptError, match=message):
+        check_shot({"prompt": "a", **fields}, "test", tiny.defaults)
+
+
+def test_sizes_without_crop(make_shot):
+    assert file_sizes(make_shot(scale=3)) == {"image": (128, 64), "frames": (128, 64), "hd_frames": (384, 192)}
+    assert file_sizes(make_shot(generate_video=False)) == {"image": (128, 64)}
