@@ -1,0 +1,104 @@
+"""Sizes that clients ask for: what the models draw, and that the files have exactly the requested size."""
+
+import pytest
+
+from vidgen_ray.graph import file_sizes
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.delivered_size import (
+    SizeRules,
+    clip_fields,
+    clip_fields_with_hd,
+    delivered_artefact,
+    image_fields,
+)
+from vidgen_ray.profile import load_profile
+from vidgen_ray.shot import Shot
+
+PEER_SIZES = [
+    *((1280, 720), (720, 1280), (1792, 1024), (1024, 1792)),  # OpenAI
+    *((832, 480), (480, 832), (854, 480), (480, 320), (640, 480)),  # vLLM-Omni
+    *((1024, 1024), (1920, 1080), (1080, 1920), (768, 512), (720, 720), (3840, 2160)),  # SGLang, LiteLLM
+    *((128, 64), (1024, 576), (64, 64), (256, 128)),
+]
+
+
+def rules_of(profile: str, can_upscale: bool = True) -> SizeRules:
+    defaults = load_profile(profile).defaults
+    return SizeRules(defaults.get("width", 1024), defaults.get("height", 576), can_upscale)
+
+
+def shot_with(fields: dict) -> Shot:
+    return Shot(prompt="a", num_frames=2, **fields)
+
+
+@pytest.mark.parametrize("profile", ["gpu-80gb", "demo", "tiny"])
+@pytest.mark.parametrize(("width", "height"), PEER_SIZES)
+def test_every_clip_has_exactly_the_requested_size(profile, width, height):
+    rules = rules_of(profile)
+    shot = shot_with(clip_fields(width, height, rules))
+    assert file_sizes(shot)[delivered_artefact(shot, hd_beside=False)] == (width, height)
+    # Drawn at about the default area, unless even the largest factor needs more.
+    area = rules.default_width * rules.default_height
+    assert shot.width * shot.height <= 1.1 * area or (shot.upscale_video and shot.scale == 4)
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn", "scale", "crop"),
+    [
+        ((1280, 720), (640, 384), 2, (None, 720)),
+        ((720, 1280), (384, 640), 2, (720, None)),
+        ((832, 480), (832, 512), 1, (None, 480)),
+        ((854, 480), (896, 512), 1, (854, 480)),
+        ((1024, 576), (1024, 576), 1, (None, None)),
+        ((1792, 1024), (896, 512), 2, (None, None)),
+        ((1920, 1080), (960, 576), 2, (None, 1080)),
+        ((3840, 2160), (960, 576), 4, (None, 2160)),
+    ],
+)
+def test_sizes_of_the_80gb_profile(size, drawn, scale, crop):
+    shot = shot_with(clip_fields(*size, rules_of("gpu-80gb")))
+    assert (shot.width, shot.height) == drawn
+    assert (shot.scale if shot.upscale_video else 1, shot.crop_width, shot.crop_height) == (scale, *crop)
+
+
+@pytest.mark.parametrize("rules", [rules_of("gpu-80gb", can_upscale=False), rules_of("gpu-80gb")])
+def test_without_upscaling_the_models_draw_the_full_size(rules):
+    shot = shot_with(clip_fields(1280, 720, rules, may_upscale=False))
+    assert (shot.width, shot.height, shot.upscale_video, shot.crop_height) == (1280, 768, False, 720)
+    assert file_sizes(shot)["frames"] == (1280, 720)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize(("width", "height"), [(854, 480), (128, 64), (1280, 720)])
+def test_explicit_scale_gives_a_larger_clip_beside(width, height, scale):
+    shot = shot_with(clip_fields_with_hd(width, height, scale))
+    sizes = file_sizes(shot)
+    assert sizes[delivered_artefact(shot, hd_beside=True)] == (width, height)
+    assert sizes["hd_frames"] == (scale * width, scale * height)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1000, 562), (500, 700), (64, 64)])
+def test_images_are_drawn_at_the_next_multiple_of_16(width, height):
+    shot = shot_with({**image_fields(width, height), "generate_video": False})
+    assert file_sizes(shot)["image"] == (width, height)
+    assert max(shot.width - width, shot.height - height) < 16
+
+
+@pytest.mark.parametrize(
+    ("size", "can_upscale", "message"),
+    [
+        ((853, 480), True, r"got 853x480, width and height must be even numbers from 64 to 8192 \(nearest: 852x480\)"),
+        ((9000, 64), True, r"nearest: 8192x64"),
+        ((2560, 1440), False, r"from 64 to 2048 \(nearest: 2048x1440\)"),
+        ((32, 64), True, r"nearest: 64x64"),
+    ],
+)
+def test_unreachable_size_is_refused_with_the_nearest(size, can_upscale, message):
+    with pytest.raises(ApiError, match=message) as raised:
+        clip_fields(*size, rules_of("gpu-80gb", can_upscale))
+    assert (raised.value.param, raised.value.code) == ("size", "invalid_size")
+
+
+def test_models_limit_the_size_with_an_explicit_scale():
+    with pytest.raises(ApiError, match="from 64 to 2048"):
+        clip_fields_with_hd(2560, 1440, 2)
