@@ -1,6 +1,6 @@
 """The graph: which stages there are, and which of them a shot passes, in order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vidgen_ray.errors import ProfileError
@@ -56,6 +56,12 @@ BASE_IMAGE_STAGES = tuple(stage.name for stage in STAGES if "image" in stage.wri
 """Names of the stages that generate an image from a prompt."""
 CLIP_ONLY_FIELDS = tuple(dict.fromkeys(field for stage in STAGES for field in stage.clip_only_fields))
 """Shot fields that have no meaning for a still image."""
+WITHOUT_CLIP = SVDStage.switch_off
+"""Fields of a shot that is an image only."""
+WITHOUT_CHUNKED_STAGES: Mapping[str, Any] = {
+    field: value for stage in STAGES if issubclass(stage, ChunkedStage) for field, value in stage.switch_off.items()
+}
+"""Fields of a shot whose clip stays as it was generated."""
 
 
 def max_loras(profile: Profile) -> int:

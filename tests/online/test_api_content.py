@@ -145,7 +145,7 @@ def test_image_response_format_url(client):
     [
         ({"n": 0}, "n"),
         ({"n": 11}, "n"),
-        ({"size": "70x64"}, "size"),
+        ({"size": "71x64"}, "size"),
         ({"output_format": "gif"}, "output_format"),
         ({"background": "transparent"}, "background"),
         ({"output_compression": 101}, "output_compression"),

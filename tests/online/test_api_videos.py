@@ -117,6 +117,8 @@ def test_style_sets_the_restyle_fields(client, held):
 def test_model_alias(client, held):
     video = made(client, model="sora-2")
     assert (video["model"], shot_of(client, video["id"])["mode"]) == ("sora-2", "fast")
+    other = made(client, model="sora-2-pro")
+    assert (other["model"], shot_of(client, other["id"])["mode"]) == ("sora-2-pro", "quality")
     assert error_of(client.post("/v1/videos", json={**SMALL, "model": "sora-9"}), 404)["code"] == "model_not_found"
 
 
@@ -128,19 +130,30 @@ def test_model_alias(client, held):
         ({"prompt": "x" * 10_001}, "prompt", "invalid_value", "10000"),
         ({"prompt": "a\0b"}, "prompt", "invalid_value", "NUL"),
         ({"prompt": 7}, "prompt", "invalid_value", "string"),
-        ({"size": "100x100"}, "size", "invalid_size", "nearest: 128x128"),
+        ({"size": "101x100"}, "size", "invalid_size", "nearest: 100x100"),
         ({"size": "4096x64"}, "size", "invalid_size", "nearest: 2048x64"),
         ({"size": "big"}, "size", "invalid_value", "WIDTHxHEIGHT"),
         ({"width": 100}, "width", "invalid_value", "size says 64"),
-        ({"size": None, "width": "7"}, "width", "invalid_size", "multiples of 64"),
+        ({"size": None, "width": "70"}, "height", "missing_required_parameter", "required together with width"),
+        ({"size": None, "width": 7, "height": 64}, "size", "invalid_size", "even numbers from 64 to 2048"),
         ({"size": None, "width": "NaN"}, "width", "invalid_value", "integer"),
         ({"seconds": "0"}, "seconds", "invalid_value", "from 0.4 to 51.2"),
         ({"seconds": "NaN"}, "seconds", "invalid_value", "finite number"),
         ({"seconds": "1e309"}, "seconds", "invalid_value", "finite number"),
         ({"seconds": 9}, "num_frames", "invalid_value", "seconds says 45"),
         ({"num_frames": 1}, "num_frames", "invalid_value", "2"),
-        ({"seed": -1}, "seed", "invalid_value", "0"),
-        ({"seed": 2**64}, "seed", "invalid_value", "4294967296"),
+        ({"seed": -2}, "seed", "invalid_value", "from -1 to 4294967295"),
+        ({"seed": 2**64}, "seed", "invalid_value", "from -1 to 4294967295"),
+        ({"seed": True}, "seed", "invalid_value", "whole number"),
+        ({"seed": []}, "seed", "invalid_value", "1 to 10 seeds"),
+        ({"seed": [1, 2], "n": 3}, "seed", "invalid_value", "2 seeds for 3 results"),
+        ({"n": 11}, "n", "invalid_value", "10"),
+        ({"upscaling_scale": 8}, "upscaling_scale", "invalid_value", "one of 2, 3, 4"),
+        ({"guidance_scale": 3, "guidance_scale_2": 4}, "guidance_scale_2", "invalid_value", "equal to guidance_scale"),
+        ({"extra_body": {"nonsense": 1}}, "nonsense", "unknown_parameter", "must be one of"),
+        ({"extra_body": {"extra_body": {}}}, "extra_body", "invalid_value", "must not contain"),
+        ({"video_params": {"codec": "av1"}}, "video_params.codec", "unknown_parameter", "no such field"),
+        ({"crop_width": 64}, "crop_width", "unknown_parameter", "must be one of"),
         ({"guidance_scale": "lots"}, "guidance_scale", "invalid_value", "number"),
         ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value", "1"),
         ({"nonsense": 1}, "nonsense", "unknown_parameter", "must be one of"),
@@ -164,7 +177,9 @@ def test_model_alias(client, held):
         ({"face_image": "../../x"}, "face_image", "file_not_found", "uploaded"),
         ({"character": "unknown"}, "character", "character_not_found", "unknown"),
         ({"lora": "/etc/passwd"}, "lora", "lora_not_found", "must be one of ink"),
-        ({"lora": {"path": "/etc/passwd"}}, "lora", "unknown_parameter", "name and scale"),
+        ({"lora": {"path": "/etc/passwd"}}, "lora", "lora_not_found", "must be one of ink"),
+        ({"lora": {"lora_name": "no", "local_path": "/etc/passwd"}}, "lora", "lora_not_found", "must be one of ink"),
+        ({"lora": {"name": "ink", "rank": 4}}, "lora", "unknown_parameter", "allowed are name and scale"),
         ({"lora": {"name": "ink", "scale": 1e9}}, "lora.weight", "invalid_value", "2"),
         ({"upscaler": "../../x"}, "upscaler", "invalid_value", "pattern"),
         ({"extra_params": {"image": "/etc/passwd"}}, "extra_params", "unknown_parameter", "image"),
@@ -234,7 +249,10 @@ def test_failed_video_reports_its_error(client):
 def test_cancel_of_queued_and_completed_videos(client, server):
     server.director.held.set()
     waiting = made(client, prompt="waits")
-    assert client.post(f"/v1/videos/{waiting['id']}/cancel").json()["status"] == "cancelled"
+    cancelled = client.post(f"/v1/videos/{waiting['id']}/cancel").json()
+    assert (cancelled["status"], cancelled["error"]["code"], cancelled["completed_at"]) == ("failed", "cancelled", None)
+    assert client.get(f"/v1/videos/{waiting['id']}").json() == cancelled
+    assert client.get(f"/v1/shots/{waiting['id']}").json()["status"] == "cancelled"
     server.director.held.clear()
     assert error_of(client.post("/v1/videos/video_x/cancel"), 404)["code"] == "video_not_found"
     done = ended(client, made(client, prompt="done")["id"])

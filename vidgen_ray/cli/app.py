@@ -36,7 +36,7 @@ from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
@@ -581,8 +581,8 @@ def _changes(until: str | None) -> dict[str, Any]:
     """Return the fields of a shot that has no stages after `until`."""
     changes: dict[str | None, dict[str, Any]] = {
         None: {},
-        "image": {"generate_video": False},
-        "video": {"upscale_video": False},
+        "image": dict(WITHOUT_CLIP),
+        "video": dict(WITHOUT_CHUNKED_STAGES),
     }
     if until not in changes:
         raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")

@@ -67,6 +67,11 @@ def image_fields(width: int, height: int) -> ShotFields:
     return _cropped(drawn, (width, height), 1)
 
 
+def nearest_image_side(side: float) -> int:
+    """Return the width or height in pixels that images can be drawn with and that is closest to `side`."""
+    return round(min(MAX_SIDE_PX, max(MIN_SIDE_PX, side)) / IMAGE_MULTIPLE_PX) * IMAGE_MULTIPLE_PX
+
+
 def delivered_artefact(shot: Shot, hd_beside: bool) -> str:
     """Return the artefact that a job's main file is written from: `image`, or a clip of `clip_growth`.
 

@@ -35,6 +35,12 @@ METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
 SCRIPT_ONLY_FIELDS = ("id", "variants")
 """Fields of a script line that a job cannot have."""
+LORA_NAME_FIELDS = ("name", "lora_name", "adapter", "nickname", "lora_nickname")
+LORA_PATH_FIELDS = ("path", "local_path", "lora_path", "lora_local_path")
+"""Paths are only compared to those in the settings. No other file is opened."""
+LORA_SCALE_FIELDS = ("scale", "weight", "lora_scale", "strength")
+LORA_FIELDS = frozenset({*LORA_NAME_FIELDS, *LORA_PATH_FIELDS, *LORA_SCALE_FIELDS, "int_id", "lora_int_id"})
+"""Fields of a LoRA in a request, by their names here, in vLLM-Omni and in SGLang. Ids are ignored: names identify LoRAs."""
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 
@@ -73,7 +79,8 @@ class JobService:
         """Store a job for each shot, all or none. Jobs whose shot is already rendered are completed immediately.
 
         `shots` have the fields of `Shot`, except that `image` and `face_image` are upload ids, `character` is the id or name
-        of a character of the tenant, and `lora` has names from the settings. `request` is returned to the client with the job.
+        of a character of the tenant, and `lora` has names from the settings. `request` is returned to the client with the job,
+        and with several shots the ids of all jobs as `outputs`.
 
         Raises ApiError: 400 for an invalid field, 409 for an idempotency key of a different request, 429 for a full queue.
         """
@@ -85,6 +92,10 @@ class JobService:
             if earlier:
                 return earlier
         jobs = [await asyncio.to_thread(self._job, tenant, kind, fields, request) for fields in shots]
+        check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
+        if len(jobs) > 1:
+            outputs = {"outputs": [job.id for job in jobs]}
+            jobs = [job.model_copy(update={"request": {**job.request, **outputs}}) for job in jobs]
         try:
             stored, created = await asyncio.to_thread(
                 self._store.create_all,
@@ -213,16 +224,27 @@ class JobService:
         fields = {"name": value} if isinstance(value, str) else value
         if not isinstance(fields, dict):
             raise invalid("lora", 'must be a name, {"name": ..., "scale": ...}, or a list of these')
-        if unknown := fields.keys() - {"name", "scale", "weight"}:
-            raise invalid("lora", f"got {sorted(map(str, unknown))[0][:50]!r}; allowed are name and scale", "unknown_parameter")
-        path = self._settings.loras.get(str(fields.get("name")))
-        if path is None:
+        if unknown := fields.keys() - LORA_FIELDS:
+            allowed = "allowed are name and scale, and vLLM-Omni's and SGLang's names for them"
+            raise invalid("lora", f"got {sorted(map(str, unknown))[0][:50]!r}; {allowed}", "unknown_parameter")
+        path = self._registered_lora(
+            [str(fields[name]) for name in (*LORA_NAME_FIELDS, *LORA_PATH_FIELDS) if fields.get(name) is not None]
+        )
+        scale = next((fields[name] for name in LORA_SCALE_FIELDS if fields.get(name) is not None), None)
+        return {"path": path} if scale is None else {"path": path, "weight": scale}
+
+    def _registered_lora(self, references: Sequence[str]) -> str:
+        """Return the file of the LoRA of the settings that is referenced by its name or its path. Raises ApiError 404."""
+        known = {path: path for path in self._settings.loras.values()} | self._settings.loras
+        paths = {known[reference] for reference in references if reference in known}
+        if len(paths) > 1:
+            raise invalid("lora", f"{', '.join(map(repr, references))} are different LoRAs; send one of them")
+        if not paths:
             names = (
                 f"must be one of {', '.join(sorted(self._settings.loras))}" if self._settings.loras else "this server has none"
             )
             raise ApiError(404, f"lora: no such LoRA; {names}", code="lora_not_found", param="lora")
-        scale = fields.get("scale", fields.get("weight"))
-        return {"path": path} if scale is None else {"path": path, "weight": scale}
+        return paths.pop()
 
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:

@@ -28,15 +28,16 @@ class RequestRateLimiter:
             raise too_many_requests(message, "rate_limit_exceeded", max(0.05, wait_s))
 
 
-def check_size(limits: Limits, shot: Shot) -> None:
-    """Raises ApiError 400 for a shot with more pixels than the limit allows."""
+def check_size(limits: Limits, shot: Shot, count: int = 1) -> None:
+    """Raises ApiError 400 if the models would draw more pixels for `count` such shots than the limit allows."""
     frames = shot.num_frames if shot.generate_video else 1
-    total, allowed = shot.width * shot.height * frames, limits.pixel_frames
+    total, allowed = shot.width * shot.height * frames * count, limits.pixel_frames
     if total > allowed:
+        results = f" x {count} results" if count > 1 else ""
         raise ApiError(
             400,
-            f"{shot.width} x {shot.height} pixels x {frames} frames is {total}, must be at most {allowed} for this key. "
-            "Request fewer frames or a smaller size.",
+            f"{shot.width} x {shot.height} pixels x {frames} frames{results} is {total}, "
+            f"must be at most {allowed} for this key. Request fewer frames, fewer results or a smaller size.",
             code="too_large",
             param="num_frames" if shot.generate_video else "size",
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Authenticator
+from vidgen_ray.online.delivered_size import SizeRules
 from vidgen_ray.online.event_streams import EventStreams
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.image_references import ImageReferences
@@ -18,6 +19,10 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.shot import Shot
+
+OPENAI_MODELS = ("sora-2", "sora-2-pro")
+"""Names that clients of OpenAI's API send. They mean the default model, unless the setting `models` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,24 @@ class ServerContext:
         own = {name: {}, f"{name}-fast": {"mode": "fast"}}
         return {**own, **{alias: own[target] for alias, target in self.settings.models.items() if target in own}}
 
+    @property
+    def size_rules(self) -> SizeRules:
+        """Sizes that this server can draw."""
+        defaults = {name: field.default for name, field in Shot.model_fields.items()} | self.serving_profile.profile.defaults
+        can_upscale = any("scale" in stage.reads for stage in self.serving_profile.stages)
+        return SizeRules(int(defaults["width"]), int(defaults["height"]), can_upscale)
+
     def model(self, name: object) -> tuple[str, dict[str, str]]:
         """Return a model's name and the shot fields that it sets; the default model for `None`. Raises ApiError 404."""
         models = self.models
+        default = next(iter(models))
+        models = {**dict.fromkeys(OPENAI_MODELS, models[default]), **models}
         if name is None:
-            name = next(iter(models))
+            name = default
         if not isinstance(name, str) or name not in models:
-            message = f"No such model: {str(name)[:100]!r}; the models are {', '.join(models)}"
+            message = (
+                f"No such model: {str(name)[:100]!r}; the models are {', '.join(self.models)}. "
+                "The setting `models` of the server adds other names."
+            )
             raise ApiError(404, message, code="model_not_found", param="model")
         return name, models[name]

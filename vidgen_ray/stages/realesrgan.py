@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -79,6 +79,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     reference_s: ClassVar[float] = 3.0
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("upscale_video", "scale", "upscaler")
+    switch_off: ClassVar[Mapping[str, Any]] = {"upscale_video": False}
     weight_fields: ClassVar[tuple[str, ...]] = ("upscaler",)
     takes: ClassVar[tuple[str, ...]] = ("frames",)
     writes: ClassVar[tuple[str, ...]] = ("hd_frames",)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -54,6 +54,7 @@ class SVDStage(Stage[SVDParams]):
         "motion_bucket_id",
         "noise_aug_strength",
     )
+    switch_off: ClassVar[Mapping[str, Any]] = {"generate_video": False}
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "svd"

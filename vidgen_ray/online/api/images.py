@@ -17,19 +17,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
+from vidgen_ray.online.api.job_waiting import completed_jobs, require_completed, require_existing
 from vidgen_ray.online.api.openapi import error_responses, request_body
-from vidgen_ray.online.api.request_models import MAX_IMAGES, CreateImages, EditImages, nearest_side
-from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage
+from vidgen_ray.online.api.request_models import MAX_RESULTS, CreateImages, EditImages
+from vidgen_ray.online.api.response_models import JSON_OBJECT, ErrorBody, ImageResult, ImagesResponse, ImageUsage, size_text
 from vidgen_ray.online.api.videos import IdempotencyKey, face_fields
-from vidgen_ray.online.api_error import INVALID, ApiError, invalid
+from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.delivered_size import nearest_image_side
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
-from vidgen_ray.shot import Shot
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
@@ -83,8 +84,9 @@ async def edit_images(
     fields = {**_edit_fields(options, fields), **fields}
     if fields["mode"] == "fast":
         raise invalid("mode", "fast cannot edit images: it has neither a restyle nor a LoRA stage. Use quality.")
-    if options.n * len(images) > MAX_IMAGES:
-        raise invalid("n", f"{options.n} results of {len(images)} images are more than {MAX_IMAGES}")
+    count = len(options.repeated(fields)) * len(images)
+    if count > MAX_RESULTS:
+        raise invalid("n", f"got {count} results for {len(images)} images, must be at most {MAX_RESULTS}")
     shots = [
         {**fields, "image": image, **await asyncio.to_thread(_size_like, server, tenant, image, fields)} for image in images
     ]
@@ -94,7 +96,7 @@ async def edit_images(
 async def _image_fields(server: ServerContext, tenant: Tenant, request: CreateImages) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of the shot, and the values that are returned with the job."""
     model, base = server.model(request.model)
-    fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base})}
+    fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base}), **request.size_fields()}
     fields |= await face_fields(server, tenant, request)
     return fields, {"model": model, "user": request.safety_identifier or request.user}
 
@@ -113,20 +115,9 @@ def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mappin
     if path is None or "width" in fields or "height" in fields:
         return {}
     height, width = read_image(path).shape[:2]
-    defaults = server.serving_profile.profile.defaults
-    default_width, default_height = (int(defaults.get(name, Shot.model_fields[name].default)) for name in ("width", "height"))
-    scale = sqrt(default_width * default_height / (width * height))
-    multiple = EditImages.side_multiple
-    return {"width": nearest_side(round(width * scale), multiple), "height": nearest_side(round(height * scale), multiple)}
-
-
-def _with_seeds(shots: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """Return each shot `count` times, with consecutive seeds if it has a seed."""
-    return [
-        {**shot, "seed": (shot["seed"] + number) % 2**32} if number and "seed" in shot else shot
-        for shot in shots
-        for number in range(count)
-    ]
+    rules = server.size_rules
+    scale = sqrt(rules.default_width * rules.default_height / (width * height))
+    return {"width": nearest_image_side(width * scale), "height": nearest_image_side(height * scale)}
 
 
 async def _respond(
@@ -145,24 +136,14 @@ async def _respond(
     jobs = await server.job_service.accept(
         tenant,
         JobKind.IMAGE,
-        _with_seeds(shots, options.n),
+        [each for shot in shots for each in options.repeated(shot)],
         returned,
         idempotency_key=idempotency_key,
         fingerprint=f"{options.event} {received.fingerprint}"[:64],
     )
     if options.stream:
         return server.event_streams.respond(tenant, _events(server, jobs, options))
-    try:
-        async with asyncio.timeout(server.settings.wait_s):
-            ended = [_require_completed(await server.job_feed.ended(job)) for job in jobs]
-    except TimeoutError:
-        raise ApiError(
-            504,
-            f"The images took longer than {server.settings.wait_s:g} s. Their jobs continue, see /v1/shots/{jobs[0].id}",
-            code="timeout",
-            type="server_error",
-            headers={"x-should-retry": "false"},
-        ) from None
+    ended = await completed_jobs(server, jobs)
     data = [
         ImageResult(url=f"{str(request.base_url).rstrip('/')}/v1/videos/{job.id}/content?variant=image")
         if options.response_format == "url"
@@ -191,7 +172,7 @@ async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> 
     keys = _intermediate_keys(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if options.partial_images else []
     index, last = 0, job
     async for current in server.job_feed.follow(job):
-        last = _require_existing(current)
+        last = require_existing(current)
         # A job that is completed sends them, too: their number must not depend on timing.
         while keys and index < options.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
             image = await asyncio.to_thread(_encode_intermediate, server, keys[0], options)
@@ -200,7 +181,7 @@ async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> 
             keys.pop(0)
             yield _event(options, "partial_image", last, b64_json=image, partial_image_index=index)
             index += 1
-    content = await asyncio.to_thread(_encode_result, server, _require_completed(last), options)
+    content = await asyncio.to_thread(_encode_result, server, require_completed(last), options)
     yield _event(options, "completed", last, b64_json=content, usage=ImageUsage().model_dump())
 
 
@@ -248,24 +229,5 @@ def _to_base64(image: PILImage.Image, options: CreateImages) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _require_existing(job: Job | None) -> Job:
-    if job is None:
-        raise ApiError(404, "The image was deleted while it was rendered.", code="deleted")
-    return job
-
-
-def _require_completed(job: Job | None) -> Job:
-    """Raise ApiError if the job was deleted, cancelled or failed."""
-    job = _require_existing(job)
-    # Retrying the request would give the same result.
-    headers = {"x-should-retry": "false"}
-    if job.state == JobState.CANCELLED:
-        raise ApiError(409, f"{job.id} was cancelled.", code="cancelled", headers=headers)
-    if job.error is not None:
-        error, status = job.error, 400 if job.error.type == INVALID else 500
-        raise ApiError(status, error.message, code=error.code, param=error.param, type=error.type, headers=headers)
-    return job
-
-
 def _size(job: Job) -> str:
-    return f"{job.shot.width}x{job.shot.height}"
+    return size_text(file_sizes(job.shot)["image"])

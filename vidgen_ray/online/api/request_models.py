@@ -1,7 +1,8 @@
 """Request bodies of the API, one pydantic model each.
 
 Validation, defaults and the OpenAPI document follow from these models. The fields of a `Shot` are copied from `Shot`, so that a
-new one needs no change here. Field names are OpenAI's, else vLLM-Omni's, else those of a `Shot`.
+new one needs no change here. Field names are OpenAI's, else vLLM-Omni's, else those of a `Shot`. Fields of peers that have no
+meaning here are in `peer_fields`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     JsonValue,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -25,21 +27,30 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
-from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, stages_with_setting
+from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP, stages_with_setting
+from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
+from vidgen_ray.online.delivered_size import SCALES, SizeRules, clip_fields, clip_fields_with_hd, image_fields
 from vidgen_ray.shot import Guidance, Shot, Steps, Strength, nest_flat_settings
 
 SIDES = ("width", "height")
-MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
-MAX_IMAGES = 10
-"""Images of one request."""
+CROPS = ("crop_width", "crop_height")
+MAX_RESULTS = 10
+"""Videos or images of one request."""
+MAX_SEED = 2**32 - 1
+RANDOM_SEED = -1
+"""Seed with which peers ask for a random one."""
+BLOCKS = ("extra_body", "extra_json")
+"""Fields whose content replaces the other fields of the body. OpenAI's client merges `extra_body` itself; others send it."""
 SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}|auto")
 OPENAI_STYLES = ("vivid", "natural")
 """Values of `style` in OpenAI's API. They have no effect."""
 REFERENCE_FIELDS = ("image", "face_image", "lora", "character")
 """Fields of a `Shot` that name files. In the API they are ids of uploads and names of the server."""
 PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "variants", *REFERENCE_FIELDS))
-"""Fields of a `Shot` that mean the same in the API."""
+"""Fields of a `Shot` that mean the same in `POST /v1/shots`."""
+OWN_FIELDS = (*SIDES, *CROPS, "seed")
+"""Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 NUM_FRAMES = Shot.model_json_schema()["properties"]["num_frames"]
 M = TypeVar("M", bound="RequestBody")
 
@@ -72,6 +83,12 @@ def _require_file(value: Any) -> UploadFile:
     return value
 
 
+def _reject_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
 def _any(documented: Any) -> PlainValidator:
     """Accept any value, documented as this type. ImageReferences and JobService check references: they know the names."""
     return PlainValidator(lambda value: value, json_schema_input_type=documented)
@@ -83,7 +100,35 @@ Loras = Annotated[Any, _any(list[str | LoraReference] | str | LoraReference)]
 FileIds = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
 File = Annotated[UploadFile, BeforeValidator(_require_file)]
 Files = Annotated[list[File], BeforeValidator(_as_list)]
+Seed = Annotated[int, BeforeValidator(_reject_bool), Field(ge=RANDOM_SEED, le=MAX_SEED)]
+SEED = TypeAdapter(Seed)
+
+
+def _parse_seeds(value: Any) -> int | list[int]:
+    each = value if isinstance(value, list) else [value]
+    try:
+        seeds = [SEED.validate_python(seed) for seed in each]
+    except ValidationError:
+        raise ValueError(f"must be a whole number from {RANDOM_SEED} to {MAX_SEED}, or a list of them") from None
+    if not 1 <= len(seeds) <= MAX_RESULTS:
+        raise ValueError(f"must be a seed, or a list of 1 to {MAX_RESULTS} seeds")
+    return seeds if isinstance(value, list) else seeds[0]
+
+
+Seeds = Annotated[int | list[int], PlainValidator(_parse_seeds, json_schema_input_type=Seed | list[Seed])]
+Side = Annotated[int, Field(ge=1, le=16_384)]
 ShortText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
+
+
+class VideoParams(BaseModel):
+    """vLLM-Omni's block of video settings. Fields of the same name outside of it take precedence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: Side | None = Field(None, description="Same as `width`.")
+    height: Side | None = Field(None, description="Same as `height`.")
+    num_frames: int | None = Field(None, description="Same as `num_frames`.")
+    fps: int | None = Field(None, description="Same as `fps`.")
 
 
 class RequestBody(BaseModel):
@@ -97,7 +142,8 @@ class RequestBody(BaseModel):
         try:
             return cls.model_validate(cls.normalise(fields))
         except ValidationError as error:
-            raise validation_failed(error.errors(include_url=False), cls.model_fields) from None
+            own_fields = [name for name in cls.model_fields if name not in PEER_FIELD_NAMES]
+            raise validation_failed(error.errors(include_url=False), own_fields) from None
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,21 +186,34 @@ def with_shot_fields(without: tuple[str, ...] = ()) -> Callable[[type[M]], type[
 class _Generation(RequestBody):
     """Fields of videos and images besides those of a `Shot`."""
 
-    side_multiple: ClassVar[int]
     step_stages: ClassVar[tuple[str, ...]] = stages_with_setting("steps")
 
     model: str | None = Field(None, description="One of `GET /v1/models`. Default: the first.")
-    size: str | None = Field(
-        None, description="`WIDTHxHEIGHT` in pixels before upscaling, or `auto`. Multiples of 64 for videos, of 16 for images."
+    n: int = Field(1, ge=1, le=MAX_RESULTS, description="Number of results, with consecutive seeds.")
+    num_outputs_per_prompt: int | None = Field(None, ge=1, le=MAX_RESULTS, description="Same as `n`.")
+    seed: Seeds | None = Field(
+        None, description="Seed, or a list with the seed of each result. Default, and for -1: drawn by the server."
     )
+    size: str | None = Field(
+        None, description="`WIDTHxHEIGHT` of the delivered file in pixels, even numbers from 64, or `auto`."
+    )
+    width: Side | None = Field(None, description="Width of the delivered file in pixels. Needs `height`. Same as `size`.")
+    height: Side | None = Field(None, description="Height of the delivered file in pixels. Needs `width`.")
     character: str | None = Field(None, description="Id or name of a character, instead of `face_image`.")
     face_image: Images = Field(None, description="Photos of one face: files, or references to images.")
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs. In a form: a name, or JSON.")
     loras: Loras = Field(None, description="Same as `lora`.")
     num_inference_steps: Steps | None = Field(None, description="Denoising steps of the base image and the video model.")
     guidance_scale: Guidance | None = Field(None, description="Guidance scale of the base image.")
+    guidance_scale_2: Guidance | None = Field(
+        None, description="Of vLLM-Omni, SGLang. Must be equal to `guidance_scale`: the video model has one transformer."
+    )
     style: str | None = Field(None, description="Restyle with this prompt: sets `use_hunyuan_style` and `style_prompt`.")
     extra_params: dict[str, JsonValue] | None = Field(None, description="More fields of a shot. In a form: JSON.")
+    extra_body: dict[str, Any] | None = Field(
+        None, description="More fields of this body, which replace those outside. In a form: JSON."
+    )
+    extra_json: dict[str, Any] | None = Field(None, description="Same as `extra_body`.")
     user: ShortText | None = Field(None, description="Id of the end user. Returned with the video.")
 
     @field_validator("size")
@@ -167,24 +226,31 @@ class _Generation(RequestBody):
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         normalised = super().normalise(fields)
+        for name in BLOCKS:
+            if isinstance(block := normalised.get(name), dict):
+                if nested := [each for each in BLOCKS if each in block]:
+                    raise invalid(name, f"must not contain {nested[0]}")
+                normalised = {**normalised, **super().normalise(block)}
         extra = normalised.get("extra_params")
         if not isinstance(extra, dict):
             return normalised
-        if unknown := [name for name in extra if name not in PLAIN_FIELDS]:
-            message = f"extra_params: got an unknown field {unknown[0][:100]!r}, must be one of {', '.join(PLAIN_FIELDS)}"
+        allowed = [name for name in PLAIN_FIELDS if name not in CROPS]
+        if unknown := [name for name in extra if name not in allowed]:
+            message = f"extra_params: got an unknown field {unknown[0][:100]!r}, must be one of {', '.join(allowed)}"
             raise ApiError(400, message, code="unknown_parameter", param="extra_params")
         # Image requests ignore the fields of clips in extra_params.
         return super().normalise({name: extra[name] for name in extra if name in cls.model_fields}) | normalised
 
     def shot_fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of the shot that the request sets, except images and characters.
+        """Return the fields of the shot that the request sets, except its size, seed, images and character.
 
         `defaults` are the values of fields that it omits. Raises ApiError 400 if fields contradict each other.
         """
-        fields = self.model_dump(include=set(PLAIN_FIELDS), exclude_unset=True)
-        self._set_size(fields)
+        fields = self.model_dump(include=set(PLAIN_FIELDS) - set(OWN_FIELDS), exclude_unset=True)
         if self.num_inference_steps is not None:
             fields["steps"] = dict.fromkeys(self.step_stages, self.num_inference_steps) | fields.get("steps", {})
+        if self.guidance_scale_2 not in (None, self.guidance_scale):
+            raise invalid("guidance_scale_2", "must be equal to guidance_scale: the video model has one transformer")
         if self.guidance_scale is not None:
             guidance = dict.fromkeys(stages_with_setting("guidance"), self.guidance_scale)
             fields["guidance"] = guidance | fields.get("guidance", {})
@@ -195,38 +261,78 @@ class _Generation(RequestBody):
         loras = self.loras if self.lora is None else self.lora
         return fields if loras is None else {**fields, "lora": loras}
 
-    def _set_size(self, fields: dict[str, Any]) -> None:
-        size = None if self.size == "auto" else self.size
-        if size is not None:
-            for name, side in zip(SIDES, map(int, size.split("x")), strict=True):
-                if fields.setdefault(name, side) != side:
-                    raise invalid(name, f"got {fields[name]}, but size says {side}")
-        sides = {name: fields[name] for name in SIDES if name in fields}
-        nearest = {name: nearest_side(side, self.side_multiple) for name, side in sides.items()}
-        if wrong := [name for name in sides if sides[name] != nearest[name]]:
-            got, allowed = ("x".join(str(each.get(name, "?")) for name in SIDES) for each in (sides, nearest))
-            must = f"must be multiples of {self.side_multiple} from {MIN_SIDE_PX} to {MAX_SIDE_PX}"
-            message = f"got {got}, width and height {must} (nearest: {allowed})"
-            raise invalid("size" if size else wrong[0], message, "invalid_size")
+    def requested_size(self) -> tuple[int, int] | None:
+        """Return the width and height that the request asks for, or `None`. Raises ApiError 400."""
+        sides = tuple(map(int, self.size.split("x"))) if self.size and self.size != "auto" else None
+        for name, side, other in zip(SIDES, sides or (None, None), reversed(SIDES), strict=True):
+            own = getattr(self, name)
+            if own is None:
+                continue
+            if side is not None and own != side:
+                raise invalid(name, f"got {own}, but size says {side}")
+            if side is None and getattr(self, other) is None:
+                raise invalid(other, f"is required together with {name}", "missing_required_parameter")
+        if sides is not None:
+            return sides[0], sides[1]
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
+    def repeated(self, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the fields of each result: `n` times the fields of a shot, with their seeds. `None` draws a seed.
+
+        Raises ApiError 400 if the number of seeds contradicts `n`.
+        """
+        count = self.num_outputs_per_prompt or self.n
+        if isinstance(self.seed, list):
+            seeds = self.seed
+            if count != len(seeds) and self.model_fields_set & {"n", "num_outputs_per_prompt"}:
+                raise invalid("seed", f"got {len(seeds)} seeds for {count} results: send one for each, or a single seed")
+        elif self.seed == RANDOM_SEED or (first := fields.get("seed") if self.seed is None else self.seed) is None:
+            seeds = [RANDOM_SEED] * count
+        else:
+            seeds = [(first + number) % (MAX_SEED + 1) for number in range(count)]
+        return [{**fields, "seed": None if seed == RANDOM_SEED else seed} for seed in seeds]
 
 
-@with_shot_fields()
+@with_peer_fields(images=False)
+@with_shot_fields(without=OWN_FIELDS)
 class CreateVideo(_Generation):
     """Body of `POST /v1/videos`."""
-
-    side_multiple: ClassVar[int] = 64
 
     seconds: float | None = Field(
         None, ge=0, le=NUM_FRAMES["maximum"], allow_inf_nan=False, description="Length: sets `num_frames` to seconds x `fps`."
     )
     input_reference: Image = Field(None, description="Image to start from: a file, or a reference to an image.")
     image_reference: Image = Field(None, description="Same as `input_reference`.")
-    upscale: bool | None = Field(None, description="Same as `upscale_video`.")
+    reference_url: str | None = Field(None, description="URL of the image to start from.")
+    input_references: Images = Field(
+        None, description="Photos of the person in the clip: files, or references to images. Same as `face_image`."
+    )
+    upscale: bool | None = Field(
+        None,
+        description="true: also make a clip that is `scale` times larger, `variant=hd`. false: never upscale to reach `size`.",
+    )
+    enable_upscaling: bool | None = Field(None, description="Same as `upscale`.")
+    upscaling_scale: int | None = Field(None, description="Same as `scale`. Without effect unless `enable_upscaling` is true.")
+    video_params: VideoParams | None = Field(
+        None, description="`width`, `height`, `num_frames` and `fps`, if they are not set outside. In a form: JSON."
+    )
+
+    @field_validator("upscaling_scale")
+    @classmethod
+    def _check_upscaling_scale(cls, value: int | None) -> int | None:
+        if value is not None and value not in SCALES:
+            raise ValueError(f"must be one of {', '.join(map(str, SCALES))}")
+        return value
+
+    @classmethod
+    def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        normalised = super().normalise(fields)
+        block = normalised.get("video_params")
+        known = {name: block[name] for name in VideoParams.model_fields if name in block} if isinstance(block, dict) else {}
+        return super().normalise(known) | normalised
 
     def shot_fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         fields = super().shot_fields(defaults)
-        if self.upscale is not None:
-            fields.setdefault("upscale_video", self.upscale)
         if self.seconds is None:
             return fields
         fps = int({"fps": Shot.model_fields["fps"].default, **defaults, **fields}["fps"])
@@ -239,6 +345,39 @@ class CreateVideo(_Generation):
             raise invalid("num_frames", f"got {got}, but seconds says {frames} at {fps} frames per second")
         return fields
 
+    def size_fields(
+        self, fields: Mapping[str, Any], rules: SizeRules, original: tuple[int, int] | None = None
+    ) -> tuple[dict[str, Any], bool | None]:
+        """Return the fields of the shot that give the size, and whether a larger clip is made beside the delivered one.
+
+        `fields` are those of the shot and the profile's defaults; `original` is the delivered size of a video that is changed.
+        The second value is `None` if the request says nothing about sizes. Raises ApiError 400 for a size out of reach.
+        """
+        size, upscale = self.requested_size(), self._upscale()
+        if size is None and upscale is None:
+            return {}, None
+        whole: dict[str, Any] = dict.fromkeys(CROPS)
+        if not fields.get("generate_video", True):
+            return ({**whole, **image_fields(*size)} if size else {}), False
+        if upscale:
+            asked = self.upscaling_scale if self.enable_upscaling else None
+            scale = asked or int(fields.get("scale", Shot.model_fields["scale"].default))
+            width, height = size or original or (rules.default_width, rules.default_height)
+            return {**whole, **clip_fields_with_hd(width, height, scale)}, True
+        wanted = size or original
+        if wanted is None:
+            return dict(WITHOUT_CHUNKED_STAGES), False
+        width, height = wanted
+        return {**whole, **clip_fields(width, height, rules, may_upscale=upscale is None)}, False
+
+    def _upscale(self) -> bool | None:
+        """Return whether a larger clip is asked for. `None`: the size decides about upscaling."""
+        asked = [self.upscale, self.enable_upscaling]
+        if "upscale_video" in self.model_fields_set:
+            asked.insert(1, self.upscale_video)  # type: ignore[attr-defined]  # a field of Shot
+        chosen = next((value for value in asked if value is not None), None)
+        return True if chosen is None and "scale" in self.model_fields_set else chosen
+
 
 class RemixVideo(CreateVideo):
     """Body of `POST /v1/videos/{video_id}/remix`. Omitted fields keep the values of the video."""
@@ -246,18 +385,17 @@ class RemixVideo(CreateVideo):
     prompt: str | None = Field(None, description="Text to render.")
 
 
-@with_shot_fields(without=CLIP_ONLY_FIELDS)
+@with_peer_fields(images=True)
+@with_shot_fields(without=(*CLIP_ONLY_FIELDS, *OWN_FIELDS))
 class CreateImages(_Generation):
     """Body of `POST /v1/images/generations`."""
 
-    side_multiple: ClassVar[int] = 16
     step_stages: ClassVar[tuple[str, ...]] = tuple(
         stage for stage in stages_with_setting("steps") if stage in BASE_IMAGE_STAGES
     )
     event: ClassVar[str] = "image_generation"
     """Prefix of the names of server-sent events."""
 
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images.")
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="Return files in base64, or URLs.")
     output_format: Literal["png", "webp", "jpeg"] = Field("png", description="File format.")
     output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")
@@ -269,7 +407,12 @@ class CreateImages(_Generation):
     safety_identifier: ShortText | None = Field(None, description="Same as `user`.")
 
     def shot_fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().shot_fields(defaults), "generate_video": False, "upscale_video": False}
+        return {**super().shot_fields(defaults), **WITHOUT_CLIP, **WITHOUT_CHUNKED_STAGES}
+
+    def size_fields(self) -> dict[str, Any]:
+        """Return the fields of the shot that give the size. Empty without a size. Raises ApiError 400."""
+        size = self.requested_size()
+        return dict(image_fields(*size)) if size else {}
 
 
 class EditImages(CreateImages):
@@ -318,8 +461,3 @@ class CreateFile(RequestBody):
 
     file: File = Field(description="Image to upload.")
     purpose: ShortText | None = Field(None, description="Accepted, without effect.")
-
-
-def nearest_side(side: int, multiple: int) -> int:
-    """Return the allowed width or height in pixels that is closest to `side`."""
-    return round(min(MAX_SIDE_PX, max(MIN_SIDE_PX, side)) / multiple) * multiple

@@ -6,10 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
-from vidgen_ray.graph import clip_growth
-from vidgen_ray.online.store.jobs import Job, JobState
+from vidgen_ray.graph import clip_growth, file_sizes
+from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.upload_records import Upload
 
+CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
+"""Error of a cancelled video: clients of OpenAI's API only know `failed`."""
 JSON_OBJECT = TypeAdapter(dict[str, JsonValue])
 Timestamp = Annotated[int, BeforeValidator(int)]
 """Seconds since 1970."""
@@ -47,7 +50,6 @@ class _JobStatus(BaseModel):
 
     id: str = Field(description="Id of the job.")
     created_at: Timestamp = Field(description="Time of creation.")
-    status: JobState = Field(validation_alias="state", description="State of the job.")
     progress: int = Field(description="Progress in percent.")
     stage: str | None = Field(description="Stage that is running.")
     step: int = Field(description="Finished steps of this stage: denoising steps, or frames.")
@@ -63,16 +65,23 @@ class _JobStatus(BaseModel):
 class Video(_JobStatus):
     """A job as OpenAI's Video, with further fields. Times are in seconds since 1970."""
 
+    status: Literal["queued", "in_progress", "completed", "failed"] = Field(
+        description="State of the job. A cancelled job is `failed`, and the code of its `error` is `cancelled`."
+    )
+
     object: Literal["video"] = Field("video", description="Type of this object.")
     model: str = Field(description="Model of the request.")
     seconds: str = Field(description="Length in seconds.")
-    size: str = Field(description="WIDTHxHEIGHT in pixels, before upscaling.")
+    size: str = Field(description="WIDTHxHEIGHT of the delivered file in pixels.")
+    model_size: str = Field(description="WIDTHxHEIGHT in pixels that the models draw, before upscaling and cropping.")
+    scale: int = Field(description="Upscaling factor. 1 without upscaling.")
+    hd_size: str | None = Field(description="WIDTHxHEIGHT in pixels of the larger clip, `variant=hd`. Null if there is none.")
+    outputs: list[str] | None = Field(description="Ids of all videos of a request with `n`, in order. Null for a single one.")
     prompt: str = Field(description="Prompt of the request.")
     completed_at: Timestamp | None = Field(description="Time of completion. Null if the job failed or was cancelled.")
     remixed_from_video_id: str | None = Field(description="Id of the video that this one is a remix of.")
-    output_size: str = Field(description="WIDTHxHEIGHT of the file in pixels.")
-    fps: int = Field(description="Frames per second.")
-    num_frames: int = Field(description="Number of frames.")
+    fps: int = Field(description="Frames per second of the delivered clip.")
+    num_frames: int = Field(description="Number of frames of the delivered clip. 1 for an image.")
     seed: int = Field(description="Seed of the shot.")
     inference_time_s: float | None = Field(description="Sum of `stage_durations`.")
     user: str | None = Field(description="`user` of the request.")
@@ -82,6 +91,7 @@ class ShotJob(_JobStatus):
     """A job with all fields of its shot. Times are in seconds since 1970."""
 
     object: Literal["shot"] = Field("shot", description="Type of this object.")
+    status: JobState = Field(validation_alias="state", description="State of the job.")
     kind: str = Field(description="Route that created the job: video, image or shot.")
     started_at: Timestamp | None = Field(description="Time at which rendering started.")
     digest: str = Field(validation_alias="key", description="Content key. Jobs with the same key have identical files.")
@@ -185,6 +195,33 @@ class ModelPage(_List):
     data: list[Model] = Field(description="The models.")
 
 
+class Lora(BaseModel):
+    """A LoRA that requests can set `lora` to."""
+
+    id: str = Field(description="Name of the LoRA.")
+    object: Literal["lora"] = Field("lora", description="Type of this object.")
+
+
+class LoraPage(_List):
+    """All LoRAs of the server."""
+
+    data: list[Lora] = Field(description="The LoRAs.")
+
+
+class LoadedLora(BaseModel):
+    """A LoRA as SGLang describes it."""
+
+    nickname: str = Field(description="Name of the LoRA.")
+    path: str = Field(description="Same as `nickname`. Paths of the server are not shown.")
+
+
+class LoadedLoras(BaseModel):
+    """All LoRAs of the server, in SGLang's format."""
+
+    loaded_adapters: list[LoadedLora] = Field(description="The LoRAs.")
+    active: dict[str, JsonValue] = Field(description="Always empty: each request names its LoRAs.")
+
+
 class _Deleted(BaseModel):
     """Confirmation of a deletion."""
 
@@ -225,28 +262,46 @@ class Readiness(BaseModel):
     )
 
 
+def delivered_artefact_of(job: Job) -> str:
+    """Return the artefact that the main file of a job is written from."""
+    return delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
+
+
 def video_response(job: Job) -> Video:
     """Return a job as OpenAI's Video."""
     shot = job.shot
-    scale = max((scale for scale, _ in clip_growth(shot).values()), default=1)
-    frames = shot.num_frames if shot.generate_video else 1
+    growth, sizes, delivered = clip_growth(shot), file_sizes(shot), delivered_artefact_of(job)
+    frame_factor = growth[delivered][1] if delivered in growth else 1
+    frames = shot.num_frames * frame_factor if shot.generate_video else 1
+    finished = list(sizes)[-1]
+    cancelled = job.state == JobState.CANCELLED
     return Video.model_validate(
         {
             **_status(job),
+            "status": "failed" if cancelled else job.state,
+            "error": CANCELLED if cancelled else job.error,
             "model": str(job.request.get("model")),
-            "seconds": f"{frames / shot.fps:g}",
-            "size": f"{shot.width}x{shot.height}",
+            "seconds": f"{frames / (shot.fps * frame_factor):g}",
+            "size": size_text(sizes[delivered]),
+            "model_size": size_text((shot.width, shot.height)),
+            "scale": max((scale for scale, _ in growth.values()), default=1),
+            "hd_size": None if finished == delivered else size_text(sizes[finished]),
+            "outputs": job.request.get("outputs"),
             "prompt": shot.prompt,
             "completed_at": job.completed_at if job.state == JobState.COMPLETED else None,
             "remixed_from_video_id": job.request.get("remixed_from"),
-            "output_size": f"{shot.width * scale}x{shot.height * scale}",
-            "fps": shot.fps,
+            "fps": shot.fps * frame_factor,
             "num_frames": frames,
             "seed": shot.seed or 0,
             "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
             "user": job.request.get("user"),
         }
     )
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Return `WIDTHxHEIGHT`."""
+    return f"{size[0]}x{size[1]}"
 
 
 def shot_response(job: Job, shot: dict[str, JsonValue]) -> ShotJob:

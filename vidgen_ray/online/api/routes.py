@@ -6,7 +6,17 @@ import asyncio
 
 from fastapi import APIRouter, FastAPI
 
-from vidgen_ray.online.api import characters, files, images, models, shots, video_content, video_events, videos
+from vidgen_ray.online.api import (
+    characters,
+    files,
+    images,
+    models,
+    shots,
+    video_content,
+    video_events,
+    video_sync,
+    videos,
+)
 from vidgen_ray.online.api.deps import ServerDep
 from vidgen_ray.online.api.openapi import error_responses, openapi_document
 from vidgen_ray.online.api.response_models import Health, Readiness
@@ -16,6 +26,7 @@ health = APIRouter(tags=["health"])
 
 
 @health.get("/healthz", response_model=Health)
+@health.get("/health", response_model=Health)
 async def healthz() -> Health:
     """Respond with 200 while the process is alive."""
     return Health()
@@ -37,7 +48,7 @@ async def readyz(server: ServerDep) -> Readiness:
 def add_api(app: FastAPI) -> None:
     """Add the API's routes and OpenAPI document to the app."""
     # Before videos: /v1/videos/{video_id} matches /v1/videos/characters, too.
-    for module in (characters, videos, video_content, video_events, images, shots, models, files):
+    for module in (characters, videos, video_sync, video_content, video_events, images, shots, models, files):
         app.include_router(module.router)
     app.include_router(health)
     # Replacing the method is FastAPI's documented way to extend the document.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Mapping
 from contextlib import ExitStack
 from math import ceil
 from threading import Lock
@@ -17,22 +18,28 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses
+from vidgen_ray.online.api.response_models import delivered_artefact_of, video_response
 from vidgen_ray.online.api_error import ApiError, not_found
+from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Frames, Image
 
-Variant = Literal["video", "thumbnail", "spritesheet", "sd", "image"]
+Variant = Literal["video", "hd", "thumbnail", "spritesheet", "sd", "image", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+"""A number is that video of a request with `n`, as in SGLang."""
+VariantQuery = Annotated[Variant, Query()]
+IMAGE_FILE, ORIGINAL_CLIP_FILE = "image.png", CLIP_FILES["frames"]
 FILES: dict[str, tuple[str, ...]] = {
-    "video": ("hd.mp4", "video.mp4", "image.png"),
-    "sd": ("video.mp4",),
-    "image": ("image.png",),
-    "thumbnail": ("image.png",),
-    "spritesheet": ("video.mp4", "image.png"),
+    "sd": (ORIGINAL_CLIP_FILE,),
+    "image": (IMAGE_FILE,),
+    "thumbnail": (IMAGE_FILE,),
+    "spritesheet": (ORIGINAL_CLIP_FILE, IMAGE_FILE),
 }
 """Variant -> the files that it is served from, in order of preference."""
 PREVIEWS = {"thumbnail": ".webp", "spritesheet": ".jpg"}
@@ -78,20 +85,28 @@ router = APIRouter()
     },
 )
 async def video_content(
-    request: Request, server: ServerDep, tenant: TenantDep, video_id: str, variant: Annotated[Variant, Query()] = "video"
+    request: Request,
+    server: ServerDep,
+    tenant: TenantDep,
+    video_id: str,
+    variant: VariantQuery = "video",
 ) -> Response:
     """Download the result of a completed job.
 
-    `video` is the clip, upscaled if the job asks for it; `sd` is the clip before upscaling; `image` is its first image (PNG);
-    `thumbnail` is a small image (WebP); `spritesheet` shows some frames side by side (JPEG).
+    `video` is the clip of the requested size; `hd` is the larger clip, if `scale` asks for one; `sd` is the clip before
+    upscaling; `image` is its first image (PNG); `thumbnail` is a small image (WebP); `spritesheet` shows some frames side by
+    side (JPEG). A number, from 0, is that video of a request with `n`.
     """
-    job = await asyncio.to_thread(server.store.get, video_id, tenant.name)
-    if job is None:
-        raise not_found("video", video_id[:100])
+    job = await _job(server, tenant, video_id)
+    if variant.isdecimal():
+        outputs = video_response(job).outputs or [job.id]
+        if int(variant) >= len(outputs):
+            raise _no_variant(variant, f"the number of outputs is {len(outputs)}. The first is 0.")
+        job, variant = await _job(server, tenant, outputs[int(variant)]), "video"
     if job.state != JobState.COMPLETED:
         headers = {"x-should-retry": "false"}
         raise ApiError(409, f"{job.id} is {job.state} and has no file.", code="not_completed", headers=headers)
-    return await _content(server, job, variant, request)
+    return await file_response(server, job, variant, request)
 
 
 @router.head(
@@ -102,16 +117,27 @@ async def video_content(
     responses={**error_responses(404, 409, 416), 200: {"description": "As GET"}, 206: {"description": "As GET"}},
 )
 async def video_content_head(
-    request: Request, server: ServerDep, tenant: TenantDep, video_id: str, variant: Annotated[Variant, Query()] = "video"
+    request: Request,
+    server: ServerDep,
+    tenant: TenantDep,
+    video_id: str,
+    variant: VariantQuery = "video",
 ) -> Response:
     """Return the headers of the file: media type, length and ETag."""
     return await video_content(request, server, tenant, video_id, variant)
 
 
-async def _content(server: ServerContext, job: Job, variant: Variant, request: Request) -> Response:
-    """Respond with a file of a completed job, or with 304. Raises ApiError 404 if the file is gone."""
+async def _job(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
+    job = await asyncio.to_thread(server.store.get, job_id, tenant.name)
+    if job is None:
+        raise not_found("video", job_id[:100])
+    return job
+
+
+async def file_response(server: ServerContext, job: Job, variant: str, request: Request) -> Response:
+    """Respond with a file of a completed job, or with 304. Raises ApiError 404 if there is no such file."""
     folder, digests = await asyncio.to_thread(_files, server.outputs, job)
-    name = _file_name(digests, variant)
+    name = _file_name(job, digests, variant)
     suffix = PREVIEWS.get(variant, name[name.rindex(".") :])
     etag = f'"{digests[name]}{f"-{variant}" if variant in PREVIEWS else ""}"'
     headers = {
@@ -186,11 +212,21 @@ def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
     return done.summary.folder, done.summary.sha256
 
 
-def _file_name(digests: dict[str, str], variant: Variant) -> str:
-    name = next((name for name in FILES[variant] if name in digests), None)
+def _file_name(job: Job, digests: Mapping[str, str], variant: str) -> str:
+    """Return the name of the file that a variant is served from. Raises ApiError 404."""
+    delivered = CLIP_FILES.get(delivered_artefact_of(job), IMAGE_FILE)
+    finished = CLIP_FILES.get(list(file_sizes(job.shot))[-1], IMAGE_FILE)
+    larger = () if finished == delivered else (finished,)
+    names = {**FILES, "video": (delivered,), "hd": larger}[variant]
+    name = next((name for name in names if name in digests), None)
     if name is None:
-        raise ApiError(404, f"variant: an image has no {variant}.", code="variant_not_found", param="variant")
+        hd = "this video has no clip that is larger than the delivered one. Create one with `scale`."
+        raise _no_variant(variant, hd if variant == "hd" else f"an image has no {variant}.")
     return name
+
+
+def _no_variant(variant: str, why: str) -> ApiError:
+    return ApiError(404, f"variant: got {variant}, but {why}", code="variant_not_found", param="variant")
 
 
 def _expired(job: Job) -> ApiError:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from vidgen_ray.errors import StageError
+from vidgen_ray.graph import file_sizes
+from vidgen_ray.media import read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses, request_body
-from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, RemixVideo
-from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_response
+from vidgen_ray.online.api.request_models import MAX_RESULTS, CreateImages, CreateVideo, RemixVideo
+from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, delivered_artefact_of, video_response
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import receive
@@ -22,6 +27,8 @@ from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
 
 POLL_AFTER = "openai-poll-after-ms"
+START_IMAGES = ("input_reference", "image_reference", "reference_url")
+"""Fields that name the image that a clip starts from."""
 LISTED_KINDS = (JobKind.VIDEO, JobKind.SHOT)
 IdempotencyKey = Annotated[
     str | None,
@@ -40,17 +47,11 @@ router = APIRouter(tags=["videos"])
 async def create_video(
     request: Request, response: Response, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> Video:
-    """Create a video. The job is stored before the response is sent. Poll it with `GET /v1/videos/{video_id}`."""
-    async with receive(request, server.settings.uploads) as received:
-        fields, returned = await _video_fields(server, tenant, CreateVideo.parse(received.fields))
-    (job,) = await server.job_service.accept(
-        tenant,
-        JobKind.VIDEO,
-        [fields],
-        returned,
-        idempotency_key=idempotency_key,
-        fingerprint=f"video {received.fingerprint}"[:64],
-    )
+    """Create a video. The job is stored before the response is sent. Poll it with `GET /v1/videos/{video_id}`.
+
+    With `n`, several videos are created and the first is returned. `outputs` lists the ids of all.
+    """
+    job = (await created_videos(request, server, tenant, idempotency_key))[0]
     await _set_poll_after(server, response, job)
     return video_response(job)
 
@@ -119,18 +120,35 @@ async def remix_video(
 ) -> Video:
     """Create a video from an existing one, with another prompt or other values of any field. The seed stays the same."""
     original = await job_of(server, tenant, video_id)
-    async with receive(request, server.settings.uploads) as received:
-        fields, returned = await _video_fields(server, tenant, RemixVideo.parse(received.fields), original)
-    (job,) = await server.job_service.accept(
-        tenant,
-        JobKind.VIDEO,
-        [fields],
-        {**returned, "remixed_from": original.id},
-        idempotency_key=idempotency_key,
-        fingerprint=f"{original.id[6:26]} {received.fingerprint}"[:64],
-    )
+    job = (await created_videos(request, server, tenant, idempotency_key, original))[0]
     await _set_poll_after(server, response, job)
     return video_response(job)
+
+
+async def created_videos(
+    request: Request,
+    server: ServerContext,
+    tenant: Tenant,
+    idempotency_key: str | None,
+    original: Job | None = None,
+    max_results: int = MAX_RESULTS,
+) -> list[Job]:
+    """Create the jobs of a request, or of a remix of `original`. Raises ApiError."""
+    async with receive(request, server.settings.uploads) as received:
+        body = (CreateVideo if original is None else RemixVideo).parse(received.fields)
+        fields, returned = await _video_fields(server, tenant, body, original)
+    shots = body.repeated(fields)
+    if len(shots) > max_results:
+        raise invalid("n", f"got {len(shots)}, must be {max_results}: the response is one file")
+    of_original = "video" if original is None else original.id[6:26]
+    return await server.job_service.accept(
+        tenant,
+        JobKind.VIDEO,
+        shots,
+        returned,
+        idempotency_key=idempotency_key,
+        fingerprint=f"{of_original} {received.fingerprint}"[:64],
+    )
 
 
 async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
@@ -150,17 +168,28 @@ async def _video_fields(
     if original is not None:
         # The model replaces the mode of the original, a face replaces its face.
         replaced = {"mode"} if request.model else set()
-        if request.model_fields_set & {"character", "face_image"}:
+        if request.model_fields_set & {"character", "face_image", "input_references"}:
             replaced |= {"face_image", "face_index"}
         kept = client_fields(original.shot, server.settings, server.job_service.uploads)
         base |= {name: value for name, value in kept.items() if name not in replaced}
-    fields = {**base, **request.shot_fields({**server.serving_profile.profile.defaults, **base})}
-    if request.input_reference is not None and request.image_reference is not None:
-        raise invalid("image_reference", "cannot be combined with input_reference: a clip starts from one image")
-    for name in ("input_reference", "image_reference"):
-        if (reference := getattr(request, name)) is not None:
-            fields["image"] = await server.image_references.resolve(tenant, reference, name)
-    return {**fields, **await face_fields(server, tenant, request)}, {"model": model, "user": request.user}
+    defaults = server.serving_profile.profile.defaults
+    fields = {**base, **request.shot_fields({**defaults, **base})}
+    size = None if original is None else file_sizes(original.shot)[delivered_artefact_of(original)]
+    sizes, hd_beside = request.size_fields({**defaults, **fields}, server.size_rules, size)
+    if hd_beside is None and original is not None:
+        hd_beside = bool(original.request.get("hd"))
+    fields |= sizes
+    references = [name for name in START_IMAGES if getattr(request, name) is not None]
+    if len(references) > 1:
+        raise invalid(references[1], f"cannot be combined with {references[0]}: a clip starts from one image")
+    for name in references:
+        fields["image"] = await server.image_references.resolve(tenant, getattr(request, name), name)
+    returned: dict[str, Any] = {"model": model, "user": request.user}
+    if hd_beside:
+        returned["hd"] = True
+    if original is not None:
+        returned["remixed_from"] = original.id
+    return {**fields, **await face_fields(server, tenant, request)}, returned
 
 
 async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVideo | CreateImages) -> dict[str, Any]:
@@ -168,7 +197,23 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
     fields: dict[str, Any] = {} if request.character is None else {"character": request.character}
     if request.face_image:
         fields["face_image"] = await server.image_references.resolve_all(tenant, request.face_image, "face_image")
+    references = request.input_references if isinstance(request, CreateVideo) else None
+    if references:
+        if "face_image" in fields:
+            raise invalid("input_references", "cannot be combined with face_image: both are photos of one face")
+        fields["face_image"] = await server.image_references.resolve_all(tenant, references, "input_references")
+        # vLLM-Omni's references may show anything. Here they must show a person, which only a look at them tells.
+        await server.face_check.run_exclusively(partial(check_faces, server, tenant, fields["face_image"], "input_references"))
     return fields
+
+
+def check_faces(server: ServerContext, tenant: Tenant, photos: Sequence[str], param: str) -> None:
+    """Raise ApiError 400 if these uploads are not photos of a face."""
+    paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
+    try:
+        server.face_check.check([read_image(path) for path in paths if path is not None])
+    except StageError as error:
+        raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
 async def _set_poll_after(server: ServerContext, response: Response, job: Job) -> None:
