@@ -1,0 +1,400 @@
+"""Requests of released clients, written down from their source code, against the API.
+
+The bodies have every field that the client sends, with its defaults, in the encoding that it uses.
+"""
+
+import io
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from tests.conftest import ASTRONAUT
+from tests.online.directors import LOCAL, listening_on_a_port, local_server
+from tests.online.test_api_videos import ended, error_of, shot_of
+from vidgen_ray.media import open_video
+from vidgen_ray.online.api.peer_fields import PEER_FIELDS
+from vidgen_ray.online.api.request_models import CreateVideo
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.jobs import JobState
+
+PHOTO = ASTRONAUT.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    loras = {name: str(folder / f"{name}.safetensors") for name in ("ink", "oil")}
+    for path in loras.values():
+        Path(path).write_bytes(path.encode())
+    limits = {"open_jobs": 1000}
+    settings = OnlineSettings(
+        profile="tiny", data=str(folder / "out"), poll_s=0.02, wait_s=60, loras=loras, limits=limits, max_queued=1000
+    )
+    with local_server(tiny, settings, step_s=0.01) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def held(server):
+    """Keep jobs in the queue during the test."""
+    server.director.held.set()
+    yield
+    server.director.held.clear()
+    server.director.wake()
+
+
+def form(**fields: str) -> dict:
+    """Return multipart fields, as aiohttp's FormData sends them."""
+    return {name: (None, value) for name, value in fields.items()}
+
+
+def size_of(content: bytes, tmp_path) -> tuple[int, int]:
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(content)
+    with open_video(path) as clip:
+        return clip.width, clip.height
+
+
+# ComfyUI-vLLM-Omni: apps/ComfyUI-vLLM-Omni/comfyui_vllm_omni of vllm-project/vllm-omni.
+# nodes.py, VLLMOmniDiffusionSampling (sampling parameters with their defaults) and utils/api_client.py, generate_video.
+
+COMFYUI_SAMPLING = {
+    "n": "1",
+    "num_inference_steps": "50",
+    "guidance_scale": "7.5",
+    "true_cfg_scale": "1.0",
+    "vae_use_slicing": "False",
+    "vae_use_tiling": "False",
+}
+
+
+def comfyui_video(**changes: str) -> dict:
+    fields = {"model": "tiny", "prompt": "a cat", "width": "854", "height": "480", "num_frames": "3", "fps": "16"}
+    return {**fields, "negative_prompt": "blur", **COMFYUI_SAMPLING, **changes}
+
+
+def test_comfyui_text_to_video(client, tmp_path):
+    """The node checks the model list, creates, polls until completed or failed, downloads and deletes."""
+    assert "tiny" in [model["id"] for model in client.get("/v1/models").json()["data"]]
+    created = client.post("/v1/videos", files=form(**comfyui_video()))
+    assert created.status_code == 200, created.text
+    video = ended(client, created.json()["id"])
+    assert (video["status"], video["size"], video["fps"], video["num_frames"]) == ("completed", "854x480", 16, 3)
+    content = client.get(f"/v1/videos/{video['id']}/content")
+    assert size_of(content.content, tmp_path) == (854, 480)
+    assert client.delete(f"/v1/videos/{video['id']}").json()["deleted"]
+
+
+def test_comfyui_image_to_video_with_a_lora(client, held):
+    lora = json.dumps({"name": "ink", "path": "/weights/ink", "scale": 0.7, "int_id": 3})
+    files = {**form(**comfyui_video(lora=lora, seed="42")), "input_reference": ("image.png", PHOTO, "image/png")}
+    video = client.post("/v1/videos", files=files).json()
+    shot = shot_of(client, video["id"])
+    assert (shot["lora"], shot["seed"], shot["steps"]["flux"]) == ([{"name": "ink", "scale": 0.7}], 42, 50)
+    assert shot["image"].startswith("file-")
+
+
+def test_comfyui_ends_polling_when_a_job_is_cancelled(client, held):
+    video = client.post("/v1/videos", files=form(**comfyui_video())).json()
+    client.post(f"/v1/videos/{video['id']}/cancel")
+    assert client.get(f"/v1/videos/{video['id']}").json()["status"] in {"completed", "failed"}
+
+
+def test_comfyui_text_to_image(client):
+    sampling = {"n": 2, "num_inference_steps": 50, "guidance_scale": 7.5, "true_cfg_scale": 1.0}
+    body = {
+        "model": "tiny",
+        "prompt": "a cat",
+        "size": "100x72",
+        "response_format": "b64_json",
+        "negative_prompt": "blur",
+        **sampling,
+        "vae_use_slicing": False,
+        "vae_use_tiling": False,
+    }
+    answer = client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    assert (len(answer.json()["data"]), answer.json()["size"]) == (2, "100x72")
+
+
+def test_comfyui_image_to_image(client):
+    fields = {"model": "tiny", "prompt": "an oil painting", "size": "64x64", **COMFYUI_SAMPLING}
+    answer = client.post("/v1/images/edits", files={**form(**fields), "image": ("image.png", PHOTO, "image/png")})
+    assert answer.status_code == 200, answer.text
+
+
+# vLLM-Omni: docs/serving/videos_api.md, and entrypoints/openai/protocol/videos.py with its defaults.
+
+
+def test_vllm_omni_synchronous_video(client, tmp_path):
+    fields = {"prompt": "a small robot", "width": "854", "height": "480", "num_frames": "4", "fps": "16"}
+    answer = client.post("/v1/videos/sync", files=form(**fields))
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "video/mp4")
+    assert size_of(answer.content, tmp_path) == (854, 480)
+    assert answer.headers["x-model"] == "tiny"
+    assert float(answer.headers["x-inference-time-s"]) > 0
+    assert client.get(f"/v1/videos/{answer.headers['x-request-id']}").json()["status"] == "completed"
+
+
+def test_vllm_omni_request_with_all_defaults(client, held):
+    body = {
+        "prompt": "a lake",
+        "seconds": "2",
+        "size": "832x480",
+        "user": "me",
+        "video_params": {"fps": 8, "num_frames": 16},
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 4.0,
+        "true_cfg_scale": 1.0,
+        "boundary_ratio": 1.0,
+        "seed": 7,
+        "generate_sound": False,
+        "enable_frame_interpolation": False,
+        "frame_interpolation_exp": 1,
+        "frame_interpolation_scale": 1.0,
+        "num_outputs_per_prompt": 1,
+        "return_stage_metrics": True,
+        "quality": "default",
+        "image_reference": None,
+    }
+    answer = client.post("/v1/videos", json=body)
+    assert answer.status_code == 200, answer.text
+    assert {name: answer.json()[name] for name in ("size", "fps", "num_frames", "seconds", "user")} == {
+        "size": "832x480",
+        "fps": 8,
+        "num_frames": 16,
+        "seconds": "2",
+        "user": "me",
+    }
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"name": "oil", "path": "/models/oil", "scale": 0.5},
+        {"lora_name": "oil", "local_path": "/models/oil", "lora_scale": 0.5, "int_id": 1},
+        {"adapter": "oil", "lora_path": "oil", "scale": 0.5, "lora_int_id": 1},
+        {"lora_nickname": "oil", "lora_path": "oil", "strength": 0.5},
+        {"lora_name": "mine", "local_path": "REGISTERED", "scale": 0.5},
+    ],
+)
+def test_lora_objects_of_vllm_omni_and_sglang(client, server, held, lora):
+    registered = {name: server.settings.loras["oil"] if value == "REGISTERED" else value for name, value in lora.items()}
+    video = client.post("/v1/videos", json={"prompt": "a", "size": "64x64", "lora": registered})
+    assert video.status_code == 200, video.text
+    assert shot_of(client, video.json()["id"])["lora"] == [{"name": "oil", "scale": 0.5}]
+
+
+def test_lora_object_that_means_two_loras_is_refused(client, server):
+    lora = {"name": "ink", "path": server.settings.loras["oil"]}
+    error = error_of(client.post("/v1/videos", json={"prompt": "a", "lora": lora}), 400)
+    assert "different LoRAs" in error["message"]
+
+
+def test_references_of_vllm_omni_are_photos_of_the_person(client, held):
+    files = [("input_references", (f"image_{number}.png", PHOTO, "image/png")) for number in (1, 2)]
+    fields = [(name, (None, value)) for name, value in {"prompt": "she smiles", "size": "64x64"}.items()]
+    video = client.post("/v1/videos", files=[*fields, *files])
+    assert video.status_code == 200, video.text
+    assert len(shot_of(client, video.json()["id"])["face_image"]) == 2
+    grey = io.BytesIO()
+    Image.new("RGB", (200, 200), "grey").save(grey, "PNG")
+    without_face = client.post("/v1/videos", files=[*fields, ("input_references", ("a.png", grey.getvalue(), "image/png"))])
+    assert error_of(without_face, 400)["code"] == "no_face"
+
+
+# SGLang: python/sglang/multimodal_gen/runtime/entrypoints/openai/protocol.py, VideoGenerationsRequest and its defaults;
+# docs/diffusion/api/openai_api.md. Clients are curl and the openai package.
+
+SGLANG_DEFAULTS = {
+    "n": 1,
+    "num_outputs_per_prompt": None,
+    "seconds": 1,
+    "size": "",
+    "fps": None,
+    "num_frames": None,
+    "seed": None,
+    "generator_device": "cuda",
+    "width": None,
+    "height": None,
+    "enable_teacache": False,
+    "negative_prompt": None,
+    "enable_frame_interpolation": False,
+    "frame_interpolation_exp": 1,
+    "frame_interpolation_scale": 1.0,
+    "frame_interpolation_model_path": None,
+    "enable_upscaling": False,
+    "upscaling_model_path": None,
+    "upscaling_scale": 4,
+    "output_quality": "default",
+    "output_compression": None,
+    "output_path": None,
+    "diffusers_kwargs": None,
+    "perf_dump_path": None,
+    "guidance_scale": None,
+    "guidance_scale_2": None,
+    "true_cfg_scale": None,
+    "input_reference": None,
+    "reference_url": None,
+    "model": None,
+    "num_inference_steps": None,
+}
+
+
+def test_sglang_request_with_all_defaults(client, held):
+    answer = client.post("/v1/videos", json={"prompt": "a calico cat", **SGLANG_DEFAULTS})
+    assert answer.status_code == 200, answer.text
+    # `enable_upscaling` is false.
+    assert (answer.json()["size"], answer.json()["scale"], answer.json()["num_frames"]) == ("128x64", 1, 5)
+
+
+def test_sglang_size_and_extra_body(client, held):
+    body = {"prompt": "a calico cat", "size": "1280x720", "extra_body": {"fps": 4, "num_frames": 8, "negative_prompt": "blur"}}
+    video = client.post("/v1/videos", json=body).json()
+    assert (video["size"], video["fps"], video["num_frames"]) == ("1280x720", 4, 8)
+    assert shot_of(client, video["id"])["negative_prompt"] == "blur"
+    in_a_form = client.post("/v1/videos", files=form(prompt="a", extra_body=json.dumps({"fps": 4, "num_frames": 8})))
+    assert (in_a_form.json()["fps"], in_a_form.json()["num_frames"]) == (4, 8)
+
+
+def test_sglang_upscaling_makes_a_larger_clip_beside(client, tmp_path):
+    body = {"prompt": "a", "size": "100x64", "num_frames": 2, "enable_upscaling": True, "upscaling_scale": 3}
+    video = ended(client, client.post("/v1/videos", json=body).json()["id"])
+    assert {name: video[name] for name in ("size", "model_size", "scale", "hd_size")} == {
+        "size": "100x64",
+        "model_size": "128x64",
+        "scale": 3,
+        "hd_size": "300x192",
+    }
+    for variant, size in (("video", (100, 64)), ("hd", (300, 192)), ("sd", (100, 64))):
+        content = client.get(f"/v1/videos/{video['id']}/content", params={"variant": variant}).content
+        assert size_of(content, tmp_path) == size
+
+
+def test_sglang_several_outputs_and_seeds(client):
+    body = {"prompt": "a", "size": "64x64", "num_frames": 2, "num_outputs_per_prompt": 3, "n": 1, "seed": 5}
+    first = client.post("/v1/videos", json=body).json()
+    assert len(first["outputs"]) == 3
+    assert first["outputs"][0] == first["id"]
+    videos = [ended(client, video_id) for video_id in first["outputs"]]
+    assert [video["seed"] for video in videos] == [5, 6, 7]
+    contents = [client.get(f"/v1/videos/{video['id']}/content").content for video in videos]
+    by_number = [client.get(f"/v1/videos/{first['id']}/content", params={"variant": number}).content for number in range(3)]
+    assert by_number == contents
+    assert error_of(client.get(f"/v1/videos/{first['id']}/content?variant=3"), 404)["code"] == "variant_not_found"
+    listed = client.post("/v1/videos", json={"prompt": "a", "size": "64x64", "num_frames": 2, "seed": [9, -1]}).json()
+    assert (listed["seed"], len(listed["outputs"])) == (9, 2)
+
+
+def test_sglang_lists_models_and_loras(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/models").json() == client.get("/v1/models").json()
+    adapters = [{"nickname": name, "path": name} for name in ("ink", "oil")]
+    assert client.get("/v1/list_loras").json() == {"loaded_adapters": adapters, "active": {}}
+    assert [lora["id"] for lora in client.get("/v1/loras").json()["data"]] == ["ink", "oil"]
+
+
+# LiteLLM: litellm/llms/openai/videos/transformation.py, OpenAIVideoConfig, and litellm/types/videos/main.py, VideoObject.
+
+
+def test_litellm_create_retrieve_and_content(client, tmp_path):
+    body = {"model": "sora-2", "prompt": "a cat", "seconds": "1", "size": "720x1280", "user": "me"}
+    created = client.post("/v1/videos", json=body).json()
+    video = ended(client, created["id"])
+    # Types of VideoObject.
+    assert (video["object"], video["status"], video["model"]) == ("video", "completed", "sora-2")
+    for name, type_ in {"seconds": str, "size": str, "created_at": int, "completed_at": int, "progress": int}.items():
+        assert isinstance(video[name], type_)
+    # It appends the path to its base URL, which ends in /videos.
+    assert size_of(client.get(f"/v1/videos/{video['id']}/content").content, tmp_path) == (720, 1280)
+
+
+def test_litellm_image_to_video(client, held):
+    fields = {"model": "sora-2", "prompt": "a cat", "seconds": "1", "size": "64x64"}
+    answer = client.post("/v1/videos", data=fields, files=[("input_reference", ("input_reference.png", PHOTO, "image/png"))])
+    assert shot_of(client, answer.json()["id"])["image"].startswith("file-")
+
+
+# Values that cannot be honoured.
+
+OTHER_VALUES = {bool: True, str: "x", int: 3, float: 3.5, object: {"video_url": "https://example.com/a.mp4"}}
+
+
+@pytest.mark.parametrize("peer", PEER_FIELDS, ids=lambda peer: peer.name)
+def test_peer_field_accepts_neutral_values_and_refuses_others_with_a_sentence(peer):
+    def parse(value):
+        CreateVideo.parse({"prompt": "a", peer.name: value})
+
+    other = OTHER_VALUES.get(peer.type, {"flow_shift": 5})
+    if peer.neutral is None:
+        parse(other)
+    else:
+        with pytest.raises(ApiError) as raised:
+            parse(other)
+        assert raised.value.param == peer.name
+        assert peer.why in raised.value.message
+    for neutral in (None, "", *(peer.neutral or ())):
+        parse(neutral)
+
+
+def test_reference_url_is_a_start_image(client):
+    body = {"prompt": "a", "reference_url": "https://example.com/a.png"}
+    error = error_of(client.post("/v1/videos", json=body), 400)
+    assert (error["param"], error["code"]) == ("reference_url", "url_inputs_disabled")
+    both = {"prompt": "a", "reference_url": "https://example.com/a.png", "image_reference": {"file_id": "file-1"}}
+    assert "one image" in error_of(client.post("/v1/videos", json=both), 400)["message"]
+
+
+# POST /v1/videos/sync.
+
+
+def test_synchronous_video_with_several_results_is_refused(client):
+    error = error_of(client.post("/v1/videos/sync", json={"prompt": "a", "n": 2}), 400)
+    assert (error["param"], "one file" in error["message"]) == ("n", True)
+
+
+def test_synchronous_video_that_fails(client):
+    error = error_of(client.post("/v1/videos/sync", json={"prompt": "fail", "size": "64x64", "num_frames": 2}), 500)
+    assert error["code"] == "stage_failed"
+
+
+def send_and_disconnect(url: str, prompt: str, **headers: str) -> None:
+    body = {"prompt": prompt, "size": "64x64", "num_frames": 2}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/videos/sync", json=body, headers=headers, timeout=httpx.Timeout(30, read=1))
+
+
+def job_with_prompt(server, prompt: str):
+    return next((job for job in server.store.list("local", limit=100).jobs if job.shot.prompt == prompt), None)
+
+
+def test_disconnect_cancels_a_synchronous_video(server, held):
+    with listening_on_a_port(server.app) as url:
+        send_and_disconnect(url, "left alone")
+        until = time.monotonic() + 20
+        while job_with_prompt(server, "left alone").state != JobState.CANCELLED:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+def test_request_with_an_idempotency_key_waits_again_after_a_disconnect(server):
+    server.director.held.set()
+    with listening_on_a_port(server.app) as url:
+        send_and_disconnect(url, "with a key", **{"Idempotency-Key": "k"})
+        server.director.held.clear()
+        server.director.wake()
+        body = {"prompt": "with a key", "size": "64x64", "num_frames": 2}
+        answer = httpx.post(f"{url}/v1/videos/sync", json=body, headers={"Idempotency-Key": "k"}, timeout=60)
+    assert answer.status_code == 200
+    assert answer.headers["x-request-id"] == job_with_prompt(server, "with a key").id
