@@ -59,20 +59,40 @@ def test_create_and_poll(clip):
     assert (clip.progress, clip.seconds, clip.size) == (100, "1", "128x64")
     assert clip.model == "tiny"
     assert clip.model_extra["seed"] == 7
-    assert set(clip.model_extra["stage_durations"]) == {"flux", "svd", "realesrgan"}
+    # The models draw this size themselves.
+    assert set(clip.model_extra["stage_durations"]) == {"flux", "svd"}
+    assert (clip.model_extra["model_size"], clip.model_extra["hd_size"]) == ("128x64", None)
 
 
 def test_content_variants(client, clip, tmp_path):
     video = tmp_path / "clip.mp4"
     client.videos.download_content(clip.id).write_to_file(video)
     with open_video(video) as opened:
-        assert (opened.frame_count, opened.width, opened.height) == (5, 256, 128)
-        assert opened.frames(0, 5).shape == (5, 128, 256, 3)
+        assert (opened.frame_count, opened.width, opened.height) == (5, 128, 64)
+        assert opened.frames(0, 5).shape == (5, 64, 128, 3)
     thumbnail = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="thumbnail").read()))
     assert (thumbnail.format, thumbnail.size) == ("WEBP", (128, 64))
     assert np.asarray(thumbnail.convert("RGB")).std() > 1
     sheet = Image.open(io.BytesIO(client.videos.download_content(clip.id, variant="spritesheet").read()))
     assert (sheet.format, sheet.size) == ("JPEG", (3 * 160, 2 * 80))
+
+
+@pytest.mark.parametrize("size", ["720x1280", "1280x720"])
+def test_openai_sizes_and_model(client, size, tmp_path):
+    video = client.videos.create_and_poll(model="sora-2", prompt="a man", size=size, extra_body={"num_frames": 2})
+    assert (video.status, video.size, video.model) == ("completed", size, "sora-2"), video.error
+    client.videos.download_content(video.id).write_to_file(tmp_path / "clip.mp4")
+    with open_video(tmp_path / "clip.mp4") as clip:
+        assert f"{clip.width}x{clip.height}" == size
+
+
+def test_scale_makes_a_larger_clip_beside(client, tmp_path):
+    video = client.videos.create_and_poll(prompt="a man", size="100x64", extra_body={"num_frames": 2, "scale": 2})
+    assert (video.size, video.model_extra["hd_size"]) == ("100x64", "200x128")
+    for query, size in (({}, (100, 64)), ({"variant": "hd"}, (200, 128))):
+        client.videos.download_content(video.id, extra_query=query).write_to_file(tmp_path / "clip.mp4")
+        with open_video(tmp_path / "clip.mp4") as clip:
+            assert (clip.width, clip.height) == size
 
 
 def test_video_rendered_before_is_completed_at_once(client, clip):
@@ -208,12 +228,12 @@ def test_list_models(client):
     assert [model.id for model in client.models.list()] == ["tiny", "tiny-fast"]
     assert client.models.retrieve("tiny-fast").owned_by == "vidgen-ray"
     with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("sora-2")
+        client.models.retrieve("sora-9")
 
 
 def test_invalid_field_is_named(client):
-    with pytest.raises(openai.BadRequestError, match="nearest: 704x1280") as raised:
-        client.videos.create(prompt="x", size="720x1280")
+    with pytest.raises(openai.BadRequestError, match="nearest: 720x1280") as raised:
+        client.videos.create(prompt="x", size="721x1280")
     assert (raised.value.param, raised.value.code, raised.value.type) == ("size", "invalid_size", "invalid_request_error")
 
 
@@ -232,7 +252,8 @@ def test_client_retries_after_429(address):
     assert second.id != first.id
     assert time.monotonic() - started > 1.9
     cancelled.join()
-    assert client.videos.retrieve(first.id).status == "cancelled"
+    cancelled_video = client.videos.retrieve(first.id)
+    assert (cancelled_video.status, cancelled_video.error.code) == ("failed", "cancelled")
 
 
 def test_rate_limit_sends_retry_after(address):
