@@ -1,5 +1,6 @@
 """Generate the tables of fields and stages in docs/. `make docs` writes them; `--check` fails if one is stale."""
 
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -10,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.api.openapi import JsonBody
+from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, PEER_FIELDS
 from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, EditImages, RequestBody
 from vidgen_ray.shot import NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
@@ -73,6 +75,15 @@ def default(field: FieldInfo) -> str:
     return "" if value in (None, (), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def peer_fields() -> Iterator[str]:
+    """Yield the rows of the table of peers' fields that have no meaning here."""
+    yield "| field | sent by | accepted values | why |"
+    yield "| --- | --- | --- | --- |"
+    for peer in PEER_FIELDS:
+        accepted = "all" if peer.neutral is None else ", ".join(f"`{json.dumps(value)}`" for value in peer.neutral) or "none"
+        yield f"| `{peer.name}` | {peer.sent_by} | {accepted} | {peer.why[0].upper()}{peer.why[1:]}. |"
+
+
 DERIVED = {"fast_lora": ("lora", "mode"), "flux_identity": ("face_image", "identity", "identity_strength")}
 """Property that stages read -> the fields it is computed from."""
 
@@ -104,8 +115,11 @@ TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
     "architecture.md": {"stages": stages},
     "api.md": {
-        "video fields": partial(request_fields, CreateVideo),
-        "image fields": partial(request_fields, CreateImages, CreateVideo.model_fields),
+        "video fields": partial(request_fields, CreateVideo, PEER_FIELD_NAMES),
+        "peer fields": peer_fields,
+        "image fields": partial(
+            request_fields, CreateImages, CreateVideo.model_fields.keys() - {"quality", "output_compression"}
+        ),
         "edit fields": partial(request_fields, EditImages, CreateImages.model_fields),
     },
 }

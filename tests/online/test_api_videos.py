@@ -148,7 +148,7 @@ def test_model_alias(client, held):
         ({"seed": []}, "seed", "invalid_value", "1 to 10 seeds"),
         ({"seed": [1, 2], "n": 3}, "seed", "invalid_value", "2 seeds for 3 results"),
         ({"n": 11}, "n", "invalid_value", "10"),
-        ({"upscaling_scale": 8}, "upscaling_scale", "invalid_value", "one of 2, 3, 4"),
+        ({"upscaling_scale": 8}, "upscaling_scale", "invalid_value", "2, 3 or 4"),
         ({"guidance_scale": 3, "guidance_scale_2": 4}, "guidance_scale_2", "invalid_value", "equal to guidance_scale"),
         ({"extra_body": {"nonsense": 1}}, "nonsense", "unknown_parameter", "must be one of"),
         ({"extra_body": {"extra_body": {}}}, "extra_body", "invalid_value", "must not contain"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -30,7 +30,7 @@ from starlette.datastructures import UploadFile
 from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP, stages_with_setting
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
-from vidgen_ray.online.delivered_size import SCALES, SizeRules, clip_fields, clip_fields_with_hd, image_fields
+from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
 from vidgen_ray.shot import Guidance, Shot, Steps, Strength, nest_flat_settings
 
 SIDES = ("width", "height")
@@ -49,7 +49,7 @@ REFERENCE_FIELDS = ("image", "face_image", "lora", "character")
 """Fields of a `Shot` that name files. In the API they are ids of uploads and names of the server."""
 PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "variants", *REFERENCE_FIELDS))
 """Fields of a `Shot` that mean the same in `POST /v1/shots`."""
-OWN_FIELDS = (*SIDES, *CROPS, "seed")
+OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
 NUM_FRAMES = Shot.model_json_schema()["properties"]["num_frames"]
 M = TypeVar("M", bound="RequestBody")
@@ -116,6 +116,7 @@ def _parse_seeds(value: Any) -> int | list[int]:
 
 
 Seeds = Annotated[int | list[int], PlainValidator(_parse_seeds, json_schema_input_type=Seed | list[Seed])]
+Scale: TypeAlias = Literal[2, 3, 4]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 ShortText = Annotated[str, Field(max_length=512, pattern=r"^[^\x00]*$")]
 
@@ -164,7 +165,8 @@ def _from_text(name: str, text: str, field: FieldInfo) -> Any:
     if str in [getattr(each, "__origin__", each) for each in types]:
         return text
     if not text.lstrip().startswith(("{", "[")):
-        return next((choice for choice in types if not isinstance(choice, type) and str(choice) == text), text)
+        choices = (choice for each in (field.annotation, *types) for choice in get_args(each))
+        return next((choice for choice in choices if isinstance(choice, int) and str(choice) == text), text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -311,18 +313,15 @@ class CreateVideo(_Generation):
         None,
         description="true: also make a clip that is `scale` times larger, `variant=hd`. false: never upscale to reach `size`.",
     )
+    upscale_video: bool | None = Field(None, description="Same as `upscale`.")
     enable_upscaling: bool | None = Field(None, description="Same as `upscale`.")
-    upscaling_scale: int | None = Field(None, description="Same as `scale`. Without effect unless `enable_upscaling` is true.")
+    scale: Scale | None = Field(None, description="Factor of the larger clip. Sets `upscale`. Default: that of the profile.")
+    upscaling_scale: Scale | None = Field(
+        None, description="Same as `scale`. Without effect unless `enable_upscaling` is true."
+    )
     video_params: VideoParams | None = Field(
         None, description="`width`, `height`, `num_frames` and `fps`, if they are not set outside. In a form: JSON."
     )
-
-    @field_validator("upscaling_scale")
-    @classmethod
-    def _check_upscaling_scale(cls, value: int | None) -> int | None:
-        if value is not None and value not in SCALES:
-            raise ValueError(f"must be one of {', '.join(map(str, SCALES))}")
-        return value
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,7 +359,7 @@ class CreateVideo(_Generation):
         if not fields.get("generate_video", True):
             return ({**whole, **image_fields(*size)} if size else {}), False
         if upscale:
-            asked = self.upscaling_scale if self.enable_upscaling else None
+            asked = self.scale or (self.upscaling_scale if self.enable_upscaling else None)
             scale = asked or int(fields.get("scale", Shot.model_fields["scale"].default))
             width, height = size or original or (rules.default_width, rules.default_height)
             return {**whole, **clip_fields_with_hd(width, height, scale)}, True
@@ -372,11 +371,8 @@ class CreateVideo(_Generation):
 
     def _upscale(self) -> bool | None:
         """Return whether a larger clip is asked for. `None`: the size decides about upscaling."""
-        asked = [self.upscale, self.enable_upscaling]
-        if "upscale_video" in self.model_fields_set:
-            asked.insert(1, self.upscale_video)  # type: ignore[attr-defined]  # a field of Shot
-        chosen = next((value for value in asked if value is not None), None)
-        return True if chosen is None and "scale" in self.model_fields_set else chosen
+        asked = (self.upscale, self.upscale_video, self.enable_upscaling, None if self.scale is None else True)
+        return next((value for value in asked if value is not None), None)
 
 
 class RemixVideo(CreateVideo):
