@@ -18,7 +18,7 @@ import yaml
 
 from vidgen_ray.online.auth import hash_key
 
-KEYS = {name: f"vg-{name}-key" for name in ("ada", "bob", "eve", "joe")}
+KEYS = {name: f"vg-{name}-key" for name in ("ada", "amy", "bob", "eve", "joe")}
 LIMITS = {"eve": {"open_jobs": 1}, "joe": {"requests_per_minute": 3}}
 ROOT = Path(__file__).parents[3]
 START_S = 240

@@ -289,3 +289,17 @@ def test_invalid_key_is_rejected(address):
     with pytest.raises(openai.AuthenticationError) as raised:
         client_of(address, "unknown").models.list()
     assert raised.value.code == "invalid_api_key"
+
+
+def test_disconnect_cancels_a_synchronous_video(address):
+    """Through the proxy of Ray Serve, which cancels the request handler."""
+    body = {"prompt": "left alone", "size": "256x256", "upscale": False, "num_frames": 25, "steps": {"svd": 200}}
+    headers = {"Authorization": f"Bearer {KEYS['amy']}"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/videos/sync", json=body, headers=headers, timeout=httpx.Timeout(60, read=2))
+    amy = client_of(address, "amy")
+    until = time.monotonic() + 60
+    while (video := next(iter(amy.videos.list()))).error is None:
+        assert time.monotonic() < until, video
+        time.sleep(0.5)
+    assert (video.prompt, video.error.code) == ("left alone", "cancelled")
