@@ -233,6 +233,15 @@ def test_video_reports_progress_and_completes(client):
     assert client.get(f"/v1/videos/{video['id']}").headers["openai-poll-after-ms"] == "1000"
 
 
+def test_queued_video_reports_its_position_and_estimate(client, held):
+    first, second = made(client, prompt="first"), made(client, prompt="second")
+    positions = [client.get(f"/v1/videos/{video['id']}").json()["queue_position"] for video in (first, second)]
+    assert positions[1] >= positions[0] >= 0
+    assert second["eta_s"] > 0
+    cancelled = client.post(f"/v1/videos/{first['id']}/cancel").json()
+    assert (cancelled["queue_position"], cancelled["eta_s"]) == (None, None)
+
+
 def test_failed_video_reports_its_error(client):
     done = ended(client, made(client, prompt="fail")["id"])
     assert done["status"] == "failed"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, T
 
 from vidgen_ray.graph import clip_growth, file_sizes
 from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.upload_records import Upload
 
@@ -78,6 +79,8 @@ class Video(_JobStatus):
     hd_size: str | None = Field(description="WIDTHxHEIGHT in pixels of the larger clip, `variant=hd`. Null if there is none.")
     outputs: list[str] | None = Field(description="Ids of all videos of a request with `n`, in order. Null for a single one.")
     prompt: str = Field(description="Prompt of the request.")
+    queue_position: int | None = Field(description="Queued jobs that start before this one. Null if it is not queued.")
+    eta_s: float | None = Field(description="Estimated seconds until the job ends. Null if it has ended.")
     completed_at: Timestamp | None = Field(description="Time of completion. Null if the job failed or was cancelled.")
     remixed_from_video_id: str | None = Field(description="Id of the video that this one is a remix of.")
     fps: int = Field(description="Frames per second of the delivered clip.")
@@ -267,7 +270,13 @@ def delivered_artefact_of(job: Job) -> str:
     return delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
 
 
-def video_response(job: Job) -> Video:
+def outputs_of(job: Job) -> list[str]:
+    """Return the ids of all jobs of the request that created this one, in order."""
+    outputs = job.request.get("outputs")
+    return [str(each) for each in outputs] if isinstance(outputs, list) else [job.id]
+
+
+def video_response(job: Job, estimate: JobEstimate) -> Video:
     """Return a job as OpenAI's Video."""
     shot = job.shot
     growth, sizes, delivered = clip_growth(shot), file_sizes(shot), delivered_artefact_of(job)
@@ -288,6 +297,8 @@ def video_response(job: Job) -> Video:
             "hd_size": None if finished == delivered else size_text(sizes[finished]),
             "outputs": job.request.get("outputs"),
             "prompt": shot.prompt,
+            "queue_position": estimate.queue_position,
+            "eta_s": estimate.eta_s,
             "completed_at": job.completed_at if job.state == JobState.COMPLETED else None,
             "remixed_from_video_id": job.request.get("remixed_from"),
             "fps": shot.fps * frame_factor,

@@ -23,7 +23,7 @@ from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses
-from vidgen_ray.online.api.response_models import delivered_artefact_of, video_response
+from vidgen_ray.online.api.response_models import delivered_artefact_of, outputs_of
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.server_context import ServerContext
@@ -99,7 +99,7 @@ async def video_content(
     """
     job = await _job(server, tenant, video_id)
     if variant.isdecimal():
-        outputs = video_response(job).outputs or [job.id]
+        outputs = outputs_of(job)
         if int(variant) >= len(outputs):
             raise _no_variant(variant, f"the number of outputs is {len(outputs)}. The first is 0.")
         job, variant = await _job(server, tenant, outputs[int(variant)]), "video"

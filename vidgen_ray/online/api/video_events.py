@@ -42,5 +42,6 @@ async def _events(server: ServerContext, job: Job, last_event_id: str | None) ->
             yield ServerSentEvent(event="video.deleted", data=VideoDeleted(id=job.id).model_dump_json())
         # The last event is always sent: a browser that missed it would reconnect forever.
         elif current.state.is_final or str(current.version) != last_event_id:
-            data = video_response(current).model_dump_json(exclude_none=True)
+            estimate = await server.queue_estimator.estimate(current)
+            data = video_response(current, estimate).model_dump_json(exclude_none=True)
             yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))

@@ -12,7 +12,6 @@ from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.job_waiting import ClientDisconnected, completed_while_connected
 from vidgen_ray.online.api.openapi import error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateVideo
-from vidgen_ray.online.api.response_models import video_response
 from vidgen_ray.online.api.video_content import MEDIA_TYPES, file_response
 from vidgen_ray.online.api.videos import IdempotencyKey, created_videos
 
@@ -50,8 +49,7 @@ async def create_video_sync(
             raise
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     response = await file_response(server, done, "video", request)
-    video = video_response(done)
     response.headers["X-Request-Id"] = done.id
-    response.headers["X-Model"] = video.model
-    response.headers["X-Inference-Time-S"] = f"{video.inference_time_s or 0:.3f}"
+    response.headers["X-Model"] = str(done.request.get("model"))
+    response.headers["X-Inference-Time-S"] = f"{sum(done.stage_seconds.values()):.3f}"
     return response

@@ -52,8 +52,7 @@ async def create_video(
     With `n`, several videos are created and the first is returned. `outputs` lists the ids of all.
     """
     job = (await created_videos(request, server, tenant, idempotency_key))[0]
-    await _set_poll_after(server, response, job)
-    return video_response(job)
+    return await _polled(server, response, job)
 
 
 @router.get("/v1/videos", response_model=VideoPage, responses=error_responses(404))
@@ -71,7 +70,7 @@ async def list_videos(
         )
     except UnknownJob:
         raise not_found("video", str(after)[:100], "after") from None
-    data = [video_response(job) for job in page.jobs]
+    data = [video_response(job, await server.queue_estimator.estimate(job)) for job in page.jobs]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
@@ -80,8 +79,7 @@ async def list_videos(
 async def get_video(response: Response, server: ServerDep, tenant: TenantDep, video_id: str) -> Video:
     """Return the status and progress of a video."""
     job = await job_of(server, tenant, video_id)
-    await _set_poll_after(server, response, job)
-    return video_response(job)
+    return await _polled(server, response, job)
 
 
 @router.delete("/v1/videos/{video_id}", response_model=VideoDeleted, responses=error_responses(404))
@@ -101,7 +99,7 @@ async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
     job = await server.job_service.cancel(tenant, video_id)
     if job is None:
         raise not_found("video", video_id[:100])
-    return video_response(job)
+    return video_response(job, await server.queue_estimator.estimate(job))
 
 
 @router.post(
@@ -121,8 +119,7 @@ async def remix_video(
     """Create a video from an existing one, with another prompt or other values of any field. The seed stays the same."""
     original = await job_of(server, tenant, video_id)
     job = (await created_videos(request, server, tenant, idempotency_key, original))[0]
-    await _set_poll_after(server, response, job)
-    return video_response(job)
+    return await _polled(server, response, job)
 
 
 async def created_videos(
@@ -216,6 +213,8 @@ def check_faces(server: ServerContext, tenant: Tenant, photos: Sequence[str], pa
         raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
-async def _set_poll_after(server: ServerContext, response: Response, job: Job) -> None:
+async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
+    """Return a job for a client that polls it, and set the header that says when to poll again."""
     estimate = await server.queue_estimator.estimate(job)
     response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))
+    return video_response(job, estimate)
