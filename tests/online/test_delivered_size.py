@@ -62,7 +62,7 @@ def test_sizes_of_the_80gb_profile(size, drawn, scale, crop):
 
 
 @pytest.mark.parametrize("rules", [rules_of("gpu-80gb", can_upscale=False), rules_of("gpu-80gb")])
-def test_without_upscaling_the_models_draw_the_full_size(rules):
+def test_full_size_is_drawn_without_upscaling(rules):
     shot = shot_with(clip_fields(1280, 720, rules, may_upscale=False))
     assert (shot.width, shot.height, shot.upscale_video, shot.crop_height) == (1280, 768, False, 720)
     assert file_sizes(shot)["frames"] == (1280, 720)

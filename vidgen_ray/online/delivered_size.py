@@ -25,7 +25,7 @@ ShotFields: TypeAlias = dict[str, int | bool]
 
 
 class SizeRules(NamedTuple):
-    """What a server can draw."""
+    """Sizes that a server can draw."""
 
     default_width: int
     """Width in pixels that the profile draws by default."""

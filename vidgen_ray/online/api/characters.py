@@ -13,12 +13,11 @@ from starlette.requests import Request
 from vidgen_ray.atomic_files import temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
-from vidgen_ray.media import VideoReader, encode_png, open_video
+from vidgen_ray.media import VideoReader, encode_png, open_video, read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateCharacter
 from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse
-from vidgen_ray.online.api.videos import check_faces
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
@@ -84,6 +83,15 @@ async def delete_character(server: ServerDep, tenant: TenantDep, character_id: s
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id[:100])
     return CharacterDeleted(id=character_id)
+
+
+def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param: str) -> None:
+    """Raise ApiError 400 if these uploads are not photos of a face."""
+    paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
+    try:
+        server.face_check.check([read_image(path) for path in paths if path is not None])
+    except StageError as error:
+        raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
 def _photo_from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str:

@@ -32,7 +32,7 @@ async def completed_jobs(server: ServerContext, jobs: Sequence[Job]) -> list[Job
 
 
 async def completed_while_connected(server: ServerContext, request: Request, job: Job) -> Job:
-    """As `completed_jobs`, for one job. Raises ClientDisconnected if the client closes the connection."""
+    """Wait as `completed_jobs` for one job. Raises ClientDisconnected if the client closes the connection."""
     waiting = asyncio.create_task(completed_jobs(server, [job]))
     connection = asyncio.create_task(_disconnected(request))
     try:

@@ -107,7 +107,7 @@ def with_peer_fields(*, images: bool) -> Callable[[type[M]], type[M]]:
 
 def _annotation(peer: PeerField) -> Any:
     if peer.neutral == ():
-        # Any value is refused with the same sentence, whatever its type.
+        # Values of all types are refused with the same sentence.
         documented = Any if peer.type is object else peer.type
         return Annotated[Any, PlainValidator(peer.check, json_schema_input_type=documented)]
     return Annotated[peer.type, AfterValidator(peer.check)] | None

@@ -135,7 +135,7 @@ async def _job(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
 
 
 async def file_response(server: ServerContext, job: Job, variant: str, request: Request) -> Response:
-    """Respond with a file of a completed job, or with 304. Raises ApiError 404 if there is no such file."""
+    """Respond with a file of a completed job, or with 304. Raises ApiError 404 for a file that does not exist."""
     folder, digests = await asyncio.to_thread(_files, server.outputs, job)
     name = _file_name(job, digests, variant)
     suffix = PREVIEWS.get(variant, name[name.rindex(".") :])

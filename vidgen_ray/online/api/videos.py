@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -11,9 +10,8 @@ from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vidgen_ray.errors import StageError
 from vidgen_ray.graph import file_sizes
-from vidgen_ray.media import read_image
+from vidgen_ray.online.api.characters import check_faces
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses, request_body
 from vidgen_ray.online.api.request_models import MAX_RESULTS, CreateImages, CreateVideo, RemixVideo
@@ -202,15 +200,6 @@ async def face_fields(server: ServerContext, tenant: Tenant, request: CreateVide
         # vLLM-Omni's references may show anything. Here they must show a person, which only a look at them tells.
         await server.face_check.run_exclusively(partial(check_faces, server, tenant, fields["face_image"], "input_references"))
     return fields
-
-
-def check_faces(server: ServerContext, tenant: Tenant, photos: Sequence[str], param: str) -> None:
-    """Raise ApiError 400 if these uploads are not photos of a face."""
-    paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
-    try:
-        server.face_check.check([read_image(path) for path in paths if path is not None])
-    except StageError as error:
-        raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
 async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
