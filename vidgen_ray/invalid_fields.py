@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from vidgen_ray.shot import Shot
 
+SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""
 
@@ -21,14 +22,17 @@ def shortened(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def explain(detail: Any, fields: Iterable[str]) -> tuple[str | None, str, str]:
-    """Return the field, the value and what is allowed, from a pydantic error of a model with these fields."""
+def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> tuple[str | None, str, str]:
+    """Return the field, the value and what is allowed, from a pydantic error of a model with these fields.
+
+    `reference` says where all fields are listed.
+    """
     # `lora.weight` and `steps.flux`. Only metadata is nested deeper, to any depth.
     field = ".".join([part for part in detail["loc"] if isinstance(part, str)][:2]) or None
     if detail["type"] == "extra_forbidden" and field and "." in field:
         return field, "an unknown field", f"{field.split('.')[0]} has no such field"
     if detail["type"] == "extra_forbidden":
-        return field, "an unknown field", known_fields(field or "", fields)
+        return field, "an unknown field", known_fields(field or "", fields, reference)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
     message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
@@ -36,13 +40,13 @@ def explain(detail: Any, fields: Iterable[str]) -> tuple[str | None, str, str]:
     return field, got, message[:1].lower() + message[1:]
 
 
-def known_fields(name: str, fields: Iterable[str]) -> str:
+def known_fields(name: str, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> str:
     """Say what may stand in place of an unknown field: the most similar name, or all names if these are few."""
     fields = list(fields)
     if similar := get_close_matches(name.lower(), fields, 1):
         return f"did you mean {similar[0]}?"
     names = ", ".join(fields)
-    return f"must be one of {names}" if len(names) <= MAX_LISTED else "see `vidgen schema shot` for all fields"
+    return f"must be one of {names}" if len(names) <= MAX_LISTED else f"see {reference} for all fields"
 
 
 def wrong_defaults(fields: Mapping[str, Any], *, strict: bool = False) -> list[tuple[str, str, str]]:

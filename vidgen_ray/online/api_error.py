@@ -63,7 +63,7 @@ def validation_failed(details: Sequence[Any], fields: Iterable[str] = ()) -> Api
     errors = []
     # Unknown fields first: a misspelt name is also a missing one.
     for detail in sorted(details, key=lambda detail: detail["type"] != "extra_forbidden")[:MAX_FIELD_ERRORS]:
-        field, got, allowed = explain(detail, fields)
+        field, got, allowed = explain(detail, fields, "/openapi.json")
         errors.append(FieldError("request", None, field and field[:FIELD_NAME_LENGTH], got, allowed))
     return invalid_fields(ScriptError(errors))
 
