@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from fastapi import FastAPI
@@ -57,24 +58,30 @@ class FormBody(GenerateJsonSchema):
 
 JSON, FORM = "application/json", "multipart/form-data"
 BODIES: Mapping[str, type[GenerateJsonSchema]] = {JSON: JsonBody, FORM: FormBody}
+NAMES: Mapping[str, str] = {JSON: "Json", FORM: "Form"}
+"""Media type -> end of the name of a body's schema."""
 
 
 def request_body(model: type[RequestBody], *media_types: str) -> dict[str, Any]:
     """Return the `openapi_extra` of a route that parses its body with this model."""
-    content = {
-        media_type: {
-            "schema": model.model_json_schema(ref_template="#/components/schemas/{model}", schema_generator=BODIES[media_type])
-        }
-        for media_type in media_types or BODIES
-    }
+    content = {media_type: {"schema": _shared_schema(model, media_type)} for media_type in media_types or BODIES}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _shared_schema(model: type[RequestBody], media_type: str) -> dict[str, Any]:
+    """Return a reference to the schema of a body, with that schema and those that it uses as `$defs`."""
+    template = "#/components/schemas/{model}"
+    schema = model.model_json_schema(ref_template=template, schema_generator=BODIES[media_type])
+    name = f"{model.__name__}{NAMES[media_type]}"
+    return {"$ref": template.format(model=name), "$defs": {**schema.pop("$defs", {}), name: schema}}
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """Return FastAPI's document without its validation errors: this server responds with 400, not 422."""
     if app.openapi_schema:
         return app.openapi_schema
-    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    # A copy: FastAPI's document shares the request bodies with the routes, which other apps of this process have, too.
+    document = deepcopy(get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes))
     schemas = document["components"]["schemas"]
     for path in document["paths"].values():
         for operation in path.values():
