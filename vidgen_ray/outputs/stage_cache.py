@@ -1,7 +1,8 @@
 """Stage cache: lossless stage results by content key. A change to a later stage reuses the results of earlier ones."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ class StageCache:
     def has(self, key: str) -> bool:
         """Return whether there is an entry, which may be damaged."""
         return self._storage.has_folder(_entry(key))
+
+    @contextmanager
+    def local_entry(self, key: str) -> Iterator[Path | None]:
+        """Yield a read-only folder on this machine with the files of an entry, or `None` if there is no entry."""
+        with self._storage.local_folder(_entry(key)) as entry:
+            yield entry
 
     @property
     def folder(self) -> Path | None:

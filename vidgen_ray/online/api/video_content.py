@@ -26,12 +26,15 @@ from vidgen_ray.online.api.openapi import error_responses
 from vidgen_ray.online.api.response_models import delivered_artefact_of, outputs_of
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.previews import newest_preview
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Frames, Image
 
-Variant = Literal["video", "hd", "thumbnail", "spritesheet", "sd", "image", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]
+Variant = Literal[
+    "video", "hd", "thumbnail", "spritesheet", "sd", "image", "preview", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"
+]  # fmt: skip
 """A number is that video of a request with `n`, as in SGLang."""
 VariantQuery = Annotated[Variant, Query()]
 IMAGE_FILE, ORIGINAL_CLIP_FILE = "image.png", CLIP_FILES["frames"]
@@ -39,10 +42,11 @@ FILES: dict[str, tuple[str, ...]] = {
     "sd": (ORIGINAL_CLIP_FILE,),
     "image": (IMAGE_FILE,),
     "thumbnail": (IMAGE_FILE,),
+    "preview": (IMAGE_FILE,),
     "spritesheet": (ORIGINAL_CLIP_FILE, IMAGE_FILE),
 }
 """Variant -> the files that it is served from, in order of preference."""
-PREVIEWS = {"thumbnail": ".webp", "spritesheet": ".jpg"}
+PREVIEWS = {"thumbnail": ".webp", "preview": ".webp", "spritesheet": ".jpg"}
 """Variant -> suffix, of variants that are made on request."""
 MEDIA_TYPES = {".mp4": "video/mp4", ".png": "image/png", ".webp": "image/webp", ".jpg": "image/jpeg"}
 THUMBNAIL_PX = 512
@@ -81,6 +85,7 @@ router = APIRouter()
             "description": "Part of the file",
             "content": {**{kind: {} for kind in MEDIA_TYPES.values()}, "multipart/byteranges": {}},
         },
+        204: {"description": "`preview` of a job without a finished image"},
         304: {"description": "The client has the current file"},
     },
 )
@@ -95,9 +100,12 @@ async def video_content(
 
     `video` is the clip of the requested size; `hd` is the larger clip, if `scale` asks for one; `sd` is the clip before
     upscaling; `image` is its first image (PNG); `thumbnail` is a small image (WebP); `spritesheet` shows some frames side by
-    side (JPEG). A number, from 0, is that video of a request with `n`.
+    side (JPEG). A number, from 0, is that video of a request with `n`. `preview` also
+    works before the job is completed: the newest intermediate image, then the animated clip before upscaling (WebP).
     """
     job = await _job(server, tenant, video_id)
+    if variant == "preview" and job.state in (JobState.QUEUED, JobState.IN_PROGRESS):
+        return await _intermediate(server, job, request)
     if variant.isdecimal():
         outputs = outputs_of(job)
         if int(variant) >= len(outputs):
@@ -157,6 +165,19 @@ async def file_response(server: ServerContext, job: Job, variant: str, request: 
         return await asyncio.to_thread(_StoredFile, server.outputs, path, media_type=media_type, headers=headers)
     except FileNotFoundError:
         raise _expired(job) from None
+
+
+async def _intermediate(server: ServerContext, job: Job, request: Request) -> Response:
+    """Respond with the preview of a job that has not ended, or with 204 if there is none yet."""
+    preview = await asyncio.to_thread(newest_preview, server, job)
+    if preview is None:
+        return Response(status_code=204, headers={"Cache-Control": "no-store"})
+    etag = f'"{preview.key}"'
+    # It changes with every stage, so a browser must ask again.
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(preview.webp, media_type=MEDIA_TYPES[".webp"], headers=headers)
 
 
 class _StoredFile(FileResponse):
@@ -237,7 +258,7 @@ def _expired(job: Job) -> ApiError:
 def _preview(outputs: OutputFolder, path: str, variant: Variant, digest: str) -> bytes:
     """Return an encoded preview of a clip or image. Raises FileNotFoundError."""
     with outputs.storage.local_copy(path) as file:
-        if variant == "thumbnail":
+        if variant != "spritesheet":
             return _thumbnail(read_image(file))
         if not path.endswith(".mp4"):
             return _spritesheet(read_image(file)[None])

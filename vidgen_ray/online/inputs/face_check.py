@@ -12,7 +12,7 @@ from vidgen_ray.online.api_error import ApiError, without_paths
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
-from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 T = TypeVar("T")
 
@@ -32,10 +32,10 @@ class FaceCheck:
         async with self._semaphore:
             return await asyncio.to_thread(check)
 
-    def check(self, photos: list[Image]) -> None:
-        """Raise StageError if the photos are unsuitable, ApiError 400 if this server has no face models."""
+    def check(self, photos: list[Image]) -> list[DetectedPhoto]:
+        """Return the faces of each photo. Raise StageError if the photos are unsuitable, ApiError 400 without face models."""
         with self._lock:
-            self._loaded_stage().detect_faces(photos)
+            return self._loaded_stage().detect_faces(photos)
 
     def _loaded_stage(self) -> InstantIDStage:
         if self._stage is None:

@@ -6,7 +6,9 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.web.api_page import api_page_routes
 from vidgen_ray.online.web.auth_routes import auth_routes
+from vidgen_ray.online.web.clip_routes import clip_routes
 from vidgen_ray.online.web.page_context import STATIC, PageContext
 from vidgen_ray.online.web.routes import page_routes
 
@@ -15,7 +17,9 @@ def add_page(app: FastAPI, server: ServerContext) -> None:
     """Add the page's routes and static files to the app."""
     context = PageContext(server)
     app.include_router(page_routes(context))
+    app.include_router(clip_routes(context))
     app.include_router(auth_routes(context))
+    app.include_router(api_page_routes(context, app))
     app.mount("/static", _StaticFiles(directory=STATIC), name="static")
 
 

@@ -23,7 +23,7 @@ def auth_routes(context: PageContext) -> APIRouter:
     @router.post("/sign-in")
     async def sign_in(request: Request) -> Response:
         if not is_same_origin(request):
-            return cross_origin_response(context, request)
+            return context.cross_origin_response(request)
         try:
             key = (await small_form(request, context.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
@@ -47,16 +47,10 @@ def auth_routes(context: PageContext) -> APIRouter:
     @router.post("/sign-out")
     async def sign_out(request: Request) -> Response:
         if not is_same_origin(request):
-            return cross_origin_response(context, request)
+            return context.cross_origin_response(request)
         await run_in_threadpool(context.server.auth.sign_out, request)
         response = RedirectResponse(f"{base_path(request)}/sign-in", 303)
         response.delete_cookie(SESSION_COOKIE, path=f"{base_path(request)}/", httponly=True, samesite="strict")
         return response
 
     return router
-
-
-def cross_origin_response(context: PageContext, request: Request) -> Response:
-    """Refuse a request sent by a page of another site."""
-    message = "The request came from another website and was ignored."
-    return context.render(request, "message.html", 403, heading="Request refused", message=message)

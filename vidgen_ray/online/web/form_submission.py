@@ -1,4 +1,4 @@
-"""Create a job from a submitted form, and return the fields of an existing job for a new form."""
+"""Create the jobs of a submitted form, and return the fields of an existing job for a new form."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ from vidgen_ray.online.inputs.uploads import ReceivedRequest
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.characters import Character, NameTaken
 from vidgen_ray.online.store.jobs import Job, JobKind
-from vidgen_ray.online.web.forms import FormError, FormValues, errors_of
+from vidgen_ray.online.web.form_images import face_message
+from vidgen_ray.online.web.forms import FormError, FormValues, errors_of, variations
 from vidgen_ray.online.web.page_context import PageContext
 from vidgen_ray.shot import Shot
 
@@ -24,70 +25,93 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_NAME_LENGTH = 128
 
 
-async def create_job(
+async def create_jobs(
     context: PageContext, tenant: Tenant, received: ReceivedRequest, values: FormValues
-) -> tuple[Job, Character | None]:
-    """Store the job that the form describes, and the character if it names one. Raises FormError and ApiError."""
+) -> tuple[list[Job], Character | None]:
+    """Store the jobs that the form describes, and the character if it names one. Raises FormError and ApiError."""
     server = context.server
-    fields: dict[str, Any] = values.fields()
-    if lora := values.lora_ref():
-        fields["lora"] = [{"name": lora.path, "scale": lora.weight}]
+    fields: dict[str, Any] = values.fields(context.control_groups, server.size_rules)
+    count = values.count()
     # The job service reports the first invalid field only; the form shows all of them.
     try:
         Shot.model_validate({**server.serving_profile.profile.defaults, **fields, "lora": None})
     except ValidationError as error:
         raise FormError(errors_of(error)) from None
-    job_request: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if values.mode == "fast" else "")}
-    # Browsers send an empty file control as one file without a name.
-    photos = [file for file in received.files("photo") if file.filename or file.size]
-    saved = await _save_character(context, tenant, photos, values)
-    if photos:
-        fields["face_image"] = await _store_photos(context, tenant, photos)
-    elif values.character:
-        fields["character"] = values.character
-        if character := await run_in_threadpool(server.store.characters.get, values.character, tenant.name):
+    job_request: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if fields["mode"] == "fast" else "")}
+    if values.asks_for_hd:
+        job_request["hd"] = True
+    photo_ids = await _photo_ids(context, tenant, received, values)
+    saved = await _save_character(context, tenant, photo_ids, values)
+    if photo_ids:
+        fields["face_image"] = photo_ids
+        if saved:
+            job_request["character"] = saved.name
+    elif name := values.get("character"):
+        fields["character"] = name
+        if character := await run_in_threadpool(server.store.characters.get, name, tenant.name):
             job_request["character"] = character.name
-    elif values.same_photo and (before := await job_of(context, tenant, received.fields.get("like"))):
-        fields["face_image"] = client_fields_of(context, before).get("face_image")
-        job_request["character"] = before.request.get("character")
-    # A form sent twice creates one job. The fingerprint tells an edited form apart.
+    image_ids = [*await _store_images(context, tenant, _sent_files(received, "image"), "image"), *values.image_ids]
+    if image_ids:
+        fields["image"] = image_ids[0]
+    # A form sent twice creates its jobs once. The fingerprint tells an edited form apart.
     submission = received.fields.get("submission_id")
     key = f"page-{submission}-{received.fingerprint[:32]}" if isinstance(submission, str) and ID.fullmatch(submission) else None
     jobs = await server.job_service.accept(
-        tenant, JobKind.VIDEO, [fields], job_request, idempotency_key=key, fingerprint=received.fingerprint
+        tenant,
+        JobKind.VIDEO if fields["generate_video"] else JobKind.IMAGE,
+        variations(fields, count),
+        job_request,
+        idempotency_key=key,
+        fingerprint=received.fingerprint,
     )
-    return jobs[0], saved
+    return jobs, saved
+
+
+async def _photo_ids(context: PageContext, tenant: Tenant, received: ReceivedRequest, values: FormValues) -> list[str]:
+    """Return the ids of the form's photos. Photos sent as files are stored and checked, the others were checked before.
+
+    Raises FormError.
+    """
+    files = _sent_files(received, "photo")
+    photo_ids = [*values.photo_ids, *await _store_images(context, tenant, files, "photo")]
+    if photo_ids and values.get("character"):
+        raise FormError({"character": "Choose either photos or a saved character."})
+    if files or (photo_ids and values.get("save_as")):
+        try:
+            await context.server.face_check.run_exclusively(lambda: _check_faces(context, tenant, photo_ids))
+        except StageError as error:
+            raise FormError({"photo": face_message(error)}) from None
+    return photo_ids
 
 
 async def _save_character(
-    context: PageContext, tenant: Tenant, photos: Sequence[UploadFile], values: FormValues
+    context: PageContext, tenant: Tenant, photo_ids: Sequence[str], values: FormValues
 ) -> Character | None:
     """Save the photos as a character if the form names one. Raises FormError."""
-    name = values.save_as.strip()
-    if photos and values.character:
-        raise FormError({"character": "Choose either photos or a saved character."})
+    name = values.get("save_as").strip()
     if not name:
         return None
-    if not photos:
+    if not photo_ids:
         raise FormError({"save_as": "Choose a photo to save."})
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise FormError({"save_as": f"Must be 1 to {MAX_NAME_LENGTH} printable characters."})
-    photo_ids = await _store_photos(context, tenant, photos)
     try:
-        await context.server.face_check.run_exclusively(lambda: _check_faces(context, tenant, photo_ids))
         return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids)
-    except StageError as error:
-        raise FormError({"photo": str(error).removeprefix("face_image: ").capitalize() + "."}) from None
     except NameTaken:
         raise FormError({"save_as": "A character with this name and other photos exists."}) from None
 
 
-async def _store_photos(context: PageContext, tenant: Tenant, photos: Sequence[UploadFile]) -> list[str]:
-    """Store the photos and return their ids. The same photo has the same id. Raises ApiError."""
+def _sent_files(received: ReceivedRequest, control: str) -> list[UploadFile]:
+    # Browsers send an empty file control as one file without a name.
+    return [file for file in received.files(control) if file.filename or file.size]
+
+
+async def _store_images(context: PageContext, tenant: Tenant, files: Sequence[UploadFile], control: str) -> list[str]:
+    """Store the images and return their ids. The same image has the same id. Raises ApiError."""
     ids = []
-    for photo in photos:
-        await photo.seek(0)
-        upload = await run_in_threadpool(context.server.job_service.uploads.store, tenant.name, photo.file, "photo")
+    for file in files:
+        await file.seek(0)
+        upload = await run_in_threadpool(context.server.job_service.uploads.store, tenant.name, file.file, control)
         ids.append(upload.id)
     return ids
 
@@ -104,6 +128,13 @@ async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | 
     return await run_in_threadpool(context.server.store.get, job_id, tenant.name)
 
 
-def client_fields_of(context: PageContext, job: Job) -> Mapping[str, Any]:
-    """Return the fields that would create the same shot."""
-    return client_fields(job.shot, context.server.settings, context.server.job_service.uploads)
+def values_like(context: PageContext, tenant: Tenant, job: Job) -> FormValues:
+    """Return the values of a form that creates the same shot with a new seed."""
+    server = context.server
+    fields: Mapping[str, Any] = client_fields(job.shot, server.settings, server.job_service.uploads)
+    values = FormValues.from_shot(job.shot, fields, context.control_groups, bool(job.request.get("hd")))
+    name = job.request.get("character")
+    character = server.store.characters.get(name, tenant.name) if isinstance(name, str) else None
+    if character is None or character.photos != values.photo_ids:
+        return values
+    return values.without_photos().with_text("character", character.id)

@@ -1,13 +1,24 @@
-"""The form of the page: its choices, its values and their conversion to shot fields. No HTTP."""
+"""Values of the form and their conversion to shot fields. No HTTP."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.graph import file_sizes
+from vidgen_ray.online.api_error import ApiError
+from vidgen_ray.online.delivered_size import (
+    SCALES,
+    SizeRules,
+    clip_fields,
+    clip_fields_with_hd,
+    delivered_artefact,
+    image_fields,
+)
+from vidgen_ray.online.web.form_controls import Control, ControlGroup, text_of
+from vidgen_ray.shot import Shot
 
 STYLES = ("watercolour", "oil painting", "ink drawing", "charcoal sketch", "claymation", "film noir", "pixel art", "woodcut")
 """Suggested style prompts."""
@@ -17,21 +28,36 @@ IDEAS = (
     "A person in a blue coat walking in the snow",
 )
 """Example prompts, shown while there are no clips."""
-MORE_FIELDS = frozenset({"size", "num_frames", "fps", "scale", "motion_bucket_id", "seed", "negative_prompt"})
-"""Controls under "More settings", which is closed at first."""
 CONTROL_OF = {
     "face_image": "photo",
-    "input_reference": "photo",
+    "input_reference": "image",
     "width": "size",
     "height": "size",
+    "crop_width": "size",
+    "crop_height": "size",
     "use_hunyuan_style": "style_prompt",
     "upscale_video": "scale",
+    "generate_video": "output",
+    "n": "count",
 }
 """API field -> control of the form, if the names differ."""
+TEXTS = (
+    "prompt", "negative_prompt", "style_prompt", "save_as", "character", "mode", "output", "size", "num_frames", "fps",
+    "scale", "seed", "count",
+)  # fmt: skip
+"""Controls of the template with one value."""
+MAX_COUNT = 16
+"""Most clips of one form."""
 MAX_DIGITS = 10
 """Longest number accepted. `int` raises for numbers of thousands of digits."""
-LATENT_PX = 64
-"""Width and height are multiples of this."""
+SIZES = {
+    "1280x720": "16:9", "1920x1080": "16:9", "832x480": "16:9", "720x1280": "9:16", "1080x1920": "9:16", "480x832": "9:16",
+    "1024x1024": "1:1", "1024x768": "4:3",
+}  # fmt: skip
+"""Common sizes of finished clips and images -> aspect ratio."""
+TO_SIZE, NO_UPSCALING = "", "none"
+"""Choices of the upscaling control besides the factors of a larger file: only to reach the size, and never."""
+SEEDS = 2**32
 
 
 class FormError(Exception):
@@ -43,95 +69,165 @@ class FormError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class FormLora:
+    """One LoRA of the form: its name and its weight as text."""
+
+    name: str
+    weight: str = "1"
+
+
+@dataclass(frozen=True, slots=True)
 class FormValues:
     """Values of the controls, as text."""
 
-    prompt: str = ""
-    save_as: str = ""
-    character: str = ""
-    lora: str = ""
-    lora_weight: str = "1"
-    style_prompt: str = ""
-    mode: str = "quality"
-    size: str = ""
-    num_frames: str = ""
-    fps: str = ""
-    scale: str = ""
-    motion_bucket_id: str = ""
-    seed: str = ""
-    negative_prompt: str = ""
-    same_photo: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """Control -> its value, if it has one. Derived controls have the names of their shot fields."""
+    loras: tuple[FormLora, ...] = ()
+    photo_ids: tuple[str, ...] = ()
+    """Ids of uploaded photos of the character."""
+    image_ids: tuple[str, ...] = ()
+    """Id of the uploaded start image, at most one."""
+
+    def get(self, name: str) -> str:
+        return self.texts.get(name, "")
 
     @staticmethod
-    def from_form(form: Mapping[str, Any]) -> "FormValues":
+    def from_form(form: Mapping[str, Any], groups: Sequence[ControlGroup]) -> "FormValues":
         """Return the values that a browser sent. Ignores unknown names and files."""
-        texts = {name: form.get(name) for name in FormValues.__slots__}
+        names = (*TEXTS, *(control.name for control in controls_of(groups)))
         # Browsers send line breaks as CRLF.
-        return FormValues(**{name: text.replace("\r\n", "\n") for name, text in texts.items() if isinstance(text, str)})
+        texts = {name: text.replace("\r\n", "\n") for name in names if isinstance(text := form.get(name), str)}
+        weights = [*texts_of(form.get("lora_weight")), *([""] * MAX_COUNT)]
+        loras = tuple(FormLora(name, weight) for name, weight in zip(texts_of(form.get("lora")), weights, strict=False) if name)
+        return FormValues(texts, loras, texts_of(form.get("photo_id")), texts_of(form.get("image_id")))
 
     @staticmethod
-    def from_shot(shot: Shot, lora_names: Mapping[str, str]) -> "FormValues":
-        """Return the values for a shot with the same settings and a new seed. `lora_names` maps paths to names."""
-        lora = shot.lora[0] if shot.lora else LoraRef(path="-")
-        return FormValues(
-            prompt=shot.prompt,
-            lora=lora_names.get(lora.path, ""),
-            lora_weight=f"{lora.weight:g}",
-            style_prompt=(shot.style_prompt or "") if shot.use_hunyuan_style else "",
-            mode=shot.mode,
-            size=f"{shot.width}x{shot.height}",
-            num_frames=str(shot.num_frames),
-            fps=str(shot.fps),
-            scale=str(shot.scale) if shot.upscale_video else "",
-            motion_bucket_id=str(shot.motion_bucket_id),
-            negative_prompt=shot.negative_prompt or "",
-            same_photo="yes" if shot.face_image else "",
-        )
+    def from_shot(
+        shot: Shot, client_fields: Mapping[str, Any], groups: Sequence[ControlGroup], hd_beside: bool = False
+    ) -> "FormValues":
+        """Return the values for a shot with the same settings and a new seed.
 
-    def with_prompt(self, prompt: str) -> "FormValues":
-        return replace(self, prompt=prompt)
-
-    def fields(self) -> dict[str, JsonValue]:
-        """Return the shot fields, without photos and LoRA. Raises FormError with all fields that are not numbers."""
-        errors: dict[str, str] = {}
-
-        def number(name: str) -> int | None:
-            text = getattr(self, name).strip()
-            if is_number(text):
-                return int(text)
-            if text:
-                errors[name] = "Must be a whole number."
-            return None
-
-        width, _, height = self.size.partition("x")
-        if not (is_number(width) and is_number(height)):
-            errors["size"] = "Choose one of the sizes."
-        if self.mode == "fast" and self.style_prompt.strip():
-            errors["style_prompt"] = "Fast mode has no restyling. Choose quality mode, or leave this empty."
-        fields: dict[str, JsonValue] = {
-            "prompt": self.prompt,
-            "mode": self.mode,
-            "width": int(width) if is_number(width) else None,
-            "height": int(height) if is_number(height) else None,
-            "upscale_video": bool(self.scale),
-            **{name: number(name) for name in ("num_frames", "fps", "motion_bucket_id", "scale", "seed")},
+        `client_fields`: the shot's fields with upload ids and LoRA names in place of paths. `hd_beside`: a larger clip was
+        asked for beside the one that is delivered.
+        """
+        width, height = file_sizes(shot)[delivered_artefact(shot, hd_beside)]
+        never = shot.generate_video and not shot.upscale_video
+        upscaling = NO_UPSCALING if never else str(shot.scale) if hd_beside else TO_SIZE
+        texts = {
+            "prompt": shot.prompt,
+            "negative_prompt": shot.negative_prompt or "",
+            "style_prompt": (shot.style_prompt or "") if shot.use_hunyuan_style else "",
+            "mode": shot.mode,
+            "output": "clip" if shot.generate_video else "image",
+            "size": f"{width}x{height}",
+            "num_frames": str(shot.num_frames),
+            "fps": str(shot.fps),
+            "scale": upscaling,
         }
-        if self.negative_prompt.strip():
-            fields["negative_prompt"] = self.negative_prompt
-        if self.style_prompt.strip():
-            fields |= {"use_hunyuan_style": True, "style_prompt": self.style_prompt}
+        for control in controls_of(groups):
+            value: Any = shot
+            for name in control.name.split("."):
+                value = getattr(value, name)
+            if (text := text_of(value)) != control.default:
+                texts[control.name] = text
+        loras = tuple(FormLora(lora["name"], text_of(lora["scale"])) for lora in client_fields.get("lora", ()))
+        image = client_fields.get("image")
+        return FormValues(texts, loras, tuple(client_fields.get("face_image", ())), (image,) if image else ())
+
+    def with_text(self, name: str, text: str) -> "FormValues":
+        return replace(self, texts={**self.texts, name: text})
+
+    def without_photos(self) -> "FormValues":
+        return replace(self, photo_ids=())
+
+    @property
+    def asks_for_hd(self) -> bool:
+        """True if the form asks for a larger clip, too."""
+        return self.get("output") != "image" and self.get("scale") not in (TO_SIZE, NO_UPSCALING)
+
+    def fields(self, groups: Sequence[ControlGroup], rules: SizeRules) -> dict[str, JsonValue]:
+        """Return the shot fields, without images. Raises FormError with all invalid numbers, ApiError for a size."""
+        errors: dict[str, str] = {}
+        if self.get("mode") == "fast" and self.get("style_prompt").strip():
+            errors["style_prompt"] = "Fast mode has no restyling. Choose quality mode, or leave this empty."
+        clip = self.get("output") != "image"
+        fields: dict[str, JsonValue] = {
+            "prompt": self.get("prompt"),
+            "mode": self.get("mode") or None,
+            "generate_video": clip,
+            "upscale_video": False,
+            "seed": self._number("seed", errors),
+        }
+        if clip:
+            fields |= {name: self._number(name, errors) for name in ("num_frames", "fps")}
+        if self.get("negative_prompt").strip():
+            fields["negative_prompt"] = self.get("negative_prompt")
+        if self.get("style_prompt").strip():
+            fields |= {"use_hunyuan_style": True, "style_prompt": self.get("style_prompt")}
+        if loras := self._loras(errors):
+            fields["lora"] = loras
+        for control in controls_of(groups):
+            if text := self.get(control.name).strip():
+                _set_at(fields, control.name, control.parse(text))
+        fields |= self._size_fields(rules, errors)
         if errors:
             raise FormError(errors)
         return {name: value for name, value in fields.items() if value is not None}
 
-    def lora_ref(self) -> LoraRef | None:
-        """Return the chosen LoRA, with its name as path. Raises FormError for an invalid weight."""
-        if not self.lora:
-            return None
-        try:
-            return LoraRef(path=self.lora, weight=float(self.lora_weight))
-        except ValueError:
-            raise FormError({"lora_weight": "Must be a number between -2 and 2."}) from None
+    def count(self) -> int:
+        """Return how many clips the form asks for. Raises FormError."""
+        text = self.get("count").strip() or "1"
+        if not is_number(text) or not 1 <= int(text) <= MAX_COUNT:
+            raise FormError({"count": f"Must be a whole number from 1 to {MAX_COUNT}."})
+        return int(text)
+
+    def _size_fields(self, rules: SizeRules, errors: dict[str, str]) -> Mapping[str, int | bool]:
+        """Return the fields that make the finished file as large as the form says. Raises ApiError for a size out of reach."""
+        sides = self.get("size").split("x")
+        if len(sides) != 2 or not all(map(is_number, sides)):
+            errors["size"] = "Choose one of the sizes."
+            return {}
+        width, height = map(int, sides)
+        if self.get("output") == "image":
+            return image_fields(width, height)
+        if not self.asks_for_hd:
+            return clip_fields(width, height, rules, may_upscale=self.get("scale") == TO_SIZE)
+        if self.get("scale") not in map(str, SCALES):
+            errors["scale"] = f"Must be one of {', '.join(map(str, SCALES))}."
+            return {}
+        return clip_fields_with_hd(width, height, int(self.get("scale")))
+
+    def _number(self, name: str, errors: dict[str, str]) -> int | None:
+        text = self.get(name).strip()
+        if is_number(text):
+            return int(text)
+        if text:
+            errors[name] = "Must be a whole number."
+        return None
+
+    def _loras(self, errors: dict[str, str]) -> list[JsonValue]:
+        loras: list[JsonValue] = []
+        for lora in self.loras:
+            try:
+                weight = float(lora.weight or 1)
+            except ValueError:
+                weight = math.inf
+            if not -2 <= weight <= 2:
+                errors["lora"] = f"The weight of {lora.name} must be a number from -2 to 2."
+            loras.append({"name": lora.name, "scale": weight})
+        return loras
+
+
+def controls_of(groups: Iterable[ControlGroup]) -> Iterator[Control]:
+    """Yield the controls of all groups."""
+    for group in groups:
+        yield from group.controls
+
+
+def variations(fields: Mapping[str, JsonValue], count: int) -> list[Mapping[str, JsonValue]]:
+    """Return the fields of `count` shots. With a seed, the shots have consecutive seeds; without, random ones."""
+    seed = fields.get("seed")
+    return [{**fields, "seed": (seed + number) % SEEDS} if isinstance(seed, int) else fields for number in range(count)]
 
 
 def is_number(text: str, max_digits: int = MAX_DIGITS) -> bool:
@@ -147,26 +243,49 @@ class Size:
     label: str
 
 
-def size_choices(width: int, height: int, current: str = "") -> tuple[Size, ...]:
-    """Return a landscape, a portrait and a square size with about as many pixels, and `current` ("WIDTHxHEIGHT")."""
-    side = max(LATENT_PX, round(math.sqrt(width * height) / LATENT_PX) * LATENT_PX)
-    long, short = max(width, height), min(width, height)
-    shapes = {f"{long}x{short}": "Landscape", f"{short}x{long}": "Portrait", f"{side}x{side}": "Square"}
+def size_choices(default: str, current: str, rules: SizeRules) -> tuple[Size, ...]:
+    """Return the profile's default size of a finished clip, the common ones that the server reaches, and `current`."""
+    choices = {default: "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
     if current:
-        shapes.setdefault(current, "As in that clip")
-    return tuple(Size(value, f"{name}, {value.replace('x', ' × ')}") for value, name in shapes.items())
+        choices.setdefault(current, "as in that clip")
+    return tuple(Size(value, f"{value.replace('x', ' × ')}, {name}") for value, name in choices.items())
+
+
+def _is_reachable(size: str, rules: SizeRules) -> bool:
+    width, height = map(int, size.split("x"))
+    try:
+        clip_fields(width, height, rules)
+    except ApiError:
+        return False
+    return True
 
 
 def errors_of(error: ValidationError) -> dict[str, str]:
     """Return a message per control from Pydantic's errors about a shot. Errors without a field go to the prompt."""
     messages: dict[str, str] = {}
     for detail in error.errors(include_url=False, include_context=False):
-        name = str(detail["loc"][0]) if detail["loc"] else _field_in(detail["msg"])
+        name = ".".join(part for part in detail["loc"] if isinstance(part, str)) or _field_in(detail["msg"])
         text = detail["msg"].removeprefix("Value error, ").removeprefix("Input should ")
         text = "required" if detail["type"] in ("missing", "string_too_short") else text
         messages.setdefault(CONTROL_OF.get(name, name), f"{text[0].upper()}{text[1:]}.")
     return messages
 
 
-def _field_in(message: str, fields: Iterable[str] = ("width", "height", "lora_strength")) -> str:
+def _field_in(message: str, fields: Iterable[str] = ("width", "height", "lora_strength", "refine_strength")) -> str:
     return next((name for name in fields if name in message), "prompt")
+
+
+def _set_at(fields: dict[str, JsonValue], name: str, value: JsonValue) -> None:
+    """Set a field. `steps.flux` sets a nested one."""
+    head, _, tail = name.partition(".")
+    if not tail:
+        fields[head] = value
+        return
+    nested = fields.setdefault(head, {})
+    assert isinstance(nested, dict)
+    nested[tail] = value
+
+
+def texts_of(value: object) -> tuple[str, ...]:
+    """Return the texts of a form field that may be repeated."""
+    return tuple(each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str))

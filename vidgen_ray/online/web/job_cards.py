@@ -1,18 +1,24 @@
 """Job cards: the texts, numbers and URLs of a job for the template. No HTTP, no files."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vidgen_ray.engine.step_groups import OUTPUT
-from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, stages_of
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState
+from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, file_sizes, stages_of
+from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.previews import previewed_stage
+from vidgen_ray.online.queue_estimate import JobEstimate
+from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState
 
 ACTIVE = (JobState.QUEUED, JobState.IN_PROGRESS)
 SAVING = "Save", "Saving"
 """Label and activity of the step after all stages."""
 NO_BREAK = "\u00a0"
 """Separates a number from its unit."""
+NAME_LENGTH, ID_LENGTH = 40, 6
+"""Characters of the prompt and of the id in a file name."""
 VERDICTS = {JobState.FAILED: "Failed.", JobState.CANCELLED: "Cancelled."}
 
 
@@ -37,17 +43,23 @@ class Card:
     percent: int
     status: str
     stages: tuple[CardStage, ...]
+    preview: str | None
+    """Newest finished stage whose result the preview shows."""
+    started_at: float | None
+    """Seconds since 1970."""
     cancelling: bool
     is_clip: bool
     media: str
     poster: str
-    file_name: str
     width: int
     height: int
-    """Pixels after upscaling, like `width`."""
+    """Pixels of the delivered file, like `width`."""
+    hd_size: str | None
+    """Size of the larger file, `None` without one."""
     summary: str
     verdict: str
     error: str | None
+    seed: int | None
     settings: tuple[tuple[str, str], ...]
     created: str
     created_text: str
@@ -59,7 +71,9 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
     `base` is the path at which the app is mounted. `lora_names` maps the paths of the server's LoRAs to their names.
     """
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
-    growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
+    sizes, delivered = file_sizes(shot), delivered_artefact(shot, hd_beside=bool(job.request.get("hd")))
+    width, height = sizes[delivered]
+    finished = list(sizes)[-1]
     content = f"{base}/v1/videos/{job.id}/content"
     return Card(
         id=job.id,
@@ -70,20 +84,47 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
         percent=job.progress,
         status=_status(job),
         stages=tuple(_card_stages(job)),
+        preview=previewed_stage(job),
+        started_at=job.started_at,
         cancelling=job.cancel_requested,
         is_clip=job.kind is not JobKind.IMAGE and shot.generate_video,
         media=content,
         poster=f"{content}?variant=thumbnail",
-        file_name=f"{job.id}{'.mp4' if shot.generate_video else '.png'}",
-        width=shot.width * growth,
-        height=shot.height * growth,
-        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, growth)),
+        width=width,
+        height=height,
+        hd_size=None if finished == delivered else _size_text(*sizes[finished]),
+        summary=" · ".join(part.replace(" ", NO_BREAK) for part in _summary(job, width, height)),
         verdict=VERDICTS.get(job.state, ""),
-        error=job.error.message if job.error and job.state is JobState.FAILED else None,
-        settings=tuple(_settings(job, growth, lora_names)),
+        error=error_text(job.error) if job.error and job.state is JobState.FAILED else None,
+        seed=shot.seed,
+        settings=tuple(_settings(job, width, height, lora_names)),
         created=created.isoformat(timespec="seconds"),
         created_text=created.strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def file_name(job: Job) -> str:
+    """Return the name of the file in a ZIP: the start of the prompt and the end of the id."""
+    words = re.sub(r"[^a-z0-9]+", "-", job.shot.prompt.lower()).strip("-")[:NAME_LENGTH].strip("-")
+    return f"{words or 'clip'}-{job.id[-ID_LENGTH:]}{'.mp4' if job.shot.generate_video else '.png'}"
+
+
+def error_text(error: JobError) -> str:
+    """Return an error in the words of the page: the label of the stage, and the photo in place of the field `face_image`."""
+    stage = STAGE_BY_NAME.get(error.stage or "")
+    text = error.message.removeprefix(f"{error.stage}: ").replace("face_image: ", "").replace("face_image ", "photo ")
+    text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return f"{stage.label}: {text}" if stage else text
+
+
+def estimate_text(estimate: JobEstimate) -> str:
+    """Return the place in the queue and the time left, in words. Empty for a job that has ended."""
+    if estimate.eta_s is None:
+        return ""
+    left = f"about {_duration(max(1, round(estimate.eta_s)))} left"
+    if estimate.queue_position is None:
+        return left
+    return f"Position {estimate.queue_position + 1}, {left}" if estimate.queue_position else f"Next in the queue, {left}"
 
 
 def _status(job: Job) -> str:
@@ -111,11 +152,11 @@ def _card_stages(job: Job) -> Iterator[CardStage]:
         yield CardStage(label, state)
 
 
-def _summary(job: Job, growth: int) -> Iterator[str]:
+def _summary(job: Job, width: int, height: int) -> Iterator[str]:
     shot = job.shot
     if shot.generate_video:
         yield f"{shot.num_frames / shot.fps:.3g} s"
-    yield f"{shot.width * growth} × {shot.height * growth}"
+    yield _size_text(width, height)
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
         duration_s = job.completed_at - job.started_at
@@ -124,15 +165,17 @@ def _summary(job: Job, growth: int) -> Iterator[str]:
 
 def _duration(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == int(seconds) else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min"
 
 
-def _settings(job: Job, growth: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _settings(job: Job, width: int, height: int, lora_names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     shot = job.shot
     yield "Mode", shot.mode
-    size = f"{shot.width} × {shot.height}"
-    yield "Size", f"{size}, upscaled {growth} times" if growth > 1 else size
+    yield "Size", _size_text(width, height)
+    if (shot.width, shot.height) != (width, height):
+        growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
+        yield "Drawn at", _size_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
     if shot.generate_video:
         yield "Frames", f"{shot.num_frames} at {shot.fps} per second"
         yield "Motion", str(shot.motion_bucket_id)
@@ -145,5 +188,11 @@ def _settings(job: Job, growth: int, lora_names: Mapping[str, str]) -> Iterator[
         yield "LoRA", f"{lora_names.get(lora.path, 'no longer available')}, weight {lora.weight:g}"
     if shot.use_hunyuan_style and shot.mode == "quality":
         yield "Style", shot.style_prompt or "as in the prompt"
+    if shot.image:
+        yield "Start image", "yes"
     if shot.negative_prompt:
         yield "Negative prompt", shot.negative_prompt
+
+
+def _size_text(width: int, height: int) -> str:
+    return f"{width} × {height}"

@@ -1,15 +1,19 @@
-"""Templates and security headers, shared by the routes of the page."""
+"""Templates, security headers and the checks of every request, shared by the routes of the page."""
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
+from vidgen_ray.online.auth import Tenant, is_same_origin
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.web.form_controls import control_groups
 from vidgen_ray.online.web.job_cards import ACTIVE, Card, card_of
 
 STATIC = Path(__file__).parent / "static"
@@ -27,6 +31,7 @@ HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
     "Cache-Control": "no-store",
 }
+TenantHandler = Callable[[Request, Tenant], Awaitable[Response]]
 
 
 class PageContext:
@@ -35,6 +40,7 @@ class PageContext:
     def __init__(self, server: ServerContext) -> None:
         self.server = server
         self.lora_names = {path: name for name, path in server.settings.loras.items()}
+        self.control_groups = control_groups(server.serving_profile)
         self._templates = Environment(
             loader=PackageLoader("vidgen_ray.online.web"),
             autoescape=True,
@@ -44,9 +50,35 @@ class PageContext:
         )
         self._assets = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(STATIC.iterdir()))).hexdigest()[:12]
 
+    def for_tenant(self, handler: TenantHandler) -> Callable[[Request], Awaitable[Response]]:
+        """Return a route that calls the handler for signed-in browsers only, and refuses a POST from another site."""
+
+        async def route(request: Request) -> Response:
+            tenant = await run_in_threadpool(self.server.auth.page_tenant, request)
+            if tenant is None:
+                return _signed_out_response(request)
+            if request.method == "POST" and not is_same_origin(request):
+                return self.cross_origin_response(request)
+            return await handler(request, tenant)
+
+        return route
+
     def render(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        html = self._templates.get_template(template).render(base=base_path(request), assets=self._assets, **values)
-        return HTMLResponse(html, status, HEADERS)
+        return HTMLResponse(self.html(request, template, **values), status, HEADERS)
+
+    def html(self, request: Request, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(
+            base=base_path(request),
+            assets=self._assets,
+            signed_in=self.server.auth.keys_are_required,
+            docs=self.server.settings.docs,
+            **values,
+        )
+
+    def macro(self, request: Request, template: str, name: str, *args: Any) -> str:
+        """Return the HTML of one macro of a template."""
+        module: Any = self._templates.get_template(template).make_module({"base": base_path(request)})
+        return str(getattr(module, name)(*args))
 
     def card(self, job: Job, base: str) -> Card:
         return card_of(job, base, self.lora_names)
@@ -60,9 +92,20 @@ class PageContext:
             "version": job.version,
             "state": job.state.value,
             "percent": job.progress,
+            "preview": card.preview,
             "live": str(macros.live(card)) if job.state in ACTIVE else None,
             "card": str(macros.card_item(card)) if with_card else None,
         }
+
+    def message(self, request: Request, status: int, heading: str, message: str) -> Response:
+        """Respond with a message: JSON to page.js, a page to a browser without it."""
+        if wants_json(request):
+            return JSONResponse({"message": message}, status, HEADERS)
+        return self.render(request, "message.html", status, heading=heading, message=message)
+
+    def cross_origin_response(self, request: Request) -> Response:
+        """Refuse a request sent by a page of another site."""
+        return self.message(request, 403, "Request refused", "The request came from another website and was ignored.")
 
 
 def base_path(request: Request) -> str:
@@ -73,3 +116,9 @@ def base_path(request: Request) -> str:
 def wants_json(request: Request) -> bool:
     """Return whether page.js sent the request, rather than a plain form."""
     return request.headers.get("accept") == "application/json"
+
+
+def _signed_out_response(request: Request) -> Response:
+    if wants_json(request) or request.url.path.endswith("/events"):
+        return JSONResponse({"message": "Signed out."}, 401, HEADERS)
+    return RedirectResponse(f"{base_path(request)}/sign-in", 303)

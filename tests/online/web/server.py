@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from tests.fake_stages import FakeStage
+from tests.fake_stages import FakeRealESRGAN, FakeStage
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import Cancelled
@@ -23,20 +23,25 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.progress import progress_callback
+from vidgen_ray.stages.progress import progress_callback, report_progress
 
+CHECK_PAGE = (Path(__file__).parent / "check_page.js").read_text()
 OWNER = "director"
 LEASE_S = 60
 
 
 class JobDirector(threading.Thread):
-    """Renders queued jobs. While `gate` is cleared, rendering pauses before its next step."""
+    """Renders queued jobs. While `gate` is cleared, rendering pauses before its next step.
+
+    It also pauses at the stage `pause_at`, until that is another stage or `None`.
+    """
 
     def __init__(self, store: JobStore, pipeline: VideoGenerationPipeline) -> None:
         super().__init__(daemon=True)
         self._store, self._pipeline = store, pipeline
         self.gate = threading.Event()
         self.gate.set()
+        self.pause_at: str | None = None
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -57,8 +62,8 @@ class JobDirector(threading.Thread):
         def on_progress(stage: str, step: int, steps: int) -> None:
             percent = estimator.percent(Progress(stage, step, steps))
             self._store.queue.progress(OWNER, [JobProgress(job.id, stage, step, steps, percent)])
-            while not self.gate.wait(0.02) and not self._should_cancel(job):
-                pass
+            while (stage == self.pause_at or not self.gate.is_set()) and not self._should_cancel(job):
+                time.sleep(0.02)
             if self._should_cancel(job):
                 raise Cancelled
 
@@ -104,7 +109,13 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
         return {"image": artefacts["image"]}
 
 
-FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA}
+class FakeUpscaler(FakeRealESRGAN):
+    def run_chunk(self, shot, frames, lookahead=None):
+        report_progress(self.name, len(frames), len(frames))
+        return super().run_chunk(shot, frames, lookahead)
+
+
+FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA, "realesrgan": FakeUpscaler}
 
 
 class QuickPipeline(VideoGenerationPipeline):

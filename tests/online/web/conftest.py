@@ -1,0 +1,169 @@
+"""Sites under test, with fakes or with the tiny models, and windows of Chromium. All tests share one browser."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.online.web.server import JobDirector, QuickPipeline, chromium, free_port, listening_on
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import hash_key, load_keys, new_key
+from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
+from vidgen_ray.online.store.store import JobStore, open_store
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script.reader import check_shot
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
+playwright.expect.set_options(timeout=20_000)
+
+
+@dataclass
+class Site:
+    """Server under test, with its store and director."""
+
+    url: str
+    store: JobStore
+    director: JobDirector
+    pipeline: VideoGenerationPipeline
+    start: Callable[[], None]
+    stop: Callable[[], None]
+    key: str = ""
+
+    def jobs(self, tenant: str = "local") -> list[Job]:
+        return self.store.list(tenant, limit=100).jobs
+
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
+        """Wait until the condition is true and return its value. Limited by pytest's timeout only."""
+        while not (value := condition()):
+            time.sleep(0.02)
+        return value
+
+    def add(
+        self, prompt: str, state: JobState = JobState.COMPLETED, tenant: str = "local", seed: int = 1, **fields: Any
+    ) -> Job:
+        """Store a job without rendering it. All such jobs share the files of one shot."""
+        template = {"prompt": "a template", "seed": 1, "num_frames": 4, "upscale_video": False}
+        shot = check_shot(template, "test", self.pipeline.profile.defaults)
+        record, now = self.pipeline.render(shot), time.time()
+        done = state is JobState.COMPLETED
+        job = Job(
+            id=new_id("video"),
+            tenant=tenant,
+            kind=JobKind.VIDEO,
+            state=state,
+            shot=shot.model_copy(update={"prompt": prompt, "seed": seed}),
+            key=self.pipeline.plan(shot).key,
+            progress=100 if done else 0,
+            created_at=now,
+            started_at=now - 41,
+            completed_at=now if state.is_final else None,
+            shot_id=record.shot.id if done else None,
+            **fields,
+        )
+        self.store.create(job)
+        return job
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> VideoGenerationPipeline:
+    return QuickPipeline.from_profile("tiny", tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture
+def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
+    """Start a site. `served` replaces the serving profile of the pipeline."""
+    with ExitStack() as sites:
+
+        def make(
+            key: str = "", pipeline: VideoGenerationPipeline = quick, served: ServingProfile | None = None, **settings: Any
+        ) -> Site:
+            server_settings = OnlineSettings(
+                profile=pipeline.profile.name,
+                data=str(pipeline.outputs.root),
+                database=f"sqlite:///{tmp_path}/jobs.db",
+                loras={"ink": "builtin:tiny/lora.safetensors", "wash": "builtin:tiny/lora.safetensors"},
+                **settings,
+            )
+            store = open_store(server_settings)
+            director = JobDirector(store, pipeline)
+            director.start()
+            sites.callback(director.stop)
+            running, port = ExitStack(), free_port()
+            sites.callback(running.close)
+
+            def start() -> None:
+                app = make_app(
+                    server_settings,
+                    store,
+                    pipeline.outputs,
+                    served or serving_profile(pipeline.profile),
+                    load_keys(server_settings.keys_file, server_settings.limits),
+                )
+                running.enter_context(listening_on(app, port))
+
+            start()
+            return Site(f"http://127.0.0.1:{port}", store, director, pipeline, start, running.close, key)
+
+        yield make
+
+
+@pytest.fixture
+def site(new_site) -> Site:
+    return new_site()
+
+
+@pytest.fixture
+def site_with_keys(new_site, tmp_path) -> Site:
+    """Server with the keys of two tenants, ann and ben."""
+    keys = {"ann": new_key(), "ben": new_key()}
+    lines = [f"  - {{tenant: {tenant}, sha256: {hash_key(key)}}}\n" for tenant, key in keys.items()]
+    (tmp_path / "keys.yaml").write_text("keys:\n" + "".join(lines))
+    return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    program = chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = started.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable[..., Any]]:
+    """Open browser windows. Fails if their consoles have messages, e.g. violations of the Content-Security-Policy."""
+    contexts, messages = [], []
+
+    def open_(url: str, **options: Any) -> Any:
+        context = browser.new_context(**options)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto(url)
+        return page
+
+    open_.messages = messages
+    yield open_
+    for context in contexts:
+        context.close()
+    assert messages == []
+
+
+def generate(page: Any, prompt: str) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+
+
+def cards(page: Any, list_id: str) -> Any:
+    return page.locator(f"#{list_id} > li")

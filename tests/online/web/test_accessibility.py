@@ -1,0 +1,91 @@
+"""Accessibility by axe-core, and layout, of all states of the page in both colour schemes."""
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.conftest import ASTRONAUT
+from tests.online.web.conftest import cards, generate, playwright
+from tests.online.web.server import CHECK_PAGE
+from vidgen_ray.online.store.jobs import JobError, JobState
+
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+expect = playwright.expect
+PHONE, LAPTOP, DESKTOP = ({"width": width, "height": height} for width, height in ((390, 844), (1366, 768), (1920, 1080)))
+RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
+
+
+def problems(page: Any) -> list[str]:
+    """Return the violations that axe-core finds, and what `check_page.js` finds."""
+    violations = axe.Axe().run(page, options=RULES).response["violations"]
+    found = [f"{each['id']}: {node['html'][:150]} {node['failureSummary']}" for each in violations for node in each["nodes"]]
+    return [*found, *page.evaluate(CHECK_PAGE)]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
+def test_all_states_are_accessible(site, open_page, scheme, size):
+    site.add("a completed clip with " + "a_very_long_word" * 10)
+    site.add("another clip")
+    site.add("a failed clip", JobState.FAILED, error=JobError(code="stage_failed", message="no face was found " * 6))
+    site.add("a cancelled clip", JobState.CANCELLED)
+    site.director.pause_at = "svd"
+    page = open_page(site.url, viewport=size, color_scheme=scheme, reduced_motion="reduce")
+    page.locator(".settings-fold").evaluate("fold => { fold.open = true; }")
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    expect(page.get_by_label("Use this photo")).to_be_checked()
+    generate(page, "a running clip")
+    generate(page, "a queued clip")
+    expect(page.locator("#queue .preview img")).to_be_visible()
+    assert problems(page) == []
+    assert page.locator(".stages .current").first.evaluate("e => getComputedStyle(e, '::before').animationName") == "none"
+    for fold in page.locator("details").all():
+        fold.evaluate("fold => { fold.open = true; }")
+    page.locator("#create").evaluate("form => { form.noValidate = true; form.elements.prompt.value = ''; }")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#prompt-error")).to_be_visible()
+    page.get_by_role("button", name="Favourite: another clip").click()
+    for name in ("another clip", "a completed clip"):
+        page.get_by_role("checkbox", name=f"Select {name}").check()
+    assert problems(page) == []
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("dialog", name="Compare")).to_be_visible()
+    assert problems(page) == []
+    page.keyboard.press("Escape")
+    page.get_by_role("link", name="Open another clip").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    assert problems(page) == []
+    page.keyboard.press("Escape")
+    page.get_by_role("searchbox").fill("nothing like it")
+    expect(page.get_by_text("No clip has all of these words.")).to_be_visible()
+    assert problems(page) == []
+    page.goto(f"{site.url}/api-docs")
+    assert problems(page) == []
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_empty_page_and_sign_in_are_accessible(site, site_with_keys, open_page, scheme):
+    for url in (site.url, site_with_keys.url, f"{site.url}/clips/download?id=video_1"):
+        page = open_page(url, color_scheme=scheme)
+        assert problems(page) == []
+    open_page.messages[:] = [text for text in open_page.messages if "404" not in text]
+
+
+@pytest.mark.parametrize("size", [PHONE, LAPTOP, DESKTOP], ids=["phone", "laptop", "desktop"])
+def test_generate_button_and_running_clip_are_visible_without_scrolling(site, open_page, size):
+    site.add("a finished clip")
+    page = open_page(site.url, viewport=size)
+    expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
+    expect(page.locator("#clips .screen")).to_be_in_viewport(ratio=0.5)
+    site.director.pause_at = "svd"
+    generate(page, "a running clip")
+    card = cards(page, "queue")
+    expect(card.locator(".preview img")).to_be_visible()
+    page.evaluate("scrollTo(0, 0)")
+    for part in (".preview img", "progress", ".status"):
+        expect(card.locator(part)).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
+    expect(page.get_by_label("Prompt", exact=True)).to_be_in_viewport(ratio=1)
+    assert re.match(r"Generating the clip", card.locator(".status").text_content())

@@ -1,0 +1,316 @@
+"""The form in Chromium: values, images, variations, seed, more like this, keyboard."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from tests.conftest import ASTRONAUT
+from tests.online.web.conftest import cards, generate, playwright
+from tests.online.web.server import QuickPipeline
+from vidgen_ray.online.store.jobs import JobKind
+
+expect = playwright.expect
+DROP = """([selector, name, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+  const target = document.querySelector(selector);
+  for (const type of ["dragover", "drop"])
+    target.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+PASTE = """([name, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+  document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def with_real_faces(tmp_path_factory) -> QuickPipeline:
+    """Fakes, on a server that checks photos with the trained face detector of the profile demo."""
+    return QuickPipeline.from_profile("demo", tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def grey(tmp_path) -> str:
+    file = tmp_path / "grey.png"
+    PILImage.fromarray(np.full((64, 128, 3), 90, np.uint8)).save(file)
+    return str(file)
+
+
+def test_form_values_reach_the_job_and_its_card(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url)
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    expect(page.get_by_label("Use this photo")).to_be_checked()
+    page.get_by_label("LoRA", exact=True).select_option("ink")
+    page.get_by_label("LoRA weight").fill("0.5")
+    page.get_by_role("button", name="Add LoRA").click()
+    page.get_by_label("LoRA", exact=True).nth(1).select_option("wash")
+    page.get_by_label("Style").fill("watercolour")
+    page.get_by_label("Negative prompt").fill("blurry")
+    page.get_by_text("Advanced:").click()
+    group = page.get_by_role("group", name="Base image")
+    group.get_by_label("Steps").fill("3")
+    group.get_by_label("Guidance (CFG)").fill("4.5")
+    page.get_by_role("group", name="Style", exact=True).get_by_label("Denoise strength").fill("0.25")
+    page.get_by_role("group", name="Face").get_by_label("Pose").select_option("none")
+    generate(page, "an astronaut\non a beach")
+    card = cards(page, "queue")
+    expect(card.locator(".status")).to_have_text("Reading the face · 0 %")
+    expect(card.locator("[aria-current=step]")).to_have_text("Face")
+    stages = [text.removesuffix(" (done)") for text in card.locator(".stages li").all_text_contents()]
+    assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]
+    site.director.gate.set()
+    card = cards(page, "clips")
+    expect(card.locator("video")).to_be_visible()
+    (job,) = site.jobs()
+    shot = job.shot
+    assert (shot.prompt, shot.negative_prompt, shot.use_hunyuan_style) == ("an astronaut\non a beach", "blurry", True)
+    assert (shot.steps.flux, shot.guidance.flux, shot.style_strength, shot.pose) == (3, 4.5, 0.25, "none")
+    assert shot.steps.svd == 2, "the profile's default"
+    assert [lora.weight for lora in shot.lora] == [0.5, 1]
+    assert shot.face_image
+    card.get_by_text("Settings of").click()
+    settings = dict(zip(card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents(), strict=True))
+    assert (settings["Size"], settings["Drawn at"]) == ("256 × 128", "128 × 64, upscaled 2 times")
+    assert settings["Seed"] == str(shot.seed)
+    assert settings["Style"] == "watercolour"
+    assert settings["Character"] == "from a photo"
+
+
+def test_found_face_is_drawn_on_the_photo(new_site, with_real_faces, open_page, grey):
+    site = new_site(pipeline=with_real_faces)
+    page = open_page(site.url)
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    expect(page.get_by_text("Face found", exact=True)).to_be_visible()
+    box, photo = page.locator("#photo-tray rect.chosen"), page.locator("#photo-tray img")
+    width = photo.evaluate("image => image.naturalWidth")
+    assert width > 0
+    drawn, frame = box.bounding_box(), photo.bounding_box()
+    # The face of this photo is in the upper middle.
+    assert 0.25 < (drawn["x"] + drawn["width"] / 2 - frame["x"]) / frame["width"] < 0.65
+    assert 0.05 < (drawn["y"] + drawn["height"] / 2 - frame["y"]) / frame["height"] < 0.5
+    assert 0.1 < drawn["height"] / frame["height"] < 0.5
+    page.get_by_label("Photos").set_input_files(grey)
+    expect(page.locator("#photo-error")).to_have_text(re.compile(r"grey\.png: No face found; use a photo"))
+    expect(page.get_by_label("Use this photo")).to_have_count(1)
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
+
+
+def test_photo_without_a_face_is_refused_without_javascript(new_site, with_real_faces, open_page, grey):
+    site = new_site(pipeline=with_real_faces)
+    page = open_page(site.url, java_script_enabled=False)
+    page.get_by_label("Photos").set_input_files(grey)
+    generate(page, "a portrait")
+    expect(page.locator("#photo-error")).to_have_text(re.compile("No face found; use a photo"))
+    assert site.jobs() == []
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
+
+
+def test_photo_is_saved_as_character(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url)
+    expect(page.get_by_label("Saved character")).to_be_hidden()
+    expect(page.get_by_label("Save as character")).to_be_hidden()
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    page.get_by_label("Save as character").fill("Eileen")
+    generate(page, "a new character")
+    expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Eileen")
+    expect(page.locator("#photo-tray img")).to_have_count(0)
+    generate(page, "a saved character")
+    expect(cards(page, "queue")).to_have_count(2)
+    second, first = site.jobs()
+    assert second.shot.face_image == first.shot.face_image
+    page.get_by_role("button", name="Cancel a new character").click()
+    page.get_by_role("link", name="Try again (a new character)").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a new character")
+    expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Eileen")
+
+
+def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_page, grey):
+    page = open_page(site.url)
+    content = list(Path(grey).read_bytes())
+    page.get_by_label("Start image").first.set_input_files(grey)
+    expect(page.locator("#image-tray img")).to_have_count(1)
+    generate(page, "chosen")
+    expect(page.locator("#clips video")).to_have_count(1)
+    page.locator("#image-tray input").uncheck()
+    page.evaluate(DROP, ["[data-drop=image]", "dropped.png", content])
+    expect(page.locator("#image-tray input")).to_be_checked()
+    generate(page, "dropped")
+    expect(page.locator("#clips video")).to_have_count(2)
+    page.evaluate(DROP, ["[data-drop=photo]", "photo.png", content])
+    expect(page.locator("#photo-error")).to_have_text(re.compile("photo.png: No face found"))
+    page.locator("#image-tray input").uncheck()
+    page.get_by_label("Prompt", exact=True).focus()
+    page.evaluate(PASTE, ["pasted.png", content])
+    expect(page.locator("#image-tray input")).to_be_checked()
+    generate(page, "pasted")
+    expect(page.locator("#clips video")).to_have_count(3)
+    jobs = site.jobs()
+    assert len({job.shot.image for job in jobs}) == 1
+    assert Path(jobs[0].shot.image).read_bytes() == bytes(content)
+    assert not any(job.shot.face_image for job in jobs)
+    card = cards(page, "clips").first
+    card.get_by_text("Settings of").click()
+    card.get_by_role("button", name="Use as start image").click()
+    expect(page.locator("#announcements")).to_have_text("image.png: start image set")
+    generate(page, "from a clip")
+    expect(page.locator("#clips video")).to_have_count(4)
+    assert site.jobs()[0].shot.image not in (None, jobs[0].shot.image)
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
+
+
+def test_count_makes_variations_with_consecutive_seeds(site, open_page):
+    page = open_page(site.url)
+    page.get_by_label("Count").fill("3")
+    page.get_by_label("Seed").fill("4294967295")
+    page.get_by_label("Image", exact=True).check()
+    expect(page.get_by_label("Frames", exact=True)).to_be_hidden()
+    generate(page, "three images")
+    expect(page.locator("#clips .open img")).to_have_count(3)
+    jobs = site.jobs()
+    assert sorted(job.shot.seed for job in jobs) == [0, 1, 4294967295]
+    assert {(job.kind, job.shot.generate_video, job.shot.upscale_video) for job in jobs} == {(JobKind.IMAGE, False, False)}
+
+
+def test_seed_is_random_until_it_is_locked(site, open_page):
+    page = open_page(site.url)
+    lock, seed = page.locator("#lock-seed"), page.get_by_label("Seed")
+    generate(page, "one")
+    expect(seed).to_have_attribute("placeholder", re.compile(r"Random \(last: \d+\)"))
+    first = site.jobs()[0].shot.seed
+    lock.click()
+    expect(lock).to_have_attribute("aria-pressed", "true")
+    expect(seed).to_have_value(str(first))
+    generate(page, "two")
+    expect(page.locator("#clips video")).to_have_count(2)
+    assert site.jobs()[0].shot.seed == first
+    lock.click()
+    expect(seed).to_have_value("")
+    generate(page, "three")
+    expect(page.locator("#clips video")).to_have_count(3)
+    assert site.jobs()[0].shot.seed != first
+    card = cards(page, "clips").last
+    card.get_by_text("Settings of").click()
+    card.get_by_role("button", name="Use seed").click()
+    expect(seed).to_have_value(str(first))
+    expect(lock).to_have_text("Locked")
+
+
+def test_clip_is_delivered_in_the_chosen_size(site, open_page):
+    page = open_page(site.url)
+    page.get_by_label("Frames", exact=True).fill("2")
+    sizes = page.get_by_label("Size").locator("option").all_text_contents()
+    assert sizes[:3] == ["256 × 128, default", "1280 × 720, 16:9", "1920 × 1080, 16:9"]
+    page.get_by_label("Size").select_option("832x480")
+    generate(page, "a wide clip")
+    video = page.locator("#clips video")
+    expect(video).to_be_visible()
+    video.evaluate("video => video.play()")
+    expect(video).to_have_js_property("videoWidth", 832)
+    expect(video).to_have_js_property("videoHeight", 480)
+    shot = site.jobs()[0].shot
+    assert (shot.width, shot.height, shot.scale, shot.crop_height) == (256, 128, 4, 480)
+
+
+def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
+    page = open_page(site.url)
+    page.get_by_label("Photos").set_input_files(ASTRONAUT)
+    expect(page.get_by_label("Use this photo")).to_be_checked()
+    page.get_by_label("Frames", exact=True).fill("4")
+    page.get_by_label("Seed").fill("77")
+    page.get_by_label("Size").select_option("480x832")
+    page.get_by_label("Upscale", exact=True).select_option("2")
+    page.get_by_label("LoRA", exact=True).select_option("wash")
+    page.get_by_text("Advanced:").click()
+    page.get_by_role("group", name="Video").get_by_label("Motion").fill("20")
+    page.get_by_label("Fast").check()
+    generate(page, "a portrait")
+    expect(page.locator("#clips video")).to_have_count(1)
+    page.evaluate("window.same = true")
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    page.get_by_role("link", name="More like this (a portrait)").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a portrait")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    expect(page.get_by_label("Seed")).to_have_value("")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#clips video")).to_have_count(2)
+    assert page.evaluate("window.same"), "the page was reloaded"
+    again, before = site.jobs()
+    assert again.shot.seed != before.shot.seed
+    assert again.shot.model_copy(update={"seed": 77, "id": None}) == before.shot.model_copy(update={"id": None})
+    assert [page.request.get(f"{site.url}/v1/videos/{again.id}").json()[name] for name in ("size", "hd_size")] == [
+        "480x832",
+        "960x1664",
+    ]
+    assert (before.shot.motion_bucket_id, len(before.shot.lora), len(before.shot.face_image)) == (20, 1, 1)
+
+
+def test_errors_are_shown_at_their_field(site, open_page, tmp_path):
+    page = open_page(site.url)
+    invalid_photo = tmp_path / "photo.jpg"
+    invalid_photo.write_text("<script>alert(1)</script>")
+    page.get_by_label("Photos").set_input_files(invalid_photo)
+    expect(page.get_by_label("Photos")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#photo-error")).to_have_text(re.compile(r"^photo\.jpg: "))
+    page.get_by_label("Style").fill("ink")
+    page.get_by_label("Fast").check()
+    generate(page, "a portrait")
+    expect(page.locator("#style_prompt-error")).to_have_text(re.compile("Fast mode has no restyling"))
+    expect(page.get_by_label("Style")).to_be_focused()
+    expect(page.locator("#photo-error")).to_be_hidden()
+    page.get_by_label("Style").fill("")
+    page.locator("#create").evaluate("form => { form.noValidate = true; form.elements['steps.flux'].value = '0'; }")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("group", name="Base image").get_by_label("Steps")).to_be_focused()  # in a closed fold
+    page.get_by_role("group", name="Base image").get_by_label("Steps").fill("")
+    page.get_by_label("LoRA", exact=True).select_option("ink")
+    page.get_by_label("LoRA weight").fill("9")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#lora-error")).to_have_text("The weight of ink must be a number from -2 to 2.")
+    assert site.jobs() == []
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text and "400" not in text]
+
+
+def test_clip_is_created_and_deleted_by_keyboard(site, open_page):
+    page = open_page(site.url)
+    focused = "document.activeElement"
+    page.keyboard.press("Tab")
+    assert page.evaluate(f"{focused}.textContent") == "Skip to the gallery"
+    focus_order = []
+    while (name := page.evaluate(f"{focused}.name || {focused}.textContent.trim()")) != "Generate":
+        focus_order.append(name)
+        if name not in ("output", "mode"):  # the ring is around the label
+            ring = page.evaluate(
+                f"(({{outlineStyle, outlineWidth}}) => [outlineStyle, outlineWidth])(getComputedStyle({focused}))"
+            )
+            assert ring == ["solid", "2px"], f"no focus ring on {name}"
+        if name == "prompt":
+            page.keyboard.type("by keyboard")
+        if name == "mode":
+            page.keyboard.press("ArrowRight")
+        page.keyboard.press("Tab")
+    assert focus_order == [
+        "Skip to the gallery", "vidgen", "API", "prompt", "output", "mode", "Settings", "image", "photo", "lora", "lora_weight",
+        "Add LoRA", "style_prompt", "size", "scale", "num_frames", "fps", "seed", "Lock", "negative_prompt",
+        "Advanced: steps, guidance, strengths", "count",
+    ]  # fmt: skip
+    page.get_by_label("Prompt", exact=True).focus()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#clips video")).to_be_visible()
+    job = site.jobs()[0]
+    assert (job.shot.prompt, job.shot.mode) == ("by keyboard", "fast")
+    page.locator("h3", has_text="by keyboard").focus()
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"{focused}.textContent").startswith("Delete"):
+            break
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(cards(page, "clips")).to_have_count(0)
+    assert page.evaluate(f"{focused}.id") == "gallery-heading"

@@ -1,0 +1,195 @@
+"""The gallery in Chromium: search, favourites, selection, download, deletion, full view, comparison."""
+
+import io
+import zipfile
+
+import httpx
+
+from tests.online.web.conftest import cards, generate, playwright
+from vidgen_ray.online.store.jobs import JobState
+
+expect = playwright.expect
+TITLES = "#clips > li h3"
+
+
+def test_gallery_is_paginated_without_a_reload(site, open_page):
+    for number in range(14):
+        site.add(f"clip {number}")
+    page = open_page(site.url)
+    page.evaluate("window.same = true")
+    expect(cards(page, "clips")).to_have_count(12)
+    page.get_by_role("link", name="Older clips").click()
+    expect(page.locator(TITLES)).to_have_text(["clip 1", "clip 0"])
+    expect(page.get_by_role("link", name="Older clips")).to_have_count(0)
+    generate(page, "not on this page")
+    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    expect(page.locator("#announcements")).to_have_text("not on this page: completed")
+    expect(page.locator(TITLES)).to_have_text(["clip 1", "clip 0"])
+    page.get_by_role("link", name="Newest clips").click()
+    expect(page.locator(TITLES).first).to_have_text("not on this page")
+    assert page.evaluate("window.same"), "the page was reloaded"
+
+
+def test_search_finds_all_words_in_prompts(site, open_page):
+    for prompt in ("A red boat at sea", *(f"red boat {number}" for number in range(13)), "a Blue boat", "red flowers"):
+        site.add(prompt)
+    page = open_page(site.url)
+    page.get_by_role("searchbox").fill("BOAT red")
+    expect(page.locator(TITLES)).to_have_text([f"red boat {number}" for number in range(12, 0, -1)])
+    page.get_by_role("link", name="Older clips").click()
+    expect(page.locator(TITLES)).to_have_text(["red boat 0", "A red boat at sea"])
+    page.get_by_role("searchbox").fill("submarine")
+    expect(page.get_by_text("No clip has all of these words.")).to_be_visible()
+    page.goto(f"{site.url}/?q=blue")  # the form also works without JavaScript
+    expect(page.locator(TITLES)).to_have_text(["a Blue boat"])
+
+
+def test_favourites_are_kept_in_the_browser(site, open_page):
+    for prompt in ("one", "two", "three"):
+        site.add(prompt)
+    page = open_page(site.url)
+    for prompt in ("one", "three"):
+        page.get_by_role("button", name=f"Favourite: {prompt}").click()
+    page.reload()
+    expect(page.get_by_role("button", name="Favourite: one")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Favourites", exact=True).click()
+    expect(page.locator(TITLES)).to_have_text(["three", "one"])
+    page.get_by_role("button", name="Favourite: one").click()
+    page.get_by_role("button", name="Favourites", exact=True).click()
+    expect(page.locator(TITLES)).to_have_count(3)
+    page.get_by_role("button", name="Favourites", exact=True).click()
+    expect(page.locator(TITLES)).to_have_text(["three"])
+
+
+def test_selected_clips_are_downloaded_as_one_file(site, open_page):
+    jobs = [site.add(prompt) for prompt in ("one", "two", "three")]
+    site.add("failed", JobState.FAILED)
+    page = open_page(site.url)
+    expect(page.get_by_role("form", name="Selected clips")).to_be_hidden()
+    for prompt in ("one", "three", "failed"):
+        page.get_by_role("checkbox", name=f"Select {prompt}").check()
+    expect(page.locator("#selected-count")).to_have_text("3 selected")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download", exact=True).click()
+    assert download.value.suggested_filename == "clips.zip"
+    clip = httpx.get(f"{site.url}/v1/videos/{jobs[0].id}/content").content
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"three-{jobs[2].id[-6:]}.mp4", f"one-{jobs[0].id[-6:]}.mp4"]
+        assert archive.read(archive.namelist()[1]) == clip
+    answer = httpx.get(f"{site.url}/clips/download", params={"id": [job.id for job in jobs]})
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert len(zipfile.ZipFile(io.BytesIO(answer.content)).namelist()) == 3
+
+
+def test_selected_clips_are_deleted_after_a_confirmation(site, open_page):
+    for prompt in ("one", "two", "three", "four"):
+        site.add(prompt)
+    page = open_page(site.url)
+    for prompt in ("one", "three"):
+        page.get_by_role("checkbox", name=f"Select {prompt}").check()
+    confirm = page.get_by_role("button", name="Yes, delete the selected clips")
+    expect(confirm).to_be_hidden()
+    page.locator("#selection summary").click()
+    confirm.click()
+    expect(page.locator(TITLES)).to_have_text(["four", "two"])
+    expect(page.locator("#announcements")).to_have_text("2 clips deleted")
+    expect(page.get_by_role("form", name="Selected clips")).to_be_hidden()
+    assert [job.shot.prompt for job in site.jobs()] == ["four", "two"]
+
+
+def test_selection_works_without_javascript(site, open_page):
+    for prompt in ("one", "two"):
+        site.add(prompt)
+    page = open_page(site.url, java_script_enabled=False)
+    page.get_by_role("checkbox", name="Select one").check()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download", exact=True).click()
+    assert len(zipfile.ZipFile(download.value.path()).namelist()) == 1
+    page.locator("#selection summary").click()
+    page.get_by_role("button", name="Yes, delete the selected clips").click()
+    expect(page.locator(TITLES)).to_have_text(["two"])
+
+
+def test_delete_asks_for_confirmation(site, open_page):
+    site.add("one")
+    site.add("two")
+    page = open_page(site.url)
+    card = cards(page, "clips").first
+    assert not card.get_by_role("button", name="Yes, delete two").is_visible()
+    card.locator("summary", has_text="Delete").click()
+    card.get_by_role("button", name="Yes, delete two").click()
+    expect(cards(page, "clips")).to_have_count(1)
+    expect(page.locator("h3:focus")).to_have_text("one")  # not at the top of the page
+    assert [job.shot.prompt for job in site.jobs()] == ["one"]
+
+
+def test_clip_plays_under_the_pointer_only(site, open_page):
+    site.add("one")
+    page = open_page(site.url)
+    video = page.locator("#clips video")
+    assert video.evaluate("video => !video.controls && video.readyState === 0"), "no controls over the clip, nothing is loaded"
+    video.hover()
+    page.wait_for_selector("#clips video")
+    expect(video).to_have_js_property("paused", False)
+    page.mouse.move(0, 0)
+    expect(video).to_have_js_property("paused", True)
+    expect(video).to_have_js_property("currentTime", 0)
+    page.get_by_role("link", name="Open one").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Shift+Tab")  # the focus of the keyboard plays it, too
+    expect(video).to_have_js_property("paused", False)
+
+
+def test_full_view_is_used_with_the_keyboard(site, open_page):
+    for prompt in ("one", "two", "three"):
+        site.add(prompt)
+    page = open_page(site.url)
+    page.get_by_role("link", name="Open two").click()
+    viewer = page.get_by_role("dialog")
+    expect(viewer).to_have_accessible_name("two")
+    expect(viewer.get_by_text("AI-generated")).to_be_visible()
+    video = viewer.locator("video")
+    expect(video).to_have_js_property("paused", False)
+    page.keyboard.press("Space")
+    expect(video).to_have_js_property("paused", True)
+    page.keyboard.press("Space")
+    expect(video).to_have_js_property("paused", False)
+    page.keyboard.press("ArrowRight")
+    expect(viewer).to_have_accessible_name("one")
+    page.keyboard.press("ArrowRight")  # the last one
+    expect(viewer).to_have_accessible_name("one")
+    video.focus()
+    page.keyboard.press("ArrowLeft")  # the player would seek
+    page.keyboard.press("ArrowLeft")
+    expect(viewer).to_have_accessible_name("three")
+    page.keyboard.press("Escape")
+    expect(viewer).to_be_hidden()
+    expect(page.get_by_role("link", name="Open three")).to_be_focused()
+
+
+def test_two_clips_are_compared_side_by_side(site, open_page):
+    site.add("one", seed=5)
+    site.add("two", seed=6)
+    site.add("three")
+    page = open_page(site.url)
+    compare = page.get_by_role("button", name="Compare")
+    page.get_by_role("checkbox", name="Select one").check()
+    expect(compare).to_have_attribute("aria-disabled", "true")
+    page.get_by_role("checkbox", name="Select two").check()
+    compare.click()
+    dialog = page.get_by_role("dialog", name="Compare")
+    videos = dialog.locator("video")
+    expect(videos).to_have_count(2)
+    for number in range(2):
+        expect(videos.nth(number)).to_have_js_property("paused", False)
+    dialog.get_by_role("button", name="Pause").click()
+    for number in range(2):
+        expect(videos.nth(number)).to_have_js_property("paused", True)
+    rows = [row.split("\t") for row in dialog.locator("tbody tr").all_inner_texts()]
+    assert rows == [["Seed", "6", "5"], ["Prompt", "two", "one"]]
+    boxes = [videos.nth(number).bounding_box() for number in range(2)]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
+    page.keyboard.press("Escape")
+    expect(compare).to_be_focused()

@@ -1,0 +1,268 @@
+"""The page in Chromium, against a real server with the tiny models or with fakes: jobs, errors, sign-in and security."""
+
+import re
+
+import httpx
+
+from tests.online.web.conftest import cards, generate, playwright
+from vidgen_ray.online.store.jobs import JobError, JobState
+from vidgen_ray.pipeline import VideoGenerationPipeline
+
+expect = playwright.expect
+JSON = {"accept": "application/json"}
+LOADED_MS = 120_000
+"""Time to load the tiny models and run one stage on a busy machine."""
+
+
+def test_clip_is_created_followed_and_played(new_site, open_page, tmp_path):
+    """Uses the tiny models. The other tests use fakes."""
+    site = new_site(pipeline=VideoGenerationPipeline.from_profile("tiny", tmp_path / "out"))
+    site.director.gate.clear()
+    page = open_page(site.url)
+    expect(page.get_by_text("Finished clips appear here.")).to_be_visible()
+    generate(page, "a lighthouse")
+    card = cards(page, "queue")
+    # The models are loaded first.
+    expect(card.locator(".status")).to_have_text("Generating the base image · 0 %", timeout=LOADED_MS)
+    assert card.get_by_role("progressbar").get_attribute("value") == "0"
+    site.director.gate.set()
+    expect(card.locator(".status")).to_have_text(re.compile(r", [12] of 2 steps · \d+ %"), timeout=LOADED_MS)
+    expect(cards(page, "clips")).to_have_count(1, timeout=LOADED_MS)
+    expect(cards(page, "queue")).to_have_count(0)
+    expect(page.locator("#announcements")).to_have_text("a lighthouse: completed")
+    video = page.locator("video")
+    assert video.evaluate("async video => (await fetch(video.poster)).ok && video.readyState === 0"), (
+        "the poster is loaded, the clip is not"
+    )
+    video.evaluate("async video => { video.muted = true; await video.play(); }")
+    assert video.evaluate("video => [video.duration, video.videoWidth, video.videoHeight]") == [1.6, 256, 128]
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == f"{site.jobs()[0].id}.mp4"
+
+
+def test_reload_shows_the_current_progress(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url)
+    generate(page, "a red ball")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
+    page.reload()
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
+    site.director.gate.set()
+    expect(cards(page, "clips").locator("video")).to_be_visible()
+    page.reload()
+    expect(cards(page, "clips")).to_have_count(1)
+    assert len(site.jobs()) == 1
+
+
+def test_cancel_leaves_other_jobs_alone(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url)
+    for prompt in ("first", "second", "third"):
+        generate(page, prompt)
+        expect(page.locator("#queue").get_by_role("heading", name=prompt)).to_be_visible()
+    expect(cards(page, "queue").nth(0).locator(".status")).to_have_text(re.compile("Generating"))
+    expect(cards(page, "queue").nth(1).locator(".status")).to_have_text(re.compile("Queued"))
+    for name in ("second", "first"):  # a queued job, then the running one
+        page.get_by_role("button", name=f"Cancel {name}").click()
+        expect(page.locator("#clips").get_by_role("heading", name=name)).to_be_visible()
+    expect(page.locator("#clips .reason")).to_have_text(["Cancelled.", "Cancelled."])
+    site.director.gate.set()
+    expect(page.locator("#clips video")).to_have_count(1)
+    assert [job.state for job in site.jobs()] == ["completed", "cancelled", "cancelled"]
+
+
+def test_full_queue_shows_an_error_and_keeps_the_form(new_site, open_page):
+    site = new_site(max_queued=1)
+    site.director.gate.clear()
+    page = open_page(site.url)
+    generate(page, "running")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
+    generate(page, "queued")
+    expect(cards(page, "queue")).to_have_count(2)
+    generate(page, "rejected")
+    expect(page.get_by_role("alert")).to_have_text(re.compile(r"The queue is full.*Try again in \d+ s"))
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("rejected")
+    open_page.messages[:] = [text for text in open_page.messages if "429" not in text]
+
+
+def test_page_works_without_javascript(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url, java_script_enabled=False)
+    page.get_by_label("Style").fill("ink")
+    page.get_by_label("Fast").check()
+    generate(page, "no script")
+    style = page.get_by_label("Style")
+    expect(style).to_have_attribute("aria-invalid", "true")
+    expect(style).to_have_value("ink")
+    style.fill("")
+    page.get_by_role("button", name="Generate").click()
+    expect(cards(page, "queue").locator("h3")).to_have_text("no script")
+    page.get_by_role("button", name="Cancel no script").click()
+    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    page.goto(site.url)
+    card = cards(page, "clips")
+    expect(card.locator(".reason")).to_have_text("Cancelled.")
+    card.locator("summary", has_text="Delete").click()
+    card.get_by_role("button", name="Yes, delete").click()
+    expect(cards(page, "clips")).to_have_count(0)
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
+
+
+def test_form_submitted_twice_creates_one_job(site):
+    site.director.gate.clear()
+    page = httpx.get(site.url).text
+    form = {name: re.search(f'name="{name}"[^>]* value="([^"]*)"', page)[1] for name in ("submission_id", "num_frames", "fps")}
+    form |= {"prompt": "twice", "size": "256x128", "mode": "quality", "scale": ""}
+    answers = [httpx.post(site.url, files=[(name, (None, value)) for name, value in form.items()]) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [303, 303]
+    assert answers[0].headers["location"] == answers[1].headers["location"]
+    changed = form | {"prompt": "edited"}
+    httpx.post(site.url, files=[(name, (None, value)) for name, value in changed.items()])
+    assert len(site.jobs()) == 2
+
+
+def test_page_reconnects_after_a_server_restart(site, open_page):
+    site.director.gate.clear()
+    page = open_page(site.url)
+    generate(page, "through a restart")
+    expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating"))
+    site.stop()
+    expect(page.locator("#connection")).to_have_text(re.compile("cannot be reached"))
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("alert")).to_have_text(re.compile("The request was not sent"))
+    site.director.gate.set()
+    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    site.start()
+    expect(page.locator("#clips video")).to_be_visible()
+    expect(page.locator("#connection")).to_be_hidden()
+    open_page.messages[:] = [
+        text for text in open_page.messages if "ERR_CONNECTION_REFUSED" not in text and "ERR_INCOMPLETE" not in text
+    ]
+
+
+def test_sign_in_with_a_key(site_with_keys, open_page):
+    site_with_keys.add("of ann", tenant="ann")
+    site_with_keys.add("of ben", tenant="ben")
+    page = open_page(site_with_keys.url)
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    page.get_by_label("API key").fill("vg-invalid")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("API key")).to_have_attribute("aria-invalid", "true")
+    page.get_by_label("API key").fill(site_with_keys.key)
+    page.keyboard.press("Enter")
+    expect(cards(page, "clips").locator("h3")).to_have_text(["of ann"])
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    assert site_with_keys.key not in cookie["value"]
+    assert (
+        page.locator("video").evaluate("async video => { video.muted = true; await video.play(); return video.duration; }") > 0
+    )
+    generate(page, "signed in")
+    expect(page.locator("#clips video")).to_have_count(2)
+
+    by_cookie = {"cookies": {cookie["name"]: cookie["value"]}}
+    clip = site_with_keys.jobs("ann")[0]
+    assert httpx.get(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 200
+    assert httpx.delete(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401, (
+        "the cookie is for reads only"
+    )
+    for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}):
+        for path in ("/", f"/clips/{clip.id}/delete", "/clips/delete", "/inputs/photo", "/sign-out", "/sign-in"):
+            assert httpx.post(site_with_keys.url + path, headers=headers, **by_cookie).status_code == 403
+    other = site_with_keys.jobs("ben")[0]
+    assert httpx.post(f"{site_with_keys.url}/clips/{other.id}/delete", **by_cookie).status_code == 404
+    answer = httpx.post(f"{site_with_keys.url}/clips/delete", data={"id": other.id}, headers=JSON, **by_cookie)
+    assert answer.json() == {"deleted": []}
+    assert httpx.get(f"{site_with_keys.url}/clips/download?id={other.id}", **by_cookie).status_code == 404
+    assert other.id not in httpx.get(f"{site_with_keys.url}/clips?favourites&id={other.id}", **by_cookie).text
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+    assert httpx.get(f"{site_with_keys.url}/v1/videos/{clip.id}", **by_cookie).status_code == 401
+    open_page.messages[:] = [text for text in open_page.messages if "403" not in text]
+
+
+def test_session_cookie_is_secure_over_https(site_with_keys):
+    for proxy, secure in (({}, False), ({"x-forwarded-proto": "https"}, True)):
+        answer = httpx.post(f"{site_with_keys.url}/sign-in", data={"key": site_with_keys.key}, headers=proxy)
+        assert ("Secure" in answer.headers["set-cookie"]) == secure
+
+
+def test_sign_in_rejects_large_bodies_and_invalid_keys(site_with_keys):
+    assert httpx.post(f"{site_with_keys.url}/sign-in", data={"key": "x" * 10_000}).status_code == 413
+    assert httpx.post(f"{site_with_keys.url}/sign-in", data={"key": "x"}).status_code == 403
+
+
+def test_numbers_with_thousands_of_digits_are_rejected(site):
+    for field in ("num_frames", "size"):
+        fields = {"prompt": "x", "size": "64x64", field: "9" * 5000 if field == "num_frames" else f"{'9' * 5000}x64"}
+        assert httpx.post(site.url, data=fields).status_code == 422
+    with httpx.stream("GET", f"{site.url}/events?since={'9' * 5000}") as answer:
+        assert answer.status_code == 200
+
+
+def test_page_requires_sign_in(site_with_keys):
+    for path in (
+        "/",
+        "/?like=video_1",
+        "/form",
+        "/clips",
+        "/clips/download?id=video_1",
+        "/queue",
+        "/inputs/file-1",
+        "/api-docs",
+    ):
+        assert httpx.get(site_with_keys.url + path).headers["location"] == "/sign-in", path
+    assert httpx.get(f"{site_with_keys.url}/events").status_code == 401
+    assert httpx.post(site_with_keys.url, data={"prompt": "x"}).headers["location"] == "/sign-in"
+    assert site_with_keys.jobs("ann") == site_with_keys.jobs("ben") == []
+
+
+def test_head_request_of_the_page(site):
+    answer = httpx.head(f"{site.url}/")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_pages_have_security_headers(site):
+    for path in ("/", "/sign-in", "/api-docs", "/clips/video_1/delete"):
+        answer = httpx.request("POST" if "clips" in path else "GET", site.url + path)
+        policy = answer.headers.get("content-security-policy", "")
+        if answer.status_code == 303:
+            continue
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for file in ("page.css", "page.js", "form.js", "icon.svg"):
+        assert httpx.get(f"{site.url}/static/{file}").headers["x-content-type-options"] == "nosniff"
+    assert httpx.get(site.url, headers={"host": "evil.example"}).status_code == 403, "DNS rebinding"
+
+
+def test_prompts_are_escaped(site, open_page):
+    markup = "<img src=x onerror=alert(1)>{{7*7}}\"'</textarea><script>alert(1)</script>"
+    site.add(markup)
+    page = open_page(site.url)
+    expect(cards(page, "clips").locator("h3")).to_have_text(markup)
+    page.get_by_role("link", name="More like this").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(markup)
+    generate(page, markup)
+    expect(cards(page, "clips").locator("h3")).to_have_text([markup, markup])
+
+
+def test_failed_job_is_explained_in_words_of_the_page(site, open_page):
+    message = "instantid: face_image 2 of 3: no face found; use a photo with an upright, clearly visible face"
+    site.add("a portrait", JobState.FAILED, error=JobError(code="invalid_shot", message=message, stage="instantid"))
+    page = open_page(site.url)
+    explained = "Failed. Face: Photo 2 of 3: no face found; use a photo with an upright, clearly visible face."
+    expect(page.locator("#clips .reason")).to_have_text(explained)
+
+
+def test_api_page_lists_the_routes_and_can_be_turned_off(site, new_site, open_page):
+    page = open_page(site.url)
+    page.get_by_role("link", name="API", exact=True).click()
+    expect(page.get_by_role("heading", name="Videos")).to_be_visible()
+    assert "POST /v1/videos" in page.locator(".operations code").all_text_contents()
+    assert page.get_by_role("link", name="openapi.json").evaluate("async link => (await fetch(link.href)).status") == 200
+    off = new_site(docs=False)
+    assert httpx.get(f"{off.url}/api-docs").status_code == 404
+    assert "/api-docs" not in httpx.get(off.url).text

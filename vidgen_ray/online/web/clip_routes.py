@@ -1,0 +1,98 @@
+"""Routes that list, cancel, delete and download jobs of the page, one or several."""
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from zipstream import ZipStream
+
+from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.inputs.uploads import receive
+from vidgen_ray.online.store.jobs import Job, JobState
+from vidgen_ray.online.web.form_submission import job_of
+from vidgen_ray.online.web.forms import texts_of
+from vidgen_ray.online.web.gallery import gallery_page, jobs_with_ids
+from vidgen_ray.online.web.job_cards import file_name
+from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path, wants_json
+from vidgen_ray.outputs.folder import OutputFolder
+
+BLOCK_BYTES = 1 << 20
+NOT_FOUND = "Not found", "This clip does not exist or was deleted."
+
+
+def clip_routes(context: PageContext) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+    service = context.server.job_service
+
+    async def gallery(request: Request, tenant: Tenant) -> Response:
+        page = await run_in_threadpool(gallery_page, context.server, tenant, request.query_params)
+        if page is None:
+            return context.message(request, 404, *NOT_FOUND)
+        cards = [context.card(job, base_path(request)) for job in page.jobs]
+        return context.render(request, "gallery.html", gallery=page, cards=cards, ideas=())
+
+    async def cancel(request: Request, tenant: Tenant) -> Response:
+        job = await service.cancel(tenant, request.path_params["job_id"])
+        if job is None:
+            return context.message(request, 404, *NOT_FOUND)
+        if wants_json(request):
+            return JSONResponse({"job": context.job_update(job, base_path(request))}, headers=HEADERS)
+        return RedirectResponse(f"{base_path(request)}/#{job.id}", 303)
+
+    async def delete(request: Request, tenant: Tenant) -> Response:
+        job = await job_of(context, tenant, request.path_params["job_id"])
+        if job is None:
+            return context.message(request, 404, *NOT_FOUND)
+        return await delete_all(request, tenant, [job.id])
+
+    async def delete_selected(request: Request, tenant: Tenant) -> Response:
+        async with receive(request, context.server.settings.uploads) as received:
+            ids = texts_of(received.fields.get("id"))
+        jobs = await run_in_threadpool(jobs_with_ids, context.server, tenant, ids)
+        return await delete_all(request, tenant, [job.id for job in jobs])
+
+    async def delete_all(request: Request, tenant: Tenant, ids: list[str]) -> Response:
+        for job_id in ids:
+            await service.delete(tenant, job_id)
+        if wants_json(request):
+            return JSONResponse({"deleted": ids}, headers=HEADERS)
+        return RedirectResponse(f"{base_path(request)}/#gallery", 303)
+
+    async def download_selected(request: Request, tenant: Tenant) -> Response:
+        ids = request.query_params.getlist("id")
+        archive = await run_in_threadpool(lambda: _archive(context.server.outputs, jobs_with_ids(context.server, tenant, ids)))
+        if not archive.num_queued():
+            return context.message(request, 404, "Nothing to download", "Select clips that are completed.")
+        headers = {"Content-Disposition": 'attachment; filename="clips.zip"', "Content-Length": str(len(archive))}
+        return StreamingResponse(archive, media_type="application/zip", headers=HEADERS | headers)
+
+    router.add_route("/clips", context.for_tenant(gallery), ["GET"])
+    router.add_route("/clips/download", context.for_tenant(download_selected), ["GET"])
+    router.add_route("/clips/delete", context.for_tenant(delete_selected), ["POST"])
+    router.add_route("/clips/{job_id}/cancel", context.for_tenant(cancel), ["POST"])
+    router.add_route("/clips/{job_id}/delete", context.for_tenant(delete), ["POST"])
+    return router
+
+
+def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
+    """Return a ZIP of the delivered file of each completed job. It is read while it is sent, and never held in memory."""
+    archive = ZipStream(sized=True)
+    for job in jobs:
+        done = outputs.find_by_key(job.key) if job.state is JobState.COMPLETED else None
+        if done is None:
+            continue
+        delivered = delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
+        name = CLIP_FILES.get(delivered, "image.png")
+        size = done.summary.bytes[name]
+        archive.add(_blocks(outputs, f"{done.summary.folder}/{name}"), file_name(job), size=size)
+    return archive
+
+
+def _blocks(outputs: OutputFolder, path: str) -> Iterator[bytes]:
+    with outputs.storage.local_copy(path) as local, local.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block

@@ -1,0 +1,166 @@
+"""Controls of the form, derived from the served stages and the fields of `Shot` that they read. No HTTP.
+
+Fields with a place of their own in the template are in `PLACED`. All others become a control in the group of the first stage
+that reads them, so a new stage or field needs no change here.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import JsonValue
+
+from vidgen_ray.online.serving_profile import ServingProfile
+from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, Shot
+from vidgen_ray.stages.base import Stage
+
+PLACED = frozenset(
+    {
+        "prompt", "negative_prompt", "mode", "seed", "width", "height", "image", "face_image", "lora", "fast_lora",
+        "style_prompt", "use_hunyuan_style", "generate_video", "num_frames", "fps", "upscale_video", "scale",
+    }
+)  # fmt: skip
+"""Fields that stages read and that the template places."""
+DERIVED = {"flux_identity": ("identity",)}
+"""Property that stages read -> the field that sets it."""
+RULES = {"image_likeness": ("min_identity", "retries")}
+"""Stage -> fields that decide about its result without changing it."""
+LABELS = {
+    "guidance": "Guidance (CFG)",
+    "identity": "Identity method",
+    "lora_strength": "Denoise strength",
+    "min_identity": "Minimum likeness",
+    "motion_bucket_id": "Motion",
+    "noise_aug_strength": "Noise augmentation",
+    "refine_strength": "Denoise strength",
+    "style_strength": "Denoise strength",
+}
+"""Field -> label, if it is not the name of the field."""
+MAX_DIGITS = 40
+"""Longest number accepted. `int` raises for numbers of thousands of digits."""
+Kind = Literal["checkbox", "select", "number", "text"]
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Control of one field of a shot. An empty value means the default."""
+
+    name: str
+    """Field of `Shot`. `steps.flux` names a nested one."""
+    label: str
+    kind: Kind
+    hint: str
+    default: str
+    choices: tuple[str, ...] = ()
+    minimum: str = ""
+    maximum: str = ""
+    step: str = "any"
+
+    def parse(self, text: str) -> JsonValue:
+        """Return the value of the field. A text that is no number is returned unchanged, for the shot's own check."""
+        if self.kind == "checkbox":
+            return text == "yes"
+        if self.kind == "text" or len(text) > MAX_DIGITS:
+            return text
+        for number in (int, float):
+            try:
+                return number(text)
+            except ValueError:
+                continue
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class ControlGroup:
+    """Controls of one stage."""
+
+    label: str
+    controls: tuple[Control, ...]
+
+
+def control_groups(serving_profile: ServingProfile, shot_class: type[Shot] = Shot) -> tuple[ControlGroup, ...]:
+    """Return the controls of all served stages, in the order of the stages."""
+    schema = shot_class.model_json_schema()
+    defaults = shot_class.model_validate({"prompt": "-", **serving_profile.profile.defaults}).model_dump(mode="json")
+    groups = []
+    for label, fields in _fields_by_stage(serving_profile.stages):
+        controls = tuple(
+            _control(field, _schema_of(field, schema), _value_at(field, defaults), _choices(field, serving_profile))
+            for field in fields
+        )
+        groups.append(ControlGroup(label, controls))
+    return tuple(groups)
+
+
+def _fields_by_stage(stages: Collection[type[Stage[Any]]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the label of each stage and the fields that no earlier stage has. Identity fields belong to the face stage."""
+    seen = set(PLACED)
+    identity = [field for stage in stages for field in stage.identity_fields]
+    for stage in stages:
+        own = [*stage.reads, *stage.clip_only_fields, *RULES.get(stage.name, ())]
+        names = [*own, *identity] if "face" in stage.writes else [name for name in own if name not in identity]
+        names = [field for name in names for field in DERIVED.get(name, (name,))]
+        fields = [field for field in dict.fromkeys(names) if field not in seen]
+        seen.update(fields)
+        if fields:
+            yield stage.label, fields
+
+
+def _schema_of(field: str, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the JSON schema of a field, without the option `null`, with the description of the field."""
+    found: Mapping[str, Any] = schema
+    description = ""
+    for name in field.split("."):
+        reference = str(found.get("$ref", "")).rpartition("/")[2]
+        found = (schema["$defs"][reference] if reference else found)["properties"][name]
+        description = found.get("description", description)
+    options = [option for option in found.get("anyOf", ()) if option.get("type") != "null"]
+    return {**(options[0] if options else found), "description": description}
+
+
+def _value_at(field: str, values: Mapping[str, Any]) -> Any:
+    value: Any = values
+    for name in field.split("."):
+        value = value[name]
+    return value
+
+
+def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:
+    """Return the names that a text field accepts. Empty if any text is accepted."""
+    if field != "identity":
+        return ()
+    flux, sdxl = serving_profile.params.get("flux"), serving_profile.params.get("instantid_sdxl")
+    return (*(flux.extra_weights if flux else ()), *((INSTANTID_SDXL,) if sdxl else ()), NO_IDENTITY)
+
+
+def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[str, ...]) -> Control:
+    kind: Kind = "text"
+    choices = tuple(map(str, schema.get("enum", choices)))
+    if schema.get("type") == "boolean":
+        kind, choices = "checkbox", ("yes", "no")
+    elif choices:
+        kind = "select"
+    elif schema.get("type") in ("integer", "number"):
+        kind = "number"
+    first = name.partition(".")[0]
+    maximum = schema.get("maximum", schema.get("exclusiveMaximum", ""))
+    return Control(
+        name=name,
+        label=LABELS.get(first, first.replace("_", " ").capitalize()),
+        kind=kind,
+        hint=schema["description"],
+        default=text_of(default),
+        choices=choices,
+        minimum=str(schema.get("minimum", "")),
+        maximum=str(maximum),
+        step="1" if schema.get("type") == "integer" else "any",
+    )
+
+
+def text_of(value: Any) -> str:
+    """Return the text of a field's value in the form: `yes` and `no` for booleans, empty for `None`."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
