@@ -25,7 +25,7 @@ def test_shipped_config_is_valid(name):
     config, settings = check_config(CONFIGS / f"{name}.yaml")
     (app,) = config.applications
     assert [deployment.name for deployment in app.deployments] in ([], [API])
-    assert settings.keys_file or settings.host == "127.0.0.1"
+    assert settings.host == config.http_options.host == "127.0.0.1"
     assert settings.gpus == GPUS[name]
     if settings.gpus:
         assert parse_gpus(settings.gpus)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
@@ -18,6 +19,8 @@ from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
+POOL_SIZE = 40
+"""Connections of a process. At least one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
 
@@ -94,19 +97,36 @@ def _engine(url: str, durable: bool) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         try:
-            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S)
+            return create_engine(
+                parsed.set(drivername="postgresql+psycopg"),
+                pool_pre_ping=True,
+                # PostgreSQL allows 100 connections by default, so those beyond a few are closed after use.
+                pool_size=POOL_SIZE // 4,
+                max_overflow=POOL_SIZE - POOL_SIZE // 4,
+                pool_timeout=BUSY_TIMEOUT_S,
+            )
         except ModuleNotFoundError:
             raise SetupError("database: PostgreSQL needs `pip install vidgen-ray[postgres]`") from None
     if backend != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise SetupError(
             "database: must be an SQLite file, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
         )
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_timeout=BUSY_TIMEOUT_S)
+    _make_private(parsed.database)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=POOL_SIZE, pool_timeout=BUSY_TIMEOUT_S)
     event.listen(engine, "connect", _set_up_sqlite)
     if not durable:
         event.listen(engine, "connect", _sync_less_often)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _make_private(database: str) -> None:
+    """Create the files of an SQLite database for their owner only: they contain prompts. SQLite copies the mode for new ones."""
+    with suppress(OSError):  # opening the database reports it
+        Path(database).touch(mode=0o600)
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError, PermissionError):
+            Path(f"{database}{suffix}").chmod(0o600)
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
