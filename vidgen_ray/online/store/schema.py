@@ -15,9 +15,16 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 TABLES = MetaData()
+
+
+def _partial_index(name: str, where: str, *columns: str) -> Index:
+    """Return an index of the rows that match `where`. A query uses it only if its own conditions include `where`."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
 
 META = Table(
     "vidgen_meta",
@@ -56,16 +63,16 @@ JOBS = Table(
     Column("owner", String(128)),
     Column("lease_until", Float(53)),
     Column("deleted_at", Float(53)),
-    Index("vidgen_jobs_by_state", "state", "seq"),
-    Index("vidgen_jobs_by_tenant", "tenant", "seq"),
+    _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
+    _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "kind", "state", "seq"),
+    _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
+    _partial_index("vidgen_jobs_by_deletion", "deleted_at IS NOT NULL", "deleted_at"),
     Index("vidgen_jobs_by_version", "version"),
-    Index("vidgen_jobs_by_shot_id", "shot_id"),
+    Index("vidgen_jobs_by_tenant_version", "tenant", "version"),
     Index("vidgen_jobs_by_key", "key"),
-    Index("vidgen_jobs_by_expiry", "expires_at"),
-    Index("vidgen_jobs_by_deletion", "deleted_at"),
 )
-"""`seq` is the order of creation. A deleted job keeps its row for some minutes, so that lists can continue after it and
-clients see the deletion."""
+"""`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for some
+minutes, so that lists can continue after it and clients see the deletion."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",
@@ -75,6 +82,7 @@ IDEMPOTENCY = Table(
     Column("fingerprint", String(64), nullable=False),
     Column("jobs", Text, nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Index("vidgen_idempotency_by_time", "created_at"),
 )
 """Idempotency keys and the ids of the jobs that they created."""
 
