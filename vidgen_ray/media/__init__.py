@@ -6,7 +6,16 @@ Encoding is deterministic: with the same FFmpeg, the same pixels give the same b
 from vidgen_ray.media.checks import MAX_PIXELS
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
-from vidgen_ray.media.images import IMAGE_FORMATS, check_image_header, cover_crop, encode_png, read_image, write_png
+from vidgen_ray.media.images import (
+    IMAGE_FORMATS,
+    check_image_header,
+    cover_crop,
+    encode_png,
+    image_size,
+    read_image,
+    verify_image,
+    write_png,
+)
 
 __all__ = [
     "IMAGE_FORMATS",
@@ -19,7 +28,9 @@ __all__ = [
     "decode_lossless",
     "encode_lossless",
     "encode_png",
+    "image_size",
     "open_video",
     "read_image",
+    "verify_image",
     "write_png",
 ]

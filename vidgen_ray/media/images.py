@@ -37,12 +37,30 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
         return _to_rgb(path, ImageOps.exif_transpose(image))
 
 
-def check_image_header(path: Path) -> None:
-    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file in pixels, before its EXIF rotation. Reads the header only.
+
+    Raises MediaError if the header says that `read_image` would reject the file.
+    """
     check_is_file(path)
     with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
         check_pixels(path, *image.size)
         _check_mode(path, image)
+        return image.size
+
+
+def check_image_header(path: Path) -> None:
+    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
+    image_size(path)
+
+
+def verify_image(path: Path) -> None:
+    """Decode an image file and drop the pixels. Needs less memory than `read_image`, and raises the same errors."""
+    check_is_file(path)
+    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
+        check_pixels(path, *image.size)
+        _check_mode(path, image)
+        image.load()
 
 
 def _open(path: Path, source: Path | io.BytesIO) -> PILImage.Image:

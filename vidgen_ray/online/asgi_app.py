@@ -9,12 +9,16 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import error_handlers
+from vidgen_ray.online.api.deps import TenantDep
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
+from vidgen_ray.online.inputs.byte_budget import ByteBudget
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.http_fetch import ImageFetcher
 from vidgen_ray.online.inputs.image_references import ImageReferences
@@ -25,6 +29,7 @@ from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
@@ -34,7 +39,16 @@ DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of
 
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
-THREADS = 32
+THREADS = POOL_SIZE - 8
+"""Threads for blocking calls. Each may use a connection to the database; event streams have some of their own."""
+
+document = APIRouter()
+
+
+@document.get("/openapi.json", include_in_schema=False)
+async def openapi_json(request: Request, _: TenantDep) -> JSONResponse:
+    """Return the OpenAPI document. It names the stages and models of the server."""
+    return JSONResponse(request.app.openapi())
 
 
 def make_app(
@@ -62,14 +76,17 @@ def make_app(
         job_service=job_service,
         job_feed=JobFeed(store, settings.poll_s),
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
-        face_check=FaceCheck(serving_profile),
+        face_check=FaceCheck(serving_profile, job_service.uploads.decode_memory),
         started_at=int(time.time()),
     )
     app = _empty_app(settings, store)
     app.state.server = server
+    app.state.json_memory = ByteBudget(settings.uploads.json_memory_bytes)
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     error_handlers.install(app)
     add_api(app)
+    if settings.docs:
+        app.include_router(document)
     if page:
         add_page(app, server)
     return app
@@ -100,7 +117,8 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
         title="vidgen-ray",
         version=__version__,
         description=DESCRIPTION,
-        openapi_url="/openapi.json" if settings.docs else None,
+        # Its own route requires a key.
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -27,6 +27,7 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.online.api_error import without_paths
+from vidgen_ray.online.job_service import key_salt
 from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
@@ -84,6 +85,7 @@ class JobDirector:
     def __init__(self, config: EngineConfig, settings: OnlineSettings, layout: Layout, workers: Any) -> None:
         """`layout`: its `window` is the maximum number of running jobs. `workers`: handle of the Workers deployment."""
         self._config = config
+        self._settings = settings
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
@@ -324,7 +326,7 @@ class JobDirector:
 
     def _look_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
         """Return the plan of the job, and its finished shot if there is one. Blocks."""
-        plan = self._serving_profile.plan(job.shot)
+        plan = self._serving_profile.plan(job.shot, key_salt(job.tenant, self._settings))
         return plan, self._outputs.find_by_key(plan.key)
 
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import read_image
+from vidgen_ray.media import image_size
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses, request_body
 from vidgen_ray.online.api.request_models import MAX_IMAGES, CreateImages, EditImages, nearest_side
@@ -113,7 +113,7 @@ def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mappin
     path = server.job_service.uploads.find(tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
-    height, width = read_image(path).shape[:2]
+    width, height = image_size(path)
     defaults = server.serving_profile.profile.defaults
     default_width, default_height = (int(defaults.get(name, Shot.model_fields[name].default)) for name in ("width", "height"))
     scale = sqrt(default_width * default_height / (width * height))

@@ -21,13 +21,14 @@ from pydantic import (
     ValidationError,
     create_model,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
 from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, stages_with_setting
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
-from vidgen_ray.shot import Guidance, Shot, Steps, Strength, nest_flat_settings
+from vidgen_ray.shot import Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
 
 SIDES = ("width", "height")
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
@@ -90,6 +91,11 @@ class RequestBody(BaseModel):
     """Base of all request bodies. Unknown fields are rejected. `null` and empty text count as omitted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, data: Any) -> Any:
+        return booleans_as_text(cls, data)
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:

@@ -121,7 +121,7 @@ def _engine(url: str, durable: bool) -> Engine:
 
 
 def _make_private(database: str) -> None:
-    """Create the files of an SQLite database for their owner only: they contain prompts. SQLite copies the mode for new ones."""
+    """Create the files of an SQLite database for their owner only: they contain prompts."""
     with suppress(OSError):  # opening the database reports it
         Path(database).touch(mode=0o600)
     for suffix in ("", "-wal", "-shm"):
