@@ -1,7 +1,7 @@
 """Requests that try to exhaust the API of a real server: memory of its process and the latency of /healthz meanwhile.
 
-Starts `vidgen serve --profile tiny` and sends, at the same time: images that are small files with many pixels, JSON bodies with
-many values or large images, and large forms. A row of the table is one kind of request. `--repository` measures another checkout.
+Starts `vidgen serve --profile tiny` for each row of the table and sends at the same time: images that are small files with many
+pixels, JSON bodies with many values or large images, large forms. `--repository` measures another checkout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,8 @@ SIDE_PX = 6300
 JSON_BYTES = 39_000_000
 TIMEOUT_S = 300.0
 SAMPLE_S = 0.02
+Request = Callable[[str, int], httpx.Response]
+"""Sends the request of this number to the URL of a server."""
 GOALS = {"rss_gb": 1.5, "healthz_s": 1.0}
 
 
@@ -65,9 +67,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
     rows = []
-    with _server(args.repository) as (url, api):
-        for name, count, request in _attacks(url):
-            if args.only in name:
+    for name, count, request in _attacks():
+        if args.only in name:
+            # A new server for each, since memory that was freed is not returned to the system.
+            with _server(args.repository) as (url, api):
                 rows.append(_measure(url, api(), name, count, request))
     table = Table(title="Attacks on the API")
     for column in ("requests", "answers", "peak memory GB", "/healthz s", "seconds"):
@@ -80,12 +83,12 @@ def main() -> int:
     return 0
 
 
-def _attacks(url: str) -> Iterator[tuple[str, int, Callable[[int], httpx.Response]]]:
-    """Yield name, number of concurrent requests and the function that sends one."""
+def _attacks() -> Iterator[tuple[str, int, Request]]:
+    """Yield the name, the number of concurrent requests, and the function that sends one."""
     for mode in ("1", "RGB", "RGBA"):
         content = _image(mode)
 
-        def upload(number: int, content: bytes = content) -> httpx.Response:
+        def upload(url: str, number: int, content: bytes = content) -> httpx.Response:
             # Different content, so that each is decoded.
             files = {"file": ("a.png", content + bytes([number]))}
             return httpx.post(f"{url}/v1/files", files=files, timeout=TIMEOUT_S)
@@ -101,18 +104,18 @@ def _attacks(url: str) -> Iterator[tuple[str, int, Callable[[int], httpx.Respons
         ("JSON of 32 MB, one image", 12, image),
         ("JSON with a size of 6 MB", 1, echo),
     ):
-        headers = {"Content-Type": "application/json"}
 
-        def post(_: int, body: bytes = body) -> httpx.Response:
+        def post(url: str, _: int, body: bytes = body) -> httpx.Response:
+            headers = {"Content-Type": "application/json"}
             return httpx.post(f"{url}/v1/videos", content=body, headers=headers, timeout=TIMEOUT_S)
 
         yield name, count, post
 
-    def form(_: int) -> httpx.Response:
+    def form(url: str, _: int) -> httpx.Response:
         text = {f"f{number}": (None, b"x" * 1_000_000) for number in range(150)}
         return httpx.post(f"{url}/v1/videos", files=text, timeout=TIMEOUT_S)
 
-    def urlencoded(_: int) -> httpx.Response:
+    def urlencoded(url: str, _: int) -> httpx.Response:
         headers = {"Content-Type": "application/x-www-form-urlencoded"}
         body = b"&".join(b"f%d=" % number + b"x" * 1_000_000 for number in range(150))
         return httpx.post(f"{url}/v1/videos", content=body, headers=headers, timeout=TIMEOUT_S)
@@ -127,9 +130,7 @@ def _image(mode: str) -> bytes:
     return buffer.getvalue()
 
 
-def _measure(
-    url: str, api: psutil.Process, name: str, count: int, request: Callable[[int], httpx.Response]
-) -> dict[str, object]:
+def _measure(url: str, api: psutil.Process, name: str, count: int, request: Request) -> dict[str, object]:
     load = Load()
     watching = [threading.Thread(target=watch, args=(load,)) for watch in (_watch_memory(api), _watch_health(url))]
     for thread in watching:
@@ -138,7 +139,7 @@ def _measure(
 
     def send(number: int) -> str:
         try:
-            answer = request(number)
+            answer = request(url, number)
             return f"{answer.status_code}{f' ({len(answer.content)} bytes)' if len(answer.content) > 10_000 else ''}"
         except httpx.HTTPError as error:
             return type(error).__name__
@@ -151,7 +152,6 @@ def _measure(
         thread.join()
     answered = ", ".join(f"{number} x {answer}" for answer, number in answers.items())
     row = {"name": f"{count} x {name}", "answers": answered, "rss_gb": load.rss_bytes / 1e9, "healthz_s": load.healthz_s}
-    print(row, file=sys.stderr)
     return {**row, "seconds": seconds}
 
 
@@ -170,10 +170,8 @@ def _watch_health(url: str) -> Callable[[Load], None]:
     def watch(load: Load) -> None:
         while not load.stopped.wait(SAMPLE_S):
             started = time.monotonic()
-            try:
+            with suppress(httpx.HTTPError):
                 httpx.get(f"{url}/healthz", timeout=TIMEOUT_S)
-            except httpx.HTTPError:
-                pass
             load.healthz_s = max(load.healthz_s, time.monotonic() - started)
 
     return watch

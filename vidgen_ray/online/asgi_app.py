@@ -18,10 +18,10 @@ from vidgen_ray.online import error_handlers
 from vidgen_ray.online.api.deps import TenantDep
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
-from vidgen_ray.online.inputs.byte_budget import ByteBudget
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.http_fetch import ImageFetcher
 from vidgen_ray.online.inputs.image_references import ImageReferences
+from vidgen_ray.online.inputs.memory import ByteBudget
 from vidgen_ray.online.inputs.uploads import BodyCap
 from vidgen_ray.online.job_feed import JobFeed
 from vidgen_ray.online.job_service import JobService, NotifyDirector
@@ -76,7 +76,7 @@ def make_app(
         job_service=job_service,
         job_feed=JobFeed(store, settings.poll_s),
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
-        face_check=FaceCheck(serving_profile, job_service.uploads.decode_memory),
+        face_check=FaceCheck(serving_profile, job_service.uploads.decoder),
         started_at=int(time.time()),
     )
     app = _empty_app(settings, store)

@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import image_size
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses, request_body
 from vidgen_ray.online.api.request_models import MAX_IMAGES, CreateImages, EditImages, nearest_side
@@ -86,9 +85,7 @@ async def edit_images(
         raise invalid("mode", "fast cannot edit images: it has neither a restyle nor a LoRA stage. Use quality.")
     if options.n * len(images) > MAX_IMAGES:
         raise invalid("n", f"{options.n} results of {len(images)} images are more than {MAX_IMAGES}")
-    shots = [
-        {**fields, "image": image, **await asyncio.to_thread(_size_like, server, tenant, image, fields)} for image in images
-    ]
+    shots = [{**fields, "image": image, **await _size_like(server, tenant, image, fields)} for image in images]
     return await _respond(request, server, tenant, shots, returned, options, idempotency_key, received)
 
 
@@ -108,12 +105,12 @@ def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, An
     return {"mode": "quality", "use_hunyuan_style": True, "style_strength": strength}
 
 
-def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
+async def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
     """Return the image's aspect ratio at the profile's default area, so that nothing is cropped. Empty if a size is set."""
-    path = server.job_service.uploads.find(tenant.name, image)
+    path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
-    width, height = image_size(path)
+    height, width = (await server.job_service.uploads.read(path)).shape[:2]
     defaults = server.serving_profile.profile.defaults
     default_width, default_height = (int(defaults.get(name, Shot.model_fields[name].default)) for name in ("width", "height"))
     scale = sqrt(default_width * default_height / (width * height))

@@ -11,7 +11,7 @@ from typing import TypeVar, overload
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import MAX_PIXELS, read_image
 from vidgen_ray.online.api_error import ApiError, without_paths
-from vidgen_ray.online.inputs.byte_budget import ByteBudget
+from vidgen_ray.online.inputs.memory import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
@@ -44,10 +44,9 @@ class PhotoFiles(Sequence[Image]):
 class FaceCheck:
     """Face detector of an API replica. Loads its models at the first use, which most replicas never have."""
 
-    def __init__(self, serving_profile: ServingProfile, memory: ByteBudget) -> None:
-        """`memory` is shared with other code that decodes images."""
+    def __init__(self, serving_profile: ServingProfile, decoder: Decoder) -> None:
         self._serving_profile = serving_profile
-        self._memory = memory
+        self._decoder = decoder
         self._stage: InstantIDStage | None = None
         self._lock = Lock()
         self._semaphore = asyncio.Semaphore(1)
@@ -55,8 +54,8 @@ class FaceCheck:
     async def run_exclusively(self, check: Callable[[], T]) -> T:
         """Run `check` in a thread and return its result, one check at a time. Waiting calls do not occupy threads, which short
         requests need."""
-        async with self._semaphore, self._memory.reserve(CHECK_BYTES):
-            return await asyncio.to_thread(check)
+        async with self._semaphore:
+            return await self._decoder.run(CHECK_BYTES, check)
 
     def check(self, photos: Sequence[Image]) -> None:
         """Raise StageError if the photos are unsuitable, ApiError 400 if this server has no face models."""

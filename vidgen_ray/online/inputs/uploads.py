@@ -29,13 +29,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vidgen_ray.atomic_files import flush_to_disk, private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media import image_size, verify_image
+from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.byte_budget import ByteBudget
+from vidgen_ray.online.inputs.memory import ByteBudget, Decoder
 from vidgen_ray.online.settings import UploadCaps
 from vidgen_ray.online.store.upload_records import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.stages.base import Image
 
 BLOCK_BYTES = 1 << 20
 MAX_FORM_FIELDS = 200
@@ -48,7 +49,7 @@ JSON_COPIES = 6
 """Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
 JSON_DEPTH = 32
 BYTES_PER_PIXEL = 12
-"""Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12."""
+"""Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12. Conversion to RGB needs as much again."""
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
 UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
 NAME = re.compile(r"[0-9a-f]{64}")
@@ -63,7 +64,7 @@ class UploadFolder:
         self._folder = folder
         self._records = records
         self.caps = caps
-        self.decode_memory = ByteBudget(caps.decode_bytes)
+        self.decoder = Decoder(caps.decode_bytes)
 
     async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
         """Store an image unchanged.
@@ -100,11 +101,15 @@ class UploadFolder:
     async def _check_image(self, path: Path, param: str) -> None:
         try:
             width, height = await asyncio.to_thread(image_size, path)
-            async with self.decode_memory.reserve(width * height * BYTES_PER_PIXEL):
-                await asyncio.to_thread(verify_image, path)
+            await self.decoder.run(width * height * BYTES_PER_PIXEL, lambda: verify_image(path))
         except MediaError as error:
             # Without the path on the server.
             raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None
+
+    async def read(self, path: Path) -> Image:
+        """Return the pixels of an upload, (H, W, 3). Waits until there is memory for it."""
+        width, height = await asyncio.to_thread(image_size, path)
+        return await self.decoder.run(2 * width * height * BYTES_PER_PIXEL, lambda: read_image(path))
 
     def _commit(self, tenant: Tenant, tmp: Path, name: str, size: int) -> Upload:
         try:

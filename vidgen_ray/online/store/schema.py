@@ -71,8 +71,8 @@ JOBS = Table(
     Index("vidgen_jobs_by_tenant_version", "tenant", "version"),
     Index("vidgen_jobs_by_key", "key"),
 )
-"""`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for some
-minutes, so that lists can continue after it and clients see the deletion."""
+"""`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for
+some minutes, so that lists can continue after it and clients see the deletion."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",

@@ -1,10 +1,15 @@
-"""Limit on the memory that concurrent requests use together."""
+"""Limits on the memory that concurrent requests use together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+DECODE_THREADS = 2
 
 
 class ByteBudget:
@@ -34,3 +39,19 @@ class ByteBudget:
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+class Decoder:
+    """Runs functions that decode images, as many at once as the memory allows, in a few threads of its own.
+
+    malloc keeps freed memory for the thread that allocated it. In the threads of all requests that could exceed the limit.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._memory = ByteBudget(limit_bytes)
+        self._threads = ThreadPoolExecutor(DECODE_THREADS, "decode")
+
+    async def run(self, memory_bytes: int, decode: Callable[[], T]) -> T:
+        """Wait for `memory_bytes` bytes, call `decode` and return its result."""
+        async with self._memory.reserve(memory_bytes):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, decode)
