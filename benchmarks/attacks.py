@@ -49,7 +49,7 @@ GOALS = {"rss_gb": 1.5, "healthz_s": 1.0}
 
 @dataclass
 class Load:
-    """What was observed while requests ran."""
+    """Largest values while requests ran."""
 
     rss_bytes: int = 0
     """Largest resident memory of the API's process."""
@@ -94,6 +94,14 @@ def _attacks() -> Iterator[tuple[str, int, Request]]:
             return httpx.post(f"{url}/v1/files", files=files, timeout=TIMEOUT_S)
 
         yield f"PNG of 39.7 megapixels, mode {mode}, {len(content) // 1000} kB", 30, upload
+    face = _large_photo()
+
+    def character(url: str, number: int) -> httpx.Response:
+        photos = [("image", ("a.jpg", face + bytes([number, photo]))) for photo in range(8)]
+        data = {"name": f"person {number}"}
+        return httpx.post(f"{url}/v1/videos/characters", data=data, files=photos, timeout=TIMEOUT_S)
+
+    yield "character from 8 photos of 39.7 megapixels", 4, character
     lists = b'{"prompt": [' + b"[]," * (JSON_BYTES // 3) + b"0]}"
     photo = base64.b64encode(os.urandom(24_000_000))
     image = b'{"prompt": "a", "image_reference": {"image_url": "data:image/png;base64,' + photo + b'"}}'
@@ -127,6 +135,13 @@ def _attacks() -> Iterator[tuple[str, int, Request]]:
 def _image(mode: str) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, (SIDE_PX, SIDE_PX), 1 if mode == "1" else "teal").save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def _large_photo() -> bytes:
+    """Return a photo of a face, enlarged."""
+    buffer = io.BytesIO()
+    Image.open(ROOT / "examples" / "faces" / "astronaut.jpg").resize((SIDE_PX, SIDE_PX)).save(buffer, "JPEG", quality=50)
     return buffer.getvalue()
 
 

@@ -1,9 +1,10 @@
-"""What listens beyond this machine: ports of the local Ray and of Serve, and servers that refuse to start."""
+"""Ports of the local Ray and of Serve, servers that refuse to start, and modes of files."""
 
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,19 +31,22 @@ from vidgen_ray.online.settings import OnlineSettings
 
 init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100_000_000, _temp_dir=sys.argv[1])
 found = {"requires_token": requires_token(), "refused": []}
-beyond = OnlineSettings(profile="tiny", data=sys.argv[2], host="0.0.0.0")
-for keys in ("", os.environ.pop("KEYS")):
-    os.environ["VIDGEN_API_KEYS"] = keys
+def try_to_build(host):
     try:
-        build(beyond)
+        build(OnlineSettings(profile="tiny", data=sys.argv[2], host=host))
     except SetupError as error:
         found["refused"].append(str(error))
+
+for keys in ("", os.environ.pop("KEYS")):
+    os.environ["VIDGEN_API_KEYS"] = keys
+    try_to_build("0.0.0.0")
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1})
 class Nothing:
     pass
 
-serve.start(http_options={"host": "127.0.0.1", "port": 0})
+serve.start(http_options={"host": os.environ["SERVE_HOST"], "port": int(os.environ["SERVE_PORT"])})
+try_to_build("127.0.0.1")
 serve.run(Nothing.bind())
 sockets = [
     (process.name(), connection.laddr)
@@ -63,9 +67,11 @@ print("FOUND", json.dumps(found))
 """
 
 
-def ray_with(mode: str | None, tmp_path: Path, short: Path) -> dict:
-    """Run the program in a process with a home folder of its own and return what it found."""
-    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "KEYS": f"ada={hash_key('k')}"}
+def ray_with(mode: str | None, tmp_path: Path, short: Path, host: str = "127.0.0.1") -> dict:
+    """Run the program in a process with a home folder of its own and return what it found. `host`: that of Serve."""
+    with socket.create_server((host, 0)) as free:
+        serve = {"SERVE_HOST": host, "SERVE_PORT": str(free.getsockname()[1])}
+    environment = {**os.environ, **serve, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "KEYS": f"ada={hash_key('k')}"}
     environment.pop("RAY_AUTH_MODE")
     if mode is not None:
         environment["RAY_AUTH_MODE"] = mode
@@ -97,10 +103,11 @@ def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
 
 
 def test_server_beyond_loopback_is_refused_without_token_authentication(tmp_path, short):
-    found = ray_with("disabled", tmp_path, short)
+    found = ray_with("disabled", tmp_path, short, host="0.0.0.0")
     assert not found["requires_token"]
     assert found["grpc"] != ["UNAUTHENTICATED"]
-    without_keys, with_keys = found["refused"]
+    without_keys, with_keys, with_another_host_of_serve = found["refused"]
+    assert with_another_host_of_serve == with_keys
     assert "vidgen keys new" in without_keys
     assert "ray get-auth-token --generate" in with_keys
     assert "export RAY_AUTH_MODE=token" in with_keys

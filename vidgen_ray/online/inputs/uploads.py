@@ -44,7 +44,7 @@ FORM_TEXT_BYTES = 2 << 20
 """All text fields of a form together. They are kept in memory, files are not."""
 SMALL_FORM_BYTES = 8 << 10
 SMALL_JSON_BYTES = 1 << 20
-"""Up to this size, a JSON body is kept in memory while it arrives and needs no reservation."""
+"""A JSON body up to this size is kept in memory while it arrives and needs no reservation."""
 JSON_COPIES = 6
 """Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
 JSON_DEPTH = 32
