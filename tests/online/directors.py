@@ -23,7 +23,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
-from vidgen_ray.online.job_service import key_salt
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError
@@ -86,7 +86,7 @@ class LocalDirector:
             self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
 
         try:
-            plan = self._serving_profile.plan(job.shot, key_salt(job.tenant, self._settings))
+            plan = plan_job(job, self._serving_profile, self._settings)
             if self._outputs.find_by_key(plan.key) is None:
                 self._render(plan, on_progress)
                 self.rendered.append(plan.key)

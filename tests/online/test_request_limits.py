@@ -17,7 +17,7 @@ from tests.online.test_api_limits import png
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.media import image_size, read_image, verify_image
-from vidgen_ray.online.asgi_app import THREADS
+from vidgen_ray.online.asgi_app import FRAMEWORK_THREADS, THREADS
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.inputs import uploads
 from vidgen_ray.online.inputs.memory import ByteBudget
@@ -192,15 +192,16 @@ def test_image_size_and_verification_agree_with_decoding(tmp_path):
 
 def test_database_has_a_connection_for_each_thread(database_url):
     store = JobStore(database_url)
-    everyone = threading.Barrier(THREADS)
+    threads = THREADS + FRAMEWORK_THREADS
+    everyone = threading.Barrier(threads)
 
     def hold():
         with store._database.read_connection() as connection:
             connection.exec_driver_sql("SELECT 1")
             everyone.wait(20)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        for task in [pool.submit(hold) for _ in range(THREADS)]:
+    with ThreadPoolExecutor(threads) as pool:
+        for task in [pool.submit(hold) for _ in range(threads)]:
             task.result()
     store.close()
 
@@ -271,6 +272,16 @@ def test_another_tenants_result_is_reused_only_if_allowed(tiny, tmp_path, shared
         assert len(server.director.rendered) == (1 if shared else 2)
         paths = [client.get(f"/v1/videos/{video}/content") for client, video in ((ada, first["id"]), (bob, own))]
         assert paths[0].content == paths[1].content
+
+
+def test_queued_job_keeps_its_key_when_the_setting_changes(tiny, tmp_path):
+    with local_server(tiny, settings_with_keys(tmp_path, share_results_between_tenants=True)) as server:
+        server.director.held.set()
+        video = made(client_of(server), seed=1)
+    with local_server(tiny, settings_with_keys(tmp_path)) as server:
+        client = client_of(server)
+        assert ended(client, video["id"])["status"] == "completed"
+        assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
 
 
 def test_keys_without_a_salt_are_those_of_batch(tiny, tmp_path):

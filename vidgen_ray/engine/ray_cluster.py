@@ -35,7 +35,6 @@ START_ATTEMPTS = 3
 START_TIMEOUT = "timed out during startup"
 """Text in Ray's error when its processes do not start within 30 s."""
 CONNECT_TIMEOUT_S = 10
-AUTH_MODE = "RAY_AUTH_MODE"
 LOOPBACK = "127.0.0.1"
 GPU_QUERY_TIMEOUT_S = 120
 
@@ -201,14 +200,15 @@ def init_local_ray(**options: Any) -> None:
     Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is retried.
     Raises RayStartTimeout.
     """
-    # Ray creates the token in this folder, readable by everyone.
+    # Ray creates the token in this folder, readable by everyone. If it cannot, it reports that.
     token = Path.home() / ".ray" / "auth_token"
-    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with _keep_loopback_address():
                 ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # there is none without token authentication
                 token.chmod(0o600)
             return
         except Exception as error:

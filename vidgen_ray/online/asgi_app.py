@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
+from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -39,8 +40,10 @@ DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of
 
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
-THREADS = POOL_SIZE - 8
-"""Threads for blocking calls. Each may use a connection to the database; event streams have some of their own."""
+THREADS = 32
+"""Threads for blocking calls."""
+FRAMEWORK_THREADS = POOL_SIZE - THREADS
+"""Threads in which the framework authenticates requests and reads files. They use the database, too."""
 
 document = APIRouter()
 
@@ -110,6 +113,7 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Ray sizes the loop's default executor by the replica's CPUs, which is too few threads for blocking database calls.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
+        to_thread.current_default_thread_limiter().total_tokens = FRAMEWORK_THREADS
         yield
         store.close()
 

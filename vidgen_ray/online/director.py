@@ -27,7 +27,7 @@ from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.online.api_error import without_paths
-from vidgen_ray.online.job_service import key_salt
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
@@ -326,7 +326,7 @@ class JobDirector:
 
     def _look_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
         """Return the plan of the job, and its finished shot if there is one. Blocks."""
-        plan = self._serving_profile.plan(job.shot, key_salt(job.tenant, self._settings))
+        plan = plan_job(job, self._serving_profile, self._settings)
         return plan, self._outputs.find_by_key(plan.key)
 
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:

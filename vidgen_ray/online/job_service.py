@@ -228,6 +228,19 @@ def key_salt(tenant: str, settings: OnlineSettings) -> str:
     return "" if settings.share_results_between_tenants or tenant == LOCAL_TENANT else tenant
 
 
+def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> ShotPlan:
+    """Return the plan of a stored job with the key of the job, if its files and weights are still the same.
+
+    The setting may have changed since the job was stored. Raises what `ServingProfile.plan` raises.
+    """
+    salt = key_salt(job.tenant, settings)
+    plan = serving_profile.plan(job.shot, salt)
+    if plan.key == job.key:
+        return plan
+    other = serving_profile.plan(job.shot, "" if salt else job.tenant)
+    return other if other.key == job.key else plan
+
+
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
     """Return the fields of a shot as a client would send them: upload ids and LoRA names instead of paths of the server."""
     fields = shot.model_dump(

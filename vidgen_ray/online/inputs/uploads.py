@@ -72,8 +72,11 @@ class UploadFolder:
         `param` is the request field named in errors. Raises ApiError 413 if the image is too large or the tenant has no space
         left, 400 if it cannot be decoded.
         """
-        tmp, name, size = await asyncio.to_thread(self._receive, source, param)
+        # Created here, so that it is deleted even if the client goes away while a thread writes to it.
+        tmp = temporary_file(private_folder(self._folder), 0o600)
         try:
+            with tmp.open("wb") as target:
+                name, size = await asyncio.to_thread(self._copy, source, target, param)
             # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
             if await asyncio.to_thread(self._records.get, f"file-{name}", tenant.name) is None:
                 await self._check_image(tmp, param)
@@ -81,22 +84,16 @@ class UploadFolder:
         finally:
             tmp.unlink(missing_ok=True)
 
-    def _receive(self, source: BinaryIO, param: str) -> tuple[Path, str, int]:
-        """Copy a file into the folder under a temporary name. Return its path, the sha256 and the size in bytes."""
+    def _copy(self, source: BinaryIO, target: BinaryIO, param: str) -> tuple[str, int]:
+        """Copy a file. Return its sha256 and size in bytes."""
         digest, size = hashlib.sha256(), 0
-        tmp = temporary_file(private_folder(self._folder), 0o600)
-        try:
-            with tmp.open("wb") as target:
-                while block := source.read(BLOCK_BYTES):
-                    size += len(block)
-                    if size > self.caps.image_bytes:
-                        raise too_large(param, self.caps.image_bytes)
-                    digest.update(block)
-                    target.write(block)
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
-        return tmp, digest.hexdigest(), size
+        while block := source.read(BLOCK_BYTES):
+            size += len(block)
+            if size > self.caps.image_bytes:
+                raise too_large(param, self.caps.image_bytes)
+            digest.update(block)
+            target.write(block)
+        return digest.hexdigest(), size
 
     async def _check_image(self, path: Path, param: str) -> None:
         try:
@@ -303,9 +300,12 @@ async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
     if kind == "application/x-www-form-urlencoded":
         body = (await _read_body(request, FORM_TEXT_BYTES)).decode("utf-8", "replace")
         try:
-            return FormData(parse_qsl(body, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS))
+            pairs: list[tuple[str, str | UploadFile]] = [
+                *parse_qsl(body, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
+            ]
         except ValueError:
-            raise ApiError(400, f"Too many fields, must be at most {MAX_FORM_FIELDS}.", code="invalid_form") from None
+            raise ApiError(400, f"Too many fields, must be at most {MAX_FORM_FIELDS}.", code="invalid_request") from None
+        return FormData(pairs)
     parser = _FormParser(
         request.headers,
         request.stream(),
@@ -316,7 +316,7 @@ async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
     try:
         return await parser.parse()
     except MultiPartException as error:
-        raise ApiError(400, error.message, code="invalid_form") from None
+        raise ApiError(400, error.message, code="invalid_request") from None
 
 
 def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedRequest:

@@ -19,8 +19,8 @@ from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
-POOL_SIZE = 40
-"""Connections of a process. At least one for each thread that uses the database, or requests wait for each other."""
+POOL_SIZE = 48
+"""Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
 
