@@ -247,10 +247,13 @@ def test_unused_uploads_expire(tiny, tmp_path, database_url):
         job = made(client, input_reference={"file_id": ids["used"]})
         client.post(f"/v1/videos/{job['id']}/cancel")
         records._now = lambda: now() + 6 * DAY_S
-        folder.expire()
+        folder.expire(retention_s=60 * DAY_S)
         left = {name for name, each in ids.items() if records.get(each, "local")}
         assert left == {"used", "queued", "character"}
         assert {path.name for path in (tmp_path / "inputs").iterdir()} == {ids[name].removeprefix("file-") for name in left}
+        records._now = lambda: now() + 8.5 * DAY_S
+        folder.expire(retention_s=2 * DAY_S)
+        assert {name for name, each in ids.items() if records.get(each, "local")} == {"queued", "character"}
 
 
 # Tenants

@@ -34,7 +34,8 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
         raise InputChanged(path)
     with wrap_errors(f"{path}: cannot be read as an image"), _open(path, source) as image:
         check_pixels(path, *image.size)
-        return _to_rgb(path, ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(path, image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -84,7 +85,8 @@ def _to_rgb(path: Path, image: PILImage.Image) -> Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+    # Converting RGB to RGB would copy the pixels.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_mode(path: Path, image: PILImage.Image) -> None:

@@ -51,6 +51,7 @@ JSON_DEPTH = 32
 BYTES_PER_PIXEL = 12
 """Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12. Conversion to RGB needs as much again."""
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
+MIN_EXPIRY_S = 24 * 3600.0
 UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
 NAME = re.compile(r"[0-9a-f]{64}")
 """Name of an upload in the folder. The folder also has images that the Python API was given in memory."""
@@ -130,10 +131,13 @@ class UploadFolder:
         """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload."""
         return self._records.delete(upload_id, tenant, self._remove)
 
-    def expire(self) -> None:
-        """Delete the uploads that were not used for `unused_s` seconds, see `UploadCaps`."""
-        if self.caps.unused_s is not None:
-            self._records.expire(self.caps.unused_s, self._remove)
+    def expire(self, retention_s: float | None = None) -> None:
+        """Delete the uploads not used for `unused_s` seconds (see `UploadCaps`), or for `retention_s` if that is less.
+
+        Uploads stay for a day at least: a request may still need them.
+        """
+        if limits_s := [seconds for seconds in (self.caps.unused_s, retention_s) if seconds is not None]:
+            self._records.expire(max(MIN_EXPIRY_S, min(limits_s)), self._remove)
 
     def remove_unreferenced(self, older_than_s: float) -> None:
         """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued."""
