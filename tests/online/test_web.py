@@ -98,6 +98,8 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
                 data=str(pipeline.outputs.root),
                 database=f"sqlite:///{tmp_path}/jobs.db",
                 loras={"ink": "builtin:tiny/lora.safetensors"},
+                # The director of these tests does not know tenants.
+                share_results_between_tenants=True,
                 **settings,
             )
             store = open_store(server_settings)

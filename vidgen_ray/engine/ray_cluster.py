@@ -236,7 +236,12 @@ def _keep_loopback_address() -> Iterator[None]:
 
 
 def requires_token() -> bool:
-    """Return whether the connected Ray rejects a call without its token. Raises SetupError if it does not answer."""
+    """Return whether the connected Ray rejects a call without its token or a certificate.
+
+    Raises SetupError if it does not answer.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True
     with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S)

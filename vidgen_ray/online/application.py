@@ -6,6 +6,7 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 # Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
-from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, is_loopback, load_keys
+from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
 from vidgen_ray.online.deployments import HEALTH, director_application
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
@@ -35,6 +36,8 @@ from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
+
+log = logging.getLogger(__name__)
 
 APP = "vidgen"
 API = "Api"
@@ -96,11 +99,13 @@ def check_exposure(settings: OnlineSettings) -> None:
     Call it when connected to Ray. Also checks the host of a running Ray Serve, which a config sets apart from the settings.
     """
     keys = load_keys(settings.keys_file, settings.limits)
+    token_is_required = requires_token()
+    if not token_is_required:
+        log.warning("Ray requires no token: anyone who reaches one of its ports can run code. Set RAY_AUTH_MODE=token.")
     running = _get_global_client(raise_if_no_controller_running=False)
     for host in {settings.host, *([] if running is None else [running.http_config.host or LOOPBACK])}:
         check_bind_host(host, keys)
-        if not is_loopback(host):
-            check_token_required(host, requires_token())
+        check_token_required(host, token_is_required)
 
 
 def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
