@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vidgen_ray.process_id import ProcessId, this_process
@@ -31,13 +32,28 @@ def temporary_folder(parent: Path) -> Path:
     return folder
 
 
-def temporary_file(parent: Path) -> Path:
+def temporary_file(parent: Path, mode: int = 0o644) -> Path:
     """Create a hidden file in `parent`, and `parent` if needed."""
     parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=parent, prefix=temporary_prefix())
-    os.fchmod(handle, 0o644)
+    os.fchmod(handle, mode)
     os.close(handle)
     return Path(name)
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder that only its owner can enter, or end the access of other users to an existing one. Return it.
+
+    Access that a group was given to an existing folder stays. A folder that belongs to another user does not change.
+    """
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        with suppress(PermissionError):
+            folder.chmod(mode & ~stat.S_IRWXO)
+    return folder
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

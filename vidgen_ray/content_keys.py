@@ -106,10 +106,13 @@ class ShotPlanner:
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
         self._weights = lru_cache(CACHED_DIGESTS)(self._hash_weights)
 
-    def __call__(self, shot: Shot) -> ShotPlan:
-        """Raises StageError or SetupError if the shot names something that does not exist."""
+    def __call__(self, shot: Shot, salt: str = "") -> ShotPlan:
+        """Plan a shot. Shots with different `salt` share no key.
+
+        Raises StageError or SetupError if the shot names something that does not exist.
+        """
         stages = stages_of(shot)
-        steps, last = self._steps_of(shot, stages)
+        steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
         # Shots without a crop keep the keys that they had before shots could have one.
         crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
@@ -120,7 +123,7 @@ class ShotPlanner:
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
             again.append(
-                ShotPlan(shot=other, steps=self._steps_of(other, stages)[0], key=key, inputs=inputs, number=number + 1)
+                ShotPlan(shot=other, steps=self._steps_of(other, stages, salt)[0], key=key, inputs=inputs, number=number + 1)
             )
         return ShotPlan(
             shot=shot, steps=steps, key=key, inputs=inputs, content=content if has_likeness else None, again=tuple(again)
@@ -132,10 +135,11 @@ class ShotPlanner:
         loras = {lora.path: self._lora_digest(lora.path) for lora in shot.lora}
         return {path: self._digest(path) for path in images} | loras
 
-    def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]]) -> tuple[tuple[Step, ...], str]:
+    def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
         values = self._field_values(shot)
-        key = _sha256(f'["start",{_object(START_FIELDS if shot.image else (), values)}]')
+        start = _object(START_FIELDS if shot.image else (), values)
+        key = _sha256(f'["start",{start},{_json(salt)}]' if salt else f'["start",{start}]')
         steps = []
         for stage in stages:
             weights, weights_json = self._weights_of(stage, shot)

@@ -3,7 +3,9 @@
 import hashlib
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
@@ -24,8 +26,38 @@ Steps = Annotated[int, Field(ge=1, le=200)]
 Guidance = Annotated[float, Field(ge=0, le=30, allow_inf_nan=False)]
 
 
+def booleans_as_text(model: type[BaseModel], data: Any) -> Any:
+    """Return the fields with `true` and `false` as text where the model has a number, so that it rejects them.
+
+    pydantic would read `"seed": true` as seed 1.
+    """
+    if not isinstance(data, dict):
+        return data
+    booleans = [name for name, value in data.items() if value is True or value is False]
+    wrong = _number_fields(model).intersection(booleans) if booleans else ()
+    return {**data, **{name: str(data[name]).lower() for name in wrong}} if wrong else data
+
+
+@cache
+def _number_fields(model: type[BaseModel]) -> frozenset[str]:
+    """Return the fields that are numbers."""
+    types = {name: set(_types_in(field.annotation)) for name, field in model.model_fields.items()}
+    return frozenset(name for name, found in types.items() if found & {int, float} and bool not in found)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, data: Any) -> Any:
+        return booleans_as_text(cls, data)
 
 
 class LoraRef(_Frozen):

@@ -23,6 +23,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError
@@ -43,7 +44,15 @@ RenderShot = Callable[[ShotPlan, ProgressCallback], None]
 class LocalDirector:
     """Runs one job at a time. While `held` is set, no job starts."""
 
-    def __init__(self, store: JobStore, serving_profile: ServingProfile, outputs: OutputFolder, render: RenderShot) -> None:
+    def __init__(
+        self,
+        settings: OnlineSettings,
+        store: JobStore,
+        serving_profile: ServingProfile,
+        outputs: OutputFolder,
+        render: RenderShot,
+    ) -> None:
+        self._settings = settings
         self._store, self._serving_profile, self._outputs, self._render = store, serving_profile, outputs, render
         self._closing = threading.Event()
         self._woken = threading.Event()
@@ -77,7 +86,7 @@ class LocalDirector:
             self._store.queue.progress("director", [JobProgress(job.id, stage, step, steps, 50)])
 
         try:
-            plan = self._serving_profile.plan(job.shot)
+            plan = plan_job(job, self._serving_profile, self._settings)
             if self._outputs.find_by_key(plan.key) is None:
                 self._render(plan, on_progress)
                 self.rendered.append(plan.key)
@@ -137,9 +146,9 @@ def local_server(
 ) -> Iterator[LocalServer]:
     served = serving_profile(profile)
     outputs = OutputFolder(settings.data)
-    outputs.prepare()
     store = open_store(settings)
-    director = LocalDirector(store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
+    outputs.prepare()
+    director = LocalDirector(settings, store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
     try:
         app = make_app(
             settings, store, outputs, served, load_keys(settings.keys_file, settings.limits), accepted=director.wake, page=False

@@ -159,7 +159,7 @@ def test_model_alias(client, held):
         ({"nonsense": 1}, "nonsense", "unknown_parameter", "see /openapi.json"),
         ({"id": "../../etc/cron.d/x"}, "id", "unknown_parameter", "see /openapi.json"),
         ({"image": "/etc/passwd"}, "image", "unknown_parameter", "an unknown field"),
-        ({"input_reference": "/etc/passwd"}, "image", "file_not_found", "uploaded"),
+        ({"input_reference": "/etc/passwd"}, "input_reference", "file_not_found", "uploaded"),
         ({"input_reference": {"path": "/etc/passwd"}}, "input_reference", "invalid_value", "file_id"),
         (
             {"input_reference": {"image_url": "http://localhost/x"}},

@@ -25,7 +25,7 @@ def test_shipped_config_is_valid(name):
     config, settings = check_config(CONFIGS / f"{name}.yaml")
     (app,) = config.applications
     assert [deployment.name for deployment in app.deployments] in ([], [API])
-    assert settings.keys_file or settings.host == "127.0.0.1"
+    assert settings.host == config.http_options.host == "127.0.0.1"
     assert settings.gpus == GPUS[name]
     if settings.gpus:
         assert parse_gpus(settings.gpus)
@@ -49,7 +49,7 @@ def test_shipped_config_is_valid(name):
             "name: Workers",
             "Workers always has one replica. Remove autoscaling_config",
         ),
-        ("      port: 8000", "      port: 8001", "http_options has 0.0.0.0:8000 but args have 0.0.0.0:8001"),
+        ("      port: 8000", "      port: 8001", "http_options has 127.0.0.1:8000 but args have 127.0.0.1:8001"),
         ("application:build", "application:built", "must have exactly one application, with import_path"),
         ("proxy_location:", "proxy_location: x\nproxy_location:", "not YAML"),
     ],

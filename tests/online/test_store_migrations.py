@@ -16,7 +16,7 @@ from vidgen_ray.online.store.schema import TABLES
 from vidgen_ray.online.store.schema_upgrade import MIGRATIONS, VERSION_TABLE
 from vidgen_ray.online.store.store import JobStore
 
-NEWEST = "0003"
+NEWEST = "0004"
 VERSION_0_1 = (Path(__file__).parent / "store_0_1.sql").read_text(encoding="utf-8")
 
 

@@ -55,8 +55,8 @@ def serve_command(
     """
     from vidgen_ray.cli.stop_signals import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
-    from vidgen_ray.online.application import server_plan
-    from vidgen_ray.online.auth import check_bind_host, load_keys
+    from vidgen_ray.online.application import check_exposure, server_plan
+    from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
     from vidgen_ray.online.server import check_port, serving, wait_for
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
@@ -71,12 +71,15 @@ def serve_command(
     # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     with stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
+        check_exposure(settings)
         plan = plan or server_plan(settings, lambda: live_cluster().total)
         for stage, reason in plan.serving_profile.unavailable.items():
             typer.echo(f"Stage {stage} is unavailable: {reason}", err=True)
         with serving(plan, stages) as server:
             server.wait_until_accepting(stop)
             if not stop.is_set():
+                if not is_loopback(settings.host):
+                    typer.echo("Other machines must connect through a proxy that limits requests: deploy/nginx.conf.", err=True)
                 key = "an API key" if keys.are_required else "no API key"
                 typer.echo(f"Serving profile {settings.profile} at {server.url}/. {_storage(settings)}")
                 typer.echo(

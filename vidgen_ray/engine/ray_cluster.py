@@ -13,11 +13,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import grpc
 import ray
+from ray._private import services
 from ray._private.state import available_resources_per_node
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -30,6 +35,7 @@ START_ATTEMPTS = 3
 START_TIMEOUT = "timed out during startup"
 """Text in Ray's error when its processes do not start within 30 s."""
 CONNECT_TIMEOUT_S = 10
+LOOPBACK = "127.0.0.1"
 GPU_QUERY_TIMEOUT_S = 120
 
 
@@ -189,12 +195,21 @@ class RayStartTimeout(Exception):
 def init_local_ray(**options: Any) -> None:
     """Start Ray on this machine with `ray.init` options, without the dashboard.
 
+    Its ports, those of the metrics included, listen on the loopback address only. The exception is the gRPC port of each
+    replica of Ray Serve, which requires Ray's token.
     Ray waits 30 s for its own processes. On a busy machine that may be too short, so the start is retried.
     Raises RayStartTimeout.
     """
+    # Ray creates the token in this folder, readable by everyone. If it cannot, it reports that.
+    token = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            with _keep_loopback_address():
+                ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
+            with suppress(OSError):  # there is none without token authentication
+                token.chmod(0o600)
             return
         except Exception as error:
             if START_TIMEOUT not in str(error):
@@ -204,6 +219,37 @@ def init_local_ray(**options: Any) -> None:
                 raise RayStartTimeout(
                     f"{START_ATTEMPTS} attempts of 30 s each timed out; the machine may be overloaded"
                 ) from error
+
+
+@contextmanager
+def _keep_loopback_address() -> Iterator[None]:
+    """Let `ray.init` use the loopback address as the address of the node, as it does on macOS and Windows.
+
+    On Linux it replaces that address by the one of a network interface, and most of its ports then listen on all interfaces.
+    """
+    replace_loopback = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = replace_loopback
+
+
+def requires_token() -> bool:
+    """Return whether the connected Ray rejects a call without its token or a certificate.
+
+    Raises SetupError if it does not answer.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return True
+            raise SetupError(f"Ray's control service does not answer ({error.code().name})") from None
+    return False
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from vidgen_ray.media.images import (
     check_image_header,
     cover_crop,
     encode_png,
+    image_size,
     read_image,
+    verify_image,
     write_png,
 )
 
@@ -28,7 +30,9 @@ __all__ = [
     "decode_lossless",
     "encode_lossless",
     "encode_png",
+    "image_size",
     "open_video",
     "read_image",
+    "verify_image",
     "write_png",
 ]

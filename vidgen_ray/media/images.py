@@ -35,15 +35,34 @@ def read_image(path: Path, sha256: str | None = None) -> Image:
         raise InputChanged(path)
     with wrap_errors(f"{path}: cannot be read as an image"), _open(path, source) as image:
         check_pixels(path, *image.size)
-        return _to_rgb(path, ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(path, image)
 
 
-def check_image_header(path: Path) -> None:
-    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file in pixels, before its EXIF rotation. Reads the header only.
+
+    Raises MediaError if the header says that `read_image` would reject the file.
+    """
     check_is_file(path)
     with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
         check_pixels(path, *image.size)
         _check_mode(path, image)
+        return image.size
+
+
+def check_image_header(path: Path) -> None:
+    """Raise MediaError if the header of an image file says that `read_image` would reject it. Pixels are not decoded."""
+    image_size(path)
+
+
+def verify_image(path: Path) -> None:
+    """Decode an image file and drop the pixels. Needs less memory than `read_image`, and raises the same errors."""
+    check_is_file(path)
+    with wrap_errors(f"{path}: cannot be read as an image"), _open(path, path) as image:
+        check_pixels(path, *image.size)
+        _check_mode(path, image)
+        image.load()
 
 
 def _open(path: Path, source: Path | io.BytesIO) -> PILImage.Image:
@@ -67,7 +86,8 @@ def _to_rgb(path: Path, image: PILImage.Image) -> Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
+    # Converting RGB to RGB would copy the pixels.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _check_mode(path: Path, image: PILImage.Image) -> None:

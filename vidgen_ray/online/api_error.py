@@ -14,7 +14,9 @@ INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10
 """Wrong fields that one error describes."""
 FIELD_NAME_LENGTH = 100
-"""Characters of an unknown field's name that an error repeats."""
+"""Characters of a field's name that an error repeats."""
+MESSAGE_LENGTH = 4_000
+"""Characters of a message. Some repeat what the client sent."""
 FILE_FIELDS = ("image", "face_image", "lora")
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 
@@ -33,9 +35,9 @@ class ApiError(VidgenError):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status = status
-        self.message = message
+        self.message = message = shortened(message, MESSAGE_LENGTH)
         self.type = type
-        self.param = param
+        self.param = param and param[:FIELD_NAME_LENGTH]
         """Request field that caused the error."""
         self.code = code
         self.headers = dict(headers or {})
@@ -77,6 +79,11 @@ def too_many_requests(message: str, code: str, seconds: float, param: str | None
 def without_paths(text: str) -> str:
     """Remove the folders from file paths in a message, so that clients do not see paths of the server."""
     return FOLDERS.sub("", text)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return a text of at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def _sentence(error: FieldError) -> str:

@@ -6,6 +6,7 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 # Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
+from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
-from vidgen_ray.engine.ray_cluster import live_cluster
+from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
-from vidgen_ray.online.auth import ApiKeys, load_keys
+from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
 from vidgen_ray.online.deployments import HEALTH, director_application
 from vidgen_ray.online.event_streams import MAX_STREAMS
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
@@ -35,6 +38,8 @@ from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Stage
+
+log = logging.getLogger(__name__)
 
 APP = "vidgen"
 API = "Api"
@@ -86,14 +91,37 @@ def plan_for(served: ServingProfile, cluster: Cluster) -> Plan:
 
 
 def build(args: OnlineSettings) -> Application:
-    """Build the application for `serve deploy` and `serve run`, planned for the cluster that this runs on."""
-    return application(server_plan(args, lambda: live_cluster().total))
+    """Build the application for `serve deploy` and `serve run`, planned for the cluster that this runs on.
+
+    Raises SetupError and ProfileError, also for a server that listens beyond this machine without protection.
+    """
+    server = server_plan(args, lambda: live_cluster().total)
+    check_exposure(args)
+    return application(server)
+
+
+def check_exposure(settings: OnlineSettings) -> None:
+    """Raise SetupError if the server listens beyond this machine without API keys, or on a Ray that requires no token.
+
+    Call it when connected to Ray. Also checks the host of a running Ray Serve, which a config sets apart from the settings.
+    """
+    keys = load_keys(settings.keys_file, settings.limits)
+    token_is_required = requires_token()
+    if not token_is_required:
+        log.warning("Ray requires no token: anyone who reaches one of its ports can run code. Set RAY_AUTH_MODE=token.")
+    running = _get_global_client(raise_if_no_controller_running=False)
+    for host in {settings.host, *([] if running is None else [running.http_config.host or LOOPBACK])}:
+        check_bind_host(host, keys)
+        check_token_required(host, token_is_required)
 
 
 def application(server: ServerPlan, stages: Mapping[str, type[Stage[Any]]] = STAGE_BY_NAME) -> Application:
     """Return the application of a server plan. `stages`: stage name -> class that implements it."""
     settings = server.settings
     outputs = OutputFolder(settings.data)
+    if outputs.storage.local is not None:
+        # Prompts and photos of clients. Files of shots keep the modes of a batch run: the folder shuts other users out.
+        private_folder(outputs.storage.local)
     outputs.prepare()
     config = EngineConfig(
         name=APP,

@@ -9,16 +9,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online import error_handlers
+from vidgen_ray.online.api.deps import TenantDep
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
 from vidgen_ray.online.event_streams import EventStreams
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.http_fetch import ImageFetcher
 from vidgen_ray.online.inputs.image_references import ImageReferences
+from vidgen_ray.online.inputs.memory import ByteBudget
 from vidgen_ray.online.inputs.uploads import BodyCap
 from vidgen_ray.online.job_feed import JobFeed
 from vidgen_ray.online.job_service import JobService, NotifyDirector
@@ -28,6 +33,7 @@ from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
+from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
@@ -43,6 +49,17 @@ DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
 THREADS = 32
+"""Threads for blocking calls."""
+FRAMEWORK_THREADS = POOL_SIZE - THREADS
+"""Threads in which the framework authenticates requests and reads files. They use the database, too."""
+
+document = APIRouter()
+
+
+@document.get("/openapi.json", include_in_schema=False)
+async def openapi_json(request: Request, _: TenantDep) -> JSONResponse:
+    """Return the OpenAPI document. It names the stages and models of the server."""
+    return JSONResponse(request.app.openapi())
 
 
 def make_app(
@@ -75,16 +92,19 @@ def make_app(
         event_streams=EventStreams(),
         queue_estimator=QueueEstimator(store, serving_profile.profile, settings.poll_after_s),
         image_references=ImageReferences(job_service.uploads, _image_fetcher(settings)),
-        face_check=FaceCheck(serving_profile),
+        face_check=FaceCheck(serving_profile, job_service.uploads.decoder),
         storage_check=StorageCheck(store, outputs),
         started_at=int(time.time()),
         missing=missing,
     )
     app = _empty_app(settings, store)
     app.state.server = server
+    app.state.json_memory = ByteBudget(settings.uploads.json_memory_bytes)
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     error_handlers.install(app)
     add_api(app)
+    if settings.docs:
+        app.include_router(document)
     if page:
         add_page(app, server)
     return app
@@ -108,6 +128,7 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Ray sizes the loop's default executor by the replica's CPUs, which is too few threads for blocking database calls.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
+        to_thread.current_default_thread_limiter().total_tokens = FRAMEWORK_THREADS
         yield
         store.close()
 
@@ -115,7 +136,8 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
         title="vidgen-ray",
         version=__version__,
         description=DESCRIPTION,
-        openapi_url="/openapi.json" if settings.docs else None,
+        # Its own route requires a key.
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

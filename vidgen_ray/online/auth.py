@@ -258,6 +258,19 @@ def check_bind_host(host: str, keys: ApiKeys) -> None:
         )
 
 
+def check_token_required(host: str, token_is_required: bool) -> None:
+    """Raises SetupError for a server that listens beyond this machine on a Ray that requires no token.
+
+    Ray's own ports listen on all interfaces there, and run the code of anyone who reaches them.
+    """
+    if not token_is_required and not is_loopback(host):
+        raise SetupError(
+            f"host {host}: reachable from other machines, which requires Ray's token authentication. "
+            "Run `ray get-auth-token --generate && chmod 600 ~/.ray/auth_token`, then `export RAY_AUTH_MODE=token`, and "
+            "start Ray again, or listen on 127.0.0.1."
+        )
+
+
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address always means this machine."""
     try:

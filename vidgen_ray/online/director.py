@@ -29,6 +29,7 @@ from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.maintenance import run_maintenance
 from vidgen_ray.online.metrics import ServerMetrics
 from vidgen_ray.online.progress_estimate import ProgressEstimator
@@ -98,6 +99,7 @@ class JobDirector:
         """`layout`: the planned one; `workers`, the handle of the Workers deployment, may have another one by now."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "director"))
         self._config = config
+        self._settings = settings
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
@@ -395,7 +397,7 @@ class JobDirector:
 
     def _look_up(self, job: Job) -> tuple[ShotPlan, DoneShot | None]:
         """Return the plan of the job, and its finished shot if there is one. Blocks."""
-        plan = self._serving_profile.plan(job.shot)
+        plan = plan_job(job, self._serving_profile, self._settings)
         return plan, self._outputs.find_by_key(plan.key)
 
     async def _render(self, job: Job, plan: ShotPlan) -> ShotRecord:

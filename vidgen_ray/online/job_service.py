@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,8 +18,8 @@ from pydantic import JsonValue
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
-from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import UploadFolder, upload_folder
+from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
+from vidgen_ray.online.inputs.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.online.limits import check_size
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
@@ -30,7 +29,6 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 
-UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
 SCRIPT_ONLY_FIELDS = ("id", "variants")
@@ -153,7 +151,7 @@ class JobService:
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"must be at most {METADATA_BYTES} bytes as JSON", "too_large")
         try:
-            return self.serving_profile.plan(shot)
+            return self.serving_profile.plan(shot, key_salt(tenant.name, self._settings))
         except (ProfileError, MissingWeights) as error:
             raise ApiError(400, without_paths(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
@@ -245,6 +243,24 @@ class JobService:
             )
             raise ApiError(404, f"lora: no such LoRA; {names}", code="lora_not_found", param="lora")
         return paths.pop()
+
+
+def key_salt(tenant: str, settings: OnlineSettings) -> str:
+    """Return the text that keeps the content keys of a tenant apart from those of other tenants, empty if they are shared."""
+    return "" if settings.share_results_between_tenants or tenant == LOCAL_TENANT else tenant
+
+
+def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> ShotPlan:
+    """Return the plan of a stored job with the key of the job, if its files and weights are still the same.
+
+    The setting may have changed since the job was stored. Raises what `ServingProfile.plan` raises.
+    """
+    salt = key_salt(job.tenant, settings)
+    plan = serving_profile.plan(job.shot, salt)
+    if plan.key == job.key:
+        return plan
+    other = serving_profile.plan(job.shot, "" if salt else job.tenant)
+    return other if other.key == job.key else plan
 
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:

@@ -1,4 +1,4 @@
-"""Background maintenance of a server: deliver webhooks, delete old jobs and unreferenced uploads."""
+"""Background maintenance of a server: deliver webhooks, delete old jobs and unused uploads."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: Ou
                 await asyncio.to_thread(purge_jobs, store, outputs)
                 purged_at = time.monotonic()
             if time.monotonic() - uploads_cleaned_at > UPLOAD_CLEANUP_INTERVAL_S:
+                await asyncio.to_thread(uploads.expire, settings.retention_s)
                 await asyncio.to_thread(uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S)
                 uploads_cleaned_at = time.monotonic()
         except (OSError, SQLAlchemyError):

@@ -44,13 +44,13 @@ class ServingProfile:
             if stage.name in self.unavailable:
                 raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
 
-    def plan(self, shot: Shot) -> ShotPlan:
-        """Return the shot's steps and content keys.
+    def plan(self, shot: Shot, salt: str = "") -> ShotPlan:
+        """Return the shot's steps and content keys. `salt`: see `ShotPlanner`.
 
         Raises ProfileError for a stage that is not served, StageError or SetupError for a file that does not exist.
         """
         self.check(shot)
-        return self._planner()(shot)
+        return self._planner()(shot, salt)
 
     @cached_property
     def _planner(self) -> Callable[[], ShotPlanner]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import URL
 
@@ -28,6 +29,11 @@ class Limits(_Section):
         ge=1,
         description="Largest width x height x frames of a job, before upscaling. An image counts as one frame.",
     )
+    stored_bytes: int = Field(
+        10_000 * MB,
+        ge=0,
+        description="Most bytes of uploads that a tenant may store. Each upload counts as at least 4096 bytes.",
+    )
     requests_per_minute: int = Field(600, ge=1, description="Requests per minute, counted by each replica of the API.")
     streams: int = Field(32, ge=1, description="Most event streams that may be open at once. An open page has one.")
 
@@ -38,6 +44,19 @@ class UploadCaps(_Section):
     image_bytes: int = Field(25 * MB, ge=1, description="Bytes of an image.")
     video_bytes: int = Field(100 * MB, ge=1, description="Bytes of a video.")
     json_bytes: int = Field(40 * MB, ge=1, description="Bytes of a JSON body, which may contain images as data: URLs.")
+    json_values: int = Field(20_000, ge=1, description="Values and names in a JSON body.")
+    json_memory_bytes: int = Field(
+        480 * MB, ge=1, description="Memory for reading large JSON bodies in one API process. Further requests wait."
+    )
+    decode_bytes: int = Field(
+        480 * MB, ge=1, description="Memory for decoding images in one API process. Further requests wait."
+    )
+    unused_s: float | None = Field(
+        30 * 24 * 3600.0,
+        ge=24 * 3600,
+        description="Seconds after its last use in a request when an upload is deleted, unless it is a photo of a character or "
+        "an unfinished job needs it. null: never.",
+    )
     files: int = Field(16, ge=1, description="Files in one request.")
     seconds: float = Field(120, gt=0, description="Seconds within which the body must arrive.")
 
@@ -145,7 +164,12 @@ class OnlineSettings(_Section):
         gt=0,
         description="Least seconds until the next poll, sent to polling clients. Jobs that end later are polled later.",
     )
-    docs: bool = Field(True, description="Serve /openapi.json.")
+    docs: bool = Field(True, description="Serve /openapi.json, to clients with an API key if the server has keys.")
+    share_results_between_tenants: bool = Field(
+        False,
+        description="Let tenants use results that others, or batch runs, have rendered. A shot that is answered at once then "
+        "reveals that it was rendered before. A server without API keys always uses such results.",
+    )
 
     @field_validator("data")
     @classmethod
@@ -172,6 +196,5 @@ class OnlineSettings(_Section):
             return self.database
         if URL.match(self.data) and not self.data.startswith("file://"):
             raise SetupError(f"database: must be set if data is an object store ({self.data})")
-        folder = Path(self.data.removeprefix("file://")).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = private_folder(Path(self.data.removeprefix("file://")).absolute())
         return f"sqlite:///{folder / 'jobs.db'}"

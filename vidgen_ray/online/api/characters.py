@@ -10,16 +10,17 @@ from fastapi import APIRouter
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from vidgen_ray.atomic_files import temporary_file
+from vidgen_ray.atomic_files import private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
-from vidgen_ray.media import VideoReader, encode_png, open_video, read_image
+from vidgen_ray.media import VideoReader, encode_png, open_video
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateCharacter
 from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.face_check import PhotoFiles
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.characters import NameTaken
@@ -46,7 +47,8 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
         if bool(form.image) == (form.video is not None):
             raise invalid("video", "send either photos as image, or one video", "missing_required_parameter")
         if (video := form.video) is not None:
-            photos = [await server.face_check.run_exclusively(lambda: _photo_from_video(server, tenant, video))]
+            photo = await server.face_check.run_exclusively(lambda: _photo_from_video(server, video))
+            photos = [(await server.job_service.uploads.store(tenant, io.BytesIO(photo), "video")).id]
         else:
             photos = await server.image_references.resolve_all(tenant, form.image, "image")
             await server.face_check.run_exclusively(lambda: check_faces(server, tenant, photos, "image"))
@@ -89,24 +91,23 @@ def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param:
     """Raise ApiError 400 if these uploads are not photos of a face."""
     paths = [server.job_service.uploads.find(tenant.name, photo) for photo in photos]
     try:
-        server.face_check.check([read_image(path) for path in paths if path is not None])
+        server.face_check.check(PhotoFiles([path for path in paths if path is not None]))
     except StageError as error:
         raise invalid(param, str(error).removeprefix("face_image: "), "no_face") from None
 
 
-def _photo_from_video(server: ServerContext, tenant: Tenant, video: UploadFile) -> str:
-    """Store the first frame that shows a face and return its id. Raises ApiError 400 or 413."""
-    tmp = temporary_file(cache_dir() / "videos")
+def _photo_from_video(server: ServerContext, video: UploadFile) -> bytes:
+    """Return the first frame that shows a face as PNG. Raises ApiError 400 or 413."""
+    tmp = temporary_file(private_folder(cache_dir() / "videos"), 0o600)
     try:
         _copy(video, tmp, server.settings.uploads.video_bytes)
         try:
             with open_video(tmp, backend="pyav") as reader:
-                frame = _first_frame_with_face(server, reader)
+                return encode_png(_first_frame_with_face(server, reader))
         except MediaError as error:
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
-    return server.job_service.uploads.store(tenant.name, io.BytesIO(encode_png(frame)), "video").id
 
 
 def _first_frame_with_face(server: ServerContext, video: VideoReader) -> Image:

@@ -27,7 +27,7 @@ async def create_file(request: Request, server: ServerDep, tenant: TenantDep) ->
     """Upload an image. Identical images have the same id."""
     async with receive(request, server.settings.uploads) as received:
         file = CreateFile.parse(received.fields).file
-        upload = await asyncio.to_thread(server.job_service.uploads.store, tenant.name, file.file, "file")
+        upload = await server.job_service.uploads.store(tenant, file.file, "file")
     return file_response(upload)
 
 

@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
-from vidgen_ray.media import read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.job_waiting import completed_jobs, require_completed, require_existing
 from vidgen_ray.online.api.openapi import error_responses, request_body
@@ -87,9 +86,7 @@ async def edit_images(
     count = len(options.repeated(fields)) * len(images)
     if count > MAX_RESULTS:
         raise invalid("n", f"got {count} results for {len(images)} images, must be at most {MAX_RESULTS}")
-    shots = [
-        {**fields, "image": image, **await asyncio.to_thread(_size_like, server, tenant, image, fields)} for image in images
-    ]
+    shots = [{**fields, "image": image, **await _size_like(server, tenant, image, fields)} for image in images]
     return await _respond(request, server, tenant, shots, returned, options, idempotency_key, received)
 
 
@@ -109,12 +106,12 @@ def _edit_fields(request: EditImages, fields: Mapping[str, Any]) -> dict[str, An
     return {"mode": "quality", "use_hunyuan_style": True, "style_strength": strength}
 
 
-def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
+async def _size_like(server: ServerContext, tenant: Tenant, image: str, fields: Mapping[str, Any]) -> dict[str, int]:
     """Return the image's aspect ratio at the profile's default area, so that nothing is cropped. Empty if a size is set."""
-    path = server.job_service.uploads.find(tenant.name, image)
+    path = await asyncio.to_thread(server.job_service.uploads.find, tenant.name, image)
     if path is None or "width" in fields or "height" in fields:
         return {}
-    height, width = read_image(path).shape[:2]
+    height, width = (await server.job_service.uploads.read(path)).shape[:2]
     rules = server.size_rules
     scale = sqrt(rules.default_width * rules.default_height / (width * height))
     return {"width": nearest_image_side(width * scale), "height": nearest_image_side(height * scale)}

@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
     create_model,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
@@ -31,7 +32,7 @@ from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKE
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
-from vidgen_ray.shot import Guidance, Shot, Steps, Strength, nest_flat_settings
+from vidgen_ray.shot import Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
@@ -136,6 +137,11 @@ class RequestBody(BaseModel):
     """Base of all request bodies. Unknown fields are rejected. `null` and empty text count as omitted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans(cls, data: Any) -> Any:
+        return booleans_as_text(cls, data)
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:

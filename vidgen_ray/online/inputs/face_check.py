@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from threading import Lock
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.media import MAX_PIXELS, read_image
 from vidgen_ray.online.api_error import ApiError, without_paths
+from vidgen_ray.online.inputs.memory import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 T = TypeVar("T")
+CHECK_BYTES = MAX_PIXELS * 12
+"""Memory of a check: the largest photo while it is decoded and converted."""
+
+
+class PhotoFiles(Sequence[Image]):
+    """Photos that are read from their files each time they are used, so that only one of them is in memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PhotoFiles: ...
+
+    def __getitem__(self, index: int | slice) -> Image | PhotoFiles:
+        return PhotoFiles(self._files[index]) if isinstance(index, slice) else read_image(self._files[index])
 
 
 class FaceCheck:
     """Face detector of an API replica. Loads its models at the first use, which most replicas never have."""
 
-    def __init__(self, serving_profile: ServingProfile) -> None:
+    def __init__(self, serving_profile: ServingProfile, decoder: Decoder) -> None:
         self._serving_profile = serving_profile
+        self._decoder = decoder
         self._stage: InstantIDStage | None = None
         self._lock = Lock()
         self._semaphore = asyncio.Semaphore(1)
@@ -30,9 +55,9 @@ class FaceCheck:
         """Run `check` in a thread and return its result, one check at a time. Waiting calls do not occupy threads, which short
         requests need."""
         async with self._semaphore:
-            return await asyncio.to_thread(check)
+            return await self._decoder.run(CHECK_BYTES, check)
 
-    def check(self, photos: list[Image]) -> list[DetectedPhoto]:
+    def check(self, photos: Sequence[Image]) -> list[DetectedPhoto]:
         """Return the faces of each photo. Raise StageError if the photos are unsuitable, ApiError 400 without face models."""
         with self._lock:
             return self._loaded_stage().detect_faces(photos)

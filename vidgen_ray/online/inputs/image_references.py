@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from vidgen_ray.online.api_error import invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
-from vidgen_ray.online.inputs.uploads import UploadFolder, from_data_url
+from vidgen_ray.online.inputs.uploads import UPLOAD_ID, UploadFolder, from_data_url
 
 MAX_FETCHES = 4
 """Concurrent fetches. Each occupies a thread, for up to the timeout if the host is slow."""
@@ -36,7 +36,7 @@ class ImageReferences:
     async def resolve(self, tenant: Tenant, reference: Any, param: str) -> str:
         """Store an image and return its id; return the id of a stored one. Raises ApiError 400 or 413."""
         if isinstance(reference, UploadFile):
-            return (await asyncio.to_thread(self._uploads.store, tenant.name, reference.file, param)).id
+            return (await self._uploads.store(tenant, reference.file, param)).id
         if isinstance(reference, str) and reference.lstrip().startswith("{"):
             try:
                 reference = json.loads(reference)
@@ -50,9 +50,11 @@ class ImageReferences:
         if not isinstance(value, str):
             raise invalid(param, f"{kind} must be a string")
         if kind == "file_id":
+            if not UPLOAD_ID.fullmatch(value) or await asyncio.to_thread(self._uploads.find, tenant.name, value) is None:
+                raise invalid(param, "must be a file or the id of a file that you have uploaded", "file_not_found")
             return value
         content = await self._content(value, param)
-        return (await asyncio.to_thread(self._uploads.store, tenant.name, io.BytesIO(content), param)).id
+        return (await self._uploads.store(tenant, io.BytesIO(content), param)).id
 
     async def _content(self, url: str, param: str) -> bytes:
         if url[:5].lower() == "data:":

@@ -1,4 +1,7 @@
-"""Uploaded files: size-limited while they arrive, decoded to verify them, stored by sha256. Client file names are not used."""
+"""Uploaded files: size-limited while they arrive, decoded to verify them, stored by sha256. Client file names are not used.
+
+Memory is limited across requests: for decoding images, and for JSON bodies. Requests wait for it.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,45 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidgen_ray.atomic_files import flush_to_disk, temporary_file
+from vidgen_ray.atomic_files import flush_to_disk, private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media import read_image
+from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online.api_error import ApiError, invalid
+from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.memory import ByteBudget, Decoder
 from vidgen_ray.online.settings import UploadCaps
-from vidgen_ray.online.store.upload_records import Upload, UploadRecords
+from vidgen_ray.online.store.upload_records import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.stages.base import Image
 
 BLOCK_BYTES = 1 << 20
 MAX_FORM_FIELDS = 200
-FIELD_BYTES = 1 << 20
+FORM_TEXT_BYTES = 2 << 20
+"""All text fields of a form together. They are kept in memory, files are not."""
 SMALL_FORM_BYTES = 8 << 10
+SMALL_JSON_BYTES = 1 << 20
+"""A JSON body up to this size is kept in memory while it arrives and needs no reservation."""
+JSON_COPIES = 6
+"""Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
+JSON_DEPTH = 32
+BYTES_PER_PIXEL = 12
+"""Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12. Conversion to RGB needs as much again."""
+NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
+MIN_EXPIRY_S = 24 * 3600.0
+UPLOAD_ID = re.compile(r"file-[0-9a-f]{64}")
 NAME = re.compile(r"[0-9a-f]{64}")
 """Name of an upload in the folder. The folder also has images that the Python API was given in memory."""
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
@@ -46,37 +65,64 @@ class UploadFolder:
         self._folder = folder
         self._records = records
         self.caps = caps
+        self.decoder = Decoder(caps.decode_bytes)
 
-    def store(self, tenant: str, source: BinaryIO, param: str) -> Upload:
-        """Store an image unchanged. Raises ApiError 413 if it is too large, 400 if it cannot be decoded.
+    async def store(self, tenant: Tenant, source: BinaryIO, param: str) -> Upload:
+        """Store an image unchanged.
 
-        `param` is the request field named in errors.
+        `param` is the request field named in errors. Raises ApiError 413 if the image is too large or the tenant has no space
+        left, 400 if it cannot be decoded.
         """
-        digest, size = hashlib.sha256(), 0
-        tmp = temporary_file(self._folder)
+        # Created here, so that it is deleted even if the client goes away while a thread writes to it.
+        tmp = temporary_file(private_folder(self._folder), 0o600)
         try:
             with tmp.open("wb") as target:
-                while block := source.read(BLOCK_BYTES):
-                    size += len(block)
-                    if size > self.caps.image_bytes:
-                        raise too_large(param, self.caps.image_bytes)
-                    digest.update(block)
-                    target.write(block)
-            name = digest.hexdigest()
-            if not (self._folder / name).exists():
-                _check_image(tmp, param)
-            upload = self._records.add(tenant, f"file-{name}", name, size)
-            # The record protects the file. Before it was added, deleting the only other upload may have removed the file.
-            if not (self._folder / name).exists():
-                flush_to_disk(tmp)
-                tmp.rename(self._folder / name)
+                name, size = await asyncio.to_thread(self._copy, source, target, param)
+            # Not skipped for a file that another tenant has uploaded: the time taken would reveal it.
+            if await asyncio.to_thread(self._records.get, f"file-{name}", tenant.name) is None:
+                await self._check_image(tmp, param)
+            return await asyncio.to_thread(self._commit, tenant, tmp, name, size)
         finally:
             tmp.unlink(missing_ok=True)
+
+    def _copy(self, source: BinaryIO, target: BinaryIO, param: str) -> tuple[str, int]:
+        """Copy a file. Return its sha256 and size in bytes."""
+        digest, size = hashlib.sha256(), 0
+        while block := source.read(BLOCK_BYTES):
+            size += len(block)
+            if size > self.caps.image_bytes:
+                raise too_large(param, self.caps.image_bytes)
+            digest.update(block)
+            target.write(block)
+        return digest.hexdigest(), size
+
+    async def _check_image(self, path: Path, param: str) -> None:
+        try:
+            width, height = await asyncio.to_thread(image_size, path)
+            await self.decoder.run(width * height * BYTES_PER_PIXEL, lambda: verify_image(path))
+        except MediaError as error:
+            # Without the path on the server.
+            raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None
+
+    async def read(self, path: Path) -> Image:
+        """Return the pixels of an upload, (H, W, 3). Waits until there is memory for it."""
+        width, height = await asyncio.to_thread(image_size, path)
+        return await self.decoder.run(2 * width * height * BYTES_PER_PIXEL, lambda: read_image(path))
+
+    def _commit(self, tenant: Tenant, tmp: Path, name: str, size: int) -> Upload:
+        try:
+            upload = self._records.add(tenant.name, f"file-{name}", name, size, tenant.limits.stored_bytes)
+        except StorageFull as error:
+            raise ApiError(413, f"{error}. Delete files with DELETE /v1/files/{{id}}.", code="storage_full") from None
+        # The record protects the file. Before it was added, deleting the only other upload may have removed the file.
+        if not (self._folder / name).exists():
+            flush_to_disk(tmp)
+            tmp.rename(self._folder / name)
         return upload
 
     def find(self, tenant: str, upload_id: str) -> Path | None:
-        """Return the path of a tenant's upload, or `None`."""
-        upload = self._records.get(upload_id, tenant)
+        """Return the path of a tenant's upload and record its use, or return `None`."""
+        upload = self._records.use(upload_id, tenant)
         if upload is None or not (self._folder / upload.file).is_file():
             return None
         return self._folder / upload.file
@@ -84,6 +130,14 @@ class UploadFolder:
     def delete(self, tenant: str, upload_id: str) -> bool:
         """Delete a tenant's upload, and its file if nothing else needs it. Return False if the tenant has no such upload."""
         return self._records.delete(upload_id, tenant, self._remove)
+
+    def expire(self, retention_s: float | None = None) -> None:
+        """Delete the uploads not used for `unused_s` seconds (see `UploadCaps`), or for `retention_s` if that is less.
+
+        Uploads stay for a day at least: a request may still need them.
+        """
+        if limits_s := [seconds for seconds in (self.caps.unused_s, retention_s) if seconds is not None]:
+            self._records.expire(max(MIN_EXPIRY_S, min(limits_s)), self._remove)
 
     def remove_unreferenced(self, older_than_s: float) -> None:
         """Remove files older than `older_than_s` seconds that belong to no upload and to no job in progress or queued."""
@@ -168,10 +222,10 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     async with _body_timeout(caps):
         if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            form = await request.form(max_files=caps.files, max_fields=MAX_FORM_FIELDS, max_part_size=FIELD_BYTES)
+            form = await _read_form(request, kind, caps)
         elif kind == "application/json":
             form = None
-            body = await _read_body(request, caps.json_bytes)
+            body = await _spool_body(request, caps.json_bytes)
         else:
             raise ApiError(
                 415,
@@ -179,9 +233,12 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
                 code="unsupported_media_type",
             )
     if form is None:
-        # In a thread: parsing megabytes of JSON would block other requests.
-        fields = await asyncio.to_thread(_from_json, body)
-        yield ReceivedRequest(fields, hashlib.sha256(body).hexdigest(), is_form=False)
+        with body:
+            size = body.tell()
+            memory: ByteBudget = request.app.state.json_memory
+            async with memory.reserve(size * JSON_COPIES) if size > SMALL_JSON_BYTES else nullcontext():
+                # In a thread: parsing megabytes of JSON would block other requests.
+                yield await asyncio.to_thread(_from_json, body, caps)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -216,20 +273,89 @@ async def _read_body(request: Request, cap_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _from_json(body: bytes) -> dict[str, Any]:
+async def _spool_body(request: Request, cap_bytes: int) -> SpooledTemporaryFile[bytes]:
+    """Read a body into a file, on disk if it is large: a slow client must not occupy memory."""
+    body = SpooledTemporaryFile[bytes](SMALL_JSON_BYTES)
     try:
-        fields = json.loads(body, parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
+        async for chunk in request.stream():
+            body.write(chunk)
+            if body.tell() > cap_bytes:
+                raise too_large(None, cap_bytes)
+    except BaseException:
+        body.close()
+        raise
+    return body
+
+
+class _FormParser(MultiPartParser):
+    """Multipart parser that limits all text fields together."""
+
+    _text_bytes = 0
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:
+            self._text_bytes += end - start
+            if self._text_bytes > FORM_TEXT_BYTES:
+                raise MultiPartException(f"The text fields have more than {FORM_TEXT_BYTES} bytes. Send images as files.")
+        super().on_part_data(data, start, end)
+
+
+async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
+    if kind == "application/x-www-form-urlencoded":
+        body = (await _read_body(request, FORM_TEXT_BYTES)).decode("utf-8", "replace")
+        try:
+            pairs: list[tuple[str, str | UploadFile]] = [
+                *parse_qsl(body, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
+            ]
+        except ValueError:
+            raise ApiError(400, f"Too many fields, must be at most {MAX_FORM_FIELDS}.", code="invalid_request") from None
+        return FormData(pairs)
+    parser = _FormParser(
+        request.headers,
+        request.stream(),
+        max_files=caps.files,
+        max_fields=MAX_FORM_FIELDS,
+        max_part_size=FORM_TEXT_BYTES,
+    )
+    try:
+        return await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(400, error.message, code="invalid_request") from None
+
+
+def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedRequest:
+    body.seek(0)
+    content = body.read()
+    _check_structure(content, caps.json_values)
+    try:
+        fields = json.loads(content.decode(), parse_constant=_reject_constant, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The body is not valid JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    try:
-        json.dumps(fields, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
-    except UnicodeEncodeError:
-        raise ApiError(400, "The body contains a lone surrogate, which is not valid Unicode.", code="invalid_json") from None
-    return fields
+    # Surrogates can only be written as escapes.
+    if re.search(rb"\\u[dD]", content):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            message = "The body contains a lone surrogate, which is not valid Unicode."
+            raise ApiError(400, message, code="invalid_json") from None
+    return ReceivedRequest(fields, hashlib.sha256(content).hexdigest(), is_form=False)
+
+
+def _check_structure(body: bytes, max_values: int) -> None:
+    """Raise ApiError 400 for JSON with too many values or too deeply nested. Much cheaper than parsing it."""
+    # Without escaped characters, each quotation mark starts or ends a string.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
+    structure = plain.translate(None, NOT_STRUCTURE)
+    # At most one comma, one colon, two brackets and two quotation marks for each name or value. Those in strings count, too.
+    if len(structure) > 6 * max_values:
+        raise ApiError(400, f"The body has too many values, must be at most {max_values}.", code="invalid_json")
+    depth = 0
+    for char in b"".join(structure.split(b'"')[::2]):
+        depth += (char in b"[{") - (char in b"]}")
+        if depth > JSON_DEPTH:
+            raise ApiError(400, f"The body is nested too deeply, must be at most {JSON_DEPTH} levels.", code="invalid_json")
 
 
 def _reject_constant(name: str) -> None:
@@ -281,11 +407,3 @@ def _add_form_field(fields: dict[str, Any], name: str, value: str | UploadFile) 
         fields[head] = [*(previous if isinstance(previous, list) else [previous]), value]
     else:
         fields[head] = value
-
-
-def _check_image(path: Path, param: str) -> None:
-    try:
-        read_image(path)
-    except MediaError as error:
-        # Without the path on the server.
-        raise invalid(param, str(error).removeprefix(f"{path}: "), "invalid_image") from None

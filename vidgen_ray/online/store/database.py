@@ -7,7 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
@@ -22,6 +23,8 @@ BUSY_TIMEOUT_S = 30
 WAL_RETRY_S = 0.05
 MAX_GROUP = 64
 """Most calls of `Database.write` that share one transaction."""
+POOL_SIZE = 48
+"""Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
 
@@ -154,19 +157,36 @@ def _engine(url: str, durable: bool) -> Engine:
     backend = parsed.get_backend_name()
     if backend == "postgresql":
         try:
-            return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S)
+            return create_engine(
+                parsed.set(drivername="postgresql+psycopg"),
+                pool_pre_ping=True,
+                # PostgreSQL allows 100 connections by default, so those beyond a few are closed after use.
+                pool_size=POOL_SIZE // 4,
+                max_overflow=POOL_SIZE - POOL_SIZE // 4,
+                pool_timeout=BUSY_TIMEOUT_S,
+            )
         except ModuleNotFoundError:
             raise SetupError("database: PostgreSQL needs `pip install vidgen-ray[postgres]`") from None
     if backend != "sqlite" or parsed.database in (None, "", ":memory:"):
         raise SetupError(
             "database: must be an SQLite file, sqlite:///FILE, or PostgreSQL, postgresql://USER:PASSWORD@HOST/NAME"
         )
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_timeout=BUSY_TIMEOUT_S)
+    _make_private(parsed.database)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=POOL_SIZE, pool_timeout=BUSY_TIMEOUT_S)
     event.listen(engine, "connect", _set_up_sqlite)
     if not durable:
         event.listen(engine, "connect", _sync_less_often)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _make_private(database: str) -> None:
+    """Create the files of an SQLite database for their owner only: they contain prompts."""
+    with suppress(OSError):  # opening the database reports it
+        Path(database).touch(mode=0o600)
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError, PermissionError):
+            Path(f"{database}{suffix}").chmod(0o600)
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:

@@ -106,9 +106,11 @@ UPLOADS = Table(
     Column("file", String(128), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Column("used_at", Float(53)),
     Index("vidgen_uploads_by_file", "file"),
+    Index("vidgen_uploads_by_use", "used_at"),
 )
-"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder."""
+"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder. `used_at` is never null."""
 
 OUTBOX = Table(
     "vidgen_outbox",

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select, update
 
+from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.store.database import Database
-from vidgen_ray.online.store.jobs import FINAL
-from vidgen_ray.online.store.schema import JOBS, UPLOADS
+from vidgen_ray.online.store.schema import CHARACTERS, JOBS, UPLOADS
+
+MIN_COUNTED_BYTES = 4096
+"""Bytes that an upload counts at least: a block of the disk."""
+USE_RESOLUTION_S = 3600.0
+"""The time of the last use is updated at most this often, since each update is a write."""
+EXPIRY_BATCH = 100
+"""Uploads checked in one transaction, which blocks other writes."""
+
+
+class StorageFull(VidgenError):
+    """The tenant's uploads reach the limit."""
 
 
 class Upload(BaseModel):
@@ -22,6 +33,8 @@ class Upload(BaseModel):
     file: str
     bytes: int
     created_at: float
+    used_at: float | None = None
+    """Time of the last request that named the upload or sent the file again."""
 
 
 class UploadRecords:
@@ -31,13 +44,20 @@ class UploadRecords:
         self._database = database
         self._now = now
 
-    def add(self, tenant: str, upload_id: str, file: str, size: int) -> Upload:
-        """Record an upload. Return the existing record if the tenant has uploaded the file before."""
+    def add(self, tenant: str, upload_id: str, file: str, size: int, max_bytes: int | None = None) -> Upload:
+        """Record an upload. Return the existing record if the tenant has uploaded the file before.
+
+        Raises StorageFull if all uploads of the tenant would have more than `max_bytes` bytes.
+        """
         own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
         with self._database.transaction() as transaction:
             if (row := transaction.connection.execute(select(UPLOADS).where(*own)).one_or_none()) is not None:
+                transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
                 return _upload(row)
-            upload = Upload(id=upload_id, tenant=tenant, file=file, bytes=size, created_at=self._now())
+            if max_bytes is not None:
+                _check_space(transaction.connection, tenant, size, max_bytes)
+            now = self._now()
+            upload = Upload(id=upload_id, tenant=tenant, file=file, bytes=size, created_at=now, used_at=now)
             transaction.connection.execute(insert(UPLOADS).values(**upload.model_dump()))
             return upload
 
@@ -47,6 +67,42 @@ class UploadRecords:
         with self._database.read_connection() as connection:
             row = connection.execute(query).one_or_none()
         return None if row is None else _upload(row)
+
+    def use(self, upload_id: str, tenant: str) -> Upload | None:
+        """Return the tenant's upload and record that it is used, or return `None`."""
+        upload = self.get(upload_id, tenant)
+        if upload is not None and (upload.used_at is None or upload.used_at < self._now() - USE_RESOLUTION_S):
+            own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
+            with self._database.transaction() as transaction:
+                transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
+        return upload
+
+    def expire(self, unused_s: float, remove: Callable[[str], None]) -> int:
+        """Delete the uploads whose last use is more than `unused_s` seconds ago. Return how many were deleted.
+
+        Photos of characters and files of unfinished jobs count as used. `remove` deletes files that are no longer referenced.
+        """
+        before = self._now() - unused_s
+        expired = select(UPLOADS).where(UPLOADS.c.used_at < before).limit(EXPIRY_BATCH)
+        deleted = 0
+        while True:
+            with self._database.read_connection() as connection:
+                candidates = connection.execute(expired).all()
+            if not candidates:
+                return deleted
+            with self._database.transaction() as transaction:
+                for row in candidates:
+                    own = [UPLOADS.c.tenant == row.tenant, UPLOADS.c.id == row.id]
+                    if _is_needed(transaction.connection, row.tenant, row.id, row.file):
+                        transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))
+                        continue
+                    # It may have been used since it was selected.
+                    is_deleted = transaction.connection.execute(
+                        delete(UPLOADS).where(*own, UPLOADS.c.used_at < before)
+                    ).rowcount
+                    if is_deleted:
+                        deleted += 1
+                        _remove_unreferenced(transaction.connection, [row.file], remove)
 
     def delete(self, upload_id: str, tenant: str, remove: Callable[[str], None]) -> bool:
         """Delete an upload, and call `remove` if its file is no longer referenced.
@@ -68,13 +124,31 @@ class UploadRecords:
                 _remove_unreferenced(transaction.connection, candidates, remove)
 
 
+def _check_space(connection: Connection, tenant: str, size: int, max_bytes: int) -> None:
+    counted = func.sum(UPLOADS.c.bytes), func.count()
+    stored, number = connection.execute(select(*counted).where(UPLOADS.c.tenant == tenant)).one()
+    used = max(int(stored or 0), number * MIN_COUNTED_BYTES)
+    if used + max(size, MIN_COUNTED_BYTES) > max_bytes:
+        raise StorageFull(f"Uploads use {used} bytes, this one has {size}; all together may use {max_bytes}")
+
+
+def _is_needed(connection: Connection, tenant: str, upload_id: str, file: str) -> bool:
+    """Return whether an upload is a photo of a character, or its file an input of an unfinished job."""
+    photos = select(CHARACTERS.c.id).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.photos.contains(upload_id)).limit(1)
+    return connection.execute(photos).first() is not None or _has_open_job(connection, file)
+
+
+def _has_open_job(connection: Connection, file: str) -> bool:
+    # The name is a sha256, so it cannot match other text by chance.
+    query = select(JOBS.c.id).where(JOBS.c.completed_at.is_(None), JOBS.c.shot.contains(file)).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def _remove_unreferenced(connection: Connection, files: Iterable[str], remove: Callable[[str], None]) -> None:
     """Remove files that belong to no upload and to no job that is queued or in progress."""
     for file in files:
-        uploaded = select(func.count()).where(UPLOADS.c.file == file)
-        # The name is a sha256, so it cannot match other text by chance.
-        used = select(func.count()).where(JOBS.c.state.not_in(FINAL), JOBS.c.shot.contains(file))
-        if not any(connection.execute(query).scalar_one() for query in (uploaded, used)):
+        uploaded = select(UPLOADS.c.id).where(UPLOADS.c.file == file).limit(1)
+        if connection.execute(uploaded).first() is None and not _has_open_job(connection, file):
             remove(file)
 
 

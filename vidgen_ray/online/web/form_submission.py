@@ -9,8 +9,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.media import read_image
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.face_check import PhotoFiles
 from vidgen_ray.online.inputs.uploads import ReceivedRequest
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.characters import Character, NameTaken
@@ -111,14 +111,14 @@ async def _store_images(context: PageContext, tenant: Tenant, files: Sequence[Up
     ids = []
     for file in files:
         await file.seek(0)
-        upload = await run_in_threadpool(context.server.job_service.uploads.store, tenant.name, file.file, control)
+        upload = await context.server.job_service.uploads.store(tenant, file.file, control)
         ids.append(upload.id)
     return ids
 
 
 def _check_faces(context: PageContext, tenant: Tenant, ids: Sequence[str]) -> None:
     paths = [context.server.job_service.uploads.find(tenant.name, each) for each in ids]
-    context.server.face_check.check([read_image(path) for path in paths if path is not None])
+    context.server.face_check.check(PhotoFiles([path for path in paths if path is not None]))
 
 
 async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | None:

@@ -1,0 +1,146 @@
+"""Ports of the local Ray and of Serve, servers that refuse to start, and modes of files."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from tests.conftest import ASTRONAUT
+from tests.online.directors import LOCAL, local_server
+from vidgen_ray.online.auth import hash_key, is_loopback
+from vidgen_ray.online.settings import OnlineSettings
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import json, os, sys
+import grpc, psutil
+from ray import serve
+from vidgen_ray.engine.ray_cluster import init_local_ray, requires_token
+from vidgen_ray.errors import SetupError
+from vidgen_ray.online.application import build
+from vidgen_ray.online.settings import OnlineSettings
+
+init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100_000_000, _temp_dir=sys.argv[1])
+found = {"requires_token": requires_token(), "refused": []}
+def try_to_build(host):
+    try:
+        build(OnlineSettings(profile="tiny", data=sys.argv[2], host=host))
+    except SetupError as error:
+        found["refused"].append(str(error))
+
+for keys in ("", os.environ.pop("KEYS")):
+    os.environ["VIDGEN_API_KEYS"] = keys
+    try_to_build("0.0.0.0")
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1})
+class Nothing:
+    pass
+
+serve.start(http_options={"host": os.environ["SERVE_HOST"], "port": int(os.environ["SERVE_PORT"])})
+try_to_build("127.0.0.1")
+serve.run(Nothing.bind())
+sockets = [
+    (process.name(), connection.laddr)
+    for process in psutil.Process().children(recursive=True)
+    for connection in process.net_connections("inet")
+    if connection.status == psutil.CONN_LISTEN
+]
+found["listening"] = [(name, *address) for name, address in sockets]
+found["grpc"] = []
+for name, (ip, port) in sockets:
+    if ip == "::":
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=20)
+            except grpc.RpcError as error:
+                found["grpc"].append(error.code().name)
+print("FOUND", json.dumps(found))
+"""
+
+
+def ray_with(mode: str | None, tmp_path: Path, short: Path, host: str = "127.0.0.1") -> dict:
+    """Run the program in a process with a home folder of its own and return what it found. `host`: that of Serve."""
+    with socket.create_server((host, 0)) as free:
+        serve = {"SERVE_HOST": host, "SERVE_PORT": str(free.getsockname()[1])}
+    environment = {**os.environ, **serve, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "KEYS": f"ada={hash_key('k')}"}
+    environment.pop("RAY_AUTH_MODE")
+    if mode is not None:
+        environment["RAY_AUTH_MODE"] = mode
+    command = [sys.executable, "-c", PROGRAM, str(short), str(tmp_path / "data")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
+
+
+@pytest.fixture
+def short(tmp_path_factory):
+    """Folder with a short path: paths of sockets are limited to 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="vx", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_local_ray_requires_its_token_and_listens_on_loopback(tmp_path, short):
+    found = ray_with(None, tmp_path, short)
+    assert found["requires_token"]
+    beyond = [(name, ip) for name, ip, _ in found["listening"] if not is_loopback(ip.removeprefix("::ffff:"))]
+    assert {name for name, _ in beyond} <= {"ray::ServeReplica:default:Nothing"}, beyond
+    assert len(found["listening"]) > 8
+    assert found["grpc"] == ["UNAUTHENTICATED"] * len(beyond)
+    assert len(found["refused"]) == 1
+    assert "requires API keys" in found["refused"][0]
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o077 == 0
+    assert (tmp_path / ".ray").stat().st_mode & 0o077 == 0
+
+
+def test_server_beyond_loopback_is_refused_without_token_authentication(tmp_path, short):
+    found = ray_with("disabled", tmp_path, short, host="0.0.0.0")
+    assert not found["requires_token"]
+    assert found["grpc"] != ["UNAUTHENTICATED"]
+    without_keys, with_keys, with_another_host_of_serve = found["refused"]
+    assert with_another_host_of_serve == with_keys
+    assert "vidgen keys new" in without_keys
+    assert "ray get-auth-token --generate" in with_keys
+    assert "export RAY_AUTH_MODE=token" in with_keys
+
+
+def test_files_of_a_server_are_closed_to_other_users(tiny, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    (shared / "jobs.db").touch(mode=0o644)
+    for data, mode in ((tmp_path / "new", 0o700), (shared, 0o750)):
+        with local_server(tiny, OnlineSettings(profile="tiny", data=str(data))) as server:
+            photo = {"file": ("a.png", ASTRONAUT.read_bytes())}
+            assert TestClient(server.app, **LOCAL).post("/v1/files", files=photo).status_code == 200
+            assert data.stat().st_mode & 0o777 == mode
+            assert (data / "inputs").stat().st_mode & 0o777 == 0o700
+            private = [*data.glob("jobs.db*"), *(data / "inputs").iterdir()]
+            assert len(private) == 4
+            assert {path.stat().st_mode & 0o777 for path in private} == {0o600}
+
+
+@pytest.mark.parametrize("file", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_documented_starts_of_ray_require_the_token(file):
+    text = (ROOT / file).read_text()
+    for block in re.findall(r"```.*?```", text, re.DOTALL):
+        if "ray start" in block:
+            assert block.index("export RAY_AUTH_MODE=token") < block.index("ray start"), block
+        assert "--host 0.0.0.0" not in block
+        assert "host: 0.0.0.0" not in block
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "serve_configs").iterdir()), ids=lambda path: path.stem)
+def test_shipped_configs_name_the_token_and_listen_on_loopback(file):
+    text = file.read_text()
+    config = yaml.safe_load(text)
+    assert text.index("export RAY_AUTH_MODE=token") < text.index("serve deploy")
+    assert config["http_options"]["host"] == config["applications"][0]["args"]["host"] == "127.0.0.1"

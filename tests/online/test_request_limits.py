@@ -1,0 +1,297 @@
+"""Limits inside a request and between tenants: memory, JSON, error messages, stored bytes, expiry and shared results."""
+
+import asyncio
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from tests.conftest import ASTRONAUT
+from tests.online.directors import LOCAL, listening_on_a_port, local_server
+from tests.online.test_api_limits import png
+from tests.online.test_api_videos import SMALL, ended, error_of, made
+from vidgen_ray.errors import MediaError, ScriptError
+from vidgen_ray.media import image_size, read_image, verify_image
+from vidgen_ray.online.asgi_app import FRAMEWORK_THREADS, THREADS
+from vidgen_ray.online.auth import hash_key
+from vidgen_ray.online.inputs import uploads
+from vidgen_ray.online.inputs.memory import ByteBudget
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.script.reader import check_shot
+
+DAY_S = 24 * 3600
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    caps = {"json_values": 1000, "decode_bytes": 2 * 64 * 64 * uploads.BYTES_PER_PIXEL}
+    with local_server(tiny, settings_with_keys(folder, uploads=caps)) as running:
+        yield running
+
+
+def settings_with_keys(folder, **settings) -> OnlineSettings:
+    keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}")} for name in ("ada", "bob")]
+    keys.append({"tenant": "full", "sha256": hash_key("vg-full"), "limits": {"stored_bytes": 10_000}})
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    return OnlineSettings(profile="tiny", data=str(folder / "out"), keys_file=folder / "keys.yaml", poll_s=0.02, **settings)
+
+
+def client_of(server, tenant="ada") -> TestClient:
+    headers = {"Authorization": f"Bearer vg-{tenant}"}
+    return TestClient(server.app, base_url="http://videos.example", headers=headers, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return client_of(server)
+
+
+# JSON and forms
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('{"metadata": {"a": [' + "0," * 10_000 + "0]}}", "too many values"),
+        ('{"metadata": ' + '{"a":' * 40 + "0" + "}" * 41, "nested too deeply"),
+        ("[" * 50_000, "too many values"),
+        (json.dumps(SMALL).encode("utf-16"), "not valid JSON"),
+    ],
+)
+def test_json_is_refused_before_it_is_parsed(client, monkeypatch, body, message):
+    parsed = []
+    monkeypatch.setattr(uploads, "json", SimpleNamespace(loads=lambda *args, **_: parsed.append(args)))
+    response = client.post("/v1/videos", content=body, headers={"Content-Type": "application/json"})
+    assert message in error_of(response, 400)["message"]
+    assert parsed == []
+
+
+def test_json_structure_inside_strings_does_not_count_as_depth(client):
+    prompt = '\\"' * 20 + "[{" * 60 + '\\\\" ]'
+    assert client.post("/v1/videos", json={**SMALL, "prompt": prompt}).json()["prompt"] == prompt
+
+
+def test_text_of_a_form_is_limited(client):
+    text = {f"field{number}": "x" * 900_000 for number in range(3)}
+    for more in ({"files": {"face_image": ("a.png", png())}}, {}):
+        assert client.post("/v1/videos", data=text, **more).status_code in (400, 413)
+    many = client.post("/v1/videos", data={f"f{number}": "x" for number in range(300)})
+    assert "fields" in error_of(many, 400)["message"]
+
+
+@pytest.mark.parametrize("field", ["size", "model", "lora", "character", "mode", "x", "seconds", "steps", "input_reference"])
+def test_error_messages_are_short(client, field):
+    response = client.post("/v1/videos", json={**SMALL, field: "9x" * 3_000_000})
+    assert 400 <= response.status_code < 500
+    assert len(response.content) < 5_000
+    name = client.post("/v1/videos", json={**SMALL, field * 1_000_000: 1})
+    assert len(error_of(name, 400)["message"]) < 5_000
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": True}, {"steps": {"flux": True}}, {"extra_params": {"fps": True}}, {"seconds": False}]
+)
+def test_boolean_is_not_a_number(client, fields):
+    error = error_of(client.post("/v1/videos", json={**SMALL, **fields}), 400)
+    assert "true" in error["message"] or "false" in error["message"]
+    assert error["param"].split(".")[0] in ("seed", "steps", "fps", "seconds")
+
+
+def test_boolean_is_not_a_number_in_scripts(tiny):
+    with pytest.raises(ScriptError, match="seed: got 'true'"):
+        check_shot({"prompt": "a", "seed": True}, "s.jsonl", tiny.defaults)
+
+
+def test_wrong_reference_is_reported_under_its_name(client):
+    for name in ("input_reference", "image_reference"):
+        for unknown in (f"file-{'0' * 64}", "file-1"):
+            error = error_of(client.post("/v1/videos", json={**SMALL, name: {"file_id": unknown}}), 400)
+            assert (error["param"], error["code"]) == (name, "file_not_found")
+
+
+def test_openapi_document_requires_a_key(server, client, tiny, tmp_path):
+    assert "paths" in client.get("/openapi.json").json()
+    anonymous = TestClient(server.app, base_url="http://videos.example", raise_server_exceptions=False)
+    assert error_of(anonymous.get("/openapi.json"), 401)["code"] == "invalid_api_key"
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path), docs=False)) as without:
+        assert TestClient(without.app, **LOCAL).get("/openapi.json").status_code == 404
+
+
+# Memory
+
+
+def test_images_are_decoded_within_the_budget(server, monkeypatch):
+    """The budget has room for two of these images."""
+    active, most, lock, both = 0, 0, threading.Lock(), threading.Barrier(2)
+
+    def verify(path):
+        nonlocal active, most
+        with lock:
+            active += 1
+            most = max(most, active)
+        both.wait(60)
+        verify_image(path)
+        with lock:
+            active -= 1
+
+    monkeypatch.setattr(uploads, "verify_image", verify)
+    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(6) as pool:
+
+        def upload(number):
+            files = {"file": ("a.png", png() + bytes([number]))}
+            return httpx.post(
+                f"{url}/v1/files", files=files, headers={"Authorization": "Bearer vg-ada"}, timeout=60
+            ).status_code
+
+        assert list(pool.map(upload, range(6))) == [200] * 6
+    assert most == 2
+
+
+def test_budget_is_first_come_first_served_and_survives_cancellation():
+    async def run() -> list[str]:
+        budget, order = ByteBudget(10), []
+
+        async def use(name, count):
+            async with budget.reserve(count):
+                order.append(name)
+
+        async with budget.reserve(6):
+            waiting = [asyncio.create_task(use(name, count)) for name, count in (("large", 8), ("gone", 9), ("small", 1))]
+            await asyncio.sleep(0)
+            waiting[1].cancel()
+            await asyncio.sleep(0)
+            assert order == []
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await use("above the limit", 1000)
+        return order
+
+    assert asyncio.run(run()) == ["large", "small", "above the limit"]
+
+
+def test_image_size_and_verification_agree_with_decoding(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    assert image_size(path) == read_image(path).shape[:2] == (30, 20)
+    verify_image(path)
+    path.write_bytes(ASTRONAUT.read_bytes()[:-2000])
+    assert image_size(path)
+    with pytest.raises(MediaError):
+        verify_image(path)
+
+
+def test_database_has_a_connection_for_each_thread(database_url):
+    store = JobStore(database_url)
+    threads = THREADS + FRAMEWORK_THREADS
+    everyone = threading.Barrier(threads)
+
+    def hold():
+        with store._database.read_connection() as connection:
+            connection.exec_driver_sql("SELECT 1")
+            everyone.wait(20)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for task in [pool.submit(hold) for _ in range(threads)]:
+            task.result()
+    store.close()
+
+
+# Stored files
+
+
+def test_stored_bytes_of_a_tenant_are_limited(server):
+    full = client_of(server, "full")
+    ids = [full.post("/v1/files", files={"file": ("a", png(side, side))}).json()["id"] for side in (64, 65)]
+    # Small files count as 4096 bytes.
+    again = full.post("/v1/files", files={"file": ("a", png(64, 64))})
+    assert again.json()["id"] == ids[0]
+    refused = full.post("/v1/videos", data=SMALL, files={"input_reference": ("a", png(66, 66))})
+    error = error_of(refused, 413)
+    assert error["code"] == "storage_full"
+    assert "may use 10000" in error["message"]
+    assert full.delete(f"/v1/files/{ids[0]}").status_code == 200
+    assert full.post("/v1/files", files={"file": ("a", png(66, 66))}).status_code == 200
+    assert client_of(server, "bob").post("/v1/files", files={"file": ("a", png(67, 67))}).status_code == 200
+
+
+def test_unused_uploads_expire(tiny, tmp_path, database_url):
+    settings = OnlineSettings(
+        profile="tiny", data=str(tmp_path), database=database_url, poll_s=0.02, uploads={"unused_s": 5 * DAY_S}
+    )
+    with local_server(tiny, settings) as server:
+        client = TestClient(server.app, **LOCAL)
+        folder, records = server.app.state.server.job_service.uploads, server.store.uploads
+        sides = {"unused": 64, "used": 65, "queued": 66}
+        ids = {
+            name: client.post("/v1/files", files={"file": ("a", png(side, side))}).json()["id"] for name, side in sides.items()
+        }
+        ids["character"] = client.post(
+            "/v1/videos/characters", data={"name": "Me"}, files={"image": ("a", ASTRONAUT.read_bytes())}
+        ).json()["photos"][0]
+        server.director.held.set()
+        made(client, input_reference={"file_id": ids["queued"]})
+        now = records._now
+        records._now = lambda: now() + 4 * DAY_S
+        folder.expire()
+        assert {name for name, each in ids.items() if records.get(each, "local")} == set(ids)
+        job = made(client, input_reference={"file_id": ids["used"]})
+        client.post(f"/v1/videos/{job['id']}/cancel")
+        records._now = lambda: now() + 6 * DAY_S
+        folder.expire(retention_s=60 * DAY_S)
+        left = {name for name, each in ids.items() if records.get(each, "local")}
+        assert left == {"used", "queued", "character"}
+        assert {path.name for path in (tmp_path / "inputs").iterdir()} == {ids[name].removeprefix("file-") for name in left}
+        records._now = lambda: now() + 8.5 * DAY_S
+        folder.expire(retention_s=2 * DAY_S)
+        assert {name for name, each in ids.items() if records.get(each, "local")} == {"queued", "character"}
+
+
+# Tenants
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_another_tenants_result_is_reused_only_if_allowed(tiny, tmp_path, shared):
+    with local_server(tiny, settings_with_keys(tmp_path, share_results_between_tenants=shared)) as server:
+        ada, bob = client_of(server, "ada"), client_of(server, "bob")
+        first = ended(ada, made(ada, seed=1)["id"])
+        assert first["status"] == "completed"
+        server.director.held.set()
+        assert made(ada, seed=1)["status"] == "completed"
+        assert made(bob, seed=1)["status"] == ("completed" if shared else "queued")
+        server.director.held.clear()
+        server.director.wake()
+        (own,) = [video["id"] for video in bob.get("/v1/videos").json()["data"]]
+        assert ended(bob, own)["status"] == "completed"
+        assert len(server.director.rendered) == (1 if shared else 2)
+        paths = [client.get(f"/v1/videos/{video}/content") for client, video in ((ada, first["id"]), (bob, own))]
+        assert paths[0].content == paths[1].content
+
+
+def test_queued_job_keeps_its_key_when_the_setting_changes(tiny, tmp_path):
+    with local_server(tiny, settings_with_keys(tmp_path, share_results_between_tenants=True)) as server:
+        server.director.held.set()
+        video = made(client_of(server), seed=1)
+    with local_server(tiny, settings_with_keys(tmp_path)) as server:
+        client = client_of(server)
+        assert ended(client, video["id"])["status"] == "completed"
+        assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
+
+
+def test_keys_without_a_salt_are_those_of_batch(tiny, tmp_path):
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path))) as server:
+        video = made(TestClient(server.app, **LOCAL), seed=1)
+        job = server.store.get(video["id"], None)
+        plan = server.serving_profile.plan
+        assert job.key == plan(job.shot).key
+        salted = plan(job.shot, "ada")
+        assert {step.key for step in salted.steps}.isdisjoint(step.key for step in plan(job.shot).steps)
