@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import MediaError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.media import open_video, read_image
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.outputs.stage_cache import StageCache
@@ -40,7 +41,7 @@ def newest_preview(server: ServerContext, job: Job) -> Preview | None:
     Returns `None` before the first one.
     """
     try:
-        plan = server.serving_profile.plan(job.shot)
+        plan = plan_job(job, server.serving_profile, server.settings)
     except VidgenError:  # for example a deleted photo; the job itself reports it
         return None
     duration_s = job.shot.num_frames / job.shot.fps

@@ -8,8 +8,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.media import read_image
+from vidgen_ray.media import image_size
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.inputs.face_check import PhotoFiles
 from vidgen_ray.online.previews import encode_thumbnail
 from vidgen_ray.online.web.forms import FormError
 from vidgen_ray.online.web.page_context import PageContext
@@ -45,30 +46,26 @@ class FormImage:
 
 async def store_image(context: PageContext, tenant: Tenant, file: UploadFile, control: ImageControl) -> FormImage:
     """Store a chosen image, and find the faces of a photo. Raises FormError for a photo without a face, ApiError."""
-    uploads = context.server.job_service.uploads
-    upload = await run_in_threadpool(uploads.store, tenant.name, file.file, control)
+    uploads, face_check = context.server.job_service.uploads, context.server.face_check
+    upload = await uploads.store(tenant, file.file, control)
     path = uploads.find(tenant.name, upload.id)
     assert path is not None
-
-    def open_image() -> FormImage:
-        image = read_image(path)
-        height, width = image.shape[:2]
-        faces: tuple[Box, ...] = ()
-        if control == "photo":
-            (detected,) = context.server.face_check.check([image])
-            faces = tuple(_box(face.box, face is detected.chosen) for face in detected.faces)
-        return FormImage(upload.id, control, width, height, faces)
-
-    try:
-        return await context.server.face_check.run_exclusively(open_image)
-    except StageError as error:
-        raise FormError({control: face_message(error)}) from None
+    width, height = await run_in_threadpool(image_size, path)
+    faces: tuple[Box, ...] = ()
+    if control == "photo":
+        try:
+            (detected,) = await face_check.run_exclusively(lambda: face_check.check(PhotoFiles([path])))
+        except StageError as error:
+            raise FormError({control: face_message(error)}) from None
+        faces = tuple(_box(face.box, face is detected.chosen) for face in detected.faces)
+    return FormImage(upload.id, control, width, height, faces)
 
 
-def thumbnail_of(context: PageContext, tenant: Tenant, upload_id: str) -> bytes | None:
+async def thumbnail_of(context: PageContext, tenant: Tenant, upload_id: str) -> bytes | None:
     """Return a small WebP of a stored image, or `None` if the tenant has no such image."""
-    path = context.server.job_service.uploads.find(tenant.name, upload_id)
-    return None if path is None else encode_thumbnail(read_image(path))
+    uploads = context.server.job_service.uploads
+    path = await run_in_threadpool(uploads.find, tenant.name, upload_id)
+    return None if path is None else await run_in_threadpool(encode_thumbnail, await uploads.read(path))
 
 
 def face_message(error: StageError) -> str:

@@ -91,7 +91,7 @@ def page_routes(context: PageContext) -> APIRouter:
         return JSONResponse({"id": image.id, "html": html, "faces": len(image.faces)}, 201, HEADERS)
 
     async def show_image(request: Request, tenant: Tenant) -> Response:
-        webp = await run_in_threadpool(thumbnail_of, context, tenant, request.path_params["upload_id"])
+        webp = await thumbnail_of(context, tenant, request.path_params["upload_id"])
         if webp is None:
             return Response(status_code=404, headers=HEADERS)
         caching = {"Cache-Control": f"private, max-age={THUMBNAIL_AGE_S}"}
