@@ -19,6 +19,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.mcp import mcp
@@ -64,6 +65,7 @@ app = typer.Typer(
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
 app.command()(mcp)
+app.command()(film)
 
 ScriptArgument = Annotated[
     Path,
