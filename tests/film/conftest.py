@@ -23,11 +23,14 @@ RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)
 
 
 def write_clip(path: Path, colour=RED, frames=6, fps=6, size=(64, 48), encode=FAST, sound=None) -> None:
-    """Write a clip of one colour. `sound` is (2, samples) at 48 kHz, or at 44.1 kHz if it is a tuple (samples, 44100)."""
+    """Write a clip of one colour, or of a list of colours, one per frame.
+
+    `sound` is (2, samples) at 48 kHz, or a tuple of samples and their rate.
+    """
     video = path if sound is None else path.with_suffix(".silent.mp4")
     with Mp4Writer(video, *size, fps, encode) as clip:
-        for _ in range(frames):
-            clip.write(np.full((1, size[1], size[0], 3), colour, np.uint8))
+        for pixel in colour if isinstance(colour, list) else [colour] * frames:
+            clip.write(np.full((1, size[1], size[0], 3), pixel, np.uint8))
     if sound is None:
         return
     samples, rate = sound if isinstance(sound, tuple) else (sound, 48_000)
@@ -61,8 +64,8 @@ class Shots:
         """Add a finished shot and return its file."""
         folder = self.root / shot_path(shot_id)
         folder.mkdir(parents=True, exist_ok=True)
-        colour, (width, height) = clip.get("colour", RED), clip.get("size", (64, 48))
-        write_png(folder / "image.png", np.full((height, width, 3), colour, np.uint8))
+        width, height = clip.get("size", (64, 48))
+        write_png(folder / "image.png", np.full((height, width, 3), GREEN, np.uint8))
         files = {"image.png"}
         if not image_only:
             write_clip(folder / "video.mp4", **clip)
@@ -89,7 +92,7 @@ class Shots:
         self._rows = [row for row in self._rows if row.id != shot_id]
         number = line or len(self._rows) + 1
         self._rows.append(ManifestRow(run="r", script=script, id=shot_id, line=number, **columns))
-        (self.root / "manifest").mkdir(exist_ok=True)
+        (self.root / "manifest").mkdir(parents=True, exist_ok=True)
         table = pyarrow.Table.from_pylist([row.model_dump() for row in self._rows], schema=SCHEMA)
         pyarrow.parquet.write_table(table, self.root / "manifest" / "r-0.parquet")
 
