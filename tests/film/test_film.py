@@ -195,6 +195,15 @@ def test_title_card_shows_white_text_on_black(shots, film, tmp_path):
         assert opened.metadata["title"] == "A day at sea"
 
 
+def test_scene_titles_are_put_before_the_first_shot_of_each_scene(shots, film):
+    for shot_id, scene in (("a", "Morning"), ("b", "Morning"), ("c", "Evening")):
+        shots.add(shot_id, frames=1, metadata={"scene": scene})
+    report, frames = film(scene_titles=True, title_s=0.5)
+    brightness = [bool(frame.mean() > 60) for frame in frames]
+    assert brightness == [False] * 3 + [True] * 2 + [False] * 3 + [True]
+    assert report.shots == 3
+
+
 def test_shot_without_a_clip_is_shown_as_a_still(shots, film):
     shots.add("a", image_only=True)
     shots.add("b", colour=RED)

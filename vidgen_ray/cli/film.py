@@ -6,23 +6,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import JsonOption
+from vidgen_ray.cli.options import CharactersOption, JsonOption
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.make_film import FilmReport, make_film
 from vidgen_ray.film.selection import Candidate, manifest_candidates, with_reasons
-from vidgen_ray.film.settings import FilmSettings, film_settings, read_film_file
+from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.script.reader import RejectedLine, ScriptSettings, iter_script
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.named_fields import read_characters
+from vidgen_ray.script.reader import iter_script
+from vidgen_ray.script.settings import ScriptSettings
 
 
 def _help(field: str) -> str:
-    return FilmSettings.model_fields[field].description or ""
+    described = FilmSettings.model_fields[field]
+    default = f" Default: {described.default}." if described.default else ""
+    return f"{described.description}{default}"
 
 
 def film(
@@ -34,14 +40,17 @@ def film(
     script: Annotated[
         Path | None,
         typer.Option(
-            "--script", help="Take the choice, order and metadata of the shots from this script. Default: from the manifest."
+            "--script",
+            help="Take the shots, their order and metadata, and the section `film` from this script. Default: the manifest.",
         ),
     ] = None,
+    characters: CharactersOption = None,
     ids: Annotated[
         list[str] | None,
         typer.Option("--ids", metavar="ID,ID", help="Shots of the film in this order. Repeatable. Default: all."),
     ] = None,
     title: Annotated[str | None, typer.Option("--title", help=_help("title"))] = None,
+    scene_titles: Annotated[bool, typer.Option("--scene-titles", help=_help("scene_titles"))] = False,
     size: Annotated[str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help=_help("size"))] = None,
     fps: Annotated[str | None, typer.Option("--fps", help=_help("fps"))] = None,
     variant: Annotated[str | None, typer.Option("--variant", metavar="hd|video", help=_help("variant"))] = None,
@@ -65,6 +74,7 @@ def film(
     """
     given = {
         "title": title,
+        "scene_titles": scene_titles or None,
         "size": size,
         "fps": fps,
         "variant": variant,
@@ -79,13 +89,14 @@ def film(
         "loudness_lufs": loudness,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    settings = film_settings({**(read_film_file(film_file) if film_file else {}), **options}, "vidgen film")
+    described = {**(_film_of_script(script) if script else {}), **(read_film_file(film_file) if film_file else {})}
+    settings = film_settings({**described, **options}, "vidgen film")
     outputs = OutputFolder(out)
     if outputs.storage.local is not None and not outputs.storage.local.is_dir():
         raise SetupError(f"output folder {outputs.url}: does not exist")
     candidates = manifest_candidates(outputs.storage)
     if script is not None:
-        candidates = with_reasons(_script_candidates(script), candidates)
+        candidates = with_reasons(_script_candidates(script, characters), candidates)
     report = _make(outputs, settings, path, candidates, _split(ids), skip_missing)
     for note in report.notes:
         typer.echo(f"vidgen: {note}", err=True)
@@ -120,10 +131,16 @@ def _make(
         )
 
 
-def _script_candidates(script: Path) -> list[Candidate]:
+def _film_of_script(script: Path) -> dict[str, Any]:
+    """Return the section `film` of a .yaml script. Empty for other scripts. Raises ScriptError for invalid fields."""
+    header, _ = open_script(script)
+    return checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
+
+
+def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]:
     """Return the shots of a script in order. A line that cannot be rendered again may still have a finished shot."""
     found = []
-    for line in iter_script(ScriptSettings(script)):
+    for line in iter_script(ScriptSettings(script, characters=read_characters(characters) if characters else {})):
         if isinstance(line, RejectedLine):
             metadata = line.fields.get("metadata")
             found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))

@@ -42,6 +42,8 @@ class ChosenShot(NamedTuple):
     """Clip or image, relative to the output folder."""
     sha256: str = ""
     is_clip: bool = False
+    scene: str | None = None
+    """Title of the scene."""
 
 
 def manifest_candidates(storage: Storage) -> list[Candidate]:
@@ -79,6 +81,7 @@ def choose_shots(
     """
     known = {candidate.id: candidate for candidate in candidates}
     chosen, missing = [], []
+    scene: str | None = None
     if settings.title is not None:
         chosen.append(ChosenShot("title", ShotSettings(), title=settings.title))
     entries = _entries(settings, candidates, ids)
@@ -90,8 +93,11 @@ def choose_shots(
         shot = _finished(outputs, settings, candidate, entry)
         if shot is None:
             missing.append(f"{entry.id}: {candidate.reason or f'not finished in {outputs.url}'}")
-        else:
-            chosen.append(shot)
+            continue
+        if settings.scene_titles and shot.scene is not None and shot.scene != scene:
+            scene = shot.scene
+            chosen.append(ChosenShot(f"title card of scene {scene!r}", ShotSettings(), title=scene))
+        chosen.append(shot)
     if missing and not skip_missing:
         raise MissingShots(missing, len(entries))
     if not any(shot.path for shot in chosen):
@@ -118,10 +124,17 @@ def _finished(outputs: OutputFolder, settings: FilmSettings, candidate: Candidat
     of_shot = shot_settings(metadata, f"shot {candidate.id}, metadata")
     merged = of_shot.model_copy(update={name: getattr(entry, name) for name in entry.model_fields_set & set(SHOT_FIELDS)})
     files = done.summary.sha256
-    for name in CLIP_FILES[settings.variant]:
-        if name in files:
-            return ChosenShot(candidate.id, merged, None, f"{done.summary.folder}/{name}", files[name], True)
-    return ChosenShot(candidate.id, merged, None, f"{done.summary.folder}/{IMAGE_FILE}", files[IMAGE_FILE])
+    clip = next((name for name in CLIP_FILES[settings.variant] if name in files), None)
+    name = clip or IMAGE_FILE
+    scene = metadata.get("scene")
+    return ChosenShot(
+        candidate.id,
+        merged,
+        path=f"{done.summary.folder}/{name}",
+        sha256=files[name],
+        is_clip=clip is not None,
+        scene=scene if isinstance(scene, str) and scene.strip() else None,
+    )
 
 
 def _natural(text: str) -> list[str | int]:

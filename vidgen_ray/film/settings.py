@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.invalid_fields import known_fields, shortened
 from vidgen_ray.media import MAX_PIXELS, Mp4Settings
 from vidgen_ray.strict_yaml import StrictLoader
 
@@ -109,6 +110,7 @@ class FilmSettings(_Section):
     """Description of a film. Relative paths in a file are relative to its folder."""
 
     title: Text | None = Field(None, description="Text of a title card at the start. Also the title in the file's metadata.")
+    scene_titles: bool = Field(False, description="Put a title card before each scene, from `scene` in the shots' metadata.")
     title_s: Seconds = Field(3.0, description="Seconds of a title card without `duration_s`.")
     size: FilmSize | None = Field(
         None, description="WIDTHxHEIGHT in pixels. Default: that of most shots. Other shots are scaled to fit, with black bars."
@@ -161,11 +163,14 @@ def read_film_file(path: Path) -> dict[str, Any]:
         raise _error(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
     if not isinstance(content, dict):
         raise _error(path.name, None, type(content).__name__, "must be fields such as `title: A day at sea`")
-    for name in FILES:
-        if isinstance(content.get(name), str):
-            content[name] = str(path.parent.absolute() / content[name])
-    film_settings(content, path.name)
-    return content
+    return checked_fields(content, path.parent, path.name)
+
+
+def checked_fields(fields: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
+    """Return the fields of a film, with paths relative to `folder` made absolute. Raises ScriptError that names `source`."""
+    paths = {name: str(folder.absolute() / fields[name]) for name in FILES if isinstance(fields.get(name), str)}
+    film_settings({**fields, **paths}, source)
+    return {**fields, **paths}
 
 
 def film_settings(fields: Mapping[str, Any], source: str) -> FilmSettings:
@@ -190,10 +195,10 @@ def _field_error(detail: Any, source: str) -> FieldError:
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).removeprefix(".")
     if detail["type"] == "extra_forbidden":
         names = (FilmEntry if field.startswith("shots[") else FilmSettings).model_fields
-        return FieldError(source, None, field, "an unknown field", f"must be one of {', '.join(names)}")
+        return FieldError(source, None, field, "an unknown field", known_fields(str(detail["loc"][-1]), names))
     allowed = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
-    got = "the fields" if isinstance(detail["input"], dict) else repr(detail["input"])
-    return FieldError(source, None, field or None, got if len(got) <= 80 else f"{got[:79]}…", allowed)
+    got = "the fields" if isinstance(detail["input"], dict) else shortened(detail["input"])
+    return FieldError(source, None, field or None, got, allowed)
 
 
 def _error(source: str, field: str | None, got: str, allowed: str) -> ScriptError:
