@@ -1,6 +1,6 @@
 """Seconds and peak memory of `vidgen film` for many clips: `python benchmarks/film.py --shots 1000 --size 1024x576`.
 
-Every shot has its own burnt-in caption, so that all pieces are rendered, with cross-fades, sound of the clips and music. A second
+Every shot has its own burnt-in caption, so that all pieces are rendered, with cross-fades, sound of clips and music. A second
 call measures a film of which nothing has changed. Prints one JSON object.
 """
 

@@ -33,6 +33,8 @@ AAC_BITS_PER_SECOND = 192_000
 TRUE_PEAK_DB = -1.5
 MAX_LOUDNESS_RANGE_LU = 50
 """loudnorm's largest. With a smaller one it would compress the dynamics instead of only changing the gain."""
+INTEGRATED = "lavfi.r128.I"
+"""Metadata of frames in which ebur128 reports the integrated loudness so far."""
 SILENCE_LUFS = -69.0
 """ebur128 reports -70 for silence."""
 MUSIC_FADE_S = 2.0
@@ -138,11 +140,12 @@ def _measure(tracks: Tracks, timeline: Timeline) -> _Loudness | None:
     """Return the loudness of the mix, or `None` if it is silent."""
     metadata: dict[str, str] = {}
     for frame in _mix(tracks, timeline, ["ebur128=metadata=1:peak=true"]):
-        metadata = frame.metadata
-    if not metadata or float(metadata["lavfi.r128.I"]) < SILENCE_LUFS:
+        # The last frame may be too short for a measurement of its own.
+        metadata = frame.metadata if INTEGRATED in frame.metadata else metadata
+    if not metadata or float(metadata[INTEGRATED]) < SILENCE_LUFS:
         return None
     peak = max(float(metadata["lavfi.r128.true_peak"]), 1e-4)
-    return _Loudness(float(metadata["lavfi.r128.I"]), float(metadata["lavfi.r128.LRA"]), 20 * math.log10(peak))
+    return _Loudness(float(metadata[INTEGRATED]), float(metadata["lavfi.r128.LRA"]), 20 * math.log10(peak))
 
 
 def _normalisation(measured: _Loudness | None, target_lufs: float) -> list[str]:
@@ -275,7 +278,7 @@ def _placed(placement: Placement) -> Iterator[Any]:
         tempo = [text for text in placement.filters if text.startswith("atempo")]
         rest = [text for text in placement.filters if not text.startswith("atempo")]
         length = _exact_length(placement.stop - placement.start)
-        sink = add_chain(graph, source, [*tempo, *length, *rest, "abuffersink"])
+        sink = add_chain(graph, source, [*tempo, *length, *rest, f"aformat={FORMAT}", "abuffersink"])
         graph.configure()
         yield from filtered(_numbered(frames), source, sink)
 
