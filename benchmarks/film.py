@@ -49,6 +49,7 @@ def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, cop
     entries = [{"id": f"clip-{n % CLIPS}", "caption": f"Caption of shot {n}"} for n in range(shots)]
     settings = {
         "transition": "cut" if copied else "fade",
+        "fade_s": 0.25,
         "captions": "file" if copied else "burn",
         "encode": {"preset": "ultrafast", "threads": 1},
         "shots": entries,

@@ -47,7 +47,8 @@ def level_db(samples, start_s, stop_s, hertz) -> float:
 @pytest.mark.parametrize("gain", [0.01, 0.9])
 def test_loudness_is_normalised(shots, film, tmp_path, gain):
     shots.add("a", frames=60)
-    music = np.random.default_rng(1).normal(0, gain / 4, (2, 480_000)).astype(np.float32)
+    # Without the highest octaves, which AAC removes.
+    music = np.repeat(np.random.default_rng(1).normal(0, gain / 4, (2, 60_000)), 8, axis=1).astype(np.float32)
     path = film(music=str(write_sound(tmp_path / "m.wav", music)), loudness_lufs=-16)
     assert abs(loudness(path) + 16) < 0.5
     assert np.abs(read_sound(path)).max() < 10 ** (-1 / 20)

@@ -125,7 +125,8 @@ def write_sound(path: Path, tracks: Tracks, timeline: Timeline, settings: FilmSe
         stream = output.add_stream("aac", rate=SAMPLE_RATE, layout="stereo")
         stream.bit_rate = AAC_BITS_PER_SECOND
         stream.codec_context.flags |= Flags.bitexact
-        for frame in _mix(tracks, timeline, filters):
+        # loudnorm leaves gaps in the times of its frames, though not in their samples.
+        for frame in _numbered(_mix(tracks, timeline, filters)):
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
 
