@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class FilmReport:
-    """What was made, and how."""
+    """Result of `make_film`: the film and how its pieces were made."""
 
     film: str
     """Path of the film."""
@@ -48,7 +48,7 @@ class FilmReport:
     captions: tuple[str, ...]
     """Paths of the caption files."""
     notes: tuple[str, ...]
-    """What the user may not expect."""
+    """Hints for the user, such as a narration that was cut."""
 
 
 def make_film(
@@ -61,7 +61,7 @@ def make_film(
     skip_missing: bool = False,
     on_progress: Progress = lambda activity, done, total: None,
 ) -> FilmReport:
-    """Make a film of finished shots at `path`, with caption files of the same name beside it.
+    """Make a film of finished shots at `path`, with caption files of the same name in the same folder.
 
     `candidates` are the shots in order, by default those of the manifest. `ids` chooses some of them, in another order.
     Rendered pieces stay in a folder beside the film, so that the next call renders only what has changed.

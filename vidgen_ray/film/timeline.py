@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 class Source(NamedTuple):
-    """What an item of the film shows."""
+    """Clip, image or title card that an item of the film shows."""
 
     name: str
     """Id of the shot, or the text of the title card. For messages."""

@@ -169,7 +169,7 @@ class OutputFolder:
             return None
 
     def find_by_id(self, shot_id: str) -> DoneShot | None:
-        """Return the finished shot with this id, whatever its key, else `None`."""
+        """Return the finished shot with this id and any key, else `None`."""
         if not ID_PATTERN.fullmatch(shot_id):
             return None
         return self._find(shot_id, None, lambda record: True, set())
