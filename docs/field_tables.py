@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from vidgen_ray.film.settings import FilmEntry, FilmSettings
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.api.openapi import JsonBody
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, PEER_FIELDS
@@ -44,6 +46,14 @@ def request_fields(model: type[RequestBody], documented: Collection[str] = ()) -
     fields = {name: field for name, field in model.model_fields.items() if name not in documented}
     for name, field in sorted(fields.items(), key=lambda item: not item[1].is_required()):
         yield f"| {' | '.join(field_cells(name, schemas[name], field))} |"
+
+
+def film_fields(model: type[BaseModel]) -> Iterator[str]:
+    """Yield the rows of the table of a film file's fields."""
+    yield "| field | value | default | meaning |"
+    yield "| --- | --- | --- | --- |"
+    for name, schema in model.model_json_schema()["properties"].items():
+        yield f"| {' | '.join(field_cells(name, schema, model.model_fields[name]))} |"
 
 
 def field_cells(name: str, schema: Mapping[str, Any], field: FieldInfo) -> tuple[str, str, str, str]:
@@ -122,6 +132,7 @@ TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
         ),
         "edit fields": partial(request_fields, EditImages, CreateImages.model_fields),
     },
+    "film.md": {"film fields": partial(film_fields, FilmSettings), "entry fields": partial(film_fields, FilmEntry)},
 }
 
 

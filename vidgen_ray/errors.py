@@ -86,6 +86,24 @@ class TooExpensive(VidgenError):
     exit_code = 5
 
 
+class MissingShots(VidgenError):
+    """Shots of a film are not finished."""
+
+    MAX_LISTED = 50
+
+    def __init__(self, missing: Sequence[str], wanted: int) -> None:
+        self.missing = tuple(missing)
+        self.wanted = wanted
+        super().__init__(self.missing, wanted)
+
+    def __str__(self) -> str:
+        listed = [f"  {line}" for line in self.missing[: self.MAX_LISTED]]
+        if len(self.missing) > self.MAX_LISTED:
+            listed.append(f"  and {len(self.missing) - self.MAX_LISTED} more")
+        advice = "Render them, choose others with --ids, or leave them out with --skip-missing."
+        return "\n".join([f"{len(self.missing)} of {self.wanted} shots are not finished:", *listed, advice])
+
+
 class MediaError(VidgenError):
     """An image or a video cannot be read or written."""
 

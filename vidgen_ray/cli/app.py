@@ -19,11 +19,13 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.mcp import mcp
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
+    CharactersOption,
     JsonOption,
     OutOption,
     ProfileOption,
@@ -64,6 +66,7 @@ app = typer.Typer(
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
 app.command()(mcp)
+app.command()(film)
 
 ScriptArgument = Annotated[
     Path,
@@ -74,12 +77,6 @@ ScriptArgument = Annotated[
 ]
 OutUrlOption = Annotated[
     str, typer.Option("--out", "-o", help="Output folder, or its URL: s3://BUCKET/FOLDER.", callback=check_out)
-]
-CharactersOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--characters", metavar="FILE", help="YAML file of characters that lines may name in their field `character`."
-    ),
 ]
 GpusOption = Annotated[
     str | None,
@@ -510,12 +507,15 @@ def stage(
 
 @app.command()
 def schema(
-    model: Annotated[str, typer.Argument(help="shot (a script line), profile or manifest (a manifest row).")] = "shot",
+    model: Annotated[
+        str, typer.Argument(help="shot (a script line), profile, manifest (a manifest row) or film (a film file).")
+    ] = "shot",
 ) -> None:
-    """Print the JSON schema of a shot, a profile or a manifest row."""
+    """Print the JSON schema of a shot, a profile, a manifest row or a film file."""
+    from vidgen_ray.film.settings import FilmSettings
     from vidgen_ray.outputs.manifest import ManifestRow
 
-    models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow}
+    models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow, "film": FilmSettings}
     if model not in models:
         raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(models)}", param_hint="MODEL")
     typer.echo(json.dumps(models[model].model_json_schema(), indent=2))

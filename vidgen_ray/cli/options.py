@@ -62,5 +62,11 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Field of all shots that do not set it. Repeatable."),
 ]
+CharactersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--characters", metavar="FILE", help="YAML file of characters that lines may name in their field `character`."
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]

@@ -84,10 +84,12 @@ class _VideoWriter:
         with wrap_write_errors(self.path):
             for pixels in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame = self._reformatter.reformat(frame, threads=1, **self._conversion)
-                frame.pts = self.frames_written
-                self._container.mux(self._stream.encode(frame))
-                self.frames_written += 1
+                self._append(self._reformatter.reformat(frame, threads=1, **self._conversion))
+
+    def _append(self, frame: av.VideoFrame) -> None:
+        frame.pts, frame.time_base = self.frames_written, 1 / Fraction(self._fps)
+        self._container.mux(self._stream.encode(frame))
+        self.frames_written += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
@@ -149,6 +151,17 @@ class Mp4Writer(_VideoWriter):
             },
             metadata={},
         )
+
+    def write_frame(self, frame: av.VideoFrame) -> None:
+        """Append a yuv420p BT.709 frame of limited range without conversion. Its time is replaced by its position.
+
+        Raises MediaError if the frame has another size or format than the file, WriteError if it cannot be written.
+        """
+        if (frame.height, frame.width, 3) != self._shape or frame.format.name != "yuv420p":
+            got = f"{frame.width}×{frame.height} {frame.format.name}"
+            raise MediaError(f"{self.path}: got a frame {got}, must be {self._shape[1]}×{self._shape[0]} yuv420p")
+        with wrap_write_errors(self.path):
+            self._append(frame)
 
 
 def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:

@@ -168,7 +168,13 @@ class OutputFolder:
         except (OSError, ValueError):
             return None
 
-    def _find(self, shot_id: str, key: str, is_result: IsResult, debug_files: Set[str | None]) -> DoneShot | None:
+    def find_by_id(self, shot_id: str) -> DoneShot | None:
+        """Return the finished shot with this id and any key, else `None`."""
+        if not ID_PATTERN.fullmatch(shot_id):
+            return None
+        return self._find(shot_id, None, lambda record: True, set())
+
+    def _find(self, shot_id: str, key: str | None, is_result: IsResult, debug_files: Set[str | None]) -> DoneShot | None:
         """Return the shot if its record is a result for this key and has all `debug_files`, else `None`."""
         folder = shot_path(shot_id)
         # The time before the content: if the record is replaced in between, its time does not match in the next run.
@@ -191,7 +197,7 @@ class OutputFolder:
         folder: str,
         text: bytes,
         committed_at: float | None,
-        key: str,
+        key: str | None,
         is_result: IsResult,
         debug_files: Set[str | None],
     ) -> DoneShot | None:
@@ -207,7 +213,7 @@ class OutputFolder:
             if not self.storage.has(folder, sizes):
                 return None
             summary = ShotSummary(
-                key=key,
+                key=record["key"] if key is None else key,
                 seed=record["shot"]["seed"],
                 likeness=likeness and {name: likeness[name] for name in LikenessRecord.model_fields},
                 folder=folder,

@@ -1,0 +1,225 @@
+"""make_film: choice and order of shots, copied and rendered pieces, transitions, titles and captions, in decoded frames."""
+
+import av
+import numpy as np
+import pytest
+
+from tests.film.conftest import BLUE, FAST, GREEN, RED, read_frames
+from vidgen_ray.errors import MediaError, MissingShots, ScriptError, UsageError
+from vidgen_ray.film.make_film import make_film
+from vidgen_ray.film.settings import film_settings
+
+ENCODE = FAST.model_dump()
+
+
+@pytest.fixture
+def film(shots, tmp_path):
+    """Return a function that makes tmp_path/film.mp4 and returns the report and its frames."""
+
+    def make(ids=None, skip_missing=False, candidates=None, **settings):
+        path = tmp_path / "film.mp4"
+        fields = {"encode": ENCODE, **settings}
+        report = make_film(
+            shots.outputs, film_settings(fields, "test"), path, candidates=candidates, ids=ids, skip_missing=skip_missing
+        )
+        return report, read_frames(path)
+
+    return make
+
+
+def colours(frames) -> list[str]:
+    """Return the strongest channel in the middle of each frame."""
+    return ["RGB"[int(np.argmax(frame[frame.shape[0] // 2, frame.shape[1] // 2]))] for frame in frames]
+
+
+def payloads(path) -> list[bytes]:
+    with av.open(str(path)) as clip:
+        return [bytes(packet) for packet in clip.demux(video=0) if packet.size]
+
+
+def test_shots_are_in_script_order(shots, film):
+    shots.add("a-v10", line=2, colour=BLUE, frames=1)
+    shots.add("a-v2", line=2, colour=GREEN, frames=1)
+    shots.add("z", line=1, colour=RED, frames=1)
+    report, frames = film()
+    assert colours(frames) == ["R", "G", "B"]
+    assert (report.shots, report.seconds, report.size) == (3, 0.5, "64x48")
+
+
+def test_ids_choose_shots_in_their_order(shots, film):
+    for shot_id, colour in (("a", RED), ("b", GREEN), ("c", BLUE)):
+        shots.add(shot_id, colour=colour, frames=1)
+    assert colours(film(ids=["c", "a", "c"])[1]) == ["B", "R", "B"]
+
+
+def test_missing_and_failed_shots_are_refused_with_reasons(shots, film):
+    shots.add("a", frames=1)
+    shots.add("b", frames=1)
+    # Its older clip is still in the folder.
+    shots.add_failed("b")
+    with pytest.raises(MissingShots) as error:
+        film(ids=["a", "b", "c"])
+    assert "2 of 3 shots are not finished" in str(error.value)
+    assert "b: failed in svd: out of memory" in str(error.value)
+    assert f"c: not finished in {shots.root}" in str(error.value)
+    report, frames = film(ids=["a", "b", "c"], skip_missing=True)
+    assert (report.shots, len(frames)) == (1, 1)
+
+
+def test_film_without_any_finished_shot_is_refused(shots, film):
+    shots.add_failed("a")
+    with pytest.raises(UsageError, match="no finished shots"):
+        film(title="Only a title", skip_missing=True)
+
+
+def test_equal_clips_are_joined_by_copying_their_packets(shots, film, tmp_path):
+    files = [
+        shots.add(name, colour=colour, frames=frames)
+        for name, colour, frames in (("a", RED, 5), ("b", GREEN, 1), ("c", BLUE, 4))
+    ]
+    report, frames = film()
+    assert (report.copied, report.rendered) == (3, 0)
+    assert payloads(tmp_path / "film.mp4") == [packet for file in files for packet in payloads(file)]
+    expected = [frame for file in files for frame in read_frames(file)]
+    assert np.array_equal(np.stack(frames), np.stack(expected))
+    with av.open(str(tmp_path / "film.mp4")) as opened:
+        stream = opened.streams.video[0]
+        assert (stream.average_rate, stream.frames) == (6, 10)
+        assert stream.codec_context.colorspace == 1  # BT.709
+
+
+def test_unchanged_clips_are_copied_beside_rendered_pieces(shots, film):
+    shots.add("a", colour=RED)
+    shots.add("b", colour=GREEN, frames=3)
+    report, frames = film(shots=[{"title": "Hi", "duration_s": 1}, {"id": "a"}, {"id": "b", "duration_s": 1}])
+    assert (report.copied, report.rendered) == (1, 2)
+    assert colours(frames[6:]) == ["R"] * 6 + ["G"] * 6
+
+
+def test_clips_of_another_encoder_size_and_rate_are_rendered(shots, film):
+    shots.add("a", colour=RED)
+    shots.add("b", colour=GREEN, encode=FAST.model_copy(update={"preset": "medium"}))
+    shots.add("c", colour=BLUE, size=(96, 48), fps=12, frames=12)
+    report, frames = film(size="64x48", fps=6)
+    assert (report.copied, report.rendered) == (1, 2)
+    assert colours(frames) == ["R"] * 6 + ["G"] * 6 + ["B"] * 6
+    # 96x48 in 64x48: black bars of 8 pixels above and below.
+    assert frames[-1][3].max() < 20
+    assert frames[-1][-4].max() < 20
+    assert frames[-1][24, 2, 2] > 150
+
+
+def test_only_changed_pieces_are_rendered_again(shots, film, tmp_path):
+    shots.add("a", colour=RED)
+    shots.add("b", colour=GREEN)
+    shots.add("c", colour=BLUE)
+    assert film(transition="fade", fade_s=0.34)[0].rendered == 5
+    report, first = film(transition="fade", fade_s=0.34)
+    assert (report.rendered, report.reused) == (0, 5)
+    shots.add("c", colour=RED)
+    report, second = film(transition="fade", fade_s=0.34)
+    assert (report.rendered, report.reused) == (2, 3)  # c and the fade to it
+    assert np.array_equal(np.stack(first[:8]), np.stack(second[:8]))
+    assert colours(second)[-1] == "R"
+    # Pieces of the earlier film are removed.
+    assert len(list((tmp_path / "film.pieces").iterdir())) == 5
+
+
+def test_fade_fades(shots, film):
+    shots.add("a", colour=(255, 0, 0), frames=12)
+    shots.add("b", colour=(0, 0, 255), frames=12)
+    _, frames = film(transition="fade", fade_s=1)
+    assert len(frames) == 18
+    red = [int(frame[24, 32, 0]) for frame in frames]
+    blue = [int(frame[24, 32, 2]) for frame in frames]
+    assert red[5] > 250 > 5 > red[-6]
+    assert red[6:12] == sorted(red[6:12], reverse=True)
+    assert blue[6:12] == sorted(blue[6:12])
+    assert abs(red[9] - 128) < 8
+    assert abs(blue[9] - 128) < 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"fit": "slow"}, "RRGGBB"),
+        ({"fit": "hold"}, "RGBBBB"),
+        ({"fit": "hold", "duration_s": 0.34}, "RG"),
+        ({"fit": "slow", "duration_s": 0.17}, "G"),
+    ],
+)
+def test_duration_of_a_clip_is_reached_by_holding_or_by_another_speed(shots, film, settings, expected):
+    shots.add("a", colour=[RED, GREEN, BLUE], metadata={"duration_s": 1, **settings})
+    assert "".join(colours(film()[1])) == expected
+
+
+def test_captions_are_written_beside_the_film_and_change_in_the_middle_of_a_fade(shots, film, tmp_path):
+    shots.add("a", metadata={"caption": "One\n\n<two>"})
+    shots.add("b", metadata={"caption": "Three"})
+    report, _ = film(transition="fade", fade_s=0.34)
+    assert report.captions == (str(tmp_path / "film.srt"), str(tmp_path / "film.vtt"))
+    assert (tmp_path / "film.srt").read_text() == (
+        "1\n00:00:00,000 --> 00:00:00,833\nOne\n<two>\n\n2\n00:00:00,833 --> 00:00:01,667\nThree\n"
+    )
+    assert (tmp_path / "film.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.833\nOne\n&lt;two&gt;\n")
+    # A film without captions does not keep those of the film before.
+    film(captions="none")
+    assert not (tmp_path / "film.srt").exists()
+
+
+def test_burnt_in_caption_is_drawn_into_the_lower_part(shots, film):
+    shots.add("a", colour=(90, 90, 90), size=(320, 180), metadata={"caption": "Überfahrt nach Łódź"})
+    plain, burnt = film(captions="file")[1][2], film(captions="burn")[1][2]
+    changed = np.abs(plain.astype(int) - burnt).max(axis=2) > 60
+    rows = np.flatnonzero(changed.any(axis=1))
+    assert rows.min() > 140
+    assert rows.max() < 178
+    assert burnt[changed].max() > 220  # white letters
+    assert burnt[changed].min() < 40  # black outline
+
+
+def test_caption_in_letters_that_the_font_lacks_is_refused(shots, film):
+    shots.add("a", size=(320, 180), metadata={"caption": "海"})
+    with pytest.raises(UsageError, match=r"a: text '海': the font has no letter '海'; set a font"):
+        film(captions="burn")
+
+
+def test_title_card_shows_white_text_on_black(shots, film, tmp_path):
+    shots.add("a", size=(320, 180), frames=1)
+    _, frames = film(title="A day at sea", title_s=0.5)
+    card = frames[1]
+    assert len(frames) == 4
+    assert card[80:100].max() > 220
+    assert card[:30].max() < 20
+    with av.open(str(tmp_path / "film.mp4")) as opened:
+        assert opened.metadata["title"] == "A day at sea"
+
+
+def test_scene_titles_are_put_before_the_first_shot_of_each_scene(shots, film):
+    for shot_id, scene in (("a", "Morning"), ("b", "Morning"), ("c", "Evening")):
+        shots.add(shot_id, frames=1, metadata={"scene": scene})
+    report, frames = film(scene_titles=True, title_s=0.5)
+    brightness = [bool(frame.mean() > 60) for frame in frames]
+    assert brightness == [False] * 3 + [True] * 2 + [False] * 3 + [True]
+    assert report.shots == 3
+
+
+def test_shot_without_a_clip_is_shown_as_a_still(shots, film):
+    shots.add("a", image_only=True)
+    shots.add("b", colour=RED)
+    report, frames = film(still_s=0.5)
+    assert colours(frames) == ["G"] * 3 + ["R"] * 6
+    assert report.shots == 2
+
+
+def test_wrong_metadata_names_the_shot(shots, film):
+    shots.add("a", metadata={"duration_s": 0})
+    with pytest.raises(ScriptError, match="shot a, metadata, duration_s: got 0, must be greater than 0"):
+        film()
+
+
+def test_damaged_clip_is_an_error_with_its_name(shots, film):
+    path = shots.add("a")
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(MediaError, match=r"video\.mp4: cannot be read as a video"):
+        film()

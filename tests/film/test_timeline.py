@@ -1,0 +1,67 @@
+"""Timeline: frames of items and pieces, durations, cross-fades, and samples without drift."""
+
+from fractions import Fraction
+
+import pytest
+
+from vidgen_ray.film.clip_probe import Clip
+from vidgen_ray.film.settings import FilmSettings, ShotSettings, Size
+from vidgen_ray.film.timeline import SAMPLE_RATE, Source, build_timeline
+
+
+def source(frames=10, fps=5, size=(64, 48), **settings) -> Source:
+    return Source("s", "s.mp4", "", Clip(Size(*size), Fraction(fps), frames, False, b"h"), ShotSettings(**settings))
+
+
+def test_size_and_rate_are_those_of_most_clips():
+    timeline = build_timeline([source(size=(32, 32), fps=9), source(), source()], FilmSettings())
+    assert (timeline.size, timeline.fps) == (Size(64, 48), 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "frames", "stretch"),
+    [
+        ({}, 48, 1),
+        ({"duration_s": 3}, 72, 1),
+        ({"duration_s": 0.5}, 12, 1),
+        ({"duration_s": 3, "fit": "slow"}, 72, Fraction(3, 2)),
+    ],
+)
+def test_duration_of_a_clip(settings, frames, stretch):
+    (item,) = build_timeline([source(**settings)], FilmSettings(fps=24)).items
+    assert (item.frames, item.stretch) == (frames, stretch)
+
+
+def test_narration_keeps_the_shot_on_screen_until_it_ends():
+    (item,) = build_timeline([source()._replace(speech="s.wav", speech_s=4.0)], FilmSettings(fps=24)).items
+    assert item.frames == 104  # 4.3 s
+
+
+def test_pieces_cover_every_frame_once_with_cross_fades():
+    timeline = build_timeline(
+        [source(), source(frames=3), source(transition="cut"), source()], FilmSettings(transition="fade", fade_s=1)
+    )
+    assert [(item.start, item.fade_in, item.fade_out) for item in timeline.items] == [
+        (0, 0, 1),
+        (9, 1, 0),
+        (12, 0, 5),
+        (17, 5, 0),
+    ]
+    pieces = list(timeline.pieces())
+    assert [(piece.first, piece.frames, piece.fade_to is not None) for piece in pieces] == [
+        (0, 9, False),
+        (9, 1, True),
+        (1, 2, False),
+        (0, 5, False),
+        (5, 5, True),
+        (5, 5, False),
+    ]
+    assert sum(piece.frames for piece in pieces) == timeline.frames == 27
+
+
+def test_samples_do_not_drift_from_frames():
+    sources = [source(frames=1 + n % 13, fps=[5, 7, 12][n % 3]) for n in range(1000)]
+    timeline = build_timeline(sources, FilmSettings(fps=Fraction(30000, 1001)))
+    assert timeline.fps == Fraction(30000, 1001)
+    for item in timeline.items:
+        assert abs(timeline.sample_at(item.start) - item.start * SAMPLE_RATE / timeline.fps) <= Fraction(1, 2)

@@ -1,0 +1,159 @@
+"""`vidgen film`: join the finished shots of an output folder into one video."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from vidgen_ray.cli.options import CharactersOption, JsonOption
+from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.film.make_film import FilmReport, make_film
+from vidgen_ray.film.selection import Candidate, manifest_candidates, with_reasons
+from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.formats import open_script
+from vidgen_ray.script.named_fields import read_characters
+from vidgen_ray.script.reader import iter_script
+from vidgen_ray.script.settings import ScriptSettings
+
+
+def _help(field: str) -> str:
+    described = FilmSettings.model_fields[field]
+    default = f" Default: {described.default}." if described.default else ""
+    return f"{described.description}{default}"
+
+
+def film(
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.")],
+    path: Annotated[Path, typer.Option("--out", "-o", help="Film to write, an .mp4 file.")] = Path("film.mp4"),
+    film_file: Annotated[
+        Path | None, typer.Option("--film", help="YAML file that describes the film. Command-line options override it.")
+    ] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(
+            "--script",
+            help="Take the shots, their order and metadata, and the section `film` from this script. Default: the manifest.",
+        ),
+    ] = None,
+    characters: CharactersOption = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option("--ids", metavar="ID,ID", help="Shots of the film in this order. Repeatable. Default: all."),
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help=_help("title"))] = None,
+    scene_titles: Annotated[bool, typer.Option("--scene-titles", help=_help("scene_titles"))] = False,
+    size: Annotated[str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help=_help("size"))] = None,
+    fps: Annotated[str | None, typer.Option("--fps", help=_help("fps"))] = None,
+    variant: Annotated[str | None, typer.Option("--variant", metavar="hd|video", help=_help("variant"))] = None,
+    transition: Annotated[str | None, typer.Option("--transition", metavar="cut|fade", help=_help("transition"))] = None,
+    fade_s: Annotated[float | None, typer.Option("--fade-s", metavar="SECONDS", help=_help("fade_s"))] = None,
+    still_s: Annotated[float | None, typer.Option("--still-s", metavar="SECONDS", help=_help("still_s"))] = None,
+    captions: Annotated[str | None, typer.Option("--captions", metavar="file|burn|none", help=_help("captions"))] = None,
+    font: Annotated[Path | None, typer.Option("--font", help=_help("font"))] = None,
+    music: Annotated[Path | None, typer.Option("--music", help=_help("music"))] = None,
+    narration: Annotated[Path | None, typer.Option("--narration", help=_help("narration"))] = None,
+    voice: Annotated[str | None, typer.Option("--voice", help=_help("voice"))] = None,
+    loudness: Annotated[float | None, typer.Option("--loudness", metavar="LUFS", help=_help("loudness_lufs"))] = None,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out shots that are not finished. Default: refuse, with a list.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Join the finished shots of an output folder into one video, in the order of the script.
+
+    Only what has changed since the last film is rendered again.
+    """
+    given = {
+        "title": title,
+        "scene_titles": scene_titles or None,
+        "size": size,
+        "fps": fps,
+        "variant": variant,
+        "transition": transition,
+        "fade_s": fade_s,
+        "still_s": still_s,
+        "captions": captions,
+        "font": font,
+        "music": music,
+        "narration": narration,
+        "voice": voice,
+        "loudness_lufs": loudness,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    described = {**(_film_of_script(script) if script else {}), **(read_film_file(film_file) if film_file else {})}
+    settings = film_settings({**described, **options}, "vidgen film")
+    outputs = OutputFolder(out)
+    if outputs.storage.local is not None and not outputs.storage.local.is_dir():
+        raise SetupError(f"output folder {outputs.url}: does not exist")
+    candidates = manifest_candidates(outputs.storage)
+    if script is not None:
+        candidates = with_reasons(_script_candidates(script, characters), candidates)
+    report = _make(outputs, settings, path, candidates, _split(ids), skip_missing)
+    for note in report.notes:
+        typer.echo(f"vidgen: {note}", err=True)
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+        return
+    pieces = f"{report.copied} copied, {report.rendered} rendered, {report.reused} unchanged"
+    typer.echo(f"{report.film}: {report.shots} shots, {report.seconds:.1f} s, {report.size}, {report.fps:g} fps ({pieces})")
+    for file in report.captions:
+        typer.echo(file)
+
+
+def _make(
+    outputs: OutputFolder,
+    settings: FilmSettings,
+    path: Path,
+    candidates: list[Candidate],
+    ids: list[str] | None,
+    skip_missing: bool,
+) -> FilmReport:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Reading clips", total=None)
+        return make_film(
+            outputs,
+            settings,
+            path,
+            candidates=candidates,
+            ids=ids,
+            skip_missing=skip_missing,
+            on_progress=lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total),
+        )
+
+
+def _film_of_script(script: Path) -> dict[str, Any]:
+    """Return the section `film` of a .yaml script. Empty for other scripts. Raises ScriptError for invalid fields."""
+    header, _ = open_script(script)
+    return checked_fields(header.film or {}, ScriptSettings(script).folder, f"{script.name}, film")
+
+
+def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]:
+    """Return the shots of a script in order. A line that cannot be rendered again may still have a finished shot."""
+    found = []
+    for line in iter_script(ScriptSettings(script, characters=read_characters(characters) if characters else {})):
+        if isinstance(line, RejectedLine):
+            metadata = line.fields.get("metadata")
+            found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))
+        else:
+            assert line.shot.id is not None
+            found.append(Candidate(line.shot.id, line.shot.metadata))
+    return found
+
+
+def _split(ids: list[str] | None) -> list[str] | None:
+    if ids is None:
+        return None
+    split = [shot_id.strip() for group in ids for shot_id in group.split(",") if shot_id.strip()]
+    if not split:
+        raise UsageError("--ids: got no ids, must be ids separated by commas")
+    return split

@@ -1,0 +1,183 @@
+"""make_film: from an output folder and FilmSettings to a video with caption files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vidgen_ray.atomic_files import new_file, write_atomically
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import UsageError
+from vidgen_ray.film.captions import cues, srt, vtt
+from vidgen_ray.film.clip_probe import probe_clip, sound_seconds
+from vidgen_ray.film.join import write_film
+from vidgen_ray.film.picture import check_texts
+from vidgen_ray.film.pieces import PieceFolder, content_key, plan_pieces, render_pieces
+from vidgen_ray.film.selection import Candidate, ChosenShot, choose_shots, manifest_candidates
+from vidgen_ray.film.settings import FilmSettings
+from vidgen_ray.film.sound import plan_tracks, sound_key, write_sound
+from vidgen_ray.film.speech import speaker
+from vidgen_ray.film.timeline import Source, Timeline, build_timeline
+from vidgen_ray.media import Mp4Settings
+from vidgen_ray.outputs.folder import OutputFolder
+
+SUFFIX = ".mp4"
+Progress = Callable[[str, int, int], None]
+"""Called with the activity, and how many of how many steps of it are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilmReport:
+    """Result of `make_film`: the film and how its pieces were made."""
+
+    film: str
+    """Path of the film."""
+    seconds: float
+    size: str
+    """WIDTHxHEIGHT in pixels."""
+    fps: float
+    shots: int
+    """Shots in the film, without title cards."""
+    copied: int
+    """Pieces of the film whose packets were copied from the clips."""
+    reused: int
+    """Pieces rendered by an earlier call."""
+    rendered: int
+    captions: tuple[str, ...]
+    """Paths of the caption files."""
+    notes: tuple[str, ...]
+    """Hints for the user, such as a narration that was cut."""
+
+
+def make_film(
+    outputs: OutputFolder,
+    settings: FilmSettings,
+    path: Path,
+    *,
+    candidates: Sequence[Candidate] | None = None,
+    ids: Sequence[str] | None = None,
+    skip_missing: bool = False,
+    on_progress: Progress = lambda activity, done, total: None,
+) -> FilmReport:
+    """Make a film of finished shots at `path`, with caption files of the same name in the same folder.
+
+    `candidates` are the shots in order, by default those of the manifest. `ids` chooses some of them, in another order.
+    Rendered pieces stay in a folder beside the film, so that the next call renders only what has changed.
+    Raises MissingShots, UsageError, ScriptError for settings in the metadata of a shot, SetupError if the narration cannot be
+    spoken, and MediaError if a file cannot be read or written.
+    """
+    if path.suffix.lower() != SUFFIX:
+        raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
+    if candidates is None:
+        candidates = manifest_candidates(outputs.storage)
+    if settings.encode is None:
+        settings = settings.model_copy(update={"encode": _encode_of_last_run(outputs)})
+    chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
+    folder = PieceFolder(path.with_name(f"{path.stem}.pieces"))
+    sources = _sources(outputs, chosen, on_progress)
+    sources, spoken = _with_speech(sources, settings, folder, on_progress)
+    timeline = build_timeline(sources, settings)
+    check_texts(timeline, settings)
+    narration_s = sound_seconds(settings.narration) if settings.narration else None
+    if settings.music:
+        sound_seconds(settings.music)
+
+    open_clip = outputs.storage.local_copy
+    pieces = plan_pieces(timeline, settings, folder)
+    rendered = render_pieces(
+        pieces, timeline, settings, folder, open_clip, lambda done: on_progress("Rendering", done, len(pieces))
+    )
+    tracks = plan_tracks(timeline, settings, open_clip, narration_s)
+    sound = folder.path(f"{sound_key(tracks, timeline, settings)}.m4a") if tracks else None
+    if sound is not None and not sound.exists():
+        on_progress("Mixing the sound", 0, 1)
+        write_sound(sound, tracks, timeline, settings)
+    on_progress("Joining", 0, 1)
+    write_film(path, pieces, timeline, folder, open_clip, sound, settings.title)
+    captions = _write_captions(path, timeline, settings)
+    keys = {piece.key for piece in pieces if piece.key is not None}
+    folder.keep_only({f"{key}{SUFFIX}" for key in keys} | spoken | ({sound.name} if sound else set()))
+    copied = sum(piece.key is None for piece in pieces)
+    return FilmReport(
+        film=str(path),
+        seconds=round(timeline.seconds, 3),
+        size=str(timeline.size),
+        fps=round(float(timeline.fps), 3),
+        shots=sum(shot.path is not None for shot in chosen),
+        copied=copied,
+        reused=len(pieces) - copied - rendered,
+        rendered=rendered,
+        captions=captions,
+        notes=tuple(_notes(timeline, settings, narration_s)),
+    )
+
+
+def _encode_of_last_run(outputs: OutputFolder) -> Mp4Settings:
+    """Return the compression of the clips of the last run, or the default if there was no run."""
+    try:
+        return Mp4Settings.model_validate(json.loads(outputs.storage.read("run.json") or b"{}")["profile"]["encode"])
+    except (ValueError, KeyError, TypeError):
+        return Mp4Settings()
+
+
+def _sources(outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress) -> list[Source]:
+    sources = []
+    for number, shot in enumerate(chosen):
+        on_progress("Reading clips", number, len(chosen))
+        clip = None
+        if shot.is_clip and shot.path is not None:
+            with outputs.storage.local_copy(shot.path) as path:
+                clip = probe_clip(path)
+        sources.append(Source(shot.name, shot.path, shot.sha256, clip, shot.settings, shot.title))
+    return sources
+
+
+def _with_speech(
+    sources: Sequence[Source], settings: FilmSettings, folder: PieceFolder, on_progress: Progress
+) -> tuple[list[Source], set[str]]:
+    """Speak the narration of the shots, if the film has a voice. Return also the names of the sound files in the folder."""
+    if settings.voice is None or not any(source.settings.narration for source in sources):
+        return list(sources), set()
+    speak = speaker(settings.voice)
+    model = Path(settings.voice.partition(":")[2])
+    voice = [settings.voice, digest(model) if model.is_file() else None]
+    spoken, names = [], set()
+    for number, source in enumerate(sources):
+        on_progress("Speaking the narration", number, len(sources))
+        text = source.settings.narration
+        if text is not None:
+            name = f"{content_key({'voice': voice, 'text': text})}.wav"
+            path = folder.path(name)
+            if not path.exists():
+                with new_file(path) as tmp:
+                    speak(text, tmp)
+            names.add(name)
+            source = source._replace(speech=str(path), speech_s=sound_seconds(path))
+        spoken.append(source)
+    return spoken, names
+
+
+def _write_captions(path: Path, timeline: Timeline, settings: FilmSettings) -> tuple[str, ...]:
+    """Write the caption files. Those of an earlier film are deleted if there are no captions any more."""
+    found = [] if settings.captions == "none" else cues(timeline)
+    written = []
+    for suffix, text in ((".srt", srt(found)), (".vtt", vtt(found))):
+        file = path.with_suffix(suffix)
+        if found:
+            write_atomically(file, text)
+            written.append(str(file))
+        else:
+            file.unlink(missing_ok=True)
+    return tuple(written)
+
+
+def _notes(timeline: Timeline, settings: FilmSettings, narration_s: float | None) -> list[str]:
+    notes = []
+    if narration_s is not None and narration_s > timeline.seconds + 0.1:
+        notes.append(f"{settings.narration}: is {narration_s:.1f} s long, the film {timeline.seconds:.1f} s; the rest is cut")
+    silent = sum(item.source.settings.narration is not None for item in timeline.items)
+    if silent and settings.voice is None:
+        notes.append(f"{silent} shots have a narration, but the film has no voice; set one with --voice")
+    return notes

@@ -1,0 +1,184 @@
+"""Pieces of the picture: rendered once, kept in a folder beside the film under the key of their content, and reused.
+
+The frames of a clip that is shown unchanged are not rendered: its packets are copied into the film.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+from vidgen_ray.atomic_files import PREFIX, abandoned, new_file, remove, temporary_file
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import MediaError
+from vidgen_ray.film.clip_probe import probe_clip
+from vidgen_ray.film.picture import OpenFile, piece_frames
+from vidgen_ray.film.settings import FilmSettings
+from vidgen_ray.film.timeline import Item, Piece, Timeline
+from vidgen_ray.media import Mp4Settings, Mp4Writer
+
+PIECE_FORMAT = 1
+"""Part of the keys. Increase it when the same settings give other frames."""
+
+
+class PlannedPiece(NamedTuple):
+    """A piece and where its packets come from."""
+
+    piece: Piece
+    key: str | None
+    """Name of the rendered file without `.mp4`. `None` if the packets of the clip are copied."""
+
+
+class PieceFolder:
+    """Folder of rendered pieces and sound. Files that are not needed for the newest film are removed by `keep_only`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, name: str) -> Path:
+        return self._folder / name
+
+    def temporary_file(self) -> Path:
+        return temporary_file(self._folder)
+
+    def keep_only(self, names: Set[str]) -> None:
+        """Remove all other files, except temporary files of running processes."""
+        for path in abandoned(self._folder):
+            remove(path)
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path.name not in names and not path.name.startswith(PREFIX):
+                remove(path)
+
+
+def plan_pieces(timeline: Timeline, settings: FilmSettings, folder: PieceFolder) -> list[PlannedPiece]:
+    """Decide for each piece of the film whether it is copied or rendered.
+
+    All packets of a film need the same H.264 header. If nothing must be rendered, it is that of the clips; else it is the
+    encoder's, and clips with another header are rendered as well.
+    """
+    pieces = list(timeline.pieces())
+    headers = [_header_of_unchanged(piece, timeline, settings) for piece in pieces]
+    header = headers[0] if len(set(headers)) == 1 else None
+    if header is None:
+        header = encoder_header(timeline, settings, folder)
+    return [
+        PlannedPiece(piece, None if own == header else piece_key(piece, timeline, settings))
+        for piece, own in zip(pieces, headers, strict=True)
+    ]
+
+
+def _header_of_unchanged(piece: Piece, timeline: Timeline, settings: FilmSettings) -> bytes | None:
+    """Return the H.264 header of a clip that is shown as it is, else `None`."""
+    source = piece.item.source
+    clip = source.clip
+    is_unchanged = (
+        clip is not None
+        and (clip.size, clip.fps) == (timeline.size, timeline.fps)
+        and (piece.first, piece.frames) == (0, clip.frames)
+        and piece.item.stretch == 1
+        and piece.fade_to is None
+        and not (settings.captions == "burn" and source.settings.caption)
+    )
+    return clip.header if is_unchanged and clip is not None else None
+
+
+def encoder_header(timeline: Timeline, settings: FilmSettings, folder: PieceFolder) -> bytes:
+    """Return the H.264 header of rendered pieces, which depends on size, rate and settings of the encoder."""
+    black = np.zeros((1, timeline.size.height, timeline.size.width, 3), np.uint8)
+    path = folder.temporary_file()
+    try:
+        with Mp4Writer(path, *timeline.size, timeline.fps, encode_settings(settings)) as video:
+            video.write(black)
+        header = probe_clip(path).header
+    finally:
+        path.unlink(missing_ok=True)
+    if header is None:
+        raise MediaError(f"{timeline.size} at {timeline.fps} frames per second: FFmpeg writes no H.264 header")
+    return header
+
+
+def encode_settings(settings: FilmSettings) -> Mp4Settings:
+    return settings.encode or Mp4Settings()
+
+
+def piece_key(piece: Piece, timeline: Timeline, settings: FilmSettings) -> str:
+    """Return the key of a rendered piece: equal keys have equal frames. The position in the film is not part of it."""
+    return content_key(
+        {
+            "format": PIECE_FORMAT,
+            "ffmpeg": av.library_versions,
+            "size": timeline.size,
+            "fps": str(timeline.fps),
+            "encode": encode_settings(settings).model_dump(),
+            "items": [_description(item, settings) for item in (piece.item, piece.fade_to) if item is not None],
+            "first": piece.first,
+            "frames": piece.frames,
+        }
+    )
+
+
+def _description(item: Item, settings: FilmSettings) -> dict[str, Any]:
+    caption = item.source.settings.caption if settings.captions == "burn" else None
+    has_text = caption is not None or item.source.title is not None
+    return {
+        "source": item.source.sha256,
+        "title": item.source.title,
+        "stretch": str(item.stretch),
+        "caption": caption,
+        "font": digest(settings.font) if has_text and settings.font is not None else None,
+    }
+
+
+def content_key(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def render_pieces(
+    pieces: Sequence[PlannedPiece],
+    timeline: Timeline,
+    settings: FilmSettings,
+    folder: PieceFolder,
+    open_file: OpenFile,
+    on_piece: Callable[[int], None],
+) -> int:
+    """Render the pieces that are missing in the folder. Return how many. Calls `on_piece` with the number of pieces ready.
+
+    Raises MediaError if a clip cannot be decoded.
+    """
+    rendered = 0
+    for number, (piece, key) in enumerate(pieces, 1):
+        if key is not None and not (path := folder.path(f"{key}.mp4")).exists():
+            with (
+                new_file(path) as tmp,
+                Mp4Writer(tmp, *timeline.size, timeline.fps, encode_settings(settings)) as video,
+            ):
+                for frame in piece_frames(piece, timeline, settings, open_file):
+                    video.write_frame(frame)
+                if video.frames_written != piece.frames:
+                    raise MediaError(f"{piece.item.source.name}: got {video.frames_written} frames, must be {piece.frames}")
+            rendered += 1
+        on_piece(number)
+    return rendered
+
+
+@contextmanager
+def opened_piece(planned: PlannedPiece, folder: PieceFolder, open_file: OpenFile) -> Iterator[Any]:
+    """Open the file with the packets of a piece."""
+    piece, key = planned
+    if key is not None:
+        with av.open(str(folder.path(f"{key}.mp4").absolute()), format="mp4") as opened:
+            yield opened
+        return
+    assert piece.item.source.path is not None
+    with (
+        open_file(piece.item.source.path) as path,
+        av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened,
+    ):
+        yield opened

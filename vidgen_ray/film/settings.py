@@ -1,0 +1,205 @@
+"""FilmSettings: the description of a film, and reading it from a YAML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.media import MAX_PIXELS, Mp4Settings
+from vidgen_ray.strict_yaml import StrictLoader
+
+SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
+MIN_SIDE_PX = 16
+FILES = ("font", "music", "narration")
+"""Fields that hold the path of a file."""
+SHOT_FIELDS = ("caption", "narration", "duration_s", "fit", "transition")
+"""Fields of `ShotSettings`, which are also read from the `metadata` of a shot."""
+
+Transition = Literal["cut", "fade"]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Size(NamedTuple):
+    """Width and height in pixels, both even."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def _size(value: Any) -> Any:
+    """Parse `1280x720`."""
+    if isinstance(value, Size):
+        return value
+    match = SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("must be WIDTHxHEIGHT, such as 1280x720")
+    size = Size(int(match[1]), int(match[2]))
+    if min(size) < MIN_SIDE_PX or size.width % 2 or size.height % 2 or size.width * size.height > MAX_PIXELS:
+        raise ValueError(f"must be even numbers from {MIN_SIDE_PX}, at most {MAX_PIXELS / 1e6:g} megapixels together")
+    return size
+
+
+def _rate(value: Any) -> Any:
+    """Parse frames per second: 24, 12.5 or `30000/1001`."""
+    try:
+        rate = Fraction(str(value)).limit_denominator(1001)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if isinstance(value, bool) or not 1 <= rate <= 240:
+        raise ValueError("must be frames per second from 1 to 240, such as 24, 12.5 or 30000/1001")
+    return rate
+
+
+FilmSize = Annotated[Size, BeforeValidator(_size, json_schema_input_type=str), PlainSerializer(str)]
+FilmRate = Annotated[Fraction, BeforeValidator(_rate, json_schema_input_type=float | str), PlainSerializer(str)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShotSettings(_Section):
+    """Settings of one shot in a film. Also read from the fields of this name in the `metadata` of the shot."""
+
+    caption: Text | None = Field(None, description="Text shown while the shot is on screen.")
+    narration: Text | None = Field(None, description="Text to speak during the shot, if the film has a `voice`.")
+    duration_s: Seconds | None = Field(None, description="Seconds on screen. Default: the length of the clip.")
+    fit: Literal["hold", "slow"] = Field(
+        "hold",
+        description="How a clip gets its `duration_s`. hold: repeat the last frame, or cut. slow: play slower, or faster.",
+    )
+    transition: Transition | None = Field(None, description="Transition from what comes before. Default: that of the film.")
+
+
+class FilmEntry(ShotSettings):
+    """One entry of `shots`: a shot of the output folder, or a title card."""
+
+    id: str | None = Field(None, description="Id of a finished shot.")
+    title: Text | None = Field(None, description="Text of a title card, in place of a shot.")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if (self.id is None) == (self.title is None):
+            raise ValueError("must have either id, for a shot, or title, for a title card")
+        return self
+
+
+class FilmSettings(_Section):
+    """Description of a film. Relative paths in a file are relative to its folder."""
+
+    title: Text | None = Field(None, description="Text of a title card at the start. Also the title in the file's metadata.")
+    scene_titles: bool = Field(False, description="Put a title card before each scene, from `scene` in the shots' metadata.")
+    title_s: Seconds = Field(3.0, description="Seconds of a title card without `duration_s`.")
+    size: FilmSize | None = Field(
+        None, description="WIDTHxHEIGHT in pixels. Default: that of most shots. Other shots are scaled to fit, with black bars."
+    )
+    fps: FilmRate | None = Field(None, description="Frames per second, from 1 to 240. Default: that of most shots.")
+    variant: Literal["hd", "video"] = Field("hd", description="hd: upscaled clips where there are any. video: clips before.")
+    transition: Transition = Field("cut", description="Transition between shots: cut, or fade for a cross-fade.")
+    fade_s: Seconds = Field(0.5, description="Seconds of a cross-fade. At most half of the shorter neighbour is used.")
+    still_s: Seconds = Field(3.0, description="Seconds of a shot that has an image but no clip, without `duration_s`.")
+    captions: Literal["file", "burn", "none"] = Field(
+        "file", description="file: write captions as .srt and .vtt beside the film. burn: also draw them into the picture."
+    )
+    font: Path | None = Field(None, description="Font of titles and burnt-in captions (.ttf, .otf). Default: DejaVu Sans.")
+    music: Path | None = Field(None, description="Sound file, repeated to the end of the film and faded out.")
+    music_db: float = Field(-6.0, ge=-60, le=12, description="Gain of the music in dB.")
+    narration: Path | None = Field(None, description="Sound file that starts with the film. The music is lowered under it.")
+    voice: str | None = Field(
+        None,
+        description="Speak the `narration` of the shots: espeak-ng:LANGUAGE, or piper:VOICE.onnx (extra `narration`).",
+    )
+    loudness_lufs: float = Field(-16.0, ge=-70, le=-5, description="Integrated loudness of the film (EBU R 128).")
+    encode: Mp4Settings | None = Field(
+        None, description="Compression of what is rendered. Default: that of the clips, so that unchanged ones can be copied."
+    )
+    shots: tuple[FilmEntry, ...] | None = Field(
+        None, min_length=1, description="Shots and title cards in order. Default: all shots in the order of the script."
+    )
+
+    @model_validator(mode="after")
+    def _check_narration(self) -> Self:
+        if self.narration is not None and self.voice is not None:
+            raise ValueError("got both narration and voice, must be one of them")
+        return self
+
+    @field_validator(*FILES)
+    @classmethod
+    def _check_file(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError(f"must be an existing file (looked for {path.absolute()})")
+        return path
+
+
+def read_film_file(path: Path) -> dict[str, Any]:
+    """Return the checked fields of a YAML film file, with absolute paths. Raises ScriptError that names the field."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader) or {}
+    except OSError as error:
+        raise _error(path.name, None, "the file", f"must be readable ({error.strerror})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise _error(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
+    if not isinstance(content, dict):
+        raise _error(path.name, None, type(content).__name__, "must be fields such as `title: A day at sea`")
+    return checked_fields(content, path.parent, path.name)
+
+
+def checked_fields(fields: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
+    """Return the fields of a film, with paths relative to `folder` made absolute. Raises ScriptError that names `source`."""
+    paths = {name: str(folder.absolute() / fields[name]) for name in FILES if isinstance(fields.get(name), str)}
+    film_settings({**fields, **paths}, source)
+    return {**fields, **paths}
+
+
+def film_settings(fields: Mapping[str, Any], source: str) -> FilmSettings:
+    """Validate the fields of a film. Raises ScriptError with all invalid fields; `source` is named in the messages."""
+    return _validated(FilmSettings, fields, source)
+
+
+def shot_settings(metadata: Mapping[str, Any], source: str) -> ShotSettings:
+    """Return the settings in the metadata of a shot. Other keys are ignored. Raises ScriptError."""
+    return _validated(ShotSettings, {name: metadata[name] for name in SHOT_FIELDS if name in metadata}, source)
+
+
+def _validated(model: type[Model], fields: Mapping[str, Any], source: str) -> Model:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise ScriptError([_field_error(detail, source) for detail in error.errors(include_url=False)]) from None
+
+
+def _field_error(detail: Any, source: str) -> FieldError:
+    """Return pydantic's error as `film.yaml, shots[2].duration_s: got -1, must be greater than 0`."""
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in detail["loc"]).removeprefix(".")
+    if detail["type"] == "extra_forbidden":
+        names = (FilmEntry if field.startswith("shots[") else FilmSettings).model_fields
+        return FieldError(source, None, field, "an unknown field", known_fields(str(detail["loc"][-1]), names))
+    allowed = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    got = "the fields" if isinstance(detail["input"], dict) else shortened(detail["input"])
+    return FieldError(source, None, field or None, got, allowed)
+
+
+def _error(source: str, field: str | None, got: str, allowed: str) -> ScriptError:
+    return ScriptError([FieldError(source, None, field, got, allowed)])

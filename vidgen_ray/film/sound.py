@@ -1,0 +1,302 @@
+"""Sound of the film: clips, narration and music, mixed by FFmpeg filters at one loudness. Streams block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.filter import Graph
+
+from vidgen_ray.atomic_files import new_file
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import MediaError
+from vidgen_ray.film.filter_graphs import add_chain, available, filtered
+from vidgen_ray.film.picture import OpenFile
+from vidgen_ray.film.pieces import content_key
+from vidgen_ray.film.settings import FilmSettings
+from vidgen_ray.film.timeline import SAMPLE_RATE, Item, Timeline
+from vidgen_ray.media.checks import wrap_errors
+
+SOUND_FORMAT = 1
+"""Part of the key. Increase it when the same settings give other sound."""
+FORMAT = f"sample_fmts=fltp:sample_rates={SAMPLE_RATE}:channel_layouts=stereo"
+BLOCK_SAMPLES = 4800
+AAC_FRAME_SAMPLES = 1024
+AAC_BITS_PER_SECOND = 192_000
+TRUE_PEAK_DB = -1.5
+MAX_LOUDNESS_RANGE_LU = 50
+"""loudnorm's largest. With a smaller one it would compress the dynamics instead of only changing the gain."""
+INTEGRATED = "lavfi.r128.I"
+"""Metadata of frames in which ebur128 reports the integrated loudness so far."""
+SILENCE_LUFS = -69.0
+"""ebur128 reports -70 for silence."""
+MUSIC_FADE_S = 2.0
+DUCKING = "threshold=0.02:ratio=8:attack=20:release=600"
+"""Lower the music when the narration is above -34 dB, by up to 8:1, within 20 ms, and raise it again within 600 ms."""
+
+
+class Placement(NamedTuple):
+    """Sound from one file at a place of the film."""
+
+    start: int
+    """First sample in the film. The same for `stop`, which is exclusive."""
+    stop: int
+    filters: tuple[str, ...]
+    path: str
+    open_file: OpenFile
+    sha256: str
+    repeat: bool = False
+    """Start the file again when it ends, until `stop`."""
+
+
+class Tracks(NamedTuple):
+    """Sound of a film, as placements that do not overlap within a track."""
+
+    clips: tuple[tuple[Placement, ...], ...]
+    """One track, or two in turns if there are cross-fades."""
+    narration: tuple[Placement, ...]
+    music: tuple[Placement, ...]
+
+    def __bool__(self) -> bool:
+        return any((*self.clips, self.narration, self.music))
+
+
+def plan_tracks(timeline: Timeline, settings: FilmSettings, open_clip: OpenFile, narration_s: float | None) -> Tracks:
+    """Place all sound of the film. `narration_s` are the seconds of the narration file, if there is one."""
+    with_fades = any(item.fade_in for item in timeline.items)
+    turns = [timeline.items[::2], timeline.items[1::2]] if with_fades else [timeline.items]
+    clips = [tuple(_clip_sound(item, timeline, open_clip) for item in items if _has_sound(item)) for items in turns]
+    narration = [
+        _file(item.source.speech, timeline.sample_at(item.start), timeline.sample_at(item.stop), ())
+        for item in timeline.items
+        if item.source.speech is not None
+    ]
+    if settings.narration is not None and narration_s is not None:
+        stop = min(timeline.samples, math.ceil(narration_s * SAMPLE_RATE))
+        narration.append(_file(str(settings.narration), 0, stop, ()))
+    music = []
+    if settings.music is not None:
+        fade = min(round(MUSIC_FADE_S * SAMPLE_RATE), timeline.samples // 2)
+        filters = f"volume={settings.music_db}dB", f"afade=out:ss={timeline.samples - fade}:ns={fade}"
+        music.append(_file(str(settings.music), 0, timeline.samples, filters)._replace(repeat=True))
+    return Tracks(tuple(clip for clip in clips if clip), tuple(narration), tuple(music))
+
+
+def sound_key(tracks: Tracks, timeline: Timeline, settings: FilmSettings) -> str:
+    """Return the key of the sound: equal keys have equal samples."""
+    placed = [
+        [(p.start, p.stop, p.filters, p.sha256, p.repeat) for p in track]
+        for track in (*tracks.clips, tracks.narration, tracks.music)
+    ]
+    return content_key(
+        {
+            "format": SOUND_FORMAT,
+            "ffmpeg": av.library_versions,
+            "samples": timeline.samples,
+            "loudness_lufs": settings.loudness_lufs,
+            "has_narration": bool(tracks.narration),
+            "has_music": bool(tracks.music),
+            "tracks": placed,
+        }
+    )
+
+
+def write_sound(path: Path, tracks: Tracks, timeline: Timeline, settings: FilmSettings) -> None:
+    """Mix the tracks, bring them to the loudness of the settings, and write them as AAC in MP4. Raises MediaError.
+
+    The tracks are mixed twice: to measure the loudness, and to write them with one gain. If the peaks would then be too high,
+    loudnorm also limits them.
+    """
+    loudness = _measure(tracks, timeline)
+    filters = [*_normalisation(loudness, settings.loudness_lufs), *_exact_length(timeline.samples)]
+    filters.append(f"asetnsamples={AAC_FRAME_SAMPLES}:p=0")
+    with (
+        wrap_errors(f"{path}: cannot be written"),
+        new_file(path) as tmp,
+        av.open(str(tmp.absolute()), "w", "mp4", options={"fflags": "+bitexact"}) as output,
+    ):
+        stream = output.add_stream("aac", rate=SAMPLE_RATE, layout="stereo")
+        stream.bit_rate = AAC_BITS_PER_SECOND
+        stream.codec_context.flags |= Flags.bitexact
+        # loudnorm leaves gaps in the times of its frames, though not in their samples.
+        for frame in _numbered(_mix(tracks, timeline, filters)):
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
+class _Loudness(NamedTuple):
+    integrated_lufs: float
+    range_lu: float
+    true_peak_db: float
+
+
+def _measure(tracks: Tracks, timeline: Timeline) -> _Loudness | None:
+    """Return the loudness of the mix, or `None` if it is silent."""
+    metadata: dict[str, str] = {}
+    for frame in _mix(tracks, timeline, ["ebur128=metadata=1:peak=true"]):
+        # The last frame may be too short for a measurement of its own.
+        metadata = frame.metadata if INTEGRATED in frame.metadata else metadata
+    if not metadata or float(metadata[INTEGRATED]) < SILENCE_LUFS:
+        return None
+    peak = max(float(metadata["lavfi.r128.true_peak"]), 1e-4)
+    return _Loudness(float(metadata[INTEGRATED]), float(metadata["lavfi.r128.LRA"]), 20 * math.log10(peak))
+
+
+def _normalisation(measured: _Loudness | None, target_lufs: float) -> list[str]:
+    if measured is None:
+        return []
+    known = (
+        f"measured_I={measured.integrated_lufs}:measured_TP={measured.true_peak_db:.2f}"
+        # loudnorm takes a range of 0 for not measured, and then ignores the other values.
+        f":measured_LRA={max(0.1, measured.range_lu)}:measured_thresh={measured.integrated_lufs - 10:.2f}"
+    )
+    target = f"I={target_lufs}:TP={TRUE_PEAK_DB}:LRA={MAX_LOUDNESS_RANGE_LU}"
+    return [f"loudnorm={target}:{known}:linear=true", f"aresample={SAMPLE_RATE}", f"aformat={FORMAT}"]
+
+
+def _exact_length(samples: int) -> list[str]:
+    return ["apad", f"atrim=end_sample={samples}"]
+
+
+def _has_sound(item: Item) -> bool:
+    return item.source.clip is not None and item.source.clip.has_sound
+
+
+def _clip_sound(item: Item, timeline: Timeline, open_clip: OpenFile) -> Placement:
+    start, stop = timeline.sample_at(item.start), timeline.sample_at(item.stop)
+    filters = []
+    if item.stretch != 1:
+        filters.append(f"atempo={float(1 / item.stretch):.6f}")
+    if item.fade_in:
+        filters.append(f"afade=in:ss=0:ns={timeline.sample_at(item.start + item.fade_in) - start}:curve=qsin")
+    if item.fade_out:
+        fade = stop - timeline.sample_at(item.stop - item.fade_out)
+        filters.append(f"afade=out:ss={stop - start - fade}:ns={fade}:curve=qsin")
+    assert item.source.path is not None
+    return Placement(start, stop, tuple(filters), item.source.path, open_clip, item.source.sha256)
+
+
+def _file(path: str, start: int, stop: int, filters: tuple[str, ...]) -> Placement:
+    return Placement(start, stop, filters, path, _local_file, digest(Path(path)))
+
+
+def _local_file(path: str) -> AbstractContextManager[Path]:
+    return nullcontext(Path(path))
+
+
+def _mix(tracks: Tracks, timeline: Timeline, filters: Sequence[str]) -> Iterator[Any]:
+    """Yield the mixed sound after further filters. All tracks are read in step, so that no filter collects samples."""
+    graph = Graph()
+    inputs: list[Any] = []
+    readers: list[Iterator[Any]] = []
+
+    def add_input(track: Sequence[Placement]) -> Any:
+        source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
+        inputs.append(source)
+        readers.append(_track(track, timeline.samples))
+        return source
+
+    mixed = [(add_input(track), 0) for track in tracks.clips]
+    music = (add_input(tracks.music), 0) if tracks.music else None
+    if tracks.narration:
+        narration = add_input(tracks.narration)
+        if music is None:
+            mixed.append((narration, 0))
+        else:
+            split = add_chain(graph, narration, ["asplit=2"])
+            ducked = graph.add("sidechaincompress", DUCKING)
+            music[0].link_to(ducked, 0, 0)
+            split.link_to(ducked, 1, 1)
+            mixed.append((split, 0))
+            music = ducked, 0
+    if music is not None:
+        mixed.append(music)
+    # amix waits for all its inputs; all tracks are as long as the film.
+    mixer = graph.add("amix", f"inputs={len(mixed)}:normalize=0")
+    for number, (node, output) in enumerate(mixed):
+        node.link_to(mixer, output, number)
+    sink = add_chain(graph, mixer, [f"aformat={FORMAT}", *filters, "abuffersink"])
+    graph.configure()
+    for blocks in zip(*readers, strict=True):
+        for source, block in zip(inputs, blocks, strict=True):
+            source.push(block)
+        yield from available(sink)
+    for source in inputs:
+        source.push(None)
+    yield from available(sink)
+
+
+def _track(placements: Sequence[Placement], samples: int) -> Iterator[Any]:
+    """Yield the sound of a track in blocks of BLOCK_SAMPLES; the last one may be shorter. Silence between placements."""
+    graph = Graph()
+    source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
+    sink = add_chain(graph, source, [f"asetnsamples={BLOCK_SAMPLES}:p=0", "abuffersink"])
+    graph.configure()
+    yield from filtered(_numbered(_unblocked(placements, samples)), source, sink)
+
+
+def _numbered(frames: Iterator[Any]) -> Iterator[Any]:
+    position = 0
+    for frame in frames:
+        frame.pts, frame.time_base = position, Fraction(1, SAMPLE_RATE)
+        position += frame.samples
+        yield frame
+
+
+def _unblocked(placements: Sequence[Placement], samples: int) -> Iterator[Any]:
+    position = 0
+    for placement in placements:
+        yield from _silence(placement.start - position)
+        yield from _placed(placement)
+        position = placement.stop
+    yield from _silence(samples - position)
+
+
+def _silence(samples: int) -> Iterator[Any]:
+    while samples > 0:
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((2, min(samples, BLOCK_SAMPLES)), np.float32), format="fltp", layout="stereo"
+        )
+        frame.sample_rate = SAMPLE_RATE
+        samples -= frame.samples
+        yield frame
+
+
+def _placed(placement: Placement) -> Iterator[Any]:
+    """Yield exactly the samples of a placement: the sound of its file, cut or followed by silence."""
+    with wrap_errors(f"{placement.path}: the sound cannot be read"), placement.open_file(placement.path) as path:
+        frames = _repeated(path) if placement.repeat else _converted(path)
+        graph = Graph()
+        source = graph.add_abuffer(sample_rate=SAMPLE_RATE, format="fltp", layout="stereo", time_base=Fraction(1, SAMPLE_RATE))
+        # The length is fixed before the filters, since a fade at the end needs it.
+        tempo = [text for text in placement.filters if text.startswith("atempo")]
+        rest = [text for text in placement.filters if not text.startswith("atempo")]
+        length = _exact_length(placement.stop - placement.start)
+        sink = add_chain(graph, source, [*tempo, *length, *rest, f"aformat={FORMAT}", "abuffersink"])
+        graph.configure()
+        yield from filtered(_numbered(frames), source, sink)
+
+
+def _repeated(path: Path) -> Iterator[Any]:
+    while True:
+        yield from _converted(path)
+
+
+def _converted(path: Path) -> Iterator[Any]:
+    """Yield the sound of a file as 48 kHz stereo. Sound that starts late is preceded by silence, gaps are filled."""
+    with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened:
+        stream = opened.streams.best("audio")
+        if stream is None or stream.codec_context is None:
+            raise MediaError(f"{path}: has no sound, or none with a supported codec")
+        graph = Graph()
+        source = graph.add_abuffer(template=stream)
+        sink = add_chain(graph, source, [f"aresample={SAMPLE_RATE}:async=1:first_pts=0", f"aformat={FORMAT}", "abuffersink"])
+        graph.configure()
+        yield from filtered(opened.decode(stream), source, sink)

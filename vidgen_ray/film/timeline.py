@@ -1,0 +1,153 @@
+"""Timeline: places shots and title cards on the film's frames, and divides the film into pieces.
+
+All times are whole numbers of frames of the film, so that picture and sound cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, TypeVar
+
+from vidgen_ray.film.clip_probe import Clip
+from vidgen_ray.film.settings import FilmSettings, ShotSettings, Size
+
+SAMPLE_RATE = 48_000
+"""Samples per second of the film's sound."""
+NARRATION_PAUSE_S = 0.3
+"""Seconds that a shot stays on screen after its narration."""
+FALLBACK_SIZE, FALLBACK_RATE = Size(1280, 720), Fraction(24)
+"""Size in pixels and frames per second of a film without clips."""
+Value = TypeVar("Value")
+
+
+class Source(NamedTuple):
+    """Clip, image or title card that an item of the film shows."""
+
+    name: str
+    """Id of the shot, or the text of the title card. For messages."""
+    path: str | None
+    """Clip or image, relative to the output folder. `None` for a title card."""
+    sha256: str
+    """Digest of the file, or of the title."""
+    clip: Clip | None
+    """`None` for an image or a title card."""
+    settings: ShotSettings
+    title: str | None = None
+    """Text of a title card."""
+    speech: str | None = None
+    """Path of the sound file with the spoken narration."""
+    speech_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A shot or title card on the frames of the film."""
+
+    source: Source
+    start: int
+    """First frame in the film."""
+    frames: int
+    fade_in: int
+    """Frames shared with the item before. 0 for a cut. The same for `fade_out` and the item after."""
+    fade_out: int
+    stretch: Fraction
+    """Seconds in the film per second of the clip."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.frames
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive frames of the film that are rendered together: of one item, or a cross-fade between two."""
+
+    item: Item
+    first: int
+    """First frame, counted in the item."""
+    frames: int
+    fade_to: Item | None = None
+    """Item that appears during the piece, with its own frames from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    size: Size
+    fps: Fraction
+    items: tuple[Item, ...]
+
+    @property
+    def frames(self) -> int:
+        return self.items[-1].stop
+
+    @property
+    def seconds(self) -> float:
+        return float(self.frames / self.fps)
+
+    @property
+    def samples(self) -> int:
+        return self.sample_at(self.frames)
+
+    def sample_at(self, frame: int) -> int:
+        """Return the number of the sample at which a frame starts."""
+        return round(frame * SAMPLE_RATE / self.fps)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces in order. Together they have every frame of the film once."""
+        for number, item in enumerate(self.items):
+            alone = item.frames - item.fade_in - item.fade_out
+            if alone:
+                yield Piece(item, item.fade_in, alone)
+            if item.fade_out:
+                yield Piece(item, item.frames - item.fade_out, item.fade_out, self.items[number + 1])
+
+
+def build_timeline(sources: Sequence[Source], settings: FilmSettings) -> Timeline:
+    """Place sources one after another. Size and rate are those of the settings, else those of the most clips."""
+    clips = [source.clip for source in sources if source.clip is not None]
+    size = settings.size or _even(_most_common([clip.size for clip in clips], FALLBACK_SIZE))
+    fps = settings.fps or _most_common([clip.fps for clip in clips], FALLBACK_RATE)
+    lengths = [_length(source, settings, fps) for source in sources]
+    frames = [count for count, _ in lengths]
+    fades = [0, *(_fade(settings, sources[n], frames[n - 1], frames[n], fps) for n in range(1, len(sources))), 0]
+    items, start = [], 0
+    for number, (source, (count, stretch)) in enumerate(zip(sources, lengths, strict=True)):
+        start -= fades[number]
+        items.append(Item(source, start, count, fades[number], fades[number + 1], stretch))
+        start += count
+    return Timeline(size, fps, tuple(items))
+
+
+def _length(source: Source, settings: FilmSettings, fps: Fraction) -> tuple[int, Fraction]:
+    """Return the frames of a source in the film, and its stretch."""
+    own = source.settings.duration_s
+    if source.clip is None:
+        natural = Fraction(settings.still_s if source.title is None else settings.title_s)
+    else:
+        natural = source.clip.seconds
+    seconds = natural if own is None else Fraction(own)
+    if source.speech is not None:
+        seconds = max(seconds, Fraction(source.speech_s + NARRATION_PAUSE_S))
+    stretch = seconds / natural if source.clip is not None and source.settings.fit == "slow" else Fraction(1)
+    rounding = math.ceil if source.speech is not None else round
+    return max(1, rounding(seconds * fps)), stretch.limit_denominator(1_000_000)
+
+
+def _fade(settings: FilmSettings, source: Source, frames_before: int, frames: int, fps: Fraction) -> int:
+    """Return the frames of the transition to a source: at most half of either neighbour, so that fades never overlap."""
+    if (source.settings.transition or settings.transition) == "cut":
+        return 0
+    return min(round(Fraction(settings.fade_s) * fps), frames_before // 2, frames // 2)
+
+
+def _most_common(values: Sequence[Value], fallback: Value) -> Value:
+    """Return the value that occurs most often, the first of several."""
+    return Counter(values).most_common(1)[0][0] if values else fallback
+
+
+def _even(size: Size) -> Size:
+    return Size(size.width // 2 * 2, size.height // 2 * 2)
