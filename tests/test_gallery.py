@@ -104,7 +104,7 @@ def test_detail_shows_clip_images_settings_and_reason(out):
         page.keyboard.press("ArrowRight")
         assert page.locator("dialog h2").inner_text() == "ada"
         assert page.locator("dialog figcaption").all_inner_texts() == ["base", "image"]
-        assert page.locator("dialog .chain img").evaluate_all("images => images.every(image => image.naturalWidth === 128)")
+        page.wait_for_function("[...document.querySelectorAll('dialog .chain img')].every(image => image.naturalWidth === 128)")
         assert "face 0.50, clip 0.40, worst 0.10" in page.locator("dialog dl").inner_text()
         page.click("text=Copy as script line")
         line = json.loads(page.locator("dialog textarea").input_value())

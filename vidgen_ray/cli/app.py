@@ -188,6 +188,9 @@ def show_version(version: Annotated[bool, typer.Option("--version", help="Print 
 def demo(
     out: OutOption = Path("out/demo"),
     profile: ProfileOption = "demo",
+    with_film: Annotated[
+        bool, typer.Option("--film", help="Render the screenplay of the demo instead, and join its shots to OUT/film.mp4.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Render the demo script on this machine: all stages, both modes."""
@@ -195,7 +198,13 @@ def demo(
     from vidgen_ray.report.contact_sheet import write_contact_sheet
 
     chosen = load_profile(profile)
-    script = _demo_script()
+    if with_film:
+        script = _example("film.yaml")
+        settings = ScriptSettings(script, profile_defaults=chosen.defaults)
+        _render(settings, chosen, str(out), RenderOptions(), as_json=as_json)
+        film(str(out), out / "film.mp4", script=script, as_json=as_json)
+        return
+    script = _example("demo.jsonl")
     try:
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
         _render(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
@@ -603,8 +612,8 @@ def _keeps_stages(keep: list[str] | None) -> bool:
     return bool(keep)
 
 
-def _demo_script() -> Path:
-    """Return the demo script, inside an installed package or in the folder above the package in a checkout."""
+def _example(name: str) -> Path:
+    """Return an example, inside an installed package or in the folder above the package in a checkout."""
     package = Path(str(resources.files("vidgen_ray")))
-    paths = [package / "examples" / "demo.jsonl", package.parent / "examples" / "demo.jsonl"]
+    paths = [package / "examples" / name, package.parent / "examples" / name]
     return next(path for path in paths if path.is_file())

@@ -51,7 +51,8 @@ def manifest_candidates(storage: Storage) -> list[Candidate]:
 
     Shots of lines that their script no longer has are left out.
     """
-    rows = [row for batch in manifest_batches(storage) for row in batch.select(COLUMNS).to_pylist() if row["status"] != REPLACED]
+    rows = [row for batch in manifest_batches(storage) for row in batch.select(COLUMNS).to_pylist()]
+    rows = [row for row in rows if row["status"] != REPLACED]
     rows.sort(key=lambda row: (row["script"], row["line"] or 0, _natural(row["id"])))
     return [
         Candidate(

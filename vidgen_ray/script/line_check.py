@@ -340,11 +340,11 @@ def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields. Later layers win. `steps` and `guidance` are merged per stage."""
+    """Merge fields. Later layers win. `steps` and `guidance` are merged per stage, `metadata` per name."""
     out: dict[str, Any] = {}
     for layer in layers:
         fields = nest_flat_settings(dict(layer))
-        previous = {name: out[name] for name in NESTED_FIELDS if name in out and name in fields}
+        previous = {name: out[name] for name in (*NESTED_FIELDS, "metadata") if name in out and name in fields}
         out.update(fields)
         for name, settings in previous.items():
             if isinstance(settings, dict) and isinstance(fields[name], dict):

@@ -1,5 +1,6 @@
-"""Sites under test, with fakes or with the tiny models, and windows of Chromium. All tests share one browser."""
+"""Sites under test, with fakes or with the tiny models, and windows of Chromium. The tests of a file share a browser."""
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import check_shot
+from vidgen_ray.weights import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
 playwright.expect.set_options(timeout=20_000)
@@ -77,6 +79,8 @@ def quick(tmp_path_factory) -> VideoGenerationPipeline:
 @pytest.fixture
 def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
     """Start a site. `served` replaces the serving profile of the pipeline."""
+    wash = tmp_path / "wash.safetensors"
+    shutil.copy(resolve("builtin:tiny/lora.safetensors"), wash)
     with ExitStack() as sites:
 
         def make(
@@ -86,7 +90,9 @@ def new_site(quick, tmp_path) -> Iterator[Callable[..., Site]]:
                 profile=pipeline.profile.name,
                 data=str(pipeline.outputs.root),
                 database=f"sqlite:///{tmp_path}/jobs.db",
-                loras={"ink": "builtin:tiny/lora.safetensors", "wash": "builtin:tiny/lora.safetensors"},
+                loras={"ink": "builtin:tiny/lora.safetensors", "wash": str(wash)},
+                # The director of these tests does not know tenants.
+                share_results_between_tenants=True,
                 **settings,
             )
             store = open_store(server_settings)
@@ -126,7 +132,8 @@ def site_with_keys(new_site, tmp_path) -> Site:
     return new_site(key=keys["ann"], keys_file=tmp_path / "keys.yaml")
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: Playwright keeps an event loop running in this thread, and tests of other files call asyncio.run.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     program = chromium()
     if program is None:
