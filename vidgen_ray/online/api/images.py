@@ -28,6 +28,7 @@ from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import nearest_image_side
 from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 
@@ -166,7 +167,9 @@ async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateIma
 
 async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> AsyncIterator[ServerSentEvent]:
     """Yield an event for each intermediate image, as soon as its stage is done, and one for the result."""
-    keys = _intermediate_keys(await asyncio.to_thread(server.serving_profile.plan, job.shot)) if options.partial_images else []
+    keys: list[str] = []
+    if options.partial_images:
+        keys = _intermediate_keys(await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings))
     index, last = 0, job
     async for current in server.job_feed.follow(job):
         last = require_existing(current)
