@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.small_disk import mounted_disk
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
 
@@ -46,3 +47,9 @@ def make_shot(tiny):
         return Shot(**{**tiny.defaults, "id": "s", "prompt": "a photo of a man", "seed": 7, **fields})
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with mounted_disk(tmp_path / "disk") as disk:
+        yield disk

@@ -228,6 +228,33 @@ def test_shots_with_the_same_lora_are_rendered_together(tmp_path, profile):
     assert (tmp_path / "active_loras").read_text() == "aaaabbbbcccc"
 
 
+def test_full_disk_stops_the_run_and_leaves_the_lines_for_the_next_one(tmp_path, profile, small_disk):
+    lines = shots(30)
+
+    class FillsTheDisk(FAKES["flux"]):
+        """Fills the disk when the run has started. The files of the shots that follow do not fit."""
+
+        def one(self, shot, artefacts):
+            if shot.id == "s05":
+                small_disk.fill()
+            return super().one(shot, artefacts)
+
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def run(fakes):
+        options = RenderOptions(cluster=parse_gpus(GPUS), stages=fakes, cache="none")
+        settings = ScriptSettings(script, profile_defaults=profile.defaults)
+        return render(settings, profile, OutputFolder(small_disk.folder / "out"), options, listener=Events())
+
+    with pytest.raises((SetupError, OSError), match=r"disk is full|No space left"):
+        run({**FAKES, "flux": FillsTheDisk})
+    small_disk.make_room()
+    assert not [row for row in read_manifest(small_disk.folder / "out") if row.status == "failed"]
+    report = run(FAKES)
+    assert (report.done + report.skipped, report.failed) == (30, 0)
+
+
 def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
     first_result = tmp_path / "first_result"
     events = Events(first_result.touch)

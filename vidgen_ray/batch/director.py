@@ -30,6 +30,7 @@ from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.records import Failure, ShotRecord
@@ -239,6 +240,9 @@ class Director:
         # A bug in vidgen fails the shot, not the run.
         except Exception as error:
             result, kind = StepFailed("director", error).failure(), Kind.ERROR
+        if isinstance(result, Failure) and is_disk_full(result.message):
+            # Not the fault of the line: the next run renders it.
+            raise SetupError(f"stopped, because a disk is full ({result.message}). Make room and run the same command again")
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
