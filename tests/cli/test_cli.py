@@ -44,7 +44,7 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
         (["stage", "instantid_sdxl", str(ASTRONAUT), "-s", "prompt=a"], 2, "must be a .json file written by stage instantid"),
         (["shot", "a", "-s", "prompt=b"], 2, "which is the argument PROMPT of this command"),
         (["shot", "a", "-o", "/proc/nowhere", "-p", "tiny"], 4, "cannot be written"),
-        (["schema", "cast"], 2, "must be one of shot, profile, manifest, film"),
+        (["schema", "cast"], 2, "must be one of script, shot, profile, manifest, film"),
         (["identity", "show"], 2, "Missing argument"),
         (["identity", "show", "gone.jpg"], 1, "gone.jpg: no such file"),
         (["identity", "show", str(ASTRONAUT), "-o", "x.gif"], 2, "must end in .png, .jpg, .jpeg"),

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import yaml
+from jsonschema import Draft202012Validator
 
+from tests.conftest import EXAMPLES
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script.expansion import MAX_SHOTS
 from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.schema import script_schema
 from vidgen_ray.script.settings import ScriptSettings
 
 HEADER = """
@@ -133,6 +137,23 @@ def test_characters_of_a_file_serve_every_format(script, tmp_path):
     assert read.shots[0].face_image == (str(people.parent / "cleo.jpg"),)
     with pytest.raises(ScriptError, match="must not be in the file of --characters, too"):
         script("characters: {cleo: {}}\nshots: [a]", characters=read_characters(people))
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ((EXAMPLES / "film.yaml").read_text(), True),
+        ("shots: [a, {prompt: b, flux.steps: 3, lora: [x.safetensors], face_image: y.jpg, matrix: {fps: [3]}}]", True),
+        ("shots: [{prompt: a, fpss: 3}]", False),
+        ("shots: [{prompt: a, fps: fast}]", False),
+        ("shots: [a]\nscenes: []", False),
+        ("characters: {a: {fps: 3}}\nshots: [a]", False),
+        ("scenes: [{titel: x, shots: [a]}]", False),
+        ("film: {transition: wipe}\nshots: [a]", False),
+    ],
+)
+def test_schema_for_editors_accepts_scripts_and_finds_mistakes(text, valid):
+    assert Draft202012Validator(script_schema()).is_valid(yaml.safe_load(text)) == valid
 
 
 @pytest.mark.parametrize(

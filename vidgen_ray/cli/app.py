@@ -517,17 +517,23 @@ def stage(
 @app.command()
 def schema(
     model: Annotated[
-        str, typer.Argument(help="shot (a script line), profile, manifest (a manifest row) or film (a film file).")
+        str,
+        typer.Argument(
+            help="script (a .yaml script, for editors), shot (a script line), profile, manifest (a manifest row) or film (a "
+            "film file)."
+        ),
     ] = "shot",
 ) -> None:
-    """Print the JSON schema of a shot, a profile, a manifest row or a film file."""
+    """Print the JSON schema of a script, a shot, a profile, a manifest row or a film file."""
     from vidgen_ray.film.settings import FilmSettings
     from vidgen_ray.outputs.manifest import ManifestRow
+    from vidgen_ray.script.schema import script_schema
 
     models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow, "film": FilmSettings}
-    if model not in models:
-        raise typer.BadParameter(f"got {model!r}, must be one of {', '.join(models)}", param_hint="MODEL")
-    typer.echo(json.dumps(models[model].model_json_schema(), indent=2))
+    if model != "script" and model not in models:
+        raise typer.BadParameter(f"got {model!r}, must be one of script, {', '.join(models)}", param_hint="MODEL")
+    content = script_schema() if model == "script" else models[model].model_json_schema()
+    typer.echo(json.dumps(content, indent=2))
 
 
 def _render(
