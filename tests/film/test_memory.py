@@ -7,7 +7,7 @@ from benchmarks.film import measure
 MAX_MB = 400
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("copied", [False, True])
 def test_film_of_a_thousand_clips_takes_less_than_400_mb(tmp_path, copied):
     figures = measure(tmp_path, 1000, (320, 192), 6, copied=copied)

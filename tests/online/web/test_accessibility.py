@@ -23,6 +23,8 @@ def problems(page: Any) -> list[str]:
     return [*found, *page.evaluate(CHECK_PAGE)]
 
 
+# Takes 40 s on idle cores. On cores that other tests keep busy, Chromium once used all of them for minutes.
+@pytest.mark.very_slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, LAPTOP], ids=["phone", "laptop"])
 def test_all_states_are_accessible(site, open_page, scheme, size):
