@@ -17,7 +17,7 @@ from vidgen_ray.profile import Profile, load_profile
 def last_profile(outputs: OutputFolder) -> Profile:
     """Return the profile of the last run, which `run.json` names.
 
-    Raises SetupError if there is no such run, and ProfileError if its profile does not exist any more.
+    Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     try:
         run = json.loads(outputs.storage.read("run.json") or b"{}")

@@ -14,7 +14,7 @@ from vidgen_ray.outputs.manifest_writer import drop_rows
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What was removed."""
+    """Shots that were removed, and their bytes."""
 
     shots: int
     bytes: int
@@ -24,7 +24,7 @@ class PruneReport:
 def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
     """Delete the files and rows of replaced shots. A killed call is completed by the next one.
 
-    Raises SetupError if a run is using the folder, or if there is no such folder.
+    Raises SetupError if a run is using the folder, or if it has no manifest.
     """
     if not outputs.storage.files("manifest"):
         raise SetupError(f"output folder {outputs.url}: has no manifest")

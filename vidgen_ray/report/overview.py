@@ -46,7 +46,7 @@ class ListedShot:
 
 @dataclass(slots=True)
 class Overview:
-    """What `vidgen status` shows."""
+    """Figures that `vidgen status` prints."""
 
     counts: dict[str, int]
     """Status -> number of shots."""
