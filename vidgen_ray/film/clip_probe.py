@@ -6,11 +6,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.settings import Size
 from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors
+from vidgen_ray.media.container import open_media
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""
@@ -36,7 +35,7 @@ def probe_clip(path: Path) -> Clip:
     check_is_file(path)
     with (
         wrap_errors(f"{path}: cannot be read as a video"),
-        av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened,
+        open_media(path) as opened,
     ):
         stream = opened.streams.best("video")
         if stream is None or stream.codec_context is None or not stream.average_rate:
@@ -77,7 +76,7 @@ def sound_seconds(path: Path) -> float:
     check_is_file(path)
     with (
         wrap_errors(f"{path}: cannot be read as sound"),
-        av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened,
+        open_media(path) as opened,
     ):
         stream = opened.streams.best("audio")
         if stream is None or stream.codec_context is None:

@@ -20,6 +20,7 @@ from vidgen_ray.film.text_images import Overlay, draw_caption, draw_title
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.media import MAX_PIXELS, read_image
 from vidgen_ray.media.checks import wrap_errors
+from vidgen_ray.media.container import open_media
 
 OpenFile = Callable[[str], AbstractContextManager[Path]]
 """Yields a local file with the content of a path of the output folder."""
@@ -105,7 +106,7 @@ def _decoded(item: Item, timeline: Timeline, settings: FilmSettings, open_file: 
         if source.clip is None:
             yield iter([_still(read_image(path))])
             return
-        with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened:
+        with open_media(path) as opened:
             stream = opened.streams.best("video")
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             stream.thread_type, stream.thread_count = "AUTO", DECODE_THREADS

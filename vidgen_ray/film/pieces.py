@@ -23,6 +23,7 @@ from vidgen_ray.film.picture import OpenFile, piece_frames
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.media import Mp4Settings, Mp4Writer
+from vidgen_ray.media.container import open_media
 
 PIECE_FORMAT = 1
 """Part of the keys. Increase it when the same settings give other frames."""
@@ -179,6 +180,6 @@ def opened_piece(planned: PlannedPiece, folder: PieceFolder, open_file: OpenFile
     assert piece.item.source.path is not None
     with (
         open_file(piece.item.source.path) as path,
-        av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened,
+        open_media(path) as opened,
     ):
         yield opened

@@ -23,6 +23,7 @@ from vidgen_ray.film.pieces import content_key
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.timeline import SAMPLE_RATE, Item, Timeline
 from vidgen_ray.media.checks import wrap_errors
+from vidgen_ray.media.container import open_media
 
 SOUND_FORMAT = 1
 """Part of the key. Increase it when the same settings give other sound."""
@@ -291,7 +292,7 @@ def _repeated(path: Path) -> Iterator[Any]:
 
 def _converted(path: Path) -> Iterator[Any]:
     """Yield the sound of a file as 48 kHz stereo. Sound that starts late is preceded by silence, gaps are filled."""
-    with av.open(str(path.absolute()), options={"protocol_whitelist": "file"}, metadata_errors="ignore") as opened:
+    with open_media(path) as opened:
         stream = opened.streams.best("audio")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no sound, or none with a supported codec")

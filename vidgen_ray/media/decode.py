@@ -10,12 +10,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors
+from vidgen_ray.media.container import open_media
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
 from vidgen_ray.stages.base import Frames, Image
 
@@ -174,12 +174,7 @@ def _container_of(path: Path) -> str:
 @contextmanager
 def _open_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
     """Open PyAV's container and its best video stream, checked and ready to decode."""
-    with av.open(
-        str(path.absolute()),  # absolute, so that FFmpeg never treats it as a URL
-        format=container,
-        options={"protocol_whitelist": "file"},
-        metadata_errors="ignore",
-    ) as opened:
+    with open_media(path, container) as opened:
         stream = opened.streams.best("video")
         if stream is None or stream.codec_context is None:
             raise MediaError(f"{path}: has no video, or none with a supported codec")
