@@ -6,12 +6,10 @@ Lines stream: shots are rendered while later lines are still being checked.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 
 from vidgen_ray.batch.director import Director, Remaining
@@ -24,6 +22,7 @@ from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.open_markers import new_writer
 from vidgen_ray.planner import Demand, Plan, save_calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.settings import ScriptSettings
@@ -119,7 +118,7 @@ def render_lines(
     Otherwise as `render`.
     """
     started, outputs = time.monotonic(), planner.outputs
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    run = new_writer()
     outputs.prepare()
     with outputs.lease(run) as lease:
         outputs.sweep()

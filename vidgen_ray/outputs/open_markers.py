@@ -48,16 +48,17 @@ def is_trusted(run: str, open_writers: Sequence[str]) -> bool:
 @contextmanager
 def shot_without_row(storage: Storage) -> Iterator[None]:
     """Mark that the block may write a shot that gets no manifest row."""
-    before = _new_writer()
+    before = new_writer()
     write_marker(storage, before)
     yield
     # A run that began during the block may have read the old shot. It deletes only markers of writers that began before it.
-    write_marker(storage, _new_writer())
+    write_marker(storage, new_writer())
     if storage.local is None:
         storage.delete(_path(before))
 
 
-def _new_writer() -> str:
+def new_writer() -> str:
+    """Return a new name of a writer, such as a run. Names sort by their time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import REPLACED, SHOT_FILES, manifest_batches
 from vidgen_ray.outputs.manifest_writer import drop_rows
+from vidgen_ray.outputs.open_markers import new_writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
     """
     if not outputs.storage.files("manifest"):
         raise SetupError(f"output folder {outputs.url}: has no manifest")
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}"
+    run = new_writer()
     with outputs.lease(run):
         shots = size = 0
         for batch in manifest_batches(outputs.storage):
