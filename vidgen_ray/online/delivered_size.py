@@ -1,4 +1,4 @@
-"""Choose what the models draw for the size that a client asks for. Pure functions: no HTTP, no jobs.
+"""Choose what the models draw for the size that a client asks for. Pure functions, without HTTP.
 
 `size` is the size of the delivered file. Models draw multiples of 64 (clips) or 16 (images) pixels; the file is upscaled and
 cropped to exactly what was asked for.
@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeAlias, get_args
 
 from vidgen_ray.graph import clip_growth
 from vidgen_ray.online.api_error import invalid
+from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.shot import Shot
 
 CLIP_MULTIPLE_PX, IMAGE_MULTIPLE_PX = 64, 16
@@ -81,6 +82,11 @@ def delivered_artefact(shot: Shot, hd_beside: bool) -> str:
     if not clips:
         return "image"
     return clips[0] if hd_beside else clips[-1]
+
+
+def delivered_artefact_of(job: Job) -> str:
+    """Return the artefact that the main file of a job is written from."""
+    return delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
 
 
 def _ceil(side: float, multiple: int = CLIP_MULTIPLE_PX) -> int:

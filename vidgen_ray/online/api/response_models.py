@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
 from vidgen_ray.graph import clip_growth, file_sizes
-from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.upload_records import Upload
@@ -263,11 +263,6 @@ class Readiness(BaseModel):
     missing: str | None = Field(
         None, description="With status waiting: the stages without a worker, and what the server waits for."
     )
-
-
-def delivered_artefact_of(job: Job) -> str:
-    """Return the artefact that the main file of a job is written from."""
-    return delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
 
 
 def outputs_of(job: Job) -> list[str]:

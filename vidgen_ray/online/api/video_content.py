@@ -23,9 +23,10 @@ from vidgen_ray.graph import file_sizes
 from vidgen_ray.media import cover_crop, open_video, read_image
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses
-from vidgen_ray.online.api.response_models import delivered_artefact_of, outputs_of
+from vidgen_ray.online.api.response_models import outputs_of
 from vidgen_ray.online.api_error import ApiError, not_found
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import newest_preview
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobState

@@ -15,9 +15,10 @@ from vidgen_ray.online.api.characters import check_faces
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import error_responses, request_body
 from vidgen_ray.online.api.request_models import MAX_RESULTS, CreateImages, CreateVideo, RemixVideo
-from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, delivered_artefact_of, video_response
+from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage, video_response
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext

@@ -10,7 +10,7 @@ from zipstream import ZipStream
 
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.web.form_submission import job_of
@@ -85,8 +85,7 @@ def _archive(outputs: OutputFolder, jobs: list[Job]) -> ZipStream:
         done = outputs.find_by_key(job.key) if job.state is JobState.COMPLETED else None
         if done is None:
             continue
-        delivered = delivered_artefact(job.shot, hd_beside=bool(job.request.get("hd")))
-        name = CLIP_FILES.get(delivered, "image.png")
+        name = CLIP_FILES.get(delivered_artefact_of(job), "image.png")
         size = done.summary.bytes[name]
         archive.add(_blocks(outputs, f"{done.summary.folder}/{name}"), file_name(job), size=size)
     return archive

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, file_sizes, stages_of
-from vidgen_ray.online.delivered_size import delivered_artefact
+from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState
@@ -71,7 +71,7 @@ def card_of(job: Job, base: str, lora_names: Mapping[str, str]) -> Card:
     `base` is the path at which the app is mounted. `lora_names` maps the paths of the server's LoRAs to their names.
     """
     shot, created = job.shot, datetime.fromtimestamp(job.created_at, UTC)
-    sizes, delivered = file_sizes(shot), delivered_artefact(shot, hd_beside=bool(job.request.get("hd")))
+    sizes, delivered = file_sizes(shot), delivered_artefact_of(job)
     width, height = sizes[delivered]
     finished = list(sizes)[-1]
     content = f"{base}/v1/videos/{job.id}/content"
