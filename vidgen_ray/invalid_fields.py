@@ -35,9 +35,14 @@ def explain(detail: Any, fields: Iterable[str], reference: str = SCHEMA_COMMAND)
         return field, "an unknown field", known_fields(field or "", fields, reference)
     if detail["type"] == "missing":
         return field, "nothing", "this field is required"
-    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     got = "the line" if field is None else shortened(detail["input"])
-    return field, got, message[:1].lower() + message[1:]
+    return field, got, allowed_of(detail)
+
+
+def allowed_of(detail: Any) -> str:
+    """Return what a pydantic error says is allowed, as the end of a message."""
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
+    return str(message[:1].lower() + message[1:])
 
 
 def known_fields(name: str, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> str:

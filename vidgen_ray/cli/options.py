@@ -1,5 +1,6 @@
 """Options shared by several commands."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,10 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import builtin_profiles
-from vidgen_ray.script.lines import parse_text_fields
+from vidgen_ray.script.lines import absolute_path, parse_text_fields, with_absolute_paths
 
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
-PATH_FIELDS = ("image", "face_image", "lora")
 JOB_FOLDER = "working_dir_files"
 """Folder of Ray that has the working directories of submitted jobs."""
 
@@ -29,7 +29,8 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
         if not equals or not name:
             raise typer.BadParameter(f"got {pair!r}, must be FIELD=VALUE", param_hint="--set")
         fields[name.strip()] = value
-    parsed = {name: _with_absolute_paths(name, value) for name, value in parse_text_fields(fields).items()}
+    absolute = partial(absolute_path, Path.cwd())
+    parsed = {name: with_absolute_paths(name, value, absolute) for name, value in parse_text_fields(fields).items()}
     for name, got, allowed in wrong_defaults({name: value for name, value in parsed.items() if name not in UNCHECKED})[:1]:
         raise UsageError(f"--set {name}: got {got}, {allowed}")
     return parsed
@@ -45,14 +46,6 @@ def check_out(value: Any) -> Any:
         )
         raise typer.BadParameter(f"{value} {allowed}, or a URL such as s3://BUCKET/FOLDER")
     return value
-
-
-def _with_absolute_paths(name: str, value: Any) -> Any:
-    if name not in PATH_FIELDS or isinstance(value, dict):
-        return value
-    if isinstance(value, list):
-        return [_with_absolute_paths(name, each) for each in value]
-    return value if not isinstance(value, str) or value.startswith("builtin:") else str(Path(value).expanduser().absolute())
 
 
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."

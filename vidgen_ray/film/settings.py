@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.invalid_fields import allowed_of, known_fields, shortened
 from vidgen_ray.media import MAX_PIXELS, Mp4Settings
 from vidgen_ray.strict_yaml import StrictLoader
 
@@ -196,9 +196,8 @@ def _field_error(detail: Any, source: str) -> FieldError:
     if detail["type"] == "extra_forbidden":
         names = (FilmEntry if field.startswith("shots[") else FilmSettings).model_fields
         return FieldError(source, None, field, "an unknown field", known_fields(str(detail["loc"][-1]), names))
-    allowed = detail["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("String should", "must")
     got = "the fields" if isinstance(detail["input"], dict) else shortened(detail["input"])
-    return FieldError(source, None, field or None, got, allowed)
+    return FieldError(source, None, field or None, got, allowed_of(detail))
 
 
 def _error(source: str, field: str | None, got: str, allowed: str) -> ScriptError:

@@ -8,7 +8,7 @@ from vidgen_ray.errors import StageError
 
 PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
-FIRST, SECOND = ("lora_A", "lora_down"), ("lora_B", "lora_up")
+FIRST = ("lora_A", "lora_down")
 OTHER_MODELS = {
     "Stable Diffusion or SDXL": re.compile(
         r"^(lora_unet_(input|output|middle|down|up|mid)_block|lora_te\d?_text_model|unet\.(down|up|mid)_block)"

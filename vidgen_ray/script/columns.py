@@ -6,15 +6,14 @@ from typing import Any
 
 from vidgen_ray.invalid_fields import known_fields
 from vidgen_ray.script.expansion import MATRIX, STYLE
-from vidgen_ray.script.lines import file_error
+from vidgen_ray.script.lines import FAILURE_FIELD, file_error
 from vidgen_ray.shot import NESTED_FIELDS, Shot, StageSteps
 
 METADATA_PREFIX = "metadata."
 """A column `metadata.NAME` becomes an entry of `metadata`."""
-FAILURE = "failure"
 PANDAS_INDEX = "__index_level_0__"
 """Column in which pandas stores its index."""
-FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE)
+FIELDS = (*Shot.model_fields, STYLE, MATRIX, FAILURE_FIELD)
 FLAT_SETTINGS = tuple(
     name for field in NESTED_FIELDS for stage in StageSteps.model_fields for name in (f"{field}.{stage}", f"{stage}.{field}")
 )

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.script.lines import WrongField
 from vidgen_ray.shot import Shot
 
 MATRIX = "matrix"
@@ -22,14 +23,6 @@ TEXTS = ("prompt", "negative_prompt", "style_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata")
 SUFFIX_LETTERS = 24
-
-
-class ExpansionError(Exception):
-    """A line cannot be expanded."""
-
-    def __init__(self, field: str, got: str, allowed: str) -> None:
-        self.field, self.got, self.allowed = field, got, allowed
-        super().__init__(field, got, allowed)
 
 
 class Expanded(NamedTuple):
@@ -48,7 +41,7 @@ def is_expandable(fields: Mapping[str, Any]) -> bool:
 def expand(fields: Mapping[str, Any]) -> list[Expanded]:
     """Return the shots that a line stands for, in the order of its values and choices.
 
-    Raises ExpansionError for an invalid matrix, for nested choices, and above MAX_SHOTS.
+    Raises WrongField for an invalid matrix, for nested choices, and above MAX_SHOTS.
     """
     plain = {name: value for name, value in fields.items() if name != MATRIX}
     axes = list(_matrix_axes(fields.get(MATRIX) or {}))
@@ -58,19 +51,19 @@ def expand(fields: Mapping[str, Any]) -> list[Expanded]:
         suffix = "".join(f"-{_slug(value)}" for _, value in values)
         expanded += [Expanded(chosen.fields, suffix + chosen.suffix) for chosen in _choose(own)]
         if len(expanded) > MAX_SHOTS:
-            raise ExpansionError(MATRIX if axes else "prompt", f"more than {MAX_SHOTS} shots", f"must be at most {MAX_SHOTS}")
+            raise WrongField(MATRIX if axes else "prompt", f"more than {MAX_SHOTS} shots", f"must be at most {MAX_SHOTS}")
     return expanded
 
 
 def _matrix_axes(matrix: Any) -> Iterator[list[tuple[str, Any]]]:
     if not isinstance(matrix, dict):
-        raise ExpansionError(MATRIX, shortened(matrix), "must map fields to lists of values")
+        raise WrongField(MATRIX, shortened(matrix), "must map fields to lists of values")
     allowed = [*(name for name in Shot.model_fields if name not in NO_MATRIX_FIELDS), STYLE]
     for name, values in matrix.items():
         if name not in allowed and "." not in str(name):
-            raise ExpansionError(f"{MATRIX}.{str(name)[:40]}", "an unknown field", known_fields(str(name), allowed))
+            raise WrongField(f"{MATRIX}.{str(name)[:40]}", "an unknown field", known_fields(str(name), allowed))
         if not isinstance(values, list) or not values:
-            raise ExpansionError(f"{MATRIX}.{name}", shortened(values), "must be a list of values")
+            raise WrongField(f"{MATRIX}.{name}", shortened(values), "must be a list of values")
         yield [(name, value) for value in values]
 
 
@@ -81,14 +74,14 @@ def _choose(fields: dict[str, Any]) -> Iterator[Expanded]:
         (name, number): _options(name, parts[number]) for name, parts in texts.items() for number in range(1, len(parts), 2)
     }
     if (shots := prod(map(len, choices.values()))) > MAX_SHOTS:
-        raise ExpansionError("prompt", f"choices for {shots:,} shots", f"must be at most {MAX_SHOTS} per line")
+        raise WrongField("prompt", f"choices for {shots:,} shots", f"must be at most {MAX_SHOTS} per line")
     for chosen in product(*choices.values()):
         parts = {name: list(text) for name, text in texts.items()}
         for (name, number), option in zip(choices, chosen, strict=True):
             parts[name][number] = option
         for name, text in parts.items():
             if CHOICES.search(joined := "".join(text)):
-                raise ExpansionError(name, shortened(joined), "choices such as {a|b} must not contain other choices")
+                raise WrongField(name, shortened(joined), "choices such as {a|b} must not contain other choices")
         # A choice may be empty: "a {red |}ball".
         joined_texts = {name: " ".join("".join(text).split()) for name, text in parts.items()} if choices else {}
         yield Expanded({**fields, **joined_texts}, "".join(f"-{_slug(option)}" for option in chosen))
@@ -97,7 +90,7 @@ def _choose(fields: dict[str, Any]) -> Iterator[Expanded]:
 def _options(name: str, text: str) -> list[str]:
     options = text.split("|")
     if len({_slug(option) for option in options}) < len(options):
-        raise ExpansionError(name, shortened("{" + text + "}"), "choices must differ in their first letters or digits")
+        raise WrongField(name, shortened("{" + text + "}"), "choices must differ in their first letters or digits")
     return options
 
 

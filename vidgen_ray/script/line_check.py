@@ -13,17 +13,25 @@ from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import uncropped_size
 from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
-from vidgen_ray.script.expansion import STYLE, ExpansionError, expand, is_expandable
+from vidgen_ray.script.expansion import STYLE, expand, is_expandable
 from vidgen_ray.script.ignored_settings import ignored_settings
-from vidgen_ray.script.lines import NO_HEADER, Header, Line, UnreadableLine
-from vidgen_ray.script.named_fields import UnknownName, with_character, with_style
+from vidgen_ray.script.lines import (
+    FAILURE_FIELD,
+    NO_HEADER,
+    PATH_FIELDS,
+    Header,
+    Line,
+    UnreadableLine,
+    WrongField,
+    absolute_path,
+    with_absolute_paths,
+)
+from vidgen_ray.script.named_fields import with_character, with_style
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
 from vidgen_ray.weights import resolve
 
-FAILURE_FIELD = "failure"
-"""Field that `failures.jsonl` adds to a line. Not a field of the shot."""
 PATH_CACHE_SIZE = 4096
 OUTER_LEVELS = 4
 """Nesting levels that a plan adds around a shot's metadata. JSON parsers limit the total depth."""
@@ -110,7 +118,7 @@ def check_header(header: Header, checker: LineChecker) -> None:
     for section, named in sections.items():
         for name, fields in named.items():
             place = f"{section}.{name}" if name else section
-            shot = {field: value for field, value in fields.items() if field in ("image", "face_image", "lora")}
+            shot = {field: value for field, value in fields.items() if field in PATH_FIELDS}
             if shot and not wrong:
                 line = LineCheck(Line(None, {"prompt": "any", **shot}, strict=True), checker.without_defaults())
                 wrong += [(f"{place}.{error.field}", error.got, error.allowed) for error in line.errors]
@@ -119,8 +127,8 @@ def check_header(header: Header, checker: LineChecker) -> None:
 
 
 def _locate(folder: Path, path: str) -> tuple[str, bool]:
-    # os.path, unlike pathlib, accepts unknown users in `~user` and paths that are too long.
-    absolute = os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+    absolute = absolute_path(folder, path)
+    # os.path, unlike pathlib, accepts paths that are too long.
     return absolute, os.path.isfile(absolute)
 
 
@@ -143,7 +151,7 @@ class LineCheck:
             self._fields = self._with_defaults(own, "")
             try:
                 expanded = expand(own)
-            except ExpansionError as error:
+            except WrongField as error:
                 self.reject(error.field, error.got, error.allowed)
                 return
             for fields, suffix in expanded:
@@ -177,7 +185,7 @@ class LineCheck:
             fields, character = with_character(fields, own, self._context.characters, character)
             if style is not None:
                 fields = with_style(fields, own, self._context.styles, style)
-        except UnknownName as error:
+        except WrongField as error:
             self.reject(error.field, error.got, error.allowed)
             return {
                 **fields,
@@ -234,7 +242,9 @@ class LineCheck:
         line_id = self._fields.get("id")
         own_id = line_id if isinstance(line_id, str) and ID_PATTERN.fullmatch(line_id) else ""
         script = self._failure.get("script")
-        fields = {name: self._absolute_paths(name, value) for name, value in self._fields.items()}
+        # Looked up there, because it keeps the paths of earlier lines.
+        locate = self._context.locate
+        fields = {name: with_absolute_paths(name, value, lambda path: locate(path)[0]) for name, value in self._fields.items()}
         return RejectedLine(
             self.failed_as or own_id,
             script if isinstance(script, str) else self._context.source,
@@ -302,18 +312,6 @@ class LineCheck:
         if not exists or not is_weights:
             self.reject("lora", shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
         return lora.model_copy(update={"path": absolute})
-
-    def _absolute_paths(self, field: str, value: Any) -> Any:
-        """Return a field's unvalidated value with absolute paths. Other fields are unchanged."""
-        if field not in ("image", "face_image", "lora") or value is None:
-            return value
-        if isinstance(value, str):
-            return value if value.startswith("builtin:") else self._context.locate(value)[0]
-        if isinstance(value, list | tuple):
-            return [item if isinstance(item, list | tuple) else self._absolute_paths(field, item) for item in value]
-        if isinstance(value, dict) and isinstance(value.get("path"), str):
-            return {**value, "path": self._absolute_paths(field, value["path"])}
-        return value
 
 
 def _is_plain_json(metadata: JsonValue) -> bool:

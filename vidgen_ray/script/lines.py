@@ -1,8 +1,9 @@
 """Lines of a script before their validation, and what all formats share."""
 
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if fie
 """Fields in which `7` is text."""
 TEXT_OR_LIST_FIELDS = ("face_image",)
 """Fields in which `7` is text and `["a", "b"]` a list."""
+PATH_FIELDS = ("image", "face_image", "lora")
+"""Fields that name files: a path, a list of paths, or `{path: ...}`."""
+FAILURE_FIELD = "failure"
+"""Field that `failures.jsonl` adds to a line. Not a field of the shot."""
 MAX_LINE = 2**24
 """Maximum number of characters in a line of a text file."""
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -55,6 +60,14 @@ class Header:
     """Settings of the film that is made of the clips. Not checked."""
 
 
+class WrongField(Exception):
+    """A field of a line is wrong. The line becomes a rejected one."""
+
+    def __init__(self, field: str, got: str, allowed: str) -> None:
+        self.field, self.got, self.allowed = field, got, allowed
+        super().__init__(field, got, allowed)
+
+
 Lines = Iterator[tuple[int, Line | UnreadableLine]]
 NO_HEADER = Header()
 
@@ -78,6 +91,25 @@ def _parse_value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, int | float | list | dict) else text
+
+
+def with_absolute_paths(field: str, value: Any, absolute: Callable[[str], str]) -> Any:
+    """Return the unvalidated value of a field with the paths that `absolute` returns. Names of built-in files are kept."""
+    if field not in PATH_FIELDS:
+        return value
+    if isinstance(value, str):
+        return value if value.startswith("builtin:") else absolute(value)
+    if isinstance(value, list | tuple):
+        # A list in a list is wrong, and may be deep.
+        return [item if isinstance(item, list | tuple) else with_absolute_paths(field, item, absolute) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": with_absolute_paths(field, value["path"], absolute)}
+    return value
+
+
+def absolute_path(folder: Path, path: str) -> str:
+    """Return a path relative to a folder as an absolute one. Unlike pathlib, accepts unknown users in `~user`."""
+    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
 
 
 def file_error(path: Path, got: str, allowed: str) -> ScriptError:

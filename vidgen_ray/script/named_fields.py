@@ -6,6 +6,7 @@ script; characters may also stand in a file of their own.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import known_fields, shortened, wrong_defaults
+from vidgen_ray.script.lines import WrongField, absolute_path, with_absolute_paths
 from vidgen_ray.strict_yaml import StrictLoader
 
 CHARACTER_FIELDS = (
@@ -65,7 +67,11 @@ def read_characters(path: Path) -> NamedFields:
     if isinstance(content, dict) and set(content) == {"characters"}:
         content = content["characters"]
     characters = checked_characters(path.name, content)
-    return {name: _with_absolute_paths(fields, path.parent) for name, fields in characters.items()}
+    absolute = partial(absolute_path, path.parent)
+    return {
+        name: {field: with_absolute_paths(field, value, absolute) for field, value in fields.items()}
+        for name, fields in characters.items()
+    }
 
 
 def checked_characters(source: str, value: Any) -> NamedFields:
@@ -103,29 +109,8 @@ def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: S
     return value
 
 
-def _with_absolute_paths(fields: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the fields of a character with paths that do not depend on the folder of the script."""
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, str):
-            return value if value.startswith("builtin:") else str(folder.absolute() / Path(value).expanduser())
-        if isinstance(value, list):
-            return [absolute(each) for each in value]
-        return {**value, "path": absolute(value["path"])} if isinstance(value, dict) and "path" in value else value
-
-    return {field: absolute(value) if field in ("face_image", "lora") else value for field, value in fields.items()}
-
-
-class UnknownName(Exception):
-    """A line refers to a character or a style that does not exist, or to several characters."""
-
-    def __init__(self, field: str, got: str, allowed: str) -> None:
-        self.field, self.got, self.allowed = field, got, allowed
-        super().__init__(field, got, allowed)
-
-
 def with_style(fields: dict[str, Any], own: Mapping[str, Any], styles: NamedFields, name: Any) -> dict[str, Any]:
-    """Return the fields of a shot with those of the style. The line's own fields win. Raises UnknownName."""
+    """Return the fields of a shot with those of the style. The line's own fields win. Raises WrongField."""
     style = _named("style", name, styles, "styles")
     added = {field: value for field, value in style.items() if field not in own and field not in STYLE_TEXTS}
     if "style_prompt" in added:
@@ -144,12 +129,12 @@ def with_character(
     """Return the fields of a shot with those of its character, and the character's name.
 
     The character is that of the field `character`, otherwise the only one that the prompt mentions as `{NAME}`. The line's own
-    fields win. Raises UnknownName.
+    fields win. Raises WrongField.
     """
     mentioned = list(dict.fromkeys(_mentions(fields.get("prompt"), characters)))
     if name is None and len(mentioned) > 1:
         allowed = f"must be set: the prompt names {' and '.join(mentioned)}, and a shot has the face of one"
-        raise UnknownName("character", "nothing", allowed)
+        raise WrongField("character", "nothing", allowed)
     if name is None and mentioned:
         name = mentioned[0]
     character: Mapping[str, Any] = {}
@@ -175,7 +160,7 @@ def _mentions(prompt: Any, characters: NamedFields) -> Iterator[str]:
         return
     for name in MENTION.findall(prompt):
         if name not in characters:
-            raise UnknownName("prompt", f"{{{name}}}", f"is no character of the script; these are {', '.join(characters)}")
+            raise WrongField("prompt", f"{{{name}}}", f"is no character of the script; these are {', '.join(characters)}")
         yield name
 
 
@@ -190,7 +175,7 @@ def _named(field: str, name: Any, named: NamedFields, section: str) -> Mapping[s
         more = (
             " (define characters in the header of a .yaml script, or with --characters FILE)" if section == "characters" else ""
         )
-        raise UnknownName(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
+        raise WrongField(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
     return named[name]
 
 
