@@ -128,29 +128,40 @@ class LinePlanner:
         for number, parsed in lines:
             line = self.checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
-            plans = tuple(self._plan(shot, number) for shot in shots)
-            planned.append(PlannedLine(line, plans, (None,) * len(shots)))
+            planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
         return planned
 
     def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
         """Compare the lines with the finished shots of the folder."""
         if not self._replace:
             planned = self._without_taken_ids(planned)
-        return self._without_cached(planned) if self._fresh else self._with_done(planned)
+        planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
+        return [self._with_checked_files(line) for line in planned]
 
-    def _plan(self, shot: Shot, line: int) -> ShotPlan | Failure:
+    def _plan(self, shot: Shot) -> ShotPlan | Failure:
         used = stages_of(shot)
         # Outside the `try`: missing weights fail the run, not the line.
         if used not in self._planners:
             self._planners[used] = ShotPlanner(params_of(self._profile, used), self._profile.encode)
         try:
-            for field, error in check_files(shot):
-                raise ScriptError([FieldError(self.checker.source, line, field, "an unusable file", str(error))])
             return self._planners[used](shot)
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:
             return StepFailed("plan", error).failure()
+
+    def _with_checked_files(self, line: PlannedLine) -> PlannedLine:
+        """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
+
+        def checked(plan: ShotPlan | Failure | None) -> ShotPlan | Failure | None:
+            if isinstance(plan, ShotPlan) and (wrong := check_files(plan.shot)):
+                number = (line.line if isinstance(line.line, RejectedLine) else line.line.as_rejected).line
+                source = self.checker.source
+                errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
+                return StepFailed("plan", ScriptError(errors)).failure()
+            return plan
+
+        return line._replace(plans=tuple(map(checked, line.plans)))
 
     def _without_taken_ids(self, planned: Sequence[PlannedLine]) -> list[PlannedLine]:
         """Reject the lines whose id belongs to a finished shot of another script."""
