@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, d
         fields = failed_fields.get(row["id"], {})
     else:
         folder = str(PurePosixPath(row["image"]).parent) if row["image"] else ""
-        record = _object(storage.read(f"{folder}/{RECORD}") or b"{}") if folder else {}
+        record = _record(storage, folder, row["ended_at"]) if folder else {}
         files = record.get("files") or {}
         shown["chain"] = [f"{folder}/{name}" for name in CHAIN if name in files]
         fields = record.get("shot") or {}
@@ -92,6 +93,12 @@ def likeness_text(row: Mapping[str, Any]) -> str | None:
         return f"{text}, no face found in the clip"
     text += f", clip {mean:.2f}, worst {row['clip_likeness_worst']:.2f}"
     return f"{text}; {missing} of {len(sampled_frames(row['num_frames']))} frames without a face" if missing else text
+
+
+@lru_cache(MAX_SHOTS)
+def _record(storage: Storage, folder: str, ended_at: str) -> dict[str, Any]:
+    """Return the content of shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
+    return _object(storage.read(f"{folder}/{RECORD}") or b"{}")
 
 
 def _failed_fields(storage: Storage, ids: set[str]) -> dict[str, dict[str, Any]]:
