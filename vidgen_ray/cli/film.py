@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import CharactersOption, JsonOption
+from vidgen_ray.cli.options import CharactersOption, JsonOption, check_out
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.make_film import FilmReport, make_film
 from vidgen_ray.film.selection import Candidate, manifest_candidates, with_reasons
@@ -32,7 +32,7 @@ def _help(field: str) -> str:
 
 
 def film(
-    out: Annotated[str, typer.Argument(help="Output folder, or its URL.")],
+    out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
     path: Annotated[Path, typer.Option("--out", "-o", help="Film to write, an .mp4 file.")] = Path("film.mp4"),
     film_file: Annotated[
         Path | None, typer.Option("--film", help="YAML file that describes the film. Command-line options override it.")
