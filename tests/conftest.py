@@ -53,3 +53,12 @@ def make_shot(tiny):
 def small_disk(tmp_path):
     with mounted_disk(tmp_path / "disk") as disk:
         yield disk
+
+
+@pytest.fixture
+def held(server):
+    """Keep jobs in the queue during the test. `server`: the fixture of the test's module, a LocalServer."""
+    server.director.held.set()
+    yield
+    server.director.held.clear()
+    server.director.wake()

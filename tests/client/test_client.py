@@ -51,15 +51,6 @@ def client(url):
         yield client
 
 
-@pytest.fixture
-def held(server):
-    """Keep jobs in the queue during the test."""
-    server.director.held.set()
-    yield
-    server.director.held.clear()
-    server.director.wake()
-
-
 @pytest.fixture(scope="module")
 def finished(url):
     """Finished clip of noise, some hundred kB."""

@@ -35,15 +35,6 @@ def client(server):
     return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
 
 
-@pytest.fixture
-def held(server):
-    """Keep jobs in the queue during the test."""
-    server.director.held.set()
-    yield
-    server.director.held.clear()
-    server.director.wake()
-
-
 def made(client, **fields) -> dict:
     response = client.post("/v1/videos", json={**SMALL, **fields})
     assert response.status_code == 200, response.text

@@ -45,15 +45,6 @@ def client(server):
     return TestClient(server.app, **LOCAL, raise_server_exceptions=False)
 
 
-@pytest.fixture
-def held(server):
-    """Keep jobs in the queue during the test."""
-    server.director.held.set()
-    yield
-    server.director.held.clear()
-    server.director.wake()
-
-
 def form(**fields: str) -> dict:
     """Return multipart fields, as aiohttp's FormData sends them."""
     return {name: (None, value) for name, value in fields.items()}
