@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import BaseModel
@@ -34,19 +34,16 @@ from vidgen_ray.cli.options import (
     check_out,
     parse_fields,
 )
-from vidgen_ray.cli.progress import run_view
-from vidgen_ray.cli.stop_signals import stoppable
+from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
-from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
-from vidgen_ray.graph import STAGE_BY_NAME, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
-from vidgen_ray.invalid_fields import wrong_defaults
+from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, VidgenError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import progress_bar
 from vidgen_ray.script.checked_lines import RejectedLine
-from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import iter_script, read_script
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
@@ -54,7 +51,7 @@ from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
-    from vidgen_ray.batch.render import RenderOptions
+    pass
 
 app = typer.Typer(
     name="vidgen",
@@ -140,7 +137,6 @@ ModeOption = Annotated[
         "--mode", metavar="quality|fast", help="Mode of shots without one. Default: that of the profile, otherwise quality."
     ),
 ]
-RESUME = "Run the same command to resume."
 
 
 def _server_default(setting: str) -> str:
@@ -167,16 +163,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Exit with code 130 and a hint to resume when the block is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"vidgen: interrupted. {RESUME}", err=True)
-        raise typer.Exit(130) from None
-
-
 @app.callback(invoke_without_command=True)
 def show_version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -201,13 +187,13 @@ def demo(
     if with_film:
         script = _example("film.yaml")
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
-        _render(settings, chosen, str(out), RenderOptions(), as_json=as_json)
+        run_script(settings, chosen, str(out), RenderOptions(), as_json=as_json)
         film(str(out), out / "film.mp4", script=script, as_json=as_json)
         return
     script = _example("demo.jsonl")
     try:
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
-        _render(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
+        run_script(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
     finally:
         if (out / "manifest").exists():
             typer.echo(f"contact sheet: {write_contact_sheet(out)}", err=as_json)
@@ -264,7 +250,7 @@ def render(
     from vidgen_ray.batch.render import RenderOptions
 
     chosen = load_profile(profile)
-    settings = _script_settings(script, chosen, fields, characters, mode, seed, until)
+    settings = script_settings(script, chosen, fields, characters, mode, seed, until)
     if strict:
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
         if errors:
@@ -282,7 +268,7 @@ def render(
         attempts=attempts,
         grace_s=grace_s,
     )
-    _render(settings, chosen, out, options, as_json=as_json, then_prune=prune)
+    run_script(settings, chosen, out, options, as_json=as_json, then_prune=prune)
 
 
 @app.command()
@@ -306,7 +292,7 @@ def plan(
     from vidgen_ray.cli.plan import plan_command
 
     chosen = load_profile(profile)
-    settings = _script_settings(script, chosen, fields, characters, mode, seed, until)
+    settings = script_settings(script, chosen, fields, characters, mode, seed, until)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
@@ -400,7 +386,7 @@ def retry(
     with failed_lines(outputs) as script:
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
         options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)
-        _render(settings, chosen, out, options, as_json=as_json)
+        run_script(settings, chosen, out, options, as_json=as_json)
 
 
 @app.command()
@@ -457,7 +443,7 @@ def shot(
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
     values |= {name: value for name, value in options.items() if value is not None}
-    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed).model_copy(update=_changes(until))
+    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed).model_copy(update=changes_until(until))
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
@@ -482,7 +468,7 @@ def validate(
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
-    checked = read_script(_script_settings(script, chosen, fields, characters, mode, 0, None), decode_files=files)
+    checked = read_script(script_settings(script, chosen, fields, characters, mode, 0, None), decode_files=files)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
@@ -534,74 +520,6 @@ def schema(
         raise typer.BadParameter(f"got {model!r}, must be one of script, {', '.join(models)}", param_hint="MODEL")
     content = script_schema() if model == "script" else models[model].model_json_schema()
     typer.echo(json.dumps(content, indent=2))
-
-
-def _render(
-    script: ScriptSettings, profile: Profile, out: str, options: RenderOptions, *, as_json: bool, then_prune: bool = False
-) -> None:
-    from vidgen_ray.batch.render import render
-    from vidgen_ray.outputs.prune import prune as prune_folder
-    from vidgen_ray.report.gallery import check_no_other_page, write_gallery
-
-    check_no_other_page(out)
-    outputs = OutputFolder(out)
-    local = outputs.storage.local
-    try:
-        # Ray prints messages on standard output, which is reserved for the result.
-        with (
-            interruptible(),
-            redirect_stdout(sys.stderr),
-            run_view(local / "progress.jsonl" if local else None) as view,
-            stoppable(options.grace_s) as stop,
-        ):
-            report = render(script, profile, outputs, options, listener=view, stop=stop)
-        if then_prune:
-            prune_folder(outputs)
-    finally:
-        gallery = write_gallery(out)
-    if as_json:
-        typer.echo(json.dumps(asdict(report)))
-    else:
-        counts = f"{report.done} done, {report.skipped} already done, {report.failed} failed"
-        typer.echo(f"{counts} in {report.seconds:.1f} s. Gallery: {gallery}")
-        if report.failed:
-            typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
-    if report.left:
-        typer.echo(f"vidgen: stopped. {report.left} lines not started. {RESUME}", err=True)
-        raise typer.Exit(130)
-    if report.failed:
-        nothing_to_render = report.failed == report.rejected and not report.done + report.skipped
-        raise typer.Exit(ScriptError.exit_code if nothing_to_render else 1)
-
-
-def _script_settings(
-    script: Path,
-    profile: Profile,
-    fields: list[str] | None,
-    characters: Path | None,
-    mode: str | None,
-    seed: int,
-    until: str | None,
-) -> ScriptSettings:
-    if mode is not None and (wrong := wrong_defaults({"mode": mode})):
-        raise UsageError(f"--mode: got {wrong[0][1]}, {wrong[0][2]}")
-    defaults = parse_fields(fields) | ({"mode": mode} if mode else {})
-    if "id" in defaults:
-        raise UsageError("--set id: must be set by each line of the script, not for all of them")
-    people = read_characters(characters) if characters else {}
-    return ScriptSettings(script, seed, defaults, profile.defaults, _changes(until), people)
-
-
-def _changes(until: str | None) -> dict[str, Any]:
-    """Return the fields of a shot that has no stages after `until`."""
-    changes: dict[str | None, dict[str, Any]] = {
-        None: {},
-        "image": dict(WITHOUT_CLIP),
-        "video": dict(WITHOUT_CHUNKED_STAGES),
-    }
-    if until not in changes:
-        raise typer.BadParameter(f"got {until!r}, must be image or video", param_hint="--until")
-    return changes[until]
 
 
 def _cache_mode(value: str) -> CacheMode:
