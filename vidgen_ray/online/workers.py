@@ -82,9 +82,7 @@ class Workers:
     async def _start(self, layout: Layout, labels: Sequence[Label | None], stage_seconds: Mapping[str, float] | None) -> None:
         """Start the fleet of a layout."""
         self._layout, self._labels, self._grows = layout, list(labels), stage_seconds is not None
-        for load in self._loads.values():
-            load.cancel()
-        self._loads = {}
+        self._cancel_loads()
         # A fleet that waits for other users of the cluster gets as much time as one that waits for a lost node. If the settings
         # name the GPUs, Ray's autoscaler may still start them.
         self._replan_at = time.monotonic() + fleet.LAST_LOST_AFTER_S if self._grows else math.inf
@@ -123,9 +121,12 @@ class Workers:
         """Replace the layout by one for the nodes that are left, unless it is the same. Raises what `make_plan` raises."""
         total = (await asyncio.to_thread(live_cluster)).total
         chosen = await asyncio.to_thread(make_plan, total)
-        if (chosen.layout.slots, labels_of(chosen, total)) == (self._layout.slots, self._labels):
+        # A worker may have started while the layout was planned.
+        missing = self._missing_stages()
+        if not missing or (chosen.layout.slots, labels_of(chosen, total)) == (self._layout.slots, self._labels):
             return
-        log.warning("no worker is left for %s: starting another layout", ", ".join(self._missing_stages()))
+        log.warning("no worker is left for %s: starting another layout", ", ".join(missing))
+        self._cancel_loads()
         await self._fleet.stop()
         # Without the GPUs of other users of the cluster, if it fits on the rest.
         live: LiveCluster = await asyncio.to_thread(live_cluster)
@@ -158,6 +159,12 @@ class Workers:
             # A single line, because Serve shows it at the end of its own message.
             raise SetupError(f"{failure.stage}: {failure.message}")
 
+    def _cancel_loads(self) -> None:
+        """Stop waiting for workers that are about to be stopped: that they end then is no failure to load."""
+        for load in self._loads.values():
+            load.cancel()
+        self._loads = {}
+
     def _loads_of(self, stage: str) -> list[asyncio.Task[Failure | None]]:
         return [load for name, load in self._loads.items() if stage in self._actors.workers[name][0].stages]
 
@@ -169,7 +176,8 @@ class Workers:
         self._loads[name].add_done_callback(lambda _: self._changed.set())
 
     def worker_lost(self, name: str) -> None:
-        self._loads.pop(name).cancel()
+        if (load := self._loads.pop(name, None)) is not None:
+            load.cancel()
         self._change(workers={other: worker for other, worker in self._actors.workers.items() if other != name})
         # The fleet has waited for another node.
         self._replan_at = time.monotonic()
