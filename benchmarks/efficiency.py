@@ -20,14 +20,14 @@ if __package__ in (None, ""):
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import simulated
+from benchmarks import ours, simulated
 from benchmarks.machine import machine, write_json
 from benchmarks.peers import PEERS
 from benchmarks.runs import Case, Run, run_once
 
 PACKAGES = ("vidgen-ray", "ray", "cosmos-xenna", "rayorch", "numpy")
-VIDGEN_LAYOUTS = ("auto", "fused", "colocated", "staged")
-"""`auto` lets the planner choose. The other layouts are used if they fit."""
+VIDGEN_LAYOUTS = ("auto", f"auto{ours.WITH_CACHE}", "fused", "colocated", "staged")
+"""`auto` lets the planner choose. The other layouts are used if they fit. The other systems have no stage cache."""
 LAYOUTS: tuple[tuple[str, str], ...] = (*(("vidgen", layout) for layout in VIDGEN_LAYOUTS), *PEERS)
 SYSTEMS = tuple(dict.fromkeys(system for system, _ in LAYOUTS))
 QUICK = (("vidgen", "auto"), ("plain_ray_data", "five pools"), ("fused_ray_data", "fused"))

@@ -13,6 +13,7 @@ from benchmarks.local_ray import local_ray
 from benchmarks.simulated import COMMIT, FRAMES, FRAMES_SHAPE, DoesNotFit, Event, record
 from benchmarks.simulated_stages import STAGES, WEIGHTS, write_inputs
 from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.media import Mp4Settings
@@ -27,6 +28,8 @@ CPUS = 0.25
 """CPUs per worker, as for the other systems."""
 HOST_GB = 2048.0
 """Host memory of a machine with 8 GPUs. The other systems load their models in parallel, too."""
+WITH_CACHE = " with cache"
+"""Ending of a layout's name: also write the stage cache, as `render` does by default."""
 NO_SECONDS = 1e-6
 """Seconds of stages without GPU work."""
 ENCODE = Mp4Settings(preset="ultrafast", threads=1)
@@ -64,12 +67,11 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
         with local_ray(gpus):
             report = render(
                 ScriptSettings(write_script(run_folder, shots)),
-                profile(run_folder, layout_name),
+                profile(run_folder, layout_name.removesuffix(WITH_CACHE)),
                 OutputFolder(out),
                 RenderOptions(
                     cluster=Cluster((Node((gpu_memory_gb,) * gpus, CPUS_OF_RAY, HOST_GB),)),
-                    # The other systems have no stage cache.
-                    cache="none",
+                    cache=DEFAULT_CACHE if layout_name.endswith(WITH_CACHE) else "none",
                     stages=STAGES,
                 ),
                 listener=listener,
@@ -77,7 +79,7 @@ def run(layout_name: str, gpus: int, gpu_memory_gb: float, shots: int, run_folde
     except (SetupError, ProfileError) as error:
         raise DoesNotFit(str(error)) from error
     if report.failed:
-        raise RuntimeError(f"{report.failed} shots failed: {(out / 'failures.jsonl').read_text()[:500]}")
+        raise RuntimeError(f"{report.failed} shots failed: {_first_failure(out)}")
     (run_folder / "layout.txt").write_text(report.layout or "no layout")
     record_commits(run_folder, out)
 
@@ -121,3 +123,9 @@ def record_commits(run_folder: Path, out: Path) -> None:
     for file in out.glob("shots/*/*/shot.json"):
         at = file.stat().st_mtime
         record(run_folder, Event(COMMIT, file.parent.name, -1, at, at, os.getpid(), 0.0))
+
+
+def _first_failure(out: Path) -> str:
+    """Return the message of the first failed shot."""
+    first = json.loads((out / "failures.jsonl").read_text().partition("\n")[0])
+    return f"{first['failure']['message']}"

@@ -27,8 +27,9 @@ from vidgen_ray.stages.svd import SVDStage
 
 WEIGHTS, INPUTS = "weights", "inputs"
 PHOTO_PX = 64
-UPSCALED_PX = 64
-"""Side of upscaled frames. They are small, because the other systems do not encode, and encoding is not compared."""
+ENCODED_PX = 64
+"""Side of what is kept of upscaled frames; of images and generated clips, the same share. The files are small, because the
+other systems do not encode, and encoding is not compared."""
 
 
 class SimulatedStage(Stage[Any]):
@@ -129,7 +130,7 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
 
     def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
-        return frames[:, :UPSCALED_PX, :UPSCALED_PX].copy()
+        return frames[:, :ENCODED_PX, :ENCODED_PX].copy()
 
 
 STAGES: dict[str, type[Stage[Any]]] = {
@@ -174,6 +175,8 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
                 "width": FRAMES_SHAPE[2],
                 "height": FRAMES_SHAPE[1],
                 "scale": 2,
+                "crop_width": ENCODED_PX,
+                "crop_height": ENCODED_PX,
             }
         )
     return lines

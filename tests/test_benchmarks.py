@@ -16,7 +16,7 @@ from benchmarks.efficiency import row, simulation
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.measure import efficiency
 from benchmarks.peers import PEERS, sizes
-from benchmarks.runs import Case, Run
+from benchmarks.runs import Case, Run, run_once
 from benchmarks.simulated import (
     COMMIT,
     MODEL_GB,
@@ -167,6 +167,12 @@ def test_simulated_chain_passes_images_and_commits(run_folder):
     assert sizes_seen["svd"] == pytest.approx(11e6, rel=0.1)
     assert (run_folder / "clips" / "a.mp4").stat().st_size == simulated.CLIP_BYTES
     assert efficiency(simulated.events(run_folder), gpus=1).bound_s == pytest.approx(simulated.SECONDS_PER_SHOT)
+
+
+@pytest.mark.slow
+def test_vidgen_renders_the_simulated_shots():
+    run = run_once(Case("vidgen", "auto with cache", 1, 80.0, 2), limit_s=300, stall_s=120, keep=None)
+    assert run.measurement is not None, run.reason
 
 
 def test_pool_claims_each_gpu_once(run_folder):
