@@ -15,6 +15,7 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.strict_yaml import StrictLoader
 from vidgen_ray.weights import resolve, with_commit
+from vidgen_ray.weights.licences import WeightLicence, licence_of
 
 P = TypeVar("P", bound=StageParams)
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -77,6 +78,9 @@ class Profile(_Section):
     )
     price_per_gpu_hour: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
+    )
+    licences: tuple[WeightLicence, ...] = Field(
+        (), description="Licences of weights of your own. They take precedence over those that vidgen knows."
     )
     actors: dict[str, ActorProfile]
     source: SkipJsonSchema[Path | None] = Field(None, exclude=True)
@@ -148,6 +152,13 @@ class Profile(_Section):
         if stage.actor not in self.actors:
             raise ProfileError(f"profile {self.name}: stage {stage.name} needs an entry actors.{stage.actor}")
         return self.actors[stage.actor]
+
+    def weight_licences(self, actors: Iterable[str]) -> dict[str, WeightLicence | None]:
+        """Return weight reference -> licence of all weights and extra weights of these actors. `None` if it is unknown."""
+        references = [
+            reference for name in actors for reference in (self.actors[name].weights, *self.actors[name].extra_weights.values())
+        ]
+        return {reference: licence_of(reference, self.licences) for reference in references}
 
 
 def _resolve_all(references: Mapping[str, str], folder: Path | None) -> tuple[dict[str, Path], dict[str, str]]:
