@@ -2,7 +2,8 @@
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
 
 PIPELINE_INDEX = "model_index.json"
 NEVER_LOADED = {".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".mp4"}
@@ -12,6 +13,7 @@ OTHER_FORMATS = {".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".o
 """File endings of weights that are not loaded from a folder with a model in safetensors."""
 VARIANT = re.compile(r"(?P<stem>[^.]+)\.[^.]+?(?P<shard>-\d{5}-of-\d{5})?\.safetensors")
 """Name of weights of another precision: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
+SHARD_INDEX = ".safetensors.index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.[^.]+\.json")
 
 
@@ -22,40 +24,82 @@ def loaded_files(folder: Path) -> list[Path]:
     safetensors and without variants such as fp16. Of other folders these are all files but documentation, pictures and hidden
     files.
     """
-    components = _components(folder)
+    components = _components_of(folder)
     roots = [folder] if components is None else [folder / name for name in components]
-    files = [file for root in roots for file in root.rglob("*") if file.is_file()]
+    files = [PurePosixPath(file.relative_to(folder)) for root in roots for file in root.rglob("*") if file.is_file()]
     if components is not None:
-        files.append(folder / PIPELINE_INDEX)
-    candidates = [file for file in files if _is_candidate(file.relative_to(folder))]
+        files.append(PurePosixPath(PIPELINE_INDEX))
+    return [folder / file for file in select_loaded(files, components)]
+
+
+def select_loaded(files: Iterable[PurePosixPath], components: Collection[str] | None) -> list[PurePosixPath]:
+    """Return those of a folder's files that are loaded, see `loaded_files`. Paths are relative to the folder.
+
+    `components`: folders of a pipeline's components, see `pipeline_components`. `None` for other folders.
+    """
+    if components is not None:
+        files = [file for file in files if file.parts[0] in components or str(file) == PIPELINE_INDEX]
+    candidates = [file for file in files if _is_candidate(file)]
     return sorted(file for folder_files in _by_folder(candidates) for file in _loaded(folder_files))
 
 
-def _components(folder: Path) -> list[str] | None:
-    """Return the component folders of a diffusers pipeline. `None` for other folders."""
+def pipeline_components(index: str) -> list[str] | None:
+    """Return the component folders that the text of a `model_index.json` names. `None` if it is not the index of a pipeline."""
     try:
-        index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(index)
+    except ValueError:
         return None
-    if not isinstance(index, dict):
+    if not isinstance(content, dict):
         return None
     # A component that the pipeline does not have is listed as [null, null].
-    return [name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None]
+    return [name for name, value in content.items() if isinstance(value, list) and value and value[0] is not None]
 
 
-def _is_candidate(path: Path) -> bool:
+def missing_files(folder: Path) -> list[str]:
+    """Return what the folder's own indexes name and what is not on disk: component folders and shards, sorted.
+
+    A link to a file that is gone counts as missing, as after an interrupted download.
+    """
+    components = _components_of(folder)
+    missing = [name for name in components or () if not any((folder / name).glob("*"))]
+    roots = [folder] if components is None else [folder / name for name in components]
+    for path in {path for root in roots for path in root.rglob("*")}:
+        name = PurePosixPath(path.relative_to(folder))
+        if path.is_symlink() and not path.exists():
+            if select_loaded([name], components):
+                missing.append(str(name))
+        elif name.name.endswith(SHARD_INDEX):
+            missing += [str(name.parent / shard) for shard in _shards(path) if not (path.parent / shard).is_file()]
+    return sorted(set(missing))
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _components_of(folder: Path) -> list[str] | None:
+    try:
+        return pipeline_components((folder / PIPELINE_INDEX).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_candidate(path: PurePosixPath) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix.lower() not in NEVER_LOADED and path.stem.upper() not in NEVER_LOADED_NAMES
 
 
-def _by_folder(files: list[Path]) -> list[list[Path]]:
-    folders: dict[Path, list[Path]] = {}
+def _by_folder(files: list[PurePosixPath]) -> list[list[PurePosixPath]]:
+    folders: dict[PurePosixPath, list[PurePosixPath]] = {}
     for file in files:
         folders.setdefault(file.parent, []).append(file)
     return list(folders.values())
 
 
-def _loaded(files: list[Path]) -> list[Path]:
+def _loaded(files: list[PurePosixPath]) -> list[PurePosixPath]:
     """Return the files of one folder without unused formats and variants of a model."""
     names = {file.name for file in files}
     is_model = "config.json" in names and any(name.endswith(".safetensors") for name in names)

@@ -222,7 +222,7 @@ def test_missing_extra_weights_exit_with_code_4(tmp_path, capsys):
     (tmp_path / "no.pth").write_bytes(resolve("builtin:tiny/ir_se50.pth").read_bytes())
     assert main(shot) == 4
     assert "infusenet: weights 'hub:ByteDance/InfiniteYou@main" in (err := capsys.readouterr().err)
-    assert "run `hf download ByteDance/InfiniteYou --revision main` first" in err
+    assert "run `vidgen models pull hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1` first" in err
 
 
 def test_profile_with_an_injector_but_without_its_recogniser_is_rejected(tiny):

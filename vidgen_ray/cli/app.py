@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +18,12 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.mcp import mcp
+from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     CharactersOption,
@@ -32,6 +33,7 @@ from vidgen_ray.cli.options import (
     SeedOption,
     SetOption,
     check_out,
+    example,
     parse_fields,
 )
 from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
@@ -62,8 +64,10 @@ app = typer.Typer(
 )
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
+app.add_typer(models, name="models")
 app.command()(mcp)
 app.command()(film)
+app.command()(doctor)
 
 ScriptArgument = Annotated[
     Path,
@@ -185,12 +189,12 @@ def demo(
 
     chosen = load_profile(profile)
     if with_film:
-        script = _example("film.yaml")
+        script = example("film.yaml")
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
         run_script(settings, chosen, str(out), RenderOptions(), as_json=as_json)
         film(str(out), out / "film.mp4", script=script, as_json=as_json)
         return
-    script = _example("demo.jsonl")
+    script = example("demo.jsonl")
     try:
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
         run_script(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
@@ -534,10 +538,3 @@ def _keeps_stages(keep: list[str] | None) -> bool:
         if value != "stages":
             raise typer.BadParameter(f"got {value!r}, must be stages", param_hint="--keep")
     return bool(keep)
-
-
-def _example(name: str) -> Path:
-    """Return an example, inside an installed package or in the folder above the package in a checkout."""
-    package = Path(str(resources.files("vidgen_ray")))
-    paths = [package / "examples" / name, package.parent / "examples" / name]
-    return next(path for path in paths if path.is_file())

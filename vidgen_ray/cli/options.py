@@ -1,6 +1,7 @@
 """Options shared by several commands."""
 
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,3 +64,10 @@ CharactersOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
+
+
+def example(name: str) -> Path:
+    """Return an example, inside an installed package or in the folder above the package in a checkout."""
+    package = Path(str(resources.files("vidgen_ray")))
+    paths = [package / "examples" / name, package.parent / "examples" / name]
+    return next(path for path in paths if path.is_file())

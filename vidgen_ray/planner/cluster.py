@@ -15,6 +15,8 @@ GB = 2**30
 """Bytes per GB, as used by GPU vendors and torch."""
 ASSUMED_CPUS_PER_GPU = 16
 """CPUs per GPU for clusters given as text, which has no CPU counts."""
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""Device files of NVIDIA's driver on Linux and on WSL2."""
 POOL = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)GB", re.IGNORECASE)
 MAX_GPUS = 100_000
 NOMINAL_GB = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 180)
@@ -101,8 +103,8 @@ def this_machine() -> Cluster:
 
 
 def _local_gpus() -> Iterator[float]:
-    # Importing torch takes seconds. Without this device file it finds no GPUs.
-    if not Path("/dev/nvidiactl").exists():
+    # Importing torch takes seconds. Without one of these device files it finds no GPUs.
+    if not any(device.exists() for device in GPU_DEVICES):
         return
     import torch
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
+from vidgen_ray.model_files import missing_files
 from vidgen_ray.weights import demo_family
 
 DEFAULT_REVISION = "main"
@@ -119,7 +120,7 @@ def with_commit(reference: str) -> str:
     """
     if not reference.startswith("hub:"):
         return reference
-    repo, _, subfolder = _parse_hub(reference.removeprefix("hub:"))
+    repo, _, subfolder = parse_hub(reference.removeprefix("hub:"))
     try:
         commit = _snapshot(reference.removeprefix("hub:")).name
     except SetupError:
@@ -129,15 +130,22 @@ def with_commit(reference: str) -> str:
 
 def _resolve_hub(name: str) -> Path:
     """Return the path in a Hugging Face snapshot on disk. `name` is OWNER/NAME[@REVISION][:SUBFOLDER]."""
-    snapshot, (_, _, subfolder) = _snapshot(name), _parse_hub(name)
+    snapshot, (_, _, subfolder) = _snapshot(name), parse_hub(name)
     path = snapshot / subfolder if subfolder else snapshot
     if not path.exists():
-        raise SetupError(f"weights 'hub:{name}': the snapshot has no {subfolder!r}")
+        raise SetupError(f"weights 'hub:{name}': the snapshot has no {subfolder!r}; {_pull(name)}")
+    if missing := missing_files(path):
+        more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
+        raise SetupError(f"weights 'hub:{name}': {missing[0]}{more} missing; {_pull(name)}")
     return path
 
 
-def _parse_hub(name: str) -> tuple[str, str, str]:
-    """Return repository, revision and subfolder, which may be empty."""
+def _pull(name: str) -> str:
+    return f"run `vidgen models pull hub:{name}` first, on every node or into a shared HF_HOME"
+
+
+def parse_hub(name: str) -> tuple[str, str, str]:
+    """Return repository, revision and subfolder of OWNER/NAME[@REVISION][:SUBFOLDER]. The subfolder may be empty."""
     before, _, subfolder = name.partition(":")
     repo, _, revision = before.partition("@")
     return repo, revision or DEFAULT_REVISION, subfolder
@@ -148,13 +156,13 @@ def _snapshot(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    repo, revision, _ = _parse_hub(name)
+    repo, revision, _ = parse_hub(name)
     try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # No pattern: huggingface_hub would reject a snapshot without the files that are not loaded.
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
     except HFValidationError as error:
         raise SetupError(f"weights 'hub:{name}': must be hub:OWNER/NAME[@REVISION][:SUBFOLDER] ({error})") from None
     except LocalEntryNotFoundError:
         raise SetupError(
-            f"weights 'hub:{name}': not on this machine, and nothing is downloaded while rendering; "
-            f"run `hf download {repo} --revision {revision}` first, on every node or into a shared HF_HOME"
+            f"weights 'hub:{name}': not on this machine, and nothing is downloaded while rendering; {_pull(name)}"
         ) from None

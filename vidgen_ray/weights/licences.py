@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib import resources
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import yaml
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from vidgen_ray.atomic_files import write_atomically
+from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.errors import SetupError
 from vidgen_ray.strict_yaml import StrictLoader
 
 
@@ -46,6 +52,8 @@ class WeightLicence(BaseModel):
 
 
 _Ledger = TypeAdapter(tuple[WeightLicence, ...])
+_Accepted = TypeAdapter(dict[str, str])
+"""Id of a licence -> time of its acceptance."""
 
 
 @lru_cache(maxsize=1)
@@ -87,3 +95,31 @@ def _match_names(reference: str) -> tuple[str, ...]:
     if reference.startswith(("builtin:", "package:")):
         return (reference,)
     return (f"path:{PurePosixPath(reference).name}",)
+
+
+def accepted_licences() -> set[str]:
+    """Return the ids of the licences that were accepted on this machine, with `accept_licences`."""
+    return set(_accepted_at())
+
+
+def accept_licences(ids: Iterable[str]) -> None:
+    """Remember on this machine that the licences with these ids were accepted. Raises SetupError if that cannot be stored."""
+    file = _accepted_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            write_atomically(file, json.dumps({**_accepted_at(), **dict.fromkeys(ids, now)}, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise SetupError(f"cannot write {file} ({error.strerror}); set VIDGEN_CACHE to a writable folder") from None
+
+
+def _accepted_at() -> dict[str, str]:
+    try:
+        return _Accepted.validate_json(_accepted_file().read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _accepted_file() -> Path:
+    return cache_dir() / "accepted-licences.json"

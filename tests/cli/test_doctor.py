@@ -1,0 +1,188 @@
+"""`vidgen doctor`: each check with a good and a bad machine."""
+
+import json
+import os
+from collections import namedtuple
+from pathlib import Path
+from resource import RLIM_INFINITY
+from types import SimpleNamespace
+
+import pytest
+
+from vidgen_ray.cli import doctor_checks as checks
+from vidgen_ray.cli import main
+from vidgen_ray.cli.doctor_checks import Finding
+from vidgen_ray.errors import SetupError
+from vidgen_ray.planner import cluster
+from vidgen_ray.weights.inventory import LocalWeights
+from vidgen_ray.weights.licences import licence_of
+
+Disk = namedtuple("Disk", "total free")
+H100 = [["570.86", "NVIDIA H100 80GB HBM3", "81559"]]
+GB = 10**9
+
+
+def disk(total_gb, free_gb):
+    return lambda folder: Disk(total_gb * GB, free_gb * GB)
+
+
+def torch(cuda="12.8", gpus=1, archs=("sm_80", "sm_90"), capability=(9, 0)):
+    return SimpleNamespace(
+        __version__="2.9",
+        version=SimpleNamespace(cuda=cuda),
+        cuda=SimpleNamespace(
+            is_available=lambda: gpus > 0,
+            device_count=lambda: gpus,
+            get_arch_list=lambda: list(archs),
+            get_device_capability=lambda n: capability,
+        ),
+    )
+
+
+def failing_session(*_):
+    raise SetupError("a test model runs on CPUExecutionProvider, the profile asks for CUDAExecutionProvider")
+
+
+def session(*_):
+    return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+
+
+HERE, NOWHERE = Path(__file__), Path("/nowhere")
+FLUX = licence_of("hub:black-forest-labs/FLUX.1-dev")
+CASES = [
+    (checks.check_python((3, 12)), "pass", "Python 3.12", None),
+    (checks.check_python((3, 10)), "fail", "Python 3.10", "use Python 3.11, 3.12 or 3.13"),
+    (checks.check_driver(True, lambda: H100, [HERE]), "pass", "driver 570.86: NVIDIA H100 80GB HBM3 (80 GB)", None),
+    (checks.check_driver(True, lambda: H100, [NOWHERE]), "fail", "no GPU: none of /nowhere exists", "docker run --gpus all"),
+    (checks.check_driver(False, lambda: None, [NOWHERE]), "pass", "this profile needs none", None),
+    (checks.check_driver(True, lambda: None, [HERE]), "fail", "nvidia-smi shows no GPU", "nvidia-smi"),
+    (checks.check_torch(True, torch()), "pass", "CUDA 12.8, 1 GPUs", None),
+    (checks.check_torch(True, torch(cuda=None)), "fail", "built for the CPU", "pip install"),
+    (checks.check_torch(True, torch(gpus=0)), "fail", "finds no GPU", "driver for CUDA 12.8"),
+    (checks.check_torch(True, torch(capability=(12, 0))), "fail", "compute capability 12.0", "torch release"),
+    (checks.check_torch(True, torch(archs=["compute_90"], capability=(12, 0))), "pass", "1 GPUs", None),
+    (checks.check_torch(True, torch(archs=["sm_90"], capability=(8, 9))), "fail", "only sm_90", "torch release"),
+    (checks.check_torch(False, torch(cuda=None)), "pass", "CUDA none", None),
+    (checks.check_onnxruntime({"onnxruntime": "99.0", "onnxruntime-gpu": "1.31.1"}), "pass", "onnxruntime-gpu 1.31.1", None),
+    (checks.check_onnxruntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}), "fail", "are both installed", "pip"),
+    (checks.check_onnxruntime({"onnxruntime": "1.32.0"}), "fail", "not installed", "pip uninstall -y onnxruntime"),
+    (checks.check_provider("cpu", session), "pass", "CPUExecutionProvider", None),
+    (checks.check_provider("cuda", failing_session), "fail", "asks for CUDAExecutionProvider", "pip uninstall"),
+    (checks.check_cuda_pair("cuda", "13.0", "13.1"), "pass", "CUDA 13.0, torch for CUDA 13.1", None),
+    (checks.check_cuda_pair("cuda", "13.0", "12.8"), "fail", "torch for CUDA 12.8", "device: cpu"),
+    (checks.check_cuda_pair("cuda", None, "12.8"), "warn", "CUDA unknown", "by hand"),
+    (checks.check_video(True, ["libx264", "h264_nvenc"]), "pass", "NVENC", None),
+    (checks.check_video(False, ["libx264"]), "pass", "without decord PyAV decodes", None),
+    (checks.check_video(True, ["mpeg4"]), "fail", "no libx264", "pip install"),
+    (checks.check_disk(HERE, usage=disk(1000, 200)), "pass", "200 GB free of 1000 GB", None),
+    (checks.check_disk(HERE, usage=disk(1000, 19)), "warn", "19 GB free", "free 20 GB"),
+    (checks.check_disk(HERE, usage=disk(10_000, 400)), "warn", "400 GB free", "free 20 GB"),
+    (checks.check_disk(NOWHERE / "a", usage=disk(1000, 0.5)), "fail", "/nowhere/a", "free some space on the disk of /"),
+    (checks.check_shared_memory(HERE.parent, disk(64, 64)), "pass", "59.6 GB", None),
+    (checks.check_shared_memory(HERE.parent, disk(0.064, 0.064)), "warn", "0.1 GB", "--shm-size=8g"),
+    (checks.check_shared_memory(NOWHERE), "warn", "no /nowhere", "tmpfs"),
+    (checks.check_open_files((65_536, 65_536)), "pass", "65,536 open files", None),
+    (checks.check_open_files((RLIM_INFINITY, RLIM_INFINITY)), "pass", "unlimited open files", None),
+    (checks.check_open_files((1024, 4096)), "warn", "1,024 open files, at most 4,096", "ulimit -n 65536"),
+    (checks.check_locked_memory(True, (2**16, 2**16)), "warn", "0 MB of locked memory", "ulimit -l unlimited"),
+    (checks.check_locked_memory(True, (RLIM_INFINITY, RLIM_INFINITY)), "pass", "unlimited", None),
+    (checks.check_locked_memory(False, (2**16, 2**16)), "pass", "0 MB", None),
+    (checks.check_container(31, NOWHERE, 128), "pass", "128.0 GB of memory", None),
+    (checks.check_container(31, NOWHERE, 16), "warn", "the profile have 31 GB", "a machine with more memory"),
+    (checks.check_ray_version("2.60.0"), "pass", "Ray 2.60.0", None),
+    (checks.check_ray_version("2.9.3"), "fail", "Ray 2.9.3", "pip install"),
+    (checks.check_ray_version("3.0.0.dev0"), "pass", "Ray 3.0.0.dev0", None),
+    (checks.check_ray_token({"RAY_AUTH_MODE": "disabled"}), "warn", "anyone who reaches", "RAY_AUTH_MODE=token"),
+    (checks.check_ray_token({}, NOWHERE), "pass", "no token", None),
+    (checks.check_ray_token({"RAY_AUTH_MODE": "token"}, NOWHERE), "fail", "but no /nowhere", "ray get-auth-token --generate"),
+    (checks.check_licences("p", [FLUX, None], set()), "warn", "not accepted on this machine: FLUX.1-dev", "pull p"),
+    (checks.check_licences("p", [FLUX], {"flux-1-dev"}), "pass", "1 restricted licences", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("finding", "status", "text", "fix"), CASES, ids=[f"{case[0].check}-{case[1]}" for case in CASES])
+def test_check(finding, status, text, fix):
+    assert finding.status == status
+    assert text in finding.text
+    assert (finding.fix is None) if fix is None else (fix in finding.fix)
+
+
+def test_every_finding_that_is_not_a_pass_says_what_to_do():
+    assert [finding for finding, *_ in CASES if finding.status != "pass" and not finding.fix] == []
+
+
+def test_container_limit_is_read_from_both_versions_of_control_groups(tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    assert checks.check_container(31, tmp_path, 128).text == "128.0 GB of memory"
+    (tmp_path / "memory.max").write_text(f"{16 * 2**30}\n")
+    finding = checks.check_container(31, tmp_path, 128)
+    assert (finding.status, "limited to 16.0 GB by the container" in finding.text) == ("warn", True)
+    (tmp_path / "memory.max").rename(tmp_path / "unused")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(str(64 * 2**30))
+    assert checks.check_container(31, tmp_path, 128).status == "pass"
+
+
+def test_wsl2_needs_its_own_device_file(tmp_path):
+    kernel = tmp_path / "version"
+    kernel.write_text("Linux version 6.6.87.2-microsoft-standard-WSL2")
+    assert checks.check_wsl(True, kernel, HERE, HERE.parent).status == "pass"
+    assert checks.check_wsl(True, kernel, HERE, NOWHERE).status == "warn"
+    assert checks.check_wsl(True, kernel, NOWHERE, HERE.parent).status == "fail"
+    assert checks.check_wsl(False, kernel, NOWHERE, HERE.parent).status == "warn"
+    kernel.write_text("Linux version 6.8.0-generic")
+    assert checks.check_wsl(True, kernel, HERE, HERE.parent) is None
+
+
+def test_gpus_are_detected_on_wsl2(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(cluster, "GPU_DEVICES", (NOWHERE, tmp_path / "dxg"))
+    assert cluster.this_machine().gpus == ()
+    (tmp_path / "dxg").touch()
+    assert cluster.this_machine().gpus == (24,)
+
+
+def test_token_must_be_readable_only_by_its_owner(tmp_path):
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o644)
+    assert checks.check_ray_token({"RAY_AUTH_MODE": "token"}, tmp_path).fix == f"chmod 600 {token}"
+    token.chmod(0o600)
+    assert checks.check_ray_token({"RAY_AUTH_MODE": "token"}, tmp_path).status == "pass"
+    assert checks.check_ray_token({}, tmp_path).fix == "export RAY_AUTH_MODE=token"
+
+
+def test_missing_weights_name_the_command_to_download_them():
+    weights = [
+        LocalWeights("builtin:realesrgan", "built in", None, None, None),
+        LocalWeights("hub:a/b", "missing", None, None, "weights 'hub:a/b': not on this machine; run something"),
+    ]
+    present, missing = checks.check_weights("gpu-80gb", weights)
+    assert (present.status, present.text) == ("pass", "builtin:realesrgan: built in")
+    assert missing == Finding("weights", "fail", "weights 'hub:a/b': not on this machine", "vidgen models pull gpu-80gb")
+
+
+def test_session_of_onnxruntime_is_opened_for_real():
+    assert checks.check_provider("cpu").text == "sessions run on CPUExecutionProvider"
+    if not os.path.exists("/dev/nvidiactl"):
+        assert checks.check_provider("cuda").status == "fail"
+
+
+def test_doctor_exits_with_4_if_weights_are_missing(capsys):
+    assert main(["doctor", "-p", "gpu-80gb", "--json"]) == 4
+    report = json.loads(capsys.readouterr().out)
+    missing = [finding for finding in report["findings"] if finding["check"] == "weights" and finding["status"] == "fail"]
+    assert [finding["fix"] for finding in missing] == ["vidgen models pull gpu-80gb"] * len(missing)
+    assert len(missing) >= 5
+    assert report["failed"] >= len(missing)
+
+
+def test_doctor_prints_findings_of_a_cpu_profile(capsys):
+    assert main(["doctor", "-p", "tiny"]) in (0, 4)
+    out = capsys.readouterr().out
+    assert "builtin:tiny/flux: built in" in out
+    assert out.strip().splitlines()[-1].endswith("passed")

@@ -1,0 +1,231 @@
+"""`vidgen models pull`: downloads from a local hub with tiny repositories of the published layouts."""
+
+import hashlib
+import io
+import shutil
+import zipfile
+
+import huggingface_hub.constants
+import pytest
+
+from tests.weights.hub_server import running_hub
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import SetupError
+from vidgen_ray.weights import download, resolve
+from vidgen_ray.weights.download import Hub, pull, pull_all
+from vidgen_ray.weights.published_files import PUBLISHED, PublishedFile, RemoteFile
+
+SVD, FLUX = "hub:stabilityai/stable-video-diffusion-img2vid-xt", "hub:black-forest-labs/FLUX.1-dev"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+UNUSED = (
+    "README.md",
+    "svd_xt.safetensors",
+    "svd_xt_image_decoder.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    """Tiny repositories with the files beside the pipeline that the published ones have."""
+    folder = tmp_path_factory.mktemp("repositories")
+    svd = shutil.copytree(resolve("builtin:tiny/svd"), folder / "svd")
+    for name in UNUSED:
+        (svd / name).write_bytes(b"unused")
+    flux = shutil.copytree(resolve("builtin:tiny/flux"), folder / "flux")
+    (flux / "flux1-dev.safetensors").write_bytes(b"unused")
+    infusenet = shutil.copytree(resolve("builtin:tiny/infusenet"), folder / "infiniteyou" / "infu_flux_v1.0" / "sim_stage1")
+    shutil.copytree(infusenet, infusenet.parent / "aes_stage2")
+    return {
+        "stabilityai/stable-video-diffusion-img2vid-xt": svd,
+        "black-forest-labs/FLUX.1-dev": flux,
+        "ByteDance/InfiniteYou": folder / "infiniteyou",
+    }
+
+
+@pytest.fixture
+def server(repositories, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with running_hub() as hub_server:
+        hub_server.repositories = repositories
+        yield hub_server
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """Hub whose cache is also the one that weights are resolved in."""
+    cache = tmp_path / "home" / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return Hub(cache, server.url)
+
+
+def test_pull_downloads_the_loaded_files_and_no_others(hub, server, repositories):
+    pulled = pull(SVD, hub=hub)
+    snapshot = resolve(SVD)
+    assert pulled.path == str(snapshot)
+    assert digest(snapshot) == digest(repositories["stabilityai/stable-video-diffusion-img2vid-xt"])
+    assert pulled.size_bytes == pulled.downloaded_bytes
+    assert not {name.rsplit("/", 1)[-1] for name in UNUSED} & set(server.downloads())
+    assert server.downloads().total() == len({path for _, path, _ in server.requests if "/resolve/" in path})
+
+
+def test_second_pull_downloads_nothing(hub, server):
+    pull(SVD, hub=hub)
+    server.requests.clear()
+    assert pull(SVD, hub=hub).downloaded_bytes == 0
+    assert server.downloads().total() == 0
+
+
+def test_pull_of_a_subfolder_downloads_only_that(hub, server):
+    reference = "hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1"
+    pull(reference, hub=hub)
+    assert (resolve(reference) / "InfuseNetModel" / "config.json").is_file()
+    assert not [path for _, path, _ in server.requests if "aes_stage2" in path]
+
+
+def test_dry_run_downloads_only_the_index(hub, server, repositories):
+    pulled = pull(SVD, hub=hub, dry_run=True)
+    assert pulled.downloaded_bytes >= (repositories[SVD.removeprefix("hub:")] / UNET).stat().st_size
+    assert set(server.downloads()) == {"model_index.json"}
+
+
+def test_interrupted_transfer_continues_where_it_stopped(hub, server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 250)
+    server.cut_after[UNET] = 1000
+    pull(SVD, hub=hub)
+    ranges = [requested for method, path, requested in server.requests if method == "GET" and path.endswith(UNET)]
+    assert ranges == [None, "bytes=1000-"]
+
+
+def test_file_with_a_wrong_digest_is_deleted_and_downloaded_again(hub, server):
+    server.corrupt.add(UNET)
+    with pytest.raises(SetupError, match=rf"{UNET} does not have the digest that the hub states, and was deleted"):
+        pull(SVD, hub=hub)
+    server.corrupt.clear()
+    assert pull(SVD, hub=hub).downloaded_bytes > 0
+    assert pull(SVD, hub=hub, verify=True).downloaded_bytes == 0
+
+
+def test_truncated_file_in_the_cache_is_replaced(hub):
+    pull(SVD, hub=hub)
+    file = resolve(SVD) / UNET
+    size = file.stat().st_size
+    with file.resolve().open("r+b") as blob:
+        blob.truncate(100)
+    assert pull(SVD, hub=hub).downloaded_bytes == size
+    assert file.stat().st_size == size
+
+
+def test_changed_file_of_the_same_size_is_found_by_verify(hub):
+    pull(SVD, hub=hub)
+    blob = (resolve(SVD) / UNET).resolve()
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert pull(SVD, hub=hub).downloaded_bytes == 0
+    assert pull(SVD, hub=hub, verify=True).downloaded_bytes == len(content)
+
+
+def test_resolve_names_missing_files_and_the_command(hub):
+    pull(SVD, hub=hub)
+    (resolve(SVD) / UNET).resolve().unlink()
+    with pytest.raises(SetupError, match=rf"{UNET} missing; run `vidgen models pull {SVD}`"):
+        resolve(SVD)
+
+
+def test_gated_repository_names_the_page_and_the_token(hub, server, monkeypatch):
+    server.gated.add("black-forest-labs/FLUX.1-dev")
+    page = "https://huggingface.co/black-forest-labs/FLUX.1-dev"
+    with pytest.raises(SetupError, match=f"is gated; request access on {page}, then run `hf auth login`"):
+        pull(FLUX, hub=hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_another_account")
+    with pytest.raises(SetupError, match=f"is gated; request access on {page} with the account of your token"):
+        pull(FLUX, hub=hub)
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    assert pull(FLUX, hub=hub).downloaded_bytes > 0
+
+
+def test_all_failures_are_reported_and_stop_no_other_download(hub, server):
+    server.gated.add("black-forest-labs/FLUX.1-dev")
+    references = [FLUX, "hub:nobody/nothing", f"{SVD}@v9", f"{SVD}:vea", "hub:x/y/z", SVD]
+    pulled, problems = pull_all([(reference, None) for reference in references], hub, dry_run=False, verify=False)
+    assert [one.reference for one in pulled] == [SVD]
+    expected = ("is gated", "no repository at", "no such revision", "has no vea at revision main", "must be hub:OWNER/NAME")
+    assert all(text in problem for text, problem in zip(expected, problems, strict=True)), problems
+
+
+def test_offline_mode_is_explained(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SetupError, match="HF_HUB_OFFLINE is set"):
+        pull(SVD, hub=hub)
+
+
+def test_pull_needs_space_on_the_disk(hub, monkeypatch):
+    monkeypatch.setattr(download, "SPARE_BYTES", 2**60)
+    with pytest.raises(SetupError, match=r"needs 0.0 GB, .* free; free some space, or use another folder with --to"):
+        pull(SVD, hub=hub)
+
+
+@pytest.fixture
+def published(server, monkeypatch):
+    """A pack in an archive and a single file at URLs of the server."""
+    contents = {"detector.onnx": b"d" * 3000, "recogniser.onnx": b"r" * 5000}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, content in contents.items():
+            file.writestr(f"pack/{name}", content)
+    server.files = {"/pack.zip": archive.getvalue(), "/face.pth": b"f" * 4000}
+
+    def remote(path):
+        content = server.files[path]
+        return RemoteFile(f"{server.url}{path}", hashlib.sha256(content).hexdigest(), len(content))
+
+    def listed(name, content, source, member=None):
+        return PublishedFile(name, hashlib.sha256(content).hexdigest(), len(content), source, member)
+
+    pack = tuple(listed(name, content, remote("/pack.zip"), f"pack/{name}") for name, content in contents.items())
+    single = (listed("face.pth", server.files["/face.pth"], remote("/face.pth")),)
+    monkeypatch.setattr(download, "PUBLISHED", {"pack": pack, "face.pth": single})
+
+
+def test_pull_of_a_pack_unpacks_the_archive(server, published, tmp_path):
+    assert pull("models/pack", tmp_path).downloaded_bytes == len(server.files["/pack.zip"])
+    assert {path.name: path.stat().st_size for path in (tmp_path / "models" / "pack").glob("*.onnx")} == {
+        "detector.onnx": 3000,
+        "recogniser.onnx": 5000,
+    }
+    assert not list(tmp_path.rglob("*.part"))
+    assert pull("models/pack", tmp_path, verify=True).downloaded_bytes == 0
+    assert server.downloads() == {"pack.zip": 1}
+
+
+def test_pack_in_a_nested_folder_is_complete(server, published, tmp_path):
+    pull("pack", tmp_path)
+    (tmp_path / "pack").rename(tmp_path / "inner")
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "pack" / "pack")
+    assert pull("pack", tmp_path).downloaded_bytes == 0
+
+
+def test_single_file_continues_in_the_next_command(server, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    server.cut_after["/face.pth"] = 1500
+    with pytest.raises(SetupError, match=r"face.pth failed .* run the same command to continue"):
+        pull("face.pth", tmp_path)
+    pull("face.pth", tmp_path)
+    assert (tmp_path / "face.pth").read_bytes() == server.files["/face.pth"]
+    assert [requested for method, _, requested in server.requests if method == "GET"] == [None, "bytes=1500-"]
+
+
+def test_single_file_with_a_wrong_digest_is_rejected(server, published, tmp_path):
+    server.corrupt.add("/face.pth")
+    with pytest.raises(SetupError, match="does not have the expected sha256"):
+        pull("face.pth", tmp_path)
+    assert not (tmp_path / "face.pth").exists()
+    server.corrupt.clear()
+    pull("face.pth", tmp_path)
+
+
+def test_published_files_of_an_archive_state_their_path_in_it():
+    for files in PUBLISHED.values():
+        assert all(len(file.sha256) == 64 and (file.member is None) == (file.sha256 == file.source.sha256) for file in files)

@@ -1,0 +1,302 @@
+"""Download weights: the files of a Hugging Face repository that are loaded, and published single files.
+
+Complete files are not downloaded again, an interrupted transfer continues where it stopped, and the digest of every downloaded
+file is compared with the one that its source states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import httpx2
+from filelock import FileLock
+
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.errors import SetupError
+from vidgen_ray.model_files import PIPELINE_INDEX, pipeline_components, select_loaded
+from vidgen_ray.weights import parse_hub, resolve
+from vidgen_ray.weights.published_files import PUBLISHED, PublishedFile, RemoteFile
+
+ATTEMPTS = 5
+"""Attempts to continue an interrupted download."""
+TIMEOUT_S = 60
+SPARE_BYTES = 2**30
+"""Space that a download leaves free on the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Hugging Face hub and the cache for its files."""
+
+    cache: Path | None = None
+    """Folder of snapshots. `None`: `hub` in `$HF_HOME`."""
+    endpoint: str | None = None
+    """URL of the hub. `None`: `$HF_ENDPOINT`, otherwise https://huggingface.co."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of snapshots."""
+        from huggingface_hub import constants
+
+        return Path(self.cache or constants.HF_HUB_CACHE).expanduser()
+
+    @property
+    def url(self) -> str:
+        """URL of the hub."""
+        from huggingface_hub import constants
+
+        return self.endpoint or str(constants.ENDPOINT)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Result of a download."""
+
+    reference: str
+    path: str
+    """File or folder on this machine."""
+    size_bytes: int
+    """Size of all files that are loaded. 0 for weights that are built on this machine."""
+    downloaded_bytes: int
+    """Size of the files that were missing. With `dry_run` they still are."""
+
+
+def pull(
+    reference: str, relative_to: Path | None = None, hub: Hub | None = None, *, dry_run: bool = False, verify: bool = False
+) -> Pulled:
+    """Download the weights of a reference as profiles write it, if they are not on this machine.
+
+    `relative_to`: folder of relative paths. `dry_run` only adds up sizes. `verify` compares digests of existing files, too.
+    Raises SetupError with what to do.
+    """
+    if reference.startswith("hub:"):
+        return _pull_repository(reference, hub or Hub(), dry_run=dry_run, verify=verify)
+    if reference.startswith("builtin:"):
+        return Pulled(reference, "" if dry_run else str(resolve(reference)), 0, 0)
+    target = ((relative_to or Path()) / os.path.expanduser(reference)).absolute()
+    if target.name in PUBLISHED:
+        return _pull_published(reference, target, dry_run=dry_run, verify=verify)
+    path = resolve(reference, relative_to)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return Pulled(reference, str(path), sum(file.stat().st_size for file in files), 0)
+
+
+def pull_all(
+    references: Sequence[tuple[str, Path | None]], hub: Hub, *, dry_run: bool, verify: bool
+) -> tuple[tuple[Pulled, ...], tuple[str, ...]]:
+    """Download all references, each with its folder of relative paths. Return results, and messages of those that failed."""
+    pulled, problems = [], []
+    for reference, folder in references:
+        try:
+            pulled.append(pull(reference, folder, hub, dry_run=dry_run, verify=verify))
+        except SetupError as error:
+            problems.append(str(error))
+    return tuple(pulled), tuple(problems)
+
+
+def _pull_repository(reference: str, hub: Hub, *, dry_run: bool, verify: bool) -> Pulled:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.hf_api import RepoFile
+
+    repo, revision, subfolder = parse_hub(reference.removeprefix("hub:"))
+    with _explained(reference, repo):
+        api = HfApi(endpoint=hub.url)
+        commit = api.model_info(repo, revision=revision).sha
+        tree = api.list_repo_tree(repo, recursive=True, revision=commit)
+        entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        index = f"{subfolder}/{PIPELINE_INDEX}" if subfolder else PIPELINE_INDEX
+        components, index_bytes = None, 0
+        if index in entries:
+            if not isinstance(try_to_load_from_cache(repo, index, cache_dir=hub.folder, revision=commit), str):
+                index_bytes = entries[index].size
+            file = hf_hub_download(repo, index, revision=commit, cache_dir=hub.folder, endpoint=hub.url)
+            components = pipeline_components(Path(file).read_text("utf-8"))
+        wanted = _loaded_entries(entries, subfolder, components)
+        if not wanted:
+            raise SetupError(f"{reference}: the repository has no {subfolder or 'files'} at revision {revision}")
+        missing = []
+        for name, entry in wanted.items():
+            cached = try_to_load_from_cache(repo, name, cache_dir=hub.folder, revision=commit)
+            if not isinstance(cached, str):
+                missing.append(name)
+            elif not _is_intact(Path(cached), entry, verify=verify):
+                missing.append(name)
+                if not dry_run:
+                    _forget(Path(cached))
+        missing_bytes = sum(wanted[name].size for name in missing) + index_bytes
+        snapshot = hub.folder / f"models--{repo.replace('/', '--')}" / "snapshots" / str(commit)
+        pulled = Pulled(reference, str(snapshot / subfolder), sum(entry.size for entry in wanted.values()), missing_bytes)
+        if dry_run:
+            return pulled
+        _require_space(hub.folder, missing_bytes, reference)
+        # With the revision in place of the commit, the cache also stores which commit a branch means.
+        patterns = [escape(name) for name in wanted]
+        folder = snapshot_download(
+            repo, revision=revision, cache_dir=hub.folder, endpoint=hub.url, allow_patterns=patterns, max_workers=4
+        )
+    if Path(folder).name != commit:
+        raise SetupError(f"{reference}: {revision} was changed during the download; run the command again")
+    for name in missing:
+        if not _is_intact(Path(folder) / name, wanted[name], verify=True):
+            _forget(Path(folder) / name)
+            raise SetupError(
+                f"{reference}: {name} does not have the digest that the hub states, and was deleted; run the command again"
+            )
+    return pulled
+
+
+def _loaded_entries(entries: Mapping[str, Any], subfolder: str, components: Sequence[str] | None) -> dict[str, Any]:
+    """Return name in the repository -> entry of the files that are loaded from the subfolder, which may be a file."""
+    if subfolder in entries:
+        return {subfolder: entries[subfolder]}
+    prefix = f"{subfolder.rstrip('/')}/" if subfolder else ""
+    inside = [PurePosixPath(name.removeprefix(prefix)) for name in entries if name.startswith(prefix)]
+    names = [f"{prefix}{file}" for file in select_loaded(inside, components)]
+    return {name: entries[name] for name in names}
+
+
+def _is_intact(file: Path, entry: Any, *, verify: bool) -> bool:
+    """Return whether the file has the size that the hub states. With `verify` also the digest."""
+    if file.stat().st_size != entry.size:
+        return False
+    if not verify:
+        return True
+    if entry.lfs is not None:
+        return sha256_of(file) == str(entry.lfs.sha256)
+    content = file.read_bytes()
+    # The id of an object of Git: sha1 of the content behind this header.
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == str(entry.blob_id)
+
+
+def _forget(cached: Path) -> None:
+    """Delete a file from the cache: the link in the snapshot and the content."""
+    content = cached.resolve()
+    cached.unlink(missing_ok=True)
+    content.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(reference: str, repo: str) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into SetupErrors that say what to do."""
+    from huggingface_hub import errors, get_token
+
+    page = f"https://huggingface.co/{repo}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        advice = (
+            f"request access on {page} with the account of your token, and check that the token may read gated repositories"
+            if get_token()
+            else f"request access on {page}, then run `hf auth login` with a token of that account, or set HF_TOKEN"
+        )
+        raise SetupError(f"{reference}: the repository is gated; {advice}") from None
+    except errors.RevisionNotFoundError:
+        raise SetupError(f"{reference}: no such revision in {page}; use a commit, a branch or a tag") from None
+    except errors.RepositoryNotFoundError:
+        raise SetupError(f"{reference}: no repository at {page}, or it is private and the token may not read it") from None
+    except errors.HFValidationError as error:
+        raise SetupError(f"{reference}: must be hub:OWNER/NAME[@REVISION][:SUBFOLDER] ({error})") from None
+    except errors.OfflineModeIsEnabled:
+        raise SetupError(f"{reference}: HF_HUB_OFFLINE is set, which forbids downloads; unset it for this command") from None
+    except (OSError, httpx2.HTTPError) as error:
+        # The message of the hub's client may have several lines of advice for its own users.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SetupError(f"{reference}: the download failed ({reason}); run the same command to continue") from None
+
+
+def _pull_published(reference: str, target: Path, *, dry_run: bool, verify: bool) -> Pulled:
+    files = PUBLISHED[target.name]
+    is_file = len(files) == 1 and files[0].name == target.name
+    paths = {file: target if is_file else target / file.name for file in files}
+    missing = {file: path for file, path in paths.items() if not _has(file, path, target, verify=verify)}
+    sources = {file.source for file in missing}
+    pulled = Pulled(
+        reference, str(target), sum(file.size_bytes for file in files), sum(source.size_bytes for source in sources)
+    )
+    if dry_run or not missing:
+        return pulled
+    folder = target.parent if is_file else target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{reference}: {folder} cannot be created ({error.strerror})") from None
+    _require_space(folder, 2 * pulled.downloaded_bytes, reference)
+    for source in sorted(sources, key=lambda source: source.url):
+        _download(reference, source, {file: path for file, path in missing.items() if file.source == source}, folder)
+    return pulled
+
+
+def _has(file: PublishedFile, path: Path, target: Path, *, verify: bool) -> bool:
+    # insightface unpacks antelopev2 into a folder of that name inside the folder.
+    for candidate in (path, target / target.name / file.name):
+        if candidate.is_file() and candidate.stat().st_size == file.size_bytes:
+            return not verify or sha256_of(candidate) == file.sha256
+    return False
+
+
+def _download(reference: str, source: RemoteFile, files: Mapping[PublishedFile, Path], folder: Path) -> None:
+    """Download a file or an archive, check it, and move or unpack the files to their paths."""
+    part = folder / f"{PurePosixPath(source.url).name}.part"
+    with FileLock(f"{part}.lock"):
+        try:
+            _fetch(source, part)
+        except (OSError, httpx2.HTTPError) as error:
+            raise SetupError(
+                f"{reference}: the download of {source.url} failed ({error}); run the same command to continue"
+            ) from None
+        if sha256_of(part) != source.sha256:
+            part.unlink()
+            raise SetupError(
+                f"{reference}: {source.url} does not have the expected sha256, {source.sha256}; run the command again"
+            )
+        for file, path in files.items():
+            if file.member is None:
+                part.replace(path)
+            else:
+                _unpack(part, file.member, path)
+        part.unlink(missing_ok=True)
+
+
+def _unpack(archive: Path, member: str, path: Path) -> None:
+    unfinished = path.with_name(f"{path.name}.unpacking")
+    with zipfile.ZipFile(archive) as content, content.open(member) as source, unfinished.open("wb") as target:
+        shutil.copyfileobj(source, target)
+    unfinished.replace(path)
+
+
+def _fetch(source: RemoteFile, part: Path) -> None:
+    """Download to `part`, which may have the beginning of the file."""
+    for attempt in range(1, ATTEMPTS + 1):
+        start = part.stat().st_size if part.exists() else 0
+        if start >= source.size_bytes:
+            return
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+        try:
+            with httpx2.stream("GET", source.url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
+                response.raise_for_status()
+                with part.open("ab" if response.status_code == httpx2.codes.PARTIAL_CONTENT else "wb") as file:
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+            return
+        except httpx2.TransportError:
+            if attempt == ATTEMPTS:
+                raise
+
+
+def _require_space(folder: Path, needed_bytes: int, reference: str) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes and free < needed_bytes + SPARE_BYTES:
+        raise SetupError(
+            f"{reference}: needs {needed_bytes / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free; free some space, or use "
+            "another folder with --to"
+        )
