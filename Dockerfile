@@ -1,0 +1,43 @@
+# Image for one machine with GPUs, and for KubeRay (deploy/kuberay). Needs the NVIDIA driver 580 or newer and the NVIDIA container
+# toolkit on the host; CUDA's libraries come with the packages. Weights are not in the image: see docs/kubernetes.md.
+#     docker build -t vidgen-ray .
+#     docker run --rm --gpus all --shm-size 16g vidgen-ray doctor -p gpu-80gb
+FROM python:3.12-slim-bookworm
+
+# libgl1 and libglib2.0-0: OpenCV. wget: the probes of KubeRay. tini: forwards SIGTERM and reaps Ray's processes.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 tini wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 --shell /bin/bash vidgen \
+    && install -d -o vidgen -g vidgen /data /weights
+
+WORKDIR /opt/vidgen-ray
+COPY pyproject.toml README.md LICENSE ./
+COPY deploy/constraints.txt deploy/constraints.txt
+COPY packaging packaging
+COPY examples examples
+COPY vidgen_ray vidgen_ray
+# packaging/onnxruntime in the same call, so that the CPU wheel of onnxruntime is never installed over onnxruntime-gpu.
+RUN pip install --no-cache-dir --constraint deploy/constraints.txt ./packaging/onnxruntime ".[postgres,s3]" \
+    && python -c "import torch; from onnxruntime.capi import build_and_package_info as ort; \
+pair = torch.version.cuda, ort.cuda_version; print('CUDA of torch and onnxruntime-gpu:', pair); \
+assert pair[0] and pair[0].split('.')[0] == pair[1].split('.')[0], pair"
+
+# video: for NVENC, on cards that have it.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
+    HF_HOME=/weights/huggingface \
+    HF_HUB_OFFLINE=1 \
+    PYTHONUNBUFFERED=1
+
+USER vidgen
+WORKDIR /data
+VOLUME ["/data", "/weights"]
+EXPOSE 8000
+
+# Only `vidgen serve` listens. Other commands count as healthy while they run.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10m --retries=3 \
+    CMD grep -qz '^serve$' /proc/1/cmdline || exit 0; wget -q -O /dev/null http://127.0.0.1:8000/healthz
+
+ENTRYPOINT ["tini", "--", "vidgen"]
+CMD ["serve", "--host", "0.0.0.0", "--data", "/data", "--keys", "/etc/vidgen/keys.yaml"]
