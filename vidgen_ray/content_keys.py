@@ -19,13 +19,14 @@ from pydantic import BaseModel, ConfigDict
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot import LocalLora, LoraRef, Shot
+from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
+from vidgen_ray.shot import LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 
 FILE_FIELDS = ("image",)
 FILES_FIELDS = ("face_image",)
-LORA_FIELDS = ("lora", "fast_lora")
+LORA_FIELDS = ("lora", "fast_lora", "video_lora")
 START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
 PLAIN_FIELDS = tuple(
@@ -82,12 +83,13 @@ def with_local_loras(shot: Shot, inputs: Mapping[str, str] | None = None) -> Sho
     """
 
     def local(lora: LoraRef) -> LoraRef:
-        file = str(resolve(lora.path))
+        fields = {**lora.model_dump(), "path": str(resolve(lora.path))}
         if inputs is None:
-            return LoraRef(path=file, weight=lora.weight)
-        return LocalLora(path=file, weight=lora.weight, sha256=inputs[lora.path])
+            return type(lora)(**fields)
+        with_digest = LocalVideoLora if isinstance(lora, VideoLora) else LocalLora
+        return with_digest(**{**fields, "sha256": inputs[lora.path]})
 
-    return shot.model_copy(update={"lora": tuple(map(local, shot.lora))})
+    return shot.model_copy(update={name: tuple(map(local, getattr(shot, name))) for name in SHOT_LORA_FIELDS})
 
 
 class ShotPlanner:
@@ -132,7 +134,7 @@ class ShotPlanner:
     def _inputs_of(self, shot: Shot) -> dict[str, str]:
         """Return path -> sha256 of each file that the shot names."""
         images = [path for path in (*(getattr(shot, name) for name in FILE_FIELDS), *shot.face_image) if path is not None]
-        loras = {lora.path: self._lora_digest(lora.path) for lora in shot.lora}
+        loras = {lora.path: self._lora_digest(lora.path) for lora in shot.all_loras}
         return {path: self._digest(path) for path in images} | loras
 
     def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
@@ -165,9 +167,12 @@ class ShotPlanner:
             digests = [f'"{self._digest(path)}"' for path in getattr(shot, name)]
             values[name] = f"[{','.join(digests)}]"
         for name in LORA_FIELDS:
-            loras = [f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}]' for lora in getattr(shot, name)]
-            values[name] = f"[{','.join(loras)}]"
+            values[name] = f"[{','.join(map(self._lora_json, getattr(shot, name)))}]"
         return values
+
+    def _lora_json(self, lora: LoraRef) -> str:
+        expert = f',"{lora.expert}"' if isinstance(lora, VideoLora) else ""
+        return f'["{self._lora_digest(lora.path)}",{_json(lora.weight)}{expert}]'
 
     def _weights_of(self, stage: type[Stage[Any]], shot: Shot) -> tuple[tuple[str, ...], str]:
         """Return the digests of the stage's weights for the shot, and the same as JSON."""

@@ -17,8 +17,10 @@ from vidgen_ray.stages.identity import injector_class
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
+from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 
 STAGES: tuple[type[Stage[Any]], ...] = (
     InstantIDStage,
@@ -29,6 +31,8 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     HunyuanDiTStage,
     ImageLikenessStage,
     SVDStage,
+    WanStage,
+    LTXStage,
     ClipLikenessStage,
     RealESRGANStage,
 )

@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from vidgen_ray.video_models import AUTO, MAX_FRAMES, MIN_FRAMES, VIDEO_MODELS, VideoModelName, with_model_defaults
 
 VARIANT_SUFFIX = 5
 """Characters that a variant suffix such as `-v999` adds to an id."""
@@ -18,8 +29,13 @@ MIN_CROP_PX = 16
 """Smallest width and height in pixels that a clip may be cut to."""
 NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
+LORA_FIELDS = ("lora", "video_lora")
+"""Fields with LoRA files."""
 INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
 """Values of `identity` that do not name a FLUX identity method."""
+
+FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES}, {"enum": [AUTO]}]}
+"""JSON schema of `num_frames`. A shot always has a number: `auto` is replaced when it is checked."""
 
 Strength = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=200)]
@@ -67,10 +83,24 @@ class LoraRef(_Frozen):
     weight: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False, description="Scale of the adapter.")
 
 
+class VideoLora(LoraRef):
+    """LoRA of a video model."""
+
+    expert: Literal["both", "high", "low"] = Field(
+        "both",
+        description="Transformer of Wan 2.2 that it is for: high (the noisy steps), low (the last steps), or both. Other "
+        "models have one transformer.",
+    )
+
+
 class LocalLora(LoraRef):
     """LoRA file of this machine, with the content that it must have. Not part of a script."""
 
     sha256: str
+
+
+class LocalVideoLora(VideoLora, LocalLora):
+    """LoRA of a video model on this machine, with the content that it must have. Not part of a script."""
 
 
 class StageSteps(_Frozen):
@@ -81,6 +111,8 @@ class StageSteps(_Frozen):
     lora: Steps | None = None
     hunyuan: Steps | None = None
     svd: Steps | None = None
+    wan: Steps | None = None
+    ltx: Steps | None = None
 
 
 class StageGuidance(_Frozen):
@@ -91,6 +123,8 @@ class StageGuidance(_Frozen):
     lora: Guidance | None = None
     hunyuan: Guidance | None = None
     svd: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
+    wan: Guidance | None = None
+    ltx: Guidance | None = None
 
 
 class Shot(_Frozen):
@@ -116,8 +150,10 @@ class Shot(_Frozen):
     )
     variants: int = Field(1, ge=1, le=1000, description="Number of shots rendered from this line: id-v0, id-v1, ...")
 
-    width: int = Field(1024, description="Width in pixels, a multiple of 16 from 64 to 2048; of 64 for video.")
-    height: int = Field(576, description="Height in pixels, a multiple of 16 from 64 to 2048; of 64 for video.")
+    width: int = Field(
+        1024, description="Width in pixels, a multiple of 16 from 64 to 2048; for video of 64 with svd, 32 with ltx."
+    )
+    height: int = Field(576, description="Height in pixels. Same rules as for the width.")
     image: str | None = Field(
         None, description="Start image, used in place of the generated base image. Scaled and cropped to the shot's size."
     )
@@ -164,8 +200,23 @@ class Shot(_Frozen):
     style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
     generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
-    num_frames: int = Field(25, ge=2, le=256, description="Number of frames in the clip.")
-    fps: int = Field(5, ge=1, le=60, description="Frames per second.")
+    video_model: VideoModelName = Field(
+        "svd", description="Video model: svd (reads no prompt), wan or ltx (read the prompt). The profile must have it."
+    )
+    motion_prompt: str | None = Field(
+        None, max_length=10_000, description="Text appended to the prompt for the video model: what moves, and how."
+    )
+    video_lora: tuple[VideoLora, ...] = Field(
+        (), description="LoRAs of the video model wan or ltx: a path, or a list of paths or of {path, weight, expert}."
+    )
+    num_frames: Annotated[int, WithJsonSchema(FRAMES_SCHEMA)] = Field(
+        25,
+        ge=MIN_FRAMES,
+        le=MAX_FRAMES,
+        description="Number of frames in the clip: 4k + 1 for wan, 8k + 1 for ltx. auto, which is the default for both: the "
+        "allowed number that is closest to 5 seconds.",
+    )
+    fps: int = Field(5, ge=1, le=60, description="Frames per second. Default for wan: 16, for ltx: 25.")
     motion_bucket_id: int = Field(127, ge=1, le=255, description="Amount of motion. Higher values move more.")
     noise_aug_strength: float = Field(
         0.02,
@@ -199,8 +250,8 @@ class Shot(_Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _nest_flat_settings(cls, data: Any) -> Any:
-        return nest_flat_settings(data) if isinstance(data, dict) else data
+    def _normalise(cls, data: Any) -> Any:
+        return with_model_defaults(nest_flat_settings(data)) if isinstance(data, dict) else data
 
     @field_validator("id")
     @classmethod
@@ -218,7 +269,15 @@ class Shot(_Frozen):
             raise ValueError(f"must be a multiple of 16 from 64 to 2048 (nearest: {', '.join(map(str, nearest))})")
         return value
 
-    @field_validator("prompt", "negative_prompt", "style_prompt")
+    @field_validator("num_frames")
+    @classmethod
+    def _check_num_frames(cls, value: int, info: ValidationInfo) -> int:
+        model = VIDEO_MODELS.get(info.data.get("video_model", ""))
+        if model is not None and not model.allows(value):
+            raise ValueError(model.allowed_instead_of(value))
+        return value
+
+    @field_validator("prompt", "negative_prompt", "style_prompt", "motion_prompt")
     @classmethod
     def _check_text(cls, value: str | None) -> str | None:
         if value is None:
@@ -246,7 +305,7 @@ class Shot(_Frozen):
             raise ValueError(f"must be greater than identity_start ({start})")
         return value
 
-    @field_validator("lora", mode="before")
+    @field_validator("lora", "video_lora", mode="before")
     @classmethod
     def _lora_to_tuple(cls, value: Any) -> Any:
         if value is None:
@@ -262,10 +321,11 @@ class Shot(_Frozen):
         if self.variants > 1 and self.id and len(self.id) > 128 - VARIANT_SUFFIX:
             raise ValueError(f"id is {len(self.id)} characters long, must be at most {128 - VARIANT_SUFFIX} with variants")
         if self.generate_video:
+            multiple = VIDEO_MODELS[self.video_model].size_multiple_px
             for name in ("width", "height"):
-                if getattr(self, name) % 64:
-                    # SVD halves its latents, an eighth of the size, three times.
-                    raise ValueError(f"{name} {getattr(self, name)} is not a multiple of 64, which video generation requires")
+                if getattr(self, name) % multiple:
+                    side = f"{name} {getattr(self, name)}"
+                    raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
         for name, used in (("lora", bool(self.lora)), ("refine", self.uses_sdxl_base and not self.lora)):
             strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
             if used and steps and strength and steps * strength < 1:
@@ -290,6 +350,11 @@ class Shot(_Frozen):
     def fast_lora(self) -> tuple[LoraRef, ...]:
         """LoRAs that are active in the single FLUX pass of mode fast. Empty in mode quality, which has a LoRA stage."""
         return self.lora if self.mode == "fast" else ()
+
+    @property
+    def all_loras(self) -> tuple[LoraRef, ...]:
+        """LoRAs of all models."""
+        return (*self.lora, *self.video_lora)
 
     def required_seed(self) -> int:
         """Return the seed. Raises ValueError if the shot has none."""

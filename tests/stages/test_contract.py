@@ -48,9 +48,10 @@ def item(make_shot, photo, face):
         lora=[LORA],
         use_hunyuan_style=True,
         style_prompt="ink",
-        num_frames=4,
+        # What every video model can make.
+        num_frames=9,
     )
-    frames = np.repeat(picture[None], 4, axis=0)
+    frames = np.repeat(picture[None], 9, axis=0)
     return Item(shot, {"photos": (photo,), "face": face, "image": picture, "frames": frames})
 
 

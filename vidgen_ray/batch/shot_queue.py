@@ -78,4 +78,4 @@ class ShotQueue:
 
 def _loras(plan: ShotPlan) -> frozenset[str]:
     """Return the LoRA files that the shot needs. Their strength can change without loading them again."""
-    return frozenset(lora.path for lora in plan.shot.lora)
+    return frozenset(lora.path for lora in plan.shot.all_loras)

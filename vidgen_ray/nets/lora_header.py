@@ -9,6 +9,7 @@ from vidgen_ray.errors import StageError
 PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
 FIRST = ("lora_A", "lora_down")
+FLUX = "FLUX.1"
 OTHER_MODELS = {
     "Stable Diffusion or SDXL": re.compile(
         r"^(lora_unet_(input|output|middle|down|up|mid)_block|lora_te\d?_text_model|unet\.(down|up|mid)_block)"
@@ -17,11 +18,13 @@ OTHER_MODELS = {
     "Wan": re.compile(r"^(diffusion_model\.blocks\.\d+\.(self_attn|cross_attn|ffn)|lora_unet_blocks_\d+_(self|cross)_attn)"),
 }
 """Base model -> names of tensors of its LoRAs, which FLUX has not."""
+FLUX_NAMES = re.compile(r"^(transformer\.)?(single_transformer_blocks|(lora_unet_)?(double|single)_blocks)(\.|_\d)")
+"""Names of tensors of FLUX's LoRAs, which video models have not."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
-def check_lora_file(path: Path) -> None:
-    """Raise StageError if the file cannot be a LoRA for FLUX: another format or base model, no floats, half of a layer."""
+def check_lora_file(path: Path, base_model: str = FLUX) -> None:
+    """Raise StageError if the file cannot be a LoRA for this model: another format or model, no floats, half of a layer."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -31,9 +34,9 @@ def check_lora_file(path: Path) -> None:
         raise StageError(f"lora {path.name}: not a readable .safetensors file ({error})") from None
     if not types:
         raise StageError(f"lora {path.name}: has no tensors")
-    for model, names in OTHER_MODELS.items():
+    for model, names in (OTHER_MODELS if base_model == FLUX else {FLUX: FLUX_NAMES}).items():
         if any(names.match(name) for name in types):
-            raise StageError(f"lora {path.name}: was trained for {model}, must be for FLUX.1")
+            raise StageError(f"lora {path.name}: was trained for {model}, must be for {base_model}")
     for name, kind in types.items():
         if kind not in FLOATS:
             raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")

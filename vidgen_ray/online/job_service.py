@@ -27,7 +27,8 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id, shot_id
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.reader import check_shot
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
+from vidgen_ray.shot import LoraRef, Shot, VideoLora
 
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
@@ -39,6 +40,8 @@ LORA_PATH_FIELDS = ("path", "local_path", "lora_path", "lora_local_path")
 LORA_SCALE_FIELDS = ("scale", "weight", "lora_scale", "strength")
 LORA_FIELDS = frozenset({*LORA_NAME_FIELDS, *LORA_PATH_FIELDS, *LORA_SCALE_FIELDS, "int_id", "lora_int_id"})
 """Fields of a LoRA in a request, by their names here, in vLLM-Omni and in SGLang. Ids are ignored: names identify LoRAs."""
+EXPERT = "expert"
+"""Further field of a LoRA of a video model."""
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 
@@ -189,8 +192,9 @@ class JobService:
         if photos is not None:
             each = photos if isinstance(photos, list | tuple) else [photos]
             paths["face_image"] = [self._upload(tenant, "face_image", photo) for photo in each]
-        if "lora" in fields:
-            paths["lora"] = self._loras(fields["lora"])
+        for field in SHOT_LORA_FIELDS:
+            if field in fields:
+                paths[field] = self._loras(field, fields[field])
         return paths
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
@@ -208,40 +212,42 @@ class JobService:
             raise not_found("character", str(name)[:100], "character")
         return character.photos
 
-    def _loras(self, value: object) -> list[dict[str, Any]]:
+    def _loras(self, param: str, value: object) -> list[dict[str, Any]]:
         if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 raise invalid(
-                    "lora", 'must be a name or JSON, for example {"name": "ink", "scale": 0.8}', "invalid_json"
+                    param, 'must be a name or JSON, for example {"name": "ink", "scale": 0.8}', "invalid_json"
                 ) from None
-        return [self._lora(entry) for entry in (value if isinstance(value, list | tuple) else [value])]
+        return [self._lora(param, entry) for entry in (value if isinstance(value, list | tuple) else [value])]
 
-    def _lora(self, value: object) -> dict[str, Any]:
+    def _lora(self, param: str, value: object) -> dict[str, Any]:
         fields = {"name": value} if isinstance(value, str) else value
         if not isinstance(fields, dict):
-            raise invalid("lora", 'must be a name, {"name": ..., "scale": ...}, or a list of these')
-        if unknown := fields.keys() - LORA_FIELDS:
-            allowed = "allowed are name and scale, and vLLM-Omni's and SGLang's names for them"
-            raise invalid("lora", f"got {sorted(map(str, unknown))[0][:50]!r}; {allowed}", "unknown_parameter")
+            raise invalid(param, 'must be a name, {"name": ..., "scale": ...}, or a list of these')
+        own = {EXPERT} if param == "video_lora" else set()
+        if unknown := fields.keys() - LORA_FIELDS - own:
+            allowed = f"allowed are {', '.join(('name', 'scale', *own))}, and vLLM-Omni's and SGLang's names for them"
+            raise invalid(param, f"got {sorted(map(str, unknown))[0][:50]!r}; {allowed}", "unknown_parameter")
         path = self._registered_lora(
-            [str(fields[name]) for name in (*LORA_NAME_FIELDS, *LORA_PATH_FIELDS) if fields.get(name) is not None]
+            param, [str(fields[name]) for name in (*LORA_NAME_FIELDS, *LORA_PATH_FIELDS) if fields.get(name) is not None]
         )
         scale = next((fields[name] for name in LORA_SCALE_FIELDS if fields.get(name) is not None), None)
-        return {"path": path} if scale is None else {"path": path, "weight": scale}
+        chosen = {EXPERT: fields[EXPERT]} if EXPERT in fields else {}
+        return {"path": path, **chosen} if scale is None else {"path": path, "weight": scale, **chosen}
 
-    def _registered_lora(self, references: Sequence[str]) -> str:
+    def _registered_lora(self, param: str, references: Sequence[str]) -> str:
         """Return the file of the LoRA of the settings that is referenced by its name or its path. Raises ApiError 404."""
         known = {path: path for path in self._settings.loras.values()} | self._settings.loras
         paths = {known[reference] for reference in references if reference in known}
         if len(paths) > 1:
-            raise invalid("lora", f"{', '.join(map(repr, references))} are different LoRAs; send one of them")
+            raise invalid(param, f"{', '.join(map(repr, references))} are different LoRAs; send one of them")
         if not paths:
             names = (
                 f"must be one of {', '.join(sorted(self._settings.loras))}" if self._settings.loras else "this server has none"
             )
-            raise ApiError(404, f"lora: no such LoRA; {names}", code="lora_not_found", param="lora")
+            raise ApiError(404, f"{param}: no such LoRA; {names}", code="lora_not_found", param=param)
         return paths.pop()
 
 
@@ -265,9 +271,8 @@ def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
     """Return the fields of a shot as a client would send them: upload ids and LoRA names instead of paths of the server."""
-    fields = shot.model_dump(
-        mode="json", exclude={"id", "variants", "character", "image", "face_image", "lora"}, exclude_none=True
-    )
+    exclude = {"id", "variants", "character", "image", "face_image", *SHOT_LORA_FIELDS}
+    fields = shot.model_dump(mode="json", exclude=exclude, exclude_none=True)
     for name in ("steps", "guidance"):
         fields[name] = {stage: value for stage, value in fields[name].items() if value is not None}
     if shot.image is not None and (upload := uploads.id_of(shot.image)):
@@ -275,9 +280,15 @@ def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -
     if photos := [upload for photo in shot.face_image if (upload := uploads.id_of(photo))]:
         fields["face_image"] = photos
     names = {path: name for name, path in settings.loras.items()}
-    if loras := [{"name": names[lora.path], "scale": lora.weight} for lora in shot.lora if lora.path in names]:
-        fields["lora"] = loras
+    for field in SHOT_LORA_FIELDS:
+        if loras := [_client_lora(lora, names) for lora in getattr(shot, field) if lora.path in names]:
+            fields[field] = loras
     return fields
+
+
+def _client_lora(lora: LoraRef, names: Mapping[str, str]) -> dict[str, JsonValue]:
+    expert: dict[str, JsonValue] = {EXPERT: lora.expert} if isinstance(lora, VideoLora) and lora.expert != "both" else {}
+    return {"name": names[lora.path], "scale": lora.weight, **expert}
 
 
 def _key_reused() -> ApiError:

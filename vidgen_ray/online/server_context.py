@@ -20,6 +20,7 @@ from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.shot import Shot
+from vidgen_ray.video_models import DEFAULT_MODEL, VIDEO_MODELS
 
 OPENAI_MODELS = ("sora-2", "sora-2-pro")
 """Names that clients of OpenAI's API send. They mean the default model, unless the setting `models` says otherwise."""
@@ -51,7 +52,14 @@ class ServerContext:
         """Model name -> the shot fields that it sets. The first is the default."""
         name = self.serving_profile.profile.name
         own = {name: {}, f"{name}-fast": {"mode": "fast"}}
+        own |= {f"{name}-{model}": {"video_model": model} for model in self._other_video_models}
         return {**own, **{alias: own[target] for alias, target in self.settings.models.items() if target in own}}
+
+    @property
+    def _other_video_models(self) -> tuple[str, ...]:
+        """Served video models that are not the profile's default."""
+        default = self.serving_profile.profile.defaults.get("video_model", DEFAULT_MODEL)
+        return tuple(name for name in VIDEO_MODELS if name in self.serving_profile.params and name != default)
 
     @property
     def size_rules(self) -> SizeRules:

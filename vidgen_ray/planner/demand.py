@@ -88,7 +88,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
             relative_cost[name] += cost  # type: ignore[assignment]  # typeshed allows only integers
             images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
-        loras.update(lora.path for lora in shot.lora)
+        loras.update(lora.path for lora in shot.all_loras)
         pixels = shot.width * shot.height
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:

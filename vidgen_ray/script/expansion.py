@@ -19,7 +19,7 @@ STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
 MAX_SHOTS = 1000
 """Largest number of shots that a line expands to, as for `variants`."""
-TEXTS = ("prompt", "negative_prompt", "style_prompt")
+TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata")
 SUFFIX_LETTERS = 24

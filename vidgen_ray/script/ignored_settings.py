@@ -11,6 +11,8 @@ ADVICE = {
     "style_prompt": "set use_hunyuan_style to true, in mode quality",
     "style_strength": "set use_hunyuan_style to true, in mode quality",
     "lora_strength": "set lora, in mode quality",
+    "motion_prompt": "set video_model to wan or ltx",
+    "video_lora": "set video_model to wan or ltx",
     "min_identity": "set face_image",
     "retries": "set min_identity",
 }

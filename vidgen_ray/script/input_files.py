@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vidgen_ray.errors import MediaError, StageError, VidgenError
 from vidgen_ray.media import check_image_header, read_image
-from vidgen_ray.nets.lora_header import check_lora_file
+from vidgen_ray.nets.lora_header import FLUX, check_lora_file
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights import resolve
 
@@ -20,7 +20,8 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
     images = [("image", shot.image)] if shot.image else []
     images += [("face_image", photo) for photo in shot.face_image]
     checked = [(field, _image_error(path, decode)) for field, path in images]
-    checked += [("lora", _lora_error(lora.path)) for lora in shot.lora]
+    checked += [("lora", _lora_error(lora.path, FLUX)) for lora in shot.lora]
+    checked += [("video_lora", _lora_error(lora.path, shot.video_model)) for lora in shot.video_lora]
     return [(field, error) for field, error in checked if error is not None]
 
 
@@ -37,9 +38,9 @@ def _image_error(path: str, decode: bool) -> VidgenError | None:
 
 
 @lru_cache(CACHED_FILES)
-def _lora_error(path: str) -> VidgenError | None:
+def _lora_error(path: str, base_model: str) -> VidgenError | None:
     try:
-        check_lora_file(resolve(path))
+        check_lora_file(resolve(path), base_model)
     except StageError as error:
         return error
     return None

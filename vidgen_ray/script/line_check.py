@@ -28,8 +28,9 @@ from vidgen_ray.script.lines import (
 )
 from vidgen_ray.script.named_fields import with_character, with_style
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.shot import ID_PATTERN, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.shot import ID_PATTERN, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
+from vidgen_ray.video_models import without_other_models_defaults
 from vidgen_ray.weights import resolve
 
 PATH_CACHE_SIZE = 4096
@@ -284,11 +285,12 @@ class LineCheck:
             paths["image"] = self._existing_file("image", shot.image)
         if shot.face_image:
             paths["face_image"] = tuple(self._existing_file("face_image", photo) for photo in shot.face_image)
-        if shot.lora:
-            paths["lora"] = tuple(map(self._existing_lora, shot.lora))
-            files = [lora.path for lora in paths["lora"]]
-            if twice := next((file for file in files if files.count(file) > 1), None):
-                self.reject("lora", shortened(twice), "is listed twice; list it once, with the sum of the weights")
+        for field in LORA_FIELDS:
+            if loras := getattr(shot, field):
+                paths[field] = tuple(self._existing_lora(field, lora) for lora in loras)
+                files = [lora.model_dump(exclude={"weight"}) for lora in paths[field]]
+                if twice := next((file["path"] for file in files if files.count(file) > 1), None):
+                    self.reject(field, shortened(twice), "is listed twice; list it once, with the sum of the weights")
         return shot.model_copy(update=paths) if paths else shot
 
     def _existing_file(self, field: str, path: str) -> str:
@@ -299,18 +301,18 @@ class LineCheck:
             self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
         return absolute
 
-    def _existing_lora(self, lora: LoraRef) -> LoraRef:
+    def _existing_lora(self, field: str, lora: LoraRef) -> LoraRef:
         is_weights = lora.path.endswith(".safetensors")
         # A built-in name is not resolved to a path, because each machine builds its own copy.
         if lora.path.startswith("builtin:") and is_weights:
             try:
                 resolve(lora.path)
             except SetupError as error:
-                self.reject("lora", shortened(lora.path), str(error))
+                self.reject(field, shortened(lora.path), str(error))
             return lora
         absolute, exists = self._context.locate(lora.path)
         if not exists or not is_weights:
-            self.reject("lora", shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
+            self.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
         return lora.model_copy(update={"path": absolute})
 
 
@@ -338,10 +340,14 @@ def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge fields. Later layers win. `steps` and `guidance` are merged per stage, `metadata` per name."""
+    """Merge fields. Later layers win. `steps` and `guidance` are merged per stage, `metadata` per name.
+
+    A layer with another `video_model` removes `num_frames` and `fps` of earlier layers, which are those of their model.
+    """
     out: dict[str, Any] = {}
     for layer in layers:
         fields = nest_flat_settings(dict(layer))
+        out = without_other_models_defaults(out, fields)
         previous = {name: out[name] for name in (*NESTED_FIELDS, "metadata") if name in out and name in fields}
         out.update(fields)
         for name, settings in previous.items():

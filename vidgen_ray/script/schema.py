@@ -6,7 +6,7 @@ from typing import Any
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.script.expansion import MATRIX, NO_MATRIX_FIELDS, STYLE
 from vidgen_ray.script.named_fields import CHARACTER_FIELDS, CHARACTER_TEXTS, STYLE_FIELDS, STYLE_TEXTS
-from vidgen_ray.shot import NESTED_FIELDS, Shot
+from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TEXT = {"type": "string"}
@@ -42,11 +42,11 @@ def script_schema() -> dict[str, Any]:
 
 def _with_short_forms(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a line, in which one file may stand for a list of one."""
-    face, lora = fields["face_image"], fields["lora"]
-    short = {
-        "face_image": {**face, "anyOf": [TEXT, {"type": "array", "items": TEXT}]},
-        "lora": {**lora, "anyOf": [TEXT, lora["items"], {"type": "array", "items": {"anyOf": [TEXT, lora["items"]]}}]},
-    }
+    face = fields["face_image"]
+    short = {"face_image": {**face, "anyOf": [TEXT, {"type": "array", "items": TEXT}]}}
+    for name in LORA_FIELDS:
+        lora = fields[name]["items"]
+        short[name] = {**fields[name], "anyOf": [TEXT, lora, {"type": "array", "items": {"anyOf": [TEXT, lora]}}]}
     for field in short.values():
         for name in ("type", "items"):
             field.pop(name, None)

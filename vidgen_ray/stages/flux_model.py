@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -15,12 +11,12 @@ from weakref import WeakValueDictionary
 from cachetools import LRUCache
 from pydantic import Field
 
-from vidgen_ray.cache_dir import digest
-from vidgen_ray.errors import InputChanged, StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite, not_finite
-from vidgen_ray.shot import LocalLora, LoraRef, Shot
+from vidgen_ray.errors import StageError
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.lora_adapters import LoraAdapters
 
 SCHNELL_TEXT_TOKENS = 256
 """T5 tokens that FLUX.1-schnell was trained with. diffusers would silently accept more."""
@@ -68,11 +64,7 @@ class FluxModel:
         self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
         self.device = params.device
-        self._adapters_kept = params.adapters_kept
-        self._active_loras: tuple[tuple[str, float], ...] = ()
-        # Adapter names, least recently used first.
-        self._adapters: OrderedDict[str, None] = OrderedDict()
-        self.adapter_loads = 0
+        self.adapters = LoraAdapters(self.text_to_image, params.adapters_kept, "FLUX")
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
 
     @property
@@ -107,7 +99,7 @@ class FluxModel:
 
     def _encode_prompt(self, prompt: str, tokens: int) -> tuple[Any, Any]:
         """Return the embeddings of a prompt by T5 and CLIP. The last `CACHED_PROMPTS` prompts are cached."""
-        key = (prompt, tokens, self._active_loras if self._loras_change_text else ())
+        key = (prompt, tokens, self.adapters.active_in_text_encoder)
         if (embeddings := self._embeddings.get(key)) is None:
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
@@ -116,13 +108,6 @@ class FluxModel:
                 raise StageError(NOT_FINITE)
             embeddings = self._embeddings[key] = embeds, pooled
         return embeddings
-
-    @property
-    def _loras_change_text(self) -> bool:
-        """True if an active LoRA changes a text encoder."""
-        adapters = self.text_to_image.get_list_adapters()
-        active_loras = {name for name, _ in self._active_loras}
-        return any(active_loras & set(names) for part, names in adapters.items() if part.startswith("text_encoder"))
 
     def move(self, device: str) -> None:
         """Move the weights and the cached prompt embeddings to `device`."""
@@ -133,105 +118,6 @@ class FluxModel:
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)
 
-    @contextmanager
-    def loras_active(self, loras: Sequence[LoraRef]) -> Iterator[None]:
+    def loras_active(self, loras: Sequence[LoraRef]) -> AbstractContextManager[None]:
         """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
-        if not loras:
-            yield
-            return
-        if len(loras) > self._adapters_kept:
-            raise StageError(f"lora: got {len(loras)}, must be at most {self._adapters_kept}, the profile's adapters_kept")
-        names = [self._adapter(lora) for lora in loras]
-        try:
-            self.text_to_image.enable_lora()
-            self.text_to_image.set_adapters(names, [lora.weight for lora in loras])
-            self._active_loras = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
-            yield
-        finally:
-            self._active_loras = ()
-            self.text_to_image.disable_lora()
-
-    def _adapter(self, lora: LoraRef) -> str:
-        """Return the adapter name of a LoRA file, loaded on first use.
-
-        Raises InputChanged if the file does not have the digest that the shot was planned with.
-        """
-        file = Path(lora.path)
-        if file.suffix != ".safetensors" or not file.is_file():
-            raise StageError(f"lora: got {str(file)!r}, must be an existing .safetensors file (other formats may run code)")
-        sha256 = lora.sha256 if isinstance(lora, LocalLora) else digest(file)
-        name = f"lora_{hashlib.sha256(f'{file.resolve()}/{sha256}'.encode()).hexdigest()[:16]}"
-        if name in self._adapters:
-            self._adapters.move_to_end(name)
-            return name
-        while len(self._adapters) >= self._adapters_kept:
-            oldest, _ = self._adapters.popitem(last=False)
-            with _without_peft_warnings():
-                self.text_to_image.delete_adapters(oldest)
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise InputChanged(file)
-        with tempfile.TemporaryDirectory(prefix="vidgen-lora-") as folder:
-            # diffusers reads a path. The copy has the bytes that were checked.
-            copy = Path(folder) / file.name
-            copy.write_bytes(content)
-            del content
-            self._load_adapter(copy, name)
-        self.adapter_loads += 1
-        self._adapters[name] = None
-        return name
-
-    def _load_adapter(self, file: Path, name: str) -> None:
-        pipe = self.text_to_image
-        source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-        try:
-            factors = pipe.lora_state_dict(str(file.parent), **source)
-            _check_shapes(pipe.transformer, factors)
-            if (tensor := not_finite(factors)) is not None:
-                raise ValueError(f"{tensor} has NaN or infinite values")
-            with _without_peft_warnings():
-                pipe.load_lora_weights(str(file.parent), adapter_name=name, **source)
-        # diffusers' converters of LoRA formats raise many exception types.
-        except Exception as error:
-            raise StageError(f"lora {file.name}: cannot be loaded into these FLUX weights: {error}") from error
-        if self._adapters:
-            pipe.disable_lora()
-        changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
-        if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
-            if changed_parts:
-                with _without_peft_warnings():
-                    pipe.delete_adapters(name)
-            raise StageError(
-                f"lora {file.name}: has no effect on these FLUX weights; it was trained for another model, or not trained"
-            )
-
-
-@contextmanager
-def _without_peft_warnings() -> Iterator[None]:
-    """Suppress peft's warnings about several adapters and about deleting an active adapter. Both are intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
-        yield
-
-
-def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
-    """Raise ValueError if LoRA factors do not match their layer. diffusers would resize the layer, for all shots."""
-    layers = dict(transformer.named_modules())
-    for key, factor in factors.items():
-        name, dot, rest = key.removeprefix("transformer.").rpartition(".lora_")
-        layer = layers.get(name)
-        layer = getattr(layer, "base_layer", layer)
-        if not dot or layer is None or rest not in ("A.weight", "B.weight"):
-            continue
-        side = 1 if rest == "A.weight" else 0
-        if factor.shape[side] != layer.weight.shape[side]:
-            raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {tuple(layer.weight.shape)}")
-
-
-def _has_effect(module: Any, adapter: str) -> bool:
-    """Return whether the second factor of any layer is nonzero. Training starts with zeros."""
-    return any(
-        bool(layer.lora_B[adapter].weight.any())
-        for layer in module.modules()
-        if hasattr(layer, "lora_B") and adapter in layer.lora_B
-    )
+        return self.adapters.active(loras)

@@ -60,7 +60,7 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @property
     def adapter_loads(self) -> int:
-        return self.model.adapter_loads
+        return self.model.adapters.loads
 
     def _injector(self, name: str) -> FluxInjector:
         """Return the injector, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""

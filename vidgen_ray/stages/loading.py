@@ -1,6 +1,7 @@
 """Load diffusers pipelines from local safetensors, with the profile's dtype and device."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from vidgen_ray.errors import SetupError
@@ -17,8 +18,19 @@ def require_device(device: str) -> None:
         raise SetupError(f"the profile asks for device {device}, but torch {torch.__version__} finds no GPU on this machine")
 
 
-def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> Any:
-    """Return `pipeline_class.from_pretrained(params.weights)`. Raises SetupError if the folder holds no such pipeline."""
+def load_pipeline(
+    pipeline_class: Any,
+    params: StageParams,
+    *,
+    float32_parts: Sequence[str] = (),
+    cpu_offload: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Return `pipeline_class.from_pretrained(params.weights)`. Raises SetupError if the folder holds no such pipeline.
+
+    `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
+    part to the GPU when it runs. No effect on a CPU.
+    """
     silence_libraries()
     require_device(params.device)
     folder = params.weights
@@ -33,13 +45,16 @@ def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> An
         raise SetupError(f"{folder}: holds a {kind}, must be one of {', '.join(allowed)}")
     try:
         pipe = pipeline_class.from_pretrained(
-            str(folder), dtype=torch_dtype(params.dtype), local_files_only=True, use_safetensors=True, **kwargs
+            str(folder), dtype=_dtypes(params.dtype, float32_parts), local_files_only=True, use_safetensors=True, **kwargs
         )
     # diffusers raises many exception types for damaged files.
     except Exception as error:
         raise SetupError(f"{folder}: not the weights of {pipeline_class.__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(params.device)
+    if cpu_offload and params.device != "cpu":
+        pipe.enable_model_cpu_offload(device=params.device)
+    else:
+        pipe.to(params.device)
     import torch
 
     try:
@@ -47,3 +62,10 @@ def load_pipeline(pipeline_class: Any, params: StageParams, **kwargs: Any) -> An
     except ValueError as error:
         raise SetupError(f"{folder}: {error}") from None
     return pipe
+
+
+def _dtypes(dtype: str, float32_parts: Sequence[str]) -> Any:
+    """Return the dtype of all components, or component -> dtype."""
+    if not float32_parts:
+        return torch_dtype(dtype)
+    return {"default": torch_dtype(dtype), **{part: torch_dtype("float32") for part in float32_parts}}

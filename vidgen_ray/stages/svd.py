@@ -49,6 +49,7 @@ class SVDStage(Stage[SVDParams]):
     reference_s: ClassVar[float] = 22.6
     clip_only_fields: ClassVar[tuple[str, ...]] = (
         "generate_video",
+        "video_model",
         "num_frames",
         "fps",
         "motion_bucket_id",
@@ -76,7 +77,7 @@ class SVDStage(Stage[SVDParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.generate_video
+        return shot.generate_video and shot.video_model == "svd"
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

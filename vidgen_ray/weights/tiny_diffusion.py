@@ -72,7 +72,7 @@ def build_lora(file: Path) -> None:
 def build_hunyuandit(folder: Path) -> None:
     """Write HunyuanDiT-v1.2: Bert and T5 encoders, learned sigma, v-prediction, no style or size conditions."""
     torch.manual_seed(2)
-    bert_tokenizer, t5_tokenizer = _bert_tokenizer(), _t5_tokenizer(256)
+    bert_tokenizer, mt5_tokenizer = _bert_tokenizer(), t5_tokenizer(256)
     bert = BertModel(
         BertConfig(
             vocab_size=len(bert_tokenizer),
@@ -119,8 +119,8 @@ def build_hunyuandit(folder: Path) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        text_encoder_2=_t5_encoder(t5_tokenizer),
-        tokenizer_2=t5_tokenizer,
+        text_encoder_2=t5_encoder(mt5_tokenizer),
+        tokenizer_2=mt5_tokenizer,
     ).save_pretrained(folder)
 
 
@@ -197,7 +197,7 @@ def _svd_unet() -> Any:
 
 
 def _flux_pipeline(guidance: bool) -> Any:
-    clip, t5 = clip_tokenizer(), _t5_tokenizer(512 if guidance else 256)
+    clip, t5 = clip_tokenizer(), t5_tokenizer(512 if guidance else 256)
     transformer = _flux_transformer(guidance)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -212,7 +212,7 @@ def _flux_pipeline(guidance: bool) -> Any:
         vae=autoencoder(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, quant_conv=False),
         text_encoder=clip_text_encoder(clip),
         tokenizer=clip,
-        text_encoder_2=_t5_encoder(t5),
+        text_encoder_2=t5_encoder(t5),
         tokenizer_2=t5,
         transformer=transformer,
     )
@@ -269,7 +269,7 @@ def clip_text_encoder(tokenizer: Any) -> Any:
     ).eval()
 
 
-def _t5_encoder(tokenizer: Any) -> Any:
+def t5_encoder(tokenizer: Any) -> Any:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -296,7 +296,7 @@ def clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
 
 
-def _t5_tokenizer(max_length: int) -> Any:
+def t5_tokenizer(max_length: int) -> Any:
     """Return a unigram tokenizer over printable ASCII and a few words. The special tokens have the ids of the real T5."""
     word_start = "\u2581"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (word_start, -2.0)]

@@ -32,7 +32,8 @@ from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKE
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
-from vidgen_ray.shot import Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
+from vidgen_ray.shot import LORA_FIELDS, Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
+from vidgen_ray.video_models import MAX_FRAMES, MIN_FRAMES, model_of, without_other_models_defaults
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
@@ -46,13 +47,15 @@ BLOCKS = ("extra_body", "extra_json")
 SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}|auto")
 OPENAI_STYLES = ("vivid", "natural")
 """Values of `style` in OpenAI's API. They have no effect."""
-REFERENCE_FIELDS = ("image", "face_image", "lora", "character")
+REFERENCE_FIELDS = ("image", "face_image", *LORA_FIELDS, "character")
 """Fields of a `Shot` that name files. In the API they are ids of uploads and names of the server."""
 PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "variants", *REFERENCE_FIELDS))
 """Fields of a `Shot` that mean the same in `POST /v1/shots`."""
 OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
-NUM_FRAMES = Shot.model_json_schema()["properties"]["num_frames"]
+Frames = Annotated[int, Field(ge=MIN_FRAMES, le=MAX_FRAMES)] | Literal["auto"]
+ANNOTATIONS: dict[str, Any] = {"num_frames": Frames}
+"""Fields of a `Shot` that have more values in a request."""
 M = TypeVar("M", bound="RequestBody")
 
 
@@ -183,9 +186,11 @@ def with_shot_fields(without: tuple[str, ...] = ()) -> Callable[[type[M]], type[
     """Return a class decorator that adds the plain fields of a `Shot`."""
 
     def add_fields(model: type[M]) -> type[M]:
-        fields: dict[str, Any] = {
-            name: (Shot.model_fields[name].annotation, Shot.model_fields[name]) for name in PLAIN_FIELDS if name not in without
-        }
+        shot = {name: field for name, field in Shot.model_fields.items() if name in PLAIN_FIELDS and name not in without}
+        fields: dict[str, Any] = {name: (field.annotation, field) for name, field in shot.items()}
+        for name, annotation in ANNOTATIONS.items():
+            if name in shot:
+                fields[name] = annotation, Field(shot[name].default, description=shot[name].description)
         return create_model(model.__name__, __base__=model, __module__=model.__module__, __doc__=model.__doc__, **fields)
 
     return add_fields
@@ -214,7 +219,7 @@ class _Generation(RequestBody):
     num_inference_steps: Steps | None = Field(None, description="Denoising steps of the base image and the video model.")
     guidance_scale: Guidance | None = Field(None, description="Guidance scale of the base image.")
     guidance_scale_2: Guidance | None = Field(
-        None, description="Of vLLM-Omni, SGLang. Must be equal to `guidance_scale`: the video model has one transformer."
+        None, description="Of vLLM-Omni, SGLang. Must be equal to `guidance_scale`: video models have one guidance scale."
     )
     style: str | None = Field(None, description="Restyle with this prompt: sets `use_hunyuan_style` and `style_prompt`.")
     extra_params: dict[str, JsonValue] | None = Field(None, description="More fields of a shot. In a form: JSON.")
@@ -258,7 +263,7 @@ class _Generation(RequestBody):
         if self.num_inference_steps is not None:
             fields["steps"] = dict.fromkeys(self.step_stages, self.num_inference_steps) | fields.get("steps", {})
         if self.guidance_scale_2 not in (None, self.guidance_scale):
-            raise invalid("guidance_scale_2", "must be equal to guidance_scale: the video model has one transformer")
+            raise invalid("guidance_scale_2", "must be equal to guidance_scale: video models have one guidance scale")
         if self.guidance_scale is not None:
             guidance = dict.fromkeys(stages_with_setting("guidance"), self.guidance_scale)
             fields["guidance"] = guidance | fields.get("guidance", {})
@@ -307,8 +312,13 @@ class CreateVideo(_Generation):
     """Body of `POST /v1/videos`."""
 
     seconds: float | None = Field(
-        None, ge=0, le=NUM_FRAMES["maximum"], allow_inf_nan=False, description="Length: sets `num_frames` to seconds x `fps`."
+        None,
+        ge=0,
+        le=MAX_FRAMES,
+        allow_inf_nan=False,
+        description="Length: sets `num_frames` to seconds x `fps`, or the nearest number that the video model makes.",
     )
+    video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
     input_reference: Image = Field(None, description="Image to start from: a file, or a reference to an image.")
     image_reference: Image = Field(None, description="Same as `input_reference`.")
     reference_url: str | None = Field(None, description="URL of the image to start from.")
@@ -338,13 +348,18 @@ class CreateVideo(_Generation):
 
     def shot_fields(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         fields = super().shot_fields(defaults)
+        if self.video_lora is not None:
+            fields["video_lora"] = self.video_lora
         if self.seconds is None:
             return fields
-        fps = int({"fps": Shot.model_fields["fps"].default, **defaults, **fields}["fps"])
-        frames, shortest, longest = round(self.seconds * fps), NUM_FRAMES["minimum"], NUM_FRAMES["maximum"]
-        if not shortest <= frames <= longest:
-            allowed = f"must be from {shortest / fps:g} to {longest / fps:g} at {fps} frames per second"
+        values = {**without_other_models_defaults(defaults, fields), **fields}
+        model = model_of(values)
+        fps = int(values.get("fps", model.fps))
+        frames = round(self.seconds * fps)
+        if not MIN_FRAMES <= frames <= MAX_FRAMES:
+            allowed = f"must be from {MIN_FRAMES / fps:g} to {MAX_FRAMES / fps:g} at {fps} frames per second"
             raise invalid("seconds", f"got {self.seconds:g}, {allowed}")
+        frames = model.nearest_frames(self.seconds * fps) if model.frame_step > 1 else frames
         if fields.setdefault("num_frames", frames) != frames:
             got = fields["num_frames"]
             raise invalid("num_frames", f"got {got}, but seconds says {frames} at {fps} frames per second")
@@ -437,6 +452,7 @@ class CreateShot(RequestBody):
     face_image: FileIds = Field([], description="Ids of uploaded photos of one face.")
     character: str | None = Field(None, description="Id or name of a character, instead of `face_image`.")
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs.")
+    video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
 
     @classmethod
     def normalise(cls, fields: Mapping[str, Any]) -> dict[str, Any]:

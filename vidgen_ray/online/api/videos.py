@@ -24,6 +24,7 @@ from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
+from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
 POLL_AFTER = "openai-poll-after-ms"
 START_IMAGES = ("input_reference", "image_reference", "reference_url")
@@ -162,13 +163,18 @@ async def _video_fields(
     model, model_fields = server.model(request.model or (original and original.request.get("model")))
     base: dict[str, Any] = dict(model_fields)
     if original is not None:
-        # The model replaces the mode of the original, a face replaces its face.
-        replaced = {"mode"} if request.model else set()
+        # The model replaces the mode and the video model of the original, a face replaces its face.
+        replaced = {"mode", "video_model"} if request.model else set()
+        if (request.video_model if "video_model" in request.model_fields_set else model_fields.get("video_model")) not in (
+            None,
+            original.shot.video_model,
+        ):
+            replaced |= set(MODEL_DEFAULTS)
         if request.model_fields_set & {"character", "face_image", "input_references"}:
             replaced |= {"face_image", "face_index"}
         kept = client_fields(original.shot, server.settings, server.job_service.uploads)
         base |= {name: value for name, value in kept.items() if name not in replaced}
-    defaults = server.serving_profile.profile.defaults
+    defaults = without_other_models_defaults(server.serving_profile.profile.defaults, base)
     fields = {**base, **request.shot_fields({**defaults, **base})}
     size = None if original is None else file_sizes(original.shot)[delivered_artefact_of(original)]
     sizes, hd_beside = request.size_fields({**defaults, **fields}, server.size_rules, size)

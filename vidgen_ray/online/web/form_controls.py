@@ -4,6 +4,7 @@ Fields with a place of their own in the template are in `PLACED`. All others bec
 that reads them, so a new stage or field needs no change here.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from pydantic import JsonValue
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, Shot
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.video_models import VIDEO_MODELS
 
 PLACED = frozenset(
     {
@@ -126,7 +128,9 @@ def _value_at(field: str, values: Mapping[str, Any]) -> Any:
 
 
 def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:
-    """Return the names that a text field accepts. Empty if any text is accepted."""
+    """Return the names that a text field accepts on this server. Empty if these are those of the schema, or any text."""
+    if field == "video_model":
+        return tuple(name for name in VIDEO_MODELS if name in serving_profile.params)
     if field != "identity":
         return ()
     flux, sdxl = serving_profile.params.get("flux"), serving_profile.params.get("instantid_sdxl")
@@ -135,7 +139,7 @@ def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:
 
 def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[str, ...]) -> Control:
     kind: Kind = "text"
-    choices = tuple(map(str, schema.get("enum", choices)))
+    choices = choices or tuple(map(str, schema.get("enum", ())))
     if schema.get("type") == "boolean":
         kind, choices = "checkbox", ("yes", "no")
     elif choices:
@@ -158,9 +162,11 @@ def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[
 
 
 def text_of(value: Any) -> str:
-    """Return the text of a field's value in the form: `yes` and `no` for booleans, empty for `None`."""
+    """Return the text of a field's value in the form: `yes` and `no` for booleans, JSON for lists, empty for no value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return json.dumps(value) if value else ""
     return "" if value is None else str(value)

@@ -18,7 +18,8 @@ from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.web.form_images import face_message
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of, variations
 from vidgen_ray.online.web.page_context import PageContext
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS, Shot
+from vidgen_ray.video_models import without_other_models_defaults
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """Job ids and submission ids."""
@@ -34,7 +35,8 @@ async def create_jobs(
     count = values.count()
     # The job service reports the first invalid field only; the form shows all of them.
     try:
-        Shot.model_validate({**server.serving_profile.profile.defaults, **fields, "lora": None})
+        defaults = without_other_models_defaults(server.serving_profile.profile.defaults, fields)
+        Shot.model_validate({**defaults, **fields, **dict.fromkeys(LORA_FIELDS)})
     except ValidationError as error:
         raise FormError(errors_of(error)) from None
     job_request: dict[str, Any] = {"model": server.serving_profile.profile.name + ("-fast" if fields["mode"] == "fast" else "")}

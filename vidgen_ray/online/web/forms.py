@@ -18,7 +18,7 @@ from vidgen_ray.online.delivered_size import (
     image_fields,
 )
 from vidgen_ray.online.web.form_controls import Control, ControlGroup, text_of
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS, Shot
 
 STYLES = ("watercolour", "oil painting", "ink drawing", "charcoal sketch", "claymation", "film noir", "pixel art", "woodcut")
 """Suggested style prompts."""
@@ -127,7 +127,7 @@ class FormValues:
         for control in controls_of(groups):
             value: Any = shot
             for name in control.name.split("."):
-                value = getattr(value, name)
+                value = client_fields.get(name) if name in LORA_FIELDS else getattr(value, name)
             if (text := text_of(value)) != control.default:
                 texts[control.name] = text
         loras = tuple(FormLora(lora["name"], text_of(lora["scale"])) for lora in client_fields.get("lora", ()))

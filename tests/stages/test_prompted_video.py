@@ -1,0 +1,191 @@
+"""Wan and LTX: parity with plain diffusers calls with the same weights and seed, bitwise in fp32; LoRAs; limits."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
+from vidgen_ray.errors import Cancelled, StageError
+from vidgen_ray.shot import VideoLora
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.progress import progress_callback
+from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.weights import resolve
+
+SIZE = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "max_sequence_length": 64, "output_type": "np"}
+WAN_LORA = str(resolve("builtin:tiny/wan-lora.safetensors"))
+LTX_LORA = str(resolve("builtin:tiny/ltx-lora.safetensors"))
+MODELS = {
+    "wan": (WanStage, "tiny/wan", {"guidance_scale": 3.5}),
+    "wan-ti2v": (WanStage, "tiny/wan-ti2v", {"guidance_scale": 5.0}),
+    "ltx": (LTXStage, "tiny/ltx", {"guidance_scale": 3.0, "frame_rate": 25}),
+    "ltx-distilled": (
+        LTXStage,
+        "tiny/ltx-distilled",
+        {"guidance_scale": 3.0, "frame_rate": 25, "decode_timestep": 0.05, "decode_noise_scale": 0.025},
+    ),
+}
+
+
+def item(make_shot, stage, **fields):
+    return Item(make_shot(video_model=stage.name, **{"num_frames": 9, "fps": 25, **fields}), {"image": gradient_image()})
+
+
+def clip_of(stage, item):
+    return stage([item])[0]["frames"]
+
+
+@pytest.fixture(scope="module")
+def wan(tiny):
+    return loaded(WanStage, tiny)
+
+
+@pytest.fixture(scope="module")
+def ltx(tiny):
+    return loaded(LTXStage, tiny)
+
+
+@pytest.fixture(params=["wan", "ltx"])
+def stage(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stage_equals_diffusers(tiny, make_shot, model):
+    stage_class, weights, arguments = MODELS[model]
+    stage = loaded(stage_class, tiny, weights=resolve(f"builtin:{weights}"))
+    one = item(make_shot, stage, negative_prompt="blurred", motion_prompt="he walks")
+    expected = plain(type(stage.pipe), weights)(
+        image=Image.fromarray(gradient_image()),
+        prompt="a photo of a man, he walks",
+        negative_prompt="blurred",
+        generator=generator(one.shot, stage.name),
+        **SIZE,
+        **arguments,
+    ).frames[0]
+    clip = clip_of(stage, one)
+    assert clip.shape == (9, 64, 128, 3)
+    assert np.array_equal(clip, as_uint8(expected))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a red ball at night"},
+        {"negative_prompt": "blurred"},
+        {"motion_prompt": "he walks"},
+        {"seed": 8},
+        {"guidance": {"wan": 9.0, "ltx": 9.0}},
+        {"steps": {"wan": 3, "ltx": 3}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_inputs_change_the_clip(stage, make_shot, change):
+    assert not np.array_equal(clip_of(stage, item(make_shot, stage)), clip_of(stage, item(make_shot, stage, **change)))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_prompt_moves_the_clip_only_if_the_model_reads_it(stage, make_shot, monkeypatch, cut):
+    """With the text embeddings cut off, prompts give the same clip: nothing else of the prompt reaches the model."""
+    if cut:
+        encode = type(stage.pipe).encode_prompt
+
+        def without_text(self, *args, **kwargs):
+            tensors = encode(self, *args, **kwargs)
+            return tuple(e if e is None or e.dtype == torch.bool else torch.zeros_like(e) for e in tensors)
+
+        monkeypatch.setattr(type(stage.pipe), "encode_prompt", without_text)
+    # Texts of equal length: LTX also reads the mask of the tokens.
+    clips = [clip_of(stage, item(make_shot, stage, prompt=prompt)) for prompt in ("a cat runs left", "a dog rests now")]
+    assert np.array_equal(*clips) == cut
+
+
+def test_ltx_reads_fps(ltx, make_shot):
+    assert not np.array_equal(clip_of(ltx, item(make_shot, ltx)), clip_of(ltx, item(make_shot, ltx, fps=8)))
+
+
+def test_both_transformers_of_wan_are_used(wan, make_shot, monkeypatch):
+    used = []
+    for name in ("transformer", "transformer_2"):
+        module = getattr(wan.pipe, name)
+        monkeypatch.setattr(module, "forward", lambda *a, f=module.forward, n=name, **k: (used.append(n), f(*a, **k))[1])
+    clip_of(wan, item(make_shot, wan, steps={"wan": 3}))
+    assert set(used) == {"transformer", "transformer_2"}
+
+
+@pytest.mark.parametrize("expert", ["both", "high", "low"])
+def test_wan_lora_equals_diffusers_and_leaves_no_trace(wan, make_shot, expert):
+    before = clip_of(wan, item(make_shot, wan))
+    one = item(make_shot, wan, video_lora=[{"path": WAN_LORA, "weight": 0.8, "expert": expert}])
+    with_lora = clip_of(wan, one)
+    pipe = plain(diffusers.WanImageToVideoPipeline, "tiny/wan")
+    if expert != "low":
+        pipe.load_lora_weights(WAN_LORA, adapter_name="one")
+    if expert != "high":
+        pipe.load_lora_weights(WAN_LORA, adapter_name="one", load_into_transformer_2=True)
+    pipe.set_adapters(["one"], [0.8])
+    arguments = {"prompt": one.shot.prompt, "generator": generator(one.shot, "wan"), "guidance_scale": 3.5}
+    expected = pipe(image=Image.fromarray(gradient_image()), **arguments, **SIZE).frames[0]
+    assert np.array_equal(with_lora, as_uint8(expected))
+    assert not np.array_equal(with_lora, before)
+    assert np.array_equal(clip_of(wan, item(make_shot, wan)), before)
+
+
+def test_loras_for_each_expert_are_active_together(wan, make_shot, tmp_path):
+    """The layout of LoRAs distilled to four steps: one file for each transformer."""
+    low = tmp_path / "low.safetensors"
+    layers = {name: 0.5 * tensor for name, tensor in load_file(WAN_LORA).items()}
+    save_file(layers, low)
+    pair = [{"path": WAN_LORA, "expert": "high"}, {"path": str(low), "expert": "low"}]
+    few = {"steps": {"wan": 4}, "guidance": {"wan": 1.0}}
+    together = clip_of(wan, item(make_shot, wan, video_lora=pair, **few))
+    for one in pair:
+        assert not np.array_equal(together, clip_of(wan, item(make_shot, wan, video_lora=[one], **few)))
+
+
+def test_ltx_lora_changes_the_clip_and_leaves_no_trace(ltx, make_shot):
+    before = clip_of(ltx, item(make_shot, ltx))
+    assert not np.array_equal(clip_of(ltx, item(make_shot, ltx, video_lora=LTX_LORA)), before)
+    assert np.array_equal(clip_of(ltx, item(make_shot, ltx)), before)
+
+
+def test_lora_for_another_model_or_expert_is_rejected(wan, ltx, make_shot):
+    before = clip_of(ltx, item(make_shot, ltx))
+    with pytest.raises(StageError, match=r"wan-lora.*these ltx weights"):
+        clip_of(ltx, item(make_shot, ltx, video_lora=WAN_LORA))
+    with pytest.raises(StageError, match="got expert low, must be both or high"):
+        clip_of(ltx, item(make_shot, ltx, video_lora=[VideoLora(path=LTX_LORA, expert="low")]))
+    assert np.array_equal(clip_of(ltx, item(make_shot, ltx)), before)
+
+
+def test_progress_is_reported_per_step_and_can_cancel(stage, make_shot):
+    reports = []
+
+    def report(name, done, steps):
+        reports.append((name, done, steps))
+        if done == 2:
+            raise Cancelled
+
+    with progress_callback(report), pytest.raises(Cancelled):
+        stage([item(make_shot, stage, steps={stage.name: 4})])
+    assert reports == [(stage.name, 1, 4), (stage.name, 2, 4)]
+
+
+def test_sizes_and_numbers_of_frames_that_a_model_cannot_make_are_rejected(tiny, wan, make_shot):
+    small = loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))
+    shot = item(make_shot, wan).shot
+    assert clip_of(wan, Item(shot, {"image": gradient_image(80, 64)})).shape == (9, 64, 80, 3)
+    with pytest.raises(StageError, match="image: got 80x64, width and height must be multiples of 32"):
+        small([Item(shot, {"image": gradient_image(80, 64)})])
+    with pytest.raises(StageError, match=r"num_frames: got 10, must be 4k \+ 1 for this video model \(nearest: 9, 13\)"):
+        wan([Item(shot.model_copy(update={"num_frames": 10}), {"image": gradient_image()})])
+
+
+def test_tiles_of_the_autoencoder_are_the_fallback_for_little_memory(stage):
+    lower = stage.lower_memory(stage.params)
+    assert lower.vae_tiling
+    assert stage.lower_memory(lower) is None

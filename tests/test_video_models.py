@@ -1,0 +1,71 @@
+"""Numbers of frames and frame rates of the video models, and the defaults that depend on them."""
+
+import pytest
+from pydantic import ValidationError
+
+from vidgen_ray.script.line_check import merged
+from vidgen_ray.shot import Shot
+from vidgen_ray.video_models import VIDEO_MODELS
+
+
+@pytest.mark.parametrize(
+    ("model", "frames", "message"),
+    [
+        ("wan", 10, r"must be 4k \+ 1 for this video model \(nearest: 9, 13\), or auto"),
+        ("wan", 2, r"nearest: 5, 9"),
+        ("wan", 256, r"nearest: 249, 253"),
+        ("ltx", 26, r"must be 8k \+ 1 .*nearest: 25, 33"),
+        ("ltx", 24, r"nearest: 17, 25"),
+    ],
+)
+def test_error_names_the_nearest_numbers_of_frames(model, frames, message):
+    with pytest.raises(ValidationError, match=message) as error:
+        Shot(prompt="a", video_model=model, num_frames=frames)
+    assert error.value.errors()[0]["loc"] == ("num_frames",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "frames", "fps"),
+    [
+        ({}, 25, 5),
+        ({"num_frames": "auto"}, 25, 5),
+        ({"num_frames": "auto", "fps": 24}, 25, 24),
+        ({"video_model": "wan"}, 81, 16),
+        ({"video_model": "wan", "num_frames": "auto", "fps": 24}, 121, 24),
+        ({"video_model": "wan", "num_frames": 33}, 33, 16),
+        ({"video_model": "ltx"}, 121, 25),
+        ({"video_model": "ltx", "fps": 8}, 41, 8),
+    ],
+)
+def test_auto_is_the_allowed_number_closest_to_five_seconds(fields, frames, fps):
+    shot = Shot(prompt="a", **fields)
+    assert (shot.num_frames, shot.fps) == (frames, fps)
+    assert VIDEO_MODELS[shot.video_model].allows(shot.num_frames)
+    assert Shot.model_validate(shot.model_dump()) == shot
+
+
+def test_defaults_of_another_video_model_do_not_apply():
+    profile = {"num_frames": 8, "fps": 6, "width": 128}
+    assert merged(profile, {"prompt": "a"}) == {**profile, "prompt": "a"}
+    assert merged(profile, {"video_model": "wan"}) == {"width": 128, "video_model": "wan"}
+    assert merged(profile, {"video_model": "svd"}) == {**profile, "video_model": "svd"}
+    wan = {"video_model": "wan", "num_frames": 49}
+    assert merged(profile, wan, {"fps": 24}) == {"width": 128, **wan, "fps": 24}
+    assert merged(profile, wan, {"video_model": "svd"}) == {"width": 128, "video_model": "svd"}
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "allowed"), [("svd", 96, False), ("ltx", 96, True), ("ltx", 80, False), ("wan", 80, True)]
+)
+def test_sizes_depend_on_the_video_model(model, width, allowed):
+    if allowed:
+        assert Shot(prompt="a", video_model=model, width=width).width == width
+    else:
+        with pytest.raises(ValidationError, match=f"width {width} is not a multiple of"):
+            Shot(prompt="a", video_model=model, width=width)
+
+
+def test_json_schema_allows_auto():
+    schema = Shot.model_json_schema()["properties"]["num_frames"]
+    assert schema["anyOf"] == [{"type": "integer", "minimum": 2, "maximum": 256}, {"enum": ["auto"]}]
+    assert schema["default"] == 25

@@ -1,0 +1,165 @@
+"""LoRA files on the transformers of a diffusers pipeline: checked, loaded on first use, active for one call at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import InputChanged, StageError
+from vidgen_ray.nets.finite import not_finite
+from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
+
+
+class LoraAdapters:
+    """LoRAs of one pipeline. Outside of `active` the weights are bitwise those without LoRAs."""
+
+    def __init__(self, pipe: Any, kept: int, model: str, field: str = "lora") -> None:
+        """`kept`: LoRAs that stay loaded, and the maximum per shot. `model`, `field`: names of the base model and of the shot
+        field in error messages."""
+        self._pipe = pipe
+        self._kept = kept
+        self._model = model
+        self._field = field
+        # Least recently used first.
+        self._names: OrderedDict[str, None] = OrderedDict()
+        self.loads = 0
+        """Number of files loaded so far."""
+        self._active: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def active_in_text_encoder(self) -> tuple[tuple[str, float], ...]:
+        """Names and weights of the active LoRAs, if one of them changes a text encoder."""
+        adapters = self._pipe.get_list_adapters()
+        active = {name for name, _ in self._active}
+        changes_text = any(active & set(names) for part, names in adapters.items() if part.startswith("text_encoder"))
+        return self._active if changes_text else ()
+
+    @contextmanager
+    def active(self, loras: Sequence[LoraRef]) -> Iterator[None]:
+        """Run the block with exactly these LoRAs active."""
+        if not loras:
+            yield
+            return
+        if len(loras) > self._kept:
+            raise StageError(f"{self._field}: got {len(loras)}, must be at most {self._kept}, the profile's adapters_kept")
+        names = [self._loaded(lora) for lora in loras]
+        try:
+            self._pipe.enable_lora()
+            self._pipe.set_adapters(names, [lora.weight for lora in loras])
+            self._active = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
+            yield
+        finally:
+            self._active = ()
+            self._pipe.disable_lora()
+
+    def _loaded(self, lora: LoraRef) -> str:
+        """Return the adapter name of a LoRA file, loaded on first use.
+
+        Raises InputChanged if the file does not have the digest that the shot was planned with.
+        """
+        file = Path(lora.path)
+        if file.suffix != ".safetensors" or not file.is_file():
+            must = "must be an existing .safetensors file (other formats may run code)"
+            raise StageError(f"{self._field}: got {str(file)!r}, {must}")
+        sha256 = lora.sha256 if isinstance(lora, LocalLora) else digest(file)
+        transformers = self._transformers_of(lora)
+        identity = "/".join((str(file.resolve()), sha256, *transformers))
+        name = f"lora_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        if name in self._names:
+            self._names.move_to_end(name)
+            return name
+        while len(self._names) >= self._kept:
+            oldest, _ = self._names.popitem(last=False)
+            self._unload(oldest)
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise InputChanged(file)
+        with tempfile.TemporaryDirectory(prefix="vidgen-lora-") as folder:
+            # diffusers reads a path. The copy has the bytes that were checked.
+            copy = Path(folder) / file.name
+            copy.write_bytes(content)
+            del content
+            self._load(copy, name, transformers)
+        self.loads += 1
+        self._names[name] = None
+        return name
+
+    def _transformers_of(self, lora: LoraRef) -> tuple[str, ...]:
+        """Return the parts of the pipeline that a LoRA is loaded into. Raises StageError for a part that it does not have."""
+        if getattr(self._pipe, "transformer_2", None) is None:
+            if isinstance(lora, VideoLora) and lora.expert == "low":
+                raise StageError(f"{self._field}: got expert low, must be both or high: these weights have one transformer")
+            return ("transformer",)
+        expert = lora.expert if isinstance(lora, VideoLora) else "both"
+        return {"both": ("transformer", "transformer_2"), "high": ("transformer",), "low": ("transformer_2",)}[expert]
+
+    def _load(self, file: Path, name: str, transformers: Sequence[str]) -> None:
+        pipe = self._pipe
+        source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+        try:
+            factors = pipe.lora_state_dict(str(file.parent), **source)
+            for part in transformers:
+                _check_shapes(getattr(pipe, part), factors)
+            if (tensor := not_finite(factors)) is not None:
+                raise ValueError(f"{tensor} has NaN or infinite values")
+            with _without_peft_warnings():
+                for part in transformers:
+                    second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
+                    pipe.load_lora_weights(str(file.parent), adapter_name=name, **source, **second)
+        # diffusers' converters of LoRA formats raise many exception types.
+        except Exception as error:
+            self._unload(name)
+            raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {error}") from error
+        if self._names:
+            pipe.disable_lora()
+        changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
+        if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
+            self._unload(name)
+            raise StageError(
+                f"lora {file.name}: has no effect on these {self._model} weights; it was trained for another model, "
+                "or not trained"
+            )
+
+    def _unload(self, name: str) -> None:
+        """Unload an adapter from all parts that have it."""
+        if any(name in names for names in self._pipe.get_list_adapters().values()):
+            with _without_peft_warnings():
+                self._pipe.delete_adapters(name)
+
+
+@contextmanager
+def _without_peft_warnings() -> Iterator[None]:
+    """Suppress peft's warnings about several adapters and about deleting an active adapter. Both are intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
+        yield
+
+
+def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
+    """Raise ValueError if LoRA factors do not match their layer. diffusers would resize the layer, for all shots."""
+    layers = dict(transformer.named_modules())
+    for key, factor in factors.items():
+        name, dot, rest = key.removeprefix("transformer.").rpartition(".lora_")
+        layer = layers.get(name)
+        layer = getattr(layer, "base_layer", layer)
+        if not dot or layer is None or rest not in ("A.weight", "B.weight"):
+            continue
+        side = 1 if rest == "A.weight" else 0
+        if factor.shape[side] != layer.weight.shape[side]:
+            raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {tuple(layer.weight.shape)}")
+
+
+def _has_effect(module: Any, adapter: str) -> bool:
+    """Return whether the second factor of any layer is nonzero. Training starts with zeros."""
+    return any(
+        bool(layer.lora_B[adapter].weight.any())
+        for layer in module.modules()
+        if hasattr(layer, "lora_B") and adapter in layer.lora_B
+    )

@@ -1,0 +1,112 @@
+"""LTX-Video: generate a clip from an image and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.prompted_video import PromptedVideoParams, PromptedVideoStage
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_GUIDANCE = 3.0
+
+
+class LTXParams(PromptedVideoParams):
+    text_tokens: int = Field(128, ge=1, le=512)
+    """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
+    decode_timestep: float = Field(0.05, ge=0, le=1)
+    """Timestep at which the autoencoder decodes, for weights with timestep conditioning (0.9.1 and later)."""
+    decode_noise_scale: float = Field(0.025, ge=0, le=1)
+    """Fraction of noise in the latents that such an autoencoder decodes."""
+
+
+class LTXStage(PromptedVideoStage[LTXParams]):
+    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3), num_frames = 8k + 1. H and W are multiples of 32.
+
+    The model is conditioned on fps. Guidance of 1 or less needs one pass per step instead of two, for distilled weights, and
+    the negative prompt has no effect.
+    Source: HaCohen et al. 2024, LTX-Video, arXiv:2501.00103; diffusers `LTXImageToVideoPipeline`.
+    """
+
+    name: ClassVar[str] = "ltx"
+    label: ClassVar[str] = "Video (LTX)"
+    reference_s: ClassVar[float] = 1.6
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
+    version: ClassVar[int] = 1
+    actor: ClassVar[str] = "ltx"
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "motion_prompt",
+        "width",
+        "height",
+        "num_frames",
+        "fps",
+        "video_lora",
+        "steps.ltx",
+        "guidance.ltx",
+        "seed",
+    )
+    Params: ClassVar[type[StageParams]] = LTXParams
+    default_steps: ClassVar[int] = 50
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.generate_video and shot.video_model == "ltx"
+
+    @property
+    def size_multiple_px(self) -> int:
+        return 32
+
+    def load_pipe(self) -> Any:
+        from diffusers import LTXImageToVideoPipeline
+
+        return load_pipeline(LTXImageToVideoPipeline, self.params, cpu_offload=self.params.cpu_offload)
+
+    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
+        return {
+            "frame_rate": shot.fps,
+            "guidance_scale": DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx,
+        }
+
+    def call_pipe(self, **arguments: Any) -> NDArray[np.float32]:
+        if not self.pipe.vae.config.timestep_conditioning:
+            return super().call_pipe(**arguments)
+        (latents,) = self.pipe(**arguments, output_type="latent", return_dict=False)
+        return self._decode(latents, arguments)
+
+    def _decode(self, latents: torch.Tensor, arguments: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Decode at a timestep, with some noise in the latents. Returns pixels (num_frames, H, W, 3), 0 to 1.
+
+        As the pipeline does, except that the noise comes from a CPU generator on every device. The pipeline draws it on the
+        GPU, and fails with a CPU generator.
+        """
+        import torch
+
+        pipe, vae = self.pipe, self.pipe.vae
+        latents = pipe._unpack_latents(
+            latents,
+            (arguments["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1,
+            arguments["height"] // pipe.vae_spatial_compression_ratio,
+            arguments["width"] // pipe.vae_spatial_compression_ratio,
+            pipe.transformer_spatial_patch_size,
+            pipe.transformer_temporal_patch_size,
+        )
+        latents = pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
+        latents = latents.to(vae.dtype)
+        noise = torch.randn(latents.shape, generator=arguments["generator"], dtype=latents.dtype).to(latents.device)
+        scale = torch.tensor([self.params.decode_noise_scale], device=latents.device, dtype=latents.dtype)
+        timestep = torch.tensor([self.params.decode_timestep], device=latents.device, dtype=latents.dtype)
+        latents = (1 - scale) * latents + scale * noise
+        video = vae.decode(latents, timestep, return_dict=False)[0]
+        clip: NDArray[np.float32] = pipe.video_processor.postprocess_video(video, output_type="np")[0]
+        return clip

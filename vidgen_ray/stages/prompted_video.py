@@ -1,0 +1,148 @@
+"""Base class of video models that read a prompt: their fields, cost, LoRAs and call."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from pydantic import Field
+
+from vidgen_ray.errors import StageError
+from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.stages.base import (
+    REFERENCE_FRAMES,
+    REFERENCE_PIXELS,
+    Artefacts,
+    Frames,
+    Item,
+    Stage,
+    StageParams,
+    noise_generator,
+    to_uint8,
+)
+from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.progress import diffusers_step_callback
+from vidgen_ray.video_models import VIDEO_MODELS
+
+
+class PromptedVideoParams(StageParams):
+    text_tokens: int = Field(512, ge=1, le=1024)
+    """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
+    adapters_kept: int = Field(4, ge=1)
+    """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
+    cpu_offload: bool = False
+    """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
+    vae_tiling: bool = False
+    """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
+
+    def for_key(self) -> dict[str, Any]:
+        ignored = ("adapters_kept", "cpu_offload")
+        return {name: value for name, value in super().for_key().items() if name not in ignored}
+
+
+VP = TypeVar("VP", bound=PromptedVideoParams)
+
+
+class PromptedVideoStage(Stage[VP]):
+    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3) by the shot's `video_model`, which reads a prompt.
+
+    The text is the shot's prompt with `motion_prompt` appended: "prompt, motion prompt".
+    """
+
+    activity: ClassVar[str] = "Generating the clip"
+    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "fps", "motion_prompt", "video_lora")
+    common_settings: ClassVar[tuple[str, ...]] = ("steps",)
+    weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("frames",)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
+
+    default_steps: ClassVar[int]
+
+    @staticmethod
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
+        return shot.video_lora
+
+    @classmethod
+    def weight_files(cls, params: VP, shot: Shot) -> tuple[Path, ...]:
+        return (params.weights, *(Path(lora.path) for lora in shot.video_lora))
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
+        guidance = getattr(shot.guidance, cls.name)
+        passes = 1 if guidance is None or guidance > 1 else 0.5
+        return float(pixels * frames * (getattr(shot.steps, cls.name) or cls.default_steps) / cls.default_steps * passes)
+
+    @classmethod
+    def lower_memory(cls, params: VP) -> VP | None:
+        """Return parameters with tiles in the autoencoder."""
+        return None if params.vae_tiling else params.model_copy(update={"vae_tiling": True})
+
+    def load(self) -> None:
+        self.pipe = self.load_pipe()
+        self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
+
+    @abstractmethod
+    def load_pipe(self) -> Any:
+        """Return the diffusers pipeline."""
+
+    @abstractmethod
+    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
+        """Return the arguments of the pipeline that only this model has, guidance included."""
+
+    def call_pipe(self, **arguments: Any) -> NDArray[np.float32]:
+        """Call the pipeline. Returns pixels (num_frames, H, W, 3), 0 to 1."""
+        clip: NDArray[np.float32] = self.pipe(**arguments, output_type="np").frames[0]
+        return clip
+
+    @property
+    @abstractmethod
+    def size_multiple_px(self) -> int:
+        """Number of pixels that width and height must be multiples of with these weights."""
+
+    @property
+    def adapter_loads(self) -> int:
+        return self.adapters.loads
+
+    def move(self, device: str) -> None:
+        # Offloaded weights are in host memory whenever the stage does not run.
+        if not self.params.cpu_offload:
+            self.pipe.to(device)
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"frames": self._generate(item)} for item in items]
+
+    def _generate(self, item: Item) -> Frames:
+        shot, image = item.shot, item.artefacts["image"]
+        height, width = image.shape[:2]
+        if height % self.size_multiple_px or width % self.size_multiple_px:
+            multiples = f"width and height must be multiples of {self.size_multiple_px}"
+            raise StageError(f"image: got {width}x{height}, {multiples} with these weights")
+        model = VIDEO_MODELS[self.name]
+        if not model.allows(shot.num_frames):
+            raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
+        if self.params.vae_tiling:
+            self.pipe.vae.enable_tiling()
+        else:
+            self.pipe.vae.disable_tiling()
+        with self.adapters.active(shot.video_lora):
+            clip = self.call_pipe(
+                image=PILImage.fromarray(image),
+                prompt=f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt,
+                negative_prompt=shot.negative_prompt,
+                height=height,
+                width=width,
+                num_frames=shot.num_frames,
+                num_inference_steps=getattr(shot.steps, self.name) or self.default_steps,
+                max_sequence_length=self.params.text_tokens,
+                generator=noise_generator(self.generator_seed(shot)),
+                **self.call_arguments(shot),
+                **diffusers_step_callback(self.name),
+            )
+        return to_uint8(clip)

@@ -1,0 +1,76 @@
+"""Wan 2.2: generate a clip from an image and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.prompted_video import PromptedVideoParams, PromptedVideoStage
+
+GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
+"""Default guidance scales of the two models."""
+
+
+class WanParams(PromptedVideoParams):
+    flow_shift: float | None = Field(None, gt=0)
+    """Shift of the noise schedule. Published: 3 to 5, higher for more pixels. `None`: that of the weights."""
+
+
+class WanStage(PromptedVideoStage[WanParams]):
+    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3), num_frames = 4k + 1. H and W multiples of 16, with TI2V-5B of 32.
+
+    The weights decide about the model: I2V-A14B has two transformers, one for the noisy steps and one for the last steps, and
+    TI2V-5B has one, which gets a timestep per token. Guidance of 1 or less needs one pass per step instead of two, and the
+    negative prompt has no effect; use it with LoRAs distilled to a few steps. Both transformers use `guidance.wan`.
+    The autoencoder runs in float32, as in the reference.
+    Source: Wan Team 2025, arXiv:2503.20314; diffusers `WanImageToVideoPipeline`.
+    """
+
+    name: ClassVar[str] = "wan"
+    label: ClassVar[str] = "Video (Wan)"
+    reference_s: ClassVar[float] = 178.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
+    version: ClassVar[int] = 1
+    actor: ClassVar[str] = "wan"
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "motion_prompt",
+        "width",
+        "height",
+        "num_frames",
+        # The model has no such condition, but the clip is encoded with it.
+        "fps",
+        "video_lora",
+        "steps.wan",
+        "guidance.wan",
+        "seed",
+    )
+    Params: ClassVar[type[StageParams]] = WanParams
+    default_steps: ClassVar[int] = 40
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.generate_video and shot.video_model == "wan"
+
+    @property
+    def size_multiple_px(self) -> int:
+        patch = self.pipe.transformer.config.patch_size[1]
+        return int(self.pipe.vae_scale_factor_spatial * patch)
+
+    def load_pipe(self) -> Any:
+        from diffusers import WanImageToVideoPipeline
+
+        pipe = load_pipeline(WanImageToVideoPipeline, self.params, float32_parts=("vae",), cpu_offload=self.params.cpu_offload)
+        if self.params.flow_shift is not None:
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=self.params.flow_shift)
+        return pipe
+
+    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
+        default = GUIDANCE_TI2V if self.pipe.config.expand_timesteps else GUIDANCE_A14B
+        return {"guidance_scale": default if shot.guidance.wan is None else shot.guidance.wan}

@@ -1,0 +1,84 @@
+"""Numbers of frames, frame rates and sizes of the video models. Independent of weights and stages."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+VideoModelName = Literal["svd", "wan", "ltx"]
+DEFAULT_MODEL: VideoModelName = "svd"
+AUTO = "auto"
+"""Value of `num_frames` that chooses the model's usual duration."""
+AUTO_S = 5.0
+"""Seconds of a clip with `num_frames: auto`."""
+MIN_FRAMES, MAX_FRAMES = 2, 256
+"""Fewest and most frames of any clip."""
+MODEL_DEFAULTS = ("num_frames", "fps")
+"""Fields whose default depends on the video model."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoModel:
+    """Clips that a video model generates."""
+
+    fps: int
+    """Default frames per second. Wan and LTX were trained with it."""
+    frame_step: int
+    """The model generates `frame_step * k + 1` frames, k >= 1: the temporal compression of its autoencoder."""
+    most_auto_frames: int
+    """Most frames that `num_frames: auto` chooses: about as many as the model was trained with."""
+    size_multiple_px: int
+    """Width and height are multiples of this. Some weights need larger multiples, see the stage."""
+
+    def allows(self, num_frames: int) -> bool:
+        """Return whether the model generates clips of this length."""
+        return MIN_FRAMES <= num_frames <= MAX_FRAMES and (num_frames - 1) % self.frame_step == 0
+
+    def nearest_frames(self, num_frames: float) -> int:
+        """Return the allowed number of frames that is closest, the lower one of two."""
+        steps = math.ceil((num_frames - 1) / self.frame_step - 0.5)
+        return min(max(steps, 1), (MAX_FRAMES - 1) // self.frame_step) * self.frame_step + 1
+
+    def auto_frames(self, fps: float) -> int:
+        """Return the number of frames with `num_frames: auto`."""
+        return self.nearest_frames(min(AUTO_S * fps, self.most_auto_frames))
+
+    def allowed_instead_of(self, num_frames: int) -> str:
+        """Return what is allowed instead of a number of frames, with the nearest values."""
+        below = self.nearest_frames(num_frames - self.frame_step / 2)
+        values = sorted({below, self.nearest_frames(below + self.frame_step)})
+        return f"must be {self.frame_step}k + 1 for this video model (nearest: {', '.join(map(str, values))}), or {AUTO}"
+
+
+VIDEO_MODELS: Mapping[str, VideoModel] = {
+    "svd": VideoModel(fps=5, frame_step=1, most_auto_frames=25, size_multiple_px=64),
+    "wan": VideoModel(fps=16, frame_step=4, most_auto_frames=121, size_multiple_px=16),
+    "ltx": VideoModel(fps=25, frame_step=8, most_auto_frames=161, size_multiple_px=32),
+}
+"""Value of `video_model` -> its clips."""
+assert set(VIDEO_MODELS) == set(get_args(VideoModelName))
+
+
+def model_of(fields: Mapping[str, Any]) -> VideoModel:
+    """Return the video model that unvalidated fields of a shot name; the default one for a wrong name."""
+    name = fields.get("video_model")
+    return VIDEO_MODELS.get(name if isinstance(name, str) else DEFAULT_MODEL, VIDEO_MODELS[DEFAULT_MODEL])
+
+
+def with_model_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return unvalidated fields of a shot with the defaults of its video model, and with a number for `num_frames: auto`."""
+    model = model_of(fields)
+    own_default = model is not VIDEO_MODELS[DEFAULT_MODEL]
+    if own_default and fields.get("fps") is None:
+        fields = {**fields, "fps": model.fps}
+    frames, fps = fields.get("num_frames"), fields.get("fps", model.fps)
+    if (frames == AUTO or (own_default and frames is None)) and isinstance(fps, int | float):
+        fields = {**fields, "num_frames": model.auto_frames(fps)}
+    return fields
+
+
+def without_other_models_defaults(defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults for fields that are set over them. `num_frames` and `fps` of another video model are left out."""
+    if "video_model" in fields and model_of(fields) is not model_of(defaults):
+        return {name: value for name, value in defaults.items() if name not in MODEL_DEFAULTS}
+    return dict(defaults)
