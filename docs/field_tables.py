@@ -94,7 +94,11 @@ def peer_fields() -> Iterator[str]:
         yield f"| `{peer.name}` | {peer.sent_by} | {accepted} | {peer.why[0].upper()}{peer.why[1:]}. |"
 
 
-DERIVED = {"fast_lora": ("lora", "mode"), "flux_identity": ("face_image", "identity", "identity_strength")}
+DERIVED = {
+    "fast_lora": ("lora", "mode"),
+    "klein_lora": ("lora", "image_model"),
+    "flux_identity": ("face_image", "identity", "identity_strength"),
+}
 """Property that stages read -> the fields it is computed from."""
 
 

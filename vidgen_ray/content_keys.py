@@ -26,7 +26,7 @@ from vidgen_ray.weights import resolve
 
 FILE_FIELDS = ("image",)
 FILES_FIELDS = ("face_image",)
-LORA_FIELDS = ("lora", "fast_lora", "video_lora")
+LORA_FIELDS = ("lora", "fast_lora", "klein_lora", "video_lora")
 START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
 PLAIN_FIELDS = tuple(

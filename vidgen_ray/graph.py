@@ -9,6 +9,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
 from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.flux_refine import FluxRefineStage
@@ -18,6 +19,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
@@ -26,9 +28,11 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     InstantIDStage,
     InstantIDSDXLStage,
     FluxStage,
+    Flux2KleinStage,
     FluxRefineStage,
     FluxLoRAStage,
     HunyuanDiTStage,
+    QwenEditStage,
     ImageLikenessStage,
     SVDStage,
     WanStage,

@@ -31,7 +31,7 @@ NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
-INSTANTID_SDXL, NO_IDENTITY = "instantid-sdxl", "none"
+INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 """Values of `identity` that do not name a FLUX identity method."""
 
 FRAMES_SCHEMA = {"anyOf": [{"type": "integer", "minimum": MIN_FRAMES, "maximum": MAX_FRAMES}, {"enum": [AUTO]}]}
@@ -107,9 +107,11 @@ class StageSteps(_Frozen):
     """Denoising steps of each stage. `None` uses the default of the profile's model."""
 
     flux: Steps | None = None
+    klein: Steps | None = None
     refine: Steps | None = None
     lora: Steps | None = None
     hunyuan: Steps | None = None
+    qwen_edit: Steps | None = None
     svd: Steps | None = None
     wan: Steps | None = None
     ltx: Steps | None = None
@@ -119,9 +121,11 @@ class StageGuidance(_Frozen):
     """Guidance scale of each stage. `None` uses the default of the model. For svd: the guidance of the last frame."""
 
     flux: Guidance | None = None
+    klein: Guidance | None = None
     refine: Guidance | None = None
     lora: Guidance | None = None
     hunyuan: Guidance | None = None
+    qwen_edit: Guidance | None = None
     svd: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] | None = None
     wan: Guidance | None = None
     ltx: Guidance | None = None
@@ -150,6 +154,11 @@ class Shot(_Frozen):
     )
     variants: int = Field(1, ge=1, le=1000, description="Number of shots rendered from this line: id-v0, id-v1, ...")
 
+    image_model: Literal["flux", "klein"] = Field(
+        "flux",
+        description="Model of the base image and of `lora`: flux (FLUX.1) or klein (FLUX.2 klein). klein has no LoRA stage: "
+        "its LoRAs are active while it draws.",
+    )
     width: int = Field(
         1024, description="Width in pixels, a multiple of 16 from 64 to 2048; for video of 64 with svd, 32 with ltx."
     )
@@ -170,7 +179,7 @@ class Shot(_Frozen):
     identity: str = Field(
         "infusenet",
         description="Identity method: the name of a FLUX method such as infusenet; instantid-sdxl for an SDXL base image; "
-        "or none.",
+        "reference for a base image by FLUX.2 klein, which sees all photos; or none. Default for image_model klein: reference.",
     )
     identity_strength: Strength = Field(1.0, description="Strength of the identity conditioning. 0 disables it.")
     identity_start: Strength = Field(0.0, description="Fraction of FLUX's denoising steps before identity conditioning starts.")
@@ -195,7 +204,11 @@ class Shot(_Frozen):
     lora: tuple[LoraRef, ...] = Field((), description="LoRAs: a path, or a list of paths or of {path, weight}.")
     lora_strength: Strength = Field(0.6, description="Image-to-image strength of the LoRA stage. 0 keeps the base image.")
 
-    use_hunyuan_style: bool = Field(False, description="Restyle the image with HunyuanDiT. Ignored in mode fast.")
+    use_hunyuan_style: bool = Field(False, description="Restyle the image with the style model. Ignored in mode fast.")
+    style_model: Literal["hunyuan", "qwen-edit"] = Field(
+        "hunyuan",
+        description="Style model: hunyuan (HunyuanDiT, image to image) or qwen-edit (Qwen-Image-Edit, by instruction).",
+    )
     style_prompt: str | None = Field(None, max_length=10_000, description="Text appended to the prompt for the restyle.")
     style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
@@ -251,7 +264,11 @@ class Shot(_Frozen):
     @model_validator(mode="before")
     @classmethod
     def _normalise(cls, data: Any) -> Any:
-        return with_model_defaults(nest_flat_settings(data)) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        data = with_model_defaults(nest_flat_settings(data))
+        # FLUX's identity methods do not fit other models.
+        return {"identity": REFERENCE, **data} if data.get("image_model") == "klein" else data
 
     @field_validator("id")
     @classmethod
@@ -320,13 +337,18 @@ class Shot(_Frozen):
     def _check_field_combinations(self) -> Self:
         if self.variants > 1 and self.id and len(self.id) > 128 - VARIANT_SUFFIX:
             raise ValueError(f"id is {len(self.id)} characters long, must be at most {128 - VARIANT_SUFFIX} with variants")
+        if self.image_model == "klein" and self.identity not in (REFERENCE, NO_IDENTITY):
+            raise ValueError(f"identity is {self.identity}, must be {REFERENCE} or {NO_IDENTITY} with image_model klein")
         if self.generate_video:
             multiple = VIDEO_MODELS[self.video_model].size_multiple_px
             for name in ("width", "height"):
                 if getattr(self, name) % multiple:
                     side = f"{name} {getattr(self, name)}"
                     raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
-        for name, used in (("lora", bool(self.lora)), ("refine", self.uses_sdxl_base and not self.lora)):
+        for name, used in (
+            ("lora", bool(self.lora) and self.image_model == "flux"),
+            ("refine", self.uses_sdxl_base and not self.lora),
+        ):
             strength, steps = getattr(self, f"{name}_strength"), getattr(self.steps, name)
             if used and steps and strength and steps * strength < 1:
                 raise ValueError(
@@ -338,13 +360,28 @@ class Shot(_Frozen):
     @property
     def flux_identity(self) -> str | None:
         """Identity method that conditions FLUX. `None` without a face, with strength 0, or with another kind of method."""
-        by_flux = self.identity not in (NO_IDENTITY, INSTANTID_SDXL)
+        by_flux = self.identity not in (NO_IDENTITY, INSTANTID_SDXL, REFERENCE)
         return self.identity if by_flux and self.face_image and self.identity_strength > 0 else None
 
     @property
     def uses_sdxl_base(self) -> bool:
         """True if SDXL with InstantID renders the base image instead of FLUX."""
         return self.identity == INSTANTID_SDXL and bool(self.face_image) and self.image is None
+
+    @property
+    def uses_reference_photos(self) -> bool:
+        """True if models that take reference images see the photos of the face."""
+        return self.identity == REFERENCE and bool(self.face_image) and self.identity_strength > 0
+
+    @property
+    def uses_klein_base(self) -> bool:
+        """True if FLUX.2 klein renders the base image instead of FLUX."""
+        return self.image is None and (self.image_model == "klein" or self.uses_reference_photos)
+
+    @property
+    def klein_lora(self) -> tuple[LoraRef, ...]:
+        """LoRAs that are active in FLUX.2 klein."""
+        return self.lora if self.image_model == "klein" else ()
 
     @property
     def fast_lora(self) -> tuple[LoraRef, ...]:

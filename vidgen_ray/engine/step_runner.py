@@ -135,7 +135,7 @@ class StepRunner:
             if cached is None:
                 self._check_weights(stage, step, plan.shot)
                 self.swapper.ensure_on_gpu(step.stage)
-                ready = with_images(item, stage.takes, plan.inputs)
+                ready = with_images(item, stage.needs(item.shot), plan.inputs)
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)

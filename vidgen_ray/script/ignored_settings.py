@@ -17,6 +17,8 @@ ADVICE = {
     "retries": "set min_identity",
 }
 """Field -> what to do."""
+LORAS_OF_MODELS = ("fast_lora", "klein_lora")
+"""Properties with the shot's LoRAs, which stages read in place of `lora`."""
 WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height"))
 """Fields that stages read in nearly every shot, or that concern what the chain starts from."""
 READERS: dict[str, list[type[Stage[Any]]]] = {}
@@ -50,4 +52,6 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _reads(stage: type[Stage[Any]], field: str, shot: Shot) -> bool:
+    if field == "lora" and any(getattr(shot, name) for name in LORAS_OF_MODELS if name in stage.reads):
+        return True
     return field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot))

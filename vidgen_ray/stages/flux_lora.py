@@ -54,7 +54,7 @@ class FluxLoRAStage(FluxFamilyStage):
     @staticmethod
     def applies(shot: Shot) -> bool:
         # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
-        return bool(shot.lora) and (shot.mode == "quality" or not FluxStage.applies(shot))
+        return bool(shot.lora) and shot.image_model == "flux" and (shot.mode == "quality" or not FluxStage.applies(shot))
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:

@@ -63,7 +63,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.use_hunyuan_style and shot.mode == "quality"
+        return shot.use_hunyuan_style and shot.style_model == "hunyuan" and shot.mode == "quality"
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

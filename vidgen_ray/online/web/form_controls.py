@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, Shot
+from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.video_models import VIDEO_MODELS
 
@@ -23,10 +23,16 @@ PLACED = frozenset(
     }
 )  # fmt: skip
 """Fields that stages read and that the template places."""
-DERIVED = {"flux_identity": ("identity",)}
-"""Property that stages read -> the field that sets it."""
-RULES = {"image_likeness": ("min_identity", "retries")}
+DERIVED = {"flux_identity": ("identity",), "klein_lora": ("image_model",)}
+"""Property that stages read -> the fields that set it."""
+RULES = {"image_likeness": ("min_identity", "retries"), "qwen_edit": ("style_model",)}
 """Stage -> fields that decide about its result without changing it."""
+MODEL_STAGES = {
+    "image_model": {"flux": "flux", "klein": "klein"},
+    "style_model": {"hunyuan": "hunyuan", "qwen-edit": "qwen_edit"},
+    "video_model": {name: name for name in VIDEO_MODELS},
+}
+"""Field that chooses a model -> its value -> the stage that must be served."""
 LABELS = {
     "guidance": "Guidance (CFG)",
     "identity": "Identity method",
@@ -129,12 +135,14 @@ def _value_at(field: str, values: Mapping[str, Any]) -> Any:
 
 def _choices(field: str, serving_profile: ServingProfile) -> tuple[str, ...]:
     """Return the names that a text field accepts on this server. Empty if these are those of the schema, or any text."""
-    if field == "video_model":
-        return tuple(name for name in VIDEO_MODELS if name in serving_profile.params)
+    if stages := MODEL_STAGES.get(field):
+        return tuple(value for value, stage in stages.items() if stage in serving_profile.params)
     if field != "identity":
         return ()
-    flux, sdxl = serving_profile.params.get("flux"), serving_profile.params.get("instantid_sdxl")
-    return (*(flux.extra_weights if flux else ()), *((INSTANTID_SDXL,) if sdxl else ()), NO_IDENTITY)
+    flux = serving_profile.params.get("flux")
+    by_base = {"instantid_sdxl": INSTANTID_SDXL, "klein": REFERENCE}
+    others = (identity for stage, identity in by_base.items() if stage in serving_profile.params)
+    return (*(flux.extra_weights if flux else ()), *others, NO_IDENTITY)
 
 
 def _control(name: str, schema: Mapping[str, Any], default: Any, choices: tuple[str, ...]) -> Control:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY
+from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE
 from vidgen_ray.stages.identity.base import FluxInjector
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = Wea
 
 def identities() -> tuple[str, ...]:
     """Return all values of a shot's `identity`."""
-    return (*INJECTORS, INSTANTID_SDXL, NO_IDENTITY)
+    return (*INJECTORS, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
 
 
 def injector_class(name: str) -> type[FluxInjector]:

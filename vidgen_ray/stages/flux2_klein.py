@@ -1,0 +1,158 @@
+"""FLUX.2 klein: the base image of a shot from its prompt, and from photos of a person as reference images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image as PILImage
+from pydantic import Field
+
+from vidgen_ray.shot import REFERENCE, LoraRef, Shot
+from vidgen_ray.stages.base import (
+    REFERENCE_PIXELS,
+    Artefacts,
+    Image,
+    Item,
+    Stage,
+    StageParams,
+    noise_generator,
+    to_uint8,
+)
+from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.progress import diffusers_step_callback
+
+DISTILLED_STEPS, BASE_STEPS = 4, 50
+"""Default steps of the distilled weights and of the base weights."""
+DEFAULT_GUIDANCE = 4.0
+PHOTO_PIXELS = 1024 * 1024
+"""Pixels to which the pipeline scales larger photos down."""
+
+
+class Flux2KleinParams(StageParams):
+    text_tokens: int = Field(512, ge=1, le=512)
+    """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
+    text_layers: tuple[int, int, int] = (9, 18, 27)
+    """Layers of the text encoder that the transformer was trained with."""
+    adapters_kept: int = Field(4, ge=1)
+    """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
+    cpu_offload: bool = False
+    """Keep the weights in host memory and move each part to the GPU when it runs."""
+
+    def for_key(self) -> dict[str, Any]:
+        ignored = ("adapters_kept", "cpu_offload")
+        return {name: value for name, value in super().for_key().items() if name not in ignored}
+
+
+class Flux2KleinStage(Stage[Flux2KleinParams]):
+    """Prompt and, with `identity: reference`, `photos` -> `image` (height, width, 3); width and height multiples of 16.
+
+    All photos of the shot are reference images: the model sees their pixels, not a face embedding. The model has no strength
+    for them; `identity_strength` 0 leaves them out. With `image_model: klein` the shot's LoRAs are active here.
+    Distilled weights take 4 steps without guidance; base weights use `guidance.klein` and the negative prompt.
+    Source: Black Forest Labs 2026, FLUX.2 klein; diffusers `Flux2KleinPipeline`.
+    """
+
+    name: ClassVar[str] = "klein"
+    label: ClassVar[str] = "Base image (FLUX.2 klein)"
+    activity: ClassVar[str] = "Generating the base image"
+    reference_s: ClassVar[float] = 0.6
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"face_image": ("photo.jpg",), "identity": REFERENCE},
+        {"image_model": "klein", "identity": "none"},
+    )
+    common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
+    version: ClassVar[int] = 1
+    actor: ClassVar[str] = "klein"
+    uses_shot_seed: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "steps.klein",
+        "guidance.klein",
+        "klein_lora",
+        "seed",
+    )
+    identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
+    identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
+    weight_fields: ClassVar[tuple[str, ...]] = ("klein_lora",)
+    takes: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    debug_file: ClassVar[str | None] = "base.png"
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
+    Params: ClassVar[type[StageParams]] = Flux2KleinParams
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.uses_klein_base
+
+    @staticmethod
+    def uses_identity(shot: Shot) -> bool:
+        return shot.uses_reference_photos
+
+    @staticmethod
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
+        return shot.klein_lora
+
+    @classmethod
+    def weight_files(cls, params: Flux2KleinParams, shot: Shot) -> tuple[Path, ...]:
+        return (params.weights, *(Path(lora.path) for lora in shot.klein_lora))
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        # Photos are further tokens of the transformer's sequence.
+        photos = len(shot.face_image) * PHOTO_PIXELS if shot.uses_reference_photos else 0
+        pixels = shot.width * shot.height + photos
+        return pixels / REFERENCE_PIXELS * (shot.steps.klein or DISTILLED_STEPS) / DISTILLED_STEPS
+
+    def load(self) -> None:
+        from diffusers import Flux2KleinPipeline
+
+        self.pipe = load_pipeline(Flux2KleinPipeline, self.params, cpu_offload=self.params.cpu_offload)
+        self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, "FLUX.2 klein")
+
+    @property
+    def adapter_loads(self) -> int:
+        return self.adapters.loads
+
+    def move(self, device: str) -> None:
+        # Offloaded weights are in host memory whenever the stage does not run.
+        if not self.params.cpu_offload:
+            self.pipe.to(device)
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": self._generate(item)} for item in items]
+
+    def _generate(self, item: Item) -> Image:
+        shot = item.shot
+        photos = item.artefacts["photos"] if self.uses_identity(shot) else ()
+        steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS
+        with self.adapters.active(shot.klein_lora):
+            (image,) = self.pipe(
+                image=[PILImage.fromarray(photo) for photo in photos] or None,
+                prompt=shot.prompt,
+                negative_prompt_embeds=self._negative_embeds(shot),
+                width=shot.width,
+                height=shot.height,
+                num_inference_steps=shot.steps.klein or steps,
+                guidance_scale=DEFAULT_GUIDANCE if shot.guidance.klein is None else shot.guidance.klein,
+                generator=noise_generator(self.generator_seed(shot)),
+                output_type="np",
+                **self._text_arguments,
+                **diffusers_step_callback(self.name),
+            ).images
+        return to_uint8(image)
+
+    @property
+    def _text_arguments(self) -> Mapping[str, Any]:
+        return {"max_sequence_length": self.params.text_tokens, "text_encoder_out_layers": self.params.text_layers}
+
+    def _negative_embeds(self, shot: Shot) -> Any:
+        """Return the embeddings of the negative prompt. `None` for distilled weights, which have no guidance."""
+        if not shot.negative_prompt or self.pipe.config.is_distilled:
+            return None
+        return self.pipe.encode_prompt(prompt=shot.negative_prompt, **self._text_arguments)[0]

@@ -1,0 +1,126 @@
+"""Qwen-Image-Edit: restyle the image by an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from PIL import Image as PILImage
+
+from vidgen_ray.shot import REFERENCE, Shot
+from vidgen_ray.stages.base import REFERENCE_PIXELS, Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
+from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.progress import diffusers_step_callback
+
+DEFAULT_STEPS = 40
+DEFAULT_GUIDANCE = 4.0
+SEEN_PIXELS = 1024 * 1024
+"""Pixels that the pipeline scales each image to."""
+MAX_PHOTOS = 2
+"""Photos that the model reads beside the image: it was trained with one to three images."""
+RESTYLE = "Redraw the image in this style: {style}. Keep the composition, the people and their faces."
+DESCRIBE = "Redraw the image so that it matches this description: {prompt}. Keep the composition, the people and their faces."
+NO_NEGATIVE = " "
+"""Negative prompt of the reference. Without one, the pipeline uses no guidance."""
+
+
+class QwenEditParams(StageParams):
+    cpu_offload: bool = False
+    """Keep the weights in host memory and move each part to the GPU when it runs."""
+
+    def for_key(self) -> dict[str, Any]:
+        return {name: value for name, value in super().for_key().items() if name != "cpu_offload"}
+
+
+class QwenEditStage(Stage[QwenEditParams]):
+    """`image` (H, W, 3), H and W multiples of 16 -> `image` of the same size, restyled by an instruction.
+
+    The instruction contains the style prompt or, without one, the shot's prompt. With `identity: reference` up to two
+    `photos` are further reference images. The model has no strength: `style_strength` has no effect.
+    A `guidance.qwen_edit` of 1 or less turns guidance off, and the negative prompt has no effect.
+    Source: Qwen Team 2025, Qwen-Image, arXiv:2508.02324; diffusers `QwenImageEditPlusPipeline`.
+    """
+
+    name: ClassVar[str] = "qwen_edit"
+    label: ClassVar[str] = "Style (Qwen-Image-Edit)"
+    activity: ClassVar[str] = "Restyling the image"
+    reference_s: ClassVar[float] = 35.0
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {
+            "use_hunyuan_style": True,
+            "style_model": "qwen-edit",
+            "style_prompt": "watercolour",
+            "face_image": ("photo.jpg",),
+            "identity": REFERENCE,
+        },
+        {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "watercolour"},
+    )
+    version: ClassVar[int] = 1
+    actor: ClassVar[str] = "qwen_edit"
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "style_prompt",
+        "steps.qwen_edit",
+        "guidance.qwen_edit",
+        "seed",
+    )
+    identity_fields: ClassVar[tuple[str, ...]] = ("face_image",)
+    identity_inputs: ClassVar[tuple[str, ...]] = ("photos",)
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    debug_file: ClassVar[str | None] = "style.png"
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
+    Params: ClassVar[type[StageParams]] = QwenEditParams
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.use_hunyuan_style and shot.style_model == "qwen-edit" and shot.mode == "quality"
+
+    @staticmethod
+    def uses_identity(shot: Shot) -> bool:
+        return shot.uses_reference_photos
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        passes = 1 if shot.guidance.qwen_edit is None or shot.guidance.qwen_edit > 1 else 0.5
+        # The pipeline scales the image and the photos to 1024x1024 pixels each. All are tokens of one sequence.
+        photos = min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0
+        pixels = (shot.width * shot.height + (1 + photos) * SEEN_PIXELS) / (REFERENCE_PIXELS + SEEN_PIXELS)
+        return pixels * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
+
+    def load(self) -> None:
+        from diffusers import QwenImageEditPlusPipeline
+
+        self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
+
+    def move(self, device: str) -> None:
+        # Offloaded weights are in host memory whenever the stage does not run.
+        if not self.params.cpu_offload:
+            self.pipe.to(device)
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": self._restyle(item)} for item in items]
+
+    def _restyle(self, item: Item) -> Image:
+        shot, image = item.shot, item.artefacts["image"]
+        height, width = image.shape[:2]
+        photos = item.artefacts["photos"][:MAX_PHOTOS] if self.uses_identity(shot) else ()
+        (restyled,) = self.pipe(
+            image=[PILImage.fromarray(each) for each in (image, *photos)],
+            prompt=instruction(shot.prompt, shot.style_prompt),
+            negative_prompt=shot.negative_prompt or NO_NEGATIVE,
+            true_cfg_scale=DEFAULT_GUIDANCE if shot.guidance.qwen_edit is None else shot.guidance.qwen_edit,
+            height=height,
+            width=width,
+            num_inference_steps=shot.steps.qwen_edit or DEFAULT_STEPS,
+            generator=noise_generator(self.generator_seed(shot)),
+            output_type="np",
+            **diffusers_step_callback(self.name),
+        ).images
+        return to_uint8(restyled)
+
+
+def instruction(prompt: str, style_prompt: str | None) -> str:
+    """Return what the model is asked to do."""
+    return RESTYLE.format(style=style_prompt) if style_prompt else DESCRIBE.format(prompt=prompt)
