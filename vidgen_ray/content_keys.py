@@ -21,6 +21,7 @@ from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.shot import LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
+from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 
@@ -67,6 +68,8 @@ class ShotPlan(BaseModel):
     """Number of this attempt, counted from 1."""
     content: str | None = None
     """Text that the key is the hash of, without the likeness rule. `None` if the shot has no likeness."""
+    licences: tuple[UsedWeights, ...] = ()
+    """Weights behind the shot, with their licences. Not part of the key."""
     again: tuple["ShotPlan", ...] = ()
     """Further attempts, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
 
@@ -99,8 +102,15 @@ class ShotPlanner:
     planned. Shots need an id and a seed.
     """
 
-    def __init__(self, params: Mapping[str, StageParams], encode: BaseModel) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, StageParams],
+        encode: BaseModel,
+        licences: Callable[[Shot], tuple[UsedWeights, ...]] | None = None,
+    ) -> None:
+        """`licences`: finds the weights behind a shot, for its record."""
         self._params = params
+        self._licences = licences
         self._options = {name: _json(of_stage.for_key()) for name, of_stage in params.items()}
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
         self._plain_values = attrgetter(*PLAIN_FIELDS)
@@ -120,15 +130,28 @@ class ShotPlanner:
         crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
         content = f'{self._end}"{last}"{crop}'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
-        inputs = self._inputs_of(shot)
+        inputs, licences = self._inputs_of(shot), self._licences(shot) if self._licences else ()
         again = []
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
             again.append(
-                ShotPlan(shot=other, steps=self._steps_of(other, stages, salt)[0], key=key, inputs=inputs, number=number + 1)
+                ShotPlan(
+                    shot=other,
+                    steps=self._steps_of(other, stages, salt)[0],
+                    key=key,
+                    inputs=inputs,
+                    number=number + 1,
+                    licences=licences,
+                )
             )
         return ShotPlan(
-            shot=shot, steps=steps, key=key, inputs=inputs, content=content if has_likeness else None, again=tuple(again)
+            shot=shot,
+            steps=steps,
+            key=key,
+            inputs=inputs,
+            content=content if has_likeness else None,
+            licences=licences,
+            again=tuple(again),
         )
 
     def _inputs_of(self, shot: Shot) -> dict[str, str]:

@@ -66,6 +66,20 @@ class ProfileError(VidgenError):
     exit_code = 3
 
 
+class LicenceError(ProfileError):
+    """A licence of the weights does not allow what the run requires."""
+
+    def __init__(self, required: str, weights: Sequence[str]) -> None:
+        self.required = required
+        self.weights = tuple(weights)
+        super().__init__(required, self.weights)
+
+    def __str__(self) -> str:
+        return (
+            f"--require-licence {self.required}: not allowed with {'; '.join(self.weights)}. Use a profile with other weights"
+        )
+
+
 class SetupError(VidgenError):
     """Something is missing or unusable on this machine, such as weights, a package, a folder or a Ray cluster."""
 

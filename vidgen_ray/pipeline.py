@@ -32,6 +32,7 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import in_notebook, progress_bar
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import ShotLicences
 from vidgen_ray.stages.base import Item, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -60,6 +61,7 @@ class VideoGenerationPipeline:
         self._cache = cache_settings(cache, keep_stages, wait=True).open(self.outputs.stage_cache)
         self._check_weights = WeightsCheck()
         self._loaded: dict[str, Stage[Any]] = {}
+        self._licences = ShotLicences(profile)
 
     @classmethod
     def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
@@ -135,7 +137,7 @@ class VideoGenerationPipeline:
     def plan(self, shot: Shot) -> ShotPlan:
         """Return the steps and content keys of a shot. Raises StepFailed if one of its files cannot be read."""
         try:
-            return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode)(shot)
+            return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode, self._licences)(shot)
         except OSError as error:
             raise StepFailed("plan", error) from error
 

@@ -32,6 +32,7 @@ from vidgen_ray.script.lines import Line, UnreadableLine
 from vidgen_ray.script.reader import default_id, ids_of, unique_lines
 from vidgen_ray.script.script_index import ScriptIndex
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import ShotLicences
 from vidgen_ray.stages.base import Stage
 
 
@@ -142,7 +143,8 @@ class LinePlanner:
         used = stages_of(shot)
         # Outside the `try`: missing weights fail the run, not the line.
         if used not in self._planners:
-            self._planners[used] = ShotPlanner(params_of(self._profile, used), self._profile.encode)
+            params = params_of(self._profile, used)
+            self._planners[used] = ShotPlanner(params, self._profile.encode, ShotLicences(self._profile))
         try:
             return self._planners[used](shot)
         except MissingWeights:

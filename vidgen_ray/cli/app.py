@@ -22,6 +22,7 @@ from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
+from vidgen_ray.cli.licences import RequireLicenceOption, script_licences
 from vidgen_ray.cli.mcp import mcp
 from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
@@ -49,6 +50,7 @@ from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.reader import iter_script, read_script
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import require_licence
 from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
 
@@ -245,6 +247,7 @@ def render(
     ] = 60,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
+    require: RequireLicenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render a script on Ray. Finished shots are skipped, so the same command resumes a run.
@@ -259,6 +262,8 @@ def render(
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
         if errors:
             raise ScriptError(errors)
+    if require is not None:
+        require_licence(require, script_licences(iter_script(settings), chosen))
     options = RenderOptions(
         address=address,
         cluster=parse_gpus(gpus) if gpus else None,
@@ -289,9 +294,10 @@ def plan(
     seed: SeedOption = 0,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
+    require: RequireLicenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate the GPU layout, duration and cost of a script without rendering it."""
+    """Estimate the GPU layout, duration and cost of a script without rendering it. Also lists the licences of its weights."""
     from vidgen_ray.batch.estimate import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
@@ -301,7 +307,19 @@ def plan(
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
-    plan_command(chosen, demand, cluster, counts=counts, measured=measured, price=price, max_cost=max_cost, as_json=as_json)
+    licences = script_licences(iter_script(settings), chosen)
+    plan_command(
+        chosen,
+        demand,
+        cluster,
+        counts=counts,
+        measured=measured,
+        price=price,
+        max_cost=max_cost,
+        licences=licences,
+        as_json=as_json,
+    )
+    require_licence(require, licences)
 
 
 @app.command()
@@ -332,6 +350,7 @@ def serve(
         Path | None, typer.Option("--settings", help="YAML file with all settings. Command-line options override it.")
     ] = None,
     address: AddressOption = None,
+    require: RequireLicenceOption = None,
     grace_s: Annotated[
         float,
         typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
@@ -344,6 +363,7 @@ def serve(
     from vidgen_ray.cli.serve import serve_command, settings_of
 
     options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
+    options["require_licence"] = require
     with interruptible(), redirect_stdout(sys.stderr):
         serve_command(settings_of(settings, options), address=address, grace_s=grace_s)
 

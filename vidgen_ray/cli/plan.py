@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile
+from vidgen_ray.shot_licences import UsedWeights
 
 PLAIN_WIDTH = 10_000
 """Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""
@@ -33,9 +34,10 @@ def plan_command(
     measured: Mapping[str, Calibration] | None = None,
     price: float | None = None,
     max_cost: float | None = None,
+    licences: Sequence[UsedWeights] = (),
     as_json: bool = False,
 ) -> None:
-    """Print the plan on standard output.
+    """Print the plan on standard output. `licences`: weights behind the script.
 
     Raises the errors of `plan`, and TooExpensive after printing if the cost exceeds `max_cost`.
     """
@@ -44,9 +46,11 @@ def plan_command(
         return
     planned = plan(profile, demand, cluster, calibration=measured, price=price)
     if as_json:
-        typer.echo(json.dumps(_as_json(planned, profile, cluster, counts)))
+        used = [each.model_dump() for each in licences]
+        typer.echo(json.dumps({**_as_json(planned, profile, cluster, counts), "licences": used}))
     else:
         _print(planned, profile, demand, cluster, counts)
+        _print_licences(licences)
     planned.check_cost(max_cost)
 
 
@@ -78,6 +82,16 @@ def _print(planned: Plan, profile: Profile, demand: Demand, cluster: Cluster, co
         console.print()
     for note in planned.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def _print_licences(licences: Sequence[UsedWeights]) -> None:
+    console, table = stdout_console(), Table(box=None, pad_edge=False, header_style="")
+    for name in ("weights", "licence", "commercial use", "condition"):
+        table.add_column(name)
+    for used in licences:
+        table.add_row(*map(escape, (used.weights, used.licence or "unknown", used.commercial_use, used.condition or "")))
+    console.print()
+    console.print(table)
 
 
 def _facts(

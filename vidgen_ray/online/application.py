@@ -77,7 +77,7 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     configured = load_profile(settings.profile)
     if settings.layout is not None:
         configured = configured.model_copy(update={"layout": settings.layout})
-    served = serving_profile(configured)
+    served = serving_profile(configured, settings.require_licence)
     cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
     chosen = plan_for(served, cluster)
     stage_seconds = None if settings.gpus else chosen.stage_seconds

@@ -101,7 +101,7 @@ class JobDirector:
         self._config = config
         self._settings = settings
         self._outputs = config.outputs
-        self._serving_profile = serving_profile(config.profile)
+        self._serving_profile = serving_profile(config.profile, settings.require_licence)
         # Results are found again by content key, so only the acceptance of a job must survive a power failure.
         self._store = open_store(settings, durable=False)
         self._max_jobs = settings.in_progress

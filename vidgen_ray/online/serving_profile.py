@@ -16,6 +16,7 @@ from vidgen_ray.graph import BASE_IMAGE_STAGES, STAGES, WITHOUT_CHUNKED_STAGES, 
 from vidgen_ray.planner import Demand, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import Requirement, ShotLicences, require_licence, stages_breaking
 from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32
@@ -33,6 +34,8 @@ class ServingProfile:
     """Stage -> parameters."""
     unavailable: Mapping[str, str]
     """Stage -> reason why it cannot be served."""
+    required_licence: Requirement | None = None
+    """What the licences of all weights behind a shot must allow."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -43,6 +46,7 @@ class ServingProfile:
         for stage in stages_of(shot):
             if stage.name in self.unavailable:
                 raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
+        require_licence(self.required_licence, self.licences(shot))
 
     def plan(self, shot: Shot, salt: str = "") -> ShotPlan:
         """Return the shot's steps and content keys. `salt`: see `ShotPlanner`.
@@ -53,13 +57,18 @@ class ServingProfile:
         return self._planner()(shot, salt)
 
     @cached_property
+    def licences(self) -> ShotLicences:
+        """Finds the weights behind a shot, with their licences."""
+        return ShotLicences(self.profile)
+
+    @cached_property
     def _planner(self) -> Callable[[], ShotPlanner]:
         """Function that returns the current planner. Threads may call it."""
         cache: TTLCache[object, ShotPlanner] = TTLCache(1, PLANNER_S)
-        return cached(cache, lock=Lock())(lambda: ShotPlanner(self.params, self.profile.encode))
+        return cached(cache, lock=Lock())(lambda: ShotPlanner(self.params, self.profile.encode, self.licences))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_planner"}
+        return {name: value for name, value in vars(self).items() if name not in ("_planner", "licences")}
 
     def demand(self) -> Demand:
         """Return the demand that a server is laid out for: equally many shots of each kind that it can serve."""
@@ -79,17 +88,21 @@ class ServingProfile:
         return list(shots.values())
 
 
-def serving_profile(profile: Profile) -> ServingProfile:
-    """Find out which stages have their weights on this machine.
+def serving_profile(profile: Profile, required_licence: Requirement | None = None) -> ServingProfile:
+    """Find out which stages have their weights on this machine, with licences that allow what is required.
 
     Raises ProfileError for an invalid profile, and SetupError if no stage that generates an image can be served.
     """
     check_profile(profile)
     params: dict[str, StageParams] = {}
     unavailable: dict[str, str] = {}
+    refused = stages_breaking(required_licence, profile)
     for stage in STAGES:
         if stage.actor not in profile.actors:
             unavailable[stage.name] = f"profile {profile.name} has no entry actors.{stage.actor}"
+            continue
+        if stage.name in refused:
+            unavailable[stage.name] = refused[stage.name]
             continue
         try:
             params[stage.name] = profile.params(stage)
@@ -98,4 +111,5 @@ def serving_profile(profile: Profile) -> ServingProfile:
     if not any(name in params for name in BASE_IMAGE_STAGES):
         reasons = "; ".join(f"{name}: {unavailable[name]}" for name in BASE_IMAGE_STAGES)
         raise SetupError(f"nothing to serve, no stage can generate an image: {reasons}")
-    return ServingProfile(profile.pinned(stage for stage in STAGES if stage.name in params), params, unavailable)
+    pinned = profile.pinned(stage for stage in STAGES if stage.name in params)
+    return ServingProfile(pinned, params, unavailable, required_licence)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.shot_licences import Requirement
 
 MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -149,6 +150,11 @@ class OnlineSettings(_Section):
     models: dict[str, str] = Field(
         default_factory=dict,
         description="Alias -> model name, for clients whose model name is fixed.",
+    )
+    require_licence: Requirement | None = Field(
+        None,
+        description="Refuse requests that need weights which may not be used commercially (`commercial`), or only under a "
+        "condition (`unconditional`). Default: no requirement.",
     )
     retention_s: float | None = Field(
         None, gt=0, description="Seconds after which a finished job and its files are deleted. Default: never."

@@ -61,6 +61,7 @@ class ShotDraft:
             stages=tuple(stages),
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
             software=software_versions(),
+            licences=self.plan.licences,
         )
         self.path(RECORD).write_text(record.model_dump_json(indent=1, exclude={"committed_at"}), encoding="utf-8")
         # Renaming the file keeps its time.
@@ -223,6 +224,7 @@ class OutputFolder:
                 seconds=sum([step["seconds"] for step in stages]),
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
+                licences=tuple((used["licence"], used["commercial_use"]) for used in record.get("licences", ())),
             )
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -16,6 +16,7 @@ from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, ShotSummary
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import worst_use
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Manifest column -> file in the folder of the shot."""
@@ -82,6 +83,10 @@ class ManifestRow(BaseModel):
     """Seconds times the share of a GPU, of all stages together."""
     lora_loads: int | None = None
     """LoRAs loaded onto the weights while the shot was rendered."""
+    licences: str | None = None
+    """Licences of the weights behind the shot, as a JSON list. `null` in it: an unknown licence."""
+    commercial_use: str | None = None
+    """Whether all of them allow commercial use: yes, conditional, no, or unknown."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None
@@ -164,6 +169,9 @@ def _result_columns(result: ShotSummary) -> dict[str, Any]:
         "gpu_seconds": result.gpu_seconds,
         "lora_loads": result.lora_loads,
     }
+    if result.licences:
+        columns["licences"] = json.dumps(sorted({licence for licence, _ in result.licences}, key=str))
+        columns["commercial_use"] = worst_use(use for _, use in result.licences)
     if result.likeness is not None:
         columns |= {column: result.likeness[field] for column, field in LIKENESS.items()}
     for name, file in SHOT_FILES.items():

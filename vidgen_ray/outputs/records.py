@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Artefacts
 
 
@@ -75,6 +76,8 @@ class ShotRecord(_Record):
     files: dict[str, FileRecord]
     software: dict[str, str]
     """Package -> version."""
+    licences: tuple[UsedWeights, ...] = ()
+    """Weights behind the shot, with their licences. Empty in records of earlier versions."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 
@@ -92,6 +95,7 @@ class ShotRecord(_Record):
             seconds=sum(step.seconds for step in self.stages),
             gpu_seconds=sum(step.gpu_seconds for step in self.stages),
             lora_loads=sum(step.adapter_loads for step in self.stages),
+            licences=tuple((used.licence, used.commercial_use) for used in self.licences),
         )
 
 
@@ -114,6 +118,8 @@ class ShotSummary(NamedTuple):
     """Seconds of all stages together."""
     gpu_seconds: float
     lora_loads: int
+    licences: tuple[tuple[str | None, str], ...] = ()
+    """Licence and `commercial_use` of each of the weights behind the shot."""
 
 
 class DoneShot(NamedTuple):

@@ -229,6 +229,17 @@ class Stage(ABC, Generic[P]):
         return ()
 
     @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        """Return the names of the extra weights that this shot uses, if the profile has them."""
+        return ()
+
+    @classmethod
+    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
+        """Return references (`package:PACKAGE/FILE`) of the weights that come from installed packages. `options` are those of
+        the profile's actor."""
+        return ()
+
+    @classmethod
     def weight_files(cls, params: P, shot: Shot) -> tuple[Path, ...]:
         """Return the files or folders whose content decides the result. The shot's LoRAs are local files and come last."""
         return (params.weights,)

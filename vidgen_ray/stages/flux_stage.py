@@ -45,6 +45,10 @@ class FluxFamilyStage(Stage[FluxParams]):
         return INJECTORS
 
     @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        return () if shot.flux_identity is None else (shot.flux_identity,)
+
+    @classmethod
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
         return (params.weights, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))

@@ -13,7 +13,15 @@ from cachetools import LRUCache
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Stage, StageParams
-from vidgen_ray.stages.face_models import RECOGNISER, RECOGNISERS, FaceModels, InstantIDParams, align_face, detection_files
+from vidgen_ray.stages.face_models import (
+    RECOGNISER,
+    RECOGNISERS,
+    FaceModels,
+    InstantIDParams,
+    align_face,
+    detection_files,
+    packaged_detectors,
+)
 from vidgen_ray.stages.identity import injector_class
 
 if TYPE_CHECKING:
@@ -67,6 +75,14 @@ class InstantIDStage(Stage[InstantIDParams]):
     @classmethod
     def extra_weights(cls) -> Collection[str]:
         return RECOGNISERS
+
+    @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        return tuple(name for name in _recognisers(shot) if name != RECOGNISER)
+
+    @classmethod
+    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
+        return packaged_detectors(options)
 
     @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:

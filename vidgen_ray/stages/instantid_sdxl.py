@@ -94,6 +94,10 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         return (INSTANTID,)
 
     @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        return (INSTANTID,)
+
+    @classmethod
     def weight_files(cls, params: InstantIDSDXLParams, shot: Shot) -> tuple[Path, ...]:
         return (params.weights, params.extra_weights_at(INSTANTID))
 

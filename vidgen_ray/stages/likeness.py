@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness, Stage
-from vidgen_ray.stages.face_models import RECOGNISER, FaceModels, InstantIDParams, align_face, detection_files
+from vidgen_ray.stages.face_models import (
+    RECOGNISER,
+    FaceModels,
+    InstantIDParams,
+    align_face,
+    detection_files,
+    packaged_detectors,
+)
 from vidgen_ray.stages.instantid import InstantIDStage
 
 MAX_SAMPLED_FRAMES = 5
@@ -28,6 +35,10 @@ class _LikenessStage(Stage[InstantIDParams]):
     reads: ClassVar[tuple[str, ...]] = ()
     weight_attributes: ClassVar[tuple[str, ...]] = ("_models",)
     Params: ClassVar[type[InstantIDParams]] = InstantIDParams
+
+    @classmethod
+    def packaged_weights(cls, options: Mapping[str, Any]) -> Collection[str]:
+        return packaged_detectors(options)
 
     @classmethod
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.upload_records import Upload
+from vidgen_ray.shot_licences import ShotLicences, UsedWeights
 
 CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
 """Error of a cancelled video: clients of OpenAI's API only know `failed`."""
@@ -88,6 +89,7 @@ class Video(_JobStatus):
     seed: int = Field(description="Seed of the shot.")
     inference_time_s: float | None = Field(description="Sum of `stage_durations`.")
     user: str | None = Field(description="`user` of the request.")
+    licences: list[UsedWeights] = Field(description="Weights behind the video, with their licences.")
 
 
 class ShotJob(_JobStatus):
@@ -271,7 +273,7 @@ def outputs_of(job: Job) -> list[str]:
     return [str(each) for each in outputs] if isinstance(outputs, list) else [job.id]
 
 
-def video_response(job: Job, estimate: JobEstimate) -> Video:
+def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> Video:
     """Return a job as OpenAI's Video."""
     shot = job.shot
     growth, sizes, delivered = clip_growth(shot), file_sizes(shot), delivered_artefact_of(job)
@@ -301,6 +303,7 @@ def video_response(job: Job, estimate: JobEstimate) -> Video:
             "seed": shot.seed or 0,
             "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
             "user": job.request.get("user"),
+            "licences": licences(shot),
         }
     )
 

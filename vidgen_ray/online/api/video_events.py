@@ -43,5 +43,5 @@ async def _events(server: ServerContext, job: Job, last_event_id: str | None) ->
         # The last event is always sent: a browser that missed it would reconnect forever.
         elif current.state.is_final or str(current.version) != last_event_id:
             estimate = await server.queue_estimator.estimate(current)
-            data = video_response(current, estimate).model_dump_json(exclude_none=True)
+            data = video_response(current, estimate, server.serving_profile.licences).model_dump_json(exclude_none=True)
             yield ServerSentEvent(data, event=f"video.{current.state}", id=str(current.version))

@@ -70,7 +70,9 @@ async def list_videos(
         )
     except UnknownJob:
         raise not_found("video", str(after)[:100], "after") from None
-    data = [video_response(job, await server.queue_estimator.estimate(job)) for job in page.jobs]
+    data = [
+        video_response(job, await server.queue_estimator.estimate(job), server.serving_profile.licences) for job in page.jobs
+    ]
     ids = [video.id for video in data]
     return VideoPage(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more)
 
@@ -99,7 +101,7 @@ async def cancel_video(server: ServerDep, tenant: TenantDep, video_id: str) -> V
     job = await server.job_service.cancel(tenant, video_id)
     if job is None:
         raise not_found("video", video_id[:100])
-    return video_response(job, await server.queue_estimator.estimate(job))
+    return video_response(job, await server.queue_estimator.estimate(job), server.serving_profile.licences)
 
 
 @router.post(
@@ -213,4 +215,4 @@ async def _polled(server: ServerContext, response: Response, job: Job) -> Video:
     """Return a job for a client that polls it, and set the header that says when to poll again."""
     estimate = await server.queue_estimator.estimate(job)
     response.headers[POLL_AFTER] = str(round(estimate.poll_after_s * 1000))
-    return video_response(job, estimate)
+    return video_response(job, estimate, server.serving_profile.licences)

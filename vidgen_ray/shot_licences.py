@@ -1,0 +1,115 @@
+"""Licences of the weights behind a shot. Works from the references of a profile, so it needs no weights on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vidgen_ray.errors import LicenceError
+from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Stage
+from vidgen_ray.weights.licences import WeightLicence, licence_of
+
+CommercialUse = Literal["yes", "conditional", "no", "unknown"]
+Requirement = Literal["commercial", "unconditional"]
+ALLOWED: dict[Requirement, tuple[CommercialUse, ...]] = {"commercial": ("yes", "conditional"), "unconditional": ("yes",)}
+"""Requirement -> commercial use of the weights that meet it."""
+WORST_FIRST: tuple[CommercialUse, ...] = ("no", "unknown", "conditional", "yes")
+
+
+class UsedWeights(BaseModel):
+    """Weights that a shot was made with, and their licence. A summary for people, not the licence itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: str = Field(description="Reference of the weights in the profile, or file name of a LoRA.")
+    licence: str | None = Field(description="SPDX identifier, or the licence's own name. Null if it is unknown.")
+    commercial_use: CommercialUse = Field(description="Whether the weights may be used commercially.")
+    condition: str | None = Field(None, description="Condition of commercial use.")
+    url: str | None = Field(None, description="Text of the licence.")
+
+    @staticmethod
+    def of(reference: str, licence: WeightLicence | None) -> UsedWeights:
+        if licence is None:
+            return UsedWeights(weights=reference, licence=None, commercial_use="unknown")
+        return UsedWeights(
+            weights=reference,
+            licence=licence.licence,
+            commercial_use=licence.commercial_use,
+            condition=licence.condition,
+            url=licence.url,
+        )
+
+
+class ShotLicences:
+    """Finds the weights behind the shots of a profile."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._of = cache(self._licence)
+
+    def __call__(self, shot: Shot) -> tuple[UsedWeights, ...]:
+        """Return the weights that the shot passes, in order, each once. Stages without an actor have none."""
+        references = dict.fromkeys(each for stage in stages_of(shot) for each in self._references(stage, shot))
+        return tuple(map(self._of, references))
+
+    def of_stage(self, stage: type[Stage[Any]]) -> tuple[UsedWeights, ...]:
+        """Return the weights that every shot of the stage passes."""
+        return tuple(map(self._of, self._own_references(stage)))
+
+    def _references(self, stage: type[Stage[Any]], shot: Shot) -> Iterator[str]:
+        yield from self._own_references(stage)
+        actor = self._profile.actors.get(stage.actor)
+        extra = {} if actor is None else actor.extra_weights
+        yield from (extra[name] for name in stage.used_extra_weights(shot) if name in extra)
+        yield from (lora.path for lora in stage.active_loras(shot))
+
+    def _own_references(self, stage: type[Stage[Any]]) -> Iterator[str]:
+        if (actor := self._profile.actors.get(stage.actor)) is not None:
+            yield actor.weights
+            yield from stage.packaged_weights(actor.options)
+
+    def _licence(self, reference: str) -> UsedWeights:
+        is_file = not reference.startswith(("hub:", "builtin:", "package:"))
+        # A path may reveal how a machine is set up.
+        name = reference.rpartition("/")[2] if is_file else reference
+        return UsedWeights.of(name, licence_of(reference, self._profile.licences))
+
+
+def worst_use(uses: Iterable[str]) -> CommercialUse:
+    """Return whether everything may be used commercially: the worst of the weights. `yes` without weights."""
+    found = set(uses)
+    return next((use for use in WORST_FIRST if use in found), "yes")
+
+
+def require_licence(required: Requirement | None, used: Iterable[UsedWeights]) -> None:
+    """Raise LicenceError that names the weights which do not meet the requirement. `None` requires nothing."""
+    if required is None:
+        return
+    wrong = [each for each in used if each.commercial_use not in ALLOWED[required]]
+    if wrong:
+        raise LicenceError(required, [f"{each.weights} ({_why_not(each)})" for each in wrong])
+
+
+def _why_not(used: UsedWeights) -> str:
+    if used.licence is None:
+        return "unknown licence; add it to `licences` of the profile"
+    return f"{used.licence}: {used.condition or 'no commercial use'}"
+
+
+def stages_breaking(required: Requirement | None, profile: Profile) -> dict[str, str]:
+    """Return stage -> reason for each stage of the profile whose own weights do not meet the requirement."""
+    licences, reasons = ShotLicences(profile), dict[str, str]()
+    for stage in STAGE_BY_NAME.values():
+        if stage.actor not in profile.actors:
+            continue
+        try:
+            require_licence(required, licences.of_stage(stage))
+        except LicenceError as error:
+            reasons[stage.name] = str(error)
+    return reasons
