@@ -13,7 +13,7 @@ from vidgen_ray.video_models import VIDEO_MODELS
     [
         ("wan", 10, r"must be 4k \+ 1 for this video model \(nearest: 9, 13\), or auto"),
         ("wan", 2, r"nearest: 5, 9"),
-        ("wan", 256, r"nearest: 249, 253"),
+        ("wan", 256, r"nearest: 253\)"),
         ("ltx", 26, r"must be 8k \+ 1 .*nearest: 25, 33"),
         ("ltx", 24, r"nearest: 17, 25"),
     ],

@@ -29,6 +29,8 @@ MIN_CROP_PX = 16
 """Smallest width and height in pixels that a clip may be cut to."""
 NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
+MODEL_FIELDS = ("image_model", "style_model", "video_model")
+"""Fields that choose the model of a slot of the chain."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"

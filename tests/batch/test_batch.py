@@ -96,7 +96,7 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny
     staged = tiny.model_copy(update={"layout": "staged"})
     first = Events()
     report = render_lines(script, staged, tmp_path, first, keep_stages=True)
-    assert (report.done, report.failed, report.skipped) == (10, 0, 0)
+    assert (report.done, report.failed, report.skipped) == (13, 0, 0)
     assert {Path(name).name for name in reference} == {
         "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
     }  # fmt: skip
@@ -105,7 +105,7 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
     second = Events()
     report = render_lines(script, tiny, tmp_path, second, keep_stages=True)
-    assert (report.done, report.failed, report.skipped) == (0, 0, 10)
+    assert (report.done, report.failed, report.skipped) == (0, 0, 13)
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")} == written
     manifest = pq.read_table(tmp_path / "manifest").to_pylist()
     assert sorted(row["id"] for row in manifest) == sorted(line.shot.id for line in iter_script(script))
@@ -216,7 +216,7 @@ def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny,
     assert "Run the same command to resume." in stderr
     assert " INFO " not in stderr, "Ray's log messages are hidden"
     stopped_at = len(list(tmp_path.glob(DONE)))
-    assert stopped_at < 10, "the driver was stopped too late for this test"
+    assert stopped_at < 13, "the driver was stopped too late for this test"
 
     killed = started(stopped_at + 1)
     killed.kill()

@@ -173,7 +173,7 @@ def test_characters(client):
 
 
 def test_models(client):
-    assert [model.id for model in client.list_models()] == ["tiny", "tiny-fast"]
+    assert [model.id for model in client.list_models()] == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx"]
 
 
 def test_failed_job_is_an_error_with_a_code(client):

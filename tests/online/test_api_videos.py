@@ -66,7 +66,7 @@ def test_form_and_json_create_the_same_shot(client, held):
     by_form = client.post("/v1/videos", data={name: str(value) for name, value in fields.items()}).json()
     shots = [shot_of(client, video["id"]) for video in (by_json, by_form)]
     assert shots[0] == shots[1]
-    assert (shots[0]["num_frames"], shots[0]["guidance"], shots[0]["mode"]) == (10, {"flux": 2.5}, "fast")
+    assert (shots[0]["num_frames"], shots[0]["guidance"], shots[0]["mode"]) == (10, {"flux": 2.5, "klein": 2.5}, "fast")
 
 
 def test_vllm_omni_field_names(client, held):
@@ -103,6 +103,43 @@ def test_style_sets_the_restyle_fields(client, held):
     for fast in ({"mode": "fast"}, {"model": "tiny-fast"}):
         response = client.post("/v1/videos", json={**SMALL, "style": "watercolour", **fast})
         assert error_of(response, 400)["param"] == "style"
+
+
+def test_video_models_are_listed_and_choose_their_own_length(client, held):
+    models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert {"tiny-wan", "tiny-ltx"} <= set(models)
+    plain = {"prompt": "a man", "size": "64x64", "upscale": False}
+    wan = client.post("/v1/videos", json={**plain, "model": "tiny-wan", "motion_prompt": "slow zoom"}).json()
+    assert (wan["model"], wan["num_frames"], wan["fps"], wan["seconds"]) == ("tiny-wan", 81, 16, "5.0625")
+    shot = shot_of(client, wan["id"])
+    assert (shot["video_model"], shot["motion_prompt"]) == ("wan", "slow zoom")
+    seconds = client.post("/v1/videos", json={**plain, "video_model": "ltx", "seconds": 2, "fps": 24}).json()
+    assert seconds["num_frames"] == 49
+    auto = client.post("/v1/videos", json={**plain, "video_model": "ltx", "num_frames": "auto"}).json()
+    assert auto["num_frames"] == 121
+    by_form = client.post("/v1/videos", data={**plain, "video_model": "wan", "num_frames": "9"}).json()
+    assert (by_form["num_frames"], by_form["fps"]) == (9, 16)
+    error = error_of(client.post("/v1/videos", json={**plain, "video_model": "wan", "num_frames": 8}), 400)
+    assert (error["param"], "nearest: 5, 9" in error["message"]) == ("num_frames", True)
+    # A remix with another video model has the length of that model.
+    remix = client.post(f"/v1/videos/{wan['id']}/remix", json={"prompt": "a dog", "model": "tiny-ltx"}).json()
+    assert (remix["num_frames"], remix["fps"]) == (121, 25)
+
+
+def test_video_lora_names_an_expert(client, held):
+    lora = {"name": "ink", "scale": 0.5, "expert": "low"}
+    video = made(client, video_model="wan", num_frames=9, video_lora=[lora])
+    assert shot_of(client, video["id"])["video_lora"] == [lora]
+    wrong = client.post("/v1/videos", json={**SMALL, "lora": [lora]})
+    assert error_of(wrong, 400)["code"] == "unknown_parameter"
+    missing = client.post("/v1/videos", json={**SMALL, "video_lora": "other"})
+    assert error_of(missing, 404)["param"] == "video_lora"
+
+
+def test_licences_are_returned_with_the_video(client, held):
+    video = made(client, video_model="wan", num_frames=9)
+    assert [each["weights"] for each in video["licences"]] == ["builtin:tiny/flux", "builtin:tiny/wan"]
+    assert {each["commercial_use"] for each in video["licences"]} == {"yes"}
 
 
 def test_model_alias(client, held):

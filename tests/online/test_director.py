@@ -177,8 +177,24 @@ class TestRealStages:
                 {"image.png", "video.mp4", "hd.mp4"},
             ),
             ({"prompt": "a blue ball", "generate_video": False}, {"image.png"}),
+            (
+                {"video_model": "wan", "num_frames": 9, "motion_prompt": "slow zoom", "upscale_video": False},
+                {"image.png", "video.mp4"},
+            ),
+            (
+                {
+                    "face_image": [str(ASTRONAUT)],
+                    "identity": "reference",
+                    "use_hunyuan_style": True,
+                    "style_model": "qwen-edit",
+                    "video_model": "ltx",
+                    "num_frames": 9,
+                    "upscale_video": False,
+                },
+                {"image.png", "video.mp4"},
+            ),
         ],
-        ids=["clip", "image"],
+        ids=["clip", "image", "wan", "reference-qwen-ltx"],
     )
     def test_output_equals_the_pipeline_and_is_reused(self, real, tiny, tmp_path, fields, files):
         job = real.wait_for_end(real.accept(**fields))

@@ -18,6 +18,7 @@ from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.weights.licences import WeightLicence
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -67,6 +68,21 @@ def test_stages_without_weights_are_unavailable_with_a_reason(tiny):
     assert [step.stage for step in served.plan(plain).steps] == ["flux", "svd", "realesrgan"]
     with pytest.raises(ProfileError, match=r"hunyuan is not served here: .*gone"):
         served.plan(plain.model_copy(update={"use_hunyuan_style": True}))
+
+
+def test_stages_with_other_licences_than_required_are_not_served(tiny):
+    svd, infusenet = (
+        WeightLicence(id=name, name=name, weights=(f"builtin:tiny/{name}",), licence="NC", url="u", commercial_use="no")
+        for name in ("svd", "infusenet")
+    )
+    served = serving_profile(tiny.model_copy(update={"licences": (svd, infusenet)}), "commercial")
+    assert set(served.unavailable) == {"svd"}
+    assert "builtin:tiny/svd (NC: no commercial use)" in served.unavailable["svd"]
+    still = Shot(id="s", prompt="p", seed=1, generate_video=False)
+    assert served.plan(still).steps
+    # Extra weights are needed by some shots only.
+    with pytest.raises(ProfileError, match="builtin:tiny/infusenet"):
+        served.check(still.model_copy(update={"face_image": ("x.jpg",)}))
 
 
 def test_profile_without_base_image_stage_cannot_be_served(tiny):

@@ -99,6 +99,17 @@ def test_gpus_that_are_too_small_are_reported_as_idle():
     assert any("2 of 4 GPUs are idle" in note for note in planned.notes)
 
 
+@pytest.mark.parametrize(("profile", "gpus"), [("gpu-80gb", "2x8x80GB"), ("gpu-48gb", "8x48GB"), ("gpu-24gb", "8x24GB")])
+def test_one_cluster_runs_three_video_models(profile, gpus):
+    models = {"svd": {}, "wan": {"num_frames": "auto"}, "ltx": {"num_frames": "auto"}}
+    shots = [Shot(prompt="a", image="start.png", video_model=name, **fields) for name, fields in models.items()] * 200
+    planned = plan(load_profile(profile), demand_of(shots), parse_gpus(gpus))
+    held = {stage for worker in planned.layout.workers for stage in worker.stages}
+    assert held == {"svd", "wan", "ltx", "realesrgan"}
+    # 81 frames with 40 steps of a model of 14 billion parameters take most of the time.
+    assert planned.bottleneck == "wan"
+
+
 def test_unused_stages_have_no_worker(make_shot):
     image_only = demand_of([make_shot(generate_video=False)])
     planned = plan(gpu_profile(B6), image_only, parse_gpus("1x48GB"))
@@ -227,7 +238,9 @@ def test_as_many_workers_load_at_once_as_host_memory_allows(memory_gb, loads):
 
 @pytest.mark.parametrize("name", ["gpu-80gb", "gpu-48gb", "gpu-24gb"])
 def test_gpu_profiles_fit_on_their_gpus(name):
-    stages = [stage.name for stage in STAGES if name != "gpu-24gb" or stage.actor != "flux"]
+    # Other models of a slot, which no shot passes together with the default ones.
+    others = {"klein", "qwen_edit", "wan", "ltx"} | ({"flux"} if name == "gpu-24gb" else set())
+    stages = [stage.name for stage in STAGES if stage.actor not in others]
     planned = plan(load_profile(name), make_demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
     assert planned.efficiency > 0.95
     assert not any("no seconds" in note for note in planned.notes)
@@ -283,6 +296,10 @@ def test_reference_shot_has_relative_cost_one_for_every_stage():
         ({"guidance.hunyuan": 1}, {"hunyuan": 0.5}),
         ({"scale": 2}, {"realesrgan": 1}),
         ({"upscaler": "x4plus"}, {"realesrgan": 23}),
+        ({"video_model": "wan", "num_frames": 49, "wan.steps": 4, "guidance.wan": 1}, {"wan": 49 / 25 / 20}),
+        ({"video_model": "ltx", "num_frames": 25, "ltx.steps": 100}, {"ltx": 2}),
+        ({"image_model": "klein", "klein.steps": 8}, {"klein": 2}),
+        ({"style_model": "qwen-edit", "qwen_edit.steps": 20, "guidance.qwen_edit": 1}, {"qwen_edit": 0.25}),
     ],
 )  # fmt: skip
 def test_relative_cost_depends_on_the_shot(fields, expected):

@@ -189,7 +189,11 @@ INVALID_LINES = [
     ({"prompt": "a", "face_image": [7]}, "face_image", "got 7, must be a valid string"),
     ({"prompt": "a", "face_image": ""}, "face_image", "at least 1 character"),
     ({"prompt": "a", "face_index": -1}, "face_index", "greater than or equal to 0"),
-    ({"prompt": "a", "identity": "pulid"}, "identity", "got 'pulid', must be one of infusenet, instantid-sdxl, none"),
+    (
+        {"prompt": "a", "identity": "pulid"},
+        "identity",
+        "got 'pulid', must be one of infusenet, instantid-sdxl, reference, none",
+    ),
     ({"prompt": "a", "identity": None}, "identity", "must be a valid string"),
     (
         {"prompt": "a", "identity_start": 0.5, "identity_end": 0.5},

@@ -18,7 +18,7 @@ from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -37,6 +37,8 @@ def run_one_stage(
     _check_suffix(stage_class, out)
     # Every shot requires a prompt, even if the stage does not read it.
     values = fields if "prompt" in stage_class.reads else {"prompt": name, **fields}
+    # Without the model of the stage, the shot would have the defaults of another one.
+    values = {**{field: value for field, value in stage_class.examples[0].items() if field in MODEL_FIELDS}, **values}
     if "photos" in stage_class.takes and source is not None:
         # The shot's fields select the embeddings, and they apply only to a shot with a face.
         values = {"face_image": str(source), **values}
@@ -55,9 +57,10 @@ def run_one_stage(
         raise SetupError(f"{out.parent}: cannot be created ({error.strerror})") from None
     if "face" in stage_class.needs(shot) and "face" not in artefacts:
         artefacts["face"] = _face_of(profile, shot)
+    item = with_images(Item(shot, artefacts), stage_class.needs(shot))
     with stage_class(profile.params(stage_class)) as stage:
         try:
-            (result,) = stage([Item(with_local_loras(shot), artefacts)])
+            (result,) = stage([Item(with_local_loras(shot), item.artefacts)])
         except Exception as error:
             raise StepFailed(name, error) from error
     _write(result, shot, out, fps, profile)

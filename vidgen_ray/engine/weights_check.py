@@ -11,7 +11,7 @@ from vidgen_ray.cache_dir import digest, file_version
 from vidgen_ray.content_keys import Step
 from vidgen_ray.errors import OtherWeights
 from vidgen_ray.model_files import loaded_files
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.stages.base import Stage
 
 
@@ -35,7 +35,7 @@ class WeightsCheck:
         if (step.stage, step.weights) in self._checked:
             return
         # LoRAs come last and are checked when they are loaded.
-        paths = stage.weight_files(stage.params, shot.model_copy(update={"lora": ()}))
+        paths = stage.weight_files(stage.params, shot.model_copy(update=dict.fromkeys(LORA_FIELDS, ())))
         for path, planned in zip(paths, step.weights, strict=False):
             if (found := digest(path)) != planned:
                 raise OtherWeights(

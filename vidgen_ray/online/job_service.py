@@ -228,7 +228,8 @@ class JobService:
             raise invalid(param, 'must be a name, {"name": ..., "scale": ...}, or a list of these')
         own = {EXPERT} if param == "video_lora" else set()
         if unknown := fields.keys() - LORA_FIELDS - own:
-            allowed = f"allowed are {', '.join(('name', 'scale', *own))}, and vLLM-Omni's and SGLang's names for them"
+            names = "name, scale and expert" if own else "name and scale"
+            allowed = f"allowed are {names}, and vLLM-Omni's and SGLang's names for them"
             raise invalid(param, f"got {sorted(map(str, unknown))[0][:50]!r}; {allowed}", "unknown_parameter")
         path = self._registered_lora(
             param, [str(fields[name]) for name in (*LORA_NAME_FIELDS, *LORA_PATH_FIELDS) if fields.get(name) is not None]

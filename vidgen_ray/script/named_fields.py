@@ -27,6 +27,7 @@ CHARACTER_FIELDS = (
     "pose",
     "min_identity",
     "retries",
+    "image_model",
     "lora",
     "lora_strength",
 )
@@ -34,6 +35,7 @@ CHARACTER_FIELDS = (
 STYLE_FIELDS = (
     "negative_prompt",
     "use_hunyuan_style",
+    "style_model",
     "style_prompt",
     "style_strength",
     "lora",

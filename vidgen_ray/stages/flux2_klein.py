@@ -56,12 +56,12 @@ class Flux2KleinStage(Stage[Flux2KleinParams]):
     """
 
     name: ClassVar[str] = "klein"
-    label: ClassVar[str] = "Base image (FLUX.2 klein)"
+    label: ClassVar[str] = "FLUX.2 klein"
     activity: ClassVar[str] = "Generating the base image"
     reference_s: ClassVar[float] = 0.6
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"face_image": ("photo.jpg",), "identity": REFERENCE},
         {"image_model": "klein", "identity": "none"},
+        {"image_model": "klein", "face_image": ("photo.jpg",), "identity": REFERENCE},
     )
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1

@@ -67,7 +67,9 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     label: ClassVar[str] = "Base image"
     activity: ClassVar[str] = "Generating the base image"
     reference_s: ClassVar[float] = 3.0
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL, "image_model": "flux"},
+    )
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "instantid_sdxl"
     reads: ClassVar[tuple[str, ...]] = (

@@ -38,7 +38,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     """
 
     name: ClassVar[str] = "ltx"
-    label: ClassVar[str] = "Video (LTX)"
+    label: ClassVar[str] = "LTX"
     reference_s: ClassVar[float] = 1.6
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     version: ClassVar[int] = 1

@@ -42,7 +42,7 @@ class QwenEditStage(Stage[QwenEditParams]):
     """
 
     name: ClassVar[str] = "qwen_edit"
-    label: ClassVar[str] = "Style (Qwen-Image-Edit)"
+    label: ClassVar[str] = "Qwen-Image-Edit"
     activity: ClassVar[str] = "Restyling the image"
     reference_s: ClassVar[float] = 35.0
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

@@ -78,7 +78,8 @@ def build_klein(folder: Path) -> None:
 
 def build_klein_lora(file: Path) -> None:
     """Write a random LoRA on the attention of the tiny FLUX.2 klein, in the layout of diffusers."""
-    generator, tensors = torch.Generator().manual_seed(21), {}
+    generator = torch.Generator().manual_seed(21)
+    tensors: dict[str, torch.Tensor] = {}
     for name, module in _klein_transformer().named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             # 0.3 makes the effect of a random adapter visible on a random network.

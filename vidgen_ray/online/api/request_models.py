@@ -18,9 +18,13 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     PlainValidator,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
     create_model,
     field_validator,
     model_validator,
@@ -32,8 +36,8 @@ from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKE
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
-from vidgen_ray.shot import LORA_FIELDS, Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
-from vidgen_ray.video_models import MAX_FRAMES, MIN_FRAMES, model_of, without_other_models_defaults
+from vidgen_ray.shot import FRAMES_SCHEMA, LORA_FIELDS, Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
+from vidgen_ray.video_models import AUTO, MAX_FRAMES, MIN_FRAMES, model_of, without_other_models_defaults
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
@@ -53,7 +57,20 @@ PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "v
 """Fields of a `Shot` that mean the same in `POST /v1/shots`."""
 OWN_FIELDS = (*SIDES, *CROPS, "upscale_video", "scale", "seed")
 """Plain fields that videos and images define differently: sizes are those of the delivered file, a seed may be a list."""
-Frames = Annotated[int, Field(ge=MIN_FRAMES, le=MAX_FRAMES)] | Literal["auto"]
+
+
+def _keep_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else check(value)
+
+
+Frames = Annotated[
+    int,
+    Field(ge=MIN_FRAMES, le=MAX_FRAMES),
+    # The shot replaces `auto`, since it knows the video model.
+    WrapValidator(_keep_auto),
+    PlainSerializer(lambda value: value, return_type=Any),
+    WithJsonSchema(FRAMES_SCHEMA),
+]
 ANNOTATIONS: dict[str, Any] = {"num_frames": Frames}
 """Fields of a `Shot` that have more values in a request."""
 M = TypeVar("M", bound="RequestBody")

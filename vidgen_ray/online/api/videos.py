@@ -167,10 +167,8 @@ async def _video_fields(
     if original is not None:
         # The model replaces the mode and the video model of the original, a face replaces its face.
         replaced = {"mode", "video_model"} if request.model else set()
-        if (request.video_model if "video_model" in request.model_fields_set else model_fields.get("video_model")) not in (
-            None,
-            original.shot.video_model,
-        ):
+        own = {**model_fields, **request.model_dump(include={"video_model"}, exclude_unset=True)}
+        if own.get("video_model", original.shot.video_model) != original.shot.video_model:
             replaced |= set(MODEL_DEFAULTS)
         if request.model_fields_set & {"character", "face_image", "input_references"}:
             replaced |= {"face_image", "face_index"}

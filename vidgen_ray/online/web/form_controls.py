@@ -39,8 +39,10 @@ LABELS = {
     "lora_strength": "Denoise strength",
     "min_identity": "Minimum likeness",
     "motion_bucket_id": "Motion",
+    "motion_prompt": "What moves",
     "noise_aug_strength": "Noise augmentation",
     "refine_strength": "Denoise strength",
+    "style_model": "Restyling model",
     "style_strength": "Denoise strength",
 }
 """Field -> label, if it is not the name of the field."""
@@ -95,6 +97,8 @@ def control_groups(serving_profile: ServingProfile, shot_class: type[Shot] = Sho
         controls = tuple(
             _control(field, _schema_of(field, schema), _value_at(field, defaults), _choices(field, serving_profile))
             for field in fields
+            # A slot with one served model has nothing to choose.
+            if field not in MODEL_STAGES or len(_choices(field, serving_profile)) > 1
         )
         groups.append(ControlGroup(label, controls))
     return tuple(groups)

@@ -183,7 +183,7 @@ def _form_of(
         "fields": fields,
         "sizes": size_choices(defaults.get("size"), values.get("size"), server.size_rules),
         "scales": SCALES,
-        "loras": sorted(server.settings.loras) if "lora" in fields else [],
+        "loras": sorted(server.settings.loras) if fields & {"lora", "klein_lora"} else [],
         "styles": STYLES if "style_prompt" in fields else (),
         "characters": server.store.characters.list(tenant.name),
         "max_count": MAX_COUNT,

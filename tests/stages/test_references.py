@@ -1,0 +1,143 @@
+"""FLUX.2 klein and Qwen-Image-Edit: photos, LoRAs, and parity with plain diffusers calls, bitwise in fp32."""
+
+import diffusers
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
+from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.graph import STAGES, stages_of
+from vidgen_ray.script.ignored_settings import ignored_settings
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Item
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage, instruction
+from vidgen_ray.weights import resolve
+
+LORA = str(resolve("builtin:tiny/klein-lora.safetensors"))
+KLEIN_CALL = {"width": 128, "height": 64, "num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "np"}
+TEXT = {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}
+REFERENCE = {"face_image": "x.jpg", "identity": "reference"}
+QWEN = {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "ink"}
+
+
+@pytest.fixture(scope="module")
+def klein(tiny):
+    return loaded(Flux2KleinStage, tiny)
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny):
+    return loaded(QwenEditStage, tiny)
+
+
+@pytest.fixture(scope="module")
+def photos(photo):
+    return (photo[:256, :256], photo[100:228, 100:356])
+
+
+def image_of(stage, shot, **artefacts):
+    return stage([Item(shot, artefacts)])[0]["image"]
+
+
+@pytest.mark.parametrize("with_photos", [False, True])
+def test_klein_equals_diffusers(klein, make_shot, photos, with_photos):
+    shot = make_shot(**REFERENCE) if with_photos else make_shot(image_model="klein")
+    images = {"image": [Image.fromarray(photo) for photo in photos]} if with_photos else {}
+    expected = plain(diffusers.Flux2KleinPipeline, "tiny/klein")(
+        prompt=shot.prompt, generator=generator(shot, "klein"), **images, **KLEIN_CALL, **TEXT
+    ).images[0]
+    assert np.array_equal(image_of(klein, shot, photos=photos), as_uint8(expected))
+
+
+def test_every_photo_and_the_prompt_change_the_image(klein, make_shot, photos):
+    shot = make_shot(**REFERENCE)
+    images = [
+        image_of(klein, shot, photos=photos),
+        image_of(klein, shot, photos=photos[:1]),
+        image_of(klein, shot, photos=photos[::-1]),
+        image_of(klein, make_shot(**REFERENCE, prompt="a red ball at night"), photos=photos),
+        image_of(klein, make_shot(image_model="klein")),
+    ]
+    assert len({image.tobytes() for image in images}) == len(images)
+
+
+def test_lora_is_active_in_klein_and_leaves_no_trace(klein, make_shot):
+    before = image_of(klein, make_shot(image_model="klein"))
+    shot = make_shot(image_model="klein", lora=[{"path": LORA, "weight": 0.8}])
+    pipe = plain(diffusers.Flux2KleinPipeline, "tiny/klein")
+    pipe.load_lora_weights(LORA, adapter_name="one")
+    pipe.set_adapters(["one"], [0.8])
+    expected = pipe(prompt=shot.prompt, generator=generator(shot, "klein"), **KLEIN_CALL, **TEXT).images[0]
+    assert np.array_equal(image_of(klein, shot), as_uint8(expected))
+    assert not np.array_equal(as_uint8(expected), before)
+    assert np.array_equal(image_of(klein, make_shot(image_model="klein")), before)
+
+
+@pytest.mark.parametrize("with_photos", [False, True])
+def test_qwen_edit_equals_diffusers(qwen, make_shot, photos, with_photos):
+    shot = make_shot(**QWEN, **(REFERENCE if with_photos else {}), negative_prompt="blurred")
+    pictures = [gradient_image(), *(photos if with_photos else ())]
+    expected = plain(diffusers.QwenImageEditPlusPipeline, "tiny/qwen-edit")(
+        image=[Image.fromarray(picture) for picture in pictures],
+        prompt=instruction(shot.prompt, "ink"),
+        negative_prompt="blurred",
+        true_cfg_scale=4.0,
+        width=128,
+        height=64,
+        num_inference_steps=2,
+        generator=generator(shot, "qwen_edit"),
+        output_type="np",
+    ).images[0]
+    restyled = image_of(qwen, shot, image=gradient_image(), photos=photos)
+    assert np.array_equal(restyled, as_uint8(expected))
+    other = image_of(qwen, shot.model_copy(update={"style_prompt": "oil painting"}), image=gradient_image(), photos=photos)
+    assert not np.array_equal(restyled, other), "the style prompt has no effect"
+
+
+@pytest.mark.parametrize(
+    ("fields", "stages"),
+    [
+        ({}, ["flux"]),
+        ({"image_model": "klein"}, ["klein"]),
+        ({"image_model": "klein", "lora": "a.safetensors"}, ["klein"]),
+        (REFERENCE, ["instantid", "klein", "image_likeness"]),
+        ({**REFERENCE, "lora": "a.safetensors"}, ["instantid", "klein", "lora", "image_likeness"]),
+        ({**REFERENCE, "image": "start.png"}, ["instantid", "image_likeness"]),
+        ({**REFERENCE, "identity_strength": 0}, ["instantid", "flux", "image_likeness"]),
+        ({**REFERENCE, "image_model": "klein", "identity_strength": 0}, ["instantid", "klein", "image_likeness"]),
+        ({"use_hunyuan_style": True}, ["flux", "hunyuan"]),
+        (QWEN, ["flux", "qwen_edit"]),
+        ({**QWEN, "mode": "fast"}, ["flux"]),
+    ],
+)
+def test_stages_of_a_shot(fields, stages):
+    shot = Shot(prompt="a", generate_video=False, **fields)
+    assert [stage.name for stage in stages_of(shot)] == stages
+
+
+def test_photos_are_part_of_the_key(tiny, make_shot, tmp_path):
+    planner = ShotPlanner(params_of(tiny, STAGES), tiny.encode)
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    Image.fromarray(gradient_image()).save(one)
+    Image.fromarray(gradient_image()[::-1]).save(other)
+
+    def keys(photo, **fields):
+        return {step.stage: step.key for step in planner(make_shot(face_image=str(photo), **fields)).steps}
+
+    for fields in ({"identity": "reference"}, {"image": str(one), "identity": "reference", **QWEN}):
+        first, second = keys(one, **fields), keys(other, **fields)
+        assert all(first[stage] != second[stage] for stage in ("klein", "qwen_edit") if stage in first)
+
+
+def test_identity_methods_of_flux_are_rejected_with_klein():
+    with pytest.raises(ValidationError, match="identity is infusenet, must be reference or none with image_model klein"):
+        Shot(prompt="a", image_model="klein", identity="infusenet")
+    assert Shot(prompt="a", image_model="klein").identity == "reference"
+
+
+def test_lora_of_klein_and_of_mode_fast_is_not_noted_as_ignored():
+    for own in ({"lora": "a.safetensors", "image_model": "klein"}, {"lora": "a.safetensors", "mode": "fast"}):
+        assert not list(ignored_settings(own, Shot(prompt="a", **own)))

