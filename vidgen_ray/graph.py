@@ -1,7 +1,9 @@
 """The graph: which stages there are, and which of them a shot passes, in order."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
@@ -126,14 +128,33 @@ def uncropped_size(shot: Shot) -> tuple[int, int]:
     return shot.width * finished, shot.height * finished
 
 
-def relative_costs(shot: Shot) -> dict[str, float]:
+class RelativeCost(NamedTuple):
+    """Duration of a stage relative to the reference shot, for its two parts."""
+
+    steps: float
+    """The part that grows with the number of steps."""
+    fixed: float
+    """The part that does not, such as text encoding and decoding."""
+
+    def mixed(self, fixed_share: float) -> float:
+        """Return the duration of both parts. `fixed_share`: fraction of the fixed part in the reference shot."""
+        return (1 - fixed_share) * self.steps + fixed_share * self.fixed
+
+    def plus(self, other: RelativeCost) -> RelativeCost:
+        return RelativeCost(self.steps + other.steps, self.fixed + other.fixed)
+
+    def times(self, factor: float) -> RelativeCost:
+        return RelativeCost(self.steps * factor, self.fixed * factor)
+
+
+def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
     """Return stage name -> duration of the shot relative to the reference shot.
 
     Chunked stages also process the frames and pixels that earlier chunked stages add.
     """
     costs, growth = {}, 1
     for stage in stages_of(shot):
-        costs[stage.name] = stage.relative_cost(shot) * growth
+        costs[stage.name] = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot)).times(growth)
         if issubclass(stage, ChunkedStage):
             growth *= stage.frame_factor(shot) * stage.scale_factor(shot) ** 2
     return costs

@@ -14,7 +14,7 @@ import pytest
 
 from vidgen_ray.cli.plan import Counts, plan_command
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, relative_costs
 from vidgen_ray.planner import (
     SHOTS_PER_SWAP,
     Cluster,
@@ -56,7 +56,7 @@ def gpu_profile(actors, **fields):
 
 def make_demand(shots, stages=CHAIN, *, encoded_mpx=0.0):
     """Return the demand of reference shots that use these stages."""
-    return Demand(shots, dict.fromkeys(stages, float(shots)), shots, encoded_mpx, 1e6, 1e6, 1e6, 0)
+    return Demand(shots, dict.fromkeys(stages, RelativeCost(shots, shots)), shots, encoded_mpx, 1e6, 1e6, 1e6, 0)
 
 
 WITHOUT_STYLE = make_demand(400, [name for name in CHAIN if name != "hunyuan"])
@@ -314,7 +314,8 @@ def test_demand_of_sums_over_shots():
 
     demand = demand_of(shots())
     assert (demand.shots, demand.upscaled, demand.loras) == (300, 150, 3)
-    assert demand.relative_cost == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
+    costs = {name: cost.steps for name, cost in demand.relative_cost.items()}
+    assert costs == pytest.approx({"flux": 300, "lora": 300, "svd": 225, "realesrgan": 150})
     clip = 1024 * 576 * 25 / 1e6
     assert demand.encoded_mpx == pytest.approx(clip * (225 + 16 * 150))
 
@@ -376,8 +377,14 @@ def cache_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def measured(**samples):
+    """Return the samples of each stage. `samples`: stage -> pairs of seconds and relative cost."""
+    return {stage: [(seconds, RelativeCost(cost, cost)) for seconds, cost in pairs] for stage, pairs in samples.items()}
+
+
 def test_calibration_overrides_the_seconds_of_the_profile(cache_folder):
-    save_calibration("p", "H100", {"svd": [(5.0, 0.5), (10.0, 1.0), (11.0, 1.0), (9.0, 1.0), (900.0, 1.0)], "flux": [(1, 0)]})
+    svd = [(5.0, 0.5), (10.0, 1.0), (11.0, 1.0), (9.0, 1.0), (900.0, 1.0)]
+    save_calibration("p", "H100", measured(svd=svd, flux=[(1, 0)]))
     ((name, calibration),) = load_calibration("p", "H100").items()
     assert (name, calibration.seconds_of_reference, calibration.shots) == ("svd", 10.0, 5)
     assert calibration.spread == pytest.approx(0.148, abs=0.001)
@@ -387,20 +394,51 @@ def test_calibration_overrides_the_seconds_of_the_profile(cache_folder):
 
 
 def test_calibration_of_few_shots_does_not_replace_one_of_many(cache_folder):
-    save_calibration("p", "c", {"svd": [(10.0, 1.0)] * 5})
-    save_calibration("p", "c", {"svd": [(99.0, 1.0)], "flux": [(3.0, 1.0)]})
+    save_calibration("p", "c", measured(svd=[(10.0, 1.0)] * 5))
+    save_calibration("p", "c", measured(svd=[(99.0, 1.0)], flux=[(3.0, 1.0)]))
     assert {stage: calibration.seconds_of_reference for stage, calibration in load_calibration("p", "c").items()} == {
         "svd": 10.0,
         "flux": 3.0,
     }
-    save_calibration("p", "c", {"svd": [(20.0, 1.0)] * 3})
+    save_calibration("p", "c", measured(svd=[(20.0, 1.0)] * 3))
     assert load_calibration("p", "c")["svd"].seconds_of_reference == 20.0
+
+
+def wan_shots(steps, frames=25):
+    return [
+        Shot(prompt="a", image="start.png", video_model="wan", num_frames=frames, steps={"wan": steps}, upscale_video=False)
+    ] * 20
+
+
+def test_calibration_measures_fixed_seconds_and_seconds_per_step(cache_folder):
+    """Shots of 4 and 40 steps that take 10 s for encoding and decoding, and 2 s per step."""
+    samples = [
+        ((10 + 2 * steps) * frames / 25, relative_costs(wan_shots(steps, frames)[0])["wan"])
+        for steps, frames in ((4, 25), (40, 25), (40, 49), (4, 81))
+    ]
+    save_calibration("p", "c", {"wan": samples})
+    calibration = load_calibration("p", "c")
+    assert calibration["wan"].seconds_of_reference == pytest.approx(90)
+    assert calibration["wan"].fixed_share == pytest.approx(10 / 90)
+    assert calibration["wan"].spread == pytest.approx(0, abs=1e-6)
+    profile = gpu_profile({"wan": (20, {})})
+    for steps, seconds in ((4, 18), (8, 26), (40, 90)):
+        planned = plan(profile, demand_of(wan_shots(steps)), parse_gpus("1x80GB"), calibration=calibration)
+        assert planned.stage_seconds["wan"] == pytest.approx(seconds)
+
+
+def test_shots_with_the_same_steps_keep_the_assumed_fixed_share(cache_folder):
+    cost = relative_costs(wan_shots(4)[0])["wan"]
+    save_calibration("p", "c", {"wan": [(20.0, cost)] * 3})
+    calibration = load_calibration("p", "c")["wan"]
+    assert calibration.fixed_share == STAGE_BY_NAME["wan"].fixed_share
+    assert calibration.seconds_of_reference * cost.mixed(calibration.fixed_share) == pytest.approx(20)
 
 
 def test_damaged_calibration_file_counts_as_empty(cache_folder):
     (cache_folder / "measured.json").write_text('{"p": {"c": {"svd": {"seconds_of_reference": -1}}}}')
     assert load_calibration("p", "c") == {}
-    save_calibration("p", "c", {"svd": [(10.0, 1.0)]})
+    save_calibration("p", "c", measured(svd=[(10.0, 1.0)]))
     assert load_calibration("p", "c")["svd"].shots == 1
 
 
@@ -461,7 +499,8 @@ def random_case(rng, *, max_gpus=4, max_actors=5):
     profile = Profile(name="r", about="r", actors=actors, layout=layout, cpu_workers=rng.choice([None, None, 1, 3]))
     shots = rng.choice([1, 2, 5, 50, 1000])
     relative_cost = {stage: shots * rng.choice([1.0, 1.0, rng.uniform(0.05, 3)]) for name in names for stage in STAGES_OF[name]}
-    demand = Demand(shots, relative_cost, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 1e6, 0)
+    costs = {stage: RelativeCost(cost, cost) for stage, cost in relative_cost.items()}
+    demand = Demand(shots, costs, shots, shots * rng.choice([0.0, 10.0, 300.0]), 1e6, 1e6, 1e6, 0)
     nodes, gpus_left = [], max_gpus
     for _ in range(rng.randint(1, 3)):
         gpus = tuple(rng.choice([16.0, 24.0, 48.0, 80.0]) for _ in range(rng.randint(0, min(gpus_left, 4))))

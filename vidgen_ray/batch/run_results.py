@@ -13,7 +13,7 @@ from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.graph import relative_costs
+from vidgen_ray.graph import RelativeCost, relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
@@ -54,7 +54,7 @@ class RunResults:
         self.to_render = 0
         self.gpu_seconds = 0.0
         self.lora_loads = 0
-        self.durations: dict[str, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
+        self.durations: dict[str, deque[tuple[float, RelativeCost]]] = defaultdict(lambda: deque(maxlen=CALIBRATION_SHOTS))
         """Stage -> (seconds, relative cost) of the last shots that were not taken from the cache."""
         self.weights: dict[str, set[str]] = defaultdict(set)
         """Stage -> digests of the weights that its results were made with."""

@@ -9,14 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.graph import STAGE_BY_NAME, RelativeCost
 
 MIN_SHOTS = 3
 """Minimum shots of a run that replaces an existing calibration. The first shot is slower because of warm-up."""
+MIN_STEP_RATIO = 1.5
+"""Ratio of the most to the fewest steps of a stage's shots with which the fixed part can be told from the steps."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation divided by median absolute deviation, for a normal distribution."""
 
@@ -28,6 +32,8 @@ class Calibration(BaseModel):
 
     seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Median seconds for the reference shot."""
+    fixed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Fraction of them that does not depend on the number of steps. Measured if the shots had different numbers of steps."""
     shots: Annotated[int, Field(ge=1)]
     """Number of shots measured."""
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -43,12 +49,16 @@ def load_calibration(profile: str, card: str) -> dict[str, Calibration]:
     return _read().get(profile, {}).get(card, {})
 
 
-def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tuple[float, RelativeCost]]]) -> None:
     """Store the measurements of a run.
 
-    `seconds`: stage -> (seconds, `Stage.relative_cost(shot)`) of each shot that was not taken from the stage cache.
+    `seconds`: stage -> (seconds, relative cost) of each shot that was not taken from the stage cache.
     """
-    new = {stage: calibration for stage, samples in seconds.items() if (calibration := _summary(samples))}
+    new = {
+        stage: calibration
+        for stage, samples in seconds.items()
+        if (calibration := _summary(samples, STAGE_BY_NAME[stage].fixed_share))
+    }
     # If the file cannot be written, the stages are measured again in the next run.
     with suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -62,13 +72,29 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
             write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def _summary(samples: Sequence[tuple[float, float]]) -> Calibration | None:
-    reference_seconds = [seconds / relative_cost for seconds, relative_cost in samples if seconds > 0 and relative_cost > 0]
-    if not reference_seconds:
+def _summary(samples: Sequence[tuple[float, RelativeCost]], assumed_share: float) -> Calibration | None:
+    samples = [(seconds, cost) for seconds, cost in samples if seconds > 0 and cost.steps > 0 and cost.fixed > 0]
+    if not samples:
         return None
+    share = _fixed_share(samples)
+    share = assumed_share if share is None else share
+    reference_seconds = [seconds / cost.mixed(share) for seconds, cost in samples]
     center = median(reference_seconds)
     deviation = median(abs(value - center) for value in reference_seconds)
-    return Calibration(seconds_of_reference=center, shots=len(reference_seconds), spread=MAD_TO_SIGMA * deviation / center)
+    spread = MAD_TO_SIGMA * deviation / center
+    return Calibration(seconds_of_reference=center, fixed_share=share, shots=len(samples), spread=spread)
+
+
+def _fixed_share(samples: Sequence[tuple[float, RelativeCost]]) -> float | None:
+    """Return the fraction of the fixed part by least squares of relative errors. `None` if all shots had similar steps."""
+    ratios = [cost.steps / cost.fixed for _, cost in samples]
+    if max(ratios) < MIN_STEP_RATIO * min(ratios):
+        return None
+    from scipy.optimize import nnls
+
+    rows = np.array([(cost.fixed / seconds, cost.steps / seconds) for seconds, cost in samples])
+    (fixed_s, step_s), _ = nnls(rows, np.ones(len(rows)))
+    return float(fixed_s / (fixed_s + step_s))
 
 
 def _file() -> Path:

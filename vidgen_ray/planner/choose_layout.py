@@ -66,10 +66,10 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
     seconds: dict[str, float] = {}
     spread_seconds, assumed = 0.0, []
     for stage in demand.stages:
-        reference_seconds, spread, is_known = seconds_of(profile, stage, calibration)
-        seconds[stage.name] = max(MIN_SECONDS, reference_seconds * demand.relative_cost[stage.name] / demand.shots)
-        spread_seconds += spread * seconds[stage.name]
-        if not is_known:
+        expected = seconds_of(profile, stage, calibration)
+        seconds[stage.name] = max(MIN_SECONDS, expected.of(demand.relative_cost[stage.name]) / demand.shots)
+        spread_seconds += expected.spread * seconds[stage.name]
+        if not expected.is_known:
             assumed.append(stage.name)
     return Timing(seconds, min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0, tuple(assumed))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, clip_growth, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
 from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -42,7 +41,7 @@ class Demand:
     """Sums over the pending shots."""
 
     shots: int
-    relative_cost: Mapping[str, float]
+    relative_cost: Mapping[str, RelativeCost]
     """Stage -> sum of relative costs. Stages that no shot passes are missing."""
     upscaled: int
     """Number of shots with an upscaled clip."""
@@ -66,7 +65,7 @@ class Demand:
         """Return the demand of `factor` times as many shots of the same kinds, with the same LoRAs."""
         return Demand(
             self.shots * factor,
-            {name: cost * factor for name, cost in self.relative_cost.items()},
+            {name: cost.times(factor) for name, cost in self.relative_cost.items()},
             self.upscaled * factor,
             self.encoded_mpx * factor,
             self.output_bytes * factor,
@@ -78,7 +77,7 @@ class Demand:
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
     """Sum up the shots in one pass. Memory does not grow with their number."""
-    relative_cost: Counter[str] = Counter()
+    relative_cost: dict[str, RelativeCost] = {}
     loras: set[str] = set()
     count = upscaled = 0
     encoded = output = images = clips = 0.0
@@ -86,7 +85,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         count += 1
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
-            relative_cost[name] += cost  # type: ignore[assignment]  # typeshed allows only integers
+            relative_cost[name] = relative_cost.get(name, RelativeCost(0, 0)).plus(cost)
             images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
         loras.update(lora.path for lora in shot.all_loras)
         pixels = shot.width * shot.height
@@ -98,11 +97,28 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             clips += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, dict(relative_cost), upscaled, encoded, output, images, clips, len(loras))
+    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras))
 
 
-def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> tuple[float, float, bool]:
-    """Return seconds for the reference shot, their relative spread, and whether they were stated or measured.
+class StageSeconds(NamedTuple):
+    """Expected seconds of a stage."""
+
+    reference_s: float
+    """Seconds of the reference shot."""
+    fixed_share: float
+    """Fraction of them that does not depend on the number of steps."""
+    spread: float
+    """Relative spread of the seconds of a shot."""
+    is_known: bool
+    """The seconds were stated or measured."""
+
+    def of(self, cost: RelativeCost) -> float:
+        """Return the seconds of shots with this cost."""
+        return self.reference_s * cost.mixed(self.fixed_share)
+
+
+def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> StageSeconds:
+    """Return the expected seconds of a stage.
 
     Raises ProfileError for a missing actor, and for an actor with seconds of a stage that it does not hold.
     """
@@ -114,7 +130,7 @@ def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str,
                 f"profile {profile.name}, actors.{stage.actor}.seconds: got {name!r}, must be one of {', '.join(known)}"
             )
     if calibrated := measured.get(stage.name):
-        return calibrated.seconds_of_reference, calibrated.spread, True
+        return StageSeconds(calibrated.seconds_of_reference, calibrated.fixed_share, calibrated.spread, True)
     if stage.name in actor.seconds:
-        return actor.seconds[stage.name], ASSUMED_SPREAD, True
-    return stage.reference_s, ASSUMED_SPREAD, False
+        return StageSeconds(actor.seconds[stage.name], stage.fixed_share, ASSUMED_SPREAD, True)
+    return StageSeconds(stage.reference_s, stage.fixed_share, ASSUMED_SPREAD, False)

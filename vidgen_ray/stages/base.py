@@ -168,6 +168,9 @@ class Stage(ABC, Generic[P]):
     """Stages with the same actor share weights and live in one process."""
     reference_s: ClassVar[float] = 1.0
     """Seconds for the reference shot on an H100, for profiles that state none."""
+    fixed_share: ClassVar[float] = 0.0
+    """Fraction of the reference shot's seconds that does not depend on the number of steps, such as text encoding and decoding.
+    The planner assumes it until it is measured."""
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     """Fields of shots that pass this stage, beside the prompt. A server is laid out for these."""
 
@@ -248,6 +251,11 @@ class Stage(ABC, Generic[P]):
     def relative_cost(cls, shot: Shot) -> float:
         """Return the shot's duration in this stage relative to the reference shot."""
         return 1.0
+
+    @classmethod
+    def relative_fixed_cost(cls, shot: Shot) -> float:
+        """Return the duration of the part that does not depend on the number of steps, relative to the reference shot."""
+        return cls.relative_cost(shot)
 
     @classmethod
     def lower_memory(cls, params: P) -> P | None:

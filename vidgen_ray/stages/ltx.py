@@ -40,6 +40,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     name: ClassVar[str] = "ltx"
     label: ClassVar[str] = "LTX"
     reference_s: ClassVar[float] = 1.6
+    fixed_share: ClassVar[float] = 0.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "ltx"

@@ -74,10 +74,14 @@ class PromptedVideoStage(Stage[VP]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
         guidance = getattr(shot.guidance, cls.name)
         passes = 1 if guidance is None or guidance > 1 else 0.5
-        return float(pixels * frames * (getattr(shot.steps, cls.name) or cls.default_steps) / cls.default_steps * passes)
+        steps = getattr(shot.steps, cls.name) or cls.default_steps
+        return float(cls.relative_fixed_cost(shot) * steps / cls.default_steps * passes)
+
+    @classmethod
+    def relative_fixed_cost(cls, shot: Shot) -> float:
+        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:

@@ -81,8 +81,11 @@ class SVDStage(Stage[SVDParams]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
-        return pixels * frames * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
+        return cls.relative_fixed_cost(shot) * (shot.steps.svd or DEFAULT_STEPS) / DEFAULT_STEPS
+
+    @classmethod
+    def relative_fixed_cost(cls, shot: Shot) -> float:
+        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:

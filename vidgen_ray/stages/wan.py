@@ -34,6 +34,7 @@ class WanStage(PromptedVideoStage[WanParams]):
     name: ClassVar[str] = "wan"
     label: ClassVar[str] = "Wan"
     reference_s: ClassVar[float] = 178.0
+    fixed_share: ClassVar[float] = 0.012
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "wan"
