@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -23,6 +22,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
     torch_threads,
 )
+from vidgen_ray.stages.cpu_dtype import fastest_cpu_dtype
 from vidgen_ray.stages.loading import require_device
 
 if TYPE_CHECKING:
@@ -38,14 +38,13 @@ UNCLAMPED = ("Compact", "ESRGAN")
 """Architectures of Real-ESRGAN: any image size, and a resize to the shot's scale sees values outside 0..1, as in ncnn."""
 LARGEST_TILE_PX, SMALLEST_TILE_PX = 512, 128
 """Range of tile sizes for the OOM fallback, halved on each attempt."""
-CPUINFO = Path("/proc/cpuinfo")
 
 
 class RealESRGANParams(StageParams):
     """`weights` is a folder; a shot's `upscaler` names a file in it, without the ending .safetensors or .pth."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]  # one choice more
-    """`auto`: float16 on a GPU, bfloat16 on a CPU with hardware support (twice as fast), else float32."""
+    """`auto`: float16 on a GPU. On a CPU bfloat16 if that is measured to be faster, else float32."""
     frames_per_call: int = Field(4, ge=1)
     """Frames in one call of the network. Clips are cut by this number only."""
     tile_px: int | None = Field(None, ge=16, multiple_of=4)
@@ -60,7 +59,7 @@ class RealESRGANParams(StageParams):
             return self
         if self.device != "cpu":
             return self.model_copy(update={"dtype": "float16"})
-        return self.model_copy(update={"dtype": "bfloat16" if _cpu_has_bfloat16() else "float32"})
+        return self.model_copy(update={"dtype": fastest_cpu_dtype(self.threads)})
 
 
 class RealESRGANStage(ChunkedStage[RealESRGANParams]):
@@ -151,10 +150,10 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         pixels = rearrange(torch.tensor(frames, device=self.params.device), "t h w c -> t c h w")
         pixels = (pixels.float() / 255).to(network.dtype, memory_format=torch.channels_last)
         if self.params.tile_px is None:
-            pixels = _forward(network, pixels).float()
+            pixels = forward(network, pixels).float()
         else:
-            pixels = _in_tiles(
-                lambda tile: _forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
+            pixels = in_tiles(
+                lambda tile: forward(network, tile), network.scale, pixels, self.params.tile_px, self.params.tile_overlap_px
             )
         if network.scale == scale:
             return pixels
@@ -218,7 +217,7 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
     return network
 
 
-def _forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.Tensor:
+def forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.Tensor:
     """Run the network: (T, 3, H, W) -> (T, 3, scale * H, scale * W)."""
     import torch
 
@@ -229,7 +228,7 @@ def _forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.
     return torch.cat([network(image[None]) for image in pixels])
 
 
-def _in_tiles(
+def in_tiles(
     model: Callable[[torch.Tensor], torch.Tensor], scale: int, pixels: torch.Tensor, tile_px: int, overlap_px: int
 ) -> torch.Tensor:
     """Compute `model(pixels)` in float32, one tile at a time: (T, 3, H, W) -> (T, 3, scale * H, scale * W).
@@ -269,12 +268,3 @@ def _to_frames(pixels: torch.Tensor) -> Frames:
     levels = pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
     frames: Frames = rearrange(levels, "t c h w -> t h w c").cpu().numpy()
     return frames
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Return whether the CPU has AVX512-BF16 or AMX. Detected on Linux only."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
