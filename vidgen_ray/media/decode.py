@@ -122,15 +122,15 @@ def decode_lossless(path: Path) -> Frames:
 
 
 def _read_header(path: Path) -> _Header:
-    container = _container_of(path)
+    container = video_container(path)
     with wrap_errors(f"{path}: cannot be read as {_CONTAINERS[container]}"):
-        with _open_stream(path, container) as (opened, stream):
+        with open_video_stream(path, container) as (opened, stream):
             first = next(opened.decode(stream), None)
             codec, fps, metadata = stream.codec_context.name, stream.average_rate, dict(opened.metadata)
         if first is None or not fps:
             raise MediaError(f"{path}: has no frames")
         _to_rgb(first)  # raises for unsupported colour spaces, which decord would convert wrongly
-        with _open_stream(path, container) as (opened, stream):
+        with open_video_stream(path, container) as (opened, stream):
             frame_count, clean_keyframes = 0, True
             for packet in opened.demux(stream):
                 if packet.is_corrupt:
@@ -154,7 +154,7 @@ def _read_header(path: Path) -> _Header:
     )
 
 
-def _container_of(path: Path) -> str:
+def video_container(path: Path) -> str:
     """Return FFmpeg's name of the container, detected from the first 12 bytes.
 
     FFmpeg's own detection would also accept playlists and scripts that refer to other files.
@@ -172,7 +172,7 @@ def _container_of(path: Path) -> str:
 
 
 @contextmanager
-def _open_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
+def open_video_stream(path: Path, container: str) -> Iterator[tuple[Any, Any]]:
     """Open PyAV's container and its best video stream, checked and ready to decode."""
     with open_media(path, container) as opened:
         stream = opened.streams.best("video")
@@ -234,7 +234,7 @@ class _PyavReader(VideoReader):
         raise MediaError(f"{self.path}: ends after {self._next} frames, must have {self.frame_count} as its packets declare")
 
     def _from_first_frame(self) -> Generator[Any, None, None]:
-        with _open_stream(self.path, self._header.container) as (opened, stream):
+        with open_video_stream(self.path, self._header.container) as (opened, stream):
             yield from opened.decode(stream)
 
     def _upright_rgb(self, frame: Any) -> Image:
