@@ -38,6 +38,7 @@ from vidgen_ray.cli.options import (
     parse_fields,
 )
 from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
+from vidgen_ray.cli.upscale import upscale
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -70,6 +71,7 @@ app.add_typer(models, name="models")
 app.command()(mcp)
 app.command()(film)
 app.command()(doctor)
+app.command()(upscale)
 
 ScriptArgument = Annotated[
     Path,

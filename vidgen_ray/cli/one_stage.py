@@ -7,6 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
@@ -15,6 +17,7 @@ from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
+from vidgen_ray.media.container import open_media
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
@@ -49,6 +52,7 @@ def run_one_stage(
             raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for a clip")
         with stage_class(profile.params(stage_class)) as chunked:
             upscale_clip(chunked, shot, source, out, profile.encode)
+        _note_lost_sound(source)
         return
     artefacts, fps = _read(stage_class, source, shot)
     try:
@@ -64,6 +68,12 @@ def run_one_stage(
         except Exception as error:
             raise StepFailed(name, error) from error
     _write(result, shot, out, fps, profile)
+
+
+def _note_lost_sound(source: Path) -> None:
+    with open_media(source) as opened:
+        if opened.streams.audio:
+            typer.echo(f"vidgen: {source}: the sound is not in the result; `vidgen upscale` keeps it", err=True)
 
 
 def _check_suffix(stage: type[Stage[Any]], out: Path) -> None:

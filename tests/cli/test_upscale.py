@@ -1,0 +1,288 @@
+"""`vidgen upscale` as a command: inputs, outputs, exit codes, kills, Ray."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.upscale.conftest import CALIBRATION, compact
+from tests.upscale.videos import decoded, packets, write_video
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.cli import main
+from vidgen_ray.cli import upscale as command
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return compact(tmp_path / "tiny.safetensors")
+
+
+@pytest.fixture
+def run(weights, monkeypatch, capsys):
+    """Return a function that runs the command with a tiny network: exit code, standard output, standard error."""
+    monkeypatch.setattr(command, "calibrate", lambda model, device, **_: CALIBRATION)
+
+    def call(*arguments):
+        code = main(["upscale", *map(str, arguments), "--model", str(weights), "--preset", "ultrafast"])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def test_a_folder_a_pattern_and_a_list(tmp_path, run):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.mp4", "b.mkv", "c.avi"):
+        write_video(folder / name, 2, codec="mpeg4" if name == "c.avi" else "libx264")
+    (folder / "notes.md").write_text("no video")
+    (tmp_path / "list.txt").write_text("# two of them\nin/a.mp4\n\nin/b.mkv\n")
+    assert run(folder, "-o", tmp_path / "one")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "one").iterdir() if path.is_file()) == ["a.mp4", "b.mkv", "c.mkv"]
+    assert run(folder / "*.m*4", "-o", tmp_path / "two")[0] == 0
+    assert [path.name for path in (tmp_path / "two").iterdir() if path.is_file()] == ["a.mp4"]
+    code, output, _ = run(tmp_path / "list.txt", "-o", tmp_path / "three", "--json", "--to", "256x256")
+    report = json.loads(output)
+    assert (code, report["failed"]) == (0, 0)
+    assert [(video["frames"], video["size"]) for video in report["videos"]] == [(2, "256x192")] * 2
+
+
+def test_a_bad_video_fails_and_the_others_go_on(tmp_path, run):
+    write_video(tmp_path / "good.mp4", 2)
+    (tmp_path / "bad.mp4").write_text("nonsense")
+    code, output, errors = run(
+        tmp_path / "bad.mp4", tmp_path / "missing.mp4", tmp_path / "good.mp4", "-o", tmp_path / "out", "--json"
+    )
+    assert code == 1
+    results = json.loads(output)["videos"]
+    assert ["error" in result for result in results] == [True, True, False]
+    assert "bad.mp4: not a supported video format" in errors
+    assert "missing.mp4: no such file" in errors
+    assert "2 of 3 videos failed" in errors
+    assert "Traceback" not in errors
+    # The same command again: what is finished stays, what failed is tried again.
+    code, output, errors = run(tmp_path / "bad.mp4", tmp_path / "good.mp4", "-o", tmp_path / "out", "--json")
+    assert (code, json.loads(output)["videos"][1]["was_finished"]) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "VIDEO: got nothing"),
+        (["empty"], "which has no video"),
+        (["none-*.mp4"], "no file matches"),
+        (["in.mp4", "other/in.mp4", "-o", "out"], "would both become"),
+        (["in.mp4", "other/in.mp4", "-o", "out.mp4"], "must be a folder"),
+        (["in.mp4", "-o", "in.mp4"], "would replace a source"),
+        (["in.mp4", "--scale", "0.5"], "--scale: got 0.5, must be from 1 to 16"),
+        (["in.mp4", "--to", "big"], "--to: got 'big', must be WIDTHxHEIGHT"),
+        (["in.mp4", "--to", "640x480", "--scale", "2"], "cannot be combined"),
+        (["in.mp4", "--codec", "vp8"], "must be one of h264, hevc, av1"),
+        (["in.mp4", "--crf", "60"], "must be from 0 to 51 for h264"),
+        (["in.mp4", "--preview", "soon"], "--preview: got 'soon', must be seconds"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(tmp_path, run, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    for path in (tmp_path / "in.mp4", tmp_path / "other" / "in.mp4"):
+        write_video(path, 1)
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert message in errors
+
+
+def test_preview_shows_both_versions_beside_each_other(tmp_path, run):
+    write_video(tmp_path / "in.mp4", 36)
+    assert run(tmp_path / "in.mp4", "-o", tmp_path / "out", "--preview", "1s")[0] == 0
+    frames, _ = decoded(tmp_path / "out" / "in.preview.mp4")
+    assert (len(frames), frames[0].shape) == (12, (96, 256, 3))
+
+
+def test_list_models(run):
+    code, output, _ = run("--list-models")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["animevideov3", "x4plus-anime", "x4plus", "PATH"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from tests.upscale.conftest import CALIBRATION
+from vidgen_ray.cli import main
+from vidgen_ray.cli import upscale as command
+from vidgen_ray.upscale import job
+job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = 5
+command.calibrate = lambda model, device, **_: CALIBRATION
+sys.exit(main(["upscale", *sys.argv[1:]]))
+"""
+
+
+def start(*arguments):
+    command_line = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    return subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_after_segments(process, folder, count):
+    """Kill the process when `count` segments exist. Return false if it ended before."""
+    while process.poll() is None:
+        if len(list(folder.glob("0*.mp4"))) >= count:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.002)  # a file system sends no event
+    process.communicate()
+    return False
+
+
+def undisturbed(tmp_path, video, options):
+    process = start(video, "-o", tmp_path / "whole" / video.name, *options)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return sha256_of(tmp_path / "whole" / video.name)
+
+
+def test_a_killed_command_resumes_with_the_same_bytes(tmp_path, weights):
+    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
+    options = "--model", weights, "--preset", "ultrafast"
+    expected = undisturbed(tmp_path, video, options)
+    out = tmp_path / "out" / "in.mp4"
+    folder = out.parent / ".vidgen-upscale" / "in.mp4"
+    assert kill_after_segments(start(video, "-o", out, *options), folder, 4)
+    assert not out.exists()
+    made = len(list(folder.glob("0*.mp4")))
+    process = start(video, "-o", out, *options, "--json")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert made >= 4
+    assert sha256_of(out) == expected
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path, weights):
+    video = write_video(tmp_path / "in.mp4", 400, sound_s=3.0)
+    options = "--model", weights, "--preset", "ultrafast", "--workers", "2"
+    expected = undisturbed(tmp_path, video, options)
+    out = tmp_path / "out" / "in.mp4"
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    kills = 0
+    for _ in range(8):
+        process = start(video, "-o", out, *options)
+        folder = out.parent / ".vidgen-upscale" / "in.mp4"
+        kills += kill_after_segments(process, folder, len(list(folder.glob("0*.mp4"))) + rng.randrange(1, 12))
+    process = start(video, "-o", out, *options)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert kills >= 3, f"seed {seed}"
+    assert sha256_of(out) == expected, f"seed {seed}"
+
+
+def test_interrupt_exits_with_130_and_resumes(tmp_path, weights):
+    video = write_video(tmp_path / "in.mp4", 200)
+    options = "--model", weights, "--preset", "ultrafast"
+    out = tmp_path / "out" / "in.mp4"
+    folder = out.parent / ".vidgen-upscale" / "in.mp4"
+    process = start(video, "-o", out, *options)
+    while len(list(folder.glob("0*.mp4"))) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Run the same command to resume" in errors
+    assert not list(folder.glob(".tmp-*"))
+
+
+MAX_GROWTH_MB = 60
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_film_of_two_hours_takes_the_memory_of_a_short_one(tmp_path, weights):
+    """172,800 frames of 64x36. The times of all frames are in memory, which are 8 bytes and an object each."""
+    peaks = []
+    for name, frames in (("short", 2_400), ("long", 172_800)):
+        video = tmp_path / f"{name}.mkv"
+        if frames > 2_400:
+            repeat(tmp_path / "short.mkv", video, frames // 2_400)
+        else:
+            write_video(video, frames, size=(64, 36), options={"preset": "ultrafast"})
+        process = start(video, "-o", tmp_path / "out" / video.name, "--model", weights, "--preset", "ultrafast")
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert len(packets(tmp_path / "out" / video.name, "video")) == frames
+        peaks.append(usage.ru_maxrss / 1024)
+    assert peaks[1] - peaks[0] < MAX_GROWTH_MB
+
+
+def repeat(source, target, times):
+    """Write a video with the packets of another one, several times in a row."""
+    import av
+
+    with av.open(str(target), "w") as out:
+        stream = None
+        offset = 0
+        for _ in range(times):
+            with av.open(str(source)) as film:
+                video = film.streams.video[0]
+                stream = stream or out.add_stream_from_template(video)
+                end = offset
+                for packet in film.demux(video):
+                    if packet.size:
+                        end = max(end, packet.pts + offset + packet.duration)
+                        packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                        packet.stream = stream
+                        out.mux(packet)
+                offset = end
+
+
+@pytest.mark.timeout(600)
+def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch):
+    """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk."""
+    import ray
+
+    from vidgen_ray.engine import upscale_workers
+    from vidgen_ray.upscale import job
+
+    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
+    options = "--model", str(weights), "--preset", "ultrafast"
+    expected = undisturbed(tmp_path, video, options)
+    monkeypatch.setattr(job, "MAX_SEGMENT_FRAMES", 5)
+    monkeypatch.setattr(job, "MIN_SEGMENT_FRAMES", 5)
+    monkeypatch.setattr(upscale_workers, "calibrate_on_cluster", lambda model, **_: CALIBRATION)
+    marker = tmp_path / "failed once"
+    make = upscale_workers.UpscaleActor.make
+
+    def failing_once(self, segment):
+        if segment.number == 3 and not marker.exists():
+            marker.write_text("")
+            os._exit(1)
+        return make(self, segment)
+
+    monkeypatch.setattr(upscale_workers.UpscaleActor, "make", failing_once)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    try:
+        code = main(["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", "auto"])
+    finally:
+        ray.shutdown()
+    assert code == 0
+    assert marker.exists()
+    assert sha256_of(tmp_path / "ray" / "in.mp4") == expected

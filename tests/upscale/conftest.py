@@ -1,0 +1,49 @@
+"""Fixtures: a tiny network with random weights, and settings without a measurement."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vidgen_ray.upscale.calibration import Calibration
+from vidgen_ray.upscale.encode import EncodeSettings
+from vidgen_ray.upscale.job import Threads
+from vidgen_ray.upscale.models import UpscaleModel
+from vidgen_ray.upscale.network import EngineSettings
+from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
+
+FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)
+CALIBRATION = Calibration(
+    settings=EngineSettings(threads=1), workers=1, seconds_per_pixel=1e-6, frame_size=(64, 48), machine="test", measured=()
+)
+
+
+def compact(path: Path, convs: int = 2, features: int = 8, scale: int = 2, seed: int = 0) -> Path:
+    """Write random weights of Real-ESRGAN's video network."""
+    from spandrel.architectures.Compact import Compact
+
+    torch.manual_seed(seed)
+    network = Compact(num_in_ch=3, num_out_ch=3, num_feat=features, num_conv=convs, upscale=scale)
+    save_file({name: tensor * 0.2 for name, tensor in network.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> UpscaleModel:
+    path = compact(tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+    return UpscaleModel("tiny", path)
+
+
+@pytest.fixture
+def upscale(tiny_model):
+    """Return a function that upscales a video by 2 with the tiny network."""
+
+    def run(
+        video: Path, out: Path, *, runner=None, force=False, encode=FAST, scale=2, fit=None, on_progress=None
+    ) -> UpscaleReport:
+        options = UpscaleOptions(tiny_model, encode, scale=None if fit else scale, fit=fit, force=force)
+        callbacks = {} if on_progress is None else {"on_progress": on_progress}
+        return upscale_file(video, out, options, CALIBRATION, runner or Threads(1), **callbacks)
+
+    return run

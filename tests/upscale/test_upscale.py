@@ -1,0 +1,342 @@
+"""`upscale_file`: what is kept, which frames come out, resume, and bad inputs."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.sidedata.sidedata import Type as SideData
+
+from tests.upscale.conftest import FAST
+from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.errors import MediaError
+from vidgen_ray.upscale import job as job_module
+from vidgen_ray.upscale.frames import FrameReader
+from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker, Threads
+from vidgen_ray.upscale.network import UpscaleNetwork
+from vidgen_ray.upscale.source import read_source
+
+TAGGED = (1, 1, 1, 1)
+"""BT.709, limited range."""
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Cut videos into segments of five frames."""
+    monkeypatch.setattr(job_module, "MAX_SEGMENT_FRAMES", 5)
+    monkeypatch.setattr(job_module, "MIN_SEGMENT_FRAMES", 5)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_everything_but_the_size_is_kept(tmp_path, upscale, short_segments, suffix):
+    chapters = [(0, 0.5, "One"), (0.5, 1, "Two")]
+    subtitles = [(0.1, "Hello"), (0.6, "Bye")] if suffix != ".mov" else []
+    video = write_video(
+        tmp_path / f"in{suffix}",
+        12,
+        sound_s=1.0,
+        subtitles=subtitles,
+        chapters=chapters,
+        aspect=Fraction(4, 3),
+        colour=TAGGED,
+        metadata={"title": "A film"},
+    )
+    out = tmp_path / f"out{suffix}"
+    report = upscale(video, out)
+    assert (report.frames, report.size, report.notes) == (12, "128x96", ())
+    assert decoded(out)[1] == decoded(video)[1]
+    for kind in ("audio", *(["subtitle"] if subtitles else [])):
+        assert packets(out, kind) == packets(video, kind)
+    with av.open(str(out)) as container:
+        assert container.metadata["title"] == "A film"
+        assert [chapter["metadata"]["title"] for chapter in container.chapters()] == ["One", "Two"]
+        stream = container.streams.video[0]
+        frame = next(container.decode(stream))
+        assert stream.sample_aspect_ratio == Fraction(4, 3)
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == TAGGED
+        if subtitles:
+            assert container.streams.subtitles[0].language == "eng"
+
+
+def test_frames_are_those_of_the_network_in_order(tmp_path, upscale, short_segments, tiny_model):
+    video = write_video(tmp_path / "in.mp4", 12, colour=TAGGED)
+    upscale(video, tmp_path / "out.mp4")
+    source = read_source(video)
+    frames = list(FrameReader(source).read(0, 12))
+    network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1))
+    got, _ = decoded(tmp_path / "out.mp4")
+    for number in range(len(frames)):
+        scores = [psnr(got[number], network([other])[0]) for other in frames]
+        assert int(np.argmax(scores)) == number
+        # Chroma at half resolution and a little compression.
+        assert scores[number] > 28
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_frame_times_are_kept(tmp_path, upscale, short_segments, suffix):
+    times = [0, 40, 50, 120, 121, 180, 260, 300, 333, 420, 470, 480]
+    video = write_video(tmp_path / f"in{suffix}", 12, times=times, time_base=Fraction(1, 1000))
+    upscale(video, tmp_path / f"out{suffix}")
+    got = decoded(tmp_path / f"out{suffix}")[1]
+    assert got == decoded(video)[1]
+    assert [round(time * 1000) for time in got] == times
+
+
+@pytest.mark.parametrize("turns", [90, 180, 270])
+def test_rotated_videos_become_upright(tmp_path, upscale, turns):
+    video = write_video(tmp_path / "in.mp4", 3, rotation=turns, aspect=Fraction(2), colour=TAGGED)
+    upscale(video, tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+        aspect = container.streams.video[0].sample_aspect_ratio
+    with av.open(str(video)) as container:
+        turned = next(container.decode(video=0))
+        upright = np.rot90(turned.to_ndarray(format="rgb24"), round(turned.rotation / 90) % 4)
+    assert frame.rotation == 0
+    assert (frame.width, frame.height, aspect) == ((96, 128, Fraction(1, 2)) if turns != 180 else (128, 96, Fraction(2)))
+    small = frame.reformat(width=frame.width // 2, height=frame.height // 2).to_ndarray(format="rgb24")
+    assert psnr(small, upright) > psnr(small, upright[::-1]) + 3
+
+
+@pytest.mark.parametrize("codec", ["hevc", "h264", "av1"])
+def test_ten_bit_hdr_is_kept(tmp_path, upscale, codec):
+    mastering = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1)"
+    options = {"x265-params": f"log-level=none:master-display={mastering}:max-cll=1000,400"}
+    video = write_video(
+        tmp_path / "in.mkv",
+        4,
+        size=(160, 96),
+        codec="libx265",
+        pixel_format="yuv420p10le",
+        colour=(9, 9, 16, 1),
+        options=options,
+    )
+    upscale(video, tmp_path / "out.mkv", encode=FAST.model_copy(update={"codec": codec, "preset": "superfast"}))
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        frame = next(container.decode(video=0))
+    assert frame.format.name == "yuv420p10le"
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (9, 9, 16, 1)
+    assert {SideData.MASTERING_DISPLAY_METADATA, SideData.CONTENT_LIGHT_LEVEL} <= {data.type for data in frame.side_data}
+    got, expected = read_source(tmp_path / "out.mkv").hdr, read_source(video).hdr
+    assert got.light == expected.light == (1000, 400)
+    # AV1 stores 16 binary digits.
+    assert [float(x) for x in got.mastering] == pytest.approx([float(x) for x in expected.mastering], abs=1e-4)
+    assert float(expected.mastering[-1]) == 1000
+
+
+def test_untagged_colours_are_tagged_as_players_read_them(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mp4", 2)
+    report = upscale(video, tmp_path / "out.mp4")
+    assert "BT.601 is assumed" in report.notes[0]
+    assert read_source(tmp_path / "out.mp4").colour.matrix in (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "suffix", "size"),
+    [
+        ("libsvtav1", "yuv420p", ".mp4", SIZE),
+        ("libx264", "yuv444p", ".mp4", (51, 37)),
+        ("libx265", "yuv420p", ".mkv", SIZE),
+        ("mpeg4", "yuv420p", ".avi", SIZE),
+        ("libvpx-vp9", "yuv420p", ".webm", (50, 38)),
+    ],
+)
+def test_other_codecs_formats_and_odd_sizes(tmp_path, upscale, codec, pixel_format, suffix, size):
+    video = write_video(tmp_path / f"in{suffix}", 7, codec=codec, pixel_format=pixel_format, size=size)
+    report = upscale(video, tmp_path / "out.mkv")
+    got, times = decoded(tmp_path / "out.mkv")
+    assert (len(got), got[0].shape) == (7, (size[1] * 2, size[0] * 2, 3))
+    assert [round(time * 12) for time in times] == list(range(7))
+    assert any("4:2:0" in note for note in report.notes) == (pixel_format == "yuv444p")
+
+
+def test_odd_results_are_rounded_to_even_sizes(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mkv", 2, size=(51, 37), pixel_format="yuv444p")
+    assert upscale(video, tmp_path / "out.mp4", scale=1.5).size == "76x56"
+
+
+def test_fit_keeps_the_shape_and_makes_pixels_square(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mp4", 2, aspect=Fraction(4, 3))  # shown as 85.3 x 48
+    assert upscale(video, tmp_path / "out.mp4", fit=(320, 320)).size == "320x180"
+    assert read_source(tmp_path / "out.mp4").pixel_aspect == 1
+    with pytest.raises(MediaError, match="more than the size 60x60"):
+        upscale(video, tmp_path / "small.mp4", fit=(60, 60))
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
+def test_segments_are_closed_and_join_without_a_gap(tmp_path, upscale, short_segments, codec):
+    video = write_video(tmp_path / "in.mp4", 23, size=(96, 64), colour=TAGGED)
+    encode = FAST.model_copy(update={"codec": codec, "preset": "superfast"})
+    upscale(video, tmp_path / "out.mp4", encode=encode)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        flags = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert [number for number, is_key in enumerate(flags) if is_key] == [0, 5, 10, 15, 20]
+    assert len(decoded(tmp_path / "out.mp4")[0]) == 23
+
+
+def test_streams_that_the_output_cannot_hold_are_named(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mkv", 3, subtitles=[(0.1, "Hello")])
+    (note,) = [note for note in upscale(video, tmp_path / "out.mp4").notes if "stream" in note]
+    assert note == "stream 1 (subtitle, srt) is not copied, .mp4 cannot hold it; choose an output that ends in .mkv"
+
+
+def test_equal_frames_are_computed_once(tmp_path, tiny_model):
+    network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1, frames_per_call=2))
+    frames = [picture(n) for n in (0, 0, 1, 1, 1, 2, 3, 3)]
+    calls = []
+
+    class Counting:
+        settings = network.settings
+
+        def __call__(self, pixels):
+            calls.append(len(pixels))
+            return network(pixels)
+
+    got = list(job_module.upscale_frames(iter(frames), Counting()))
+    expected = [network([pixels])[0] for pixels in frames]
+    assert len(got) == 8
+    assert sum(calls) == 4
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(got, expected, strict=True))
+
+
+def test_reading_after_a_seek_gives_the_frames_of_reading_from_the_start(tmp_path):
+    options = {"x264-params": "keyint=8:min-keyint=8:open-gop=1:bframes=3:scenecut=0"}
+    source = read_source(write_video(tmp_path / "in.mkv", 60, options=options))
+    straight = list(FrameReader(source).read(0, 60))
+    assert source.seek_time(40) is not None
+    for start in (1, 17, 31, 40, 55):
+        for number, pixels in enumerate(FrameReader(source).read(start, min(60, start + 5)), start):
+            np.testing.assert_array_equal(pixels, straight[number])
+
+
+def test_a_failed_run_resumes_with_the_bytes_of_an_undisturbed_one(tmp_path, upscale, short_segments):
+    video = write_video(tmp_path / "in.mp4", 23, sound_s=1.5)
+    upscale(video, tmp_path / "whole.mp4")
+    expected = sha256_of(tmp_path / "whole.mp4")
+
+    out = tmp_path / "out" / "whole.mp4"
+    for frame in (3, 8, 14):
+        with pytest.raises(SegmentFailed):
+            upscale(video, out, on_progress=failing_at(frame))
+        assert not out.exists()
+    report = upscale(video, out, runner=Threads(2))
+    assert report.resumed_frames >= 15
+    assert sha256_of(out) == expected
+    assert upscale(video, out).was_finished
+    assert not (out.parent / ".vidgen-upscale" / "whole.mp4").exists()
+
+
+def failing_at(frame):
+    def on_progress(done, total, made):
+        if made == frame:
+            raise RuntimeError("disk lost")
+
+    return on_progress
+
+
+def test_other_settings_do_not_resume(tmp_path, upscale, short_segments):
+    video = write_video(tmp_path / "in.mp4", 12)
+    with pytest.raises(SegmentFailed):
+        upscale(video, tmp_path / "out.mp4", on_progress=failing_at(9))
+    report = upscale(video, tmp_path / "out.mp4", encode=FAST.model_copy(update={"crf": 30}))
+    assert report.resumed_frames == 0
+
+
+def test_existing_files_are_kept_without_force(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mp4", 2)
+    (tmp_path / "out.mp4").write_text("mine")
+    with pytest.raises(MediaError, match="exists and is not the result of this command"):
+        upscale(video, tmp_path / "out.mp4")
+    assert (tmp_path / "out.mp4").read_text() == "mine"
+    assert upscale(video, tmp_path / "out.mp4", force=True).frames == 2
+
+
+def test_a_failed_segment_names_its_frames(tmp_path, upscale, short_segments, monkeypatch):
+    video = write_video(tmp_path / "in.mp4", 12)
+    write = SegmentWorker.write
+
+    def failing(self, segment, path, on_frame):
+        if segment.number == 1:
+            raise MediaError("broken")
+        write(self, segment, path, on_frame)
+
+    monkeypatch.setattr(SegmentWorker, "write", failing)
+    with pytest.raises(SegmentFailed) as failed:
+        upscale(video, tmp_path / "out.mp4")
+    assert str(failed.value.segment) == "frames 5 to 9"
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def truncated(path: Path) -> Path:
+    write_video(path, 40, options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[:-3000])
+    return path
+
+
+def sound_only(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream("aac", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    return path
+
+
+def no_frames(path: Path) -> Path:
+    with av.open(str(path), "w", options={"movflags": "empty_moov"}) as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    return path
+
+
+def lying_header(path: Path) -> Path:
+    """Write an MP4 whose container says 30,000x30,000 pixels in place of 64x48."""
+    write_video(path, 4)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"avc1", data.index(b"stsd"))
+    data[at + 28 : at + 32] = (30_000).to_bytes(2) + (30_000).to_bytes(2)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, "truncated|cannot be read"),
+        (sound_only, "has no video"),
+        (no_frames, "has no frames|has no video"),
+        (lambda path: path, "no such file"),
+        (lambda path: (path.write_text("not a video"), path)[1], "not a supported video format"),
+    ],
+)
+def test_bad_inputs_end_with_a_sentence(tmp_path, upscale, make, message):
+    with pytest.raises(MediaError, match=message):
+        upscale(make(tmp_path / "in.mp4"), tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_header_that_lies_about_the_size_changes_nothing(tmp_path, upscale):
+    assert upscale(lying_header(tmp_path / "in.mp4"), tmp_path / "out.mp4").size == "128x96"
+
+
+def test_one_frame(tmp_path, upscale):
+    assert upscale(write_video(tmp_path / "in.mp4", 1), tmp_path / "out.mp4").frames == 1
+    assert len(decoded(tmp_path / "out.mp4")[0]) == 1
+
+
+def test_a_full_disk_ends_with_a_sentence(tmp_path, upscale, small_disk):
+    video = write_video(tmp_path / "in.mp4", 20)
+    small_disk.fill()
+    with pytest.raises((MediaError, SegmentFailed, OSError), match=r"(?i)space|cannot be written"):
+        upscale(video, small_disk.folder / "out.mp4")
+    small_disk.make_room()
+    assert upscale(video, small_disk.folder / "out.mp4").frames == 20

@@ -1,0 +1,330 @@
+"""`vidgen upscale`: enlarge video files on this machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from vidgen_ray.cli.options import JsonOption, check_out
+from vidgen_ray.cli.run_script import interruptible
+from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
+from vidgen_ray.errors import StageError, UsageError, VidgenError
+from vidgen_ray.upscale.calibration import Calibration, calibrate
+from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
+from vidgen_ray.upscale.job import SegmentFailed, Threads
+from vidgen_ray.upscale.join import FORMATS
+from vidgen_ray.upscale.models import BUILTIN_MODELS, DEFAULT_MODEL, UpscaleModel, find_model
+from vidgen_ray.upscale.network import Size
+from vidgen_ray.upscale.preview import write_preview
+from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file
+
+SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
+DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
+LINE_EVERY_S = 15.0
+"""Seconds between two lines of progress if standard error is not a terminal."""
+
+
+def upscale(
+    videos: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="VIDEO...",
+            help="Video files, folders of them, patterns such as 'in/*.mp4', or .txt files with one per line.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Output folder; for one video also a file (.mp4, .mov, .mkv).", callback=check_out),
+    ] = Path("upscaled"),
+    scale: Annotated[
+        float | None, typer.Option("--scale", metavar="FACTOR", help="Factor of width and height, from 1 to 16. Default: 2.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="WIDTHxHEIGHT", help="Fit into this size, without stretching. Default: --scale decides."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Name of a model (see --list-models), or the path of its weights.", show_default=True
+        ),
+    ] = DEFAULT_MODEL,
+    denoise: Annotated[
+        float | None,
+        typer.Option(
+            "--denoise",
+            metavar="0..1",
+            help="Denoising strength of realesr-general-x4v3, whose two weights are mixed. Default: only the first.",
+        ),
+    ] = None,
+    list_models: Annotated[bool, typer.Option("--list-models", help="Print the names of the models and exit.")] = False,
+    codec: Annotated[
+        str, typer.Option("--codec", metavar="|".join(ENCODERS), help="Video codec of the output.", show_default=True)
+    ] = "h264",
+    crf: Annotated[
+        int | None,
+        typer.Option(
+            "--crf",
+            min=0,
+            max=63,
+            help=f"Quality; lower is better and larger. Default: {', '.join(f'{n} for {c}' for c, n in DEFAULT_CRF.items())}.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option("--preset", help="Speed of the encoder, ultrafast to veryslow, as in x264.", show_default=True)
+    ] = "medium",
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            "--preview",
+            metavar="SECONDS",
+            help="Only write NAME.preview.mp4: this long a part of the middle, left bicubic, right upscaled.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files. Default: that video fails.")] = False,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", "-a", help="Address of a Ray cluster, or `auto`. Default: this machine, without Ray."),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: cuda if there is a GPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, max=64, help="Segments made at the same time. Default: as calibrated.")
+    ] = None,
+    calibrate_again: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the speed of this machine again. Default: once per model.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Enlarge videos with a super-resolution network. Sound, subtitles, chapters, times and colour tags are kept.
+
+    The same command resumes after a stop. A video that fails does not affect the others; the exit code is then 1.
+    """
+    if list_models:
+        for name, description in BUILTIN_MODELS.items():
+            typer.echo(f"{name:14} {description}")
+        typer.echo("PATH           any .safetensors or .pth file with an RGB super-resolution network that spandrel knows")
+        return
+    if scale is not None and to is not None:
+        raise UsageError("--to: cannot be combined with --scale")
+    found = _find_videos(videos or [])
+    targets = _targets(found, out)
+    options = UpscaleOptions(
+        model=find_model(model, denoise),
+        encode=_encode_settings(codec, crf, preset),
+        scale=None if to else (2 if scale is None else _checked_scale(scale)),
+        fit=_parse_size(to) if to else None,
+        force=force,
+    )
+    seconds = _parse_seconds(preview) if preview else None
+    with (
+        interruptible(),
+        redirect_stdout(sys.stderr),
+        _runner(address, options.model, device, workers, calibrate_again) as machine,
+    ):
+        calibration, runner = machine
+        results = [_upscale_one(video, target, options, calibration, runner, seconds) for video, target in targets]
+    failed = sum("error" in result for result in results)
+    if as_json:
+        typer.echo(json.dumps({"videos": results, "failed": failed}))
+    if failed:
+        typer.echo(f"vidgen: {failed} of {len(results)} videos failed", err=True)
+        raise typer.Exit(1)
+
+
+def _upscale_one(
+    video: Path, target: Path, options: UpscaleOptions, calibration: Calibration, runner: SegmentRunner, preview_s: float | None
+) -> dict[str, Any]:
+    """Upscale a video, and print its result. Return it, or the error."""
+    try:
+        with _progress(video.name) as on_progress:
+            if preview_s is not None:
+                report = write_preview(video, target, options, calibration, preview_s, on_progress=on_progress)
+            else:
+                report = upscale_file(video, target, options, calibration, runner, on_progress=on_progress)
+    except SegmentFailed as failed:
+        return _failure(video, f"{video}: {failed.segment} cannot be upscaled: {failed.error}")
+    except (VidgenError, OSError) as error:
+        return _failure(video, str(error) if str(video) in str(error) or str(target) in str(error) else f"{video}: {error}")
+    for note in report.notes:
+        typer.echo(f"vidgen: {video}: {note}", err=True)
+    if report.was_finished:
+        typer.echo(f"{target}: finished before", err=True)
+    else:
+        made = report.frames - report.resumed_frames
+        rate = made / report.seconds if report.seconds else 0
+        typer.echo(f"{target}: {report.frames} frames of {report.size}, {report.seconds:.1f} s, {rate:.2f} frames/s", err=True)
+    return asdict(report)
+
+
+def _failure(video: Path, message: str) -> dict[str, Any]:
+    typer.echo(f"vidgen: {message}", err=True)
+    return {"video": str(video), "error": message}
+
+
+@contextmanager
+def _runner(
+    address: str | None, model: UpscaleModel, device: str | None, workers: int | None, again: bool
+) -> Iterator[tuple[Calibration, SegmentRunner]]:
+    """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
+
+    measured = False
+
+    def on_start() -> None:
+        nonlocal measured
+        measured = True
+        typer.echo(f"vidgen: measuring the speed of {model.name} on this machine, once", err=True)
+
+    try:
+        if address is None:
+            calibration = calibrate(model, device or _default_device(), again=again, on_start=on_start)
+            if workers is not None and workers != calibration.workers:
+                calibration = calibration.with_workers(workers)
+            _report(model, calibration, with_table=measured)
+            yield calibration, Threads(calibration.workers)
+            return
+        from vidgen_ray.engine.ray_cluster import connected
+        from vidgen_ray.engine.upscale_workers import RayRunner, calibrate_on_cluster
+
+        with connected(address, cpus=1):
+            calibration = calibrate_on_cluster(model, again=again)
+            _report(model, calibration, with_table=again)
+            yield calibration, RayRunner(workers, on_wait=lambda message: typer.echo(f"vidgen: {message}", err=True))
+    except StageError as error:
+        raise UsageError(f"--model: {error}") from None
+
+
+def _report(model: UpscaleModel, calibration: Calibration, *, with_table: bool) -> None:
+    for line in calibration.report() if with_table else ():
+        typer.echo(f"vidgen: {line}", err=True)
+    plural = "s" if calibration.workers > 1 else ""
+    typer.echo(f"vidgen: {model.name}: {calibration.settings}, {calibration.workers} worker{plural}", err=True)
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _find_videos(given: Sequence[str]) -> list[Path]:
+    """Return the files that the arguments name, in order. Raises UsageError if an argument names none."""
+    if not given:
+        raise UsageError("VIDEO: got nothing, must be video files, folders or patterns")
+    return list(dict.fromkeys(path for text in given for path in _named(text)))
+
+
+def _named(text: str) -> list[Path]:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in CLIP_SUFFIXES and file.is_file())
+        if not files:
+            raise UsageError(f"VIDEO: got the folder {text!r}, which has no video ({', '.join(CLIP_SUFFIXES)})")
+        return files
+    if path.suffix.lower() == ".txt" and path.is_file():
+        lines = [line.strip() for line in path.read_text("utf-8", errors="replace").splitlines()]
+        listed = [line for line in lines if line and not line.startswith("#")]
+        if not listed:
+            raise UsageError(f"VIDEO: got the list {text!r}, which names no video")
+        return [file for line in listed for file in _named(str(path.parent / line))]
+    if not path.exists() and glob.has_magic(text):
+        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not files:
+            raise UsageError(f"VIDEO: no file matches {text!r}")
+        return files
+    return [path]
+
+
+def _targets(videos: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
+    """Return each video with its output file. Raises UsageError if two have the same, or one would replace a source."""
+    is_folder = out.is_dir() or out.suffix.lower() not in FORMATS
+    if not is_folder and len(videos) > 1:
+        raise UsageError(f"--out: got the file {str(out)!r} for {len(videos)} videos, must be a folder")
+    if is_folder and out.is_file():
+        raise UsageError(f"--out: got {str(out)!r}, must be a folder or end in {', '.join(FORMATS)}")
+    targets = [(video, output_path(video, out, is_folder=is_folder)) for video in videos]
+    sources = {video.absolute() for video in videos}
+    names: dict[Path, Path] = {}
+    for video, target in targets:
+        if target.absolute() in sources:
+            raise UsageError(f"--out: {target} would replace a source; choose another folder")
+        if (other := names.setdefault(target, video)) != video:
+            raise UsageError(f"VIDEO: {other} and {video} would both become {target}; upscale them to different folders")
+    return targets
+
+
+def _encode_settings(codec: str, crf: int | None, preset: str) -> EncodeSettings:
+    names: dict[str, Codec] = {name: name for name in ENCODERS}
+    if codec not in names:
+        raise UsageError(f"--codec: got {codec!r}, must be one of {', '.join(ENCODERS)}")
+    if names[codec] != "av1" and crf is not None and crf > 51:
+        raise UsageError(f"--crf: got {crf}, must be from 0 to 51 for {codec}")
+    presets: dict[str, Preset] = {name: name for name in get_args(Preset)}
+    if preset not in presets:
+        raise UsageError(f"--preset: got {preset!r}, must be one of {', '.join(presets)}")
+    return EncodeSettings(
+        codec=names[codec],
+        crf=DEFAULT_CRF[names[codec]] if crf is None else crf,
+        preset=presets[preset],
+    )
+
+
+def _checked_scale(scale: float) -> float:
+    if not 1 <= scale <= 16:
+        raise UsageError(f"--scale: got {scale:g}, must be from 1 to 16")
+    return scale
+
+
+def _parse_size(text: str) -> Size:
+    match = SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--to: got {text!r}, must be WIDTHxHEIGHT in pixels, such as 1920x1080")
+    return int(match[1]), int(match[2])
+
+
+def _parse_seconds(text: str) -> float:
+    match = DURATION.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise UsageError(f"--preview: got {text!r}, must be seconds, such as 5s")
+    return float(match[1])
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    """Show frames, frames per second and the estimated time left, as a bar or as a line every LINE_EVERY_S."""
+    begin = shown = time.monotonic()
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[rate]}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None, rate="")
+
+        def on_progress(done: int, total: int, made: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            rate = _rate(done, total, made, now - begin)
+            bar.update(task, completed=done, total=total, rate=rate)
+            if not console.is_terminal and now - shown >= LINE_EVERY_S:
+                shown = now
+                typer.echo(f"vidgen: {name}: {done} of {total} frames, {rate}", err=True)
+
+        yield on_progress
+
+
+def _rate(done: int, total: int, made: int, seconds: float) -> str:
+    if not made:
+        return ""
+    left = round((total - done) * seconds / made)
+    minutes, rest = divmod(left, 60)
+    time_left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+    return f"{made / seconds:.2f} frames/s, {time_left} left"

@@ -1,0 +1,304 @@
+"""Find the fastest settings of a network on this machine by measuring them, and keep the result in the cache folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from vidgen_ray.atomic_files import write_atomically
+from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.stages.cpu_dtype import cpu_has_bfloat16, cpu_model
+from vidgen_ray.upscale.frames import Pixels
+from vidgen_ray.upscale.models import UpscaleModel
+from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, runs_in_openvino, usable_cpus
+
+FRAME_SIZE = 256, 144
+"""Width and height in pixels of the frames that are measured, smaller ones if the network is slow."""
+MAX_FRAME_S = 0.6
+"""Seconds that a frame may take in the measurement."""
+ROUNDS = 5
+WORKER_FRAMES = 4
+MIN_PSNR_DB = 50.0
+"""Similarity to float32 below which settings are not chosen, however fast they are."""
+MIN_GAIN = 1.05
+"""Settings that cost more memory or a longer start are chosen if they are faster by this factor at least."""
+CALIBRATION_VERSION = 1
+
+
+class Measurement(BaseModel):
+    """One measured setting."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: EngineSettings
+    workers: int = 1
+    seconds_per_frame: float
+    """Seconds per frame of `Calibration.frame_size`, of all workers together."""
+    psnr_db: float | None
+    """Similarity to torch in float32. `None` if there is no difference."""
+
+
+class Calibration(BaseModel):
+    """The settings that were chosen for a network on this machine, and what was measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: EngineSettings
+    workers: int
+    seconds_per_pixel: float
+    """Seconds per pixel of the source, of all workers together."""
+    frame_size: tuple[int, int]
+    machine: str
+    measured: tuple[Measurement, ...]
+    failed: tuple[str, ...] = ()
+    """Settings that cannot run here, with the reason."""
+
+    def with_workers(self, workers: int) -> Calibration:
+        """Return a copy with another number of workers, which share the CPUs."""
+        settings = self.settings.model_copy(update={"threads": max(1, self.settings.threads * self.workers // workers)})
+        return self.model_copy(update={"workers": workers, "settings": settings})
+
+    def report(self) -> Iterator[str]:
+        """Yield lines that say what was measured, what was chosen and why."""
+        width, height = self.frame_size
+        yield f"{self.machine}; milliseconds per frame of {width}x{height}, similarity to float32:"
+        for one in sorted(self.measured, key=lambda one: one.seconds_per_frame):
+            similarity = "same pixels" if one.psnr_db is None else f"{one.psnr_db:.1f} dB"
+            chosen = "  <- chosen" if (one.settings, one.workers) == (self.settings, self.workers) else ""
+            plural = "s" if one.workers > 1 else ""
+            yield f"  {one.seconds_per_frame * 1000:8.1f}  {one.settings}, {one.workers} worker{plural}, {similarity}{chosen}"
+        yield from (f"  {text}" for text in self.failed)
+        yield f"chosen: the fastest with at least {MIN_PSNR_DB:g} dB, simpler ones unless others gain {MIN_GAIN - 1:.0%}"
+
+
+_CalibrationFile = TypeAdapter(dict[str, Calibration])
+
+
+def calibrate(
+    model: UpscaleModel, device: str, *, again: bool = False, on_start: Callable[[], None] = lambda: None
+) -> Calibration:
+    """Return the calibration of a network on this machine, measured if it is not in the cache folder, or if `again`.
+
+    Takes up to some minutes, because of torch.compile. `on_start` is called before something is measured.
+    """
+    key = "; ".join([str(CALIBRATION_VERSION), _machine(device), _versions(), model.key])
+    stored = _read()
+    if key in stored and not again:
+        return stored[key]
+    on_start()
+    calibration = _measure(model, device)
+    # If the file cannot be written, the next run measures again.
+    with suppress(OSError):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{_file()}.lock"):
+            content = _CalibrationFile.dump_python({**_read(), key: calibration}, mode="json")
+            write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return calibration
+
+
+def _machine(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {usable_cpus()} CPUs"
+
+
+def _versions() -> str:
+    found = []
+    for package in ("torch", "openvino", "spandrel"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
+def _measure(model: UpscaleModel, device: str) -> Calibration:
+    cpus = usable_cpus()
+    base = EngineSettings(device=device, threads=cpus)
+    frames = _frames(model, base)
+    reference = UpscaleNetwork(model, base)
+    expected = reference(frames[:1])[0]
+    bench = _Bench(model, frames, expected)
+    bench.add([base, *_candidates(reference, base)])
+    best = bench.best()
+    bench.add([best.model_copy(update={"frames_per_call": len(frames)})])
+    best = bench.best()
+    if best.engine == "torch" and can_compile():
+        bench.add([best.model_copy(update={"compiled": True})])
+        best = bench.best()
+    workers = 1
+    measured = bench.measurements()
+    if device == "cpu":
+        for count in (2, cpus):
+            if count <= cpus and cpus // count >= 1 and not any(one.workers == count for one in measured):
+                measured.append(_with_workers(bench, best, count, cpus // count))
+    single = min((one for one in measured if one.settings == best), key=lambda one: one.seconds_per_frame)
+    fastest = min(measured, key=lambda one: one.seconds_per_frame if _is_close(one) else float("inf"))
+    if fastest.workers > 1 and single.seconds_per_frame >= MIN_GAIN * fastest.seconds_per_frame:
+        best, workers, single = fastest.settings, fastest.workers, fastest
+    height, width = frames[0].shape[:2]
+    return Calibration(
+        settings=best,
+        workers=workers,
+        seconds_per_pixel=single.seconds_per_frame / (width * height),
+        frame_size=(width, height),
+        machine=_machine(device),
+        measured=tuple(measured),
+        failed=tuple(bench.failed),
+    )
+
+
+def _candidates(network: UpscaleNetwork, base: EngineSettings) -> Iterator[EngineSettings]:
+    """Yield further engines and dtypes that this machine and the network support."""
+    on_gpu = base.device != "cpu"
+    if on_gpu and network.network.supports_half:
+        yield base.model_copy(update={"dtype": "float16"})
+    if network.network.supports_bfloat16 and (on_gpu or cpu_has_bfloat16()):
+        yield base.model_copy(update={"dtype": "bfloat16"})
+    if not on_gpu and has_openvino() and runs_in_openvino(network.network):
+        yield base.model_copy(update={"engine": "openvino"})
+        if cpu_has_bfloat16():
+            yield base.model_copy(update={"engine": "openvino", "dtype": "bfloat16"})
+
+
+def can_compile() -> bool:
+    """Return whether torch.compile finds a C++ compiler."""
+    return any(which(name) for name in ("g++", "c++", "clang++"))
+
+
+def _frames(model: UpscaleModel, settings: EngineSettings) -> list[Pixels]:
+    """Return two frames, so small that the network takes at most MAX_FRAME_S for one."""
+    rng = np.random.default_rng(0)
+    network = UpscaleNetwork(model, settings)
+    width, height = 64, 36
+    small = _picture(rng, width, height)
+    network([small])
+    seconds = min(_seconds(lambda: network([small])) for _ in range(ROUNDS))
+    while (width * 2, height * 2) <= FRAME_SIZE and seconds * 4 <= MAX_FRAME_S:
+        width, height, seconds = width * 2, height * 2, seconds * 4
+    return [_picture(rng, width, height) for _ in range(2)]
+
+
+def _picture(rng: np.random.Generator, width: int, height: int) -> Pixels:
+    """Return a frame with gradients, edges and some noise, as a photo has."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / rng.uniform(3, 30) + rng.uniform(0, 6)) + np.cos(y / rng.uniform(3, 30)) for _ in range(3)]
+    picture = (
+        np.stack(waves, -1) * 40 + 128 + 60 * ((x // 24 + y // 18) % 2)[..., None] - 30 + rng.normal(0, 3, (height, width, 3))
+    )
+    levels: Pixels = picture.clip(0, 255).astype(np.uint8)
+    return levels
+
+
+class _Bench:
+    """Measures settings in turns, so that other load of the machine affects all of them."""
+
+    def __init__(self, model: UpscaleModel, frames: Sequence[Pixels], expected: Pixels) -> None:
+        self._model, self._frames, self._expected = model, frames, expected
+        self._networks: dict[EngineSettings, UpscaleNetwork] = {}
+        self._seconds: dict[EngineSettings, float] = {}
+        self._psnr: dict[EngineSettings, float | None] = {}
+        self.failed: list[str] = []
+
+    def add(self, candidates: Sequence[EngineSettings]) -> None:
+        """Measure these settings beside the best so far."""
+        for settings in candidates:
+            try:
+                network = UpscaleNetwork(self._model, settings)
+                self._psnr[settings] = _psnr_db(self._run(network)[0], self._expected)
+            # An engine or a compiler that does not work here must not end the run: others do.
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0] if isinstance(error, VidgenError) else type(error).__name__
+                self.failed.append(f"{settings}: cannot be used ({reason})")
+                continue
+            self._networks[settings] = network
+            self._seconds[settings] = float("inf")
+        for _ in range(ROUNDS):
+            for settings, network in self._networks.items():
+                seconds = _seconds(partial(self._run, network)) / network.settings.frames_per_call
+                self._seconds[settings] = min(self._seconds[settings], seconds)
+        best = self.best()
+        self._networks = {settings: network for settings, network in self._networks.items() if settings == best}
+
+    def _run(self, network: UpscaleNetwork) -> list[Pixels]:
+        return network(self._frames[: network.settings.frames_per_call])
+
+    def best(self) -> EngineSettings:
+        """Return the fastest settings that are close to float32. Later ones must gain MIN_GAIN."""
+        best, *others = (one for one in self.measurements() if _is_close(one))
+        for other in others:
+            if best.seconds_per_frame >= MIN_GAIN * other.seconds_per_frame:
+                best = other
+        return best.settings
+
+    def measurements(self) -> list[Measurement]:
+        return [
+            Measurement(settings=settings, seconds_per_frame=seconds, psnr_db=self._psnr[settings])
+            for settings, seconds in self._seconds.items()
+        ]
+
+    def seconds_of_workers(self, settings: EngineSettings, workers: int) -> float:
+        """Return seconds per frame of several networks that run at the same time, each in a thread."""
+        networks = [UpscaleNetwork(self._model, settings) for _ in range(workers)]
+        for network in networks:
+            self._run(network)
+
+        def run(network: UpscaleNetwork) -> None:
+            for _ in range(WORKER_FRAMES):
+                self._run(network)
+
+        threads = [threading.Thread(target=run, args=[network]) for network in networks]
+
+        def run_all() -> None:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return _seconds(run_all) / (WORKER_FRAMES * workers * settings.frames_per_call)
+
+
+def _with_workers(bench: _Bench, best: EngineSettings, workers: int, threads: int) -> Measurement:
+    settings = best.model_copy(update={"threads": threads})
+    seconds = bench.seconds_of_workers(settings, workers)
+    psnr = next(one.psnr_db for one in bench.measurements() if one.settings == best)
+    return Measurement(settings=settings, workers=workers, seconds_per_frame=seconds, psnr_db=psnr)
+
+
+def _is_close(measurement: Measurement) -> bool:
+    return measurement.psnr_db is None or measurement.psnr_db >= MIN_PSNR_DB
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _psnr_db(got: Pixels, expected: Pixels) -> float | None:
+    error = float(np.mean((got.astype(np.float64) - expected.astype(np.float64)) ** 2))
+    return None if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def _file() -> Path:
+    return cache_dir() / "upscale-calibration.json"
+
+
+def _read() -> dict[str, Calibration]:
+    try:
+        return _CalibrationFile.validate_json(_file().read_bytes())
+    except (OSError, ValidationError):
+        return {}

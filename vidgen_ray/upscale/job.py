@@ -1,0 +1,273 @@
+"""One video to upscale: its size, its segments, and how a segment is made."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from vidgen_ray.atomic_files import new_file
+from vidgen_ray.errors import Cancelled, MediaError
+from vidgen_ray.upscale.encode import SEGMENT_SUFFIX, EncodeSettings, write_segment
+from vidgen_ray.upscale.frames import FrameReader, Pixels
+from vidgen_ray.upscale.models import UpscaleModel
+from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleNetwork
+from vidgen_ray.upscale.source import Source
+
+T = TypeVar("T")
+
+MAX_SEGMENT_FRAMES, MIN_SEGMENT_FRAMES = 120, 24
+SEGMENT_PIXELS = MAX_SEGMENT_FRAMES * 640 * 360
+"""Pixels of the source in a segment. Larger frames take longer, so their segments have fewer, down to the minimum."""
+FRAMES_AHEAD = 4
+"""Frames that wait between two of decoder, network and encoder."""
+MAX_SCALE = 16
+
+
+class Segment(NamedTuple):
+    """Frames `start` (inclusive) to `stop` (exclusive)."""
+
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.number:06}{SEGMENT_SUFFIX}"
+
+    def __str__(self) -> str:
+        return f"frames {self.start} to {self.stop - 1}"
+
+
+class SegmentFailed(Exception):
+    """A segment cannot be made. `error` is the reason."""
+
+    def __init__(self, segment: Segment, error: Exception) -> None:
+        self.segment = segment
+        self.error = error
+        super().__init__(segment, error)
+
+
+@dataclass(frozen=True)
+class UpscaleJob:
+    """Everything that decides the pixels of an upscaled video. Two workers with the same job make the same files."""
+
+    source: Source
+    model: UpscaleModel
+    size: Size
+    encode: EncodeSettings
+    settings: EngineSettings
+
+    @property
+    def segments(self) -> list[Segment]:
+        length = max(MIN_SEGMENT_FRAMES, min(MAX_SEGMENT_FRAMES, SEGMENT_PIXELS // (self.source.width * self.source.height)))
+        starts = range(0, self.source.frame_count, length)
+        return [Segment(n, start, min(start + length, self.source.frame_count)) for n, start in enumerate(starts)]
+
+
+def scaled(source: Source, scale: float) -> Size:
+    """Return the size of the video enlarged by `scale`, rounded to even numbers as encoders need them. Raises MediaError."""
+    if not 1 <= scale <= MAX_SCALE:
+        raise MediaError(f"scale: got {scale:g}, must be from 1 to {MAX_SCALE}")
+    return _even(source.width * scale), _even(source.height * scale)
+
+
+def fitted(source: Source, size: Size) -> tuple[Source, Size]:
+    """Return the largest size within `size` that does not stretch the picture, and the source with square pixels.
+
+    Raises MediaError if that is smaller than the source.
+    """
+    shown_width = source.width * source.pixel_aspect
+    scale: Fraction = min(size[0] / shown_width, Fraction(size[1], source.height))
+    width, height = _even(float(shown_width * scale)), _even(float(source.height * scale))
+    if scale < 1:
+        raise MediaError(f"{source.path}: has {source.width}x{source.height} pixels, more than the size {size[0]}x{size[1]}")
+    return replace(source, pixel_aspect=Fraction(1)), (width, height)
+
+
+def _even(value: float) -> int:
+    return max(2, round(value / 2) * 2)
+
+
+class SegmentWorker:
+    """Makes segments of one job, one after another. Holds a network and an open source."""
+
+    def __init__(self, job: UpscaleJob) -> None:
+        """Load the network. Raises StageError or SetupError."""
+        self._job = job
+        self._network = UpscaleNetwork(job.model, job.settings, job.size)
+        self._reader = FrameReader(job.source)
+
+    def write(self, segment: Segment, path: Path, on_frame: Callable[[], None]) -> None:
+        """Write the file of a segment. `on_frame` is called after each frame, and ends the work if it raises.
+
+        Raises MediaError, StageError, and what `on_frame` raises. Decoder, network and encoder run at the same time.
+        """
+        job = self._job
+
+        def counted() -> Iterator[Pixels]:
+            for pixels in upscaled:
+                yield pixels
+                on_frame()
+
+        with (
+            new_file(path) as tmp,
+            Background(self._reader.read(segment.start, segment.stop), FRAMES_AHEAD) as decoded,
+            Background(upscale_frames(decoded, self._network), FRAMES_AHEAD) as upscaled,
+        ):
+            write_segment(tmp, counted(), segment.stop - segment.start, job.size, job.source, job.encode)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork) -> Iterator[Pixels]:
+    """Yield an upscaled frame for each frame, in order. A frame that equals the one before is not computed again."""
+    pending: list[Pixels] = []
+    repeats: list[int] = []
+    last: Pixels | None = None
+    last_result: Pixels | None = None
+    for pixels in frames:
+        if last is not None and np.array_equal(pixels, last):
+            if not pending:
+                assert last_result is not None
+                yield last_result
+            else:
+                repeats[-1] += 1
+            continue
+        last = pixels
+        pending.append(pixels)
+        repeats.append(1)
+        if len(pending) == network.settings.frames_per_call:
+            for result, count in zip(network(pending), repeats, strict=True):
+                last_result = result
+                for _ in range(count):
+                    yield result
+            pending, repeats = [], []
+    if pending:
+        for result, count in zip(network(pending), repeats, strict=True):
+            for _ in range(count):
+                yield result
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+_END = object()
+
+
+class Background(Generic[T]):
+    """Iterator over the items of another one, which runs in a thread and stays at most `ahead` items ahead."""
+
+    def __init__(self, items: Iterator[T], ahead: int) -> None:
+        self._items = items
+        self._queue: queue.Queue[Any] = queue.Queue(ahead)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(_END)
+        # Raised again in the thread that iterates.
+        except BaseException as error:
+            self._put(_Failure(error))
+
+    def _put(self, item: Any) -> bool:
+        """Return false if the block has been left."""
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __enter__(self) -> Background[T]:
+        self._thread.start()
+        return self
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        while True:
+            try:
+                item = self._queue.get(timeout=0.1)
+                break
+            except queue.Empty:
+                # The thread that fills this queue waits for another one, which may have been stopped.
+                if self._stopped.is_set():
+                    raise Cancelled from None
+        if item is _END:
+            raise StopIteration
+        if isinstance(item, _Failure):
+            raise item.error
+        return item  # type: ignore[no-any-return]
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+class Threads:
+    """Runs segments in threads of this process, each with a network of its own."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
+        """Write the files of the segments to the folder. Raises SegmentFailed for the first one that fails."""
+        waiting = deque(segments)
+        stop = threading.Event()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            segment = None
+            try:
+                with closing(SegmentWorker(job)) as worker:
+                    while not stop.is_set():
+                        try:
+                            segment = waiting.popleft()
+                        except IndexError:
+                            return
+                        worker.write(segment, folder / segment.file_name, _stoppable(stop, segment, on_frame))
+            except Cancelled:
+                return
+            except Exception as error:
+                failures.append(SegmentFailed(segment, error) if segment is not None else error)
+                stop.set()
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._workers, len(segments)))]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            # After Ctrl-C, files must not be written while the process ends.
+            stop.set()
+            for thread in threads:
+                thread.join()
+        if failures:
+            raise failures[0]
+
+
+def _stoppable(stop: threading.Event, segment: Segment, on_frame: Callable[[Segment], None]) -> Callable[[], None]:
+    def count() -> None:
+        if stop.is_set():
+            raise Cancelled
+        on_frame(segment)
+
+    return count

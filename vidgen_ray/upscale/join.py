@@ -1,0 +1,154 @@
+"""Join the segments of an upscaled video and copy everything else from the source: sound, subtitles, chapters, metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+
+from vidgen_ray.atomic_files import new_file
+from vidgen_ray.errors import MediaError
+from vidgen_ray.media.checks import wrap_errors, wrap_write_errors
+from vidgen_ray.media.container import open_media
+from vidgen_ray.upscale.encode import Codec
+from vidgen_ray.upscale.source import Source
+
+FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+"""Suffix of an output file -> FFmpeg's name of the format."""
+IN_MP4 = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac", "mov_text", "dvdsub", "dvd_subtitle"}
+"""Codecs of sound and subtitles that players accept in MP4."""
+REORDER_FRAMES: dict[Codec, int] = {"h264": 2, "hevc": 4, "av1": 0}
+"""Frames by which the decoding order may be ahead of the display order, at most."""
+COPIED = "audio", "subtitle", "attachment"
+NOT_COPIED_TAGS = {"encoder", "major_brand", "minor_version", "compatible_brands", "duration", "rotate"}
+"""Metadata that describes the file, not the content."""
+
+
+class Copies(NamedTuple):
+    """Streams of a source, by their index, and notes about those that are left out."""
+
+    kept: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def plan_copies(source: Source, suffix: str) -> Copies:
+    """Decide which streams of the source an output file with this suffix can hold. Raises MediaError."""
+    kept, notes = [], []
+    with wrap_errors(f"{source.path}: cannot be read"), open_media(source.path, source.container) as opened:
+        video, chapters = opened.streams.best("video"), opened.chapters()
+        for stream in opened.streams:
+            # MP4 stores the titles of chapters as a data stream, which is written again with the chapters.
+            if stream.index == video.index or (stream.type == "data" and chapters and source.container == "mov"):
+                continue
+            # PyAV has no codec context for a codec that FFmpeg does not know, and for attachments.
+            codec = stream.codec_context.name if stream.codec_context is not None else None
+            name = f"stream {stream.index} ({stream.type}{f', {codec}' if codec else ''})"
+            if stream.type not in COPIED or (codec is None and stream.type != "attachment"):
+                notes.append(f"{name} is not copied")
+            elif FORMATS[suffix] != "matroska" and codec not in IN_MP4:
+                notes.append(f"{name} is not copied, {suffix} cannot hold it; choose an output that ends in .mkv")
+            else:
+                kept.append(stream.index)
+    return Copies(tuple(kept), tuple(notes))
+
+
+def join_segments(path: Path, segments: Sequence[Path], source: Source, kept: Sequence[int], codec: Codec) -> None:
+    """Write the video to `path`, which appears when it is complete.
+
+    Every frame gets its time in the source. `kept` are indices of streams that are copied packet by packet.
+    Raises MediaError if the segments do not have the frames of the source, WriteError if the file cannot be written.
+    """
+    file_format = FORMATS[path.suffix.lower()]
+    options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if file_format in ("mp4", "mov") else {})
+    with (
+        wrap_write_errors(path),
+        open_media(source.path, source.container) as original,
+        new_file(path) as tmp,
+        av.open(str(tmp.absolute()), "w", file_format, options=options) as film,
+    ):
+        film.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
+        with open_media(segments[0], "mov") as first:
+            template = first.streams.best("video")
+            video = film.add_stream_from_template(template, opaque=True)  # no encoder is needed
+            header = bytes(template.codec_context.extradata or b"")
+        video.time_base = source.time_base
+        if codec == "hevc" and file_format != "matroska":
+            video.codec_context.codec_tag = "hvc1"  # the tag that Apple's players require
+        _copy_tags(original.streams.best("video"), video)
+        targets = {}
+        for index in kept:
+            stream = original.streams[index]
+            targets[index] = film.add_stream_from_template(stream)
+            _copy_tags(stream, targets[index])
+        if chapters := original.chapters():
+            film.set_chapters(chapters)
+        others = _copied_packets(original, targets)
+        pending = next(others, None)
+        for packet in _video_packets(segments, header, source, REORDER_FRAMES[codec]):
+            while pending is not None and pending[0] <= packet.dts * source.time_base:
+                film.mux(pending[1])
+                pending = next(others, None)
+            packet.stream = video
+            film.mux(packet)
+        while pending is not None:
+            film.mux(pending[1])
+            pending = next(others, None)
+
+
+def _copy_tags(source: Any, target: Any) -> None:
+    target.metadata.update({key: value for key, value in source.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
+    target.disposition = source.disposition
+
+
+def _copied_packets(original: Any, targets: dict[int, Any]) -> Iterator[tuple[Fraction, Any]]:
+    """Yield the packets of the copied streams with their decoding time in seconds."""
+    # Attachments have no packets; they are part of the header.
+    streams = [original.streams[index] for index in targets if original.streams[index].type != "attachment"]
+    if not streams:
+        return
+    for packet in original.demux(streams):
+        if packet.dts is None or not packet.size:
+            continue
+        index = packet.stream_index
+        seconds = packet.dts * packet.time_base
+        packet.stream = targets[index]
+        yield seconds, packet
+
+
+def _video_packets(segments: Iterable[Path], header: bytes, source: Source, reorder: int) -> Iterator[Any]:
+    """Yield the packets of the segments with the times of the source's frames. Raises MediaError for a wrong number."""
+    decoding_times = _decoding_times(source, reorder)
+    first = 0
+    for path in segments:
+        with open_media(path, "mov") as opened:
+            stream = opened.streams.best("video")
+            if bytes(stream.codec_context.extradata or b"") != header:
+                raise MediaError(f"{path}: has another {stream.codec_context.name} header than the first segment")
+            count = 0
+            for packet in opened.demux(stream):
+                if not packet.size:
+                    continue
+                frame = first + round(packet.pts * packet.time_base * source.fps)
+                if frame >= source.frame_count:
+                    raise MediaError(f"{path}: has more frames than the source")
+                packet.pts, packet.dts = source.times[frame], next(decoding_times)
+                following = source.times[frame + 1] if frame + 1 < source.frame_count else None
+                packet.duration = source.last_duration if following is None else following - packet.pts
+                packet.time_base = source.time_base
+                if packet.dts > packet.pts:
+                    raise MediaError(f"{path}: frame {frame} is decoded later than it is shown")
+                yield packet
+                count += 1
+        first += count
+    if first != source.frame_count:
+        raise MediaError(f"{source.path}: the segments have {first} frames, must be {source.frame_count}")
+
+
+def _decoding_times(source: Source, reorder: int) -> Iterator[int]:
+    """Yield an increasing decoding time for each packet: that of the frame `reorder` positions before."""
+    step = max(1, round(1 / source.fps / source.time_base))
+    yield from (source.times[0] - (reorder - position) * step for position in range(min(reorder, source.frame_count)))
+    yield from source.times[: max(0, source.frame_count - reorder)]

@@ -1,0 +1,176 @@
+"""Run a super-resolution network on frames with one engine: uint8 or uint16 pixels in, larger pixels of the same type out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.finite import NOT_FINITE
+from vidgen_ray.stages.base import torch_dtype, torch_threads
+from vidgen_ray.stages.loading import require_device
+from vidgen_ray.stages.realesrgan import UNCLAMPED, forward, in_tiles
+from vidgen_ray.upscale.frames import Pixels
+from vidgen_ray.upscale.models import UpscaleModel
+
+if TYPE_CHECKING:
+    import torch
+    from spandrel import ImageModelDescriptor
+
+Engine = Literal["torch", "openvino"]
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+
+class EngineSettings(BaseModel):
+    """How a network runs. Every field can change the last bits of a result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: Engine = "torch"
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compiled: bool = False
+    """Compile with torch.compile. Takes seconds to minutes at the start."""
+    frames_per_call: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1)
+    """CPU threads of one worker."""
+    tile_px: int | None = None
+    """Side of square tiles. `None` processes whole frames."""
+    overlap_px: int = 0
+    """Pixels that a tile sees of its neighbours on each side."""
+
+    def __str__(self) -> str:
+        compiled = " compiled" if self.compiled else ""
+        tiles = f", tiles of {self.tile_px} px with {self.overlap_px} px overlap" if self.tile_px else ""
+        return f"{self.engine} {self.dtype}{compiled}, {self.frames_per_call} frames a call, {self.threads} threads{tiles}"
+
+
+class UpscaleNetwork:
+    """A loaded network for one output size. One thread may use it at a time."""
+
+    def __init__(self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None) -> None:
+        """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network.
+
+        Raises StageError for weights that cannot be loaded, SetupError if the engine or the device is missing.
+        """
+        import torch
+
+        require_device(settings.device)
+        self.settings = settings
+        self.out_size = out_size
+        self.network = model.load()
+        dtype = torch_dtype(settings.dtype)
+        supported = {torch.float16: self.network.supports_half, torch.bfloat16: self.network.supports_bfloat16}
+        if not supported.get(dtype, True):
+            raise StageError(f"{model.name}: {self.network.architecture.name} does not support {settings.dtype}")
+        self._dtype = dtype
+        if settings.engine == "openvino":
+            self._forward = openvino_forward(self.network, settings)
+        else:
+            self.network.model.to(settings.device, dtype, memory_format=torch.channels_last)
+            self._forward = lambda pixels: forward(self.network, pixels)
+        # Static shapes: all frames of a video have one size.
+        self._step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = (
+            torch.compile(self._upscaled, dynamic=False) if settings.compiled else self._upscaled
+        )
+
+    @property
+    def scale(self) -> int:
+        """Return the network's own factor."""
+        return int(self.network.scale)
+
+    def __call__(self, frames: Sequence[Pixels]) -> list[Pixels]:
+        """Upscale frames (H, W, 3) of one size. Raises StageError for NaN and infinity."""
+        import torch
+
+        # A stack owns its pixels; torch has few operations for uint16.
+        stacked = np.stack(frames)
+        kind = stacked.dtype
+        pixels = torch.from_numpy(stacked if kind == np.uint8 else stacked.astype(np.int32)).to(self.settings.device)
+        with torch.inference_mode(), torch_threads(self.settings.threads):
+            levels, total = self._step(pixels)
+            if not total.isfinite():
+                raise StageError(NOT_FINITE)
+            return list(levels.cpu().numpy().astype(kind, copy=False))
+
+    def _upscaled(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return levels (T, H, W, 3) of the type of `frames`, and the sum of the pixels, which is finite only if all are."""
+        import torch
+
+        levels = 255 if frames.dtype == torch.uint8 else 65535
+        # The permuted view is in the memory format channels_last.
+        pixels = (frames.permute(0, 3, 1, 2).float() / levels).to(
+            self._dtype if self.settings.engine == "torch" else torch.float32
+        )
+        if self.settings.tile_px is None:
+            pixels = self._forward(pixels)
+        else:
+            pixels = in_tiles(self._forward, self.scale, pixels, self.settings.tile_px, self.settings.overlap_px)
+        pixels = pixels.float()
+        if self.out_size is not None and self.out_size != (pixels.shape[3], pixels.shape[2]):
+            width, height = self.out_size
+            pixels = torch.nn.functional.interpolate(
+                pixels, size=(height, width), mode="bicubic", align_corners=False, antialias=True
+            )
+        total = pixels.sum()
+        rounded = pixels.clamp_(0, 1).mul_(levels).round_().to(frames.dtype)
+        return rounded.permute(0, 2, 3, 1).contiguous(), total
+
+
+def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSettings) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that runs the network in OpenVINO, compiled for each new shape. Raises SetupError."""
+    import torch
+
+    if not has_openvino():
+        raise SetupError("engine openvino: the package is not installed; run `pip install vidgen-ray[openvino]`")
+    if not runs_in_openvino(network):
+        raise SetupError(f"engine openvino: {network.architecture.name} networks run in torch only")
+    import openvino
+
+    core = openvino.Core()
+    requests: dict[tuple[int, ...], Any] = {}
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        shape = tuple(pixels.shape)
+        if shape not in requests:
+            graph = openvino.convert_model(network.model, example_input=torch.zeros(shape), input=list(shape))
+            options = {
+                "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[settings.dtype],
+                "INFERENCE_NUM_THREADS": settings.threads,
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+            }
+            requests[shape] = core.compile_model(graph, "CPU", options).create_infer_request()
+        result = requests[shape].infer([pixels.contiguous().numpy()], share_outputs=False)
+        return torch.from_numpy(next(iter(result.values())))
+
+    return run
+
+
+def has_openvino() -> bool:
+    return find_spec("openvino") is not None
+
+
+def runs_in_openvino(network: ImageModelDescriptor[Any]) -> bool:
+    """Return whether the network is called without spandrel's padding, so that its graph alone gives the result."""
+    return network.architecture.id in UNCLAMPED
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use: those of its affinity and of the quota of its cgroup."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)

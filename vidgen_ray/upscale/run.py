@@ -1,0 +1,227 @@
+"""Upscale a video file: plan it, make its segments, resume after a kill, join them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import av
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vidgen_ray.atomic_files import abandoned, remove, write_atomically
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import MediaError
+from vidgen_ray.upscale.calibration import Calibration
+from vidgen_ray.upscale.encode import EncodeSettings
+from vidgen_ray.upscale.job import Segment, UpscaleJob, fitted, scaled
+from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
+from vidgen_ray.upscale.models import UpscaleModel
+from vidgen_ray.upscale.network import EngineSettings, Size
+from vidgen_ray.upscale.source import Source, read_source
+from vidgen_ray.upscale.tiles import call_bytes, choose_tile, free_memory
+
+WORK_FOLDER = ".vidgen-upscale"
+"""Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
+FORMAT = 1
+"""Raised when the same request gives other files than before."""
+
+
+class SegmentRunner(Protocol):
+    """Makes segments, in this process or elsewhere."""
+
+    def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
+        """Write the file of each segment to the folder. Calls `on_frame` for each upscaled frame.
+
+        Raises SegmentFailed for the first segment that fails, and errors of loading the network.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class UpscaleOptions:
+    """What a user asks for. Exactly one of `scale` and `fit` is set."""
+
+    model: UpscaleModel
+    encode: EncodeSettings
+    scale: float | None = 2
+    """Factor of width and height."""
+    fit: Size | None = None
+    """Size in pixels that the result fits in."""
+    force: bool = False
+    """Replace existing files."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpscaleReport:
+    """Result of one video."""
+
+    video: str
+    """Path of the source."""
+    out: str
+    frames: int
+    size: str
+    """WIDTHxHEIGHT in pixels."""
+    seconds: float
+    """Seconds that this run took for it."""
+    resumed_frames: int
+    """Frames that an earlier, killed run had made."""
+    was_finished: bool
+    """True if an earlier run with the same request had finished it."""
+    notes: tuple[str, ...]
+    """What of the source is not kept."""
+
+
+class _Plan(BaseModel):
+    """Record of a started or finished video, beside its segments."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: str
+    """Hash of everything that decides the file, apart from `settings`."""
+    settings: EngineSettings
+    """Settings of the first run. Later ones keep them, so that all segments are made alike."""
+    finished: tuple[int, int] | None = None
+    """Size in bytes and time of the last change in ns of the finished file."""
+
+
+class Progress(Protocol):
+    """Called with the frames that are done, of how many, and the frames made by this run."""
+
+    def __call__(self, done: int, total: int, made: int) -> None: ...
+
+
+def upscale_file(
+    video: Path,
+    out: Path,
+    options: UpscaleOptions,
+    calibration: Calibration,
+    runner: SegmentRunner,
+    *,
+    on_progress: Progress = lambda done, total, made: None,
+) -> UpscaleReport:
+    """Upscale a video to `out`, which appears when it is complete. After a kill, the same call continues.
+
+    Raises MediaError for a source that cannot be read, an output that exists or cannot be written; SegmentFailed; StageError or
+    SetupError if the network cannot run.
+    """
+    begin = time.monotonic()
+    work = out.parent / WORK_FOLDER / out.name
+    record = work.with_name(f"{out.name}.json")
+    source, size = planned_size(read_source(video), options)
+    copies = plan_copies(source, out.suffix.lower())
+    request = _request(source, size, options)
+    plan = _read_plan(record)
+    finished = plan is not None and plan.request == request and plan.finished is not None
+
+    def report(resumed: int, *, was_finished: bool = False) -> UpscaleReport:
+        return UpscaleReport(
+            video=str(video),
+            out=str(out),
+            frames=source.frame_count,
+            size=f"{size[0]}x{size[1]}",
+            seconds=round(time.monotonic() - begin, 3),
+            resumed_frames=resumed,
+            was_finished=was_finished,
+            notes=(*source.notes, *copies.notes),
+        )
+
+    if out.exists() and not options.force:
+        if finished and plan is not None and plan.finished == _version(out):
+            return report(0, was_finished=True)
+        raise MediaError(
+            f"{out}: exists and is not the result of this command; choose another output, or replace it with --force"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.with_name(f"{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise MediaError(f"{out}: another process is making it") from None
+    try:
+        if plan is None or plan.request != request or finished:
+            remove(work)
+            work.mkdir()
+            plan = _Plan(request=request, settings=engine_settings(source, options.model, calibration))
+            write_atomically(record, plan.model_dump_json())
+        for path in abandoned(work):
+            remove(path)
+        job = UpscaleJob(source, options.model, size, options.encode, plan.settings)
+        segments = job.segments
+        missing = [segment for segment in segments if not (work / segment.file_name).exists()]
+        resumed = source.frame_count - sum(segment.stop - segment.start for segment in missing)
+        made = 0
+
+        def count(_segment: Segment) -> None:
+            nonlocal made
+            made += 1
+            on_progress(resumed + made, source.frame_count, made)
+
+        on_progress(resumed, source.frame_count, 0)
+        if missing:
+            runner(job, missing, work, count)
+        join_segments(out, [work / segment.file_name for segment in segments], source, copies.kept, options.encode.codec)
+        write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
+        remove(work)
+    finally:
+        lock.release()
+    return report(resumed)
+
+
+def output_path(video: Path, out: Path, *, is_folder: bool) -> Path:
+    """Return the output file of a video. In a folder, MP4 and MOV stay what they are, and other formats become Matroska."""
+    if not is_folder:
+        return out
+    suffix = video.suffix.lower()
+    return out / f"{video.stem}{suffix if suffix in FORMATS else '.mkv'}"
+
+
+def planned_size(source: Source, options: UpscaleOptions) -> tuple[Source, Size]:
+    """Return the size of the result, and the source with the aspect ratio of pixels that it has then. Raises MediaError."""
+    if options.fit is not None:
+        return fitted(source, options.fit)
+    return source, scaled(source, options.scale or 1)
+
+
+def engine_settings(source: Source, model: UpscaleModel, calibration: Calibration) -> EngineSettings:
+    """Return the calibrated settings with the tiles that this video needs."""
+    settings = calibration.settings
+    free = free_memory(settings.device) / calibration.workers
+    if call_bytes(model, source.width, source.height, settings.frames_per_call) <= free:
+        return settings
+    settings = settings.model_copy(update={"frames_per_call": 1})
+    if call_bytes(model, source.width, source.height) <= free:
+        return settings
+    tile_px, overlap_px = choose_tile(model, source.width, source.height, free)
+    # The tiles at the right and bottom have other shapes, for which torch.compile would compile again.
+    return settings.model_copy(update={"compiled": False, "tile_px": tile_px, "overlap_px": overlap_px})
+
+
+def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "source": digest(source.path),
+        "model": options.model.key,
+        "size": size,
+        "pixel_aspect": str(source.pixel_aspect),
+        "encode": options.encode.model_dump(),
+        "versions": {"ffmpeg": av.library_versions, "torch": version("torch"), "spandrel": version("spandrel")},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _version(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read_plan(record: Path) -> _Plan | None:
+    try:
+        return _Plan.model_validate_json(record.read_bytes())
+    except (OSError, ValidationError):
+        return None

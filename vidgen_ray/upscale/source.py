@@ -1,0 +1,234 @@
+"""Properties of a video file that its upscaled version must keep, read from the packets and the first frame."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from av.sidedata.sidedata import Type as SideData
+
+from vidgen_ray.errors import MediaError
+from vidgen_ray.media.checks import wrap_errors
+from vidgen_ray.media.decode import open_video_stream, video_container
+
+UNSPECIFIED = 2
+"""FFmpeg's number of a colour tag that is not set."""
+BT709, BT601 = 1, 6
+"""FFmpeg's numbers of colour matrices. 6 is SMPTE 170M, whose numbers are those of BT.601."""
+FULL_RANGE = 2
+PQ, HLG = 16, 18
+"""FFmpeg's numbers of the transfer functions of HDR video."""
+LARGEST_SD = 1024, 576
+"""Width and height in pixels up to which players take untagged video for BT.601."""
+DYNAMIC_HDR = {
+    SideData.DYNAMIC_HDR_PLUS: "HDR10+",
+    SideData.DOVI_RPU_BUFFER: "Dolby Vision",
+    SideData.DOVI_METADATA: "Dolby Vision",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """Colour tags of a video, as FFmpeg's numbers."""
+
+    matrix: int
+    """Never unspecified: that of the tag, else the one that players assume for the size."""
+    primaries: int
+    transfer: int
+    full_range: bool
+
+    @property
+    def is_hdr(self) -> bool:
+        return self.transfer in (PQ, HLG)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A video file and the times of its frames. Times are in units of `time_base`."""
+
+    path: Path
+    container: str
+    """FFmpeg's name of the format: mov, matroska or avi."""
+    width: int
+    """Width in pixels of an upright frame. The same for `height`."""
+    height: int
+    stored_size: tuple[int, int]
+    """Width and height in pixels before the rotation by `quarter_turns`."""
+    quarter_turns: int
+    """Counter-clockwise quarter turns that make a frame upright."""
+    bits: int
+    """Bits per channel."""
+    pixel_aspect: Fraction
+    """Width of a pixel divided by its height, of an upright frame."""
+    colour: Colour
+    fps: Fraction
+    """Frames per second. The average if the frame rate varies."""
+    time_base: Fraction
+    times: tuple[int, ...]
+    """Time of each frame, strictly increasing."""
+    last_duration: int
+    """Duration of the last frame."""
+    keyframe_times: tuple[int, ...]
+    """Times of keyframes, in order. Empty if frames can only be reached by decoding all frames before."""
+    hdr: HdrMetadata
+    notes: tuple[str, ...]
+    """What of this file is not kept, and assumptions."""
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.times)
+
+    @property
+    def seconds(self) -> float:
+        return float((self.times[-1] - self.times[0] + self.last_duration) * self.time_base)
+
+    def seek_time(self, frame: int) -> int | None:
+        """Return the time of a keyframe from which decoding gives this frame exactly. `None`: decode from the start.
+
+        That is the last but one keyframe before the frame: after the last one, frames may still depend on frames before it
+        (open GOPs, intra refresh).
+        """
+        before = bisect_right(self.keyframe_times, self.times[frame])
+        return self.keyframe_times[before - 2] if before > 2 else None
+
+
+@dataclass(frozen=True, slots=True)
+class HdrMetadata:
+    """Static HDR metadata (SMPTE ST 2086, CTA-861.3)."""
+
+    mastering: tuple[Fraction, ...] | None = None
+    """x and y of red, green, blue and white, then minimum and maximum luminance in cd/m²."""
+    light: tuple[int, int] | None = None
+    """MaxCLL and MaxFALL in cd/m²."""
+
+
+def read_source(path: Path) -> Source:
+    """Read the properties of a video. All packets are read, one frame is decoded.
+
+    Raises MediaError if it is missing, no video of a supported format, or truncated.
+    """
+    container = video_container(path)
+    with wrap_errors(f"{path}: cannot be read"):
+        with open_video_stream(path, container) as (opened, stream):
+            first = next(opened.decode(stream), None)
+            fps, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+            aspect = stream.sample_aspect_ratio or Fraction(1)
+        if first is None or not fps:
+            raise MediaError(f"{path}: has no frames")
+        with open_video_stream(path, container) as (opened, stream):
+            packets = _read_packets(path, opened, stream)
+    quarter_turns = round(first.rotation / 90) % 4
+    sideways = quarter_turns % 2
+    colour, notes = _colour_of(first)
+    times = _Times.of(packets, Fraction(fps), time_base)
+    return Source(
+        path=path,
+        container=container,
+        width=first.height if sideways else first.width,
+        height=first.width if sideways else first.height,
+        stored_size=(first.width, first.height),
+        quarter_turns=quarter_turns,
+        bits=max(component.bits for component in first.format.components),
+        pixel_aspect=1 / aspect if sideways else aspect,
+        colour=colour,
+        fps=Fraction(fps).limit_denominator(100_000),
+        time_base=times.time_base,
+        times=times.times,
+        last_duration=times.last_duration,
+        keyframe_times=times.keyframes,
+        hdr=_hdr_of(first),
+        notes=(*notes, *times.notes, *_lost(first)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Packet:
+    time: int | None
+    duration: int
+    is_keyframe: bool
+
+
+def _read_packets(path: Path, opened: Any, stream: Any) -> list[_Packet]:
+    packets: list[_Packet] = []
+    for packet in opened.demux(stream):
+        if packet.is_corrupt:
+            raise MediaError(f"{path}: is truncated, got {len(packets)} complete frames of {stream.frames}")
+        if packet.size > 0 and not packet.is_discard:
+            packets.append(_Packet(packet.pts, packet.duration or 0, bool(packet.is_keyframe)))
+    if not packets:
+        raise MediaError(f"{path}: has no frames")
+    return packets
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    time_base: Fraction
+    times: tuple[int, ...]
+    last_duration: int
+    keyframes: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, packets: list[_Packet], fps: Fraction, time_base: Fraction) -> _Times:
+        """Return the times of the packets. AVI has none: its frames are shown at a constant rate."""
+        shown = sorted((packet for packet in packets if packet.time is not None), key=lambda packet: packet.time or 0)
+        times = tuple(packet.time for packet in shown if packet.time is not None)
+        if len(times) < len(packets) or any(a >= b for a, b in pairwise(times)):
+            notes = ("some frames have the same time or none; frames are shown at a constant rate",) if times else ()
+            return cls(1 / fps, tuple(range(len(packets))), 1, (), notes)
+        last = shown[-1].duration or (times[-1] - times[-2] if len(times) > 1 else max(1, round(1 / fps / time_base)))
+        return cls(
+            time_base, times, last, tuple(packet.time for packet in shown if packet.is_keyframe and packet.time is not None)
+        )
+
+
+def _colour_of(frame: Any) -> tuple[Colour, list[str]]:
+    tags = Colour(int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc), _is_full_range(frame))
+    if frame.format.is_rgb:
+        return Colour(BT709, tags.primaries, tags.transfer, False), ["RGB is encoded as YUV (BT.709)"]
+    if tags.matrix not in (0, UNSPECIFIED):
+        return tags, []
+    is_sd = frame.width <= LARGEST_SD[0] and frame.height <= LARGEST_SD[1]
+    matrix, name = (BT601, "BT.601") if is_sd else (BT709, "BT.709")
+    # The upscaled file is larger, so players would assume another matrix for it.
+    return Colour(matrix, tags.primaries, tags.transfer, tags.full_range), [f"has no colour tag; {name} is assumed and tagged"]
+
+
+def _is_full_range(frame: Any) -> bool:
+    return int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
+
+
+def _lost(frame: Any) -> list[str]:
+    """Return what of the picture is not kept."""
+    notes = []
+    if frame.interlaced_frame:
+        notes.append("is interlaced; frames are upscaled as they are, without deinterlacing, and tagged as progressive")
+    components = frame.format.components
+    if not frame.format.is_rgb and len(components) >= 3 and components[1].height == frame.height:
+        notes.append("its chroma has more than half of the resolution; the upscaled chroma is stored as 4:2:0")
+    if any(component.is_alpha for component in components):
+        notes.append("alpha is dropped")
+    if max(component.bits for component in components) > 10:
+        notes.append("more than 10 bits per channel are stored as 10")
+    found = sorted({name for data in frame.side_data if (name := DYNAMIC_HDR.get(data.type))})
+    notes += [f"{name} metadata is dropped; static HDR metadata is kept" for name in found]
+    return notes
+
+
+def _hdr_of(frame: Any) -> HdrMetadata:
+    data = {item.type: bytes(item) for item in frame.side_data}
+    mastering: tuple[Fraction, ...] | None = None
+    light: tuple[int, int] | None = None
+    if (raw := data.get(SideData.MASTERING_DISPLAY_METADATA)) is not None:
+        # AVMasteringDisplayMetadata: 10 rationals of two 32-bit integers, then the flags has_primaries and has_luminance.
+        *numbers, has_primaries, has_luminance = struct.unpack_from("=22i", raw)
+        if has_primaries and has_luminance:
+            mastering = tuple(Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
+    if (raw := data.get(SideData.CONTENT_LIGHT_LEVEL)) is not None:
+        light = struct.unpack_from("=2I", raw)
+    return HdrMetadata(mastering, light)
