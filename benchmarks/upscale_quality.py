@@ -1,0 +1,156 @@
+"""Compare the frames of each fast path of `vidgen upscale` with those of float32, and write a comparison image.
+
+    python benchmarks/upscale_quality.py    # PSNR, SSIM, flicker; LPIPS if its package and weights are on this machine
+    python benchmarks/upscale_quality.py --video clip.mp4 --frames 24
+
+Flicker is the mean change of the error from one frame to the next, in levels of 255: an error that stays where it is does not
+flicker. The image shows input (nearest), bicubic, float32 and the fastest path, and the difference of the last two, 32 times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cv2
+import numpy as np
+import typer
+from PIL import Image
+
+from benchmarks.machine import machine, write_json
+from benchmarks.upscale import PACKAGES, photo_video
+from vidgen_ray.stages.cpu_dtype import cpu_has_bfloat16
+from vidgen_ray.upscale.calibration import calibrate
+from vidgen_ray.upscale.frames import FrameReader
+from vidgen_ray.upscale.models import DEFAULT_MODEL, UpscaleModel, find_model
+from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, usable_cpus
+from vidgen_ray.upscale.source import read_source
+from vidgen_ray.upscale.tiles import receptive_field
+
+Clip = list[np.ndarray]
+CROP_PX = 96
+"""Side of the part of the input that the comparison image shows."""
+GAIN = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, help="video to upscale (default: a camera over a photo, 256x144)")
+    parser.add_argument("--frames", type=int, default=12)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--out", type=Path, default=Path("out/upscale-quality"), help="folder for comparison.png")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    args = parser.parse_args()
+    model = find_model(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        video = args.video or photo_video(Path(folder) / "photo.mp4", args.frames, (256, 144))
+        source = read_source(video)
+        frames = list(FrameReader(source).read(0, min(args.frames, source.frame_count)))
+    base = EngineSettings(threads=usable_cpus())
+    expected = upscaled(model, base, frames)
+    lpips = lpips_distance()
+    rows, best = [], expected
+    for name, settings in fast_paths(model, base).items():
+        got = upscaled(model, settings, frames)
+        rows.append({"path": name, **compare(got, expected, lpips)})
+        best = got if name == "calibrated" else best
+    large = expected[0].shape[1], expected[0].shape[0]
+    bicubic = [cv2.resize(frame, large, interpolation=cv2.INTER_CUBIC) for frame in frames]
+    rows.append({"path": "bicubic, for scale", **compare(bicubic, expected, lpips)})
+    print_table(rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    comparison(frames[0], bicubic[0], expected[0], best[0]).save(args.out / "comparison.png")
+    typer.echo(args.out / "comparison.png")
+    if args.json:
+        write_json(args.json, {"machine": machine(PACKAGES), "model": model.name, "results": rows})
+
+
+def fast_paths(model: UpscaleModel, base: EngineSettings) -> dict[str, EngineSettings]:
+    """Return name -> settings of everything that the calibration may choose, and tiles."""
+    paths = {"torch float32, 2 frames a call": base.model_copy(update={"frames_per_call": 2})}
+    paths["torch float32, 1 thread"] = base.model_copy(update={"threads": 1})
+    overlap = receptive_field(model)
+    if overlap is not None:
+        paths[f"tiles of 64 px, overlap {overlap}"] = base.model_copy(update={"tile_px": 64, "overlap_px": overlap})
+    if cpu_has_bfloat16():
+        paths["torch bfloat16"] = base.model_copy(update={"dtype": "bfloat16"})
+    if has_openvino():
+        paths["openvino float32"] = base.model_copy(update={"engine": "openvino"})
+        paths["openvino bfloat16"] = base.model_copy(update={"engine": "openvino", "dtype": "bfloat16"})
+    paths["calibrated"] = calibrate(model, "cpu").settings
+    return paths
+
+
+def upscaled(model: UpscaleModel, settings: EngineSettings, frames: Clip) -> Clip:
+    network = UpscaleNetwork(model, settings)
+    step = settings.frames_per_call
+    return [result for start in range(0, len(frames), step) for result in network(frames[start : start + step])]
+
+
+def compare(got: Clip, expected: Clip, lpips: Callable[[np.ndarray, np.ndarray], float] | None) -> dict[str, Any]:
+    from skimage.metrics import structural_similarity
+
+    errors = [a.astype(np.int16) - b for a, b in zip(got, expected, strict=True)]
+    mse = np.mean([np.mean(error.astype(float) ** 2) for error in errors])
+    ssim = np.mean([structural_similarity(a, b, channel_axis=2) for a, b in zip(got, expected, strict=True)])
+    return {
+        "psnr_db": round(float(10 * np.log10(255**2 / mse)), 2) if mse else None,
+        "max_levels": int(max(np.abs(error).max() for error in errors)),
+        "ssim": round(float(ssim), 5),
+        "flicker_levels": round(float(np.mean([np.abs(b - a).mean() for a, b in pairwise(errors)])), 4)
+        if len(errors) > 1
+        else None,
+        "lpips": None if lpips is None else round(float(np.mean([lpips(a, b) for a, b in zip(got, expected, strict=True)])), 5),
+    }
+
+
+def lpips_distance() -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """Return the LPIPS distance of two frames, or `None` if the package or its AlexNet weights are not on this machine."""
+    try:
+        import lpips
+        import torch
+
+        network = lpips.LPIPS(net="alex", verbose=False)
+    # Without the package, or without weights and network access.
+    except Exception as error:
+        typer.echo(f"LPIPS: not measured ({type(error).__name__})", err=True)
+        return None
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        tensors = [torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()).float() / 127.5 - 1 for pixels in (a, b)]
+        with torch.inference_mode():
+            return float(network(*tensors))
+
+    return distance
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    typer.echo(f"{'path':36} {'dB to fp32':>10} {'max levels':>10} {'SSIM':>8} {'flicker':>8} {'LPIPS':>8}")
+    for row in rows:
+        similarity = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}"
+        lpips = "-" if row["lpips"] is None else f"{row['lpips']:.5f}"
+        flicker = "-" if row["flicker_levels"] is None else f"{row['flicker_levels']:.4f}"
+        typer.echo(f"{row['path']:36} {similarity:>10} {row['max_levels']:10} {row['ssim']:8.5f} {flicker:>8} {lpips:>8}")
+
+
+def comparison(small: np.ndarray, bicubic: np.ndarray, fp32: np.ndarray, fast: np.ndarray) -> Image.Image:
+    """Return the parts side by side: input, bicubic, float32, fast path, difference of the last two."""
+    scale = fp32.shape[0] // small.shape[0]
+    top, left = (small.shape[0] - CROP_PX) // 2, (small.shape[1] - CROP_PX) // 2
+    nearest = small[top : top + CROP_PX, left : left + CROP_PX].repeat(scale, 0).repeat(scale, 1)
+    part = slice(top * scale, (top + CROP_PX) * scale), slice(left * scale, (left + CROP_PX) * scale)
+    difference = np.abs(fp32.astype(int) - fast) * GAIN
+    panels = [nearest, bicubic[part], fp32[part], fast[part], difference.clip(0, 255).astype(np.uint8)[part]]
+    return Image.fromarray(np.concatenate(panels, axis=1))
+
+
+if __name__ == "__main__":
+    main()
