@@ -50,7 +50,7 @@ class NoOpRealESRGAN(NoOp, RealESRGANStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"hd_frames": item.artefacts["frames"]} for item in items]
 
-    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
+    def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         return frames
 
 

@@ -128,7 +128,7 @@ class SimulatedRealESRGAN(SimulatedStage, RealESRGANStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
 
-    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
+    def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
         self._model.work(self.name, "", len(frames) * simulated.SECONDS_PER_FRAME)
         return frames[:, :ENCODED_PX, :ENCODED_PX].copy()
 

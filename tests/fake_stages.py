@@ -114,7 +114,7 @@ class FakeClipLikeness(FakeStage, ClipLikenessStage):
 
 
 class FakeRealESRGAN(FakeStage, RealESRGANStage):
-    def run_chunk(self, shot, frames, lookahead=None):
+    def run_chunk(self, shot, frames, chunk=None):
         return frames.repeat(shot.scale, 1).repeat(shot.scale, 2)
 
 

@@ -61,6 +61,18 @@ def test_readme_call(pipeline):
         assert sha256_of(result["video"].parent / name) == file["sha256"]
 
 
+def test_interpolated_shot_has_clips_of_the_higher_rate(pipeline):
+    fields = {"num_frames": 5, "fps": 5, "scale": 2, "seed": 7}
+    plain = pipeline.generate_video("a red ball", **fields)
+    smooth = pipeline.generate_video("a red ball", **fields, fps_out=24)
+    assert [step.stage for step in smooth.record.stages] == ["flux", "svd", "rife", "realesrgan"]
+    assert [step.key for step in smooth.record.stages[:2]] == [step.key for step in plain.record.stages[:2]]
+    for name, size in (("video", (128, 64)), ("hd_video", (256, 128))):
+        with open_video(plain[name]) as before, open_video(smooth[name]) as after:
+            assert (after.width, after.height, after.frame_count, float(after.fps)) == (*size, 24, 24)
+            assert after.frame_count / after.fps - before.frame_count / before.fps < 1 / after.fps
+
+
 def test_image_shot_has_no_clips(pipeline):
     result = pipeline.generate_video("a red ball", generate_video=False, width=64, height=80)
     assert (result["image"].size, result["video"], result["hd_video"]) == ((64, 80), None, None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, Stage
+from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
@@ -23,6 +24,7 @@ from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 
@@ -40,13 +42,14 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     WanStage,
     LTXStage,
     ClipLikenessStage,
+    RifeStage,
     RealESRGANStage,
 )
 """All stages, in the order in which a shot passes them. A new stage is one new file and one line here."""
 
 
 def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:
-    """Raises TypeError if chunked stages are not last, do not form a chain, or look ahead without being first."""
+    """Raises TypeError if chunked stages are not last or no chain, or if one makes its own frames without being first."""
     chunked = [stage for stage in stages if issubclass(stage, ChunkedStage)]
     if tuple(stages[len(stages) - len(chunked) :]) != tuple(chunked):
         raise TypeError("STAGES: chunked stages must come last")
@@ -54,8 +57,9 @@ def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:
     for stage in chunked:
         if len(stage.takes) != 1 or len(stage.writes) != 1 or stage.takes[0] not in clips:
             raise TypeError(f"STAGES: {stage.name} must take one clip of an earlier stage, and write one")
-        if stage.lookahead_frames and stage is not chunked[0]:
-            raise TypeError(f"STAGES: {stage.name} has a lookahead, so it must be the first chunked stage")
+        own_frames = (stage.frame_factor, stage.source_frames) != (ChunkedStage.frame_factor, ChunkedStage.source_frames)
+        if own_frames and stage is not chunked[0]:
+            raise TypeError(f"STAGES: {stage.name} makes frames of its own, so it must be the first chunked stage")
         clips.add(stage.writes[0])
 
 
@@ -68,6 +72,8 @@ CLIP_ONLY_FIELDS = tuple(dict.fromkeys(field for stage in STAGES for field in st
 """Shot fields that have no meaning for a still image."""
 WITHOUT_CLIP = SVDStage.switch_off
 """Fields of a shot that is an image only."""
+WITHOUT_UPSCALING = RealESRGANStage.switch_off
+"""Fields of a shot whose clip is not upscaled."""
 WITHOUT_CHUNKED_STAGES: Mapping[str, Any] = {
     field: value for stage in STAGES if issubclass(stage, ChunkedStage) for field, value in stage.switch_off.items()
 }
@@ -91,17 +97,23 @@ def chunked_stages_of(shot: Shot) -> tuple[type[ChunkedStage[Any]], ...]:
     return tuple(stage for stage in stages_of(shot) if issubclass(stage, ChunkedStage))
 
 
-def clip_growth(shot: Shot) -> dict[str, tuple[int, int]]:
+def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
     """Return artefact -> (side factor, frame factor) of each clip of the shot, relative to the frames that it generates."""
     if not shot.generate_video:
         return {}
-    growth = {"frames": (1, 1)}
-    scale = factor = 1
+    growth = {"frames": (1, Fraction(1))}
+    scale, factor = 1, Fraction(1)
     for stage in chunked_stages_of(shot):
         scale *= stage.scale_factor(shot)
         factor *= stage.frame_factor(shot)
         growth[stage.writes[0]] = scale, factor
     return growth
+
+
+def clip_length(shot: Shot) -> tuple[int, int]:
+    """Return the number of frames, and the frames per second, of all clip files of a shot."""
+    factor = next(factor for _, factor in clip_growth(shot).values())
+    return frames_after(shot.num_frames, factor), int(shot.fps * factor)
 
 
 def file_sizes(shot: Shot) -> dict[str, tuple[int, int]]:
@@ -152,11 +164,11 @@ def relative_costs(shot: Shot) -> dict[str, RelativeCost]:
 
     Chunked stages also process the frames and pixels that earlier chunked stages add.
     """
-    costs, growth = {}, 1
+    costs, growth = {}, 1.0
     for stage in stages_of(shot):
         costs[stage.name] = RelativeCost(stage.relative_cost(shot), stage.relative_fixed_cost(shot)).times(growth)
         if issubclass(stage, ChunkedStage):
-            growth *= stage.frame_factor(shot) * stage.scale_factor(shot) ** 2
+            growth *= float(stage.frame_factor(shot)) * stage.scale_factor(shot) ** 2
     return costs
 
 

@@ -232,6 +232,16 @@ class Shot(_Frozen):
         "allowed number that is closest to 5 seconds.",
     )
     fps: int = Field(5, ge=1, le=60, description="Frames per second. Default for wan: 16, for ltx: 25.")
+    interpolation: Literal[1, 2, 4, 8] = Field(
+        1, description="Factor by which frame interpolation raises the frame rate; the clip lasts as long as before. 1: off."
+    )
+    fps_out: int | None = Field(
+        None,
+        ge=1,
+        le=240,
+        description="Frames per second of the finished clip, at least fps: frames are interpolated at these times. "
+        "Default: fps x interpolation.",
+    )
     motion_bucket_id: int = Field(127, ge=1, le=255, description="Amount of motion. Higher values move more.")
     noise_aug_strength: float = Field(
         0.02,
@@ -347,6 +357,15 @@ class Shot(_Frozen):
                 if getattr(self, name) % multiple:
                     side = f"{name} {getattr(self, name)}"
                     raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
+        if self.fps_out is not None:
+            interpolated = self.fps * self.interpolation
+            if self.fps_out < self.fps:
+                raise ValueError(f"fps_out {self.fps_out} is lower than fps {self.fps}; set fps_out to at least {self.fps}")
+            if self.interpolation > 1 and self.fps_out != interpolated:
+                raise ValueError(
+                    f"fps_out {self.fps_out} contradicts interpolation {self.interpolation}, which gives {interpolated} frames "
+                    "per second; set one of them"
+                )
         for name, used in (
             ("lora", bool(self.lora) and self.image_model == "flux"),
             ("refine", self.uses_sdxl_base and not self.lora),

@@ -29,8 +29,8 @@ class Counted:
         log_call(self.name, [item.shot.id for item in items])
         return results
 
-    def run_chunk(self, shot, frames, lookahead=None):
-        result = super().run_chunk(shot, frames, lookahead)
+    def run_chunk(self, shot, frames, chunk=None):
+        result = super().run_chunk(shot, frames, chunk)
         log_call(self.name, len(frames))
         return result
 

@@ -1,6 +1,7 @@
 """Commands: output, error messages and exit codes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -100,6 +101,12 @@ def test_stage_command_chains_all_stages_through_files(tmp_path, capsys):
     hd = stage("realesrgan", clip, "-s", "scale=3", out="hd.mp4")
     with open_video(clip) as small, open_video(hd) as large:
         assert (large.width, large.height, large.frame_count) == (3 * small.width, 3 * small.height, small.frame_count)
+    smooth = stage("rife", clip, "-s", "fps_out=24", out="smooth.mp4")
+    with open_video(clip) as before, open_video(smooth) as after:
+        assert (float(before.fps), float(after.fps)) == (5, 24)
+        assert after.frame_count == math.ceil(before.frame_count * 24 / 5)
+    assert main(["stage", "rife", str(smooth), "-s", "fps_out=12", "-o", str(tmp_path / "x.mp4"), "-p", "tiny"]) == 2
+    assert "fps_out: got 12, must be at least the 24" in capsys.readouterr().err
     upscaled = stage("realesrgan", base, "-s", "scale=2", out="large.png")
     assert Image.open(upscaled).size == (256, 128)
     assert main(["stage", "svd", str(style), "-o", str(tmp_path / "clip.txt"), "-p", "tiny"]) == 2

@@ -1,5 +1,7 @@
 """Chunks of clips with chunked stages."""
 
+from fractions import Fraction
+
 import pytest
 
 from vidgen_ray import graph
@@ -23,12 +25,12 @@ class Doubling(ChunkedStage[StageParams]):
 
     @staticmethod
     def frame_factor(shot):
-        return 2
+        return Fraction(2)
 
 
 @pytest.fixture
 def doubling(monkeypatch):
-    monkeypatch.setattr(graph, "STAGES", (*graph.STAGES[:-1], Doubling, RealESRGANStage))
+    monkeypatch.setattr(graph, "STAGES", (*graph.STAGES[:-2], Doubling, RealESRGANStage))
 
 
 def test_clip_is_cut_at_multiples_of_the_frames_per_call(make_shot):
@@ -44,7 +46,15 @@ def test_chunks_grow_up_to_the_byte_limit(make_shot):
     assert cut(shot, 4, 1) == cut(shot, 4)
 
 
-@pytest.mark.parametrize(("doubling_frames", "unit"), [(1, 2), (2, 2), (3, 6), (4, 4)])
+def test_chunks_are_those_of_the_finished_clip(make_shot):
+    shot = make_shot(num_frames=5, fps=5, fps_out=24)
+    assert graph.clip_length(shot) == (24, 24)
+    assert chunk_unit(shot, {"rife": 1, "realesrgan": 4}) == 4
+    assert cut(shot, 4, 16 * chunk_result_bytes(shot)) == [(0, 16), (16, 24)]
+    assert chunk_result_bytes(shot) == 3 * shot.width * shot.height * (1 + shot.scale**2)
+
+
+@pytest.mark.parametrize(("doubling_frames", "unit"), [(1, 4), (2, 4), (3, 12), (8, 8)])
 def test_every_chunked_stage_starts_at_a_multiple_of_its_frames_per_call(make_shot, doubling, doubling_frames, unit):
     assert chunk_unit(make_shot(), {"doubling": doubling_frames, "realesrgan": 4}) == unit
 
@@ -52,6 +62,7 @@ def test_every_chunked_stage_starts_at_a_multiple_of_its_frames_per_call(make_sh
 def test_growth_of_clips_follows_the_chunked_stages(make_shot, doubling):
     assert graph.clip_growth(make_shot(scale=3)) == {"frames": (1, 2), "hd_frames": (3, 2)}
     assert graph.clip_growth(make_shot(scale=3, upscale_video=False)) == {"frames": (1, 2)}
+    assert graph.clip_length(make_shot(num_frames=9, fps=5)) == (18, 10)
     assert graph.clip_growth(make_shot(generate_video=False)) == {}
 
 
@@ -59,7 +70,7 @@ def test_growth_of_clips_follows_the_chunked_stages(make_shot, doubling):
     ("stages", "message"),
     [
         ((Doubling, graph.STAGES[0]), "chunked stages must come last"),
-        ((Doubling, type("Ahead", (Doubling,), {"lookahead_frames": 1})), "must be the first chunked stage"),
+        ((RealESRGANStage, Doubling), "must be the first chunked stage"),
     ],
 )
 def test_chunked_stages_in_the_wrong_order_are_refused(stages, message):

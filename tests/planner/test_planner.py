@@ -277,7 +277,7 @@ def test_parse_gpus_returns_nodes():
 
 
 def test_reference_shot_has_relative_cost_one_for_every_stage():
-    shot = Shot(prompt="a", face_image="f.png", identity="none", lora="l.safetensors", use_hunyuan_style=True)
+    shot = Shot(prompt="a", face_image="f.png", identity="none", lora="l.safetensors", use_hunyuan_style=True, interpolation=2)
     assert {stage.name: stage.relative_cost(shot) for stage in STAGES} == dict.fromkeys(STAGE_BY_NAME, 1.0)
 
 

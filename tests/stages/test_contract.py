@@ -7,7 +7,7 @@ import pytest
 
 from vidgen_ray.graph import STAGES
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks
+from vidgen_ray.stages.base import Artefacts, ChunkedStage, Item, frame_chunks, frames_after
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
@@ -103,19 +103,16 @@ def test_fields_of_clip_stages_are_declared_clip_only(loaded):
 def test_chunks_give_the_bytes_of_the_whole_clip(loaded, item):
     if not isinstance(loaded, ChunkedStage):
         return
-    shot, (source,), (result,) = item.shot, loaded.takes, loaded.writes
+    shot, (source,), (result,) = with_fields(item, **loaded.examples[0]).shot, loaded.takes, loaded.writes
     frames = np.concatenate([item.artefacts[source]] * 3)[:11]
     frames += np.arange(11, dtype=np.uint8)[:, None, None, None]
     whole = loaded([Item(shot, {source: frames})])[0][result]
     per_call, scale, factor = loaded.chunk_frames(loaded.params), loaded.scale_factor(shot), loaded.frame_factor(shot)
-    assert whole.shape[1:] == (frames.shape[1] * scale, frames.shape[2] * scale, 3)
-    for chunk in frame_chunks(len(frames), 2 * per_call):
-        lookahead = frames[chunk.stop : chunk.stop + loaded.lookahead_frames]
-        part = loaded.run_chunk(shot, frames[chunk], lookahead)
-        if chunk.stop < len(frames):
-            assert len(part) == factor * (chunk.stop - chunk.start)
-        assert np.array_equal(part, whole[chunk.start * factor :][: len(part)])
-    assert (len(frames) - 1) * factor < len(whole) <= len(frames) * factor
+    n_frames = frames_after(len(frames), factor)
+    assert whole.shape == (n_frames, frames.shape[1] * scale, frames.shape[2] * scale, 3)
+    for chunk in frame_chunks(n_frames, 2 * per_call):
+        part = loaded.run_chunk(shot, frames[loaded.source_frames(shot, chunk)], chunk)
+        assert np.array_equal(part, whole[chunk])
 
 
 def test_stage_needs_only_declared_artefacts_and_returns_the_declared_ones(loaded, item):

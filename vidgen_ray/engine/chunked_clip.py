@@ -12,17 +12,17 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, VideoReader, open_video
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks
+from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks, frames_after
 from vidgen_ray.stages.progress import report_progress
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".flv", ".mpg", ".mpeg")
 
 
 def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, encode: Mp4Settings) -> Path:
-    """Process a clip and write it to `out`, without sound. Return `out`.
+    """Process a clip and write it to `out`, without sound. Return `out`. The shot's `fps` is replaced by that of the clip.
 
-    Raises UsageError for a suffix other than .mp4, MediaError for a clip that cannot be read, SetupError and WriteError for one
-    that cannot be written, and StepFailed.
+    Raises UsageError for a suffix other than .mp4 and for a lower frame rate, MediaError for a clip that cannot be read,
+    SetupError and WriteError for one that cannot be written, and StepFailed.
     """
     if out.suffix.lower() != ".mp4":
         raise UsageError(f"out: got {str(out)!r}, must end in .mp4 for a clip")
@@ -31,18 +31,21 @@ def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, 
     except OSError as error:
         raise SetupError(f"{out.parent}: cannot be created ({error.strerror})") from None
     with open_video(source) as video:
+        shot = shot.model_copy(update={"fps": Fraction(video.fps)})
+        if stage.frame_factor(shot) < 1:
+            raise UsageError(f"fps_out: got {shot.fps_out}, must be at least the {float(video.fps):g} of {source}")
         write_clip(out, _processed(stage, shot, video), Fraction(video.fps) * stage.frame_factor(shot), encode)
     return out
 
 
 def _processed(stage: ChunkedStage[Any], shot: Shot, video: VideoReader) -> Iterator[Frames]:
     """Yield the processed chunks. A whole clip may not fit in memory."""
-    total = video.frame_count
+    total = frames_after(video.frame_count, stage.frame_factor(shot))
     for chunk in frame_chunks(total, stage.chunk_frames(stage.params)):
-        frames = video.frames(chunk.start, min(chunk.stop + stage.lookahead_frames, total))
-        size = chunk.stop - chunk.start
+        source = stage.source_frames(shot, chunk)
+        frames = video.frames(source.start, min(source.stop, video.frame_count))
         try:
-            yield stage.run_chunk(shot, frames[:size], frames[size:])
+            yield stage.run_chunk(shot, frames, chunk)
         except Exception as error:
             raise StepFailed(stage.name, error) from error
         report_progress(stage.name, chunk.stop, total)

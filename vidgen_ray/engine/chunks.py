@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from vidgen_ray.graph import chunked_stages_of, clip_growth
+from vidgen_ray.graph import chunked_stages_of, clip_growth, clip_length
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -28,31 +28,27 @@ def chunk_frames_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dic
 
 
 def chunk_unit(shot: Shot, chunk_frames: Mapping[str, int]) -> int:
-    """Return the number of frames by which the clip may be cut. Cuts at its multiples do not change any byte.
+    """Return the number of frames by which the finished clip may be cut. Cuts at its multiples do not change any byte.
 
     Each chunked stage then starts every chunk at a multiple of its own frames per call, which `chunk_frames` holds.
     """
-    unit, factor = 1, 1
-    for stage in chunked_stages_of(shot):
-        per_call = chunk_frames[stage.name]
-        unit = math.lcm(unit, per_call // math.gcd(per_call, factor))
-        factor *= stage.frame_factor(shot)
-    return unit
+    return math.lcm(*(chunk_frames[stage.name] for stage in chunked_stages_of(shot)))
 
 
 def clip_chunks(shot: Shot, unit: int, max_bytes: int = 0) -> list[slice]:
-    """Cut the clip of a shot with chunked stages into ranges of frames, in order.
+    """Cut the finished clip of a shot with chunked stages into ranges of frames, in order.
 
     A chunk is the largest multiple of `unit` frames whose result is at most `max_bytes` of raw frames, but at least one unit.
     """
     units = max(1, max_bytes // (chunk_result_bytes(shot) * unit))
-    return frame_chunks(shot.num_frames, units * unit)
+    n_frames, _ = clip_length(shot)
+    return frame_chunks(n_frames, units * unit)
 
 
 def chunk_result_bytes(shot: Shot) -> int:
-    """Return the bytes of raw RGB frames that the chunked stages make of one input frame."""
+    """Return the bytes of raw RGB frames that the chunked stages make for one frame of the finished clip."""
     chunked = {stage.writes[0] for stage in chunked_stages_of(shot)}
-    pixels = sum(scale**2 * factor for name, (scale, factor) in clip_growth(shot).items() if name in chunked)
+    pixels = sum(scale**2 for name, (scale, _) in clip_growth(shot).items() if name in chunked)
     return 3 * shot.width * shot.height * pixels
 
 

@@ -23,7 +23,7 @@ from vidgen_ray.engine.status import EngineObserver, Progress
 from vidgen_ray.engine.step_groups import OUTPUT, group_chunked_steps, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.stages.base import Artefacts
 
@@ -203,15 +203,16 @@ class ShotRunner:
         chunks = (lambda: self._chunks(plan, order, artefacts, on_progress)) if chunked else None
         written = await self._encoders.write(plan, artefacts.reference, records, chunks, node)
         self._count(written.stages[len(records) :])
-        scale, frame_factor = clip_growth(plan.shot).get("hd_frames", (1, 1))
-        if scale > 1:
-            self._observer.frames_upscaled(plan.shot.num_frames * frame_factor)
+        if any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
+            n_frames, _ = clip_length(plan.shot)
+            self._observer.frames_upscaled(n_frames)
         return written
 
     def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None) -> Chunks:
         """Process the clip's chunks on any free workers. Yields records and results in order."""
         calls = group_chunked_steps(plan, self._workers.can_fuse)
         last_stage = calls[-1][-1].stage
+        n_frames, _ = clip_length(plan.shot)
         frames_done = 0
 
         async def process(chunk: slice) -> tuple[tuple[StepRecord, ...], Any]:
@@ -225,9 +226,9 @@ class ShotRunner:
                 timeout_s = self._config.timeout_s(*names)
                 result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
                 records, cut = records + result.records, None
-            frames_done += len(range(*chunk.indices(plan.shot.num_frames)))
+            frames_done += chunk.stop - chunk.start
             if on_progress is not None:
-                on_progress(Progress(last_stage, frames_done, plan.shot.num_frames))
+                on_progress(Progress(last_stage, frames_done, n_frames))
             return records, current.reference
 
         unit = chunk_unit(plan.shot, self._chunk_frames)

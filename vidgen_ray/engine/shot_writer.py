@@ -10,7 +10,7 @@ from pathlib import Path
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.engine.step_runner import with_images
-from vidgen_ray.graph import chunked_stages_of, clip_growth, file_sizes, stages_of
+from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, centre_crop, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, StepRecord
@@ -31,7 +31,6 @@ class ShotFiles:
         self._shot = plan.shot
         self._encode = encode
         self._stages = outputs.stage_cache if keep_stages else None
-        self._growth = clip_growth(plan.shot)
         self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
         self._clips: dict[str, Mp4Writer] = {}
@@ -54,7 +53,7 @@ class ShotFiles:
                 continue
             width, height = self._sizes[name]
             if name not in self._clips:
-                fps = self._shot.fps * self._growth[name][1]
+                _, fps = clip_length(self._shot)
                 writer = Mp4Writer(self._draft.path(file), width, height, fps, self._encode)
                 self._clips[name] = self._open_clips.enter_context(writer)
             self._clips[name].write(centre_crop(whole, width, height))

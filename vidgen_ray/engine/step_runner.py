@@ -86,9 +86,9 @@ class StepRunner:
     def run_chunk(
         self, plan: ShotPlan, steps: Collection[str], chunk: slice | None, artefacts: Artefacts
     ) -> tuple[Artefacts, list[StepRecord]]:
-        """Take a chunk of the clip through these chunked steps. Raises StepFailed.
+        """Take a chunk of the finished clip through these chunked steps. Raises StepFailed.
 
-        `chunk` is a range of frames of the clip in `artefacts`. `None`: `artefacts` are the result of earlier chunked steps.
+        `chunk` is a range of its frames. `None`: `artefacts` are the result of earlier chunked steps, not the generated clip.
         Returns all artefacts that chunked steps have made of the chunk so far.
         """
         made: dict[str, Any] = {**artefacts} if chunk is None else {}
@@ -99,22 +99,22 @@ class StepRunner:
                 assert isinstance(stage, ChunkedStage)
                 (source,), (target,) = stage.takes, stage.writes
                 if chunk is None or source in made:
-                    frames, lookahead = made[source], None
+                    frames, cut = made[source], None
                 else:
-                    clip = artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
-                    frames, lookahead = clip[chunk], clip[chunk.stop : chunk.stop + stage.lookahead_frames]
-                made[target], record = self._chunk_step(stage, step, plan.shot, frames, lookahead)
+                    clip: Frames = artefacts[source]  # type: ignore[literal-required]  # the name of an artefact
+                    frames, cut = clip[stage.source_frames(plan.shot, chunk)], chunk
+                made[target], record = self._chunk_step(stage, step, plan.shot, frames, cut)
                 records.append(record)
         return Artefacts(**made), records  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _chunk_step(
-        self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, lookahead: Frames | None
+        self, stage: ChunkedStage[Any], step: Step, shot: Shot, frames: Frames, chunk: slice | None
     ) -> tuple[Frames, StepRecord]:
         begun = time.monotonic()
         try:
             self._check_weights(stage, step, shot)
             self.swapper.ensure_on_gpu(step.stage)
-            result, recovered = run_with_oom_fallback(stage, lambda: stage.run_chunk(shot, frames, lookahead))
+            result, recovered = run_with_oom_fallback(stage, lambda: stage.run_chunk(shot, frames, chunk))
         except Cancelled:
             raise
         except Exception as error:

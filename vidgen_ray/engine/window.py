@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from vidgen_ray.engine.chunks import MAX_CHUNKS_AHEAD, chunk_result_bytes
-from vidgen_ray.graph import chunked_stages_of
+from vidgen_ray.graph import chunked_stages_of, clip_length
 from vidgen_ray.shot import Shot
 
 OBJECT_STORE_SHARE = 0.4
@@ -91,4 +91,5 @@ def object_store_bytes(shot: Shot, chunk_bytes: int) -> int:
     frames = image * shot.num_frames
     if not chunked_stages_of(shot):
         return image + frames
-    return image + frames + min(chunk_result_bytes(shot) * shot.num_frames, chunk_bytes * (MAX_CHUNKS_AHEAD + 1))
+    n_frames, _ = clip_length(shot)
+    return image + frames + min(chunk_result_bytes(shot) * n_frames, chunk_bytes * (MAX_CHUNKS_AHEAD + 1))

@@ -12,7 +12,15 @@ from cachetools import TTLCache, cached
 
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner
 from vidgen_ray.errors import ProfileError, SetupError
-from vidgen_ray.graph import BASE_IMAGE_STAGES, STAGES, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP, check_profile, stages_of
+from vidgen_ray.graph import (
+    BASE_IMAGE_STAGES,
+    STAGES,
+    WITHOUT_CHUNKED_STAGES,
+    WITHOUT_CLIP,
+    WITHOUT_UPSCALING,
+    check_profile,
+    stages_of,
+)
 from vidgen_ray.planner import Demand, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -80,7 +88,7 @@ class ServingProfile:
         plain = {**self.profile.defaults, "id": "s", "prompt": "p", "seed": 0}
         shots: dict[str, Shot] = {}
         for example in (example for stage in self.stages for example in stage.examples):
-            for shortened in ({}, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP):
+            for shortened in ({}, WITHOUT_UPSCALING, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP):
                 shot = Shot.model_validate({**plain, **example, **shortened})
                 if all(stage.name in self.params for stage in stages_of(shot)):
                     shots[shot.model_dump_json()] = shot

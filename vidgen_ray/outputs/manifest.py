@@ -12,6 +12,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field
 
+from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, ShotSummary
 from vidgen_ray.outputs.storage import Storage, storage_at
@@ -104,6 +105,7 @@ class ManifestRow(BaseModel):
     ) -> "ManifestRow":
         """Return the row of a finished, failed or skipped shot. Values are not validated again, for speed."""
         assert shot.id is not None
+        n_frames, fps = clip_length(shot) if shot.generate_video else (None, None)
         return _row(
             run=run,
             script=script,
@@ -115,8 +117,8 @@ class ManifestRow(BaseModel):
             seed=shot.seed if isinstance(result, Failure) else result.summary.seed,
             width=shot.width,
             height=shot.height,
-            num_frames=shot.num_frames if shot.generate_video else None,
-            fps=shot.fps if shot.generate_video else None,
+            num_frames=n_frames,
+            fps=fps,
             metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
             **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(result.summary)),
         )

@@ -92,7 +92,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:
             clip = pixels * shot.num_frames
-            encoded_pixels = clip * sum(scale**2 * factor for scale, factor in clip_growth(shot).values())
+            encoded_pixels = clip * sum(scale**2 * float(factor) for scale, factor in clip_growth(shot).values())
             upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels

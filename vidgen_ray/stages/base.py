@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
 
@@ -311,20 +313,18 @@ class Stage(ABC, Generic[P]):
 
 
 class ChunkedStage(Stage[P]):
-    """A stage that processes a clip in chunks of frames. Executors distribute the chunks over workers.
+    """A stage that makes a clip in chunks of frames. Executors distribute the chunks over workers.
 
-    Chunked stages are the last stages of the chain. A chunk of n frames gives exactly `n * frame_factor(shot)` frames; only
-    the last chunk of a clip may give fewer. Results are streamed to the encoder and never cached.
+    Chunked stages are the last stages of the chain. Only the first one may change the number of frames, or make a frame from
+    other frames than the one at its place. Results are streamed to the encoder and never cached.
     """
 
     progress_unit: ClassVar[str] = "frames"
-    lookahead_frames: ClassVar[int] = 0
-    """Frames after a chunk that the stage also sees. Only the first chunked stage of the chain may have a lookahead."""
 
     @classmethod
     @abstractmethod
     def chunk_frames(cls, params: P) -> int:
-        """Return the number of input frames in one call of `process_chunk`. Clips are cut by this number only."""
+        """Return the number of frames in one call of `process_chunk`. Clips are cut at its multiples only."""
 
     @staticmethod
     def scale_factor(shot: Shot) -> int:
@@ -332,45 +332,56 @@ class ChunkedStage(Stage[P]):
         return 1
 
     @staticmethod
-    def frame_factor(shot: Shot) -> int:
-        """Return the number of output frames per input frame. The frame rate grows by the same factor."""
-        return 1
+    def frame_factor(shot: Shot) -> Fraction:
+        """Return the factor by which the frame rate grows, at least 1. n frames become `frames_after(n, factor)`."""
+        return Fraction(1)
+
+    @staticmethod
+    def source_frames(shot: Shot, chunk: slice) -> slice:
+        """Return the range of input frames from which a range of output frames is made. It may end after the clip."""
+        return chunk
 
     @abstractmethod
-    def process_chunk(self, shot: Shot, frames: Frames, lookahead: Frames) -> Frames:
-        """Process at most `chunk_frames` frames (n, H, W, 3).
+    def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
+        """Return the output frames `chunk`, at most `chunk_frames` of them: (n, H * scale_factor, W * scale_factor, 3).
 
-        `lookahead` holds the next `lookahead_frames` frames of the clip, fewer at its end.
-        Returns (n * frame_factor, H * scale_factor, W * scale_factor, 3).
+        `frames` are the input frames `source_frames(shot, chunk)`, fewer at the end of the clip.
         """
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         (source,), (result,) = self.takes, self.writes
         return [
-            Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source])})  # type: ignore[misc]
+            Artefacts(**{result: self._run_clip(item.shot, item.artefacts[source], None)})  # type: ignore[misc]
             for item in items
         ]
 
-    def run_chunk(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
-        """Process any number of consecutive frames, as `process_chunk` does. Cut at multiples of `chunk_frames`, any division
-        of a clip gives the same bytes."""
+    def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
+        """Make the output frames `chunk` from the input frames `source_frames(shot, chunk)`. `None`: a whole clip.
+
+        Cut at multiples of `chunk_frames`, any division of a clip gives the same bytes.
+        """
         import torch
 
         with torch.inference_mode(), torch_threads(self.params.threads):
-            return self._run_clip(shot, frames, lookahead)
+            return self._run_clip(shot, frames, chunk)
 
-    def _run_clip(self, shot: Shot, frames: Frames, lookahead: Frames | None = None) -> Frames:
+    def _run_clip(self, shot: Shot, frames: Frames, chunk: slice | None) -> Frames:
         n_frames, height, width, _ = frames.shape
-        scale, factor = self.scale_factor(shot), self.frame_factor(shot)
-        following = frames if lookahead is None or not len(lookahead) else np.concatenate([frames, lookahead])
-        output = np.empty((n_frames * factor, height * scale, width * scale, 3), np.uint8)
-        filled = 0
-        for chunk in frame_chunks(n_frames, self.chunk_frames(self.params)):
-            result = self.process_chunk(shot, frames[chunk], following[chunk.stop : chunk.stop + self.lookahead_frames])
-            output[filled : filled + len(result)] = result
-            filled += len(result)
-            report_progress(self.name, chunk.stop, n_frames)
-        return output[:filled]
+        scale = self.scale_factor(shot)
+        whole = slice(0, frames_after(n_frames, self.frame_factor(shot))) if chunk is None else chunk
+        first, n_output = self.source_frames(shot, whole).start, whole.stop - whole.start
+        output = np.empty((n_output, height * scale, width * scale, 3), np.uint8)
+        for part in frame_chunks(n_output, self.chunk_frames(self.params)):
+            made = slice(whole.start + part.start, whole.start + part.stop)
+            source = self.source_frames(shot, made)
+            output[part] = self.process_chunk(shot, frames[source.start - first : source.stop - first], made)
+            report_progress(self.name, part.stop, n_output)
+        return output
+
+
+def frames_after(n_frames: int, factor: Fraction) -> int:
+    """Return how many frames a clip has after its frame rate has grown by a factor: all that begin before the clip ends."""
+    return ceil(n_frames * factor)
 
 
 def frame_chunks(n_frames: int, chunk_frames: int) -> list[slice]:

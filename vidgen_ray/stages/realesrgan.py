@@ -128,7 +128,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         for network in self._networks.values():
             network.model.to(device)
 
-    def process_chunk(self, shot: Shot, frames: Frames, lookahead: Frames) -> Frames:
+    def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
         return _to_frames(self._upscale(frames, shot.scale, shot.upscaler))
 
     def upscale_float(self, frames: Frames, scale: int, upscaler: str) -> NDArray[np.float32]:

@@ -37,6 +37,12 @@ def _realesrgan(folder: Path) -> None:
     realesrgan.build(folder)
 
 
+def _rife(folder: Path) -> None:
+    from vidgen_ray.weights import rife
+
+    rife.build(folder)
+
+
 BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
     "tiny/flux": (1, _builder("flux")),
     "tiny/flux-schnell": (1, _builder("flux_schnell")),
@@ -58,6 +64,7 @@ BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
     "tiny/antelopev2": (1, _builder("antelopev2", "tiny_faces")),
     "tiny/ir_se50.pth": (1, _builder("ir_se50", "tiny_faces")),
     "realesrgan": (1, _realesrgan),
+    "rife": (1, _rife),
     "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _builder("hunyuandit", "demo_family")),
     "demo/svd": (partial(demo_family.digest, "svd"), _builder("svd", "demo_family")),
 }

@@ -170,6 +170,21 @@ def test_vllm_omni_request_with_all_defaults(client, held):
     }
 
 
+@pytest.mark.parametrize(("exponent", "factor"), [({}, 2), ({"frame_interpolation_exp": 2}, 4)])
+def test_vllm_omni_frame_interpolation(client, held, exponent, factor):
+    body = {"prompt": "a lake", "size": "64x64", "num_frames": 4, "fps": 6, "enable_frame_interpolation": True, **exponent}
+    video = client.post("/v1/videos", json={**body, "frame_interpolation_scale": 1.0})
+    assert video.status_code == 200, video.text
+    assert {name: video.json()[name] for name in ("fps", "num_frames", "seconds")} == {
+        "fps": 6 * factor,
+        "num_frames": 4 * factor,
+        "seconds": "0.666667",
+    }
+    assert shot_of(client, video.json()["id"])["interpolation"] == factor
+    for wrong in ({"interpolation": 8}, {"frame_interpolation_exp": 4}, {"frame_interpolation_model_path": "/x"}):
+        error_of(client.post("/v1/videos", json={**body, **wrong}), 400)
+
+
 @pytest.mark.parametrize(
     "lora",
     [

@@ -110,9 +110,9 @@ class FakeLoRA(FakeStage, FluxLoRAStage):
 
 
 class FakeUpscaler(FakeRealESRGAN):
-    def run_chunk(self, shot, frames, lookahead=None):
+    def run_chunk(self, shot, frames, chunk=None):
         report_progress(self.name, len(frames), len(frames))
-        return super().run_chunk(shot, frames, lookahead)
+        return super().run_chunk(shot, frames, chunk)
 
 
 FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA, "realesrgan": FakeUpscaler}

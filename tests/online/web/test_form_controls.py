@@ -27,7 +27,7 @@ class NewShot(Shot):
 
 class NewStage(SVDStage):
     name = "interpolate"
-    label = "Interpolation"
+    label = "Smoothing"
     reads = ("interpolate_factor", "smoothness", "seed", "steps.svd")
     clip_only_fields = ("keep_edges",)
 
@@ -44,7 +44,7 @@ def with_new_stage(monkeypatch) -> serving.ServingProfile:
 
 def test_new_stage_and_its_fields_appear_in_the_form(with_new_stage, new_site):
     html = httpx.get(new_site(served=with_new_stage).url).text
-    group = html.partition("<legend>Interpolation</legend>")[2].partition("</fieldset>")[0]
+    group = html.partition("<legend>Smoothing</legend>")[2].partition("</fieldset>")[0]
     assert 'name="interpolate_factor"' in group
     assert '<option value="4">4</option>' in group
     assert 'name="smoothness" type="number" inputmode="decimal" min="0" max="1" step="any" placeholder="0.5"' in group

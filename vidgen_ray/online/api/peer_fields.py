@@ -18,7 +18,6 @@ OPENAI = "OpenAI"
 ANY = None
 """Value of `PeerField.neutral` that accepts everything."""
 START_IMAGE = "a clip starts from an image: send input_reference"
-NO_INTERPOLATION = "this server has no stage for frame interpolation"
 NO_SOUND = "clips have no sound"
 
 
@@ -59,10 +58,8 @@ PEER_FIELDS: tuple[PeerField, ...] = (
     PeerField("generator_device", str, BOTH, ANY, "noise is drawn on the CPU, so that it is the same on all devices"),
     PeerField("return_stage_metrics", bool, OMNI, ANY, "responses always have stage_durations"),
     PeerField("quality", str, f"{OPENAI}, {OMNI}", ANY, "set steps instead", for_images=False),
-    PeerField("frame_interpolation_exp", int, BOTH, ANY, NO_INTERPOLATION, for_images=False),
-    PeerField("frame_interpolation_scale", float, BOTH, ANY, NO_INTERPOLATION, for_images=False),
-    PeerField("enable_frame_interpolation", bool, BOTH, (False,), NO_INTERPOLATION, for_images=False),
-    PeerField("frame_interpolation_model_path", str, BOTH, (), NO_INTERPOLATION, for_images=False),
+    PeerField("frame_interpolation_scale", float, BOTH, ANY, "the profile's flow_scale does this", for_images=False),
+    PeerField("frame_interpolation_model_path", str, BOTH, (), "the profile names the weights", for_images=False),
     PeerField("true_cfg_scale", float, BOTH, (0, 1), "set guidance_scale; a negative_prompt is always used with true CFG"),
     PeerField("boundary_ratio", float, OMNI, (0, 1), "the video model has one transformer for all steps", for_images=False),
     PeerField("flow_shift", float, BOTH, (), "the schedule of each model is fixed"),

@@ -32,7 +32,14 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
-from vidgen_ray.graph import BASE_IMAGE_STAGES, CLIP_ONLY_FIELDS, WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP, stages_with_setting
+from vidgen_ray.graph import (
+    BASE_IMAGE_STAGES,
+    CLIP_ONLY_FIELDS,
+    WITHOUT_CHUNKED_STAGES,
+    WITHOUT_CLIP,
+    WITHOUT_UPSCALING,
+    stages_with_setting,
+)
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
@@ -352,6 +359,17 @@ class CreateVideo(_Generation):
     upscaling_scale: Scale | None = Field(
         None, description="Same as `scale`. Without effect unless `enable_upscaling` is true."
     )
+    enable_frame_interpolation: bool | None = Field(
+        None,
+        description="Of vLLM-Omni, SGLang. true: `interpolation` 2, 4 or 8, by `frame_interpolation_exp`. false: off.",
+    )
+    frame_interpolation_exp: int = Field(
+        1,
+        ge=1,
+        le=3,
+        description="Of vLLM-Omni, SGLang. Exponent of the factor: 2 means 4. Without effect unless "
+        "`enable_frame_interpolation` is true.",
+    )
     video_params: VideoParams | None = Field(
         None, description="`width`, `height`, `num_frames` and `fps`, if they are not set outside. In a form: JSON."
     )
@@ -367,6 +385,13 @@ class CreateVideo(_Generation):
         fields = super().shot_fields(defaults)
         if self.video_lora is not None:
             fields["video_lora"] = self.video_lora
+        if self.enable_frame_interpolation is not None:
+            factor = 2**self.frame_interpolation_exp if self.enable_frame_interpolation else 1
+            if fields.setdefault("interpolation", factor) != factor:
+                got = fields["interpolation"]
+                raise invalid("interpolation", f"got {got}, but enable_frame_interpolation and its exponent say {factor}")
+            # The profile's own rate would contradict the factor.
+            fields.setdefault("fps_out", None)
         if self.seconds is None:
             return fields
         values = {**without_other_models_defaults(defaults, fields), **fields}
@@ -403,7 +428,7 @@ class CreateVideo(_Generation):
             return {**whole, **clip_fields_with_hd(width, height, scale)}, True
         wanted = size or original
         if wanted is None:
-            return dict(WITHOUT_CHUNKED_STAGES), False
+            return dict(WITHOUT_UPSCALING), False
         width, height = wanted
         return {**whole, **clip_fields(width, height, rules, may_upscale=upscale is None)}, False
 

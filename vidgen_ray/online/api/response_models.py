@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
-from vidgen_ray.graph import clip_growth, file_sizes
+from vidgen_ray.graph import clip_growth, clip_length, file_sizes
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
@@ -277,8 +277,7 @@ def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> V
     """Return a job as OpenAI's Video."""
     shot = job.shot
     growth, sizes, delivered = clip_growth(shot), file_sizes(shot), delivered_artefact_of(job)
-    frame_factor = growth[delivered][1] if delivered in growth else 1
-    frames = shot.num_frames * frame_factor if shot.generate_video else 1
+    frames, fps = clip_length(shot) if shot.generate_video else (1, shot.fps)
     finished = list(sizes)[-1]
     cancelled = job.state == JobState.CANCELLED
     return Video.model_validate(
@@ -287,7 +286,7 @@ def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> V
             "status": "failed" if cancelled else job.state,
             "error": CANCELLED if cancelled else job.error,
             "model": str(job.request.get("model")),
-            "seconds": f"{frames / (shot.fps * frame_factor):g}",
+            "seconds": f"{frames / fps:g}",
             "size": size_text(sizes[delivered]),
             "model_size": size_text((shot.width, shot.height)),
             "scale": max((scale for scale, _ in growth.values()), default=1),
@@ -298,7 +297,7 @@ def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> V
             "eta_s": estimate.eta_s,
             "completed_at": job.completed_at if job.state == JobState.COMPLETED else None,
             "remixed_from_video_id": job.request.get("remixed_from"),
-            "fps": shot.fps * frame_factor,
+            "fps": fps,
             "num_frames": frames,
             "seed": shot.seed or 0,
             "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from vidgen_ray.engine.step_groups import OUTPUT
-from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, file_sizes, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, clip_length, file_sizes, stages_of
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import previewed_stage
 from vidgen_ray.online.queue_estimate import JobEstimate
@@ -177,7 +177,9 @@ def _settings(job: Job, width: int, height: int, lora_names: Mapping[str, str]) 
         growth = max((scale for scale, _ in clip_growth(shot).values()), default=1)
         yield "Drawn at", _size_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
     if shot.generate_video:
-        yield "Frames", f"{shot.num_frames} at {shot.fps} per second"
+        n_frames, fps = clip_length(shot)
+        made = "" if n_frames == shot.num_frames else f", interpolated from {shot.num_frames}"
+        yield "Frames", f"{n_frames} at {fps} per second{made}"
         yield "Motion", str(shot.motion_bucket_id)
     yield "Seed", str(shot.seed)
     if isinstance(name := job.request.get("character"), str):

@@ -1,0 +1,128 @@
+"""Interpolation: number, times and content of the frames; scene cuts; any cut of the clip."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from skimage import data
+
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Item, frame_chunks
+from vidgen_ray.stages.rife import RifeStage, similarity
+
+SIZE_PX = 96
+STEP_PX = 6
+
+
+def pan(photo, n_frames, step_px=STEP_PX):
+    """Return a clip (T, 96, 96, 3) that pans over a photo by `step_px` per frame."""
+    return np.stack([photo[100 : 100 + SIZE_PX, 60 + step_px * n : 60 + SIZE_PX + step_px * n] for n in range(n_frames)])
+
+
+@pytest.fixture(scope="module")
+def rife(tiny):
+    with RifeStage(tiny.params(RifeStage)) as stage:
+        yield stage
+
+
+def interpolated(rife, shot, clip):
+    return rife([Item(shot, {"frames": clip})])[0]["frames"]
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / ((a.astype(float) - b) ** 2).mean())
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_frame_count_grows_by_the_factor_and_generated_frames_stay(rife, make_shot, factor):
+    clip = pan(data.astronaut(), 3)
+    shot = make_shot(interpolation=factor)
+    result = interpolated(rife, shot, clip)
+    assert len(result) == 3 * factor
+    assert np.array_equal(result[::factor], clip)
+    assert all(np.array_equal(held, clip[-1]) for held in result[-factor:]), "the last frame is held for its duration"
+    drawn = result[1:factor]
+    assert all(not np.array_equal(frame, other) for frame in drawn for other in clip)
+
+
+@pytest.mark.parametrize("photo", [data.astronaut, data.coffee, data.rocket])
+def test_drawn_frames_are_nearer_to_the_truth_than_blending(rife, make_shot, photo):
+    truth = pan(photo(), 5, STEP_PX // 2)
+    result = interpolated(rife, make_shot(interpolation=2), truth[::2])
+    blended = (truth[0].astype(float) + truth[2]) / 2
+    assert psnr(result[1], truth[1]) > psnr(blended, truth[1]) + 6
+
+
+@pytest.mark.parametrize(
+    ("fps", "fps_out", "n_frames", "expected"), [(5, 24, 5, 24), (5, 12, 4, 10), (7, 24, 4, 14), (6, 24, 3, 12), (16, 24, 3, 5)]
+)
+def test_clip_plays_at_exactly_fps_out(rife, make_shot, fps, fps_out, n_frames, expected):
+    clip = pan(data.coffee(), n_frames)
+    result = interpolated(rife, make_shot(fps=fps, fps_out=fps_out), clip)
+    assert len(result) == expected
+    assert 0 <= Fraction(len(result), fps_out) - Fraction(n_frames, fps) < Fraction(1, fps_out), "the duration stays"
+    for number, frame in enumerate(result):
+        position = Fraction(number * fps, fps_out)
+        if position.denominator == 1:
+            assert np.array_equal(frame, clip[int(position)])
+        if position >= n_frames - 1:
+            assert np.array_equal(frame, clip[-1])
+
+
+def test_fps_out_and_interpolation_give_the_same_frames(rife, make_shot):
+    clip = pan(data.rocket(), 3)
+    by_rate = interpolated(rife, make_shot(fps=6, fps_out=24), clip)
+    assert np.array_equal(by_rate, interpolated(rife, make_shot(fps=6, interpolation=4), clip))
+
+
+def test_scene_cuts_are_not_blended(rife, make_shot):
+    before, after = pan(data.astronaut(), 2), pan(data.coffee(), 2)
+    result = interpolated(rife, make_shot(interpolation=4), np.concatenate([before, after]))
+    assert all(np.array_equal(frame, before[1]) for frame in result[4:8])
+    assert not np.array_equal(result[1], before[0])
+    assert not np.array_equal(result[9], after[0])
+
+
+def test_fast_motion_is_not_taken_for_a_cut(rife, make_shot):
+    clip = pan(data.chelsea(), 2, 24)
+    assert similarity(*clip) < rife.params.min_similarity, "without undoing the motion"
+    assert not np.array_equal(interpolated(rife, make_shot(interpolation=2), clip)[1], clip[0])
+
+
+@pytest.mark.parametrize("fields", [{"interpolation": 4}, {"fps": 7, "fps_out": 24}])
+@pytest.mark.parametrize("cut", [1, 3, 8])
+def test_clip_may_be_cut_anywhere(rife, make_shot, fields, cut):
+    shot, clip = make_shot(**fields), pan(data.astronaut(), 4)
+    whole = interpolated(rife, shot, clip)
+    parts = []
+    for chunk in frame_chunks(len(whole), cut):
+        parts.append(rife.run_chunk(shot, clip[rife.source_frames(shot, chunk)], chunk))
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_lower_memory_settings_halve_the_resolution_of_motion(rife):
+    params, scales = rife.params, []
+    while (params := RifeStage.lower_memory(params)) is not None:
+        scales.append(params.flow_scale)
+    assert scales == [0.5, 0.25]
+
+
+def test_stage_applies_only_to_clips_of_a_higher_rate(make_shot):
+    assert not RifeStage.applies(make_shot())
+    assert not RifeStage.applies(make_shot(fps=6, fps_out=6))
+    assert not RifeStage.applies(make_shot(interpolation=2, generate_video=False))
+    assert RifeStage.applies(make_shot(interpolation=2))
+    assert RifeStage.applies(make_shot(fps=6, fps_out=7))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"interpolation": 3}, "1, 2, 4 or 8"),
+        ({"fps": 6, "fps_out": 5}, "fps_out 5 is lower than fps 6; set fps_out to at least 6"),
+        ({"fps": 6, "fps_out": 25, "interpolation": 4}, "contradicts interpolation 4, which gives 24"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Shot(prompt="a", **fields)

@@ -1,0 +1,180 @@
+"""RIFE: draws frames between the frames of a clip, so that it plays at a higher rate. Its duration stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import (
+    REFERENCE_FRAMES,
+    REFERENCE_PIXELS,
+    ChunkedStage,
+    Frames,
+    Image,
+    StageParams,
+    to_uint8,
+    torch_dtype,
+)
+from vidgen_ray.stages.loading import require_device
+
+if TYPE_CHECKING:
+    from vidgen_ray.nets.rife import Rife
+
+CUT_PX, CUT_WINDOW_PX = 64, 11
+"""Side to which frames are reduced before they are compared, and that of the window of the comparison."""
+
+FLOW_SCALES = (1.0, 0.5, 0.25)
+
+
+class RifeParams(StageParams):
+    """`weights` is RIFE's `flownet.pkl`, or the same as .safetensors, or a folder with one of them."""
+
+    flow_scale: float = 1.0
+    """Share of the resolution at which motion is estimated: 1, 0.5 or 0.25. 0.5 suits clips larger than 1080p."""
+    min_similarity: float = Field(0.5, ge=-1, le=1)
+    """Structural similarity of two frames after their motion is undone, -1 to 1. Below it there is a scene cut between them."""
+
+    @field_validator("flow_scale")
+    @classmethod
+    def _check_flow_scale(cls, value: float) -> float:
+        if value not in FLOW_SCALES:
+            raise ValueError(f"must be one of {', '.join(map(str, FLOW_SCALES))}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The last two frames between which a frame was drawn."""
+
+    first: Image
+    second: Image
+    between: Callable[[Fraction], Image]
+    """Time between 0 and 1 -> frame."""
+
+
+class RifeStage(ChunkedStage[RifeParams]):
+    """`frames` uint8 (T, H, W, 3) at `fps` -> `frames` uint8 (T * factor, H, W, 3) at `fps * factor`.
+
+    The factor is `interpolation`, or `fps_out / fps`; T * factor is rounded up. The frame at time t is drawn from the frames
+    before and after t; a generated frame that begins at t is taken unchanged. The last frame is held for its own duration.
+    At a scene cut the frame before it is repeated. A cut is where the two frames differ even after both are moved along the
+    estimated motion to the middle. RIFE's own rule compares the frames as they are, and takes fast motion for a cut.
+    Source: Huang et al. 2022, arXiv:2011.06294.
+    """
+
+    name: ClassVar[str] = "rife"
+    label: ClassVar[str] = "Interpolation"
+    activity: ClassVar[str] = "Interpolating frames"
+    version: ClassVar[int] = 1
+    actor: ClassVar[str] = "rife"
+    reference_s: ClassVar[float] = 0.4
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"interpolation": 2},)
+    reads: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
+    clip_only_fields: ClassVar[tuple[str, ...]] = ("fps", "interpolation", "fps_out")
+    switch_off: ClassVar[Mapping[str, Any]] = {"interpolation": 1, "fps_out": None}
+    takes: ClassVar[tuple[str, ...]] = ("frames",)
+    writes: ClassVar[tuple[str, ...]] = ("frames",)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("_network", "_pair")
+    Params: ClassVar[type[StageParams]] = RifeParams
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        # Fast: this is asked for every line of a script.
+        return shot.generate_video and (shot.interpolation > 1 or (shot.fps_out or 0) > shot.fps)
+
+    @staticmethod
+    def frame_factor(shot: Shot) -> Fraction:
+        return Fraction(shot.interpolation if shot.fps_out is None else Fraction(shot.fps_out) / shot.fps)
+
+    @staticmethod
+    def source_frames(shot: Shot, chunk: slice) -> slice:
+        factor = RifeStage.frame_factor(shot)
+        return slice(floor(chunk.start / factor), floor((chunk.stop - 1) / factor) + 2)
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        drawn = shot.num_frames * (float(cls.frame_factor(shot)) - 1)
+        return shot.width * shot.height / REFERENCE_PIXELS * drawn / REFERENCE_FRAMES
+
+    @classmethod
+    def lower_memory(cls, params: RifeParams) -> RifeParams | None:
+        """Return half the resolution of motion, down to a quarter."""
+        return params.model_copy(update={"flow_scale": params.flow_scale / 2}) if params.flow_scale > 0.25 else None
+
+    @classmethod
+    def chunk_frames(cls, params: RifeParams) -> int:
+        """Return 1: a frame depends on the two frames around it only, so a clip may be cut anywhere."""
+        return 1
+
+    def load(self) -> None:
+        from vidgen_ray.nets.rife import load_rife
+
+        require_device(self.params.device)
+        self._network: Rife = load_rife(self.params.weights, torch_dtype(self.params.dtype)).to(self.params.device)
+        self._pair: _Pair | None = None
+
+    def move(self, device: str) -> None:
+        self._network.to(device)
+        self._pair = None
+
+    def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
+        position = chunk.start / self.frame_factor(shot)
+        time = position - floor(position)
+        if not time or len(frames) == 1:
+            return frames[:1]
+        return self._between(frames[0], frames[1])(time)[None]
+
+    def _between(self, first: Image, second: Image) -> Callable[[Fraction], Image]:
+        """Return a function that draws frames between two frames. It is kept for the next call, which often has the same."""
+        pair = self._pair
+        if pair is None or not (np.array_equal(pair.first, first) and np.array_equal(pair.second, second)):
+            # Copies, since frames of other processes are views of their memory.
+            first, second = first.copy(), second.copy()
+            pair = self._pair = _Pair(first, second, self._frames_between(first, second))
+        return pair.between
+
+    def _frames_between(self, first: Image, second: Image) -> Callable[[Fraction], Image]:
+        import torch
+
+        from vidgen_ray.nets.rife import FramePair
+
+        def tensor(frame: Image) -> torch.Tensor:
+            pixels = torch.from_numpy(frame).to(self.params.device).permute(2, 0, 1)[None]
+            return pixels.float() / 255
+
+        def image(pixels: torch.Tensor) -> Image:
+            return to_uint8(pixels[0].permute(1, 2, 0).cpu().numpy())
+
+        pair = FramePair(self._network, tensor(first), tensor(second), self.params.flow_scale)
+        if similarity(*map(image, pair.aligned())) < self.params.min_similarity:
+            return lambda time: first
+        return lambda time: image(pair.at(time))
+
+
+def similarity(first: Image, second: Image) -> float:
+    """Return the structural similarity of two frames of the same size, reduced to 64x64 pixels, -1 to 1.
+
+    Source: Wang et al. 2004, Image Quality Assessment: From Error Visibility to Structural Similarity.
+    """
+    import cv2
+    from skimage.metrics import structural_similarity
+
+    small = [cv2.resize(frame, (CUT_PX, CUT_PX), interpolation=cv2.INTER_AREA) for frame in (first, second)]
+    return float(
+        structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image is untyped
+            *small,
+            win_size=CUT_WINDOW_PX,
+            channel_axis=-1,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
