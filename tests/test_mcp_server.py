@@ -229,7 +229,7 @@ def test_streamable_http_on_loopback(url, tmp_path):
                 async with Client(f"http://127.0.0.1:{port}/mcp") as client:
                     return (await client.call_tool("list_models")).structured_content
 
-            assert [model["id"] for model in asyncio.run(scenario())["result"]] == ["tiny", "tiny-fast"]
+            assert [model["id"] for model in asyncio.run(scenario())["result"]] == ["tiny", "tiny-fast", "tiny-wan", "tiny-ltx"]
             mcp_url = f"http://127.0.0.1:{port}/mcp"
             # As a web page would send them, also after DNS rebinding.
             for foreign in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
