@@ -1,12 +1,15 @@
 """Start of Ray on a busy machine."""
 
 import inspect
+import socket
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import ray
-from ray._private import node
+from ray._private import node, parameter
 
-from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, init_local_ray
+from vidgen_ray.engine.ray_cluster import START_ATTEMPTS, START_TIMEOUT, RayStartTimeout, _unused_ports, init_local_ray
 
 
 @pytest.fixture
@@ -49,3 +52,23 @@ def test_other_start_errors_are_not_retried(failing_starts):
 
 def test_installed_ray_words_the_start_timeout_this_way():
     assert START_TIMEOUT in inspect.getsource(node), f"Ray {ray.__version__}: update START_TIMEOUT in ray_cluster.py"
+
+
+def test_local_ray_starts_only_services_that_are_used():
+    params = parameter.RayParams
+    start_server = node.Node.start_api_server
+    init_local_ray(num_cpus=1, log_to_driver=False, object_store_memory=100 << 20)
+    try:
+        assert set(ray._private.worker._global_node.all_processes) <= {"gcs_server", "raylet", "reaper"}
+        assert (parameter.RayParams, node.Node.start_api_server) == (params, start_server)
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    finally:
+        ray.shutdown()
+
+
+def test_ports_of_agents_are_free_and_not_those_of_connections():
+    with ExitStack() as stack:
+        for port in _unused_ports(4):
+            stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            first_of_connections = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+            assert port < first_of_connections or first_of_connections < 32_768

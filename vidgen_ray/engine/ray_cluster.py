@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,7 +20,8 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import node as node_module
+from ray._private import parameter, services
 from ray._private.state import available_resources_per_node
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
@@ -36,6 +38,10 @@ START_TIMEOUT = "timed out during startup"
 """Text in Ray's error when its processes do not start within 30 s."""
 CONNECT_TIMEOUT_S = 10
 LOOPBACK = "127.0.0.1"
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""Parameters of Ray for the ports of its agents."""
+AGENT_PORT_RANGE = (20_000, 32_768)
+"""Above the default ports of Ray's workers, below the ports that Linux gives to outgoing connections."""
 GPU_QUERY_TIMEOUT_S = 120
 
 
@@ -206,7 +212,7 @@ def init_local_ray(**options: Any) -> None:
         token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with _keep_loopback_address():
+            with _keep_loopback_address(), _only_needed_services(options):
                 ray.init(address="local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
             with suppress(OSError):  # there is none without token authentication
                 token.chmod(0o600)
@@ -233,6 +239,45 @@ def _keep_loopback_address() -> Iterator[None]:
         yield
     finally:
         services.resolve_ip_for_localhost = replace_loopback
+
+
+@contextmanager
+def _only_needed_services(options: Mapping[str, Any]) -> Iterator[None]:
+    """Let `ray.init` start neither a server for the dashboard nor an autoscaler, and not wait for its agents.
+
+    Ray starts both even without a dashboard and for one machine, waits for the server, then waits until its agents have chosen
+    their ports. The monitor of log files is started only if `options` ask for the output of workers.
+    """
+    make_params, start_server = parameter.RayParams, node_module.Node.start_api_server
+    fixed: dict[str, Any] = {"no_monitor": True, "include_log_monitor": options.get("log_to_driver", True)}
+    fixed |= zip(AGENT_PORTS, _unused_ports(len(AGENT_PORTS)), strict=True)
+
+    def make_params_without_services(**params: Any) -> parameter.RayParams:
+        given = {name: value for name, value in params.items() if value is not None}
+        return make_params(**{**params, **fixed, **given})
+
+    parameter.RayParams = make_params_without_services
+    node_module.Node.start_api_server = lambda self, **_: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node_module.Node.start_api_server = make_params, start_server
+
+
+def _unused_ports(count: int) -> list[int]:
+    """Return ports of the loopback address that no process listens on.
+
+    They are below the ports that the system gives to connections, so that none takes them before Ray's agents do.
+    """
+    ports = set[int]()
+    # Not seeded: processes that start at the same time must not choose the same ports.
+    choose = random.SystemRandom()
+    while len(ports) < count:
+        port = choose.randrange(*AGENT_PORT_RANGE)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            ports.add(port)
+    return sorted(ports)
 
 
 def requires_token() -> bool:
