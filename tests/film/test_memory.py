@@ -5,13 +5,26 @@ import pytest
 from benchmarks.film import measure
 
 MAX_MB = 400
+FEW, MORE, MANY = 60, 300, 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", [False, True])
+def test_memory_does_not_grow_with_the_number_of_clips(tmp_path, copied):
+    """The growth from 60 to 300 clips, continued to 1,000, stays below the limit."""
+    few, more = (measure(tmp_path / str(shots), shots, (64, 48), 6, copied=copied) for shots in (FEW, MORE))
+    assert (more["copied"], more["rendered"]) == ((MORE, 0) if copied else (0, 2 * MORE - 1))
+    assert more["unchanged_rendered"] == 0
+    for peak in ("peak_mb", "unchanged_peak_mb"):
+        growth_per_clip = max(0, more[peak] - few[peak]) / (MORE - FEW)
+        assert more[peak] + (MANY - MORE) * growth_per_clip < MAX_MB, (few, more)
 
 
 @pytest.mark.very_slow
 @pytest.mark.parametrize("copied", [False, True])
 def test_film_of_a_thousand_clips_takes_less_than_400_mb(tmp_path, copied):
-    figures = measure(tmp_path, 1000, (320, 192), 6, copied=copied)
-    assert (figures["copied"], figures["rendered"]) == ((1000, 0) if copied else (0, 1999))
+    figures = measure(tmp_path, MANY, (320, 192), 6, copied=copied)
+    assert (figures["copied"], figures["rendered"]) == ((MANY, 0) if copied else (0, 2 * MANY - 1))
     assert figures["unchanged_rendered"] == 0
     assert figures["peak_mb"] < MAX_MB
     assert figures["unchanged_peak_mb"] < MAX_MB
