@@ -1,5 +1,6 @@
 """Output folder: finished shots, manifest, failures, leases and garbage collection."""
 
+import io
 import json
 import os
 import pickle
@@ -223,6 +224,14 @@ def failures(outputs):
     return [json.loads(line)["failure"]["id"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def damaged_prompts(content):
+    """Return a Parquet file whose column `prompt` cannot be read."""
+    columns = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0)
+    column = columns.column(SCHEMA.get_field_index("prompt"))
+    start = column.dictionary_page_offset or column.data_page_offset
+    return content[:start] + b"\xff" * column.total_compressed_size + content[start + column.total_compressed_size :]
+
+
 class TestManifest:
     def test_rows_of_later_runs_replace_rows_of_earlier_runs(self, outputs):
         write(outputs, "r1", row("r1", "a"), failed("r1", "b"), row("r1", "c"))
@@ -345,12 +354,22 @@ class TestManifest:
         folder = outputs.root / "manifest"
         folder.mkdir(parents=True)
         (folder / "notes.txt").write_text("mine")
-        (folder / "broken.parquet").write_bytes(b"PAR1")
         pq.write_table(pa.table({"id": ["a"], "colour": ["red"]}), folder / "other.parquet")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         write(outputs, "r1", row("r1", "a"))
         assert {name: (folder / name).read_bytes() for name in before} == before
         assert [r.id for r in read_manifest(outputs.root)] == ["a"]
+
+    @pytest.mark.parametrize("damage", [lambda _: b"", lambda file: file[:-9], lambda _: b"PAR1" * 100, damaged_prompts])
+    def test_damaged_manifest_file_is_named_and_no_longer_read(self, outputs, damage):
+        write(outputs, "r1", row("r1", "a"))
+        (file,) = (outputs.root / "manifest").iterdir()
+        file.write_bytes(content := damage(file.read_bytes()))
+        writer = ManifestWriter(outputs, "r2", "s")
+        writer.add(row("r2", "b"))
+        assert writer.close() == [f"manifest/.damaged-{file.name}"]
+        assert (outputs.root / "manifest" / f".damaged-{file.name}").read_bytes() == content
+        assert pq.read_table(outputs.root / "manifest").column("id").to_pylist() == ["b"]
 
     def test_manifest_without_a_newer_column_is_upgraded(self, outputs):
         (outputs.root / "manifest").mkdir(parents=True)

@@ -67,11 +67,16 @@ class RunResults:
             self._manifest.discard()
         else:
             results = self.counts["done"] + self.counts["failed"] - self.rejected_lines
-            self._manifest.close(
+            damaged = self._manifest.close(
                 whole_script=self._whole_script,
                 every_line_has_a_row=self._is_script and self._whole_script and results == self.to_render,
                 every_shot_has_a_row=kind is None,
             )
+            for path in damaged:
+                self._listener.on_message(
+                    f"{path}: was damaged and is no longer part of the manifest. Rendering its script again restores its rows "
+                    "and skips finished shots"
+                )
 
     def rejected(self, line: RejectedLine) -> None:
         self.rejected_lines += 1

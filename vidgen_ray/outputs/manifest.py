@@ -268,6 +268,17 @@ def _read_index(content: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[
     return ManifestFile(name, seen.add_new(ids_last_first)[::-1], schema.equals(SCHEMA)), index
 
 
+def is_damaged(storage: Storage, name: str) -> bool:
+    """Return whether a file is not in the Parquet format, or cannot be read to its end."""
+    with opened(storage, name) as content:
+        try:
+            for _ in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS, use_threads=False):
+                pass
+        except (pyarrow.ArrowException, OSError):
+            return True
+    return False
+
+
 def manifest_files(storage: Storage) -> list[str]:
     """Return the paths of all manifest files, newest first. File names start with the run, and runs with their start time."""
     names = sorted(storage.files("manifest"), reverse=True)

@@ -24,6 +24,7 @@ from vidgen_ray.outputs.manifest import (
     ManifestFile,
     ManifestRow,
     current_rows,
+    is_damaged,
     manifest_files,
     read_index,
     rows_as_columns,
@@ -97,8 +98,10 @@ class ManifestWriter:
 
     def close(
         self, *, whole_script: bool = True, every_line_has_a_row: bool = False, every_shot_has_a_row: bool = True
-    ) -> None:
+    ) -> list[str]:
         """Merge this run with earlier ones: one row per id in `manifest/`, and only unresolved lines in `failures.jsonl`.
+
+        Return the paths of damaged files, which were renamed so that the folder can be read as one table.
 
         `whole_script`: the script was read to its end, so earlier rejections of its lines are dropped unless repeated.
         `every_line_has_a_row`: the rows of this run are all lines that the script has now. Its earlier rows with other ids
@@ -110,12 +113,14 @@ class ManifestWriter:
         rechecked_script = self._script if whole_script else None
         names = manifest_files(self._storage)
         own = [name for name in names if name.startswith(f"manifest/{self._run}-")]
-        sources = []
+        sources, damaged = [], []
         finished_runs = set[str]()
         replaced_ids, seen, failures = IdIndex(), IdIndex(), IdIndex()
         replaced_ids.add_new(self._replaced_ids)
         for name in [*own, *(name for name in names if name not in own)]:
             if (indexed := read_index(self._storage, name, seen)) is None:
+                if is_damaged(self._storage, name):
+                    damaged.append(name)
                 continue
             file, index = indexed
             if name not in own:
@@ -127,9 +132,12 @@ class ManifestWriter:
             if name in own or _needs_merge(file):
                 sources.append(file)
         merge_failures(self._storage, ManifestState(seen, failures, replaced_ids, rechecked_script, every_line_has_a_row))
+        sources, unreadable = _readable(self._storage, sources)
+        damaged = [_hide(self._storage, name) for name in (*damaged, *unreadable)]
         _merge_rows(self._storage, self._run, sources[::-1])
         if every_shot_has_a_row:
             delete_markers(self._storage, self._run, min(finished_runs, default=None))
+        return damaged
 
     def _write_full_parts(self) -> None:
         if self._rows_are_full or len(self._failed) >= PART_ROWS:
@@ -157,6 +165,21 @@ class ManifestWriter:
             if len(self._failed) >= PART_ROWS:
                 self._failed, self._failed_parts = [], self._failed_parts + 1
         self._unwritten = False
+
+
+def _readable(storage: Storage, files: list[ManifestFile]) -> tuple[list[ManifestFile], list[str]]:
+    """Return the files that can be merged, and the names of those that are damaged in a column that is not in the index."""
+    unreadable = [file.name for file in files if any(file.current) and is_damaged(storage, file.name)]
+    return [file for file in files if file.name not in unreadable], unreadable
+
+
+def _hide(storage: Storage, name: str) -> str:
+    """Rename a damaged file so that it is not read as part of the table. Return its new path."""
+    folder, _, file = name.rpartition("/")
+    hidden = f"{folder}/.damaged-{file}"
+    storage.write(hidden, storage.read(name) or b"")
+    storage.delete(name)
+    return hidden
 
 
 def _without_replaced(
