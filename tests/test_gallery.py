@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.browser import browser_page
+from tests.film.conftest import Shots
 from vidgen_ray.cli.app import main
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
@@ -113,9 +114,26 @@ def test_detail_shows_clip_images_settings_and_reason(out):
         assert page.locator("dialog[open]").count() == 0
 
 
+def test_gallery_links_the_films_of_the_folder(tmp_path):
+    shots = Shots(tmp_path / "out")
+    shots.add("a")
+    page_file = write_gallery(shots.root)
+    with browser_page(1366, 768) as page:
+        page.goto(page_file.as_uri())
+        assert page.locator("#films a").count() == 0
+        for name in ("film.mp4", "a 2nd cut.mp4"):
+            assert main(["film", str(shots.root), "-o", str(shots.root / name)]) == 0
+        page.reload()
+        assert page.locator("#films a").all_inner_texts() == ["a 2nd cut.mp4", "film.mp4"]
+        assert page.locator("#films a").first.get_attribute("href") == "a%202nd%20cut.mp4"
+    client = TestClient(gallery_app(shots.root))
+    assert client.get("/a%202nd%20cut.mp4").content == (shots.root / "a 2nd cut.mp4").read_bytes()
+    assert client.get("/run.json").status_code == 404
+
+
 def test_ten_thousand_shots_keep_the_page_small(tmp_path):
     rows = [{"id": f"shot-{n}", "status": "done", "prompt": f"a ball {n}", "script": "s", "line": n} for n in range(MANY)]
-    (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY}))
+    (tmp_path / "index.html").write_text(page_of({"rows": rows, "counts": {"done": MANY}, "total": MANY, "films": []}))
     with browser_page(1366, 768) as page:
         page.goto((tmp_path / "index.html").as_uri())
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")

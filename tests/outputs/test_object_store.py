@@ -8,12 +8,15 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow.fs
 import pytest
 
+from tests.film.conftest import Shots, tone
 from tests.outputs.test_outputs import failed, row, write
 from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
@@ -158,6 +161,20 @@ def test_manifest_and_failures_of_several_runs_are_merged(url, outputs):
     assert set(objects(outputs)) == {"manifest/r3-all-00001.parquet", "manifest/.open-r2", "failures.jsonl"}
     assert write_gallery(url) == f"{outputs.url}/index.html"
     assert b"4 shots" in outputs.storage.read("index.html")
+
+
+def test_film_of_shots_in_an_object_store(url, outputs, tmp_path, capsys):
+    shots = Shots(tmp_path / "out")
+    for shot_id in ("a", "b"):
+        shots.add(shot_id, sound=tone(1))
+    assert main(["film", str(shots.root), "-o", str(tmp_path / "local.mp4")]) == 0
+    for file in filter(Path.is_file, shots.root.rglob("*")):
+        outputs.storage.write(file.relative_to(shots.root).as_posix(), file.read_bytes())
+    assert main(["film", url, "-o", str(tmp_path / "film.mp4")]) == 0
+    assert (tmp_path / "film.mp4").read_bytes() == (tmp_path / "local.mp4").read_bytes()
+    capsys.readouterr()
+    assert main(["film", url, "-o", "s3://clips/film.mp4"]) == 2
+    assert "got 's3://clips/film.mp4', must be a file on this machine" in capsys.readouterr().err
 
 
 def test_interrupted_upload_keeps_the_old_object(outputs):

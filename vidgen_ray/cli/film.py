@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,15 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from vidgen_ray.cli.options import CharactersOption, JsonOption, check_out
 from vidgen_ray.errors import SetupError, UsageError
-from vidgen_ray.film.make_film import FilmReport, make_film
-from vidgen_ray.film.selection import Candidate, manifest_candidates, with_reasons
 from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.storage import URL
 from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import iter_script
 from vidgen_ray.script.settings import ScriptSettings
+
+if TYPE_CHECKING:
+    from vidgen_ray.film.make_film import FilmReport
+    from vidgen_ray.film.selection import Candidate
+    from vidgen_ray.outputs.folder import OutputFolder
 
 
 def _help(field: str) -> str:
@@ -33,7 +36,7 @@ def _help(field: str) -> str:
 
 def film(
     out: Annotated[str, typer.Argument(help="Output folder, or its URL.", callback=check_out)],
-    path: Annotated[Path, typer.Option("--out", "-o", help="Film to write, an .mp4 file.")] = Path("film.mp4"),
+    path: Annotated[str, typer.Option("--out", "-o", help="Film to write, an .mp4 file on this machine.")] = "film.mp4",
     film_file: Annotated[
         Path | None, typer.Option("--film", help="YAML file that describes the film. Command-line options override it.")
     ] = None,
@@ -72,6 +75,10 @@ def film(
 
     Only what has changed since the last film is rendered again.
     """
+    from vidgen_ray.film.selection import manifest_candidates, with_reasons
+    from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.report.gallery import update_gallery
+
     given = {
         "title": title,
         "scene_titles": scene_titles or None,
@@ -88,6 +95,8 @@ def film(
         "voice": voice,
         "loudness_lufs": loudness,
     }
+    if URL.match(path):
+        raise UsageError(f"--out: got {path!r}, must be a file on this machine; upload the film when it is made")
     options = {name: value for name, value in given.items() if value is not None}
     described = {**(_film_of_script(script) if script else {}), **(read_film_file(film_file) if film_file else {})}
     settings = film_settings({**described, **options}, "vidgen film")
@@ -97,7 +106,10 @@ def film(
     candidates = manifest_candidates(outputs.storage)
     if script is not None:
         candidates = with_reasons(_script_candidates(script, characters), candidates)
-    report = _make(outputs, settings, path, candidates, _split(ids), skip_missing)
+    target = Path(path)
+    report = _make(outputs, settings, target, candidates, _split(ids), skip_missing)
+    if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
+        update_gallery(out)
     for note in report.notes:
         typer.echo(f"vidgen: {note}", err=True)
     if as_json:
@@ -117,6 +129,8 @@ def _make(
     ids: list[str] | None,
     skip_missing: bool,
 ) -> FilmReport:
+    from vidgen_ray.film.make_film import make_film
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Reading clips", total=None)
@@ -139,6 +153,8 @@ def _film_of_script(script: Path) -> dict[str, Any]:
 
 def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]:
     """Return the shots of a script in order. A line that cannot be rendered again may still have a finished shot."""
+    from vidgen_ray.film.selection import Candidate
+
     found = []
     for line in iter_script(ScriptSettings(script, characters=read_characters(characters) if characters else {})):
         if isinstance(line, RejectedLine):

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from vidgen_ray.client import AsyncClient
 from vidgen_ray.errors import SetupError
 
 
@@ -33,6 +32,8 @@ def mcp(
     ] = None,
 ) -> None:
     """Start an MCP server, with which an assistant creates videos and images on a running server."""
+    from vidgen_ray.client import AsyncClient
+
     try:
         from vidgen_ray.mcp_server import make_server
     except ModuleNotFoundError as error:

@@ -20,6 +20,7 @@ function setData(data) {
   $("title").textContent = `${data.total.toLocaleString("en")} shots`;
   $("counts").textContent = Object.entries(data.counts).filter(([, n]) => n).map(([status, n]) => `${n.toLocaleString("en")} ${status}`).join(", ")
     + (rows.length < data.total ? `. Showing the first ${rows.length.toLocaleString("en")}; manifest/ lists all.` : "");
+  $("films").replaceChildren(...data.films.map((name) => element("a", { href: path(name) }, data.films.length === 1 ? "Film" : name)));
   fill("status", new Set(rows.map((row) => row.status)));
   fill("character", new Set(rows.map((row) => row.character)));
   fill("style", new Set(rows.map((row) => row.style)));

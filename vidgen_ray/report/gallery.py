@@ -18,13 +18,14 @@ from vidgen_ray.report.thumbnails import OnMade, add_thumbnails
 FILE = "index.html"
 MARKS = (b'name="generator" content="vidgen"', b"<title>vidgen: ")
 """One of these is in every gallery. Early versions wrote the title only."""
+FILM_SUFFIX = ".mp4"
 
 
 def check_no_other_page(out: str | Path) -> None:
     """Raise UsageError if the folder has an `index.html` that vidgen has not written."""
     storage = storage_at(out)
     page = storage.read(FILE)
-    if page is not None and not any(mark in page for mark in MARKS):
+    if page is not None and not _is_gallery(page):
         raise UsageError(f"{storage.place(FILE)}: exists and is not from vidgen; move it, or choose another output folder")
 
 
@@ -35,12 +36,29 @@ def write_gallery(out: str | Path, on_made: OnMade = lambda done, total: None) -
     return storage.place(FILE)
 
 
+def update_gallery(out: str | Path) -> None:
+    """Write the gallery again if the folder has one. Raises OSError."""
+    page = storage_at(out).read(FILE)
+    if page is not None and _is_gallery(page):
+        write_gallery(out)
+
+
+def _is_gallery(page: bytes) -> bool:
+    return any(mark in page for mark in MARKS)
+
+
 def gallery_data(storage: Storage, on_made: OnMade = lambda done, total: None) -> dict[str, Any]:
     """Return what the page shows, as JSON data. Makes the missing thumbnails. Raises OSError."""
     rows, counts = gallery_rows(storage)
     if storage.local is not None:
         add_thumbnails(storage.local, rows, on_made)
-    return {"rows": rows, "counts": counts, "total": sum(counts.values()) - counts.get(REPLACED, 0)}
+    total = sum(counts.values()) - counts.get(REPLACED, 0)
+    return {"rows": rows, "counts": counts, "total": total, "films": film_names(storage)}
+
+
+def film_names(storage: Storage) -> list[str]:
+    """Return the names of the films that are directly in the folder."""
+    return sorted(name for name in storage.files("") if name.endswith(FILM_SUFFIX) and not name.startswith("."))
 
 
 def page_of(data: Mapping[str, Any]) -> str:

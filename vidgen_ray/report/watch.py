@@ -12,13 +12,13 @@ from starlette.routing import Route
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.paths import SHOTS
 from vidgen_ray.outputs.storage import storage_at
-from vidgen_ray.report.gallery import gallery_data, page_of
+from vidgen_ray.report.gallery import film_names, gallery_data, page_of
 from vidgen_ray.report.thumbnails import FOLDER as THUMBNAILS
 
 REFRESH_S = 3
 """Seconds between two requests of an open page for new rows."""
 SHOWN = (SHOTS, THUMBNAILS)
-"""Folders whose files are served."""
+"""Folders whose files are served, besides films."""
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
 
 
@@ -38,6 +38,7 @@ def gallery_app(out: Path) -> Starlette:
     def file(request: Request) -> Response:
         path = (root / request.path_params["path"]).resolve()
         is_shown = any(path.is_relative_to(root / folder) for folder in SHOWN)
+        is_shown = is_shown or (path.parent == root and path.name in film_names(storage))
         return FileResponse(path, headers=HEADERS) if is_shown and path.is_file() else Response("Not found", 404)
 
     return Starlette(routes=[Route("/", page), Route("/rows.json", rows), Route("/{path:path}", file)])
