@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
+
+from vidgen_ray.errors import SetupError
 
 PIPELINE_INDEX = "model_index.json"
 NEVER_LOADED = {".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg", ".mp4"}
@@ -15,6 +17,18 @@ VARIANT = re.compile(r"(?P<stem>[^.]+)\.[^.]+?(?P<shard>-\d{5}-of-\d{5})?\.safet
 """Name of weights of another precision: `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`."""
 SHARD_INDEX = ".safetensors.index.json"
 VARIANT_INDEX = re.compile(r".+\.safetensors\.index\.[^.]+\.json")
+
+
+def check_pipeline_folder(folder: Path, allowed: Sequence[str]) -> None:
+    """Raise SetupError if the folder does not hold a diffusers pipeline of one of these classes, by its index alone."""
+    names = " or ".join(allowed)
+    try:
+        kind = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SetupError(f"{folder}: no {PIPELINE_INDEX}, must be the diffusers folder of a {names}") from None
+    # diffusers would load components of the same name from the folder of another pipeline.
+    if kind not in allowed:
+        raise SetupError(f"{folder}: holds a {kind}, must be a {names}")
 
 
 def loaded_files(folder: Path) -> list[Path]:

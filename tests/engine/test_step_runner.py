@@ -63,6 +63,15 @@ def test_nan_lora_fails_the_step_and_is_not_cached(pipeline, tmp_path):
     assert len(list(pipeline.outputs.root.glob("cache/*/*"))) == 1, "the base image alone"
 
 
+@pytest.mark.parametrize("value", [np.inf, 1e30, 1e6])
+def test_lora_of_huge_numbers_fails_the_step(pipeline, tmp_path, value):
+    weights = load_file(resolve("builtin:tiny/lora.safetensors"))
+    save_file({name: torch.full_like(tensor, value) for name, tensor in weights.items()}, tmp_path / "huge.safetensors")
+    with pytest.raises(StepFailed, match="NaN or infinite values"):
+        pipeline.generate_video("a", **SMALL, lora_path=tmp_path / "huge.safetensors")
+    assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
+
+
 def test_nan_weights_are_refused_when_loaded(tiny, tmp_path):
     folder = shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "svd")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -123,6 +132,16 @@ def test_nan_upscaler_weights_fail_the_step(tiny, tmp_path):
     with pytest.raises(StepFailed, match=r"realesrgan: upscaler broken: body\.0\.bias has NaN or infinite values"):
         pipeline.generate_video("a", **SMALL, upscaler="broken")
     assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
+
+
+def test_upscaler_of_huge_numbers_fails_the_step(tiny, tmp_path):
+    weights = load_file(resolve("builtin:realesrgan") / "animevideov3.safetensors")
+    (tmp_path / "upscalers").mkdir()
+    save_file({name: tensor * 1e30 for name, tensor in weights.items()}, tmp_path / "upscalers" / "huge.safetensors")
+    actor = tiny.actors["realesrgan"].model_copy(update={"weights": str(tmp_path / "upscalers")})
+    profile = tiny.model_copy(update={"actors": {**tiny.actors, "realesrgan": actor}})
+    with pytest.raises(StepFailed, match=r"realesrgan: .*NaN or infinite values"):
+        VideoGenerationPipeline(profile, tmp_path / "out").generate_video("a", **SMALL, upscaler="huge")
 
 
 def test_unwritable_cache_does_not_fail_the_shot(pipeline):

@@ -106,6 +106,16 @@ def _safetensors(header):
             lambda path: save_file({"lora_unet_down_blocks_0_attn.lora_up.weight": np.ones((1, 1), np.float32)}, path),
             "was trained for Stable Diffusion or SDXL",
         ),
+        (
+            "x.safetensors",
+            lambda path: save_file({f"model.{n}.weight": np.ones((1, 1), np.float32) for n in range(9)}, path),
+            "has no layers of a LoRA, must be a LoRA for FLUX.1; its tensors are model.0.weight and 8 more",
+        ),
+        (
+            "x.safetensors",
+            lambda path: save_file({"lora_unet_single_blocks_0.hada_w1_a": np.ones((1, 1), np.float32)}, path),
+            "is a LoHa, must be a LoRA for FLUX.1",
+        ),
     ],
 )
 def test_files_that_cannot_be_used_are_found_before_rendering(check, tmp_path, name, write, message):

@@ -8,9 +8,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from tests.conftest import EXAMPLES
 from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.media import read_image
 from vidgen_ray.nets.centerface import CenterFace
 from vidgen_ray.nets.keypoints import draw_keypoints, map_to_canvas
+from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
@@ -64,6 +67,14 @@ def test_only_embeddings_that_the_shot_needs_are_computed(stage, make_shot, phot
 def test_faces_found_counts_all_faces(stage):
     face = stage.features([portrait((140, 150), (380, 360))])
     assert face.faces_found == 2
+
+
+def test_photos_of_different_people_are_noted(photo):
+    ada, bo = (read_image(EXAMPLES / "faces" / f"{name}.png") for name in ("ada", "bo"))
+    with InstantIDStage(load_profile("demo").params(InstantIDStage)) as stage:
+        for photos, noted in (((ada,), []), ((ada, ada[:, ::-1]), []), ((ada, ada[:, ::-1], bo), ["face_image 3 of 3"])):
+            stage.features(photos)
+            assert [note.partition(":")[0] for note in stage.take_notes()] == noted
 
 
 def test_photo_without_a_face_raises_stage_error(stage, make_shot):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -122,6 +122,22 @@ def test_lora_does_not_change_later_images_without_it(flux, lora, make_shot):
     refined = [lora([Item(make_shot(lora=[{"path": LORA.path, "weight": w}]), {"image": before})]) for w in (1.0, 0.0)]
     assert not np.array_equal(refined[0][0]["image"], refined[1][0]["image"]), "the LoRA has no effect"
     assert np.array_equal(flux([Item(make_shot())])[0]["image"], before)
+
+
+def test_layers_of_a_lora_that_flux_has_not_are_noted(flux, make_shot, tmp_path):
+    tensors = load_file(LORA.path)
+    name = next(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
+    for factor in "AB":
+        tensors[f"transformer.transformer_blocks.99.attn.to_q.lora_{factor}.weight"] = tensors[f"{name}.lora_{factor}.weight"]
+    save_file(tensors, tmp_path / "large.safetensors")
+    flux.take_notes()
+    for path, notes in ((LORA.path, 0), (str(tmp_path / "large.safetensors"), 1), (str(tmp_path / "large.safetensors"), 0)):
+        flux([Item(make_shot(lora=[path], mode="fast"))])
+        found = flux.take_notes()
+        assert len(found) == notes
+        if notes:
+            assert "lora large.safetensors: 1 of its layers are ignored" in found[0]
+            assert "the first is transformer.transformer_blocks.99.attn.to_q" in found[0]
 
 
 def test_fast_mode_applies_the_lora_in_the_flux_stage(flux, make_shot):

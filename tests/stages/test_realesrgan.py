@@ -1,5 +1,6 @@
 """RealESRGAN with its real weights: parity with ncnn and RealESRGANer, sameness under tiles and chunks, bad files."""
 
+import pickle
 import sys
 import types
 from collections.abc import Callable
@@ -317,6 +318,14 @@ def test_damaged_weights_fail_the_shot(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     with pytest.raises(StageError, match=r"upscaler cut\.safetensors: cannot be loaded"):
         upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "cut")
+
+
+@pytest.mark.parametrize("content", [b"", pickle.dumps({"params": print}), pickle.dumps(print)])
+def test_pickles_of_other_objects_are_refused_without_advice_to_run_them(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "odd.pth").write_bytes(content)
+    with pytest.raises(StageError, match=r"upscaler odd\.pth: is damaged, or holds other objects than tensors") as raised:
+        upscaled(loaded(tmp_path), np.zeros((1, 16, 16, 3), np.uint8), 4, "odd")
+    assert "weights_only" not in str(raised.value)
 
 
 def test_weights_must_be_a_folder(weights: Path) -> None:

@@ -86,6 +86,8 @@ class Director:
         self.left = 0
         self._notes = 0
         """Settings without effect in the lines so far."""
+        self._step_notes: set[str] = set()
+        """Notes of stages so far."""
         self.quarantined: list[str] = []
         self.cluster = options.cluster
         self._demand = demand
@@ -129,12 +131,20 @@ class Director:
         self._changed.set()
 
     def _report_notes(self, notes: Sequence[str]) -> None:
+        """Report settings without effect."""
         for note in notes:
             self._notes += 1
             if self._notes <= MAX_MESSAGES:
                 self._listener.on_message(f"note: {note}")
             elif self._notes == MAX_MESSAGES + 1:
                 self._listener.on_message("note: more settings have no effect; `vidgen validate --json` lists all of them")
+
+    def _report_step_notes(self, task: ShotTask, record: ShotRecord) -> None:
+        """Report what the stages noted about the inputs, each note once: every worker notes the LoRAs that it loads."""
+        for note in (note for step in record.stages for note in step.notes):
+            if note not in self._step_notes and len(self._step_notes) < MAX_MESSAGES:
+                self._step_notes.add(note)
+                self._listener.on_message(f"note: {task.script} line {task.line}, {note}")
 
     def connected(self, *, complete: bool) -> AbstractContextManager[None]:
         """Return the context in which Ray is connected. `complete`: the queue has all shots of the script."""
@@ -249,6 +259,8 @@ class Director:
         if self._metrics is not None:
             self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
         self._results.finished(task, result)
+        if isinstance(result, ShotRecord):
+            self._report_step_notes(task, result)
         self._check_breaker(result if isinstance(result, Failure) and kind is Kind.ERROR else None)
 
     def _check_breaker(self, failure: Failure | None) -> None:

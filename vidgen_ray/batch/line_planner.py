@@ -144,6 +144,8 @@ class LinePlanner:
         # Outside the `try`: missing weights fail the run, not the line.
         if used not in self._planners:
             params = params_of(self._profile, used)
+            for stage in used:
+                stage.check_weights(params[stage.name])
             self._planners[used] = ShotPlanner(params, self._profile.encode, ShotLicences(self._profile))
         try:
             return self._planners[used](shot)

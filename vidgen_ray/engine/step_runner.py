@@ -125,6 +125,7 @@ class StepRunner:
         begun = time.monotonic()
         stage = self.stages[step.stage]
         loads, recovered = stage.adapter_loads, None
+        stage.take_notes()  # those of a failed call
         # A result of lower-memory settings, and what depends on it, may have other bytes than the key stands for.
         lower_memory = item.artefacts.get("lower_memory", False)
         cache = None if lower_memory else self._cache
@@ -154,6 +155,7 @@ class StepRunner:
             cached=cached is not None,
             recovered=recovered,
             adapter_loads=stage.adapter_loads - loads,
+            notes=stage.take_notes(),
         )
         # Photos are not needed after the face features.
         kept = {name: value for name, value in item.artefacts.items() if name != "photos"}
@@ -162,7 +164,14 @@ class StepRunner:
         return Item(item.shot, Artefacts(**{**kept, **result})), record  # type: ignore[typeddict-item]  # both are Artefacts
 
     def _record(
-        self, step: Step, seconds: float, *, cached: bool = False, recovered: str | None = None, adapter_loads: int = 0
+        self,
+        step: Step,
+        seconds: float,
+        *,
+        cached: bool = False,
+        recovered: str | None = None,
+        adapter_loads: int = 0,
+        notes: tuple[str, ...] = (),
     ) -> StepRecord:
         return StepRecord(
             stage=step.stage,
@@ -173,6 +182,7 @@ class StepRunner:
             cached=cached,
             recovered=recovered,
             adapter_loads=adapter_loads,
+            notes=notes,
         )
 
 

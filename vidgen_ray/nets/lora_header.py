@@ -20,6 +20,8 @@ OTHER_MODELS = {
 """Base model -> names of tensors of its LoRAs, which FLUX has not."""
 FLUX_NAMES = re.compile(r"^(transformer\.)?(single_transformer_blocks|(lora_unet_)?(double|single)_blocks)(\.|_\d)")
 """Names of tensors of FLUX's LoRAs, which video models have not."""
+OTHER_KINDS = {"LoHa": ".hada_w1_a", "LoKr": ".lokr_w1", "textual inversion": "emb_params"}
+"""Kind of adapter that is not supported -> part of the names of its tensors."""
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -34,6 +36,13 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
         raise StageError(f"lora {path.name}: not a readable .safetensors file ({error})") from None
     if not types:
         raise StageError(f"lora {path.name}: has no tensors")
+    for kind, part in OTHER_KINDS.items():
+        if any(part in name for name in types):
+            raise StageError(f"lora {path.name}: is a {kind}, must be a LoRA for {base_model}")
+    if not any("lora" in name.lower() for name in types):
+        raise StageError(
+            f"lora {path.name}: has no layers of a LoRA, must be a LoRA for {base_model}; its tensors are {_listed(types)}"
+        )
     for model, names in (OTHER_MODELS if base_model == FLUX else {FLUX: FLUX_NAMES}).items():
         if any(names.match(name) for name in types):
             raise StageError(f"lora {path.name}: was trained for {model}, must be for {base_model}")
@@ -42,6 +51,11 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
             raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")
     if alone := next(_halves(types), None):
         raise StageError(f"lora {path.name}: layer {alone[:80]} has one of its two factors only; the file is damaged")
+
+
+def _listed(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first[:80]} and {len(others)} more" if others else first[:80]
 
 
 def _halves(names: Iterable[str]) -> Iterator[str]:

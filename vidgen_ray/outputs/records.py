@@ -31,6 +31,8 @@ class StepRecord(_Record):
     """OOM fallback that was needed: `memory freed`, or the lower-memory settings used. `None` if memory sufficed."""
     adapter_loads: int = 0
     """LoRAs that were loaded onto the weights for this step."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the inputs, such as layers of a LoRA that are ignored."""
 
 
 class FileRecord(_Record):

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
+from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import NOT_FINITE
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.progress import report_progress
@@ -203,10 +204,14 @@ class Stage(ABC, Generic[P]):
     the first image: a refinement with the noise that produced its input would amplify it."""
     weight_attributes: ClassVar[tuple[str, ...]] = ()
     """Attributes that `load` sets and `close` deletes."""
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Classes of diffusers pipelines that its weights may be the folder of. Empty for weights in other formats."""
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P) -> None:
         self.params = params
+        self.notes: list[str] = []
+        """What a user should know about the inputs of the calls since `take_notes`."""
 
     @staticmethod
     @abstractmethod
@@ -250,6 +255,12 @@ class Stage(ABC, Generic[P]):
         return (params.weights,)
 
     @classmethod
+    def check_weights(cls, params: P) -> None:
+        """Raise SetupError for weights of another kind, as far as their index tells, so that no process starts for them."""
+        if cls.pipelines:
+            check_pipeline_folder(params.weights, cls.pipelines)
+
+    @classmethod
     def relative_cost(cls, shot: Shot) -> float:
         """Return the shot's duration in this stage relative to the reference shot."""
         return 1.0
@@ -288,6 +299,11 @@ class Stage(ABC, Generic[P]):
     def adapter_loads(self) -> int:
         """Number of LoRAs loaded so far."""
         return 0
+
+    def take_notes(self) -> tuple[str, ...]:
+        """Return the notes since the last call."""
+        notes, self.notes = tuple(self.notes), []
+        return notes
 
     def close(self) -> None:
         """Release the weights. Safe to call twice, and before `load`."""

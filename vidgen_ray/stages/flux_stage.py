@@ -33,6 +33,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         "pose",
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
     Params: ClassVar[type[StageParams]] = FluxParams
 
@@ -75,6 +76,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         """Yield the FLUX pipelines with the shot's LoRAs active and conditioned on its face."""
         shot = item.shot
         with self.model.loras_active(self.active_loras(shot)):
+            self.notes += self.model.adapters.take_notes()
             if shot.flux_identity is None:
                 yield self.model
                 return

@@ -58,6 +58,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
+    pipelines: ClassVar[tuple[str, ...]] = ("HunyuanDiTPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from cachetools import LRUCache
+from numpy.typing import NDArray
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 CACHED_FACES = 256
 """Number of cached face features."""
+SAME_PERSON = 0.2
+"""Cosine similarity to the first photo below which another photo is noted. Two clear photos of one person are rarely below."""
 MAX_ASPECT = 8
 """Maximum aspect ratio of a photo. Above it the shorter side has too few pixels in the detector's square."""
 
@@ -122,11 +125,12 @@ class InstantIDStage(Stage[InstantIDParams]):
 
         detected = self.detect_faces(photos, face_index)
         face, crops = detected[0].chosen, np.stack([photo.crop for photo in detected])
+        embedders = {name: self._models.embedder(name) for name in recognisers}
+        embedded = {name: embedder.embed(crops) for name, embedder in embedders.items()}
+        if RECOGNISER in embedded:
+            self._note_other_people(embedded[RECOGNISER])
         return FaceFeatures(
-            embeddings={
-                name: mean_embedding(embedder.embed(crops), embedder.normalised)
-                for name, embedder in ((name, self._models.embedder(name)) for name in recognisers)
-            },
+            embeddings={name: mean_embedding(embedded[name], embedder.normalised) for name, embedder in embedders.items()},
             keypoints=face.keypoints,
             box=face.box,
             score=face.score,
@@ -134,6 +138,16 @@ class InstantIDStage(Stage[InstantIDParams]):
             photo_size=(photos[0].shape[1], photos[0].shape[0]),
             digest=digest,
         )
+
+    def _note_other_people(self, embeddings: NDArray[np.float32]) -> None:
+        """Note the photos whose face is not similar to that of the first photo. `embeddings`: (B, 512), one per photo."""
+        directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        for number, similarity in enumerate(directions[1:] @ directions[0], start=2):
+            if similarity < SAME_PERSON:
+                self.notes.append(
+                    f"face_image {number} of {len(embeddings)}: may show another person than the first photo (similarity "
+                    f"{similarity:.2f}); the person drawn is a mean of all photos"
+                )
 
     def detect_faces(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
         """Return the faces of each photo and the chosen one, see `features`. Raises StageError if a photo has no face."""

@@ -84,6 +84,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     takes: ClassVar[tuple[str, ...]] = ("face",)
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 

@@ -1,10 +1,10 @@
 """Load diffusers pipelines from local safetensors, with the profile's dtype and device."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.stages.base import StageParams, torch_dtype
@@ -34,15 +34,8 @@ def load_pipeline(
     silence_libraries()
     require_device(params.device)
     folder = params.weights
-    try:
-        kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SetupError(f"{folder}: no model_index.json; {pipeline_class.__name__} needs a diffusers folder") from None
-    # diffusers would load components of the same name from the folder of another pipeline.
     # The last class is diffusers' common base class.
-    allowed = [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1]
-    if kind not in allowed:
-        raise SetupError(f"{folder}: holds a {kind}, must be one of {', '.join(allowed)}")
+    check_pipeline_folder(folder, [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1])
     try:
         pipe = pipeline_class.from_pretrained(
             str(folder), dtype=_dtypes(params.dtype, float32_parts), local_files_only=True, use_safetensors=True, **kwargs

@@ -17,6 +17,10 @@ from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 
 
+MAX_REASON = 200
+"""Maximum number of characters of an error of diffusers in a message. Some list every layer."""
+
+
 class LoraAdapters:
     """LoRAs of one pipeline. Outside of `active` the weights are bitwise those without LoRAs."""
 
@@ -32,6 +36,12 @@ class LoraAdapters:
         self.loads = 0
         """Number of files loaded so far."""
         self._active: tuple[tuple[str, float], ...] = ()
+        self._notes: list[str] = []
+
+    def take_notes(self) -> list[str]:
+        """Return what a user should know about the files loaded since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
 
     @property
     def active_in_text_encoder(self) -> tuple[tuple[str, float], ...]:
@@ -116,7 +126,8 @@ class LoraAdapters:
         # diffusers' converters of LoRA formats raise many exception types.
         except Exception as error:
             self._unload(name)
-            raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {error}") from error
+            reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+            raise StageError(f"lora {file.name}: cannot be loaded into these {self._model} weights: {reason}") from error
         if self._names:
             pipe.disable_lora()
         changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
@@ -125,6 +136,11 @@ class LoraAdapters:
             raise StageError(
                 f"lora {file.name}: has no effect on these {self._model} weights; it was trained for another model, "
                 "or not trained"
+            )
+        if ignored := _unknown_layers([getattr(pipe, part) for part in transformers], factors):
+            self._notes.append(
+                f"lora {file.name}: {len(ignored)} of its layers are ignored, because these {self._model} weights have no such "
+                f"layers, the first is {ignored[0][:80]}"
             )
 
     def _unload(self, name: str) -> None:
@@ -154,6 +170,13 @@ def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
         side = 1 if rest == "A.weight" else 0
         if factor.shape[side] != layer.weight.shape[side]:
             raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {tuple(layer.weight.shape)}")
+
+
+def _unknown_layers(transformers: Sequence[Any], factors: Mapping[str, Any]) -> list[str]:
+    """Return the layers of a LoRA, in diffusers' names such as `transformer.proj_out`, that no transformer has."""
+    known = {f"transformer.{name}" for transformer in transformers for name, _ in transformer.named_modules()}
+    layers = {key.rpartition(".lora_")[0] for key in factors if key.startswith("transformer.") and ".lora_" in key}
+    return sorted(layers - known)
 
 
 def _has_effect(module: Any, adapter: str) -> bool:

@@ -136,6 +136,7 @@ class PromptedVideoStage(Stage[VP]):
         else:
             self.pipe.vae.disable_tiling()
         with self.adapters.active(shot.video_lora):
+            self.notes += self.adapters.take_notes()
             clip = self.call_pipe(
                 image=PILImage.fromarray(image),
                 prompt=f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt,

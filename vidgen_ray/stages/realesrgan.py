@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -114,12 +115,14 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     def scale_factor(shot: Shot) -> int:
         return shot.scale
 
+    @classmethod
+    def check_weights(cls, params: RealESRGANParams) -> None:
+        if not params.weights.is_dir():
+            raise SetupError(f"realesrgan: got weights {str(params.weights)!r}, must be a folder of .safetensors or .pth files")
+
     def load(self) -> None:
         """Check the folder. A network is loaded with the first shot that names it, and stays loaded."""
-        if not self.params.weights.is_dir():
-            raise SetupError(
-                f"realesrgan: got weights {str(self.params.weights)!r}, must be a folder of .safetensors or .pth files"
-            )
+        self.check_weights(self.params)
         require_device(self.params.device)
         self._dtype = torch_dtype(self.params.resolved().dtype)
         self._networks: dict[str, ImageModelDescriptor[Any]] = {}
@@ -204,9 +207,15 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
         network = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError as error:
         raise StageError(f"upscaler {file.name}: no architecture of spandrel has these weights") from error
+    except (pickle.UnpicklingError, EOFError):
+        raise StageError(
+            f"upscaler {file.name}: is damaged, or holds other objects than tensors, which could run code; "
+            "copy the file again, or save its state dict as .safetensors"
+        ) from None
     # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
-        raise StageError(f"upscaler {file.name}: cannot be loaded: {error}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StageError(f"upscaler {file.name}: cannot be loaded: {reason}") from error
     channels = network.input_channels, network.output_channels
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or channels != (3, 3):
         raise StageError(

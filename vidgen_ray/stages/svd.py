@@ -72,6 +72,7 @@ class SVDStage(Stage[SVDParams]):
     )
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
+    pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = SVDParams
 
