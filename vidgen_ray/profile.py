@@ -197,6 +197,8 @@ def load_profile(name_or_path: str) -> Profile:
         content = yaml.load(text, StrictLoader)
     except OSError as error:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ProfileError(f"profile {name_or_path!r}: is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ProfileError(f"profile {name_or_path!r}: invalid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

@@ -381,6 +381,21 @@ def test_endless_body_is_rejected(server):
         connection.close()
 
 
+def test_announced_body_is_rejected_before_it_arrives(server):
+    import http.client
+
+    with listening_on_a_port(server.app) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/v1/videos")
+        for name, value in (("Authorization", f"Bearer {KEYS['ada']}"), ("Content-Type", "application/json")):
+            connection.putheader(name, value)
+        connection.putheader("Content-Length", "99999999999")
+        connection.endheaders(b"{")
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
+        connection.close()
+
+
 def test_slow_body_times_out(server):
     import http.client
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pydantic import BaseModel
@@ -40,10 +40,11 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
 from vidgen_ray.cli.upscale import upscale
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
-from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, VidgenError
+from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import progress_bar
@@ -54,9 +55,6 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import require_licence
 from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="vidgen",
@@ -180,7 +178,7 @@ def show_version(version: Annotated[bool, typer.Option("--version", help="Print 
 
 @app.command()
 def demo(
-    out: OutOption = Path("out/demo"),
+    out: OutOption = "out/demo",
     profile: ProfileOption = "demo",
     with_film: Annotated[
         bool, typer.Option("--film", help="Render the screenplay of the demo instead, and join its shots to OUT/film.mp4.")
@@ -191,20 +189,22 @@ def demo(
     from vidgen_ray.batch.render import RenderOptions
     from vidgen_ray.report.contact_sheet import write_contact_sheet
 
+    if URL.match(out):
+        raise UsageError(f"--out: got {out!r}, must be a folder on this machine")
     chosen = load_profile(profile)
     if with_film:
         script = example("film.yaml")
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
-        run_script(settings, chosen, str(out), RenderOptions(), as_json=as_json)
-        film(str(out), out / "film.mp4", script=script, as_json=as_json)
+        run_script(settings, chosen, out, RenderOptions(), as_json=as_json)
+        film(out, str(Path(out, "film.mp4")), script=script, as_json=as_json)
         return
     script = example("demo.jsonl")
     try:
         settings = ScriptSettings(script, profile_defaults=chosen.defaults)
-        run_script(settings, chosen, str(out), RenderOptions(keep_stages=True), as_json=as_json)
+        run_script(settings, chosen, out, RenderOptions(keep_stages=True), as_json=as_json)
     finally:
-        if (out / "manifest").exists():
-            typer.echo(f"contact sheet: {write_contact_sheet(out)}", err=as_json)
+        if Path(out, "manifest").exists():
+            typer.echo(f"contact sheet: {write_contact_sheet(Path(out))}", err=as_json)
 
 
 @app.command()
@@ -417,13 +417,13 @@ def retry(
 
 @app.command()
 def watch(
-    out: Annotated[Path, typer.Argument(help="Output folder.", callback=check_out)] = Path("out"),
+    out: Annotated[str, typer.Argument(help="Output folder.", callback=check_out)] = "out",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on, on this machine only.")] = 8001,
 ) -> None:
     """Show the gallery of an output folder in the browser, while a run fills it."""
     from vidgen_ray.cli.watch import watch_command
 
-    watch_command(out, port)
+    watch_command(Path(out), port)
 
 
 @app.command()
@@ -473,6 +473,8 @@ def shot(
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
+    for note in (note for step in record.stages for note in step.notes):
+        typer.echo(f"vidgen: note: {note}", err=True)
     if as_json:
         typer.echo(record.model_dump_json())
     else:

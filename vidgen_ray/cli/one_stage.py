@@ -14,7 +14,7 @@ from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed, with_images
-from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.media.container import open_media
@@ -122,7 +122,10 @@ def _face_of(profile: Profile, shot: Shot) -> FaceFeatures:
 
 def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
     if source.suffix.lower() not in CLIP_SUFFIXES:
-        return Artefacts(frames=read_image(source)[None]), shot.fps
+        try:
+            return Artefacts(frames=read_image(source)[None]), shot.fps
+        except MediaError as error:
+            raise MediaError(f"{error}. If it is a video, name it .mp4, .mkv, .mov, .webm or .avi") from None
     with open_video(source) as video:
         return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 

@@ -78,8 +78,9 @@ def run_script(
     from vidgen_ray.outputs.prune import prune as prune_folder
     from vidgen_ray.report.gallery import check_no_other_page, write_gallery
 
-    check_no_other_page(out)
     outputs = OutputFolder(out)
+    outputs.prepare()
+    check_no_other_page(out)
     local = outputs.storage.local
     try:
         # Ray prints messages on standard output, which is reserved for the result.

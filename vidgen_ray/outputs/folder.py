@@ -275,7 +275,9 @@ class OutputFolder:
             self.storage.write(".writable", "")
             self.storage.delete(".writable")
         except OSError as error:
-            raise SetupError(f"output folder {self.url}: cannot be written ({error.strerror or error})") from None
+            is_file = self.storage.local is not None and os.path.isfile(self.storage.local)
+            reason = "is a file, must be a folder" if is_file else f"cannot be written ({error.strerror or error})"
+            raise SetupError(f"output folder {self.url}: {reason}") from None
 
     def sweep(self) -> None:
         """Remove the temporary files of killed processes. Call it only while holding the lease of the folder."""

@@ -180,17 +180,20 @@ def from_data_url(url: str, cap_bytes: int, param: str) -> bytes:
 
 
 class BodyCap:
-    """Middleware that rejects a request once more than `cap_bytes` of its body have arrived, regardless of Content-Length."""
+    """Middleware that rejects a request that announces more than `cap_bytes`, or of which more have arrived."""
 
     def __init__(self, app: ASGIApp, cap_bytes: int) -> None:
         self._app = app
         self._cap_bytes = cap_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
         seen = 0
 
         async def counted() -> Message:
             nonlocal seen
+            if announced.isdigit() and int(announced) > self._cap_bytes:
+                raise too_large(None, self._cap_bytes)
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._cap_bytes:

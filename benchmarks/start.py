@@ -1,0 +1,88 @@
+"""Where the time of `vidgen render` of one more line goes: `python benchmarks/start.py`.
+
+Renders a line with the profile `demo` into a folder that has one already, several times, each in a new process. Prints the
+median seconds of each phase as a JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PHASES = ("imports", "plan", "start Ray", "start a worker, load", "render", "stop", "gallery")
+LINE = {"prompt": "a portrait of a person in a blue shirt by the sea on a sunny day"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--measure", type=float, metavar="TIME", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        sys.stderr.write(json.dumps(measure(arguments.measure)))
+        return
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        # The first run also builds weights and fills the disk cache of the operating system.
+        for number in range(arguments.repeats + 1):
+            with Path(folder, "s.jsonl").open("a") as script:
+                script.write(json.dumps({"id": f"shot-{number}", **LINE}) + "\n")
+            command = [sys.executable, __file__, "--measure", str(time.time())]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            runs.append(json.loads(result.stderr.splitlines()[-1]))
+    medians = {phase: round(statistics.median(run[phase] for run in runs[1:]), 2) for phase in (*PHASES, "total")}
+    sys.stdout.write(json.dumps(medians, indent=1) + "\n")
+
+
+def measure(started: float) -> dict[str, float]:
+    """Run the command in this process, which was started at the time `started`. Return the seconds of each phase."""
+    import ray
+
+    from vidgen_ray.batch import render, run_results
+    from vidgen_ray.cli import main as vidgen
+    from vidgen_ray.engine import actor_client
+    from vidgen_ray.report import gallery
+
+    ends: dict[str, float] = {}
+
+    def note(phase: str) -> Callable[[], None]:
+        return lambda: ends.update({phase: time.time()})
+
+    _before(render, "first_lines", note("imports"))
+    _before(ray, "init", note("plan"))
+    _after(ray, "init", note("start Ray"))
+    _before(actor_client.ActorClient, "call", lambda: ends.setdefault("start a worker, load", time.time()))
+    _before(run_results.RunResults, "finished", note("render"))
+    _after(ray, "shutdown", note("stop"))
+    _after(gallery, "write_gallery", note("gallery"))
+    if vidgen(["render", "s.jsonl", "-o", "out", "-p", "demo", "--json"]):
+        raise SystemExit("the run failed")
+    times = [started, *(ends[phase] for phase in PHASES)]
+    phases = {phase: end - begin for phase, begin, end in zip(PHASES, times, times[1:], strict=True)}
+    return {**phases, "total": times[-1] - started}
+
+
+def _before(owner: Any, name: str, action: Callable[[], object]) -> None:
+    function = getattr(owner, name)
+    setattr(owner, name, lambda *args, **options: (action(), function(*args, **options))[1])
+
+
+def _after(owner: Any, name: str, action: Callable[[], object]) -> None:
+    function = getattr(owner, name)
+    setattr(owner, name, lambda *args, **options: (function(*args, **options), action())[0])
+
+
+if __name__ == "__main__":
+    main()
