@@ -128,7 +128,9 @@ def test_layers_of_a_lora_that_flux_has_not_are_noted(flux, make_shot, tmp_path)
     tensors = load_file(LORA.path)
     name = next(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     for factor in "AB":
-        tensors[f"transformer.transformer_blocks.99.attn.to_q.lora_{factor}.weight"] = tensors[f"{name}.lora_{factor}.weight"]
+        tensors[f"transformer.transformer_blocks.99.attn.to_q.lora_{factor}.weight"] = tensors[
+            f"{name}.lora_{factor}.weight"
+        ].clone()
     save_file(tensors, tmp_path / "large.safetensors")
     flux.take_notes()
     for path, notes in ((LORA.path, 0), (str(tmp_path / "large.safetensors"), 1), (str(tmp_path / "large.safetensors"), 0)):
@@ -240,5 +242,5 @@ def test_svd_rejects_sizes_that_are_not_multiples_of_64(tiny, make_shot):
 def test_missing_weights_and_weights_of_another_model_raise_setup_error(tiny, tmp_path):
     with pytest.raises(SetupError, match=r"no model_index\.json"):
         loaded(SVDStage, tiny, weights=tmp_path)
-    with pytest.raises(SetupError, match="holds a FluxPipeline, must be one of StableVideoDiffusionPipeline"):
+    with pytest.raises(SetupError, match="holds a FluxPipeline, must be a StableVideoDiffusionPipeline"):
         loaded(SVDStage, tiny, weights=resolve("builtin:tiny/flux"))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from spandrel import ImageModelDescriptor
 
+MAX_REASON = 200
+"""Maximum number of characters of an error of torch in a message. Some list every tensor."""
 ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
 RELATIVE_COST = {"animevideov3": 1.0, "x4plus-anime": 10.0, "x4plus": 23.0}
@@ -214,7 +216,7 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
         ) from None
     # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         raise StageError(f"upscaler {file.name}: cannot be loaded: {reason}") from error
     channels = network.input_channels, network.output_channels
     if not isinstance(network, ImageModelDescriptor) or network.purpose != "SR" or channels != (3, 3):
