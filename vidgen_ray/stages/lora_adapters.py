@@ -16,7 +16,6 @@ from vidgen_ray.errors import InputChanged, StageError
 from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 
-
 MAX_REASON = 200
 """Maximum number of characters of an error of diffusers in a message. Some list every layer."""
 
