@@ -104,6 +104,20 @@ def test_no_call_scans_a_table(store, name):
 def test_scans_are_recognised(store):
     with store.engine.begin() as connection:
         scan = "SELECT count(*) FROM vidgen_jobs WHERE stage = 'flux'"
+def test_creating_a_job_takes_few_round_trips(store):
+    """PostgreSQL runs in another process: on a busy machine each statement may wait for a core."""
+    with recorded(store) as statements:
+        store.create(new_job(MAIN_TENANT), idempotency_key=f"new-{next(numbers)}", max_queued=1_000, max_open=1_000)
+    texts = [statement for statement, _ in statements if not statement.startswith("BEGIN")]
+    assert [re.match(r"\w+ (?:INTO )?\S+", text)[0] for text in texts] == [
+        "UPDATE vidgen_meta",
+        "SELECT vidgen_idempotency.tenant,",
+        "SELECT (SELECT",
+        "INSERT INTO vidgen_jobs",
+        "INSERT INTO vidgen_idempotency",
+    ]
+
+
         connection.exec_driver_sql(scan)
     assert scans(store, scan, ())
 

@@ -89,9 +89,13 @@ class Database:
     def _run_group(self, calls: Sequence[_Call[Any]]) -> None:
         try:
             with self.engine.begin() as connection:
-                for call in calls:
-                    call.run(connection)
-        # The transaction is lost: no space, or no connection.
+                if len(calls) == 1:
+                    # Without a savepoint, which costs two round trips.
+                    calls[0].run(connection)
+                else:
+                    for call in calls:
+                        call.run_in_savepoint(connection)
+        # The only call has failed, or the transaction is lost: no space, or no connection.
         except BaseException as error:
             for call in calls:
                 call.error = error
@@ -113,11 +117,15 @@ class Transaction:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.version = self.next_number()
+        self.version = int(connection.execute(NEXT_NUMBER).scalar_one())
         """Version of all rows that this transaction writes."""
+        self._version_is_unused = True
 
     def next_number(self) -> int:
-        """Return a unique number, larger than all numbers of earlier transactions."""
+        """Return a unique number, larger than all numbers of earlier transactions. The first one is the version."""
+        if self._version_is_unused:
+            self._version_is_unused = False
+            return self.version
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
@@ -131,10 +139,14 @@ class _Call(Generic[R]):
         self.has_run = False
 
     def run(self, connection: Connection) -> None:
+        """Run the work and keep its result. Raises what it raises."""
+        self._value = self._work(Transaction(connection))
+
+    def run_in_savepoint(self, connection: Connection) -> None:
         """Run the work in a savepoint and keep its result or error. Raises OperationalError: the transaction is lost."""
         try:
             with connection.begin_nested():
-                self._value = self._work(Transaction(connection))
+                self.run(connection)
         except OperationalError:
             raise
         except Exception as error:

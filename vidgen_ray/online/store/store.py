@@ -188,9 +188,10 @@ class JobStore:
                 earlier = _jobs_of_key(transaction.connection, tenant, idempotency_key, fingerprint)
                 if earlier:
                     return earlier, False
-                # A key whose jobs have been purged can be used again.
-                used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
-                transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
+                if earlier is not None:
+                    # A key whose jobs have been purged can be used again.
+                    used = [IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == idempotency_key]
+                    transaction.connection.execute(delete(IDEMPOTENCY).where(*used))
             new_jobs = [job if not job.state.is_final or files_exist(job) else job.queued() for job in jobs]
             new = sum(not job.state.is_final for job in new_jobs)
             if new:
@@ -207,7 +208,7 @@ class JobStore:
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
         """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
         with self._database.read_connection() as connection:
-            return _jobs_of_key(connection, tenant, idempotency_key, fingerprint)
+            return _jobs_of_key(connection, tenant, idempotency_key, fingerprint) or []
 
     def get(self, job_id: str, tenant: str | None) -> Job | None:
         """Return a job, or `None` if it does not exist or is deleted. With `tenant=None`, any tenant's."""
@@ -345,15 +346,20 @@ def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
 
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
     """Raise QueueFull or LimitReached if `new` more jobs exceed a limit."""
-    if max_queued is not None:
-        some = select(JOBS.c.seq).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(max_queued).subquery()
-        queued = connection.execute(select(func.count()).select_from(some)).scalar_one()
-        if queued + new > max_queued:
-            raise QueueFull(queued)
-    if max_open is not None:
-        own = [IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant]
-        if connection.execute(select(func.count()).where(*own)).scalar_one() + new > max_open:
-            raise LimitReached(max_open)
+    if max_queued is None and max_open is None:
+        return
+    # Both in one round trip.
+    some = select(JOBS.c.seq).where(IS_OPEN, JOBS.c.state == JobState.QUEUED).limit(max_queued or 0).subquery()
+    own = [IS_OPEN, JOBS.c.state.in_(OPEN_STATES), JOBS.c.tenant == tenant]
+    counts = (
+        select(func.count()).select_from(some).scalar_subquery(),
+        select(func.count()).select_from(JOBS).where(*own).scalar_subquery(),
+    )
+    queued, opened = connection.execute(select(*counts)).one()
+    if max_queued is not None and queued + new > max_queued:
+        raise QueueFull(queued)
+    if max_open is not None and opened + new > max_open:
+        raise LimitReached(max_open)
 
 
 @cache
@@ -381,11 +387,15 @@ def _page_query(
     return select(JOBS).where(JOBS.c.seq.in_(select(merged.c.seq))).order_by(sorted_by).limit(bindparam("most"))
 
 
-def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job]:
+def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job] | None:
+    """Return the jobs that are left of those created with an idempotency key. `None` if it was never used.
+
+    Raises IdempotencyConflict.
+    """
     query = select(IDEMPOTENCY).where(IDEMPOTENCY.c.tenant == tenant, IDEMPOTENCY.c.key == key)
     earlier = connection.execute(query).one_or_none()
     if earlier is None:
-        return []
+        return None
     if earlier.fingerprint != fingerprint:
         raise IdempotencyConflict(key)
     ids = IDS.validate_json(earlier.jobs)
