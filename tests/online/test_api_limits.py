@@ -1,5 +1,6 @@
 """API keys, limits, uploads, characters and retention."""
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -25,6 +26,7 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
+from vidgen_ray.online.inputs import uploads
 from vidgen_ray.online.maintenance import purge_jobs
 from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.online.store.store import PURGE_DELAY_S
@@ -394,6 +396,37 @@ def test_announced_body_is_rejected_before_it_arrives(server):
         response = connection.getresponse()
         assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
         connection.close()
+
+
+def test_large_form_is_refused_before_it_is_sent(server):
+    import http.client
+
+    with listening_on_a_port(server.app) as url:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/v1/videos")
+        connection.putheader("Authorization", f"Bearer {KEYS['ada']}")
+        connection.putheader("Content-Type", "application/x-www-form-urlencoded")
+        # Less than the largest body of any request, more than that of a form without files.
+        connection.putheader("Content-Length", "2500000")
+        connection.endheaders()
+        response = connection.getresponse()
+        assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
+        connection.close()
+
+
+def test_urlencoded_form_is_parsed_outside_the_event_loop(server, monkeypatch):
+    parse, in_event_loop = uploads._from_urlencoded, []
+
+    def recorded(body):
+        try:
+            in_event_loop.append(asyncio.get_running_loop() is not None)
+        except RuntimeError:
+            in_event_loop.append(False)
+        return parse(body)
+
+    monkeypatch.setattr(uploads, "_from_urlencoded", recorded)
+    assert client_of(server).post("/v1/videos", data={"prompt": "a", "size": "9x9"}).status_code == 400
+    assert in_event_loop == [False]
 
 
 def test_slow_body_times_out(server):

@@ -268,6 +268,8 @@ async def _body_timeout(caps: UploadCaps) -> AsyncIterator[None]:
 
 
 async def _read_body(request: Request, cap_bytes: int) -> bytes:
+    if request.headers.get("content-length", "").isdecimal() and int(request.headers["content-length"]) > cap_bytes:
+        raise too_large(None, cap_bytes)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -305,14 +307,9 @@ class _FormParser(MultiPartParser):
 
 async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
     if kind == "application/x-www-form-urlencoded":
-        body = (await _read_body(request, FORM_TEXT_BYTES)).decode("utf-8", "replace")
-        try:
-            pairs: list[tuple[str, str | UploadFile]] = [
-                *parse_qsl(body, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
-            ]
-        except ValueError:
-            raise ApiError(400, f"Too many fields, must be at most {MAX_FORM_FIELDS}.", code="invalid_request") from None
-        return FormData(pairs)
+        body = await _read_body(request, FORM_TEXT_BYTES)
+        # In a thread: two megabytes of escapes would block other requests.
+        return await asyncio.to_thread(_from_urlencoded, body)
     parser = _FormParser(
         request.headers,
         request.stream(),
@@ -324,6 +321,16 @@ async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
         return await parser.parse()
     except MultiPartException as error:
         raise ApiError(400, error.message, code="invalid_request") from None
+
+
+def _from_urlencoded(body: bytes) -> FormData:
+    try:
+        pairs: list[tuple[str, str | UploadFile]] = [
+            *parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
+        ]
+    except ValueError:
+        raise ApiError(400, f"Too many fields, must be at most {MAX_FORM_FIELDS}.", code="invalid_request") from None
+    return FormData(pairs)
 
 
 def _from_json(body: SpooledTemporaryFile[bytes], caps: UploadCaps) -> ReceivedRequest:
