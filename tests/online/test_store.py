@@ -56,6 +56,42 @@ def test_get_returns_the_stored_job(store):
     assert stored.shot.metadata == {"a": [1, None]}
 
 
+def test_search_finds_ended_jobs_with_all_words(store):
+    def add(prompt, tenant="ada", **fields):
+        shot = Shot(id="online-1", prompt=prompt, seed=7, use_hunyuan_style=True, style_prompt="Ink")
+        return store.create(new_job(tenant, shot=shot, **{"state": JobState.COMPLETED, **fields}))[0].id
+
+    boat, street = add("A red BOAT, 100% wet"), add("a «STRASSE» in the rain", request={"character": "Eileen"})
+    add("a red boat", "bob")
+    add("a red boat", state=JobState.QUEUED)
+    store.delete(add("a red boat"), "ada")
+
+    def found(*words):
+        return [job.id for job in store.search("ada", words).jobs]
+
+    assert found("boat", "red") == found("BOAT") == found("0% w") == found(boat) == [boat]
+    assert found("straße") == found("eileen") == [street]
+    assert found("ink", "seed:7") == [street, boat]
+    assert found("red", "rain") == found("0_") == found("prompt") == []
+
+
+def test_search_continues_after_the_jobs_that_one_call_looks_at(store):
+    ids = [
+        store.create(new_job(state=JobState.COMPLETED, shot=Shot(id="a", prompt=f"even {n % 2}", seed=1)))[0].id
+        for n in range(8)
+    ]
+    pages = []
+    after = None
+    while len(pages) < 9:
+        page = store.search("ada", ["even 1"], after=after, limit=2, depth=3)
+        pages.append([ids.index(job.id) for job in page.jobs])
+        if (after := page.older) is None:
+            break
+    assert pages == [[7, 5], [3], [1]]
+    with pytest.raises(UnknownJob):
+        store.search("bob", ["even"], after=ids[0])
+
+
 def test_jobs_of_other_tenants_are_not_accessible(store):
     job, _ = store.create(new_job())
     assert store.get(job.id, "bob") is None

@@ -33,6 +33,9 @@ CALLS = {
     ),
     "next page": lambda store, job: store.list(MAIN_TENANT, limit=20, after=job.id),
     "next page, oldest first": lambda store, job: store.list(MAIN_TENANT, limit=20, after=job.id, order="asc"),
+    "search": lambda store, job: store.search(MAIN_TENANT, ["lighthouse", "seed:7"], limit=20, depth=1_000),
+    "search without a match": lambda store, job: store.search(MAIN_TENANT, ["submarine"], limit=20, depth=1_000),
+    "next page of a search": lambda store, job: store.search(MAIN_TENANT, ["storm"], after=job.id, limit=20, depth=1_000),
     "changed_since": lambda store, job: store.changed_since(store.latest_version() - 5),
     "changed_since from the start": lambda store, job: store.changed_since(0),
     "changed_since of a tenant": lambda store, job: store.changed_since(store.latest_version() - 5, tenant=MAIN_TENANT),
@@ -101,9 +104,6 @@ def test_no_call_scans_a_table(store, name):
         assert scans(store, statement, parameters) == [], statement
 
 
-def test_scans_are_recognised(store):
-    with store.engine.begin() as connection:
-        scan = "SELECT count(*) FROM vidgen_jobs WHERE stage = 'flux'"
 def test_creating_a_job_takes_few_round_trips(store):
     """PostgreSQL runs in another process: on a busy machine each statement may wait for a core."""
     with recorded(store) as statements:
@@ -118,6 +118,9 @@ def test_creating_a_job_takes_few_round_trips(store):
     ]
 
 
+def test_scans_are_recognised(store):
+    with store.engine.begin() as connection:
+        scan = "SELECT count(*) FROM vidgen_jobs WHERE stage = 'flux'"
         connection.exec_driver_sql(scan)
     assert scans(store, scan, ())
 

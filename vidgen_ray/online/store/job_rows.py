@@ -100,8 +100,15 @@ def row_of(job: Job) -> dict[str, Any]:
     """Return the column values of a job, except `seq` and those of its lease."""
     return {
         **job.model_dump(exclude={"shot", "error", "stage_seconds", "request"}),
+        "search_text": _search_text(job),
         "shot": job.shot.model_dump_json(),
         "error": None if job.error is None else job.error.model_dump_json(),
         "stage_seconds": SECONDS.dump_json(job.stage_seconds).decode(),
         "request": REQUEST.dump_json(job.request).decode(),
     }
+
+
+def _search_text(job: Job) -> str:
+    """Return the text of a job that a search looks for."""
+    texts = (job.shot.prompt, job.shot.style_prompt, job.request.get("character"), f"seed:{job.shot.seed}", job.id)
+    return " ".join(str(text) for text in texts if text).casefold()

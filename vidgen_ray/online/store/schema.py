@@ -63,8 +63,10 @@ JOBS = Table(
     Column("owner", String(128)),
     Column("lease_until", Float(53)),
     Column("deleted_at", Float(53)),
+    Column("search_text", Text),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
     _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "kind", "state", "seq"),
+    _partial_index("vidgen_jobs_by_end", "completed_at IS NOT NULL AND deleted_at IS NULL", "tenant", "seq"),
     _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
     _partial_index("vidgen_jobs_by_deletion", "deleted_at IS NOT NULL", "deleted_at"),
     Index("vidgen_jobs_by_version", "version"),
@@ -72,7 +74,8 @@ JOBS = Table(
     Index("vidgen_jobs_by_key", "key"),
 )
 """`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for
-some minutes, so that lists can continue after it and clients see the deletion."""
+some minutes, so that lists can continue after it and clients see the deletion. `search_text` is case-folded and
+never null."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",

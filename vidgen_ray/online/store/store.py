@@ -47,6 +47,8 @@ PURGE_DELAY_S = 300
 """Seconds between the deletion of a job and that of its files, so that downloads in progress can finish."""
 EXPIRY_BATCH = 1_000
 """Most expired jobs that one `purge` hides, and most old idempotency keys that it deletes."""
+SEARCH_DEPTH = 20_000
+"""Jobs that one call of `search` looks at."""
 IDS = TypeAdapter(list[str])
 
 
@@ -79,6 +81,14 @@ class Page(NamedTuple):
 
     jobs: list[Job]
     has_more: bool
+
+
+class SearchPage(NamedTuple):
+    """Page of a search."""
+
+    jobs: list[Job]
+    older: str | None
+    """Id of the job after which the search continues. `None` if all jobs have been searched."""
 
 
 class DeletedJob(NamedTuple):
@@ -235,12 +245,33 @@ class JobStore:
         values: dict[str, object] = {"owner": tenant, "most": limit + 1}
         with self._database.read_connection() as connection:
             if after is not None:
-                position = select(JOBS.c.seq).where(JOBS.c.id == after, JOBS.c.tenant == tenant)
-                values["position"] = connection.execute(position).scalar()
-                if values["position"] is None:
-                    raise UnknownJob(after)
+                values["position"] = _position(connection, after, tenant)
             rows = connection.execute(query, values).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
+
+    def search(
+        self, tenant: str, words: Sequence[str], *, after: str | None = None, limit: int = 20, depth: int = SEARCH_DEPTH
+    ) -> SearchPage:
+        """Return a tenant's ended jobs whose prompt, style, character, seed (`seed:7`) and id contain all words, newest first.
+
+        Upper and lower case are the same. One call looks at `depth` jobs, so a page may be shorter than `limit` although the
+        search continues. Raises UnknownJob if `after` is not a job of the tenant.
+        """
+        ended = [JOBS.c.tenant == tenant, not_(IS_OPEN), JOBS.c.deleted_at.is_(None)]
+        newest_first = JOBS.c.seq.desc()
+        with self._database.read_connection() as connection:
+            if after is not None:
+                ended.append(JOBS.c.seq < _position(connection, after, tenant))
+            deepest = select(JOBS.c.seq, JOBS.c.id).where(*ended).order_by(newest_first).offset(depth - 1).limit(1)
+            last = connection.execute(deepest).one_or_none()
+            if last is not None:
+                ended.append(JOBS.c.seq >= last.seq)
+            contain = [JOBS.c.search_text.contains(word.casefold(), autoescape=True) for word in words]
+            query = select(JOBS).where(*ended, *contain).order_by(newest_first).limit(limit + 1)
+            rows = connection.execute(query).all()
+        if len(rows) > limit:
+            return SearchPage([job_of(row) for row in rows[:limit]], rows[limit - 1].id)
+        return SearchPage([job_of(row) for row in rows], None if last is None else last.id)
 
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
         """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
@@ -385,6 +416,14 @@ def _page_query(
         return select(JOBS).where(false())
     merged = union_all(*(select(part.subquery().c.seq) for part in parts)).subquery()
     return select(JOBS).where(JOBS.c.seq.in_(select(merged.c.seq))).order_by(sorted_by).limit(bindparam("most"))
+
+
+def _position(connection: Connection, job_id: str, tenant: str) -> int:
+    """Return the place of a job in the order of creation. Raises UnknownJob if it is not a job of the tenant."""
+    position = connection.execute(select(JOBS.c.seq).where(JOBS.c.id == job_id, JOBS.c.tenant == tenant)).scalar()
+    if position is None:
+        raise UnknownJob(job_id)
+    return int(position)
 
 
 def _jobs_of_key(connection: Connection, tenant: str, key: str, fingerprint: str) -> list[Job] | None:

@@ -1,6 +1,6 @@
 """Pages of ended jobs for the gallery: the newest, those that match a search, or those with given ids. No HTTP."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import QueryParams
@@ -11,9 +11,6 @@ from vidgen_ray.online.store.jobs import FINAL, Job
 from vidgen_ray.online.store.store import UnknownJob
 
 PAGE_LENGTH = 12
-SEARCHED_JOBS = 2_000
-"""Newest ended jobs that a search looks at."""
-SCANNED_AT_ONCE = 200
 MAX_IDS = 100
 """Jobs of one page, or of one bulk action, that are named by their ids."""
 MAX_SEARCH_LENGTH = 200
@@ -46,41 +43,13 @@ def gallery_page(server: ServerContext, tenant: Tenant, query: QueryParams) -> G
         if not search:
             page = server.store.list(tenant.name, states=FINAL, after=after, limit=PAGE_LENGTH)
             return GalleryPage(page.jobs, after=after, older=page.jobs[-1].id if page.has_more else None)
-        found, older = _search(server, tenant, search, after)
+        found = server.store.search(tenant.name, search.split(), after=after, limit=PAGE_LENGTH)
     except UnknownJob:
         return None
-    return GalleryPage(found, search=search, after=after, older=older)
+    return GalleryPage(found.jobs, search=search, after=after, older=found.older)
 
 
 def jobs_with_ids(server: ServerContext, tenant: Tenant, ids: Sequence[str]) -> list[Job]:
     """Return the ended jobs of the tenant with these ids, at most `MAX_IDS`. Skips ids of other tenants and deleted jobs."""
     jobs = (server.store.get(each, tenant.name) for each in dict.fromkeys(ids[:MAX_IDS]))
     return [job for job in jobs if job is not None and job.state.is_final]
-
-
-def _search(server: ServerContext, tenant: Tenant, search: str, after: str | None) -> tuple[list[Job], str | None]:
-    """Return a page of jobs that contain all words of the search, and the id after which the next page starts."""
-    words = search.casefold().split()
-    found: list[Job] = []
-    for job in _newest(server, tenant, after):
-        if len(found) == PAGE_LENGTH:
-            return found, found[-1].id
-        if all(word in _searched_text(job) for word in words):
-            found.append(job)
-    return found, None
-
-
-def _newest(server: ServerContext, tenant: Tenant, after: str | None) -> Iterator[Job]:
-    """Yield at most `SEARCHED_JOBS` ended jobs, newest first."""
-    for _ in range(SEARCHED_JOBS // SCANNED_AT_ONCE):
-        page = server.store.list(tenant.name, states=FINAL, after=after, limit=SCANNED_AT_ONCE)
-        yield from page.jobs
-        if not page.has_more:
-            return
-        after = page.jobs[-1].id
-
-
-def _searched_text(job: Job) -> str:
-    shot = job.shot
-    character = job.request.get("character")
-    return " ".join(map(str, (shot.prompt, shot.style_prompt or "", character or "", f"seed:{shot.seed}", job.id))).casefold()
