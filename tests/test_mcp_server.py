@@ -68,10 +68,13 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
             assert undescribed == []
             assert [tool.name for tool in tools if not tool.description] == []
 
-            estimate = (await client.call_tool("estimate", {"size": "64x64", "seconds": 2})).structured_content
-            assert estimate == {"render_s": None, "finished_videos": 0, "open_jobs": 0}
+            arguments = {"prompt": "a man", "size": "64x64", "seed": 1, "fields": SMALL}
+            plan = (await client.call_tool("plan", arguments)).structured_content
+            assert plan["render_s"] > 0
+            assert (plan["size"], plan["num_frames"], plan["is_rendered"]) == ("64x64", 2, False)
+            assert (await client.call_tool("list_videos", {})).structured_content["result"] == []
 
-            created = await client.call_tool("create_video", {"prompt": "a man", "size": "64x64", "seed": 1, "fields": SMALL})
+            created = await client.call_tool("create_video", arguments)
             video = created.structured_content
             assert (video["status"], video["seed"]) == ("queued", 1)
             waited = await client.call_tool("wait", {"video_id": video["id"]}, progress_callback=on_progress)
@@ -87,10 +90,7 @@ def test_assistant_creates_waits_and_downloads(server, command, tmp_path):
 
             listed = await client.call_tool("list_videos", {})
             assert [each["id"] for each in listed.structured_content["result"]] == [video["id"]]
-            # The stages of a finished 0.4 s clip took 0.5 s each.
-            estimate = (await client.call_tool("estimate", {"size": "128x64", "seconds": video["seconds"]})).structured_content
-            status = (await client.call_tool("status", {"video_id": video["id"]})).structured_content
-            assert estimate == {"render_s": round(2 * status["inference_time_s"], 1), "finished_videos": 1, "open_jobs": 0}
+            assert (await client.call_tool("plan", arguments)).structured_content["is_rendered"]
 
     asyncio.run(scenario())
     assert (progress[-1][:2], {total for _, total, _ in progress}) == ((100, 100), {100})

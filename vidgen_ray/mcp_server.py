@@ -6,16 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import wraps
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 import anyio
 from mcp.server.mcpserver import Context, Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from vidgen_ray.client import AsyncClient, Character, ClientError, JobFailed, Model, Variant, Video
+from vidgen_ray.client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
 from vidgen_ray.version import __version__
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
@@ -28,6 +27,8 @@ R = TypeVar("R")
 VideoId = Annotated[str, Field(description="Id that create_video, create_image or list_videos returned.")]
 Prompt = Annotated[str, Field(description="Text to render.")]
 Size = Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, for example 1280x720. Default: that of the server.")]
+Seconds = Annotated[float | None, Field(description="Length of the clip in seconds.")]
+StartImage = Annotated[str | None, Field(description="Path of an image to start from.")]
 Photos = Annotated[
     list[str] | None,
     Field(description="Paths of photos of one face. This person appears. Only of people who have agreed to it."),
@@ -41,14 +42,6 @@ MoreFields = Annotated[
         description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, guidance_scale, fps."
     ),
 ]
-
-
-class Estimate(BaseModel):
-    """Estimated duration of a video, from finished ones on this server."""
-
-    render_s: float | None = Field(description="Seconds of rendering, without the time in the queue. Null if unknown.")
-    finished_videos: int = Field(description="Number of finished videos that the estimate is based on.")
-    open_jobs: int = Field(description="Jobs of this API key that are queued or in progress, among its latest 100.")
 
 
 def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
@@ -74,7 +67,7 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
         tools.cancel: destroys,
         tools.list_videos: reads,
         tools.download: creates,
-        tools.estimate: reads,
+        tools.plan: creates,
         tools.create_character: creates,
         tools.list_characters: reads,
         tools.delete_character: destroys,
@@ -96,8 +89,8 @@ class _Tools:
         self,
         prompt: Prompt,
         size: Size = None,
-        seconds: Annotated[float | None, Field(description="Length of the clip in seconds.")] = None,
-        start_image: Annotated[str | None, Field(description="Path of an image to start from.")] = None,
+        seconds: Seconds = None,
+        start_image: StartImage = None,
         face_photos: Photos = None,
         character: CharacterName = None,
         loras: Loras = None,
@@ -105,22 +98,33 @@ class _Tools:
         fields: MoreFields = None,
     ) -> Video:
         """Start to render a video and return its id at once. Call wait next."""
-        named = {
-            "size": size,
-            "seconds": seconds,
-            "input_reference": start_image,
-            "face_image": face_photos,
-            "character": character,
-            "lora": loras,
-            "seed": seed,
-        }
-        return await self._client.create_video(**{**(fields or {}), **named, "prompt": prompt})
+        return await self._client.create_video(
+            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields)
+        )
+
+    async def plan(
+        self,
+        prompt: Prompt,
+        size: Size = None,
+        seconds: Seconds = None,
+        start_image: StartImage = None,
+        face_photos: Photos = None,
+        character: CharacterName = None,
+        loras: Loras = None,
+        seed: Seed = None,
+        fields: MoreFields = None,
+    ) -> Estimate:
+        """Estimate what create_video with these arguments would take, without creating a video: seconds of rendering and in
+        the queue, seconds of GPUs, cost, and the size that the models draw. Photos are uploaded."""
+        return await self._client.estimate_video(
+            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields)
+        )
 
     async def create_image(
         self,
         prompt: Prompt,
         size: Size = None,
-        start_image: Annotated[str | None, Field(description="Path of an image to start from.")] = None,
+        start_image: StartImage = None,
         face_photos: Photos = None,
         character: CharacterName = None,
         loras: Loras = None,
@@ -209,27 +213,29 @@ class _Tools:
         """List the models of the server. The first is the default."""
         return await self._client.list_models()
 
-    async def estimate(
-        self,
-        size: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="WIDTHxHEIGHT in pixels.")],
-        seconds: Annotated[float, Field(gt=0, description="Length of the clip in seconds.")],
-        model: Annotated[str | None, Field(description="Only count videos of this model.")] = None,
-    ) -> Estimate:
-        """Estimate how long a video takes, without creating it: from the latest 100 videos of this API key."""
-        videos = (await self._client.list_videos(limit=100)).data
-        # Results from the cache and single images say nothing about clips.
-        finished = [
-            video
-            for video in videos
-            if video.status == "completed" and video.inference_time_s and video.num_frames != 1 and video.size and video.seconds
-            if model in (None, video.model)
-        ]
-        rates = [(video.inference_time_s or 0) / (_pixels(video.size or "") * (video.seconds or 1)) for video in finished]
-        return Estimate(
-            render_s=round(median(rates) * _pixels(size) * seconds, 1) if rates else None,
-            finished_videos=len(finished),
-            open_jobs=sum(not video.is_final for video in videos),
-        )
+
+def _video_fields(
+    prompt: str,
+    size: str | None,
+    seconds: float | None,
+    start_image: str | None,
+    face_photos: list[str] | None,
+    character: str | None,
+    loras: list[str] | None,
+    seed: int | None,
+    fields: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the fields of a request for a video from the arguments of a tool."""
+    named = {
+        "size": size,
+        "seconds": seconds,
+        "input_reference": start_image,
+        "face_image": face_photos,
+        "character": character,
+        "lora": loras,
+        "seed": seed,
+    }
+    return {**(fields or {}), **named, "prompt": prompt}
 
 
 def _with_tool_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
@@ -259,8 +265,3 @@ def _describe(video: Video) -> str:
     if video.status == "completed":
         parts.append(f"{video.size}, {video.seconds:g} s, seed {video.seed}" if video.num_frames != 1 else f"{video.size}")
     return ", ".join(parts)
-
-
-def _pixels(size: str) -> int:
-    width, height = size.split("x")
-    return int(width) * int(height)

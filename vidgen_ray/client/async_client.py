@@ -22,6 +22,7 @@ from vidgen_ray.client.models import (
     Answer,
     Character,
     CharacterPage,
+    Estimate,
     GeneratedImage,
     ImagesAnswer,
     Model,
@@ -121,6 +122,14 @@ class AsyncClient:
             "model": model,
         }
         return _parse(Video, await self._create("/v1/videos", {**fields, **named}, idempotency_key))
+
+    async def estimate_video(self, /, prompt: str, **fields: Any) -> Estimate:
+        """Estimate what a video would take, without creating it. `fields`: those of `create_video`. Images are uploaded."""
+        return _parse(Estimate, await self._create("/v1/videos/estimate", {**fields, "prompt": prompt}, None))
+
+    async def estimate_shot(self, /, **fields: Any) -> Estimate:
+        """Estimate what a job with these fields of a shot would take, without creating it. `fields`: of `POST /v1/shots`."""
+        return _parse(Estimate, (await self._http.request("POST", "/v1/shots/estimate", json=fields)).content)
 
     async def remix_video(self, /, video: Video | str, *, idempotency_key: str | None = None, **fields: Any) -> Video:
         """Create a video from another one. Fields that are not passed keep their values, including the seed."""

@@ -92,6 +92,8 @@ class Client:
 
     close = _blocking(AsyncClient.close)
     create_video = _blocking(AsyncClient.create_video)
+    estimate_video = _blocking(AsyncClient.estimate_video)
+    estimate_shot = _blocking(AsyncClient.estimate_shot)
     remix_video = _blocking(AsyncClient.remix_video)
     get_video = _blocking(AsyncClient.get_video)
     list_videos = _blocking(AsyncClient.list_videos)

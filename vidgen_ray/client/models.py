@@ -83,6 +83,37 @@ class Video(Answer):
         return self.status in ("completed", "failed", "cancelled")
 
 
+class Estimate(Answer):
+    """What a job would take. For a request with `n`, all its results together."""
+
+    render_s: float
+    """Estimated seconds from the start of the job to its end. 0 if it is rendered already."""
+    gpu_seconds: float
+    """Estimated seconds of the stages that run on a GPU."""
+    queue_position: int
+    """Queued jobs that would start before it."""
+    queue_wait_s: float
+    """Estimated seconds in the queue."""
+    cost: float | None = None
+    """Cost of `gpu_seconds`. `None` if the server has no price."""
+    is_rendered: bool = False
+    """True if the files exist already, so that the job would be completed at once."""
+    results: int = 1
+    model: str | None = None
+    size: str
+    """WIDTHxHEIGHT of the delivered file in pixels."""
+    model_size: str
+    """WIDTHxHEIGHT in pixels that the models draw, before upscaling and cropping."""
+    scale: int = 1
+    """Upscaling factor."""
+    hd_size: str | None = None
+    """WIDTHxHEIGHT in pixels of the larger clip. `None` if there is none."""
+    seconds: float | None = None
+    """Length of the clip."""
+    fps: int | None = None
+    num_frames: int | None = None
+
+
 class VideoPage(Answer):
     """One page of videos."""
 

@@ -92,7 +92,7 @@ class JobService:
                 raise _key_reused() from None
             if earlier:
                 return earlier
-        jobs = [await asyncio.to_thread(self._job, tenant, kind, fields, request) for fields in shots]
+        jobs = [await asyncio.to_thread(self.new_job, tenant, kind, fields, request) for fields in shots]
         check_size(tenant.limits, max((job.shot for job in jobs), key=lambda shot: shot.width * shot.height), len(jobs))
         if len(jobs) > 1:
             outputs = {"outputs": [job.id for job in jobs]}
@@ -160,7 +160,11 @@ class JobService:
         except (StageError, SetupError) as error:
             raise ApiError(400, without_paths(str(error)), code="invalid_value") from None
 
-    def _job(self, tenant: Tenant, kind: JobKind, fields: Mapping[str, Any], request: Mapping[str, JsonValue]) -> Job:
+    def new_job(self, tenant: Tenant, kind: JobKind, fields: Mapping[str, Any], request: Mapping[str, JsonValue]) -> Job:
+        """Return the job that `accept` would store, without storing it. It is completed if its shot is already rendered.
+
+        Raises ApiError 400.
+        """
         plan = self.plan(tenant, fields)
         now = time.time()
         job = Job(

@@ -40,6 +40,17 @@ class JobEstimate(NamedTuple):
     """Seconds until a client should poll again."""
 
 
+class NewJobEstimate(NamedTuple):
+    """Estimate for a job that would be created now."""
+
+    queue_position: int
+    """Queued jobs that would start before it."""
+    wait_s: float
+    """Seconds in the queue."""
+    stage_seconds: dict[str, float]
+    """Stage -> seconds, in order. The last stage writes the files."""
+
+
 @dataclass(frozen=True)
 class _Snapshot:
     """Queue of the server at one time."""
@@ -53,6 +64,11 @@ class _Snapshot:
     """Mean duration of recent jobs. `None` if there were none."""
     valid_until: float
     """Monotonic time."""
+
+    def wait_s(self, position: int, seconds: float) -> float:
+        """Return the seconds that a job waits behind `position` queued jobs. `seconds`: its duration, used if none is known."""
+        jobs_before = position + 1 if self.in_progress else position
+        return jobs_before * (self.seconds_per_job or seconds) / max(1, self.in_progress)
 
 
 class QueueEstimator:
@@ -78,9 +94,14 @@ class QueueEstimator:
             return self._estimate(None, seconds * (1 - job.progress / 100))
         # A job that was created after the snapshot is the last one.
         position = snapshot.positions.get(job.id, len(snapshot.positions))
-        per_job_s = (snapshot.seconds_per_job or seconds) / max(1, snapshot.in_progress)
-        waits_s = (position + 1) * per_job_s if snapshot.in_progress else position * per_job_s
-        return self._estimate(position, waits_s + seconds)
+        return self._estimate(position, snapshot.wait_s(position, seconds) + seconds)
+
+    async def estimate_new(self, shot: Shot) -> NewJobEstimate:
+        """Return the estimate for a job with this shot, if it were created now."""
+        snapshot = await self._current_snapshot()
+        expected = {stage: snapshot.slowness * seconds for stage, seconds in expected_seconds(shot, self._profile).items()}
+        position = len(snapshot.positions)
+        return NewJobEstimate(position, snapshot.wait_s(position, sum(expected.values())), expected)
 
     def _estimate(self, position: int | None, eta_s: float) -> JobEstimate:
         poll_after_s = max(self._min_poll_after_s, min(MAX_POLL_AFTER_S, POLL_SHARE * eta_s))

@@ -164,6 +164,9 @@ class OnlineSettings(_Section):
         gt=0,
         description="Seconds that a request for images waits for them. OpenAI's client times out after 600.",
     )
+    gpu_hour_price: float | None = Field(
+        None, gt=0, description="Price of a GPU-hour, for the cost in estimates. Default: estimates have no cost."
+    )
     poll_s: float = Field(0.25, gt=0, description="Seconds between database queries while a client follows jobs.")
     poll_after_s: float = Field(
         1.0,

@@ -104,6 +104,30 @@ class ShotJob(_JobStatus):
     shot: dict[str, JsonValue] = Field(description="Fields of the shot. `POST /v1/shots` accepts them.")
 
 
+class Estimate(BaseModel):
+    """What a job would take, without creating it. For a request with `n`, all its results together."""
+
+    object: Literal["estimate"] = Field("estimate", description="Type of this object.")
+    model: str = Field(description="Model of the request.")
+    render_s: float = Field(description="Estimated seconds from the start of the job to its end. 0 if it is rendered already.")
+    stage_durations: dict[str, float] = Field(description="Stage -> estimated seconds. The last one writes the files.")
+    gpu_seconds: float = Field(description="Estimated seconds of the stages that run on a GPU.")
+    queue_position: int = Field(description="Queued jobs that would start before it.")
+    queue_wait_s: float = Field(description="Estimated seconds in the queue.")
+    cost: float | None = Field(
+        description="`gpu_seconds` at the server's setting `gpu_hour_price`. Null if the server has no price."
+    )
+    is_rendered: bool = Field(description="True if the files exist already, so that the job would be completed at once.")
+    results: int = Field(description="Number of results: `n` of the request.")
+    seconds: str = Field(description="Length of the clip in seconds.")
+    size: str = Field(description="WIDTHxHEIGHT of the delivered file in pixels.")
+    model_size: str = Field(description="WIDTHxHEIGHT in pixels that the models draw, before upscaling and cropping.")
+    scale: int = Field(description="Upscaling factor. 1 without upscaling.")
+    hd_size: str | None = Field(description="WIDTHxHEIGHT in pixels of the larger clip, `variant=hd`. Null if there is none.")
+    fps: int = Field(description="Frames per second of the delivered clip.")
+    num_frames: int = Field(description="Number of frames of the delivered clip. 1 for an image.")
+
+
 class ImageUsage(BaseModel):
     """Token counts that OpenAI's clients expect. Always 0."""
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI
 
 from vidgen_ray.online.api import (
     characters,
+    estimates,
     files,
     images,
     models,
@@ -48,7 +49,7 @@ async def readyz(server: ServerDep) -> Readiness:
 def add_api(app: FastAPI) -> None:
     """Add the API's routes and OpenAPI document to the app."""
     # Before videos: /v1/videos/{video_id} matches /v1/videos/characters, too.
-    for module in (characters, videos, video_sync, video_content, video_events, images, shots, models, files):
+    for module in (characters, estimates, videos, video_sync, video_content, video_events, images, shots, models, files):
         app.include_router(module.router)
     app.include_router(health)
     # Replacing the method is FastAPI's documented way to extend the document.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 from starlette.requests import Request
 
@@ -13,6 +15,7 @@ from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.job_service import client_fields
+from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import JobKind
 
 router = APIRouter(tags=["shots"])
@@ -28,18 +31,24 @@ async def create_shot(
     request: Request, server: ServerDep, tenant: TenantDep, idempotency_key: IdempotencyKey = None
 ) -> ShotJob:
     """Create a job from the fields of a script line, as JSON. Files are ids of uploads, LoRAs are names of this server."""
-    async with receive(request, server.settings.uploads) as received:
-        if received.is_form:
-            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    fields, fingerprint = await shot_fields(request, server)
     (job,) = await server.job_service.accept(
         tenant,
         JobKind.SHOT,
-        [CreateShot.parse(received.fields).model_dump(exclude_unset=True)],
+        [fields],
         {"model": server.model(None)[0]},
         idempotency_key=idempotency_key,
-        fingerprint=f"shot {received.fingerprint}"[:64],
+        fingerprint=f"shot {fingerprint}"[:64],
     )
     return shot_response(job, client_fields(job.shot, server.settings, server.job_service.uploads))
+
+
+async def shot_fields(request: Request, server: ServerContext) -> tuple[dict[str, Any], str]:
+    """Return the fields of the shot in the body of a request, and the fingerprint of the body. Raises ApiError."""
+    async with receive(request, server.settings.uploads) as received:
+        if received.is_form:
+            raise ApiError(415, "Content-Type: must be application/json", code="unsupported_media_type")
+    return CreateShot.parse(received.fields).model_dump(exclude_unset=True), received.fingerprint
 
 
 @router.get("/v1/shots/{shot_id}", response_model=ShotJob, responses=error_responses(404))

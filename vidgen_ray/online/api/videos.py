@@ -135,7 +135,7 @@ async def created_videos(
     """Create the jobs of a request, or of a remix of `original`. Raises ApiError."""
     async with receive(request, server.settings.uploads) as received:
         body = (CreateVideo if original is None else RemixVideo).parse(received.fields)
-        fields, returned = await _video_fields(server, tenant, body, original)
+        fields, returned = await video_fields(server, tenant, body, original)
     shots = body.repeated(fields)
     if len(shots) > max_results:
         raise invalid("n", f"got {len(shots)}, must be {max_results}: the response is one file")
@@ -158,10 +158,10 @@ async def job_of(server: ServerContext, tenant: Tenant, job_id: str) -> Job:
     return job
 
 
-async def _video_fields(
+async def video_fields(
     server: ServerContext, tenant: Tenant, request: CreateVideo, original: Job | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the fields of the shot, and the values that are returned with the job."""
+    """Return the fields of the shot, and the values that are returned with the job. Raises ApiError."""
     model, model_fields = server.model(request.model or (original and original.request.get("model")))
     base: dict[str, Any] = dict(model_fields)
     if original is not None:
