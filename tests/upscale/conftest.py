@@ -14,9 +14,7 @@ from vidgen_ray.upscale.network import EngineSettings
 from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
 
 FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)
-CALIBRATION = Calibration(
-    settings=EngineSettings(threads=1), workers=1, seconds_per_pixel=1e-6, frame_size=(64, 48), machine="test", measured=()
-)
+CALIBRATION = Calibration(settings=EngineSettings(threads=1), workers=1, frame_size=(64, 48), machine="test", measured=())
 
 
 def compact(path: Path, convs: int = 2, features: int = 8, scale: int = 2, seed: int = 0) -> Path:

@@ -171,9 +171,7 @@ def test_calibration_is_measured_once_per_model(tiny_model, empty_cache, clock, 
 
 
 def test_workers_share_the_cpus():
-    calibration = Calibration(
-        settings=EngineSettings(threads=4), workers=1, seconds_per_pixel=1, frame_size=(64, 48), machine="m", measured=()
-    )
+    calibration = Calibration(settings=EngineSettings(threads=4), workers=1, frame_size=(64, 48), machine="m", measured=())
     assert [(c.workers, c.settings.threads) for c in map(calibration.with_workers, (1, 2, 4, 8))] == [
         (1, 4),
         (2, 2),

@@ -30,7 +30,7 @@ FRAME_SIZE = 256, 144
 MAX_FRAME_S = 0.6
 """Seconds that a frame may take in the measurement."""
 ROUNDS = 5
-WORKER_FRAMES = 4
+WORKER_FRAMES = 3
 MIN_PSNR_DB = 50.0
 """Similarity to float32 below which settings are not chosen, however fast they are."""
 MIN_GAIN = 1.05
@@ -58,8 +58,6 @@ class Calibration(BaseModel):
 
     settings: EngineSettings
     workers: int
-    seconds_per_pixel: float
-    """Seconds per pixel of the source, of all workers together."""
     frame_size: tuple[int, int]
     machine: str
     measured: tuple[Measurement, ...]
@@ -148,12 +146,11 @@ def _measure(model: UpscaleModel, device: str) -> Calibration:
     single = min((one for one in measured if one.settings == best), key=lambda one: one.seconds_per_frame)
     fastest = min(measured, key=lambda one: one.seconds_per_frame if _is_close(one) else float("inf"))
     if fastest.workers > 1 and single.seconds_per_frame >= MIN_GAIN * fastest.seconds_per_frame:
-        best, workers, single = fastest.settings, fastest.workers, fastest
+        best, workers = fastest.settings, fastest.workers
     height, width = frames[0].shape[:2]
     return Calibration(
         settings=best,
         workers=workers,
-        seconds_per_pixel=single.seconds_per_frame / (width * height),
         frame_size=(width, height),
         machine=_machine(device),
         measured=tuple(measured),
@@ -260,15 +257,15 @@ class _Bench:
             for _ in range(WORKER_FRAMES):
                 self._run(network)
 
-        threads = [threading.Thread(target=run, args=[network]) for network in networks]
-
         def run_all() -> None:
+            threads = [threading.Thread(target=run, args=[network]) for network in networks]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
 
-        return _seconds(run_all) / (WORKER_FRAMES * workers * settings.frames_per_call)
+        seconds = min(_seconds(run_all) for _ in range(ROUNDS))
+        return seconds / (WORKER_FRAMES * workers * settings.frames_per_call)
 
 
 def _with_workers(bench: _Bench, best: EngineSettings, workers: int, threads: int) -> Measurement:

@@ -25,11 +25,16 @@ PQ, HLG = 16, 18
 """FFmpeg's numbers of the transfer functions of HDR video."""
 LARGEST_SD = 1024, 576
 """Width and height in pixels up to which players take untagged video for BT.601."""
-DYNAMIC_HDR = {
-    SideData.DYNAMIC_HDR_PLUS: "HDR10+",
-    SideData.DOVI_RPU_BUFFER: "Dolby Vision",
-    SideData.DOVI_METADATA: "Dolby Vision",
+LOST_SIDE_DATA = {
+    SideData.DYNAMIC_HDR_PLUS: "HDR10+ metadata is dropped; static HDR metadata is kept",
+    SideData.DOVI_RPU_BUFFER: "Dolby Vision metadata is dropped; static HDR metadata is kept",
+    SideData.DOVI_METADATA: "Dolby Vision metadata is dropped; static HDR metadata is kept",
+    SideData.A53_CC: "closed captions inside the picture's stream (CEA-608, CEA-708) are dropped",
+    SideData.STEREO3D: "the tag of 3D video is dropped",
+    SideData.SPHERICAL: "the tag of spherical video is dropped",
+    SideData.ICC_PROFILE: "the ICC profile is dropped",
 }
+"""Data of frames that encoders do not take over -> note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +220,7 @@ def _lost(frame: Any) -> list[str]:
         notes.append("alpha is dropped")
     if max(component.bits for component in components) > 10:
         notes.append("more than 10 bits per channel are stored as 10")
-    found = sorted({name for data in frame.side_data if (name := DYNAMIC_HDR.get(data.type))})
-    notes += [f"{name} metadata is dropped; static HDR metadata is kept" for name in found]
+    notes += sorted({LOST_SIDE_DATA[data.type] for data in frame.side_data if data.type in LOST_SIDE_DATA})
     return notes
 
 
