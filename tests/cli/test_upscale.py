@@ -82,6 +82,8 @@ def test_a_bad_video_fails_and_the_others_go_on(tmp_path, run):
         (["in.mp4", "other/in.mp4", "-o", "out"], "would both become"),
         (["in.mp4", "other/in.mp4", "-o", "out.mp4"], "must be a folder"),
         (["in.mp4", "-o", "in.mp4"], "would replace a source"),
+        (["in.mp4", "-o", "s3://bucket/out"], "must be a folder or file on a disk"),
+        (["in.mp4", "--fps", "fast"], "--fps: got 'fast', must be from 1 to 240"),
         (["in.mp4", "--scale", "0.5"], "--scale: got 0.5, must be from 1 to 16"),
         (["in.mp4", "--to", "big"], "--to: got 'big', must be WIDTHxHEIGHT"),
         (["in.mp4", "--to", "640x480", "--scale", "2"], "cannot be combined"),

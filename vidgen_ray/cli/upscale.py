@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -21,6 +22,7 @@ from vidgen_ray.cli.options import JsonOption, check_out
 from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
+from vidgen_ray.outputs.storage import URL
 from vidgen_ray.upscale.calibration import Calibration, calibrate
 from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
@@ -32,6 +34,7 @@ from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, u
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
+MAX_FPS, MAX_FPS_NUMERATOR = 240, 240_000
 LINE_EVERY_S = 15.0
 """Seconds between two lines of progress if standard error is not a terminal."""
 
@@ -45,15 +48,23 @@ def upscale(
         ),
     ] = None,
     out: Annotated[
-        Path,
+        str,
         typer.Option("--out", "-o", help="Output folder; for one video also a file (.mp4, .mov, .mkv).", callback=check_out),
-    ] = Path("upscaled"),
+    ] = "upscaled",
     scale: Annotated[
         float | None, typer.Option("--scale", metavar="FACTOR", help="Factor of width and height, from 1 to 16. Default: 2.")
     ] = None,
     to: Annotated[
         str | None,
         typer.Option("--to", metavar="WIDTHxHEIGHT", help="Fit into this size, without stretching. Default: --scale decides."),
+    ] = None,
+    fps: Annotated[
+        str | None,
+        typer.Option(
+            "--fps",
+            metavar="RATE",
+            help="Constant frames per second, drawn by RIFE: 60 or 60000/1001. Default: the frames and times of the video.",
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -118,13 +129,18 @@ def upscale(
         return
     if scale is not None and to is not None:
         raise UsageError("--to: cannot be combined with --scale")
+    if URL.match(out):
+        raise UsageError(f"--out: got {out!r}, must be a folder or file on a disk")
+    if preview is not None and fps is not None:
+        raise UsageError("--preview: cannot be combined with --fps, the preview shows the frames of the video")
     found = _find_videos(videos or [])
-    targets = _targets(found, out)
+    targets = _targets(found, Path(out))
     options = UpscaleOptions(
         model=find_model(model, denoise),
         encode=_encode_settings(codec, crf, preset),
         scale=None if to else (2 if scale is None else _checked_scale(scale)),
         fit=_parse_size(to) if to else None,
+        fps=_parse_fps(fps) if fps else None,
         force=force,
     )
     seconds = _parse_seconds(preview) if preview else None
@@ -291,6 +307,16 @@ def _parse_size(text: str) -> Size:
     if match is None:
         raise UsageError(f"--to: got {text!r}, must be WIDTHxHEIGHT in pixels, such as 1920x1080")
     return int(match[1]), int(match[2])
+
+
+def _parse_fps(text: str) -> Fraction:
+    try:
+        fps = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        fps = Fraction(0)
+    if not 1 <= fps <= MAX_FPS or fps.numerator > MAX_FPS_NUMERATOR:
+        raise UsageError(f"--fps: got {text!r}, must be from 1 to {MAX_FPS}, such as 60, 59.94 or 60000/1001")
+    return fps
 
 
 def _parse_seconds(text: str) -> float:

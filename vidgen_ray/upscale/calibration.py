@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -258,13 +258,10 @@ class _Bench:
                 self._run(network)
 
         def run_all() -> None:
-            threads = [threading.Thread(target=run, args=[network]) for network in networks]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            list(pool.map(run, networks))
 
-        seconds = min(_seconds(run_all) for _ in range(ROUNDS))
+        with ThreadPoolExecutor(workers) as pool:
+            seconds = min(_seconds(run_all) for _ in range(ROUNDS))
         return seconds / (WORKER_FRAMES * workers * settings.frames_per_call)
 
 

@@ -52,11 +52,17 @@ class EncodeSettings(BaseModel):
 
 
 def write_segment(
-    path: Path, frames: Iterable[Pixels], count: int, size: tuple[int, int], source: Source, settings: EncodeSettings
+    path: Path,
+    frames: Iterable[Pixels],
+    count: int,
+    size: tuple[int, int],
+    fps: Fraction,
+    source: Source,
+    settings: EncodeSettings,
 ) -> None:
     """Encode exactly `count` frames of `size` (width, height in pixels).
 
-    Frame i has the time i / source.fps; the real times are set when segments are joined.
+    Frame i has the time i / fps; the real times are set when segments are joined.
     Raises MediaError if there are fewer or more frames, WriteError if the file cannot be written. It is deleted on an error.
     """
     # SVT-AV1 prints its settings, unless it is told to print errors only.
@@ -66,7 +72,7 @@ def write_segment(
     with ExitStack() as stack:
         with wrap_write_errors(path):
             container = stack.enter_context(av.open(str(path.absolute()), "w", "mp4", options={"fflags": "+bitexact"}))
-            stream = container.add_stream(ENCODERS[settings.codec], rate=source.fps, options=_options(source, settings))
+            stream = container.add_stream(ENCODERS[settings.codec], rate=fps, options=_options(source, settings))
             stream.width, stream.height = size
             stream.pix_fmt = converter.pixel_format
             _tag(stream.codec_context, source)
@@ -74,7 +80,7 @@ def write_segment(
         for pixels in frames:
             with wrap_write_errors(path):
                 frame = converter.convert(pixels)
-                frame.pts, frame.time_base = written, 1 / source.fps
+                frame.pts, frame.time_base = written, 1 / fps
                 container.mux(stream.encode(frame))
             written += 1
         if written != count:

@@ -6,9 +6,11 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,9 +20,11 @@ from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import Cancelled, MediaError
 from vidgen_ray.upscale.encode import SEGMENT_SUFFIX, EncodeSettings, write_segment
 from vidgen_ray.upscale.frames import FrameReader, Pixels
+from vidgen_ray.upscale.interpolate import FrameInterpolator, interpolated, interpolator_weights
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleNetwork
 from vidgen_ray.upscale.source import Source
+from vidgen_ray.upscale.timeline import Timeline, places, timeline_of
 
 T = TypeVar("T")
 
@@ -33,7 +37,7 @@ MAX_SCALE = 16
 
 
 class Segment(NamedTuple):
-    """Frames `start` (inclusive) to `stop` (exclusive)."""
+    """Frames `start` (inclusive) to `stop` (exclusive) of the result."""
 
     number: int
     start: int
@@ -65,12 +69,19 @@ class UpscaleJob:
     size: Size
     encode: EncodeSettings
     settings: EngineSettings
+    fps: Fraction | None = None
+    """Frames per second of the result. `None` keeps the times of the source."""
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        return timeline_of(self.source, self.fps)
 
     @property
     def segments(self) -> list[Segment]:
         length = max(MIN_SEGMENT_FRAMES, min(MAX_SEGMENT_FRAMES, SEGMENT_PIXELS // (self.source.width * self.source.height)))
-        starts = range(0, self.source.frame_count, length)
-        return [Segment(n, start, min(start + length, self.source.frame_count)) for n, start in enumerate(starts)]
+        total = len(self.timeline.times)
+        starts = range(0, total, length)
+        return [Segment(n, start, min(start + length, total)) for n, start in enumerate(starts)]
 
 
 def scaled(source: Source, scale: float) -> Size:
@@ -105,6 +116,9 @@ class SegmentWorker:
         self._job = job
         self._network = UpscaleNetwork(job.model, job.settings, job.size)
         self._reader = FrameReader(job.source)
+        self._interpolator = (
+            None if job.fps is None else FrameInterpolator(interpolator_weights(), job.settings.device, job.settings.threads)
+        )
 
     def write(self, segment: Segment, path: Path, on_frame: Callable[[], None]) -> None:
         """Write the file of a segment. `on_frame` is called after each frame, and ends the work if it raises.
@@ -120,10 +134,20 @@ class SegmentWorker:
 
         with (
             new_file(path) as tmp,
-            Background(self._reader.read(segment.start, segment.stop), FRAMES_AHEAD) as decoded,
+            Background(self._source_frames(segment), FRAMES_AHEAD) as decoded,
             Background(upscale_frames(decoded, self._network), FRAMES_AHEAD) as upscaled,
         ):
-            write_segment(tmp, counted(), segment.stop - segment.start, job.size, job.source, job.encode)
+            count = segment.stop - segment.start
+            write_segment(tmp, counted(), count, job.size, job.timeline.fps, job.source, job.encode)
+
+    def _source_frames(self, segment: Segment) -> Iterator[Pixels]:
+        """Return the frames of a segment before they are upscaled."""
+        if self._interpolator is None:
+            return self._reader.read(segment.start, segment.stop)
+        wanted = places(self._job.source, self._job.timeline, segment.start, segment.stop)
+        last = wanted[-1]
+        frames = self._reader.read(wanted[0].frame, last.frame + (2 if last.share else 1))
+        return interpolated(frames, wanted, self._interpolator)
 
     def close(self) -> None:
         self._reader.close()
@@ -249,17 +273,15 @@ class Threads:
                 failures.append(SegmentFailed(segment, error) if segment is not None else error)
                 stop.set()
 
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self._workers, len(segments)))]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            # After Ctrl-C, files must not be written while the process ends.
-            stop.set()
-            for thread in threads:
-                thread.join()
+        count = min(self._workers, len(segments))
+        # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends. `Thread.join`
+        # is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
+        with ThreadPoolExecutor(count) as pool:
+            running = [pool.submit(work) for _ in range(count)]
+            try:
+                wait(running)
+            finally:
+                stop.set()
         if failures:
             raise failures[0]
 

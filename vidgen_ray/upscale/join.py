@@ -14,7 +14,9 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_errors, wrap_write_errors
 from vidgen_ray.media.container import open_media
 from vidgen_ray.upscale.encode import Codec
+from vidgen_ray.upscale.job import UpscaleJob
 from vidgen_ray.upscale.source import Source
+from vidgen_ray.upscale.timeline import Timeline
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Suffix of an output file -> FFmpeg's name of the format."""
@@ -55,12 +57,13 @@ def plan_copies(source: Source, suffix: str) -> Copies:
     return Copies(tuple(kept), tuple(notes))
 
 
-def join_segments(path: Path, segments: Sequence[Path], source: Source, kept: Sequence[int], codec: Codec) -> None:
+def join_segments(path: Path, segments: Sequence[Path], job: UpscaleJob, kept: Sequence[int]) -> None:
     """Write the video to `path`, which appears when it is complete.
 
-    Every frame gets its time in the source. `kept` are indices of streams that are copied packet by packet.
+    Every frame gets its time in the job's timeline. `kept` are indices of streams that are copied packet by packet.
     Raises MediaError if the segments do not have the frames of the source, WriteError if the file cannot be written.
     """
+    source, timeline, codec = job.source, job.timeline, job.encode.codec
     file_format = FORMATS[path.suffix.lower()]
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if file_format in ("mp4", "mov") else {})
     with (
@@ -74,7 +77,7 @@ def join_segments(path: Path, segments: Sequence[Path], source: Source, kept: Se
             template = first.streams.best("video")
             video = film.add_stream_from_template(template, opaque=True)  # no encoder is needed
             header = bytes(template.codec_context.extradata or b"")
-        video.time_base = source.time_base
+        video.time_base = timeline.time_base
         if codec == "hevc" and file_format != "matroska":
             video.codec_context.codec_tag = "hvc1"  # the tag that Apple's players require
         _copy_tags(original.streams.best("video"), video)
@@ -87,8 +90,8 @@ def join_segments(path: Path, segments: Sequence[Path], source: Source, kept: Se
             film.set_chapters(chapters)
         others = _copied_packets(original, targets)
         pending = next(others, None)
-        for packet in _video_packets(segments, header, source, REORDER_FRAMES[codec]):
-            while pending is not None and pending[0] <= packet.dts * source.time_base:
+        for packet in _video_packets(segments, header, timeline, REORDER_FRAMES[codec]):
+            while pending is not None and pending[0] <= packet.dts * timeline.time_base:
                 film.mux(pending[1])
                 pending = next(others, None)
             packet.stream = video
@@ -118,9 +121,9 @@ def _copied_packets(original: Any, targets: dict[int, Any]) -> Iterator[tuple[Fr
         yield seconds, packet
 
 
-def _video_packets(segments: Iterable[Path], header: bytes, source: Source, reorder: int) -> Iterator[Any]:
-    """Yield the packets of the segments with the times of the source's frames. Raises MediaError for a wrong number."""
-    decoding_times = _decoding_times(source, reorder)
+def _video_packets(segments: Iterable[Path], header: bytes, timeline: Timeline, reorder: int) -> Iterator[Any]:
+    """Yield the packets of the segments with the times of the timeline. Raises MediaError for a wrong number."""
+    decoding_times = _decoding_times(timeline, reorder)
     first = 0
     for path in segments:
         with open_media(path, "mov") as opened:
@@ -131,24 +134,24 @@ def _video_packets(segments: Iterable[Path], header: bytes, source: Source, reor
             for packet in opened.demux(stream):
                 if not packet.size:
                     continue
-                frame = first + round(packet.pts * packet.time_base * source.fps)
-                if frame >= source.frame_count:
-                    raise MediaError(f"{path}: has more frames than the source")
-                packet.pts, packet.dts = source.times[frame], next(decoding_times)
-                following = source.times[frame + 1] if frame + 1 < source.frame_count else None
-                packet.duration = source.last_duration if following is None else following - packet.pts
-                packet.time_base = source.time_base
+                frame = first + round(packet.pts * packet.time_base * timeline.fps)
+                if frame >= len(timeline.times):
+                    raise MediaError(f"{path}: has more frames than it must")
+                packet.pts, packet.dts = timeline.times[frame], next(decoding_times)
+                following = timeline.times[frame + 1] if frame + 1 < len(timeline.times) else None
+                packet.duration = timeline.last_duration if following is None else following - packet.pts
+                packet.time_base = timeline.time_base
                 if packet.dts > packet.pts:
                     raise MediaError(f"{path}: frame {frame} is decoded later than it is shown")
                 yield packet
                 count += 1
         first += count
-    if first != source.frame_count:
-        raise MediaError(f"{source.path}: the segments have {first} frames, must be {source.frame_count}")
+    if first != len(timeline.times):
+        raise MediaError(f"the segments have {first} frames, must be {len(timeline.times)}")
 
 
-def _decoding_times(source: Source, reorder: int) -> Iterator[int]:
+def _decoding_times(timeline: Timeline, reorder: int) -> Iterator[int]:
     """Yield an increasing decoding time for each packet: that of the frame `reorder` positions before."""
-    step = max(1, round(1 / source.fps / source.time_base))
-    yield from (source.times[0] - (reorder - position) * step for position in range(min(reorder, source.frame_count)))
-    yield from source.times[: max(0, source.frame_count - reorder)]
+    step = max(1, round(1 / timeline.fps / timeline.time_base))
+    yield from (timeline.times[0] - (reorder - position) * step for position in range(min(reorder, len(timeline.times))))
+    yield from timeline.times[: max(0, len(timeline.times) - reorder)]

@@ -51,7 +51,7 @@ def write_preview(
 
     try:
         with new_file(path) as tmp:
-            write_segment(tmp, pairs(), count, (2 * size[0], size[1]), source, options.encode)
+            write_segment(tmp, pairs(), count, (2 * size[0], size[1]), source.fps, source, options.encode)
     finally:
         reader.close()
     return UpscaleReport(

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +21,14 @@ from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import EncodeSettings
+from vidgen_ray.upscale.interpolate import interpolator_weights
 from vidgen_ray.upscale.job import Segment, UpscaleJob, fitted, scaled
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings, Size
 from vidgen_ray.upscale.source import Source, read_source
 from vidgen_ray.upscale.tiles import call_bytes, choose_tile, free_memory
+from vidgen_ray.upscale.timeline import timeline_of
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
@@ -53,6 +56,8 @@ class UpscaleOptions:
     """Factor of width and height."""
     fit: Size | None = None
     """Size in pixels that the result fits in."""
+    fps: Fraction | None = None
+    """Frames per second of the result, drawn by RIFE. `None` keeps the times of the source."""
     force: bool = False
     """Replace existing files."""
 
@@ -115,6 +120,7 @@ def upscale_file(
     record = work.with_name(f"{out.name}.json")
     source, size = planned_size(read_source(video), options)
     copies = plan_copies(source, out.suffix.lower())
+    timeline = timeline_of(source, options.fps)
     request = _request(source, size, options)
     plan = _read_plan(record)
     finished = plan is not None and plan.request == request and plan.finished is not None
@@ -123,7 +129,7 @@ def upscale_file(
         return UpscaleReport(
             video=str(video),
             out=str(out),
-            frames=source.frame_count,
+            frames=len(timeline.times),
             size=f"{size[0]}x{size[1]}",
             seconds=round(time.monotonic() - begin, 3),
             resumed_frames=resumed,
@@ -151,21 +157,22 @@ def upscale_file(
             write_atomically(record, plan.model_dump_json())
         for path in abandoned(work):
             remove(path)
-        job = UpscaleJob(source, options.model, size, options.encode, plan.settings)
+        job = UpscaleJob(source, options.model, size, options.encode, plan.settings, options.fps)
         segments = job.segments
         missing = [segment for segment in segments if not (work / segment.file_name).exists()]
-        resumed = source.frame_count - sum(segment.stop - segment.start for segment in missing)
+        total = len(timeline.times)
+        resumed = total - sum(segment.stop - segment.start for segment in missing)
         made = 0
 
         def count(_segment: Segment) -> None:
             nonlocal made
             made += 1
-            on_progress(resumed + made, source.frame_count, made)
+            on_progress(resumed + made, total, made)
 
-        on_progress(resumed, source.frame_count, 0)
+        on_progress(resumed, total, 0)
         if missing:
             runner(job, missing, work, count)
-        join_segments(out, [work / segment.file_name for segment in segments], source, copies.kept, options.encode.codec)
+        join_segments(out, [work / segment.file_name for segment in segments], job, copies.kept)
         write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
         remove(work)
     finally:
@@ -210,6 +217,7 @@ def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
         "size": size,
         "pixel_aspect": str(source.pixel_aspect),
         "encode": options.encode.model_dump(),
+        "fps": None if options.fps is None else [str(options.fps), digest(interpolator_weights())],
         "versions": {"ffmpeg": av.library_versions, "torch": version("torch"), "spandrel": version("spandrel")},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
