@@ -185,7 +185,7 @@ def test_errors_are_reported_to_the_assistant(server, command):
                 ("create_video", {"prompt": "a man", "fields": {"num_frames": 1}}),
                 ("create_video", {"prompt": "a man", "start_image": "gone.png"}),
                 ("status", {"video_id": "video_0"}),
-                ("estimate", {"size": "large", "seconds": 1}),
+                ("plan", {"prompt": "a man", "size": "large"}),
             ]
             results = [await client.call_tool(name, arguments) for name, arguments in calls]
             failing = (await client.call_tool("create_video", {"prompt": "fail", "fields": SMALL})).structured_content
