@@ -19,6 +19,7 @@ from vidgen_ray.planner import (
     SHOTS_PER_SWAP,
     Cluster,
     Demand,
+    Measurement,
     Node,
     cpus_needed,
     demand_of,
@@ -26,6 +27,7 @@ from vidgen_ray.planner import (
     parse_gpus,
     plan,
     save_calibration,
+    save_measurements,
     this_machine,
 )
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
@@ -440,6 +442,47 @@ def test_damaged_calibration_file_counts_as_empty(cache_folder):
     assert load_calibration("p", "c") == {}
     save_calibration("p", "c", measured(svd=[(10.0, 1.0)]))
     assert load_calibration("p", "c")["svd"].shots == 1
+
+
+def test_bench_gives_the_share_that_does_not_grow_with_the_steps(cache_folder):
+    save_measurements("p", "c", {"svd": [Measurement(size="1024x576x25", seconds_of_reference=22.0, fixed_share=2 / 22)]})
+    calibration = load_calibration("p", "c")
+
+    def seconds(steps):
+        demand = demand_of([Shot(prompt="a", upscale_video=False, steps={"svd": steps})] * 3)
+        return plan(gpu_profile(B6), demand, parse_gpus("1x80GB"), calibration=calibration).stage_seconds["svd"]
+
+    assert (seconds(25), seconds(50)) == (pytest.approx(22.0), pytest.approx(42.0))
+
+
+def test_run_keeps_what_only_a_bench_measures(cache_folder):
+    measured = [Measurement(size="1024x576x25", variant=name, seconds_of_reference=s) for name, s in (("a", 1.0), ("b", 4.0))]
+    save_measurements("p", "c", {"realesrgan": measured})
+    save_calibration("p", "c", {"realesrgan": [(2.0, RelativeCost(1.0, 1.0))] * 3})
+    calibration = load_calibration("p", "c")["realesrgan"]
+    assert (calibration.seconds_of_reference, calibration.variants) == (2.0, {"a": 1.0, "b": 4.0})
+    save_measurements("p", "c", {"realesrgan": [Measurement(size="1024x576x25", variant="b", seconds_of_reference=3.0)]})
+    kept = load_calibration("p", "c")["realesrgan"]
+    assert (kept.variants, len(kept.measurements)) == ({"a": 1.0, "b": 3.0}, 2)
+
+
+def test_seconds_of_measured_upscalers_apply_to_their_shots_only(cache_folder):
+    shots = [Shot(prompt="a", upscaler=name) for name in ("animevideov3", "x4plus")]
+    measured = [
+        Measurement(size="1024x576x25", variant=name, seconds_of_reference=s) for name, s in (("x4plus", 0.1), ("other", 3.0))
+    ]
+    save_measurements("p", "c", {"realesrgan": measured})
+    calibration = load_calibration("p", "c")
+    planned = plan(gpu_profile(B6), demand_of(shots), parse_gpus("1x80GB"), calibration=calibration)
+    x4plus = 0.1 * relative_costs(shots[1])["realesrgan"].steps
+    assert planned.stage_seconds["realesrgan"] == pytest.approx((3.0 + x4plus) / 2)
+
+
+def test_calibration_files_without_measurements_are_readable(cache_folder):
+    old = {"p": {"c": {"svd": {"seconds_of_reference": 10.0, "shots": 5, "spread": 0.1}}}}
+    (cache_folder / "measured.json").write_text(json.dumps(old))
+    calibration = load_calibration("p", "c")["svd"]
+    assert (calibration.fixed_share, calibration.variants, calibration.measurements) == (0, {}, ())
 
 
 # The plan command

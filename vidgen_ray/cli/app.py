@@ -18,6 +18,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_ray.cli.bench import bench
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
@@ -70,6 +71,7 @@ app.command()(mcp)
 app.command()(film)
 app.command()(doctor)
 app.command()(upscale)
+app.command()(bench)
 
 ScriptArgument = Annotated[
     Path,

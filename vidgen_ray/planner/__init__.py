@@ -1,6 +1,6 @@
 """Planner: cluster + profile + demand of a script -> layout, duration and cost. Does not use Ray; callers pass the cluster."""
 
-from vidgen_ray.planner.calibration import Calibration, load_calibration, save_calibration
+from vidgen_ray.planner.calibration import Calibration, Measurement, load_calibration, save_calibration, save_measurements
 from vidgen_ray.planner.choose_layout import plan
 from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
 from vidgen_ray.planner.demand import Demand, demand_of
@@ -13,6 +13,7 @@ __all__ = [
     "Cluster",
     "ConsideredLayout",
     "Demand",
+    "Measurement",
     "Node",
     "Plan",
     "cpus_needed",
@@ -21,5 +22,6 @@ __all__ = [
     "parse_gpus",
     "plan",
     "save_calibration",
+    "save_measurements",
     "this_machine",
 ]

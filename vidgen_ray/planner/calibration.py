@@ -1,4 +1,4 @@
-"""Calibration: seconds per stage measured in earlier runs, stored in the cache folder for later plans."""
+"""Calibration: seconds per stage measured in earlier runs and by `vidgen bench`, stored in the cache folder for later plans."""
 
 from __future__ import annotations
 
@@ -21,8 +21,37 @@ MIN_SHOTS = 3
 """Minimum shots of a run that replaces an existing calibration. The first shot is slower because of warm-up."""
 MIN_STEP_RATIO = 1.5
 """Ratio of the most to the fewest steps of a stage's shots with which the fixed part can be told from the steps."""
+ASSUMED_SPREAD = 0.3
+"""Relative spread of seconds that runs have not measured on this machine."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation divided by median absolute deviation, for a normal distribution."""
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Measurement(BaseModel):
+    """One result of `vidgen bench`: a stage at one size, with one upscaler."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: str
+    """Width, height and frames: `1024x576x25`."""
+    variant: str = ""
+    """What else the seconds depend on, see `Stage.variant`: the upscaler."""
+    seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Seconds for the reference shot, from those of the measured one."""
+    fixed_share: Share = 0.0
+    """Fraction of them that does not depend on the number of steps."""
+    fixed_s: Seconds = 0.0
+    """Seconds at this size that do not depend on the steps, such as text encoding and decoding."""
+    step_s: Seconds | None = None
+    """Seconds per denoising step at this size. `None` for stages without steps."""
+    warmup_s: Seconds = 0.0
+    """Seconds of the first call beyond those of the next ones."""
+    peak_gb: float | None = None
+    """Peak GPU memory allocated by torch, weights included, in GB (2^30 bytes). `None` on CPUs."""
 
 
 class Calibration(BaseModel):
@@ -32,8 +61,12 @@ class Calibration(BaseModel):
 
     seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Median seconds for the reference shot."""
-    fixed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    fixed_share: Share = 0.0
     """Fraction of them that does not depend on the number of steps. Measured if the shots had different numbers of steps."""
+    variants: dict[str, float] = Field(default_factory=dict)
+    """Variant of the stage, such as an upscaler -> seconds for the reference shot, where `vidgen bench` has measured it."""
+    measurements: tuple[Measurement, ...] = ()
+    """Results of `vidgen bench`, one per size and variant."""
     shots: Annotated[int, Field(ge=1)]
     """Number of shots measured."""
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -66,10 +99,41 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
             stored = _read()
             stages = stored.setdefault(profile, {}).setdefault(card, {})
             for stage, calibration in new.items():
-                if calibration.shots >= MIN_SHOTS or stage not in stages:
+                if (known := stages.get(stage)) is None:
                     stages[stage] = calibration
-            content = _CalibrationFile.dump_python(stored, mode="json")
-            write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
+                elif calibration.shots >= MIN_SHOTS:
+                    kept = {"variants": known.variants, "measurements": known.measurements}
+                    stages[stage] = calibration.model_copy(update=kept)
+            _write(stored)
+
+
+def save_measurements(profile: str, card: str, measured: Mapping[str, Sequence[Measurement]]) -> None:
+    """Store the results of `vidgen bench`: stage -> measurements. They replace those of the same size and variant.
+
+    Plans use the last one, until a run with enough shots has measured the stage, and those of each variant.
+    Raises OSError if the file cannot be written.
+    """
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{_file()}.lock"):
+        stored = _read()
+        stages = stored.setdefault(profile, {}).setdefault(card, {})
+        for stage, measurements in measured.items():
+            if measurements:
+                stages[stage] = _with_measurements(stages.get(stage), measurements)
+        _write(stored)
+
+
+def _with_measurements(known: Calibration | None, new: Sequence[Measurement]) -> Calibration:
+    replaced = {(measurement.size, measurement.variant) for measurement in new}
+    kept = [m for m in known.measurements if (m.size, m.variant) not in replaced] if known else []
+    return Calibration(
+        seconds_of_reference=new[-1].seconds_of_reference,
+        fixed_share=new[-1].fixed_share,
+        variants={m.variant: m.seconds_of_reference for m in (*kept, *new) if m.variant},
+        measurements=(*kept, *new),
+        shots=len(new),
+        spread=known.spread if known else ASSUMED_SPREAD,
+    )
 
 
 def _summary(samples: Sequence[tuple[float, RelativeCost]], assumed_share: float) -> Calibration | None:
@@ -95,6 +159,11 @@ def _fixed_share(samples: Sequence[tuple[float, RelativeCost]]) -> float | None:
     rows = np.array([(cost.fixed / seconds, cost.steps / seconds) for seconds, cost in samples])
     (fixed_s, step_s), _ = nnls(rows, np.ones(len(rows)))
     return float(fixed_s / (fixed_s + step_s))
+
+
+def _write(stored: dict[str, dict[str, dict[str, Calibration]]]) -> None:
+    content = _CalibrationFile.dump_python(stored, mode="json")
+    write_atomically(_file(), json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _file() -> Path:

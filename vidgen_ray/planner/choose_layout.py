@@ -11,7 +11,7 @@ from vidgen_ray.errors import ProfileError, SetupError, VidgenError
 from vidgen_ray.planner import gpu_assignment
 from vidgen_ray.planner.calibration import Calibration
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.demand import ENCODE_SECONDS, Demand, seconds_of
+from vidgen_ray.planner.demand import ENCODE_SECONDS, Demand, seconds_of, total_seconds
 from vidgen_ray.planner.estimate import ConsideredLayout, Plan, Timing, estimate
 from vidgen_ray.planner.gpu_assignment import Actor, Candidates
 from vidgen_ray.planner.infeasible import explain_infeasible
@@ -67,7 +67,8 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
     spread_seconds, assumed = 0.0, []
     for stage in demand.stages:
         expected = seconds_of(profile, stage, calibration)
-        seconds[stage.name] = max(MIN_SECONDS, expected.of(demand.relative_cost[stage.name]) / demand.shots)
+        total = total_seconds(expected, stage.name, demand, calibration.get(stage.name))
+        seconds[stage.name] = max(MIN_SECONDS, total / demand.shots)
         spread_seconds += expected.spread * seconds[stage.name]
         if not expected.is_known:
             assumed.append(stage.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
-from vidgen_ray.planner.calibration import Calibration
+from vidgen_ray.planner.calibration import ASSUMED_SPREAD, Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -32,8 +33,8 @@ FFV1_BYTES_PER_PIXEL = 1.3
 SHOT_BYTES = 8192
 """Size of shot.json and the manifest row."""
 
-ASSUMED_SPREAD = 0.3
-"""Relative spread of seconds that were not measured on this machine."""
+
+NO_COST = RelativeCost(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class Demand:
     """Estimated size of the clips that `--cache all` adds."""
     loras: int
     """Number of distinct LoRA files."""
+    variant_cost: Mapping[str, Mapping[str, RelativeCost]] = field(default_factory=dict)
+    """Stage -> variant, such as an upscaler -> its part of the sum of relative costs. Only for stages with variants."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -72,12 +75,14 @@ class Demand:
             self.image_cache_bytes * factor,
             self.clip_cache_bytes * factor,
             self.loras,
+            {name: {key: cost.times(factor) for key, cost in costs.items()} for name, costs in self.variant_cost.items()},
         )
 
 
 def demand_of(shots: Iterable[Shot]) -> Demand:
     """Sum up the shots in one pass. Memory does not grow with their number."""
     relative_cost: dict[str, RelativeCost] = {}
+    variant_cost: defaultdict[str, dict[str, RelativeCost]] = defaultdict(dict)
     loras: set[str] = set()
     count = upscaled = 0
     encoded = output = images = clips = 0.0
@@ -85,7 +90,9 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         count += 1
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
-            relative_cost[name] = relative_cost.get(name, RelativeCost(0, 0)).plus(cost)
+            relative_cost[name] = relative_cost.get(name, NO_COST).plus(cost)
+            if variant := STAGE_BY_NAME[name].variant(shot):
+                variant_cost[name][variant] = variant_cost[name].get(variant, NO_COST).plus(cost)
             images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
         loras.update(lora.path for lora in shot.all_loras)
         pixels = shot.width * shot.height
@@ -97,7 +104,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             clips += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras))
+    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras), dict(variant_cost))
 
 
 class StageSeconds(NamedTuple):
@@ -115,6 +122,17 @@ class StageSeconds(NamedTuple):
     def of(self, cost: RelativeCost) -> float:
         """Return the seconds of shots with this cost."""
         return self.reference_s * cost.mixed(self.fixed_share)
+
+
+def total_seconds(expected: StageSeconds, stage: str, demand: Demand, measured: Calibration | None) -> float:
+    """Return the seconds that all shots of the demand take in a stage. `measured`: also has the seconds of its variants."""
+    costs = demand.variant_cost.get(stage, {})
+    variants = {name: seconds for name, seconds in (measured.variants if measured else {}).items() if name in costs}
+    rest = demand.relative_cost[stage]
+    for name in variants:
+        rest = rest.plus(costs[name].times(-1))
+    own = sum(seconds * costs[name].mixed(expected.fixed_share) for name, seconds in variants.items())
+    return max(0.0, expected.of(rest)) + own
 
 
 def seconds_of(profile: Profile, stage: type[Stage[Any]], measured: Mapping[str, Calibration]) -> StageSeconds:

@@ -271,6 +271,11 @@ class Stage(ABC, Generic[P]):
         return cls.relative_cost(shot)
 
     @classmethod
+    def variant(cls, shot: Shot) -> str:
+        """Return the name of the network that processes the shot, if shots choose between several. Empty otherwise."""
+        return ""
+
+    @classmethod
     def lower_memory(cls, params: P) -> P | None:
         """Return parameters that need less GPU memory and may change bytes, or `None` if there are none."""
         return None

@@ -102,6 +102,10 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         return pixels * frames * RELATIVE_COST.get(shot.upscaler, 1.0)
 
     @classmethod
+    def variant(cls, shot: Shot) -> str:
+        return shot.upscaler
+
+    @classmethod
     def lower_memory(cls, params: RealESRGANParams) -> RealESRGANParams | None:
         """Return one frame per call, then tiles of 512, 256 and 128 pixels."""
         if params.frames_per_call > 1:

@@ -1,0 +1,128 @@
+"""`vidgen bench` at tiny size: what it measures, stores and reports."""
+
+import json
+
+import pytest
+
+from vidgen_ray.cli import main
+from vidgen_ray.engine import stage_bench
+from vidgen_ray.engine.stage_bench import BenchOptions, bench_stages, write_lora
+from vidgen_ray.graph import relative_costs
+from vidgen_ray.planner import load_calibration
+from vidgen_ray.profile import load_profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_model import FluxModel
+from vidgen_ray.weights import resolve
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for calibrations, with the weights that other tests have built."""
+    for name in (
+        "tiny/flux",
+        "tiny/hunyuandit",
+        "tiny/svd",
+        "tiny/antelopev2",
+        "tiny/infusenet",
+        "tiny/ir_se50.pth",
+        "realesrgan",
+    ):
+        resolve(f"builtin:{name}")
+    built = resolve("builtin:tiny/svd").parent
+    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
+    (tmp_path / "builtin").symlink_to(built)
+    return tmp_path
+
+
+def test_quick_bench_measures_every_stage_of_the_chain_and_stores_the_results(cache, capsys):
+    assert main(["bench", "-p", "tiny", "--quick", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["stage"]: row for row in report["stages"]}
+    assert {"instantid", "flux", "lora", "hunyuan", "svd", "realesrgan", "image_likeness"} <= rows.keys()
+    assert [row["problem"] for row in report["stages"] if row["problem"]] == []
+    assert (report["card"], report["chain"]) == ("cpu", None)
+    assert rows["realesrgan"]["variant"] == "animevideov3"
+    assert rows["svd"]["size"] == "128x64x8"
+    assert rows["instantid"]["step_s"] is None
+    calibration = load_calibration("tiny", "cpu")
+    assert calibration["svd"].seconds_of_reference == rows["svd"]["seconds_of_reference"]
+    assert calibration["realesrgan"].variants == {"animevideov3": rows["realesrgan"]["seconds_of_reference"]}
+
+
+def test_plan_uses_the_results(cache, capsys):
+    script = cache / "s.jsonl"
+    script.write_text('{"prompt": "a", "upscale_video": false}\n')
+    assert main(["bench", "-p", "tiny", "--quick", "--stage", "svd", "--stage", "flux"]) == 0
+    out = capsys.readouterr().out
+    assert "stored for plans with tiny on cpu" in out
+    assert main(["plan", str(script), "-p", "tiny", "-o", str(cache / "out"), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    calibration = load_calibration("tiny", "cpu")["svd"]
+    shot = Shot(prompt="a", **{**load_profile("tiny").defaults, "upscale_video": False})
+    expected = calibration.seconds_of_reference * relative_costs(shot)["svd"].mixed(calibration.fixed_share)
+    assert planned["stage_seconds"]["svd"] == pytest.approx(max(expected, 0.001), rel=0.05)
+
+
+def test_results_are_not_stored_with_no_save(cache, capsys):
+    assert main(["bench", "-p", "tiny", "--quick", "--stage", "svd", "--no-save"]) == 0
+    assert load_calibration("tiny", "cpu") == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "blur"], "--stage: got 'blur', must be one of instantid"),
+        (["--size", "large"], "--size: got 'large', must be WIDTHxHEIGHT"),
+    ],
+)
+def test_invalid_options_are_rejected(arguments, message, capsys):
+    assert main(["bench", "-p", "tiny", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_weights_are_reported_with_exit_code_4(capsys):
+    assert main(["bench", "-p", "gpu-80gb", "--quick", "--stage", "svd", "--no-save"]) == 4
+    assert "svd: not measured: weights 'hub:stabilityai/stable-video-diffusion-img2vid-xt" in capsys.readouterr().err
+
+
+class SlowStage(FluxStage):
+    """Takes 5 s and 2 s per step, and 30 s more in its first call, on the clock of the test."""
+
+    clock = 0.0
+    calls: tuple[int, ...] = ()
+
+    def load(self):
+        pass
+
+    def close(self):
+        pass
+
+    def __call__(self, items):
+        steps = items[0].shot.steps.flux
+        SlowStage.clock += 5 + 2 * steps + (0 if SlowStage.calls else 30)
+        SlowStage.calls += (steps,)
+        return [{}]
+
+
+def test_seconds_per_step_and_fixed_seconds_are_separated(tiny, monkeypatch, make_shot):
+    monkeypatch.setattr(stage_bench, "stages_of", lambda shot: (SlowStage,))
+    monkeypatch.setattr(stage_bench.time, "perf_counter", lambda: SlowStage.clock)
+    monkeypatch.setattr(SlowStage, "calls", ())
+    shot = make_shot(face_image=("examples/faces/astronaut.jpg",), identity="none", width=1024, height=576)
+    (result,) = bench_stages(tiny, [shot], BenchOptions(steps=(4, 14), repeats=2))
+    measured = result.measurement
+    assert result.problem is None
+    assert (measured.step_s, measured.fixed_s, measured.warmup_s) == (2, 5, 30)
+    assert SlowStage.calls == (14, 14, 14, 4, 4, 4)
+    long = shot.model_copy(update={"steps": shot.steps.model_copy(update={"flux": 14})})
+    assert measured.seconds_of_reference == pytest.approx((5 + 2 * 14) / FluxStage.relative_cost(long))
+
+
+def test_random_lora_fits_the_transformer(tmp_path):
+    weights = resolve("builtin:tiny/flux")
+    write_lora(json.loads((weights / "transformer" / "config.json").read_text()), tmp_path / "random.safetensors")
+    params = load_profile("tiny").params(FluxStage)
+    model = FluxModel(params)
+    with model.loras_active(Shot(prompt="a", lora=str(tmp_path / "random.safetensors")).lora):
+        assert model.adapters.loads == 1

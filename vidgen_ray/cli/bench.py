@@ -1,0 +1,198 @@
+"""`vidgen bench`: measure the stages and the whole chain of a profile on this machine, for later plans."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vidgen_ray.cli.options import JsonOption, ProfileOption, example
+from vidgen_ray.engine.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
+from vidgen_ray.errors import SetupError, UsageError, VidgenError
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES
+from vidgen_ray.planner import Measurement, save_measurements, this_machine
+from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.script.reader import check_shot
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.flux import FluxStage
+
+SIZE = re.compile(r"(\d+)x(\d+)")
+PROMPT = "a man in the rain"
+CHAIN = "chain"
+"""Name of the whole chain among the results."""
+
+
+def bench(
+    profile: ProfileOption = "demo",
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WIDTHxHEIGHT", help="Size of the clip. Default: that of the profile.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="Frames of the clip. Default: those of the profile.")
+    ] = None,
+    stages: Annotated[
+        list[str] | None, typer.Option("--stage", metavar="STAGE", help="Only this stage, without the chain. Repeatable.")
+    ] = None,
+    upscalers: Annotated[
+        list[str] | None,
+        typer.Option("--upscaler", metavar="NAME", help="Upscaler to measure. Repeatable. Default: the profile's."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure once with few steps, only the stages of the default chain.")
+    ] = False,
+    no_save: Annotated[bool, typer.Option("--no-save", help="Do not store the results for later plans.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure each stage (seconds per step, fixed seconds, warm-up, peak GPU memory) and the whole chain on this machine.
+
+    Later plans with this profile on the same kind of GPU use the results. Exits with code 4 if no stage could be measured.
+    """
+    chosen = load_profile(profile)
+    if unknown := sorted(set(stages or ()) - STAGE_BY_NAME.keys()):
+        raise UsageError(f"--stage: got {unknown[0]!r}, must be one of {', '.join(STAGE_BY_NAME)}")
+    # Libraries print to standard output while they load.
+    with redirect_stdout(sys.stderr), _lora_for(chosen) as lora:
+        shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick)
+        results = []
+        for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
+            results.append(result)
+            if not as_json:
+                typer.echo(_progress(result), err=True)
+        chain = None if quick or stages else _chain(chosen, shots[0])
+    measured: defaultdict[str, list[Measurement]] = defaultdict(list)
+    for result in results:
+        if result.measurement:
+            measured[result.stage].append(result.measurement)
+    card = this_machine().card
+    if not no_save:
+        save_measurements(chosen.name, card, measured)
+    if as_json:
+        typer.echo(
+            json.dumps({"profile": chosen.name, "card": card, "stages": [_row(result) for result in results], CHAIN: chain})
+        )
+    else:
+        Console().print(_table(results))
+        if chain:
+            typer.echo(f"whole chain: {chain['seconds']:.2f} s a shot, {chain['first_s']:.2f} s the first time")
+        for result in results:
+            if result.problem:
+                typer.echo(f"{result.stage}: not measured: {result.problem}", err=True)
+        if measured and not no_save:
+            typer.echo(f"stored for plans with {chosen.name} on {card}")
+    if not measured:
+        raise typer.Exit(SetupError.exit_code)
+
+
+def _shots(
+    profile: Profile,
+    lora: Path | None,
+    size: str | None,
+    frames: int | None,
+    upscalers: Sequence[str] | None,
+    stages: Sequence[str] | None,
+    *,
+    quick: bool,
+) -> list[Shot]:
+    """Return shots that pass the stages of the profile: the whole chain, one per further upscaler, and examples of stages."""
+    fields: dict[str, Any] = {
+        "prompt": PROMPT,
+        "face_image": [str(example("faces/astronaut.jpg"))],
+        "use_hunyuan_style": "hunyuan" in profile.actors,
+    }
+    if size is not None:
+        if (match := SIZE.fullmatch(size)) is None:
+            raise UsageError(f"--size: got {size!r}, must be WIDTHxHEIGHT, e.g. 1024x576")
+        fields |= {"width": int(match[1]), "height": int(match[2])}
+    if frames is not None:
+        fields["num_frames"] = frames
+    chain = {**fields, "lora": str(lora)} if lora else fields
+    variants = [{**chain, "upscaler": name} for name in upscalers or ()] or [chain]
+    for stage in STAGES:
+        if stage.actor in profile.actors and (stage.name in stages if stages else not quick):
+            variants += [_with_files(fields, values, lora) for values in stage.examples[:1]]
+    return [check_shot(variant, "vidgen bench", profile.defaults) for variant in variants]
+
+
+def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path | None) -> dict[str, Any]:
+    """Return the fields with those of a stage's example, whose files do not exist."""
+    files = {"face_image": fields["face_image"], "lora": str(lora) if lora else None}
+    replaced = {name: files.get(name, value) for name, value in values.items()}
+    return {**fields, **{name: value for name, value in replaced.items() if value is not None}}
+
+
+@contextmanager
+def _lora_for(profile: Profile) -> Iterator[Path | None]:
+    """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
+    with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder:
+        file = Path(folder) / "random.safetensors"
+        try:
+            write_lora(_flux_config(profile), file)
+        except (VidgenError, OSError):
+            yield None
+        else:
+            yield file
+
+
+def _flux_config(profile: Profile) -> dict[str, Any]:
+    folder = profile.params(FluxStage).weights / "transformer"
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return config
+
+
+def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:
+    """Return the seconds of a whole shot in one process, with encoding and writing: of the first one, and of another one."""
+    from vidgen_ray.pipeline import VideoGenerationPipeline
+
+    seconds = []
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder,
+            VideoGenerationPipeline(profile, folder, cache="none") as pipeline,
+        ):
+            for seed in (0, 1):
+                begun = time.perf_counter()
+                pipeline.render(shot.model_copy(update={"id": f"bench-{seed}", "seed": seed}))
+                seconds.append(time.perf_counter() - begun)
+    except VidgenError as error:
+        typer.echo(f"whole chain: not measured: {error}", err=True)
+        return None
+    return {"first_s": seconds[0], "seconds": seconds[1]}
+
+
+def _row(result: StageResult) -> dict[str, Any]:
+    measured = result.measurement.model_dump() if result.measurement else {}
+    return {"stage": result.stage, **measured, "problem": result.problem}
+
+
+def _progress(result: StageResult) -> str:
+    name = f"{result.stage} {result.measurement.variant}".strip() if result.measurement else result.stage
+    return f"{name}: {'measured' if result.measurement else 'not measured'}"
+
+
+def _table(results: Sequence[StageResult]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="")
+    for column in ("stage", "size", "reference shot", "per step", "fixed", "warm-up", "peak"):
+        table.add_column(column, justify="left" if column in ("stage", "size") else "right")
+    for result in results:
+        if (one := result.measurement) is not None:
+            table.add_row(
+                f"{result.stage} {one.variant}".strip(),
+                one.size,
+                f"{one.seconds_of_reference:.3g} s",
+                "" if one.step_s is None else f"{one.step_s:.3g} s",
+                f"{one.fixed_s:.3g} s",
+                f"{one.warmup_s:.3g} s",
+                "" if one.peak_gb is None else f"{one.peak_gb:.1f} GB",
+            )
+    return table
