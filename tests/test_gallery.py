@@ -168,6 +168,7 @@ def test_status_lists_what_stands_out(out, capsys):
     assert main(["status", str(out)]) == 0
     text = capsys.readouterr().out
     assert "2 done, 1 failed" in text
+    assert "3 s of stages, 0 s of GPUs; 0.0 MB of images and clips" in text
     assert "s.yaml line 3" in text
     assert main(["status", str(out / "gone")]) == 4
 

@@ -41,6 +41,13 @@ def test_film_takes_order_metadata_and_settings_from_a_screenplay_and_options_ov
     assert "New" in (tmp_path / "film.srt").read_text()
 
 
+def test_film_without_captions_to_burn_in_says_so(shots, capsys):
+    assert main(["film", "out", "--captions", "burn"]) == 0
+    assert "no shot has a caption" not in capsys.readouterr().err
+    assert main(["film", "out", "--captions", "burn", "--ids", "b"]) == 0
+    assert "vidgen: no shot has a caption; set `caption` in the metadata" in capsys.readouterr().err
+
+
 def test_missing_shots_exit_with_1_and_the_list(shots, capsys):
     assert main(["film", "out", "--ids", "a,x", "--ids", "b"]) == 1
     message = capsys.readouterr().err

@@ -30,10 +30,10 @@ def status_command(out: str, *, as_json: bool) -> None:
 def _print(found: Overview, url: str) -> None:
     console = Console(highlight=False)
     console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
-    space = f"{found.shot_bytes / 1e9:.2f} GB of images and clips"
+    space = f"{_size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
-        space += f", {found.cache_bytes / 1e9:.2f} GB of cache"
-    console.print(f"{found.seconds / 3600:.2f} hours of stages, {found.gpu_seconds / 3600:.2f} GPU-hours; {space}")
+        space += f", {_size(found.cache_bytes)} of cache"
+    console.print(f"{_duration(found.seconds)} of stages, {_duration(found.gpu_seconds)} of GPUs; {space}")
     if found.failures:
         table = Table("stage", "error", "lines", "first", "message", box=None, title="Failures", title_justify="left")
         for group in found.failures:
@@ -43,6 +43,14 @@ def _print(found: Overview, url: str) -> None:
         console.print(f"Render them again: vidgen retry {url}", markup=False)
     _print_shots(console, "Slowest shots", "seconds", found.slowest)
     _print_shots(console, "Least alike shots", "worst likeness", found.least_alike)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2f} hours"
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:.2f} GB"
 
 
 def _print_shots(console: Console, title: str, unit: str, shots: list[ListedShot]) -> None:

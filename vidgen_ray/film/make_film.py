@@ -177,6 +177,8 @@ def _notes(timeline: Timeline, settings: FilmSettings, narration_s: float | None
     notes = []
     if narration_s is not None and narration_s > timeline.seconds + 0.1:
         notes.append(f"{settings.narration}: is {narration_s:.1f} s long, the film {timeline.seconds:.1f} s; the rest is cut")
+    if settings.captions == "burn" and not cues(timeline):
+        notes.append("no shot has a caption; set `caption` in the metadata of the shots, or in a film file")
     silent = sum(item.source.settings.narration is not None for item in timeline.items)
     if silent and settings.voice is None:
         notes.append(f"{silent} shots have a narration, but the film has no voice; set one with --voice")
