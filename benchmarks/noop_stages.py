@@ -48,10 +48,10 @@ class NoOpSVD(NoOp, SVDStage):
 
 class NoOpRealESRGAN(NoOp, RealESRGANStage):
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"hd_frames": item.artefacts["frames"]} for item in items]
+        return [{"hd_frames": self.run_chunk(item.shot, item.artefacts["frames"])} for item in items]
 
     def run_chunk(self, shot: Shot, frames: Frames, chunk: slice | None = None) -> Frames:
-        return frames
+        return np.zeros((len(frames), shot.scale * SIDE_PX, shot.scale * SIDE_PX, 3), np.uint8)
 
 
 STAGES: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (NoOpFlux, NoOpSVD, NoOpRealESRGAN)}

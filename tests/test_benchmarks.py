@@ -243,7 +243,12 @@ def test_noop_stages_run_a_shot(tmp_path):
     for stage_class in noop_stages.STAGES.values():
         with stage_class(stage_class.Params(weights=tmp_path)) as stage:
             artefacts |= stage([Item(shot, artefacts)])[0]
-    assert artefacts["hd_frames"].shape == (noop_stages.FRAMES, noop_stages.SIDE_PX, noop_stages.SIDE_PX, 3)
+    assert artefacts["hd_frames"].shape == (
+        noop_stages.FRAMES,
+        shot.scale * noop_stages.SIDE_PX,
+        shot.scale * noop_stages.SIDE_PX,
+        3,
+    )
 
 
 def test_peer_modules_exist():

@@ -1,5 +1,6 @@
 """Files of a cropped shot: exact sizes, the middle of the whole frames, the same bytes however they are written."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.shot_writer import ShotFiles, write_clip
-from vidgen_ray.errors import ScriptError
+from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.graph import file_sizes, stages_of
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.folder import OutputFolder
@@ -70,6 +71,18 @@ def test_files_are_the_middle_of_the_whole_frames(tiny, make_shot, tmp_path, fie
         assert (folder / name).read_bytes() == (tmp_path / "expected.mp4").read_bytes()
         with open_video(folder / name) as clip:
             assert (clip.width, clip.height) == size
+
+
+def test_error_of_a_chunk_is_not_replaced_by_that_of_the_unfinished_clip(tiny, make_shot, tmp_path):
+    shot = make_shot(width=128, height=64, num_frames=FRAMES, scale=2)
+    outputs = OutputFolder(tmp_path)
+    outputs.prepare()
+    plan = ShotPlanner(params_of(tiny, stages_of(shot)), tiny.encode)(shot)
+    frames = np.zeros((FRAMES, shot.height, shot.width, 3), np.uint8)
+    files = ShotFiles(plan, Item(shot, Artefacts(image=frames[0], frames=frames)), outputs, tiny.encode)
+    with pytest.raises(MediaError, match="must be uint8"), closing(files):
+        files.add(Artefacts(hd_frames=frames))
+    assert not list(tmp_path.rglob("*.mp4"))
 
 
 def test_crop_changes_the_key_of_the_files_only(tiny, make_shot):

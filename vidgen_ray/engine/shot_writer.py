@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.engine.step_runner import with_images
+from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, centre_crop, write_png
 from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
@@ -66,7 +67,8 @@ class ShotFiles:
         return self._draft.commit(records, self._likeness)
 
     def close(self) -> None:
-        with self._open:
+        # A clip without frames cannot be closed. If it is not committed, it is deleted anyway.
+        with self._open, suppress(MediaError, OSError):
             self._open_clips.close()
 
 
