@@ -143,3 +143,7 @@ class Cancelled(VidgenError):
 
 class StageError(VidgenError):
     """A stage cannot process this shot. Other shots are not affected."""
+
+
+class OutOfMemory(StageError):
+    """The shot does not fit into GPU memory, also with the lowest-memory settings. A larger GPU may have room."""

@@ -16,18 +16,20 @@ from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
-from vidgen_ray.engine.oom_fallback import free_gpu_memory
+from vidgen_ray.engine.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.engine.weight_swapping import WeightSwapper
 from vidgen_ray.engine.weights_check import WeightsCheck
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.generated_video import GeneratedVideo
-from vidgen_ray.graph import check_profile, chunked_stages_of, is_chunked, stages_of
+from vidgen_ray.graph import STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.invalid_fields import shortened
 from vidgen_ray.media import encode_png, read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import in_notebook, progress_bar
 from vidgen_ray.script.reader import check_shot
@@ -62,6 +64,9 @@ class VideoGenerationPipeline:
         self._check_weights = WeightsCheck()
         self._loaded: dict[str, Stage[Any]] = {}
         self._licences = ShotLicences(profile)
+        self._swapper = WeightSwapper(self._loaded, ())
+        self._oom_fallback = OomFallback()
+        self._sizes = ShotSizes()
 
     @classmethod
     def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
@@ -123,7 +128,8 @@ class VideoGenerationPipeline:
         Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, MediaError and StepFailed.
         """
         shot = check_shot({"prompt": "upscale", **fields}, "upscale", self.profile.defaults)
-        stage = self._stage(RealESRGANStage)
+        (stage,) = self._stages([RealESRGANStage], shot)
+        self._swapper.ensure_on_gpu(stage.name)
         with _reporting(on_progress):
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
@@ -146,9 +152,15 @@ class VideoGenerationPipeline:
         plan = self.plan(shot)
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done.record()
-        stages = [self._stage(stage) for stage in stages_of(shot)]
-        on_gpu = any(stage.params.device != "cpu" for stage in stages)
-        runner = StepRunner(stages, 1.0 if on_gpu else 0.0, self._cache, check_weights=self._check_weights)
+        stages = self._stages(stages_of(shot), shot)
+        runner = StepRunner(
+            stages,
+            1.0 if any(stage.params.device != "cpu" for stage in stages) else 0.0,
+            self._cache,
+            check_weights=self._check_weights,
+            swapper=self._swapper,
+            fallback=self._oom_fallback,
+        )
         failures = []
         with shot_without_row(self.outputs.storage):
             for attempt in (plan, *plan.again):
@@ -198,14 +210,28 @@ class VideoGenerationPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stage(self, stage_class: type[S]) -> S:
-        if stage_class.name not in self._loaded:
-            stage = stage_class(self.profile.params(stage_class))
-            self._check_weights.before_load([stage])
-            stage.load()
-            self._loaded[stage_class.name] = stage
-        loaded: S = self._loaded[stage_class.name]  # type: ignore[assignment]  # stored under its own name
-        return loaded
+    def _stages(self, classes: Sequence[type[S]], shot: Shot) -> list[S]:
+        """Return loaded stages for a shot. On a GPU that is too small for all of them, groups of stages take turns.
+
+        Raises SetupError if the shot does not fit on the GPU, with the size that would, and if weights are not on this machine.
+        """
+        needed = {stage.name: stage for stage in classes}
+        if any(self.profile.actor_of(stage).device != "cpu" for stage in classes):
+            if not self._loaded:
+                prepare_gpu(1.0)
+            every = [stage for stage in STAGES if stage.name in needed or stage.name in self._loaded]
+            groups = swap_groups(self.profile, every, [*self._sizes.shots, shot], this_machine().nodes[0])
+            self._sizes.add(shot)
+            self._swapper.regroup(groups)
+        for stage_class in classes:
+            if stage_class.name not in self._loaded:
+                stage = stage_class(self.profile.params(stage_class))
+                self._check_weights.before_load([stage])
+                self._swapper.ensure_on_gpu(stage.name)
+                stage.load()
+                self._loaded[stage_class.name] = stage
+        # Stored under their own names.
+        return [self._loaded[name] for name in needed]  # type: ignore[misc]
 
     def _as_file(self, field: str, photo: Photo) -> str:
         """Return the path of a photo. An image in memory is stored in the output folder, so that the shot can be repeated.

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -42,7 +42,8 @@ class ActorProfile(_Section):
         0,
         ge=0,
         allow_inf_nan=False,
-        description="Memory in GB (2^30 bytes) with activations: GPU memory for cuda, host memory for cpu. Required for cuda.",
+        description="Memory in GB (2^30 bytes) with activations: GPU memory for cuda, host memory for cpu. For cuda, "
+        "0 computes it for the published weights.",
     )
     seconds: dict[str, Seconds] = Field(
         default_factory=dict,
@@ -50,12 +51,6 @@ class ActorProfile(_Section):
     )
     timeout_s: float = Field(1800, gt=0, allow_inf_nan=False, description="Timeout in seconds of one attempt of one stage.")
     options: dict[str, JsonValue] = Field(default_factory=dict, description="Parameters of the stage.")
-
-    @model_validator(mode="after")
-    def _require_memory_on_gpu(self) -> Self:
-        if self.device == "cuda" and self.memory_gb == 0:
-            raise ValueError("device cuda requires memory_gb, which the planner needs to assign GPUs")
-        return self
 
 
 class Profile(_Section):
@@ -100,8 +95,19 @@ class Profile(_Section):
         actor = self.actor_of(stage)
         folder = self.source.parent if self.source else None
         extra_weights, missing = _resolve_all(actor.extra_weights, folder)
+        return self._params(stage, resolve(actor.weights, folder), extra_weights, missing)
+
+    def options_of(self, stage: type[Stage[P]]) -> P:
+        """Return the stage's parameters for estimates. The weights need not be on this machine.
+
+        Raises ProfileError for an unknown option.
+        """
+        return self._params(stage, Path(self.actor_of(stage).weights), {}, {})
+
+    def _params(self, stage: type[Stage[P]], weights: Path, extra_weights: dict[str, Path], missing: dict[str, str]) -> P:
+        actor = self.actor_of(stage)
         values: dict[str, Any] = {
-            "weights": resolve(actor.weights, folder),
+            "weights": weights,
             "extra_weights": extra_weights,
             "missing": missing,
             "device": actor.device,

@@ -22,10 +22,11 @@ class Observer:
 
 
 class Workers:
-    """Processes on nodes. `outcomes` are those of the attempts: `None` is a success."""
+    """Processes on nodes. `outcomes` are those of the attempts: `None` is a success. `gpus`: GB of GPU memory by process."""
 
-    def __init__(self, nodes, *outcomes):
+    def __init__(self, nodes, *outcomes, gpus=None):
         self.nodes = nodes
+        self.gpus = gpus or {}
         self.outcomes = list(outcomes)
         self.tried = []
         self.alone = []
@@ -41,14 +42,17 @@ class Workers:
             return "done"
         kind, loss = outcome if isinstance(outcome, tuple) else (outcome, None)
         failure = Failure(stage="flux", error="RuntimeError", message="it broke", attempts=1, worker=worker)
-        raise AttemptFailed(kind, failure, Process(worker, self.nodes[worker]), loss and (lambda: explained(loss)))
+        raise AttemptFailed(kind, failure, self.process(worker), loss and (lambda: explained(loss)))
+
+    def process(self, name):
+        return Process(name, self.nodes[name], self.gpus.get(name, 0))
 
     def run(self, limit=3):
         def report(failed, own_failure):
             self.reports.append((failed.process.key, own_failure))
 
         def candidates():
-            return [Process(name, node) for name, node in self.nodes.items()]
+            return [self.process(name) for name in self.nodes]
 
         return asyncio.run(run_with_retries(self.attempt, candidates, report, limit=limit, observer=self.observer))
 
@@ -64,7 +68,7 @@ async def explained(loss):
 
 ONE_NODE = {"a": "n1", "b": "n1", "c": "n1"}
 TWO_NODES = {"a": "n1", "b": "n1", "c": "n2"}
-ERROR, INPUT, SHARED, NOT_RUN = Kind.ERROR, Kind.INPUT, Kind.SHARED_CRASH, Kind.NOT_RUN
+ERROR, INPUT, SHARED, NOT_RUN, MEMORY = Kind.ERROR, Kind.INPUT, Kind.SHARED_CRASH, Kind.NOT_RUN, Kind.MEMORY
 
 
 def test_error_is_retried_on_another_worker():
@@ -144,3 +148,18 @@ def test_crash_on_a_live_node_counts():
     assert workers.failure(limit=1).failure.attempts == 1
     workers = Workers(ONE_NODE, (ERROR, Loss.NODE), (ERROR, Loss.CRASH), ERROR, ERROR)
     assert workers.failure().failure.attempts == 3
+
+
+def test_shot_that_runs_out_of_memory_is_retried_on_larger_gpus_only():
+    workers = Workers(ONE_NODE, MEMORY, None, gpus={"a": 24, "b": 24, "c": 80})
+    assert workers.run() == "done"
+    assert workers.tried == ["a", "c"]
+    assert workers.reports == []
+
+
+def test_out_of_memory_on_the_largest_gpu_is_confirmed_once():
+    workers = Workers(ONE_NODE, MEMORY, MEMORY, gpus=dict.fromkeys(ONE_NODE, 24))
+    assert workers.failure().kind is MEMORY
+    assert workers.tried == ["a", "b"]
+    alone = Workers({"a": "n1"}, MEMORY, gpus={"a": 24})
+    assert alone.failure().failure.attempts == 1

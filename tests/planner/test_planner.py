@@ -224,7 +224,7 @@ def test_shots_without_stages_need_no_worker(tiny, make_shot):
         ),
         (gpu_profile(B6), Cluster((Node((80,), 2, None),)), SetupError, r"a worker needs up to 1 CPUs.*the nodes have 2"),
         (load_profile("demo"), Cluster((Node((), 1, 8),)), SetupError, r"needs up to 0.25 CPUs.*the nodes have 1"),
-        (load_profile("gpu-24gb"), parse_gpus("8x24GB"), SetupError, r"stages flux and lora need 41.6 GB"),
+        (load_profile("gpu-80gb"), parse_gpus("8x24GB"), SetupError, r"stage flux: 1024x576 needs 29.7 GB of GPU memory"),
     ],
 )
 def test_infeasible_plan_names_the_missing_resource(profile, cluster, error, message):
@@ -241,7 +241,7 @@ def test_as_many_workers_load_at_once_as_host_memory_allows(memory_gb, loads):
 @pytest.mark.parametrize("name", ["gpu-80gb", "gpu-48gb", "gpu-24gb"])
 def test_gpu_profiles_fit_on_their_gpus(name):
     # Other models of a slot, which no shot passes together with the default ones.
-    others = {"klein", "qwen_edit", "wan", "ltx"} | ({"flux"} if name == "gpu-24gb" else set())
+    others = {"klein", "qwen_edit", "wan", "ltx"}
     stages = [stage.name for stage in STAGES if stage.actor not in others]
     planned = plan(load_profile(name), make_demand(100, stages), parse_gpus(f"4x{name[4:6]}GB"))
     assert planned.efficiency > 0.95

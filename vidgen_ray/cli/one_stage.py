@@ -12,6 +12,7 @@ import typer
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
+from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import MediaError, SetupError, UsageError
@@ -19,6 +20,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import cover_crop, open_video, read_image, write_png
 from vidgen_ray.media.container import open_media
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
+from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
@@ -46,6 +48,10 @@ def run_one_stage(
         # The shot's fields select the embeddings, and they apply only to a shot with a face.
         values = {"face_image": str(source), **values}
     shot = check_shot(values, "vidgen stage", profile.defaults, run_seed)
+    if profile.actor_of(stage_class).device != "cpu":
+        # Raises SetupError for a shot that does not fit.
+        swap_groups(profile, [stage_class], [shot], this_machine().nodes[0])
+        prepare_gpu(1.0)
     is_clip = source is not None and source.suffix.lower() in CLIP_SUFFIXES
     if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
         if out.suffix.lower() != ".mp4":
@@ -63,8 +69,9 @@ def run_one_stage(
         artefacts["face"] = _face_of(profile, shot)
     item = with_images(Item(shot, artefacts), stage_class.needs(shot))
     with stage_class(profile.params(stage_class)) as stage:
+        item = Item(with_local_loras(shot), item.artefacts)
         try:
-            (result,) = stage([Item(with_local_loras(shot), item.artefacts)])
+            (result,), _ = OomFallback().run(stage, shot, lambda: stage([item]))
         except Exception as error:
             raise StepFailed(name, error) from error
     _write(result, shot, out, fps, profile)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vidgen_ray.engine.oom_fallback import OomFallback
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
@@ -41,11 +43,13 @@ def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, 
 def _processed(stage: ChunkedStage[Any], shot: Shot, video: VideoReader) -> Iterator[Frames]:
     """Yield the processed chunks. A whole clip may not fit in memory."""
     total = frames_after(video.frame_count, stage.frame_factor(shot))
+    fallback = OomFallback()
     for chunk in frame_chunks(total, stage.chunk_frames(stage.params)):
         source = stage.source_frames(shot, chunk)
         frames = video.frames(source.start, min(source.stop, video.frame_count))
         try:
-            yield stage.run_chunk(shot, frames, chunk)
+            result, _ = fallback.run(stage, shot, partial(stage.run_chunk, shot, frames, chunk))
         except Exception as error:
             raise StepFailed(stage.name, error) from error
+        yield result
         report_progress(stage.name, chunk.stop, total)

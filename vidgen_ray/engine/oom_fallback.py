@@ -1,4 +1,4 @@
-"""OOM fallback: retry work that ran out of GPU memory, with lower-memory settings of its stage."""
+"""OOM fallback: lower-memory settings of a stage for work that does not fit, or did not fit before, into GPU memory."""
 
 from __future__ import annotations
 
@@ -7,52 +7,105 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vidgen_ray.errors import StageError
+from vidgen_ray.errors import OutOfMemory
+from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.memory import changed_options, too_large
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 
 R = TypeVar("R")
 
 MEMORY_FREED = "memory freed"
 """Recorded for a step that succeeded with unchanged settings after unused memory was freed."""
-OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Texts in the errors of torch and the CUDA driver, of onnxruntime and of cuBLAS."""
+OUT_OF_MEMORY = (
+    "out of memory",
+    "Failed to allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "Unable to find a valid cuDNN algorithm",
+)
+"""Texts in the errors of torch and the CUDA driver, of onnxruntime, cuBLAS, cuDNN and cuSOLVER. torch reports the last one if
+no convolution algorithm finds room for its workspace."""
+
+SizeKey = tuple[object, ...]
+"""Stage and the fields of a shot that decide how much memory it needs."""
 
 
-def run_with_oom_fallback(stage: Stage[Any], work: Callable[[], R]) -> tuple[R, str | None]:
-    """Return `work()`, retried if it runs out of memory: after freeing memory, then with `stage.lower_memory` settings.
+class OomFallback:
+    """Runs work of the stages of one process, with lower-memory settings where they are needed.
 
-    The second value tells what helped, `None` if nothing was needed. Lower-memory settings may change the bytes of the result.
-    Raises StageError if even the lowest settings do not fit. Other errors are raised unchanged.
+    Settings that were needed are used from the start for later work of the same stage and size.
     """
-    try:
-        return work(), None
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        message = str(error)
-    # The error references tensors, so memory can be freed only after its block ends.
-    own: StageParams = stage.params
-    params: StageParams | None = own
-    try:
-        while params is not None:
-            free_gpu_memory()
-            stage.params = params
-            try:
-                return work(), MEMORY_FREED if params is own else changes(own, params)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                message = str(error)
-            params = stage.lower_memory(params)
-    finally:
-        stage.params = own
-    raise StageError(f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}")
+
+    def __init__(self, free_bytes: Callable[[], float | None] | None = None) -> None:
+        """`free_bytes` returns the GPU memory that this process can still take, `None` without a GPU."""
+        self._free_bytes = free_bytes or free_gpu_bytes
+        self._needed: dict[SizeKey, StageParams] = {}
+
+    def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], R]) -> tuple[R, str | None]:
+        """Return `work()`, retried if it runs out of memory: after freeing memory, then with `stage.lower_memory` settings.
+
+        The first attempt uses the settings with which the shot is planned to fit. The second value tells what differs from the
+        stage's own settings or what helped, `None` if nothing was needed. Lower-memory settings may change the bytes.
+        Raises OutOfMemory if even the lowest settings do not fit. Other errors are raised unchanged.
+        """
+        own: StageParams = stage.params
+        key = _size_key(stage, shot)
+        first = self._needed.get(key) or self._planned(stage, shot)
+        params: StageParams | None = first
+        freed = False
+        try:
+            while params is not None:
+                stage.params = params
+                try:
+                    result = work()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    message = str(error)
+                else:
+                    if params is not own:
+                        self._needed[key] = params
+                        return result, changed_options(own, params)
+                    return result, MEMORY_FREED if freed else None
+                # The error references tensors, so memory can be freed only after its block ends.
+                free_gpu_memory()
+                params = params if not freed else stage.lower_memory(params)
+                freed = True
+        finally:
+            stage.params = own
+        raise OutOfMemory(_exhausted(stage, shot, message))
+
+    def _planned(self, stage: Stage[Any], shot: Shot) -> StageParams:
+        """Return the first settings with which the shot should fit into the free memory; the lowest ones if none do."""
+        params: StageParams = stage.params
+        free = None if params.device == "cpu" else self._free_bytes()
+        own = None if free is None else stage.memory(params, shot)
+        if own is None or free is None:
+            return params
+        held = sum(own.weights.values())
+        while (memory := stage.memory(params, shot)) is not None and memory.total - held > free:
+            lower = stage.lower_memory(params)
+            if lower is None:
+                break
+            params = lower
+        return params
 
 
-def changes(before: StageParams, after: StageParams) -> str:
-    """Return what differs in `after`, for example `decode_chunk_frames=2`."""
-    other = after.model_dump(mode="json")
-    return ", ".join(f"{name}={other[name]}" for name, value in before.model_dump(mode="json").items() if other[name] != value)
+def _size_key(stage: Stage[Any], shot: Shot) -> SizeKey:
+    fields = (shot.width, shot.height, shot.num_frames, shot.scale, shot.upscaler, shot.identity, len(shot.lora))
+    return stage.name, *fields
+
+
+def _exhausted(stage: Stage[Any], shot: Shot, message: str) -> str:
+    """Return the error for work that does not fit in any way, with a size that should fit."""
+    gpu_gb = None if stage.params.device == "cpu" else total_gpu_gb()
+    hint = ""
+    if gpu_gb is not None and stage.memory(stage.params, shot) is not None:
+        hint = f"; {too_large(type(stage), stage.params, shot, gpu_gb)}"
+    return f"out of GPU memory, also with the lowest-memory settings of {stage.name}: {message.splitlines()[0]}{hint}"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -68,3 +121,35 @@ def free_gpu_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_gpu_bytes() -> float | None:
+    """Return the GPU memory that this process can still take: free memory and its own unused reserve. `None` without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return float(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+def total_gpu_gb() -> float | None:
+    """Return the memory of this process's GPU in GB. `None` without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(0).total_memory / GB)
+
+
+def prepare_gpu(share: float) -> None:
+    """Set up torch's allocator for this process, which holds `share` of a GPU. Does nothing without a GPU.
+
+    Expandable segments waste less memory on fragmentation. A process that shares a GPU is limited to its share, so that it runs
+    out of memory before it takes that of the others.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)

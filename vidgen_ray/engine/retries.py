@@ -25,6 +25,9 @@ class Kind(Enum):
 
     INPUT = "input"
     """The stage refused the shot or its files, with an error for the user. Repeated once elsewhere to confirm it."""
+    MEMORY = "memory"
+    """The shot does not fit into the GPU memory of the process, also with the lowest-memory settings. Repeated on larger GPUs,
+    if there are any, otherwise once elsewhere."""
     ERROR = "error"
     """Any other error, a timeout, or a crash that no other call can have caused."""
     SHARED_CRASH = "shared crash"
@@ -49,6 +52,8 @@ class Process(NamedTuple, Generic[P]):
 
     key: P
     node: str | None
+    gpu_gb: float = 0.0
+    """GPU memory that it may use. 0 if unknown."""
 
 
 class AttemptFailed(Exception):
@@ -143,7 +148,11 @@ def _next(failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[P
     on_tried_nodes = frozenset(process.key for process in candidates if process.node in nodes)
     on_tried_processes = frozenset(process.key for process in candidates if process.key in tried)
     count = len(failed) + suspect
-    if failed and all(each.kind is Kind.INPUT for each in failed):
+    too_small = [each.process.gpu_gb for each in failed if each.kind is Kind.MEMORY]
+    larger = {process.key for process in candidates if too_small and process.gpu_gb > max(too_small)}
+    if larger and limit > 1:
+        return frozenset(process.key for process in candidates if process.key not in larger)
+    if failed and all(each.kind in (Kind.INPUT, Kind.MEMORY) for each in failed):
         if limit == 1 or len(nodes) > 1 or not (other_nodes or (others and len(failed) == 1)):
             return None
         return on_tried_nodes if other_nodes else on_tried_processes

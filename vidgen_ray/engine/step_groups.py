@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.oom_fallback import is_out_of_memory
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import OtherWeights, VidgenError, WriteError
+from vidgen_ray.errors import OtherWeights, OutOfMemory, VidgenError, WriteError
 from vidgen_ray.graph import STAGE_BY_NAME, is_chunked
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.shot import Shot
@@ -45,9 +46,13 @@ class CallResult:
         # A full disk may have room at the next attempt.
         other_weights = isinstance(failed.cause, OtherWeights)
         is_input = isinstance(failed.cause, VidgenError) and not isinstance(failed.cause, WriteError) and not other_weights
-        # A new process loads the weights again.
-        context_broken = other_weights or any(words in str(failed.cause) for words in BROKEN_CONTEXT)
-        return cls(failure=failed.failure(), kind=Kind.INPUT if is_input else Kind.ERROR, context_broken=context_broken)
+        # A new process loads the weights again. Failed allocations leave the context as it was.
+        too_large = isinstance(failed.cause, OutOfMemory)
+        out_of_memory = too_large or is_out_of_memory(failed.cause)
+        names_context = any(words in str(failed.cause) for words in BROKEN_CONTEXT)
+        context_broken = other_weights or (names_context and not out_of_memory)
+        kind = Kind.MEMORY if too_large else Kind.INPUT if is_input else Kind.ERROR
+        return cls(failure=failed.failure(), kind=kind, context_broken=context_broken)
 
 
 def group_steps(plan: ShotPlan, can_fuse: Callable[..., bool], *, share_features: bool) -> list[tuple[Step, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.cache_writer import CacheWriter
-from vidgen_ray.engine.oom_fallback import MEMORY_FREED, run_with_oom_fallback
+from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback
 from vidgen_ray.engine.weight_swapping import WeightSwapper
 from vidgen_ray.engine.weights_check import WeightsCheck
 from vidgen_ray.errors import Cancelled, VidgenError
@@ -47,7 +47,7 @@ class StepRunner:
     """Runs steps on the stages of one process. Close it when the process ends, to write cache entries that are queued.
 
     `gpus` is the share of a GPU that the process holds. `cache=None` disables the stage cache. Of the groups of stages in
-    `swapped`, only one fits on the GPU at a time. `check_weights` is for stages that are loaded already.
+    `swapped`, only one fits on the GPU at a time. `check_weights`, `swapper` and `fallback` are for stages that are loaded.
     """
 
     def __init__(
@@ -57,11 +57,14 @@ class StepRunner:
         cache: CacheWriter | None,
         swapped: Sequence[Sequence[str]] = (),
         check_weights: WeightsCheck | None = None,
+        swapper: WeightSwapper | None = None,
+        fallback: OomFallback | None = None,
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
         self._cache = cache
-        self.swapper = WeightSwapper(self.stages, swapped)
+        self.swapper = swapper or WeightSwapper(self.stages, swapped)
+        self._fallback = fallback or OomFallback()
         self._check_weights = check_weights or WeightsCheck()
 
     def load(self) -> None:
@@ -114,7 +117,7 @@ class StepRunner:
         try:
             self._check_weights(stage, step, shot)
             self.swapper.ensure_on_gpu(step.stage)
-            result, recovered = run_with_oom_fallback(stage, lambda: stage.run_chunk(shot, frames, chunk))
+            result, recovered = self._fallback.run(stage, shot, lambda: stage.run_chunk(shot, frames, chunk))
         except Cancelled:
             raise
         except Exception as error:
@@ -138,7 +141,7 @@ class StepRunner:
                 self.swapper.ensure_on_gpu(step.stage)
                 ready = with_images(item, stage.needs(item.shot), plan.inputs)
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
-                (result,), recovered = run_with_oom_fallback(stage, lambda: stage([local]))
+                (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
                 if cache and not lower_memory:
                     cache.put(step.key, result)

@@ -19,6 +19,7 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.load_lock import load_lock
+from vidgen_ray.engine.oom_fallback import prepare_gpu
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
@@ -167,6 +168,8 @@ class Worker:
         if self._loaded is None:
             config, spec = self._config, self._spec
             try:
+                if spec.gpus:
+                    prepare_gpu(spec.gpus)
                 stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
                 cache = config.cache.open(config.outputs.stage_cache)
                 runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)

@@ -167,7 +167,7 @@ class WorkerPool:
 
         def candidates() -> Sequence[Process[WorkerState]]:
             holders = self._scheduler.holders(requested.stage)
-            return [Process(worker, worker.node) for worker in holders if worker.live or self._is_starting(worker)]
+            return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
         return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
@@ -195,10 +195,10 @@ class WorkerPool:
                 client.send("cancel", number)
                 running.add_done_callback(_ignore_error)
                 failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
-                raise AttemptFailed(Kind.NOT_RUN, failure, Process(worker, worker.node))
+                raise AttemptFailed(Kind.NOT_RUN, failure, _process(worker))
             result, output = running.result()
             if result.failure is not None:
-                process = Process(worker, worker.node)
+                process = _process(worker)
                 if result.context_broken:
                     client.restart()
                 if result.context_broken or result.load_failed:
@@ -215,7 +215,7 @@ class WorkerPool:
             raise
         except ActorCallFailed as lost:
             self._supervisor.crashed(client)
-            raise AttemptFailed(lost.kind, lost.failure(work.stage), Process(worker, worker.node), lost.loss) from None
+            raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker), lost.loss) from None
         finally:
             del self._recalled[work]
             if busy:
@@ -379,3 +379,7 @@ def _ignore_error(call: asyncio.Future[Any]) -> None:
     """Retrieve the error of a cancelled call, so that asyncio does not log it."""
     with suppress(asyncio.CancelledError):
         call.exception()
+
+
+def _process(worker: WorkerState) -> Process[WorkerState]:
+    return Process(worker, worker.node, worker.spec.gpu_gb)

@@ -87,10 +87,6 @@ class InfuseNet:
         tokens: Tensor = self.resampler(embeddings.to(self.net.device, self.net.dtype))
         return tokens
 
-    def to(self, device: str) -> None:
-        self.net.to(device)
-        self.resampler.to(device)
-
 
 def load_infusenet(folder: Path, dtype: torch.dtype, device: str) -> InfuseNet:
     """Load both networks from a folder with `InfuseNetModel/` and `image_proj_model.bin`.

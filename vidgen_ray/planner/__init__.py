@@ -3,9 +3,10 @@
 from vidgen_ray.planner.calibration import Calibration, Measurement, load_calibration, save_calibration, save_measurements
 from vidgen_ray.planner.choose_layout import plan
 from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
-from vidgen_ray.planner.demand import Demand, demand_of
+from vidgen_ray.planner.demand import Demand, ShotSizes, demand_of
 from vidgen_ray.planner.estimate import ConsideredLayout, Plan, cpus_needed
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
+from vidgen_ray.planner.one_process import swap_groups
 
 __all__ = [
     "SHOTS_PER_SWAP",
@@ -16,6 +17,7 @@ __all__ = [
     "Measurement",
     "Node",
     "Plan",
+    "ShotSizes",
     "cpus_needed",
     "demand_of",
     "load_calibration",
@@ -23,5 +25,6 @@ __all__ = [
     "plan",
     "save_calibration",
     "save_measurements",
+    "swap_groups",
     "this_machine",
 ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError, VidgenError
 from vidgen_ray.planner import gpu_assignment
@@ -16,9 +16,9 @@ from vidgen_ray.planner.estimate import ConsideredLayout, Plan, Timing, estimate
 from vidgen_ray.planner.gpu_assignment import Actor, Candidates
 from vidgen_ray.planner.infeasible import explain_infeasible
 from vidgen_ray.planner.layout import Kind
+from vidgen_ray.planner.memory import ActorMemory, actors_of, reference_shots
 from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, PackingProblem, SlotsOfNode, pack
 from vidgen_ray.profile import Profile
-from vidgen_ray.stages.base import Stage
 
 TIE = 0.01
 """Relative gain in rate below which the simpler layout is preferred."""
@@ -46,7 +46,10 @@ def plan(
         raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
     price = profile.price_per_gpu_hour if price is None else price
     timing = _timing(profile, demand, calibration or {})
-    actors = _actors(profile, demand, timing.seconds)
+    shots = demand.sizes or reference_shots(profile)
+    # Without a GPU, the error is that of the layouts.
+    gpu_gb = max(cluster.gpus, default=math.inf)
+    actors, memories = actors_of(profile, demand.stages, shots, gpu_gb, timing.seconds)
     encode_seconds = demand.encoded_mpx * ENCODE_SECONDS[profile.encode.preset] / demand.shots
     if not actors:
         # No stage to run: every shot has a start image and no clip, so that only files are written.
@@ -59,7 +62,7 @@ def plan(
         kind, packing, considered = _pack_gpus(profile, problem, cluster)
     else:
         kind, packing, considered = _pack_cpus(profile, problem, cluster)
-    return estimate(kind, packing, demand, cluster, timing, considered, price)
+    return estimate(kind, packing, demand, cluster, timing, considered, price, tuple(_memory_notes(memories)))
 
 
 def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibration]) -> Timing:
@@ -75,27 +78,10 @@ def _timing(profile: Profile, demand: Demand, calibration: Mapping[str, Calibrat
     return Timing(seconds, min(0.9, spread_seconds / sum(seconds.values())) if seconds else 0.0, tuple(assumed))
 
 
-def _actors(profile: Profile, demand: Demand, seconds: Mapping[str, float]) -> tuple[Actor, ...]:
-    by_name: dict[str, list[type[Stage[Any]]]] = {}
-    for stage in demand.stages:
-        by_name.setdefault(stage.actor, []).append(stage)
-    actors = []
-    for position, (name, stages) in enumerate(by_name.items()):
-        section = profile.actor_of(stages[0])
-        on_gpu = section.device != "cpu"
-        actors.append(
-            Actor(
-                name=name,
-                stages=tuple(stage.name for stage in stages),
-                position=position,
-                seconds=sum(seconds[stage.name] for stage in stages),
-                gpu_gb=section.memory_gb if on_gpu else 0.0,
-                host_gb=0.0 if on_gpu else section.memory_gb,
-                cpus=section.cpus,
-                swappable=all(stage.move is not Stage.move for stage in stages),
-            )
-        )
-    return tuple(actors)
+def _memory_notes(memories: Iterable[ActorMemory]) -> Iterator[str]:
+    for memory in memories:
+        yield from (f"the largest shots run with lower-memory settings: {options}" for options in memory.lowered)
+        yield from (f"shots will fail: {reason}" for reason in memory.refused)
 
 
 def _gpu_slots(node: Node) -> Mapping[float, int]:

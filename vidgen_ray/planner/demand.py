@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
-from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, relative_costs, stages_of
 from vidgen_ray.planner.calibration import ASSUMED_SPREAD, Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
@@ -30,6 +30,8 @@ CLIP_BYTES_PER_PIXEL = 0.035
 """H.264 at crf 18, moving content with some grain. Noise takes ten times as much."""
 PNG_BYTES_PER_PIXEL = 1.5
 FFV1_BYTES_PER_PIXEL = 1.3
+MAX_SIZES = 50
+"""Sizes of shots of one kind that are kept."""
 SHOT_BYTES = 8192
 """Size of shot.json and the manifest row."""
 
@@ -58,6 +60,8 @@ class Demand:
     """Number of distinct LoRA files."""
     variant_cost: Mapping[str, Mapping[str, RelativeCost]] = field(default_factory=dict)
     """Stage -> variant, such as an upscaler -> its part of the sum of relative costs. Only for stages with variants."""
+    sizes: tuple[Shot, ...] = ()
+    """One shot of each size, from which the planner computes memory; see `ShotSizes`. Empty: reference shots."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -76,6 +80,7 @@ class Demand:
             self.clip_cache_bytes * factor,
             self.loras,
             {name: {key: cost.times(factor) for key, cost in costs.items()} for name, costs in self.variant_cost.items()},
+            self.sizes,
         )
 
 
@@ -84,10 +89,12 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
     relative_cost: dict[str, RelativeCost] = {}
     variant_cost: defaultdict[str, dict[str, RelativeCost]] = defaultdict(dict)
     loras: set[str] = set()
+    sizes = ShotSizes()
     count = upscaled = 0
     encoded = output = images = clips = 0.0
     for shot in shots:
         count += 1
+        sizes.add(shot)
         for name, cost in relative_costs(shot).items():
             # A shot without cost, such as a refinement of strength 0, still passes the stage.
             relative_cost[name] = relative_cost.get(name, NO_COST).plus(cost)
@@ -104,7 +111,36 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             clips += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras), dict(variant_cost))
+    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras), dict(variant_cost), sizes.shots)
+
+
+class ShotSizes:
+    """Keeps one shot of each kind and size: stages and networks, pixels, frames and scale.
+
+    Of a kind with more than `MAX_SIZES`, only shots that no other one exceeds in every respect.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[object, ...], dict[tuple[int, ...], Shot]] = {}
+
+    def add(self, shot: Shot) -> None:
+        kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
+        size = (shot.width * shot.height, shot.num_frames, shot.scale)
+        kept = self._kinds.setdefault(kind, {})
+        if size in kept:
+            return
+        kept[size] = shot
+        if len(kept) > MAX_SIZES:
+            for other in [a for a in kept if any(a != b and _is_at_least(b, a) for b in kept)]:
+                del kept[other]
+
+    @property
+    def shots(self) -> tuple[Shot, ...]:
+        return tuple(shot for kept in self._kinds.values() for shot in kept.values())
+
+
+def _is_at_least(size: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(size, other, strict=True))
 
 
 class StageSeconds(NamedTuple):

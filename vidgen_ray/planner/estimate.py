@@ -116,10 +116,11 @@ def estimate(
     timing: Timing,
     considered: tuple[ConsideredLayout, ...],
     price: float | None,
+    notes: tuple[str, ...] = (),
 ) -> Plan:
-    """Return the plan of a packing for the shots of the demand."""
+    """Return the plan of a packing for the shots of the demand. `notes`: further notes."""
     assignments = [filled.assignment for filled in packing.slots]
-    slots = tuple(assignment.slot() for assignment in assignments)
+    slots = tuple(filled.assignment.slot(max(cluster.nodes[filled.node].gpus, default=0.0)) for filled in packing.slots)
     on_gpu = any(slot.has_gpu for slot in slots)
     # A single shot runs its stages one after another, regardless of the number of slots.
     one_shot = timing.shot_seconds
@@ -153,7 +154,7 @@ def estimate(
         bottleneck=_bottleneck(packing, timing),
         stage_seconds=timing.seconds,
         considered=considered,
-        notes=tuple(_notes(packing, cluster, timing, on_gpu, is_default)),
+        notes=(*_notes(packing, cluster, timing, on_gpu, is_default), *notes),
     )
 
 

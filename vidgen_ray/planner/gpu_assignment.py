@@ -43,6 +43,13 @@ class Actor:
     cpus: float
     swappable: bool
     """Its weights can be moved to host memory while other actors use the GPU."""
+    peak_gb: float = 0.0
+    """Further GPU memory during its largest call."""
+
+
+def needed_gb(actors: Sequence[Actor]) -> float:
+    """Return the GPU memory in GB of actors that run one after another: all weights, and the activations of one call."""
+    return sum(actor.gpu_gb for actor in actors) + max((actor.peak_gb for actor in actors), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,13 @@ class Process:
 
     @cached_property
     def gpu_gb(self) -> float:
-        """GPU memory needed in GB: the permanent actors and the largest group."""
+        """GPU memory needed in GB: weights of the permanent actors and of a group, and the activations of one call of these."""
         weights = sum(actor.gpu_gb for actor in self.actors)
         if not weights:
             return 0.0
-        largest = max((sum(actor.gpu_gb for actor in group) for group in self.swap_groups), default=0.0)
-        return CONTEXT_GB + weights - self.turns_gb + largest
+        swapped = {actor for group in self.swap_groups for actor in group}
+        permanent = [actor for actor in self.actors if actor not in swapped]
+        return CONTEXT_GB + max(needed_gb([*permanent, *group]) for group in self.swap_groups or ((),))
 
     @cached_property
     def host_gb(self) -> float:
@@ -125,11 +133,17 @@ class Assignment:
         """Weights moved per round, in GB. In a round, each group moves into GPU memory and out again."""
         return sum(2 * process.turns_gb for process in self.processes)
 
-    def slot(self) -> Slot:
-        """Return the slot for the layout of a run."""
+    def slot(self, gpu_gb: float = 0.0) -> Slot:
+        """Return the slot for the layout of a run. `gpu_gb`: memory of its GPU, 0 if unknown."""
         shares = self._shares()
         workers = tuple(
-            WorkerSpec(_stages(process.actors), process.cpus, share, tuple(_stages(group) for group in process.swap_groups))
+            WorkerSpec(
+                _stages(process.actors),
+                process.cpus,
+                share,
+                tuple(_stages(group) for group in process.swap_groups),
+                round(share * gpu_gb, 3),
+            )
             for process, share in zip(self.processes, shares, strict=True)
         )
         return Slot(workers, round(self.gpu_gb, 3))
@@ -174,7 +188,7 @@ def hybrid_with_swapping(actors: Sequence[Actor]) -> Candidates:
     """Return the candidates of `hybrid`, and subsets that fit with weight swapping, with as little to move as possible."""
 
     def candidates(memory_gb: float) -> list[Assignment]:
-        processes = (_with_swapping(subset, memory_gb) for subset in _subsets(actors))
+        processes = (with_swapping(subset, memory_gb) for subset in _subsets(actors))
         return [Assignment((process,)) for process in processes if process]
 
     return candidates
@@ -225,31 +239,30 @@ def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
     return tuple(Process(tuple(group)) for group in members.values())
 
 
-def _with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
+def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     """Return one process with these actors, or `None` if they do not fit even with swapping.
 
     As few GB of weights as possible take turns: none if all actors fit together.
     """
     free = memory_gb - CONTEXT_GB + EPSILON
     on_gpu = [actor for actor in actors if actor.gpu_gb]
-    if sum(actor.gpu_gb for actor in on_gpu) <= free or not on_gpu:
+    if needed_gb(on_gpu) <= free or not on_gpu:
         return Process(tuple(actors))
     swappable_actors = [actor for actor in on_gpu if actor.swappable]
     best: Process | None = None
     for swapped in _subsets(swappable_actors):
         if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.turns_gb):
             continue
-        permanent_gb = sum(actor.gpu_gb for actor in on_gpu if actor not in swapped)
-        groups = _fewest_groups(swapped, free - permanent_gb)
+        groups = _fewest_groups(swapped, [actor for actor in on_gpu if actor not in swapped], free)
         if groups:
             best = Process(tuple(actors), groups)
     return best
 
 
-def _fewest_groups(actors: Sequence[Actor], max_gb: float) -> tuple[tuple[Actor, ...], ...] | None:
-    """Divide the actors into the fewest groups of at most `max_gb`. Returns `None` if an actor alone is larger.
+def _fewest_groups(actors: Sequence[Actor], permanent: Sequence[Actor], max_gb: float) -> tuple[tuple[Actor, ...], ...] | None:
+    """Divide the actors into the fewest groups that need at most `max_gb` together with the permanent actors.
 
-    Tries all divisions: a profile has only a handful of actors.
+    Returns `None` if an actor alone needs more. Tries all divisions: a profile has only a handful of actors.
     """
     best: list[list[Actor]] | None = None
 
@@ -261,11 +274,11 @@ def _fewest_groups(actors: Sequence[Actor], max_gb: float) -> tuple[tuple[Actor,
             best = [list(group) for group in groups]
             return
         for group in groups:
-            if sum(actor.gpu_gb for actor in group) + actors[n].gpu_gb <= max_gb:
+            if needed_gb([*permanent, *group, actors[n]]) <= max_gb:
                 group.append(actors[n])
                 assign(n + 1, groups)
                 group.pop()
-        if actors[n].gpu_gb <= max_gb:
+        if needed_gb([*permanent, actors[n]]) <= max_gb:
             assign(n + 1, [*groups, [actors[n]]])
 
     assign(0, [])

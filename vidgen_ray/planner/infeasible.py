@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vidgen_ray.planner.cluster import Cluster
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Candidates
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, EPSILON, Candidates, needed_gb
 from vidgen_ray.planner.solver import DIRECTOR_CPUS, ENCODER_CPUS, SPARE_CPUS, PackingProblem, host_gb_of_nodes, pack
 
 UNLIMITED_CPUS = 1e6
@@ -16,11 +16,11 @@ def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster:
     on_gpu = [actor for actor in problem.actors if actor.gpu_gb]
     largest = max(cluster.gpus, default=0.0)
     for actor in on_gpu:
-        if actor.gpu_gb + CONTEXT_GB > largest + EPSILON:
+        if needed_gb([actor]) + CONTEXT_GB > largest + EPSILON:
             available = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
-            return f"{_need(actor.stages)} {actor.gpu_gb + CONTEXT_GB:.4g} GB of GPU memory, {available}"
+            return f"{_need(actor.stages)} {needed_gb([actor]) + CONTEXT_GB:.4g} GB of GPU memory, {available}"
     if pack(problem, candidates, _without_limits(cluster, cpus=UNLIMITED_CPUS)) is None:
-        total_gb = sum(actor.gpu_gb for actor in on_gpu) + CONTEXT_GB
+        total_gb = needed_gb(on_gpu) + CONTEXT_GB
         return f"the stages need {total_gb:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
     if pack(problem, candidates, _without_limits(cluster)) is not None:
         return _explain_host_memory(problem, candidates, cluster)

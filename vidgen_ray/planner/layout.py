@@ -20,6 +20,8 @@ class WorkerSpec:
     swap_groups: tuple[tuple[str, ...], ...] = ()
     """Groups of these stages that take turns in GPU memory, while the others are in host memory (weight swapping). Stages in
     no group stay in GPU memory."""
+    gpu_gb: float = 0.0
+    """GPU memory that the process may use, in GB. 0 if unknown, or without a GPU."""
 
     def can_run(self, *stages: str) -> bool:
         """Return whether the worker can run these stages in sequence without swapping weights in between.

@@ -23,6 +23,7 @@ from vidgen_ray.errors import MissingWeights, StageError
 from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import NOT_FINITE
 from vidgen_ray.shot import LoraRef, Shot
+from vidgen_ray.stages.memory import StageMemory
 from vidgen_ray.stages.progress import report_progress
 
 if TYPE_CHECKING:
@@ -278,6 +279,11 @@ class Stage(ABC, Generic[P]):
     @classmethod
     def lower_memory(cls, params: P) -> P | None:
         """Return parameters that need less GPU memory and may change bytes, or `None` if there are none."""
+        return None
+
+    @classmethod
+    def memory(cls, params: P, shot: Shot) -> StageMemory | None:
+        """Return the memory that the shot needs with the published weights. `None` if unknown: the profile must state it."""
         return None
 
     @abstractmethod

@@ -24,7 +24,7 @@ class FluxStage(FluxFamilyStage):
     name: ClassVar[str] = "flux"
     label: ClassVar[str] = "Base image"
     activity: ClassVar[str] = "Generating the base image"
-    reference_s: ClassVar[float] = 6.7
+    reference_s: ClassVar[float] = 3.8
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     uses_shot_seed: ClassVar[bool] = True

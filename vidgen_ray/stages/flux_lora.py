@@ -26,7 +26,7 @@ class FluxLoRAStage(FluxFamilyStage):
     name: ClassVar[str] = "lora"
     label: ClassVar[str] = "LoRA"
     activity: ClassVar[str] = "Redrawing with the LoRA"
-    reference_s: ClassVar[float] = 4.0
+    reference_s: ClassVar[float] = 2.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"lora": "style.safetensors"},
         {"lora": "style.safetensors", "face_image": ("photo.jpg",)},

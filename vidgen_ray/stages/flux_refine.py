@@ -23,7 +23,7 @@ class FluxRefineStage(FluxFamilyStage):
     name: ClassVar[str] = "refine"
     label: ClassVar[str] = "Refinement"
     activity: ClassVar[str] = "Refining the image"
-    reference_s: ClassVar[float] = 2.4
+    reference_s: ClassVar[float] = 1.3
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
     version: ClassVar[int] = 1
     reads: ClassVar[tuple[str, ...]] = (

@@ -12,17 +12,18 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, Stage, StageParams, noise_generator, to_uint8
-from vidgen_ray.stages.flux_model import DEFAULT_STEPS, FluxModel, FluxParams
+from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, FluxModel, FluxParams, prompt_bytes
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
 from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 from vidgen_ray.stages.identity.pose import pose_image
+from vidgen_ray.stages.memory import FP8, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_GUIDANCE = 3.5
 
 
 class FluxFamilyStage(Stage[FluxParams]):
-    """A stage that generates images with FLUX. `load` also loads the injectors whose weights are on this machine."""
+    """A stage that generates images with FLUX. An injector is loaded with the first shot that uses it, and stays loaded."""
 
     actor: ClassVar[str] = "flux"
     identity_fields: ClassVar[tuple[str, ...]] = (
@@ -54,9 +55,48 @@ class FluxFamilyStage(Stage[FluxParams]):
         injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
         return (params.weights, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
 
+    @classmethod
+    def memory(cls, params: FluxParams, shot: Shot) -> StageMemory | None:
+        pixels, dtype = shot.width * shot.height, params.dtype
+        stored = f":{FP8}" if params.quantize == FP8 else ""
+        transformer = weight_bytes(f"flux/transformer{stored}", dtype)
+        t5 = weight_bytes("flux/text_encoder_2", dtype)
+        weights = {
+            "flux/transformer": transformer,
+            "flux/text_encoder": weight_bytes("flux/text_encoder", dtype),
+            "flux/vae": weight_bytes("flux/vae", dtype),
+            "flux/prompts": CACHED_PROMPTS * prompt_bytes(params),
+        }
+        encode_text = activation_bytes("flux/text", 0, dtype)
+        host = 0
+        if params.text_encoder == "gpu":
+            weights["flux/text_encoder_2"] = t5
+        elif params.text_encoder == "swapped":
+            encode_text = max(0, encode_text + t5 - transformer)
+            host = t5 + transformer
+        else:
+            encode_text, host = 0, t5
+        step = "flux/step"
+        if shot.flux_identity is not None:
+            injector = injector_class(shot.flux_identity)
+            weights |= {network: weight_bytes(network, dtype) for network in injector.networks}
+            step = injector.step_curve
+        if cls.active_loras(shot):
+            weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
+        tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
+        curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
+        return StageMemory(weights, max(encode_text, *(activation_bytes(curve, pixels, dtype) for curve in curves)), host)
+
+    @classmethod
+    def lower_memory(cls, params: FluxParams) -> FluxParams | None:
+        """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
+        if params.vae_tile_px != TILES_PX[-1]:
+            return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        return params.model_copy(update={"text_encoder": "swapped"}) if params.text_encoder == "gpu" else None
+
     def load(self) -> None:
         self.model = FluxModel.shared(self.params)
-        self.injectors = {name: self._injector(name) for name in INJECTORS if name in self.params.extra_weights}
+        self.injectors: dict[str, FluxInjector] = {}
 
     def move(self, device: str) -> None:
         self.model.move(device)
@@ -69,7 +109,9 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     def _injector(self, name: str) -> FluxInjector:
         """Return the injector, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
-        return shared_injector(name, self.model, self.params.extra_weights_at(name))
+        if name not in self.injectors:
+            self.injectors[name] = shared_injector(name, self.model, self.params.extra_weights_at(name))
+        return self.injectors[name]
 
     @contextmanager
     def conditioned_pipelines(self, item: Item) -> Iterator[FluxPipelines]:
@@ -86,7 +128,7 @@ class FluxFamilyStage(Stage[FluxParams]):
                     "or set `identity: none`"
                 )
             face = item.artefacts["face"]
-            injector = self.injectors.get(shot.flux_identity) or self._injector(shot.flux_identity)
+            injector = self._injector(shot.flux_identity)
             with injector.inject(
                 face.embedding(injector.embedding),
                 pose_image(face, shot),

@@ -11,20 +11,33 @@ from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.host_weights import move_networks
+from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
+from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
+LARGEST_CANVAS_PX = 1280 * 1280
+"""Pixels of the largest size that the published weights were trained on."""
+NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder_2", "hunyuan/vae")
+"""Its networks in the memory table."""
 REFERENCE_STRENGTH = 0.5
 """Default `style_strength` of a shot."""
 
 
 class HunyuanDiTParams(StageParams):
+    vae_tile_px: Literal[512, 256] | None = None
+    """Side of the tiles in which the autoencoder decodes, for small GPUs. `None` decodes whole images."""
     scheduler: Literal["ddpm", "ddim", "dpmsolver"] = "dpmsolver"
     """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
+
+    def for_key(self) -> dict[str, Any]:
+        values = super().for_key()
+        # Profiles of earlier versions lack the option.
+        return values if self.vae_tile_px else {name: value for name, value in values.items() if name != "vae_tile_px"}
 
 
 class HunyuanDiTStage(Stage[HunyuanDiTParams]):
@@ -72,6 +85,23 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         passes = 1 if shot.guidance.hunyuan is None or shot.guidance.hunyuan > 1 else 0.5
         return (shot.steps.hunyuan or DEFAULT_STEPS) / DEFAULT_STEPS * shot.style_strength / REFERENCE_STRENGTH * passes
 
+    @classmethod
+    def memory(cls, params: HunyuanDiTParams, shot: Shot) -> StageMemory | None:
+        pixels = LARGEST_CANVAS_PX if params.standard_shapes else shot.width * shot.height
+        tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
+        curves = ["hunyuan/text", "hunyuan/step", f"hunyuan/decode{tiles}", *(() if tiles else ("hunyuan/encode",))]
+        return StageMemory(
+            {network: weight_bytes(network, params.dtype) for network in NETWORKS},
+            max(activation_bytes(curve, pixels, params.dtype) for curve in curves),
+        )
+
+    @classmethod
+    def lower_memory(cls, params: HunyuanDiTParams) -> HunyuanDiTParams | None:
+        """Return smaller tiles of the autoencoder."""
+        if params.vae_tile_px == TILES_PX[-1]:
+            return None
+        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+
     def load(self) -> None:
         from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
@@ -88,7 +118,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         self.pipe.scheduler = schedulers[self.params.scheduler].from_config(self.pipe.scheduler.config)
 
     def move(self, device: str) -> None:
-        self.pipe.to(device)
+        move_networks(self.pipe.components.values(), device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._restyle(item)} for item in items]
@@ -98,6 +128,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         if shot.style_strength == 0:
             return image
         height, width = image.shape[:2]
+        set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         placement = (
             fit_to_standard_shape(width, height) if self.params.standard_shapes else fit_to_multiple_of_16(width, height)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -23,8 +23,10 @@ from vidgen_ray.stages.base import (
     to_uint8,
     torch_dtype,
 )
+from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.identity.pose import pose_image
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
+from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 if TYPE_CHECKING:
@@ -38,6 +40,15 @@ NET_FOLDER, ADAPTER_FILE = "ControlNetModel", "ip-adapter.bin"
 """Names in the published folder of `InstantX/InstantID`."""
 PROJECTION, ATTENTION = "image_proj", "ip_adapter"
 """Names of the state dicts in the adapter file."""
+NETWORKS = (
+    "sdxl/unet",
+    "sdxl/controlnet",
+    "sdxl/text_encoder",
+    "sdxl/text_encoder_2",
+    "sdxl/vae",
+    "instantid/adapter",
+)
+"""Its networks in the memory table."""
 MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type")
 """Config values that must be equal in IdentityNet and the UNet."""
 
@@ -52,6 +63,13 @@ class InstantIDSDXLParams(StageParams):
     """Scale of the face in the UNet's attention at `identity_strength` 1."""
     net_scale: float = Field(0.8, ge=0, le=2)
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
+    vae_tile_px: Literal[512, 256] | None = None
+    """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
+
+    def for_key(self) -> dict[str, Any]:
+        values = super().for_key()
+        # Profiles of earlier versions lack the option.
+        return values if self.vae_tile_px else {name: value for name, value in values.items() if name != "vae_tile_px"}
 
 
 class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
@@ -108,6 +126,22 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     def relative_cost(cls, shot: Shot) -> float:
         return shot.width * shot.height / REFERENCE_PIXELS
 
+    @classmethod
+    def memory(cls, params: InstantIDSDXLParams, shot: Shot) -> StageMemory | None:
+        pixels, dtype = shot.width * shot.height, params.dtype
+        tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
+        # The autoencoder runs in float32, also with float16 weights, which are then converted.
+        decode = activation_bytes(f"sdxl/decode{tiles}", pixels, "float16") + weight_bytes("sdxl/vae", "float16")
+        weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
+        return StageMemory(weights, max(activation_bytes("sdxl/step", pixels, dtype), decode))
+
+    @classmethod
+    def lower_memory(cls, params: InstantIDSDXLParams) -> InstantIDSDXLParams | None:
+        """Return smaller tiles of the autoencoder."""
+        if params.vae_tile_px == TILES_PX[-1]:
+            return None
+        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+
     def load(self) -> None:
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 
@@ -147,8 +181,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         self.resampler = resampler.to(self.params.device, dtype)
 
     def move(self, device: str) -> None:
-        self.pipe.to(device)
-        self.resampler.to(device)
+        move_networks((*self.pipe.components.values(), self.resampler), device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._generate(item)} for item in items]
@@ -156,6 +189,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     def _generate(self, item: Item) -> Image:
         shot, face = item.shot, item.artefacts["face"]
         embeddings = self._embeddings(face)
+        set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)
         with self.pipe.controlnet.identity(self.resampler(embeddings)):
             (image,) = self.pipe(

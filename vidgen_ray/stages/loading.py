@@ -24,12 +24,13 @@ def load_pipeline(
     *,
     float32_parts: Sequence[str] = (),
     cpu_offload: bool = False,
+    place: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Return `pipeline_class.from_pretrained(params.weights)`. Raises SetupError if the folder holds no such pipeline.
 
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
-    part to the GPU when it runs. No effect on a CPU.
+    part to the GPU when it runs. No effect on a CPU. `place`: move the weights to the device; otherwise the caller does.
     """
     silence_libraries()
     require_device(params.device)
@@ -46,7 +47,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if cpu_offload and params.device != "cpu":
         pipe.enable_model_cpu_offload(device=params.device)
-    else:
+    elif place:
         pipe.to(params.device)
     import torch
 
@@ -62,3 +63,11 @@ def _dtypes(dtype: str, float32_parts: Sequence[str]) -> Any:
     if not float32_parts:
         return torch_dtype(dtype)
     return {"default": torch_dtype(dtype), **{part: torch_dtype("float32") for part in float32_parts}}
+
+
+def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
+    """Let a diffusers autoencoder work in overlapping square tiles of this side, in pixels. `None`: on whole images."""
+    vae.use_tiling = tile_px is not None
+    if tile_px is not None:
+        vae.tile_sample_min_size = tile_px
+        vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)

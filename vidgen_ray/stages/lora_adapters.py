@@ -9,12 +9,15 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import InputChanged, StageError
 from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_REASON = 200
 """Maximum number of characters of an error of diffusers in a message. Some list every layer."""
@@ -23,13 +26,14 @@ MAX_REASON = 200
 class LoraAdapters:
     """LoRAs of one pipeline. Outside of `active` the weights are bitwise those without LoRAs."""
 
-    def __init__(self, pipe: Any, kept: int, model: str, field: str = "lora") -> None:
+    def __init__(self, pipe: Any, kept: int, model: str, field: str = "lora", dtype: torch.dtype | None = None) -> None:
         """`kept`: LoRAs that stay loaded, and the maximum per shot. `model`, `field`: names of the base model and of the shot
-        field in error messages."""
+        field in error messages. `dtype`: that of the computation, if the weights are stored in another one."""
         self._pipe = pipe
         self._kept = kept
         self._model = model
         self._field = field
+        self._dtype = dtype
         # Least recently used first.
         self._names: OrderedDict[str, None] = OrderedDict()
         self.loads = 0
@@ -130,6 +134,9 @@ class LoraAdapters:
         if self._names:
             pipe.disable_lora()
         changed_parts = [part for part, names in pipe.get_list_adapters().items() if name in names]
+        if self._dtype is not None:
+            for part in changed_parts:
+                _set_factors(getattr(pipe, part), part, name, factors, self._dtype)
         if not any(_has_effect(getattr(pipe, part), name) for part in changed_parts):
             self._unload(name)
             raise StageError(
@@ -185,3 +192,13 @@ def _has_effect(module: Any, adapter: str) -> bool:
         for layer in module.modules()
         if hasattr(layer, "lora_B") and adapter in layer.lora_B
     )
+
+
+def _set_factors(network: Any, part: str, adapter: str, factors: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Give an adapter the values of its file in `dtype`. peft creates it in that of the layers, maybe one for storage."""
+    for path, layer in network.named_modules():
+        if not hasattr(layer, "lora_B") or adapter not in layer.lora_B:
+            continue
+        for factor, half in (("lora_A", layer.lora_A[adapter]), ("lora_B", layer.lora_B[adapter])):
+            value = factors.get(f"{part}.{path}.{factor}.weight", half.weight)
+            half.weight.data = value.to(half.weight.device, dtype)

@@ -24,7 +24,9 @@ from vidgen_ray.stages.base import (
     torch_threads,
 )
 from vidgen_ray.stages.cpu_dtype import fastest_cpu_dtype
+from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import require_device
+from vidgen_ray.stages.memory import StageMemory, activation_bytes, load_table, weight_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,10 @@ ENDINGS = (".safetensors", ".pth")
 """File endings of weights. The first one wins if both exist."""
 RELATIVE_COST = {"animevideov3": 1.0, "x4plus-anime": 10.0, "x4plus": 23.0}
 """Duration of a frame relative to the default network, measured on a CPU in float32."""
+LARGEST_UPSCALER = "x4plus"
+"""Network whose memory is assumed for networks that are not in the memory table."""
+NETWORK_SCALE = 4
+"""Scale of the networks in the memory table."""
 UNCLAMPED = ("Compact", "ESRGAN")
 """Architectures of Real-ESRGAN: any image size, and a resize to the shot's scale sees values outside 0..1, as in ncnn."""
 LARGEST_TILE_PX, SMALLEST_TILE_PX = 512, 128
@@ -78,7 +84,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     activity: ClassVar[str] = "Upscaling"
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "realesrgan"
-    reference_s: ClassVar[float] = 3.0
+    reference_s: ClassVar[float] = 0.1
     reads: ClassVar[tuple[str, ...]] = ("scale", "upscaler")
     clip_only_fields: ClassVar[tuple[str, ...]] = ("upscale_video", "scale", "upscaler")
     switch_off: ClassVar[Mapping[str, Any]] = {"upscale_video": False}
@@ -114,6 +120,24 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         return params.model_copy(update={"tile_px": smaller}) if smaller >= SMALLEST_TILE_PX else None
 
     @classmethod
+    def memory(cls, params: RealESRGANParams, shot: Shot) -> StageMemory | None:
+        dtype = params.resolved().dtype
+        known = shot.upscaler if f"realesrgan/{shot.upscaler}" in load_table().weights else LARGEST_UPSCALER
+        pixels, frames = shot.width * shot.height, min(params.frames_per_call, shot.num_frames)
+        # Upscaled pixels of a call in float32 and uint8.
+        call_bytes = pixels * frames * shot.scale**2 * 3 * (4 + 1)
+        if params.tile_px is None:
+            peak = activation_bytes(f"realesrgan/{known}", pixels * frames, dtype)
+        else:
+            tile = min(pixels, (params.tile_px + 2 * params.tile_overlap_px) ** 2)
+            peak = activation_bytes(f"realesrgan/{known}:network", tile * frames, dtype) + pixels * frames * 16 * 3 * (4 + 1)
+        if shot.scale != NETWORK_SCALE:
+            peak += call_bytes
+        # On the host: one result on its way while the next one is computed.
+        host = 2 * pixels * frames * shot.scale**2 * 3
+        return StageMemory({f"realesrgan/{shot.upscaler}": weight_bytes(f"realesrgan/{known}", dtype)}, peak, host)
+
+    @classmethod
     def chunk_frames(cls, params: RealESRGANParams) -> int:
         return params.frames_per_call
 
@@ -134,8 +158,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
         self._networks: dict[str, ImageModelDescriptor[Any]] = {}
 
     def move(self, device: str) -> None:
-        for network in self._networks.values():
-            network.model.to(device)
+        move_networks((network.model for network in self._networks.values()), device)
 
     def process_chunk(self, shot: Shot, frames: Frames, chunk: slice) -> Frames:
         return _to_frames(self._upscale(frames, shot.scale, shot.upscaler))

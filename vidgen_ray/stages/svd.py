@@ -20,11 +20,15 @@ from vidgen_ray.stages.base import (
     noise_generator,
     to_uint8,
 )
+from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
+NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
+"""Its networks in the memory table."""
 
 
 class SVDParams(StageParams):
@@ -89,21 +93,36 @@ class SVDStage(Stage[SVDParams]):
         return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES
 
     @classmethod
+    def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:
+        pixels, frames, dtype = shot.width * shot.height, shot.num_frames, params.dtype
+        clip = pixels * frames
+        number_bytes = 4 if dtype == "float32" else 2
+        decode = activation_bytes("svd/decode", pixels * min(params.decode_chunk_frames, frames), dtype)
+        phases = (
+            # In float32 also with float16 weights.
+            activation_bytes("svd/encode", pixels, "float16"),
+            activation_bytes("svd/step:chunked" if params.forward_chunking else "svd/step", clip, dtype),
+            decode + clip * 3 * number_bytes,
+            activation_bytes("svd/clip", clip, dtype),
+        )
+        weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
+        # On the host: the clip in float32, two temporary copies of it, and uint8.
+        return StageMemory(weights, max(phases), clip * 3 * 13)
+
+    @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
-        """Return parameters that decode half as many frames at once, down to one."""
-        if params.decode_chunk_frames == 1:
-            return None
-        return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
+        """Return parameters that decode half as many frames at once, down to one, then with forward chunking."""
+        if params.decode_chunk_frames > 1:
+            return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
+        return None if params.forward_chunking else params.model_copy(update={"forward_chunking": True})
 
     def load(self) -> None:
         from diffusers import StableVideoDiffusionPipeline
 
         self.pipe = load_pipeline(StableVideoDiffusionPipeline, self.params)
-        if self.params.forward_chunking:
-            self.pipe.unet.enable_forward_chunking()
 
     def move(self, device: str) -> None:
-        self.pipe.to(device)
+        move_networks(self.pipe.components.values(), device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": self._generate(item)} for item in items]
@@ -115,6 +134,7 @@ class SVDStage(Stage[SVDParams]):
         height, width = image.shape[:2]
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
+        _set_forward_chunking(self.pipe.unet, self.params.forward_chunking)
         (clip,) = self.pipe(
             PILImage.fromarray(image),
             height=height,
@@ -131,3 +151,13 @@ class SVDStage(Stage[SVDParams]):
             **diffusers_step_callback(self.name),
         ).frames
         return to_uint8(clip)
+
+
+def _set_forward_chunking(unet: Any, enabled: bool) -> None:
+    """Run the feed-forward layers frame by frame, or all frames at once. diffusers' UNet can only enable it."""
+    if enabled:
+        unet.enable_forward_chunking()
+        return
+    for module in unet.modules():
+        if hasattr(module, "set_chunk_feed_forward"):
+            module.set_chunk_feed_forward(None)

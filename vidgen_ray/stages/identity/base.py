@@ -42,6 +42,10 @@ class FluxInjector(ABC):
     """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
     passes_per_step: ClassVar[float]
     """Cost added to a denoising step, in passes of FLUX's transformer, for estimates."""
+    networks: ClassVar[tuple[str, ...]]
+    """Its networks in the memory table."""
+    step_curve: ClassVar[str]
+    """Curve of the memory table for a denoising step with this injector."""
 
     @abstractmethod
     def __init__(self, model: FluxModel, weights: Path) -> None:

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Image, noise_generator
+from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class InfuseNetInjector(FluxInjector):
     embedding: ClassVar[str] = "ir_se50"
     # InfuseNet has 2.95 billion parameters, the transformer 11.9 billion. Both process the same patches.
     passes_per_step: ClassVar[float] = 0.25
+    networks: ClassVar[tuple[str, ...]] = ("infusenet/net", "infusenet/resampler")
+    step_curve: ClassVar[str] = "flux/step+infusenet"
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
         from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
@@ -51,11 +54,11 @@ class InfuseNetInjector(FluxInjector):
 
         self.model = model
         transformer = model.text_to_image.transformer
-        self.infusenet = load_infusenet(weights, transformer.dtype, model.device)
+        self.infusenet = load_infusenet(weights, model.dtype, model.device)
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
 
     def move(self, device: str) -> None:
-        self.infusenet.to(device)
+        move_networks((self.infusenet.net, self.infusenet.resampler), device)
 
     @contextmanager
     def inject(

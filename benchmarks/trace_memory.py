@@ -1,0 +1,435 @@
+"""Trace the GPU memory of all stages at full size and write the table from which the planner works.
+
+Networks are built on the meta device, where tensors have a shape and no memory, and run once per size while the bytes of live
+tensors are counted. Needs no GPU and no weights:
+
+    python -m benchmarks.trace_memory            # writes vidgen_ray/stages/memory_table.json, takes some minutes
+    python -m benchmarks.trace_memory --check    # compares the table with other sizes and prints the differences
+
+Attention counts as its output only, as in the fused kernels of torch. What these kernels and cuDNN need beside their output,
+fragmentation and the CUDA context are not in the table; the planner adds a margin for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vidgen_ray.nets.fp8 import store_in_fp8
+from vidgen_ray.stages.memory import FP8, TABLE_FILE, TILES_PX, MemoryTable, load_table
+from vidgen_ray.weights.published_models import NETWORKS, build_network, realesrgan_network
+
+HALF = torch.bfloat16
+"""Precision of the table. float16 takes as much, float32 twice as much."""
+TEXT_TOKENS = 512
+IDENTITY_TOKENS = 8
+UPSCALERS = ("animevideov3", "x4plus-anime", "x4plus")
+LORA_RANK = 32
+TOLERANCE = 0.05
+"""Largest relative difference between the table and other traced sizes that `--check` accepts."""
+
+IMAGES = ((256, 256), (512, 512), (1024, 576), (1024, 1024), (1536, 1536), (2048, 2048))
+"""Width and height of the points of the table."""
+OTHER_IMAGES = ((512, 320), (640, 1024), (2048, 512), (1344, 768), (1920, 1088))
+CLIPS = ((256, 256, 8), (512, 320, 14), (1024, 576, 14), (1024, 576, 25), (1024, 1024, 25), (2048, 2048, 25), (2048, 2048, 256))
+"""Width, height and frames of the points of the table."""
+OTHER_CLIPS = ((576, 1024, 25), (1024, 576, 50), (768, 768, 20), (1024, 576, 256))
+CHUNKS = ((512, 512, 1), (1024, 576, 1), (1024, 576, 2), (1024, 576, 5), (1024, 576, 8), (2048, 2048, 8))
+OTHER_CHUNKS = ((1024, 1024, 1), (576, 1024, 4), (2048, 2048, 2))
+UPSCALED = ((128, 128, 1), (512, 512, 1), (1024, 576, 1), (1024, 576, 4), (2048, 2048, 4))
+OTHER_UPSCALED = ((576, 1024, 2), (2048, 512, 1), (1024, 1024, 3))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live meta tensors inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.peak = 0
+
+    def track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+                self.track(leaf)
+        return output
+
+
+def peak_bytes(call: Callable[[], Any], *models: torch.nn.Module) -> int:
+    """Return the most bytes that the call holds at once beside the weights of the models."""
+    live = LiveBytes()
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.track(tensor)
+    weights = live.now
+    with torch.no_grad(), _fused_attention(), live:
+        # The result counts until the block ends.
+        result = call()
+    del result
+    return live.peak - weights
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Replace scaled dot product attention by its output. On the meta device it would build the attention matrix."""
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@cache
+def network(name: str, variant: str = "") -> Any:
+    """Return a network on the meta device: as published, in `fp8` storage, or `chunked`."""
+    if name.startswith("realesrgan/"):
+        with torch.device("meta"):
+            return realesrgan_network(name.partition("/")[2]).eval().requires_grad_(False).to(torch.float16)
+    model = build_network(name, torch.float32 if variant == "float32" else HALF)
+    if variant == FP8:
+        store_in_fp8(model, HALF)
+    if variant == "chunked":
+        model.enable_forward_chunking()
+    return model
+
+
+# FLUX
+
+
+def flux_step(width: int, height: int, frames: int = 1, *, variant: str = "", infusenet: bool = False) -> int:
+    """One denoising step, with InfuseNet before it."""
+    patches = width * height // 256
+    transformer = network("flux/transformer", variant)
+    models = [transformer]
+    if infusenet:
+        models.append(network("infusenet/net"))
+
+    def step() -> Any:
+        inputs = {
+            "hidden_states": meta(1, patches, 64),
+            "timestep": meta(1),
+            "pooled_projections": meta(1, 768),
+            "img_ids": meta(patches, 3),
+            "guidance": meta(1, dtype=torch.float32),
+            "return_dict": False,
+        }
+        residuals = {}
+        if infusenet:
+            double, single = network("infusenet/net")(
+                controlnet_cond=meta(1, patches, 64),
+                conditioning_scale=1.0,
+                encoder_hidden_states=meta(1, IDENTITY_TOKENS, 4096),
+                txt_ids=meta(IDENTITY_TOKENS, 3),
+                **inputs,
+            )
+            residuals = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        prompt = {"encoder_hidden_states": meta(1, TEXT_TOKENS, 4096), "txt_ids": meta(TEXT_TOKENS, 3)}
+        return transformer(**inputs, **prompt, **residuals)
+
+    return peak_bytes(step, *models)
+
+
+def flux_text() -> int:
+    encoder = network("flux/text_encoder_2")
+    return peak_bytes(lambda: encoder(meta(1, TEXT_TOKENS, dtype=torch.int64)), encoder)
+
+
+def vae_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int = 0, variant: str = "") -> int:
+    vae = network(f"{model}/vae", variant)
+    _set_tiles(vae, tile_px)
+    latents = meta(1, vae.config.latent_channels, height // 8, width // 8, dtype=vae.dtype)
+
+    def decode() -> Any:
+        pixels = vae.decode(latents, return_dict=False)[0]
+        # As diffusers' image processor does on the device.
+        return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+    return peak_bytes(decode, vae)
+
+
+def vae_encode(width: int, height: int, frames: int = 1, *, model: str, variant: str = "") -> int:
+    vae = network(f"{model}/vae", variant)
+    _set_tiles(vae, 0)
+    pixels = meta(1, 3, height, width, dtype=vae.dtype)
+    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+
+
+def _set_tiles(vae: Any, tile_px: int) -> None:
+    if tile_px:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = tile_px, tile_px // 8
+    elif hasattr(vae, "use_tiling"):
+        vae.use_tiling = False
+
+
+# HunyuanDiT
+
+
+def hunyuan_step(width: int, height: int, frames: int = 1) -> int:
+    """One denoising step with guidance."""
+    model = network("hunyuan/transformer")
+    patches = width * height // 256
+    rope = meta(patches, 88, dtype=torch.float32), meta(patches, 88, dtype=torch.float32)
+    return peak_bytes(
+        lambda: model(
+            meta(2, 4, height // 8, width // 8),
+            meta(2),
+            encoder_hidden_states=meta(2, 77, 1024),
+            text_embedding_mask=meta(2, 77, dtype=torch.int64),
+            encoder_hidden_states_t5=meta(2, 256, 2048),
+            text_embedding_mask_t5=meta(2, 256, dtype=torch.int64),
+            image_meta_size=meta(2, 6),
+            style=meta(2, dtype=torch.int64),
+            image_rotary_emb=rope,
+            return_dict=False,
+        ),
+        model,
+    )
+
+
+def hunyuan_text() -> int:
+    encoder = network("hunyuan/text_encoder_2")
+    return peak_bytes(lambda: encoder(meta(1, 256, dtype=torch.int64)), encoder)
+
+
+# Stable Video Diffusion
+
+
+def svd_step(width: int, height: int, frames: int, *, variant: str = "") -> int:
+    """One denoising step with guidance."""
+    unet = network("svd/unet", variant)
+    return peak_bytes(
+        lambda: unet(
+            meta(2, frames, 8, height // 8, width // 8),
+            meta(1, dtype=torch.float32),
+            encoder_hidden_states=meta(2, 1, 1024),
+            added_time_ids=meta(2, 3),
+            return_dict=False,
+        ),
+        unet,
+    )
+
+
+def svd_decode(width: int, height: int, frames: int) -> int:
+    """Decode a chunk of frames."""
+    vae = network("svd/vae")
+    return peak_bytes(lambda: vae.decode(meta(frames, 4, height // 8, width // 8), num_frames=frames, return_dict=False), vae)
+
+
+def svd_clip(width: int, height: int, frames: int) -> int:
+    """Join the decoded frames of a clip and convert them to 0..1 in float32, as diffusers does after the last chunk."""
+    from diffusers.video_processor import VideoProcessor
+
+    decoded = [meta(1, 3, height, width) for _ in range(frames)]
+
+    def join() -> Any:
+        clip = torch.cat(decoded)
+        decoded.clear()
+        clip = clip.reshape(-1, frames, *clip.shape[1:]).permute(0, 2, 1, 3, 4).float()
+        return VideoProcessor(do_resize=True, vae_scale_factor=8).postprocess_video(clip, output_type="pt")
+
+    live = LiveBytes()
+    for frame in decoded:
+        live.track(frame)
+    with torch.no_grad(), live:
+        join()
+    return live.peak
+
+
+# SDXL with InstantID
+
+
+def sdxl_step(width: int, height: int, frames: int = 1) -> int:
+    """One denoising step with guidance, IdentityNet before it."""
+    unet, controlnet = network("sdxl/unet"), network("sdxl/controlnet")
+    added = {"text_embeds": meta(2, 1280), "time_ids": meta(2, 6)}
+
+    def step() -> Any:
+        latents = meta(2, 4, height // 8, width // 8)
+        down, mid = controlnet(
+            latents,
+            meta(1),
+            encoder_hidden_states=meta(2, 16, 2048),
+            controlnet_cond=meta(2, 3, height, width),
+            conditioning_scale=1.0,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        return unet(
+            latents,
+            meta(1),
+            encoder_hidden_states=meta(2, 77, 2048),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+
+    return peak_bytes(step, unet, controlnet)
+
+
+# RealESRGAN
+
+
+def upscale(width: int, height: int, frames: int, *, upscaler: str, whole: bool = True) -> int:
+    """Upscale frames four times and convert them to uint8; with `whole` false the network alone, as for a tile."""
+    model = network(f"realesrgan/{upscaler}")
+
+    def call() -> Any:
+        frames_uint8 = torch.empty(frames, 3, height, width, dtype=torch.uint8, device="meta")
+        output = model((frames_uint8.float() / 255).to(torch.float16))
+        if not whole:
+            return output
+        return output.float().clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+    return peak_bytes(call, model)
+
+
+Trace = Callable[[int, int, int], int]
+Size = tuple[int, int, int]
+
+
+def traces() -> dict[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
+    """Return curve -> function of width, height and frames; sizes of the table; other sizes to check it with."""
+    images, others = _one_frame(IMAGES), _one_frame(OTHER_IMAGES)
+    curves: dict[str, tuple[Any, tuple[Size, ...], tuple[Size, ...]]] = {
+        "flux/step": (flux_step, images, others),
+        "flux/step+infusenet": (partial(flux_step, infusenet=True), images, others),
+        f"flux/step:{FP8}": (partial(flux_step, variant=FP8), images, others),
+        f"flux/step+infusenet:{FP8}": (partial(flux_step, variant=FP8, infusenet=True), images, others),
+        "hunyuan/step": (hunyuan_step, images[2:5], _one_frame(((1280, 768), (864, 1152), (1280, 1280)))),
+        "svd/step": (svd_step, CLIPS, OTHER_CLIPS),
+        "svd/step:chunked": (partial(svd_step, variant="chunked"), CLIPS, OTHER_CLIPS),
+        "svd/decode": (svd_decode, CHUNKS, OTHER_CHUNKS),
+        "svd/clip": (svd_clip, CLIPS[1:3], OTHER_CLIPS),
+        # diffusers encodes the start image in float32 if the weights are float16.
+        "svd/encode": (partial(vae_encode, model="svd", variant="float32"), images, others),
+        "sdxl/step": (sdxl_step, images, others),
+    }
+    for model, variant in (("flux", ""), ("hunyuan", ""), ("sdxl", "float32")):
+        curves[f"{model}/encode"] = partial(vae_encode, model=model, variant=variant), images, others
+        curves[f"{model}/decode"] = partial(vae_decode, model=model, variant=variant), images, others
+        for tile_px in TILES_PX:
+            decode = partial(vae_decode, model=model, variant=variant, tile_px=tile_px)
+            curves[f"{model}/decode:tile{tile_px}"] = decode, images[2:], others[2:]
+    for upscaler in UPSCALERS:
+        curves[f"realesrgan/{upscaler}"] = partial(upscale, upscaler=upscaler), UPSCALED, OTHER_UPSCALED
+        tile = partial(upscale, upscaler=upscaler, whole=False)
+        curves[f"realesrgan/{upscaler}:network"] = tile, UPSCALED[:2], OTHER_UPSCALED
+    return curves
+
+
+def _one_frame(images: Iterable[tuple[int, int]]) -> tuple[Size, ...]:
+    return tuple((width, height, 1) for width, height in images)
+
+
+def weights() -> dict[str, int]:
+    """Return network -> bytes of its weights in 16 bits."""
+    sizes = {name: tensor_bytes(network(name)) for name in NETWORKS if name != "flux-schnell/transformer"}
+    sizes |= {f"realesrgan/{upscaler}": tensor_bytes(network(f"realesrgan/{upscaler}")) for upscaler in UPSCALERS}
+    sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
+    linear = [m for m in network("flux/transformer").modules() if isinstance(m, torch.nn.Linear)]
+    sizes["flux/lora"] = 2 * LORA_RANK * sum(m.in_features + m.out_features for m in linear)
+    # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/face_resampler.py.
+    sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
+    sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
+    return sizes
+
+
+def resampler_parameters(*, tokens: int, output: int) -> int:
+    from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes
+
+    with torch.device("meta"):
+        model = FaceResampler(ResamplerSizes(512, tokens, 1280, 20, 4, 5120, output))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sdxl_adapter_parameters() -> int:
+    """Return the parameters that IP-Adapter adds to SDXL's UNet: a key and a value projection per cross attention."""
+    unet = network("sdxl/unet")
+    modules = unet.named_modules()
+    return sum(2 * m.to_k.in_features * m.to_k.out_features for name, m in modules if name.endswith("attn2"))
+
+
+def make_table() -> MemoryTable:
+    """Trace all curves."""
+    curves: dict[str, list[tuple[int, int]]] = {
+        "flux/text": [(0, flux_text())],
+        "hunyuan/text": [(0, hunyuan_text())],
+    }
+    for name, (trace, sizes, _) in traces().items():
+        curves[name] = sorted((width * height * frames, trace(width, height, frames)) for width, height, frames in sizes)
+        sys.stdout.write(f"{name}: {', '.join(f'{size / 2**30:.2f}' for _, size in curves[name])} GiB\n")
+    return MemoryTable(
+        versions={"torch": torch.__version__.partition("+")[0], "diffusers": diffusers.__version__},
+        weights=weights(),
+        curves=curves,
+    )
+
+
+def differences(table: MemoryTable, names: Iterable[str] | None = None) -> Iterator[tuple[str, Size, float, int]]:
+    """Yield curve, size, planned and traced bytes for sizes that are not in the table."""
+    every: Mapping[str, Any] = traces()
+    for name in every if names is None else names:
+        trace, _, sizes = every[name]
+        for width, height, frames in sizes:
+            yield name, (width, height, frames), table.curve(name, width * height * frames), trace(width, height, frames)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare the table with other sizes")
+    if not parser.parse_args().check:
+        Path(TABLE_FILE).write_text(make_table().to_json())
+        return
+    worst = 0.0
+    for name, (width, height, frames), planned, traced in differences(load_table()):
+        difference = planned / traced - 1
+        worst = max(worst, abs(difference))
+        gib = f"{planned / 2**30:7.2f} {traced / 2**30:7.2f}"
+        sys.stdout.write(f"{name:32} {width}x{height}x{frames:<4} {gib} {difference:+.1%}\n")
+    if worst > TOLERANCE:
+        raise SystemExit(f"the table differs by up to {worst:.0%}; trace it again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""OOM fallback: lower-memory settings from the plan, after an error, and remembered per stage and size."""
+
+import pytest
+
+from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory
+from vidgen_ray.engine.step_groups import CallResult
+from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.errors import OutOfMemory
+from vidgen_ray.planner.cluster import GB
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.svd import SVDParams, SVDStage
+
+SHOT = Shot(prompt="a")
+OOM = "CUDA out of memory. Tried to allocate 9.00 GiB"
+
+
+class Decoder:
+    """Work of a stage that runs out of memory with more than `limit` frames at once. Counts its calls."""
+
+    def __init__(self, stage, limit, message=OOM):
+        self.stage, self.limit, self.message = stage, limit, message
+        self.calls = []
+
+    def __call__(self):
+        self.calls.append(self.stage.params.decode_chunk_frames)
+        if self.calls[-1] > self.limit:
+            raise RuntimeError(self.message)
+        return "frames"
+
+
+def svd(**options):
+    return SVDStage(SVDParams(weights="w", dtype="float16", device="cuda", **{"decode_chunk_frames": 8, **options}))
+
+
+def without_gpu():
+    return OomFallback(lambda: None)
+
+
+def test_oom_falls_back_to_smaller_chunks():
+    stage = svd()
+    work = Decoder(stage, 2)
+    assert without_gpu().run(stage, SHOT, work) == ("frames", "decode_chunk_frames=2")
+    assert work.calls == [8, 8, 4, 2]
+    assert stage.params.decode_chunk_frames == 8
+
+
+def test_settings_are_remembered_for_the_size():
+    stage, fallback = svd(), without_gpu()
+    fallback.run(stage, SHOT, Decoder(stage, 2))
+    again = Decoder(stage, 2)
+    assert fallback.run(stage, SHOT, again) == ("frames", "decode_chunk_frames=2")
+    assert again.calls == [2]
+    other = Decoder(stage, 8)
+    assert fallback.run(stage, Shot(prompt="a", num_frames=14), other) == ("frames", None)
+    assert other.calls == [8]
+
+
+def test_memory_is_freed_before_settings_change():
+    stage = svd()
+    calls = iter([RuntimeError(OOM), "frames"])
+
+    def work():
+        result = next(calls)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    assert without_gpu().run(stage, SHOT, work) == ("frames", MEMORY_FREED)
+
+
+def test_planned_settings_are_used_without_an_error_first():
+    stage = svd()
+    needed = stage.memory(stage.params.model_copy(update={"decode_chunk_frames": 4}), SHOT).peak
+    for free, calls in ((needed + GB / 100, [4]), (80 * GB, [8])):
+        work = Decoder(stage, 8)
+        OomFallback(lambda free=free: free).run(stage, SHOT, work)
+        assert work.calls == calls
+
+
+def test_oom_with_the_lowest_settings_is_an_error_of_its_own():
+    stage = svd()
+    with pytest.raises(OutOfMemory, match=r"lowest-memory settings of svd: CUDA out of memory") as raised:
+        without_gpu().run(stage, SHOT, Decoder(stage, 0))
+    result = CallResult.of_failure(StepFailed("svd", raised.value))
+    assert result.failure.error == "OutOfMemory"
+    assert not result.context_broken
+
+
+def test_other_errors_are_raised_unchanged():
+    stage = svd()
+    with pytest.raises(RuntimeError, match="other"):
+        without_gpu().run(stage, SHOT, Decoder(stage, 0, "other"))
+
+
+@pytest.mark.parametrize(
+    ("message", "out_of_memory", "context_broken"),
+    [
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True, False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True, False),
+        ("CUDA error: out of memory", True, False),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", False, True),
+        ("CUDA error: an illegal memory access was encountered", False, True),
+    ],
+)
+def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_memory, context_broken):
+    error = RuntimeError(message)
+    assert is_out_of_memory(error) is out_of_memory
+    assert CallResult.of_failure(StepFailed("svd", error)).context_broken is context_broken

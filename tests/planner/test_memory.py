@@ -1,0 +1,227 @@
+"""Memory plan: the table against other traced sizes, settings that follow from the size of a shot, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.trace_memory import TOLERANCE, differences, traces
+from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_groups
+from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.demand import MAX_SIZES
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor, Process
+from vidgen_ray.planner.memory import actor_memory, fitting_params, too_large
+from vidgen_ray.profile import ActorProfile, Profile, load_profile
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.memory import MemoryTable, load_table
+from vidgen_ray.stages.svd import SVDParams, SVDStage
+
+FACE = {"face_image": ("face.png",), "prompt": "a"}
+LARGEST = Shot(**FACE, width=2048, height=2048, num_frames=256, scale=4)
+FAST_CURVES = ("flux/decode", "svd/decode", "svd/clip", "realesrgan/animevideov3", "realesrgan/x4plus-anime")
+
+
+def gpu_shot(profile, **fields):
+    return Shot.model_validate({"prompt": "a", **profile.defaults, **fields})
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", FAST_CURVES)
+def test_table_agrees_with_other_traced_sizes(name):
+    for _, size, planned, traced in differences(load_table(), [name]):
+        assert planned == pytest.approx(traced, rel=TOLERANCE), size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in traces() if name not in FAST_CURVES])
+def test_table_agrees_with_other_traced_sizes_of_all_networks(name):
+    test_table_agrees_with_other_traced_sizes(name)
+
+
+def test_wrong_table_does_not_agree():
+    table = load_table()
+    curves = {name: [(pixels, int(size * 1.3)) for pixels, size in points] for name, points in table.curves.items()}
+    wrong = MemoryTable(table.versions, table.weights, curves)
+    assert all(abs(planned / traced - 1) > TOLERANCE for _, _, planned, traced in differences(wrong, ["svd/decode"]))
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        ("flux/transformer", 11_901.4e6),
+        ("flux/text_encoder_2", 4_762e6),
+        ("infusenet/net", 2_952.7e6),
+        ("infusenet/resampler", 84.6e6),
+        ("svd/unet", 1_524.6e6),
+        ("sdxl/unet", 2_567.5e6),
+        ("realesrgan/x4plus", 16.7e6),
+    ],
+)
+def test_weights_of_the_table_have_the_published_sizes(network, parameters):
+    assert load_table().weights[network] == pytest.approx(2 * parameters, rel=0.002)
+
+
+def test_curve_is_linear_between_points_and_beyond_them():
+    table = MemoryTable({}, {}, {"line": [(100, 10), (200, 30), (300, 40)], "constant": [(0, 7)]})
+    assert [table.curve("line", pixels) for pixels in (150, 200, 400, 50, 10)] == [20, 30, 50, 0, 0]
+    assert table.curve("constant", 10**9) == 7
+
+
+# Profiles
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "swapped"),
+    [
+        ("gpu-24gb", FACE, True),
+        ("gpu-24gb-schnell", {}, False),
+        ("gpu-48gb", FACE, False),
+        ("gpu-48gb", {**FACE, "use_hunyuan_style": True}, True),
+        ("gpu-80gb", {**FACE, "use_hunyuan_style": True}, False),
+        ("gpu-80gb", {**FACE, "identity": "instantid-sdxl", "use_hunyuan_style": True}, False),
+    ],
+)
+def test_profiles_run_the_whole_chain_on_one_gpu(name, fields, swapped):
+    profile = load_profile(name)
+    shot = gpu_shot(profile, lora="l.safetensors", **fields)
+    # What torch reports for such cards: RTX 4090, L40S, H100.
+    gpu_gb = {"24": 23.6, "48": 44.4, "80": 79.1}[name[4:6]]
+    planned = plan(profile, demand_of([shot] * 100), Cluster((Node((gpu_gb,), 16, 256),)))
+    (worker,) = planned.layout.workers
+    assert set(worker.stages) == {stage.name for stage in stages_of(shot)}
+    assert bool(worker.swap_groups) == swapped
+    assert not [note for note in planned.notes if "lower-memory" in note]
+
+
+def test_80_gb_decode_8_frames_at_once():
+    assert load_profile("gpu-80gb").options_of(SVDStage).decode_chunk_frames == 8
+
+
+def test_fp8_transformer_takes_about_half():
+    weights = load_table().weights
+    assert 0.5 < weights["flux/transformer:fp8_storage"] / weights["flux/transformer"] < 0.52
+
+
+# Sizes of shots
+
+
+def test_infusenet_counts_only_for_shots_with_a_face():
+    profile = load_profile("gpu-80gb")
+    with_face, without = (
+        actor_memory(profile, [STAGE_BY_NAME["flux"]], [Shot(**fields)], 80) for fields in (FACE, {"prompt": "a"})
+    )
+    table = load_table().weights
+    assert with_face.weights_gb - without.weights_gb == pytest.approx(
+        (table["infusenet/net"] + table["infusenet/resampler"]) / GB
+    )
+
+
+@pytest.mark.parametrize("gpus", ["1x24GB", "1x48GB", "8x80GB"])
+def test_clip_of_256_large_frames_is_refused_with_a_size_that_fits(gpus):
+    profile = load_profile(f"gpu-{gpus[2:4]}gb")
+    cluster = parse_gpus(gpus)
+    with pytest.raises(
+        SetupError,
+        match=r"stage svd: 2048x2048 with 256 frames needs \d+ GB .*; at most (2048x2048 with \d+ frames or )?\d+x\d+ with",
+    ) as error:
+        plan(profile, demand_of([LARGEST]), cluster)
+    size, _, frames = str(error.value).rpartition("or ")[2].removesuffix(" fits").partition(" with ")
+    width, height = map(int, size.rpartition(" ")[2].split("x"))
+    smaller = LARGEST.model_copy(update={"width": width, "height": height, "num_frames": int(frames.split()[0])})
+    plan(profile, demand_of([smaller]), cluster)
+
+
+def test_host_memory_of_a_clip_is_planned():
+    profile = load_profile("gpu-80gb")
+    memory = [actor_memory(profile, [SVDStage], [Shot(prompt="a", num_frames=frames)], 80).host_gb for frames in (25, 100)]
+    assert memory[1] == pytest.approx(4 * memory[0])
+
+
+def test_one_line_that_is_too_large_does_not_stop_the_others():
+    planned = plan(load_profile("gpu-80gb"), demand_of([Shot(**FACE)] * 9 + [LARGEST]), parse_gpus("1x80GB"))
+    (note,) = [note for note in planned.notes if note.startswith("shots will fail")]
+    assert "2048x2048 with 256 frames" in note
+
+
+def test_large_clip_gets_lower_memory_settings():
+    profile = load_profile("gpu-80gb")
+    shot = Shot(prompt="a", width=1024, height=1024, num_frames=50)
+    params = profile.options_of(SVDStage)
+    fitting = fitting_params(SVDStage, params, shot, 24)
+    assert fitting.forward_chunking
+    assert fitting.decode_chunk_frames < params.decode_chunk_frames
+    from_image = shot.model_copy(update={"image": "start.png"})
+    planned = plan(profile, demand_of([from_image]), parse_gpus("1x24GB"))
+    assert any("lower-memory settings: svd: decode_chunk_frames=" in note for note in planned.notes)
+
+
+def test_settings_of_the_profile_are_kept_if_they_fit():
+    params = SVDParams(weights="w", dtype="float16", device="cuda")
+    assert fitting_params(SVDStage, params, Shot(prompt="a"), 24) == params
+
+
+def test_weights_that_are_too_large_are_named():
+    flux = STAGE_BY_NAME["flux"]
+    params = load_profile("gpu-80gb").options_of(flux)
+    assert "its weights alone need" in too_large(flux, params, Shot(prompt="a"), 16)
+
+
+def test_memory_gb_of_the_profile_replaces_the_table():
+    actors = {"svd": ActorProfile(weights="w", device="cuda", memory_gb=20)}
+    memory = actor_memory(Profile(name="own", about="x", actors=actors), [SVDStage], [LARGEST], 24)
+    assert (memory.weights_gb, memory.peak_gb) == (20, 0)
+
+
+def test_stage_without_known_memory_requires_memory_gb():
+    actors = {"instantid": ActorProfile(weights="w", device="cuda")}
+    with pytest.raises(ProfileError, match=r"profile own, actors.instantid: device cuda requires memory_gb"):
+        actor_memory(Profile(name="own", about="x", actors=actors), [STAGE_BY_NAME["instantid"]], [Shot(**FACE)], 24)
+
+
+def test_demand_keeps_one_shot_of_each_size():
+    sizes = [(512, 512, 25), (1024, 576, 25), (1024, 576, 14), (1024, 576, 25), (512, 512, 50)]
+    demand = demand_of(Shot(prompt="a", width=w, height=h, num_frames=n) for w, h, n in sizes)
+    assert sorted((shot.width, shot.num_frames) for shot in demand.sizes) == [(512, 25), (512, 50), (1024, 14), (1024, 25)]
+    assert len(demand_of([Shot(prompt="a"), Shot(**FACE)]).sizes) == 2
+
+
+def test_demand_with_many_sizes_keeps_the_largest():
+    demand = demand_of(Shot(prompt="a", width=64 * n, height=576, num_frames=f) for n in range(1, 17) for f in range(2, 26))
+    assert len(demand.sizes) <= MAX_SIZES
+    assert (1024, 25) in [(shot.width, shot.num_frames) for shot in demand.sizes]
+
+
+# Processes
+
+
+def actor(name, weights_gb, peak_gb):
+    return Actor(name, (name,), 0, 1.0, weights_gb, 0.0, 1.0, True, peak_gb)
+
+
+def test_process_needs_all_weights_and_the_largest_activations():
+    flux, svd = actor("flux", 30, 2), actor("svd", 4, 9)
+    assert Process((flux, svd)).gpu_gb == pytest.approx(CONTEXT_GB + 34 + 9)
+    assert Process((flux, svd), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 32)
+
+
+def test_permanent_actor_runs_while_a_group_is_on_the_gpu():
+    flux, svd, upscaler = actor("flux", 30, 2), actor("svd", 4, 9), actor("realesrgan", 0.1, 10)
+    assert Process((flux, svd, upscaler), ((flux,), (svd,))).gpu_gb == pytest.approx(CONTEXT_GB + 30.1 + 10)
+
+
+def test_library_swaps_what_does_not_fit_together():
+    profile = load_profile("gpu-80gb")
+    shot = gpu_shot(profile, **FACE, use_hunyuan_style=True)
+    stages = stages_of(shot)
+    machine = Node((80.0,), 16, 256)
+    assert swap_groups(profile, stages, [shot], machine) == ()
+    groups = swap_groups(profile, stages, [shot], replace(machine, gpus=(48.0,)))
+    assert {"flux", "svd"} <= {stage for group in groups for stage in group}
+    assert swap_groups(profile, stages, [shot], replace(machine, gpus=())) == ()
+    with pytest.raises(SetupError, match=r"needs \d+.* GB of host memory, this machine has 32"):
+        swap_groups(profile, stages, [shot], Node((48.0,), 16, 32))
+    with pytest.raises(SetupError, match=r"at most .* fits"):
+        swap_groups(profile, stages, [gpu_shot(profile, **FACE, width=2048, height=2048, num_frames=256)], machine)

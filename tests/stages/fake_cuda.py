@@ -1,0 +1,124 @@
+"""Fake tensors on a CUDA device that does not exist: they have a shape, a precision and a device, and operations check them."""
+
+import ctypes
+import shutil
+import subprocess
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
+from diffusers.video_processor import VideoProcessor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+CUDA = torch.device("cuda:0")
+COMPILER = shutil.which("g++")
+
+
+@cache
+def register_guard(folder: Path) -> None:
+    """Compile the device guard and load it into this process, once."""
+    include = Path(torch.__file__).parent / "include"
+    library = folder / "guard.so"
+    sources = str(Path(__file__).with_name("cuda_guard.cpp"))
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-std=c++20", f"-I{include}", sources, "-o", str(library)], check=True)
+    ctypes.CDLL(str(library))
+
+
+class FakeCuda:
+    """A fake CUDA device. `move` puts networks on it; code runs on it within `running`."""
+
+    def __init__(self):
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.outputs = []
+        """Shape, dtype and device of the pixels that pipelines return."""
+
+    def tensor(self, *shape, dtype):
+        return FakeTensor(self.mode, torch.empty(*shape, dtype=dtype, device="meta"), CUDA)
+
+    def move(self, network, dtype):
+        """Replace all tensors of a module by fake ones on the GPU. Anything else is ignored."""
+        if not isinstance(network, torch.nn.Module):
+            return
+        for module in network.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None:
+                        store[name] = self._fake(tensor, dtype, is_parameter=store is module._parameters)
+
+    def _fake(self, tensor, dtype, *, is_parameter):
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        fake = FakeTensor(self.mode, torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="meta"), CUDA)
+        return torch.nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+
+    @contextmanager
+    def running(self):
+        with self.mode, torch.no_grad():
+            yield
+
+
+def patch_host_code(cuda, monkeypatch):
+    """Replace code of diffusers that looks at values, which fake tensors do not have: it runs on the host."""
+
+    def outside(function):
+        def run(*args, **kwargs):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+
+        return run
+
+    def image_result(self, image, output_type="pil", **kwargs):
+        cuda.outputs.append((tuple(image.shape), image.dtype, str(image.device)))
+        return np.zeros((image.shape[0], *image.shape[2:], 3), np.float32)
+
+    def video_result(self, video, output_type="np", **kwargs):
+        cuda.outputs.append((tuple(video.shape), video.dtype, str(video.device)))
+        return np.zeros((1, *video.shape[2:], 3), np.float32)
+
+    monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))
+    monkeypatch.setattr(VaeImageProcessor, "postprocess", image_result)
+    monkeypatch.setattr(VideoProcessor, "postprocess_video", video_result)
+    monkeypatch.setattr(StableVideoDiffusionPipeline, "do_classifier_free_guidance", property(lambda self: True))
+    monkeypatch.setattr(EulerDiscreteScheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
+    monkeypatch.setattr(EulerDiscreteScheduler, "step", _euler_step)
+    for scheduler in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
+        monkeypatch.setattr(scheduler, "set_timesteps", _set_timesteps(cuda, scheduler.set_timesteps))
+    for owner in (ModelMixin, torch.nn.Module):
+        monkeypatch.setattr(owner, "to", _to(cuda, owner.to))
+
+
+def _set_timesteps(cuda, original):
+    def set_timesteps(self, num_inference_steps=None, device=None, **kwargs):
+        with unset_fake_temporarily():
+            original(self, num_inference_steps, device="cpu", **kwargs)
+        if device is not None and torch.device(device).type == "cuda":
+            self.timesteps = cuda.tensor(*self.timesteps.shape, dtype=self.timesteps.dtype)
+
+    return set_timesteps
+
+
+def _to(cuda, original):
+    def to(self, *args, **kwargs):
+        if not isinstance(next(self.parameters(), None), FakeTensor):
+            return original(self, *args, **kwargs)
+        dtype = kwargs.get("dtype") or next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+        if dtype is not None:
+            cuda.move(self, dtype)
+        return self
+
+    return to
+
+
+def _euler_step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+    """The arithmetic of a step without its branches on the noise level: x + (x - prediction) / sigma * dt in float32."""
+    sigma = torch.ones((), device=sample.device)
+    pixels = sample.to(torch.float32)
+    prediction = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + pixels / (sigma**2 + 1)
+    previous = (pixels + (pixels - prediction) / sigma * sigma).to(model_output.dtype)
+    self._step_index = (self._step_index or 0) + 1
+    return EulerDiscreteSchedulerOutput(previous, prediction) if return_dict else (previous, prediction)

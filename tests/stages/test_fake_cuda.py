@@ -1,0 +1,160 @@
+"""Stages and full-size networks on a fake CUDA device: every tensor must be on it. Shows nothing about kernels and speed."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.stages import fake_cuda
+from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
+from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.script.reader import check_shot
+from vidgen_ray.stages.base import FaceFeatures, Item
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
+from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.weights.published_models import build_network
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(fake_cuda.COMPILER is None, reason="needs g++"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU has a device guard of its own"),
+]
+HALF, BRAIN = torch.float16, torch.bfloat16
+IMAGE = np.zeros((64, 128, 3), np.uint8)
+LORA = "builtin:tiny/lora.safetensors"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guard(tmp_path_factory):
+    register_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    device = FakeCuda()
+    patch_host_code(device, monkeypatch)
+    return device
+
+
+@pytest.fixture
+def face():
+    rng = np.random.default_rng(0)
+    unit = rng.standard_normal(512).astype("f")
+    embeddings = {"antelopev2": rng.standard_normal(512).astype("f"), "ir_se50": unit / np.linalg.norm(unit)}
+    points = np.array([[40, 30], [60, 30], [50, 40], [42, 50], [58, 50]], "f")
+    return FaceFeatures(embeddings, points, (30, 20, 70, 60), 0.9, 1, (100, 80), "d")
+
+
+def shot(tiny, **fields):
+    return with_local_loras(check_shot({"prompt": "a red ball", "seed": 3, **fields}, "test", tiny.defaults))
+
+
+def move_flux(stage, cuda):
+    for network in stage.model.text_to_image.components.values():
+        cuda.move(network, BRAIN)
+    stage.model.device = "cuda:0"
+    for injector in stage.injectors.values():
+        cuda.move(injector.infusenet.net, BRAIN)
+        cuda.move(injector.infusenet.resampler, BRAIN)
+
+
+def run(stage, item, cuda, move):
+    stage.load()
+    try:
+        move(stage)
+        with cuda.running():
+            stage.run([item])
+    finally:
+        stage.close()
+    _, _, device = cuda.outputs[-1]
+    assert device == str(CUDA)
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "fields", "with_face"),
+    [
+        (FluxStage, {}, False),
+        (FluxStage, {"negative_prompt": "blurry"}, False),
+        (FluxStage, {"face_image": "f.png"}, True),
+        (FluxLoRAStage, {"lora": LORA, "face_image": "f.png"}, True),
+    ],
+)
+def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with_face):
+    line = shot(tiny, **fields)
+
+    def move(stage):
+        if with_face:
+            stage._injector("infusenet")
+        if line.lora:
+            with torch.inference_mode(False), torch.no_grad():
+                stage.model.adapters._loaded(line.lora[0])
+        move_flux(stage, cuda)
+
+    artefacts = {"image": IMAGE, "face": face} if with_face else {"image": IMAGE}
+    run(stage_class(tiny.params(stage_class)), Item(line, artefacts), cuda, move)
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "fields", "dtype"),
+    [(HunyuanDiTStage, {"use_hunyuan_style": True, "style_prompt": "oil"}, HALF), (SVDStage, {}, HALF), (SVDStage, {}, BRAIN)],
+)
+def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
+    def move(stage):
+        for network in stage.pipe.components.values():
+            cuda.move(network, dtype)
+
+    run(stage_class(tiny.params(stage_class)), Item(shot(tiny, **fields), {"image": IMAGE}), cuda, move)
+
+
+def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
+    def move(stage):
+        for network in (*stage.pipe.components.values(), stage.resampler):
+            cuda.move(network, HALF)
+
+    line = shot(tiny, identity="instantid-sdxl", face_image="f.png")
+    run(InstantIDSDXLStage(tiny.params(InstantIDSDXLStage)), Item(line, {"face": face}), cuda, move)
+
+
+def test_full_size_flux_runs_on_the_gpu():
+    cuda = FakeCuda()
+    model = build_network("flux/transformer", BRAIN)
+    cuda.move(model, BRAIN)
+    patches = 1024 * 576 // 256
+    with cuda.running():
+        (output,) = model(
+            hidden_states=cuda.tensor(1, patches, 64, dtype=BRAIN),
+            timestep=cuda.tensor(1, dtype=BRAIN),
+            guidance=cuda.tensor(1, dtype=torch.float32),
+            pooled_projections=cuda.tensor(1, 768, dtype=BRAIN),
+            encoder_hidden_states=cuda.tensor(1, 512, 4096, dtype=BRAIN),
+            txt_ids=cuda.tensor(512, 3, dtype=BRAIN),
+            img_ids=cuda.tensor(patches, 3, dtype=BRAIN),
+            return_dict=False,
+        )
+    assert (output.shape, output.dtype, output.device) == ((1, patches, 64), BRAIN, CUDA)
+
+
+def test_full_size_svd_runs_on_the_gpu():
+    cuda = FakeCuda()
+    model = build_network("svd/unet", HALF)
+    cuda.move(model, HALF)
+    with cuda.running():
+        (output,) = model(
+            cuda.tensor(2, 25, 8, 72, 128, dtype=HALF),
+            cuda.tensor(1, dtype=torch.float32),
+            encoder_hidden_states=cuda.tensor(2, 1, 1024, dtype=HALF),
+            added_time_ids=cuda.tensor(2, 3, dtype=HALF),
+            return_dict=False,
+        )
+    assert (output.shape, output.dtype, output.device) == ((2, 25, 4, 72, 128), HALF, CUDA)
+
+
+def test_tensor_on_the_host_is_found():
+    """Positive control: an input that was left in host memory raises an error."""
+    cuda = FakeCuda()
+    layer = torch.nn.Linear(4, 4)
+    cuda.move(layer, BRAIN)
+    with cuda.running(), pytest.raises(RuntimeError, match="device"):
+        layer(torch.zeros(1, 4, dtype=BRAIN))

@@ -1,0 +1,193 @@
+"""GPU memory of the actors of a profile, for the largest shots of a demand.
+
+An actor needs its weights all the time and the activations of one call at a time, so a process that runs its stages one after
+another needs the weights of all actors and the activations of the largest call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.planner.cluster import GB
+from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor
+from vidgen_ray.profile import Profile
+from vidgen_ray.shot import INSTANTID_SDXL, Shot
+from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.stages.memory import StageMemory
+
+STEP_PX = 64
+"""Sides of clips are multiples of it."""
+MIN_FRAMES = 8
+"""Fewest frames that are suggested for a clip that is too large."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActorMemory:
+    """Memory of an actor in GB."""
+
+    weights_gb: float
+    """GPU memory all the time. 0 for an actor on the CPU."""
+    peak_gb: float
+    """Further GPU memory during the largest call."""
+    host_gb: float
+    lowered: tuple[str, ...] = ()
+    """Options that some shots need lower than the profile has them, such as `svd: decode_chunk_frames=1`."""
+    refused: tuple[str, ...] = ()
+    """Why some shots fit in no way. They will fail, and are not part of the sizes."""
+
+
+def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: Iterable[Shot], gpu_gb: float) -> ActorMemory:
+    """Return the memory of the actor that runs these stages. `gpu_gb`: memory of the largest GPU.
+
+    Shots that do not fit with the options of the profile count with the first lower-memory settings with which they do, as
+    workers run them. `memory_gb` of the profile replaces the table of the published weights.
+    Raises SetupError if no shot fits in any way, with the size that would fit, and ProfileError if the memory is unknown.
+    """
+    section = profile.actor_of(stages[0])
+    if section.device == "cpu":
+        return ActorMemory(0.0, 0.0, section.memory_gb)
+    if section.memory_gb:
+        return ActorMemory(section.memory_gb, 0.0, 0.0)
+    weights: dict[str, int] = {}
+    peak = host = 0
+    lowered: dict[str, None] = {}
+    refused: dict[str, None] = {}
+    for stage, params, shot in _calls(profile, stages, shots):
+        fitting = fitting_params(stage, params, shot, gpu_gb)
+        if fitting is None:
+            refused[too_large(stage, params, shot, gpu_gb)] = None
+            continue
+        memory = stage_memory(profile, stage, fitting, shot)
+        for part, size in memory.weights.items():
+            weights[part] = max(size, weights.get(part, 0))
+        peak, host = max(peak, memory.peak), max(host, memory.host)
+        if fitting != params:
+            lowered[f"{stage.name}: {changed_options(params, fitting)}"] = None
+    if refused and not weights:
+        raise SetupError(next(iter(refused)))
+    return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, tuple(lowered), tuple(refused))
+
+
+def actors_of(
+    profile: Profile,
+    stages: Sequence[type[Stage[Any]]],
+    shots: Sequence[Shot],
+    gpu_gb: float,
+    seconds: Mapping[str, float] | None = None,
+) -> tuple[tuple[Actor, ...], tuple[ActorMemory, ...]]:
+    """Return the actors that run the stages, and their memory.
+
+    `seconds`: stage -> mean seconds per shot, for estimates of the duration. Raises what `actor_memory` raises.
+    """
+    by_name: dict[str, list[type[Stage[Any]]]] = {}
+    for stage in stages:
+        by_name.setdefault(stage.actor, []).append(stage)
+    memories = [actor_memory(profile, members, shots, gpu_gb) for members in by_name.values()]
+    actors = [
+        Actor(
+            name=name,
+            stages=tuple(stage.name for stage in members),
+            position=position,
+            seconds=sum(seconds[stage.name] for stage in members) if seconds else 0.0,
+            gpu_gb=memory.weights_gb,
+            host_gb=memory.host_gb,
+            cpus=profile.actor_of(members[0]).cpus,
+            swappable=all(stage.move is not Stage.move for stage in members),
+            peak_gb=memory.peak_gb,
+        )
+        for position, ((name, members), memory) in enumerate(zip(by_name.items(), memories, strict=True))
+    ]
+    return tuple(actors), tuple(memories)
+
+
+def _calls(
+    profile: Profile, stages: Iterable[type[Stage[Any]]], shots: Iterable[Shot]
+) -> Iterator[tuple[type[Stage[Any]], StageParams, Shot]]:
+    shots = tuple(shots)
+    for stage in stages:
+        params = profile.options_of(stage)
+        for shot in [shot for shot in shots if stage.applies(shot)] or reference_shots(profile)[:1]:
+            yield stage, params, shot
+
+
+def reference_shots(profile: Profile) -> tuple[Shot, ...]:
+    """Return shots of the reference size that use all stages, for a demand that was not made from shots."""
+    upscaler = profile.defaults.get("upscaler", Shot.model_fields["upscaler"].default)
+    common = {"prompt": "reference", "upscaler": upscaler, "lora": "reference.safetensors", "use_hunyuan_style": True}
+    by_flux = Shot.model_validate({**common, "face_image": "reference.png"})
+    by_sdxl = Shot.model_validate({**common, "face_image": "reference.png", "identity": INSTANTID_SDXL})
+    refined = by_sdxl.model_copy(update={"lora": ()})
+    return by_flux, by_sdxl, refined
+
+
+def stage_memory(profile: Profile, stage: type[Stage[Any]], params: StageParams, shot: Shot) -> StageMemory:
+    """Return the memory of a stage for a shot. Raises ProfileError if it is unknown."""
+    memory = stage.memory(params, shot)
+    if memory is None:
+        raise ProfileError(
+            f"profile {profile.name}, actors.{stage.actor}: device cuda requires memory_gb, since the memory of {stage.name} "
+            "is unknown"
+        )
+    return memory
+
+
+def fitting_params(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> StageParams | None:
+    """Return the first of the stage's lower-memory settings with which the shot fits on a GPU. `None` if it never does."""
+    lower: StageParams | None = params
+    while lower is not None:
+        memory = stage.memory(lower, shot)
+        if memory is None or memory.total / GB + CONTEXT_GB <= gpu_gb:
+            return lower
+        lower = stage.lower_memory(lower)
+    return None
+
+
+def lowest_params(stage: type[Stage[Any]], params: StageParams) -> StageParams:
+    """Return the last of the stage's lower-memory settings."""
+    while (lower := stage.lower_memory(params)) is not None:
+        params = lower
+    return params
+
+
+def too_large(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> str:
+    """Return the message for a shot that does not fit on a GPU in any way: what it needs, and what would fit."""
+    lowest = lowest_params(stage, params)
+    memory = stage.memory(lowest, shot)
+    assert memory is not None
+    is_clip = "num_frames" in stage.reads
+    what = f"{shot.width}x{shot.height}" + (f" with {shot.num_frames} frames" if is_clip else "")
+    needed_gb = memory.total / GB + CONTEXT_GB
+    needed = f"stage {stage.name}: {what} needs {needed_gb:.3g} GB of GPU memory, the largest GPU has {gpu_gb:.4g}"
+    sizes = list(dict.fromkeys(fitting_sizes(stage, lowest, shot, gpu_gb)))
+    if not sizes:
+        weights_gb = sum(memory.weights.values()) / GB
+        return f"{needed}; its weights alone need {weights_gb:.3g} GB, see docs/profiles.md for options that need less"
+    return f"{needed}; at most {' or '.join(sizes)} fits"
+
+
+def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> Iterator[str]:
+    """Yield sizes like that of the shot that fit: with fewer frames, and with smaller sides of the same ratio."""
+
+    def fits(**fields: int) -> bool:
+        memory = stage.memory(params, shot.model_copy(update=fields))
+        return memory is not None and memory.total / GB + CONTEXT_GB <= gpu_gb
+
+    is_clip = "num_frames" in stage.reads
+    if is_clip:
+        frames = next((n for n in range(shot.num_frames, MIN_FRAMES - 1, -1) if fits(num_frames=n)), None)
+        if frames is not None:
+            yield f"{shot.width}x{shot.height} with {frames} frames"
+    for width in range(shot.width // STEP_PX * STEP_PX, 0, -STEP_PX):
+        height = max(STEP_PX, int(shot.height * width / shot.width) // STEP_PX * STEP_PX)
+        if fits(width=width, height=height):
+            yield f"{width}x{height}" + (f" with {shot.num_frames} frames" if is_clip else "")
+            return
+
+
+def changed_options(before: StageParams, after: StageParams) -> str:
+    """Return what differs in `after`, for example `decode_chunk_frames=2`."""
+    other = after.model_dump(mode="json")
+    return ", ".join(f"{name}={other[name]}" for name, value in before.model_dump(mode="json").items() if other[name] != value)

@@ -1,0 +1,93 @@
+"""GPU memory of the stages with their published weights: from sizes of shots to bytes.
+
+The table `memory_table.json` is written by `benchmarks/trace_memory.py`, which runs all networks at full size without weights.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+TABLE_FILE = Path(__file__).with_name("memory_table.json")
+FP8 = "fp8_storage"
+"""Variant of a network whose weights are stored in 8 bits and computed with in 16."""
+TILES_PX = (512, 256)
+"""Sides of the tiles of an autoencoder that are in the table, and that stages fall back to."""
+MARGIN = 1.15
+"""Factor on traced activations for workspaces of kernels and fragmentation. An assumption, not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Memory of a stage in bytes."""
+
+    weights: Mapping[str, int]
+    """Part -> bytes that stay on the GPU between calls. Stages of an actor share parts of the same name."""
+    peak: int
+    """Further GPU memory during a call."""
+    host: int = 0
+    """Host memory: weights that stay there, and the results of a call."""
+
+    @property
+    def total(self) -> int:
+        """GPU memory during a call, without the CUDA context."""
+        return sum(self.weights.values()) + self.peak
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTable:
+    """Traced sizes. All are in bytes, for 16 bits per number; curves whose name says so include parts in 32 bits."""
+
+    versions: Mapping[str, str]
+    """Package -> version with which the table was traced."""
+    weights: Mapping[str, int]
+    """Network -> bytes."""
+    curves: Mapping[str, Sequence[tuple[int, int]]]
+    """Name -> points (pixels times frames, bytes), in ascending order. A single point is a constant."""
+
+    def curve(self, name: str, pixels: int) -> float:
+        """Return the bytes of a curve for a number of pixels: linear between points, and beyond them as between the nearest."""
+        points = self.curves[name]
+        if len(points) == 1:
+            return points[0][1]
+        right = min(max(bisect_left(points, (pixels, 0)), 1), len(points) - 1)
+        (x0, y0), (x1, y1) = points[right - 1], points[right]
+        return max(0.0, y0 + (y1 - y0) * (pixels - x0) / (x1 - x0))
+
+    def to_json(self) -> str:
+        """Return the table as JSON, one network or curve per line."""
+
+        def block(values: Mapping[str, object]) -> str:
+            return "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()) + "\n }"
+
+        about = "GPU memory of the published models in bytes. Written by benchmarks/trace_memory.py; do not edit."
+        parts = {"versions": self.versions, "weights": self.weights, "curves": self.curves}
+        blocks = [f' "about": {json.dumps(about)}', *(f' "{name}": {block(values)}' for name, values in parts.items())]
+        return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+@cache
+def load_table() -> MemoryTable:
+    """Return the table of this package."""
+    content = json.loads(TABLE_FILE.read_text(encoding="utf-8"))
+    curves = {name: tuple((x, y) for x, y in points) for name, points in content["curves"].items()}
+    return MemoryTable(content["versions"], content["weights"], curves)
+
+
+def weight_bytes(network: str, dtype: str) -> int:
+    """Return the bytes of a network's weights in this precision, or in that of its variant (`flux/transformer:fp8_storage`)."""
+    return load_table().weights[network] * (2 if dtype == "float32" and ":" not in network else 1)
+
+
+def activation_bytes(curve: str, pixels: int, dtype: str) -> int:
+    """Return the bytes of a curve with the margin. `pixels`: times frames, if the curve is one of clips."""
+    return int(load_table().curve(curve, pixels) * MARGIN * (2 if dtype == "float32" else 1))
+
+
+def next_tile_px(tile_px: int | None) -> int:
+    """Return the next smaller tile of an autoencoder. `None`: no tiles yet."""
+    return TILES_PX[0] if tile_px is None else TILES_PX[TILES_PX.index(tile_px) + 1]
