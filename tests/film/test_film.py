@@ -153,15 +153,15 @@ def test_duration_of_a_clip_is_reached_by_holding_or_by_another_speed(shots, fil
     assert "".join(colours(film()[1])) == expected
 
 
-def test_captions_are_written_beside_the_film_and_change_in_the_middle_of_a_fade(shots, film, tmp_path):
+def test_captions_are_written_beside_the_film_and_pause_during_a_fade(shots, film, tmp_path):
     shots.add("a", metadata={"caption": "One\n\n<two>"})
     shots.add("b", metadata={"caption": "Three"})
     report, _ = film(transition="fade", fade_s=0.34)
     assert report.captions == (str(tmp_path / "film.srt"), str(tmp_path / "film.vtt"))
     assert (tmp_path / "film.srt").read_text() == (
-        "1\n00:00:00,000 --> 00:00:00,833\nOne\n<two>\n\n2\n00:00:00,833 --> 00:00:01,667\nThree\n"
+        "1\n00:00:00,000 --> 00:00:00,667\nOne\n<two>\n\n2\n00:00:01,000 --> 00:00:01,667\nThree\n"
     )
-    assert (tmp_path / "film.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.833\nOne\n&lt;two&gt;\n")
+    assert (tmp_path / "film.vtt").read_text().startswith("WEBVTT\n\n00:00:00.000 --> 00:00:00.667\nOne\n&lt;two&gt;\n")
     # A film without captions does not keep those of the film before.
     film(captions="none")
     assert not (tmp_path / "film.srt").exists()
@@ -176,6 +176,19 @@ def test_burnt_in_caption_is_drawn_into_the_lower_part(shots, film):
     assert rows.max() < 178
     assert burnt[changed].max() > 220  # white letters
     assert burnt[changed].min() < 40  # black outline
+
+
+def test_burnt_in_captions_are_shown_when_the_caption_file_shows_them(shots, film, tmp_path):
+    for shot_id, caption in (("a", "The harbour"), ("b", "Waves")):
+        shots.add(shot_id, colour=(90, 90, 90), size=(320, 180), frames=4, metadata={"caption": caption})
+    entries = [{"title": "Noon", "duration_s": 1}, {"id": "a"}, {"id": "b"}]
+    # The cross-fades want 3 frames and get a third of a shot with a caption: 1.
+    plain, burnt = (film(transition="fade", shots=entries, captions=captions)[1] for captions in ("file", "burn"))
+    shown = [number for number, pair in enumerate(zip(plain, burnt, strict=True)) if not np.array_equal(*pair)]
+    assert (tmp_path / "film.srt").read_text() == (
+        "1\n00:00:01,000 --> 00:00:01,333\nThe harbour\n\n2\n00:00:01,500 --> 00:00:02,000\nWaves\n"
+    )
+    assert shown == [6, 7, 9, 10, 11]
 
 
 def test_caption_in_letters_that_the_font_lacks_is_refused(shots, film):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 from vidgen_ray.film.timeline import Timeline
@@ -18,14 +17,13 @@ class Cue(NamedTuple):
 
 
 def cues(timeline: Timeline) -> list[Cue]:
-    """Return the captions of the shots in order. At a cross-fade, a caption changes in its middle."""
+    """Return the captions of the shots in order. During a cross-fade there is none."""
     found = []
     for item in timeline.items:
         # A blank line would end the caption in both formats.
         lines = [line.strip() for line in (item.source.settings.caption or "").splitlines()]
         if text := "\n".join(line for line in lines if line):
-            start = item.start + Fraction(item.fade_in, 2)
-            stop = item.stop - Fraction(item.fade_out, 2)
+            start, stop = item.start + item.fade_in, item.stop - item.fade_out
             found.append(Cue(round(start * 1000 / timeline.fps), round(stop * 1000 / timeline.fps), text))
     return found
 

@@ -48,14 +48,29 @@ def check_texts(timeline: Timeline, settings: FilmSettings) -> None:
 
 def piece_frames(piece: Piece, timeline: Timeline, settings: FilmSettings, open_file: OpenFile) -> Iterator[av.VideoFrame]:
     """Yield the frames of a piece: yuv420p, BT.709, limited range, in the size of the film. Raises MediaError."""
-    frames = _item_frames(piece.item, piece.first, piece.frames, timeline, settings, open_file)
+    caption = burnt_caption(piece, settings)
+    frames = _item_frames(piece.item, piece.first, piece.frames, timeline, settings, caption, open_file)
     if piece.fade_to is None:
         return frames
-    return _cross_fade(frames, _item_frames(piece.fade_to, 0, piece.frames, timeline, settings, open_file), piece, timeline)
+    following = _item_frames(piece.fade_to, 0, piece.frames, timeline, settings, None, open_file)
+    return _cross_fade(frames, following, piece, timeline)
+
+
+def burnt_caption(piece: Piece, settings: FilmSettings) -> str | None:
+    """Return the caption that is drawn into a piece. `None` during a cross-fade, where two captions would overlap."""
+    if settings.captions != "burn" or piece.fade_to is not None:
+        return None
+    return piece.item.source.settings.caption
 
 
 def _item_frames(
-    item: Item, first: int, count: int, timeline: Timeline, settings: FilmSettings, open_file: OpenFile
+    item: Item,
+    first: int,
+    count: int,
+    timeline: Timeline,
+    settings: FilmSettings,
+    caption: str | None,
+    open_file: OpenFile,
 ) -> Iterator[av.VideoFrame]:
     """Yield `count` frames of an item from frame `first`. The last frame of a clip is repeated as long as needed."""
     with (
@@ -81,7 +96,6 @@ def _item_frames(
                 "tpad=stop=-1:stop_mode=clone",
             ],
         )
-        caption = item.source.settings.caption if settings.captions == "burn" else None
         overlay = None if caption is None else draw_caption(caption, timeline.size, settings.font)
         image = None
         if overlay is not None:

@@ -19,7 +19,7 @@ from vidgen_ray.atomic_files import PREFIX, abandoned, new_file, remove, tempora
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.clip_probe import probe_clip
-from vidgen_ray.film.picture import OpenFile, piece_frames
+from vidgen_ray.film.picture import OpenFile, burnt_caption, piece_frames
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.media import Mp4Settings, Mp4Writer
@@ -85,7 +85,7 @@ def _header_of_unchanged(piece: Piece, timeline: Timeline, settings: FilmSetting
         and (piece.first, piece.frames) == (0, clip.frames)
         and piece.item.stretch == 1
         and piece.fade_to is None
-        and not (settings.captions == "burn" and source.settings.caption)
+        and not burnt_caption(piece, settings)
     )
     return clip.header if is_unchanged and clip is not None else None
 
@@ -118,15 +118,18 @@ def piece_key(piece: Piece, timeline: Timeline, settings: FilmSettings) -> str:
             "size": timeline.size,
             "fps": str(timeline.fps),
             "encode": encode_settings(settings).model_dump(),
-            "items": [_description(item, settings) for item in (piece.item, piece.fade_to) if item is not None],
+            "items": [
+                _description(item, burnt_caption(piece, settings), settings)
+                for item in (piece.item, piece.fade_to)
+                if item is not None
+            ],
             "first": piece.first,
             "frames": piece.frames,
         }
     )
 
 
-def _description(item: Item, settings: FilmSettings) -> dict[str, Any]:
-    caption = item.source.settings.caption if settings.captions == "burn" else None
+def _description(item: Item, caption: str | None, settings: FilmSettings) -> dict[str, Any]:
     has_text = caption is not None or item.source.title is not None
     return {
         "source": item.source.sha256,

@@ -118,7 +118,10 @@ class FilmSettings(_Section):
     fps: FilmRate | None = Field(None, description="Frames per second, from 1 to 240. Default: that of most shots.")
     variant: Literal["hd", "video"] = Field("hd", description="hd: upscaled clips where there are any. video: clips before.")
     transition: Transition = Field("cut", description="Transition between shots: cut, or fade for a cross-fade.")
-    fade_s: Seconds = Field(0.5, description="Seconds of a cross-fade. At most half of the shorter neighbour is used.")
+    fade_s: Seconds = Field(
+        0.5,
+        description="Seconds of a cross-fade. At most half of the shorter neighbour is used, a third of a shot with a caption.",
+    )
     still_s: Seconds = Field(3.0, description="Seconds of a shot that has an image but no clip, without `duration_s`.")
     captions: Literal["file", "burn", "none"] = Field(
         "file", description="file: write captions as .srt and .vtt beside the film. burn: also draw them into the picture."

@@ -113,7 +113,7 @@ def build_timeline(sources: Sequence[Source], settings: FilmSettings) -> Timelin
     fps = settings.fps or _most_common([clip.fps for clip in clips], FALLBACK_RATE)
     lengths = [_length(source, settings, fps) for source in sources]
     frames = [count for count, _ in lengths]
-    fades = [0, *(_fade(settings, sources[n], frames[n - 1], frames[n], fps) for n in range(1, len(sources))), 0]
+    fades = [0, *(_fade(settings, sources[n - 1 : n + 1], frames[n - 1 : n + 1], fps) for n in range(1, len(sources))), 0]
     items, start = [], 0
     for number, (source, (count, stretch)) in enumerate(zip(sources, lengths, strict=True)):
         start -= fades[number]
@@ -137,11 +137,16 @@ def _length(source: Source, settings: FilmSettings, fps: Fraction) -> tuple[int,
     return max(1, rounding(seconds * fps)), stretch.limit_denominator(1_000_000)
 
 
-def _fade(settings: FilmSettings, source: Source, frames_before: int, frames: int, fps: Fraction) -> int:
-    """Return the frames of the transition to a source: at most half of either neighbour, so that fades never overlap."""
-    if (source.settings.transition or settings.transition) == "cut":
+def _fade(settings: FilmSettings, sources: Sequence[Source], frames: Sequence[int], fps: Fraction) -> int:
+    """Return the frames of the transition from one source to the next.
+
+    At most half of either, so that fades never overlap. At most a third of a shot with a caption, which is not shown during
+    cross-fades.
+    """
+    if (sources[1].settings.transition or settings.transition) == "cut":
         return 0
-    return min(round(Fraction(settings.fade_s) * fps), frames_before // 2, frames // 2)
+    limits = [count // (3 if source.settings.caption else 2) for source, count in zip(sources, frames, strict=True)]
+    return min(round(Fraction(settings.fade_s) * fps), *limits)
 
 
 def _most_common(values: Sequence[Value], fallback: Value) -> Value:
