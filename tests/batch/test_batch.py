@@ -160,7 +160,9 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
         "good-too": ("done", 8, None, None),
     }
     assert rows["tall"]["failure_message"].startswith("s.jsonl line 2, height: got 7, must be a multiple of 16")
-    assert "no face found" in rows["no-face"]["failure_message"]
+    no_face = f"face_image ({tmp_path / 'wall.png'}): no face found"
+    assert no_face in rows["no-face"]["failure_message"]
+    assert no_face in (out / "failures.jsonl").read_text()
     assert not (out / shot_path("no-face") / "shot.json").exists()
 
     failed = [

@@ -141,7 +141,7 @@ def test_identity_show_fails_for_a_photo_without_a_face(tmp_path, capsys):
     wall = tmp_path / "wall.png"
     Image.new("RGB", (200, 200), "grey").save(wall)
     assert main(["identity", "show", str(ASTRONAUT), str(wall), "-o", str(tmp_path / "drawn.png")]) == 1
-    assert "vidgen: face_image 2 of 2: no face found; use a photo" in capsys.readouterr().err
+    assert f"vidgen: face_image 2 of 2 ({wall}): no face found; use a photo" in capsys.readouterr().err
     assert not (tmp_path / "drawn.png").exists()
 
 

@@ -78,8 +78,8 @@ def test_photos_of_different_people_are_noted(photo):
 
 
 def test_photo_without_a_face_raises_stage_error(stage, make_shot):
-    with pytest.raises(StageError, match="no face found"):
-        stage([Item(make_shot(), {"photos": (portrait(),)})])
+    with pytest.raises(StageError, match=r"face_image \(wall\.png\): no face found"):
+        stage([Item(make_shot(face_image="wall.png"), {"photos": (portrait(),)})])
 
 
 def test_face_below_min_face_px_is_rejected(tiny, make_shot):

@@ -59,7 +59,7 @@ def show(
     shot = check_shot({"prompt": "a person"}, "vidgen identity", chosen.defaults)
     images = [read_image(photo) for photo in photos]
     with InstantIDStage(chosen.params(InstantIDStage)) as stage:
-        detected = stage.detect_faces(images, face_index)
+        detected = stage.detect_faces(images, face_index, [str(photo) for photo in photos])
         face = stage.features(images, face_index)
     sheet = identity_sheet(images, detected, pose_image(face, shot))
     content = io.BytesIO()

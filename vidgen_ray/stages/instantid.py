@@ -99,14 +99,20 @@ class InstantIDStage(Stage[InstantIDParams]):
         return [{"face": self._features_for(item)} for item in items]
 
     def _features_for(self, item: Item) -> FaceFeatures:
-        return self.features(item.artefacts["photos"], item.shot.face_index, _recognisers(item.shot))
+        shot = item.shot
+        return self.features(item.artefacts["photos"], shot.face_index, _recognisers(shot), shot.face_image)
 
     def features(
-        self, photos: Sequence[Image], face_index: int | None = None, recognisers: Sequence[str] | None = None
+        self,
+        photos: Sequence[Image],
+        face_index: int | None = None,
+        recognisers: Sequence[str] | None = None,
+        files: Sequence[str] = (),
     ) -> FaceFeatures:
         """Return the features of one face in one or several photos. Results are cached by the photos' pixels.
 
-        `recognisers` names the embeddings. `None` uses all recognisers that are loaded.
+        `recognisers` names the embeddings. `None` uses all recognisers that are loaded. `files` are the paths of the photos in
+        messages.
         In the first photo, the largest face is chosen (the highest score among equally large ones), or the face at
         `face_index`, counted from 0 from the left among faces of at least `min_face_px`. Box, keypoints, score and size are
         those of the first photo. In every further photo, the face most similar to it by the pack's recogniser is chosen. The
@@ -115,15 +121,20 @@ class InstantIDStage(Stage[InstantIDParams]):
         digest, names = _digest(photos), tuple(self._models.embedders if recognisers is None else recognisers)
         key = (digest, face_index, names)
         if (features := self._cache.get(key)) is None:
-            features = self._cache[key] = self._extract(photos, face_index, digest, names)
+            features = self._cache[key] = self._extract(photos, face_index, digest, names, files)
         return features
 
     def _extract(
-        self, photos: Sequence[Image], face_index: int | None, digest: str, recognisers: Sequence[str]
+        self,
+        photos: Sequence[Image],
+        face_index: int | None,
+        digest: str,
+        recognisers: Sequence[str],
+        files: Sequence[str],
     ) -> FaceFeatures:
         from vidgen_ray.nets.faces import mean_embedding
 
-        detected = self.detect_faces(photos, face_index)
+        detected = self.detect_faces(photos, face_index, files)
         face, crops = detected[0].chosen, np.stack([photo.crop for photo in detected])
         embedders = {name: self._models.embedder(name) for name in recognisers}
         embedded = {name: embedder.embed(crops) for name, embedder in embedders.items()}
@@ -149,11 +160,13 @@ class InstantIDStage(Stage[InstantIDParams]):
                     f"{similarity:.2f}); the person drawn is a mean of all photos"
                 )
 
-    def detect_faces(self, photos: Sequence[Image], face_index: int | None = None) -> list[DetectedPhoto]:
+    def detect_faces(
+        self, photos: Sequence[Image], face_index: int | None = None, files: Sequence[str] = ()
+    ) -> list[DetectedPhoto]:
         """Return the faces of each photo and the chosen one, see `features`. Raises StageError if a photo has no face."""
         if not photos:
             raise StageError("face_image: got no photo, must be at least one")
-        names = [f"face_image {i} of {len(photos)}" if len(photos) > 1 else "face_image" for i in range(1, len(photos) + 1)]
+        names = [_photo_name(number, len(photos), files) for number in range(len(photos))]
         detected = [self._detect(photo, name) for photo, name in zip(photos, names, strict=True)]
         face = _choose_face(detected[0], face_index, self.params.min_face_px)
         first = DetectedPhoto(detected[0], face, align_face(photos[0], face))
@@ -204,6 +217,12 @@ def _choose_face(faces: Sequence[DetectedFace], index: int | None, min_face_px: 
             f"{len(faces)} faces of at least {min_face_px} px were found, counted from the left"
         )
     return faces[index]
+
+
+def _photo_name(index: int, count: int, files: Sequence[str]) -> str:
+    """Return the name of a photo in messages. `files` are the paths of the photos, if known."""
+    name = f"face_image {index + 1} of {count}" if count > 1 else "face_image"
+    return f"{name} ({files[index]})" if index < len(files) else name
 
 
 def _digest(photos: Sequence[Image]) -> str:

@@ -250,7 +250,7 @@ def test_prompts_are_escaped(site, open_page):
 
 
 def test_failed_job_is_explained_in_words_of_the_page(site, open_page):
-    message = "instantid: face_image 2 of 3: no face found; use a photo with an upright, clearly visible face"
+    message = "instantid: face_image 2 of 3 (file-2.png): no face found; use a photo with an upright, clearly visible face"
     site.add("a portrait", JobState.FAILED, error=JobError(code="invalid_shot", message=message, stage="instantid"))
     page = open_page(site.url)
     explained = "Failed. Face: Photo 2 of 3: no face found; use a photo with an upright, clearly visible face."

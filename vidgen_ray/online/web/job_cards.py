@@ -112,7 +112,10 @@ def file_name(job: Job) -> str:
 def error_text(error: JobError) -> str:
     """Return an error in the words of the page: the label of the stage, and the photo in place of the field `face_image`."""
     stage = STAGE_BY_NAME.get(error.stage or "")
-    text = error.message.removeprefix(f"{error.stage}: ").replace("face_image: ", "").replace("face_image ", "photo ")
+    text = error.message.removeprefix(f"{error.stage}: ")
+    # The page shows the photos, not the names of their files on the server.
+    text = re.sub(r"face_image( \d+ of \d+)? \([^)]*\): ", r"face_image\1: ", text)
+    text = text.replace("face_image: ", "").replace("face_image ", "photo ")
     text = text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
     return f"{stage.label}: {text}" if stage else text
 
