@@ -5,12 +5,15 @@ Wrong fields of script lines are tested in tests/script, wrong files that only a
 
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import ASTRONAUT
+from tests.upscale.videos import write_video
 from vidgen_ray.cli import main
 from vidgen_ray.engine import ray_cluster
 from vidgen_ray.media import Mp4Settings, Mp4Writer
@@ -233,3 +236,28 @@ def test_unusable_clip_is_refused_before_it_is_upscaled(run, monkeypatch, source
     found, err = run("stage", "realesrgan", source, "-o", out, "-p", "tiny")
     assert (found, message in err) == (code, True), err
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("properties", "lost"),
+    [
+        ({}, None),
+        ({"sound_s": 0.3, "subtitles": [(0, "Hello")]}, "sound, subtitles"),
+        ({"aspect": Fraction(4, 3)}, "the pixel aspect ratio 4:3"),
+        ({"pixel_format": "yuv420p10le", "colour": (9, 9, 16, 1)}, "HDR (no tone mapping), 10 bits per channel"),
+        ({"times": [0, 100, 150], "time_base": Fraction(1, 1000)}, "the times of the frames (the result has a constant"),
+    ],
+    ids=["nothing", "streams", "aspect", "HDR", "variable rate"],
+)
+def test_stage_names_what_of_a_clip_it_drops(run, properties, lost):
+    write_video(Path("clip.mp4"), 3, **properties)
+    code, err = run("stage", "realesrgan", "clip.mp4", "-o", "x.mp4", "-p", "tiny")
+    assert (code, Path("x.mp4").exists()) == (0, True), err
+    assert (f"vidgen: clip.mp4: not in the result: {lost}" in err, "vidgen upscale" in err) == (lost is not None,) * 2, err
+
+
+def test_stage_names_the_frames_of_an_animation(run):
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    red.save("a.gif", save_all=True, append_images=[blue])
+    code, err = run("stage", "realesrgan", "a.gif", "-o", "x.png", "-p", "tiny")
+    assert (code, "a.gif: has 2 frames, the first is used" in err) == (0, True), err

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import typer
+from PIL import Image
 
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.content_keys import with_local_loras
@@ -27,6 +29,10 @@ from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.upscale.source import read_source
+
+MAX_BITS = 8
+"""Bits per channel of the clips of `vidgen stage`."""
 
 
 def run_one_stage(
@@ -56,9 +62,9 @@ def run_one_stage(
     if issubclass(stage_class, ChunkedStage) and is_clip and source is not None:
         if out.suffix.lower() != ".mp4":
             raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for a clip")
+        _note_losses(source)
         with stage_class(profile.params(stage_class)) as chunked:
             upscale_clip(chunked, shot, source, out, profile.encode)
-        _note_lost_sound(source)
         return
     artefacts, fps = _read(stage_class, source, shot)
     try:
@@ -77,10 +83,32 @@ def run_one_stage(
     _write(result, shot, out, fps, profile)
 
 
-def _note_lost_sound(source: Path) -> None:
-    with open_media(source) as opened:
-        if opened.streams.audio:
-            typer.echo(f"vidgen: {source}: the sound is not in the result; `vidgen upscale` keeps it", err=True)
+def _note_losses(source: Path) -> None:
+    """Print what of a clip is not in the result, which has square pixels, 8 bits per channel and a constant frame rate."""
+    video = read_source(source)
+    with open_media(source, video.container) as opened:
+        streams = {"sound": opened.streams.audio, "subtitles": opened.streams.subtitles}
+        lost = [kind for kind, found in streams.items() if found]
+    if video.pixel_aspect != 1:
+        aspect = video.pixel_aspect
+        lost.append(f"the pixel aspect ratio {aspect.numerator}:{aspect.denominator}")
+    if video.colour.is_hdr:
+        lost.append("HDR (no tone mapping)")
+    if video.bits > MAX_BITS:
+        lost.append(f"{video.bits} bits per channel")
+    intervals = [after - before for before, after in pairwise(video.times)]
+    # Times are rounded to the time base, so intervals of a constant rate may differ by one unit.
+    if intervals and max(intervals) - min(intervals) > 1:
+        lost.append(f"the times of the frames (the result has a constant {float(video.fps):.6g} frames per second)")
+    if lost:
+        typer.echo(f"vidgen: {source}: not in the result: {', '.join(lost)}; `vidgen upscale` keeps them", err=True)
+
+
+def _note_animation(source: Path) -> None:
+    with Image.open(source) as image:
+        frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        typer.echo(f"vidgen: {source}: has {frames} frames, the first is used; for all of them, convert it to .mp4", err=True)
 
 
 def _check_suffix(stage: type[Stage[Any]], out: Path) -> None:
@@ -130,9 +158,11 @@ def _face_of(profile: Profile, shot: Shot) -> FaceFeatures:
 def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
     if source.suffix.lower() not in CLIP_SUFFIXES:
         try:
-            return Artefacts(frames=read_image(source)[None]), shot.fps
+            image = read_image(source)
         except MediaError as error:
             raise MediaError(f"{error}. If it is a video, name it .mp4, .mkv, .mov, .webm or .avi") from None
+        _note_animation(source)
+        return Artefacts(frames=image[None]), shot.fps
     with open_video(source) as video:
         return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 
