@@ -32,7 +32,8 @@ def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, 
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"{out.parent}: cannot be created ({error.strerror})") from None
-    with open_video(source) as video:
+    # decord keeps all frames that it has decoded in memory. PyAV does not, but starts again for overlapping chunks, as RIFE's.
+    with open_video(source, backend="auto" if "fps_out" in stage.reads else "pyav") as video:
         shot = shot.model_copy(update={"fps": Fraction(video.fps)})
         if stage.frame_factor(shot) < 1:
             raise UsageError(f"fps_out: got {shot.fps_out}, must be at least the {float(video.fps):g} of {source}")
