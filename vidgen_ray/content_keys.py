@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.cache_dir import digest
+from vidgen_ray.errors import StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
@@ -70,8 +71,15 @@ class ShotPlan(BaseModel):
     """Text that the key is the hash of, without the likeness rule. `None` if the shot has no likeness."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot, with their licences. Not part of the key."""
+    keep_last_frame: bool = False
+    """Also write the last frame of the generated clip, for a shot that continues this one."""
     again: tuple["ShotPlan", ...] = ()
     """Further attempts, in order: the same shot with other seeds and the same key, for when the likeness is too low."""
+
+    def with_last_frame(self) -> "ShotPlan":
+        """Return the plan, and its further attempts, with `keep_last_frame`."""
+        again = tuple(attempt.with_last_frame() for attempt in self.again)
+        return self.model_copy(update={"keep_last_frame": True, "again": again})
 
 
 def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, StageParams]:
@@ -121,8 +129,10 @@ class ShotPlanner:
     def __call__(self, shot: Shot, salt: str = "") -> ShotPlan:
         """Plan a shot. Shots with different `salt` share no key.
 
-        Raises StageError or SetupError if the shot names something that does not exist.
+        Raises StageError or SetupError if the shot names something that does not exist, or has no start frame yet.
         """
+        if shot.continue_from is not None and shot.image is None:
+            raise StageError(f"continue_from: the last frame of {shot.continue_from} is not known yet; see Shot.continued")
         stages = stages_of(shot)
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)

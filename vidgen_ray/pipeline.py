@@ -148,11 +148,26 @@ class VideoGenerationPipeline:
             raise StepFailed("plan", error) from error
 
     def render(self, shot: Shot) -> ShotRecord:
-        """Render a checked shot unless it is finished already. Raises StepFailed."""
-        plan = self.plan(shot)
+        """Render a checked shot unless it is finished already. Raises StepFailed, and ScriptError for `continue_from`."""
+        if shot.continue_from is not None and shot.image is None:
+            shot = shot.continued(str(self._last_frame(shot.continue_from)))
+        return self._render_planned(self.plan(shot))
+
+    def _last_frame(self, shot_id: str) -> Path:
+        """Return the file with the last frame of a finished shot, which is rendered again if it was not kept."""
+        finished = self.outputs.find_by_id(shot_id)
+        if finished is None:
+            allowed = f"must be the id of a finished shot in {self.outputs.url}"
+            raise ScriptError([FieldError("generate_video", None, "continue_from", repr(shot_id), allowed)])
+        if (frame := self.outputs.last_frame(finished)) is not None:
+            return frame
+        self._render_planned(self.plan(finished.record().shot).with_last_frame())
+        return self._last_frame(shot_id)
+
+    def _render_planned(self, plan: ShotPlan) -> ShotRecord:
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done.record()
-        stages = self._stages(stages_of(shot), shot)
+        stages = self._stages(stages_of(plan.shot), plan.shot)
         runner = StepRunner(
             stages,
             1.0 if any(stage.params.device != "cpu" for stage in stages) else 0.0,

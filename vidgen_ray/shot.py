@@ -169,6 +169,13 @@ class Shot(_Frozen):
         None, description="Start image, used in place of the generated base image. Scaled and cropped to the shot's size."
     )
 
+    continue_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Id of an earlier shot whose last frame is the start image, which LoRAs and restyling do not change. "
+        "In the API: of a video.",
+    )
+
     face_image: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="One or more photos of the same face. The keypoints are taken from the first photo."
     )
@@ -357,6 +364,8 @@ class Shot(_Frozen):
                 if getattr(self, name) % multiple:
                     side = f"{name} {getattr(self, name)}"
                     raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
+        if self.continue_from is not None and self.continue_from == self.id:
+            raise ValueError("continue_from must name another shot")
         if self.fps_out is not None:
             interpolated = self.fps * self.interpolation
             if self.fps_out < self.fps:
@@ -387,7 +396,7 @@ class Shot(_Frozen):
     @property
     def uses_sdxl_base(self) -> bool:
         """True if SDXL with InstantID renders the base image instead of FLUX."""
-        return self.identity == INSTANTID_SDXL and bool(self.face_image) and self.image is None
+        return self.identity == INSTANTID_SDXL and bool(self.face_image) and not self.has_start_image
 
     @property
     def uses_reference_photos(self) -> bool:
@@ -397,7 +406,7 @@ class Shot(_Frozen):
     @property
     def uses_klein_base(self) -> bool:
         """True if FLUX.2 klein renders the base image instead of FLUX."""
-        return self.image is None and (self.image_model == "klein" or self.uses_reference_photos)
+        return not self.has_start_image and (self.image_model == "klein" or self.uses_reference_photos)
 
     @property
     def klein_lora(self) -> tuple[LoraRef, ...]:
@@ -413,6 +422,20 @@ class Shot(_Frozen):
     def all_loras(self) -> tuple[LoraRef, ...]:
         """LoRAs of all models."""
         return (*self.lora, *self.video_lora)
+
+    @property
+    def has_start_image(self) -> bool:
+        """True if no model generates the base image: it is a file, or the last frame of another shot."""
+        return self.image is not None or self.continue_from is not None
+
+    @property
+    def uses_restyle(self) -> bool:
+        """True if the image is restyled: not in mode fast, and not the last frame of another shot."""
+        return self.use_hunyuan_style and self.mode == "quality" and self.continue_from is None
+
+    def continued(self, last_frame: str) -> "Shot":
+        """Return the shot with the file of its start frame, the last frame of the shot that it continues."""
+        return self.model_copy(update={"image": last_frame})
 
     def required_seed(self) -> int:
         """Return the seed. Raises ValueError if the shot has none."""

@@ -305,6 +305,27 @@ def test_shot_rendered_by_a_batch_run_is_completed_at_once(client, server, tiny)
     assert client.get(f"/v1/videos/{video['id']}/content").status_code == 200
 
 
+def test_video_continues_a_completed_one(client, server):
+    first = ended(client, made(client, seed=1)["id"])
+    second = made(client, prompt="goes on", continue_from=first["id"])
+    assert ended(client, second["id"])["status"] == "completed"
+    source, shot = (server.store.get(video["id"], None).shot for video in (first, second))
+    last_frame = server.outputs.shot_folder(source.id) / "last_frame.png"
+    assert shot.image == str(last_frame)
+    assert shot_of(client, second["id"])["continue_from"] == first["id"]
+    remix = client.post(f"/v1/videos/{second['id']}/remix", json={"prompt": "stops"})
+    assert remix.status_code == 200, remix.text
+    assert server.store.get(remix.json()["id"], None).shot.image == str(last_frame)
+
+
+def test_only_completed_videos_can_be_continued(client, held):
+    waiting = made(client, seed=2)["id"]
+    for video_id, why in ((waiting, f"{waiting} is queued"), ("video_x", "there is no such video")):
+        error = error_of(client.post("/v1/videos", json={**SMALL, "continue_from": video_id}), 400)
+        assert error["param"] == "continue_from"
+        assert why in error["message"]
+
+
 def test_remix_keeps_omitted_fields(client, held):
     first = made(client, seed=4, style="ink", motion_bucket_id=50)
     second = client.post(f"/v1/videos/{first['id']}/remix", json={"prompt": "another", "seed": 5}).json()

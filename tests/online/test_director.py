@@ -30,7 +30,7 @@ from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
-from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import parse_gpus, plan, this_machine
 from vidgen_ray.shot import Shot
@@ -163,9 +163,9 @@ def scripted_profile(tiny):
 
 
 def digests(outputs: OutputFolder, shot_id: str) -> dict[str, str]:
-    """Return file name -> sha256 of all output files of a shot."""
+    """Return file name -> sha256 of all output files of a shot, except the last frame, which only a server always keeps."""
     folder = outputs.shot_folder(shot_id)
-    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name != "shot.json"}
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir()) if file.name not in ("shot.json", LAST_FRAME)}
 
 
 class TestRealStages:
@@ -212,6 +212,14 @@ class TestRealStages:
         again = real.wait_for_end(real.accept(**fields))
         assert (again.state, again.shot_id, again.stage_seconds) == (JobState.COMPLETED, job.shot_id, {})
         assert [file.stat().st_mtime_ns for file in before] == written
+
+    def test_last_frame_equals_that_of_the_library(self, real, tiny, tmp_path):
+        job = real.wait_for_end(real.accept(prompt="walks", upscale_video=False, num_frames=3))
+        pipeline = VideoGenerationPipeline(tiny, tmp_path)
+        pipeline.render(job.shot.model_copy(update={"id": "walk"}))
+        pipeline.generate_video("stops", continue_from="walk", seed=1, upscale_video=False, num_frames=3)
+        online, library = real.outputs.shot_folder(job.shot_id), pipeline.outputs.shot_folder("walk")
+        assert sha256_of(online / LAST_FRAME) == sha256_of(library / LAST_FRAME)
 
     def test_shot_of_a_batch_run_is_reused_under_its_own_id(self, real, tiny):
         pipeline = VideoGenerationPipeline(tiny, real.outputs.root)

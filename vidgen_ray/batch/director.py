@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager, suppress
 
 import ray
 
-from vidgen_ray.batch.line_planner import Check, PlannedBlock, unique_shots_of_block
+from vidgen_ray.batch.continued_shots import ContinuedShots, Decided
+from vidgen_ray.batch.line_planner import Continued, LinePlanner, PlannedBlock, unique_shots_of_block
 from vidgen_ray.batch.options import RenderOptions
 from vidgen_ray.batch.run_metrics import RunMetrics
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
-from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
+from vidgen_ray.batch.shot_queue import MAX_SHOTS, ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
 from vidgen_ray.engine.engine import Engine
@@ -67,7 +68,7 @@ class Director:
         results: RunResults,
         listener: ProgressListener,
         stop: threading.Event,
-        check: Check,
+        planner: LinePlanner,
         demand: Demand | None,
         lease: Lease,
     ) -> None:
@@ -79,7 +80,8 @@ class Director:
         self._results = results
         self._listener = listener
         self._stop = stop
-        self._check = check
+        self._check = planner.checker.check
+        self._continued = ContinuedShots(outputs, planner.plan_shot, planner.find)
         self._index = ScriptIndex()
         self.queue = ShotQueue()
         self.plan: Plan | None = None
@@ -119,15 +121,37 @@ class Director:
                 self._report_notes(shot.line.notes)
             if isinstance(shot, RejectedLine):
                 self._results.rejected(shot)
+                self._settle(self._continued.failed(shot.id, "its line was rejected"))
             elif isinstance(shot.plan, Failure):
                 self._results.unplannable(shot.line, shot.plan)
+                self._settle(self._continued.failed(shot.line.shot.id or "", shot.plan.message))
             elif shot.done is not None:
                 self._results.skipped(shot.line, shot.done)
+            elif isinstance(shot.plan, Continued):
+                self._results.pending()
+                self._settle(self._continued.accept(shot.line))
             elif shot.plan is not None:
                 self._results.pending()
-                self.queue.add(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
-                if self._engine is not None:
-                    self._engine.announce(shot.plan)
+                self._enqueue(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
+        self._changed.set()
+
+    def _enqueue(self, task: ShotTask) -> None:
+        self._continued.opened(task.plan.shot.id or "")
+        self.queue.add(task)
+        if self._engine is not None:
+            self._engine.announce(task.plan)
+
+    def _settle(self, decisions: Sequence[Decided]) -> None:
+        """Queue the shots that no longer wait for another one, or record their results."""
+        for decided in decisions:
+            if decided.task is not None:
+                self._enqueue(decided.task)
+            elif decided.done is not None:
+                self._results.found(decided.line, decided.done)
+            elif decided.failure is not None:
+                self._results.failed(decided.line, decided.failure)
+        while self._continued.repeated:
+            self._enqueue(self._continued.repeated.pop())
         self._changed.set()
 
     def _report_notes(self, notes: Sequence[str]) -> None:
@@ -182,18 +206,18 @@ class Director:
         """Give shots to the engine as long as there are any."""
         while self._error is None:
             if self._stop.is_set():
-                self.left = len(self.queue)
+                self.left = len(self.queue) + len(self._continued)
                 break
             if not self.queue:
                 if not self._reading and not self._rendering:
                     return
                 await self._next_change()
                 continue
-            task = self.queue.pop()
+            task = self._continued.with_last_frame(self.queue.pop())
             if self._engine is None or not self._engine.can_render(task.plan):
                 await self._start_engine(task)
             if not await self._admitted(task):
-                self.left = len(self.queue) + 1
+                self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
 
@@ -258,9 +282,15 @@ class Director:
             await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
         if self._metrics is not None:
             self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
-        self._results.finished(task, result)
-        if isinstance(result, ShotRecord):
-            self._report_step_notes(task, result)
+        if not task.repeated:
+            self._results.finished(task, result)
+            if isinstance(result, ShotRecord):
+                self._report_step_notes(task, result)
+        shot_id = task.plan.shot.id or ""
+        if isinstance(result, Failure):
+            self._settle(self._continued.failed(shot_id, result.message))
+        else:
+            self._settle(self._continued.done(shot_id))
         self._check_breaker(result if isinstance(result, Failure) and kind is Kind.ERROR else None)
 
     def _check_breaker(self, failure: Failure | None) -> None:
@@ -313,7 +343,7 @@ class Director:
 
     def _make_plan(self, tasks: Sequence[ShotTask], live: LiveCluster, *, complete: bool) -> None:
         """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
-        demand = demand_of(task.plan.shot for task in tasks)
+        demand = demand_of([*(task.plan.shot for task in tasks), *self._continued.shots])
         if not complete:
             demand = self._demand or demand.scaled(MANY_SHOTS)
 
@@ -354,7 +384,7 @@ class Director:
                 loop.call_soon_threadsafe(end, error)
 
         async def release() -> None:
-            while self.queue.is_full:
+            while len(self.queue) + len(self._continued) >= MAX_SHOTS:
                 await self._next_change()
             room.release()
 

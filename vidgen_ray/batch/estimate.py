@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from more_itertools import batched
 
-from vidgen_ray.batch.line_planner import LinePlanner, PlannedShot, unique_shots
+from vidgen_ray.batch.line_planner import Continued, LinePlanner, PlannedShot, unique_shots
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
@@ -72,6 +72,8 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
                 failed += 1
             elif shot.done is not None:
                 done += 1
+            elif isinstance(shot.plan, Continued):
+                yield shot.line.shot
             elif shot.plan is not None:
                 cached += sum(outputs.stage_cache.has(step.key) for step in shot.plan.steps)
                 yield shot.plan.shot

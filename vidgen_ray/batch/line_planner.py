@@ -36,11 +36,17 @@ from vidgen_ray.shot_licences import ShotLicences
 from vidgen_ray.stages.base import Stage
 
 
+class Continued(NamedTuple):
+    """In place of a plan: the shot starts from the last frame of another one, and is planned when that one is finished."""
+
+    shot: Shot
+
+
 class PlannedLine(NamedTuple):
     """A checked line and, for each of its shots, what is to be done."""
 
     line: ValidLine | RejectedLine
-    plans: tuple[ShotPlan | Failure | None, ...] = ()
+    plans: tuple[ShotPlan | Continued | Failure | None, ...] = ()
     """Plan of each shot. A failure if it names a file that does not exist or cannot be read. `None` if the shot is finished."""
     done: tuple[DoneShot | None, ...] = ()
     """Each shot that an earlier run has finished."""
@@ -129,7 +135,7 @@ class LinePlanner:
         for number, parsed in lines:
             line = self.checker.check(number, parsed)
             shots = line.shots if isinstance(line, ValidLine) else ()
-            planned.append(PlannedLine(line, tuple(map(self._plan, shots)), (None,) * len(shots)))
+            planned.append(PlannedLine(line, tuple(map(self._plan_of_line, shots)), (None,) * len(shots)))
         return planned
 
     def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
@@ -139,26 +145,45 @@ class LinePlanner:
         planned = self._without_cached(planned) if self._fresh else self._with_done(planned)
         return [self._with_checked_files(line) for line in planned]
 
-    def _plan(self, shot: Shot) -> ShotPlan | Failure:
-        used = stages_of(shot)
+    def _plan_of_line(self, shot: Shot) -> ShotPlan | Continued | Failure:
+        if shot.continue_from is None:
+            return self.plan_shot(shot)
+        self._planner_of(shot)  # Missing weights must end the run before the other shot is rendered.
+        return Continued(shot)
+
+    def find(self, plan: ShotPlan) -> DoneShot | None:
+        """Return the finished shot of a plan, or `None`. With `fresh`, drop its cached results instead."""
+        if not self._fresh:
+            return self.outputs.find_finished(plan, self._keep_stages)
+        self._drop_cached(plan)
+        return None
+
+    def plan_shot(self, shot: Shot) -> ShotPlan | Failure:
+        """Plan a shot with all of its files. Raises MissingWeights."""
         # Outside the `try`: missing weights fail the run, not the line.
-        if used not in self._planners:
-            params = params_of(self._profile, used)
-            for stage in used:
-                stage.check_weights(params[stage.name])
-            self._planners[used] = ShotPlanner(params, self._profile.encode, ShotLicences(self._profile))
+        planner = self._planner_of(shot)
         try:
-            return self._planners[used](shot)
+            return planner(shot)
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:
             return StepFailed("plan", error).failure()
 
+    def _planner_of(self, shot: Shot) -> ShotPlanner:
+        """Return the planner for the stages of the shot. Raises MissingWeights."""
+        used = stages_of(shot)
+        if used not in self._planners:
+            params = params_of(self._profile, used)
+            for stage in used:
+                stage.check_weights(params[stage.name])
+            self._planners[used] = ShotPlanner(params, self._profile.encode, ShotLicences(self._profile))
+        return self._planners[used]
+
     def _with_checked_files(self, line: PlannedLine) -> PlannedLine:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
 
-        def checked(plan: ShotPlan | Failure | None) -> ShotPlan | Failure | None:
-            if isinstance(plan, ShotPlan) and (wrong := check_files(plan.shot)):
+        def checked(plan: ShotPlan | Continued | Failure | None) -> ShotPlan | Continued | Failure | None:
+            if isinstance(plan, ShotPlan | Continued) and (wrong := check_files(plan.shot)):
                 number = (line.line if isinstance(line.line, RejectedLine) else line.line.as_rejected).line
                 source = self.checker.source
                 errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
@@ -172,13 +197,18 @@ class LinePlanner:
         assert self.finished is not None
         owners = iter(
             self.finished.other_owners(
-                _plans(planned),
-                [line.line.as_rejected.script for line in planned if isinstance(line.line, ValidLine) for _ in _plans([line])],
+                _with_ids(planned),
+                [
+                    line.line.as_rejected.script
+                    for line in planned
+                    if isinstance(line.line, ValidLine)
+                    for _ in _with_ids([line])
+                ],
             )
         )
         checked = []
         for each in planned:
-            taken = [(plan.shot.id, owner) for plan in _plans([each]) if (owner := next(owners)) is not None]
+            taken = [(plan.shot.id, owner) for plan in _with_ids([each]) if (owner := next(owners)) is not None]
             if taken and isinstance(each.line, ValidLine):
                 each = PlannedLine(_reject_taken_id(each.line, *taken[0]))
             checked.append(each)
@@ -197,13 +227,22 @@ class LinePlanner:
 
     def _without_cached(self, planned: list[PlannedLine]) -> list[PlannedLine]:
         for plan in _plans(planned):
-            for attempt in (plan, *plan.again):
-                self.outputs.stage_cache.drop(step.key for step in attempt.steps)
+            self._drop_cached(plan)
         return planned
+
+    def _drop_cached(self, plan: ShotPlan) -> None:
+        for attempt in (plan, *plan.again):
+            self.outputs.stage_cache.drop(step.key for step in attempt.steps)
 
 
 def _plans(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     return [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan)]
+
+
+def _with_ids(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
+    """Return the plans, with a plan that equals no finished shot for each shot that has none yet."""
+    plans = [plan for line in planned for plan in line.plans if isinstance(plan, ShotPlan | Continued)]
+    return [plan if isinstance(plan, ShotPlan) else ShotPlan(shot=plan.shot, steps=(), key="") for plan in plans]
 
 
 def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> RejectedLine:
@@ -240,7 +279,7 @@ class PlannedShot(NamedTuple):
     """A shot with a unique id, and what is to be done."""
 
     line: CheckedLine
-    plan: ShotPlan | Failure | None
+    plan: ShotPlan | Continued | Failure | None
     """`None` if the shot is finished."""
     done: DoneShot | None
     """The finished shot. `None` if it is not finished or has a row in `FinishedLines`."""
@@ -281,7 +320,7 @@ def unique_shots_of_block(
 
 def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot | RejectedLine]:
     """Yield the shots and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
-    first_with_id: dict[str | None, tuple[ShotPlan | Failure | None, DoneShot | None]] = {}
+    first_with_id: dict[str | None, tuple[ShotPlan | Continued | Failure | None, DoneShot | None]] = {}
     for each in reversed(planned):
         if not isinstance(each.line, RejectedLine):
             first_with_id.update(

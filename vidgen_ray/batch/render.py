@@ -133,7 +133,7 @@ def render_lines(
                 results,
                 listener,
                 stop or threading.Event(),
-                planner.checker.check,
+                planner,
                 demand,
                 lease,
             )

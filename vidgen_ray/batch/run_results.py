@@ -115,6 +115,16 @@ class RunResults:
             self.to_render + self.counts["skipped"] + self.rejected_lines, self.counts["skipped"], self.rejected_lines, complete
         )
 
+    def failed(self, line: CheckedLine, failure: Failure) -> None:
+        """A pending shot has failed before it could be rendered."""
+        self._listener.on_finished(self._failed(line, failure))
+
+    def found(self, line: CheckedLine, done: DoneShot) -> None:
+        """A pending shot turned out to be finished."""
+        self.to_render -= 1
+        self.skipped(line, done)
+        self.lines_read(complete=self._whole_script)
+
     def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
         """The shot was rendered or has failed."""
         if isinstance(result, Failure):
@@ -133,7 +143,9 @@ class RunResults:
         self._listener.on_finished(row)
 
     def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
-        failed_line = FailedLine(line.shot.id or "", line.script, line.line, line.shot.model_dump(mode="json"), failure)
+        # The start frame of a continued shot is found again when the line is rendered again.
+        fields = line.shot.model_dump(mode="json") | ({} if line.shot.continue_from is None else {"image": None})
+        failed_line = FailedLine(line.shot.id or "", line.script, line.line, fields, failure)
         row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, failure, "failed")
         self._enter(row, failed_line, line.replaces)
         return row

@@ -25,6 +25,8 @@ class ShotTask:
     """Script of the line."""
     replaces: str | None
     """Id under which the line failed in an earlier run, if it differs."""
+    repeated: bool = False
+    """The shot was finished before, and is rendered for its last frame only. Its line has a row already."""
 
 
 class ShotQueue:
@@ -42,10 +44,6 @@ class ShotQueue:
 
     def __iter__(self) -> Iterator[ShotTask]:
         return (task for group in self._groups.values() for tasks in group.values() for _, task in tasks)
-
-    @property
-    def is_full(self) -> bool:
-        return self._count >= MAX_SHOTS
 
     def add(self, task: ShotTask) -> None:
         group = self._groups.setdefault(_loras(task.plan), {})

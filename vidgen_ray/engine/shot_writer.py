@@ -13,7 +13,7 @@ from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, centre_crop, write_png
-from vidgen_ray.outputs.folder import OutputFolder, ShotDraft
+from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder, ShotDraft
 from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.stages.base import Artefacts, Frames, Item
@@ -44,6 +44,9 @@ class ShotFiles:
             if "frames" in artefacts and "frames" not in self._chunked:
                 frames = centre_crop(artefacts["frames"], *self._sizes["frames"])
                 write_clip(self._draft.path(CLIP_FILES["frames"]), [frames], plan.shot.fps, encode)
+            if plan.keep_last_frame:
+                last = artefacts["frames"][-1] if "frames" in artefacts else artefacts["image"]
+                write_png(self._draft.path(LAST_FRAME), last)
             self._open = stack.pop_all()
 
     def add(self, chunk: Artefacts) -> None:

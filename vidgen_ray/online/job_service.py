@@ -150,6 +150,8 @@ class JobService:
             shot = check_shot(values, "request", self.serving_profile.profile.defaults)
         except ScriptError as error:
             raise invalid_fields(error) from None
+        if shot.continue_from is not None:
+            shot = shot.continued(self._last_frame(tenant, shot.continue_from))
         check_size(tenant.limits, shot)
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"must be at most {METADATA_BYTES} bytes as JSON", "too_large")
@@ -200,6 +202,23 @@ class JobService:
             if field in fields:
                 paths[field] = self._loras(field, fields[field])
         return paths
+
+    def _last_frame(self, tenant: Tenant, video_id: str) -> str:
+        """Return the file with the last frame of a completed video. Raises ApiError 400."""
+        job = self._store.get(video_id, tenant.name)
+        if job is None or job.state != JobState.COMPLETED:
+            state = "there is no such video" if job is None else f"{video_id} is {job.state}"
+            raise invalid("continue_from", f"must be the id of a completed video; {state}")
+        finished = self._outputs.find_by_id(job.shot_id or "")
+        try:
+            frame = None if finished is None else self._outputs.last_frame(finished)
+        except SetupError:
+            raise invalid("continue_from", "is not supported by a server whose outputs are in an object store") from None
+        if frame is None:
+            raise invalid(
+                "continue_from", f"the last frame of {video_id} was not kept: it was rendered by a batch run or before"
+            )
+        return str(frame)
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
         path = (
@@ -264,14 +283,15 @@ def key_salt(tenant: str, settings: OnlineSettings) -> str:
 def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings) -> ShotPlan:
     """Return the plan of a stored job with the key of the job, if its files and weights are still the same.
 
-    The setting may have changed since the job was stored. Raises what `ServingProfile.plan` raises.
+    The last frames of videos are kept, since any of them may be continued later. The setting may have changed since the job was
+    stored. Raises what `ServingProfile.plan` raises.
     """
     salt = key_salt(job.tenant, settings)
     plan = serving_profile.plan(job.shot, salt)
-    if plan.key == job.key:
-        return plan
-    other = serving_profile.plan(job.shot, "" if salt else job.tenant)
-    return other if other.key == job.key else plan
+    if plan.key != job.key:
+        other = serving_profile.plan(job.shot, "" if salt else job.tenant)
+        plan = other if other.key == job.key else plan
+    return plan.with_last_frame() if plan.shot.generate_video else plan
 
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:

@@ -35,6 +35,8 @@ IsResult = Callable[[Mapping[str, Any]], bool]
 """Tells whether a record, parsed from JSON, is the wanted result."""
 REQUESTS_AT_ONCE = 32
 """Concurrent requests to an object store. Each takes tens of milliseconds."""
+LAST_FRAME = "last_frame.png"
+"""Last frame of a generated clip. Only for shots that another one continues."""
 
 
 class ShotDraft:
@@ -153,7 +155,15 @@ class OutputFolder:
         too slow for runs with many shots.
         """
         debug_files = {STAGE_BY_NAME[step.stage].debug_file for step in plan.steps} - {None} if with_stages else set()
-        return self._find(_id_of(plan), plan.key, lambda record: is_result_of(plan, record), debug_files)
+        needed = debug_files | {LAST_FRAME} if plan.keep_last_frame else debug_files
+        return self._find(_id_of(plan), plan.key, lambda record: is_result_of(plan, record), needed)
+
+    def last_frame(self, shot: DoneShot) -> Path | None:
+        """Return the file with the last frame of a finished shot, or `None` if it was not kept.
+
+        Raises SetupError if the folder is in an object store.
+        """
+        return self.root / shot.summary.folder / LAST_FRAME if LAST_FRAME in shot.summary.sha256 else None
 
     def find_by_key(self, key: str) -> DoneShot | None:
         """Return the shot that is finished with this key under any id, else `None`.

@@ -17,6 +17,8 @@ ADVICE = {
     "retries": "set min_identity",
 }
 """Field -> what to do."""
+OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
+"""Fields that a continued shot does not read."""
 LORAS_OF_MODELS = ("fast_lora", "klein_lora")
 """Properties with the shot's LoRAs, which stages read in place of `lora`."""
 WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height"))
@@ -35,6 +37,9 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
     passed = stages_of(shot)
     for name in _set_fields(own):
         if name in READERS and not any(_reads(stage, name, shot) for stage in passed):
+            if shot.continue_from is not None and name in OF_THE_IMAGE:
+                yield name, "the shot starts from the last frame of another one, which is not changed"
+                continue
             labels = ", ".join(dict.fromkeys(stage.label for stage in READERS[name]))
             yield name, ADVICE.get(name, f"only these stages read it, and the shot passes none of them: {labels}")
     if own.get("min_identity") is not None and not shot.face_image:

@@ -268,6 +268,8 @@ class LineCheck:
             return None
         if shot.identity not in identities():
             self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
+        if shot.continue_from is not None and shot.image is not None:
+            self.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
         for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
             crop = getattr(shot, name)
             if crop is not None and crop > whole:

@@ -102,7 +102,7 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
 
     The first line with an id owns it. A later valid line with the same id is rejected.
     """
-    line_of = index.lines_of([id_ for line in lines for id_ in ids_of(line)])
+    line_of = index.lines_of([id_ for line in lines for id_ in (*ids_of(line), *_continued_ids(line))])
     new: dict[str, int] = {}
 
     def claim(id_: str, number: int) -> str:
@@ -111,8 +111,8 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
 
     for line in lines:
         if isinstance(line, ValidLine):
-            taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
-            if taken is None:
+            error = _id_error(line, line_of)
+            if error is None:
                 notes = line.notes
                 for shot in line.shots:
                     assert shot.id is not None
@@ -121,8 +121,6 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
                     yield CheckedLine(shot, line.as_rejected.origin_line, line.as_rejected.script, replaces, notes)
                     notes = ()
                 continue
-            allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
-            error = FieldError(line.as_rejected.source, line.as_rejected.line, "id", repr(taken), allowed)
             line = replace(line.as_rejected, errors=(error,))
         own_id, named = line.fields.get("id"), line.id
         if not named or named in line_of:
@@ -131,6 +129,31 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
         fields = {**line.fields, "id": named} if isinstance(own_id, str) and own_id in line_of else line.fields
         yield replace(line, id=claim(named, line.line), fields=fields)
     index.add(new)
+
+
+def _id_error(line: ValidLine, line_of: Mapping[str, int]) -> FieldError | None:
+    """Return the error of a line whose id is taken, or that continues a shot which no earlier line has.
+
+    `line_of`: ids of earlier lines, and possibly of later ones that are finished. Rows of a data set have the number 0.
+    """
+    source, number = line.as_rejected.source, line.as_rejected.line
+    taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
+    if taken is not None:
+        allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
+        return FieldError(source, number, "id", repr(taken), allowed)
+    for id_ in _continued_ids(line):
+        if number == 0:
+            allowed = "must not be set in a data set, since Ray Data does not keep the order of rows; use a script"
+            return FieldError(source, None, "continue_from", repr(id_), allowed)
+        # A failed line is rendered again without the finished shot that it continues.
+        if line_of.get(id_, number) >= number and line.failed_as is None:
+            return FieldError(source, number, "continue_from", repr(id_), "must be the id of an earlier line")
+    return None
+
+
+def _continued_ids(line: ValidLine | RejectedLine) -> list[str]:
+    """Return the ids of the shots that the shots of the line continue."""
+    return [shot.continue_from for shot in line.shots if shot.continue_from] if isinstance(line, ValidLine) else []
 
 
 def ids_of(line: ValidLine | RejectedLine) -> list[str]:

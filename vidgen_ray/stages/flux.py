@@ -48,7 +48,7 @@ class FluxStage(FluxFamilyStage):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.image is None and not shot.uses_sdxl_base and not shot.uses_klein_base
+        return not shot.has_start_image and not shot.uses_sdxl_base and not shot.uses_klein_base
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:

@@ -54,7 +54,8 @@ class FluxLoRAStage(FluxFamilyStage):
     @staticmethod
     def applies(shot: Shot) -> bool:
         # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
-        return bool(shot.lora) and shot.image_model == "flux" and (shot.mode == "quality" or not FluxStage.applies(shot))
+        own_image = shot.image_model == "flux" and shot.continue_from is None
+        return bool(shot.lora) and own_image and (shot.mode == "quality" or not FluxStage.applies(shot))
 
     @staticmethod
     def active_loras(shot: Shot) -> tuple[LoraRef, ...]:

@@ -77,7 +77,7 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.use_hunyuan_style and shot.style_model == "hunyuan" and shot.mode == "quality"
+        return shot.uses_restyle and shot.style_model == "hunyuan"
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:

@@ -75,7 +75,7 @@ class QwenEditStage(Stage[QwenEditParams]):
 
     @staticmethod
     def applies(shot: Shot) -> bool:
-        return shot.use_hunyuan_style and shot.style_model == "qwen-edit" and shot.mode == "quality"
+        return shot.uses_restyle and shot.style_model == "qwen-edit"
 
     @staticmethod
     def uses_identity(shot: Shot) -> bool:

@@ -445,7 +445,7 @@ class RemixVideo(CreateVideo):
 
 
 @with_peer_fields(images=True)
-@with_shot_fields(without=(*CLIP_ONLY_FIELDS, *OWN_FIELDS))
+@with_shot_fields(without=(*CLIP_ONLY_FIELDS, *OWN_FIELDS, "continue_from"))
 class CreateImages(_Generation):
     """Body of `POST /v1/images/generations`."""
 

@@ -1,0 +1,225 @@
+"""Shots that continue another one: order, failures and resume, on a real Ray."""
+
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from tests.batch.test_batch import DONE, Events, digests, render_lines
+from tests.conftest import ASTRONAUT
+from vidgen_ray.batch import render
+from vidgen_ray.batch.continued_shots import ContinuedShots
+from vidgen_ray.batch.line_planner import LinePlanner
+from vidgen_ray.batch.line_stream import first_lines
+from vidgen_ray.cli import main
+from vidgen_ray.engine.ray_cluster import init_local_ray
+from vidgen_ray.errors import ScriptError
+from vidgen_ray.graph import stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.script.checked_lines import CheckedLine
+from vidgen_ray.script.lines import Line
+from vidgen_ray.script.reader import iter_script, read_script, unique_lines
+from vidgen_ray.script.script_index import ScriptIndex
+from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.shot import Shot
+
+SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}
+CHAIN = [
+    {**SMALL, "id": "a", "prompt": "a red ball"},
+    {**SMALL, "id": "b", "prompt": "it rolls", "continue_from": "a", "interpolation": 2},
+    {**SMALL, "id": "c", "prompt": "it stops", "continue_from": "b"},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray():
+    init_local_ray(num_cpus=8, log_to_driver=False, object_store_memory=512 << 20)
+    yield
+    ray.shutdown()
+
+
+def script(folder, lines, profile):
+    folder.mkdir(exist_ok=True)
+    path = folder / "s.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return ScriptSettings(path, profile_defaults=profile.defaults)
+
+
+def rows_of(out):
+    return {row["id"]: row for row in pq.read_table(out / "manifest").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory):
+    """Files of the chain, rendered by the library: file -> sha256."""
+    folder = tmp_path_factory.mktemp("library")
+    with VideoGenerationPipeline(tiny, folder / "out") as pipeline:
+        for line in iter_script(script(folder, CHAIN, tiny)):
+            pipeline.render(line.shot)
+    for first, second in ("ab", "bc"):
+        last, start = (
+            np.asarray(Image.open(folder / "out" / shot_path(id_) / name))
+            for id_, name in ((first, "last_frame.png"), (second, "image.png"))
+        )
+        assert np.array_equal(last, start)
+    return digests(folder / "out")
+
+
+def test_chain_equals_that_of_the_library_after_the_driver_was_killed(tiny, reference, tmp_path):
+    settings, out = script(tmp_path, CHAIN, tiny), tmp_path / "out"
+    command = [sys.executable, "-m", "vidgen_ray", "render", str(settings.path), "-o", str(out), "-p", "tiny"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True) as driver:
+        deadline = time.monotonic() + 200
+        while not list(out.glob(DONE)):
+            assert driver.poll() is None, "the driver ended before its first shot"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # polls: files do not send events
+        driver.kill()
+    assert len(list(out.glob(DONE))) < 3, "the driver was killed too late for this test"
+    report = render_lines(settings, tiny, out)
+    assert (report.failed, report.done + report.skipped) == (0, 3)
+    assert digests(out) == reference
+    again = render_lines(settings, tiny, out)
+    assert (again.done, again.skipped) == (0, 3)
+
+
+def test_line_added_later_continues_a_finished_shot(tiny, reference, tmp_path):
+    out = tmp_path / "out"
+    assert render_lines(script(tmp_path, CHAIN[:1], tiny), tiny, out).done == 1
+    assert not list(out.rglob("last_frame.png"))
+    report = render_lines(script(tmp_path, CHAIN[:2], tiny), tiny, out)
+    assert (report.done, report.skipped, report.failed) == (1, 1, 0)
+    files = [file for file in reference if shot_path("c") not in file and f"{shot_path('b')}/last_frame.png" not in file]
+    assert digests(out) == {file: reference[file] for file in files}
+    rows = rows_of(out)
+    assert rows.keys() == {"a", "b"}
+    assert all(row["status"] in ("done", "skipped") for row in rows.values())
+
+
+def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
+    def counts(**changes):
+        report = render_lines(script(tmp_path, [{**CHAIN[0], **changes}, CHAIN[1]], tiny), tiny, tmp_path / "out")
+        return report.done, report.skipped, report.failed
+
+    assert counts() == (2, 0, 0)
+    assert counts(interpolation=2) == (1, 1, 0)
+    assert counts(interpolation=2, num_frames=3) == (2, 0, 0)
+
+
+def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path):
+    wall, out = tmp_path / "wall.png", tmp_path / "out"
+    Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
+    lines = [{**CHAIN[0], "face_image": str(wall)}, *CHAIN[1:], {**SMALL, "id": "other", "prompt": "a boat"}]
+    report = render_lines(script(tmp_path, lines, tiny), tiny, out)
+    assert (report.done, report.failed) == (1, 3)
+    rows = rows_of(out)
+    assert [rows[id_]["failure_stage"] for id_ in "abc"] == ["instantid", "continue_from", "continue_from"]
+    for id_ in "bc":
+        assert rows[id_]["failure_message"].startswith("shot a failed: ")
+        assert "no face found" in rows[id_]["failure_message"]
+    Image.open(ASTRONAUT).save(wall)
+    assert main(["retry", str(out)]) == 0
+    assert {row["status"] for row in rows_of(out).values()} == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "number", "message"),
+    [
+        ([CHAIN[1]], 1, "continue_from: got 'a', must be the id of an earlier line"),
+        ([CHAIN[1], CHAIN[0]], 1, "must be the id of an earlier line"),
+        ([{**CHAIN[0], "continue_from": "c"}, *CHAIN[1:]], 1, "must be the id of an earlier line"),
+        ([{**CHAIN[0], "continue_from": "a"}], 1, "must name another shot"),
+        ([CHAIN[0], {**CHAIN[1], "image": str(ASTRONAUT)}], 2, "must not be set together with image"),
+    ],
+)
+def test_unknown_and_later_shots_are_refused(tiny, tmp_path, lines, number, message):
+    (error,) = read_script(script(tmp_path, lines, tiny)).errors[:1]
+    assert error.line == number
+    assert message in str(error)
+
+
+def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.director.MAX_SHOTS", 2)
+    fields = {"prompt": "a red ball", "seed": 5, "width": 64, "height": 64, "generate_video": False}
+    lines = [{**fields, "id": f"s{n}", **({"continue_from": f"s{n - 1}"} if n else {})} for n in range(6)]
+    settings, outputs = script(tmp_path, lines, tiny), OutputFolder(tmp_path / "out")
+    checker, numbered, _ = first_lines(settings)
+
+    def remaining():
+        planner = LinePlanner(checker, tiny, outputs)
+        planner.load_finished()
+        yield from (planner.plan_block([line]) for line in numbered[1:])
+
+    planner = LinePlanner(checker, tiny, outputs)
+    report = render.render_lines(planner, numbered[:1], remaining, "s.jsonl", tiny, render.RenderOptions(), listener=Events())
+    assert (report.done, report.failed) == (6, 0)
+
+
+def test_rows_of_a_data_set_are_refused(tiny, tmp_path):
+    checker, _, _ = first_lines(script(tmp_path, CHAIN, tiny))
+    rows = [checker.check(0, Line(None, dict(fields), strict=True)) for fields in CHAIN[:2]]
+    first, second = unique_lines(rows, ScriptIndex())
+    assert isinstance(first, CheckedLine)
+    assert "continue_from: got 'a', must not be set in a data set" in str(second.errors[0])
+
+
+def continued(outputs):
+    return ContinuedShots(outputs, pytest.fail, pytest.fail)
+
+
+def line_of(number, **fields):
+    shot = Shot(id=f"s{number}", prompt="a", seed=1, continue_from=f"s{number - 1}", **fields)
+    return CheckedLine(shot, number, "s.jsonl", None)
+
+
+def test_long_chain_fails_with_its_first_shot(tmp_path):
+    shots = continued(OutputFolder(tmp_path))
+    shots.opened("s0")
+    assert not [decided for number in range(1, 3000) for decided in shots.accept(line_of(number))]
+    failed = shots.failed("s0", "no face")
+    assert [decided.line.line for decided in failed] == [*range(1, 3000)]
+    (late,) = shots.accept(line_of(3000))
+    assert {decided.failure.message for decided in (*failed, late)} == {"shot s0 failed: no face"}
+    assert len(shots) == 0
+
+
+def test_object_store_is_refused_before_rendering():
+    shots = continued(SimpleNamespace(storage=SimpleNamespace(local=None), url="s3://clips"))
+    shots.opened("s0")
+    (decided,) = shots.accept(line_of(1))
+    assert "output folder s3://clips: must be a local folder" in decided.failure.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mode": "fast", "lora": "builtin:tiny/lora.safetensors"},
+        {"lora": "builtin:tiny/lora.safetensors"},
+        {"image_model": "klein"},
+        {"use_hunyuan_style": True},
+        {"use_hunyuan_style": True, "style_model": "qwen-edit"},
+        {"identity": "instantid-sdxl", "face_image": str(ASTRONAUT)},
+    ],
+)
+def test_no_stage_changes_the_start_frame(fields):
+    stages = stages_of(line_of(1, **fields).shot)
+    assert not [stage.name for stage in stages if "image" in stage.writes]
+    assert "svd" in [stage.name for stage in stages]
+
+
+def test_library_names_the_missing_shot(tiny, tmp_path):
+    with (
+        VideoGenerationPipeline(tiny, tmp_path) as pipeline,
+        pytest.raises(ScriptError, match="continue_from: got 'gone', must be the id of a finished shot"),
+    ):
+        pipeline.generate_video("a", continue_from="gone")
