@@ -116,7 +116,7 @@ def test_failing_lines_do_not_affect_other_lines(tmp_path, profile):
         "raises": ("raise", "RuntimeError", 3),
         "crashes": ("crash", "WorkerDied", 3),
         "hangs": ("hang", "TimedOut", 3),
-        "oom": ("oom", "StageError", 2),
+        "oom": ("oom", "OutOfMemory", 2),
     }
     lines = shots(12)
     for n, (name, (prompt, _, _)) in enumerate(failing.items()):
@@ -221,7 +221,8 @@ def test_shots_with_the_same_lora_are_rendered_together(tmp_path, profile):
     loras = []
     for name in "abc":
         loras.append(tmp_path / f"{name}.safetensors")
-        save_file({"transformer.x.diff": np.full(1, ord(name), np.float32)}, loras[-1])
+        weights = np.full((1, 1), ord(name), np.float32)
+        save_file({f"transformer.x.lora_{part}.weight": weights for part in "AB"}, loras[-1])
     lines = [{**line, "lora": str(loras[n % 3])} for n, line in enumerate(shots(12))]
     report, _ = render_lines(tmp_path, profile, lines, gpus="1x80GB")
     assert report.done == 12

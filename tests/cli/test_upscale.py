@@ -196,7 +196,7 @@ def test_interrupt_exits_with_130_and_resumes(tmp_path, weights):
     out = tmp_path / "out" / "in.mp4"
     folder = out.parent / ".vidgen-upscale" / "in.mp4"
     process = start(video, "-o", out, *options)
-    while len(list(folder.glob("0*.mp4"))) < 2:
+    while not folder.exists() or len(list(folder.glob("0*.mp4"))) < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent.parent
         (
             ["--profile", "gpu-80gb"],
             4,
-            "flux: weights 'hub:black-forest-labs/FLUX.1-dev@main': not on this machine",
+            "flux: weights 'hub:black-forest-labs/FLUX.1-dev@3de623fc3c33e44ffbe2bad470d0f45bccf2eb21': not on this machine",
         ),
         (["--database", "mysql://x"], 4, "database: must be an SQLite file"),
         (["--data", "s3://bucket/x"], 4, "database: must be set if data is an object store"),

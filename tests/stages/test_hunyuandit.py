@@ -302,6 +302,7 @@ def test_image_is_not_distorted(folder: Path) -> None:
         canvases.append(np.asarray(image))
         return SimpleNamespace(images=[canvases[-1] / np.float32(255)])
 
+    identity.vae = SimpleNamespace(disable_tiling=lambda: None)  # type: ignore[attr-defined]
     stage.pipe = identity
     image = circle_image(1024, 576, radius=200)
     result = restyle(stage, image)

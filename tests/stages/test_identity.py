@@ -242,8 +242,8 @@ def test_profile_with_an_injector_but_without_its_recogniser_is_rejected(tiny):
         check_profile(profile_with(svd={"x": "x"}))
 
 
-# The profile `open` has no FLUX.1, which the other methods need.
-@pytest.mark.parametrize("name", [name for name in builtin_profiles() if name != "open"])
+# InfuseNet is for FLUX.1-dev, which these profiles do not have.
+@pytest.mark.parametrize("name", sorted({*builtin_profiles()} - {"open", "gpu-24gb-schnell"}))
 def test_built_in_profiles_have_the_extra_weights_of_every_identity(name):
     profile = load_profile(name)
     check_profile(profile)

@@ -379,7 +379,7 @@ def test_stages_with_one_model_share_an_injector(injector, folder):
     assert shared_injector("infusenet", injector.model, folder) is first
     first.move("cpu")
     assert set(INJECTORS) == {"infusenet"}
-    assert identities() == ("infusenet", "instantid-sdxl", "none")
+    assert identities() == ("infusenet", "instantid-sdxl", "reference", "none")
     assert injector_class("infusenet").embedding == "ir_se50"
     with pytest.raises(StageError, match="identity: got 'pulid', must be one of infusenet"):
         injector_class("pulid")

@@ -185,7 +185,7 @@ def test_move_keeps_the_result_and_close_releases_the_weights(make_shot):
     stage.move("cpu")
     assert np.array_equal(generate(stage, make_shot(), face(1)), before)
     stage.close()
-    assert set(vars(stage)) == {"params"}
+    assert set(vars(stage)) == {"params", "notes"}
 
 
 def test_wrong_embedding_is_rejected(stage, make_shot):
@@ -288,7 +288,7 @@ def test_wrong_instantid_folder_raises_setup_error(tmp_path, problem):
 
 
 def test_base_weights_of_another_pipeline_raise_setup_error():
-    with pytest.raises(SetupError, match="holds a FluxPipeline, must be one of StableDiffusionXLPipeline"):
+    with pytest.raises(SetupError, match="holds a FluxPipeline, must be a StableDiffusionXLPipeline"):
         loaded(resolve("builtin:tiny/flux"), INSTANTID)
 
 

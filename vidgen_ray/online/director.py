@@ -82,6 +82,7 @@ CODES = {
     "MissingWeights": "not_served",
     "SetupError": "not_served",
     "StageError": "invalid_shot",
+    "OutOfMemory": "invalid_shot",
     "MediaError": "invalid_shot",
 }
 """Error class -> error code of the API. Other classes: `invalid_shot` if the shot is the cause, otherwise `stage_failed`."""
