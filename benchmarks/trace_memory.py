@@ -27,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidgen_ray.nets.fp8 import store_in_fp8
-from vidgen_ray.stages.memory import FP8, TABLE_FILE, TILES_PX, MemoryTable, load_table
+from vidgen_ray.stages.memory import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
+from vidgen_ray.stages.speed import fuse_attention_projections
+from vidgen_ray.stages.step_cache import AttentionBroadcast
 from vidgen_ray.weights.published_models import NETWORKS, build_network, realesrgan_network
 
 HALF = torch.bfloat16
@@ -35,7 +37,6 @@ HALF = torch.bfloat16
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8
 UPSCALERS = ("animevideov3", "x4plus-anime", "x4plus")
-LORA_RANK = 32
 TOLERANCE = 0.05
 """Largest relative difference between the table and other traced sizes that `--check` accepts."""
 
@@ -369,10 +370,41 @@ def weights() -> dict[str, int]:
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
     linear = [m for m in network("flux/transformer").modules() if isinstance(m, torch.nn.Linear)]
     sizes["flux/lora"] = 2 * LORA_RANK * sum(m.in_features + m.out_features for m in linear)
+    sizes["svd/fused_projections"] = fused_projection_bytes("svd/unet")
+    sizes["hunyuan/fused_projections"] = fused_projection_bytes("hunyuan/transformer")
     # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/face_resampler.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
     sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
     return sizes
+
+
+def fused_projection_bytes(name: str) -> int:
+    """Return the bytes that `fuse_qkv` adds to a network."""
+    model = build_network(name, HALF)
+    before = tensor_bytes(model)
+    fuse_attention_projections(model)
+    return tensor_bytes(model) - before
+
+
+def attention_outputs(unet: Any) -> float:
+    """Return how many numbers pyramid attention broadcast keeps per latent pixel of SVD, for each pass of a step."""
+    levels = len(unet.config.block_out_channels)
+    numbers = 0.0
+    for name, module in unet.named_modules():
+        if getattr(module, "_diffusers_hook", None) is None or not module._diffusers_hook.hooks:
+            continue
+        part, index = name.split(".")[:2]
+        level = int(index) if part == "down_blocks" else levels - 1 - int(index) if part == "up_blocks" else levels - 1
+        # Each level has a quarter of the pixels of the one before it.
+        numbers += module.to_out[0].out_features / 4**level
+    return numbers
+
+
+def attention_output_bytes(width: int, height: int, frames: int) -> int:
+    """Return the bytes that pyramid attention broadcast keeps of a clip with guidance, which has two passes per step."""
+    unet = build_network("svd/unet", HALF)
+    AttentionBroadcast(unet, 2)
+    return int(2 * 2 * attention_outputs(unet) * width * height * frames / 64)
 
 
 def resampler_parameters(*, tokens: int, output: int) -> int:
@@ -395,6 +427,7 @@ def make_table() -> MemoryTable:
     curves: dict[str, list[tuple[int, int]]] = {
         "flux/text": [(0, flux_text())],
         "hunyuan/text": [(0, hunyuan_text())],
+        "svd/pyramid_attention": [(0, 0), (1024 * 576 * 25, attention_output_bytes(1024, 576, 25))],
     }
     for name, (trace, sizes, _) in traces().items():
         curves[name] = sorted((width * height * frames, trace(width, height, frames)) for width, height, frames in sizes)

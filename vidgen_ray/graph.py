@@ -17,7 +17,7 @@ from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
-from vidgen_ray.stages.identity import injector_class
+from vidgen_ray.stages.identity import INJECTORS, injector_class
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
@@ -201,7 +201,7 @@ def _check_recognisers(profile: Profile) -> None:
     flux, faces = (profile.actors.get(stage.actor) for stage in (FluxStage, InstantIDStage))
     if flux is None or faces is None:
         return
-    for name in flux.extra_weights:
+    for name in [name for name in flux.extra_weights if name in INJECTORS]:
         needed = injector_class(name).embedding
         if needed not in (RECOGNISER, *faces.extra_weights):
             raise ProfileError(

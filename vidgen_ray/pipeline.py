@@ -35,7 +35,7 @@ from vidgen_ray.progress_bar import in_notebook, progress_bar
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences
-from vidgen_ray.stages.base import Item, Stage
+from vidgen_ray.stages.base import Item, QualityTier, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
@@ -69,9 +69,14 @@ class VideoGenerationPipeline:
         self._sizes = ShotSizes()
 
     @classmethod
-    def from_profile(cls, name_or_path: str, out: str | Path = "out") -> VideoGenerationPipeline:
-        """Create a pipeline from a built-in profile by name, or from a profile file by path."""
-        return cls(load_profile(name_or_path), out)
+    def from_profile(
+        cls, name_or_path: str, out: str | Path = "out", *, quality_tier: QualityTier | None = None
+    ) -> VideoGenerationPipeline:
+        """Create a pipeline from a built-in profile by name, or from a profile file by path.
+
+        `quality_tier` replaces the profile's.
+        """
+        return cls(load_profile(name_or_path).with_quality_tier(quality_tier), out)
 
     def generate_video(
         self,

@@ -12,7 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.stages.base import QualityTier, Stage, StageParams
 from vidgen_ray.strict_yaml import StrictLoader
 from vidgen_ray.weights import resolve, with_commit
 from vidgen_ray.weights.licences import WeightLicence, licence_of
@@ -65,6 +65,11 @@ class Profile(_Section):
         description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. colocated: one worker per "
         "GPU and entry of `actors`. staged: each worker holds one entry, as many of each as needed.",
     )
+    quality_tier: QualityTier | None = Field(
+        None,
+        description="Speed options of all actors, from exact to fast: lossless, high, medium, draft. An actor's own options "
+        "take precedence. Default: none of them.",
+    )
     cpu_workers: int | None = Field(
         None, ge=1, description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow."
     )
@@ -102,7 +107,9 @@ class Profile(_Section):
 
         Raises ProfileError for an unknown option.
         """
-        return self._params(stage, Path(self.actor_of(stage).weights), {}, {})
+        actor = self.actor_of(stage)
+        extra_weights = {name: Path(weights) for name, weights in actor.extra_weights.items()}
+        return self._params(stage, Path(actor.weights), extra_weights, {})
 
     def _params(self, stage: type[Stage[P]], weights: Path, extra_weights: dict[str, Path], missing: dict[str, str]) -> P:
         actor = self.actor_of(stage)
@@ -112,6 +119,7 @@ class Profile(_Section):
             "missing": missing,
             "device": actor.device,
             "threads": max(1, int(actor.cpus)),
+            **({} if self.quality_tier is None else stage.quality_tiers.get(self.quality_tier, {})),
             **actor.options,
         }
         if actor.dtype is not None:
@@ -125,6 +133,10 @@ class Profile(_Section):
                 f"profile {self.source or self.name}, actors.{stage.actor}: {_first_error(error)}{allowed}"
             ) from None
         return params.resolved()
+
+    def with_quality_tier(self, tier: QualityTier | None) -> "Profile":
+        """Return the profile with another quality tier. `None` keeps its own."""
+        return self if tier is None else self.model_copy(update={"quality_tier": tier})
 
     def with_commits(self) -> "Profile":
         """Return the profile with the commit of each Hugging Face snapshot that is on this machine, in place of a branch.

@@ -181,6 +181,48 @@ def test_stage_without_known_memory_requires_memory_gb():
         actor_memory(Profile(name="own", about="x", actors=actors), [STAGE_BY_NAME["instantid"]], [Shot(**FACE)], 24)
 
 
+def with_flux_options(**options):
+    actors = {"flux": ActorProfile(weights="w", device="cuda", dtype="bfloat16", options=options)}
+    return actor_memory(Profile(name="own", about="x", actors=actors), [STAGE_BY_NAME["flux"]], [Shot(prompt="a")], 80)
+
+
+def test_slots_and_step_caches_are_planned():
+    plain, slots, cache = with_flux_options(), with_flux_options(lora_hotswap=True), with_flux_options(step_cache="first_block")
+    # Two slots of rank 64. The LoRA of the table has half of that.
+    assert slots.weights_gb - plain.weights_gb == pytest.approx(2 * 2 * load_table().weights["flux/lora"] / GB)
+    assert plain.peak_gb < cache.peak_gb < plain.peak_gb + 0.1
+
+
+def test_text_encoder_that_is_not_kept_counts_for_new_prompts_only():
+    kept, loaded = with_flux_options(), with_flux_options(keep_text_encoder=False)
+    t5_gb = load_table().weights["flux/text_encoder_2"] / GB
+    assert kept.weights_gb - loaded.weights_gb == pytest.approx(t5_gb)
+    assert loaded.peak_gb > t5_gb
+
+
+@pytest.mark.parametrize(
+    "options", [{"quantize": "nf4"}, {"step_cache": "taylorseer"}], ids=lambda options: next(iter(options))
+)
+def test_options_of_unknown_memory_require_memory_gb(options):
+    with pytest.raises(ProfileError, match=r"actors\.flux: device cuda requires memory_gb"):
+        with_flux_options(**options)
+
+
+@pytest.mark.parametrize(("actor", "stage"), [("svd", SVDStage), ("hunyuan", STAGE_BY_NAME["hunyuan"])])
+def test_fused_projections_are_planned(actor, stage):
+    plain, fused = (
+        actor_memory(
+            Profile(name="own", about="x", actors={actor: ActorProfile(weights="w", device="cuda", options=options)}),
+            [stage],
+            [Shot(prompt="a", use_hunyuan_style=True)],
+            80,
+        )
+        for options in ({}, {"fuse_qkv": True})
+    )
+    added = 2 * load_table().weights[f"{actor}/fused_projections"] / GB
+    assert fused.weights_gb - plain.weights_gb == pytest.approx(added), "in float32"
+
+
 def test_demand_keeps_one_shot_of_each_size():
     sizes = [(512, 512, 25), (1024, 576, 25), (1024, 576, 14), (1024, 576, 25), (512, 512, 50)]
     demand = demand_of(Shot(prompt="a", width=w, height=h, num_frames=n) for w, h, n in sizes)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -15,6 +14,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
 from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+from vidgen_ray.stages import flux, flux_stage, hunyuandit, instantid_sdxl, svd
+from vidgen_ray.stages.pixels import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
 COMPILER = shutil.which("g++")
@@ -74,12 +76,16 @@ def patch_host_code(cuda, monkeypatch):
 
     def image_result(self, image, output_type="pil", **kwargs):
         cuda.outputs.append((tuple(image.shape), image.dtype, str(image.device)))
-        return np.zeros((image.shape[0], *image.shape[2:], 3), np.float32)
+        with unset_fake_temporarily():
+            return torch.zeros(image.shape)
 
     def video_result(self, video, output_type="np", **kwargs):
         cuda.outputs.append((tuple(video.shape), video.dtype, str(video.device)))
-        return np.zeros((1, *video.shape[2:], 3), np.float32)
+        with unset_fake_temporarily():
+            return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
+    for stage_module in (flux, flux_stage, hunyuandit, instantid_sdxl, svd):
+        monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))
     monkeypatch.setattr(VaeImageProcessor, "postprocess", image_result)
     monkeypatch.setattr(VideoProcessor, "postprocess_video", video_result)

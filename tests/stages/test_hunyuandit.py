@@ -300,7 +300,7 @@ def test_image_is_not_distorted(folder: Path) -> None:
 
     def identity(_prompt: str, image: PILImage.Image, **_: Any) -> SimpleNamespace:
         canvases.append(np.asarray(image))
-        return SimpleNamespace(images=[canvases[-1] / np.float32(255)])
+        return SimpleNamespace(images=[torch.tensor(canvases[-1] / np.float32(255)).permute(2, 0, 1)])
 
     identity.vae = SimpleNamespace(disable_tiling=lambda: None)  # type: ignore[attr-defined]
     stage.pipe = identity

@@ -83,6 +83,7 @@ def text_arguments(model: FluxModel, shot: Shot) -> dict[str, Any]:
         **model.call_arguments(shot, FluxParams(weights=Path(), text_tokens=64)),
         "num_inference_steps": 3,
         "guidance_scale": 3.5,
+        "output_type": "np",
     }
 
 

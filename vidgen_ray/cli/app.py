@@ -32,9 +32,11 @@ from vidgen_ray.cli.options import (
     JsonOption,
     OutOption,
     ProfileOption,
+    QualityTierOption,
     SeedOption,
     SetOption,
     check_out,
+    chosen_profile,
     example,
     parse_fields,
 )
@@ -214,6 +216,7 @@ def render(
     script: ScriptArgument,
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
+    quality_tier: QualityTierOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
     seed: SeedOption = 0,
@@ -260,7 +263,7 @@ def render(
     """
     from vidgen_ray.batch.render import RenderOptions
 
-    chosen = load_profile(profile)
+    chosen = chosen_profile(profile, quality_tier)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until)
     if strict:
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
@@ -289,6 +292,7 @@ def plan(
     script: ScriptArgument,
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
+    quality_tier: QualityTierOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
     mode: ModeOption = None,
@@ -305,7 +309,7 @@ def plan(
     from vidgen_ray.batch.estimate import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
-    chosen = load_profile(profile)
+    chosen = chosen_profile(profile, quality_tier)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
@@ -329,6 +333,7 @@ def plan(
 @app.command()
 def serve(
     profile: Annotated[str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} {_server_default('profile')}")] = None,
+    quality_tier: QualityTierOption = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -367,7 +372,7 @@ def serve(
     from vidgen_ray.cli.serve import serve_command, settings_of
 
     options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
-    options["require_licence"] = require
+    options |= {"quality_tier": quality_tier, "require_licence": require}
     with interruptible(), redirect_stdout(sys.stderr):
         serve_command(settings_of(settings, options), address=address, grace_s=grace_s)
 
@@ -450,6 +455,7 @@ def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
+    quality_tier: QualityTierOption = None,
     face: Annotated[
         list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
     ] = None,
@@ -465,7 +471,7 @@ def shot(
     from vidgen_ray.pipeline import VideoGenerationPipeline
     from vidgen_ray.script.reader import check_shot
 
-    chosen = load_profile(profile)
+    chosen = chosen_profile(profile, quality_tier)
     values = parse_fields(fields)
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
@@ -519,6 +525,7 @@ def stage(
     source: Annotated[Path | None, typer.Argument(help="Input file: an image, a clip or face.json. Not used by flux.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Output file: .png, .mp4 or .json.")] = Path("out.png"),
     profile: ProfileOption = "demo",
+    quality_tier: QualityTierOption = None,
     seed: SeedOption = 0,
     fields: SetOption = None,
 ) -> None:
@@ -526,7 +533,7 @@ def stage(
     from vidgen_ray.cli.one_stage import run_one_stage
 
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
-        run_one_stage(load_profile(profile), name, source, out, parse_fields(fields), seed)
+        run_one_stage(chosen_profile(profile, quality_tier), name, source, out, parse_fields(fields), seed)
     typer.echo(str(out))
 
 

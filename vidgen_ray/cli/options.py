@@ -3,16 +3,17 @@
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.profile import builtin_profiles
+from vidgen_ray.profile import Profile, builtin_profiles, load_profile
 from vidgen_ray.script.line_check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
+from vidgen_ray.stages.base import QualityTier
 
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
@@ -56,6 +57,14 @@ def check_out(value: str) -> str:
 
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
+QualityTierOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quality-tier",
+        metavar="|".join(get_args(QualityTier)),
+        help="Speed options, from exact to fast. Default: those of the profile.",
+    ),
+]
 # Not a Path: Path("") is the current folder.
 OutOption = Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)]
 SetOption = Annotated[
@@ -77,3 +86,15 @@ def example(name: str) -> Path:
     package = Path(str(resources.files("vidgen_ray")))
     paths = [package / "examples" / name, package.parent / "examples" / name]
     return next(path for path in paths if path.is_file())
+
+
+def chosen_profile(name_or_path: str, quality_tier: str | None) -> Profile:
+    """Load a profile, with another quality tier if one is given."""
+    profile = load_profile(name_or_path)
+    for tier in get_args(QualityTier):
+        if quality_tier == tier:
+            return profile.with_quality_tier(tier)
+    if quality_tier is None:
+        return profile
+    allowed = ", ".join(get_args(QualityTier))
+    raise typer.BadParameter(f"got {quality_tier!r}, must be one of {allowed}", param_hint="--quality-tier")

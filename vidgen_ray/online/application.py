@@ -74,7 +74,7 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served, or if Ray cannot
     distinguish GPUs of different sizes.
     """
-    configured = load_profile(settings.profile)
+    configured = load_profile(settings.profile).with_quality_tier(settings.quality_tier)
     if settings.layout is not None:
         configured = configured.model_copy(update={"layout": settings.layout})
     served = serving_profile(configured, settings.require_licence)

@@ -12,6 +12,7 @@ from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.shot_licences import Requirement
+from vidgen_ray.stages.base import QualityTier
 
 MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -120,6 +121,9 @@ class OnlineSettings(_Section):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
+    quality_tier: QualityTier | None = Field(
+        None, description="Speed options of all models: lossless, high, medium or draft. Default: the profile's."
+    )
     layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
         None,
         description="Layout of the stages on GPUs. `staged` gives every model its own processes and GPUs. "

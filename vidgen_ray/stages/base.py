@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ Image = NDArray[np.uint8]
 """RGB, (H, W, 3), 0 to 255."""
 Frames = NDArray[np.uint8]
 """RGB, (T, H, W, 3), 0 to 255."""
+QualityTier = Literal["lossless", "high", "medium", "draft"]
+"""Named sets of speed options, from exact to fast. `lossless` changes nothing but the rounding."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Size of the reference shot, for which seconds are stated: 1024x576 pixels, 25 frames, default steps."""
 
@@ -120,16 +123,30 @@ class Item:
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
 
 
+class InKey(Enum):
+    """Whether an option is part of content keys: `option: Annotated[bool, InKey.IF_CHANGED] = False`.
+
+    An option without this annotation is always part of them.
+    """
+
+    NEVER = "never"
+    """The option does not change bytes."""
+    IF_CHANGED = "if changed"
+    """The option changes bytes. Its default does not, so keys that are older than the option stay valid."""
+
+
 class StageParams(BaseModel):
-    """Parameters that a profile gives to a stage. Subclasses add options of their own, all of which may change bytes."""
+    """Parameters that a profile gives to a stage. Subclasses add options of their own, and declare with `InKey` which of them
+    do not change bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: Path
-    """Local folder or file. A stage never downloads anything."""
-    extra_weights: dict[str, Path] = Field(default_factory=dict)
-    """Name -> local path of further weights that only some shots need."""
-    missing: dict[str, str] = Field(default_factory=dict)
+    weights: Annotated[Path, InKey.NEVER]
+    """Local folder or file. A stage never downloads anything. Its digest is part of the key."""
+    extra_weights: Annotated[dict[str, Path], InKey.NEVER] = Field(default_factory=dict)
+    """Name -> local path of further weights that only some shots need. The digests of those that a shot needs are part of its
+    keys."""
+    missing: Annotated[dict[str, str], InKey.NEVER] = Field(default_factory=dict)
     """Name -> error message for extra weights that are not on this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
@@ -137,9 +154,19 @@ class StageParams(BaseModel):
     """CPU threads of torch. `None` keeps the current number. It changes the last bits of a result."""
 
     def for_key(self) -> dict[str, Any]:
-        """Return the options that change bytes. Weights are part of a content key by their digest instead."""
-        ignored = {"weights", "extra_weights", "missing"}
+        """Return the options that change bytes, see `InKey`. Weights are part of a content key by their digest instead."""
+        ignored = {name for name in type(self).model_fields if not self._is_in_key(name)}
         return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
+
+    def _is_in_key(self, name: str) -> bool:
+        option = type(self).model_fields[name]
+        if InKey.NEVER in option.metadata:
+            return False
+        return InKey.IF_CHANGED not in option.metadata or getattr(self, name) != option.get_default(call_default_factory=True)
+
+    def names_extra_weights(self, name: str) -> bool:
+        """Return whether the profile names these extra weights, on this machine or not."""
+        return name in self.extra_weights or name in self.missing
 
     def extra_weights_at(self, name: str) -> Path:
         """Return the path of extra weights. Raises MissingWeights if they are not on this machine."""
@@ -203,6 +230,8 @@ class Stage(ABC, Generic[P]):
     uses_shot_seed: ClassVar[bool] = False
     """True if the noise comes from the shot's seed itself, not from a seed derived for the stage. Only for a stage that makes
     the first image: a refinement with the noise that produced its input would amplify it."""
+    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {}
+    """Quality tier -> options of this stage's actor. A tier without an entry changes nothing."""
     weight_attributes: ClassVar[tuple[str, ...]] = ()
     """Attributes that `load` sets and `close` deletes."""
     pipelines: ClassVar[tuple[str, ...]] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -14,6 +14,7 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Image,
+    InKey,
     Item,
     Stage,
     StageParams,
@@ -36,14 +37,10 @@ class Flux2KleinParams(StageParams):
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)
     """Layers of the text encoder that the transformer was trained with."""
-    adapters_kept: int = Field(4, ge=1)
+    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, InKey.NEVER] = False
     """Keep the weights in host memory and move each part to the GPU when it runs."""
-
-    def for_key(self) -> dict[str, Any]:
-        ignored = ("adapters_kept", "cpu_offload")
-        return {name: value for name, value in super().for_key().items() if name not in ignored}
 
 
 class Flux2KleinStage(Stage[Flux2KleinParams]):

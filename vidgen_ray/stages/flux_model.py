@@ -1,24 +1,30 @@
-"""FLUX.1 weights, loaded once per process: pipelines for text to image and image to image, and the loaded LoRAs."""
+"""FLUX.1 weights, loaded once per process: pipelines for text to image and image to image, LoRAs and prompt embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
 
 from cachetools import LRUCache
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from vidgen_ray.errors import StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+from vidgen_ray.cache_dir import cache_dir, digest
+from vidgen_ray.errors import SetupError, StageError
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite, require_finite_weights
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.base import StageParams, torch_dtype
+from vidgen_ray.stages.base import InKey, torch_dtype
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.lora_hotswap import HotswapLoras
 from vidgen_ray.stages.memory import FP8
+from vidgen_ray.stages.prompt_cache import PromptCache
+from vidgen_ray.stages.quantization import Quantization, load_quantized, load_quantized_file
+from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, use_channels_last
+from vidgen_ray.stages.step_cache import StepCacheName, TransformerStepCache
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -26,38 +32,71 @@ T5_CHANNELS = 4096
 SCHNELL_TEXT_TOKENS = 256
 """T5 tokens that FLUX.1-schnell was trained with. diffusers would silently accept more."""
 CACHED_PROMPTS = 64
-"""Prompts whose embeddings are cached. An embedding takes 4 MB at 512 tokens in bfloat16."""
+"""Prompts whose embeddings are cached in memory. An embedding takes 4 MB at 512 tokens in bfloat16."""
 DEFAULT_STEPS = 28
 """Default steps of FLUX.1-dev."""
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
+TRANSFORMER, FEW_STEP_LORA = "transformer", "few_step_lora"
+"""Names in the profile's `extra_weights` of a quantised transformer, and of a LoRA that is merged into the weights."""
+REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+"""Classes of the blocks of FLUX and InfuseNet."""
 
 
-class FluxParams(StageParams):
-    vae_tile_px: Literal[512, 256] | None = None
+class FluxParams(SpeedParams):
+    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
     """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
-    text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
+    text_encoder: Annotated[Literal["gpu", "swapped", "cpu"], InKey.IF_CHANGED] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""
-    quantize: Literal["none", "fp8_storage"] = "none"
-    """Storage of the transformer's weights. fp8_storage: 8 bits (e4m3), converted to `dtype` layer by layer."""
     text_tokens: int = Field(512, ge=1, le=512)
     """T5 tokens of the prompt. At most 256 are used for schnell."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance scale for shots with a negative prompt. Adds a second pass per step."""
-    adapters_kept: int = Field(4, ge=1)
+    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
+    compile: Annotated[Literal["none", "regional"], InKey.IF_CHANGED] = "none"
+    """Compile the blocks of the transformer and of InfuseNet with torch.compile. Turns `lora_hotswap` on."""
+    lora_hotswap: Annotated[bool, InKey.IF_CHANGED] = False
+    """Copy LoRAs into fixed slots, so that a compiled transformer is not compiled again for each LoRA."""
+    lora_slots: Annotated[int, InKey.NEVER] = Field(2, ge=1)
+    """Slots of `lora_hotswap`: the maximum of LoRAs per shot. One takes 0.7 GB at rank 64 in bfloat16."""
+    lora_max_rank: Annotated[int, InKey.IF_CHANGED] = Field(64, ge=1)
+    """Largest rank of a LoRA with `lora_hotswap`."""
+    step_cache: Annotated[StepCacheName, InKey.IF_CHANGED] = "none"
+    """Reuse results between steps. An approximation. `first_block` and `magcache` have no effect on shots with a face."""
+    step_cache_threshold: Annotated[float, InKey.IF_CHANGED] = Field(0.06, gt=0)
+    """Change below which `first_block` and `magcache` reuse a result. Larger is faster and less exact."""
+    step_cache_interval: Annotated[int, InKey.IF_CHANGED] = Field(3, ge=2, le=10)
+    """`taylorseer` computes attention in every n-th step."""
+    quantize: Annotated[Quantization, InKey.IF_CHANGED] = "none"
+    """Quantisation of the transformer while it is loaded. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by
+    layer."""
+    keep_text_encoder: Annotated[bool, InKey.NEVER] = True
+    """`false`: T5 is loaded for a prompt whose embedding is not cached, and released afterwards."""
+    prompt_cache_gb: Annotated[float, InKey.NEVER] = Field(0, ge=0)
+    """GB of prompt embeddings that are kept on disk in `$VIDGEN_CACHE/prompts`. 0: in memory only."""
 
     def for_key(self) -> dict[str, Any]:
         values = super().for_key()
-        # They change no bytes.
-        del values["adapters_kept"]
-        if self.text_encoder != "cpu" or self.device == "cpu":
-            del values["text_encoder"]
-        # Options that profiles of earlier versions lack.
-        return {
-            name: value for name, value in values.items() if (name, value) not in (("vae_tile_px", None), ("quantize", "none"))
-        }
+        # T5 computes on the device of the other networks.
+        if self.text_encoder == "swapped" or self.device == "cpu":
+            values.pop("text_encoder", None)
+        return values
+
+    @property
+    def has_quantized_weights(self) -> bool:
+        return self.quantize != "none" or self.names_extra_weights(TRANSFORMER)
+
+    @property
+    def uses_lora_slots(self) -> bool:
+        return self.lora_hotswap or self.compile != "none"
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.quantize == FP8 and self.compile != "none":
+            raise ValueError("quantize fp8_storage needs compile: none, because the casts of each layer are not compiled")
+        return self
 
 
 def prompt_bytes(params: FluxParams) -> int:
@@ -68,12 +107,12 @@ def prompt_bytes(params: FluxParams) -> int:
 class FluxModel:
     """FLUX pipelines with their LoRAs. Use `FluxModel.shared(params)`: stages of one process with the same weights share it."""
 
-    _instances: ClassVar[WeakValueDictionary[tuple[Path, str, str, str], FluxModel]] = WeakValueDictionary()
+    _instances: ClassVar[WeakValueDictionary[str, FluxModel]] = WeakValueDictionary()
 
     @classmethod
     def shared(cls, params: FluxParams) -> FluxModel:
-        """Return the model of this process for these weights, dtype, storage and device, loaded on first use."""
-        key = (params.weights, params.dtype, params.quantize, params.device)
+        """Return the model of this process for these parameters, loaded on first use."""
+        key = params.model_dump_json(exclude={"missing"})
         model = cls._instances.get(key)
         if model is None:
             model = cls._instances[key] = cls(params)
@@ -85,23 +124,75 @@ class FluxModel:
 
         from vidgen_ray.nets.fp8 import store_in_fp8
 
-        self.text_to_image = load_pipeline(FluxPipeline, params, place=False)
+        self._params = params
+        self.device = params.device
         self.dtype = torch_dtype(params.dtype)
+        """Dtype of the computation, which quantised weights do not have."""
+        self.text_to_image = load_pipeline(FluxPipeline, params, place=False, **self._components())
+        transformer = self.text_to_image.transformer
+        if params.names_extra_weights(FEW_STEP_LORA):
+            _merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA))
         if params.quantize == FP8:
-            store_in_fp8(self.text_to_image.transformer, self.dtype)
+            store_in_fp8(transformer, self.dtype)
         # Not `from_pipe`: it casts the shared weights to float32 in place.
         components = {k: v for k, v in self.text_to_image.components.items() if k not in ("image_encoder", "feature_extractor")}
         scheduler = components.pop("scheduler")
         self.image_to_image = FluxImg2ImgPipeline(scheduler=type(scheduler).from_config(scheduler.config), **components)
         self.image_to_image.set_progress_bar_config(disable=True)
-        self.device = params.device
-        stored = None if params.quantize == "none" else self.dtype
-        self.adapters = LoraAdapters(self.text_to_image, params.adapters_kept, "FLUX", dtype=stored)
-        self._t5_on_gpu = params.text_encoder == "gpu"
+        if params.channels_last:
+            use_channels_last(self.text_to_image.vae)
+        self.adapters = self._lora_adapters()
+        self._step_cache = (
+            None
+            if params.step_cache == "none"
+            else TransformerStepCache(transformer, params.step_cache, params.step_cache_threshold, params.step_cache_interval)
+        )
+        self._t5_on_gpu = params.keep_text_encoder and params.text_encoder == "gpu"
         for name, network in self.text_to_image.components.items():
             if isinstance(network, torch.nn.Module) and (self._t5_on_gpu or name != T5):
                 network.to(params.device)
+        self.speed_up(transformer)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
+        self._prompt_cache = (
+            PromptCache(cache_dir() / "prompts", int(params.prompt_cache_gb * 2**30)) if params.prompt_cache_gb else None
+        )
+
+    def _lora_adapters(self) -> LoraAdapters:
+        params, pipe = self._params, self.text_to_image
+        if not params.uses_lora_slots:
+            return LoraAdapters(pipe, params.adapters_kept, "FLUX", dtype=self.dtype if params.has_quantized_weights else None)
+        return HotswapLoras(
+            pipe, params.adapters_kept, "FLUX", slots=params.lora_slots, max_rank=params.lora_max_rank, dtype=self.dtype
+        )
+
+    def _components(self) -> dict[str, Any]:
+        """Return the components that are not loaded with the pipeline."""
+        from diffusers import FluxTransformer2DModel
+
+        params = self._params
+        folder = params.weights / "transformer"
+        components: dict[str, Any] = {}
+        if not params.keep_text_encoder:
+            components[T5] = None
+        try:
+            if params.names_extra_weights(TRANSFORMER):
+                file = params.extra_weights_at(TRANSFORMER)
+                components["transformer"] = load_quantized_file(FluxTransformer2DModel, file, folder, self.dtype)
+            elif params.quantize not in ("none", FP8):
+                components["transformer"] = load_quantized(FluxTransformer2DModel, folder, params.quantize, self.dtype)
+        except SetupError:
+            raise
+        # diffusers and the quantisation packages raise many exception types.
+        except Exception as error:
+            raise SetupError(f"{folder}: cannot be loaded with quantised weights: {error}") from error
+        return components
+
+    def speed_up(self, network: Any) -> None:
+        """Apply the attention backend and the compilation of the parameters to the transformer, or to InfuseNet."""
+        params = self._params
+        if params.attention_backend != "native":
+            set_attention_backend(params.attention_backend, network)
+        compile_network(network, params.compile, params.device, REPEATED_BLOCKS)
 
     @property
     def is_schnell(self) -> bool:
@@ -111,6 +202,17 @@ class FluxModel:
     @property
     def default_steps(self) -> int:
         return SCHNELL_STEPS if self.is_schnell else DEFAULT_STEPS
+
+    def loras_active(self, loras: Sequence[LoraRef]) -> AbstractContextManager[None]:
+        """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
+        return self.adapters.active(loras)
+
+    def step_cache_running(self, shot: Shot, schedule_steps: int, steps: int) -> AbstractContextManager[None]:
+        """Run one pipeline call of the block with the step cache. `steps` at the end of the `schedule_steps` are run."""
+        if self._step_cache is None:
+            return nullcontext()
+        passes = 2 if shot.negative_prompt and self._params.true_cfg_scale > 1 else 1
+        return self._step_cache.running(schedule_steps, steps, passes, has_residuals=shot.flux_identity is not None)
 
     def call_arguments(self, shot: Shot, params: FluxParams) -> dict[str, Any]:
         """Return the arguments that text to image and image to image have in common."""
@@ -123,7 +225,7 @@ class FluxModel:
             "width": shot.width,
             "height": shot.height,
             "max_sequence_length": tokens,
-            "output_type": "np",
+            "output_type": "pt",
         }
         if shot.negative_prompt:
             embeds, pooled = self._encode_prompt(shot.negative_prompt, tokens, params)
@@ -135,17 +237,59 @@ class FluxModel:
         return arguments
 
     def _encode_prompt(self, prompt: str, tokens: int, params: FluxParams) -> tuple[Any, Any]:
-        """Return the embeddings of a prompt by T5 and CLIP. The last `CACHED_PROMPTS` prompts are cached."""
-        key = (prompt, tokens, self.adapters.active_in_text_encoder)
+        """Return the embeddings of a prompt by T5 and CLIP. The last `CACHED_PROMPTS` prompts are cached in memory."""
+        loras = self.adapters.active_in_text_encoder
+        key = (prompt, tokens, loras)
         if (embeddings := self._embeddings.get(key)) is None:
-            with self._t5_ready(params.text_encoder):
-                embeds, pooled, _ = self.text_to_image.encode_prompt(
-                    prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
-                )
-            if not (is_finite(embeds) and is_finite(pooled)):
-                raise StageError(NOT_FINITE)
-            embeddings = self._embeddings[key] = embeds, pooled
+            embeddings = self._stored_embeddings(prompt, tokens, params.text_encoder, stored=not loras)
+            self._embeddings[key] = embeddings
         return embeddings
+
+    def _stored_embeddings(self, prompt: str, tokens: int, place: str, stored: bool) -> tuple[Any, Any]:
+        """Return the embeddings from the cache on disk, or compute and store them there. `stored`: use that cache."""
+        if self._prompt_cache is None or not stored:
+            return self._compute_embeddings(prompt, tokens, place)
+        key = self._stored_key(prompt, tokens, place)
+        if (found := self._prompt_cache.get(key)) is not None:
+            embeds, pooled = found
+            return embeds.to(self.device), pooled.to(self.device)
+        embeddings = self._compute_embeddings(prompt, tokens, place)
+        self._prompt_cache.put(key, embeddings)
+        return embeddings
+
+    def _compute_embeddings(self, prompt: str, tokens: int, place: str) -> tuple[Any, Any]:
+        with self._t5_loaded(), self._t5_ready(place):
+            embeds, pooled, _ = self.text_to_image.encode_prompt(
+                prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
+            )
+        if not (is_finite(embeds) and is_finite(pooled)):
+            raise StageError(NOT_FINITE)
+        return embeds, pooled
+
+    @contextmanager
+    def _t5_loaded(self) -> Iterator[None]:
+        """Load T5 into host memory for the block, if the parameters do not keep it."""
+        if self._params.keep_text_encoder:
+            yield
+            return
+        setattr(self.text_to_image, T5, self._load_t5())
+        try:
+            yield
+        finally:
+            setattr(self.text_to_image, T5, None)
+            self._t5_on_gpu = False
+
+    def _load_t5(self) -> Any:
+        from transformers import T5EncoderModel
+
+        folder = self._params.weights / T5
+        try:
+            encoder = T5EncoderModel.from_pretrained(str(folder), dtype=self.dtype, local_files_only=True, use_safetensors=True)
+            require_finite_weights({T5: encoder})
+        # transformers raises many exception types for damaged files.
+        except Exception as error:
+            raise SetupError(f"{folder}: not the weights of T5: {error}") from error
+        return encoder
 
     @contextmanager
     def _t5_ready(self, place: str) -> Iterator[None]:
@@ -174,6 +318,17 @@ class FluxModel:
             move_networks([getattr(self.text_to_image, T5)], device)
             self._t5_on_gpu = device != "cpu"
 
+    def _stored_key(self, prompt: str, tokens: int, place: str) -> list[Any]:
+        """Return what the embeddings of a prompt depend on."""
+        import torch
+
+        folders = [digest(self._params.weights / name) for name in ("text_encoder", T5, "tokenizer", "tokenizer_2")]
+        devices = [
+            torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
+            for device in (self.device, "cpu" if place == "cpu" else self.device)
+        ]
+        return [*folders, *devices, torch.__version__, self._params.dtype, tokens, prompt]
+
     def move(self, device: str) -> None:
         """Move the weights and the cached prompt embeddings to `device`."""
         if device == self.device:
@@ -184,6 +339,15 @@ class FluxModel:
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)
 
-    def loras_active(self, loras: Sequence[LoraRef]) -> AbstractContextManager[None]:
-        """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
-        return self.adapters.active(loras)
+
+def _merge_lora(pipe: Any, file: Path) -> None:
+    """Add a LoRA to the weights of the transformer, for example one that distils it to a few steps. Raises SetupError."""
+    if file.suffix != ".safetensors":
+        raise SetupError(f"{FEW_STEP_LORA}: got {str(file)!r}, must be a .safetensors file (other formats may run code)")
+    try:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True)
+        pipe.fuse_lora(components=["transformer"])
+        pipe.unload_lora_weights()
+    # diffusers' converters of LoRA formats raise many exception types.
+    except Exception as error:
+        raise SetupError(f"{FEW_STEP_LORA} {file.name}: cannot be merged into these FLUX weights: {error}") from error

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image as PILImage
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, Stage, StageParams, noise_generator, to_uint8
-from vidgen_ray.stages.flux_model import CACHED_PROMPTS, DEFAULT_STEPS, FluxModel, FluxParams, prompt_bytes
+from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, QualityTier, Stage, StageParams, noise_generator
+from vidgen_ray.stages.flux_model import (
+    CACHED_PROMPTS,
+    DEFAULT_STEPS,
+    FEW_STEP_LORA,
+    TRANSFORMER,
+    FluxModel,
+    FluxParams,
+    prompt_bytes,
+)
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
 from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 from vidgen_ray.stages.identity.pose import pose_image
-from vidgen_ray.stages.memory import FP8, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.memory import FP8, LORA_RANK, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_GUIDANCE = 3.5
+PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
+"""Pixels per token of the transformer, and numbers per token."""
+STEP_CACHE_TENSORS = 3
+"""Tensors of the size of all tokens that a step cache keeps at most: output and residual of the first block, and the residual
+of the others."""
+EXACT = {"channels_last": True, "compile": "regional"}
+QUALITY_TIERS: Mapping[QualityTier, Mapping[str, Any]] = {
+    "lossless": EXACT,
+    "high": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.05},
+    "medium": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.1},
+    "draft": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.2},
+}
 
 
 class FluxFamilyStage(Stage[FluxParams]):
@@ -35,6 +56,7 @@ class FluxFamilyStage(Stage[FluxParams]):
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = QUALITY_TIERS
     weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
     Params: ClassVar[type[StageParams]] = FluxParams
 
@@ -44,19 +66,24 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:
-        return INJECTORS
+        return (*INJECTORS, TRANSFORMER, FEW_STEP_LORA)
 
     @classmethod
     def used_extra_weights(cls, shot: Shot) -> Collection[str]:
-        return () if shot.flux_identity is None else (shot.flux_identity,)
+        identity = () if shot.flux_identity is None else (shot.flux_identity,)
+        return (*identity, TRANSFORMER, FEW_STEP_LORA)
 
     @classmethod
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
-        return (params.weights, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
+        model = [params.extra_weights_at(name) for name in (TRANSFORMER, FEW_STEP_LORA) if params.names_extra_weights(name)]
+        return (params.weights, *model, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
 
     @classmethod
     def memory(cls, params: FluxParams, shot: Shot) -> StageMemory | None:
+        has_other_weights = params.quantize not in ("none", FP8) or params.names_extra_weights(TRANSFORMER)
+        if has_other_weights or params.step_cache == "taylorseer":
+            return None
         pixels, dtype = shot.width * shot.height, params.dtype
         stored = f":{FP8}" if params.quantize == FP8 else ""
         transformer = weight_bytes(f"flux/transformer{stored}", dtype)
@@ -69,7 +96,11 @@ class FluxFamilyStage(Stage[FluxParams]):
         }
         encode_text = activation_bytes("flux/text", 0, dtype)
         host = 0
-        if params.text_encoder == "gpu":
+        if not params.keep_text_encoder:
+            freed = transformer if params.text_encoder == "swapped" else 0
+            encode_text = encode_text if params.text_encoder == "cpu" else max(0, encode_text + t5 - freed)
+            host = t5 + freed
+        elif params.text_encoder == "gpu":
             weights["flux/text_encoder_2"] = t5
         elif params.text_encoder == "swapped":
             encode_text = max(0, encode_text + t5 - transformer)
@@ -81,11 +112,17 @@ class FluxFamilyStage(Stage[FluxParams]):
             injector = injector_class(shot.flux_identity)
             weights |= {network: weight_bytes(network, dtype) for network in injector.networks}
             step = injector.step_curve
+        lora = weight_bytes("flux/lora", dtype)
+        if params.uses_lora_slots:
+            weights["flux/lora_slots"] = params.lora_slots * lora * params.lora_max_rank // LORA_RANK
         if cls.active_loras(shot):
-            weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
+            # With slots, a LoRA is an adapter only while it is loaded.
+            weights["flux/lora"] = (1 if params.uses_lora_slots else params.adapters_kept) * lora
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
-        return StageMemory(weights, max(encode_text, *(activation_bytes(curve, pixels, dtype) for curve in curves)), host)
+        cached = 0 if params.step_cache == "none" else step_cache_bytes(params, shot)
+        activations = cached + max(activation_bytes(curve, pixels, dtype) for curve in curves)
+        return StageMemory(weights, max(encode_text, activations), host)
 
     @classmethod
     def lower_memory(cls, params: FluxParams) -> FluxParams | None:
@@ -149,12 +186,13 @@ class FluxFamilyStage(Stage[FluxParams]):
         if strength == 0:
             return image
         steps = steps or self.model.default_steps
-        if int(steps * strength) < 1:
+        steps_run = int(steps * strength)
+        if steps_run < 1:
             raise StageError(
                 f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
                 f"must be at least {1 / steps:.3f}"
             )
-        with self.conditioned_pipelines(item) as pipelines:
+        with self.conditioned_pipelines(item) as pipelines, self.model.step_cache_running(shot, steps, steps_run):
             (redrawn,) = pipelines.image_to_image(
                 **self.model.call_arguments(shot, self.params),
                 image=PILImage.fromarray(image),
@@ -164,7 +202,14 @@ class FluxFamilyStage(Stage[FluxParams]):
                 generator=noise_generator(self.generator_seed(shot)),
                 **diffusers_step_callback(self.name),
             ).images
-        return to_uint8(redrawn)
+        return pixels_to_uint8(redrawn)
+
+
+def step_cache_bytes(params: FluxParams, shot: Shot) -> int:
+    """Return the bytes that the caches `first_block` and `magcache` keep between steps, for each pass of a step."""
+    tokens = shot.width * shot.height // PATCH_PIXELS + params.text_tokens
+    passes = 2 if shot.negative_prompt else 1
+    return passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * (4 if params.dtype == "float32" else 2)
 
 
 def relative_flux_cost(shot: Shot, steps: int | None) -> float:

@@ -27,8 +27,8 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
         if not isinstance(network, torch.nn.Module):
             continue
         tensors = list(_tensors(network))
-        if any(type(tensor.data) is not torch.Tensor for _, tensor in tensors):
-            # Quantised tensors are classes of their own, whose data cannot be replaced.
+        if not all(_is_plain(tensor) for _, tensor in tensors):
+            # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales beside it.
             network.to(device)
             continue
         for name, tensor in tensors:
@@ -44,6 +44,12 @@ def _tensors(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all parameters and buffers once, also those that several layers share."""
     yield from network.named_parameters()
     yield from network.named_buffers()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor
 
 
 def _to_host(name: str, tensor: torch.Tensor) -> None:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
+from vidgen_ray.stages.base import Artefacts, Image, InKey, Item, QualityTier, Stage, StageParams, noise_generator
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
+from vidgen_ray.stages.speed import (
+    CompileParams,
+    compile_network,
+    fuse_attention_projections,
+    require_sdpa_backend,
+    sdpa_backend,
+    use_channels_last,
+)
 
 DEFAULT_STEPS = 30
 DEFAULT_GUIDANCE = 5.0
@@ -24,20 +33,19 @@ NETWORKS = ("hunyuan/transformer", "hunyuan/text_encoder", "hunyuan/text_encoder
 """Its networks in the memory table."""
 REFERENCE_STRENGTH = 0.5
 """Default `style_strength` of a shot."""
+REPEATED_BLOCKS = ("HunyuanDiTBlock",)
+"""Class of the transformer's blocks, which diffusers does not state for this network."""
 
 
-class HunyuanDiTParams(StageParams):
-    vae_tile_px: Literal[512, 256] | None = None
+class HunyuanDiTParams(CompileParams):
+    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
     """Side of the tiles in which the autoencoder decodes, for small GPUs. `None` decodes whole images."""
     scheduler: Literal["ddpm", "ddim", "dpmsolver"] = "dpmsolver"
     """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
-
-    def for_key(self) -> dict[str, Any]:
-        values = super().for_key()
-        # Profiles of earlier versions lack the option.
-        return values if self.vae_tile_px else {name: value for name, value in values.items() if name != "vae_tile_px"}
+    fuse_qkv: Annotated[bool, InKey.IF_CHANGED] = False
+    """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
 
 
 class HunyuanDiTStage(Stage[HunyuanDiTParams]):
@@ -72,6 +80,9 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanDiTPipeline",)
+    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {
+        tier: {"channels_last": True, "fuse_qkv": True, "compile": "regional"} for tier in get_args(QualityTier)
+    }
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 
@@ -90,8 +101,9 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         pixels = LARGEST_CANVAS_PX if params.standard_shapes else shot.width * shot.height
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = ["hunyuan/text", "hunyuan/step", f"hunyuan/decode{tiles}", *(() if tiles else ("hunyuan/encode",))]
+        fused = ("hunyuan/fused_projections",) if params.fuse_qkv else ()
         return StageMemory(
-            {network: weight_bytes(network, params.dtype) for network in NETWORKS},
+            {network: weight_bytes(network, params.dtype) for network in (*NETWORKS, *fused)},
             max(activation_bytes(curve, pixels, params.dtype) for curve in curves),
         )
 
@@ -107,15 +119,22 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
 
         from vidgen_ray.nets.hunyuandit_img2img import HunyuanDiTImg2ImgPipeline
 
+        params = self.params
+        require_sdpa_backend(params.attention_backend)
         self.pipe = load_pipeline(
             HunyuanDiTImg2ImgPipeline,
-            self.params,
+            params,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
         schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver": DPMSolverMultistepScheduler}
-        self.pipe.scheduler = schedulers[self.params.scheduler].from_config(self.pipe.scheduler.config)
+        self.pipe.scheduler = schedulers[params.scheduler].from_config(self.pipe.scheduler.config)
+        if params.fuse_qkv:
+            fuse_attention_projections(self.pipe.transformer)
+        if params.channels_last:
+            use_channels_last(self.pipe.vae)
+        compile_network(self.pipe.transformer, params.compile, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
@@ -132,18 +151,19 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         placement = (
             fit_to_standard_shape(width, height) if self.params.standard_shapes else fit_to_multiple_of_16(width, height)
         )
-        (restyled,) = self.pipe(
-            f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
-            PILImage.fromarray(place_on_canvas(image, placement)),
-            strength=shot.style_strength,
-            num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
-            guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
-            negative_prompt=shot.negative_prompt,
-            generator=noise_generator(self.generator_seed(shot)),
-            output_type="np",
-            **diffusers_step_callback(self.name),
-        ).images
-        return crop_from_canvas(to_uint8(restyled), placement)
+        with sdpa_backend(self.params.attention_backend):
+            (restyled,) = self.pipe(
+                f"{shot.prompt}, {shot.style_prompt}" if shot.style_prompt else shot.prompt,
+                PILImage.fromarray(place_on_canvas(image, placement)),
+                strength=shot.style_strength,
+                num_inference_steps=shot.steps.hunyuan or DEFAULT_STEPS,
+                guidance_scale=DEFAULT_GUIDANCE if shot.guidance.hunyuan is None else shot.guidance.hunyuan,
+                negative_prompt=shot.negative_prompt,
+                generator=noise_generator(self.generator_seed(shot)),
+                output_type="pt",
+                **diffusers_step_callback(self.name),
+            ).images
+        return crop_from_canvas(pixels_to_uint8(restyled), placement)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -16,18 +16,21 @@ from vidgen_ray.stages.base import (
     Artefacts,
     FaceFeatures,
     Image,
+    InKey,
     Item,
+    QualityTier,
     Stage,
     StageParams,
     noise_generator,
-    to_uint8,
     torch_dtype,
 )
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
+from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,7 @@ MUST_AGREE = ("in_channels", "block_out_channels", "layers_per_block", "cross_at
 """Config values that must be equal in IdentityNet and the UNet."""
 
 
-class InstantIDSDXLParams(StageParams):
+class InstantIDSDXLParams(SpeedParams):
     """`weights` is a diffusers folder of SDXL base. `extra_weights.instantid` is the published folder of InstantID."""
 
     steps: int = Field(30, ge=1, le=200)
@@ -63,13 +66,8 @@ class InstantIDSDXLParams(StageParams):
     """Scale of the face in the UNet's attention at `identity_strength` 1."""
     net_scale: float = Field(0.8, ge=0, le=2)
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
-    vae_tile_px: Literal[512, 256] | None = None
+    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
     """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
-
-    def for_key(self) -> dict[str, Any]:
-        values = super().for_key()
-        # Profiles of earlier versions lack the option.
-        return values if self.vae_tile_px else {name: value for name, value in values.items() if name != "vae_tile_px"}
 
 
 class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
@@ -103,6 +101,9 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
+    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {
+        tier: {"channels_last": True} for tier in get_args(QualityTier)
+    }
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 
@@ -154,6 +155,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
             raise SetupError(
                 f"{folder}: no such folder; copy {NET_FOLDER}/ and {ADAPTER_FILE} of InstantX/InstantID to this path"
             )
+        require_sdpa_backend(self.params.attention_backend)
         net = load_model(IdentityNet, "ControlNetModel", folder / NET_FOLDER, dtype)
         file = folder / ADAPTER_FILE
         adapter = read_parts(file, PROJECTION, ATTENTION)
@@ -179,6 +181,8 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         except Exception as error:
             raise SetupError(f"{file}: {ATTENTION} does not fit the UNet of {self.params.weights}: {error}") from error
         self.resampler = resampler.to(self.params.device, dtype)
+        if self.params.channels_last:
+            use_channels_last(self.pipe.unet, self.pipe.controlnet, self.pipe.vae)
 
     def move(self, device: str) -> None:
         move_networks((*self.pipe.components.values(), self.resampler), device)
@@ -191,7 +195,7 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
         embeddings = self._embeddings(face)
         set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         self.pipe.set_ip_adapter_scale(self.params.adapter_scale * shot.identity_strength)
-        with self.pipe.controlnet.identity(self.resampler(embeddings)):
+        with sdpa_backend(self.params.attention_backend), self.pipe.controlnet.identity(self.resampler(embeddings)):
             (image,) = self.pipe(
                 shot.prompt,
                 negative_prompt=shot.negative_prompt,
@@ -204,10 +208,10 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
                 num_inference_steps=self.params.steps,
                 guidance_scale=self.params.guidance,
                 generator=noise_generator(self.generator_seed(shot)),
-                output_type="np",
+                output_type="pt",
                 **diffusers_step_callback(self.name),
             ).images
-        return to_uint8(image)
+        return pixels_to_uint8(image)
 
     def _embeddings(self, face: FaceFeatures) -> torch.Tensor:
         """Return embeddings (2, 512) for classifier-free guidance: zeros and the face, not normalised."""

@@ -31,6 +31,8 @@ def load_pipeline(
 
     `float32_parts`: components that keep float32 with any dtype. `cpu_offload`: keep the weights in host memory and move each
     part to the GPU when it runs. No effect on a CPU. `place`: move the weights to the device; otherwise the caller does.
+    `kwargs` may give components that are loaded already. Their weights are not checked for NaN, which quantised ones do not
+    support.
     """
     silence_libraries()
     require_device(params.device)
@@ -52,7 +54,10 @@ def load_pipeline(
     import torch
 
     try:
-        require_finite_weights({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
+        parts = {
+            name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module) and name not in kwargs
+        }
+        require_finite_weights(parts)
     except ValueError as error:
         raise SetupError(f"{folder}: {error}") from None
     return pipe

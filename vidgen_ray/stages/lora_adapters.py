@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import InputChanged, StageError
 from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
+from vidgen_ray.stages.lora_slots import without_peft_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -60,17 +60,25 @@ class LoraAdapters:
         if not loras:
             yield
             return
-        if len(loras) > self._kept:
-            raise StageError(f"{self._field}: got {len(loras)}, must be at most {self._kept}, the profile's adapters_kept")
-        names = [self._loaded(lora) for lora in loras]
+        self._require_room(len(loras))
+        names, weights = [self._loaded(lora) for lora in loras], [lora.weight for lora in loras]
         try:
-            self._pipe.enable_lora()
-            self._pipe.set_adapters(names, [lora.weight for lora in loras])
-            self._active = tuple((name, lora.weight) for name, lora in zip(names, loras, strict=True))
+            self._activate(names, weights)
+            self._active = tuple(zip(names, weights, strict=True))
             yield
         finally:
             self._active = ()
             self._pipe.disable_lora()
+
+    def _require_room(self, loras: int) -> None:
+        """Raise StageError if a shot has more LoRAs than can be active at once."""
+        if loras > self._kept:
+            raise StageError(f"{self._field}: got {loras}, must be at most {self._kept}, the profile's adapters_kept")
+
+    def _activate(self, names: list[str], weights: list[float]) -> None:
+        """Activate exactly these loaded LoRAs."""
+        self._pipe.enable_lora()
+        self._pipe.set_adapters(names, weights)
 
     def _loaded(self, lora: LoraRef) -> str:
         """Return the adapter name of a LoRA file, loaded on first use.
@@ -122,7 +130,7 @@ class LoraAdapters:
                 _check_shapes(getattr(pipe, part), factors)
             if (tensor := not_finite(factors)) is not None:
                 raise ValueError(f"{tensor} has NaN or infinite values")
-            with _without_peft_warnings():
+            with without_peft_warnings():
                 for part in transformers:
                     second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
                     pipe.load_lora_weights(str(file.parent), adapter_name=name, **source, **second)
@@ -152,16 +160,8 @@ class LoraAdapters:
     def _unload(self, name: str) -> None:
         """Unload an adapter from all parts that have it."""
         if any(name in names for names in self._pipe.get_list_adapters().values()):
-            with _without_peft_warnings():
+            with without_peft_warnings():
                 self._pipe.delete_adapters(name)
-
-
-@contextmanager
-def _without_peft_warnings() -> Iterator[None]:
-    """Suppress peft's warnings about several adapters and about deleting an active adapter. Both are intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
-        yield
 
 
 def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
@@ -173,9 +173,12 @@ def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:
         layer = getattr(layer, "base_layer", layer)
         if not dot or layer is None or rest not in ("A.weight", "B.weight"):
             continue
+        # Quantised linear layers store their weight packed.
+        is_linear = hasattr(layer, "in_features")
+        shape = (layer.out_features, layer.in_features) if is_linear else tuple(layer.weight.shape)
         side = 1 if rest == "A.weight" else 0
-        if factor.shape[side] != layer.weight.shape[side]:
-            raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {tuple(layer.weight.shape)}")
+        if factor.shape[side] != shape[side]:
+            raise ValueError(f"{key} has shape {tuple(factor.shape)}, its layer {shape}")
 
 
 def _unknown_layers(transformers: Sequence[Any], factors: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 TABLE_FILE = Path(__file__).with_name("memory_table.json")
 FP8 = "fp8_storage"
 """Variant of a network whose weights are stored in 8 bits and computed with in 16."""
+LORA_RANK = 32
+"""Rank of the LoRA in the table."""
 TILES_PX = (512, 256)
 """Sides of the tiles of an autoencoder that are in the table, and that stages fall back to."""
 MARGIN = 1.15

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Frames,
+    InKey,
     Item,
     Stage,
     StageParams,
@@ -33,16 +34,12 @@ from vidgen_ray.video_models import VIDEO_MODELS
 class PromptedVideoParams(StageParams):
     text_tokens: int = Field(512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
-    adapters_kept: int = Field(4, ge=1)
+    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, InKey.NEVER] = False
     """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
-
-    def for_key(self) -> dict[str, Any]:
-        ignored = ("adapters_kept", "cpu_offload")
-        return {name: value for name, value in super().for_key().items() if name not in ignored}
 
 
 VP = TypeVar("VP", bound=PromptedVideoParams)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import REFERENCE, Shot
-from vidgen_ray.stages.base import REFERENCE_PIXELS, Artefacts, Image, Item, Stage, StageParams, noise_generator, to_uint8
+from vidgen_ray.stages.base import (
+    REFERENCE_PIXELS,
+    Artefacts,
+    Image,
+    InKey,
+    Item,
+    Stage,
+    StageParams,
+    noise_generator,
+    to_uint8,
+)
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -25,11 +35,8 @@ NO_NEGATIVE = " "
 
 
 class QwenEditParams(StageParams):
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, InKey.NEVER] = False
     """Keep the weights in host memory and move each part to the GPU when it runs."""
-
-    def for_key(self) -> dict[str, Any]:
-        return {name: value for name, value in super().for_key().items() if name != "cpu_offload"}
 
 
 class QwenEditStage(Stage[QwenEditParams]):

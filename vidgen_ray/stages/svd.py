@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from contextlib import nullcontext
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
@@ -14,28 +15,63 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Frames,
+    InKey,
     Item,
+    QualityTier,
     Stage,
     StageParams,
     noise_generator,
-    to_uint8,
 )
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
+from vidgen_ray.stages.speed import (
+    CompileParams,
+    compile_network,
+    fuse_attention_projections,
+    require_sdpa_backend,
+    sdpa_backend,
+    use_channels_last,
+)
+from vidgen_ray.stages.step_cache import AttentionBroadcast
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
 NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
 """Its networks in the memory table."""
+REPEATED_BLOCKS = ("SpatioTemporalResBlock", "BasicTransformerBlock", "TemporalBasicTransformerBlock")
+"""Classes of the UNet's blocks, which diffusers does not state for this network."""
+
+EXACT = {"channels_last": True, "fuse_qkv": True}
+QUALITY_TIERS: Mapping[QualityTier, Mapping[str, Any]] = {
+    "lossless": {**EXACT, "compile": "full"},
+    "high": {**EXACT, "compile": "full"},
+    "medium": {**EXACT, "step_cache": "pyramid_attention", "step_cache_interval": 2},
+    "draft": {**EXACT, "step_cache": "pyramid_attention", "step_cache_interval": 3},
+}
 
 
-class SVDParams(StageParams):
+class SVDParams(CompileParams):
     decode_chunk_frames: int = Field(5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
+    fuse_qkv: Annotated[bool, InKey.IF_CHANGED] = False
+    """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
+    step_cache: Annotated[Literal["none", "pyramid_attention"], InKey.IF_CHANGED] = "none"
+    """`pyramid_attention`: reuse self-attention between steps. An approximation. Not together with `compile`."""
+    step_cache_interval: Annotated[int, InKey.IF_CHANGED] = Field(2, ge=2, le=8)
+    """The step cache computes attention in every n-th step."""
+
+    @model_validator(mode="after")
+    def _check_step_cache(self) -> Self:
+        if self.step_cache != "none" and self.compile != "none":
+            raise ValueError(
+                f"step_cache {self.step_cache} needs compile: none, because the cache changes the compiled network"
+            )
+        return self
 
 
 class SVDStage(Stage[SVDParams]):
@@ -77,7 +113,8 @@ class SVDStage(Stage[SVDParams]):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
+    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = QUALITY_TIERS
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "_broadcast")
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @staticmethod
@@ -106,8 +143,12 @@ class SVDStage(Stage[SVDParams]):
             activation_bytes("svd/clip", clip, dtype),
         )
         weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
-        # On the host: the clip in float32, two temporary copies of it, and uint8.
-        return StageMemory(weights, max(phases), clip * 3 * 13)
+        if params.fuse_qkv:
+            weights["svd/fused_projections"] = weight_bytes("svd/fused_projections", dtype)
+        # The attention outputs of a step.
+        kept = 0 if params.step_cache == "none" else activation_bytes("svd/pyramid_attention", clip, dtype)
+        # On the host: an upper bound, with room for the clip in float32 and two copies. The stage itself copies uint8.
+        return StageMemory(weights, max(phases) + kept, clip * 3 * 13)
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
@@ -119,7 +160,16 @@ class SVDStage(Stage[SVDParams]):
     def load(self) -> None:
         from diffusers import StableVideoDiffusionPipeline
 
-        self.pipe = load_pipeline(StableVideoDiffusionPipeline, self.params)
+        params = self.params
+        require_sdpa_backend(params.attention_backend)
+        self.pipe = load_pipeline(StableVideoDiffusionPipeline, params)
+        unet = self.pipe.unet
+        if params.fuse_qkv:
+            fuse_attention_projections(unet)
+        if params.channels_last:
+            use_channels_last(unet, self.pipe.vae)
+        self._broadcast = AttentionBroadcast(unet, params.step_cache_interval) if params.step_cache != "none" else None
+        compile_network(unet, params.compile, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
@@ -135,22 +185,25 @@ class SVDStage(Stage[SVDParams]):
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
         _set_forward_chunking(self.pipe.unet, self.params.forward_chunking)
-        (clip,) = self.pipe(
-            PILImage.fromarray(image),
-            height=height,
-            width=width,
-            num_frames=shot.num_frames,
-            num_inference_steps=shot.steps.svd or DEFAULT_STEPS,
-            max_guidance_scale=shot.guidance.svd or DEFAULT_GUIDANCE,
-            fps=shot.fps,
-            motion_bucket_id=shot.motion_bucket_id,
-            noise_aug_strength=shot.noise_aug_strength,
-            decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
-            generator=noise_generator(self.generator_seed(shot)),
-            output_type="np",
-            **diffusers_step_callback(self.name),
-        ).frames
-        return to_uint8(clip)
+        steps = shot.steps.svd or DEFAULT_STEPS
+        broadcast = nullcontext() if self._broadcast is None else self._broadcast.running(steps)
+        with sdpa_backend(self.params.attention_backend), broadcast:
+            (clip,) = self.pipe(
+                PILImage.fromarray(image),
+                height=height,
+                width=width,
+                num_frames=shot.num_frames,
+                num_inference_steps=steps,
+                max_guidance_scale=shot.guidance.svd or DEFAULT_GUIDANCE,
+                fps=shot.fps,
+                motion_bucket_id=shot.motion_bucket_id,
+                noise_aug_strength=shot.noise_aug_strength,
+                decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
+                generator=noise_generator(self.generator_seed(shot)),
+                output_type="pt",
+                **diffusers_step_callback(self.name),
+            ).frames
+        return pixels_to_uint8(clip)
 
 
 def _set_forward_chunking(unet: Any, enabled: bool) -> None:

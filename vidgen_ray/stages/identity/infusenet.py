@@ -56,6 +56,7 @@ class InfuseNetInjector(FluxInjector):
         transformer = model.text_to_image.transformer
         self.infusenet = load_infusenet(weights, model.dtype, model.device)
         require_same(self.infusenet.net.config, transformer.config, MUST_AGREE, weights / NET_FOLDER, "FLUX")
+        model.speed_up(self.infusenet.net)
 
     def move(self, device: str) -> None:
         move_networks((self.infusenet.net, self.infusenet.resampler), device)
