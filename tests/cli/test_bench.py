@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from vidgen_ray.cli import bench as cli_bench
 from vidgen_ray.cli import main
-from vidgen_ray.engine import stage_bench
+from vidgen_ray.engine import random_networks, stage_bench
+from vidgen_ray.engine.random_networks import random_model, random_pipeline
 from vidgen_ray.engine.stage_bench import BenchOptions, bench_stages, write_lora
 from vidgen_ray.graph import relative_costs
 from vidgen_ray.planner import load_calibration
@@ -73,6 +75,7 @@ def test_results_are_not_stored_with_no_save(cache, capsys):
     ("arguments", "message"),
     [
         (["--stage", "blur"], "--stage: got 'blur', must be one of instantid"),
+        (["--weights", "none"], "--weights: got 'none', must be profile or random"),
         (["--size", "large"], "--size: got 'large', must be WIDTHxHEIGHT"),
     ],
 )
@@ -126,3 +129,47 @@ def test_random_lora_fits_the_transformer(tmp_path):
     model = FluxModel(params)
     with model.loras_active(Shot(prompt="a", lora=str(tmp_path / "random.safetensors")).lora):
         assert model.adapters.loads == 1
+
+
+NAMES = ("flux", "lora", "hunyuan", "svd", "realesrgan")
+
+
+def test_bench_with_random_weights_replaces_the_networks_and_marks_the_results(cache, capsys, monkeypatch):
+    built = []
+    monkeypatch.setattr(cli_bench, "random_pipeline", lambda *args: built.append(random_pipeline(*args)) or built[-1])
+    arguments = ["--weights", "random", "--quick", "--json"]
+    assert main(["bench", "-p", "tiny", *arguments, *(a for name in NAMES for a in ("--stage", name))]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["stage"]: row for row in report["stages"]}
+    assert {name: row["problem"] for name, row in rows.items()} == dict.fromkeys(NAMES)
+    assert {name: row["random_weights"] for name, row in rows.items()} == {**dict.fromkeys(NAMES, True), "realesrgan": False}
+    assert [sorted(networks) for networks in built] == [
+        ["text_encoder", "text_encoder_2", "transformer", "vae"],
+        ["text_encoder", "text_encoder_2", "transformer", "vae"],
+        ["text_encoder", "text_encoder_2", "transformer", "vae"],
+        ["image_encoder", "unet", "vae"],
+    ]
+    assert load_calibration("tiny", "cpu")["svd"].measurements[0].random_weights
+
+
+def test_bench_with_random_weights_needs_no_files(cache, capsys, monkeypatch):
+    """The reference is one to weights that are not on this machine. The published networks are replaced by tiny ones."""
+    networks = random_model("builtin:tiny/svd", None).networks
+    monkeypatch.setattr(random_networks, "NETWORKS", {f"svd/{name}": network for name, network in networks.items()})
+    monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["stages"]
+    assert (row["problem"], row["step_s"] is not None, row["random_weights"]) == (None, True, True)
+
+
+def test_full_size_that_does_not_fit_is_refused_before_it_is_built(cache, capsys, monkeypatch):
+    monkeypatch.setattr(random_networks, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(random_networks, "_draw_weights", lambda *args: pytest.fail("allocated"))
+    monkeypatch.setattr(cli_bench, "load_profile", lambda name: with_published_weights(load_profile(name)))
+    assert main(["bench", "-p", "tiny", "--weights", "random", "--quick", "--stage", "svd", "--no-save"]) == 4
+    assert "svd: not measured: the weights need 8.4 GB of host memory, 1 GB are free" in capsys.readouterr().err
+
+
+def with_published_weights(profile):
+    svd = profile.actors["svd"].model_copy(update={"weights": "hub:stabilityai/stable-video-diffusion-img2vid-xt@main"})
+    return profile.model_copy(update={"actors": {**profile.actors, "svd": svd}})

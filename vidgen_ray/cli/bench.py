@@ -9,7 +9,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
+from vidgen_ray.engine.random_networks import RandomModel, check_shot_memory, random_model, random_pipeline
 from vidgen_ray.engine.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES
@@ -25,12 +27,19 @@ from vidgen_ray.planner import Measurement, save_measurements, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.loading import networks_from
+from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.weights import resolve
 
 SIZE = re.compile(r"(\d+)x(\d+)")
 PROMPT = "a man in the rain"
 CHAIN = "chain"
 """Name of the whole chain among the results."""
+RANDOM_ACTORS = (FluxStage.actor, HunyuanDiTStage.actor, SVDStage.actor)
+"""Actors whose networks `--weights random` replaces. The others use the weights of the profile."""
 
 
 def bench(
@@ -48,6 +57,15 @@ def bench(
         list[str] | None,
         typer.Option("--upscaler", metavar="NAME", help="Upscaler to measure. Repeatable. Default: the profile's."),
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="profile|random",
+            help="random: FLUX, HunyuanDiT and SVD at full size with random weights, without their files; no face, no chain. "
+            "Default: those of the profile.",
+        ),
+    ] = "profile",
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure once with few steps, only the stages of the default chain.")
     ] = False,
@@ -61,15 +79,31 @@ def bench(
     chosen = load_profile(profile)
     if unknown := sorted(set(stages or ()) - STAGE_BY_NAME.keys()):
         raise UsageError(f"--stage: got {unknown[0]!r}, must be one of {', '.join(STAGE_BY_NAME)}")
-    # Libraries print to standard output while they load.
-    with redirect_stdout(sys.stderr), _lora_for(chosen) as lora:
-        shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick)
+    if weights not in ("profile", "random"):
+        raise UsageError(f"--weights: got {weights!r}, must be profile or random")
+    is_random = weights == "random"
+    with ExitStack() as stack:
+        # Libraries print to standard output while they load.
+        stack.enter_context(redirect_stdout(sys.stderr))
+        models: dict[str, RandomModel] = {}
+        if is_random:
+            models = _random_models(chosen)
+            chosen = stack.enter_context(_with_random_weights(chosen, models))
+        lora = stack.enter_context(_lora_for(chosen, models.get(FluxStage.actor)))
+        shots = _shots(chosen, lora, size, frames, upscalers, stages, quick=quick, identity="none" if is_random else None)
         results = []
-        for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages):
+
+        def check(stage: type[Stage[Any]], shot: Shot) -> None:
+            if (model := models.get(stage.actor)) is not None and model.is_published:
+                check_shot_memory(stage, chosen.options_of(stage), shot)
+
+        for result in bench_stages(chosen, shots, QUICK if quick else BenchOptions(), stages, check):
+            if STAGE_BY_NAME[result.stage].actor in models:
+                result = _marked_random(result)
             results.append(result)
             if not as_json:
                 typer.echo(_progress(result), err=True)
-        chain = None if quick or stages else _chain(chosen, shots[0])
+        chain = None if quick or stages or is_random else _chain(chosen, shots[0])
     measured: defaultdict[str, list[Measurement]] = defaultdict(list)
     for result in results:
         if result.measurement:
@@ -89,7 +123,8 @@ def bench(
             if result.problem:
                 typer.echo(f"{result.stage}: not measured: {result.problem}", err=True)
         if measured and not no_save:
-            typer.echo(f"stored for plans with {chosen.name} on {card}")
+            marked = ", marked as measured with random weights" if is_random else ""
+            typer.echo(f"stored for plans with {chosen.name} on {card}{marked}")
     if not measured:
         raise typer.Exit(SetupError.exit_code)
 
@@ -103,8 +138,12 @@ def _shots(
     stages: Sequence[str] | None,
     *,
     quick: bool,
+    identity: str | None,
 ) -> list[Shot]:
-    """Return shots that pass the stages of the profile: the whole chain, one per further upscaler, and examples of stages."""
+    """Return shots that pass the stages of the profile: the whole chain, one per further upscaler, and examples of stages.
+
+    `identity`: how FLUX is conditioned on the face. `None`: the default of the profile.
+    """
     fields: dict[str, Any] = {
         "prompt": PROMPT,
         "face_image": [str(example("faces/astronaut.jpg"))],
@@ -116,6 +155,8 @@ def _shots(
         fields |= {"width": int(match[1]), "height": int(match[2])}
     if frames is not None:
         fields["num_frames"] = frames
+    if identity is not None:
+        fields["identity"] = identity
     chain = {**fields, "lora": str(lora)} if lora else fields
     variants = [{**chain, "upscaler": name} for name in upscalers or ()] or [chain]
     for stage in STAGES:
@@ -132,12 +173,12 @@ def _with_files(fields: Mapping[str, Any], values: Mapping[str, Any], lora: Path
 
 
 @contextmanager
-def _lora_for(profile: Profile) -> Iterator[Path | None]:
+def _lora_for(profile: Profile, random_flux: RandomModel | None) -> Iterator[Path | None]:
     """Yield a LoRA with random weights for the profile's FLUX. `None` if its weights are not on this machine."""
     with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder:
         file = Path(folder) / "random.safetensors"
         try:
-            write_lora(_flux_config(profile), file)
+            write_lora(random_flux.networks["transformer"].config if random_flux else _flux_config(profile), file)
         except (VidgenError, OSError):
             yield None
         else:
@@ -148,6 +189,38 @@ def _flux_config(profile: Profile) -> dict[str, Any]:
     folder = profile.params(FluxStage).weights / "transformer"
     config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
     return config
+
+
+def _random_models(profile: Profile) -> dict[str, RandomModel]:
+    """Return actor -> model with random weights. Without actors for whose weights no config is known: they are not measured."""
+    folder = profile.source.parent if profile.source else None
+    models = {}
+    for name in RANDOM_ACTORS:
+        if name in profile.actors:
+            try:
+                models[name] = random_model(profile.actors[name].weights, folder)
+            except SetupError as error:
+                typer.echo(f"{name}: {error}", err=True)
+    return models
+
+
+@contextmanager
+def _with_random_weights(profile: Profile, models: Mapping[str, RandomModel]) -> Iterator[Profile]:
+    """Yield the profile with the weights of these models. In the block, their networks have random weights."""
+    networks = {resolve(model.weights): model.networks for model in models.values()}
+    actors = {name: profile.actors[name].model_copy(update={"weights": model.weights}) for name, model in models.items()}
+
+    def make(params: StageParams) -> dict[str, Any]:
+        return random_pipeline(networks[params.weights], params) if params.weights in networks else {}
+
+    with networks_from(make):
+        yield profile.model_copy(update={"actors": {**profile.actors, **actors}})
+
+
+def _marked_random(result: StageResult) -> StageResult:
+    if result.measurement is None:
+        return result
+    return replace(result, measurement=result.measurement.model_copy(update={"random_weights": True}))
 
 
 def _chain(profile: Profile, shot: Shot) -> dict[str, float] | None:

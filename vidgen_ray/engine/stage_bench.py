@@ -54,11 +54,15 @@ class StageResult:
 
 
 def bench_stages(
-    profile: Profile, shots: Iterable[Shot], options: BenchOptions, stages: Collection[str] | None = None
+    profile: Profile,
+    shots: Iterable[Shot],
+    options: BenchOptions,
+    stages: Collection[str] | None = None,
+    check: Callable[[type[Stage[Any]], Shot], None] = lambda stage, shot: None,
 ) -> Iterator[StageResult]:
     """Measure each stage that the shots pass and the profile has, once per variant, and yield each result.
 
-    `stages`: only these. `None`: all.
+    `stages`: only these. `None`: all. `check`: called before a stage is loaded. If it raises, the stage is not measured.
 
     Stages do not get the results of earlier stages but the shot's photo as the image and as every frame of the clip, and its
     face features. Weights are released after each stage. A stage that fails, for example without its weights, is reported.
@@ -71,6 +75,7 @@ def bench_stages(
                 continue
             done.add(key)
             try:
+                check(stage, shot)
                 yield StageResult(stage.name, _measure(profile, stage, shot, options), None)
             # Any error of a model concerns this stage only.
             except Exception as error:

@@ -52,6 +52,8 @@ class Measurement(BaseModel):
     """Seconds of the first call beyond those of the next ones."""
     peak_gb: float | None = None
     """Peak GPU memory allocated by torch, weights included, in GB (2^30 bytes). `None` on CPUs."""
+    random_weights: bool = False
+    """The networks had random weights. Seconds and memory do not depend on their values."""
 
 
 class Calibration(BaseModel):

@@ -1,6 +1,8 @@
 """Load diffusers pipelines from local safetensors, with the profile's dtype and device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from vidgen_ray.errors import SetupError
@@ -8,6 +10,20 @@ from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.stages.base import StageParams, torch_dtype
+
+Networks = Callable[[StageParams], Mapping[str, Any]]
+"""Parameters of a stage -> component of its pipeline -> network."""
+_networks: ContextVar[Networks | None] = ContextVar("_networks", default=None)
+
+
+@contextmanager
+def networks_from(make: Networks) -> Iterator[None]:
+    """Let `load_pipeline` use these networks in place of those in the folder, in this block. For measurements."""
+    token = _networks.set(make)
+    try:
+        yield
+    finally:
+        _networks.reset(token)
 
 
 def require_device(device: str) -> None:
@@ -39,6 +55,8 @@ def load_pipeline(
     folder = params.weights
     # The last class is diffusers' common base class.
     check_pipeline_folder(folder, [c.__name__ for c in pipeline_class.__mro__ if c.__name__.endswith("Pipeline")][:-1])
+    if (make := _networks.get()) is not None:
+        kwargs |= make(params)
     try:
         pipe = pipeline_class.from_pretrained(
             str(folder), dtype=_dtypes(params.dtype, float32_parts), local_files_only=True, use_safetensors=True, **kwargs

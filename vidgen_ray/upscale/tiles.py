@@ -82,11 +82,16 @@ def _profile(model: UpscaleModel) -> tuple[float, int]:
 
 def free_memory(device: str) -> float:
     """Return the bytes that a run may take on this device, of the memory that is free now."""
+    return MEMORY_SHARE * free_bytes(device)
+
+
+def free_bytes(device: str) -> float:
+    """Return the bytes of memory that are free now on a GPU, or on the host for `cpu`. Infinite if unknown."""
     if device.startswith("cuda"):
         import torch
 
-        return MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-    return MEMORY_SHARE * _free_host_bytes()
+        return torch.cuda.mem_get_info(device)[0]
+    return _free_host_bytes()
 
 
 def _free_host_bytes() -> float:

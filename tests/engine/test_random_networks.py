@@ -1,0 +1,88 @@
+"""Networks with random weights: sizes, places and values."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidgen_ray.engine import random_networks
+from vidgen_ray.engine.random_networks import (
+    check_shot_memory,
+    empty_network,
+    published_networks,
+    random_model,
+    random_pipeline,
+)
+from vidgen_ray.errors import SetupError
+from vidgen_ray.stages.flux_model import FluxParams
+from vidgen_ray.stages.svd import SVDParams, SVDStage
+from vidgen_ray.weights import resolve
+
+
+def parameters_of(network):
+    model = empty_network(network)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "component", "parameters", "tolerance"),
+    [
+        # Half of `total_size` in the published index files, which are in bfloat16.
+        ("flux", "transformer", 11_901_408_320, 0),
+        ("flux-schnell", "transformer", 11_891_178_560, 0),
+        ("flux", "text_encoder_2", 4_762_310_656, 0),
+        # Blattmann et al. 2023, arXiv:2311.15127, appendix D: 1521 million.
+        ("svd", "unet", 1_521_000_000, 0.005),
+        # OpenCLIP ViT-H/14, vision part: 632 million.
+        ("svd", "image_encoder", 632_000_000, 0.005),
+    ],
+)
+def test_full_size_networks_have_the_published_number_of_parameters(model, component, parameters, tolerance):
+    assert parameters_of(published_networks(model)[component]) == pytest.approx(parameters, rel=tolerance)
+
+
+def test_schnell_has_the_encoders_of_dev():
+    dev, schnell = published_networks("flux"), published_networks("flux-schnell")
+    assert dev.keys() == schnell.keys() == {"transformer", "text_encoder", "text_encoder_2", "vae"}
+    assert [name for name in dev if dev[name] != schnell[name]] == ["transformer"]
+
+
+def test_random_networks_have_the_tensors_of_the_weights_and_are_repeatable():
+    folder, params = resolve("builtin:tiny/svd"), SVDParams(weights="unused", dtype="bfloat16")
+    networks = random_model("builtin:tiny/svd", None).networks
+    first, second = (random_pipeline(networks, params) for _ in range(2))
+    assert first.keys() == {"unet", "vae", "image_encoder"}
+    for component, model in first.items():
+        (file,) = (folder / component).glob("*.safetensors")
+        tensors = model.state_dict()
+        assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in load_file(file).items()}
+        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values() if tensor.is_floating_point())
+        assert all(torch.equal(tensor, second[component].state_dict()[name]) for name, tensor in tensors.items())
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_networks_that_flux_quantizes_or_keeps_on_the_host_are_built_there():
+    options = {"weights": "unused", "device": "cuda"}
+    components = ("transformer", "text_encoder_2", "vae")
+
+    def places(**changes):
+        return [random_networks._place(name, FluxParams(**options, **changes)) for name in components]
+
+    assert places() == ["cuda", "cuda", "cuda"]
+    assert places(quantize="fp8_storage", text_encoder="cpu") == ["cpu", "cpu", "cuda"]
+
+
+def test_unknown_repository_is_refused():
+    with pytest.raises(SetupError, match=r"random weights are known only for black-forest-labs/FLUX\.1-dev"):
+        random_model("hub:someone/model@main", None)
+
+
+def test_shot_that_does_not_fit_on_the_gpu_is_refused(monkeypatch, make_shot):
+    params = SVDParams(weights="unused", dtype="float16", device="cuda")
+    shot = make_shot(width=1024, height=576, num_frames=25)
+    needed = SVDStage.memory(params, shot).total
+    monkeypatch.setattr(random_networks, "free_bytes", lambda device: needed)
+    check_shot_memory(SVDStage, params, shot)
+    monkeypatch.setattr(random_networks, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(SetupError, match=r"1024x576 with 25 frames needs \S+ GB of GPU memory, \S+ GB are free; use a smaller"):
+        check_shot_memory(SVDStage, params, shot)
