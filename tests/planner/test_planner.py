@@ -478,6 +478,23 @@ def test_seconds_of_measured_upscalers_apply_to_their_shots_only(cache_folder):
     assert planned.stage_seconds["realesrgan"] == pytest.approx((3.0 + x4plus) / 2)
 
 
+def test_plan_uses_the_bench_of_the_nearest_size_until_a_run_has_measured_the_stage(cache_folder):
+    sizes = {"512x512x25": 5.0, "1024x576x25": 22.0, "1024x576x100": 90.0, "2048x1152x25": 120.0}
+    save_measurements("p", "c", {"svd": [Measurement(size=size, seconds_of_reference=s) for size, s in sizes.items()]})
+
+    def seconds(width, height, frames):
+        demand = demand_of([Shot(prompt="a", width=width, height=height, num_frames=frames)] * 3)
+        calibration = load_calibration("p", "c")
+        planned = plan(gpu_profile(B6), demand, parse_gpus("1x80GB"), calibration=calibration).stage_seconds["svd"]
+        return planned / relative_costs(Shot(prompt="a", width=width, height=height, num_frames=frames))["svd"].steps
+
+    assert seconds(1024, 640, 20) == pytest.approx(22.0)
+    assert seconds(512, 448, 25) == pytest.approx(5.0)
+    assert seconds(1024, 576, 81) == pytest.approx(90.0)
+    save_calibration("p", "c", {"svd": [(30.0, RelativeCost(1.0, 1.0))] * 3})
+    assert seconds(512, 448, 25) == pytest.approx(30.0)
+
+
 def test_calibration_files_without_measurements_are_readable(cache_folder):
     old = {"p": {"c": {"svd": {"seconds_of_reference": 10.0, "shots": 5, "spread": 0.1}}}}
     (cache_folder / "measured.json").write_text(json.dumps(old))

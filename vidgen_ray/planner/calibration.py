@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from filelock import FileLock
@@ -36,7 +37,7 @@ class Measurement(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    size: str
+    size: Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
     """Width, height and frames: `1024x576x25`."""
     variant: str = ""
     """What else the seconds depend on, see `Stage.variant`: the upscaler."""
@@ -55,6 +56,11 @@ class Measurement(BaseModel):
     random_weights: bool = False
     """The networks had random weights. Seconds and memory do not depend on their values."""
 
+    def distance(self, pixels: float, frames: float) -> float:
+        """Return how much the size differs from this one: the sum of the logarithms of both ratios."""
+        width, height, own_frames = map(int, self.size.split("x"))
+        return abs(math.log(width * height / pixels)) + abs(math.log(own_frames / frames))
+
 
 class Calibration(BaseModel):
     """Measured seconds of one stage with one profile on one GPU type."""
@@ -69,10 +75,21 @@ class Calibration(BaseModel):
     """Variant of the stage, such as an upscaler -> seconds for the reference shot, where `vidgen bench` has measured it."""
     measurements: tuple[Measurement, ...] = ()
     """Results of `vidgen bench`, one per size and variant."""
+    from_bench: bool = False
+    """The seconds are those of `vidgen bench`: no run with enough shots has measured the stage since."""
     shots: Annotated[int, Field(ge=1)]
     """Number of shots measured."""
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Relative standard deviation of the seconds of a shot, estimated robustly from the median absolute deviation."""
+
+    def nearest(self, pixels: float, frames: float) -> Calibration:
+        """Return a copy with the seconds of the bench at the nearest size, for each variant. Seconds of runs stay."""
+        # The nearest size comes last, and of several at the same distance the last one.
+        ordered = sorted(self.measurements, key=lambda measurement: measurement.distance(pixels, frames), reverse=True)
+        changes: dict[str, Any] = {"variants": {m.variant: m.seconds_of_reference for m in ordered if m.variant}}
+        if self.from_bench and ordered:
+            changes |= {"seconds_of_reference": ordered[-1].seconds_of_reference, "fixed_share": ordered[-1].fixed_share}
+        return self.model_copy(update=changes)
 
 
 _CalibrationFile = TypeAdapter(dict[str, dict[str, dict[str, Calibration]]])
@@ -112,7 +129,7 @@ def save_calibration(profile: str, card: str, seconds: Mapping[str, Sequence[tup
 def save_measurements(profile: str, card: str, measured: Mapping[str, Sequence[Measurement]]) -> None:
     """Store the results of `vidgen bench`: stage -> measurements. They replace those of the same size and variant.
 
-    Plans use the last one, until a run with enough shots has measured the stage, and those of each variant.
+    Plans use the one of the nearest size, until a run with enough shots has measured the stage, and those of each variant.
     Raises OSError if the file cannot be written.
     """
     cache_dir().mkdir(parents=True, exist_ok=True)
@@ -133,6 +150,7 @@ def _with_measurements(known: Calibration | None, new: Sequence[Measurement]) ->
         fixed_share=new[-1].fixed_share,
         variants={m.variant: m.seconds_of_reference for m in (*kept, *new) if m.variant},
         measurements=(*kept, *new),
+        from_bench=True,
         shots=len(new),
         spread=known.spread if known else ASSUMED_SPREAD,
     )

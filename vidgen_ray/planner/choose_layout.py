@@ -45,7 +45,8 @@ def plan(
     if demand.shots < 1:
         raise ValueError(f"demand.shots: got {demand.shots}, must be at least 1")
     price = profile.price_per_gpu_hour if price is None else price
-    timing = _timing(profile, demand, calibration or {})
+    measured = {name: known.nearest(demand.pixels, demand.frames) for name, known in (calibration or {}).items()}
+    timing = _timing(profile, demand, measured)
     shots = demand.sizes or reference_shots(profile)
     # Without a GPU, the error is that of the layouts.
     gpu_gb = max(cluster.gpus, default=math.inf)

@@ -12,7 +12,7 @@ from vidgen_ray.graph import STAGE_BY_NAME, STAGES, RelativeCost, clip_growth, r
 from vidgen_ray.planner.calibration import ASSUMED_SPREAD, Calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.base import REFERENCE_FRAMES, REFERENCE_PIXELS, Stage
 
 ENCODE_SECONDS: Mapping[str, float] = {
     "ultrafast": 0.01,
@@ -62,6 +62,10 @@ class Demand:
     """Stage -> variant, such as an upscaler -> its part of the sum of relative costs. Only for stages with variants."""
     sizes: tuple[Shot, ...] = ()
     """One shot of each size, from which the planner computes memory; see `ShotSizes`. Empty: reference shots."""
+    pixels: float = REFERENCE_PIXELS
+    """Mean number of pixels of a frame."""
+    frames: float = REFERENCE_FRAMES
+    """Mean number of frames of a shot."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -81,6 +85,8 @@ class Demand:
             self.loras,
             {name: {key: cost.times(factor) for key, cost in costs.items()} for name, costs in self.variant_cost.items()},
             self.sizes,
+            self.pixels,
+            self.frames,
         )
 
 
@@ -90,7 +96,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
     variant_cost: defaultdict[str, dict[str, RelativeCost]] = defaultdict(dict)
     loras: set[str] = set()
     sizes = ShotSizes()
-    count = upscaled = 0
+    count = upscaled = all_pixels = all_frames = 0
     encoded = output = images = clips = 0.0
     for shot in shots:
         count += 1
@@ -103,6 +109,8 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             images += PNG_BYTES_PER_PIXEL * shot.width * shot.height * ("image" in STAGE_BY_NAME[name].writes)
         loras.update(lora.path for lora in shot.all_loras)
         pixels = shot.width * shot.height
+        all_pixels += pixels
+        all_frames += shot.num_frames
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:
             clip = pixels * shot.num_frames
@@ -111,7 +119,21 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
             encoded += encoded_pixels / 1e6
             output += CLIP_BYTES_PER_PIXEL * encoded_pixels
             clips += FFV1_BYTES_PER_PIXEL * clip
-    return Demand(count, relative_cost, upscaled, encoded, output, images, clips, len(loras), dict(variant_cost), sizes.shots)
+    mean_pixels, mean_frames = (total / max(count, 1) for total in (all_pixels, all_frames))
+    return Demand(
+        count,
+        relative_cost,
+        upscaled,
+        encoded,
+        output,
+        images,
+        clips,
+        len(loras),
+        dict(variant_cost),
+        sizes.shots,
+        mean_pixels,
+        mean_frames,
+    )
 
 
 class ShotSizes:
