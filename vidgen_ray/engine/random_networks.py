@@ -85,11 +85,10 @@ def _networks_in(folder: Path) -> Iterator[tuple[str, PublishedNetwork]]:
     try:
         index = json.loads((folder / PIPELINE_INDEX).read_text("utf-8"))
         for component, value in index.items():
-            library, class_name = value if isinstance(value, list) else (None, None)
-            module = {"diffusers": diffusers, "transformers": transformers}.get(library)
-            network_class = getattr(module, class_name) if module else None
-            is_network = network_class is not None and issubclass(network_class, torch.nn.Module)
-            if is_network:
+            library, class_name = value if isinstance(value, list) else ("", "")
+            module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
+            network_class: Any = getattr(module, class_name) if module else None
+            if network_class is not None and issubclass(network_class, torch.nn.Module):
                 config = json.loads((folder / component / "config.json").read_text("utf-8"))
                 config_name = network_class.config_class.__name__ if module is transformers else None
                 arguments = {name: value for name, value in config.items() if not name.startswith("_")}
