@@ -29,6 +29,7 @@ from vidgen_ray.media import (
     read_image,
     write_png,
 )
+from vidgen_ray.media.thread_priority import end_real_time_priority
 from vidgen_ray.stages.base import Frames, Image
 
 FAST = Mp4Settings(preset="veryfast", threads=2)
@@ -75,6 +76,7 @@ def write_foreign(
         for pixels in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
         output.mux(stream.encode())
+    end_real_time_priority()
     return path
 
 

@@ -1,5 +1,6 @@
 """`upscale_file`: what is kept, which frames come out, resume, and bad inputs."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.errors import MediaError
 from vidgen_ray.upscale import job as job_module
+from vidgen_ray.upscale.encode import write_segment
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker, Threads
 from vidgen_ray.upscale.network import UpscaleNetwork
@@ -105,7 +107,7 @@ def test_rotated_videos_become_upright(tmp_path, upscale, turns):
     assert psnr(small, upright) > psnr(small, upright[::-1]) + 3
 
 
-@pytest.mark.parametrize("codec", ["hevc", "h264"])
+@pytest.mark.parametrize("codec", ["hevc", "h264", "av1"])
 def test_ten_bit_hdr_is_kept(tmp_path, upscale, codec):
     mastering = "G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,1)"
     options = {"x265-params": f"log-level=none:master-display={mastering}:max-cll=1000,400"}
@@ -131,6 +133,15 @@ def test_ten_bit_hdr_is_kept(tmp_path, upscale, codec):
     assert float(expected.mastering[-1]) == 1000
 
 
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="SVT-AV1 gets a real-time priority as root only")
+def test_av1_leaves_no_thread_with_a_real_time_priority(tmp_path):
+    source = read_source(write_video(tmp_path / "in.mp4", 1))
+    settings = FAST.model_copy(update={"codec": "av1"})
+    write_segment(tmp_path / "out.mp4", [picture(0)], 1, SIZE, Fraction(24), source, settings)
+    threads = [int(thread.name) for thread in Path("/proc/self/task").iterdir()]
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_OTHER}
+
+
 def test_untagged_colours_are_tagged_as_players_read_them(tmp_path, upscale):
     video = write_video(tmp_path / "in.mp4", 2)
     report = upscale(video, tmp_path / "out.mp4")
@@ -141,6 +152,7 @@ def test_untagged_colours_are_tagged_as_players_read_them(tmp_path, upscale):
 @pytest.mark.parametrize(
     ("codec", "pixel_format", "suffix", "size"),
     [
+        ("libsvtav1", "yuv420p", ".mp4", SIZE),
         ("libx264", "yuv444p", ".mp4", (51, 37)),
         ("libx265", "yuv420p", ".mkv", SIZE),
         ("mpeg4", "yuv420p", ".avi", SIZE),
@@ -169,7 +181,7 @@ def test_fit_keeps_the_shape_and_makes_pixels_square(tmp_path, upscale):
         upscale(video, tmp_path / "small.mp4", fit=(60, 60))
 
 
-@pytest.mark.parametrize("codec", ["h264", "hevc"])
+@pytest.mark.parametrize("codec", ["h264", "hevc", "av1"])
 def test_segments_are_closed_and_join_without_a_gap(tmp_path, upscale, short_segments, codec):
     video = write_video(tmp_path / "in.mp4", 23, size=(96, 64), colour=TAGGED)
     encode = FAST.model_copy(update={"codec": codec, "preset": "superfast"})

@@ -8,6 +8,8 @@ from typing import Any
 import av
 import numpy as np
 
+from vidgen_ray.media.thread_priority import end_real_time_priority
+
 SIZE = 64, 48
 """Width and height in pixels."""
 
@@ -79,6 +81,7 @@ def write_video(
             frame.pts, frame.time_base = number if times is None else times[number], time_base
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
+        end_real_time_priority()
         if audio is not None:
             samples = np.sin(np.arange(round(sound_s * 48_000)) / 20).astype(np.float32)[None]
             for begin in range(0, samples.shape[1], 1024):

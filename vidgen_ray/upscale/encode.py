@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_write_errors
+from vidgen_ray.media.thread_priority import end_real_time_priority
 from vidgen_ray.upscale.frames import Pixels, YuvConverter
 from vidgen_ray.upscale.source import Source
 
@@ -81,7 +82,11 @@ def write_segment(
             with wrap_write_errors(path):
                 frame = converter.convert(pixels)
                 frame.pts, frame.time_base = written, 1 / fps
-                container.mux(stream.encode(frame))
+                packets = stream.encode(frame)
+                if written == 0 and settings.codec == "av1":
+                    # The first frame opens the encoder.
+                    end_real_time_priority()
+                container.mux(packets)
             written += 1
         if written != count:
             raise MediaError(f"{source.path}: got {written} upscaled frames of a segment, must be {count}")
