@@ -57,9 +57,14 @@ def build_flux_schnell(folder: Path) -> None:
 
 
 def build_lora(file: Path) -> None:
-    """Write a rank 4 LoRA on every attention projection of the tiny FLUX, in the diffusers layout."""
-    rank, generator, tensors = 4, torch.Generator().manual_seed(4), {}
-    for name, module in _flux_transformer(guidance=True).named_modules():
+    """Write a LoRA on every attention projection of the tiny FLUX, in the diffusers layout."""
+    write_random_lora(_flux_transformer(guidance=True), file, seed=4)
+
+
+def write_random_lora(transformer: torch.nn.Module, file: Path, seed: int) -> None:
+    """Write a random LoRA of rank 4 on every attention projection of a transformer, in the diffusers layout."""
+    rank, generator, tensors = 4, torch.Generator().manual_seed(seed), {}
+    for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             a = torch.randn(rank, module.in_features, generator=generator)
             b = torch.randn(module.out_features, rank, generator=generator)

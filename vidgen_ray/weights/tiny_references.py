@@ -13,7 +13,6 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
-from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Qwen2_5_VLConfig,
@@ -26,10 +25,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from vidgen_ray.weights.tiny_diffusion import write_random_lora
+
 TEXT_CHANNELS = 16
 KLEIN_LAYERS = 3
 """Layers of the text encoder whose outputs the transformer of FLUX.2 klein reads."""
-LORA_RANK = 4
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 )  # fmt: skip
@@ -78,15 +78,7 @@ def build_klein(folder: Path) -> None:
 
 def build_klein_lora(file: Path) -> None:
     """Write a random LoRA on the attention of the tiny FLUX.2 klein, in the layout of diffusers."""
-    generator = torch.Generator().manual_seed(21)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, module in _klein_transformer().named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            # 0.3 makes the effect of a random adapter visible on a random network.
-            a = torch.randn(LORA_RANK, module.in_features, generator=generator) * 0.3
-            b = torch.randn(module.out_features, LORA_RANK, generator=generator) * 0.3
-            tensors |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    save_file(tensors, file)
+    write_random_lora(_klein_transformer(), file, seed=21)
 
 
 def build_qwen_edit(folder: Path) -> None:

@@ -14,15 +14,13 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
-from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from vidgen_ray.weights.tiny_diffusion import t5_encoder, t5_tokenizer
+from vidgen_ray.weights.tiny_diffusion import t5_encoder, t5_tokenizer, write_random_lora
 
 TEXT_CHANNELS = 32
 WAN_CHANNELS, TI2V_CHANNELS = 16, 48
 """Latent channels of the two autoencoders of Wan 2.2."""
-LORA_RANK = 4
 
 
 def build_wan(folder: Path) -> None:
@@ -60,7 +58,7 @@ def build_wan_ti2v(folder: Path) -> None:
 
 def build_wan_lora(file: Path) -> None:
     """Write a LoRA on the attention of either transformer of the tiny Wan I2V-A14B, in the layout of diffusers."""
-    _save_lora(_wan_transformer(2 * WAN_CHANNELS + 4, WAN_CHANNELS, 6), file)
+    write_random_lora(_wan_transformer(2 * WAN_CHANNELS + 4, WAN_CHANNELS, 6), file, seed=12)
 
 
 def build_ltx(folder: Path) -> None:
@@ -75,7 +73,7 @@ def build_ltx_distilled(folder: Path) -> None:
 
 def build_ltx_lora(file: Path) -> None:
     """Write a LoRA on the attention of the tiny LTX-Video, in the layout of diffusers."""
-    _save_lora(_ltx_transformer(), file)
+    write_random_lora(_ltx_transformer(), file, seed=12)
 
 
 def _wan(vae: Any, **parts: Any) -> Any:
@@ -176,15 +174,3 @@ def _ltx_transformer() -> Any:
         num_layers=2,
         caption_channels=TEXT_CHANNELS,
     ).eval()
-
-
-def _save_lora(transformer: Any, file: Path) -> None:
-    """Write a random LoRA on every attention projection, strong enough to be visible on a random network."""
-    generator, tensors = torch.Generator().manual_seed(12), {}
-    for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            a = torch.randn(LORA_RANK, module.in_features, generator=generator)
-            b = torch.randn(module.out_features, LORA_RANK, generator=generator)
-            tensors[f"transformer.{name}.lora_A.weight"] = a * 0.3
-            tensors[f"transformer.{name}.lora_B.weight"] = b * 0.3
-    save_file(tensors, file)
