@@ -16,13 +16,13 @@ from vidgen_ray.stages.base import (
     Image,
     InKey,
     Item,
-    Stage,
     StageParams,
     noise_generator,
     to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
@@ -32,18 +32,16 @@ PHOTO_PIXELS = 1024 * 1024
 """Pixels to which the pipeline scales larger photos down."""
 
 
-class Flux2KleinParams(StageParams):
+class Flux2KleinParams(OffloadParams):
     text_tokens: int = Field(512, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)
     """Layers of the text encoder that the transformer was trained with."""
     adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    cpu_offload: Annotated[bool, InKey.NEVER] = False
-    """Keep the weights in host memory and move each part to the GPU when it runs."""
 
 
-class Flux2KleinStage(Stage[Flux2KleinParams]):
+class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
     """Prompt and, with `identity: reference`, `photos` -> `image` (height, width, 3); width and height multiples of 16.
 
     All photos of the shot are reference images: the model sees their pixels, not a face embedding. The model has no strength
@@ -115,11 +113,6 @@ class Flux2KleinStage(Stage[Flux2KleinParams]):
     @property
     def adapter_loads(self) -> int:
         return self.adapters.loads
-
-    def move(self, device: str) -> None:
-        # Offloaded weights are in host memory whenever the stage does not run.
-        if not self.params.cpu_offload:
-            self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._generate(item)} for item in items]

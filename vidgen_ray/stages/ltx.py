@@ -12,7 +12,7 @@ from pydantic import Field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.prompted_video import PromptedVideoParams, PromptedVideoStage
+from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 if TYPE_CHECKING:
     import torch
@@ -44,19 +44,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "ltx"
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "motion_prompt",
-        "width",
-        "height",
-        "num_frames",
-        "fps",
-        "video_lora",
-        "steps.ltx",
-        "guidance.ltx",
-        "seed",
-    )
+    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.ltx", "guidance.ltx", "seed")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
 

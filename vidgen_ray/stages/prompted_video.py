@@ -21,31 +21,30 @@ from vidgen_ray.stages.base import (
     Frames,
     InKey,
     Item,
-    Stage,
-    StageParams,
     noise_generator,
     to_uint8,
 )
 from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.video_models import VIDEO_MODELS
 
 
-class PromptedVideoParams(StageParams):
+class PromptedVideoParams(OffloadParams):
     text_tokens: int = Field(512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
     adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    cpu_offload: Annotated[bool, InKey.NEVER] = False
-    """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
 
 
+PROMPTED_FIELDS = ("prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "fps", "video_lora")
+"""Shot fields that every such model reads, beside its steps, its guidance and the seed."""
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 
-class PromptedVideoStage(Stage[VP]):
+class PromptedVideoStage(OffloadedStage[VP]):
     """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3) by the shot's `video_model`, which reads a prompt.
 
     The text is the shot's prompt with `motion_prompt` appended: "prompt, motion prompt".
@@ -110,11 +109,6 @@ class PromptedVideoStage(Stage[VP]):
     @property
     def adapter_loads(self) -> int:
         return self.adapters.loads
-
-    def move(self, device: str) -> None:
-        # Offloaded weights are in host memory whenever the stage does not run.
-        if not self.params.cpu_offload:
-            self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": self._generate(item)} for item in items]

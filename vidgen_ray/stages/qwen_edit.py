@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image as PILImage
 
@@ -12,14 +12,13 @@ from vidgen_ray.stages.base import (
     REFERENCE_PIXELS,
     Artefacts,
     Image,
-    InKey,
     Item,
-    Stage,
     StageParams,
     noise_generator,
     to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 40
@@ -34,12 +33,7 @@ NO_NEGATIVE = " "
 """Negative prompt of the reference. Without one, the pipeline uses no guidance."""
 
 
-class QwenEditParams(StageParams):
-    cpu_offload: Annotated[bool, InKey.NEVER] = False
-    """Keep the weights in host memory and move each part to the GPU when it runs."""
-
-
-class QwenEditStage(Stage[QwenEditParams]):
+class QwenEditStage(OffloadedStage[OffloadParams]):
     """`image` (H, W, 3), H and W multiples of 16 -> `image` of the same size, restyled by an instruction.
 
     The instruction contains the style prompt or, without one, the shot's prompt. With `identity: reference` up to two
@@ -78,7 +72,7 @@ class QwenEditStage(Stage[QwenEditParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
-    Params: ClassVar[type[StageParams]] = QwenEditParams
+    Params: ClassVar[type[StageParams]] = OffloadParams
 
     @staticmethod
     def applies(shot: Shot) -> bool:
@@ -100,11 +94,6 @@ class QwenEditStage(Stage[QwenEditParams]):
         from diffusers import QwenImageEditPlusPipeline
 
         self.pipe = load_pipeline(QwenImageEditPlusPipeline, self.params, cpu_offload=self.params.cpu_offload)
-
-    def move(self, device: str) -> None:
-        # Offloaded weights are in host memory whenever the stage does not run.
-        if not self.params.cpu_offload:
-            self.pipe.to(device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"image": self._restyle(item)} for item in items]

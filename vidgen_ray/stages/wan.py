@@ -10,7 +10,7 @@ from pydantic import Field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.prompted_video import PromptedVideoParams, PromptedVideoStage
+from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
@@ -38,20 +38,8 @@ class WanStage(PromptedVideoStage[WanParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "wan"
-    reads: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-        "motion_prompt",
-        "width",
-        "height",
-        "num_frames",
-        # The model has no such condition, but the clip is encoded with it.
-        "fps",
-        "video_lora",
-        "steps.wan",
-        "guidance.wan",
-        "seed",
-    )
+    # The model has no condition for fps, but the clip is encoded with it.
+    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.wan", "guidance.wan", "seed")
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
 
