@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 
 import ray
 
@@ -106,6 +107,8 @@ class Director:
         """Last shots: the failure of those that failed on every worker, else `None`."""
         self._folder_checked = False
         self._metrics: RunMetrics | None = None
+        self._stop_watch: asyncio.Task[None] | None = None
+        """Ends after a stop request or an error."""
 
     # Lines
 
@@ -190,7 +193,8 @@ class Director:
         """Render all shots. Returns when every line has a result, or after a stop request."""
         self._metrics = RunMetrics(self._profile.name, self._on_quarantined)
         self._reading = remaining is not None
-        background = [asyncio.ensure_future(self._report_status()), asyncio.ensure_future(self._watch_stop())]
+        self._stop_watch = asyncio.ensure_future(self._watch_stop())
+        background = [asyncio.ensure_future(self._report_status()), self._stop_watch]
         if remaining is not None:
             self._start_reader(remaining)
         try:
@@ -227,21 +231,16 @@ class Director:
 
     async def _admitted(self, task: ShotTask) -> bool:
         """Start a shot. Waits until the window has room for it. Returns false if the run was stopped before that."""
-        admitted = asyncio.Event()
-        rendering = asyncio.ensure_future(self._render(task, admitted))
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        rendering = asyncio.ensure_future(self._render(task, partial(admitted.set_result, None)))
         self._rendering.add(rendering)
         rendering.add_done_callback(self._ended)
-        waiting = asyncio.ensure_future(admitted.wait())
-        while not admitted.is_set() and not rendering.done():
-            changed = asyncio.ensure_future(self._next_change())
-            await asyncio.wait([waiting, rendering, changed], return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            if not admitted.is_set() and (self._stop.is_set() or self._error is not None):
-                rendering.cancel()
-                waiting.cancel()
-                return False
-        waiting.cancel()
-        return True
+        assert self._stop_watch is not None
+        await asyncio.wait([admitted, rendering, self._stop_watch], return_when=asyncio.FIRST_COMPLETED)
+        if admitted.done() or rendering.done():
+            return True
+        rendering.cancel()
+        return False
 
     def _ended(self, rendering: asyncio.Task[None]) -> None:
         self._rendering.discard(rendering)
@@ -258,12 +257,12 @@ class Director:
         if unfinished:
             raise KeyboardInterrupt
 
-    async def _render(self, task: ShotTask, admitted: asyncio.Event) -> None:
+    async def _render(self, task: ShotTask, on_admitted: Callable[[], None]) -> None:
         assert self._engine is not None
         result: ShotRecord | Failure
         kind: Kind | None = None
         try:
-            result = await self._engine.run(task.plan, on_admitted=admitted.set)
+            result = await self._engine.run(task.plan, on_admitted=on_admitted)
         except ShotFailed as failed:
             result, kind = failed.failure, failed.kind
             if self._engine.needs_other_layout:

@@ -87,18 +87,32 @@ class Encoder:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))
         return CallResult()
 
-    def commit(self, shot_id: str, records: tuple[StepRecord, ...]) -> tuple[CallResult, ShotRecord | None]:
-        """Finish the files and commit the shot."""
+    def commit(
+        self, shot_id: str, records: tuple[StepRecord, ...], last_chunk: Artefacts | None
+    ) -> tuple[CallResult, ShotRecord | None]:
+        """Encode the last chunk, if the clip comes in chunks, then finish the files and commit the shot."""
         with self._files_lock:
             if shot_id not in self._open:
                 return CallResult(session_lost=True), None
+            files = self._open[shot_id]
             try:
-                record = self._open[shot_id].commit(records)
+                if last_chunk is not None:
+                    files.add(last_chunk)
+                record = files.commit(records)
             except Exception as error:
                 return CallResult.of_failure(StepFailed(OUTPUT, error)), None
             finally:
                 self._delete(shot_id)
         return CallResult(), record
+
+    def write(
+        self, director: str, plan: ShotPlan, artefacts: Artefacts, records: tuple[StepRecord, ...]
+    ) -> tuple[CallResult, ShotRecord | None]:
+        """Write and commit a shot without chunks in a single call."""
+        begun = self.begin(director, plan, artefacts)
+        if begun.failure is not None or begun.session_lost:
+            return begun, None
+        return self.commit(plan.shot.id or "", records, None)
 
     def abandon(self, shot_id: str) -> None:
         """Delete the files of a shot that is not committed."""

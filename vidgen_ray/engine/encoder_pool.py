@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient, Pickled
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
@@ -25,8 +25,18 @@ ENCODE_TIMEOUT_S = 1800.0
 LOCAL_LEAD = 2
 """Clips that an encoder on the clip's node may have open more than another encoder and still be preferred."""
 
-Chunks = AsyncGenerator[tuple[tuple[StepRecord, ...], Any]]
-"""For each chunk of a clip, in order: the records of its steps and the reference of its artefacts."""
+
+class ProcessedChunk(NamedTuple):
+    """Chunk of a clip after its chunked stages."""
+
+    records: tuple[StepRecord, ...]
+    artefacts: Any
+    """Reference in Ray's object store."""
+    is_last: bool
+
+
+Chunks = AsyncGenerator[ProcessedChunk]
+"""The chunks of a clip, in order."""
 
 
 class _EncodingFailed(Exception):
@@ -189,28 +199,36 @@ async def _encode(
     chunks: Callable[[], Chunks] | None,
 ) -> ShotRecord:
     shot_id = plan.shot.id or ""
+    if chunks is None:
+        try:
+            return await _commit(encoder, "write", director, Pickled(plan), artefacts, Pickled(records))
+        except BaseException:
+            encoder.send("abandon", shot_id)
+            raise
     # Chunks are processed while the image and the original clip are written.
-    opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, plan, artefacts))
+    opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, Pickled(plan), artefacts))
     try:
         chunk_records = []
-        if chunks is not None:
-            async with aclosing(chunks()) as each_chunk:
-                async for records_of_chunk, artefacts_of_chunk in each_chunk:
-                    await opened
-                    await _checked_call(encoder, "add", shot_id, artefacts_of_chunk)
-                    chunk_records.append(records_of_chunk)
-        await opened
-        all_records = (*records, *join_records(chunk_records))
-        result, reference = await encoder.call(
-            "commit", shot_id, all_records, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S, num_returns=2
-        )
-        _check(result)
-        committed: ShotRecord = await reference
-        return committed
+        async with aclosing(chunks()) as each_chunk:
+            async for chunk in each_chunk:
+                await opened
+                chunk_records.append(chunk.records)
+                if chunk.is_last:
+                    all_records = (*records, *join_records(chunk_records))
+                    return await _commit(encoder, "commit", shot_id, Pickled(all_records), chunk.artefacts)
+                await _checked_call(encoder, "add", shot_id, chunk.artefacts)
+        raise AssertionError("no chunk is the last one")
     except BaseException:
         opened.cancel()
         encoder.send("abandon", shot_id)
         raise
+
+
+async def _commit(encoder: ActorClient, method: str, *args: Any) -> ShotRecord:
+    result, record = await encoder.call(method, *args, stage=OUTPUT, timeout_s=ENCODE_TIMEOUT_S)
+    _check(result)
+    committed: ShotRecord = record
+    return committed
 
 
 async def _checked_call(encoder: ActorClient, method: str, *args: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
-from vidgen_ray.engine.encoder_pool import Chunks, EncoderPool
+from vidgen_ray.engine.encoder_pool import Chunks, EncoderPool, ProcessedChunk
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
@@ -215,7 +215,7 @@ class ShotRunner:
         n_frames, _ = clip_length(plan.shot)
         frames_done = 0
 
-        async def process(chunk: slice) -> tuple[tuple[StepRecord, ...], Any]:
+        async def process(chunk: slice) -> ProcessedChunk:
             nonlocal frames_done
             cut: slice | None = chunk
             current = artefacts
@@ -229,7 +229,7 @@ class ShotRunner:
             frames_done += chunk.stop - chunk.start
             if on_progress is not None:
                 on_progress(Progress(last_stage, frames_done, n_frames))
-            return records, current.reference
+            return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
 
         unit = chunk_unit(plan.shot, self._chunk_frames)
         return ordered_window(clip_chunks(plan.shot, unit, CHUNK_BYTES), process)

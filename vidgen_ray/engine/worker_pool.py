@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient, Pickled
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
@@ -183,7 +183,7 @@ class WorkerPool:
     ) -> tuple[CallResult, RemoteArtefacts]:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(
-            client.call(method, number, plan, *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
+            client.call(method, number, Pickled(plan), *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
         )
         recalled = self._recalled[work] = asyncio.get_running_loop().create_future()
         busy = True
