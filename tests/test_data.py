@@ -1,6 +1,7 @@
 """Ray Data processor: rendering as a step of a Ray Data pipeline."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -59,3 +60,20 @@ def test_wrong_rows_are_failed_results(tiny, tmp_path):
     assert rows["a"]["status"] == "failed"
     assert rows["a"]["failure_message"].startswith("dataset, fps: got 0")
     assert rows["b"]["failure_message"].startswith("dataset, prompt: got nothing")
+
+
+def test_lost_task_is_refused_a_second_attempt_by_ray_without_the_option_to_run_once(tiny, tmp_path, monkeypatch):
+    """Ray 2.64 has no such option, and would repeat the task and skip as many results as the first attempt has returned."""
+    monkeypatch.setattr("vidgen_ray.data._once", dict)
+    lost = tmp_path / "lost"
+
+    def lose_task(message):
+        lost.touch()
+        os._exit(1)
+
+    # A setting without effect is a message, which this task receives.
+    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False, "fps": 5} for n in range(3)])
+    processor = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES), on_message=lose_task)
+    with pytest.raises(ray.exceptions.RayError, match="was lost with its process"):
+        processor(dataset).take_all()
+    assert lost.exists()

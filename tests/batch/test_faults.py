@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from tests.batch.test_batch import Events, digests
 from tests.fake_stages import FAKES, fake_likeness
+from vidgen_ray.batch.line_stream import remaining_lines
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine.ray_cluster import expect_gpus, init_local_ray
 from vidgen_ray.errors import SetupError
@@ -172,6 +173,49 @@ def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile)
     assert (report.done, report.layout, rows) == (0, None, {})
     assert report.left
     assert render_lines(tmp_path, profile, shots(9))[0].done == 9
+
+
+def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.director.FIRST_MESSAGE_S", 0.0)
+    reported = threading.Event()
+
+    def slow_lines(script, planner):
+        reported.wait()
+        yield from remaining_lines(script, planner)
+
+    class Reported(Events):
+        def on_message(self, message):
+            super().on_message(message)
+            if "no line has come" in message:
+                reported.set()
+
+    monkeypatch.setattr("vidgen_ray.batch.render.remaining_lines", slow_lines)
+    events = Reported()
+    report, _ = render_lines(tmp_path, profile, shots(4), events)
+    assert report.done == 4
+    message = next(message for message in events.messages if "no line has come" in message)
+    assert message.startswith("all shots so far are rendered")
+    assert "Rendering holds 2 GPUs" in message, message
+
+
+def test_lost_planning_task_is_repeated(tmp_path, profile, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.line_stream.BLOCK_LINES", 2)
+    crashed = tmp_path / "crashed"
+
+    def crash_once(block, planner, finished):
+        from vidgen_ray.batch.line_stream import _plan_block
+
+        if not crashed.exists():
+            crashed.touch()
+            os._exit(1)
+        return _plan_block(block, planner, finished)
+
+    monkeypatch.setattr("vidgen_ray.batch.line_stream._plan_block", crash_once)
+    report, rows = render_lines(tmp_path, profile, shots(9))
+    assert crashed.exists()
+    assert (report.done, report.failed, len(rows)) == (9, 0, 9)
 
 
 def test_run_reports_what_it_waits_for(tmp_path, profile, monkeypatch):
