@@ -150,6 +150,20 @@ def test_wrong_lines_of_a_healthy_run_do_not_stop_it(cluster, profile, tmp_path)
     assert (report.done, report.failed, report.left) == (30, 15, 0)
 
 
+def test_workers_are_not_given_up_for_wrong_lines(cluster, profile, tmp_path):
+    """Most lines are wrong, but too few for the circuit breaker. Both workers fail for each."""
+    count = 25
+
+    def fail_for_wrong_lines(shot):
+        if int(shot.id[1:]) % 3 != 0:
+            raise RuntimeError("the prompt breaks the model")
+
+    wrong = sum(n % 3 != 0 for n in range(count))
+    assert wrong < BREAKER_FAILURES
+    report, _ = run(tmp_path, profile, images(count), stages(fail_for_wrong_lines))
+    assert (report.done, report.failed, report.left) == (count - wrong, wrong, 0)
+
+
 def test_script_of_wrong_photos_does_not_stop_the_run(cluster, profile, tmp_path):
     def refuse(shot):
         raise StageError("no face found")

@@ -87,6 +87,21 @@ def test_error_that_follows_the_shot_through_all_workers_is_final():
     assert [report for report in workers.reports if not report[1]] == [("a", False), ("b", False), ("c", False)]
 
 
+def test_error_that_two_workers_have_is_not_theirs_until_a_third_renders_the_shot():
+    workers = Workers(ONE_NODE, ERROR, ERROR, ERROR)
+    workers.failure()
+    assert workers.reports == [("a", True), ("a", False), ("b", False), ("c", False)]
+    workers = Workers(ONE_NODE, ERROR, ERROR, None)
+    assert workers.run() == "done"
+    assert workers.reports == [("a", True), ("a", False), ("b", False), ("a", True), ("b", True)]
+
+
+def test_error_that_one_worker_repeats_is_its_own():
+    workers = Workers({"a": "n1"}, ERROR, ERROR, ERROR)
+    workers.failure()
+    assert workers.reports == [("a", True)] * 3
+
+
 def test_errors_on_one_node_are_confirmed_on_another():
     workers = Workers(TWO_NODES, ERROR, ERROR, ERROR)
     assert workers.failure().failure.attempts == 3

@@ -1,7 +1,8 @@
 """Retries of calls: what a failure means, and where the next attempt runs. Shared by workers and encoders. Does not use Ray.
 
 An attempt is repeated on another worker, then on another node, before the shot fails. An error that names a problem of the shot
-counts as the shot's own only if a second node confirms it, or a second worker if there is one node.
+counts as the shot's own only if a second node confirms it, or a second worker if there is one node. Any other error is that of
+the worker until a second worker fails with it, and again if a third one renders the shot.
 """
 
 from __future__ import annotations
@@ -97,12 +98,22 @@ async def run_with_retries(
 
     `attempt` gets the processes to avoid, and whether the call must run alone on its process. It raises AttemptFailed.
     `candidates` returns the processes that could run the call, now or once they have started. `report` gets the attempts whose
-    failure was that of their process (True), or turned out to be the shot's (False). `limit`: attempts, counting the first.
-    Attempts lost with a node or a connection do not count. Raises ShotFailed.
+    failure is that of their process (True), or seems to be the shot's (False). If the shot succeeds elsewhere, they were those
+    of their processes after all. `limit`: attempts, counting the first. Attempts lost with a node or a connection do not count.
+    Raises ShotFailed.
     """
     failed: list[AttemptFailed] = []
+    excused: list[AttemptFailed] = []
+    """Reported as the shot's."""
     suspect = False
     avoid: frozenset[P] = frozenset()
+
+    def excuse(attempts: Sequence[AttemptFailed]) -> None:
+        for each in attempts:
+            if each not in excused:
+                report(each, False)
+                excused.append(each)
+
     while True:
         try:
             result = await attempt(avoid, suspect)
@@ -115,13 +126,17 @@ async def run_with_retries(
             failed.append(failure)
             observer.step_failed(failure.failure.stage, failure.failure.error)
             if failure.kind is Kind.ERROR:
-                report(failure, True)
+                if _is_confirmed(failed):
+                    excuse(failed)
+                else:
+                    report(failure, True)
             if len(failed) + suspect >= limit:
                 failed = [each for each in failed if await _is_own(each)]
             last = failure.failure
             next_avoid = _next(failed, suspect, candidates(), limit)
             if next_avoid is None:
-                _report_confirmed(failed, report)
+                if _is_confirmed(failed):
+                    excuse(failed)
                 attempts = len(failed) + suspect
                 raise ShotFailed(last.model_copy(update={"attempts": attempts}), failure.kind) from None
             avoid = next_avoid
@@ -129,7 +144,7 @@ async def run_with_retries(
         else:
             for each in failed:
                 # The shot is fine: another process rendered it.
-                if each.kind is Kind.INPUT:
+                if each.kind is Kind.INPUT or each in excused:
                     report(each, True)
             return result
 
@@ -163,11 +178,9 @@ def _next(failed: Sequence[AttemptFailed], suspect: bool, candidates: Sequence[P
     return on_tried_processes if others else frozenset()
 
 
-def _report_confirmed(failed: Sequence[AttemptFailed], report: Callable[[AttemptFailed, bool], None]) -> None:
-    """Report the failures as the shot's own if several processes failed with the same error."""
-    if len({each.process.key for each in failed}) > 1 and len({each.failure.error for each in failed}) == 1:
-        for each in failed:
-            report(each, False)
+def _is_confirmed(failed: Sequence[AttemptFailed]) -> bool:
+    """Return whether several processes failed, all with the same error."""
+    return len({each.process.key for each in failed}) > 1 and len({each.failure.error for each in failed}) == 1
 
 
 def first_line(error: object) -> str:
