@@ -20,13 +20,13 @@ from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
+from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
-from vidgen_ray.shot import LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.weights import resolve
 
-FILE_FIELDS = ("image",)
+FILE_FIELDS = IMAGE_FIELDS
 FILES_FIELDS = ("face_image",)
 LORA_FIELDS = ("lora", "fast_lora", "klein_lora", "video_lora")
 START_FIELDS = ("height", "image", "width")

@@ -84,14 +84,16 @@ class VideoGenerationPipeline:
         *,
         face_image: Photo | Sequence[Photo] | None = None,
         image: Photo | None = None,
+        last_image: Photo | None = None,
         lora_path: str | Path | None = None,
         on_progress: ProgressCallback | None = None,
         **fields: Any,
     ) -> GeneratedVideo:
         """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
-        `face_image` is one or several photos of the same person, `image` the start image. `on_progress` is called with the name
-        of the running stage, its finished steps and its number of steps. By default, notebooks show a progress bar.
+        `face_image` is one or several photos of the same person, `image` the start image, `last_image` the image that the clip
+        ends with. `on_progress` is called with the name of the running stage, its finished steps and its number of steps. By
+        default, notebooks show a progress bar.
         Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails, and
         what `on_progress` raises.
         """
@@ -100,6 +102,8 @@ class VideoGenerationPipeline:
             shot_fields["lora"] = str(lora_path)
         if image is not None:
             shot_fields["image"] = self._as_file("image", image)
+        if last_image is not None:
+            shot_fields["last_image"] = self._as_file("last_image", last_image)
         if face_image is not None:
             shot_fields["face_image"] = [self._as_file("face_image", photo) for photo in _as_list(face_image)]
         shot = check_shot(shot_fields, "generate_video", self.profile.defaults)

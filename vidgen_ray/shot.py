@@ -31,6 +31,8 @@ NESTED_FIELDS = ("steps", "guidance")
 """Fields with one setting per stage. They may be written flat: `"flux.steps": 4`."""
 MODEL_FIELDS = ("image_model", "style_model", "video_model")
 """Fields that choose the model of a slot of the chain."""
+IMAGE_FIELDS = ("image", "last_image")
+"""Fields with an image file."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
@@ -167,6 +169,9 @@ class Shot(_Frozen):
     height: int = Field(576, description="Height in pixels. Same rules as for the width.")
     image: str | None = Field(
         None, description="Start image, used in place of the generated base image. Scaled and cropped to the shot's size."
+    )
+    last_image: str | None = Field(
+        None, description="Image that the clip ends with, for video_model wan with I2V-A14B. Scaled and cropped as `image`."
     )
 
     continue_from: str | None = Field(

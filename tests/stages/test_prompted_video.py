@@ -104,6 +104,26 @@ def test_prompt_moves_the_clip_only_if_the_model_reads_it(stage, make_shot, monk
     assert np.array_equal(*clips) == cut
 
 
+def test_wan_ends_with_the_last_image(wan, tiny, make_shot):
+    last = gradient_image()[::-1, ::-1].copy()
+    shot = make_shot(video_model="wan", num_frames=9, last_image="last.png")
+    assert wan.needs(shot) == ("image", "last_image")
+    one = Item(shot, {"image": gradient_image(), "last_image": last})
+    expected = plain(diffusers.WanImageToVideoPipeline, "tiny/wan")(
+        image=Image.fromarray(gradient_image()),
+        last_image=Image.fromarray(last),
+        prompt=shot.prompt,
+        generator=generator(shot, "wan"),
+        guidance_scale=3.5,
+        **SIZE,
+    ).frames[0]
+    assert np.array_equal(clip_of(wan, one), as_uint8(expected))
+    assert not np.array_equal(clip_of(wan, one), clip_of(wan, item(make_shot, wan)))
+    small = loaded(WanStage, tiny, weights=resolve("builtin:tiny/wan-ti2v"))
+    with pytest.raises(StageError, match="last_image: these weights take none"):
+        small([one])
+
+
 def test_ltx_reads_fps(ltx, make_shot):
     assert not np.array_equal(clip_of(ltx, item(make_shot, ltx)), clip_of(ltx, item(make_shot, ltx, fps=8)))
 

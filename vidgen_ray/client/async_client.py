@@ -43,7 +43,7 @@ STREAM_TIMEOUT_S = 45.0
 """The same for event streams, in which the server sends a ping every 15 s."""
 POLL_S = 1.0
 """Seconds between polls if the server recommends none."""
-IMAGE_FIELDS = ("input_reference", "input_references", "image_reference", "face_image", "image")
+IMAGE_FIELDS = ("input_reference", "last_image", "input_references", "image_reference", "face_image", "image")
 SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png", "image/webp": ".webp", "image/jpeg": ".jpg"}
 
 

@@ -190,7 +190,7 @@ class StepRunner:
 
 
 def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | None = None) -> Item:
-    """Return the item with its photos and start image read from the shot's paths, if they are among `takes` and missing.
+    """Return the item with its photos, start and last image read from the shot's paths, if they are in `takes` and missing.
 
     With `inputs`, those of the shot's plan, the files must still have their planned digests.
     Raises MediaError and InputChanged.
@@ -204,4 +204,6 @@ def with_images(item: Item, takes: Iterable[str], inputs: Mapping[str, str] | No
         artefacts["photos"] = tuple(map(read, shot.face_image))
     if "image" in takes and "image" not in artefacts and shot.image is not None:
         artefacts["image"] = cover_crop(read(shot.image), shot.width, shot.height)
+    if "last_image" in takes and "last_image" not in artefacts and shot.last_image is not None:
+        artefacts["last_image"] = cover_crop(read(shot.last_image), shot.width, shot.height)
     return Item(shot, artefacts)

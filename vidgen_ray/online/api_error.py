@@ -9,7 +9,7 @@ from typing import Any
 
 from vidgen_ray.errors import FieldError, ScriptError, VidgenError
 from vidgen_ray.invalid_fields import explain
-from vidgen_ray.shot import LORA_FIELDS
+from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS
 
 INVALID = "invalid_request_error"
 MAX_FIELD_ERRORS = 10
@@ -18,7 +18,7 @@ FIELD_NAME_LENGTH = 100
 """Characters of a field's name that an error repeats."""
 MESSAGE_LENGTH = 4_000
 """Characters of a message. Some repeat what the client sent."""
-FILE_FIELDS = ("image", "face_image", *LORA_FIELDS)
+FILE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 FOLDERS = re.compile(r"(?<![\w./:])/(?:[^\s/:'\",;]+/)+")
 
 

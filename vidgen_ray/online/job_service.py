@@ -27,8 +27,8 @@ from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id, shot_id
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.reader import check_shot
+from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
-from vidgen_ray.shot import LoraRef, Shot, VideoLora
 
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
@@ -79,8 +79,8 @@ class JobService:
     ) -> list[Job]:
         """Store a job for each shot, all or none. Jobs whose shot is already rendered are completed immediately.
 
-        `shots` have the fields of `Shot`, except that `image` and `face_image` are upload ids, `character` is the id or name
-        of a character of the tenant, and `lora` has names from the settings. `request` is returned to the client with the job,
+        `shots` have the fields of `Shot`, except that `image`, `last_image` and `face_image` are upload ids, `character` is the
+        id or name of a character of the tenant, and LoRAs are names from the settings. `request` is returned to the client,
         and with several shots the ids of all jobs as `outputs`.
 
         Raises ApiError: 400 for an invalid field, 409 for an idempotency key of a different request, 429 for a full queue.
@@ -188,8 +188,9 @@ class JobService:
     def _file_paths(self, tenant: Tenant, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields that reference files, with the paths of these files."""
         paths: dict[str, Any] = {}
-        if "image" in fields:
-            paths["image"] = self._upload(tenant, "image", fields["image"])
+        for field in IMAGE_FIELDS:
+            if field in fields:
+                paths[field] = self._upload(tenant, field, fields[field])
         photos = fields.get("face_image")
         if "character" in fields:
             if photos is not None:
@@ -296,12 +297,13 @@ def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:
     """Return the fields of a shot as a client would send them: upload ids and LoRA names instead of paths of the server."""
-    exclude = {"id", "variants", "character", "image", "face_image", *SHOT_LORA_FIELDS}
+    exclude = {"id", "variants", "character", *IMAGE_FIELDS, "face_image", *SHOT_LORA_FIELDS}
     fields = shot.model_dump(mode="json", exclude=exclude, exclude_none=True)
     for name in ("steps", "guidance"):
         fields[name] = {stage: value for stage, value in fields[name].items() if value is not None}
-    if shot.image is not None and (upload := uploads.id_of(shot.image)):
-        fields["image"] = upload
+    for field in IMAGE_FIELDS:
+        if (image := getattr(shot, field)) is not None and (upload := uploads.id_of(image)):
+            fields[field] = upload
     if photos := [upload for photo in shot.face_image if (upload := uploads.id_of(photo))]:
         fields["face_image"] = photos
     names = {path: name for name, path in settings.loras.items()}

@@ -11,6 +11,7 @@ ADVICE = {
     "style_prompt": "set use_hunyuan_style to true, in mode quality",
     "style_strength": "set use_hunyuan_style to true, in mode quality",
     "lora_strength": "set lora, in mode quality",
+    "last_image": "set video_model to wan",
     "motion_prompt": "set video_model to wan or ltx",
     "video_lora": "set video_model to wan or ltx",
     "min_identity": "set face_image",

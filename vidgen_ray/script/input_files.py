@@ -6,7 +6,7 @@ from pathlib import Path
 from vidgen_ray.errors import MediaError, StageError, VidgenError
 from vidgen_ray.media import check_image_header, read_image
 from vidgen_ray.nets.lora_header import FLUX, check_lora_file
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import IMAGE_FIELDS, Shot
 from vidgen_ray.weights import resolve
 
 CACHED_FILES = 4096
@@ -17,7 +17,7 @@ def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenEr
 
     By default only headers are read. `decode`: decode the images, which also finds damaged ones.
     """
-    images = [("image", shot.image)] if shot.image else []
+    images = [(field, path) for field in IMAGE_FIELDS if (path := getattr(shot, field))]
     images += [("face_image", photo) for photo in shot.face_image]
     checked = [(field, _image_error(path, decode)) for field, path in images]
     checked += [("lora", _lora_error(lora.path, FLUX)) for lora in shot.lora]

@@ -28,7 +28,7 @@ from vidgen_ray.script.lines import (
 )
 from vidgen_ray.script.named_fields import with_character, with_style
 from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.shot import ID_PATTERN, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.shot import ID_PATTERN, IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
 from vidgen_ray.video_models import without_other_models_defaults
 from vidgen_ray.weights import resolve
@@ -283,8 +283,9 @@ class LineCheck:
     def _with_absolute_paths(self, shot: Shot) -> Shot:
         """Return the shot with absolute paths. Files that do not exist are errors of the line."""
         paths: dict[str, Any] = {}
-        if shot.image is not None:
-            paths["image"] = self._existing_file("image", shot.image)
+        for field in IMAGE_FIELDS:
+            if (image := getattr(shot, field)) is not None:
+                paths[field] = self._existing_file(field, image)
         if shot.face_image:
             paths["face_image"] = tuple(self._existing_file("face_image", photo) for photo in shot.face_image)
         for field in LORA_FIELDS:

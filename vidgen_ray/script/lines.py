@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.shot import LORA_FIELDS, Shot
+from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 
 TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
 """Fields in which `7` is text."""
 TEXT_OR_LIST_FIELDS = ("face_image",)
 """Fields in which `7` is text and `["a", "b"]` a list."""
-PATH_FIELDS = ("image", "face_image", *LORA_FIELDS)
+PATH_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 """Fields that name files: a path, a list of paths, or `{path: ...}`."""
 FAILURE_FIELD = "failure"
 """Field that `failures.jsonl` adds to a line. Not a field of the shot."""

@@ -107,6 +107,8 @@ class Artefacts(TypedDict, total=False):
     """Photos of one person, upright."""
     face: FaceFeatures
     image: Image
+    last_image: Image
+    """Image that the clip ends with."""
     image_likeness: Likeness
     frames: Frames
     clip_likeness: Likeness

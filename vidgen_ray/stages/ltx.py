@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
@@ -61,7 +61,8 @@ class LTXStage(PromptedVideoStage[LTXParams]):
 
         return load_pipeline(LTXImageToVideoPipeline, self.params, cpu_offload=self.params.cpu_offload)
 
-    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
+    def call_arguments(self, item: Item) -> Mapping[str, Any]:
+        shot = item.shot
         return {
             "frame_rate": shot.fps,
             "guidance_scale": DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx,

@@ -93,7 +93,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
         """Return the diffusers pipeline."""
 
     @abstractmethod
-    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
+    def call_arguments(self, item: Item) -> Mapping[str, Any]:
         """Return the arguments of the pipeline that only this model has, guidance included."""
 
     def call_pipe(self, **arguments: Any) -> NDArray[np.float32]:
@@ -138,7 +138,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
                 num_inference_steps=getattr(shot.steps, self.name) or self.default_steps,
                 max_sequence_length=self.params.text_tokens,
                 generator=noise_generator(self.generator_seed(shot)),
-                **self.call_arguments(shot),
+                **self.call_arguments(item),
                 **diffusers_step_callback(self.name),
             )
         return to_uint8(clip)

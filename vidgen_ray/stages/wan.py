@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from PIL import Image as PILImage
 from pydantic import Field
 
+from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import StageParams
+from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
@@ -27,6 +29,7 @@ class WanStage(PromptedVideoStage[WanParams]):
     The weights decide about the model: I2V-A14B has two transformers, one for the noisy steps and one for the last steps, and
     TI2V-5B has one, which gets a timestep per token. Guidance of 1 or less needs one pass per step instead of two, and the
     negative prompt has no effect; use it with LoRAs distilled to a few steps. Both transformers use `guidance.wan`.
+    I2V-A14B also takes the image that the clip ends with, `last_image` (H, W, 3).
     The autoencoder runs in float32, as in the reference.
     Source: Wan Team 2025, arXiv:2503.20314; diffusers `WanImageToVideoPipeline`.
     """
@@ -35,11 +38,12 @@ class WanStage(PromptedVideoStage[WanParams]):
     label: ClassVar[str] = "Wan"
     reference_s: ClassVar[float] = 178.0
     fixed_share: ClassVar[float] = 0.012
+    clip_only_fields: ClassVar[tuple[str, ...]] = (*PromptedVideoStage.clip_only_fields, "last_image")
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "wan"
     # The model has no condition for fps, but the clip is encoded with it.
-    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.wan", "guidance.wan", "seed")
+    reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "seed")
     Params: ClassVar[type[StageParams]] = WanParams
     default_steps: ClassVar[int] = 40
 
@@ -60,6 +64,17 @@ class WanStage(PromptedVideoStage[WanParams]):
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=self.params.flow_shift)
         return pipe
 
-    def call_arguments(self, shot: Shot) -> Mapping[str, Any]:
-        default = GUIDANCE_TI2V if self.pipe.config.expand_timesteps else GUIDANCE_A14B
-        return {"guidance_scale": default if shot.guidance.wan is None else shot.guidance.wan}
+    @classmethod
+    def needs(cls, shot: Shot) -> tuple[str, ...]:
+        return (*super().needs(shot), *(("last_image",) if shot.last_image else ()))
+
+    def call_arguments(self, item: Item) -> Mapping[str, Any]:
+        shot, one_transformer = item.shot, self.pipe.config.expand_timesteps
+        default = GUIDANCE_TI2V if one_transformer else GUIDANCE_A14B
+        arguments: dict[str, Any] = {"guidance_scale": default if shot.guidance.wan is None else shot.guidance.wan}
+        if shot.last_image is not None:
+            if one_transformer:
+                # The pipeline would ignore it.
+                raise StageError("last_image: these weights take none; use Wan 2.2 I2V-A14B")
+            arguments["last_image"] = PILImage.fromarray(item.artefacts["last_image"])
+        return arguments

@@ -43,7 +43,17 @@ from vidgen_ray.graph import (
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
-from vidgen_ray.shot import FRAMES_SCHEMA, LORA_FIELDS, Guidance, Shot, Steps, Strength, booleans_as_text, nest_flat_settings
+from vidgen_ray.shot import (
+    FRAMES_SCHEMA,
+    IMAGE_FIELDS,
+    LORA_FIELDS,
+    Guidance,
+    Shot,
+    Steps,
+    Strength,
+    booleans_as_text,
+    nest_flat_settings,
+)
 from vidgen_ray.video_models import AUTO, MAX_FRAMES, MIN_FRAMES, model_of, without_other_models_defaults
 
 SIDES = ("width", "height")
@@ -58,7 +68,7 @@ BLOCKS = ("extra_body", "extra_json")
 SIZE = re.compile(r"[0-9]{1,5}x[0-9]{1,5}|auto")
 OPENAI_STYLES = ("vivid", "natural")
 """Values of `style` in OpenAI's API. They have no effect."""
-REFERENCE_FIELDS = ("image", "face_image", *LORA_FIELDS, "character")
+REFERENCE_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS, "character")
 """Fields of a `Shot` that name files. In the API they are ids of uploads and names of the server."""
 PLAIN_FIELDS = tuple(name for name in Shot.model_fields if name not in ("id", "variants", *REFERENCE_FIELDS))
 """Fields of a `Shot` that mean the same in `POST /v1/shots`."""
@@ -343,6 +353,7 @@ class CreateVideo(_Generation):
         description="Length: sets `num_frames` to seconds x `fps`, or the nearest number that the video model makes.",
     )
     video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
+    last_image: Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
     input_reference: Image = Field(None, description="Image to start from: a file, or a reference to an image.")
     image_reference: Image = Field(None, description="Same as `input_reference`.")
     reference_url: str | None = Field(None, description="URL of the image to start from.")
@@ -491,6 +502,7 @@ class CreateShot(RequestBody):
     """Body of `POST /v1/shots`: a line of a script."""
 
     image: str | None = Field(None, description="Id of an uploaded file: the image to start from.")
+    last_image: str | None = Field(None, description="Id of an uploaded file: the image that the clip ends with, for wan.")
     face_image: FileIds = Field([], description="Ids of uploaded photos of one face.")
     character: str | None = Field(None, description="Id or name of a character, instead of `face_image`.")
     lora: Loras = Field(None, description="LoRA by name, or a list of LoRAs.")

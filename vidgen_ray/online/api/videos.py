@@ -186,6 +186,8 @@ async def video_fields(
         raise invalid(references[1], f"cannot be combined with {references[0]}: a clip starts from one image")
     for name in references:
         fields["image"] = await server.image_references.resolve(tenant, getattr(request, name), name)
+    if request.last_image is not None:
+        fields["last_image"] = await server.image_references.resolve(tenant, request.last_image, "last_image")
     returned: dict[str, Any] = {"model": model, "user": request.user}
     if hd_beside:
         returned["hd"] = True

@@ -19,10 +19,10 @@ from vidgen_ray.video_models import VIDEO_MODELS
 PLACED = frozenset(
     {
         "prompt", "negative_prompt", "mode", "seed", "width", "height", "image", "face_image", "lora", "fast_lora",
-        "style_prompt", "use_hunyuan_style", "generate_video", "num_frames", "fps", "upscale_video", "scale",
+        "last_image", "style_prompt", "use_hunyuan_style", "generate_video", "num_frames", "fps", "upscale_video", "scale",
     }
 )  # fmt: skip
-"""Fields that stages read and that the template places."""
+"""Fields that stages read and that the template places, and `last_image`, which the page does not offer."""
 DERIVED = {"flux_identity": ("identity",), "klein_lora": ("image_model",)}
 """Property that stages read -> the fields that set it."""
 RULES = {"image_likeness": ("min_identity", "retries"), "qwen_edit": ("style_model",)}
