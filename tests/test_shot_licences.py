@@ -37,7 +37,7 @@ def test_every_weight_of_a_builtin_profile_has_a_licence(profile):
 
 def test_open_profile_may_be_used_commercially():
     profile = load_profile("open")
-    for fields in ({}, FACE, {"use_hunyuan_style": True, **FACE}, {"generate_video": False}):
+    for fields in ({}, FACE, {"use_hunyuan_style": True, "fps_out": 32, **FACE}, {"generate_video": False}):
         shot = Shot.model_validate({**profile.defaults, "prompt": "a", "seed": 1, **fields})
         require_licence("commercial", ShotLicences(profile)(shot))
 
