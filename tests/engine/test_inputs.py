@@ -1,6 +1,7 @@
 """Inputs and weights are compared with their planned digests when they are read."""
 
 import shutil
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.weights import resolve
 
 SMALL = {"id": "s", "prompt": "a", "seed": 7, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
@@ -65,7 +67,7 @@ def test_start_image_replaced_after_planning_is_not_committed(tiny, tmp_path):
     assert item.artefacts["frames"][0, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path):
+def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path, monkeypatch):
     lora = tmp_path / "style.safetensors"
     shutil.copy(resolve("builtin:tiny/lora.safetensors"), lora)
     pipeline = VideoGenerationPipeline(tiny, tmp_path / "out")
@@ -79,6 +81,8 @@ def test_lora_replaced_after_planning_is_not_loaded(tiny, tmp_path):
     item, records = runner.run(plan, Item(plan.shot), ["flux", "lora"])
     assert records[1].adapter_loads == 0
     pipeline.close()
+    # The model of another process, without loaded LoRAs.
+    monkeypatch.setattr(FluxModel, "_instances", WeakValueDictionary())
     runner = StepRunner([type(stage)(stage.params) for stage in runner.stages.values()], 0, None)
     runner.load()
     with pytest.raises(StepFailed, match=r"lora: \S+style\.safetensors: changed since the run planned this shot"):
