@@ -120,6 +120,22 @@ def test_crash_with_several_calls_makes_each_a_suspect(cluster, tmp_path):
     asyncio.run(scenario())
 
 
+def test_call_sent_to_a_process_that_is_being_killed_does_not_count(cluster, tmp_path):
+    async def scenario():
+        actor = Sleeper.remote()
+        client = ActorClient(actor, "sleeper")
+        assert await client.ready() is None
+        client.restart()
+        failed = await failure_of(client.call("sleep", tmp_path / "started", stage="flux", timeout_s=60))
+        assert failed.kind is Kind.NOT_RUN
+        assert await loss_of(client, failed) is Loss.CRASH
+        failed = await failure_of(client.call("crash", stage="flux", timeout_s=60))
+        assert failed.kind is Kind.ERROR
+        ray.kill(actor)
+
+    asyncio.run(scenario())
+
+
 def test_timeout_restarts_the_process(cluster, tmp_path):
     async def scenario():
         actor = Sleeper.remote()

@@ -83,6 +83,8 @@ class ActorClient:
         """Place of the process that was killed last. It may still respond for a short time."""
         self._calls: deque[_Call] = deque()
         self._generation = 0
+        self._up = False
+        """Whether a process has loaded its weights and was not lost or killed since."""
         self._suspects: list[_Call] = []
         """Calls that were pending when the last process crashed. One of them may be the cause."""
         self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
@@ -114,6 +116,7 @@ class ActorClient:
                     return self._loading_failed(crashes, error)
             else:
                 self.place = place
+                self._up = failure is None
                 return failure
 
     def _loading_failed(self, crashes: int, error: Exception) -> Failure:
@@ -136,7 +139,7 @@ class ActorClient:
         timeout the process is killed and restarted.
         Raises ActorCallFailed and InputsLost.
         """
-        generation = self._generation
+        generation, was_up = self._generation, self._up
         call = _Call(stage, asyncio.get_running_loop().create_future())
         self._calls.append(call)
         self._calls[0].start()
@@ -154,8 +157,10 @@ class ActorClient:
                 raise ActorCallFailed("TimedOut", f"{method} took longer than {timeout_s:g} s", Kind.ERROR, self.location)
             result = pending.result()
         except ray.exceptions.RayActorError as error:
-            self._record_crash(generation, list(self._calls))
-            if call not in self._suspects or NOT_SENT in str(error):
+            if was_up:
+                self._record_crash(generation, list(self._calls))
+            # The scheduler may have chosen the process before it was killed, and the killed one may still take calls.
+            if not was_up or call not in self._suspects or NOT_SENT in str(error):
                 kind = Kind.NOT_RUN
             else:
                 kind = Kind.ERROR if len(self._suspects) == 1 else Kind.SHARED_CRASH
@@ -213,6 +218,7 @@ class ActorClient:
         """Record the possible causes of a crash, once per process. All pending calls fail, in any order."""
         if generation == self._generation:
             self._generation += 1
+            self._up = False
             self._suspects = suspects
             self._loss = asyncio.get_running_loop().create_future()
 
