@@ -14,6 +14,7 @@ import ray
 from PIL import Image
 
 from tests.conftest import ASTRONAUT
+from tests.fake_stages import FAKES
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
@@ -120,7 +121,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
     out = tmp_path / "out"
     for scale, cached in ((2, [False, False, False]), (3, [True, True, False])):
         script = ScriptSettings(path, defaults={"scale": scale}, profile_defaults=tiny.defaults)
-        assert render_lines(script, tiny, out, cache="all").done == 1
+        assert render_lines(script, tiny, out, cache="all", stages=FAKES).done == 1
         record = json.loads((out / shot_path("a") / "shot.json").read_text())
         assert [(s["stage"], s["cached"]) for s in record["stages"]] == list(
             zip(("flux", "svd", "realesrgan"), cached, strict=True)
@@ -236,11 +237,12 @@ def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny,
     assert not list(tmp_path.rglob(".tmp-*"))
 
 
-def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys):
+def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FAKES)
     out = tmp_path / "out"
-    episodes = {"episode1.jsonl": "a cat", "episode2.jsonl": "a dog"}
-    for name, prompt in episodes.items():
-        line = {"id": "shot-001", "prompt": prompt, "generate_video": False}
+    # The images of the fake stages depend on the seed only.
+    for seed, name in enumerate(("episode1.jsonl", "episode2.jsonl")):
+        line = {"id": "shot-001", "prompt": "a pet", "seed": seed, "generate_video": False}
         (tmp_path / name).write_text(json.dumps(line) + "\n")
 
     def run(script, *options):
@@ -270,7 +272,9 @@ def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys
     assert {id_: (row["script"], row["status"]) for id_, row in rows.items()} == {"shot-001": ("episode2.jsonl", "done")}
     assert run(tmp_path / "episode1.jsonl")[0] == 3, "now the id belongs to the other script"
     # A script may replace its own shots.
-    (tmp_path / "episode2.jsonl").write_text(json.dumps({"id": "shot-001", "prompt": "a fox", "generate_video": False}))
+    (tmp_path / "episode2.jsonl").write_text(
+        json.dumps({"id": "shot-001", "prompt": "a pet", "seed": 2, "generate_video": False})
+    )
     code, counts, fox, _ = run(tmp_path / "episode2.jsonl")
     assert (code, counts) == (0, (1, 0, 0))
     assert fox != dog

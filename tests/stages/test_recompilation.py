@@ -19,7 +19,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 
 SIZES = ((128, 64), (64, 64), (128, 128))
-LORAS = 20
+LORAS = 9
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_loras_and_sizes_compile_nothing_after_the_first_two_sizes(tiny, make_sh
             flux([Item(make_shot(width=width, height=height, negative_prompt="blurred"))])
             flux([Item(make_shot(width=width, height=height, face_image="x.jpg"), {"face": face})])
         assert lora.adapter_loads == LORAS
-    counts["20 LoRAs in 3 sizes"] = counter.frame_count
+    counts["all LoRAs in 3 sizes"] = counter.frame_count
     assert 0 < counts["warm-up 128x64"] < counts["warm-up 64x64"], "the second size compiles for dynamic sizes"
     assert counter.frame_count == counts["warm-up 64x64"]
     assert not torch._dynamo.utils.counters["graph_break"]
