@@ -72,7 +72,7 @@ def test_lost_task_is_refused_a_second_attempt_by_ray_without_the_option_to_run_
         os._exit(1)
 
     # A setting without effect is a message, which this task receives.
-    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False, "fps": 5} for n in range(3)])
+    dataset = ray.data.from_items([{"id": f"s{n}", "prompt": "a", "generate_video": False, "fps": 6} for n in range(3)])
     processor = build_processor(tiny, tmp_path / "out", options=RenderOptions(stages=FAKES), on_message=lose_task)
     with pytest.raises(ray.exceptions.RayError, match="was lost with its process"):
         processor(dataset).take_all()

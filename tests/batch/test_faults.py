@@ -259,7 +259,7 @@ def test_oom_falls_back_to_smaller_chunks_and_is_recorded(tmp_path, profile):
     assert flux["key"] in cached
     assert svd["key"] not in cached, "made with other settings than those of its key"
     record = json.loads((out / shot_path("once") / "shot.json").read_text())
-    assert [step["recovered"] for step in record["stages"]] == ["memory freed", None, None]
+    assert record["stages"][0]["recovered"] == "memory freed"
 
 
 def test_shots_with_the_same_lora_are_rendered_together(tmp_path, profile):
