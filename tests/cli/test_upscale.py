@@ -16,6 +16,8 @@ from tests.upscale.videos import decoded, packets, write_video
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
+from vidgen_ray.errors import SetupError
+from vidgen_ray.upscale.calibration import CalibrationProgress
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -114,6 +116,25 @@ def test_list_models(run):
     code, output, _ = run("--list-models")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()] == ["animevideov3", "x4plus-anime", "x4plus", "PATH"]
+
+
+def test_calibration_shows_what_it_measures_and_the_time_left(tmp_path, run, monkeypatch):
+    def calibrate(model, device, *, again, on_progress):
+        assert again
+        for frames, left_s in enumerate((None, 90.0, 60.0)):
+            on_progress(CalibrationProgress("measuring torch float32" if frames else "loading", frames, 3 * frames, left_s))
+        return CALIBRATION
+
+    monkeypatch.setattr(command, "calibrate", calibrate)
+    video = write_video(tmp_path / "in.mp4", 2)
+    code, _, errors = run(video, "-o", tmp_path / "out", "--calibrate")
+    lines = errors.splitlines()
+    assert code == 0
+    assert lines[0].endswith("on this machine, once")
+    assert lines[1] == "vidgen: calibration: loading"
+    assert lines[2] == "vidgen: calibration: measuring torch float32 (1 of 3 frames, about 1 min 30 s left)"
+    assert errors.count("measuring torch float32") == 1
+    assert "vidgen: in.mp4: 0 of 2 frames" in lines
 
 
 KILLED = """
@@ -251,8 +272,31 @@ def repeat(source, target, times):
                 offset = end
 
 
+def test_calibration_of_a_node_streams_its_progress(monkeypatch):
+    from vidgen_ray.engine import upscale_workers
+
+    progress = [CalibrationProgress(activity, 1, 2, None) for activity in ("one", "two")]
+
+    def calibrate(model, device, *, again, on_progress):
+        for one in progress:
+            on_progress(one)
+        return CALIBRATION
+
+    def fail(model, device, *, again, on_progress):
+        on_progress(progress[0])
+        raise SetupError("no engine")
+
+    monkeypatch.setattr(upscale_workers, "calibrate", calibrate)
+    assert list(upscale_workers._calibrate("model", "cpu", False)) == [*progress, CALIBRATION]
+    monkeypatch.setattr(upscale_workers, "calibrate", fail)
+    items = upscale_workers._calibrate("model", "cpu", False)
+    assert next(items) == progress[0]
+    with pytest.raises(SetupError, match="no engine"):
+        next(items)
+
+
 @pytest.mark.timeout(600)
-def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch):
+def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, capsys):
     """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk."""
     import ray
 
@@ -264,7 +308,12 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch):
     expected = undisturbed(tmp_path, video, options)
     monkeypatch.setattr(job, "MAX_SEGMENT_FRAMES", 5)
     monkeypatch.setattr(job, "MIN_SEGMENT_FRAMES", 5)
-    monkeypatch.setattr(upscale_workers, "calibrate_on_cluster", lambda model, **_: CALIBRATION)
+
+    def calibrate(model, device, again):
+        yield CalibrationProgress("measuring a node", 1, 2, 1.0)
+        yield CALIBRATION
+
+    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate)
     marker = tmp_path / "failed once"
     make = upscale_workers.UpscaleActor.make
 
@@ -288,4 +337,5 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch):
         ray.shutdown()
     assert code == 0
     assert marker.exists()
+    assert "calibration: measuring a node (1 of 2 frames" in capsys.readouterr().err
     assert sha256_of(tmp_path / "ray" / "in.mp4") == expected

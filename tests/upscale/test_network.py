@@ -1,7 +1,5 @@
 """Tiles, receptive field, memory, calibration, models: what the speed of `vidgen upscale` rests on."""
 
-from itertools import count
-
 import numpy as np
 import pytest
 import torch
@@ -161,13 +159,42 @@ def test_inaccurate_settings_are_not_chosen_however_fast(tiny_model, empty_cache
 
 def test_calibration_is_measured_once_per_model(tiny_model, empty_cache, clock, tmp_path):
     clock(lambda settings: 1.0)
-    starts = count()
-    first = calibrate(tiny_model, "cpu", on_start=lambda: next(starts))
-    assert calibrate(tiny_model, "cpu", on_start=lambda: next(starts)) == first
-    assert next(starts) == 1
-    calibrate(tiny_model, "cpu", again=True, on_start=lambda: next(starts))
-    calibrate(UpscaleModel("other", compact(tmp_path / "other.safetensors", seed=1)), "cpu", on_start=lambda: next(starts))
-    assert next(starts) == 4
+    progress = []
+    first = calibrate(tiny_model, "cpu", on_progress=progress.append)
+    assert progress.pop()
+    progress.clear()
+    assert calibrate(tiny_model, "cpu", on_progress=progress.append) == first
+    assert not progress
+    for model, again in ((tiny_model, True), (UpscaleModel("other", compact(tmp_path / "other.safetensors", seed=1)), False)):
+        calibrate(model, "cpu", again=again, on_progress=progress.append)
+        assert progress.pop()
+        progress.clear()
+
+
+def test_calibration_reports_each_setting_and_the_frames_left(tiny_model, empty_cache, clock, monkeypatch):
+    """Every frame takes a second. bfloat16 cannot be used, so its frames are not waited for."""
+    clock(lambda settings: float(settings.frames_per_call))
+
+    class Network(UpscaleNetwork):
+        def __init__(self, model, settings):
+            if settings.dtype == "bfloat16":
+                raise StageError("not here")
+            super().__init__(model, settings)
+
+    monkeypatch.setattr(calibration_module, "UpscaleNetwork", Network)
+    progress = []
+    calibration = calibrate(tiny_model, "cpu", on_progress=progress.append)
+    activities = " ".join(one.activity for one in progress)
+    assert all(f"measuring {one.settings}" in activities for one in calibration.measured if one.workers == 1)
+    assert "measuring 2 workers" in activities
+    assert calibration.failed
+    assert progress[0].left_s is None
+    assert [one.left_s for one in progress if one.frames] == [one.total - one.frames for one in progress if one.frames]
+    # Until bfloat16 has failed, its frames count.
+    assert progress[1].total > progress[-1].total
+    later = [one for one in progress if one.total == progress[-1].total]
+    last_call = 3 * 2 * calibration.measured[-1].settings.frames_per_call
+    assert later[-1].total - later[-1].frames == last_call
 
 
 def test_workers_share_the_cpus():

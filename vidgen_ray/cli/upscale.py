@@ -16,14 +16,14 @@ from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from vidgen_ray.cli.options import JsonOption, check_out
 from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.upscale.calibration import Calibration, calibrate
+from vidgen_ray.upscale.calibration import Calibration, CalibrationProgress, calibrate
 from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
@@ -155,7 +155,7 @@ def upscale(
     if as_json:
         typer.echo(json.dumps({"videos": results, "failed": failed}))
     if failed:
-        typer.echo(f"vidgen: {failed} of {len(results)} videos failed", err=True)
+        _note(f"{failed} of {len(results)} videos failed")
         raise typer.Exit(1)
 
 
@@ -164,7 +164,7 @@ def _upscale_one(
 ) -> dict[str, Any]:
     """Upscale a video, and print its result. Return it, or the error."""
     try:
-        with _progress(video.name) as on_progress:
+        with _progress(video.name, is_compiled=calibration.settings.compiled) as on_progress:
             if preview_s is not None:
                 report = write_preview(video, target, options, calibration, preview_s, on_progress=on_progress)
             else:
@@ -174,7 +174,7 @@ def _upscale_one(
     except (VidgenError, OSError) as error:
         return _failure(video, str(error) if str(video) in str(error) or str(target) in str(error) else f"{video}: {error}")
     for note in report.notes:
-        typer.echo(f"vidgen: {video}: {note}", err=True)
+        _note(f"{video}: {note}")
     if report.was_finished:
         typer.echo(f"{target}: finished before", err=True)
     else:
@@ -185,7 +185,7 @@ def _upscale_one(
 
 
 def _failure(video: Path, message: str) -> dict[str, Any]:
-    typer.echo(f"vidgen: {message}", err=True)
+    _note(message)
     return {"video": str(video), "error": message}
 
 
@@ -195,37 +195,36 @@ def _runner(
 ) -> Iterator[tuple[Calibration, SegmentRunner]]:
     """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
 
-    measured = False
-
-    def on_start() -> None:
-        nonlocal measured
-        measured = True
-        typer.echo(f"vidgen: measuring the speed of {model.name} on this machine, once", err=True)
-
     try:
         if address is None:
-            calibration = calibrate(model, device or _default_device(), again=again, on_start=on_start)
+            with _CalibrationView(model.name, "on this machine") as view:
+                calibration = calibrate(model, device or _default_device(), again=again, on_progress=view)
             if workers is not None and workers != calibration.workers:
                 calibration = calibration.with_workers(workers)
-            _report(model, calibration, with_table=measured)
+            _report(model, calibration, with_table=view.is_measured)
             yield calibration, Threads(calibration.workers)
             return
         from vidgen_ray.engine.ray_cluster import connected
         from vidgen_ray.engine.upscale_workers import RayRunner, calibrate_on_cluster
 
         with connected(address, cpus=1):
-            calibration = calibrate_on_cluster(model, again=again)
-            _report(model, calibration, with_table=again)
-            yield calibration, RayRunner(workers, on_wait=lambda message: typer.echo(f"vidgen: {message}", err=True))
+            with _CalibrationView(model.name, "on a node of the cluster") as view:
+                calibration = calibrate_on_cluster(model, again=again, on_progress=view, on_wait=_note)
+            _report(model, calibration, with_table=view.is_measured)
+            yield calibration, RayRunner(workers, on_wait=_note)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
 
 
+def _note(message: str) -> None:
+    typer.echo(f"vidgen: {message}", err=True)
+
+
 def _report(model: UpscaleModel, calibration: Calibration, *, with_table: bool) -> None:
     for line in calibration.report() if with_table else ():
-        typer.echo(f"vidgen: {line}", err=True)
+        _note(line)
     plural = "s" if calibration.workers > 1 else ""
-    typer.echo(f"vidgen: {model.name}: {calibration.settings}, {calibration.workers} worker{plural}", err=True)
+    _note(f"{model.name}: {calibration.settings}, {calibration.workers} worker{plural}")
 
 
 def _default_device() -> str:
@@ -326,9 +325,42 @@ def _parse_seconds(text: str) -> float:
     return float(match[1])
 
 
+class _CalibrationView(Progress):
+    """Progress of a calibration: a bar on a terminal; elsewhere a line for each activity, and after LINE_EVERY_S."""
+
+    def __init__(self, model: str, place: str) -> None:
+        console = Console(stderr=True)
+        columns = SpinnerColumn(), "{task.description}", BarColumn(), "{task.fields[state]}", TimeElapsedColumn()
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._title = f"measuring the speed of {model} {place}, once"
+        self._activities: set[str] = set()
+        self._shown = 0.0
+
+    @property
+    def is_measured(self) -> bool:
+        """Return whether something has been measured. Otherwise, the calibration comes from an earlier run."""
+        return bool(self._activities)
+
+    def __call__(self, progress: CalibrationProgress) -> None:
+        if not self._activities:
+            _note(self._title)
+            self.add_task("", total=None, state="")
+        state = f"{progress.frames} of {progress.total} frames" if progress.total else ""
+        if progress.left_s is not None:
+            state += f", about {_minutes(progress.left_s)} left"
+        self.update(
+            TaskID(0), description=progress.activity, completed=progress.frames, total=progress.total or None, state=state
+        )
+        now = time.monotonic()
+        if self.disable and (progress.activity not in self._activities or now - self._shown >= LINE_EVERY_S):
+            self._shown = now
+            _note(f"calibration: {progress.activity}{state and f' ({state})'}")
+        self._activities.add(progress.activity)
+
+
 @contextmanager
-def _progress(name: str) -> Iterator[Any]:
-    """Show frames, frames per second and the estimated time left, as a bar or as a line every LINE_EVERY_S."""
+def _progress(name: str, *, is_compiled: bool) -> Iterator[Any]:
+    """Show frames, frames per second and the estimated time left, as a bar or as a line at first and every LINE_EVERY_S."""
     begin = shown = time.monotonic()
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[rate]}")
@@ -338,11 +370,12 @@ def _progress(name: str) -> Iterator[Any]:
         def on_progress(done: int, total: int, made: int) -> None:
             nonlocal shown
             now = time.monotonic()
-            rate = _rate(done, total, made, now - begin)
+            is_first = not made and done < total
+            rate = "compiling the network" if is_first and is_compiled else _rate(done, total, made, now - begin)
             bar.update(task, completed=done, total=total, rate=rate)
-            if not console.is_terminal and now - shown >= LINE_EVERY_S:
+            if not console.is_terminal and (is_first or now - shown >= LINE_EVERY_S):
                 shown = now
-                typer.echo(f"vidgen: {name}: {done} of {total} frames, {rate}", err=True)
+                _note(f"{name}: {done} of {total} frames{rate and f', {rate}'}")
 
         yield on_progress
 
@@ -350,7 +383,9 @@ def _progress(name: str) -> Iterator[Any]:
 def _rate(done: int, total: int, made: int, seconds: float) -> str:
     if not made:
         return ""
-    left = round((total - done) * seconds / made)
-    minutes, rest = divmod(left, 60)
-    time_left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
-    return f"{made / seconds:.2f} frames/s, {time_left} left"
+    return f"{made / seconds:.2f} frames/s, {_minutes((total - done) * seconds / made)} left"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -17,7 +19,7 @@ import ray
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.engine.retries import ATTEMPTS, first_line
 from vidgen_ray.errors import SetupError, VidgenError
-from vidgen_ray.upscale.calibration import Calibration, calibrate
+from vidgen_ray.upscale.calibration import Calibration, CalibrationListener, CalibrationProgress, calibrate
 from vidgen_ray.upscale.job import Segment, SegmentFailed, SegmentWorker, UpscaleJob
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings
@@ -142,22 +144,40 @@ def _has_started(actors: Sequence[Any]) -> bool:
     return bool(ready)
 
 
-def calibrate_on_cluster(model: UpscaleModel, *, again: bool = False) -> Calibration:
+def calibrate_on_cluster(
+    model: UpscaleModel,
+    *,
+    again: bool = False,
+    on_progress: CalibrationListener = lambda progress: None,
+    on_wait: Callable[[str], None] = lambda message: None,
+) -> Calibration:
     """Return the calibration of a node of the cluster, one with a GPU if there is any. All workers use its settings.
 
-    Raises what `calibrate` raises.
+    `on_wait` is called with a message if no node is free. Raises what `calibrate` raises.
     """
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=0)(_calibrate)
+    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=0, num_returns="streaming")(_calibrate)
+    items = task.remote(model, "cuda" if on_gpu else "cpu", again)
+    if not ray.wait([items], timeout=WAIT_NOTE_S)[0]:
+        on_wait(f"waiting for the cluster: the calibration needs 1 CPU{' and a GPU' if on_gpu else ''}")
     try:
-        calibration: Calibration = ray.get(task.remote(model, "cuda" if on_gpu else "cpu", again))
+        while True:
+            item: CalibrationProgress | Calibration = ray.get(next(items))
+            if isinstance(item, Calibration):
+                return item
+            on_progress(item)
     except ray.exceptions.RayTaskError as error:
         raise error.cause or error from None
-    return calibration
 
 
-def _calibrate(model: UpscaleModel, device: str, again: bool) -> Calibration:
-    return calibrate(model, device, again=again)
+def _calibrate(model: UpscaleModel, device: str, again: bool) -> Iterator[CalibrationProgress | Calibration]:
+    """Yield the progress of the calibration, and then the calibration."""
+    messages: SimpleQueue[CalibrationProgress | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        calibration = pool.submit(calibrate, model, device, again=again, on_progress=messages.put)
+        calibration.add_done_callback(lambda _: messages.put(None))
+        yield from iter(messages.get, None)
+        yield calibration.result()
 
 
 def cluster_slots(settings: EngineSettings) -> int:

@@ -11,7 +11,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -35,6 +35,8 @@ MIN_PSNR_DB = 50.0
 """Similarity to float32 below which settings are not chosen, however fast they are."""
 MIN_GAIN = 1.05
 """Settings that cost more memory or a longer start are chosen if they are faster by this factor at least."""
+COMPILE_S = 60.0
+"""Seconds that the estimate allows for torch.compile."""
 CALIBRATION_VERSION = 1
 
 
@@ -82,22 +84,37 @@ class Calibration(BaseModel):
         yield f"chosen: the fastest with at least {MIN_PSNR_DB:g} dB, simpler ones unless others gain {MIN_GAIN - 1:.0%}"
 
 
+class CalibrationProgress(NamedTuple):
+    """State of a calibration before its next call."""
+
+    activity: str
+    """The settings that are loaded, compiled or measured now."""
+    frames: int
+    """Frames measured so far."""
+    total: int
+    """Frames to measure. It changes when settings turn out to be unusable or not worth measuring. 0: not known yet."""
+    left_s: float | None
+    """Estimated seconds until the end. `None` before the first frame."""
+
+
+CalibrationListener = Callable[[CalibrationProgress], object]
+
 _CalibrationFile = TypeAdapter(dict[str, Calibration])
 
 
 def calibrate(
-    model: UpscaleModel, device: str, *, again: bool = False, on_start: Callable[[], None] = lambda: None
+    model: UpscaleModel, device: str, *, again: bool = False, on_progress: CalibrationListener = lambda progress: None
 ) -> Calibration:
     """Return the calibration of a network on this machine, measured if it is not in the cache folder, or if `again`.
 
-    Takes up to some minutes, because of torch.compile. `on_start` is called before something is measured.
+    Takes up to some minutes, because of torch.compile. `on_progress` is called before each call of a network, and
+    never if the result comes from the cache folder.
     """
     key = "; ".join([str(CALIBRATION_VERSION), _machine(device), _versions(), model.key])
     stored = _read()
     if key in stored and not again:
         return stored[key]
-    on_start()
-    calibration = _measure(model, device)
+    calibration = _measure(model, device, _Meter(on_progress))
     # If the file cannot be written, the next run measures again.
     with suppress(OSError):
         cache_dir().mkdir(parents=True, exist_ok=True)
@@ -123,26 +140,63 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _measure(model: UpscaleModel, device: str) -> Calibration:
+class _Meter:
+    """Times the calls of networks, and reports before each one what is left to do."""
+
+    def __init__(self, on_progress: CalibrationListener) -> None:
+        self._on_progress = on_progress
+        self._frames, self._seconds = 0, 0.0
+        self.frames_left = 0
+        self.compile_left_s = 0.0
+
+    def report(self, activity: str) -> None:
+        left_s = self.compile_left_s + self.frames_left * self._seconds / self._frames if self._frames else None
+        self._on_progress(CalibrationProgress(activity, self._frames, self._frames + self.frames_left, left_s))
+
+    def run(self, activity: str, frames: int, function: Callable[[], object]) -> float:
+        """Call the function, which processes so many frames. Return its seconds."""
+        self.report(activity)
+        seconds = _seconds(function)
+        self._frames += frames
+        self._seconds += seconds
+        self.frames_left -= frames
+        return seconds
+
+    def compile(self, activity: str, function: Callable[[], object]) -> None:
+        """Call the function, which compiles a network. Its seconds tell nothing about those of a frame."""
+        self.report(activity)
+        try:
+            function()
+        finally:
+            self.compile_left_s = 0.0
+
+
+def _measure(model: UpscaleModel, device: str, meter: _Meter) -> Calibration:
+    meter.report(f"loading {model.name}")
     cpus = usable_cpus()
     base = EngineSettings(device=device, threads=cpus)
     frames = _frames(model, base)
     reference = UpscaleNetwork(model, base)
     expected = reference(frames[:1])[0]
-    bench = _Bench(model, frames, expected)
-    bench.add([base, *_candidates(reference, base)])
+    worker_counts = [count for count in dict.fromkeys((2, cpus)) if 2 <= count <= cpus] if device == "cpu" else []
+    frames_of_workers = sum(_frames_of_workers(count) for count in worker_counts)
+    frames_of_compiled = 2 * ROUNDS if can_compile() else 0
+    meter.compile_left_s = COMPILE_S if can_compile() else 0.0
+    bench = _Bench(model, frames, expected, meter)
+    frames_of_pair = len(frames) + ROUNDS * (len(frames) + 1)
+    bench.add([base, *_candidates(reference, base)], later=frames_of_pair + frames_of_compiled + frames_of_workers)
     best = bench.best()
-    bench.add([best.model_copy(update={"frames_per_call": len(frames)})])
+    bench.add([best.model_copy(update={"frames_per_call": len(frames)})], later=frames_of_compiled + frames_of_workers)
     best = bench.best()
     if best.engine == "torch" and can_compile():
-        bench.add([best.model_copy(update={"compiled": True})])
+        bench.add([best.model_copy(update={"compiled": True})], later=frames_of_workers)
         best = bench.best()
+    meter.compile_left_s = 0.0
     workers = 1
     measured = bench.measurements()
-    if device == "cpu":
-        for count in (2, cpus):
-            if count <= cpus and cpus // count >= 1 and not any(one.workers == count for one in measured):
-                measured.append(_with_workers(bench, best, count, cpus // count))
+    for index, count in enumerate(worker_counts):
+        later = sum(_frames_of_workers(other) for other in worker_counts[index + 1 :])
+        measured.append(_with_workers(bench, best, count, cpus // count, later))
     single = min((one for one in measured if one.settings == best), key=lambda one: one.seconds_per_frame)
     fastest = min(measured, key=lambda one: one.seconds_per_frame if _is_close(one) else float("inf"))
     if fastest.workers > 1 and single.seconds_per_frame >= MIN_GAIN * fastest.seconds_per_frame:
@@ -203,32 +257,42 @@ def _picture(rng: np.random.Generator, width: int, height: int) -> Pixels:
 class _Bench:
     """Measures settings in turns, so that other load of the machine affects all of them."""
 
-    def __init__(self, model: UpscaleModel, frames: Sequence[Pixels], expected: Pixels) -> None:
-        self._model, self._frames, self._expected = model, frames, expected
+    def __init__(self, model: UpscaleModel, frames: Sequence[Pixels], expected: Pixels, meter: _Meter) -> None:
+        self._model, self._frames, self._expected, self._meter = model, frames, expected, meter
         self._networks: dict[EngineSettings, UpscaleNetwork] = {}
         self._seconds: dict[EngineSettings, float] = {}
         self._psnr: dict[EngineSettings, float | None] = {}
         self.failed: list[str] = []
 
-    def add(self, candidates: Sequence[EngineSettings]) -> None:
-        """Measure these settings beside the best so far."""
+    def add(self, candidates: Sequence[EngineSettings], *, later: int) -> None:
+        """Measure these settings beside the best so far. `later`: frames to measure after this call, for the estimate."""
+        first_frames = {settings: 0 if settings.compiled else settings.frames_per_call for settings in candidates}
+        frames_of_rounds = ROUNDS * sum(settings.frames_per_call for settings in (*self._networks, *candidates))
+        self._meter.frames_left = sum(first_frames.values()) + frames_of_rounds + later
         for settings in candidates:
             try:
-                network = UpscaleNetwork(self._model, settings)
-                self._psnr[settings] = _psnr_db(self._run(network)[0], self._expected)
+                if settings.compiled:
+                    self._meter.compile(f"compiling {settings}", partial(self._load, settings))
+                else:
+                    self._meter.run(f"loading {settings}", first_frames[settings], partial(self._load, settings))
             # An engine or a compiler that does not work here must not end the run: others do.
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0] if isinstance(error, VidgenError) else type(error).__name__
                 self.failed.append(f"{settings}: cannot be used ({reason})")
-                continue
-            self._networks[settings] = network
-            self._seconds[settings] = float("inf")
+                self._meter.frames_left -= first_frames[settings] + ROUNDS * settings.frames_per_call
         for _ in range(ROUNDS):
             for settings, network in self._networks.items():
-                seconds = _seconds(partial(self._run, network)) / network.settings.frames_per_call
-                self._seconds[settings] = min(self._seconds[settings], seconds)
+                seconds = self._meter.run(f"measuring {settings}", settings.frames_per_call, partial(self._run, network))
+                self._seconds[settings] = min(self._seconds[settings], seconds / settings.frames_per_call)
         best = self.best()
         self._networks = {settings: network for settings, network in self._networks.items() if settings == best}
+
+    def _load(self, settings: EngineSettings) -> None:
+        """Load a network, and compare its first frame with float32."""
+        network = UpscaleNetwork(self._model, settings)
+        self._psnr[settings] = _psnr_db(self._run(network)[0], self._expected)
+        self._networks[settings] = network
+        self._seconds[settings] = float("inf")
 
     def _run(self, network: UpscaleNetwork) -> list[Pixels]:
         return network(self._frames[: network.settings.frames_per_call])
@@ -247,11 +311,15 @@ class _Bench:
             for settings, seconds in self._seconds.items()
         ]
 
-    def seconds_of_workers(self, settings: EngineSettings, workers: int) -> float:
-        """Return seconds per frame of several networks that run at the same time, each in a thread."""
-        networks = [UpscaleNetwork(self._model, settings) for _ in range(workers)]
-        for network in networks:
-            self._run(network)
+    def seconds_of_workers(self, settings: EngineSettings, workers: int, *, later: int) -> float:
+        """Return seconds per frame of several networks that run at the same time, each in a thread. `later`: as for `add`."""
+        self._meter.frames_left = _frames_of_workers(workers, settings.frames_per_call) + later
+        networks = []
+        for number in range(workers):
+            network = UpscaleNetwork(self._model, settings)
+            activity = f"loading worker {number + 1} of {workers}: {settings}"
+            self._meter.run(activity, settings.frames_per_call, partial(self._run, network))
+            networks.append(network)
 
         def run(network: UpscaleNetwork) -> None:
             for _ in range(WORKER_FRAMES):
@@ -260,14 +328,20 @@ class _Bench:
         def run_all() -> None:
             list(pool.map(run, networks))
 
+        frames = WORKER_FRAMES * workers * settings.frames_per_call
         with ThreadPoolExecutor(workers) as pool:
-            seconds = min(_seconds(run_all) for _ in range(ROUNDS))
-        return seconds / (WORKER_FRAMES * workers * settings.frames_per_call)
+            activity = f"measuring {workers} workers: {settings}"
+            return min(self._meter.run(activity, frames, run_all) for _ in range(ROUNDS)) / frames
 
 
-def _with_workers(bench: _Bench, best: EngineSettings, workers: int, threads: int) -> Measurement:
+def _frames_of_workers(workers: int, frames_per_call: int = 1) -> int:
+    """Return the frames that `_Bench.seconds_of_workers` processes."""
+    return workers * frames_per_call * (1 + ROUNDS * WORKER_FRAMES)
+
+
+def _with_workers(bench: _Bench, best: EngineSettings, workers: int, threads: int, later: int) -> Measurement:
     settings = best.model_copy(update={"threads": threads})
-    seconds = bench.seconds_of_workers(settings, workers)
+    seconds = bench.seconds_of_workers(settings, workers, later=later)
     psnr = next(one.psnr_db for one in bench.measurements() if one.settings == best)
     return Measurement(settings=settings, workers=workers, seconds_per_frame=seconds, psnr_db=psnr)
 

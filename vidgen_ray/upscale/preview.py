@@ -40,6 +40,7 @@ def write_preview(
     source, size = planned_size(read_source(video), options)
     count = min(source.frame_count, max(1, round(seconds * source.fps)))
     start = (source.frame_count - count) // 2
+    on_progress(0, count, 0)
     network = UpscaleNetwork(options.model, engine_settings(source, options.model, calibration), size)
     reader = FrameReader(source)
 
