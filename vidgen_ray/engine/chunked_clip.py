@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vidgen_ray.engine.oom_fallback import OomFallback
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
@@ -32,8 +34,8 @@ def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, 
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"{out.parent}: cannot be created ({error.strerror})") from None
-    # decord keeps all frames that it has decoded in memory. PyAV does not, but starts again for overlapping chunks, as RIFE's.
-    with open_video(source, backend="auto" if "fps_out" in stage.reads else "pyav") as video:
+    # decord keeps all frames that it has decoded in memory.
+    with open_video(source, backend="pyav") as video:
         shot = shot.model_copy(update={"fps": Fraction(video.fps)})
         if stage.frame_factor(shot) < 1:
             raise UsageError(f"fps_out: got {shot.fps_out}, must be at least the {float(video.fps):g} of {source}")
@@ -45,9 +47,13 @@ def _processed(stage: ChunkedStage[Any], shot: Shot, video: VideoReader) -> Iter
     """Yield the processed chunks. A whole clip may not fit in memory."""
     total = frames_after(video.frame_count, stage.frame_factor(shot))
     fallback = OomFallback()
+    first, frames = 0, video.frames(0, 0)
     for chunk in frame_chunks(total, stage.chunk_frames(stage.params)):
         source = stage.source_frames(shot, chunk)
-        frames = video.frames(source.start, min(source.stop, video.frame_count))
+        # Chunks of an interpolated clip overlap. PyAV would start again at the first frame to return one for the second time.
+        stop = min(source.stop, video.frame_count)
+        known = frames[source.start - first : stop - first]
+        frames, first = np.concatenate([known, video.frames(source.start + len(known), stop)]), source.start
         try:
             result, _ = fallback.run(stage, shot, partial(stage.run_chunk, shot, frames, chunk))
         except Exception as error:
