@@ -1,4 +1,4 @@
-"""Where the time of `vidgen render` of one more line goes: `python benchmarks/start.py`.
+"""Time of each phase of `vidgen render` of one more line: `python benchmarks/start.py`.
 
 Renders a line with the profile `demo` into a folder that has one already, several times, each in a new process. Prints the
 median seconds of each phase as a JSON object.

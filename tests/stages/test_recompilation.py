@@ -1,4 +1,4 @@
-"""How often FLUX is compiled. The compiler backend only counts, so no code is generated."""
+"""Number of compilations of FLUX. The compiler backend only counts, so no code is generated."""
 
 from itertools import pairwise
 

@@ -69,7 +69,7 @@ def test_tile_is_the_largest_that_fits(tiny_model, empty_cache):
 
 
 def test_memory_of_a_call_is_that_of_its_tensors(tmp_path):
-    """Two of eight features at a time, in float32, and the result: between one and four layers, whatever the size."""
+    """Two of eight features at a time, in float32, and the result: between one and four layers at any size."""
     network = UpscaleModel("tiny", compact(tmp_path / "tiny.safetensors")).load()
     per_pixel = bytes_per_pixel(network)
     assert 2 * 8 * 4 <= per_pixel <= 4 * 12 * 4 + 100

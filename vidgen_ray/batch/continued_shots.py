@@ -21,7 +21,7 @@ CONTINUE = "continue_from"
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What becomes of a shot that waited. One of `task`, `done` and `failure` is set."""
+    """Decision about a shot that waited. One of `task`, `done` and `failure` is set."""
 
     line: CheckedLine
     task: ShotTask | None = None

@@ -45,9 +45,9 @@ class Finding:
     check: str
     status: Status
     text: str
-    """What was found."""
+    """Sentence for the user: the state that was found."""
     fix: str | None = None
-    """What to do, as a command where there is one."""
+    """Advice, as a command if there is one. `None`: nothing to do."""
 
 
 def check_python(

@@ -1,4 +1,4 @@
-"""What the commands that render a script share: its settings, the run with its messages, and the exit code."""
+"""Run a script for the commands that render one: settings of its lines, the run with its messages, and the exit code."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Video(Answer):
 
 
 class Estimate(Answer):
-    """What a job would take. For a request with `n`, all its results together."""
+    """Estimate of what a job takes. For a request with `n`, all its results together."""
 
     render_s: float
     """Estimated seconds from the start of the job to its end. 0 if it is rendered already."""

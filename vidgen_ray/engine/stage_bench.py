@@ -33,7 +33,7 @@ LORA_LAYERS = ("to_q", "to_k", "to_v")
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """How thoroughly to measure."""
+    """Number and length of the measured runs."""
 
     steps: tuple[int, int] = (4, 16)
     """Two numbers of denoising steps."""

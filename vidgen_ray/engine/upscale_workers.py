@@ -27,7 +27,7 @@ from vidgen_ray.upscale.network import EngineSettings
 ATTEMPTS_OF_REFUSED = 2
 """Attempts for a segment whose file or weights are refused with an error for the user. The second one is on another worker."""
 WAIT_NOTE_S = 15.0
-"""Seconds without a free worker after which the caller is told what the run waits for."""
+"""Seconds without a free worker after which the run reports what it waits for."""
 
 
 class UpscaleActor:

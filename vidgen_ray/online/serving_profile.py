@@ -43,7 +43,7 @@ class ServingProfile:
     unavailable: Mapping[str, str]
     """Stage -> reason why it cannot be served."""
     required_licence: Requirement | None = None
-    """What the licences of all weights behind a shot must allow."""
+    """Use that the licences of all weights behind a shot must allow. `None` allows all licences."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:

@@ -87,7 +87,7 @@ class ManifestRow(BaseModel):
     licences: str | None = None
     """Licences of the weights behind the shot, as a JSON list. `null` in it: an unknown licence."""
     commercial_use: str | None = None
-    """Whether all of them allow commercial use: yes, conditional, no, or unknown."""
+    """Commercial use under all of these licences: yes, conditional, no, or unknown."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None

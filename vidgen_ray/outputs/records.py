@@ -32,7 +32,7 @@ class StepRecord(_Record):
     adapter_loads: int = 0
     """LoRAs that were loaded onto the weights for this step."""
     notes: tuple[str, ...] = ()
-    """What a user should know about the inputs, such as layers of a LoRA that are ignored."""
+    """Notes for the user about the inputs, such as layers of a LoRA that are ignored."""
 
 
 class FileRecord(_Record):

@@ -40,7 +40,7 @@ class Measurement(BaseModel):
     size: Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*x[1-9]\d*$")]
     """Width, height and frames: `1024x576x25`."""
     variant: str = ""
-    """What else the seconds depend on, see `Stage.variant`: the upscaler."""
+    """Anything else that the seconds depend on, see `Stage.variant`: the upscaler."""
     seconds_of_reference: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Seconds for the reference shot, from those of the measured one."""
     fixed_share: Share = 0.0

@@ -126,7 +126,7 @@ class Item:
 
 
 class InKey(Enum):
-    """Whether an option is part of content keys: `option: Annotated[bool, InKey.IF_CHANGED] = False`.
+    """Rule for an option in content keys: `option: Annotated[bool, InKey.IF_CHANGED] = False`.
 
     An option without this annotation is always part of them.
     """
@@ -243,7 +243,7 @@ class Stage(ABC, Generic[P]):
     def __init__(self, params: P) -> None:
         self.params = params
         self.notes: list[str] = []
-        """What a user should know about the inputs of the calls since `take_notes`."""
+        """Notes for the user about the inputs of the calls since `take_notes`."""
 
     @staticmethod
     @abstractmethod

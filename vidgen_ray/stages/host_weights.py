@@ -28,7 +28,7 @@ def move_networks(networks: Iterable[Any], device: str) -> None:
             continue
         tensors = list(_tensors(network))
         if not all(_is_plain(tensor) for _, tensor in tensors):
-            # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales beside it.
+            # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales in addition.
             network.to(device)
             continue
         for name, tensor in tensors:

@@ -66,7 +66,7 @@ def write_segment(
     Frame i has the time i / fps; the real times are set when segments are joined.
     Raises MediaError if there are fewer or more frames, WriteError if the file cannot be written. It is deleted on an error.
     """
-    # SVT-AV1 prints its settings, unless it is told to print errors only.
+    # By default, SVT-AV1 prints its settings. 1: errors only.
     os.environ.setdefault("SVT_LOG", "1")
     converter = YuvConverter(source.colour, source.bits)
     written = 0

@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 
 class EngineSettings(BaseModel):
-    """How a network runs. Every field can change the last bits of a result."""
+    """Settings with which a network runs. Every field can change the last bits of a result."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -48,7 +48,7 @@ class SegmentRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UpscaleOptions:
-    """What a user asks for. Exactly one of `scale` and `fit` is set."""
+    """Request of a user. Exactly one of `scale` and `fit` is set."""
 
     model: UpscaleModel
     encode: EncodeSettings
@@ -79,7 +79,7 @@ class UpscaleReport:
     was_finished: bool
     """True if an earlier run with the same request had finished it."""
     notes: tuple[str, ...]
-    """What of the source is not kept."""
+    """Properties of the source that are not kept."""
 
 
 class _Plan(BaseModel):

@@ -82,7 +82,7 @@ class Source:
     """Times of keyframes, in order. Empty if frames can only be reached by decoding all frames before."""
     hdr: HdrMetadata
     notes: tuple[str, ...]
-    """What of this file is not kept, and assumptions."""
+    """Properties of this file that are not kept, and assumptions."""
 
     @property
     def frame_count(self) -> int:

@@ -105,7 +105,7 @@ class ShotJob(_JobStatus):
 
 
 class Estimate(BaseModel):
-    """What a job would take, without creating it. For a request with `n`, all its results together."""
+    """Estimate of what a job takes, without creating it. For a request with `n`, all its results together."""
 
     object: Literal["estimate"] = Field("estimate", description="Type of this object.")
     model: str = Field(description="Model of the request.")
