@@ -40,7 +40,9 @@ def main() -> None:
                 script.write(json.dumps({"id": f"shot-{number}", **LINE}) + "\n")
             command = [sys.executable, __file__, "--measure", str(time.time())]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise SystemExit(f"run {number} failed:\n{result.stdout}{result.stderr}")
             runs.append(json.loads(result.stderr.splitlines()[-1]))
     medians = {phase: round(statistics.median(run[phase] for run in runs[1:]), 2) for phase in (*PHASES, "total")}
     sys.stdout.write(json.dumps(medians, indent=1) + "\n")

