@@ -1,5 +1,7 @@
 """OOM fallback: lower-memory settings from the plan, after an error, and remembered per stage and size."""
 
+import math
+
 import pytest
 
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory
@@ -33,7 +35,7 @@ def svd(**options):
 
 
 def without_gpu():
-    return OomFallback(lambda: None)
+    return OomFallback(lambda: math.inf)
 
 
 def test_oom_falls_back_to_smaller_chunks():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
+from vidgen_ray.free_memory import free_gpu_bytes
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.memory import changed_options, too_large
 from vidgen_ray.shot import Shot
@@ -39,9 +41,9 @@ class OomFallback:
     Settings that were needed are used from the start for later work of the same stage and size.
     """
 
-    def __init__(self, free_bytes: Callable[[], float | None] | None = None) -> None:
-        """`free_bytes` returns the GPU memory that this process can still take, `None` without a GPU."""
-        self._free_bytes = free_bytes or free_gpu_bytes
+    def __init__(self, free_bytes: Callable[[], float] = free_gpu_bytes) -> None:
+        """`free_bytes` returns the GPU memory that this process can still take, infinite without a GPU."""
+        self._free_bytes = free_bytes
         self._needed: dict[SizeKey, StageParams] = {}
 
     def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], R]) -> tuple[R, str | None]:
@@ -81,9 +83,9 @@ class OomFallback:
     def _planned(self, stage: Stage[Any], shot: Shot) -> StageParams:
         """Return the first settings with which the shot should fit into the free memory; the lowest ones if none do."""
         params: StageParams = stage.params
-        free = None if params.device == "cpu" else self._free_bytes()
-        own = None if free is None else stage.memory(params, shot)
-        if own is None or free is None:
+        free = math.inf if params.device == "cpu" else self._free_bytes()
+        own = None if math.isinf(free) else stage.memory(params, shot)
+        if own is None:
             return params
         held = sum(own.weights.values())
         while (memory := stage.memory(params, shot)) is not None and memory.total - held > free:
@@ -121,15 +123,6 @@ def free_gpu_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def free_gpu_bytes() -> float | None:
-    """Return the GPU memory that this process can still take: free memory and its own unused reserve. `None` without a GPU."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    free, _ = torch.cuda.mem_get_info()
-    return float(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
 
 
 def total_gpu_gb() -> float | None:

@@ -13,6 +13,7 @@ from filelock import FileLock
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
+from vidgen_ray.free_memory import free_bytes
 from vidgen_ray.stages.realesrgan import forward
 from vidgen_ray.upscale.models import UpscaleModel
 
@@ -31,7 +32,6 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that the workers may take together."""
 WORKSPACE = 1.6
 """Memory of a call relative to the tensors that are alive at once: convolutions take scratch memory beside them."""
-MEMINFO = Path("/proc/meminfo")
 
 
 def call_bytes(model: UpscaleModel, width: int, height: int, n_frames: int = 1) -> float:
@@ -83,27 +83,6 @@ def _profile(model: UpscaleModel) -> tuple[float, int]:
 def free_memory(device: str) -> float:
     """Return the bytes that a run may take on this device, of the memory that is free now."""
     return MEMORY_SHARE * free_bytes(device)
-
-
-def free_bytes(device: str) -> float:
-    """Return the bytes of memory that are free now on a GPU, or on the host for `cpu`. Infinite if unknown."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.mem_get_info(device)[0]
-    return _free_host_bytes()
-
-
-def _free_host_bytes() -> float:
-    limits = [float("inf")]
-    with suppress(OSError, ValueError, StopIteration):
-        line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-        limits.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text()
-        limits.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    # Elsewhere, a frame that does not fit fails with an error of its own.
-    return min(limits)
 
 
 def bytes_per_pixel(network: ImageModelDescriptor[Any], size_px: int = 48) -> float:
