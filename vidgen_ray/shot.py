@@ -18,7 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from vidgen_ray.video_models import AUTO, MAX_FRAMES, MIN_FRAMES, VIDEO_MODELS, VideoModelName, with_model_defaults
+from vidgen_ray.limits import MAX_FRAMES, MAX_SHOTS_PER_LINE, MAX_SIDE_PX, MAX_TEXT, MIN_FRAMES, MIN_SIDE_PX
+from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, with_model_defaults
 
 VARIANT_SUFFIX = 5
 """Characters that a variant suffix such as `-v999` adds to an id."""
@@ -145,9 +146,9 @@ class Shot(_Frozen):
     id: str | None = Field(
         None, description="Name of the shot, unique in the script. Default: derived from the content of the line."
     )
-    prompt: str = Field(min_length=1, max_length=10_000, description="Text to render.")
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT, description="Text to render.")
     negative_prompt: str | None = Field(
-        None, max_length=10_000, description="Text to avoid. FLUX then needs two passes per denoising step."
+        None, max_length=MAX_TEXT, description="Text to avoid. FLUX then needs two passes per denoising step."
     )
     mode: Literal["quality", "fast"] = Field(
         "quality",
@@ -156,7 +157,9 @@ class Shot(_Frozen):
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="Seed of the shot. Default: derived from the run's seed and the id."
     )
-    variants: int = Field(1, ge=1, le=1000, description="Number of shots rendered from this line: id-v0, id-v1, ...")
+    variants: int = Field(
+        1, ge=1, le=MAX_SHOTS_PER_LINE, description="Number of shots rendered from this line: id-v0, id-v1, ..."
+    )
 
     image_model: Literal["flux", "klein"] = Field(
         "flux",
@@ -223,7 +226,7 @@ class Shot(_Frozen):
         "hunyuan",
         description="Style model: hunyuan (HunyuanDiT, image to image) or qwen-edit (Qwen-Image-Edit, by instruction).",
     )
-    style_prompt: str | None = Field(None, max_length=10_000, description="Text appended to the prompt for the restyle.")
+    style_prompt: str | None = Field(None, max_length=MAX_TEXT, description="Text appended to the prompt for the restyle.")
     style_strength: Strength = Field(0.5, description="Image-to-image strength of the restyle. 0 keeps the image.")
 
     generate_video: bool = Field(True, description="Generate a clip from the image. false: render the image only.")
@@ -231,7 +234,7 @@ class Shot(_Frozen):
         "svd", description="Video model: svd (reads no prompt), wan or ltx (read the prompt). The profile must have it."
     )
     motion_prompt: str | None = Field(
-        None, max_length=10_000, description="Text appended to the prompt for the video model: what moves, and how."
+        None, max_length=MAX_TEXT, description="Text appended to the prompt for the video model: what moves, and how."
     )
     video_lora: tuple[VideoLora, ...] = Field(
         (), description="LoRAs of the video model wan or ltx: a path, or a list of paths or of {path, weight, expert}."
@@ -304,10 +307,12 @@ class Shot(_Frozen):
     @field_validator("width", "height")
     @classmethod
     def _check_size(cls, value: int) -> int:
-        if not 64 <= value <= 2048 or value % 16:
+        if not MIN_SIDE_PX <= value <= MAX_SIDE_PX or value % 16:
             below = value // 16 * 16
-            nearest = sorted({min(max(size, 64), 2048) for size in (below, below + 16)})
-            raise ValueError(f"must be a multiple of 16 from 64 to 2048 (nearest: {', '.join(map(str, nearest))})")
+            nearest = sorted({min(max(size, MIN_SIDE_PX), MAX_SIDE_PX) for size in (below, below + 16)})
+            raise ValueError(
+                f"must be a multiple of 16 from {MIN_SIDE_PX} to {MAX_SIDE_PX} (nearest: {', '.join(map(str, nearest))})"
+            )
         return value
 
     @field_validator("num_frames")

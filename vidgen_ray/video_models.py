@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
+
 VideoModelName = Literal["svd", "wan", "ltx"]
 DEFAULT_MODEL: VideoModelName = "svd"
 AUTO = "auto"
 """Value of `num_frames` that chooses the model's usual duration."""
 AUTO_S = 5.0
 """Seconds of a clip with `num_frames: auto`."""
-MIN_FRAMES, MAX_FRAMES = 2, 256
-"""Fewest and most frames of any clip."""
 MODEL_DEFAULTS = ("num_frames", "fps")
 """Fields whose default depends on the video model."""
 

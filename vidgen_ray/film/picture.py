@@ -18,7 +18,8 @@ from vidgen_ray.film.filter_graphs import add_chain, available, filtered
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.text_images import Overlay, draw_caption, draw_title
 from vidgen_ray.film.timeline import Item, Piece, Timeline
-from vidgen_ray.media import MAX_PIXELS, read_image
+from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.media import read_image
 from vidgen_ray.media.checks import wrap_errors
 from vidgen_ray.media.container import open_media
 

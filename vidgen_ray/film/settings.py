@@ -22,7 +22,8 @@ from pydantic import (
 
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import allowed_of, known_fields, shortened
-from vidgen_ray.media import MAX_PIXELS, Mp4Settings
+from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.media import Mp4Settings
 from vidgen_ray.strict_yaml import StrictLoader
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")

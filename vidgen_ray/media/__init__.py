@@ -3,7 +3,6 @@
 Encoding is deterministic: with the same FFmpeg, the same pixels give the same bytes. All decoders return the same pixels.
 """
 
-from vidgen_ray.media.checks import MAX_PIXELS
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
 from vidgen_ray.media.images import (
@@ -20,7 +19,6 @@ from vidgen_ray.media.images import (
 
 __all__ = [
     "IMAGE_FORMATS",
-    "MAX_PIXELS",
     "Mp4Settings",
     "Mp4Writer",
     "VideoReader",

@@ -5,9 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from vidgen_ray.errors import MediaError, WriteError
-
-MAX_PIXELS = 40_000_000
-"""Maximum pixels of an image or frame. Checked before the pixels are decoded."""
+from vidgen_ray.limits import MAX_PIXELS
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors
+from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors
 from vidgen_ray.media.container import open_media
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
 from vidgen_ray.stages.base import Frames, Image

@@ -11,7 +11,8 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from vidgen_ray.errors import InputChanged, MediaError
-from vidgen_ray.media.checks import MAX_PIXELS, check_is_file, check_pixels, wrap_errors, wrap_write_errors
+from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors, wrap_write_errors
 from vidgen_ray.stages.base import Image
 
 PNG_LEVEL = 2

@@ -10,13 +10,12 @@ from math import ceil
 from typing import NamedTuple, TypeAlias, get_args
 
 from vidgen_ray.graph import clip_growth
+from vidgen_ray.limits import MAX_SIDE_PX, MIN_SIDE_PX
 from vidgen_ray.online.api_error import invalid
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.shot import Shot
 
 CLIP_MULTIPLE_PX, IMAGE_MULTIPLE_PX = 64, 16
-MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
-"""Smallest and largest width and height that the models draw."""
 AREA_TOLERANCE = 1.1
 """Factor by which a clip may exceed the area of the profile's default size before it is drawn smaller and upscaled."""
 SCALES: tuple[int, ...] = get_args(Shot.model_fields["scale"].annotation)

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.lines import WrongField
 from vidgen_ray.shot import Shot
 
@@ -17,8 +18,6 @@ MATRIX = "matrix"
 """Field of a line: field -> list of values. Not a field of a shot."""
 STYLE = "style"
 """Field of a line: name of a style in the header. Not a field of a shot."""
-MAX_SHOTS = 1000
-"""Largest number of shots that a line expands to, as for `variants`."""
 TEXTS = ("prompt", "negative_prompt", "style_prompt", "motion_prompt")
 CHOICES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 NO_MATRIX_FIELDS = ("id", "variants", "metadata")
@@ -41,7 +40,7 @@ def is_expandable(fields: Mapping[str, Any]) -> bool:
 def expand(fields: Mapping[str, Any]) -> list[Expanded]:
     """Return the shots that a line stands for, in the order of its values and choices.
 
-    Raises WrongField for an invalid matrix, for nested choices, and above MAX_SHOTS.
+    Raises WrongField for an invalid matrix, for nested choices, and above MAX_SHOTS_PER_LINE.
     """
     plain = {name: value for name, value in fields.items() if name != MATRIX}
     axes = list(_matrix_axes(fields.get(MATRIX) or {}))
@@ -50,8 +49,10 @@ def expand(fields: Mapping[str, Any]) -> list[Expanded]:
         own = {**plain, **dict(values)}
         suffix = "".join(f"-{_slug(value)}" for _, value in values)
         expanded += [Expanded(chosen.fields, suffix + chosen.suffix) for chosen in _choose(own)]
-        if len(expanded) > MAX_SHOTS:
-            raise WrongField(MATRIX if axes else "prompt", f"more than {MAX_SHOTS} shots", f"must be at most {MAX_SHOTS}")
+        if len(expanded) > MAX_SHOTS_PER_LINE:
+            raise WrongField(
+                MATRIX if axes else "prompt", f"more than {MAX_SHOTS_PER_LINE} shots", f"must be at most {MAX_SHOTS_PER_LINE}"
+            )
     return expanded
 
 
@@ -73,8 +74,8 @@ def _choose(fields: dict[str, Any]) -> Iterator[Expanded]:
     choices = {
         (name, number): _options(name, parts[number]) for name, parts in texts.items() for number in range(1, len(parts), 2)
     }
-    if (shots := prod(map(len, choices.values()))) > MAX_SHOTS:
-        raise WrongField("prompt", f"choices for {shots:,} shots", f"must be at most {MAX_SHOTS} per line")
+    if (shots := prod(map(len, choices.values()))) > MAX_SHOTS_PER_LINE:
+        raise WrongField("prompt", f"choices for {shots:,} shots", f"must be at most {MAX_SHOTS_PER_LINE} per line")
     for chosen in product(*choices.values()):
         parts = {name: list(text) for name, text in texts.items()}
         for (name, number), option in zip(choices, chosen, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 
 TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
@@ -19,8 +20,6 @@ PATH_FIELDS = (*IMAGE_FIELDS, "face_image", *LORA_FIELDS)
 """Fields that name files: a path, a list of paths, or `{path: ...}`."""
 FAILURE_FIELD = "failure"
 """Field that `failures.jsonl` adds to a line. Not a field of the shot."""
-MAX_LINE = 2**24
-"""Maximum number of characters in a line of a text file."""
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """Characters that `surrogateescape` substitutes for bytes that are not UTF-8."""
 

@@ -8,14 +8,13 @@ import yaml
 
 from vidgen_ray.errors import FieldError
 from vidgen_ray.invalid_fields import known_fields, shortened
+from vidgen_ray.limits import MAX_YAML_BYTES
 from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, encoding_error, file_error
 from vidgen_ray.script.named_fields import checked_characters, checked_styles
 from vidgen_ray.strict_yaml import StrictLoader
 
 HEADER_FIELDS = ("title", "defaults", "characters", "styles", "film", "shots", "scenes")
 SCENE_FIELDS = ("title", "defaults", "shots")
-MAX_YAML_BYTES = 2**24
-"""Maximum size of a .yaml script. Parsing takes 70 times the memory of the file and 2 s per megabyte."""
 
 
 def read_yaml(path: Path) -> tuple[Header, Lines]:

@@ -40,6 +40,7 @@ from vidgen_ray.graph import (
     WITHOUT_UPSCALING,
     stages_with_setting,
 )
+from vidgen_ray.limits import MAX_FRAMES, MAX_RESULTS, MIN_FRAMES
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, with_peer_fields
 from vidgen_ray.online.api_error import ApiError, invalid, validation_failed
 from vidgen_ray.online.delivered_size import SizeRules, clip_fields, clip_fields_with_hd, image_fields
@@ -54,12 +55,10 @@ from vidgen_ray.shot import (
     booleans_as_text,
     nest_flat_settings,
 )
-from vidgen_ray.video_models import AUTO, MAX_FRAMES, MIN_FRAMES, model_of, without_other_models_defaults
+from vidgen_ray.video_models import AUTO, model_of, without_other_models_defaults
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
-MAX_RESULTS = 10
-"""Videos or images of one request."""
 MAX_SEED = 2**32 - 1
 RANDOM_SEED = -1
 """Seed with which peers ask for a random one."""

@@ -9,7 +9,8 @@ from threading import Lock
 from typing import TypeVar, overload
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.media import MAX_PIXELS, read_image
+from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.media import read_image
 from vidgen_ray.online.api_error import ApiError, without_paths
 from vidgen_ray.online.inputs.memory import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vidgen_ray.atomic_files import flush_to_disk, private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError
+from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES
 from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
@@ -39,15 +40,10 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image
 
 BLOCK_BYTES = 1 << 20
-MAX_FORM_FIELDS = 200
-FORM_TEXT_BYTES = 2 << 20
-"""All text fields of a form together. They are kept in memory, files are not."""
-SMALL_FORM_BYTES = 8 << 10
 SMALL_JSON_BYTES = 1 << 20
 """A JSON body up to this size is kept in memory while it arrives and needs no reservation."""
 JSON_COPIES = 6
 """Most copies of a JSON body that exist at once: bytes, text, values, a decoded image."""
-JSON_DEPTH = 32
 BYTES_PER_PIXEL = 12
 """Memory to decode a pixel, at most: a progressive JPEG needs 10, a lossless WebP 12. Conversion to RGB needs as much again."""
 NOT_STRUCTURE = bytes(set(range(256)) - set(b'"[]{}:,'))
