@@ -48,7 +48,7 @@ def allowed_of(detail: Any) -> str:
 def known_fields(name: str, fields: Iterable[str], reference: str = SCHEMA_COMMAND) -> str:
     """Say what may stand in place of an unknown field: the most similar name, or all names if these are few."""
     fields = list(fields)
-    if similar := get_close_matches(name.lower(), fields, 1):
+    if similar := get_close_matches(name[:MAX_LISTED].lower(), fields, 1):
         return f"did you mean {similar[0]}?"
     names = ", ".join(fields)
     return f"must be one of {names}" if len(names) <= MAX_LISTED else f"see {reference} for all fields"

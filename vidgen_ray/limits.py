@@ -8,12 +8,34 @@ What an operator may change, such as the size of uploads, is a setting of the se
 MAX_PIXELS = 40_000_000
 """Maximum pixels of an image or frame. Checked before the pixels are decoded."""
 
+MAX_IMAGE_BYTES = 512 * 2**20
+"""Maximum size of an image file. It is read as a whole. More than 40 megapixels of 16 bits without compression."""
+MAX_CLIP_BYTES = 16 * 2**30
+"""Maximum size of the frames of a video that are in memory at once."""
+MAX_JPEG_SCANS = 100
+"""Maximum number of scans of a JPEG. Each may take as long as all others together, but only a few bytes."""
+VIDEO_DECODE_S = 60.0
+"""Time in seconds to decode frames of an uploaded video."""
+VIDEO_DECODE_BYTES = 4 * 2**30
+"""Address space of the process that decodes an uploaded video."""
+
+# Weights
+
+MAX_LORA_BYTES = 8 * 2**30
+"""Maximum size of a LoRA. It is read as a whole."""
+MAX_LORA_HEADER_BYTES = 2**24
+"""Maximum size of a LoRA's header: names and shapes of its tensors."""
+
 # Scripts and shots
 
 MAX_LINE = 2**24
 """Maximum number of characters in a line of a text file."""
 MAX_YAML_BYTES = 2**24
-"""Maximum size of a .yaml script. Parsing takes 70 times the memory of the file and 2 s per megabyte."""
+"""Maximum size of a YAML file. Parsing takes 70 times the memory of the file and 2 s per megabyte."""
+MAX_NUMBER_CHARACTERS = 100
+"""Maximum number of characters of a number in YAML."""
+MAX_NESTING = 200
+"""Maximum number of levels of lists and mappings in a line. Python's own limit depends on the caller."""
 MAX_SHOTS_PER_LINE = 1000
 """Largest number of shots that a line stands for: its variants, its choices and its matrix."""
 MAX_TEXT = 10_000

@@ -13,7 +13,7 @@ from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.stages.base import QualityTier, Stage, StageParams
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
 from vidgen_ray.weights.licences import WeightLicence, licence_of
 
@@ -206,13 +206,13 @@ def load_profile(name_or_path: str) -> Profile:
     source: Path | None = None
     try:
         if path.suffix in (".yaml", ".yml"):
-            text, source = path.read_text(encoding="utf-8"), path.absolute()
+            content, source = load_yaml(path), path.absolute()
         elif name_or_path in builtin_profiles():
             text = (resources.files("vidgen_ray") / "profiles" / f"{name_or_path}.yaml").read_text("utf-8")
+            content = parse_yaml(text)
         else:
             names = ", ".join(builtin_profiles())
             raise ProfileError(f"profile {name_or_path!r}: must be one of {names}, or the path of a .yaml file")
-        content = yaml.load(text, StrictLoader)
     except OSError as error:
         raise ProfileError(f"profile {name_or_path!r}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

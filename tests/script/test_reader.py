@@ -1,5 +1,6 @@
 """Scripts: formats, precedence of defaults, and errors with file, line and field."""
 
+import base64
 import csv
 import json
 
@@ -9,6 +10,7 @@ import pytest
 
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import reader
+from vidgen_ray.script.parquet_format import EXTENSION_NAME, check_no_extension_types
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
 
@@ -227,11 +229,11 @@ INVALID_LINES = [
     ({"prompt": "a", "lora": "builtin:nope.safetensors"}, "lora", "must be one of tiny/flux"),
     ({"prompt": "a", "steps": 5, "flux.steps": 3}, "steps", "got 5"),
     ('{"prompt": "a", "metadata": {"x": "\\ud800"}}', "metadata", "must be plain JSON"),
-    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata.x", "maximum validation depth"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 300 + "1" + "}" * 301, "metadata", "at most 200 levels"),
     ({"prompt": "a", "id": "x" * 128, "variants": 2}, None, "must be at most 123 with variants"),
     # Valid in a shot, but too deep in a shot inside a plan.
     ('{"prompt": "a", "metadata": ' + '{"x": ' * 197 + "1" + "}" * 198, "metadata", "not nested deeply"),
-    ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata.x", "maximum validation depth"),
+    ('{"prompt": "a", "metadata": ' + '{"x": ' * 800 + "1" + "}" * 801, "metadata", "at most 200 levels"),
 ]
 
 
@@ -357,8 +359,16 @@ def test_parquet_extension_type_is_rejected_before_reading(tmp_path):
         {"prompt": pa.array(["a"]), "x": pa.FixedShapeTensorArray.from_numpy_ndarray(__import__("numpy").zeros((1, 2)))}
     )
     pq.write_table(table, tmp_path / "s.parquet")
-    with pytest.raises(ScriptError, match="extension type in column x"):
+    with pytest.raises(ScriptError, match="got an extension type"):
         read_script(tmp_path / "s.parquet")
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_extension_type_is_found_at_any_position_in_base64(tmp_path, position):
+    schema = base64.b64encode(b"x" * position + EXTENSION_NAME + b"yz")
+    (tmp_path / "s.parquet").write_bytes(b"PAR1" + schema + len(schema).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(ScriptError, match="got an extension type"):
+        check_no_extension_types(tmp_path / "s.parquet")
 
 
 def test_shot_schema_describes_all_fields():

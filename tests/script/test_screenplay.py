@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from tests.conftest import EXAMPLES
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.script.expansion import MAX_SHOTS
+from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.reader import read_script
 from vidgen_ray.script.schema import script_schema
@@ -114,8 +114,8 @@ def test_choices_without_an_id_derive_ids_from_the_chosen_text(script):
         ({"prompt": "a", "matrix": [1]}, "matrix", "must map fields to lists"),
         ({"prompt": "a", "matrix": {"fps": 3}}, "matrix.fps", "must be a list"),
         ({"prompt": "a", "matrix": {"fpss": [3]}}, "matrix.fpss", "did you mean fps?"),
-        ({"prompt": "a", "matrix": {"seed": list(range(MAX_SHOTS + 1))}}, "matrix", f"at most {MAX_SHOTS}"),
-        ({"prompt": "{a|b}" * 11}, "prompt", f"at most {MAX_SHOTS}"),
+        ({"prompt": "a", "matrix": {"seed": list(range(MAX_SHOTS_PER_LINE + 1))}}, "matrix", f"at most {MAX_SHOTS_PER_LINE}"),
+        ({"prompt": "{a|b}" * 11}, "prompt", f"at most {MAX_SHOTS_PER_LINE}"),
         ({"id": "x", "prompt": "a", "matrix": {"style_prompt": ["ink!", "ink?"]}}, "id", "same id"),
         ({"prompt": "a", "matrix": {"fps": [3, "x"]}}, "fps", "must be a valid integer"),
     ],

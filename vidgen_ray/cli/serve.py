@@ -15,7 +15,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml
 
 
 def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
@@ -26,7 +26,7 @@ def settings_of(file: Path | None, options: dict[str, Any]) -> OnlineSettings:
     content: Any = {}
     if file is not None:
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), StrictLoader) or {}
+            content = load_yaml(file) or {}
         except OSError as error:
             raise UsageError(f"settings {file}: cannot be read ({error.strerror})") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -24,7 +24,7 @@ from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import allowed_of, known_fields, shortened
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16
@@ -160,7 +160,7 @@ class FilmSettings(_Section):
 def read_film_file(path: Path) -> dict[str, Any]:
     """Return the checked fields of a YAML film file, with absolute paths. Raises ScriptError that names the field."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader) or {}
+        content = load_yaml(path) or {}
     except OSError as error:
         raise _error(path.name, None, "the file", f"must be readable ({error.strerror})") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:

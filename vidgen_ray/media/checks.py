@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from vidgen_ray.errors import MediaError, WriteError
-from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_PIXELS
 
 
 @contextmanager
@@ -31,6 +31,13 @@ def wrap_write_errors(path: Path) -> AbstractContextManager[None]:
 def check_is_file(path: Path) -> None:
     if not path.is_file():
         raise MediaError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+
+
+def check_image_file(path: Path) -> None:
+    """Raise MediaError if there is no such file, or if it is too large to be read as an image."""
+    check_is_file(path)
+    if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+        raise MediaError(f"{path}: has {size:,} bytes, must have at most {MAX_IMAGE_BYTES:,}")
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.limits import MAX_PIXELS
+from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS
 from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors
 from vidgen_ray.media.container import open_media
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
@@ -81,6 +81,9 @@ class VideoReader(ABC):
             raise MediaError(f"{self.path}: got frame {out_of_range[0]}, must be from 0 to {self.frame_count - 1}")
         if not len(indices):
             return np.empty((0, self.height, self.width, 3), np.uint8)
+        if (size := len(indices) * self.height * self.width * 3) > MAX_CLIP_BYTES:
+            got = f"{len(indices)} frames of {self.width}×{self.height} pixels at once, which need {size / 2**30:.0f} GB"
+            raise MediaError(f"{self.path}: got {got}, must be at most {MAX_CLIP_BYTES / 2**30:g} GB; cut the video")
         with wrap_errors(f"{self.path}: cannot be decoded"):
             return self._decode([int(index) for index in indices])
 

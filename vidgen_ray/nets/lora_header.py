@@ -1,10 +1,11 @@
 """Check a LoRA file by its header: names, types and shapes of its tensors, without reading their values."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vidgen_ray.errors import StageError
+from vidgen_ray.limits import MAX_LORA_BYTES, MAX_LORA_HEADER_BYTES
 
 PARTS = re.compile(r"^(?P<layer>.*)\.(?P<part>lora_A|lora_B|lora_down|lora_up)(\..+)?\.weight$")
 """A layer has two factors: lora_A and lora_B in the format of diffusers, lora_down and lora_up in that of kohya."""
@@ -26,12 +27,16 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 def check_lora_file(path: Path, base_model: str = FLUX) -> None:
-    """Raise StageError if the file cannot be a LoRA for this model: another format or model, no floats, half of a layer."""
+    """Raise StageError if the file cannot be a LoRA for this model: too large, another format or model, no floats, half of a
+    layer, factors of different rank."""
     from safetensors import SafetensorError, safe_open
 
+    _check_size(path)
     try:
         with safe_open(path, "pt") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a mapping
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            types = {name: each.get_dtype() for name, each in slices.items()}
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise StageError(f"lora {path.name}: not a readable .safetensors file ({error})") from None
     if not types:
@@ -51,6 +56,28 @@ def check_lora_file(path: Path, base_model: str = FLUX) -> None:
             raise StageError(f"lora {path.name}: tensor {name[:80]} has type {kind}, must be one of {', '.join(FLOATS)}")
     if alone := next(_halves(types), None):
         raise StageError(f"lora {path.name}: layer {alone[:80]} has one of its two factors only; the file is damaged")
+    for layer, first, second in _ranks(shapes):
+        if first != second:
+            raise StageError(
+                f"lora {path.name}: the factors of layer {layer[:80]} have rank {first} and {second}; the file is damaged"
+            )
+
+
+def _check_size(path: Path) -> None:
+    """Raise StageError for a file that is too large to be read, or whose first 8 bytes, the size of its header, are wrong."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise StageError(f"lora {path.name}: cannot be read ({error.strerror})") from None
+    if size > MAX_LORA_BYTES:
+        raise StageError(f"lora {path.name}: has {size:,} bytes, must have at most {MAX_LORA_BYTES:,}")
+    if header_bytes > MAX_LORA_HEADER_BYTES:
+        allowed = f"must be at most {MAX_LORA_HEADER_BYTES:,}"
+        raise StageError(
+            f"lora {path.name}: not a readable .safetensors file (its header has {header_bytes:,} bytes, {allowed})"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -66,3 +93,14 @@ def _halves(names: Iterable[str]) -> Iterator[str]:
         if found := PARTS.match(name):
             (first if found["part"] in FIRST else second).add(found["layer"])
     yield from sorted(first ^ second)
+
+
+def _ranks(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
+    """Yield each layer with the rank of its two factors: the rows of the first, the columns of the second."""
+    first: dict[str, int] = {}
+    second: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if (found := PARTS.match(name)) and len(shape) >= 2:
+            is_first = found["part"] in FIRST
+            (first if is_first else second)[found["layer"]] = shape[0 if is_first else 1]
+    yield from ((layer, rank, second[layer]) for layer, rank in first.items() if layer in second)

@@ -30,7 +30,7 @@ from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.online.store.database import READS
 from vidgen_ray.online.store.schema import SESSIONS
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
 """Environment variable with further keys: TENANT=SHA256, separated by commas."""
@@ -324,7 +324,7 @@ def _token_digest(token: str) -> str:
 
 def _read_key_file(file: Path) -> Sequence[KeyRecord]:
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
+        content = load_yaml(file)
     except OSError as error:
         raise SetupError(f"keys file {file}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

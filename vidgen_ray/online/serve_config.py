@@ -15,7 +15,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.online.application import API
 from vidgen_ray.online.deployments import DIRECTOR, WORKERS
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml
 
 IMPORT_PATH = "vidgen_ray.online.application:build"
 NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
@@ -30,7 +30,7 @@ NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
 def check_config(file: Path) -> tuple[ServeDeploySchema, OnlineSettings]:
     """Return the config and the settings of its application. Raises UsageError with all problems of the file."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), StrictLoader)
+        content = load_yaml(file)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """Columns of tables: names as people write them, and a single error for all unknown ones."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def normal_name(column: str) -> str:
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
     """Raise ScriptError, once for the whole file, if columns are unknown or occur twice."""
-    if duplicates := [name for name in columns if columns.count(name) > 1]:
-        raise file_error(path, f"the column {duplicates[0]!r} twice", "must appear only once")
+    if duplicates := [name for name, count in Counter(columns).items() if count > 1]:
+        raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
         named = ", ".join(repr(name[:40]) for name in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         more = f"; a column {METADATA_PREFIX}{unknown[0][:40] or 'NAME'} is copied to the manifest"
@@ -52,7 +53,7 @@ def nest_metadata(fields: dict[str, Any]) -> dict[str, Any]:
     flat = [name for name in fields if name.startswith(METADATA_PREFIX)]
     if not flat:
         return fields
-    out = {name: value for name, value in fields.items() if name not in flat}
+    out = {name: value for name, value in fields.items() if not name.startswith(METADATA_PREFIX)}
     metadata = out.get("metadata")
     out["metadata"] = {**(metadata if isinstance(metadata, dict) else {})}
     out["metadata"] |= {name.removeprefix(METADATA_PREFIX): fields[name] for name in flat}

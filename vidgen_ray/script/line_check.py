@@ -1,6 +1,7 @@
 """Check one line of a script: fill in defaults and characters, validate the fields and look for its files."""
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -12,6 +13,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import uncropped_size
 from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
+from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
 from vidgen_ray.script.expansion import STYLE, expand, is_expandable
 from vidgen_ray.script.ignored_settings import ignored_settings
@@ -88,8 +90,8 @@ class LineChecker:
         return LineChecker(self.source, self.folder, {}, self.run_seed)
 
     @cached_property
-    def locate(self) -> Callable[[str], tuple[str, bool]]:
-        """Path in a line -> absolute path, and true if the file exists."""
+    def locate(self) -> Callable[[str], tuple[str, int | None]]:
+        """Path in a line -> absolute path, and the bytes of the file. `None` if it does not exist."""
         return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
 
     def check(self, number: int, parsed: Line | UnreadableLine) -> ValidLine | RejectedLine:
@@ -127,10 +129,14 @@ def check_header(header: Header, checker: LineChecker) -> None:
         raise ScriptError([FieldError(checker.source, None, *each) for each in wrong])
 
 
-def _locate(folder: Path, path: str) -> tuple[str, bool]:
+def _locate(folder: Path, path: str) -> tuple[str, int | None]:
     absolute = absolute_path(folder, path)
-    # os.path, unlike pathlib, accepts paths that are too long.
-    return absolute, os.path.isfile(absolute)
+    try:
+        status = os.stat(absolute)
+    # ValueError for paths that cannot be encoded, OSError also for those that are too long.
+    except (OSError, ValueError):
+        return absolute, None
+    return absolute, status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 class LineCheck:
@@ -145,6 +151,11 @@ class LineCheck:
         self._line = line
         self._context = context
         own = dict(line.fields)
+        if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
+            # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
+            self._failure, self._fields = {}, {"unreadable": shortened(deep)}
+            self.reject(deep, "a value that is nested too deeply", f"must have at most {MAX_NESTING} levels")
+            return
         failure = own.pop(FAILURE_FIELD, None)
         self._failure = failure if isinstance(failure, dict) else {}
         if is_expandable(own):
@@ -297,12 +308,19 @@ class LineCheck:
         return shot.model_copy(update=paths) if paths else shot
 
     def _existing_file(self, field: str, path: str) -> str:
-        absolute, exists = self._context.locate(path)
-        if not exists and path.startswith(("http://", "https://")):
+        absolute, size = self._context.locate(path)
+        if size is None and path.startswith(("http://", "https://")):
             self.reject(field, shortened(path), "must be a file; URLs are not read, download it first")
-        elif not exists:
+        elif size is None:
             self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
+        else:
+            self._check_bytes(field, path, size, MAX_IMAGE_BYTES)
         return absolute
+
+    def _check_bytes(self, field: str, path: str, size: int, limit: int) -> None:
+        """Reject a file before it is hashed and read."""
+        if size > limit:
+            self.reject(field, shortened(path), f"has {size:,} bytes, must have at most {limit:,}")
 
     def _existing_lora(self, field: str, lora: LoraRef) -> LoraRef:
         is_weights = lora.path.endswith(".safetensors")
@@ -313,10 +331,27 @@ class LineCheck:
             except SetupError as error:
                 self.reject(field, shortened(lora.path), str(error))
             return lora
-        absolute, exists = self._context.locate(lora.path)
-        if not exists or not is_weights:
+        absolute, size = self._context.locate(lora.path)
+        if size is None or not is_weights:
             self.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
+        else:
+            self._check_bytes(field, lora.path, size, MAX_LORA_BYTES)
         return lora.model_copy(update={"path": absolute})
+
+
+def is_deep(value: Any) -> bool:
+    """Return whether lists and mappings are nested in more than MAX_NESTING levels."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for each in level
+            if isinstance(each, dict | list)
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def _is_plain_json(metadata: JsonValue) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,10 @@ def with_absolute_paths(field: str, value: Any, absolute: Callable[[str], str]) 
 
 def absolute_path(folder: Path, path: str) -> str:
     """Return a path relative to a folder as an absolute one. Unlike pathlib, accepts unknown users in `~user`."""
-    return os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
+    # Names of users with NUL or surrogates. There is no such file either.
+    with suppress(ValueError):
+        path = os.path.expanduser(path)
+    return os.path.abspath(os.path.join(folder, path))
 
 
 def file_error(path: Path, got: str, allowed: str) -> ScriptError:

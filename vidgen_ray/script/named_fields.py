@@ -15,7 +15,7 @@ import yaml
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import known_fields, shortened, wrong_defaults
 from vidgen_ray.script.lines import WrongField, absolute_path, with_absolute_paths
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import load_yaml
 
 CHARACTER_FIELDS = (
     "face_image",
@@ -61,7 +61,7 @@ def read_characters(path: Path) -> NamedFields:
     Raises ScriptError.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), StrictLoader)
+        content = load_yaml(path)
     except OSError as error:
         raise _wrong(path.name, None, str(path), f"must be a readable file ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -3,6 +3,8 @@
 Tables that pandas has written, and data sets of captioned images, are accepted.
 """
 
+import base64
+import os
 from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from pathlib import Path
@@ -28,17 +30,15 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
     import pyarrow
     import pyarrow.parquet
 
+    check_no_extension_types(path)
     try:
         # `pre_buffer` would read whole row groups, and a script is often a single row group.
         file = pyarrow.parquet.ParquetFile(path, buffer_size=COLUMN_BUFFER_BYTES, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
+        columns = file.schema_arrow.names
+    # ValueError for names of columns that are not UTF-8.
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise file_error(path, "invalid Parquet", f"must be a readable Parquet file ({error})") from None
-    for field in file.schema_arrow:
-        # Extension types may execute code when they are read (CVE-2026-41486).
-        if isinstance(field.type, pyarrow.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
-            allowed = "columns must be text, numbers, lists or structs"
-            raise file_error(path, f"an extension type in column {field.name}", allowed)
-    names = {name: normal_name(name) for name in file.schema_arrow.names if name != PANDAS_INDEX}
+    names = {name: normal_name(name) for name in columns if name != PANDAS_INDEX}
     caption = next((name for name in CAPTIONS if name in names and "prompt" not in names.values()), None)
     if caption is not None:
         names[caption] = "prompt"
@@ -51,10 +51,41 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
                 for row in _rows(batch.select(list(names))):
                     number += 1
                     yield number, _parquet_row(path, number, row, names)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
 
     return NO_HEADER, lines()
+
+
+def _base64_fragments(text: bytes) -> tuple[bytes, ...]:
+    """Return the Base64 of a text inside a longer one, for each of the three positions that it may have."""
+    fragments = []
+    for shift in range(3):
+        encoded = base64.b64encode(bytes(shift) + text).rstrip(b"=")
+        # Letters that also depend on the text before and after.
+        fragments.append(encoded[(0, 2, 3)[shift] : len(encoded) - bool((shift + len(text)) % 3)])
+    return tuple(fragments)
+
+
+EXTENSION_NAME = b"ARROW:extension:name"
+EXTENSION_MARKS = (EXTENSION_NAME, *_base64_fragments(EXTENSION_NAME))
+"""How the metadata at the end of a file names an extension type. pyarrow writes its schema in Base64."""
+
+
+def check_no_extension_types(path: Path) -> None:
+    """Raise ScriptError for columns with extension types, which may run code when pyarrow opens the file (CVE-2026-41486).
+
+    Ray registers such types with pyarrow, so this comes before pyarrow opens the file. Raises OSError if it cannot be read.
+    """
+    with path.open("rb") as file:
+        # The file ends with the metadata, its size and `PAR1`.
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 8))
+        size = int.from_bytes(file.read(4), "little")
+        file.seek(max(0, end - 8 - size))
+        metadata = file.read(size)
+    if any(mark in metadata for mark in EXTENSION_MARKS):
+        raise file_error(path, "an extension type", "columns must be text, numbers, lists or structs")
 
 
 CONVERSION_ERRORS = (UnicodeDecodeError, ValueError, OverflowError)

@@ -1,6 +1,7 @@
 """Read .jsonl scripts, with a JSON object per line, and .txt scripts, with a prompt per line."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def _json_line(path: Path, number: int, text: str) -> Line | UnreadableLine:
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        raise _DuplicateField(next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i])))
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateField(next(name for name, count in counts.items() if count > 1))
     return out
 
 

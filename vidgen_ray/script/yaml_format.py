@@ -59,7 +59,7 @@ def _lines(path: Path, shots: list[Any], line_numbers: Iterator[int], defaults: 
         number = next(line_numbers)
         if isinstance(shot, str):
             shot = {"prompt": shot}
-        if isinstance(shot, dict):
+        if isinstance(shot, dict) and all(isinstance(name, str) for name in shot):
             yield number, Line(number, shot, strict=True, defaults=defaults, scene=scene)
         else:
             allowed = "must be a prompt or a mapping of fields"

@@ -11,14 +11,13 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.strict_yaml import StrictLoader
+from vidgen_ray.strict_yaml import parse_yaml
 
 
 class WeightLicence(BaseModel):
@@ -60,7 +59,7 @@ _Accepted = TypeAdapter(dict[str, str])
 def licence_ledger() -> tuple[WeightLicence, ...]:
     """Return all entries of the ledger."""
     text = (resources.files("vidgen_ray.weights") / "licences.yaml").read_text("utf-8")
-    return _Ledger.validate_python(yaml.load(text, Loader=StrictLoader))
+    return _Ledger.validate_python(parse_yaml(text))
 
 
 def licence_of(reference: str, own: Iterable[WeightLicence] = ()) -> WeightLicence | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -13,7 +15,8 @@ from starlette.requests import Request
 from vidgen_ray.atomic_files import private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
-from vidgen_ray.media import VideoReader, encode_png, open_video
+from vidgen_ray.media import encode_png
+from vidgen_ray.media.sample_frames import sample_frames
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateCharacter
@@ -102,19 +105,17 @@ def _photo_from_video(server: ServerContext, video: UploadFile) -> bytes:
     try:
         _copy(video, tmp, server.settings.uploads.video_bytes)
         try:
-            with open_video(tmp, backend="pyav") as reader:
-                return encode_png(_first_frame_with_face(server, reader))
+            with closing(sample_frames(tmp, SEARCHED_FRAMES, START_FRAMES)) as frames:
+                return encode_png(_first_frame_with_face(server, frames))
         except MediaError as error:
             raise invalid("video", str(error).removeprefix(f"{tmp}: "), "invalid_video") from None
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def _first_frame_with_face(server: ServerContext, video: VideoReader) -> Image:
-    frame_count = min(video.frame_count, START_FRAMES)
+def _first_frame_with_face(server: ServerContext, frames: Iterable[Image]) -> Image:
     reason = "the video has no frames"
-    for index in sorted({number * frame_count // SEARCHED_FRAMES for number in range(SEARCHED_FRAMES)}):
-        frame: Image = video.frames(index, index + 1)[0]
+    for frame in frames:
         try:
             server.face_check.check([frame])
         except StageError as error:

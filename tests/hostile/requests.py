@@ -1,0 +1,161 @@
+"""Hostile HTTP requests of a client with a key: the door of the API. Uploads are the images of `images.py`."""
+
+import base64
+import json
+from typing import Any
+
+from tests.hostile.case import Case, refused, used
+from tests.hostile.images import NOISE, RED, encoded
+
+VIDEOS = "/v1/videos"
+SMALL = {"prompt": "a", "size": "64x64", "num_frames": 2, "upscale": False}
+
+
+def post(path: str = VIDEOS, **arguments: Any):
+    """Return a builder of a POST request: its path and the arguments of httpx."""
+    return lambda _: (path, arguments)
+
+
+def body(**fields: Any):
+    return post(json={**SMALL, **fields})
+
+
+def raw(content: bytes, kind: str = "application/json"):
+    return post(content=content, headers={"Content-Type": kind})
+
+
+def upload(content: bytes):
+    return post("/v1/files", files={"file": ("a.png", content)})
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def reference(url: str):
+    return body(image_reference={"image_url": url})
+
+
+LOCALHOST = [
+    "http://127.0.0.1/x.png",
+    "http://2130706433/x.png",
+    "http://0x7f.1/x.png",
+    "http://0177.0.0.1/x.png",
+    "http://[::1]/x.png",
+    "http://[::ffff:7f00:1]/x.png",
+    "http://[::ffff:127.0.0.1]/x.png",
+    "http://0.0.0.0/x.png",
+    "http://localhost/x.png",
+    "http://169.254.169.254/latest/meta-data",
+    "http://[fd00:ec2::254]/x.png",
+    "http://user@allowed.example@127.0.0.1/x.png",
+    "file:///etc/passwd",
+    "gopher://127.0.0.1/x",
+]
+
+REQUESTS: list[Case] = [
+    refused(
+        "JSON nested 10,000 times",
+        "request",
+        "nested too deeply",
+        raw(b'{"metadata": ' + b"[" * 40 + b"]" * 40 + b"}"),
+        status=400,
+    ),
+    refused("JSON with 200,000 values", "request", "too many values", raw(b'{"a": [' + b"0," * 200_000 + b"0]}"), status=400),
+    refused("JSON with 1 MB of opening brackets", "request", "", raw(b"[" * 1_000_000), status=400),
+    refused("JSON of 3 MB", "request", "larger than", raw(b'{"prompt": "' + b"x" * 3_000_000 + b'"}'), status=413),
+    refused("JSON in UTF-16", "request", "not valid JSON", raw(json.dumps(SMALL).encode("utf-16")), status=400),
+    refused("JSON with NaN", "request", "NaN is not JSON", raw(b'{"prompt": "a", "fps": NaN}'), status=400),
+    refused(
+        "JSON with a number of 5,000 digits",
+        "request",
+        "not valid JSON",
+        raw(b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}"),
+        status=400,
+    ),
+    refused("JSON with a field twice", "request", "same name twice", raw(b'{"prompt": "a", "prompt": "b"}'), status=400),
+    refused("lone surrogate", "request", "lone surrogate", raw(b'{"prompt": "\\ud800"}'), status=400),
+    refused("another content type", "request", "must be application/json", raw(b"<a/>", "application/xml"), status=415),
+    refused("pickle as body", "request", "must be application/json", raw(b"\x80\x04.", "application/octet-stream"), status=415),
+    refused("prompt of 100 kB", "request", "at most 10000 characters", body(prompt="x" * 100_000), status=400, field="prompt"),
+    refused("NUL in the prompt", "request", "NUL", body(prompt="a\0b"), status=400, field="prompt"),
+    refused("unknown field with a long name", "request", "", body(**{"x" * 100_000: 1}), status=400),
+    refused("seed true", "request", "true", body(seed=True), status=400, field="seed"),
+    refused("size of 99999x99999", "request", "must be", body(size="99999x99999"), status=400, field="size"),
+    refused("1,000,000 frames", "request", "", body(num_frames=1_000_000), status=400),
+    refused("job above the limit of the key", "request", "must be at most", body(size="1024x1024", num_frames=256), status=400),
+    refused("LoRA as path", "request", "no such LoRA", body(lora="/etc/passwd"), status=404, field="lora"),
+    refused(
+        "LoRA with a weight of NaN",
+        "request",
+        "NaN is not JSON",
+        raw(b'{"prompt": "a", "lora": {"name": "x", "scale": NaN}}'),
+        status=400,
+    ),
+    refused("start image as path", "request", "", reference("/etc/passwd"), status=400, field="image_reference"),
+    refused(
+        "start image as HTML",
+        "request",
+        "data: URL",
+        reference(data_url(b"<script>", "text")),
+        status=400,
+        field="image_reference",
+    ),
+    refused(
+        "unknown upload",
+        "request",
+        "",
+        body(input_reference={"file_id": "file-" + "0" * 64}),
+        status=400,
+        field="input_reference",
+    ),
+    refused(
+        "upload id that leaves the folder",
+        "request",
+        "",
+        body(input_reference={"file_id": "file-../../etc"}),
+        status=400,
+        field="input_reference",
+    ),
+    refused("10,000 form fields", "request", "ields", post(data={f"f{n}": "x" for n in range(10_000)}), status=400),
+    refused("form text of 3 MB", "request", "larger than", post(data={"prompt": "x" * 3_000_000}), status=413),
+    refused("20 files", "request", "iles", post(data=SMALL, files=[("face_image", ("a", b""))] * 20), status=400),
+    refused(
+        "multipart without an end",
+        "request",
+        "",
+        raw(b"--x\r\nContent-Disposition: form-data; na", "multipart/form-data; boundary=x"),
+        status=400,
+    ),
+    refused("upload above the limit", "request", "larger than", upload(encoded(NOISE, "PNG") + bytes(700_000)), status=413),
+    *(refused(f"image at {url}", "request", "", reference(url), status=400, field="image_reference") for url in LOCALHOST),
+    used(
+        "file name that leaves the folder",
+        "request",
+        post("/v1/files", files={"file": ("../../../etc/passwd", encoded(RED, "PNG"))}),
+    ),
+    used("HTML in the prompt", "request", body(prompt="</script><script>alert(1)</script>")),
+    used("escape sequences in the prompt", "request", body(prompt="a\x1b[2J\x1b]0;owned\x07b")),
+]
+
+LIMITS = "tests/online/test_api_limits.py"
+FETCH = "tests/online/test_http_fetch.py"
+FACES = "tests/nets/test_faces.py"
+ELSEWHERE: dict[str, str] = {
+    "slow body": f"{LIMITS}::test_slow_body_times_out",
+    "endless chunked body": f"{LIMITS}::test_endless_body_is_rejected",
+    "body that is larger than its Content-Length": f"{LIMITS}::test_announced_body_is_rejected_before_it_arrives",
+    "expired key": f"{LIMITS}::test_expired_key_is_rejected",
+    "id of another tenant": f"{LIMITS}::test_other_tenants_objects_are_not_found",
+    "1,000 creates in a second": f"{LIMITS}::test_request_rate_limit",
+    "host name that changes its address": f"{FETCH}::test_dns_rebinding_is_prevented",
+    "redirect to a private address or a file": f"{FETCH}::test_redirect_target_is_checked",
+    "message of a webhook with a wrong signature or time": f"{FETCH}::test_openai_client_verifies_a_webhook_message",
+    "photo without a face": "tests/stages/test_instantid.py::test_photo_without_a_face_raises_stage_error",
+    "photo with twenty faces": f"{FACES}::test_face_index_counts_twenty_faces_from_the_left",
+    "face of 8 pixels": f"{FACES}::test_faces_below_min_face_px_are_rejected",
+    "half of a face": f"{FACES}::test_half_a_face_is_detected_with_a_lower_score",
+    "frames above the memory of the GPU": "tests/planner/test_memory.py",
+    "photo that changes during the run": "tests/engine/test_inputs.py",
+}
+"""Input that needs real models, sockets or time -> its test."""

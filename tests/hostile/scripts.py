@@ -1,0 +1,297 @@
+"""Hostile script lines, script files and profiles."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.hostile.case import Case, content, refused, used
+
+
+def line(**fields: Any):
+    return lambda _: {"prompt": "a", **fields}
+
+
+def raw(text: str):
+    """Return a builder of a line that is not written as JSON."""
+    return lambda _: text
+
+
+def nested(levels: int) -> str:
+    return '{"prompt": "a", "metadata": ' + '{"x": ' * levels + "1" + "}" * levels + "}"
+
+
+LINES: list[Case] = [
+    refused("empty prompt", "line", "at least 1 character", line(prompt=""), field="prompt"),
+    refused("blank prompt", "line", "must not be blank", line(prompt=" \t "), field="prompt"),
+    refused("prompt of 100 kB", "line", "at most 10000 characters", line(prompt="x" * 100_000), field="prompt"),
+    refused("NUL in the prompt", "line", "must not contain NUL", line(prompt="a\0b"), field="prompt"),
+    refused("lone surrogate in the prompt", "line", "unicode string", raw('{"prompt": "\\ud800"}'), field="prompt"),
+    refused(
+        "lone surrogate in metadata",
+        "line",
+        "plain JSON",
+        raw('{"prompt": "a", "metadata": {"x": "\\ud800"}}'),
+        field="metadata",
+    ),
+    refused("lone surrogate in a path", "line", "image", raw('{"prompt": "a", "image": "\\ud800.png"}'), field="image"),
+    refused("id that leaves the folder", "line", "must be 1 to 128 characters", line(id="../../etc/cron.d/x"), field="id"),
+    refused("absolute id", "line", "must be 1 to 128 characters", line(id="/etc/passwd"), field="id"),
+    refused("id with a backslash", "line", "must be 1 to 128 characters", line(id="a\\b"), field="id"),
+    refused("id of 300 characters", "line", "must be 1 to 128 characters", line(id="x" * 300), field="id"),
+    refused("id with a dot at its end", "line", "without a dot at the start or end", line(id="a."), field="id"),
+    refused("hidden id", "line", "without a dot at the start or end", line(id=".tmp-a"), field="id"),
+    refused("id with escape sequences", "line", "must be 1 to 128 characters", line(id="\x1b[2Ja"), field="id"),
+    refused("id twice", "line", "has the same id", line(id="good-0"), field="id"),
+    refused("seed -1", "line", "greater than or equal to 0", line(seed=-1), field="seed"),
+    refused("seed 2^64", "line", "must be less than", line(seed=2**64), field="seed"),
+    refused("seed as text", "line", "valid integer", line(seed="7"), field="seed"),
+    refused("seed true", "line", "valid integer", line(seed=True), field="seed"),
+    refused("seed with 5,000 digits", "line", "must be a JSON object", raw('{"prompt": "a", "seed": ' + "1" * 5000 + "}")),
+    refused("width 7", "line", "multiple of 16", line(width=7), field="width"),
+    refused("width 0", "line", "multiple of 16", line(width=0), field="width"),
+    refused("width 1,000,000", "line", "multiple of 16", line(width=1_000_000), field="width"),
+    refused("width NaN", "line", "valid integer", raw('{"prompt": "a", "width": NaN}'), field="width"),
+    refused("width 1e999", "line", "valid integer", raw('{"prompt": "a", "width": 1e999}'), field="width"),
+    refused("1,000,000 frames", "line", "less than or equal to 256", line(num_frames=1_000_000), field="num_frames"),
+    refused("1,000,000 variants", "line", "less than or equal to 1000", line(variants=1_000_000), field="variants"),
+    refused("choices for 10^9 shots", "line", "must be at most 1000", line(prompt="{a|b|c}" * 19), field="prompt"),
+    refused(
+        "matrix of 10^9 shots",
+        "line",
+        "must be at most 1000",
+        line(matrix={name: [*range(1, 1001)] for name in ("seed", "fps", "motion_bucket_id")}),
+        field="matrix",
+    ),
+    refused(
+        "LoRA weight 1e9",
+        "line",
+        "less than or equal to 2",
+        line(lora=[{"path": "a.safetensors", "weight": 1e9}]),
+        field="lora.weight",
+    ),
+    refused(
+        "LoRA weight NaN",
+        "line",
+        "finite number",
+        raw('{"prompt": "a", "lora": [{"path": "a.safetensors", "weight": NaN}]}'),
+        field="lora.weight",
+    ),
+    refused("photo as URL", "line", "URLs are not read", line(face_image="http://169.254.169.254/x.png"), field="face_image"),
+    refused("photo as device", "line", "must be an existing file", line(face_image="/dev/zero"), field="face_image"),
+    refused("photo as folder", "line", "must be an existing file", line(image="/"), field="image"),
+    refused("path of 5,000 characters", "line", "must be an existing file", line(image="x" * 5000), field="image"),
+    refused("NUL in the name of a user", "line", "must be an existing file", line(image="~\0/x.png"), field="image"),
+    refused("NUL in a path", "line", "must be an existing file", line(image="a\0.png"), field="image"),
+    refused(
+        "LoRA with another ending", "line", "must be an existing .safetensors file", line(lora="/etc/passwd"), field="lora"
+    ),
+    refused("unknown field", "line", "did you mean prompt", line(promt="b"), field="promt"),
+    refused("field twice", "line", "must appear only once", raw('{"prompt": "a", "prompt": "b"}'), field="prompt"),
+    refused(
+        "100,000 fields, the last one twice",
+        "line",
+        "must appear only once",
+        raw("{" + "".join(f'"{n}": 1, ' for n in range(100_000)) + '"99999": 2}'),
+        field="99999",
+    ),
+    refused("no prompt", "line", "this field is required", lambda _: {"seed": 1}, field="prompt"),
+    refused("list instead of fields", "line", "must be a JSON object", raw("[1, 2]")),
+    refused("half of a line", "line", "must be a JSON object", raw('{"prompt": "half')),
+    refused("100,000 brackets", "line", "must be a JSON object", raw("[" * 100_000)),
+    refused("metadata nested 300 times", "line", "at most 200 levels", raw(nested(300)), field="metadata"),
+    refused("metadata nested 900 times", "line", "at most 200 levels", raw(nested(900)), field="metadata"),
+    refused(
+        "matrix nested 900 times",
+        "line",
+        "at most 200 levels",
+        raw('{"prompt": "a", "matrix": {"seed": ' + "[" * 900 + "1" + "]" * 900 + "}}"),
+        field="matrix",
+    ),
+    refused(
+        "prompt nested 900 times",
+        "line",
+        "at most 200 levels",
+        raw('{"prompt": ' + "[" * 900 + "1" + "]" * 900 + "}"),
+        field="prompt",
+    ),
+    refused("metadata NaN", "line", "plain JSON", raw('{"prompt": "a", "metadata": {"x": NaN}}'), field="metadata"),
+    used("escape sequences in the prompt", "line", line(prompt="a\x1b[2J\x1b]0;owned\x07b")),
+    used("line ends in the prompt", "line", line(prompt="a\r\nb\nc")),
+    used("right-to-left override and ZWJ emoji", "line", line(prompt="a \u202egpj.exe \U0001f469\u200d\U0001f680")),
+    used("NFC spelling", "line", line(prompt="caf\u00e9")),
+    used("NFD spelling of the same prompt", "line", line(prompt="cafe\u0301")),
+    used("HTML and script", "line", line(prompt="</script><script>alert(1)</script><img src=x onerror=alert(1)>")),
+    used("formula", "line", line(prompt='=cmd|"/c calc"!A1')),
+    used("template", "line", line(prompt="{{7*7}} ${7*7} %s %(x)s {0.__class__}")),
+    used("path in the prompt", "line", line(prompt="../../../../etc/passwd")),
+    used("device name as id", "line", line(id="CON")),
+]
+
+
+def parquet(**columns: Any):
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def extension_type(path: Path) -> None:
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((1, 2)))
+    pq.write_table(pa.table({"prompt": ["a"], "metadata.x": tensors}), path)
+
+
+RAY_TENSOR = {"ARROW:extension:name": "ray.data.arrow_tensor_v2", "ARROW:extension:metadata": "\x80\x04."}
+"""Metadata of a column with Ray's tensor type, whose parameters earlier versions of Ray unpickled (CVE-2026-41486)."""
+
+
+def ray_extension_type(path: Path) -> None:
+    column = pa.field("metadata.x", pa.list_(pa.int64()), metadata=RAY_TENSOR)
+    schema = pa.schema([pa.field("prompt", pa.string()), column])
+    pq.write_table(pa.table({"prompt": ["a"], "metadata.x": [[1]]}, schema), path)
+
+
+def inner_extension_type(path: Path) -> None:
+    inner = pa.field("x", pa.list_(pa.int64()), metadata=RAY_TENSOR)
+    schema = pa.schema([pa.field("prompt", pa.string()), pa.field("metadata", pa.list_(pa.struct([inner])))])
+    pq.write_table(pa.table({"prompt": ["a"], "metadata": [[{"x": [1]}]]}, schema), path)
+
+
+def column_name_in_latin_1(path: Path) -> None:
+    parquet(**{"metadata.xx": ["a"], "prompt": ["a"]})(path)
+    path.write_bytes(path.read_bytes().replace(b"metadata.xx", b"metadata.\xe4\xf6"))
+
+
+def nested_column(levels: int):
+    def build(path: Path) -> None:
+        value = pa.array([1])
+        for _ in range(levels):
+            value = pa.StructArray.from_arrays([value], names=["x"])
+        pq.write_table(pa.table({"prompt": ["a"], "metadata": value}), path)
+
+    return build
+
+
+def billion_laughs() -> bytes:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'lol'}]" for n in range(10)]
+    return "\n".join([*levels, "shots: [*a9]"]).encode()
+
+
+SCRIPTS: list[Case] = [
+    refused("YAML with a billion laughs", "script", "aliases are not allowed", content(billion_laughs()), ending=".yaml"),
+    refused(
+        "YAML with a Python object",
+        "script",
+        "invalid YAML",
+        content(b"!!python/object/apply:os.system ['touch /tmp/owned']\n"),
+        ending=".yaml",
+    ),
+    refused("YAML of 17 MB", "script", "must be at most 16,777,216 bytes", content(lambda: b"#" * 17_000_000), ending=".yaml"),
+    refused("YAML nested 10,000 times", "script", "invalid YAML", content(b"shots: " + b"[" * 10_000), ending=".yaml"),
+    refused(
+        "YAML number of base 60 with 200,000 digits",
+        "script",
+        "more than 100 characters",
+        content(b"shots: [{prompt: a, seed: 1" + b":1" * 200_000 + b"}]"),
+        ending=".yaml",
+    ),
+    refused(
+        "YAML with 50,000 fields",
+        "script",
+        "an unknown header field",
+        content(lambda: b"shots: [a]\n" + b"".join(b"f%d: 1\n" % n for n in range(50_000))),
+        ending=".yaml",
+    ),
+    refused(
+        "YAML with a number as field",
+        "script",
+        "must be a prompt or a mapping of fields",
+        content(b"shots: [{1: a, prompt: b}]"),
+        ending=".yaml",
+    ),
+    refused("YAML in UTF-16", "script", "not UTF-8", content("shots: [a]".encode("utf-16")), ending=".yaml"),
+    refused(
+        "bytes that are not UTF-8",
+        "script",
+        "line 2: got bytes that are not UTF-8",
+        content(b"prompt\n\xff\xfe\n"),
+        ending=".csv",
+    ),
+    refused("line of 17 MB", "script", "more than 16,777,216 characters", content(lambda: b"x" * 17_000_000), ending=".txt"),
+    refused(
+        "CSV with 200,000 columns",
+        "script",
+        "unknown columns",
+        content(lambda: b",".join(b"c%d" % n for n in range(200_000))),
+        ending=".csv",
+    ),
+    refused("CSV with a column twice", "script", "must appear only once", content(b"prompt,prompt\na,b\n"), ending=".csv"),
+    refused("CSV with a cell of 1 MB", "script", "must be CSV", content(b"prompt\n" + b"x" * 1_000_000 + b"\n"), ending=".csv"),
+    refused("CSV with an open quote", "script", "must be CSV", content(b'prompt\n"a\nb\n'), ending=".csv"),
+    refused("no lines", "script", "must have at least one shot", content(b"\n\n"), ending=".jsonl"),
+    refused("text named .parquet", "script", "invalid Parquet", content(b"PAR1 text PAR1"), ending=".parquet"),
+    refused(
+        "truncated Parquet",
+        "script",
+        "invalid Parquet",
+        lambda path: (parquet(prompt=["a"])(path), path.write_bytes(path.read_bytes()[:-20])),
+        ending=".parquet",
+    ),
+    refused("Parquet with an extension type", "script", "got an extension type", extension_type, ending=".parquet"),
+    refused(
+        "Parquet with Ray's tensor type",
+        "script",
+        "got an extension type",
+        ray_extension_type,
+        ending=".parquet",
+    ),
+    refused(
+        "Parquet with Ray's tensor type in a struct in a list",
+        "script",
+        "extension type",
+        inner_extension_type,
+        ending=".parquet",
+    ),
+    refused("Parquet with a column name in Latin-1", "script", "invalid Parquet", column_name_in_latin_1, ending=".parquet"),
+    refused("Parquet with numbers as prompt", "script", "prompt: got 7", parquet(prompt=[7]), ending=".parquet"),
+    refused("Parquet with lists as prompt", "script", "prompt: got", parquet(prompt=[["a"]]), ending=".parquet"),
+    refused(
+        "Parquet with text that is not UTF-8",
+        "script",
+        "a row that cannot be read",
+        lambda path: pq.write_table(pa.table({"prompt": pa.array([b"\xff"]).view(pa.string())}), path),
+        ending=".parquet",
+    ),
+    refused("another type of file", "script", "must be one of .csv", content(b"a"), ending=".exe"),
+    used(
+        "JSONL with a byte order mark and CRLF",
+        "script",
+        content(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n'),
+        ending=".jsonl",
+    ),
+    refused("Parquet with a column nested 150 times", "script", "too deeply nested", nested_column(150), ending=".parquet"),
+    used("Parquet with a column nested 50 times", "script", nested_column(50), ending=".parquet"),
+]
+
+PROFILES: list[Case] = [
+    refused("pickle named .yaml", "profile", "is not UTF-8", content(b"\x80\x04cposix\nsystem\n(S'true'\ntR."), ending=".yaml"),
+    refused("Python object", "profile", "invalid YAML", content(b"!!python/object/apply:os.system ['true']"), ending=".yaml"),
+    refused("billion laughs", "profile", "aliases are not allowed", content(billion_laughs()), ending=".yaml"),
+    refused("17 MB", "profile", "must be at most 16,777,216", content(lambda: b"#" * 17_000_000), ending=".yaml"),
+    refused("nested 10,000 times", "profile", "invalid YAML", content(b"[" * 10_000), ending=".yaml"),
+    refused("UTF-16", "profile", "is not UTF-8", content("name: x".encode("utf-16")), ending=".yaml"),
+    refused("list", "profile", "must be a mapping", content(b"- a\n"), ending=".yaml"),
+    refused(
+        "memory NaN",
+        "profile",
+        "memory_gb",
+        content(b"{name: x, about: y, actors: {flux: {weights: a, memory_gb: .nan}}}"),
+        ending=".yaml",
+    ),
+    refused(
+        "preset for the shell",
+        "profile",
+        "encode.preset",
+        content(b"{name: x, about: y, encode: {preset: $(id)}, actors: {}}"),
+        ending=".yaml",
+    ),
+]

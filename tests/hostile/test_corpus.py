@@ -1,0 +1,170 @@
+"""Every hostile input is refused with one sentence that names it, or used; never a traceback, never code that runs."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.hostile.corpus import CORPUS, ELSEWHERE
+from tests.hostile.images import IMAGES
+from tests.hostile.scripts import LINES, PROFILES, SCRIPTS
+from tests.hostile.videos import VIDEOS
+from tests.hostile.weights import WEIGHTS
+from vidgen_ray.cli import main
+from vidgen_ray.errors import MediaError, ProfileError, StageError
+from vidgen_ray.media import open_video, read_image, verify_image
+from vidgen_ray.media.sample_frames import sample_frames
+from vidgen_ray.nets.lora_header import check_lora_file
+from vidgen_ray.profile import load_profile
+from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.stages.realesrgan import load_network
+from vidgen_ray.upscale.source import read_source
+
+ROOT = Path(__file__).parent.parent.parent
+each_image = pytest.mark.parametrize("case", IMAGES, ids=str)
+each_video = pytest.mark.parametrize("case", VIDEOS, ids=str)
+
+
+def assert_sentence(error, case, name):
+    """Check the text of an error: one line without control characters that names the file and the reason."""
+    text = str(error)
+    assert name in text
+    assert case.message in text
+    assert text.isprintable(), text
+    assert len(text) < 1000
+
+
+def test_corpus_is_complete():
+    assert len(CORPUS) + len(ELSEWHERE) >= 64
+    names = [(case.door, case.name) for case in CORPUS]
+    assert len(set(names)) == len(names)
+    for test in ELSEWHERE.values():
+        file, _, name = test.partition("::")
+        tree = ast.parse((ROOT / file).read_text())
+        assert not name or name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
+
+
+@each_image
+@pytest.mark.filterwarnings("error")
+def test_image(tmp_path, case):
+    path = tmp_path / "photo.png"
+    case.build(path)
+    if case.outcome == "used":
+        verify_image(path)
+        assert read_image(path).shape[2] == 3
+        return
+    for read in (read_image, verify_image):
+        with pytest.raises(MediaError) as caught:
+            read(path)
+        assert_sentence(caught.value, case, "photo.png")
+
+
+@each_video
+def test_video(tmp_path, case):
+    path = tmp_path / "clip.mp4"
+    case.build(path)
+
+    def read_all(path):
+        read_source(path)
+        with open_video(path) as video:
+            assert len(video.frames(0, video.frame_count)) == video.frame_count > 0
+
+    if case.outcome == "used":
+        read_all(path)
+        return
+    with pytest.raises(MediaError) as caught:
+        read_all(path)
+    assert_sentence(caught.value, case, "clip.mp4")
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+def test_weights(tmp_path, case):
+    path = tmp_path / f"weights{case.ending or '.safetensors'}"
+    case.build(path)
+    with pytest.raises(StageError) as caught:
+        check_lora_file(path) if case.door == "lora" else load_network(path)
+    assert_sentence(caught.value, case, path.name)
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("case", PROFILES, ids=str)
+def test_profile(tmp_path, case):
+    path = tmp_path / f"p{case.ending}"
+    case.build(path)
+    with pytest.raises(ProfileError) as caught:
+        load_profile(str(path))
+    assert_sentence(caught.value, case, path.name)
+
+
+@pytest.fixture
+def validate(tmp_path, capsys):
+    """Run `vidgen validate` on a script. Return its exit code and its messages without line breaks."""
+
+    def run(path):
+        code = main(["validate", str(path)])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert all(char.isprintable() or char.isspace() for char in out + err)
+        return code, " ".join((out + err).replace("│", " ").split())
+
+    return run
+
+
+@pytest.mark.parametrize("case", SCRIPTS, ids=str)
+def test_script(tmp_path, validate, case):
+    path = tmp_path / f"script{case.ending}"
+    case.build(path)
+    code, messages = validate(path)
+    assert (code, case.message in messages) == (0 if case.outcome == "used" else 3, True), messages[:2000]
+    assert len(messages) < 20_000
+
+
+@pytest.mark.parametrize("case", LINES, ids=str)
+def test_line(tmp_path, case):
+    """The lines before and after it are valid, and the error names the line and the field."""
+    script = tmp_path / "s.jsonl"
+    script.write_text(as_script([case]))
+    read = read_script(ScriptSettings(script))
+    rejected = [error for line in read.rejected for error in line.errors]
+    if case.outcome == "used":
+        assert (len(read.shots), rejected) == (3, [])
+        return
+    assert [shot.id for shot in read.shots] == ["good-0", "good-1"]
+    assert (rejected[0].line, rejected[0].field) == (2, case.field)
+    assert_sentence(rejected[0], case, "s.jsonl line 2")
+
+
+def test_all_lines_at_once(tmp_path, validate):
+    (tmp_path / "s.jsonl").write_text(as_script(LINES))
+    code, messages = validate(tmp_path / "s.jsonl")
+    assert code == 3
+    assert len(messages) < 50 * 350
+
+
+def as_script(cases):
+    """Return a JSONL script with a good line before, between and after the lines of the cases."""
+    lines = [json.dumps({"id": "good-0", "prompt": "good"})]
+    for number, case in enumerate(cases, start=1):
+        hostile = case.build(Path())
+        lines.append(hostile if isinstance(hostile, str) else json.dumps(hostile))
+        lines.append(json.dumps({"id": f"good-{number}", "prompt": "good"}))
+    return "".join(f"{line}\n" for line in lines)
+
+
+# Videos of clients are decoded in a child process
+
+
+@each_video
+def test_video_in_a_child_process(tmp_path, case):
+    path = tmp_path / "clip.mp4"
+    case.build(path)
+    if case.outcome == "used":
+        frames = list(sample_frames(path, 2, 900))
+        assert [frame.shape[2] for frame in frames] == [3] * len(frames)
+        assert frames
+        return
+    with pytest.raises(MediaError) as caught:
+        list(sample_frames(path, 2, 900))
+    assert_sentence(caught.value, case, "clip.mp4")

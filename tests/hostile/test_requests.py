@@ -1,0 +1,91 @@
+"""Hostile requests and uploads: a 4xx with one sentence, or an accepted job; the server and other clients go on."""
+
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from tests.hostile.images import IMAGES
+from tests.hostile.requests import REQUESTS, SMALL
+from tests.hostile.videos import VIDEOS
+from tests.online.directors import local_server
+from tests.online.test_api_videos import ended
+from vidgen_ray.online.auth import hash_key
+from vidgen_ray.online.settings import OnlineSettings
+
+CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 2_500_000}
+SERVER_ERROR = 500
+
+
+@pytest.fixture(scope="module")
+def server(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    limits = {"pixel_frames": 64 * 64 * 100, "open_jobs": 1000, "requests_per_minute": 100_000}
+    keys = [{"tenant": name, "sha256": hash_key(f"vg-{name}"), "limits": {**limits}} for name in ("ada", "bob")]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": keys}))
+    settings = OnlineSettings(
+        profile="tiny",
+        data=str(folder / "out"),
+        keys_file=folder / "keys.yaml",
+        poll_s=0.02,
+        uploads=CAPS,
+        url_inputs={"enabled": True, "allow_hosts": ["allowed.example", "*"]},
+    )
+    with local_server(tiny, settings) as running:
+        yield running
+
+
+def client_of(server, tenant):
+    headers = {"Authorization": f"Bearer vg-{tenant}"}
+    return TestClient(server.app, base_url="http://videos.example", headers=headers)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """Client that raises the exceptions of the server."""
+    return client_of(server, "ada")
+
+
+def assert_refused(response, status, message="", param=None):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert param is None or (error["param"] or "").startswith(param)
+    assert len(response.content) < 5000
+    assert "Traceback" not in response.text
+
+
+@pytest.mark.parametrize("case", REQUESTS, ids=str)
+def test_request(client, case):
+    path, arguments = case.build(None)
+    response = client.post(path, **arguments)
+    if case.outcome == "used":
+        assert response.status_code == 200, response.text
+    else:
+        assert_refused(response, case.status, case.message, case.field)
+
+
+@pytest.mark.parametrize("case", [case for case in IMAGES if case.name != "file of 600 MB"], ids=str)
+def test_upload(tmp_path, client, server, case):
+    case.build(tmp_path / "a")
+    response = client.post("/v1/files", files={"file": ("photo.png", (tmp_path / "a").read_bytes(), "image/png")})
+    if case.outcome == "used":
+        assert response.status_code == 200, response.text
+        return
+    assert_refused(response, 400, case.message, "file")
+    assert server.settings.data not in response.text
+
+
+@pytest.mark.parametrize("case", [case for case in VIDEOS if case.outcome == "refused"], ids=str)
+def test_character_from_a_video(tmp_path, client, server, case):
+    case.build(tmp_path / "a")
+    files = {"video": ("a.mp4", (tmp_path / "a").read_bytes())}
+    response = client.post("/v1/videos/characters", data={"name": "x"}, files=files)
+    assert_refused(response, 400, case.message, "video")
+    assert str(tmp_path) not in response.text
+
+
+def test_other_clients_are_served_afterwards(server):
+    """The last test of this module: jobs of another tenant are still rendered."""
+    bob = client_of(server, "bob")
+    job = bob.post("/v1/videos", json=SMALL).json()
+    assert ended(bob, job["id"])["status"] == "completed"
