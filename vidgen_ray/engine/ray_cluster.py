@@ -161,7 +161,7 @@ def _gpus_gb() -> tuple[float, ...]:
     """Return the memory of each GPU of this machine in units of 2**30 bytes, as reported by nvidia-smi."""
     try:
         output = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],  # noqa: S607  # its folder differs between distributions
             capture_output=True,
             text=True,
             timeout=30,

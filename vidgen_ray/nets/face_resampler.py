@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.finite import not_finite
+from vidgen_ray.nets.torch_file import load_torch_file
 
 HEAD_CHANNELS = 64
 """Channels of an attention head. The weights do not determine it. Every published face resampler uses 64."""
@@ -124,7 +125,7 @@ def read_parts(file: Path, *parts: str) -> dict[str, dict[str, Tensor]]:
     if not file.is_file():
         raise SetupError(f"{file}: no such file; copy the published file to this path")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_torch_file(file)
     # torch raises many exception types for damaged or foreign files.
     except Exception as error:
         raise SetupError(f"{file}: is not a file of tensors only: {error}; copy the published file again") from error

@@ -19,6 +19,7 @@ from torch.nn import functional
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.face_alignment import CROP_PX
 from vidgen_ray.nets.onnx_sessions import open_session
+from vidgen_ray.nets.torch_file import load_torch_file
 
 UNITS = (3, 4, 14, 3)
 """Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""
@@ -129,7 +130,7 @@ class IRSE50Embedder:
 def read_network(file: Path) -> IRSE50:
     """Load the network of a `.pth` file on the CPU. The weights determine its widths."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_torch_file(file)
     # torch raises many exception types for damaged files.
     except Exception as error:
         raise SetupError(f"ir_se50 {file}: cannot be read as a state dict; {HINT}: {error}") from error

@@ -18,6 +18,7 @@ from torch.nn.functional import grid_sample, interpolate, pad
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.finite import require_finite_weights
+from vidgen_ray.nets.torch_file import load_torch_file
 
 HALVINGS = 4
 """Most halvings of the interval between two frames by a network that only draws the middle: times are sixteenths."""
@@ -288,7 +289,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         if file.suffix == ".safetensors":
             state: Mapping[str, Any] = load_file(file)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = load_torch_file(file)
     # Damaged files raise errors of any class.
     except Exception as error:
         raise SetupError(f"rife: {file} cannot be read ({type(error).__name__}: {error})") from None

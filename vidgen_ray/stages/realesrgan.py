@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -226,21 +225,20 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
     `.safetensors` holds a state dict; `.pth` may hold it under `params_ema`, which is preferred, or `params`.
     Raises StageError for other files and for networks that do not map one RGB image to a larger one.
     """
-    import torch
     from safetensors.torch import load_file
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
+    from vidgen_ray.nets.torch_file import NotTensors, load_torch_file
+
     try:
         safe = file.suffix == ".safetensors"
-        state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        state = load_file(file) if safe else load_torch_file(file)
         network = ModelLoader().load_from_state_dict(state)
     except UnsupportedModelError as error:
         raise StageError(f"upscaler {file.name}: no architecture of spandrel has these weights") from error
-    except (pickle.UnpicklingError, EOFError):
-        raise StageError(
-            f"upscaler {file.name}: is damaged, or holds other objects than tensors, which could run code; "
-            "copy the file again, or save its state dict as .safetensors"
-        ) from None
+    except NotTensors as error:
+        advice = "copy the file again, or save its state dict as .safetensors"
+        raise StageError(f"upscaler {file.name}: {error}; {advice}") from None
     # Damaged files and near misses of an architecture raise errors of any class.
     except Exception as error:
         reason = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__

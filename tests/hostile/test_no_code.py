@@ -1,0 +1,204 @@
+"""No input runs code: a pickle is sent through every door, and the package calls nothing that would run one."""
+
+import ast
+import pickle
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from tests.hostile.weights import RunsCode
+from tests.online.directors import LOCAL, local_server
+from vidgen_ray.errors import VidgenError
+from vidgen_ray.film.settings import read_film_file
+from vidgen_ray.media import open_video, read_image
+from vidgen_ray.media.sample_frames import sample_frames
+from vidgen_ray.nets.face_resampler import read_parts
+from vidgen_ray.nets.ir_se50 import read_network
+from vidgen_ray.nets.lora_header import check_lora_file
+from vidgen_ray.nets.rife import load_rife
+from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.outputs.stage_cache import face_from_json
+from vidgen_ray.profile import load_profile
+from vidgen_ray.script.named_fields import read_characters
+from vidgen_ray.script.reader import read_script
+from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.shot import LoraRef
+from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.realesrgan import load_network
+
+PACKAGE = Path(__file__).parent.parent.parent / "vidgen_ray"
+
+
+def script(path: Path) -> None:
+    if (read := read_script(ScriptSettings(path))).errors:
+        raise VidgenError(read.errors[0])
+
+
+class FluxPipe:
+    """The part of a pipeline that reads LoRA files."""
+
+    @staticmethod
+    def lora_state_dict(*args, **options):
+        from diffusers import FluxPipeline
+
+        return FluxPipeline.lora_state_dict(*args, **options)
+
+    def get_list_adapters(self):
+        return {}
+
+
+def lora_stage(path: Path) -> None:
+    with LoraAdapters(FluxPipe(), 1, "FLUX").active([LoraRef(path=str(path))]):
+        pass
+
+
+FILES = {
+    "LoRA, when it is checked": ("a.safetensors", check_lora_file),
+    "LoRA, when it is loaded": ("a.safetensors", lora_stage),
+    "LoRA with another ending": ("a.bin", lora_stage),
+    "upscaler .pth": ("a.pth", load_network),
+    "upscaler .safetensors": ("a.safetensors", load_network),
+    "RIFE": ("flownet.pkl", load_rife),
+    "face recogniser": ("a.pth", read_network),
+    "face resampler": ("a.bin", lambda path: read_parts(path, "ip_adapter")),
+    "script .jsonl": ("a.jsonl", script),
+    "script .csv": ("a.csv", script),
+    "script .txt": ("a.txt", script),
+    "script .yaml": ("a.yaml", script),
+    "script .parquet": ("a.parquet", script),
+    "characters": ("a.yaml", read_characters),
+    "profile": ("a.yaml", lambda path: load_profile(str(path))),
+    "film": ("a.yaml", read_film_file),
+    "API keys": ("a.yaml", lambda path: load_keys(path, Limits())),
+    "photo": ("a.png", read_image),
+    "video": ("a.mp4", open_video),
+    "video of a client": ("a.mp4", lambda path: list(sample_frames(path, 1, 1))),
+}
+"""Door -> name of its file, and the function that reads it."""
+
+
+def as_pickle(path: Path, payload: RunsCode) -> None:
+    path.write_bytes(pickle.dumps(payload))
+
+
+def as_text_pickle(path: Path, payload: RunsCode) -> None:
+    path.write_bytes(pickle.dumps(payload, protocol=0))
+
+
+def as_checkpoint(path: Path, payload: RunsCode) -> None:
+    torch.save({"params": payload, "ip_adapter": {"a": payload}}, path)
+
+
+def as_array(path: Path, payload: RunsCode) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([payload], dtype=object), allow_pickle=True)
+
+
+KINDS = [as_pickle, as_text_pickle, as_checkpoint, as_array]
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_payload_runs_when_it_is_unpickled(tmp_path, write):
+    """Without this, the tests below could not fail."""
+    write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
+    if write is as_checkpoint:
+        torch.load(tmp_path / "a", weights_only=False)
+    elif write is as_array:
+        np.load(tmp_path / "a", allow_pickle=True)
+    else:
+        pickle.loads((tmp_path / "a").read_bytes())
+    assert (tmp_path / "RAN").is_dir()
+
+
+@pytest.mark.parametrize("door", FILES)
+@pytest.mark.parametrize("write", KINDS)
+def test_pickle_in_a_file_is_refused_and_does_not_run(tmp_path, door, write):
+    name, read = FILES[door]
+    write(tmp_path / name, RunsCode(tmp_path / "RAN"))
+    # Its text is a list of prompts.
+    is_text = (door, write) == ("script .txt", as_text_pickle)
+    with nullcontext() if is_text else pytest.raises(VidgenError, match=r"^((?!weights_only)[\s\S])*$"):
+        read(tmp_path / name)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_pickle_in_a_column_of_parquet_does_not_run(tmp_path):
+    payload = pickle.dumps(RunsCode(tmp_path / "RAN"))
+    marked = {"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": payload}
+    for column in (pa.field("metadata.x", pa.binary()), pa.field("metadata.x", pa.binary(), metadata=marked)):
+        schema = pa.schema([pa.field("prompt", pa.string()), column])
+        pq.write_table(pa.table({"prompt": ["a"], "metadata.x": [payload]}, schema), tmp_path / "a.parquet")
+        with pytest.raises(VidgenError):
+            script(tmp_path / "a.parquet")
+    assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("write", KINDS)
+def test_pickle_in_a_request_is_refused_and_does_not_run(tiny, tmp_path, write):
+    write(tmp_path / "a", RunsCode(tmp_path / "RAN"))
+    content = (tmp_path / "a").read_bytes()
+    with local_server(tiny, OnlineSettings(profile="tiny", data=str(tmp_path / "out"))) as server:
+        client = TestClient(server.app, **LOCAL)
+        responses = [
+            client.post("/v1/files", files={"file": ("a.png", content)}),
+            client.post("/v1/videos", data={"prompt": "a"}, files={"input_reference": ("a.png", content)}),
+            client.post("/v1/videos/characters", data={"name": "x"}, files={"video": ("a.mp4", content)}),
+            *(
+                client.post("/v1/videos", content=content, headers={"Content-Type": kind})
+                for kind in ("application/json", "application/x-www-form-urlencoded", "application/octet-stream")
+            ),
+        ]
+    assert all(400 <= response.status_code < 500 for response in responses), responses
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_face_features_are_json(tmp_path):
+    with pytest.raises(ValueError):  # noqa: PT011  # any error of JSON
+        face_from_json(pickle.dumps(RunsCode(tmp_path / "RAN"), protocol=0).decode("latin-1"))
+    assert not (tmp_path / "RAN").exists()
+
+
+# What the package calls
+
+PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+INTERNAL_PICKLES = {"batch/line_planner.py", "batch/line_stream.py", "engine/actor_client.py", "data.py"}
+"""Modules that pickle objects between processes of one run. They read no file."""
+
+
+def calls() -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yield module, name and keywords of each call in the package. Keywords that are no literals are `None`."""
+    for path in PACKAGE.rglob("*.py"):
+        module = str(path.relative_to(PACKAGE))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                keywords = {word.arg or "**": getattr(word.value, "value", None) for word in node.keywords}
+                yield module, ast.unparse(node.func), keywords
+
+
+def test_package_makes_no_call_that_runs_code_of_a_file():
+    wrong = []
+    for module, name, keywords in calls():
+        if name.endswith("torch.load") and keywords.get("weights_only") is not True:
+            wrong.append((module, name))
+        if name.split(".")[0] in PICKLERS and module not in INTERNAL_PICKLES:
+            wrong.append((module, name))
+        if keywords.get("allow_pickle") or keywords.get("trust_remote_code") or keywords.get("shell"):
+            wrong.append((module, name))
+        if name in ("eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"):
+            wrong.append((module, name))
+    assert wrong == [("strict_yaml.py", "yaml.load")]
+
+
+def test_nothing_enables_code_of_model_repositories():
+    for folder in (PACKAGE, *(PACKAGE.parent / name for name in ("training", "jobs", "examples", "benchmarks"))):
+        for path in folder.rglob("*"):
+            if path.suffix in (".py", ".yaml", ".ipynb"):
+                assert "trust_remote_code" not in path.read_text(), path
