@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
 
-.PHONY: setup demo test test-slow chaos docs docs-site check clean
+.PHONY: setup demo test test-slow chaos lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,28 @@ test-slow: setup
 # 35 random moments.
 chaos: setup
 	$(BIN)/python -m pytest tests/batch/test_health.py tests/chaos -m ""
+
+# Supply chain, see docs/supply-chain.md. `lock` takes the versions that this environment has, which the tests ran with; +cpu builds of
+# torch count as their plain version.
+LOCK := packaging/requirements.lock
+lock: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
+	mkdir -p out
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/ @ /d' > out/tested-versions.txt
+	$(BIN)/uv pip compile pyproject.toml --extra postgres --extra s3 --extra mcp --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --override packaging/overrides.txt \
+		--constraint out/tested-versions.txt --no-emit-package onnxruntime --quiet --output-file $(LOCK)
+
+# Known vulnerabilities of the locked packages. Needs the network.
+audit: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(LOCK)
+
+# Software bill of materials (CycloneDX) of the locked packages, into out/sbom.json. Needs no network.
+sbom: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
+	mkdir -p out
+	$(BIN)/cyclonedx-py requirements $(LOCK) --output-file out/sbom.json
 
 # Regenerates docs/openapi.json and the tables between "generated" markers in docs/.
 docs: setup

@@ -1,0 +1,51 @@
+"""The lock file installs what pyproject.toml asks for, from any index, with plain versions and hashes."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+LOCK = (ROOT / "packaging" / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def locked() -> dict[str, list[Requirement]]:
+    """Return name -> its entries, one for each version or marker."""
+    found: dict[str, list[Requirement]] = {}
+    for entry in re.split(r"\n(?=\S)", LOCK.strip()):
+        requirement = Requirement(entry.split("\\")[0].strip())
+        assert re.findall(r"--hash=sha256:[0-9a-f]{64}", entry), requirement
+        found.setdefault(canonical(requirement.name), []).append(requirement)
+    return found
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+@pytest.mark.parametrize(
+    "text", [*PROJECT["dependencies"], *(each for name in ("postgres", "s3", "mcp") for each in EXTRAS[name])]
+)
+def test_requirement_is_locked_to_a_version_it_allows(text):
+    requirement = Requirement(text)
+    entries = locked()[canonical(requirement.name)]
+    for entry in entries:
+        (pin,) = entry.specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), f"{entry} is not {requirement}; run `make lock`"
+
+
+def test_lock_names_no_index_no_local_version_and_no_second_onnxruntime():
+    assert "://" not in LOCK
+    assert "--index" not in LOCK
+    assert "--find-links" not in LOCK
+    assert not re.search(r"^[^ ]+==[^ ;]*\+", LOCK, re.MULTILINE)
+    names = locked()
+    assert "onnxruntime-gpu" in names
+    assert "onnxruntime" not in names, "both own the folder onnxruntime/"
