@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
 
-.PHONY: setup demo test test-slow chaos lock audit sbom docs docs-site check clean
+.PHONY: setup demo test test-slow chaos fuzz lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,16 @@ test-slow: setup
 # 35 random moments.
 chaos: setup
 	$(BIN)/python -m pytest tests/batch/test_health.py tests/chaos -m ""
+
+# Damaged and random input for every reader of files, one minute each. FUZZ_S=600 is longer; findings are written to out/fuzz.
+FUZZ_S ?= 60
+DOORS := jsonl csv txt yaml parquet characters profile lora image video
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[fuzz]"
+	VIDGEN_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/hostile/test_fuzz.py --timeout 3600
+	mkdir -p out/fuzz
+	for door in $(DOORS); do $(BIN)/python -m tests.hostile.fuzz $$door -max_total_time=$(FUZZ_S) -timeout=60 -rss_limit_mb=8192 \
+		-artifact_prefix=out/fuzz/$$door- || exit 1; done
 
 # Supply chain, see docs/supply-chain.md. `lock` takes the versions that this environment has, which the tests ran with; +cpu builds of
 # torch count as their plain version.
