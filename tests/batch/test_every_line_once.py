@@ -1,0 +1,238 @@
+"""Every line ends in exactly one of done, failed and skipped, whatever fails and whenever a run stops.
+
+Scripts, planning, scheduling, retries, quarantine and the manifest are the real ones. Workers and encoders are fakes in this
+process whose calls fail at random, in simulated time. tests/chaos does the same to real processes, with far fewer lines.
+"""
+
+import json
+import threading
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
+from tests.batch.test_batch import Events
+from vidgen_ray.batch import director as director_module
+from vidgen_ray.batch import line_stream
+from vidgen_ray.batch import render as render_module
+from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.engine.actor_client import ActorCallFailed
+from vidgen_ray.engine.encoder_pool import EncoderPool
+from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.retries import InputsLost, Kind, Loss
+from vidgen_ray.engine.shot_runner import ShotRunner
+from vidgen_ray.engine.step_groups import CallResult
+from vidgen_ray.engine.window import Window
+from vidgen_ray.engine.worker_pool import WorkerPool
+from vidgen_ray.errors import SetupError
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import read_manifest
+from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.planner import parse_gpus
+from vidgen_ray.script.settings import ScriptSettings
+
+MAX_RUNS = 30
+FAULT = 0.15
+"""Probability that a call fails."""
+GPUS_PER_NODE = 2
+
+
+class FaultyClient(FakeActorClient):
+    """Client of a fake worker or encoder. Prompts that start with `poison` always fail; other calls fail at random."""
+
+    def __init__(self, name, node, faults, outputs, committed):
+        super().__init__(name, lambda *_: float(faults.exponential(2)), self.respond, node=node, load_s=1)
+        self.faults, self.outputs, self.committed = faults, outputs, committed
+        self.open = {}
+
+    def send(self, method, *args):
+        """Ignore the call, since a fake actor has no state."""
+
+    def hopeless(self, reason):
+        return Failure(stage="health", error="Quarantined", message=reason, attempts=1, worker=self.name)
+
+    async def loss(self):
+        return Loss(self.faults.choice([each.value for each in Loss]))
+
+    def failure(self, kind, **more):
+        message = f"{kind.value}, at random"
+        failure = Failure(stage="flux", error="RuntimeError", message=message, attempts=1, worker=self.name)
+        return CallResult(failure=failure, kind=kind, **more)
+
+    def fault(self):
+        """Return a failed result, or raise what a crash, a timeout, a lost input or a bug raises."""
+        kinds = ["error", "input", "memory", "context", "crash", "shared crash", "not run", "timeout", "inputs lost", "bug"]
+        match self.faults.choice(kinds):
+            case "error" | "input" | "memory" as kind:
+                return self.failure(Kind(kind))
+            case "context":
+                return self.failure(Kind.ERROR, context_broken=True)
+            case "timeout":
+                raise ActorCallFailed("TimedOut", "took too long", Kind.ERROR, self.location)
+            case "inputs lost":
+                raise InputsLost("an object was lost with its node")
+            case "bug":
+                raise ZeroDivisionError("a bug")
+            case crash:
+                kind = {"crash": Kind.ERROR, "shared crash": Kind.SHARED_CRASH, "not run": Kind.NOT_RUN}[crash]
+                raise ActorCallFailed("WorkerDied", "crashed", kind, self.location, self.loss)
+
+    def respond(self, method, *args):
+        is_encoder = method in ("write", "begin", "add", "commit")
+        if method in ("run", "run_chunk"):
+            plan = args[1].value
+            poison = plan.shot.prompt.startswith("poison")
+        else:
+            poison = False
+        failed = self.failure(Kind.ERROR) if poison else self.fault() if self.faults.random() < FAULT else None
+        if failed is not None:
+            return (failed, None) if method != "begin" and method != "add" else failed
+        if not is_encoder:
+            return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[2])), None
+        if method == "begin":
+            self.open[args[1].value.shot.id] = args[1].value
+        if method in ("begin", "add"):
+            return CallResult()
+        plan, records = (args[1].value, args[3].value) if method == "write" else (self.open.pop(args[0]), args[1].value)
+        with self.outputs.draft(plan) as draft:
+            names = ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]
+            for name in [*names, *(["hd.mp4"] if plan.shot.generate_video and plan.shot.upscale_video else [])]:
+                draft.path(name).write_bytes(name.encode())
+            record = draft.commit(records)
+        self.committed[plan.shot.id] += 1
+        return CallResult(), record
+
+    @staticmethod
+    def record(step):
+        return StepRecord(stage=step.stage, key=step.key, weights=step.weights, seconds=1, gpu_seconds=1, cached=False)
+
+
+def engine_class(faults, committed):
+    class FaultyEngine(Engine):
+        """Engine whose actors are fakes in this process."""
+
+        def __init__(self, config, layout, observer, more_slots, on_waiting):
+            self._layout = layout
+            self._workers = WorkerPool(config, layout, observer)
+            self._encoders = EncoderPool(config, "director", observer)
+            self._runner = ShotRunner(config, self._workers, self._encoders, {"realesrgan": 4}, observer)
+            self.window = Window(layout.window, float("inf"))
+            self._outputs = config.outputs
+
+        async def start(self, labels):
+            for number, slot in enumerate(self._layout.slots):
+                for spec in slot.workers:
+                    self._workers.add(spec, self._client(f"worker-{number}", number))
+            for number in range(4):
+                self._encoders.add(self._client(f"encoder-{number}", number))
+
+        def _client(self, name, number):
+            return FaultyClient(name, f"node-{number // GPUS_PER_NODE}", faults, self._outputs, committed)
+
+        async def stop(self):
+            self._workers.close()
+            self._encoders.close()
+
+    return FaultyEngine
+
+
+@pytest.fixture
+def without_ray(monkeypatch):
+    monkeypatch.setattr(director_module, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(director_module, "expect_gpus", lambda _: None)
+    monkeypatch.setattr(line_stream, "FIRST_LOOK_LINES", 100_000)
+    monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
+
+
+@pytest.fixture(scope="module")
+def profile(tiny):
+    sizes = {"flux": 34, "svd": 20, "realesrgan": 6}
+    actors = {
+        name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "timeout_s": 60, "cpus": 0.5})
+        for name, gb in sizes.items()
+    }
+    return tiny.model_copy(update={"name": "fakes", "actors": actors, "cpu_workers": None})
+
+
+def random_script(faults, count):
+    """Return lines of all kinds: images, clips with and without upscaling, rejected lines, lines that always fail.
+
+    Of the last ones there are fewer than stop a run (`director.BREAKER_FAILURES`): a run that resumes begins with them.
+    """
+    kinds = [{}, {"upscale_video": False}, {"generate_video": False}, {"fps": 0}, {"id": "s-0"}, {"prompt": "poison"}]
+    for number in range(count):
+        kind = kinds[faults.choice(len(kinds), p=[0.22, 0.2, 0.5, 0.05, 0.022, 0.008])]
+        yield {"id": f"s-{number}", "prompt": "a ball", **kind}
+
+
+def run_once(script, profile, out, faults, committed, monkeypatch):
+    """Run the script, and stop it after a random number of results. Return the report, or `None` after an error."""
+    stop = threading.Event()
+    events = Events()
+    stop_after = int(faults.integers(1, 2000))
+
+    def count(row):
+        events.rows.append(row)
+        if len(events.rows) >= stop_after:
+            stop.set()
+
+    events.on_finished = count
+    monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
+    options = RenderOptions(cluster=parse_gpus("2x2x80GB"), cache="none", grace_s=1e9)
+    try:
+        return render(
+            ScriptSettings(script, profile_defaults=profile.defaults),
+            profile,
+            OutputFolder(out),
+            options,
+            listener=events,
+            stop=stop,
+        )
+    except SetupError:
+        # Too many failures in a row: the same command resumes.
+        return None
+
+
+def check(tmp_path, profile, monkeypatch, seed, count):
+    faults, committed = np.random.default_rng(seed), Counter()
+    lines = list(random_script(faults, count))
+    script, out = tmp_path / f"{seed}.jsonl", tmp_path / f"out-{seed}"
+    script.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    runs = 0
+    while True:
+        runs += 1
+        assert runs < MAX_RUNS
+        report = run_once(script, profile, out, faults, committed, monkeypatch)
+        if report is not None:
+            assert report.done + report.failed + report.skipped + report.left == count
+            if not report.left:
+                break
+    rows = [row for row in read_manifest(out) if row.script == script.name]
+    assert Counter(row.line for row in rows) == dict.fromkeys(range(1, count + 1), 1)
+    by_line = {row.line: row for row in rows}
+    assert {row.status for row in rows} <= {"done", "failed", "skipped"}
+    assert {row.id for row in rows if row.status != "failed"} == set(committed)
+    assert set(committed.values()) == {1}, "a finished shot was rendered again"
+    for number, line in enumerate(lines, start=1):
+        if line["prompt"] == "poison" or line.get("fps") == 0 or (line["id"] == "s-0" and number > 1):
+            assert by_line[number].status == "failed", line
+    failures = [json.loads(text) for text in (out / "failures.jsonl").read_text().splitlines()]
+    assert sorted(failure["failure"]["line"] for failure in failures) == sorted(
+        row.line for row in rows if row.status == "failed"
+    )
+    assert not list(out.glob("shots/.*")) or not list(out.glob("shots/**/.tmp-*"))
+    return runs
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_line_ends_once(tmp_path, profile, monkeypatch, without_ray, seed):
+    check(tmp_path, profile, monkeypatch, seed, 120)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_line_of_long_scripts_ends_once(tmp_path, profile, monkeypatch, without_ray):
+    for seed in range(100, 150):
+        check(tmp_path, profile, monkeypatch, seed, 1000)
