@@ -13,7 +13,6 @@ from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.settings import OnlineSettings
 
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 2_500_000}
-SERVER_ERROR = 500
 
 
 @pytest.fixture(scope="module")
