@@ -99,7 +99,7 @@ def _attacks() -> Iterator[tuple[str, int, Request]]:
 
     def character(url: str, number: int) -> httpx.Response:
         photos = [("image", ("a.jpg", face + bytes([number, photo]))) for photo in range(8)]
-        data = {"name": f"person {number}"}
+        data = {"name": f"person {number}", "consent": "subject=Eileen Collins,basis=public-domain"}
         return httpx.post(f"{url}/v1/videos/characters", data=data, files=photos, timeout=TIMEOUT_S)
 
     yield "character from 8 photos of 39.7 megapixels", 4, character

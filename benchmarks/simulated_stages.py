@@ -168,6 +168,7 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
                 "prompt": f"simulated shot {number}",
                 "seed": number,
                 "face_image": str(photo),
+                "consent": {"subject": "a plain colour", "basis": "synthetic"},
                 # Identity injection into FLUX is not simulated, and would need weights.
                 "identity": "none",
                 "lora": str(lora),

@@ -26,6 +26,8 @@ atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ASTRONAUT = EXAMPLES / "faces" / "astronaut.jpg"
+SYNTHETIC = {"subject": "an image made by a test", "basis": "synthetic"}
+"""Consent for photos that tests make themselves."""
 
 
 @pytest.fixture(scope="session")

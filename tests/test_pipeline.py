@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.content_keys import ShotPlanner, params_of
@@ -35,6 +35,7 @@ def test_readme_call(pipeline):
     result = pipeline.generate_video(
         prompt="a portrait of an astronaut",
         face_image=[Image.open(ASTRONAUT), ASTRONAUT],
+        consent={"subject": "Eileen Collins", "basis": "public-domain"},
         lora_path=resolve("builtin:tiny/lora.safetensors"),
         use_hunyuan_style=True,
         style_prompt="oil painting",
@@ -100,7 +101,7 @@ def test_images_in_memory_are_stored_by_size_and_pixels(pipeline):
 def test_photos_may_be_paths_images_pixels_or_bytes(pipeline):
     pixels = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     kinds = [ASTRONAUT, Image.open(ASTRONAUT), pixels, ASTRONAUT.read_bytes()]
-    fields = {"seed": 3, "generate_video": False}
+    fields = {"seed": 3, "generate_video": False, "consent": "subject=Eileen Collins,basis=public-domain"}
     shown = [np.asarray(pipeline.generate_video("a portrait", face_image=photo, **fields).image) for photo in kinds]
     assert all(np.array_equal(image, shown[0]) for image in shown)
 
@@ -116,7 +117,7 @@ def test_photos_may_be_paths_images_pixels_or_bytes(pipeline):
 )
 def test_other_photos_are_errors(pipeline, photo, message):
     with pytest.raises(ScriptError, match=message):
-        pipeline.generate_video("a", face_image=photo)
+        pipeline.generate_video("a", face_image=photo, consent=SYNTHETIC)
 
 
 def test_progress_reaches_the_callback_and_a_bar(pipeline):
@@ -181,7 +182,7 @@ def test_damaged_cache_entry_is_recomputed(pipeline):
 def test_failed_stage_is_named_and_leaves_no_files(pipeline):
     wall = Image.fromarray(np.full((200, 200, 3), 128, np.uint8))
     with pytest.raises(StepFailed, match=r"instantid: face_image \(.*\.png\): no face found"):
-        pipeline.generate_video("a", id="wall", face_image=wall)
+        pipeline.generate_video("a", id="wall", face_image=wall, consent=SYNTHETIC)
     assert not list(pipeline.outputs.shot_folder("wall").glob("*"))
 
 

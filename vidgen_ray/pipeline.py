@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
@@ -83,6 +84,7 @@ class VideoGenerationPipeline:
         prompt: str,
         *,
         face_image: Photo | Sequence[Photo] | None = None,
+        consent: Consent | Mapping[str, str] | str | None = None,
         image: Photo | None = None,
         last_image: Photo | None = None,
         lora_path: str | Path | None = None,
@@ -91,13 +93,16 @@ class VideoGenerationPipeline:
     ) -> GeneratedVideo:
         """Render one shot. `fields` are fields of a Shot (use_hunyuan_style, num_frames, scale, seed, ...).
 
-        `face_image` is one or several photos of the same person, `image` the start image, `last_image` the image that the clip
-        ends with. `on_progress` is called with the name of the running stage, its finished steps and its number of steps. By
-        default, notebooks show a progress bar.
+        `face_image` is one or several photos of the same person, and `consent` why this face may be used, which photos of your
+        own need: `{"subject": "NAME", "basis": "written", "reference": "FILE"}`. `image` is the start image, `last_image` the
+        image that the clip ends with. `on_progress` is called with the name of the running stage, its finished steps and its
+        number of steps. By default, notebooks show a progress bar.
         Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails, and
         what `on_progress` raises.
         """
         shot_fields = {"prompt": prompt, **fields}
+        if consent is not None:
+            shot_fields["consent"] = consent if isinstance(consent, str | Consent) else dict(consent)
         if lora_path is not None:
             shot_fields["lora"] = str(lora_path)
         if image is not None:
@@ -106,7 +111,7 @@ class VideoGenerationPipeline:
             shot_fields["last_image"] = self._as_file("last_image", last_image)
         if face_image is not None:
             shot_fields["face_image"] = [self._as_file("face_image", photo) for photo in _as_list(face_image)]
-        shot = check_shot(shot_fields, "generate_video", self.profile.defaults)
+        shot = check_shot(shot_fields, "generate_video", self.profile.defaults, require_consent=self.profile.require_consent)
         with _reporting(on_progress):
             record = self.render(shot)
         shot_id = shot.id or ""

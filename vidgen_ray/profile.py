@@ -79,6 +79,9 @@ class Profile(_Section):
     price_per_gpu_hour: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="Price of a GPU-hour, for the estimated cost."
     )
+    require_consent: bool = Field(
+        True, description="Reject face photos without a `consent`. false is recorded in run.json and in the jobs of a server."
+    )
     licences: tuple[WeightLicence, ...] = Field(
         (), description="Licences of weights of your own. They take precedence over those that vidgen knows."
     )

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.limits import MAX_FRAMES, MAX_SHOTS_PER_LINE, MAX_SIDE_PX, MAX_TEXT, MIN_FRAMES, MIN_SIDE_PX
 from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, with_model_defaults
 
@@ -191,6 +192,11 @@ class Shot(_Frozen):
         None,
         ge=0,
         description="Index of the face to use in the first photo, from left to right, from 0. Default: the largest face.",
+    )
+    consent: Consent | None = Field(
+        None,
+        description="Why the face may be used: {subject, basis, reference}. Required for face_image, except for the photos "
+        "that come with vidgen.",
     )
     character: str | None = Field(None, description="Name of a character in the header of a YAML script.")
     identity: str = Field(
@@ -497,6 +503,8 @@ def nest_flat_settings(data: dict[str, Any]) -> dict[str, Any]:
 
 def derive_id(fields: dict[str, Any]) -> str:
     """Return an id derived from the content of the line, not its position: inserting a line does not change other seeds."""
+    # The same line with a consent is the same shot.
+    fields = {name: value for name, value in fields.items() if name != "consent"}
     text = str(fields.get("prompt", ""))
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
     digest = hashlib.sha256(repr(sorted(fields.items())).encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]

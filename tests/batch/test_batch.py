@@ -13,7 +13,7 @@ import pytest
 import ray
 from PIL import Image
 
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.cache_dir import sha256_of
@@ -135,7 +135,7 @@ def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, caps
     lines = [
         {"id": "good", "prompt": "a red ball"},
         {"id": "tall", "prompt": "a", "height": 7},
-        {"id": "no-face", "prompt": "a", "face_image": "wall.png"},
+        {"id": "no-face", "prompt": "a", "face_image": "wall.png", "consent": SYNTHETIC},
         {"id": "junk", "prompt": "a", "lora": "junk.safetensors"},
         {"id": "cut", "prompt": "a", "image": "cut.jpg"},
         {"id": "unknown", "prompt": "a", "upscaler": "best"},

@@ -13,7 +13,7 @@ import ray
 from PIL import Image
 
 from tests.batch.test_batch import DONE, Events, digests, render_lines
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES
 from vidgen_ray.batch import render
 from vidgen_ray.batch.continued_shots import ContinuedShots
@@ -124,7 +124,11 @@ def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
 def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path):
     wall, out = tmp_path / "wall.png", tmp_path / "out"
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
-    lines = [{**CHAIN[0], "face_image": str(wall)}, *CHAIN[1:], {**SMALL, "id": "other", "prompt": "a boat"}]
+    lines = [
+        {**CHAIN[0], "face_image": str(wall), "consent": SYNTHETIC},
+        *CHAIN[1:],
+        {**SMALL, "id": "other", "prompt": "a boat"},
+    ]
     report = render_lines(script(tmp_path, lines, tiny), tiny, out)
     assert (report.done, report.failed) == (1, 3)
     rows = rows_of(out)

@@ -7,7 +7,7 @@ import ray
 
 from tests.batch.test_batch import Events
 from tests.batch.test_faults import profile, render_lines, shots  # noqa: F401  # `profile` is a fixture
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.media import read_image, write_png
 
@@ -22,7 +22,7 @@ def own_ray():
 def test_photo_replaced_during_the_run_fails_only_its_line(tmp_path, profile):  # noqa: F811
     photo = tmp_path / "photo.jpg"
     shutil.copy(ASTRONAUT, photo)
-    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo)}]
+    lines = [*shots(4), {"id": "face", "prompt": "a", "face_image": str(photo), "consent": SYNTHETIC}]
 
     class ReplacePhoto(Events):
         def on_lines(self, *counts):

@@ -65,7 +65,11 @@ def fields_of(number):
     elif number % 50 == 7:
         fields["id"] = f"shot-{(number - 1) * 7919 % 1_000_003}"
     if number % 2:
-        fields |= {"face_image": f"face{number % 11}.jpg", "lora": f"lora{number % 5}.safetensors"}
+        fields |= {
+            "consent": "subject=x,basis=synthetic",
+            "face_image": f"face{number % 11}.jpg",
+            "lora": f"lora{number % 5}.safetensors",
+        }
     if number % 3 == 0:
         fields["metadata"] = {"scene": number, "take": "first"}
     return fields

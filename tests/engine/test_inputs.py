@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.retries import Kind
@@ -24,7 +24,16 @@ from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.weights import resolve
 
-SMALL = {"id": "s", "prompt": "a", "seed": 7, "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
+SMALL = {
+    "consent": SYNTHETIC,
+    "id": "s",
+    "prompt": "a",
+    "seed": 7,
+    "width": 64,
+    "height": 64,
+    "num_frames": 2,
+    "upscale_video": False,
+}
 
 
 def plan_of(profile, **fields):

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
+from tests.conftest import SYNTHETIC
 from training.cast import portrait
 from vidgen_ray.content_keys import ShotPlanner, params_of, with_local_loras
 from vidgen_ray.engine.step_runner import with_images
@@ -65,7 +66,7 @@ class Chain:
 
     def shot(self, **fields: Any) -> Shot:
         """Return a checked shot. By default it has no clip and no upscaling."""
-        values = {"upscale_video": False, "generate_video": False, **fields}
+        values = {"upscale_video": False, "generate_video": False, "consent": SYNTHETIC, **fields}
         return check_shot(values, "tests/meaning", self.profile.defaults)
 
     def _run(self, name: str, item: Item, cut: Mapping[str, Any]) -> Artefacts:

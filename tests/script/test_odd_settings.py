@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from tests.conftest import SYNTHETIC
 from vidgen_ray.media import write_png
 from vidgen_ray.script.reader import read_script
 from vidgen_ray.script.settings import ScriptSettings
@@ -22,7 +23,8 @@ def check(tmp_path):
 
     def check(line, *, decode_files=False):
         (tmp_path / "s.jsonl").write_text(json.dumps(line) + "\n")
-        return read_script(ScriptSettings(tmp_path / "s.jsonl"), decode_files=decode_files)
+        settings = ScriptSettings(tmp_path / "s.jsonl", profile_defaults={"consent": SYNTHETIC})
+        return read_script(settings, decode_files=decode_files)
 
     return check
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.script import reader
 from vidgen_ray.script.parquet_format import EXTENSION_NAME, check_no_extension_types
@@ -26,8 +27,9 @@ def referenced_files(tmp_path):
     (tmp_path / "face.jpg").write_bytes(b"x")
 
 
-def read_script(path, **options):
-    return reader.read_script(ScriptSettings(path, **options))
+def read_script(path, profile_defaults=None, **options):
+    fallback = {"consent": SYNTHETIC, **(profile_defaults or {})}
+    return reader.read_script(ScriptSettings(path, profile_defaults=fallback, **options))
 
 
 def iter_script(path):

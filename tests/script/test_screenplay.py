@@ -6,7 +6,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
 from vidgen_ray.script.named_fields import read_characters
@@ -32,7 +32,7 @@ def script(tmp_path):
 
     def read(text, name="s.yaml", **settings):
         (tmp_path / name).write_text(text)
-        return read_script(ScriptSettings(tmp_path / name, **settings))
+        return read_script(ScriptSettings(tmp_path / name, profile_defaults={"consent": SYNTHETIC}, **settings))
 
     return read
 

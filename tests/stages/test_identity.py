@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
@@ -47,7 +47,7 @@ def render(pipeline):
     """A function that renders an image and returns its bytes and the names of the stages."""
 
     def render_image(prompt="a man in the rain", **fields):
-        result = pipeline.generate_video(prompt, **{"generate_video": False, "seed": 7, **fields})
+        result = pipeline.generate_video(prompt, **{"generate_video": False, "seed": 7, "consent": SYNTHETIC, **fields})
         image = pipeline.outputs.read(result["record"].shot.id, "image.png")
         return image, [stage.stage for stage in result["record"].stages]
 
@@ -115,7 +115,7 @@ def test_face_conditions_the_lora_stage(render):
 
 def test_invalid_face_index_fails_the_shot(pipeline, two_people):
     with pytest.raises(StepFailed, match="face_index: got 2, must be from 0 to 1: 2 faces"):
-        pipeline.generate_video("a", face_image=two_people, face_index=2, generate_video=False)
+        pipeline.generate_video("a", face_image=two_people, face_index=2, consent=SYNTHETIC, generate_video=False)
 
 
 def test_shots_of_one_character_share_cached_face_features(pipeline):

@@ -29,6 +29,7 @@ from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
     CharactersOption,
+    ConsentOption,
     JsonOption,
     OutOption,
     ProfileOption,
@@ -39,6 +40,7 @@ from vidgen_ray.cli.options import (
     chosen_profile,
     example,
     parse_fields,
+    with_consent,
 )
 from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
 from vidgen_ray.cli.upscale import upscale
@@ -224,6 +226,7 @@ def render(
     until: UntilOption = None,
     fields: SetOption = None,
     characters: CharactersOption = None,
+    consent: ConsentOption = None,
     keep: KeepOption = None,
     fresh: FreshOption = False,
     cache: CacheOption = DEFAULT_CACHE,
@@ -264,7 +267,7 @@ def render(
     from vidgen_ray.batch.render import RenderOptions
 
     chosen = chosen_profile(profile, quality_tier)
-    settings = script_settings(script, chosen, fields, characters, mode, seed, until)
+    settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     if strict:
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
         if errors:
@@ -299,6 +302,7 @@ def plan(
     until: UntilOption = None,
     fields: SetOption = None,
     characters: CharactersOption = None,
+    consent: ConsentOption = None,
     seed: SeedOption = 0,
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
@@ -310,7 +314,7 @@ def plan(
     from vidgen_ray.cli.plan import plan_command
 
     chosen = chosen_profile(profile, quality_tier)
-    settings = script_settings(script, chosen, fields, characters, mode, seed, until)
+    settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
@@ -408,6 +412,7 @@ def retry(
     ] = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
+    consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render the failed lines of an output folder again, with the profile of its last run."""
@@ -417,7 +422,7 @@ def retry(
     outputs = OutputFolder(out)
     chosen = load_profile(profile) if profile else last_profile(outputs)
     with failed_lines(outputs) as script:
-        settings = ScriptSettings(script, profile_defaults=chosen.defaults)
+        settings = script_settings(script, chosen, None, None, None, 0, None, consent)
         options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)
         run_script(settings, chosen, out, options, as_json=as_json)
 
@@ -459,6 +464,7 @@ def shot(
     face: Annotated[
         list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
     ] = None,
+    consent: ConsentOption = None,
     lora: Annotated[str | None, typer.Option("--lora", help="LoRA weights, a .safetensors file.")] = None,
     seed: SeedOption = 0,
     mode: ModeOption = None,
@@ -472,12 +478,13 @@ def shot(
     from vidgen_ray.script.reader import check_shot
 
     chosen = chosen_profile(profile, quality_tier)
-    values = parse_fields(fields)
+    values = with_consent(parse_fields(fields), consent)
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
     values |= {name: value for name, value in options.items() if value is not None}
-    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed).model_copy(update=changes_until(until))
+    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed, require_consent=chosen.require_consent)
+    checked = checked.model_copy(update=changes_until(until))
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         record = pipeline.render(checked)
@@ -496,6 +503,7 @@ def validate(
     profile: ProfileOption = "demo",
     fields: SetOption = None,
     characters: CharactersOption = None,
+    consent: ConsentOption = None,
     mode: ModeOption = None,
     files: Annotated[
         bool, typer.Option("--files", help="Also decode all photos and start images, and read the headers of all LoRAs.")
@@ -504,7 +512,7 @@ def validate(
 ) -> None:
     """Check all lines of a script without rendering. Exits with code 3 if any line is invalid."""
     chosen = load_profile(profile)
-    checked = read_script(script_settings(script, chosen, fields, characters, mode, 0, None), decode_files=files)
+    checked = read_script(script_settings(script, chosen, fields, characters, mode, 0, None, consent), decode_files=files)
     if as_json:
         errors = [asdict(error) for error in checked.errors]
         result = {"shots": len(checked.shots), "rejected": len(checked.rejected), "errors": errors, "notes": checked.notes}
@@ -528,12 +536,15 @@ def stage(
     quality_tier: QualityTierOption = None,
     seed: SeedOption = 0,
     fields: SetOption = None,
+    consent: ConsentOption = None,
 ) -> None:
     """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
-        run_one_stage(chosen_profile(profile, quality_tier), name, source, out, parse_fields(fields), seed)
+        run_one_stage(
+            chosen_profile(profile, quality_tier), name, source, out, with_consent(parse_fields(fields), consent), seed
+        )
     typer.echo(str(out))
 
 

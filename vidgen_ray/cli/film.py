@@ -156,7 +156,8 @@ def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]
     from vidgen_ray.film.selection import Candidate
 
     found = []
-    for line in iter_script(ScriptSettings(script, characters=read_characters(characters) if characters else {})):
+    people = read_characters(characters) if characters else {}
+    for line in iter_script(ScriptSettings(script, characters=people, require_consent=False)):
         if isinstance(line, RejectedLine):
             metadata = line.fields.get("metadata")
             found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from vidgen_ray.consent import DECLARED_BASES, parse_consent
 from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.outputs.storage import URL
@@ -37,10 +38,21 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
     for name, got, allowed in wrong_defaults({name: value for name, value in parsed.items() if name not in UNCHECKED})[:1]:
         raise UsageError(f"--set {name}: got {got}, {allowed}")
     if files := {name: value for name, value in parsed.items() if name in PATH_FIELDS}:
-        line = LineCheck(Line(None, {"prompt": "any", **files}, strict=True), LineChecker("vidgen", Path.cwd(), {}, 0))
+        line = LineCheck(
+            Line(None, {"prompt": "any", **files}, strict=True), LineChecker("vidgen", Path.cwd(), {}, 0, require_consent=False)
+        )
         for error in line.errors[:1]:
             raise UsageError(f"--set {error.field}: got {error.got}, {error.allowed}")
     return parsed
+
+
+def with_consent(fields: dict[str, Any], consent: str | None) -> dict[str, Any]:
+    """Return the fields of all shots with the value of `--consent`. Raises UsageError if it is invalid."""
+    if consent is None:
+        return fields
+    for name, got, allowed in wrong_defaults({"consent": consent})[:1]:
+        raise UsageError(f"--consent: {name}: got {got}, {allowed}")
+    return {**fields, "consent": parse_consent(consent)}
 
 
 def check_out(value: str) -> str:
@@ -75,6 +87,14 @@ CharactersOption = Annotated[
     Path | None,
     typer.Option(
         "--characters", metavar="FILE", help="YAML file of characters that lines may name in their field `character`."
+    ),
+]
+ConsentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--consent",
+        metavar="subject=NAME,basis=BASIS[,reference=FILE]",
+        help=f"Why the faces may be used, for all shots that do not say it. BASIS: {', '.join(DECLARED_BASES)}.",
     ),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run. Shots without a seed derive theirs from it.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vidgen_ray.cli.options import parse_fields
+from vidgen_ray.cli.options import parse_fields, with_consent
 from vidgen_ray.cli.progress import run_view
 from vidgen_ray.cli.stop_signals import stoppable
 from vidgen_ray.errors import ScriptError, UsageError
@@ -47,15 +47,17 @@ def script_settings(
     mode: str | None,
     seed: int,
     until: str | None,
+    consent: str | None,
 ) -> ScriptSettings:
     """Return the settings of a script from the options of a command. Raises UsageError and ScriptError."""
     if mode is not None and (wrong := wrong_defaults({"mode": mode})):
         raise UsageError(f"--mode: got {wrong[0][1]}, {wrong[0][2]}")
-    defaults = parse_fields(fields) | ({"mode": mode} if mode else {})
+    defaults = with_consent(parse_fields(fields), consent) | ({"mode": mode} if mode else {})
     if "id" in defaults:
         raise UsageError("--set id: must be set by each line of the script, not for all of them")
     people = read_characters(characters) if characters else {}
-    return ScriptSettings(script, seed, defaults, profile.defaults, changes_until(until), people)
+    changes = changes_until(until)
+    return ScriptSettings(script, seed, defaults, profile.defaults, changes, people, require_consent=profile.require_consent)
 
 
 def changes_until(until: str | None) -> dict[str, Any]:

@@ -147,7 +147,8 @@ class JobService:
         values = {**values, **self._file_paths(tenant, values)}
         values.pop("character", None)
         try:
-            shot = check_shot(values, "request", self.serving_profile.profile.defaults)
+            profile = self.serving_profile.profile
+            shot = check_shot(values, "request", profile.defaults, require_consent=profile.require_consent)
         except ScriptError as error:
             raise invalid_fields(error) from None
         if shot.continue_from is not None:
@@ -168,6 +169,8 @@ class JobService:
         Raises ApiError 400.
         """
         plan = self.plan(tenant, fields)
+        if plan.shot.face_image and plan.shot.consent is None:
+            request = {**request, "require_consent": False}
         now = time.time()
         job = Job(
             id=new_id(kind),

@@ -88,6 +88,8 @@ class ManifestRow(BaseModel):
     """Licences of the weights behind the shot, as a JSON list. `null` in it: an unknown licence."""
     commercial_use: str | None = None
     """Commercial use under all of these licences: yes, conditional, no, or unknown."""
+    consent: str | None = None
+    """`consent` of the shot as JSON text: subject, basis and reference. Null without a face photo."""
     failure_stage: str | None = None
     failure_error: str | None = None
     failure_message: str | None = None
@@ -119,6 +121,7 @@ class ManifestRow(BaseModel):
             height=shot.height,
             num_frames=n_frames,
             fps=fps,
+            consent=shot.consent.model_dump_json() if shot.consent else None,
             metadata=json.dumps(shot.metadata) if shot.metadata else "{}",
             **(_failure_columns(result) if isinstance(result, Failure) else _result_columns(result.summary)),
         )

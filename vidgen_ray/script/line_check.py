@@ -10,11 +10,13 @@ from typing import Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from vidgen_ray.consent import TEXT_EXAMPLE
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import uncropped_size
 from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
+from vidgen_ray.script.consent_check import consent_for_photos
 from vidgen_ray.script.expansion import STYLE, expand, is_expandable
 from vidgen_ray.script.ignored_settings import ignored_settings
 from vidgen_ray.script.lines import (
@@ -52,8 +54,13 @@ class LineChecker:
         run_seed: int,
         header: Header = NO_HEADER,
         changes: Mapping[str, Any] | None = None,
+        *,
+        require_consent: bool = True,
     ) -> None:
-        """`fallback`: values of fields that a line does not set. `changes`: fields set on every shot after its checks."""
+        """`fallback`: values of fields that a line does not set. `changes`: fields set on every shot after its checks.
+
+        `require_consent`: reject face photos without a consent.
+        """
         self.source = source
         self.folder = folder
         self.fallback = fallback
@@ -61,6 +68,7 @@ class LineChecker:
         self.styles = header.styles
         self.run_seed = run_seed
         self.changes = changes
+        self.require_consent = require_consent
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
@@ -71,23 +79,37 @@ class LineChecker:
             allowed = "must not be in the file of --characters, too"
             raise ScriptError([FieldError(path.name, None, f"characters.{twice}", "a character twice", allowed)])
         header = replace(header, characters={**settings.characters, **header.characters})
-        checker = LineChecker(path.name, settings.folder, fallback, settings.run_seed, header, settings.changes)
+        checker = LineChecker(
+            path.name,
+            settings.folder,
+            fallback,
+            settings.run_seed,
+            header,
+            settings.changes,
+            require_consent=settings.require_consent,
+        )
         check_header(header, checker)
         return checker
 
     @staticmethod
     def for_rows(
-        name: str, folder: Path, defaults: Mapping[str, Any], profile_defaults: Mapping[str, Any], run_seed: int
+        name: str,
+        folder: Path,
+        defaults: Mapping[str, Any],
+        profile_defaults: Mapping[str, Any],
+        run_seed: int,
+        *,
+        require_consent: bool = True,
     ) -> "LineChecker":
         """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
-        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed)
+        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed, require_consent=require_consent)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "locate"}
 
     def without_defaults(self) -> "LineChecker":
         """Return a checker for fields that are checked on their own."""
-        return LineChecker(self.source, self.folder, {}, self.run_seed)
+        return LineChecker(self.source, self.folder, {}, self.run_seed, require_consent=False)
 
     @cached_property
     def locate(self) -> Callable[[str], tuple[str, int | None]]:
@@ -211,7 +233,7 @@ class LineCheck:
     def _add_shots(self, own: Mapping[str, Any], fields: dict[str, Any]) -> None:
         shot = None if self.errors else self._validate(fields)
         if shot is not None:
-            shot = self._with_absolute_paths(shot)
+            shot = self._with_consent(self._with_absolute_paths(shot))
         if shot is None or self.errors:
             return
         for shot_id, variant in _seeded_variants(shot, self._context.run_seed):
@@ -306,6 +328,21 @@ class LineCheck:
                 if twice := next((file["path"] for file in files if files.count(file) > 1), None):
                     self.reject(field, shortened(twice), "is listed twice; list it once, with the sum of the weights")
         return shot.model_copy(update=paths) if paths else shot
+
+    def _with_consent(self, shot: Shot) -> Shot:
+        """Return the shot with the consent to record. A face photo without one is an error of the line."""
+        if not shot.face_image:
+            # A LoRA or a start image may show the person of a declared consent, a text alone does not.
+            return shot if shot.all_loras or shot.has_start_image else shot.model_copy(update={"consent": None})
+        if self.errors:
+            return shot
+        try:
+            consent = consent_for_photos(shot.face_image, shot.consent, required=self._context.require_consent)
+        except WrongField as error:
+            for_all = f"; for all lines: --consent {TEXT_EXAMPLE}" if error.field == "consent" and self._line.number else ""
+            self.reject(error.field, error.got, f"{error.allowed}{for_all}")
+            return shot
+        return shot.model_copy(update={"consent": consent})
 
     def _existing_file(self, field: str, path: str) -> str:
         absolute, size = self._context.locate(path)

@@ -20,6 +20,7 @@ from vidgen_ray.strict_yaml import load_yaml
 CHARACTER_FIELDS = (
     "face_image",
     "face_index",
+    "consent",
     "identity",
     "identity_strength",
     "identity_start",

@@ -172,9 +172,16 @@ def default_id(line: RejectedLine) -> str:
     return f"{stem}-line-{line.line}"
 
 
-def check_shot(fields: Mapping[str, Any], source: str, profile_defaults: Mapping[str, Any], run_seed: int = 0) -> Shot:
+def check_shot(
+    fields: Mapping[str, Any],
+    source: str,
+    profile_defaults: Mapping[str, Any],
+    run_seed: int = 0,
+    *,
+    require_consent: bool = True,
+) -> Shot:
     """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed)
+    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, require_consent=require_consent)
     line = LineCheck(Line(None, dict(fields), strict=False), checker)
     if len(line.shots) > 1:
         line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")

@@ -22,6 +22,8 @@ class ScriptSettings:
     """Fields that are set on every shot after its checks."""
     characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Characters that are not from the script itself. See `named_fields.read_characters`."""
+    require_consent: bool = True
+    """Reject lines with face photos and without a consent."""
 
     @property
     def folder(self) -> Path:
