@@ -28,6 +28,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ASTRONAUT = EXAMPLES / "faces" / "astronaut.jpg"
 SYNTHETIC = {"subject": "an image made by a test", "basis": "synthetic"}
 """Consent for photos that tests make themselves."""
+CONSENT_FIELD = {"consent": "subject=an image made by a test,basis=synthetic"}
+"""The same as a form field."""
 
 
 @pytest.fixture(scope="session")

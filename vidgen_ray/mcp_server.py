@@ -15,6 +15,7 @@ from mcp.types import ToolAnnotations
 from pydantic import Field
 
 from vidgen_ray.client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
+from vidgen_ray.consent import Consent
 from vidgen_ray.version import __version__
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
@@ -31,7 +32,11 @@ Seconds = Annotated[float | None, Field(description="Length of the clip in secon
 StartImage = Annotated[str | None, Field(description="Path of an image to start from.")]
 Photos = Annotated[
     list[str] | None,
-    Field(description="Paths of photos of one face. This person appears. Only of people who have agreed to it."),
+    Field(description="Paths of photos of one face. This person appears. Needs `consent`."),
+]
+ConsentOfPerson = Annotated[
+    Consent | None,
+    Field(description="Why the face in the photos may be used. Ask the user: never make it up."),
 ]
 CharacterName = Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
 Loras = Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
@@ -96,10 +101,11 @@ class _Tools:
         loras: Loras = None,
         seed: Seed = None,
         fields: MoreFields = None,
+        consent: ConsentOfPerson = None,
     ) -> Video:
         """Start to render a video and return its id at once. Call wait next."""
         return await self._client.create_video(
-            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields)
+            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields, consent)
         )
 
     async def plan(
@@ -113,11 +119,12 @@ class _Tools:
         loras: Loras = None,
         seed: Seed = None,
         fields: MoreFields = None,
+        consent: ConsentOfPerson = None,
     ) -> Estimate:
         """Estimate what create_video with these arguments would take, without creating a video: seconds of rendering and in
         the queue, seconds of GPUs, cost, and the size that the models draw. Photos are uploaded."""
         return await self._client.estimate_video(
-            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields)
+            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields, consent)
         )
 
     async def create_image(
@@ -130,11 +137,12 @@ class _Tools:
         loras: Loras = None,
         seed: Seed = None,
         fields: MoreFields = None,
+        consent: ConsentOfPerson = None,
     ) -> Video:
         """Start to render an image and return its id at once. Call wait next."""
         still = {"generate_video": False, "upscale": False}
         return await self.create_video(
-            prompt, size, None, start_image, face_photos, character, loras, seed, {**(fields or {}), **still}
+            prompt, size, None, start_image, face_photos, character, loras, seed, {**(fields or {}), **still}, consent
         )
 
     async def wait(
@@ -200,9 +208,11 @@ class _Tools:
         self,
         name: Annotated[str, Field(description="Unique name.")],
         photos: Annotated[list[str], Field(min_length=1, description="Paths of photos of one face.")],
+        consent: ConsentOfPerson = None,
     ) -> Character:
-        """Create a character from photos of one face. Only use photos of people who have agreed to it."""
-        return await self._client.create_character(name, photos)
+        """Create a character from photos of one face. Needs `consent`."""
+        declared = consent.model_dump(exclude_none=True) if consent else None
+        return await self._client.create_character(name, photos, consent=declared)
 
     async def delete_character(self, character_id: Annotated[str, Field(description="Id of the character.")]) -> str:
         """Delete a character."""
@@ -224,6 +234,7 @@ def _video_fields(
     loras: list[str] | None,
     seed: int | None,
     fields: dict[str, Any] | None,
+    consent: Consent | None,
 ) -> dict[str, Any]:
     """Return the fields of a request for a video from the arguments of a tool."""
     named = {
@@ -231,6 +242,7 @@ def _video_fields(
         "seconds": seconds,
         "input_reference": start_image,
         "face_image": face_photos,
+        "consent": consent.model_dump(exclude_none=True) if consent else None,
         "character": character,
         "lora": loras,
         "seed": seed,

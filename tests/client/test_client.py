@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 
 from tests.client.tcp_proxy import cutting_proxy
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.client import (
     ApiError,
@@ -117,8 +117,8 @@ def test_image_inputs(client, server, held):
     shots = [stored_shot(server, client.create_video("a man", input_reference=image, **SMALL)) for image in inputs]
     assert len({shot.image for shot in shots}) == 1
     pixels = Image.new("RGB", (64, 64), "red")
-    shot = stored_shot(server, client.create_video("a man", face_image=[pixels, ASTRONAUT], **SMALL))
-    assert len(shot.face_image) == 2
+    shot = stored_shot(server, client.create_video("a man", face_image=[pixels, ASTRONAUT], consent=SYNTHETIC, **SMALL))
+    assert (len(shot.face_image), shot.consent.model_dump(exclude_none=True)) == (2, SYNTHETIC)
     assert Image.open(shot.face_image[0]).getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(TypeError, match="image: got int, must be a path"):
         client.create_video("a man", input_reference=7)
@@ -168,8 +168,10 @@ def test_characters(client):
     client.delete_character(character)
     assert client.list_characters() == []
     with pytest.raises(ApiError) as no_face:
-        client.create_character("Black", Image.new("RGB", (64, 64)))
+        client.create_character("Black", Image.new("RGB", (64, 64)), consent=SYNTHETIC)
     assert (no_face.value.status, no_face.value.code) == (400, "no_face")
+    with pytest.raises(ApiError, match="consent: got nothing, a face needs"):
+        client.create_character("Black", Image.new("RGB", (64, 64)))
 
 
 def test_models(client):

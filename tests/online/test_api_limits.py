@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from starlette.testclient import TestClient
 
-from tests.conftest import ASTRONAUT
+from tests.conftest import ASTRONAUT, CONSENT_FIELD, SYNTHETIC
 from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.cli import main
@@ -491,7 +491,9 @@ def test_create_list_and_delete_characters(client, held):
 
 
 def test_character_photo_without_a_face_is_rejected(client):
-    response = client.post("/v1/videos/characters", data={"name": "x"}, files={"image": ("a.png", png(200, 200))})
+    response = client.post(
+        "/v1/videos/characters", data={"name": "x", **CONSENT_FIELD}, files={"image": ("a.png", png(200, 200))}
+    )
     assert error_of(response, 400)["code"] == "no_face"
 
 
@@ -499,9 +501,13 @@ def test_character_from_the_first_frame_with_a_face(client, tmp_path):
     face = np.asarray(Image.open(ASTRONAUT).convert("RGB"))
     dark = np.zeros_like(face)
     video = clip_of(tmp_path, dark, dark, face, face)
-    response = client.post("/v1/videos/characters", data={"name": "from a clip"}, files={"video": ("a.mp4", video)})
+    response = client.post(
+        "/v1/videos/characters", data={"name": "from a clip", **CONSENT_FIELD}, files={"video": ("a.mp4", video)}
+    )
     assert response.status_code == 200, response.text
-    without_face = client.post("/v1/videos/characters", data={"name": "y"}, files={"video": ("a.mp4", clip_of(tmp_path, dark))})
+    assert response.json()["consent"] == {**SYNTHETIC, "reference": None}
+    video_of_the_dark = {"video": ("a.mp4", clip_of(tmp_path, dark))}
+    without_face = client.post("/v1/videos/characters", data={"name": "y", **CONSENT_FIELD}, files=video_of_the_dark)
     assert "no frame" in error_of(without_face, 400)["message"]
 
 
@@ -526,6 +532,61 @@ def test_character_needs_a_name_and_photos_or_a_video(client):
     photo, video = ("image", ("a", png())), ("video", ("a", b"x"))
     for name, files in ((" ", [photo]), ("a\0", [photo]), ("x" * 129, [photo]), ("x", [photo, video]), ("x", [])):
         error_of(client.post("/v1/videos/characters", data={"name": name}, files=files or {"other": ("a", b"")}), 400)
+
+
+# Consent.
+
+
+def resized() -> bytes:
+    """Return a photo of a face that does not come with vidgen."""
+    content = io.BytesIO()
+    Image.open(ASTRONAUT).resize((256, 256)).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_request_with_a_face_needs_a_consent_and_records_it(client, held):
+    photo = client.post("/v1/files", files={"file": ("me.png", resized())}).json()["id"]
+    request = {**SMALL, "face_image": [photo]}
+    for path, fields in (("videos", {}), ("shots", {"prompt": "a"}), ("images/generations", {}), ("videos/estimate", {})):
+        body = {"prompt": "a", "face_image": [photo]} if path == "shots" else {"size": "64x64", **request, **fields}
+        body = {
+            name: value for name, value in body.items() if not path.startswith("images") or name in ("prompt", "face_image")
+        }
+        error = error_of(client.post(f"/v1/{path}", json=body), 400)
+        assert (error["param"], error["code"]) == ("consent", "missing_required_parameter"), path
+        assert '{"subject": "NAME", "basis": "written"' in error["message"]
+    error = error_of(client.post("/v1/videos", json={**request, "consent": {"subject": "Anna", "basis": "yes"}}), 400)
+    assert error["param"] == "consent.basis"
+    form = client.post("/v1/videos", data=SMALL | CONSENT_FIELD, files={"face_image": ("me.png", resized())})
+    assert form.status_code == 200, form.text
+    video = made(client, face_image=[photo], consent=SYNTHETIC)
+    for each in (video["id"], form.json()["id"]):
+        assert client.get(f"/v1/shots/{each}").json()["shot"]["consent"] == {**SYNTHETIC, "reference": None}
+    remixed = client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "b"})
+    assert remixed.status_code == 200, remixed.text
+    other = {"face_image": [client.post("/v1/files", files={"file": ("me", resized() + b"x")}).json()["id"]]}
+    assert error_of(client.post(f"/v1/videos/{video['id']}/remix", json=other), 400)["param"] == "consent", "another face"
+
+
+def test_character_keeps_its_consent(server, client, held):
+    photo = {"image": ("me.png", resized())}
+    error = error_of(client.post("/v1/videos/characters", data={"name": "Own"}, files=photo), 400)
+    assert (error["param"], error["code"]) == ("consent", "missing_required_parameter")
+    consent = {"subject": "Own", "basis": "self", "reference": None}
+    character = client.post("/v1/videos/characters", data={"name": "Own", "consent": json.dumps(consent)}, files=photo).json()
+    assert client.get(f"/v1/videos/characters/{character['id']}").json()["consent"] == consent
+    video = made(client, character="Own")
+    assert client.get(f"/v1/shots/{video['id']}").json()["shot"]["consent"] == consent
+    again = client.post("/v1/videos/characters", data={"name": "Own", **CONSENT_FIELD}, files=photo).json()
+    assert (again["id"], again["consent"]) == (character["id"], {**SYNTHETIC, "reference": None})
+
+
+def test_profile_without_required_consent_is_recorded_in_the_job(server, client, held, monkeypatch):
+    serving = server.app.state.server.job_service.serving_profile
+    monkeypatch.setattr(serving, "profile", serving.profile.model_copy(update={"require_consent": False}))
+    video = client.post("/v1/videos", data=SMALL, files={"face_image": ("me.png", resized())})
+    job = server.store.get(video.json()["id"], None)
+    assert (job.shot.consent, job.request["require_consent"]) == (None, False)
 
 
 # Retention.

@@ -16,7 +16,7 @@ from vidgen_ray.online.store.schema import TABLES
 from vidgen_ray.online.store.schema_upgrade import MIGRATIONS, VERSION_TABLE
 from vidgen_ray.online.store.store import JobStore
 
-NEWEST = "0005"
+NEWEST = "0006"
 VERSION_0_1 = (Path(__file__).parent / "store_0_1.sql").read_text(encoding="utf-8")
 
 
@@ -64,7 +64,8 @@ def test_store_of_version_0_1_is_upgraded(version_0_1_url):
         text_of_job = connection.execute(text("SELECT search_text FROM vidgen_jobs")).scalar_one()
     assert text_of_job.startswith("a man «ünter» 🌧 ")
     assert text_of_job.endswith(" video_1")
-    assert store.characters.get("Grace", "ada").photos == ("file-1",)
+    character = store.characters.get("Grace", "ada")
+    assert (character.photos, character.consent) == (("file-1",), None)
     assert store.uploads.get("file-1", "ada").file == "ab"
     (claimed,) = store.queue.claim("d", 30, 5)
     # Numbers continue after those of version 0.1.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -45,7 +46,8 @@ POLL_S = 1.0
 """Seconds between polls if the server recommends none."""
 IMAGE_FIELDS = ("input_reference", "last_image", "input_references", "image_reference", "face_image", "image")
 SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png", "image/webp": ".webp", "image/jpeg": ".jpg"}
-
+ConsentInput: TypeAlias = Mapping[str, str] | str
+"""Fields of a consent, or `subject=NAME,basis=written,reference=FILE`."""
 
 A = TypeVar("A", bound=Answer)
 
@@ -96,6 +98,7 @@ class AsyncClient:
         seconds: float | None = None,
         input_reference: ImageInput | None = None,
         face_image: ImageInput | Sequence[ImageInput] | None = None,
+        consent: ConsentInput | None = None,
         character: str | None = None,
         lora: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
         seed: int | None = None,
@@ -105,10 +108,11 @@ class AsyncClient:
     ) -> Video:
         """Create a video and return it at once, queued.
 
-        `size`: WIDTHxHEIGHT in pixels. `input_reference`: image to start from. `face_image`: photos of one face.
-        `character`: name or id of a character, instead of photos. `lora`: names of LoRAs of the server, or
-        `{"name": ..., "scale": ...}`. `fields`: any other field of `POST /v1/videos`. `idempotency_key`: the same key returns
-        the same video; default: a new key.
+        `size`: WIDTHxHEIGHT in pixels. `input_reference`: image to start from. `face_image`: photos of one face. `consent`: why
+        this face may be used, `{"subject": "NAME", "basis": "written", "reference": "FILE"}`; photos need it. `character`: name
+        or id of a character, instead of photos. `lora`: names of LoRAs of the server, or `{"name": ..., "scale": ...}`.
+        `fields`: any other field of `POST /v1/videos`. `idempotency_key`: the same key returns the same video; default: a new
+        key.
         """
         named = {
             "prompt": prompt,
@@ -116,6 +120,7 @@ class AsyncClient:
             "seconds": seconds,
             "input_reference": input_reference,
             "face_image": face_image,
+            "consent": consent,
             "character": character,
             "lora": lora,
             "seed": seed,
@@ -248,13 +253,21 @@ class AsyncClient:
         return _parse(UploadedFile, response.content)
 
     async def create_character(
-        self, name: str, photos: ImageInput | Sequence[ImageInput] = (), *, video: str | os.PathLike[str] | bytes | None = None
+        self,
+        name: str,
+        photos: ImageInput | Sequence[ImageInput] = (),
+        *,
+        video: str | os.PathLike[str] | bytes | None = None,
+        consent: ConsentInput | None = None,
     ) -> Character:
-        """Create a character from photos of one face, or from a video that shows it."""
+        """Create a character from photos of one face, or from a video that shows it. `consent`: as in `create_video`."""
         files: Files = [("image", file_of(photo)) for photo in _as_list(photos)]
         if video is not None:
             files = [*files, ("video", file_of(video))]
-        response = await self._http.request("POST", "/v1/videos/characters", data={"name": name}, files=files)
+        fields = {"name": name}
+        if consent is not None:
+            fields["consent"] = consent if isinstance(consent, str) else json.dumps(dict(consent))
+        response = await self._http.request("POST", "/v1/videos/characters", data=fields, files=files)
         return _parse(Character, response.content)
 
     async def list_characters(self) -> list[Character]:

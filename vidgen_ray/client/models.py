@@ -170,6 +170,8 @@ class Character(Answer):
     created_at: int
     photos: list[str]
     """Ids of the uploaded photos."""
+    consent: dict[str, str | None] | None = None
+    """Why the face may be used: subject, basis and reference."""
 
 
 class CharacterPage(Answer):

@@ -15,17 +15,21 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
+from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.inputs.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.online.limits import check_size
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.store.characters import Character
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.script.consent_check import consent_for_photos
+from vidgen_ray.script.lines import WrongField
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
@@ -144,8 +148,14 @@ class JobService:
                     name, "is only allowed in scripts; a job is one shot and its id is generated", "unknown_parameter"
                 )
         values.setdefault("seed", secrets.randbelow(2**32))
+        if "character" in values:
+            if "face_image" in values:
+                raise invalid("character", "cannot be combined with face_image")
+            character = self._character(tenant, values.pop("character"))
+            values["face_image"] = character.photos
+            if character.consent is not None:
+                values.setdefault("consent", character.consent)
         values = {**values, **self._file_paths(tenant, values)}
-        values.pop("character", None)
         try:
             profile = self.serving_profile.profile
             shot = check_shot(values, "request", profile.defaults, require_consent=profile.require_consent)
@@ -194,12 +204,7 @@ class JobService:
         for field in IMAGE_FIELDS:
             if field in fields:
                 paths[field] = self._upload(tenant, field, fields[field])
-        photos = fields.get("face_image")
-        if "character" in fields:
-            if photos is not None:
-                raise invalid("character", "cannot be combined with face_image")
-            photos = self._photos(tenant, fields["character"])
-        if photos is not None:
+        if (photos := fields.get("face_image")) is not None:
             each = photos if isinstance(photos, list | tuple) else [photos]
             paths["face_image"] = [self._upload(tenant, "face_image", photo) for photo in each]
         for field in SHOT_LORA_FIELDS:
@@ -232,12 +237,20 @@ class JobService:
             raise invalid(param, "must be a file or the id of a file that you have uploaded", "file_not_found")
         return str(path)
 
-    def _photos(self, tenant: Tenant, name: object) -> Sequence[str]:
+    def consent_of_character(self, tenant: Tenant, photos: Sequence[str], declared: Consent | None) -> Consent | None:
+        """Return the consent to store with a character of these uploads. Raises ApiError 400 if there is none."""
+        paths = [self._upload(tenant, "image", photo) for photo in photos]
+        try:
+            return consent_for_photos(paths, declared, required=self.serving_profile.profile.require_consent)
+        except WrongField as error:
+            raise invalid_fields(ScriptError([FieldError("request", None, error.field, error.got, error.allowed)])) from None
+
+    def _character(self, tenant: Tenant, name: object) -> Character:
         is_valid = isinstance(name, str) and name.isprintable()
         character = self._store.characters.get(str(name), tenant.name) if is_valid else None
         if character is None:
             raise not_found("character", str(name)[:100], "character")
-        return character.photos
+        return character
 
     def _loras(self, param: str, value: object) -> list[dict[str, Any]]:
         if isinstance(value, str) and value.lstrip().startswith(("{", "[")):

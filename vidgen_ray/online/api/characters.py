@@ -54,9 +54,11 @@ async def create_character(request: Request, server: ServerDep, tenant: TenantDe
             photos = [(await server.job_service.uploads.store(tenant, io.BytesIO(photo), "video")).id]
         else:
             photos = await server.image_references.resolve_all(tenant, form.image, "image")
+        consent = await asyncio.to_thread(server.job_service.consent_of_character, tenant, photos, form.consent)
+        if form.video is None:
             await server.face_check.run_exclusively(lambda: check_faces(server, tenant, photos, "image"))
     try:
-        character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos)
+        character = await asyncio.to_thread(server.store.characters.create, tenant.name, form.name, photos, consent)
     except NameTaken:
         message = f"name: the character {form.name!r} exists with other photos. Delete it first."
         headers = {"x-should-retry": "false"}

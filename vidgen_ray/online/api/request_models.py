@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from starlette.datastructures import UploadFile
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.graph import (
     BASE_IMAGE_STAGES,
     CLIP_ONLY_FIELDS,
@@ -518,6 +519,11 @@ class CreateCharacter(RequestBody):
     name: str = Field(min_length=1, max_length=128, description="Name, unique per tenant.")
     image: Files = Field([], description="Photos of one face.")
     video: File | None = Field(None, description="Video. Its first frame with a face becomes the photo.")
+    consent: Consent | None = Field(
+        None,
+        description="Why the face may be used: JSON, or `subject=NAME,basis=written,reference=FILE`. Required, except for the "
+        "photos that come with vidgen. Requests with the character need none.",
+    )
 
     @field_validator("name")
     @classmethod

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, TypeAdapter
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.graph import clip_growth, clip_length, file_sizes
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.queue_estimate import JobEstimate
@@ -169,6 +170,7 @@ class CharacterResponse(BaseModel):
     name: str = Field(description="Name, unique per tenant.")
     created_at: Timestamp = Field(description="Time of creation in seconds since 1970.")
     photos: list[str] = Field(description="Ids of the uploaded photos.")
+    consent: Consent | None = Field(description="Why the face may be used. Null if the server does not require it.")
 
 
 class UploadedFile(BaseModel):

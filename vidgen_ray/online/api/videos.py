@@ -172,7 +172,7 @@ async def video_fields(
         if own.get("video_model", original.shot.video_model) != original.shot.video_model:
             replaced |= set(MODEL_DEFAULTS)
         if request.model_fields_set & {"character", "face_image", "input_references"}:
-            replaced |= {"face_image", "face_index"}
+            replaced |= {"face_image", "face_index", "consent"}
         kept = client_fields(original.shot, server.settings, server.job_service.uploads)
         base |= {name: value for name, value in kept.items() if name not in replaced}
     defaults = without_other_models_defaults(server.serving_profile.profile.defaults, base)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
-from sqlalchemy import delete, insert, or_, select
+from sqlalchemy import delete, insert, or_, select, update
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.store.database import Database
 from vidgen_ray.online.store.jobs import new_id
@@ -29,6 +30,8 @@ class Character(BaseModel):
     name: str
     photos: tuple[str, ...]
     created_at: float
+    consent: Consent | None = None
+    """Why the face may be used. `None` in stores of earlier versions, and if the server does not require one."""
 
 
 class Characters:
@@ -38,18 +41,30 @@ class Characters:
         self._database = database
         self._now = now
 
-    def create(self, tenant: str, name: str, photos: Sequence[str]) -> Character:
-        """Create a character, or return the existing one if it has the same photos. Raises NameTaken."""
+    def create(self, tenant: str, name: str, photos: Sequence[str], consent: Consent | None = None) -> Character:
+        """Create a character, or return the existing one if it has the same photos, with the new consent. Raises NameTaken."""
         with self._database.transaction() as transaction:
             query = select(CHARACTERS).where(CHARACTERS.c.tenant == tenant, CHARACTERS.c.name == name)
             if (row := transaction.connection.execute(query).one_or_none()) is not None:
                 if (existing := _character(row)).photos != tuple(photos):
                     raise NameTaken(name)
-                return existing
-            character = Character(id=new_id("char"), tenant=tenant, name=name, photos=tuple(photos), created_at=self._now())
+                if consent is None or consent == existing.consent:
+                    return existing
+                own = update(CHARACTERS).where(CHARACTERS.c.id == existing.id)
+                transaction.connection.execute(own.values(consent=consent.model_dump_json()))
+                return existing.model_copy(update={"consent": consent})
+            character = Character(
+                id=new_id("char"),
+                tenant=tenant,
+                name=name,
+                photos=tuple(photos),
+                created_at=self._now(),
+                consent=consent,
+            )
             values = {
                 **character.model_dump(),
                 "photos": PHOTOS.dump_json(character.photos).decode(),
+                "consent": consent.model_dump_json() if consent else None,
                 "seq": transaction.version,
             }
             transaction.connection.execute(insert(CHARACTERS).values(**values))
@@ -78,4 +93,5 @@ class Characters:
 
 def _character(row: object) -> Character:
     fields = {name: getattr(row, name) for name in Character.model_fields}
-    return Character.model_validate({**fields, "photos": PHOTOS.validate_json(fields["photos"])})
+    consent = Consent.model_validate_json(fields["consent"]) if fields["consent"] else None
+    return Character.model_validate({**fields, "photos": PHOTOS.validate_json(fields["photos"]), "consent": consent})

@@ -98,6 +98,7 @@ CHARACTERS = Table(
     Column("photos", Text, nullable=False),
     Column("seq", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
+    Column("consent", Text),
     UniqueConstraint("tenant", "name"),
 )
 
