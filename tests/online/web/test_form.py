@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from tests.conftest import ASTRONAUT
 from tests.online.web.conftest import cards, generate, playwright
 from tests.online.web.server import QuickPipeline
+from vidgen_ray.consent import Consent
 from vidgen_ray.online.store.jobs import JobKind
 
 expect = playwright.expect
@@ -128,6 +129,36 @@ def test_photo_is_saved_as_character(site, open_page):
     page.get_by_role("link", name="Try again (a new character)").click()
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a new character")
     expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Eileen")
+
+
+def test_photo_of_a_person_needs_a_consent(site, open_page, tmp_path):
+    photo = tmp_path / "me.png"
+    PILImage.open(ASTRONAUT).resize((256, 256)).save(photo)
+    site.director.gate.clear()
+    page = open_page(site.url)
+    basis, person = page.get_by_label("I may use this person's likeness because"), page.get_by_label("Person", exact=True)
+    expect(basis).to_be_hidden()
+    page.get_by_label("Photos").set_input_files(photo)
+    expect(page.get_by_label("Use this photo")).to_be_checked()
+    generate(page, "a person")
+    expect(page.locator("#consent_basis-error")).to_have_text("Choose why this face may be used, and name the person.")
+    expect(basis).to_be_focused()
+    basis.select_option(label="this person agreed in writing")
+    generate(page, "a person")
+    expect(page.locator("#consent_subject-error")).to_have_text("Required.")
+    person.fill("Anna Ek")
+    page.get_by_label("Document").fill("release-12.pdf")
+    page.get_by_label("Save as character").fill("Anna")
+    generate(page, "a person")
+    expect(cards(page, "queue")).to_have_count(1)
+    generate(page, "the saved character")
+    expect(cards(page, "queue")).to_have_count(2)
+    consent = Consent(subject="Anna Ek", basis="written", reference="release-12.pdf")
+    assert [job.shot.consent for job in site.jobs()] == [consent, consent]
+    page.get_by_role("button", name="Cancel a person").click()
+    page.get_by_role("link", name="Try again (a person)").click()
+    expect(page.get_by_label("Saved character").locator("option:checked")).to_have_text("Anna")
+    open_page.messages[:] = [text for text in open_page.messages if "422" not in text and "400" not in text]
 
 
 def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_page, grey):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from vidgen_ray.consent import Consent
 from vidgen_ray.errors import StageError
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.inputs.face_check import PhotoFiles
@@ -33,6 +34,8 @@ async def create_jobs(
     server = context.server
     fields: dict[str, Any] = values.fields(context.control_groups, server.size_rules)
     count = values.count()
+    if consent := values.consent():
+        fields["consent"] = consent
     # The job service reports the first invalid field only; the form shows all of them.
     try:
         defaults = without_other_models_defaults(server.serving_profile.profile.defaults, fields)
@@ -43,13 +46,16 @@ async def create_jobs(
     if values.asks_for_hd:
         job_request["hd"] = True
     photo_ids = await _photo_ids(context, tenant, received, values)
-    saved = await _save_character(context, tenant, photo_ids, values)
+    declared = Consent.model_validate(consent) if consent else None
+    saved = await _save_character(context, tenant, photo_ids, declared, values)
     if photo_ids:
         fields["face_image"] = photo_ids
         if saved:
             job_request["character"] = saved.name
     elif name := values.get("character"):
         fields["character"] = name
+        # The controls are hidden for a character, which has a consent of its own.
+        fields.pop("consent", None)
         if character := await run_in_threadpool(server.store.characters.get, name, tenant.name):
             job_request["character"] = character.name
     image_ids = [*await _store_images(context, tenant, _sent_files(received, "image"), "image"), *values.image_ids]
@@ -87,9 +93,9 @@ async def _photo_ids(context: PageContext, tenant: Tenant, received: ReceivedReq
 
 
 async def _save_character(
-    context: PageContext, tenant: Tenant, photo_ids: Sequence[str], values: FormValues
+    context: PageContext, tenant: Tenant, photo_ids: Sequence[str], declared: Consent | None, values: FormValues
 ) -> Character | None:
-    """Save the photos as a character if the form names one. Raises FormError."""
+    """Save the photos as a character if the form names one. Raises FormError, and ApiError without a consent."""
     name = values.get("save_as").strip()
     if not name:
         return None
@@ -97,8 +103,9 @@ async def _save_character(
         raise FormError({"save_as": "Choose a photo to save."})
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise FormError({"save_as": f"Must be 1 to {MAX_NAME_LENGTH} printable characters."})
+    consent = await run_in_threadpool(context.server.job_service.consent_of_character, tenant, photo_ids, declared)
     try:
-        return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids)
+        return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids, consent)
     except NameTaken:
         raise FormError({"save_as": "A character with this name and other photos exists."}) from None
 

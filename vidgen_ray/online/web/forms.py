@@ -39,17 +39,29 @@ CONTROL_OF = {
     "upscale_video": "scale",
     "generate_video": "output",
     "n": "count",
+    "consent": "consent_basis",
+    "consent.subject": "consent_subject",
+    "consent.basis": "consent_basis",
+    "consent.reference": "consent_reference",
 }
 """API field -> control of the form, if the names differ."""
 TEXTS = (
-    "prompt", "negative_prompt", "style_prompt", "save_as", "character", "mode", "output", "size", "num_frames", "fps",
-    "scale", "seed", "count",
+    "prompt", "negative_prompt", "style_prompt", "consent_basis", "consent_subject", "consent_reference", "save_as",
+    "character", "mode", "output", "size", "num_frames", "fps", "scale", "seed", "count",
 )  # fmt: skip
 """Controls of the template with one value."""
 MAX_COUNT = 16
 """Most clips of one form."""
 MAX_DIGITS = 10
 """Longest number accepted. `int` raises for numbers of thousands of digits."""
+BASES = {
+    "self": "it is my own face",
+    "written": "this person agreed in writing",
+    "contract": "a contract or licence covers it",
+    "public-domain": "the portrait is in the public domain",
+    "synthetic": "it shows no real person",
+}
+"""Basis of a consent -> the end of a sentence."""
 SIZES = {
     "1280x720": "16:9", "1920x1080": "16:9", "832x480": "16:9", "720x1280": "9:16", "1080x1920": "9:16", "480x832": "9:16",
     "1024x1024": "1:1", "1024x768": "4:3",
@@ -124,6 +136,8 @@ class FormValues:
             "fps": str(shot.fps),
             "scale": upscaling,
         }
+        if shot.consent is not None and shot.consent.basis in BASES:
+            texts |= {f"consent_{name}": text_of(value) for name, value in shot.consent}
         for control in controls_of(groups):
             value: Any = shot
             for name in control.name.split("."):
@@ -173,6 +187,11 @@ class FormValues:
         if errors:
             raise FormError(errors)
         return {name: value for name, value in fields.items() if value is not None}
+
+    def consent(self) -> dict[str, str] | None:
+        """Return the fields of the consent to the use of the photos, or `None` if none is filled in. Not checked."""
+        texts = {name: self.get(f"consent_{name}").strip() for name in ("subject", "basis", "reference")}
+        return {name: text for name, text in texts.items() if text} or None
 
     def count(self) -> int:
         """Return how many clips the form asks for. Raises FormError."""

@@ -18,6 +18,7 @@ from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.web.form_images import ImageControl, store_image, thumbnail_of
 from vidgen_ray.online.web.form_submission import create_jobs, values_like
 from vidgen_ray.online.web.forms import (
+    BASES,
     CONTROL_OF,
     IDEAS,
     MAX_COUNT,
@@ -63,7 +64,11 @@ def page_routes(context: PageContext) -> APIRouter:
         except FormError as error:
             return await _form_error_response(context, request, tenant, values, error)
         except ApiError as error:
-            return await _form_error_response(context, request, tenant, values, _as_form_error(context, error))
+            if error.param == "consent":
+                raised = FormError(_consent_errors(values), status=error.status)
+            else:
+                raised = _as_form_error(context, error)
+            return await _form_error_response(context, request, tenant, values, raised)
         if wants_json(request):
             content = {
                 "jobs": [context.job_update(job, base_path(request)) for job in jobs],
@@ -184,6 +189,7 @@ def _form_of(
         "sizes": size_choices(defaults.get("size"), values.get("size"), server.size_rules),
         "scales": SCALES,
         "loras": sorted(server.settings.loras) if fields & {"lora", "klein_lora"} else [],
+        "bases": BASES,
         "styles": STYLES if "style_prompt" in fields else (),
         "characters": server.store.characters.list(tenant.name),
         "max_count": MAX_COUNT,
@@ -192,6 +198,13 @@ def _form_of(
 
 def _queue_of(server: ServerContext, tenant: Tenant) -> list[Job]:
     return server.store.list(tenant.name, states=ACTIVE, limit=QUEUE_LENGTH, order="asc").jobs
+
+
+def _consent_errors(values: FormValues) -> dict[str, str]:
+    """Return the message for a face without a consent, at the control that can add one."""
+    if values.get("character"):
+        return {"character": "This character has no consent yet. Choose its photos instead, and save them under the same name."}
+    return {"consent_basis": "Choose why this face may be used, and name the person."}
 
 
 def _as_form_error(context: PageContext, error: ApiError) -> FormError:
