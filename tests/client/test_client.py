@@ -164,8 +164,8 @@ def test_images(client):
 def test_characters(client):
     character = client.create_character("Eileen", [ASTRONAUT])
     assert [each.name for each in client.list_characters()] == ["Eileen"]
-    assert client.create_video("a woman", character="Eileen", **SMALL).status
-    client.delete_character(character)
+    client.wait_for_video(client.create_video("a woman", character="Eileen", **SMALL))
+    assert client.erase_character(character).photos == character.photos
     assert client.list_characters() == []
     with pytest.raises(ApiError) as no_face:
         client.create_character("Black", Image.new("RGB", (64, 64)), consent=SYNTHETIC)

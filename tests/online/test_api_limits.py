@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
 from vidgen_ray.online.inputs import uploads
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.maintenance import purge_jobs
 from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.online.store.store import PURGE_DELAY_S
@@ -537,22 +539,18 @@ def test_character_needs_a_name_and_photos_or_a_video(client):
 # Consent.
 
 
-def resized() -> bytes:
+def resized(side: int = 256) -> bytes:
     """Return a photo of a face that does not come with vidgen."""
     content = io.BytesIO()
-    Image.open(ASTRONAUT).resize((256, 256)).save(content, "PNG")
+    Image.open(ASTRONAUT).resize((side, side)).save(content, "PNG")
     return content.getvalue()
 
 
 def test_request_with_a_face_needs_a_consent_and_records_it(client, held):
     photo = client.post("/v1/files", files={"file": ("me.png", resized())}).json()["id"]
     request = {**SMALL, "face_image": [photo]}
-    for path, fields in (("videos", {}), ("shots", {"prompt": "a"}), ("images/generations", {}), ("videos/estimate", {})):
-        body = {"prompt": "a", "face_image": [photo]} if path == "shots" else {"size": "64x64", **request, **fields}
-        body = {
-            name: value for name, value in body.items() if not path.startswith("images") or name in ("prompt", "face_image")
-        }
-        error = error_of(client.post(f"/v1/{path}", json=body), 400)
+    for path in ("videos", "shots", "images/generations", "videos/estimate"):
+        error = error_of(client.post(f"/v1/{path}", json={"prompt": "a", "face_image": [photo]}), 400)
         assert (error["param"], error["code"]) == ("consent", "missing_required_parameter"), path
         assert '{"subject": "NAME", "basis": "written"' in error["message"]
     error = error_of(client.post("/v1/videos", json={**request, "consent": {"subject": "Anna", "basis": "yes"}}), 400)
@@ -561,7 +559,7 @@ def test_request_with_a_face_needs_a_consent_and_records_it(client, held):
     assert form.status_code == 200, form.text
     video = made(client, face_image=[photo], consent=SYNTHETIC)
     for each in (video["id"], form.json()["id"]):
-        assert client.get(f"/v1/shots/{each}").json()["shot"]["consent"] == {**SYNTHETIC, "reference": None}
+        assert client.get(f"/v1/shots/{each}").json()["shot"]["consent"] == SYNTHETIC
     remixed = client.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "b"})
     assert remixed.status_code == 200, remixed.text
     other = {"face_image": [client.post("/v1/files", files={"file": ("me", resized() + b"x")}).json()["id"]]}
@@ -572,9 +570,9 @@ def test_character_keeps_its_consent(server, client, held):
     photo = {"image": ("me.png", resized())}
     error = error_of(client.post("/v1/videos/characters", data={"name": "Own"}, files=photo), 400)
     assert (error["param"], error["code"]) == ("consent", "missing_required_parameter")
-    consent = {"subject": "Own", "basis": "self", "reference": None}
+    consent = {"subject": "Own", "basis": "self"}
     character = client.post("/v1/videos/characters", data={"name": "Own", "consent": json.dumps(consent)}, files=photo).json()
-    assert client.get(f"/v1/videos/characters/{character['id']}").json()["consent"] == consent
+    assert client.get(f"/v1/videos/characters/{character['id']}").json()["consent"] == {**consent, "reference": None}
     video = made(client, character="Own")
     assert client.get(f"/v1/shots/{video['id']}").json()["shot"]["consent"] == consent
     again = client.post("/v1/videos/characters", data={"name": "Own", **CONSENT_FIELD}, files=photo).json()
@@ -582,11 +580,43 @@ def test_character_keeps_its_consent(server, client, held):
 
 
 def test_profile_without_required_consent_is_recorded_in_the_job(server, client, held, monkeypatch):
-    serving = server.app.state.server.job_service.serving_profile
-    monkeypatch.setattr(serving, "profile", serving.profile.model_copy(update={"require_consent": False}))
+    service = server.app.state.server.job_service
+    profile = service.serving_profile.profile.model_copy(update={"require_consent": False})
+    monkeypatch.setattr(service, "serving_profile", dataclasses.replace(service.serving_profile, profile=profile))
     video = client.post("/v1/videos", data=SMALL, files={"face_image": ("me.png", resized())})
     job = server.store.get(video.json()["id"], None)
     assert (job.shot.consent, job.request["require_consent"]) == (None, False)
+
+
+def test_erased_character_leaves_no_photo_and_no_features(server, client, held):
+    """`held`: the jobs stay queued, so what their stages would store is put in place by hand."""
+    content, other = resized(200), {"input_reference": ("a.png", png(65, 65))}
+    files, fields = {"image": ("me.png", content)}, {"name": "Gone", **CONSENT_FIELD}
+    character = client.post("/v1/videos/characters", data=fields, files=files).json()
+    made_with_it = [made(client, character="Gone", prompt=prompt)["id"] for prompt in ("one", "two")]
+    unrelated = client.post("/v1/videos", data=SMALL, files=other).json()["id"]
+    service, cache = server.app.state.server.job_service, server.outputs.stage_cache
+    (photo,) = character["photos"]
+    path = service.uploads.find("ada", photo)
+    keys = {
+        job: plan_job(server.store.get(job, None), service.serving_profile, server.settings).steps
+        for job in (*made_with_it, unrelated)
+    }
+    for step in (step for steps in keys.values() for step in steps):
+        server.outputs.storage.write(f"cache/{step.key[:2]}/{step.key}/face.json", "{}")
+    assert error_of(client_of(server, "bob").delete(f"/v1/characters/{character['id']}"), 404)["code"] == "character_not_found"
+    erased = client.delete(f"/v1/characters/{character['id']}").json()
+    steps = {step.key for job in made_with_it for step in keys[job]}
+    assert (erased["characters"], erased["photos"], erased["cached_steps"]) == ([character["id"]], [photo], len(steps))
+    assert (erased["videos"], erased["videos_deleted"]) == (made_with_it, False)
+    assert not path.exists()
+    assert not any(cache.has(key) for key in steps)
+    assert all(cache.has(step.key) for step in keys[unrelated])
+    assert error_of(client.get("/v1/videos/characters/Gone"), 404)["code"] == "character_not_found"
+    assert [client.get(f"/v1/videos/{job}").json()["error"]["code"] for job in made_with_it] == ["cancelled"] * 2
+    again = client.post("/v1/videos/characters", data=fields, files={"image": ("me.png", content)}).json()
+    assert client.delete(f"/v1/characters/{again['id']}", params={"videos": True}).json()["videos_deleted"]
+    assert [client.get(f"/v1/videos/{job}").status_code for job in (*made_with_it, unrelated)] == [404, 404, 200]
 
 
 # Retention.

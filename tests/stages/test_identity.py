@@ -1,6 +1,8 @@
 """Identity conditioning through the whole pipeline: settings, SDXL, missing weights and custom injectors."""
 
+import io
 import json
+import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +65,31 @@ def two_people(tmp_path_factory, photo):
     file = tmp_path_factory.mktemp("photos") / "two.png"
     Image.fromarray(wall).save(file)
     return file
+
+
+def test_messages_and_logs_contain_no_features(pipeline, photo, monkeypatch):
+    """A stage that fails with all that it was given in the message is the worst case."""
+    lines = io.StringIO()
+    handler, root = logging.StreamHandler(lines), logging.getLogger()
+    root.addHandler(handler)
+    monkeypatch.setattr(root, "level", logging.DEBUG)
+    given = []
+
+    def fail(stage, items):
+        given.extend(items)
+        raise RuntimeError(f"{items} {items[0].artefacts}")
+
+    monkeypatch.setattr(FluxStage, "run", fail)
+    with pytest.raises(StepFailed) as failed:
+        pipeline.generate_video("a", face_image=ASTRONAUT, generate_video=False, seed=9)
+    root.removeHandler(handler)
+    (face,) = (item.artefacts["face"] for item in given)
+    text = f"{lines.getvalue()} {failed.value} {failed.value.failure()} {face}"
+    values = np.concatenate([face.embeddings["antelopev2"], face.keypoints.ravel()])
+    digits = [f"{abs(value):.8f}"[:6] for value in values if abs(value) > 0.1]
+    assert len(digits) > 20
+    assert all(each in str(values.tolist()) for each in digits), "as they would be shown"
+    assert not any(each in text for each in digits)
 
 
 # InfuseNet.

@@ -1,10 +1,11 @@
-"""`vidgen identity show`: show the detected faces in photos and the identity features that the models use."""
+"""`vidgen identity`: show the faces in photos and the features that the models use; remove a person from output folders."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cli.options import JsonOption, ProfileOption
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import read_image
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import manifest_files
+from vidgen_ray.outputs.person import Person, RemovalReport, photos_of_character, remove_person
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
@@ -25,13 +30,7 @@ from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
-identity = typer.Typer(help="Inspect the identity features of a face.", no_args_is_help=True)
-
-
-@identity.callback()
-def _keep_subcommand() -> None:
-    # Without a callback, typer would turn a group with one command into the command itself.
-    return
+identity = typer.Typer(help="Inspect the identity features of a face, or remove a person.", no_args_is_help=True)
 
 
 @identity.command()
@@ -72,6 +71,59 @@ def show(
         typer.echo(json.dumps(_as_json(photos, images, detected, face, out)))
     else:
         _print(photos, images, detected, face, out)
+
+
+@identity.command()
+def remove(
+    person: Annotated[
+        str, typer.Argument(metavar="PHOTO_OR_CHARACTER", help="Photo of the person, or name of a character of a script.")
+    ],
+    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Output folders, or their URLs.")],
+    with_shots: Annotated[
+        bool, typer.Option("--outputs", help="Also delete the images and clips that were made with the person.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed, without removing it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete a person's face features, cached results and stored photos, and list what was made with them.
+
+    Photos of your own folders are kept.
+    """
+    from vidgen_ray.report.gallery import write_gallery
+
+    folders = [OutputFolder(check_out(out)) for out in outs]
+    for outputs in folders:
+        if not (outputs.storage.folders("") or outputs.storage.files("")):
+            raise SetupError(f"output folder {outputs.url}: does not exist or is empty")
+    if Path(person).is_file():
+        found = Person(frozenset({sha256_of(Path(person))}))
+    else:
+        # The photos of one folder may have been used in the others, under another name.
+        found = Person(frozenset[str]().union(*(photos_of_character(outputs, person) for outputs in folders)), person)
+        if not found.photos:
+            raise UsageError(
+                f"got {person!r}, must be an existing photo, or the character of a shot with a face in these folders"
+            )
+    reports = []
+    for out, outputs in zip(outs, folders, strict=True):
+        report = remove_person(outputs, found, with_shots=with_shots, dry_run=dry_run)
+        reports.append({"out": outputs.url, "dry_run": dry_run, **asdict(report)})
+        if report.shots and with_shots and not dry_run and manifest_files(outputs.storage):
+            write_gallery(out)
+        if not as_json:
+            _print_removal(outputs, report, dry_run=dry_run)
+    if as_json:
+        typer.echo(json.dumps(reports))
+
+
+def _print_removal(outputs: OutputFolder, report: RemovalReport, *, dry_run: bool) -> None:
+    verb = "would remove" if dry_run else "removed"
+    parts = f"{report.cached_steps} cache entries, {report.features} files with features, {len(report.photos)} stored photos"
+    typer.echo(f"{outputs.url}: {verb} {parts}")
+    kept = verb if report.shots_removed else "kept"
+    typer.echo(f"{len(report.shots)} shots made with this person{f', {kept}:' if report.shots else ''}")
+    for shot_id in report.shots:
+        typer.echo(f"  {outputs.place(shot_id, '') if not report.shots_removed else shot_id}")
 
 
 def _as_json(

@@ -4,7 +4,17 @@ from vidgen_ray.client.async_client import AsyncClient
 from vidgen_ray.client.blocking_client import Client
 from vidgen_ray.client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
 from vidgen_ray.client.image_inputs import ImageInput
-from vidgen_ray.client.models import Character, Estimate, GeneratedImage, Model, UploadedFile, Variant, Video, VideoPage
+from vidgen_ray.client.models import (
+    Character,
+    ErasedCharacter,
+    Estimate,
+    GeneratedImage,
+    Model,
+    UploadedFile,
+    Variant,
+    Video,
+    VideoPage,
+)
 
 __all__ = [
     "ApiError",
@@ -13,6 +23,7 @@ __all__ = [
     "Client",
     "ClientError",
     "ConnectionFailed",
+    "ErasedCharacter",
     "Estimate",
     "GeneratedImage",
     "ImageInput",

@@ -23,6 +23,7 @@ from vidgen_ray.client.models import (
     Answer,
     Character,
     CharacterPage,
+    ErasedCharacter,
     Estimate,
     GeneratedImage,
     ImagesAnswer,
@@ -278,6 +279,13 @@ class AsyncClient:
         """Delete a character by its id. Its photos remain uploads."""
         character_id = character.id if isinstance(character, Character) else character
         await self._http.request("DELETE", f"/v1/videos/characters/{quote(character_id, safe='')}")
+
+    async def erase_character(self, character: Character | str, *, videos: bool = False) -> ErasedCharacter:
+        """Delete a character with its photos, face features and cached results. `videos`: also what was made with it."""
+        character_id = character.id if isinstance(character, Character) else character
+        params = {"videos": str(videos).lower()}
+        path = f"/v1/characters/{quote(character_id, safe='')}"
+        return _parse(ErasedCharacter, (await self._http.request("DELETE", path, params=params)).content)
 
     async def list_models(self) -> list[Model]:
         """Return the models of the server. The first is the default."""

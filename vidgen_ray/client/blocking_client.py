@@ -109,4 +109,5 @@ class Client:
     create_character = _blocking(AsyncClient.create_character)
     list_characters = _blocking(AsyncClient.list_characters)
     delete_character = _blocking(AsyncClient.delete_character)
+    erase_character = _blocking(AsyncClient.erase_character)
     list_models = _blocking(AsyncClient.list_models)

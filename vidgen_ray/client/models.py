@@ -174,6 +174,19 @@ class Character(Answer):
     """Why the face may be used: subject, basis and reference."""
 
 
+class ErasedCharacter(Answer):
+    """What `erase_character` deleted, and what was made with the character."""
+
+    id: str
+    characters: list[str]
+    """Ids of the deleted characters: this one, and others that share a photo with it."""
+    photos: list[str]
+    """Ids of the deleted photos."""
+    videos: list[str]
+    """Ids of the videos and images that were made with the photos."""
+    videos_deleted: bool
+
+
 class CharacterPage(Answer):
     """All characters."""
 

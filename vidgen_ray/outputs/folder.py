@@ -64,6 +64,7 @@ class ShotDraft:
             files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
             software=software_versions(),
             licences=self.plan.licences,
+            face_photos=tuple(self.plan.inputs[photo] for photo in self.plan.shot.face_image if photo in self.plan.inputs),
         )
         self.path(RECORD).write_text(record.model_dump_json(indent=1, exclude={"committed_at"}), encoding="utf-8")
         # Renaming the file keeps its time.

@@ -7,7 +7,6 @@ import posixpath
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,17 +16,16 @@ from more_itertools import batched
 from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
-from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, SWEEP_FOLDERS, OutputFolder
+from vidgen_ray.outputs.folder import SWEEP_FOLDERS, OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import SHOT_FILES
-from vidgen_ray.outputs.paths import KEYS, RECORD, SHARD, SHOTS
+from vidgen_ray.outputs.paths import KEYS, SHARD
+from vidgen_ray.outputs.shot_records import SHOTS_AT_ONCE, read_each, shot_records
 from vidgen_ray.outputs.storage import Storage, StoredFile
 
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""
-SHOTS_AT_ONCE = 1_000
-"""Shots whose records are read together."""
 SHOT_FILE_NAMES = {*SHOT_FILES.values(), *(stage.debug_file for stage in STAGES if stage.debug_file)}
 CONTENT_KEY = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["cache entries", "partial shots", "stale keys", "temporaries"]
@@ -101,9 +99,9 @@ class _Collector:
 
     def _shots_without_record(self) -> Iterator[str]:
         """Yield the shot folders without a record. Adds the keys in all other records to the indexes."""
-        for folders in (batch for group in self._shot_folders() for batch in batched(group, SHOTS_AT_ONCE)):
+        for records in batched(shot_records(self._storage), SHOTS_AT_ONCE):
             used_keys, shots_by_key = list[str](), list[str]()
-            for folder, text in self._read_each(folders, [f"{folder}/{RECORD}" for folder in folders]):
+            for folder, text in records:
                 if text is None:
                     yield folder
                 else:
@@ -113,32 +111,15 @@ class _Collector:
             self._used_keys.add_new(used_keys)
             self._shots_by_key.add_new(shots_by_key)
 
-    def _shot_folders(self) -> Iterator[Sequence[str]]:
-        """Yield the folders of shots: those of an older version, then shard by shard."""
-        names = [name for name in self._storage.folders(SHOTS) if not name.startswith(".")]
-        shards = [f"{SHOTS}/{name}" for name in names if SHARD.fullmatch(name)]
-        yield [f"{SHOTS}/{name}" for name in names if not SHARD.fullmatch(name)]
-        for shard in shards:
-            # An older version may have written a shot with two hexadecimal digits as its id.
-            old = [shard] if self._storage.files(shard) else []
-            yield [*old, *(f"{shard}/{name}" for name in self._storage.folders(shard))]
-
     def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
         """Yield the key files that do not lead to a shot finished with that key."""
         for folder in (KEYS, *(f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name))):
             files = self._storage.files(folder)
             keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
-            for batch in batched(self._read_each(keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):
+            for batch in batched(read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):
                 entries = {key: f"{key} {(shot_id or b'').decode(errors='replace')}" for key, shot_id in batch}
                 known = self._shots_by_key.intersection([*entries.values()])
                 yield from ((f"{folder}/{key}", files[key]) for key, entry in entries.items() if entry not in known)
-
-    def _read_each(self, names: Sequence[str], paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Yield each name with the content of its file, or `None`. Sends concurrent requests to an object store."""
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE if self._storage.local is None else 1) as pool:
-            for batch in batched(zip(names, paths, strict=True), SHOTS_AT_ONCE):
-                contents = pool.map(self._storage.read, [path for _, path in batch])
-                yield from zip([name for name, _ in batch], contents, strict=True)
 
     def _unused_entries(self) -> Iterator[str]:
         for group in self._storage.folders("cache"):

@@ -7,7 +7,7 @@ already copied are recognised by their id. Memory use does not depend on the num
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, suppress
 
 import pyarrow
@@ -212,17 +212,18 @@ def _with_replaced_rows(file: ManifestFile, index: pyarrow.Table, script: str) -
     return file._replace(current=current, replaced=replaced)
 
 
-def drop_rows(storage: Storage, run: str, status: str) -> None:
-    """Remove the rows with a status from the manifest. `run` is part of the names of new files, which become the newest.
+def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) -> None:
+    """Remove the rows with one of `values` in `column` (`id` or `status`) from the manifest.
 
-    Call it while holding the lease of the folder. Raises OSError if the storage fails.
+    `run` is part of the names of new files, which become the newest. Call it while holding the lease of the folder. Raises
+    OSError if the storage fails.
     """
     seen, sources = IdIndex(), []
     for name in manifest_files(storage):
         if (indexed := read_index(storage, name, seen)) is None:
             continue
         file, index = indexed
-        is_kept = [each != status for each in index.column("status").to_pylist()]
+        is_kept = [each not in values for each in index.column(column).to_pylist()]
         if not all(is_kept):
             sources.append(file._replace(current=[a and b for a, b in zip(file.current, is_kept, strict=True)]))
     _merge_rows(storage, run, sources[::-1])

@@ -39,5 +39,5 @@ def prune(outputs: OutputFolder, *, dry_run: bool = False) -> PruneReport:
                 if not dry_run:
                     outputs.delete_shot(row["id"])
         if shots and not dry_run:
-            drop_rows(outputs.storage, run, REPLACED)
+            drop_rows(outputs.storage, run, "status", {REPLACED})
     return PruneReport(shots, size)

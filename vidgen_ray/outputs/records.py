@@ -80,6 +80,8 @@ class ShotRecord(_Record):
     """Package -> version."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot, with their licences. Empty in records of earlier versions."""
+    face_photos: tuple[str, ...] = ()
+    """sha256 of each face photo, by which `vidgen identity remove` finds the shot. Empty in records of earlier versions."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 

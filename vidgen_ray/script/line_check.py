@@ -333,7 +333,8 @@ class LineCheck:
         """Return the shot with the consent to record. A face photo without one is an error of the line."""
         if not shot.face_image:
             # A LoRA or a start image may show the person of a declared consent, a text alone does not.
-            return shot if shot.all_loras or shot.has_start_image else shot.model_copy(update={"consent": None})
+            is_kept = shot.consent is None or shot.all_loras or shot.has_start_image
+            return shot if is_kept else shot.model_copy(update={"consent": None})
         if self.errors:
             return shot
         try:
@@ -342,7 +343,7 @@ class LineCheck:
             for_all = f"; for all lines: --consent {TEXT_EXAMPLE}" if error.field == "consent" and self._line.number else ""
             self.reject(error.field, error.got, f"{error.allowed}{for_all}")
             return shot
-        return shot.model_copy(update={"consent": consent})
+        return shot if consent == shot.consent else shot.model_copy(update={"consent": consent})
 
     def _existing_file(self, field: str, path: str) -> str:
         absolute, size = self._context.locate(path)

@@ -44,9 +44,10 @@ REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 class FaceFeatures:
     """One person, seen in one or several photos. Points and boxes are in pixels of the first photo."""
 
-    embeddings: Mapping[str, NDArray[np.float32]]
+    # Not shown: what a message or a log contains must not describe a face.
+    embeddings: Mapping[str, NDArray[np.float32]] = field(repr=False)
     """Recogniser -> embedding (512,): `antelopev2` unnormalised, `ir_se50` of length 1. The mean over several photos."""
-    keypoints: NDArray[np.float32]
+    keypoints: NDArray[np.float32] = field(repr=False)
     """(5, 2): x and y of left eye, right eye, nose, left and right mouth corner, left as seen in the image."""
     box: tuple[float, float, float, float]
     """Left, top, right, bottom."""

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -20,9 +21,10 @@ from vidgen_ray.media.sample_frames import sample_frames
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateCharacter
-from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterPage, CharacterResponse
+from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterErased, CharacterPage, CharacterResponse
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.character_erasure import CharacterEraser
 from vidgen_ray.online.inputs.face_check import PhotoFiles
 from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.online.server_context import ServerContext
@@ -90,6 +92,22 @@ async def delete_character(server: ServerDep, tenant: TenantDep, character_id: s
     if not await asyncio.to_thread(server.store.characters.delete, character_id, tenant.name):
         raise not_found("character", character_id[:100])
     return CharacterDeleted(id=character_id)
+
+
+@router.delete("/v1/characters/{character_id}", response_model=CharacterErased, responses=error_responses(404, 409))
+async def erase_character(
+    server: ServerDep,
+    tenant: TenantDep,
+    character_id: str,
+    videos: Annotated[bool, Query(description="Also delete the videos and images that were made with the character.")] = False,
+) -> CharacterErased:
+    """Erase a character by id or name: delete its photos, face features and cached results, and list its videos."""
+    character = await asyncio.to_thread(server.store.characters.get, character_id, tenant.name)
+    if character is None:
+        raise not_found("character", character_id[:100])
+    eraser = CharacterEraser(server.settings, server.store, server.outputs, server.job_service)
+    erased = await eraser.erase(tenant, character, with_videos=videos)
+    return CharacterErased(id=character.id, videos_deleted=videos, **erased._asdict())
 
 
 def check_faces(server: ServerContext, tenant: Tenant, photos: list[str], param: str) -> None:

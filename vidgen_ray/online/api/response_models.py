@@ -272,6 +272,17 @@ class CharacterDeleted(_Deleted):
     object: Literal["character.deleted"] = Field("character.deleted", description="Type of this object.")
 
 
+class CharacterErased(_Deleted):
+    """Confirmation that a character was erased, with what was made with it."""
+
+    object: Literal["character.erased"] = Field("character.erased", description="Type of this object.")
+    characters: list[str] = Field(description="Ids of the deleted characters: this one, and others that share a photo with it.")
+    photos: list[str] = Field(description="Ids of the deleted photos.")
+    cached_steps: int = Field(description="Deleted results of stages, such as face features.")
+    videos: list[str] = Field(description="Ids of the videos and images that were made with the photos.")
+    videos_deleted: bool = Field(description="True if these were deleted, too.")
+
+
 class FileDeleted(_Deleted):
     """Confirmation that a file was deleted."""
 

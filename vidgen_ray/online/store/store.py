@@ -273,6 +273,16 @@ class JobStore:
             return SearchPage([job_of(row) for row in rows[:limit]], rows[limit - 1].id)
         return SearchPage([job_of(row) for row in rows], None if last is None else last.id)
 
+    def with_files(self, tenant: str, files: Collection[str]) -> Sequence[Job]:
+        """Return a tenant's jobs whose shot names one of these uploaded files, oldest first, also those just deleted.
+
+        `files` are sha256, which cannot match other text by chance.
+        """
+        named = or_(*(JOBS.c.shot.contains(file) for file in files))
+        query = select(JOBS).where(JOBS.c.tenant == tenant, named).order_by(JOBS.c.seq)
+        with self._database.read_connection() as connection:
+            return [job_of(row) for row in connection.execute(query)]
+
     def changed_since(self, cursor: int, *, tenant: str | None = None, limit: int = 500) -> Changes:
         """Return the jobs that changed after `cursor`; 0 means from the beginning. Return about `limit` jobs at most."""
         changed = [JOBS.c.version > cursor, *([] if tenant is None else [JOBS.c.tenant == tenant])]
