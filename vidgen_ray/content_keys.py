@@ -20,6 +20,7 @@ from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.shot_licences import UsedWeights
@@ -115,12 +116,19 @@ class ShotPlanner:
         params: Mapping[str, StageParams],
         encode: BaseModel,
         licences: Callable[[Shot], tuple[UsedWeights, ...]] | None = None,
+        provenance: ProvenanceSettings | None = None,
     ) -> None:
-        """`licences`: finds the weights behind a shot, for its record."""
+        """`licences`: finds the weights behind a shot, for its record.
+
+        `provenance`: how files are marked. Its default does not change keys.
+        """
         self._params = params
         self._licences = licences
         self._options = {name: _json(of_stage.for_key()) for name, of_stage in params.items()}
         self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
+        # Files that are marked in the default way keep the keys that they had before they were marked.
+        marking = {} if provenance is None else provenance.for_key()
+        self._marking = f",{_json(marking)}" if marking else ""
         self._plain_values = attrgetter(*PLAIN_FIELDS)
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
@@ -138,7 +146,7 @@ class ShotPlanner:
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
         # Shots without a crop keep the keys that they had before shots could have one.
         crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
-        content = f'{self._end}"{last}"{crop}'
+        content = f'{self._end}"{last}"{crop}{self._marking}'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
         inputs, licences = self._inputs_of(shot), self._licences(shot) if self._licences else ()
         again = []

@@ -33,6 +33,8 @@ from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import in_notebook, progress_bar
+from vidgen_ray.provenance.c2pa_signing import check_signing
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences
@@ -57,6 +59,7 @@ class VideoGenerationPipeline:
 
     def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, cache: CacheMode = "all") -> None:
         check_profile(profile)
+        check_signing(profile.provenance)
         self.profile = profile
         self.outputs = OutputFolder(out)
         self.outputs.prepare()
@@ -71,13 +74,18 @@ class VideoGenerationPipeline:
 
     @classmethod
     def from_profile(
-        cls, name_or_path: str, out: str | Path = "out", *, quality_tier: QualityTier | None = None
+        cls,
+        name_or_path: str,
+        out: str | Path = "out",
+        *,
+        quality_tier: QualityTier | None = None,
+        provenance: ProvenanceSettings | None = None,
     ) -> VideoGenerationPipeline:
         """Create a pipeline from a built-in profile by name, or from a profile file by path.
 
-        `quality_tier` replaces the profile's.
+        `quality_tier` and `provenance`, how files are marked as AI-generated, replace the profile's.
         """
-        return cls(load_profile(name_or_path).with_quality_tier(quality_tier), out)
+        return cls(load_profile(name_or_path).with_quality_tier(quality_tier).with_provenance(provenance), out)
 
     def generate_video(
         self,
@@ -147,7 +155,7 @@ class VideoGenerationPipeline:
         with _reporting(on_progress):
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
-                return upscale_clip(stage, shot, Path(source), target, self.profile.encode)
+                return upscale_clip(stage, shot, Path(source), target, self.profile.encode, self.profile.provenance)
             image = read_image(Path(self._as_file("source", source)))
             try:
                 return PILImage.fromarray(stage.run_chunk(shot, image[None])[0])
@@ -157,7 +165,8 @@ class VideoGenerationPipeline:
     def plan(self, shot: Shot) -> ShotPlan:
         """Return the steps and content keys of a shot. Raises StepFailed if one of its files cannot be read."""
         try:
-            return ShotPlanner(params_of(self.profile, stages_of(shot)), self.profile.encode, self._licences)(shot)
+            params = params_of(self.profile, stages_of(shot))
+            return ShotPlanner(params, self.profile.encode, self._licences, self.profile.provenance)(shot)
         except OSError as error:
             raise StepFailed("plan", error) from error
 
@@ -207,7 +216,7 @@ class VideoGenerationPipeline:
                 item, new_records = runner.run(plan, item, [step.stage])
                 records += new_records
                 check_likeness(plan.shot, item.artefacts)
-        files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages)
+        files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages, self.profile.provenance)
         with closing(files):
             if chunked := [stage.name for stage in chunked_stages_of(plan.shot)]:
                 records += self._chunked(runner, plan, chunked, item, files)

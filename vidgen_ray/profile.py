@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.stages.base import QualityTier, Stage, StageParams
 from vidgen_ray.strict_yaml import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
@@ -60,6 +61,7 @@ class Profile(_Section):
     about: str = Field(description="One sentence that describes the profile.")
     defaults: dict[str, JsonValue] = Field(default_factory=dict, description="Default values of shot fields.")
     encode: Mp4Settings = Mp4Settings()
+    provenance: ProvenanceSettings = ProvenanceSettings()
     layout: Literal["auto", "fused", "colocated", "staged"] = Field(
         "auto",
         description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. colocated: one worker per "
@@ -140,6 +142,10 @@ class Profile(_Section):
     def with_quality_tier(self, tier: QualityTier | None) -> "Profile":
         """Return the profile with another quality tier. `None` keeps its own."""
         return self if tier is None else self.model_copy(update={"quality_tier": tier})
+
+    def with_provenance(self, settings: ProvenanceSettings | None) -> "Profile":
+        """Return the profile with other settings of the provenance. `None` keeps its own."""
+        return self if settings is None else self.model_copy(update={"provenance": settings})
 
     def with_commits(self) -> "Profile":
         """Return the profile with the commit of each Hugging Face snapshot that is on this machine, in place of a branch.

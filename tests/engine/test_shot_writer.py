@@ -14,6 +14,7 @@ from vidgen_ray.graph import file_sizes, stages_of
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import Artefacts, Item
 
@@ -37,7 +38,8 @@ def shot_files(tiny, shot, folder: Path) -> tuple[dict[str, np.ndarray], Path]:
     image = random.integers(0, 256, (shot.height, shot.width, 3), np.uint8)
     frames = random.integers(0, 256, (FRAMES, shot.height, shot.width, 3), np.uint8)
     pixels = {"image.png": image, "video.mp4": frames}
-    files = ShotFiles(plan, Item(shot, Artefacts(image=image, frames=frames)), outputs, tiny.encode)
+    plain = ProvenanceSettings(metadata="off")
+    files = ShotFiles(plan, Item(shot, Artefacts(image=image, frames=frames)), outputs, tiny.encode, provenance=plain)
     if shot.upscale_video:
         hd = random.integers(0, 256, (FRAMES, shot.height * shot.scale, shot.width * shot.scale, 3), np.uint8)
         pixels["hd.mp4"] = hd

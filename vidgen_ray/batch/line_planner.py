@@ -176,7 +176,8 @@ class LinePlanner:
             params = params_of(self._profile, used)
             for stage in used:
                 stage.check_weights(params[stage.name])
-            self._planners[used] = ShotPlanner(params, self._profile.encode, ShotLicences(self._profile))
+            profile = self._profile
+            self._planners[used] = ShotPlanner(params, profile.encode, ShotLicences(profile), profile.provenance)
         return self._planners[used]
 
     def _with_checked_files(self, line: PlannedLine) -> PlannedLine:

@@ -25,6 +25,7 @@ from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.open_markers import new_writer
 from vidgen_ray.planner import Demand, Plan, save_calibration
 from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.c2pa_signing import check_signing
 from vidgen_ray.script.settings import ScriptSettings
 
 __all__ = ["GRACE_S", "RenderOptions", "RunReport", "render", "render_lines"]
@@ -69,6 +70,7 @@ def render(
     if weights are missing, no layout fits the cluster or nothing healthy is left.
     """
     check_profile(profile)
+    check_signing(profile.provenance)
     profile = profile.with_commits()
     checker, first, whole = first_lines(script)
     planner = LinePlanner(

@@ -28,10 +28,14 @@ from vidgen_ray.cli.mcp import mcp
 from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
     PROFILE_HELP,
+    C2paKeyOption,
     CharactersOption,
     ConsentOption,
     JsonOption,
+    LabelOption,
+    NoProvenanceOption,
     OutOption,
+    PrivateOption,
     ProfileOption,
     QualityTierOption,
     SeedOption,
@@ -40,9 +44,12 @@ from vidgen_ray.cli.options import (
     chosen_profile,
     example,
     parse_fields,
+    provenance_settings,
     with_consent,
+    with_provenance,
 )
 from vidgen_ray.cli.run_script import RESUME, changes_until, interruptible, run_script, script_settings
+from vidgen_ray.cli.show import show
 from vidgen_ray.cli.upscale import upscale
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
@@ -75,6 +82,7 @@ app.command()(mcp)
 app.command()(film)
 app.command()(doctor)
 app.command()(upscale)
+app.command()(show)
 app.command()(bench)
 
 ScriptArgument = Annotated[
@@ -258,6 +266,10 @@ def render(
     max_cost: MaxCostOption = None,
     price: PriceOption = None,
     require: RequireLicenceOption = None,
+    no_provenance: NoProvenanceOption = False,
+    private: PrivateOption = False,
+    label: LabelOption = None,
+    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render a script on Ray. Finished shots are skipped, so the same command resumes a run.
@@ -267,6 +279,7 @@ def render(
     from vidgen_ray.batch.render import RenderOptions
 
     chosen = chosen_profile(profile, quality_tier)
+    chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     if strict:
         errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
@@ -364,6 +377,7 @@ def serve(
     ] = None,
     address: AddressOption = None,
     require: RequireLicenceOption = None,
+    c2pa_key: C2paKeyOption = None,
     grace_s: Annotated[
         float,
         typer.Option("--grace", metavar="SECONDS", min=0, help="How long jobs in progress may finish after SIGTERM or Ctrl-C."),
@@ -378,7 +392,12 @@ def serve(
     options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
     options |= {"quality_tier": quality_tier, "require_licence": require}
     with interruptible(), redirect_stdout(sys.stderr):
-        serve_command(settings_of(settings, options), address=address, grace_s=grace_s)
+        chosen = settings_of(settings, options)
+        if c2pa_key is not None:
+            base = chosen.provenance or load_profile(chosen.profile).provenance
+            marking = provenance_settings(base, no_provenance=False, private=False, c2pa_key=c2pa_key)
+            chosen = chosen.model_copy(update={"provenance": marking})
+        serve_command(chosen, address=address, grace_s=grace_s)
 
 
 @app.command()
@@ -415,12 +434,12 @@ def retry(
     consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render the failed lines of an output folder again, with the profile of its last run."""
+    """Render the failed lines of an output folder again, with the profile and the provenance options of its last run."""
     from vidgen_ray.batch.render import RenderOptions
-    from vidgen_ray.cli.retry import failed_lines, last_profile
+    from vidgen_ray.cli.retry import failed_lines, last_profile, last_provenance
 
     outputs = OutputFolder(out)
-    chosen = load_profile(profile) if profile else last_profile(outputs)
+    chosen = (load_profile(profile) if profile else last_profile(outputs)).with_provenance(last_provenance(outputs))
     with failed_lines(outputs) as script:
         settings = script_settings(script, chosen, None, None, None, 0, None, consent)
         options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)
@@ -471,6 +490,10 @@ def shot(
     until: UntilOption = None,
     fields: SetOption = None,
     keep: KeepOption = None,
+    no_provenance: NoProvenanceOption = False,
+    private: PrivateOption = False,
+    label: LabelOption = None,
+    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Render one shot in this process, without Ray."""
@@ -478,6 +501,7 @@ def shot(
     from vidgen_ray.script.reader import check_shot
 
     chosen = chosen_profile(profile, quality_tier)
+    chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     values = with_consent(parse_fields(fields), consent)
     if "prompt" in values:
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
@@ -537,14 +561,15 @@ def stage(
     seed: SeedOption = 0,
     fields: SetOption = None,
     consent: ConsentOption = None,
+    no_provenance: NoProvenanceOption = False,
 ) -> None:
     """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
+    chosen = chosen_profile(profile, quality_tier)
+    chosen = with_provenance(chosen, no_provenance=no_provenance, private=False, c2pa_key=None)
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
-        run_one_stage(
-            chosen_profile(profile, quality_tier), name, source, out, with_consent(parse_fields(fields), consent), seed
-        )
+        run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
     typer.echo(str(out))
 
 

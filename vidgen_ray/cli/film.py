@@ -12,7 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from vidgen_ray.cli.options import CharactersOption, JsonOption, check_out
+from vidgen_ray.cli.options import (
+    C2paKeyOption,
+    CharactersOption,
+    JsonOption,
+    NoProvenanceOption,
+    PrivateOption,
+    check_out,
+    provenance_settings,
+)
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
     from vidgen_ray.film.make_film import FilmReport
     from vidgen_ray.film.selection import Candidate
     from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.provenance.settings import ProvenanceSettings
 
 
 def _help(field: str) -> str:
@@ -69,12 +78,16 @@ def film(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out shots that are not finished. Default: refuse, with a list.")
     ] = False,
+    no_provenance: NoProvenanceOption = False,
+    private: PrivateOption = False,
+    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Join the finished shots of an output folder into one video, in the order of the script.
 
     Only what has changed since the last film is rendered again.
     """
+    from vidgen_ray.film.make_film import provenance_of_last_run
     from vidgen_ray.film.selection import manifest_candidates, with_reasons
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.report.gallery import update_gallery
@@ -107,7 +120,10 @@ def film(
     if script is not None:
         candidates = with_reasons(_script_candidates(script, characters), candidates)
     target = Path(path)
-    report = _make(outputs, settings, target, candidates, _split(ids), skip_missing)
+    marking = provenance_settings(
+        provenance_of_last_run(outputs), no_provenance=no_provenance, private=private, c2pa_key=c2pa_key
+    )
+    report = _make(outputs, settings, target, candidates, _split(ids), skip_missing, marking)
     if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
         update_gallery(out)
     for note in report.notes:
@@ -128,6 +144,7 @@ def _make(
     candidates: list[Candidate],
     ids: list[str] | None,
     skip_missing: bool,
+    marking: ProvenanceSettings,
 ) -> FilmReport:
     from vidgen_ray.film.make_film import make_film
 
@@ -141,6 +158,7 @@ def _make(
             candidates=candidates,
             ids=ids,
             skip_missing=skip_missing,
+            provenance=marking,
             on_progress=lambda activity, done, total: bar.update(task, description=activity, completed=done, total=total),
         )
 

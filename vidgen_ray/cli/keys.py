@@ -1,4 +1,4 @@
-"""`vidgen keys new`: create an API key for a server."""
+"""`vidgen keys`: create an API key for a server, or a key that signs files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from pydantic import ValidationError
 from vidgen_ray.cli.options import JsonOption
 from vidgen_ray.errors import UsageError
 
-keys = typer.Typer(help="Manage the API keys of a server.", no_args_is_help=True)
+MAX_NAME_LETTERS = 64
+"""Limit of organisation names in certificates."""
 
-
-@keys.callback()
-def _keep_subcommand() -> None:
-    # Without a callback, typer would turn a group with one command into the command itself.
-    return
+keys = typer.Typer(help="Create API keys of a server, and keys that sign files (C2PA).", no_args_is_help=True)
 
 
 @keys.command()
@@ -46,3 +43,27 @@ def new(
     typer.echo(key)
     usage = f"Its sha256 was added to {file}." if file else f"Start the server with VIDGEN_API_KEYS={tenant}={record.sha256}"
     typer.echo(f"This key is shown only once. {usage}", err=True)
+
+
+@keys.command()
+def c2pa(
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write, readable by you only.")] = Path("c2pa.pem"),
+    name: Annotated[
+        str, typer.Option("--name", help="Organisation that signed files name as their signer.", show_default=True)
+    ] = "vidgen-ray user",
+    as_json: JsonOption = False,
+) -> None:
+    """Create a key that signs files, with a certificate for ten years. Needs the extra `c2pa`.
+
+    Only who trusts the certificate can tell who has signed; everybody can tell whether a file was changed.
+    """
+    from vidgen_ray.provenance.signing_key import create_signing_key
+
+    if not 1 <= len(name.strip()) <= MAX_NAME_LETTERS:
+        raise UsageError(f"--name: got {len(name)} letters, must be 1 to {MAX_NAME_LETTERS}")
+    certificates = create_signing_key(out, name.strip())
+    if as_json:
+        typer.echo(json.dumps({"key": str(out), "certificates": str(certificates)}))
+        return
+    typer.echo(f"{out}: private key. Sign with --c2pa-key {out} or VIDGEN_C2PA_KEY={out}")
+    typer.echo(f"{certificates}: certificates. Give it to those who verify: vidgen show FILE --verify --trust {certificates}")

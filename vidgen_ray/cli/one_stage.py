@@ -12,6 +12,7 @@ import typer
 from PIL import Image
 
 from vidgen_ray.atomic_files import write_atomically
+from vidgen_ray.cache_dir import digest
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
@@ -19,11 +20,13 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import cover_crop, open_video, read_image, write_png
+from vidgen_ray.media import FileMetadata, cover_crop, open_video, read_image, write_png
 from vidgen_ray.media.container import open_media
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.derived import InputFile, altered_record
+from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
@@ -64,7 +67,7 @@ def run_one_stage(
             raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for a clip")
         _note_losses(source)
         with stage_class(profile.params(stage_class)) as chunked:
-            upscale_clip(chunked, shot, source, out, profile.encode)
+            upscale_clip(chunked, shot, source, out, profile.encode, profile.provenance)
         return
     artefacts, fps = _read(stage_class, source, shot)
     try:
@@ -80,7 +83,23 @@ def run_one_stage(
             (result,), _ = OomFallback().run(stage, shot, lambda: stage([item]))
         except Exception as error:
             raise StepFailed(name, error) from error
-    _write(result, shot, out, fps, profile)
+    record = _record(stage_class, source, profile)
+    _write(result, shot, out, fps, profile, metadata_of(record))
+
+
+def _record(stage: type[Stage[Any]], source: Path | None, profile: Profile) -> ProvenanceRecord | None:
+    """Return the record of the result: generated from nothing or from a face, or an altered image or clip."""
+    settings = profile.provenance
+    if source is None or not stage.takes or "face" in stage.takes:
+        if settings.metadata == "off":
+            return None
+        return ProvenanceRecord(source_type="trainedAlgorithmicMedia", operation="stage", stages=(stage.name,))
+    altered: SourceType = "compositeWithTrainedAlgorithmicMedia"
+    if issubclass(stage, ChunkedStage):
+        altered = "algorithmicallyEnhanced"
+    elif "frames" in stage.writes:
+        altered = "trainedAlgorithmicMedia"
+    return altered_record(InputFile.read(source, digest(source)), "stage", [stage.name], settings, altered)
 
 
 def _note_losses(source: Path) -> None:
@@ -167,7 +186,9 @@ def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
         return Artefacts(frames=video.frames(0, video.frame_count)), Fraction(video.fps)
 
 
-def _write(result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile) -> None:
+def _write(
+    result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile, metadata: FileMetadata | None
+) -> None:
     clip: Frames | None = result.get("hd_frames", result.get("frames"))
     if "face" in result and out.suffix.lower() == ".json":
         write_atomically(out, face_to_json(result["face"]))
@@ -176,10 +197,10 @@ def _write(result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profil
     elif "face" in result:
         write_png(out, pose_image(result["face"], shot))
     elif clip is None:
-        write_png(out, result["image"])
+        write_png(out, result["image"], metadata)
     elif out.suffix.lower() == ".mp4":
-        write_clip(out, [clip], fps, profile.encode)
+        write_clip(out, [clip], fps, profile.encode, metadata)
     elif len(clip) == 1:
-        write_png(out, clip[0])
+        write_png(out, clip[0], metadata)
     else:
         raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for {len(clip)} frames")

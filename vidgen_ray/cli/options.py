@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from pydantic import ValidationError
 
 from vidgen_ray.consent import DECLARED_BASES, parse_consent
 from vidgen_ray.errors import UsageError
-from vidgen_ray.invalid_fields import wrong_defaults
+from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
+from vidgen_ray.provenance.settings import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.script.line_check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
 from vidgen_ray.stages.base import QualityTier
@@ -101,11 +103,63 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on standard output.")]
 
 
+NoProvenanceOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-provenance", help="Do not mark files as AI-generated, and do not sign them. Recorded in shot.json and run.json."
+    ),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="Mark files without the prompt and other settings of the shot. Default: with them.")
+]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label", metavar="TEXT", help="Draw this text into the lower right corner of images and clips. Default: none."
+    ),
+]
+C2paKeyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--c2pa-key",
+        envvar="VIDGEN_C2PA_KEY",
+        help="Sign files (C2PA) with this key, see `vidgen keys c2pa`. Default: that of the profile, or do not sign.",
+    ),
+]
+
+
 def example(name: str) -> Path:
     """Return an example, inside an installed package or in the folder above the package in a checkout."""
     package = Path(str(resources.files("vidgen_ray")))
     paths = [package / "examples" / name, package.parent / "examples" / name]
     return next(path for path in paths if path.is_file())
+
+
+def with_provenance(
+    profile: Profile, *, no_provenance: bool, private: bool, label: str | None = None, c2pa_key: Path | None
+) -> Profile:
+    """Return the profile with the options of a command for the provenance. Raises UsageError and SetupError."""
+    return profile.with_provenance(
+        provenance_settings(profile.provenance, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
+    )
+
+
+def provenance_settings(
+    base: ProvenanceSettings, *, no_provenance: bool, private: bool, label: str | None = None, c2pa_key: Path | None
+) -> ProvenanceSettings:
+    """Return the settings with the options of a command. Raises UsageError, and SetupError if files cannot be signed."""
+    if no_provenance and private:
+        raise UsageError("--no-provenance: cannot be combined with --private")
+    changes: dict[str, Any] = {"metadata": "off"} if no_provenance else {"metadata": "private"} if private else {}
+    if label is not None:
+        changes["label"] = label
+    if c2pa_key is not None:
+        changes["c2pa_key"] = c2pa_key.expanduser().absolute()
+    try:
+        return ProvenanceSettings.model_validate({**base.model_dump(), **changes})
+    except ValidationError:
+        allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
+        raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None
 
 
 def chosen_profile(name_or_path: str, quality_tier: str | None) -> Profile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +12,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.failures import FILE
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.provenance.settings import ProvenanceSettings
 
 
 def last_profile(outputs: OutputFolder) -> Profile:
@@ -25,6 +26,14 @@ def last_profile(outputs: OutputFolder) -> Profile:
     except (ValueError, KeyError, TypeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
     return load_profile(name)
+
+
+def last_provenance(outputs: OutputFolder) -> ProvenanceSettings | None:
+    """Return how the last run marked its files, or `None` if `run.json` does not say: it is of an earlier version."""
+    with suppress(ValueError, KeyError, TypeError):
+        run = json.loads(outputs.storage.read("run.json") or b"{}")
+        return ProvenanceSettings.model_validate(run["profile"]["provenance"])
+    return None
 
 
 @contextmanager

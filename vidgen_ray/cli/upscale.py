@@ -18,11 +18,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from vidgen_ray.cli.options import JsonOption, check_out
+from vidgen_ray.cli.options import C2paKeyOption, JsonOption, NoProvenanceOption, PrivateOption, check_out, provenance_settings
 from vidgen_ray.cli.run_script import interruptible
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.provenance.settings import DEFAULT
 from vidgen_ray.upscale.calibration import Calibration, CalibrationProgress, calibrate
 from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
@@ -116,6 +117,9 @@ def upscale(
     calibrate_again: Annotated[
         bool, typer.Option("--calibrate", help="Measure the speed of this machine again. Default: once per model.")
     ] = False,
+    no_provenance: NoProvenanceOption = False,
+    private: PrivateOption = False,
+    c2pa_key: C2paKeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Enlarge videos with a super-resolution network. Sound, subtitles, chapters, times and colour tags are kept.
@@ -142,6 +146,7 @@ def upscale(
         fit=_parse_size(to) if to else None,
         fps=_parse_fps(fps) if fps else None,
         force=force,
+        provenance=provenance_settings(DEFAULT, no_provenance=no_provenance, private=private, c2pa_key=c2pa_key),
     )
     seconds = _parse_seconds(preview) if preview else None
     with (

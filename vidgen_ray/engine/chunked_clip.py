@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from vidgen_ray.cache_dir import digest
 from vidgen_ray.engine.oom_fallback import OomFallback
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, VideoReader, open_video
+from vidgen_ray.provenance.derived import InputFile, altered_record
+from vidgen_ray.provenance.record import SourceType, metadata_of
+from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks, frames_after
 from vidgen_ray.stages.progress import report_progress
@@ -22,7 +26,14 @@ from vidgen_ray.stages.progress import report_progress
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".flv", ".mpg", ".mpeg")
 
 
-def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, encode: Mp4Settings) -> Path:
+def upscale_clip(
+    stage: ChunkedStage[Any],
+    shot: Shot,
+    source: Path,
+    out: Path,
+    encode: Mp4Settings,
+    provenance: ProvenanceSettings = DEFAULT,
+) -> Path:
     """Process a clip and write it to `out`, without sound. Return `out`. The shot's `fps` is replaced by that of the clip.
 
     Raises UsageError for a suffix other than .mp4 and for a lower frame rate, MediaError for a clip that cannot be read,
@@ -39,7 +50,12 @@ def upscale_clip(stage: ChunkedStage[Any], shot: Shot, source: Path, out: Path, 
         shot = shot.model_copy(update={"fps": Fraction(video.fps)})
         if stage.frame_factor(shot) < 1:
             raise UsageError(f"fps_out: got {shot.fps_out}, must be at least the {float(video.fps):g} of {source}")
-        write_clip(out, _processed(stage, shot, video), Fraction(video.fps) * stage.frame_factor(shot), encode)
+        fps = Fraction(video.fps) * stage.frame_factor(shot)
+        altered: SourceType = (
+            "compositeWithTrainedAlgorithmicMedia" if stage.frame_factor(shot) > 1 else "algorithmicallyEnhanced"
+        )
+        record = altered_record(InputFile.read(source, digest(source)), "stage", [stage.name], provenance, altered)
+        write_clip(out, _processed(stage, shot, video), fps, encode, metadata_of(record))
     return out
 
 

@@ -68,9 +68,10 @@ class Encoder:
                 return CallResult(session_lost=True)
             self._delete(shot_id)
             try:
-                encode = self._config.profile.encode
-                item = Item(plan.shot, artefacts)
-                self._open[shot_id] = ShotFiles(plan, item, self._config.outputs, encode, self._config.keep_stages)
+                config, item = self._config, Item(plan.shot, artefacts)
+                self._open[shot_id] = ShotFiles(
+                    plan, item, config.outputs, config.profile.encode, config.keep_stages, config.profile.provenance
+                )
             # Any error, such as a full disk or an unreadable start image, fails this shot only.
             except Exception as error:
                 return CallResult.of_failure(StepFailed(OUTPUT, error))

@@ -9,14 +9,23 @@ from pathlib import Path
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
+from vidgen_ray.engine.shot_provenance import shot_record
 from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
-from vidgen_ray.media import Mp4Settings, Mp4Writer, centre_crop, write_png
+from vidgen_ray.media import FileMetadata, Mp4Settings, Mp4Writer, centre_crop, write_png
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder, ShotDraft
-from vidgen_ray.outputs.records import LikenessRecord, ShotRecord, StepRecord
+from vidgen_ray.outputs.records import LikenessRecord, ProvenanceNote, ShotRecord, StepRecord
 from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
+from vidgen_ray.provenance.c2pa_signing import sign_file
+from vidgen_ray.provenance.record import metadata_of
+from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
+from vidgen_ray.provenance.visible_label import labelled
 from vidgen_ray.stages.base import Artefacts, Frames, Item
+
+IMAGE, IMAGE_FILE = "image", "image.png"
+FILES = {IMAGE: IMAGE_FILE, **CLIP_FILES}
+"""Artefact -> file name of a shot's results."""
 
 
 class ShotFiles:
@@ -26,11 +35,19 @@ class ShotFiles:
     """
 
     def __init__(
-        self, plan: ShotPlan, item: Item, outputs: OutputFolder, encode: Mp4Settings, keep_stages: bool = False
+        self,
+        plan: ShotPlan,
+        item: Item,
+        outputs: OutputFolder,
+        encode: Mp4Settings,
+        keep_stages: bool = False,
+        provenance: ProvenanceSettings = DEFAULT,
     ) -> None:
         """Write everything that does not come in chunks. Raises MediaError or OSError if it cannot be written."""
         self._shot = plan.shot
         self._encode = encode
+        self._provenance = provenance
+        self._records = {name: shot_record(plan, name, provenance) for name in FILES}
         self._stages = outputs.stage_cache if keep_stages else None
         self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}
@@ -40,11 +57,14 @@ class ShotFiles:
         artefacts = with_images(item, ("image",), plan.inputs).artefacts
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
-            write_png(self._draft.path("image.png"), centre_crop(artefacts["image"], *self._sizes["image"]))
+            image = self._finished(IMAGE, artefacts["image"][None])[0]
+            write_png(self._draft.path(IMAGE_FILE), image, self._metadata(IMAGE))
             if "frames" in artefacts and "frames" not in self._chunked:
-                frames = centre_crop(artefacts["frames"], *self._sizes["frames"])
-                write_clip(self._draft.path(CLIP_FILES["frames"]), [frames], plan.shot.fps, encode)
+                frames = self._finished("frames", artefacts["frames"])
+                clip = self._draft.path(CLIP_FILES["frames"])
+                write_clip(clip, [frames], plan.shot.fps, encode, self._metadata("frames"))
             if plan.keep_last_frame:
+                # Without metadata: it is an input of another shot, and its digest is part of that shot's key.
                 last = artefacts["frames"][-1] if "frames" in artefacts else artefacts["image"]
                 write_png(self._draft.path(LAST_FRAME), last)
             self._open = stack.pop_all()
@@ -55,19 +75,35 @@ class ShotFiles:
             whole: Frames | None = chunk.get(name)  # type: ignore[assignment]  # an artefact of frames
             if whole is None:
                 continue
-            width, height = self._sizes[name]
             if name not in self._clips:
                 _, fps = clip_length(self._shot)
-                writer = Mp4Writer(self._draft.path(file), width, height, fps, self._encode)
+                writer = Mp4Writer(self._draft.path(file), *self._sizes[name], fps, self._encode, self._metadata(name))
                 self._clips[name] = self._open_clips.enter_context(writer)
-            self._clips[name].write(centre_crop(whole, width, height))
+            self._clips[name].write(self._finished(name, whole))
+
+    def _finished(self, name: str, frames: Frames) -> Frames:
+        """Return frames (T, H, W, 3) of an artefact as they are written: cropped and with the visible label."""
+        cropped = centre_crop(frames, *self._sizes[name])
+        return cropped if self._provenance.label is None else labelled(cropped, self._provenance.label)
+
+    def _metadata(self, name: str) -> FileMetadata | None:
+        return metadata_of(self._records[name])
 
     def commit(self, records: Sequence[StepRecord]) -> ShotRecord:
         """Finish the files and commit the shot."""
         self._open_clips.close()
         if self._stages is not None:
-            _write_stages(self._draft, self._stages)
-        return self._draft.commit(records, self._likeness)
+            _write_stages(self._draft, self._stages, self._provenance)
+        note = ProvenanceNote(metadata=self._provenance.metadata, label=self._provenance.label)
+        return self._draft.commit(records, self._likeness, note, self._sign)
+
+    def _sign(self, path: Path) -> bool:
+        """Sign a finished file, if files are signed. Inputs of other shots and intermediate results are not."""
+        record = next((self._records[name] for name, file in FILES.items() if file == path.name), None)
+        if record is None or self._provenance.signing_key is None:
+            return False
+        sign_file(path, record, self._provenance.signing_key)
+        return True
 
     def close(self) -> None:
         # A clip without frames cannot be closed. If it is not committed, it is deleted anyway.
@@ -75,17 +111,23 @@ class ShotFiles:
             self._open_clips.close()
 
 
-def write_clip(path: Path, chunks: Iterable[Frames], fps: int | Fraction, encode: Mp4Settings) -> None:
+def write_clip(
+    path: Path,
+    chunks: Iterable[Frames],
+    fps: int | Fraction,
+    encode: Mp4Settings,
+    metadata: FileMetadata | None = None,
+) -> None:
     """Encode chunks of frames, each (T, H, W, 3), one by one."""
     chunks = iter(chunks)
     first = next(chunks)
-    with Mp4Writer(path, width=first.shape[2], height=first.shape[1], fps=fps, settings=encode) as writer:
+    with Mp4Writer(path, first.shape[2], first.shape[1], fps, encode, metadata) as writer:
         writer.write(first)
         for chunk in chunks:
             writer.write(chunk)
 
 
-def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
+def _write_stages(draft: ShotDraft, cache: StageCache, provenance: ProvenanceSettings) -> None:
     for stage, step in zip(stages_of(draft.plan.shot), draft.plan.steps, strict=True):
         artefacts = cache.get(step.key, stage.writes) if stage.debug_file else None
         if not stage.debug_file or artefacts is None:
@@ -93,4 +135,5 @@ def _write_stages(draft: ShotDraft, cache: StageCache) -> None:
         if "face" in artefacts:
             draft.path(stage.debug_file).write_text(face_to_json(artefacts["face"]))
         else:
-            write_png(draft.path(stage.debug_file), artefacts["image"])
+            record = shot_record(draft.plan, IMAGE, provenance, until=stage)
+            write_png(draft.path(stage.debug_file), artefacts["image"], metadata_of(record))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +17,7 @@ from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import PieceFolder, PlannedPiece, opened_piece
 from vidgen_ray.film.timeline import Timeline
 from vidgen_ray.media.checks import wrap_errors
+from vidgen_ray.media.file_metadata import COMMENT_TAG, FileMetadata, append_xmp
 
 
 def write_film(
@@ -27,26 +28,31 @@ def write_film(
     open_file: OpenFile,
     sound: Path | None,
     title: str | None,
+    metadata: FileMetadata | None = None,
+    sign: Callable[[Path], None] = lambda path: None,
 ) -> None:
     """Write the film to `path`, which appears when it is complete. Raises MediaError if a piece does not fit.
 
+    `sign` signs the finished file in place.
     Every frame has its own position: times of the pieces are replaced, so their rounding does not add up.
     """
-    with (
-        wrap_errors(f"{path}: cannot be joined"),
-        new_file(path) as tmp,
-        av.open(str(tmp.absolute()), "w", "mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as film,
-        ExitStack() as opened,
-    ):
-        if title is not None:
-            film.metadata["title"] = title
-        writer = _Writer(film, timeline)
-        for planned in pieces:
-            with opened_piece(planned, folder, open_file) as source:
-                if writer.video is None:
-                    writer.add_streams(source, sound, opened)
-                writer.copy(source, planned)
-        writer.finish()
+    options = {"fflags": "+bitexact", "movflags": "+faststart"}
+    with wrap_errors(f"{path}: cannot be joined"), new_file(path) as tmp:
+        with av.open(str(tmp.absolute()), "w", "mp4", options=options) as film, ExitStack() as opened:
+            if title is not None:
+                film.metadata["title"] = title
+            if metadata is not None:
+                film.metadata[COMMENT_TAG] = metadata.comment
+            writer = _Writer(film, timeline)
+            for planned in pieces:
+                with opened_piece(planned, folder, open_file) as source:
+                    if writer.video is None:
+                        writer.add_streams(source, sound, opened)
+                    writer.copy(source, planned)
+            writer.finish()
+        if metadata is not None:
+            append_xmp(tmp, metadata.xmp)
+        sign(tmp)
 
 
 class _Writer:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vidgen_ray.atomic_files import new_file, write_atomically
 from vidgen_ray.cache_dir import digest
@@ -22,6 +24,11 @@ from vidgen_ray.film.speech import speaker
 from vidgen_ray.film.timeline import Source, Timeline, build_timeline
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, sign_file
+from vidgen_ray.provenance.derived import InputFile, joined_record
+from vidgen_ray.provenance.reading import FoundProvenance
+from vidgen_ray.provenance.record import metadata_of
+from vidgen_ray.provenance.settings import Detail, ProvenanceSettings
 
 SUFFIX = ".mp4"
 Progress = Callable[[str, int, int], None]
@@ -49,6 +56,8 @@ class FilmReport:
     """Paths of the caption files."""
     notes: tuple[str, ...]
     """Hints for the user, such as a narration that was cut."""
+    metadata: Detail
+    """How the film is marked as AI-generated."""
 
 
 def make_film(
@@ -59,10 +68,12 @@ def make_film(
     candidates: Sequence[Candidate] | None = None,
     ids: Sequence[str] | None = None,
     skip_missing: bool = False,
+    provenance: ProvenanceSettings | None = None,
     on_progress: Progress = lambda activity, done, total: None,
 ) -> FilmReport:
     """Make a film of finished shots at `path`, with caption files of the same name in the same folder.
 
+    `provenance`: how the film is marked as AI-generated. Default: as the files of the last run in the folder.
     `candidates` are the shots in order, by default those of the manifest. `ids` chooses some of them, in another order.
     Rendered pieces stay in a folder beside the film, so that the next call renders only what has changed.
     Raises MissingShots, UsageError, ScriptError for settings in the metadata of a shot, SetupError if the narration cannot be
@@ -70,13 +81,15 @@ def make_film(
     """
     if path.suffix.lower() != SUFFIX:
         raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
+    marking = provenance_of_last_run(outputs) if provenance is None else provenance
+    check_signing(marking)
     if candidates is None:
         candidates = manifest_candidates(outputs.storage)
     if settings.encode is None:
         settings = settings.model_copy(update={"encode": _encode_of_last_run(outputs)})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
     folder = PieceFolder(path.with_name(f"{path.stem}.pieces"))
-    sources = _sources(outputs, chosen, on_progress)
+    sources, inputs = _sources(outputs, chosen, on_progress)
     sources, spoken = _with_speech(sources, settings, folder, on_progress)
     timeline = build_timeline(sources, settings)
     check_texts(timeline, settings)
@@ -95,7 +108,17 @@ def make_film(
         on_progress("Mixing the sound", 0, 1)
         write_sound(sound, tracks, timeline, settings)
     on_progress("Joining", 0, 1)
-    write_film(path, pieces, timeline, folder, open_clip, sound, settings.title)
+    record = joined_record(inputs, "film", marking)
+    metadata = metadata_of(record)
+
+    def sign(film: Path) -> None:
+        if record is not None and marking.signing_key is not None:
+            with ExitStack() as stack:
+                shown = [shot for shot in chosen if shot.path is not None]
+                files = {shot.name: stack.enter_context(open_clip(str(shot.path))) for shot in shown}
+                sign_file(film, record, marking.signing_key, [Ingredient(file, name) for name, file in files.items()])
+
+    write_film(path, pieces, timeline, folder, open_clip, sound, settings.title, metadata, sign)
     captions = _write_captions(path, timeline, settings)
     keys = {piece.key for piece in pieces if piece.key is not None}
     folder.keep_only({f"{key}{SUFFIX}" for key in keys} | spoken | ({sound.name} if sound else set()))
@@ -111,27 +134,48 @@ def make_film(
         rendered=rendered,
         captions=captions,
         notes=tuple(_notes(timeline, settings, narration_s)),
+        metadata=marking.metadata,
     )
 
 
 def _encode_of_last_run(outputs: OutputFolder) -> Mp4Settings:
     """Return the compression of the clips of the last run, or the default if there was no run."""
     try:
-        return Mp4Settings.model_validate(json.loads(outputs.storage.read("run.json") or b"{}")["profile"]["encode"])
+        return Mp4Settings.model_validate(_profile_of_last_run(outputs)["encode"])
     except (ValueError, KeyError, TypeError):
         return Mp4Settings()
 
 
-def _sources(outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress) -> list[Source]:
-    sources = []
+def provenance_of_last_run(outputs: OutputFolder) -> ProvenanceSettings:
+    """Return how the last run marked its files, or the default if there was no run."""
+    try:
+        return ProvenanceSettings.model_validate(_profile_of_last_run(outputs)["provenance"])
+    except (ValueError, KeyError, TypeError):
+        return ProvenanceSettings()
+
+
+def _profile_of_last_run(outputs: OutputFolder) -> Any:
+    return json.loads(outputs.storage.read("run.json") or b"{}")["profile"]
+
+
+def _sources(
+    outputs: OutputFolder, chosen: Sequence[ChosenShot], on_progress: Progress
+) -> tuple[list[Source], list[InputFile]]:
+    """Return the sources of the film, and what the metadata of its clips and images says, each once."""
+    sources, inputs = [], dict[str, InputFile]()
     for number, shot in enumerate(chosen):
         on_progress("Reading clips", number, len(chosen))
         clip = None
-        if shot.is_clip and shot.path is not None:
+        if shot.path is not None:
             with outputs.storage.local_copy(shot.path) as path:
-                clip = probe_clip(path)
+                clip = probe_clip(path) if shot.is_clip else None
+                source = InputFile.read(path, shot.sha256)
+            if shot.is_clip and source.found.source_type is None:
+                # A clip of an earlier version, or of a run without provenance. Every clip of a shot is generated.
+                source = InputFile(shot.sha256, FoundProvenance(None, "trainedAlgorithmicMedia"))
+            inputs[shot.path] = source
         sources.append(Source(shot.name, shot.path, shot.sha256, clip, shot.settings, shot.title))
-    return sources
+    return sources, list(inputs.values())
 
 
 def _with_speech(

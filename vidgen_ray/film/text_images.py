@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.settings import Size
+from vidgen_ray.media.fonts import load_font, missing_letter
 from vidgen_ray.stages.base import Image
 
 CAPTION_HEIGHT, TITLE_HEIGHT = 1 / 18, 1 / 10
@@ -84,26 +83,15 @@ def _fitting(text: str, size: Size, font: Path | None, height: float, max_height
 
 
 def _font(path: Path | None, letter_px: int) -> ImageFont.FreeTypeFont:
-    if path is not None:
-        return _loaded_font(str(path), letter_px)
-    with resources.as_file(resources.files("vidgen_ray.film") / "fonts" / "DejaVuSans.ttf") as bundled:
-        return _loaded_font(str(bundled), letter_px)
-
-
-@functools.lru_cache(maxsize=64)
-def _loaded_font(path: str, letter_px: int) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.truetype(path, letter_px)
+        return load_font(path, letter_px)
     except OSError:
         raise UsageError(f"font {path}: not a font; must be a .ttf, .otf or .ttc file") from None
 
 
 def _check_letters(text: str, font: ImageFont.FreeTypeFont) -> None:
-    # Pillow does not tell which letters a font has. It draws the same box for all that are missing.
-    missing = bytes(font.getmask("\U0010ffff"))
-    for letter in sorted(set(text)):
-        if letter.isprintable() and not letter.isspace() and bytes(font.getmask(letter)) == missing:
-            raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")
+    if (letter := missing_letter(text, font)) is not None:
+        raise UsageError(f"text {text[:60]!r}: the font has no letter {letter!r}; set a font that has it")
 
 
 def _balanced(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> Sequence[str]:

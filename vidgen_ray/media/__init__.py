@@ -3,10 +3,11 @@
 Encoding is deterministic: with the same FFmpeg, the same pixels give the same bytes. All decoders return the same pixels.
 """
 
+from vidgen_ray.media.checks import IMAGE_FORMATS
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
+from vidgen_ray.media.file_metadata import FileMetadata
 from vidgen_ray.media.images import (
-    IMAGE_FORMATS,
     centre_crop,
     check_image_header,
     cover_crop,
@@ -19,6 +20,7 @@ from vidgen_ray.media.images import (
 
 __all__ = [
     "IMAGE_FORMATS",
+    "FileMetadata",
     "Mp4Settings",
     "Mp4Writer",
     "VideoReader",

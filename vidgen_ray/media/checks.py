@@ -7,6 +7,9 @@ from pathlib import Path
 from vidgen_ray.errors import MediaError, WriteError
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_PIXELS
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Formats that are read, by Pillow's names."""
+
 
 @contextmanager
 def wrap_errors(message: str, error_class: type[MediaError] = MediaError) -> Iterator[None]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_write_errors
+from vidgen_ray.media.file_metadata import COMMENT_TAG, FileMetadata, append_xmp
 from vidgen_ray.stages.base import Frames
 
 CHECKSUM_TAG = "PIXELS_CRC32"
@@ -124,12 +125,15 @@ class _VideoWriter:
         try:
             if not self.frames_written:
                 raise MediaError(f"{self.path}: got no frames, must be at least one")
-            with wrap_write_errors(self.path):
-                self._container.mux(self._stream.encode())
-                self._container.close()
+            self._finish()
         except MediaError:
             self._discard()
             raise
+
+    def _finish(self) -> None:
+        with wrap_write_errors(self.path):
+            self._container.mux(self._stream.encode())
+            self._container.close()
 
     def _discard(self) -> None:
         with suppress(Exception):  # the first error is reported
@@ -145,7 +149,15 @@ class Mp4Writer(_VideoWriter):
     Raises MediaError for an odd width or height (pixels) and for no frames, WriteError if the file cannot be written.
     """
 
-    def __init__(self, path: Path, width: int, height: int, fps: int | Fraction, settings: Mp4Settings) -> None:
+    def __init__(
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        fps: int | Fraction,
+        settings: Mp4Settings,
+        metadata: FileMetadata | None = None,
+    ) -> None:
         if width % 2 or height % 2:
             raise MediaError(f"{path}: got {width}×{height} pixels, width and height must be even")
         if settings.codec == "h264_nvenc" and (reason := nvenc_problem()) is not None:
@@ -167,8 +179,14 @@ class Mp4Writer(_VideoWriter):
                 # the edges is 2 levels, compared to 21 for bicubic.
                 "interpolation": Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT,
             },
-            metadata={},
+            metadata={COMMENT_TAG: metadata.comment} if metadata else {},
         )
+        self._xmp = metadata.xmp if metadata else None
+
+    def _finish(self) -> None:
+        super()._finish()
+        if self._xmp is not None:
+            append_xmp(self.path, self._xmp)
 
     def write_frame(self, frame: av.VideoFrame) -> None:
         """Append a yuv420p BT.709 frame of limited range without conversion. Its time is replaced by its position.

@@ -37,6 +37,7 @@ from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, par
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import load_profile
+from vidgen_ray.provenance.c2pa_signing import check_signing
 from vidgen_ray.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     distinguish GPUs of different sizes.
     """
     configured = load_profile(settings.profile).with_quality_tier(settings.quality_tier)
+    configured = configured.with_provenance(settings.provenance)
+    check_signing(configured.provenance)
     if settings.layout is not None:
         configured = configured.model_copy(update={"layout": settings.layout})
     served = serving_profile(configured, settings.require_licence)

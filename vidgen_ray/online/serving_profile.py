@@ -73,7 +73,9 @@ class ServingProfile:
     def _planner(self) -> Callable[[], ShotPlanner]:
         """Function that returns the current planner. Threads may call it."""
         cache: TTLCache[object, ShotPlanner] = TTLCache(1, PLANNER_S)
-        return cached(cache, lock=Lock())(lambda: ShotPlanner(self.params, self.profile.encode, self.licences))
+        return cached(cache, lock=Lock())(
+            lambda: ShotPlanner(self.params, self.profile.encode, self.licences, self.profile.provenance)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_planner", "licences")}

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.shot_licences import Requirement
 from vidgen_ray.stages.base import QualityTier
 
@@ -130,6 +131,9 @@ class OnlineSettings(_Section):
         "Default: the profile's layout.",
     )
     gpus: str | None = Field(None, description="GPUs to plan for, for example 8x80GB. Default: detect GPUs at the start.")
+    provenance: ProvenanceSettings | None = Field(
+        None, description="How files are marked as AI-generated, labelled and signed. Default: that of the profile."
+    )
     data: str = Field(
         "out", validate_default=True, description="Output folder or its URL (s3://...). May be shared with batch runs."
     )

@@ -23,7 +23,15 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
 from vidgen_ray.outputs.paths import KEYS, RECORD, SHARD, SHOTS, key_path, old_key_path, old_shot_path, shot_path
-from vidgen_ray.outputs.records import DoneShot, FileRecord, LikenessRecord, ShotRecord, ShotSummary, StepRecord
+from vidgen_ray.outputs.records import (
+    DoneShot,
+    FileRecord,
+    LikenessRecord,
+    ProvenanceNote,
+    ShotRecord,
+    ShotSummary,
+    StepRecord,
+)
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.shot import ID_PATTERN
@@ -51,8 +59,17 @@ class ShotDraft:
         """Return the path at which to write the file `name`."""
         return self._workspace / name
 
-    def commit(self, stages: Sequence[StepRecord], likeness: LikenessRecord | None = None) -> ShotRecord:
-        """Publish the files in the output folder, and `shot.json` last."""
+    def commit(
+        self,
+        stages: Sequence[StepRecord],
+        likeness: LikenessRecord | None = None,
+        provenance: ProvenanceNote | None = None,
+        sign: Callable[[Path], bool] = lambda path: False,
+    ) -> ShotRecord:
+        """Publish the files in the output folder, and `shot.json` last.
+
+        `sign` signs a file in place if it is to be signed. Returns whether it was.
+        """
         files = sorted(self._workspace.iterdir())
         record = ShotRecord(
             key=self.plan.key,
@@ -61,10 +78,11 @@ class ShotDraft:
             likeness=likeness,
             seeds={step.stage: STAGE_BY_NAME[step.stage].generator_seed(self.plan.shot) for step in self.plan.steps},
             stages=tuple(stages),
-            files={f.name: FileRecord(sha256=sha256_of(f), bytes=f.stat().st_size) for f in files},
+            files={file.name: _file_record(file, sign) for file in files},
             software=software_versions(),
             licences=self.plan.licences,
             face_photos=tuple(self.plan.inputs[photo] for photo in self.plan.shot.face_image if photo in self.plan.inputs),
+            provenance=provenance,
         )
         self.path(RECORD).write_text(record.model_dump_json(indent=1, exclude={"committed_at"}), encoding="utf-8")
         # Renaming the file keeps its time.
@@ -294,6 +312,12 @@ class OutputFolder:
         """Remove the temporary files of killed processes. Call it only while holding the lease of the folder."""
         for path in self.storage.abandoned(SWEEP_FOLDERS):
             remove(path)
+
+
+def _file_record(path: Path, sign: Callable[[Path], bool]) -> FileRecord:
+    sha256 = sha256_of(path)
+    signed_sha256 = sha256_of(path) if sign(path) else None
+    return FileRecord(sha256=sha256, bytes=path.stat().st_size, signed_sha256=signed_sha256)
 
 
 def _id_of(plan: ShotPlan) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.provenance.settings import Detail
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Artefacts
@@ -37,7 +38,19 @@ class StepRecord(_Record):
 
 class FileRecord(_Record):
     sha256: str
+    """Digest before the file was signed: signatures differ each time, all other bytes do not."""
     bytes: int
+    """Size of the file, with its signature."""
+    signed_sha256: str | None = None
+    """Digest of the signed file. `None` if it is not signed."""
+
+
+class ProvenanceNote(_Record):
+    """How the files of a shot are marked."""
+
+    metadata: Detail
+    label: str | None
+    """Text drawn into the pixels."""
 
 
 class LikenessRecord(_Record):
@@ -82,6 +95,8 @@ class ShotRecord(_Record):
     """Weights behind the shot, with their licences. Empty in records of earlier versions."""
     face_photos: tuple[str, ...] = ()
     """sha256 of each face photo, by which `vidgen identity remove` finds the shot. Empty in records of earlier versions."""
+    provenance: ProvenanceNote | None = None
+    """How the files are marked. `None` in records of earlier versions, whose files are not."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 

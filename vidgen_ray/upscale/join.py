@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_errors, wrap_write_errors
 from vidgen_ray.media.container import open_media
+from vidgen_ray.media.file_metadata import COMMENT_TAG, MATROSKA_XMP_TAG, FileMetadata, append_xmp
 from vidgen_ray.upscale.encode import Codec
 from vidgen_ray.upscale.job import UpscaleJob
 from vidgen_ray.upscale.source import Source
@@ -57,22 +58,50 @@ def plan_copies(source: Source, suffix: str) -> Copies:
     return Copies(tuple(kept), tuple(notes))
 
 
-def join_segments(path: Path, segments: Sequence[Path], job: UpscaleJob, kept: Sequence[int]) -> None:
+def join_segments(
+    path: Path,
+    segments: Sequence[Path],
+    job: UpscaleJob,
+    kept: Sequence[int],
+    metadata: FileMetadata | None = None,
+    sign: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Write the video to `path`, which appears when it is complete.
 
+    `sign` signs the finished file in place.
     Every frame gets its time in the job's timeline. `kept` are indices of streams that are copied packet by packet.
     Raises MediaError if the segments do not have the frames of the source, WriteError if the file cannot be written.
     """
-    source, timeline, codec = job.source, job.timeline, job.encode.codec
     file_format = FORMATS[path.suffix.lower()]
     options = {"fflags": "+bitexact"} | ({"movflags": "+faststart"} if file_format in ("mp4", "mov") else {})
+    with wrap_write_errors(path), new_file(path) as tmp:
+        _join(tmp, segments, job, kept, file_format, options, metadata)
+        if metadata is not None and file_format != "matroska":
+            append_xmp(tmp, metadata.xmp)
+        sign(tmp)
+
+
+def _join(
+    path: Path,
+    segments: Sequence[Path],
+    job: UpscaleJob,
+    kept: Sequence[int],
+    file_format: str,
+    options: dict[str, str],
+    metadata: FileMetadata | None,
+) -> None:
+    source, timeline, codec = job.source, job.timeline, job.encode.codec
     with (
-        wrap_write_errors(path),
         open_media(source.path, source.container) as original,
-        new_file(path) as tmp,
-        av.open(str(tmp.absolute()), "w", file_format, options=options) as film,
+        av.open(str(path.absolute()), "w", file_format, options=options) as film,
     ):
         film.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in NOT_COPIED_TAGS})
+        if metadata is not None:
+            # A comment of the source stays.
+            if COMMENT_TAG not in {key.lower() for key in film.metadata}:
+                film.metadata[COMMENT_TAG] = metadata.comment
+            if file_format == "matroska":
+                film.metadata[MATROSKA_XMP_TAG] = metadata.xmp
         with open_media(segments[0], "mov") as first:
             template = first.streams.best("video")
             video = film.add_stream_from_template(template, opaque=True)  # no encoder is needed

@@ -10,6 +10,7 @@ import numpy as np
 
 from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import MediaError
+from vidgen_ray.media.file_metadata import append_xmp
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import write_segment
 from vidgen_ray.upscale.frames import FrameReader, Pixels
@@ -50,9 +51,12 @@ def write_preview(
             yield np.concatenate([cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), upscaled], axis=1)
             on_progress(number, count, number)
 
+    record = options.record(video)
     try:
         with new_file(path) as tmp:
             write_segment(tmp, pairs(), count, (2 * size[0], size[1]), source.fps, source, options.encode)
+            if record is not None:
+                append_xmp(tmp, record.metadata().xmp)
     finally:
         reader.close()
     return UpscaleReport(

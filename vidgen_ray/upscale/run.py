@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vidgen_ray.atomic_files import abandoned, remove, write_atomically
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
+from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, is_signable, sign_file
+from vidgen_ray.provenance.derived import InputFile, altered_record
+from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
+from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import EncodeSettings
 from vidgen_ray.upscale.interpolate import interpolator_weights
@@ -60,6 +65,26 @@ class UpscaleOptions:
     """Frames per second of the result, drawn by RIFE. `None` keeps the times of the source."""
     force: bool = False
     """Replace existing files."""
+    provenance: ProvenanceSettings = DEFAULT
+    """How the result is marked as altered by an algorithm, or as AI-generated if its source is."""
+
+    def record(self, video: Path) -> ProvenanceRecord | None:
+        """Return the provenance record of the result for a source, or `None` if nothing is written."""
+        stages = (self.model.name,) if self.fps is None else (self.model.name, "rife")
+        altered: SourceType = "algorithmicallyEnhanced" if self.fps is None else "compositeWithTrainedAlgorithmicMedia"
+        return altered_record(InputFile.read(video, digest(video)), "upscale", stages, self.provenance, altered)
+
+    def check(self, out: Path) -> None:
+        """Raise MediaError if `out` is to be signed and has a format without signatures, SetupError if signing cannot work."""
+        check_signing(self.provenance)
+        if self.provenance.signing_key is not None and FORMATS[out.suffix.lower()] == "matroska":
+            raise MediaError(f"{out}: Matroska files cannot be signed (C2PA); choose .mp4 or .mov, or do not pass a key")
+
+    def sign(self, video: Path, record: ProvenanceRecord | None, out: Path) -> None:
+        """Sign a result in place, if results are signed, with the source as its parent."""
+        if record is not None and self.provenance.signing_key is not None:
+            ingredients = [Ingredient(video, video.name)] if is_signable(video) else []
+            sign_file(out, record, self.provenance.signing_key, ingredients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +143,7 @@ def upscale_file(
     begin = time.monotonic()
     work = out.parent / WORK_FOLDER / out.name
     record = work.with_name(f"{out.name}.json")
+    options.check(out)
     source, size = planned_size(read_source(video), options)
     copies = plan_copies(source, out.suffix.lower())
     timeline = timeline_of(source, options.fps)
@@ -172,7 +198,10 @@ def upscale_file(
         on_progress(resumed, total, 0)
         if missing:
             runner(job, missing, work, count)
-        join_segments(out, [work / segment.file_name for segment in segments], job, copies.kept)
+        provenance = options.record(video)
+        made_segments = [work / segment.file_name for segment in segments]
+        metadata = metadata_of(provenance)
+        join_segments(out, made_segments, job, copies.kept, metadata, partial(options.sign, video, provenance))
         write_atomically(record, plan.model_copy(update={"finished": _version(out)}).model_dump_json())
         remove(work)
     finally:
@@ -220,6 +249,8 @@ def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
         "fps": None if options.fps is None else [str(options.fps), digest(interpolator_weights())],
         "versions": {"ffmpeg": av.library_versions, "torch": version("torch"), "spandrel": version("spandrel")},
     }
+    if marking := options.provenance.for_key():
+        content["provenance"] = marking
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -179,7 +179,9 @@ def test_generate_images(client):
     assert (images[0] != images[1]).any()
     assert (response.size, response.output_format) == ("64x64", "png")
     webp = client.images.generate(prompt="a lighthouse", size="64x64", output_format="webp", extra_body={"seed": 1})
-    assert decode_image(webp.data[0].b64_json).format == "WEBP"
+    image = decode_image(webp.data[0].b64_json)
+    assert image.format == "WEBP"
+    assert b"digitalsourcetype/trainedAlgorithmicMedia" in image.info["xmp"]
 
 
 def test_stream_images(client):
@@ -200,7 +202,9 @@ def test_stream_partial_images(client):
     )
     events = list(stream)
     assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
-    first, last = (np.asarray(decode_image(event.b64_json)) for event in events)
+    images = [decode_image(event.b64_json) for event in events]
+    assert all(b"digitalsourcetype/trainedAlgorithmicMedia" in image.info["xmp"] for image in images)
+    first, last = map(np.asarray, images)
     assert first.shape == last.shape
     assert (first != last).any()
 

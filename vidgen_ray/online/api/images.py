@@ -16,9 +16,11 @@ from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.shot_provenance import shot_record
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
+from vidgen_ray.media import encode_png
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.job_waiting import completed_jobs, require_completed, require_existing
 from vidgen_ray.online.api.openapi import error_responses, request_body
@@ -32,6 +34,8 @@ from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
+from vidgen_ray.provenance.record import metadata_of
+from vidgen_ray.provenance.visible_label import labelled
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
@@ -168,18 +172,17 @@ async def _events(server: ServerContext, jobs: Sequence[Job], options: CreateIma
 
 async def _events_of(server: ServerContext, job: Job, options: CreateImages) -> AsyncIterator[ServerSentEvent]:
     """Yield an event for each intermediate image, as soon as its stage is done, and one for the result."""
-    keys: list[str] = []
-    if options.partial_images:
-        keys = _intermediate_keys(await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings))
+    plan = await asyncio.to_thread(plan_job, job, server.serving_profile, server.settings) if options.partial_images else None
+    steps = _intermediate_steps(plan) if plan else []
     index, last = 0, job
     async for current in server.job_feed.follow(job):
         last = require_existing(current)
         # A job that is completed sends them, too: their number must not depend on timing.
-        while keys and index < options.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
-            image = await asyncio.to_thread(_encode_intermediate, server, keys[0], options)
+        while plan and steps and index < options.partial_images and last.state not in (JobState.CANCELLED, JobState.FAILED):
+            image = await asyncio.to_thread(_encode_intermediate, server, plan, steps[0], options)
             if image is None:
                 break
-            keys.pop(0)
+            steps.pop(0)
             yield _event(options, "partial_image", last, b64_json=image, partial_image_index=index)
             index += 1
     content = await asyncio.to_thread(_encode_result, server, require_completed(last), options)
@@ -200,17 +203,25 @@ def _event(options: CreateImages, name: str, job: Job, **fields: Any) -> ServerS
     return ServerSentEvent(event=event, data=JSON_OBJECT.dump_json(data).decode())
 
 
-def _intermediate_keys(plan: ShotPlan) -> list[str]:
-    """Return the keys of all images of the shot but the last."""
-    return [step.key for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
+def _intermediate_steps(plan: ShotPlan) -> list[Step]:
+    """Return the steps of all images of the shot but the last."""
+    return [step for step in plan.steps if "image" in STAGE_BY_NAME[step.stage].writes][:-1]
 
 
-def _encode_intermediate(server: ServerContext, key: str, options: CreateImages) -> str | None:
+def _encode_intermediate(server: ServerContext, plan: ShotPlan, step: Step, options: CreateImages) -> str | None:
     cache = server.outputs.stage_cache
-    if not cache.has(key):
+    if not cache.has(step.key):
         return None
-    artefacts = cache.get(key, ("image",))
-    return None if artefacts is None else _to_base64(PILImage.fromarray(artefacts["image"]), options)
+    artefacts = cache.get(step.key, ("image",))
+    if artefacts is None:
+        return None
+    settings = server.serving_profile.profile.provenance
+    pixels = artefacts["image"] if settings.label is None else labelled(artefacts["image"][None], settings.label)[0]
+    record = shot_record(plan, "image", settings, until=STAGE_BY_NAME[step.stage])
+    metadata = metadata_of(record)
+    if options.output_format == "png":
+        return base64.b64encode(encode_png(pixels, metadata)).decode()
+    return _to_base64(PILImage.fromarray(pixels), options, metadata.xmp.encode() if metadata else b"")
 
 
 def _encode_result(server: ServerContext, job: Job, options: CreateImages) -> str:
@@ -220,13 +231,14 @@ def _encode_result(server: ServerContext, job: Job, options: CreateImages) -> st
     content = server.outputs.read(str(finished.record().shot.id), "image.png")
     if options.output_format == "png":
         return base64.b64encode(content).decode()
-    return _to_base64(PILImage.open(io.BytesIO(content)), options)
+    image = PILImage.open(io.BytesIO(content))
+    return _to_base64(image, options, image.info.get("xmp", b""))
 
 
-def _to_base64(image: PILImage.Image, options: CreateImages) -> str:
+def _to_base64(image: PILImage.Image, options: CreateImages, xmp: bytes) -> str:
+    """Encode an image as JPEG or WebP with an XMP packet, which may be empty."""
     buffer = io.BytesIO()
-    quality = {} if options.output_format == "png" else {"quality": options.output_compression}
-    image.save(buffer, options.output_format.upper(), **quality)
+    image.save(buffer, options.output_format.upper(), quality=options.output_compression, xmp=xmp)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

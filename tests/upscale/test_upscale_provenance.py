@@ -1,0 +1,85 @@
+"""Provenance of upscaled videos: recorded media is not called generated, generated media keeps its record and manifest."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import av
+import pytest
+
+from tests.upscale.conftest import CALIBRATION, FAST
+from tests.upscale.videos import write_video
+from vidgen_ray.cache_dir import sha256_of
+from vidgen_ray.errors import MediaError
+from vidgen_ray.media.file_metadata import append_xmp
+from vidgen_ray.provenance.c2pa_signing import read_signature, sign_file
+from vidgen_ray.provenance.reading import read_provenance
+from vidgen_ray.provenance.record import ProvenanceRecord
+from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.signing_key import create_signing_key
+from vidgen_ray.upscale.job import Threads
+from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
+
+SHOT = ProvenanceRecord(source_type="trainedAlgorithmicMedia", key="a" * 64, stages=("svd",), shot={"prompt": "a dog"})
+
+
+@pytest.fixture
+def options(tiny_model):
+    return UpscaleOptions(tiny_model, FAST)
+
+
+def run(video, out, options):
+    return upscale_file(video, out, options, CALIBRATION, Threads(1))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_recorded_video_is_enhanced_and_generated_video_stays_generated(tmp_path, options, suffix):
+    recorded = write_video(tmp_path / "recorded.mp4", 2, metadata={"comment": "my holiday"})
+    generated = write_video(tmp_path / "generated.mp4", 2)
+    append_xmp(generated, SHOT.metadata().xmp)
+    for video in (recorded, generated):
+        run(video, tmp_path / f"{video.stem}-large{suffix}", options)
+    found = read_provenance(tmp_path / f"recorded-large{suffix}")
+    assert (found.source_type, found.record.key, found.record.stages) == ("algorithmicallyEnhanced", None, ("tiny",))
+    assert not found.record.is_generated
+    assert [source.sha256 for source in found.record.sources] == [sha256_of(recorded)]
+    with av.open(str(tmp_path / f"recorded-large{suffix}")) as opened:
+        assert {key.lower(): value for key, value in opened.metadata.items()}["comment"] == "my holiday"
+    found = read_provenance(tmp_path / f"generated-large{suffix}")
+    assert (found.source_type, found.record.key, found.record.stages) == ("trainedAlgorithmicMedia", "a" * 64, ("svd", "tiny"))
+    assert found.record.shot == SHOT.shot
+    assert found.record.sources[0].key == "a" * 64
+
+
+def test_drawn_frames_make_a_composite_and_private_drops_the_shot(tmp_path, options):
+    recorded = write_video(tmp_path / "recorded.mp4", 2)
+    generated = write_video(tmp_path / "generated.mp4", 2)
+    append_xmp(generated, SHOT.metadata().xmp)
+    smooth = replace(options, fps=Fraction(24), provenance=ProvenanceSettings(metadata="private"))
+    assert smooth.record(recorded).source_type == "compositeWithTrainedAlgorithmicMedia"
+    assert smooth.record(generated).source_type == "trainedAlgorithmicMedia"
+    assert (smooth.record(generated).key, smooth.record(generated).shot) == ("a" * 64, None)
+    assert replace(options, provenance=ProvenanceSettings(metadata="off")).record(generated) is None
+
+
+def test_finished_video_is_made_again_only_for_another_marking(tmp_path, options):
+    video, out = write_video(tmp_path / "in.mp4", 2), tmp_path / "out.mp4"
+    run(video, out, options)
+    assert run(video, out, options).was_finished
+    private = replace(options, provenance=ProvenanceSettings(metadata="off"))
+    with pytest.raises(MediaError, match="not the result of this command"):
+        run(video, out, private)
+
+
+def test_signed_result_has_the_signed_source_as_its_parent(tmp_path, options):
+    key = tmp_path / "key.pem"
+    create_signing_key(key, "Studio")
+    video = write_video(tmp_path / "in.mp4", 2)
+    sign_file(video, SHOT, key)
+    signing = replace(options, provenance=ProvenanceSettings(c2pa_key=key))
+    run(video, tmp_path / "out.mp4", signing)
+    signature = read_signature(tmp_path / "out.mp4")
+    assert (signature.state, signature.problems) == ("Valid", ())
+    assert (signature.actions, signature.ingredients) == (("c2pa.opened", "c2pa.edited"), ("in.mp4",))
+    assert run(video, tmp_path / "out.mp4", signing).was_finished
+    with pytest.raises(MediaError, match="Matroska files cannot be signed"):
+        run(video, tmp_path / "out.mkv", signing)

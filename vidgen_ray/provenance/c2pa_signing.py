@@ -1,0 +1,198 @@
+"""Sign files with a C2PA manifest, and verify one. Needs the extra `c2pa`, and no network: signatures have no timestamp.
+
+A signature covers every byte of the file, so signing is the last step. Two signatures of the same bytes differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vidgen_ray.errors import MediaError, SetupError
+from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, ProvenanceRecord
+from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.signing_key import SigningKey, read_signing_key
+
+INSTALL = "pip install 'vidgen-ray[c2pa]'"
+RECORD_ASSERTION = "vidgen-ray.provenance"
+UNTRUSTED = "signingCredential.untrusted"
+"""Status of a signature whose certificate no trust anchor has issued: of every key that a user has made."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    # Thumbnails would show photos of people that a private record does not even name.
+    "builder": {"thumbnail": {"enabled": False}},
+    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+}
+
+
+class Ingredient(NamedTuple):
+    """A file that the signed file was made from. Its own manifest, if it has one, is kept inside the new one."""
+
+    path: Path
+    title: str
+
+
+class Signature(NamedTuple):
+    """Result of verifying a file."""
+
+    state: str
+    """Trusted (issued by a trust anchor), Valid (unchanged, signer unknown) or Invalid."""
+    problems: tuple[str, ...]
+    """C2PA's codes of what is wrong, such as `assertion.bmffHash.mismatch`. An unknown signer is not a problem."""
+    signer: str
+    """Organisation that the certificate names."""
+    actions: tuple[str, ...]
+    ingredients: tuple[str, ...]
+    """Titles of the files that it was made from."""
+
+
+def check_signing(settings: ProvenanceSettings) -> None:
+    """Raise SetupError if files are to be signed, and the package or the key is not there."""
+    if settings.signing_key is not None:
+        _c2pa()
+        read_signing_key(settings.signing_key)
+
+
+def sign_file(path: Path, record: ProvenanceRecord, key: Path, ingredients: Sequence[Ingredient] = ()) -> None:
+    """Sign a PNG, MP4 or MOV file in place. Raises SetupError without the package or the key, and MediaError."""
+    c2pa = _c2pa()
+    signing_key = read_signing_key(key)
+    kind = _media_type(path)
+    signed = path.with_name(f"{path.name}.signed")
+    try:
+        with (
+            _c2pa_errors(f"{path}: cannot be signed"),
+            _signer(c2pa, signing_key) as signer,
+            c2pa.Context.from_dict(SETTINGS) as context,
+            c2pa.Builder(json.dumps(_manifest(record, ingredients)), context) as builder,
+        ):
+            for number, ingredient in enumerate(ingredients):
+                with ingredient.path.open("rb") as source:
+                    builder.add_ingredient(_ingredient(record, ingredient, number), _media_type(ingredient.path), source)
+            with path.open("rb") as source, signed.open("w+b") as target:
+                builder.sign(signer, kind, source, target)
+        os.chmod(signed, path.stat().st_mode)
+        os.replace(signed, path)
+    finally:
+        signed.unlink(missing_ok=True)
+
+
+def _manifest(record: ProvenanceRecord, ingredients: Sequence[Ingredient]) -> dict[str, Any]:
+    agent = {"name": TOOL, "version": record.version}
+    of_type = {"digitalSourceType": f"{SOURCE_TYPE_URI}{record.source_type}"} if record.source_type else {}
+    ids = [_ingredient_id(number) for number in range(len(ingredients))]
+    if record.operation == "upscale" and ids:
+        actions = [
+            {"action": "c2pa.opened", "parameters": {"ingredientIds": ids}},
+            {"action": "c2pa.edited", "softwareAgent": agent, **of_type},
+        ]
+    else:
+        actions = [{"action": "c2pa.created", "softwareAgent": agent, **of_type}]
+        actions += [{"action": "c2pa.placed", "parameters": {"ingredientIds": [each]}} for each in ids]
+    return {
+        "claim_generator_info": [agent],
+        "assertions": [
+            {"label": "c2pa.actions.v2", "data": {"actions": actions}},
+            {"label": RECORD_ASSERTION, "data": record.model_dump(mode="json", exclude_none=True)},
+        ],
+    }
+
+
+def _ingredient_id(number: int) -> str:
+    return f"ingredient-{number}"
+
+
+def _ingredient(record: ProvenanceRecord, ingredient: Ingredient, number: int) -> str:
+    relationship = "parentOf" if record.operation == "upscale" else "componentOf"
+    return json.dumps({"title": ingredient.title, "relationship": relationship, "label": _ingredient_id(number)})
+
+
+def read_signature(path: Path, trust_anchors: str | None = None) -> Signature | None:
+    """Verify the newest manifest of a file. Return `None` if the file has none.
+
+    `trust_anchors`: certificates in PEM of the issuers that are trusted. Raises SetupError without the package, MediaError.
+    """
+    c2pa = _c2pa()
+    settings: dict[str, Any] = {"verify": {**SETTINGS["verify"], "verify_trust": True}}
+    if trust_anchors is not None:
+        settings["trust"] = {"trust_anchors": trust_anchors}
+    with _c2pa_errors(f"{path}: cannot be verified"), c2pa.Context.from_dict(settings) as context, path.open("rb") as file:
+        reader = c2pa.Reader.try_create(_media_type(path), file, context=context)
+        if reader is None:
+            return None
+        with reader:
+            return _signature(json.loads(reader.json()))
+
+
+def _signature(store: dict[str, Any]) -> Signature:
+    manifest = store["manifests"][store["active_manifest"]]
+    found = {status["code"] for status in store.get("validation_status", ())}
+    actions = [
+        action["action"]
+        for assertion in manifest.get("assertions", ())
+        if assertion["label"].startswith("c2pa.actions")
+        for action in assertion["data"]["actions"]
+    ]
+    return Signature(
+        state=store["validation_state"],
+        problems=tuple(sorted(found - {UNTRUSTED})),
+        signer=manifest.get("signature_info", {}).get("issuer", "unknown"),
+        actions=tuple(actions),
+        ingredients=tuple(each.get("title", "untitled") for each in manifest.get("ingredients", ())),
+    )
+
+
+def _c2pa() -> Any:
+    try:
+        import c2pa
+    except ImportError:
+        raise SetupError(f"C2PA signatures need the package c2pa-python: {INSTALL}") from None
+    return c2pa
+
+
+def _signer(c2pa: Any, key: SigningKey) -> Any:
+    info = c2pa.C2paSignerInfo(
+        alg=key.algorithm.encode(), sign_cert=key.certificates.encode(), private_key=key.private_key.encode(), ta_url=None
+    )
+    return c2pa.Signer.from_info(info)
+
+
+@contextmanager
+def _c2pa_errors(message: str) -> Iterator[None]:
+    """Turn the errors of c2pa into a MediaError."""
+    try:
+        yield
+    except MediaError:
+        raise
+    # C2paError has no useful subclasses, and damaged files raise others.
+    except Exception as error:
+        raise MediaError(f"{message}: {' '.join(str(error).split())}") from None
+
+
+def is_signable(path: Path) -> bool:
+    """Whether C2PA has signatures for the format of a file."""
+    return _known_type(path) is not None
+
+
+def _media_type(path: Path) -> str:
+    kind = _known_type(path)
+    if kind is None:
+        raise MediaError(f"{path}: C2PA has no signatures for this format, must be PNG, JPEG, WebP, MP4 or MOV")
+    return kind
+
+
+def _known_type(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(12)
+    if start.startswith(b"\x89PNG"):
+        return "image/png"
+    if start.startswith(b"\xff\xd8"):
+        return "image/jpeg"
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return "image/webp"
+    if start[4:8] == b"ftyp":
+        return "video/quicktime" if start[8:] == b"qt  " else "video/mp4"
+    return None
