@@ -409,14 +409,14 @@ def test_large_form_is_refused_before_it_is_sent(server):
         connection.putheader("Authorization", f"Bearer {KEYS['ada']}")
         connection.putheader("Content-Type", "application/x-www-form-urlencoded")
         # Less than the largest body of any request, more than that of a form without files.
-        connection.putheader("Content-Length", "2500000")
+        connection.putheader("Content-Length", "600000")
         connection.endheaders()
         response = connection.getresponse()
         assert (response.status, json.loads(response.read())["error"]["code"]) == (413, "too_large")
         connection.close()
 
 
-def test_urlencoded_form_is_parsed_outside_the_event_loop(server, monkeypatch):
+def test_large_urlencoded_form_is_parsed_outside_the_event_loop(server, monkeypatch):
     parse, in_event_loop = uploads._from_urlencoded, []
 
     def recorded(body):
@@ -427,7 +427,7 @@ def test_urlencoded_form_is_parsed_outside_the_event_loop(server, monkeypatch):
         return parse(body)
 
     monkeypatch.setattr(uploads, "_from_urlencoded", recorded)
-    assert client_of(server).post("/v1/videos", data={"prompt": "a", "size": "9x9"}).status_code == 400
+    assert client_of(server).post("/v1/videos", data={"prompt": "é" * 9_000, "size": "9x9"}).status_code == 400
     assert in_event_loop == [False]
 
 

@@ -86,6 +86,43 @@ def test_text_of_a_form_is_limited(client):
     assert "fields" in error_of(many, 400)["message"]
 
 
+def test_large_urlencoded_forms_are_decoded_one_at_a_time(server, monkeypatch):
+    requests, received, active, most = 4, 0, 0, 0
+    lock, all_received = threading.Lock(), threading.Event()
+    read_body, decode = uploads._read_body, uploads._from_urlencoded
+
+    async def read(*args):
+        nonlocal received
+        body = await read_body(*args)
+        received += 1
+        if received == requests:
+            all_received.set()
+        return body
+
+    def decode_form(body):
+        nonlocal active, most
+        with lock:
+            active += 1
+            most = max(most, active)
+        assert all_received.wait(60)
+        form = decode(body)
+        with lock:
+            active -= 1
+        return form
+
+    monkeypatch.setattr(uploads, "_read_body", read)
+    monkeypatch.setattr(uploads, "_from_urlencoded", decode_form)
+    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(requests) as pool:
+
+        def post(_):
+            fields = {**SMALL, "size": "1x1", "prompt": "é" * 9_000}
+            headers = {"Authorization": "Bearer vg-ada"}
+            return httpx.post(f"{url}/v1/videos", data=fields, headers=headers, timeout=60).status_code
+
+        assert list(pool.map(post, range(requests))) == [400] * requests
+    assert most == 1
+
+
 @pytest.mark.parametrize("field", ["size", "model", "lora", "character", "mode", "x", "seconds", "steps", "input_reference"])
 def test_error_messages_are_short(client, field):
     response = client.post("/v1/videos", json={**SMALL, field: "9x" * 3_000_000})

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vidgen_ray.atomic_files import flush_to_disk, private_folder, temporary_file
 from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError
-from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES
+from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES, URLENCODED_BYTES
 from vidgen_ray.media import image_size, read_image, verify_image
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
@@ -303,9 +303,13 @@ class _FormParser(MultiPartParser):
 
 async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
     if kind == "application/x-www-form-urlencoded":
-        body = await _read_body(request, FORM_TEXT_BYTES)
-        # In a thread: two megabytes of escapes would block other requests.
-        return await asyncio.to_thread(_from_urlencoded, body)
+        body = await _read_body(request, URLENCODED_BYTES)
+        if len(body) <= SMALL_FORM_BYTES:
+            return _from_urlencoded(body)
+        # In a thread, one at a time: many threads that decode escapes would delay all other requests.
+        decoding: asyncio.Semaphore = request.app.state.form_decoding
+        async with decoding:
+            return await asyncio.to_thread(_from_urlencoded, body)
     parser = _FormParser(
         request.headers,
         request.stream(),
