@@ -1,14 +1,19 @@
-"""Requests that try to exhaust the API of a real server: memory of its process and the latency of /healthz meanwhile.
+"""Requests that try to exhaust a real server: memory of its API and its HTTP proxy, and the latency of /healthz meanwhile.
 
 Starts `vidgen serve --profile tiny` for each row of the table and sends at the same time: images that are small files with many
-pixels, JSON bodies with many values or large images, large forms. `--repository` measures another checkout.
+pixels, JSON bodies with many values, deep nesting or large images, large forms, event streams that stay open. /healthz is
+requested every 20 ms by a process of its own, on a new connection each time. `--repository` measures another checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
+import http.client
 import io
+import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -18,11 +23,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -36,26 +44,42 @@ from rich.table import Table
 from benchmarks.machine import machine, write_json
 
 ROOT = Path(__file__).parent.parent
-API = "ray::ServeReplica:vidgen:Api"
+PROCESSES = {"api": "ray::ServeReplica:vidgen:Api", "proxy": "ray::ProxyActor"}
+"""Prefixes of the process titles of the API and of Ray Serve's HTTP proxy."""
 SIDE_PX = 6300
 """39.7 megapixels as a square, just below the limit of 40."""
 JSON_BYTES = 39_000_000
+FORM_BYTES = 512 << 10
+"""Largest urlencoded form that the API reads."""
+STREAMS = 1_000
+CLIENTS = 10
+"""Clients that request the event streams one after another."""
+STREAMS_OPEN_S = 15.0
+"""Seconds for which all event streams stay open."""
 TIMEOUT_S = 300.0
 SAMPLE_S = 0.02
-BLOCK_BYTES = 1 << 16
-Request = Callable[[str, int], httpx.Response]
-"""Sends the request of this number to the URL of a server."""
-GOALS = {"rss_gb": 1.5, "healthz_s": 1.0}
+GOALS = {"api_gb": 1.5, "healthz_s": 1.0}
+Request = Callable[[str, int], str]
+"""Sends the request of this number to the URL of a server and returns the answer in words."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Requests to a new server."""
+
+    name: str
+    send: Callable[[str], Counter[str]]
+    """Sends all requests to the URL of a server, and returns the number of each answer."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the server other than the defaults."""
 
 
 @dataclass
-class Load:
-    """Largest values while requests ran."""
+class Memory:
+    """Largest resident memory of processes while requests ran, in bytes."""
 
-    rss_bytes: int = 0
-    """Largest resident memory of the API's process."""
-    healthz_s: float = 0.0
-    """Longest response of /healthz."""
+    largest: dict[str, int] = field(default_factory=dict)
+    """Name in `PROCESSES` -> bytes."""
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
@@ -67,73 +91,150 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", default="", help="Kinds of requests whose name contains TEXT. Default: all.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
-    rows = []
-    for name, count, request in _attacks():
-        if args.only in name:
+    load = os.getloadavg()[0]
+    rows: list[dict[str, Any]] = []
+    for attack in _attacks():
+        if args.only in attack.name:
             # A new server for each, since memory that was freed is not returned to the system.
-            with _server(args.repository) as (url, api):
-                rows.append(_measure(url, api(), name, count, request))
-    table = Table(title="Attacks on the API")
-    for column in ("requests", "answers", "peak memory GB", "/healthz s", "seconds"):
+            with _server(args.repository, attack.settings) as (url, processes):
+                rows.append(_measure(url, processes, attack))
+    table = Table(title=f"Attacks on a server. Load of the machine before: {load:.1f}")
+    for column in ("requests", "answers", "API GB", "proxy GB", "/healthz s", "seconds"):
         table.add_column(column, justify="left" if column in ("requests", "answers") else "right")
     for row in rows:
-        table.add_row(row["name"], row["answers"], f"{row['rss_gb']:.2f}", f"{row['healthz_s']:.2f}", f"{row['seconds']:.1f}")
+        health = f"{row['healthz_s']:.2f}" + (f", {row['healthz_failed']} failed" if row["healthz_failed"] else "")
+        memory = [f"{row[f'{name}_gb']:.2f}" for name in PROCESSES]
+        table.add_row(row["name"], row["answers"], *memory, health, f"{row['seconds']:.1f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json:
         write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "pillow")), "goals": GOALS, "rows": rows})
     return 0
 
 
-def _attacks() -> Iterator[tuple[str, int, Request]]:
-    """Yield the name, the number of concurrent requests, and the function that sends one."""
+def _attacks() -> Iterator[Attack]:
     for mode in ("1", "RGB", "RGBA"):
         content = _image(mode)
 
-        def upload(url: str, number: int, content: bytes = content) -> httpx.Response:
+        def upload(url: str, number: int, content: bytes = content) -> str:
             # Different content, so that each is decoded.
-            files = {"file": ("a.png", content + bytes([number]))}
-            return httpx.post(f"{url}/v1/files", files=files, timeout=TIMEOUT_S)
+            return _post_form(f"{url}/v1/files", {}, [("file", ("a.png", content + bytes([number])))])
 
-        yield f"PNG of 39.7 megapixels, mode {mode}, {len(content) // 1000} kB", 30, upload
+        yield _at_once(30, f"PNG of 39.7 megapixels, mode {mode}, {len(content) // 1000} kB", upload)
     face = _large_photo()
 
-    def character(url: str, number: int) -> httpx.Response:
+    def character(url: str, number: int) -> str:
         photos = [("image", ("a.jpg", face + bytes([number, photo]))) for photo in range(8)]
         data = {"name": f"person {number}", "consent": "subject=Eileen Collins,basis=public-domain"}
-        return httpx.post(f"{url}/v1/videos/characters", data=data, files=photos, timeout=TIMEOUT_S)
+        return _post_form(f"{url}/v1/videos/characters", data, photos)
 
-    yield "character from 8 photos of 39.7 megapixels", 4, character
+    yield _at_once(4, "character from 8 photos of 39.7 megapixels", character)
+    yield from _json_attacks()
+    text = [(f"f{number}", (None, b"x" * 1_000_000)) for number in range(150)]
+    yield _at_once(6, "form with 150 MB of text", lambda url, _: _post_form(f"{url}/v1/videos", {}, text))
+    pairs = b"&".join(b"f%d=" % number + b"x" * 1_000_000 for number in range(150))
+    for count, name, body in (
+        (6, "urlencoded form of 150 MB", pairs),
+        (100, "urlencoded form of 500 kB, escapes", b"prompt=" + b"%41" * (FORM_BYTES // 3 - 10)),
+        (100, "urlencoded form of 500 kB, empty fields", b"a=&" * (FORM_BYTES // 3 - 10)),
+    ):
+        yield _at_once(count, name, _body("/v1/videos", "application/x-www-form-urlencoded", body))
+    allowed = {"limits": {"streams": 2 * STREAMS, "requests_per_minute": 1_000_000}}
+    yield Attack(f"{STREAMS} event streams, requested at once", partial(_open_streams, at_once=STREAMS))
+    yield Attack(
+        f"{STREAMS} event streams, all allowed, requested by {CLIENTS}", partial(_open_streams, at_once=CLIENTS), allowed
+    )
+
+
+def _json_attacks() -> Iterator[Attack]:
     lists = b'{"prompt": [' + b"[]," * (JSON_BYTES // 3) + b"0]}"
     photo = base64.b64encode(os.urandom(24_000_000))
     image = b'{"prompt": "a", "image_reference": {"image_url": "data:image/png;base64,' + photo + b'"}}'
-    echo = b'{"prompt": "a", "size": "' + b"9" * 6_000_000 + b'"}'
-    for name, count, body in (
-        ("JSON of 39 MB, empty lists", 1, lists),
-        ("JSON of 39 MB, empty lists", 6, lists),
-        ("JSON of 32 MB, one image", 12, image),
-        ("JSON with a size of 6 MB", 1, echo),
+    for count, name, body in (
+        (1, "JSON of 39 MB, empty lists", lists),
+        (6, "JSON of 39 MB, empty lists", lists),
+        (12, "JSON of 32 MB, one image", image),
+        (1, "JSON with a size of 6 MB", b'{"prompt": "a", "size": "' + b"9" * 6_000_000 + b'"}'),
+        (6, "JSON of 39 MB, nested lists", b"[" * JSON_BYTES),
+        (200, "JSON of 100 kB, 16,000 nested objects", b'{"a":' * 16_000 + b"0" + b"}" * 16_000),
+        (200, "JSON of 240 kB, 40 nested lists in a long text", b'{"prompt": "' + b"x" * 240_000 + b'", "size": ' + b"[" * 40),
     ):
+        yield _at_once(count, name, _body("/v1/videos", "application/json", body))
 
-        def post(url: str, _: int, body: bytes = body) -> httpx.Response:
-            headers = {"Content-Type": "application/json"}
-            return httpx.post(f"{url}/v1/videos", content=body, headers=headers, timeout=TIMEOUT_S)
 
-        yield name, count, post
+def _at_once(count: int, name: str, request: Request) -> Attack:
+    """Return the attack of `count` concurrent requests."""
 
-    text = {f"f{number}": (None, b"x" * 1_000_000) for number in range(150)}
-    pairs = b"&".join(b"f%d=" % number + b"x" * 1_000_000 for number in range(150))
+    def send(url: str) -> Counter[str]:
+        with ThreadPoolExecutor(count) as pool:
+            return Counter(pool.map(lambda number: request(url, number), range(count)))
 
-    def form(url: str, _: int) -> httpx.Response:
-        return httpx.post(f"{url}/v1/videos", files=text, timeout=TIMEOUT_S)
+    return Attack(f"{count} x {name}", send)
 
-    def urlencoded(url: str, _: int) -> httpx.Response:
-        headers = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": str(len(pairs))}
-        # In blocks: httpx copies what is left of a single one after each write, and the copies delay the other threads.
-        blocks = (pairs[start : start + BLOCK_BYTES] for start in range(0, len(pairs), BLOCK_BYTES))
-        return httpx.post(f"{url}/v1/videos", content=blocks, headers=headers, timeout=TIMEOUT_S)
 
-    yield "form with 150 MB of text", 6, form
-    yield "urlencoded form of 150 MB", 6, urlencoded
+def _post_form(url: str, data: Mapping[str, str], files: Any) -> str:
+    try:
+        answer = httpx.post(url, data=data, files=files, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    return _answer(answer.status_code, answer.content)
+
+
+def _body(path: str, content_type: str, body: bytes) -> Request:
+    """Return the request that sends this body."""
+
+    def send(url: str, _: int) -> str:
+        # httpx would copy what is left of the body after each write.
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT_S)
+        try:
+            connection.request("POST", path, body, {"Content-Type": content_type})
+            response = connection.getresponse()
+            return _answer(response.status, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            return type(error).__name__
+        finally:
+            connection.close()
+
+    return send
+
+
+def _answer(status: int, content: bytes) -> str:
+    return f"{status}{f' ({len(content)} bytes)' if len(content) > 10_000 else ''}"
+
+
+def _open_streams(url: str, at_once: int) -> Counter[str]:
+    """Open event streams of the page, `at_once` at a time, and keep them open for a while. A clip is rendered meanwhile."""
+    _body("/v1/videos", "application/json", json.dumps({"prompt": "a lighthouse"}).encode())(url, 0)
+    return asyncio.run(_streams(urlsplit(url).netloc, at_once))
+
+
+async def _streams(address: str, at_once: int) -> Counter[str]:
+    host, port = address.split(":")
+    answers: Counter[str] = Counter()
+    turn = asyncio.Semaphore(at_once)
+
+    async def stream(closing: asyncio.Event) -> None:
+        async with turn:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+            answers[(await reader.readline()).decode().split()[1]] += 1
+        try:
+            reading = asyncio.create_task(reader.read())
+            await closing.wait()
+            reading.cancel()
+        finally:
+            writer.close()
+
+    closing = asyncio.Event()
+    streams = [asyncio.create_task(stream(closing)) for _ in range(STREAMS)]
+    started = time.monotonic()
+    while answers.total() < STREAMS and time.monotonic() - started < TIMEOUT_S:
+        await asyncio.sleep(SAMPLE_S)
+    await asyncio.sleep(STREAMS_OPEN_S)
+    closing.set()
+    for result in await asyncio.gather(*streams, return_exceptions=True):
+        if isinstance(result, Exception):
+            answers[type(result).__name__] += 1
+    return answers
 
 
 def _image(mode: str) -> bytes:
@@ -149,56 +250,70 @@ def _large_photo() -> bytes:
     return buffer.getvalue()
 
 
-def _measure(url: str, api: psutil.Process, name: str, count: int, request: Request) -> dict[str, object]:
-    load = Load()
-    watching = [threading.Thread(target=watch, args=(load,)) for watch in (_watch_memory(api), _watch_health(url))]
-    for thread in watching:
-        thread.start()
-    started = time.monotonic()
-
-    def send(number: int) -> str:
-        try:
-            answer = request(url, number)
-            return f"{answer.status_code}{f' ({len(answer.content)} bytes)' if len(answer.content) > 10_000 else ''}"
-        except httpx.HTTPError as error:
-            return type(error).__name__
-
-    with ThreadPoolExecutor(count) as pool:
-        answers = Counter(pool.map(send, range(count)))
-    seconds = time.monotonic() - started
-    load.stopped.set()
-    for thread in watching:
-        thread.join()
-    answered = ", ".join(f"{number} x {answer}" for answer, number in answers.items())
-    row = {"name": f"{count} x {name}", "answers": answered, "rss_gb": load.rss_bytes / 1e9, "healthz_s": load.healthz_s}
-    return {**row, "seconds": seconds}
+def _measure(url: str, processes: Mapping[str, psutil.Process], attack: Attack) -> dict[str, Any]:
+    memory = Memory()
+    sampling = threading.Thread(target=_sample_memory, args=(processes, memory))
+    sampling.start()
+    with _health(urlsplit(url).netloc) as health:
+        started = time.monotonic()
+        answers = attack.send(url)
+        seconds = time.monotonic() - started
+    memory.stopped.set()
+    sampling.join()
+    slowest_s, failed = health
+    return {
+        "name": attack.name,
+        "answers": ", ".join(f"{number} x {answer}" for answer, number in answers.items()),
+        **{f"{name}_gb": size / 1e9 for name, size in memory.largest.items()},
+        "healthz_s": slowest_s,
+        "healthz_failed": int(failed),
+        "seconds": seconds,
+    }
 
 
-def _watch_memory(api: psutil.Process) -> Callable[[Load], None]:
-    def watch(load: Load) -> None:
-        while not load.stopped.wait(SAMPLE_S):
-            try:
-                load.rss_bytes = max(load.rss_bytes, api.memory_info().rss)
-            except psutil.NoSuchProcess:  # killed for its memory
-                return
-
-    return watch
-
-
-def _watch_health(url: str) -> Callable[[Load], None]:
-    def watch(load: Load) -> None:
-        while not load.stopped.wait(SAMPLE_S):
-            started = time.monotonic()
-            with suppress(httpx.HTTPError):
-                httpx.get(f"{url}/healthz", timeout=TIMEOUT_S)
-            load.healthz_s = max(load.healthz_s, time.monotonic() - started)
-
-    return watch
+def _sample_memory(processes: Mapping[str, psutil.Process], memory: Memory) -> None:
+    while not memory.stopped.wait(SAMPLE_S):
+        for name, process in processes.items():
+            with suppress(psutil.NoSuchProcess):  # killed for its memory
+                memory.largest[name] = max(memory.largest.get(name, 0), process.memory_info().rss)
 
 
 @contextmanager
-def _server(repository: Path) -> Iterator[tuple[str, Callable[[], psutil.Process]]]:
-    """Run a server, and yield its URL and a function that returns the process of its API."""
+def _health(address: str) -> Iterator[Any]:
+    """Request /healthz during the block, in another process. Yields an array: seconds of the slowest one, failed ones."""
+    context = multiprocessing.get_context("spawn")
+    health, stopped = context.Array("d", 2), context.Event()
+    watching = context.Process(target=_watch_health, args=(address, health, stopped), daemon=True)
+    watching.start()
+    while not health[0] and watching.is_alive():
+        time.sleep(SAMPLE_S)
+    try:
+        yield health
+    finally:
+        stopped.set()
+        watching.join(TIMEOUT_S)
+
+
+def _watch_health(address: str, health: Any, stopped: Any) -> None:
+    while not stopped.wait(SAMPLE_S):
+        connection = http.client.HTTPConnection(address, timeout=TIMEOUT_S)
+        started, succeeded = time.monotonic(), False
+        try:
+            connection.request("GET", "/healthz")
+            response = connection.getresponse()
+            response.read()
+            succeeded = response.status == 200
+        except (OSError, http.client.HTTPException):
+            pass
+        finally:
+            connection.close()
+        health[0] = max(health[0], time.monotonic() - started)
+        health[1] += not succeeded
+
+
+@contextmanager
+def _server(repository: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, psutil.Process]]]:
+    """Run a server, and yield its URL and its processes: name in `PROCESSES` -> process."""
     folder = Path(tempfile.mkdtemp(prefix="vidgen-attacks-"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -210,7 +325,8 @@ def _server(repository: Path) -> Iterator[tuple[str, Callable[[], psutil.Process
         "RAY_AUTH_TOKEN": "benchmark-only-token-of-this-process",
         "RAY_worker_niceness": "0",
     }
-    command = [sys.executable, "-m", "vidgen_ray", "serve", "--profile", "tiny", "--data", "data", "--port", str(port)]
+    (folder / "settings.yaml").write_text(json.dumps({"profile": "tiny", "data": "data", "port": port, **settings}))
+    command = [sys.executable, "-m", "vidgen_ray", "serve", "--settings", "settings.yaml"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     try:
@@ -219,12 +335,12 @@ def _server(repository: Path) -> Iterator[tuple[str, Callable[[], psutil.Process
                 raise RuntimeError((folder / "log").read_text())
             time.sleep(0.5)
 
-        def api() -> psutil.Process:
-            children = psutil.Process(process.pid).children(recursive=True)
-            (replica,) = [child for child in children if " ".join(child.cmdline()).startswith(API)]
-            return replica
-
-        yield url, api
+        processes: dict[str, psutil.Process] = {}
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                title = " ".join(child.cmdline())
+                processes |= {name: child for name, prefix in PROCESSES.items() if title.startswith(prefix)}
+        yield url, processes
     finally:
         process.terminate()
         try:
