@@ -39,11 +39,10 @@ class Site:
     def jobs(self, tenant: str = "local") -> list[Job]:
         return self.store.list(tenant, limit=100).jobs
 
-    def wait_for(self, condition: Callable[[], Any]) -> Any:
-        """Wait until the condition is true and return its value. Limited by pytest's timeout only."""
-        while not (value := condition()):
+    def wait_for_jobs(self, count: int, tenant: str = "local") -> None:
+        """Wait until the tenant has `count` jobs and all have ended. Limited by pytest's timeout only."""
+        while len(jobs := self.jobs(tenant)) != count or not all(job.state.is_final for job in jobs):
             time.sleep(0.02)
-        return value
 
     def add(
         self, prompt: str, state: JobState = JobState.COMPLETED, tenant: str = "local", seed: int = 1, **fields: Any

@@ -65,6 +65,7 @@ def test_form_values_reach_the_job_and_its_card(site, open_page):
     stages = [text.removesuffix(" (done)") for text in card.locator(".stages li").all_text_contents()]
     assert stages == ["Face", "Base image", "LoRA", "Style", "Likeness", "Video", "Clip likeness", "Upscale", "Save"]
     site.director.gate.set()
+    site.wait_for_jobs(1)
     card = cards(page, "clips")
     expect(card.locator("video")).to_be_visible()
     (job,) = site.jobs()
@@ -167,11 +168,13 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     page.get_by_label("Start image").first.set_input_files(grey)
     expect(page.locator("#image-tray img")).to_have_count(1)
     generate(page, "chosen")
+    site.wait_for_jobs(1)
     expect(page.locator("#clips video")).to_have_count(1)
     page.locator("#image-tray input").uncheck()
     page.evaluate(DROP, ["[data-drop=image]", "dropped.png", content])
     expect(page.locator("#image-tray input")).to_be_checked()
     generate(page, "dropped")
+    site.wait_for_jobs(2)
     expect(page.locator("#clips video")).to_have_count(2)
     page.evaluate(DROP, ["[data-drop=photo]", "photo.png", content])
     expect(page.locator("#photo-error")).to_have_text(re.compile("photo.png: No face found"))
@@ -180,6 +183,7 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     page.evaluate(PASTE, ["pasted.png", content])
     expect(page.locator("#image-tray input")).to_be_checked()
     generate(page, "pasted")
+    site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(3)
     jobs = site.jobs()
     assert len({job.shot.image for job in jobs}) == 1
@@ -190,6 +194,7 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     card.get_by_role("button", name="Use as start image").click()
     expect(page.locator("#announcements")).to_have_text("image.png: start image set")
     generate(page, "from a clip")
+    site.wait_for_jobs(4)
     expect(page.locator("#clips video")).to_have_count(4)
     assert site.jobs()[0].shot.image not in (None, jobs[0].shot.image)
     open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
@@ -202,6 +207,7 @@ def test_count_makes_variations_with_consecutive_seeds(site, open_page):
     page.get_by_label("Image", exact=True).check()
     expect(page.get_by_label("Frames", exact=True)).to_be_hidden()
     generate(page, "three images")
+    site.wait_for_jobs(3)
     expect(page.locator("#clips .open img")).to_have_count(3)
     jobs = site.jobs()
     assert sorted(job.shot.seed for job in jobs) == [0, 1, 4294967295]
@@ -218,11 +224,13 @@ def test_seed_is_random_until_it_is_locked(site, open_page):
     expect(lock).to_have_attribute("aria-pressed", "true")
     expect(seed).to_have_value(str(first))
     generate(page, "two")
+    site.wait_for_jobs(2)
     expect(page.locator("#clips video")).to_have_count(2)
     assert site.jobs()[0].shot.seed == first
     lock.click()
     expect(seed).to_have_value("")
     generate(page, "three")
+    site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(3)
     assert site.jobs()[0].shot.seed != first
     card = cards(page, "clips").last
@@ -239,6 +247,7 @@ def test_clip_is_delivered_in_the_chosen_size(site, open_page):
     assert sizes[:3] == ["256 × 128, default", "1280 × 720, 16:9", "1920 × 1080, 16:9"]
     page.get_by_label("Size").select_option("832x480")
     generate(page, "a wide clip")
+    site.wait_for_jobs(1)
     video = page.locator("#clips video")
     expect(video).to_be_visible()
     video.evaluate("video => video.play()")
@@ -252,7 +261,7 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
     page = open_page(site.url)
     page.get_by_label("Photos").set_input_files(ASTRONAUT)
     expect(page.get_by_label("Use this photo")).to_be_checked()
-    page.get_by_label("Frames", exact=True).fill("4")
+    page.get_by_label("Frames", exact=True).fill("2")
     page.get_by_label("Seed").fill("77")
     page.get_by_label("Size").select_option("480x832")
     page.get_by_label("Upscale", exact=True).select_option("2")
@@ -261,6 +270,7 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
     page.get_by_role("group", name="Video").get_by_label("Motion").fill("20")
     page.get_by_label("Fast").check()
     generate(page, "a portrait")
+    site.wait_for_jobs(1)
     expect(page.locator("#clips video")).to_have_count(1)
     page.evaluate("window.same = true")
     page.get_by_label("Prompt", exact=True).fill("something else")
@@ -269,6 +279,7 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
     expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
     expect(page.get_by_label("Seed")).to_have_value("")
     page.get_by_role("button", name="Generate").click()
+    site.wait_for_jobs(2)
     expect(page.locator("#clips video")).to_have_count(2)
     assert page.evaluate("window.same"), "the page was reloaded"
     again, before = site.jobs()
@@ -332,6 +343,7 @@ def test_clip_is_created_and_deleted_by_keyboard(site, open_page):
     ]  # fmt: skip
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")
+    site.wait_for_jobs(1)
     expect(page.locator("#clips video")).to_be_visible()
     job = site.jobs()[0]
     assert (job.shot.prompt, job.shot.mode) == ("by keyboard", "fast")

@@ -22,7 +22,7 @@ def test_gallery_is_paginated_without_a_reload(site, open_page):
     expect(page.locator(TITLES)).to_have_text(["clip 1", "clip 0"])
     expect(page.get_by_role("link", name="Older clips")).to_have_count(0)
     generate(page, "not on this page")
-    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    site.wait_for_jobs(15)
     expect(page.locator("#announcements")).to_have_text("not on this page: completed")
     expect(page.locator(TITLES)).to_have_text(["clip 1", "clip 0"])
     page.get_by_role("link", name="Newest clips").click()

@@ -49,6 +49,7 @@ def test_reload_shows_the_current_progress(site, open_page):
     page.reload()
     expect(cards(page, "queue").locator(".status")).to_have_text(re.compile("Generating the base image"))
     site.director.gate.set()
+    site.wait_for_jobs(1)
     expect(cards(page, "clips").locator("video")).to_be_visible()
     page.reload()
     expect(cards(page, "clips")).to_have_count(1)
@@ -68,6 +69,7 @@ def test_cancel_leaves_other_jobs_alone(site, open_page):
         expect(page.locator("#clips").get_by_role("heading", name=name)).to_be_visible()
     expect(page.locator("#clips .reason")).to_have_text(["Cancelled.", "Cancelled."])
     site.director.gate.set()
+    site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(1)
     assert [job.state for job in site.jobs()] == ["completed", "cancelled", "cancelled"]
 
@@ -99,7 +101,7 @@ def test_page_works_without_javascript(site, open_page):
     page.get_by_role("button", name="Generate").click()
     expect(cards(page, "queue").locator("h3")).to_have_text("no script")
     page.get_by_role("button", name="Cancel no script").click()
-    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    site.wait_for_jobs(1)
     page.goto(site.url)
     card = cards(page, "clips")
     expect(card.locator(".reason")).to_have_text("Cancelled.")
@@ -132,7 +134,7 @@ def test_page_reconnects_after_a_server_restart(site, open_page):
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_have_text(re.compile("The request was not sent"))
     site.director.gate.set()
-    site.wait_for(lambda: site.jobs()[0].state.is_final)
+    site.wait_for_jobs(1)
     site.start()
     expect(page.locator("#clips video")).to_be_visible()
     expect(page.locator("#connection")).to_be_hidden()
@@ -159,6 +161,7 @@ def test_sign_in_with_a_key(site_with_keys, open_page):
         page.locator("video").evaluate("async video => { video.muted = true; await video.play(); return video.duration; }") > 0
     )
     generate(page, "signed in")
+    site_with_keys.wait_for_jobs(2, "ann")
     expect(page.locator("#clips video")).to_have_count(2)
 
     by_cookie = {"cookies": {cookie["name"]: cookie["value"]}}

@@ -46,6 +46,7 @@ def test_preview_changes_from_nothing_to_the_image_to_the_clip(site, open_page):
     with PILImage.open(io.BytesIO(clip.content)) as opened:
         assert (opened.size, opened.n_frames) == ((128, 64), 8)
     site.director.pause_at = None
+    site.wait_for_jobs(1)
     expect(page.locator("#clips video")).to_be_visible()
     assert httpx.get(url).headers["content-type"] == "image/webp"
 
