@@ -320,7 +320,7 @@ def test_video_continues_a_completed_one(client, server):
 
 def test_only_completed_videos_can_be_continued(client, held):
     waiting = made(client, seed=2)["id"]
-    for video_id, why in ((waiting, f"{waiting} is queued"), ("video_x", "there is no such video")):
+    for video_id, why in ((waiting, f"{waiting} is queued"), ("video_x", "there is no such video"), ("\0", "there is no such")):
         error = error_of(client.post("/v1/videos", json={**SMALL, "continue_from": video_id}), 400)
         assert error["param"] == "continue_from"
         assert why in error["message"]

@@ -25,7 +25,7 @@ from vidgen_ray.online.limits import check_size
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.characters import Character
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id, shot_id_of
+from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.consent_check import consent_for_photos
@@ -214,7 +214,7 @@ class JobService:
 
     def _last_frame(self, tenant: Tenant, video_id: str) -> str:
         """Return the file with the last frame of a completed video. Raises ApiError 400."""
-        job = self._store.get(video_id, tenant.name)
+        job = self._store.get(video_id, tenant.name) if JOB_ID.fullmatch(video_id) else None
         if job is None or job.state != JobState.COMPLETED:
             state = "there is no such video" if job is None else f"{video_id} is {job.state}"
             raise invalid("continue_from", f"must be the id of a completed video; {state}")

@@ -292,6 +292,39 @@ def test_more_like_this_fills_the_form_without_a_reload(site, open_page):
     assert (before.shot.motion_bucket_id, len(before.shot.lora), len(before.shot.face_image)) == (20, 1, 1)
 
 
+def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
+    page = open_page(site.url)
+    page.get_by_label("Seed").fill("5")
+    generate(page, "walks to the door")
+    site.wait_for_jobs(1)
+    first = site.jobs()[0]
+    # The director of a server keeps the last frame of every clip, this one only if another shot needs it.
+    site.pipeline.generate_video("stops", continue_from=first.shot_id, seed=1, upscale_video=False, num_frames=2)
+    page.get_by_role("link", name="Continue walks to the door").click()
+    source = page.get_by_label("Last frame of “walks to the door”")
+    expect(source).to_be_checked()
+    page.get_by_label("Image", exact=True).check()
+    expect(source).to_be_hidden()
+    page.get_by_label("Clip", exact=True).check()
+    generate(page, "opens the door")
+    site.wait_for_jobs(2)
+    expect(page.locator("#clips video")).to_have_count(2)
+    second = site.jobs()[0].shot
+    assert (second.prompt, second.continue_from) == ("opens the door", first.id)
+    assert Path(second.image).parent.name == first.shot_id
+    page.get_by_role("link", name="More like this (opens the door)").click()
+    expect(source).to_be_checked()
+    page.get_by_label("Start image").set_input_files(grey)  # in place of the last frame
+    expect(page.locator("#image-tray img")).to_have_count(1)
+    expect(source).to_have_count(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site.pipeline.outputs, "last_frame", lambda shot: None)
+        page.get_by_role("link", name="Continue walks to the door").click()
+        generate(page, "of a batch run")
+        expect(page.locator("#continue_from-error")).to_have_text(re.compile("was not kept"))
+    open_page.messages[:] = [text for text in open_page.messages if "400" not in text]
+
+
 def test_errors_are_shown_at_their_field(site, open_page, tmp_path):
     page = open_page(site.url)
     invalid_photo = tmp_path / "photo.jpg"

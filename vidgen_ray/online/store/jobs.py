@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vidgen_ray.shot import Shot
+
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Form of ids of jobs. PostgreSQL refuses texts with a NUL."""
 
 
 class JobState(StrEnum):

@@ -15,15 +15,14 @@ from vidgen_ray.online.inputs.face_check import PhotoFiles
 from vidgen_ray.online.inputs.uploads import ReceivedRequest
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.store.characters import Character, NameTaken
-from vidgen_ray.online.store.jobs import Job, JobKind
+from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind
 from vidgen_ray.online.web.form_images import face_message
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of, variations
 from vidgen_ray.online.web.page_context import PageContext
 from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.video_models import without_other_models_defaults
 
-ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""Job ids and submission ids."""
+SUBMISSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_NAME_LENGTH = 128
 
 
@@ -63,7 +62,8 @@ async def create_jobs(
         fields["image"] = image_ids[0]
     # A form sent twice creates its jobs once. The fingerprint tells an edited form apart.
     submission = received.fields.get("submission_id")
-    key = f"page-{submission}-{received.fingerprint[:32]}" if isinstance(submission, str) and ID.fullmatch(submission) else None
+    is_valid = isinstance(submission, str) and SUBMISSION_ID.fullmatch(submission)
+    key = f"page-{submission}-{received.fingerprint[:32]}" if is_valid else None
     jobs = await server.job_service.accept(
         tenant,
         JobKind.VIDEO if fields["generate_video"] else JobKind.IMAGE,
@@ -132,7 +132,7 @@ def _check_faces(context: PageContext, tenant: Tenant, ids: Sequence[str]) -> No
 
 async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | None:
     """Return a job of the tenant, or `None` if it has no such job."""
-    if not isinstance(job_id, str) or not ID.fullmatch(job_id):
+    if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
         return None
     return await run_in_threadpool(context.server.store.get, job_id, tenant.name)
 

@@ -47,7 +47,7 @@ CONTROL_OF = {
 """API field -> control of the form, if the names differ."""
 TEXTS = (
     "prompt", "negative_prompt", "style_prompt", "consent_basis", "consent_subject", "consent_reference", "save_as",
-    "character", "mode", "output", "size", "num_frames", "fps", "scale", "seed", "count",
+    "character", "mode", "output", "size", "num_frames", "fps", "scale", "seed", "count", "continue_from",
 )  # fmt: skip
 """Controls of the template with one value."""
 MAX_COUNT = 16
@@ -135,6 +135,7 @@ class FormValues:
             "num_frames": str(shot.num_frames),
             "fps": str(shot.fps),
             "scale": upscaling,
+            "continue_from": shot.continue_from or "",
         }
         if shot.consent is not None and shot.consent.basis in BASES:
             texts |= {f"consent_{name}": text_of(value) for name, value in shot.consent}
@@ -150,6 +151,10 @@ class FormValues:
 
     def with_text(self, name: str, text: str) -> "FormValues":
         return replace(self, texts={**self.texts, name: text})
+
+    def continuing(self, job_id: str) -> "FormValues":
+        """Return the values for a clip that starts where the clip of this job ends."""
+        return replace(self.with_text("continue_from", job_id), image_ids=())
 
     def without_photos(self) -> "FormValues":
         return replace(self, photo_ids=())
@@ -174,6 +179,7 @@ class FormValues:
         }
         if clip:
             fields |= {name: self._number(name, errors) for name in ("num_frames", "fps")}
+            fields["continue_from"] = self.get("continue_from") or None
         if self.get("negative_prompt").strip():
             fields["negative_prompt"] = self.get("negative_prompt")
         if self.get("style_prompt").strip():

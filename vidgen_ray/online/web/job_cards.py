@@ -193,8 +193,8 @@ def _settings(job: Job, width: int, height: int, lora_names: Mapping[str, str]) 
         yield "LoRA", f"{lora_names.get(lora.path, 'no longer available')}, weight {lora.weight:g}"
     if shot.use_hunyuan_style and shot.mode == "quality":
         yield "Style", shot.style_prompt or "as in the prompt"
-    if shot.image:
-        yield "Start image", "yes"
+    if shot.has_start_image:
+        yield "Start image", "last frame of another clip" if shot.continue_from else "yes"
     if shot.negative_prompt:
         yield "Negative prompt", shot.negative_prompt
 

@@ -14,7 +14,7 @@ from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import SCALES
 from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.store.jobs import JOB_ID, Job
 from vidgen_ray.online.web.form_images import ImageControl, store_image, thumbnail_of
 from vidgen_ray.online.web.form_submission import create_jobs, values_like
 from vidgen_ray.online.web.forms import (
@@ -168,16 +168,23 @@ def _form_of(
     values: FormValues | None = None,
     error: FormError | None = None,
 ) -> dict[str, Any]:
-    """Return the values of the form's template. Without `values`, those of the job `like` of the query, or the defaults."""
+    """Return the values of the form's template.
+
+    Without `values`, those of the job `like` or `continue` of the query, or the defaults.
+    """
     server, query = context.server, request.query_params
     default_shot = Shot.model_validate({"prompt": "-", **server.serving_profile.profile.defaults})
     defaults = FormValues.from_shot(default_shot, {}, context.control_groups)
     if values is None:
-        like = server.store.get(query.get("like", ""), tenant.name)
+        like, continued = (server.store.get(query.get(name, ""), tenant.name) for name in ("like", "continue"))
         if like is not None:
             values = values_like(context, tenant, like)
+        elif continued is not None:
+            values = values_like(context, tenant, continued).continuing(continued.id)
         else:
             values = defaults.with_text("prompt", query.get("prompt", "")[:MAX_PROMPT_LENGTH])
+    source_id = values.get("continue_from")
+    source = server.store.get(source_id, tenant.name) if JOB_ID.fullmatch(source_id) else None
     fields = {field for stage in server.serving_profile.stages for field in (*stage.reads, *stage.clip_only_fields)}
     return {
         "values": values,
@@ -185,6 +192,7 @@ def _form_of(
         "message": error.message if error else None,
         "submission_id": _new_submission_id(),
         "groups": context.control_groups,
+        "continued": None if source is None else " ".join(source.shot.prompt.split()),
         "fields": fields,
         "sizes": size_choices(defaults.get("size"), values.get("size"), server.size_rules),
         "scales": SCALES,
