@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vidgen_ray.online.store.jobs import Job, JobError
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.stages.base import Stage
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.progress import progress_callback, report_progress
@@ -121,11 +121,14 @@ FAKES = {**SCRIPTED, "hunyuan": FakeHunyuanDiT, "lora": FakeLoRA, "realesrgan": 
 class QuickPipeline(VideoGenerationPipeline):
     """Pipeline that draws noise instead of loading models, for tests of the page."""
 
-    def _stage(self, stage_class: type[Stage[Any]]) -> Stage[Any]:
-        name = stage_class.name
-        if name not in self._loaded:
-            self._loaded[name] = FAKES[name](self.profile.params(stage_class))
-        return self._loaded[name]
+    def _stages(self, classes: Sequence[type[Any]], shot: Shot) -> list[Any]:
+        for stage_class in classes:
+            if stage_class.name not in self._loaded:
+                self._loaded[stage_class.name] = FAKES[stage_class.name](self.profile.params(stage_class))
+        return [self._loaded[stage_class.name] for stage_class in classes]
+
+
+assert hasattr(VideoGenerationPipeline, "_stages"), "QuickPipeline replaces this method"
 
 
 def free_port() -> int:
