@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.fake_weights import write_fake_weights
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
@@ -71,11 +72,9 @@ def line(number: int) -> dict[str, Any]:
 
 
 def noop_profile(folder: Path, cpu_workers: int) -> Profile:
-    """Return a profile for `STAGES`. Writes weights of some bytes into the folder."""
-    weights = folder / "weights"
-    weights.mkdir(exist_ok=True)
-    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
-    actors = {stage.actor: ActorProfile(weights=str(weights), cpus=0.5) for stage in STAGES.values()}
+    """Return a profile for `STAGES`. Writes fake weights into the folder."""
+    weights = write_fake_weights(folder / "weights", STAGES.values())
+    actors = {actor: ActorProfile(weights=str(path), cpus=0.5) for actor, path in weights.items()}
     return Profile(name="no-op", about="does nothing", cpu_workers=cpu_workers, actors=actors)
 
 

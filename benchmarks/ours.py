@@ -97,7 +97,7 @@ def profile(run_folder: Path, layout: Any) -> Profile:
     for actor in dict.fromkeys(stage.actor for stage in STAGES.values()):
         names = [name for name, stage in STAGES.items() if stage.actor == actor]
         actors[actor] = ActorProfile(
-            weights=str(run_folder / WEIGHTS),
+            weights=str(run_folder / WEIGHTS / actor),
             device="cuda",
             cpus=CPUS,
             memory_gb=simulated.MODEL_GB[actor],

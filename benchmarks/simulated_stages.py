@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from benchmarks import simulated
+from benchmarks.fake_weights import write_fake_weights
 from benchmarks.simulated import FRAMES, FRAMES_SHAPE, IMAGE_SHAPE, SimulatedGPU, SimulatedModel, assigned_gpu, shot_ids
 from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
@@ -45,7 +46,7 @@ class SimulatedStage(Stage[Any]):
     def load(self) -> None:
         name = self._model_name()
         if name not in self._loaded:
-            self._loaded[name] = SimulatedModel(name, SimulatedGPU(self.params.weights.parent, assigned_gpu()))
+            self._loaded[name] = SimulatedModel(name, SimulatedGPU(self.params.weights.parent.parent, assigned_gpu()))
         self._model = self._loaded[name]
 
     def _model_name(self) -> str:
@@ -152,10 +153,9 @@ def write_inputs(run_folder: Path, shots: int) -> list[dict[str, Any]]:
 
     Each shot has its own photo: vidgen computes face features once per photo, and the other systems once per shot.
     """
-    weights, inputs = run_folder / WEIGHTS, run_folder / INPUTS
-    weights.mkdir()
+    write_fake_weights(run_folder / WEIGHTS, STAGES.values())
+    inputs = run_folder / INPUTS
     inputs.mkdir()
-    (weights / f"{Shot.model_fields['upscaler'].default}.safetensors").write_bytes(b"simulated")
     lora = inputs / "adapter.safetensors"
     save_file({f"simulated.{part}.weight": np.zeros((1, 1), np.float32) for part in ("lora_A", "lora_B")}, lora)
     lines = []

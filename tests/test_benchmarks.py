@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import noop_stages, simulated, simulated_stages
+from benchmarks import noop_stages, ours, simulated, simulated_stages
 from benchmarks.efficiency import row, simulation
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.measure import efficiency
@@ -31,9 +31,14 @@ from benchmarks.simulated import (
 )
 from benchmarks.simulated_director import measure_director, plan_of
 from benchmarks.simulated_scheduling import LAYOUTS, SECONDS
+from vidgen_ray.batch.line_planner import LinePlanner
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
+from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.script.line_check import LineChecker
+from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 
@@ -223,7 +228,7 @@ def test_simulated_stages_run_a_shot(run_folder, monkeypatch):
     assert [stage.name for stage in stages_of(shot) if "likeness" not in stage.name] == list(simulated.CHAIN)
     artefacts = {"photos": (np.zeros((64, 64, 3), np.uint8),)}
     for stage_class in simulated_stages.STAGES.values():
-        params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS)
+        params = stage_class.Params(weights=run_folder / simulated_stages.WEIGHTS / stage_class.actor)
         assert all(file.exists() for file in stage_class.weight_files(params, shot))
         with stage_class(params) as stage:
             (result,) = stage([Item(shot, artefacts)])
@@ -249,6 +254,20 @@ def test_noop_stages_run_a_shot(tmp_path):
         shot.scale * noop_stages.SIDE_PX,
         3,
     )
+
+
+def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
+    script = ours.write_script(tmp_path, 1)
+    simulated_line = json.loads(script.read_text())
+    for profile, line in (
+        (ours.profile(tmp_path, "auto"), simulated_line),
+        (noop_stages.noop_profile(tmp_path / "no-op", cpu_workers=1), noop_stages.line(0)),
+    ):
+        checker = LineChecker.for_rows("s.jsonl", tmp_path, {}, profile.defaults, 0)
+        (planned,) = LinePlanner(checker, profile, OutputFolder(tmp_path / "out"), replace=True, fresh=True).plan(
+            [(1, Line(1, line, strict=True))]
+        )
+        assert isinstance(planned.plans[0], ShotPlan)
 
 
 def test_peer_modules_exist():
