@@ -16,6 +16,7 @@ from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.paths import SHARD, old_key_path, old_shot_path, shot_path
 from vidgen_ray.shot import derive_id
+from vidgen_ray.shot_licences import UsedWeights
 
 RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
 
@@ -88,6 +89,27 @@ def test_likeness_and_seed_of_a_retry_are_kept(outputs, plan_of):
     assert done.summary.likeness == {"image": 0.5, "clip_mean": None, "clip_worst": None, "frames_without_face": 3}
     with pytest.raises(ValueError, match="record was not read"):
         done.record()
+
+
+def test_licences_are_kept(outputs, plan_of):
+    licences = (
+        UsedWeights(weights="a", licence="MIT", commercial_use="yes"),
+        UsedWeights(weights="b", licence=None, commercial_use="unknown"),
+        UsedWeights(weights="c", licence="MIT", commercial_use="yes"),
+    )
+    free = UsedWeights(weights="d", licence="Apache-2.0", commercial_use="yes")
+    plans = [
+        plan_of(name).model_copy(update={"licences": used}) for name, used in zip("xyz", (licences, (free,), ()), strict=True)
+    ]
+    write_run(outputs, RUNS[0], *plans)
+    shots = FinishedShots.load(outputs).find(plans)
+    assert all(done.text is None for done in shots), "read a record"
+    rows = [ManifestRow.of_shot(RUNS[1], "s", plan.shot, 1, done, "skipped") for plan, done in zip(plans, shots, strict=True)]
+    assert [(row.licences, row.commercial_use) for row in rows] == [
+        ('["MIT", null]', "unknown"),
+        ('["Apache-2.0"]', "yes"),
+        (None, None),
+    ]
 
 
 def test_last_row_of_an_id_counts_and_shots_without_a_row_are_found_by_their_record(outputs, plan_of):

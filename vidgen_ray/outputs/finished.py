@@ -6,6 +6,7 @@ have their sizes; in an object store, if no marker says otherwise (see `open_mar
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ HASHES = {"key": KEY_BYTES, **{f"{name}_sha256": DIGEST_BYTES for name in SHOT_F
 ROW = np.dtype(
     [
         ("script", "u4"),
+        ("licences", "u4"),
         ("is_trusted", "?"),
         ("in_old_folder", "?"),
         *((name, f"V{size}") for name, size in HASHES.items()),
@@ -55,8 +57,10 @@ ROW = np.dtype(
     ]
 )
 """A row in about 200 bytes: what a look-up and the manifest row of a skipped shot need."""
-COLUMNS = ("run", "script", "image", *HASHES, *FLOATS, *INTEGERS)
+COLUMNS = ("run", "script", "image", "licences", "commercial_use", *HASHES, *FLOATS, *INTEGERS)
 """Columns of the manifest from which the rows are filled."""
+Licences = tuple[tuple[str | None, str], ...]
+"""See `ShotSummary.licences`. Each licence has the commercial use of all of them together, as the manifest has no other."""
 
 
 class FinishedShots:
@@ -71,19 +75,24 @@ class FinishedShots:
         ids: NDArray[np.uint64],
         rows: NDArray[np.void],
         scripts: Sequence[str],
+        licences: Sequence[Licences],
         changed_by: Sequence[str],
     ) -> None:
-        """`ids`: (N,) sorted hashes of ids. `rows`: (N,) of type `ROW`, in this order. `scripts`: names that rows refer to."""
+        """`ids`: (N,) sorted hashes of ids. `rows`: (N,) of type `ROW`, in this order.
+
+        `scripts`, `licences`: names of scripts, and licences of shots, that rows refer to by their index.
+        """
         self._outputs = outputs
         self._ids = ids
         self._rows = rows
         self._scripts = scripts
+        self._licences = licences
         self.changed_by = changed_by
         """Writers that may have changed shots without a row. Rows that are older are not trusted."""
         self._folders: dict[str, frozenset[str]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FinishedShots, (self._outputs, self._ids, self._rows, self._scripts, self.changed_by)
+        return FinishedShots, (self._outputs, self._ids, self._rows, self._scripts, self._licences, self.changed_by)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -124,7 +133,7 @@ class FinishedShots:
             # With a minimal likeness, the result of another rule may count, too. Its record tells.
             if in_object_store and row["is_trusted"] and not has_key and plan.shot.min_identity is None:
                 continue
-            done = _done_shot(plan, row) if has_key and not with_stages else None
+            done = self._done_shot(plan, row) if has_key and not with_stages else None
             if done is not None and (row["is_trusted"] if in_object_store else self._holds_on_disk(done)):
                 found[number] = done
             else:
@@ -163,6 +172,30 @@ class FinishedShots:
         values = self._rows[positions].tolist()
         for is_known, row in zip((self._ids[positions] == ids).tolist(), values, strict=True):
             yield dict(zip(ROW.names or (), row, strict=True)) if is_known else None
+
+    def _done_shot(self, plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
+        """Return the finished shot of a row with the key of the plan. `None` if an older version wrote the row."""
+        columns = [name for name in SHOT_FILES if row[f"{name}_bytes"] >= 0]
+        if not columns or plan.shot.id is None:
+            return None
+        likeness = None
+        if row["frames_without_face"] >= 0:
+            likeness = {field: _not_nan(row[column]) for column, field in LIKENESS.items()}
+        return DoneShot(
+            ShotSummary(
+                key=plan.key,
+                folder=old_shot_path(plan.shot.id) if row["in_old_folder"] else shot_path(plan.shot.id),
+                committed_at=_not_nan(row["committed_at"]),
+                seed=row["seed"] if row["seed"] >= 0 else None,
+                likeness=likeness,
+                sha256={SHOT_FILES[name]: row[f"{name}_sha256"].hex() for name in columns},
+                bytes={SHOT_FILES[name]: row[f"{name}_bytes"] for name in columns},
+                seconds=row["seconds"],
+                gpu_seconds=row["gpu_seconds"],
+                lora_loads=row["lora_loads"],
+                licences=self._licences[row["licences"]],
+            )
+        )
 
     def _holds_on_disk(self, done: DoneShot) -> bool:
         """Return whether the shot was not written again since its manifest row, and its files have their sizes."""
@@ -205,30 +238,6 @@ def id_is_taken(script: str, line: int, shot_id: str, owner: str) -> FieldError:
     return FieldError(script, line, "id", repr(shot_id), allowed)
 
 
-def _done_shot(plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
-    """Return the finished shot of a row with the key of the plan. `None` if an older version wrote the row."""
-    columns = [name for name in SHOT_FILES if row[f"{name}_bytes"] >= 0]
-    if not columns or plan.shot.id is None:
-        return None
-    likeness = None
-    if row["frames_without_face"] >= 0:
-        likeness = {field: _not_nan(row[column]) for column, field in LIKENESS.items()}
-    return DoneShot(
-        ShotSummary(
-            key=plan.key,
-            folder=old_shot_path(plan.shot.id) if row["in_old_folder"] else shot_path(plan.shot.id),
-            committed_at=_not_nan(row["committed_at"]),
-            seed=row["seed"] if row["seed"] >= 0 else None,
-            likeness=likeness,
-            sha256={SHOT_FILES[name]: row[f"{name}_sha256"].hex() for name in columns},
-            bytes={SHOT_FILES[name]: row[f"{name}_bytes"] for name in columns},
-            seconds=row["seconds"],
-            gpu_seconds=row["gpu_seconds"],
-            lora_loads=row["lora_loads"],
-        )
-    )
-
-
 def _not_nan(value: float) -> float | None:
     return value if value == value else None
 
@@ -244,8 +253,8 @@ def _hashes(ids: Sequence[str]) -> NDArray[np.uint64]:
 
 def _read_rows(
     outputs: OutputFolder, changed_by: Sequence[str], only: Sequence[str] | None
-) -> tuple[NDArray[np.uint64], NDArray[np.void], Sequence[str]]:
-    """Return the ids, rows and scripts of `FinishedShots`. Rows are placed directly into the result, to save memory."""
+) -> tuple[NDArray[np.uint64], NDArray[np.void], Sequence[str], Sequence[Licences]]:
+    """Return the ids, rows, scripts and licences of `FinishedShots`. Rows are placed directly into the result: less memory."""
     storage = outputs.storage
     with ExitStack() as stack:
         names = manifest_files(storage)[::-1]
@@ -262,7 +271,7 @@ def _read_rows(
         target[current] = np.arange(len(current))
         ids = ids[current]
         rows = np.empty(len(current), ROW)
-        scripts: dict[str, int] = {}
+        scripts, licences = dict[str, int](), dict[str, int]()
         begin = 0
         for batch in _batches(files, COLUMNS):
             positions = target[begin : begin + len(batch)]
@@ -270,8 +279,8 @@ def _read_rows(
             is_current = positions >= 0
             if not is_current.any():
                 continue
-            _fill(rows, positions[is_current], batch.filter(pyarrow.array(is_current)), scripts, changed_by)
-    return ids, rows, list(scripts)
+            _fill(rows, positions[is_current], batch.filter(pyarrow.array(is_current)), scripts, licences, changed_by)
+    return ids, rows, list(scripts), list(map(_licences, licences))
 
 
 def _parquet_file(content: pyarrow.NativeFile) -> pyarrow.parquet.ParquetFile | None:
@@ -312,15 +321,17 @@ def _fill(
     positions: NDArray[np.int64],
     batch: pyarrow.RecordBatch,
     scripts: dict[str, int],
+    licences: dict[str, int],
     changed_by: Sequence[str],
 ) -> None:
-    """Copy a batch of the manifest to these positions of `rows`. Adds the names of its scripts to `scripts`."""
-    runs, names = batch.column("run").dictionary_encode(), batch.column("script").dictionary_encode()
+    """Copy a batch of the manifest to these positions of `rows`. Adds its scripts and its licences, as text, to the others."""
+    runs = batch.column("run").dictionary_encode()
     trusted = np.array([is_trusted(run, changed_by) for run in runs.dictionary.to_pylist()], bool)
-    numbers = np.array([scripts.setdefault(name, len(scripts)) for name in names.dictionary.to_pylist()], np.uint32)
     # Older versions, which wrote no sizes, left no markers either.
     rows["is_trusted"][positions] = trusted[runs.indices.to_numpy()] & batch.column("image_bytes").is_valid().to_numpy(False)
-    rows["script"][positions] = numbers[names.indices.to_numpy()]
+    rows["script"][positions] = _numbered(batch.column("script"), scripts)
+    licences_and_use = [pc.fill_null(batch.column(name), "") for name in ("licences", "commercial_use")]
+    rows["licences"][positions] = _numbered(pc.binary_join_element_wise(*licences_and_use, "\n"), licences)
     # `shots/<id>/image.png`, without the shard.
     slashes = pc.fill_null(pc.count_substring(batch.column("image"), "/"), 0)
     rows["in_old_folder"][positions] = slashes.to_numpy(zero_copy_only=False) == 2
@@ -330,6 +341,20 @@ def _fill(
         rows[name][positions] = pc.fill_null(batch.column(name), -1).to_numpy(zero_copy_only=False)
     for name, size in HASHES.items():
         rows[name][positions] = _from_hex(batch.column(name), size)
+
+
+def _numbered(column: pyarrow.Array, numbers: dict[str, int]) -> NDArray[np.uint32]:
+    """Return the number of each text. Adds new texts to `numbers`."""
+    texts = column.dictionary_encode()
+    of_texts = np.array([numbers.setdefault(text, len(numbers)) for text in texts.dictionary.to_pylist()], np.uint32)
+    numbered: NDArray[np.uint32] = of_texts[texts.indices.to_numpy()]
+    return numbered
+
+
+def _licences(text: str) -> Licences:
+    """Parse the columns `licences` and `commercial_use`, joined by a line feed. Empty if the row has none."""
+    licences, commercial_use = text.split("\n")
+    return tuple((licence, commercial_use) for licence in json.loads(licences or "[]"))
 
 
 def _from_hex(column: pyarrow.Array, size: int) -> NDArray[np.void]:
