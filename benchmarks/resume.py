@@ -1,7 +1,7 @@
 """Benchmark of resuming: a folder in which every line of the script is finished, on a disk and in an object store.
 
 The folder is written directly, without rendering. Then `render` finds all lines finished. Its parts are measured on their own
-as well, each in a new process.
+as well. Each measurement runs in a new process, which is the driver of `render`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import logging
 import multiprocessing
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,40 +35,57 @@ from benchmarks.noop_stages import STAGES, line, noop_profile
 
 LINES, QUICK_LINES = 1_000_000, 10_000
 STORE_LINES, QUICK_STORE_LINES = 100_000, 2_000
-DELAY_S = 0.02
+LATENCY_MS = 20.0
 """Added to every request to the object store."""
 CLIP = b"x" * 1000
 LINKS = 10_000
 """Shots whose files are hard links to the same file. File systems limit the number of links."""
 CPU_WORKERS = 2
-GOALS = {"disk, resume": 180.0, "object store, resume": 60.0}
-OLD_RUN, NEW_RUN = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"
+GOALS = {("disk, resume", LINES): (180.0, 600), ("object store, resume", STORE_LINES): (60.0, None)}
+"""Seconds, and memory in MB."""
+OLD_RUN = "20260101T000000-aaaaaa"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"Use {QUICK_LINES} and {QUICK_STORE_LINES} lines.")
-    parser.add_argument("--lines", type=int, help=f"Lines on the disk. Default: {LINES}.")
+    parser.add_argument("--lines", type=int, help=f"Lines on the disk, 0 for none. Default: {LINES}.")
     parser.add_argument("--store-lines", type=int, help=f"Lines in the object store, 0 for none. Default: {STORE_LINES}.")
+    parser.add_argument("--latency-ms", type=float, default=LATENCY_MS, help="Added to each request. Default: %(default)s.")
     parser.add_argument("--folder", type=Path, help="Where to create the folder. Default: the temporary folder.")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="Keep the script and the folder on the disk, and use them again."
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="What to measure. Default: %(default)s.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
+    parts = args.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: got {', '.join(sorted(unknown))}, must be some of {', '.join(PARTS)}")
     lines = args.lines if args.lines is not None else QUICK_LINES if args.quick else LINES
     store_lines = args.store_lines if args.store_lines is not None else QUICK_STORE_LINES if args.quick else STORE_LINES
-    folder = Path(tempfile.mkdtemp(prefix="vidgen-resume-", dir=args.folder))
-    try:
-        rows = measure(folder, str(folder / "out"), lines, "disk") if lines else []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vidgen-resume-", dir=args.folder)))
+        rows = []
+        if lines:
+            kept = folder if args.keep is None else args.keep / str(lines)
+            kept.mkdir(parents=True, exist_ok=True)
+            rows += measure(kept, str(kept / "out"), lines, "disk", parts)
         if store_lines:
-            with object_store() as url:
-                rows += measure(folder, url, store_lines, "object store")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            url = stack.enter_context(object_store(args.latency_ms / 1000))
+            rows += measure(folder, url, store_lines, "object store", parts)
     table = Table(title="Resuming")
-    for column in ("what", "lines", "seconds", "goal", "CPU seconds of the process", "peak memory in MB"):
+    for column in ("what", "lines", "seconds", "goal", "CPU seconds of the process", "peak memory in MB", "goal"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:
-        goal = GOALS.get(row["what"])
-        numbers = (f"{row['seconds']:.1f}", f"{goal or ''}", f"{row['cpu_s']:.1f}", f"{row['peak_mb']:.0f}")
+        goal_s, goal_mb = GOALS.get((row["what"], row["lines"]), (None, None))
+        numbers = (
+            f"{row['seconds']:.1f}",
+            f"{goal_s or ''}",
+            f"{row['cpu_s']:.1f}",
+            f"{row['peak_mb']:.0f}",
+            f"{goal_mb or ''}",
+        )
         table.add_row(row["what"], str(row["lines"]), *numbers)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if args.json:
@@ -77,15 +93,22 @@ def main() -> int:
     return 0
 
 
-def measure(folder: Path, out: str, lines: int, place: str) -> list[dict[str, Any]]:
-    """Write the folder and measure the parts of a resumed run, then the run itself."""
-    script = folder / f"{lines}.jsonl"
-    with script.open("w") as file:
-        file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
+def measure(folder: Path, out: str, lines: int, place: str, parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Write the folder, unless it was kept, and measure these parts of a resumed run."""
+    script, is_written = folder / f"{lines}.jsonl", folder / "written"
     rows = []
-    for part in (write_finished_folder, load_finished_shots, skip_all_lines, resume):
+    for name, part in PARTS.items():
+        if name == "write":
+            if place == "disk" and is_written.exists():
+                continue
+            with script.open("w") as file:
+                file.writelines(json.dumps(line(number)) + "\n" for number in range(lines))
+        elif name not in parts:
+            continue
         Console(stderr=True).print(f"{place}, {lines} lines: {part.__name__}")
         measured, cpu_s, peak_mb = _in_new_process(part, folder, script, out)
+        if name == "write" and place == "disk":
+            is_written.touch()
         for what, seconds in measured:
             row = {"what": f"{place}, {what}", "lines": lines, "seconds": seconds, "cpu_s": cpu_s, "peak_mb": peak_mb}
             rows.append(row)
@@ -115,7 +138,15 @@ def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
             for step in plan.steps
         )
         record = ShotRecord(
-            key=plan.key, shot=plan.shot, tries=1, likeness=None, seeds={}, stages=steps, files=files, software={}
+            key=plan.key,
+            shot=plan.shot,
+            tries=1,
+            likeness=None,
+            seeds={},
+            stages=steps,
+            files=files,
+            software={},
+            licences=plan.licences,
         )
         if outputs.storage.local is not None:
             clip, target = folder / f"clip-{number // LINKS}", f"{out}/{shot_path(str(plan.shot.id))}"
@@ -152,6 +183,7 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import rows_of_run
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
+    from vidgen_ray.outputs.open_markers import new_writer
     from vidgen_ray.script.reader import open_lines
     from vidgen_ray.script.script_index import ScriptIndex
     from vidgen_ray.script.settings import ScriptSettings
@@ -160,16 +192,18 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     checker, lines = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()
-    writer, index = ManifestWriter(outputs, NEW_RUN, script.name), ScriptIndex()
+    run = new_writer()
+    writer, index = ManifestWriter(outputs, run, script.name), ScriptIndex()
     plan_s = accept_s = 0.0
     for batch in batched(lines, BLOCK_LINES):
+        text = pickle.dumps(batch)
         started = time.perf_counter()
-        block = pickle.dumps(planner.plan_block(batch))
+        block = pickle.dumps(planner.plan_block(pickle.loads(text), text))
         plan_s += time.perf_counter() - started
         started = time.perf_counter()
         others, rows = unique_shots_of_block(pickle.loads(block), index, checker.check)
         _require(not others and rows is not None, f"{others[:1]} were not found")
-        writer.add_columns(rows_of_run(rows, NEW_RUN))
+        writer.add_columns(rows_of_run(rows, run))
         accept_s += time.perf_counter() - started
     started = time.perf_counter()
     writer.close()
@@ -200,12 +234,21 @@ def _plans(folder: Path, script: Path) -> Iterator[Any]:
     from vidgen_ray.script.checked_lines import CheckedLine
     from vidgen_ray.script.reader import iter_script
     from vidgen_ray.script.settings import ScriptSettings
+    from vidgen_ray.shot_licences import ShotLicences
 
     profile = noop_profile(folder, CPU_WORKERS)
-    planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode)
+    planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode, ShotLicences(profile))
     for checked in iter_script(ScriptSettings(script, profile_defaults=profile.defaults)):
         _require(isinstance(checked, CheckedLine), f"{checked}")
         yield planner(checked.shot)  # type: ignore[union-attr]  # checked above
+
+
+PARTS: dict[str, Callable[[Path, Path, str], Measured]] = {
+    "write": write_finished_folder,
+    "load": load_finished_shots,
+    "skip": skip_all_lines,
+    "resume": resume,
+}
 
 
 class _Silent:
@@ -237,13 +280,13 @@ def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> tuple[Mea
 
 
 @contextmanager
-def object_store() -> Iterator[str]:
+def object_store(latency_s: float) -> Iterator[str]:
     """Start an S3 server (moto) behind a proxy that delays every request, and yield the URL of an empty folder."""
     os.environ.update(AWS_ACCESS_KEY_ID="KEY", AWS_SECRET_ACCESS_KEY="SECRET", AWS_EC2_METADATA_DISABLED="true")
     # In another process: it must not take the time of the measured one.
     context = multiprocessing.get_context("spawn")
     ports, done = context.SimpleQueue(), context.Event()
-    process = context.Process(target=_serve, args=(ports, done))
+    process = context.Process(target=_serve, args=(ports, done, latency_s))
     process.start()
     try:
         port = ports.get()
@@ -256,7 +299,7 @@ def object_store() -> Iterator[str]:
         process.join()
 
 
-def _serve(ports: Any, done: Any) -> None:
+def _serve(ports: Any, done: Any, latency_s: float) -> None:
     from moto.server import ThreadedMotoServer
 
     # It logs every request.
@@ -264,17 +307,17 @@ def _serve(ports: Any, done: Any) -> None:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
-    threading.Thread(target=lambda: asyncio.run(_delay_requests(port, ports)), daemon=True).start()
+    threading.Thread(target=lambda: asyncio.run(_delay_requests(port, ports, latency_s)), daemon=True).start()
     done.wait()
 
 
-async def _delay_requests(port: int, ports: Any) -> None:
-    """Forward connections to the port. Requests are delayed by `DELAY_S`."""
+async def _delay_requests(port: int, ports: Any, latency_s: float) -> None:
+    """Forward connections to the port, and delay their requests."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
         answers = asyncio.create_task(_forward(server_reader, writer, 0))
-        await _forward(reader, server_writer, DELAY_S)
+        await _forward(reader, server_writer, latency_s)
         await answers
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=4 << 20)
