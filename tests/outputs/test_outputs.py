@@ -466,12 +466,13 @@ print(peak_mb() - before)
 class TestIdIndex:
     def test_new_ids_are_reported(self):
         ids = IdIndex()
-        assert ids.add_new(["a", "b", "a"]) == [True, True, False]
+        assert ids.add_new(["a", "b", "a"]).tolist() == [True, True, False]
         ids.add_new(["c", "ü", "\ud800"])
-        assert ids.add_new(["c", "d", "b"]) == [False, True, False]
+        assert ids.add_new(["c", "d", "b"]).tolist() == [False, True, False]
+        assert len(ids) == 6
         assert ids.intersection(["a", "x", "ü", "\ud800"]) == {"a", "ü", "\ud800"}
         assert ids.intersection([]) == set()
-        assert ids.add_new([]) == []
+        assert ids.add_new([]).tolist() == []
 
     def test_numbers_of_ids_added_in_batches_of_any_size(self):
         draw, ids, expected = random.Random(1), IdIndex(), {}

@@ -49,16 +49,23 @@ class IdIndex:
         order = np.argsort(hashes, kind="stable")
         self._parts.append((hashes[order], numbers[order]))
 
-    def add_new(self, ids: Sequence[str]) -> list[bool]:
-        """Add `ids`. Return for each one whether it is new: neither in the index nor earlier in `ids`."""
+    def __len__(self) -> int:
+        return sum(len(hashes) for hashes, _ in self._parts)
+
+    def contain(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Return for each id whether it is in the index, (N,)."""
+        return self.numbers(id_hashes(ids)) >= 0
+
+    def add_new(self, ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Add `ids`. Return for each one, (N,), whether it is new: neither in the index nor earlier in `ids`."""
         hashes = id_hashes(ids)
         is_new = self.numbers(hashes) < 0
         is_first = np.zeros(len(hashes), bool)
         is_first[np.unique(hashes, return_index=True)[1]] = True
         is_new &= is_first
         self.insert(hashes[is_new], np.zeros(is_new.sum(), np.int64))
-        return [bool(new) for new in is_new]
+        return is_new
 
     def intersection(self, ids: Sequence[str]) -> set[str]:
         """Return the members of `ids` that are in the index."""
-        return {id_ for id_, number in zip(ids, self.numbers(id_hashes(ids)).tolist(), strict=True) if number >= 0}
+        return {id_ for id_, is_in in zip(ids, self.contain(ids).tolist(), strict=True) if is_in}

@@ -1,15 +1,17 @@
 """Manifest `manifest/*.parquet`: one row per script line with its result. Row type and reading; see manifest_writer."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.graph import clip_length
@@ -231,12 +233,12 @@ class ManifestFile(NamedTuple):
     """A file of the manifest and its current rows."""
 
     name: str
-    current: Sequence[bool]
-    """One value per row: true if no later row replaces it."""
+    current: NDArray[np.bool_]
+    """(rows,): true if no later row replaces it."""
     has_all_columns: bool
     """The columns are exactly those of `SCHEMA`."""
-    replaced: Sequence[bool] | None = None
-    """One value per row: true if the row gets the status `replaced`. `None`: no row does."""
+    replaced: NDArray[np.bool_] | None = None
+    """(rows,): true if the row gets the status `replaced`. `None`: no row does."""
 
 
 @contextmanager
@@ -302,12 +304,11 @@ def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.R
     for batch in pyarrow.parquet.ParquetFile(content).iter_batches(BATCH_ROWS):
         rows = slice(begin, begin + len(batch))
         begin += len(batch)
-        if file.replaced is not None and any(file.replaced[rows]):
+        if file.replaced is not None and file.replaced[rows].any():
             position = batch.schema.get_field_index("status")
-            replaced = pyarrow.array(file.replaced[rows], pyarrow.bool_())
-            status = pyarrow.compute.if_else(replaced, REPLACED, batch.column(position))
+            status = pyarrow.compute.if_else(pyarrow.array(file.replaced[rows]), REPLACED, batch.column(position))
             batch = batch.set_column(position, "status", status)
-        yield with_all_columns(batch.filter(pyarrow.array(file.current[rows], pyarrow.bool_())))
+        yield with_all_columns(batch.filter(pyarrow.array(file.current[rows])))
 
 
 def with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:

@@ -7,12 +7,14 @@ already copied are recognised by their id. Memory use does not depend on the num
 
 import io
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from numpy.typing import NDArray
 
 from vidgen_ray.outputs.failures import PARTS, FailedLine, ManifestState, failure_key, merge_failures, to_utf8
 from vidgen_ray.outputs.folder import OutputFolder
@@ -127,7 +129,7 @@ class ManifestWriter:
                 file = _without_replaced(file, index, replaced_ids, rechecked_script)
                 if every_line_has_a_row:
                     file = _with_replaced_rows(file, index, self._script)
-            failures.add_new(list(_failure_keys(file, index)))
+            failures.add_new(_failure_keys(file, index))
             finished_runs |= _finished_runs(file, index)
             if name in own or _needs_merge(file):
                 sources.append(file)
@@ -169,7 +171,7 @@ class ManifestWriter:
 
 def _readable(storage: Storage, files: list[ManifestFile]) -> tuple[list[ManifestFile], list[str]]:
     """Return the files that can be merged, and the names of those that are damaged in a column that is not in the index."""
-    unreadable = [file.name for file in files if any(file.current) and is_damaged(storage, file.name)]
+    unreadable = [file.name for file in files if file.current.any() and is_damaged(storage, file.name)]
     return [file for file in files if file.name not in unreadable], unreadable
 
 
@@ -182,34 +184,34 @@ def _hide(storage: Storage, name: str) -> str:
     return hidden
 
 
+def _is(index: pyarrow.Table, name: str, *values: str) -> NDArray[np.bool_]:
+    """Return for each row, (rows,), whether the column has one of these values."""
+    column = pyarrow.compute.is_in(index.column(name), value_set=pyarrow.array(values, pyarrow.string()))
+    is_equal: NDArray[np.bool_] = column.combine_chunks().to_numpy(zero_copy_only=False)
+    return is_equal
+
+
 def _without_replaced(
     file: ManifestFile, index: pyarrow.Table, replaced_ids: IdIndex, rechecked_script: str | None
 ) -> ManifestFile:
     """Return the file without rows of replaced ids and earlier rejections of the rechecked script."""
-    ids, scripts, stages = (index.column(name).to_pylist() for name in ("id", "script", "failure_stage"))
-    replaced = replaced_ids.intersection(ids)
-    rows = zip(file.current, ids, scripts, stages, strict=True)
-    return file._replace(
-        current=[
-            is_current and id_ not in replaced and (script, stage) != (rechecked_script, REJECTED)
-            for is_current, id_, script, stage in rows
-        ]
-    )
+    current = file.current
+    if len(replaced_ids):
+        current = current & ~replaced_ids.contain(index.column("id").to_pylist())
+    if rechecked_script is not None:
+        current = current & ~(_is(index, "script", rechecked_script) & _is(index, "failure_stage", REJECTED))
+    return file._replace(current=current)
 
 
 def _with_replaced_rows(file: ManifestFile, index: pyarrow.Table, script: str) -> ManifestFile:
     """Return the file with its current rows of the script marked as replaced, and without those that failed."""
-    scripts, states = (index.column(name).to_pylist() for name in ("script", "status"))
-    gone = [is_current and name == script for is_current, name in zip(file.current, scripts, strict=True)]
-    if not any(gone):
+    gone = file.current & _is(index, "script", script)
+    if not gone.any():
         return file
-    current = [
-        is_current and not (is_gone and status == "failed")
-        for is_current, is_gone, status in zip(file.current, gone, states, strict=True)
-    ]
     # Rows that are replaced already need no rewriting.
-    replaced = [is_gone and status != REPLACED for is_gone, status in zip(gone, states, strict=True)]
-    return file._replace(current=current, replaced=replaced)
+    return file._replace(
+        current=file.current & ~(gone & _is(index, "status", "failed")), replaced=gone & ~_is(index, "status", REPLACED)
+    )
 
 
 def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) -> None:
@@ -223,29 +225,29 @@ def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) 
         if (indexed := read_index(storage, name, seen)) is None:
             continue
         file, index = indexed
-        is_kept = [each not in values for each in index.column(column).to_pylist()]
-        if not all(is_kept):
-            sources.append(file._replace(current=[a and b for a, b in zip(file.current, is_kept, strict=True)]))
+        is_dropped = _is(index, column, *values)
+        if is_dropped.any():
+            sources.append(file._replace(current=file.current & ~is_dropped))
     _merge_rows(storage, run, sources[::-1])
 
 
-def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> Iterator[str]:
-    """Yield the failure key of each current row that failed."""
-    runs, ids, states = (index.column(name).to_pylist() for name in ("run", "id", "status"))
-    for is_current, run, id_, status in zip(file.current, runs, ids, states, strict=True):
-        if is_current and status == "failed":
-            yield failure_key(run, id_)
+def _failure_keys(file: ManifestFile, index: pyarrow.Table) -> list[str]:
+    """Return the failure key of each current row that failed."""
+    failed = index.filter(pyarrow.array(file.current & _is(index, "status", "failed")))
+    return [
+        failure_key(run, id_) for run, id_ in zip(*(failed.column(name).to_pylist() for name in ("run", "id")), strict=True)
+    ]
 
 
 def _finished_runs(file: ManifestFile, index: pyarrow.Table) -> set[str]:
     """Return the runs of the current rows with a finished shot."""
-    is_finished = pyarrow.compute.and_(pyarrow.array(file.current), pyarrow.compute.not_equal(index.column("status"), "failed"))
-    return set(index.column("run").filter(is_finished).unique().to_pylist())
+    is_finished = file.current & ~_is(index, "status", "failed")
+    return set(index.column("run").filter(pyarrow.array(is_finished)).unique().to_pylist())
 
 
 def _needs_merge(file: ManifestFile) -> bool:
     """Return whether a file of an earlier run must be rewritten: stale rows, other columns, or few rows."""
-    is_unchanged = all(file.current) and not any(file.replaced or ()) and file.has_all_columns
+    is_unchanged = file.current.all() and (file.replaced is None or not file.replaced.any()) and file.has_all_columns
     return not (is_unchanged and len(file.current) >= SMALL_FILE_ROWS)
 
 
@@ -259,7 +261,7 @@ def _merge_rows(storage: Storage, run: str, sources: list[ManifestFile]) -> None
     free_rows, files = 0, 0
     with ExitStack() as target:
         for source in sources:
-            for batch in current_rows(storage, source) if any(source.current) else ():
+            for batch in current_rows(storage, source) if source.current.any() else ():
                 while len(batch):
                     if not free_rows:
                         target.close()
