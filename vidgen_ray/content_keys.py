@@ -6,9 +6,10 @@ that the stage reads, its options, the digests of its weights and the previous k
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import StageError
-from vidgen_ray.graph import STAGES, stages_of
+from vidgen_ray.graph import stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
@@ -32,13 +33,8 @@ FILES_FIELDS = ("face_image",)
 LORA_FIELDS = ("lora", "fast_lora", "klein_lora", "video_lora")
 START_FIELDS = ("height", "image", "width")
 """Fields that the chain starts from if the shot brings its own image."""
-PLAIN_FIELDS = tuple(
-    sorted(
-        {*START_FIELDS, *(field for stage in STAGES for field in (*stage.reads, *stage.identity_fields))}
-        - {*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS}
-    )
-)
-"""Fields whose value is part of a key. `steps.flux` names a nested one."""
+NOT_PLAIN_FIELDS = frozenset((*FILE_FIELDS, *FILES_FIELDS, *LORA_FIELDS))
+"""Fields that are part of a key by the content of their files. Other fields are by their value."""
 CACHED_DIGESTS = 4096
 """Files, and combinations of weights, whose digests a planner caches."""
 OUTPUT_VERSION = 3
@@ -115,10 +111,10 @@ class ShotPlanner:
         self,
         params: Mapping[str, StageParams],
         encode: BaseModel,
-        licences: Callable[[Shot], tuple[UsedWeights, ...]] | None = None,
+        licences: Callable[[Shot, Sequence[type[Stage[Any]]]], tuple[UsedWeights, ...]] | None = None,
         provenance: ProvenanceSettings | None = None,
     ) -> None:
-        """`licences`: finds the weights behind a shot, for its record.
+        """`licences`: finds the weights behind a shot with these stages, for its record.
 
         `provenance`: how files are marked. Its default does not change keys.
         """
@@ -129,26 +125,25 @@ class ShotPlanner:
         # Files that are marked in the default way keep the keys that they had before they were marked.
         marking = {} if provenance is None else provenance.for_key()
         self._marking = f",{_json(marking)}" if marking else ""
-        self._plain_values = attrgetter(*PLAIN_FIELDS)
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
         self._weights = lru_cache(CACHED_DIGESTS)(self._hash_weights)
 
-    def __call__(self, shot: Shot, salt: str = "") -> ShotPlan:
-        """Plan a shot. Shots with different `salt` share no key.
+    def __call__(self, shot: Shot, salt: str = "", stages: Sequence[type[Stage[Any]]] | None = None) -> ShotPlan:
+        """Plan a shot. Shots with different `salt` share no key. `stages`: those of the shot, if they are known.
 
         Raises StageError or SetupError if the shot names something that does not exist, or has no start frame yet.
         """
         if shot.continue_from is not None and shot.image is None:
             raise StageError(f"continue_from: the last frame of {shot.continue_from} is not known yet; see Shot.continued")
-        stages = stages_of(shot)
+        stages = stages_of(shot) if stages is None else stages
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
         # Shots without a crop keep the keys that they had before shots could have one.
         crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
         content = f'{self._end}"{last}"{crop}{self._marking}'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
-        inputs, licences = self._inputs_of(shot), self._licences(shot) if self._licences else ()
+        inputs, licences = self._inputs_of(shot), self._licences(shot, stages) if self._licences else ()
         again = []
         for number in range(1, shot.retries + 1) if has_likeness and shot.min_identity is not None else ():
             other = shot.with_retry_seed(number)
@@ -180,16 +175,17 @@ class ShotPlanner:
 
     def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
-        values = self._field_values(shot)
+        fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot)) for stage in stages])
+        values = self._field_values(shot, fields_of_stages)
         start = _object(START_FIELDS if shot.image else (), values)
         key = _sha256(f'["start",{start},{_json(salt)}]' if salt else f'["start",{start}]')
         steps = []
-        for stage in stages:
+        for stage, fields in zip(stages, fields_of_stages, strict=True):
             weights, weights_json = self._weights_of(stage, shot)
             parts = (
                 f'"{stage.name}"',
                 str(stage.version),
-                _object(_fields_of(stage, stage.uses_identity(shot)), values),
+                _object(fields, values),
                 self._options[stage.name],
                 weights_json,
                 f'"{key}"',
@@ -198,9 +194,10 @@ class ShotPlanner:
             steps.append(Step(stage=stage.name, key=key, weights=weights))
         return tuple(steps), key
 
-    def _field_values(self, shot: Shot) -> dict[str, str]:
-        """Return field -> its value as JSON. Files are represented by their digest."""
-        values = dict(zip(PLAIN_FIELDS, map(_json, self._plain_values(shot)), strict=True))
+    def _field_values(self, shot: Shot, fields_of_stages: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+        """Return field -> its value as JSON, for the fields of these stages. Files are represented by their digest."""
+        names, values_of = _plain_fields(fields_of_stages)
+        values = dict(zip(names, map(_json, values_of(shot)), strict=True))
         for name in FILE_FIELDS:
             path = getattr(shot, name)
             values[name] = "null" if path is None else f'"{self._digest(path)}"'
@@ -265,6 +262,16 @@ class _WeightChoice:
 def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
     """Return the fields that the stage reads, sorted."""
     return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
+
+
+@cache
+def _plain_fields(fields_of_stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], Callable[[Shot], tuple[Any, ...]]]:
+    """Return the plain fields among those of the start and the stages, and a getter of their values.
+
+    `steps.flux` names a nested field.
+    """
+    names = tuple({*START_FIELDS, *chain.from_iterable(fields_of_stages)} - NOT_PLAIN_FIELDS)
+    return names, attrgetter(*names)
 
 
 def _object(fields: Iterable[str], values: Mapping[str, str]) -> str:

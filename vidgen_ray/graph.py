@@ -65,6 +65,7 @@ def _check_order(stages: Sequence[type[Stage[Any]]]) -> None:
 
 _check_order(STAGES)
 
+CHUNKED_STAGES = tuple(stage for stage in STAGES if issubclass(stage, ChunkedStage))
 STAGE_BY_NAME = {stage.name: stage for stage in STAGES}
 BASE_IMAGE_STAGES = tuple(stage.name for stage in STAGES if "image" in stage.writes and "image" not in stage.takes)
 """Names of the stages that generate an image from a prompt."""
@@ -75,7 +76,7 @@ WITHOUT_CLIP = SVDStage.switch_off
 WITHOUT_UPSCALING = RealESRGANStage.switch_off
 """Fields of a shot whose clip is not upscaled."""
 WITHOUT_CHUNKED_STAGES: Mapping[str, Any] = {
-    field: value for stage in STAGES if issubclass(stage, ChunkedStage) for field, value in stage.switch_off.items()
+    field: value for stage in CHUNKED_STAGES for field, value in stage.switch_off.items()
 }
 """Fields of a shot whose clip stays as it was generated."""
 
@@ -94,7 +95,7 @@ def stages_of(shot: Shot) -> tuple[type[Stage[Any]], ...]:
 
 def chunked_stages_of(shot: Shot) -> tuple[type[ChunkedStage[Any]], ...]:
     """Return the chunked stages at the end of the shot's chain, in order."""
-    return tuple(stage for stage in stages_of(shot) if issubclass(stage, ChunkedStage))
+    return tuple(stage for stage in CHUNKED_STAGES if stage.applies(shot))
 
 
 def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
@@ -105,7 +106,8 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
     scale, factor = 1, Fraction(1)
     for stage in chunked_stages_of(shot):
         scale *= stage.scale_factor(shot)
-        factor *= stage.frame_factor(shot)
+        if (own_factor := stage.frame_factor(shot)) != 1:
+            factor *= own_factor
         growth[stage.writes[0]] = scale, factor
     return growth
 
@@ -113,6 +115,9 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
 def clip_length(shot: Shot) -> tuple[int, int]:
     """Return the number of frames, and the frames per second, of all clip files of a shot."""
     factor = next(factor for _, factor in clip_growth(shot).values())
+    # Fast: fractions are slow, and this is asked for every line of a script.
+    if factor == 1:
+        return shot.num_frames, shot.fps
     return frames_after(shot.num_frames, factor), int(shot.fps * factor)
 
 

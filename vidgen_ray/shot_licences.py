@@ -53,9 +53,13 @@ class ShotLicences:
         self._profile = profile
         self._of = cache(self._licence)
 
-    def __call__(self, shot: Shot) -> tuple[UsedWeights, ...]:
-        """Return the weights that the shot passes, in order, each once. Stages without an actor have none."""
-        references = dict.fromkeys(each for stage in stages_of(shot) for each in self._references(stage, shot))
+    def __call__(self, shot: Shot, stages: Iterable[type[Stage[Any]]] | None = None) -> tuple[UsedWeights, ...]:
+        """Return the weights that the shot passes, in order, each once. Stages without an actor have none.
+
+        `stages`: those of the shot, if they are known.
+        """
+        passed = stages_of(shot) if stages is None else stages
+        references = dict.fromkeys(each for stage in passed for each in self._references(stage, shot))
         return tuple(map(self._of, references))
 
     def of_stage(self, stage: type[Stage[Any]]) -> tuple[UsedWeights, ...]:

@@ -49,7 +49,8 @@ def as_rows(planner, lines, *, size=BLOCK):
     """Return the shots, in order, and the manifest rows of finished shots. Blocks are pickled as they are between processes."""
     index, shots, rows = ScriptIndex(), [], []
     for first in range(0, len(lines), size):
-        block = pickle.loads(pickle.dumps(planner.plan_block(lines[first : first + size])))
+        pickled = pickle.dumps(lines[first : first + size])
+        block = pickle.loads(pickle.dumps(planner.plan_block(pickle.loads(pickled), pickled)))
         others, finished = unique_shots_of_block(block, index, planner.checker.check)
         shots += others
         rows += columns_as_rows(finished) if finished is not None else []

@@ -69,7 +69,7 @@ class FinishedLines(NamedTuple):
     notes: tuple[str, ...]
     """Notes of all lines."""
     lines: bytes
-    """The lines, a pickled list of `NumberedLine`. Only needed if an id is taken."""
+    """The lines, a pickled sequence of `NumberedLine`. Only needed if an id is taken."""
 
 
 class PlannedBlock(NamedTuple):
@@ -122,9 +122,9 @@ class LinePlanner:
         self.finished = None
         return _as_block(lines, planned)
 
-    def plan_block(self, lines: Sequence[NumberedLine]) -> PlannedBlock:
-        """Return the planned lines, finished ones as columns. Raises the errors of `plan`."""
-        return _as_block(lines, self.plan(lines))
+    def plan_block(self, lines: Sequence[NumberedLine], pickled: bytes | None = None) -> PlannedBlock:
+        """Return the planned lines, finished ones as columns. Raises the errors of `plan`. `pickled`: these lines, if known."""
+        return _as_block(lines, self.plan(lines), pickled)
 
     def plan(self, lines: Iterable[NumberedLine]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
@@ -148,7 +148,7 @@ class LinePlanner:
     def _plan_of_line(self, shot: Shot) -> ShotPlan | Continued | Failure:
         if shot.continue_from is None:
             return self.plan_shot(shot)
-        self._planner_of(shot)  # Missing weights must end the run before the other shot is rendered.
+        self._planner_of(stages_of(shot))  # Missing weights must end the run before the other shot is rendered.
         return Continued(shot)
 
     def find(self, plan: ShotPlan) -> DoneShot | None:
@@ -161,24 +161,24 @@ class LinePlanner:
     def plan_shot(self, shot: Shot) -> ShotPlan | Failure:
         """Plan a shot with all of its files. Raises MissingWeights."""
         # Outside the `try`: missing weights fail the run, not the line.
-        planner = self._planner_of(shot)
+        stages = stages_of(shot)
+        planner = self._planner_of(stages)
         try:
-            return planner(shot)
+            return planner(shot, stages=stages)
         except MissingWeights:
             raise
         except (VidgenError, OSError) as error:
             return StepFailed("plan", error).failure()
 
-    def _planner_of(self, shot: Shot) -> ShotPlanner:
-        """Return the planner for the stages of the shot. Raises MissingWeights."""
-        used = stages_of(shot)
-        if used not in self._planners:
-            params = params_of(self._profile, used)
-            for stage in used:
+    def _planner_of(self, stages: tuple[type[Stage[Any]], ...]) -> ShotPlanner:
+        """Return the planner for shots with these stages. Raises MissingWeights."""
+        if stages not in self._planners:
+            params = params_of(self._profile, stages)
+            for stage in stages:
                 stage.check_weights(params[stage.name])
             profile = self._profile
-            self._planners[used] = ShotPlanner(params, profile.encode, ShotLicences(profile), profile.provenance)
-        return self._planners[used]
+            self._planners[stages] = ShotPlanner(params, profile.encode, ShotLicences(profile), profile.provenance)
+        return self._planners[stages]
 
     def _with_checked_files(self, line: PlannedLine) -> PlannedLine:
         """Return the line with a failure in place of each plan with an unusable file. Finished shots are not checked."""
@@ -254,7 +254,7 @@ def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> Reject
     return replace(rejected, id="" if rejected.id in own_ids else rejected.id, errors=(error,))
 
 
-def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine]) -> PlannedBlock:
+def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine], pickled: bytes | None = None) -> PlannedBlock:
     others, positions, rows, notes = list[PlannedLine](), list[int](), list[ManifestRow](), list[str]()
     for position, each in enumerate(planned):
         line = each.line
@@ -272,8 +272,9 @@ def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine]) -> 
     if not positions:
         return PlannedBlock(tuple(others), None)
     hashes = id_hashes(row.id for row in rows)
-    text = pickle.dumps([lines[position] for position in positions])
-    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), tuple(notes), text))
+    if pickled is None or len(positions) < len(lines):
+        pickled = pickle.dumps([lines[position] for position in positions])
+    return PlannedBlock(tuple(others), FinishedLines(rows_as_columns(rows), hashes, tuple(positions), tuple(notes), pickled))
 
 
 class PlannedShot(NamedTuple):

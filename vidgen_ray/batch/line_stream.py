@@ -99,7 +99,7 @@ def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectR
     def planned(text: bytes) -> PlannedBlock | VidgenError:
         lines: Sequence[NumberedLine] | VidgenError = pickle.loads(text)
         try:
-            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan_block(lines)
+            return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan_block(lines, text)
         except VidgenError as error:
             return error
 

@@ -155,23 +155,31 @@ class FinishedShots:
 
         `scripts` are the scripts of the plans. An id is owned by the script whose finished shot has it, with another key.
         """
-        return [
-            None
-            if row is None or row["key"] == _leading_bytes(plan.key) or self._scripts[row["script"]] == script
-            else self._scripts[row["script"]]
-            for plan, row, script in zip(plans, self._rows_of(plans), scripts, strict=True)
-        ]
+        owners: list[str | None] = [None] * len(plans)
+        numbers = {script: number for number, script in enumerate(self._scripts)}
+        positions, is_known = self._positions_of(plans)
+        known = np.flatnonzero(is_known)
+        own_script = np.array([numbers.get(script, -1) for script in scripts], np.int64)[known]
+        for number in known[self._rows["script"][positions[known]] != own_script].tolist():
+            row = self._rows[positions[number]]
+            if row["key"].tobytes() != _leading_bytes(plans[number].key):
+                owners[number] = self._scripts[row["script"]]
+        return owners
+
+    def _positions_of(self, plans: Sequence[ShotPlan]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the position of the row of each plan's id, (N,), and whether there is such a row, (N,)."""
+        ids = _hashes([plan.shot.id or "" for plan in plans])
+        positions = np.searchsorted(self._ids, ids)
+        is_known = positions < len(self._ids)
+        is_known[is_known] = self._ids[positions[is_known]] == ids[is_known]
+        return positions, is_known
 
     def _rows_of(self, plans: Sequence[ShotPlan]) -> Iterator[Mapping[str, Any] | None]:
         """Yield the manifest row of each plan's id, or `None`."""
-        if not len(self._ids):
-            yield from [None] * len(plans)
-            return
-        ids = _hashes([plan.shot.id or "" for plan in plans])
-        positions = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        values = self._rows[positions].tolist()
-        for is_known, row in zip((self._ids[positions] == ids).tolist(), values, strict=True):
-            yield dict(zip(ROW.names or (), row, strict=True)) if is_known else None
+        positions, is_known = self._positions_of(plans)
+        rows = iter(self._rows[positions[is_known]].tolist())
+        for has_row in is_known.tolist():
+            yield dict(zip(ROW.names or (), next(rows), strict=True)) if has_row else None
 
     def _done_shot(self, plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
         """Return the finished shot of a row with the key of the plan. `None` if an older version wrote the row."""

@@ -28,6 +28,7 @@ READERS: dict[str, list[type[Stage[Any]]]] = {}
 for _stage in STAGES:
     for _field in (*_stage.reads, *_stage.identity_fields):
         READERS.setdefault(_field, []).append(_stage)
+DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
 CHECKED = frozenset(READERS) - WITHOUT_NOTE | {"min_identity", "retries", *NESTED_FIELDS}
 
 
@@ -36,8 +37,9 @@ def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, 
     if not any(name in CHECKED or "." in name for name in own):
         return
     passed = stages_of(shot)
+    read = frozenset[str]().union(*(stage.reads for stage in passed))
     for name in _set_fields(own):
-        if name in READERS and not any(_reads(stage, name, shot) for stage in passed):
+        if name in READERS and name not in read and not any(_reads(stage, name, shot) for stage in passed):
             if shot.continue_from is not None and name in OF_THE_IMAGE:
                 yield name, "the shot starts from the last frame of another one, which is not changed"
                 continue
@@ -53,7 +55,7 @@ def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
     for name, value in nest_flat_settings(dict(own)).items():
         if name in NESTED_FIELDS and isinstance(value, dict):
             yield from (f"{name}.{stage}" for stage, setting in value.items() if setting is not None)
-        elif value is not None and name in Shot.model_fields and value != Shot.model_fields[name].default:
+        elif value is not None and name in DEFAULTS and value != DEFAULTS[name]:
             yield name
 
 

@@ -278,7 +278,10 @@ class LineCheck:
         script = self._failure.get("script")
         # Looked up there, because it keeps the paths of earlier lines.
         locate = self._context.locate
-        fields = {name: with_absolute_paths(name, value, lambda path: locate(path)[0]) for name, value in self._fields.items()}
+        fields = dict(self._fields)
+        for name in PATH_FIELDS:
+            if name in fields:
+                fields[name] = with_absolute_paths(name, fields[name], lambda path: locate(path)[0])
         return RejectedLine(
             self.failed_as or own_id,
             script if isinstance(script, str) else self._context.source,
@@ -303,10 +306,11 @@ class LineCheck:
             self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
         if shot.continue_from is not None and shot.image is not None:
             self.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
-        for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
-            crop = getattr(shot, name)
-            if crop is not None and crop > whole:
-                self.reject(name, str(crop), f"must be at most {whole}, the {name[5:]} of the finished clip or image")
+        if shot.crop_width is not None or shot.crop_height is not None:
+            for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
+                crop = getattr(shot, name)
+                if crop is not None and crop > whole:
+                    self.reject(name, str(crop), f"must be at most {whole}, the {name[5:]} of the finished clip or image")
         # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
         if shot.metadata and not _is_plain_json(shot.metadata):
             allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
@@ -421,7 +425,7 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     A layer with another `video_model` removes `num_frames` and `fps` of earlier layers, which are those of their model.
     """
     out: dict[str, Any] = {}
-    for layer in layers:
+    for layer in filter(None, layers):
         fields = nest_flat_settings(dict(layer))
         out = without_other_models_defaults(out, fields)
         previous = {name: out[name] for name in (*NESTED_FIELDS, "metadata") if name in out and name in fields}

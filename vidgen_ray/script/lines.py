@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.limits import MAX_LINE
@@ -25,16 +25,18 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """Characters that `surrogateescape` substitutes for bytes that are not UTF-8."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Unvalidated fields of a script line."""
+NO_DEFAULTS: Mapping[str, Any] = {}
+
+
+class Line(NamedTuple):
+    """Unvalidated fields of a script line. A tuple, since all lines of a script are sent to other processes."""
 
     number: int | None
     """Line number, from 1. For Parquet: row number, from 1. `None` for a shot that is not from a file."""
     fields: dict[str, Any]
     strict: bool
     """True if the format has types (JSON), false if all values are text (CSV)."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = NO_DEFAULTS
     """Defaults of the line's scene. They override those of the header."""
     scene: str | None = None
     """Title of the line's scene."""
