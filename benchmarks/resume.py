@@ -18,7 +18,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,24 +124,53 @@ Measured = list[tuple[str, float]]
 def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
     """Write the records and rows of all lines as finished. In an object store only rows: they are trusted."""
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.outputs.manifest import ManifestRow
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
-    from vidgen_ray.outputs.paths import shot_path
-    from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
+    from vidgen_ray.script.reader import open_lines
+    from vidgen_ray.script.settings import ScriptSettings
 
+    with script.open() as file:
+        lines = sum(1 for _ in file)
+    profile = noop_profile(folder, CPU_WORKERS)
+    checker, _ = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
     outputs = OutputFolder(out)
     writer = ManifestWriter(outputs, OLD_RUN, script.name)
+    add_s = 0.0
+    with ProcessPoolExecutor(CPU_WORKERS, multiprocessing.get_context("spawn")) as pool:
+        numbers = [range(first, min(first + LINKS, lines)) for first in range(0, lines, LINKS)]
+        for rows in pool.map(partial(_write_shots, folder, profile, checker, outputs), numbers):
+            started = time.perf_counter()
+            writer.add_columns(rows)
+            add_s += time.perf_counter() - started
+    started = time.perf_counter()
+    writer.close()
+    return [("write the rows of a first run", add_s), ("close its manifest", time.perf_counter() - started)]
+
+
+def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers: range) -> pyarrow.RecordBatch:
+    """Write the shots of these lines, counted from 0, and return their manifest rows."""
+    from vidgen_ray.content_keys import ShotPlanner, params_of
+    from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
+    from vidgen_ray.outputs.paths import RECORD, shot_path
+    from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
+    from vidgen_ray.script.lines import Line
+    from vidgen_ray.shot_licences import ShotLicences
+
+    planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode, ShotLicences(profile))
     names = ("image.png", "video.mp4", "hd.mp4")
     files = {name: FileRecord(sha256="ab" * 32, bytes=len(CLIP)) for name in names}
-    add_s = 0.0
-    for number, plan in enumerate(_plans(folder, script)):
+    clip = folder / f"clip-{numbers.start}"
+    clip.write_bytes(CLIP)
+    rows = []
+    for number in numbers:
+        (shot,) = checker.check(number + 1, Line(number + 1, line(number), strict=True)).shots
+        plan = planner(shot)
         steps = tuple(
             StepRecord(stage=step.stage, key=step.key, weights=step.weights, seconds=1, gpu_seconds=1, cached=False)
             for step in plan.steps
         )
         record = ShotRecord(
             key=plan.key,
-            shot=plan.shot,
+            shot=shot,
             tries=1,
             likeness=None,
             seeds={},
@@ -149,22 +180,16 @@ def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
             licences=plan.licences,
         )
         if outputs.storage.local is not None:
-            clip, target = folder / f"clip-{number // LINKS}", f"{out}/{shot_path(str(plan.shot.id))}"
-            if not number % LINKS:
-                clip.write_bytes(CLIP)
+            target = f"{outputs.storage.local}/{shot_path(shot.id)}"
             os.makedirs(target)
             for name in names:
                 os.link(clip, f"{target}/{name}")
-            with open(f"{target}/shot.json", "w") as file:
+            with open(f"{target}/{RECORD}", "w") as file:
                 file.write(record.model_dump_json(indent=1, exclude={"committed_at"}))
                 file.flush()
                 record = record.model_copy(update={"committed_at": os.stat(file.fileno()).st_mtime})
-        started = time.perf_counter()
-        writer.add(ManifestRow.of_shot(OLD_RUN, script.name, plan.shot, number + 1, record, "done"))
-        add_s += time.perf_counter() - started
-    started = time.perf_counter()
-    writer.close()
-    return [("write the rows of a first run", add_s), ("close its manifest", time.perf_counter() - started)]
+        rows.append(ManifestRow.of_shot(OLD_RUN, checker.source, shot, number + 1, record, "done"))
+    return rows_as_columns(rows)
 
 
 def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
@@ -229,20 +254,6 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
     return [("resume", time.perf_counter() - started)]
 
 
-def _plans(folder: Path, script: Path) -> Iterator[Any]:
-    from vidgen_ray.content_keys import ShotPlanner, params_of
-    from vidgen_ray.script.checked_lines import CheckedLine
-    from vidgen_ray.script.reader import iter_script
-    from vidgen_ray.script.settings import ScriptSettings
-    from vidgen_ray.shot_licences import ShotLicences
-
-    profile = noop_profile(folder, CPU_WORKERS)
-    planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode, ShotLicences(profile))
-    for checked in iter_script(ScriptSettings(script, profile_defaults=profile.defaults)):
-        _require(isinstance(checked, CheckedLine), f"{checked}")
-        yield planner(checked.shot)  # type: ignore[union-attr]  # checked above
-
-
 PARTS: dict[str, Callable[[Path, Path, str], Measured]] = {
     "write": write_finished_folder,
     "load": load_finished_shots,
@@ -268,8 +279,8 @@ def _require(is_true: bool, message: str) -> None:
 
 def _in_new_process(part: Callable[..., Measured], *args: object) -> tuple[Measured, float, float]:
     """Return what a part measured, and the CPU seconds and the peak memory of its process in MB."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (part, args))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measured, part, args).result()
 
 
 def _measured(part: Callable[..., Measured], args: tuple[Any, ...]) -> tuple[Measured, float, float]:
