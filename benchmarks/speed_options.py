@@ -112,10 +112,9 @@ def compare(results: Sequence[Frames], references: Sequence[Frames]) -> dict[str
 
 
 def measure(
-    profile: Profile, stage_class: type[Stage[Any]], with_face: bool, lora: str | None, choices: Sequence[str]
+    profile: Profile, stage_class: type[Stage[Any]], shots: Sequence[Shot], with_face: bool, choices: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Return one row per option and tier: seconds per shot, difference from the plain stage, and the likeness to the face."""
-    shots = shots_of(profile, stage_class, with_face, lora)
     with InstantIDStage(profile.params(InstantIDStage)) as faces:
         face = faces.features([read_image(FACE)])
     with FluxStage(profile.params(FluxStage)) as flux:
@@ -139,14 +138,16 @@ def measure(
         variants = [(name, params) for name, params in variants if name == "reference" or any(c in name for c in choices)]
     rows: list[dict[str, Any]] = []
     references: list[Frames] = []
+    errors = Console(stderr=True)
     with ImageLikenessStage(profile.params(ImageLikenessStage)) as likeness:
-        for name, params in variants:
+        for number, (name, params) in enumerate(variants, 1):
+            errors.print(f"{number} of {len(variants)}: {name}", markup=False)
             try:
                 with stage_class(params) as stage:
                     results, seconds = run(stage, items)
             # An option may need a package or a GPU that this machine does not have.
             except Exception as error:
-                Console(stderr=True).print(f"{name}: {error}", markup=False)
+                errors.print(f"{name}: {error}", markup=False)
                 continue
             references = references or results
             row = {"stage": stage_class.name, "option": name, "seconds": seconds, **compare(results, references)}
@@ -166,10 +167,13 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="flux")
     parser.add_argument("--face", action="store_true", help="shots with a face; default: without")
     parser.add_argument("--lora", default="builtin:demo/ada.safetensors", help="LoRA for --stage lora")
+    parser.add_argument("--shots", type=int, choices=range(1, len(PROMPTS) + 1), default=len(PROMPTS), help="default: all")
     parser.add_argument("--only", nargs="*", default=[], help="options whose name contains one of these; default: all")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    rows = measure(load_profile(args.profile), STAGES[args.stage], args.face, args.lora, args.only)
+    profile, stage = load_profile(args.profile), STAGES[args.stage]
+    shots = shots_of(profile, stage, args.face, args.lora)[: args.shots]
+    rows = measure(profile, stage, shots, args.face, args.only)
     about = machine(("torch", "diffusers"))
     title = f"{args.profile}, {args.stage}{', faces' if args.face else ''}; {about['cpu']}, load {about['load_1_min']}"
     table = Table("option", "s/shot", "PSNR dB", "SSIM", "largest", "likeness", title=title)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def measure(started: float) -> dict[str, float]:
     if vidgen(["render", "s.jsonl", "-o", "out", "-p", "demo", "--json"]):
         raise SystemExit("the run failed")
     times = [started, *(ends[phase] for phase in PHASES)]
-    phases = {phase: end - begin for phase, begin, end in zip(PHASES, times, times[1:], strict=True)}
+    phases = {phase: end - begin for phase, (begin, end) in zip(PHASES, pairwise(times), strict=True)}
     return {**phases, "total": times[-1] - started}
 
 
