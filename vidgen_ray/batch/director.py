@@ -35,6 +35,7 @@ from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
+from vidgen_ray.outputs.manifest import ids_that_failed_before
 from vidgen_ray.outputs.records import Failure, ShotRecord
 from vidgen_ray.planner import Cluster, Demand, Plan, cpus_needed, demand_of, load_calibration, plan, this_machine
 from vidgen_ray.planner.layout import Slot
@@ -103,8 +104,10 @@ class Director:
         self._reading = False
         self._error: BaseException | None = None
         """Error that ends the run."""
-        self._outcomes: deque[Failure | None] = deque(maxlen=BREAKER_SHOTS)
-        """Last shots: the failure of those that failed on every worker, else `None`."""
+        self._outcomes: deque[tuple[str, Failure | None]] = deque(maxlen=BREAKER_SHOTS)
+        """Ids of the last shots, and the failure of those that failed on every worker."""
+        self._failed_before: frozenset[str] | None = None
+        """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
@@ -290,17 +293,28 @@ class Director:
             self._settle(self._continued.failed(shot_id, result.message))
         else:
             self._settle(self._continued.done(shot_id))
-        self._check_breaker(result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+        await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
 
-    def _check_breaker(self, failure: Failure | None) -> None:
-        """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker."""
-        self._outcomes.append(failure)
-        failures = [outcome for outcome in self._outcomes if outcome is not None]
-        if len(failures) >= BREAKER_FAILURES:
+    async def _check_breaker(self, shot_id: str, failure: Failure | None) -> None:
+        """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker.
+
+        Failures of shots that failed in an earlier run as well do not count: the run would stop before all other lines again.
+        """
+        self._outcomes.append((shot_id, failure))
+        if len(self._failures()) >= BREAKER_FAILURES and self._failed_before is None:
+            self._failed_before = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+        if len(failures := self._failures()) >= BREAKER_FAILURES:
             raise SetupError(
                 f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
                 f"tried, the last one in {failures[-1].stage}: {failures[-1].message}. Remove the cause and start again"
             )
+
+    def _failures(self) -> list[Failure]:
+        """Return the failures among the last outcomes. Drops those of shots that have failed in an earlier run, if known."""
+        known = self._failed_before or frozenset()
+        kept = [(shot_id, failure) for shot_id, failure in self._outcomes if failure is None or shot_id not in known]
+        self._outcomes = deque(kept, maxlen=BREAKER_SHOTS)
+        return [failure for _, failure in kept if failure is not None]
 
     # The engine
 

@@ -290,6 +290,18 @@ def manifest_files(storage: Storage) -> list[str]:
     return [f"manifest/{name}" for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
+def ids_that_failed_before(storage: Storage, run: str) -> frozenset[str]:
+    """Return the ids of the lines and shots whose last result before this run is a failure."""
+    seen, failed = IdIndex(), set[str]()
+    for name in manifest_files(storage):
+        if name.startswith(f"manifest/{run}-") or (indexed := read_index(storage, name, seen)) is None:
+            continue
+        file, index = indexed
+        rows = zip(index.column("id").to_pylist(), index.column("status").to_pylist(), file.current, strict=True)
+        failed |= {id_ for id_, status, is_current in rows if is_current and status == "failed"}
+    return frozenset(failed)
+
+
 def current_rows(storage: Storage, file: ManifestFile) -> Iterator[pyarrow.RecordBatch]:
     """Yield the current rows in batches of at most `BATCH_ROWS`, with the columns of `SCHEMA`.
 
