@@ -82,9 +82,7 @@ def build_processor(
     outputs = OutputFolder(out)
     options = options or RenderOptions()
     chosen = chosen.with_commits()
-    checker = LineChecker.for_rows(
-        name, Path.cwd(), defaults or {}, chosen.defaults, seed, require_consent=chosen.require_consent
-    )
+    checker = LineChecker.for_rows(name, Path.cwd(), defaults or {}, chosen.defaults, seed, policy=chosen.policy)
     planner = LinePlanner(
         checker, chosen, outputs, fresh=options.fresh, replace=options.replace, keep_stages=options.keep_stages
     )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
+from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.face_models import RECOGNISER
@@ -188,7 +189,10 @@ def stages_with_setting(setting: str) -> tuple[str, ...]:
 
 
 def check_profile(profile: Profile) -> None:
-    """Raises ProfileError for an unknown actor, and for extra weights that no stage of the actor uses."""
+    """Raises ProfileError for an unknown actor, and for extra weights that no stage of the actor uses.
+
+    Raises SetupError if the safety checker cannot be loaded, unless it may fail.
+    """
     known = list(dict.fromkeys(stage.actor for stage in STAGES))
     for name, actor in profile.actors.items():
         if name not in known:
@@ -199,6 +203,8 @@ def check_profile(profile: Profile) -> None:
                 must = f"must be one of {', '.join(allowed)}" if allowed else "this actor has no extra weights"
                 raise ProfileError(f"profile {profile.name}, actors.{name}.extra_weights: got {extra!r}, {must}")
     _check_recognisers(profile)
+    if (safety := safety_of(profile.safety)) is not None:
+        safety.load()
 
 
 def _check_recognisers(profile: Profile) -> None:

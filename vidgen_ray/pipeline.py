@@ -35,6 +35,7 @@ from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import in_notebook, progress_bar
 from vidgen_ray.provenance.c2pa_signing import check_signing
 from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.safety import safety_of
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences
@@ -119,7 +120,7 @@ class VideoGenerationPipeline:
             shot_fields["last_image"] = self._as_file("last_image", last_image)
         if face_image is not None:
             shot_fields["face_image"] = [self._as_file("face_image", photo) for photo in _as_list(face_image)]
-        shot = check_shot(shot_fields, "generate_video", self.profile.defaults, require_consent=self.profile.require_consent)
+        shot = check_shot(shot_fields, "generate_video", self.profile.defaults, policy=self.profile.policy)
         with _reporting(on_progress):
             record = self.render(shot)
         shot_id = shot.id or ""
@@ -198,6 +199,7 @@ class VideoGenerationPipeline:
             check_weights=self._check_weights,
             swapper=self._swapper,
             fallback=self._oom_fallback,
+            safety=safety_of(self.profile.safety),
         )
         failures = []
         with shot_without_row(self.outputs.storage):
@@ -216,7 +218,10 @@ class VideoGenerationPipeline:
                 item, new_records = runner.run(plan, item, [step.stage])
                 records += new_records
                 check_likeness(plan.shot, item.artefacts)
-        files = ShotFiles(plan, item, self.outputs, self.profile.encode, self._keep_stages, self.profile.provenance)
+        profile = self.profile
+        files = ShotFiles(
+            plan, item, self.outputs, profile.encode, self._keep_stages, profile.provenance, safety_of(profile.safety)
+        )
         with closing(files):
             if chunked := [stage.name for stage in chunked_stages_of(plan.shot)]:
                 records += self._chunked(runner, plan, chunked, item, files)

@@ -13,6 +13,7 @@ from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.safety import ContentPolicy, SafetySettings
 from vidgen_ray.stages.base import QualityTier, Stage, StageParams
 from vidgen_ray.strict_yaml import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
@@ -84,6 +85,7 @@ class Profile(_Section):
     require_consent: bool = Field(
         True, description="Reject face photos without a `consent`. false is recorded in run.json and in the jobs of a server."
     )
+    safety: SafetySettings | None = Field(None, description="Checker of prompts and images. Default: none.")
     licences: tuple[WeightLicence, ...] = Field(
         (), description="Licences of weights of your own. They take precedence over those that vidgen knows."
     )
@@ -96,6 +98,11 @@ class Profile(_Section):
         for field, got, allowed in wrong_defaults(value):
             raise ValueError(f"{field} is {got}: {allowed}")
         return value
+
+    @property
+    def policy(self) -> ContentPolicy:
+        """What lines must keep to."""
+        return ContentPolicy(require_consent=self.require_consent, safety=self.safety)
 
     def params(self, stage: type[Stage[P]]) -> P:
         """Return the stage's parameters with local paths of its weights, and of the extra weights that this machine has.

@@ -11,6 +11,7 @@ from vidgen_ray.consent import Consent, parse_consent
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
+from vidgen_ray.safety import ContentPolicy
 from vidgen_ray.script.consent_check import SHIPPED_PHOTOS
 from vidgen_ray.script.reader import check_shot, read_script
 from vidgen_ray.script.settings import ScriptSettings
@@ -112,7 +113,7 @@ def test_consent_changes_neither_id_nor_seed_nor_key(read, tiny, tmp_path):
 
 
 def test_profile_may_not_require_consent(read):
-    assert read({"prompt": "a", "face_image": "me.jpg"}, require_consent=False).shots[0].consent is None
+    assert read({"prompt": "a", "face_image": "me.jpg"}, policy=ContentPolicy(require_consent=False)).shots[0].consent is None
 
 
 @pytest.mark.parametrize(

@@ -507,7 +507,7 @@ def shot(
         raise typer.BadParameter("got prompt, which is the argument PROMPT of this command", param_hint="--set")
     options = {"prompt": prompt, "face_image": [str(photo) for photo in face] if face else None, "lora": lora, "mode": mode}
     values |= {name: value for name, value in options.items() if value is not None}
-    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed, require_consent=chosen.require_consent)
+    checked = check_shot(values, "shot", chosen.defaults, run_seed=seed, policy=chosen.policy)
     checked = checked.model_copy(update=changes_until(until))
     pipeline = VideoGenerationPipeline(chosen, out, keep_stages=_keeps_stages(keep))
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):

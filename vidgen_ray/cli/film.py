@@ -24,6 +24,7 @@ from vidgen_ray.cli.options import (
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.named_fields import read_characters
@@ -175,7 +176,7 @@ def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]
 
     found = []
     people = read_characters(characters) if characters else {}
-    for line in iter_script(ScriptSettings(script, characters=people, require_consent=False)):
+    for line in iter_script(ScriptSettings(script, characters=people, policy=NO_POLICY)):
         if isinstance(line, RejectedLine):
             metadata = line.fields.get("metadata")
             found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))

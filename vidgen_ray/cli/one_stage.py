@@ -56,7 +56,7 @@ def run_one_stage(
     if "photos" in stage_class.takes and source is not None:
         # The shot's fields select the embeddings, and they apply only to a shot with a face.
         values = {"face_image": str(source), **values}
-    shot = check_shot(values, "vidgen stage", profile.defaults, run_seed, require_consent=profile.require_consent)
+    shot = check_shot(values, "vidgen stage", profile.defaults, run_seed, policy=profile.policy)
     if profile.actor_of(stage_class).device != "cpu":
         # Raises SetupError for a shot that does not fit.
         swap_groups(profile, [stage_class], [shot], this_machine().nodes[0])

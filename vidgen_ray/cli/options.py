@@ -14,6 +14,7 @@ from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
 from vidgen_ray.provenance.settings import MAX_LABEL_LETTERS, ProvenanceSettings
+from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.line_check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
 from vidgen_ray.stages.base import QualityTier
@@ -41,7 +42,7 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
         raise UsageError(f"--set {name}: got {got}, {allowed}")
     if files := {name: value for name, value in parsed.items() if name in PATH_FIELDS}:
         line = LineCheck(
-            Line(None, {"prompt": "any", **files}, strict=True), LineChecker("vidgen", Path.cwd(), {}, 0, require_consent=False)
+            Line(None, {"prompt": "any", **files}, strict=True), LineChecker("vidgen", Path.cwd(), {}, 0, policy=NO_POLICY)
         )
         for error in line.errors[:1]:
             raise UsageError(f"--set {error.field}: got {error.got}, {error.allowed}")

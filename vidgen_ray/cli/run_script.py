@@ -57,7 +57,7 @@ def script_settings(
         raise UsageError("--set id: must be set by each line of the script, not for all of them")
     people = read_characters(characters) if characters else {}
     changes = changes_until(until)
-    return ScriptSettings(script, seed, defaults, profile.defaults, changes, people, require_consent=profile.require_consent)
+    return ScriptSettings(script, seed, defaults, profile.defaults, changes, people, policy=profile.policy)
 
 
 def changes_until(until: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
 
 ENCODER_NICENESS = 10
@@ -70,7 +71,13 @@ class Encoder:
             try:
                 config, item = self._config, Item(plan.shot, artefacts)
                 self._open[shot_id] = ShotFiles(
-                    plan, item, config.outputs, config.profile.encode, config.keep_stages, config.profile.provenance
+                    plan,
+                    item,
+                    config.outputs,
+                    config.profile.encode,
+                    config.keep_stages,
+                    config.profile.provenance,
+                    safety_of(config.profile.safety),
                 )
             # Any error, such as a full disk or an unreadable start image, fails this shot only.
             except Exception as error:

@@ -21,6 +21,7 @@ from vidgen_ray.provenance.c2pa_signing import sign_file
 from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.provenance.visible_label import labelled
+from vidgen_ray.safety import Safety
 from vidgen_ray.stages.base import Artefacts, Frames, Item
 
 IMAGE, IMAGE_FILE = "image", "image.png"
@@ -42,8 +43,12 @@ class ShotFiles:
         encode: Mp4Settings,
         keep_stages: bool = False,
         provenance: ProvenanceSettings = DEFAULT,
+        safety: Safety | None = None,
     ) -> None:
-        """Write everything that does not come in chunks. Raises MediaError or OSError if it cannot be written."""
+        """Write everything that does not come in chunks. Raises MediaError or OSError if it cannot be written.
+
+        `safety` has checked what stages have made. A start image that no stage changes is checked here: raises UnsafeContent.
+        """
         self._shot = plan.shot
         self._encode = encode
         self._provenance = provenance
@@ -54,7 +59,10 @@ class ShotFiles:
         self._clips: dict[str, Mp4Writer] = {}
         self._open_clips = ExitStack()
         self._likeness = LikenessRecord.of(item.artefacts)
+        self._checker = None if safety is None else safety.version
         artefacts = with_images(item, ("image",), plan.inputs).artefacts
+        if safety is not None and "image" not in item.artefacts:
+            safety.check_image(artefacts["image"])
         with ExitStack() as stack:
             self._draft = stack.enter_context(outputs.draft(plan))
             image = self._finished(IMAGE, artefacts["image"][None])[0]
@@ -95,7 +103,7 @@ class ShotFiles:
         if self._stages is not None:
             _write_stages(self._draft, self._stages, self._provenance)
         note = ProvenanceNote(metadata=self._provenance.metadata, label=self._provenance.label)
-        return self._draft.commit(records, self._likeness, note, self._sign)
+        return self._draft.commit(records, self._likeness, note, self._sign, self._checker)
 
     def _sign(self, path: Path) -> bool:
         """Sign a finished file, if files are signed. Inputs of other shots and intermediate results are not."""

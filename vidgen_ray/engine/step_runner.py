@@ -16,6 +16,7 @@ from vidgen_ray.engine.weights_check import WeightsCheck
 from vidgen_ray.errors import Cancelled, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
+from vidgen_ray.safety import Safety
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage
 from vidgen_ray.stages.progress import report_progress
@@ -48,6 +49,7 @@ class StepRunner:
 
     `gpus` is the share of a GPU that the process holds. `cache=None` disables the stage cache. Of the groups of stages in
     `swapped`, only one fits on the GPU at a time. `check_weights`, `swapper` and `fallback` are for stages that are loaded.
+    `safety` checks each image and clip before it is used or cached.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class StepRunner:
         check_weights: WeightsCheck | None = None,
         swapper: WeightSwapper | None = None,
         fallback: OomFallback | None = None,
+        safety: Safety | None = None,
     ) -> None:
         self.stages = {stage.name: stage for stage in stages}
         self._gpus = gpus
@@ -66,6 +69,7 @@ class StepRunner:
         self.swapper = swapper or WeightSwapper(self.stages, swapped)
         self._fallback = fallback or OomFallback()
         self._check_weights = check_weights or WeightsCheck()
+        self._safety = safety
 
     def load(self) -> None:
         """Load all stages. Raises SetupError if weights are missing or of another kind."""
@@ -140,13 +144,17 @@ class StepRunner:
                 self._check_weights(stage, step, plan.shot)
                 self.swapper.ensure_on_gpu(step.stage)
                 ready = with_images(item, stage.needs(item.shot), plan.inputs)
+                if self._safety is not None and "image" in ready.artefacts and "image" not in item.artefacts:
+                    self._safety.check_image(ready.artefacts["image"])
                 local = Item(with_local_loras(ready.shot, plan.inputs), ready.artefacts)
                 (result,), recovered = self._fallback.run(stage, plan.shot, lambda: stage([local]))
+                self._check_safety(result)
                 lower_memory = lower_memory or recovered not in (None, MEMORY_FREED)
                 if cache and not lower_memory:
                     cache.put(step.key, result)
             else:
                 result = cached
+                self._check_safety(result)
         except Cancelled:
             raise
         # Any error of a model fails this shot only.
@@ -165,6 +173,13 @@ class StepRunner:
         if lower_memory:
             kept["lower_memory"] = True
         return Item(item.shot, Artefacts(**{**kept, **result})), record  # type: ignore[typeddict-item]  # both are Artefacts
+
+    def _check_safety(self, result: Artefacts) -> None:
+        """Raises UnsafeContent if an image or a clip is refused."""
+        if self._safety is not None and "image" in result:
+            self._safety.check_image(result["image"])
+        if self._safety is not None and "frames" in result:
+            self._safety.check_clip(result["frames"])
 
     def _record(
         self,

@@ -26,6 +26,7 @@ from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.safety import safety_of
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.progress import progress_callback
 
@@ -172,7 +173,7 @@ class Worker:
                     prepare_gpu(spec.gpus)
                 stages = [stage(config.profile.params(stage)) for stage in (config.stages[name] for name in spec.stages)]
                 cache = config.cache.open(config.outputs.stage_cache)
-                runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups)
+                runner = StepRunner(stages, spec.gpus, cache, spec.swap_groups, safety=safety_of(self._config.profile.safety))
                 # On a machine without GPUs, the weights stay where they are loaded.
                 with load_lock(self._parallel_loads) if spec.gpus else nullcontext():
                     runner.load()

@@ -74,6 +74,7 @@ DIRECTOR_STAGE = "director"
 """Stage of a failure outside the stages."""
 CODES = {
     "LikenessTooLow": "too_unlike",
+    "UnsafeContent": "content_refused",
     "TimedOut": "timed_out",
     "WorkerDied": "worker_died",
     "InputsLost": "worker_died",
@@ -86,7 +87,7 @@ CODES = {
     "MediaError": "invalid_shot",
 }
 """Error class -> error code of the API. Other classes: `invalid_shot` if the shot is the cause, otherwise `stage_failed`."""
-CLIENT_ERRORS = frozenset({"too_unlike", "invalid_shot"})
+CLIENT_ERRORS = frozenset({"too_unlike", "content_refused", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
 log = logging.getLogger("ray.serve")

@@ -158,7 +158,7 @@ class JobService:
         values = {**values, **self._file_paths(tenant, values)}
         try:
             profile = self.serving_profile.profile
-            shot = check_shot(values, "request", profile.defaults, require_consent=profile.require_consent)
+            shot = check_shot(values, "request", profile.defaults, policy=profile.policy)
         except ScriptError as error:
             raise invalid_fields(error) from None
         if shot.continue_from is not None:

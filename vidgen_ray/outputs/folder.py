@@ -65,10 +65,11 @@ class ShotDraft:
         likeness: LikenessRecord | None = None,
         provenance: ProvenanceNote | None = None,
         sign: Callable[[Path], bool] = lambda path: False,
+        safety: str | None = None,
     ) -> ShotRecord:
         """Publish the files in the output folder, and `shot.json` last.
 
-        `sign` signs a file in place if it is to be signed. Returns whether it was.
+        `sign` signs a file in place if it is to be signed. Returns whether it was. `safety`: the checker that has passed the shot.
         """
         files = sorted(self._workspace.iterdir())
         record = ShotRecord(
@@ -81,6 +82,7 @@ class ShotDraft:
             files={file.name: _file_record(file, sign) for file in files},
             software=software_versions(),
             licences=self.plan.licences,
+            safety=safety,
             face_photos=tuple(self.plan.inputs[photo] for photo in self.plan.shot.face_image if photo in self.plan.inputs),
             provenance=provenance,
         )

@@ -93,6 +93,8 @@ class ShotRecord(_Record):
     """Package -> version."""
     licences: tuple[UsedWeights, ...] = ()
     """Weights behind the shot, with their licences. Empty in records of earlier versions."""
+    safety: str | None = None
+    """Safety checker that has passed the shot, with its version. `None` without one."""
     face_photos: tuple[str, ...] = ()
     """sha256 of each face photo, by which `vidgen identity remove` finds the shot. Empty in records of earlier versions."""
     provenance: ProvenanceNote | None = None

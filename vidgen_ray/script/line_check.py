@@ -15,6 +15,7 @@ from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import uncropped_size
 from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
+from vidgen_ray.safety import DEFAULT_POLICY, NO_POLICY, ContentPolicy, UnsafeContent, safety_of
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
 from vidgen_ray.script.consent_check import consent_for_photos
 from vidgen_ray.script.expansion import STYLE, expand, is_expandable
@@ -55,11 +56,11 @@ class LineChecker:
         header: Header = NO_HEADER,
         changes: Mapping[str, Any] | None = None,
         *,
-        require_consent: bool = True,
+        policy: ContentPolicy = DEFAULT_POLICY,
     ) -> None:
         """`fallback`: values of fields that a line does not set. `changes`: fields set on every shot after its checks.
 
-        `require_consent`: reject face photos without a consent.
+        `policy`: what lines must keep to.
         """
         self.source = source
         self.folder = folder
@@ -68,7 +69,7 @@ class LineChecker:
         self.styles = header.styles
         self.run_seed = run_seed
         self.changes = changes
-        self.require_consent = require_consent
+        self.policy = policy
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
@@ -86,7 +87,7 @@ class LineChecker:
             settings.run_seed,
             header,
             settings.changes,
-            require_consent=settings.require_consent,
+            policy=settings.policy,
         )
         check_header(header, checker)
         return checker
@@ -99,17 +100,17 @@ class LineChecker:
         profile_defaults: Mapping[str, Any],
         run_seed: int,
         *,
-        require_consent: bool = True,
+        policy: ContentPolicy = DEFAULT_POLICY,
     ) -> "LineChecker":
         """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
-        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed, require_consent=require_consent)
+        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed, policy=policy)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "locate"}
 
     def without_defaults(self) -> "LineChecker":
         """Return a checker for fields that are checked on their own."""
-        return LineChecker(self.source, self.folder, {}, self.run_seed, require_consent=False)
+        return LineChecker(self.source, self.folder, {}, self.run_seed, policy=NO_POLICY)
 
     @cached_property
     def locate(self) -> Callable[[str], tuple[str, int | None]]:
@@ -304,6 +305,7 @@ class LineCheck:
             return None
         if shot.identity not in identities():
             self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
+        self._check_texts(shot)
         if shot.continue_from is not None and shot.image is not None:
             self.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
         if shot.crop_width is not None or shot.crop_height is not None:
@@ -316,6 +318,17 @@ class LineCheck:
             allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
             self.reject("metadata", shortened(shot.metadata), allowed)
         return shot
+
+    def _check_texts(self, shot: Shot) -> None:
+        """Texts that the safety checker refuses are errors of the line. What an image must not show may be named."""
+        if (safety := safety_of(self._context.policy.safety)) is None:
+            return
+        for name in ("prompt", "style_prompt", "motion_prompt"):
+            if (text := getattr(shot, name)) is not None:
+                try:
+                    safety.check_prompt(text)
+                except UnsafeContent as error:
+                    self.reject(name, shortened(text), str(error))
 
     def _with_absolute_paths(self, shot: Shot) -> Shot:
         """Return the shot with absolute paths. Files that do not exist are errors of the line."""
@@ -342,7 +355,7 @@ class LineCheck:
         if self.errors:
             return shot
         try:
-            consent = consent_for_photos(shot.face_image, shot.consent, required=self._context.require_consent)
+            consent = consent_for_photos(shot.face_image, shot.consent, required=self._context.policy.require_consent)
         except WrongField as error:
             for_all = f"; for all lines: --consent {TEXT_EXAMPLE}" if error.field == "consent" and self._line.number else ""
             self.reject(error.field, error.got, f"{error.allowed}{for_all}")

@@ -13,6 +13,7 @@ from typing import Any
 from more_itertools import batched
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
 from vidgen_ray.script.formats import open_script
 from vidgen_ray.script.input_files import check_files
@@ -178,10 +179,10 @@ def check_shot(
     profile_defaults: Mapping[str, Any],
     run_seed: int = 0,
     *,
-    require_consent: bool = True,
+    policy: ContentPolicy = DEFAULT_POLICY,
 ) -> Shot:
     """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
-    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, require_consent=require_consent)
+    checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, policy=policy)
     line = LineCheck(Line(None, dict(fields), strict=False), checker)
     if len(line.shots) > 1:
         line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
+
 
 @dataclass(frozen=True)
 class ScriptSettings:
@@ -22,8 +24,8 @@ class ScriptSettings:
     """Fields that are set on every shot after its checks."""
     characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Characters that are not from the script itself. See `named_fields.read_characters`."""
-    require_consent: bool = True
-    """Reject lines with face photos and without a consent."""
+    policy: ContentPolicy = DEFAULT_POLICY
+    """What lines must keep to."""
 
     @property
     def folder(self) -> Path:
