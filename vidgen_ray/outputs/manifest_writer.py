@@ -225,9 +225,10 @@ def drop_rows(storage: Storage, run: str, column: str, values: Collection[str]) 
         if (indexed := read_index(storage, name, seen)) is None:
             continue
         file, index = indexed
-        is_dropped = _is(index, column, *values)
-        if is_dropped.any():
-            sources.append(file._replace(current=file.current & ~is_dropped))
+        current = file.current & ~_is(index, column, *values)
+        # A row that is not current would become so, if the newer one of its id is dropped from another file.
+        if not current.all():
+            sources.append(file._replace(current=current))
     _merge_rows(storage, run, sources[::-1])
 
 
