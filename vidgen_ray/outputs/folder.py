@@ -69,7 +69,9 @@ class ShotDraft:
     ) -> ShotRecord:
         """Publish the files in the output folder, and `shot.json` last.
 
-        `sign` signs a file in place if it is to be signed. Returns whether it was. `safety`: the checker that has passed the shot.
+        `sign` signs a file in place if it is to be signed. Returns whether it was.
+
+        `safety`: the checker that has passed the shot.
         """
         files = sorted(self._workspace.iterdir())
         record = ShotRecord(
