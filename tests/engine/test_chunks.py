@@ -31,6 +31,7 @@ class Doubling(ChunkedStage[StageParams]):
 @pytest.fixture
 def doubling(monkeypatch):
     monkeypatch.setattr(graph, "STAGES", (*graph.STAGES[:-2], Doubling, RealESRGANStage))
+    monkeypatch.setattr(graph, "CHUNKED_STAGES", (Doubling, RealESRGANStage))
 
 
 def test_clip_is_cut_at_multiples_of_the_frames_per_call(make_shot):

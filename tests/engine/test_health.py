@@ -61,6 +61,8 @@ def test_single_failure_on_probation_quarantines_again(health):
 
 def test_back_off_doubles_until_the_process_is_hopeless(health):
     assert [quarantine(health, "a") for _ in range(MAX_QUARANTINES)] == [BACK_OFF_S * 2**n for n in range(MAX_QUARANTINES)]
+    assert not health.is_hopeless("a"), "the shots may be wrong"
+    health.ended(0)
     assert health.is_hopeless("a")
     assert max(quarantine(health, "a") for _ in range(20)) == MAX_BACK_OFF_S
 

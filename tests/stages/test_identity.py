@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
+from tests.decoded import frames_of
 from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
@@ -46,12 +47,12 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture
 def render(pipeline):
-    """A function that renders an image and returns its bytes and the names of the stages."""
+    """A function that renders an image and returns its pixels as bytes and the names of the stages."""
 
     def render_image(prompt="a man in the rain", **fields):
         result = pipeline.generate_video(prompt, **{"generate_video": False, "seed": 7, "consent": SYNTHETIC, **fields})
         image = pipeline.outputs.read(result["record"].shot.id, "image.png")
-        return image, [stage.stage for stage in result["record"].stages]
+        return frames_of(image).tobytes(), [stage.stage for stage in result["record"].stages]
 
     return render_image
 

@@ -133,7 +133,10 @@ class EncoderPool:
         def candidates() -> Sequence[Process[ActorClient]]:
             return [Process(client, client.node) for client in self._supervisor.candidates]
 
-        return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+        try:
+            return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+        finally:
+            self._supervisor.ended(plan.key)
 
     async def _attempt(
         self,

@@ -38,6 +38,8 @@ class Health:
 
     def __init__(self) -> None:
         self._records: defaultdict[Hashable, _Record] = defaultdict(_Record)
+        self._in_doubt: set[Hashable] = set()
+        """Shots that have failed and are tried again elsewhere, so that it is not known yet whether they are wrong."""
 
     def started(self, process: Hashable, node: str) -> None:
         """The process is up on this node. Its quarantine, if any, becomes a probation."""
@@ -60,6 +62,7 @@ class Health:
             return False
         if shot not in record.failed_shots:
             record.failed_shots.append(shot)
+        self._in_doubt.add(shot)
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
 
     def forgive(self, process: Hashable, shot: Hashable) -> None:
@@ -72,6 +75,10 @@ class Health:
             record.failed_shots.remove(shot)
         record.quarantines = [shots for shots in record.quarantines if shot not in shots]
 
+    def ended(self, shot: Hashable) -> None:
+        """The shot was rendered or has failed. Its failures that are not forgiven were those of their processes."""
+        self._in_doubt.discard(shot)
+
     def quarantine(self, process: Hashable) -> float:
         """Quarantine a process. Return the seconds before its restart."""
         record = self._records[process]
@@ -83,8 +90,12 @@ class Health:
         return bool(self._records[process].quarantines)
 
     def is_hopeless(self, process: Hashable) -> bool:
-        """Return whether the process was quarantined too often in a row to try it again."""
-        return len(self._records[process].quarantines) >= MAX_QUARANTINES
+        """Return whether the process was quarantined too often in a row to try it again.
+
+        A quarantine does not count while all shots that led to it are in doubt: they may be wrong.
+        """
+        quarantines = self._records[process].quarantines
+        return sum(not shots or not self._in_doubt.issuperset(shots) for shots in quarantines) >= MAX_QUARANTINES
 
     def sick_node(self, process: Hashable) -> str | None:
         """Return the node of the process if it must be quarantined as a whole, because half of them are."""

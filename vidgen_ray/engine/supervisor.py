@@ -112,6 +112,10 @@ class Supervisor:
         """Remove a failure that was the fault of the shot."""
         self._health.forgive(client, shot)
 
+    def ended(self, shot: Hashable) -> None:
+        """The shot, or a call for it, was rendered or has failed for good."""
+        self._health.ended(shot)
+
     def crashed(self, client: ActorClient) -> None:
         """Wait until the next process has loaded its weights. No effect if the process is down already."""
         if client in self._up:

@@ -169,7 +169,10 @@ class WorkerPool:
             holders = self._scheduler.holders(requested.stage)
             return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
-        return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+        try:
+            return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+        finally:
+            self._supervisor.ended(requested.order)
 
     async def _attempt(
         self,

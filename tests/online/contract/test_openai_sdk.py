@@ -153,7 +153,8 @@ def test_input_reference(client):
 
 
 def test_create_character_and_use_it(client):
-    character = client.videos.create_character(name="Eileen", video=astronaut_video())
+    consent = {"subject": "Eileen Collins", "basis": "public-domain"}
+    character = client.videos.create_character(name="Eileen", video=astronaut_video(), extra_body={"consent": consent})
     assert client.videos.get_character(character.id).name == "Eileen"
     video = client.videos.create(prompt="at the sea", size="64x64", extra_body={"character": "Eileen", "num_frames": 2})
     assert client.videos.poll(video.id).status == "completed"
