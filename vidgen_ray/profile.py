@@ -101,7 +101,7 @@ class Profile(_Section):
 
     @property
     def policy(self) -> ContentPolicy:
-        """What lines must keep to."""
+        """Rules for the content of lines."""
         return ContentPolicy(require_consent=self.require_consent, safety=self.safety)
 
     def params(self, stage: type[Stage[P]]) -> P:

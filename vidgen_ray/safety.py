@@ -61,7 +61,7 @@ class SafetySettings(BaseModel):
 
 
 class ContentPolicy(BaseModel):
-    """What a profile requires of lines and results."""
+    """Rules of a profile for the content of lines and results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Every line ends in exactly one of done, failed and skipped, whatever fails and whenever a run stops.
+"""Every line ends in exactly one of done, failed and skipped, for any failures and for a run that stops at any time.
 
 Scripts, planning, scheduling, retries, quarantine and the manifest are the real ones. Workers and encoders are fakes in this
 process whose calls fail at random, in simulated time. tests/chaos does the same to real processes, with far fewer lines.

@@ -175,7 +175,7 @@ class Character(Answer):
 
 
 class ErasedCharacter(Answer):
-    """What `erase_character` deleted, and what was made with the character."""
+    """Files that `erase_character` deleted, and shots that were made with the character."""
 
     id: str
     characters: list[str]

@@ -84,7 +84,7 @@ class ActorClient:
         self._calls: deque[_Call] = deque()
         self._generation = 0
         self._up = False
-        """Whether a process has loaded its weights and was not lost or killed since."""
+        """True if a process has loaded its weights and was not lost or killed since."""
         self._suspects: list[_Call] = []
         """Calls that were pending when the last process crashed. One of them may be the cause."""
         self._loss: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()

@@ -43,7 +43,7 @@ def shot_record(
     """Return the record of the file that is written from an artefact of a shot. `None` if nothing is written.
 
     `until`: the last stage behind the file, for an intermediate result. Default: the last one that makes the artefact.
-    Equal keys give equal records, whatever the id of the shot and the paths of its files are.
+    Equal keys give equal records: neither the id of the shot nor the paths of its files are part of them.
     """
     if settings.metadata == "off":
         return None

@@ -57,7 +57,7 @@ class FilmReport:
     notes: tuple[str, ...]
     """Hints for the user, such as a narration that was cut."""
     metadata: Detail
-    """How the film is marked as AI-generated."""
+    """Settings of the marking as AI-generated."""
 
 
 def make_film(

@@ -27,7 +27,7 @@ PNG_HEADER_BYTES = 33
 
 
 class FileMetadata(NamedTuple):
-    """What is written into a file beside its pixels."""
+    """Metadata that is written into a file beside its pixels."""
 
     comment: str
     """One sentence for people, Latin-1."""

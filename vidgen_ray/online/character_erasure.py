@@ -20,7 +20,7 @@ RETRY_S = 2
 
 
 class Erased(NamedTuple):
-    """What was erased, and what was made with the character."""
+    """Erased data of a character, and the jobs that were made with it."""
 
     characters: list[str]
     """Ids of this character and of others that share a photo with it."""

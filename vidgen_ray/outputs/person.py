@@ -40,7 +40,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class RemovalReport:
-    """What was removed from an output folder, or would be removed in a dry run."""
+    """Files and results that were removed from an output folder, or would be removed in a dry run."""
 
     shots: tuple[str, ...]
     """Ids of the shots that were made with the person."""

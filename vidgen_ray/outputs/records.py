@@ -46,7 +46,7 @@ class FileRecord(_Record):
 
 
 class ProvenanceNote(_Record):
-    """How the files of a shot are marked."""
+    """Marking of the files of a shot."""
 
     metadata: Detail
     label: str | None
@@ -98,7 +98,7 @@ class ShotRecord(_Record):
     face_photos: tuple[str, ...] = ()
     """sha256 of each face photo, by which `vidgen identity remove` finds the shot. Empty in records of earlier versions."""
     provenance: ProvenanceNote | None = None
-    """How the files are marked. `None` in records of earlier versions, whose files are not."""
+    """Marking of the files. `None` in records of earlier versions, whose files are not."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 

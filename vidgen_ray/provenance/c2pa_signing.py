@@ -173,7 +173,7 @@ def _c2pa_errors(message: str) -> Iterator[None]:
 
 
 def is_signable(path: Path) -> bool:
-    """Whether C2PA has signatures for the format of a file."""
+    """Return whether C2PA has signatures for the format of a file."""
     return _known_type(path) is not None
 
 

@@ -15,7 +15,7 @@ from vidgen_ray.provenance.xmp import xmp_property
 
 
 class FoundProvenance(NamedTuple):
-    """What a file's metadata says. Both are `None` for a file without metadata."""
+    """Content of a file's metadata. Both are `None` for a file without metadata."""
 
     record: ProvenanceRecord | None
     """Record that vidgen-ray has written."""

@@ -1,4 +1,4 @@
-"""What a file says about itself: its digital source type, the tool, the content key, the shot, and the files behind it."""
+"""Record in a file about its origin: its digital source type, the tool, the content key, the shot, and the files behind it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ProvenanceRecord(_Part):
 
     @property
     def is_generated(self) -> bool:
-        """Whether a trained model has made the content, or a part of it."""
+        """Return whether a trained model has made the content, or a part of it."""
         return self.source_type in GENERATED
 
     @property

@@ -13,7 +13,7 @@ Detail = Literal["full", "private", "off"]
 
 
 class ProvenanceSettings(BaseModel):
-    """What is written into images and clips beside their pixels. Every field but `c2pa_key` changes the bytes of files."""
+    """Metadata, label and signature of images and clips. Every field but `c2pa_key` changes the bytes of files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

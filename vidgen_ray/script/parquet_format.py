@@ -69,7 +69,7 @@ def _base64_fragments(text: bytes) -> tuple[bytes, ...]:
 
 EXTENSION_NAME = b"ARROW:extension:name"
 EXTENSION_MARKS = (EXTENSION_NAME, *_base64_fragments(EXTENSION_NAME))
-"""How the metadata at the end of a file names an extension type. pyarrow writes its schema in Base64."""
+"""Names of extension types in the metadata at the end of a file. pyarrow writes its schema in Base64."""
 
 
 def check_no_extension_types(path: Path) -> None:

@@ -25,7 +25,7 @@ class ScriptSettings:
     characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Characters that are not from the script itself. See `named_fields.read_characters`."""
     policy: ContentPolicy = DEFAULT_POLICY
-    """What lines must keep to."""
+    """Rules for the content of lines."""
 
     @property
     def folder(self) -> Path:

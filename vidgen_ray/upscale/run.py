@@ -66,7 +66,7 @@ class UpscaleOptions:
     force: bool = False
     """Replace existing files."""
     provenance: ProvenanceSettings = DEFAULT
-    """How the result is marked as altered by an algorithm, or as AI-generated if its source is."""
+    """Settings of the marking as altered by an algorithm, or as AI-generated if its source is."""
 
     def record(self, video: Path) -> ProvenanceRecord | None:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
