@@ -55,8 +55,8 @@ def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, cop
         "shots": entries,
     }
     (folder / "film.yaml").write_text(json.dumps(settings))
-    command = ["-m", "vidgen_ray", "film", str(made.root), "-o", str(folder / "film.mp4"), "--film", str(folder / "film.yaml")]
-    first, again = (_run([sys.executable, *command, *options, "--json"]) for _ in range(2))
+    command = ["vidgen_ray", "film", str(made.root), "-o", str(folder / "film.mp4"), "--film", str(folder / "film.yaml")]
+    first, again = (_run(folder / "peak_mb", [*command, *options, "--json"]) for _ in range(2))
     return {
         "shots": shots,
         "size": f"{size[0]}x{size[1]}",
@@ -70,20 +70,14 @@ def measure(folder: Path, shots: int, size: tuple[int, int], frames: int, *, cop
     }
 
 
-def _run(command: list[str]) -> dict[str, Any]:
+def _run(peak_file: Path, arguments: list[str]) -> dict[str, Any]:
     begin = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        assert process.stdout is not None
-        output = process.stdout.read()
-        # Unlike RUSAGE_CHILDREN, this is the peak of this process alone.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+    command = [sys.executable, "-m", "benchmarks.peak_memory", str(peak_file), *arguments]
+    output = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True).stdout
     return {
         "report": json.loads(output),
         "seconds": round(time.monotonic() - begin, 1),
-        "peak_mb": round(usage.ru_maxrss / 1024),
+        "peak_mb": round(float(peak_file.read_text())),
     }
 
 

@@ -8,11 +8,14 @@ from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.script.settings import ScriptSettings
 
 GPUS = "2x2x80GB"
 """Two nodes with two simulated GPUs each."""
 SIZES_GB = {"instantid": 1, "flux": 34, "hunyuan": 13, "svd": 20, "realesrgan": 6}
+UNMARKED = ProvenanceSettings(metadata="off")
+"""Marked files name their content key, which depends on the profile."""
 ATTEMPTS = 10
 """More than usual: a line may be in progress during several kills that it did not cause."""
 
@@ -38,7 +41,8 @@ def profile() -> Profile:
         name: tiny.actors[name].model_copy(update={"device": "cuda", "memory_gb": gb, "cpus": 0.5, "seconds": {}})
         for name, gb in SIZES_GB.items()
     }
-    return tiny.model_copy(update={"layout": "staged", "actors": actors, "cpu_workers": None})
+    staged = tiny.model_copy(update={"layout": "staged", "actors": actors, "cpu_workers": None})
+    return staged.with_provenance(UNMARKED)
 
 
 def main(script: str, out: str, address: str) -> int:

@@ -24,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 from tests.batch.test_batch import Events, digests
 from tests.chaos.counted_stages import LOG
+from tests.chaos.driver import UNMARKED
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FAKES
 from vidgen_ray.batch.render import RenderOptions, render
@@ -224,7 +225,7 @@ def summary(record, undisturbed):
 def undisturbed(script, tiny, tmp_path_factory):
     """Result of the in-process pipeline for the script."""
     out = tmp_path_factory.mktemp("undisturbed")
-    pipeline = VideoGenerationPipeline(tiny, out)
+    pipeline = VideoGenerationPipeline(tiny.with_provenance(UNMARKED), out)
     plans = [pipeline.plan(line.shot) for line in iter_script(ScriptSettings(script, profile_defaults=tiny.defaults))]
     for planned in plans:
         pipeline.render(planned.shot)

@@ -15,7 +15,8 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from vidgen_ray.stages import flux, flux_stage, hunyuandit, instantid_sdxl, svd
+from vidgen_ray.nets.finite import is_finite
+from vidgen_ray.stages import flux, flux_model, flux_stage, hunyuandit, instantid_sdxl, progress, svd
 from vidgen_ray.stages.pixels import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
@@ -25,10 +26,12 @@ COMPILER = shutil.which("g++")
 @cache
 def register_guard(folder: Path) -> None:
     """Compile the device guard and load it into this process, once."""
-    include = Path(torch.__file__).parent / "include"
+    folder_of_torch = Path(torch.__file__).parent
+    include, libraries = folder_of_torch / "include", folder_of_torch / "lib"
     library = folder / "guard.so"
     sources = str(Path(__file__).with_name("cuda_guard.cpp"))
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-std=c++20", f"-I{include}", sources, "-o", str(library)], check=True)
+    options = "-shared", "-fPIC", "-std=c++20", f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"
+    subprocess.run([COMPILER, *options, sources, "-lc10", "-o", str(library)], check=True)
     ctypes.CDLL(str(library))
 
 
@@ -70,7 +73,7 @@ def patch_host_code(cuda, monkeypatch):
     def outside(function):
         def run(*args, **kwargs):
             with unset_fake_temporarily():
-                return function(*args, **kwargs)
+                return function(*(torch.zeros(arg.shape) if isinstance(arg, FakeTensor) else arg for arg in args), **kwargs)
 
         return run
 
@@ -84,6 +87,8 @@ def patch_host_code(cuda, monkeypatch):
         with unset_fake_temporarily():
             return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
+    for module in (flux_model, progress):
+        monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
     for stage_module in (flux, flux_stage, hunyuandit, instantid_sdxl, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))

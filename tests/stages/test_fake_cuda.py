@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ASTRONAUT
 from tests.stages import fake_cuda
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
 from vidgen_ray.content_keys import with_local_loras
@@ -77,8 +78,8 @@ def run(stage, item, cuda, move):
     [
         (FluxStage, {}, False),
         (FluxStage, {"negative_prompt": "blurry"}, False),
-        (FluxStage, {"face_image": "f.png"}, True),
-        (FluxLoRAStage, {"lora": LORA, "face_image": "f.png"}, True),
+        (FluxStage, {"face_image": str(ASTRONAUT)}, True),
+        (FluxLoRAStage, {"lora": LORA, "face_image": str(ASTRONAUT)}, True),
     ],
 )
 def test_flux_stages_stay_on_the_gpu(tiny, cuda, face, stage_class, fields, with_face):
@@ -113,7 +114,7 @@ def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
         for network in (*stage.pipe.components.values(), stage.resampler):
             cuda.move(network, HALF)
 
-    line = shot(tiny, identity="instantid-sdxl", face_image="f.png")
+    line = shot(tiny, identity="instantid-sdxl", face_image=str(ASTRONAUT))
     run(InstantIDSDXLStage(tiny.params(InstantIDSDXLStage)), Item(line, {"face": face}), cuda, move)
 
 

@@ -126,17 +126,14 @@ class EncoderPool:
                 return
             if own_failure:
                 reason = f"failed to write different shots in a row, the last time with: {failed}"
-                self._supervisor.failed(encoder, plan.key, reason)
+                self._supervisor.failed(encoder, plan.key, reason, in_doubt=False)
             else:
                 self._supervisor.forgive(encoder, plan.key)
 
         def candidates() -> Sequence[Process[ActorClient]]:
             return [Process(client, client.node) for client in self._supervisor.candidates]
 
-        try:
-            return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
-        finally:
-            self._supervisor.ended(plan.key)
+        return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
 
     async def _attempt(
         self,

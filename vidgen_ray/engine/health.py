@@ -52,17 +52,18 @@ class Health:
         record.failed_shots.clear()
         record.quarantines.clear()
 
-    def failed(self, process: Hashable, shot: Hashable) -> bool:
+    def failed(self, process: Hashable, shot: Hashable, *, in_doubt: bool = True) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough.
+        On probation, a single failure is enough. `in_doubt`: the shot may be wrong; call `ended` once it is known.
         """
         record = self._records[process]
         if record.quarantined:
             return False
         if shot not in record.failed_shots:
             record.failed_shots.append(shot)
-        self._in_doubt.add(shot)
+        if in_doubt:
+            self._in_doubt.add(shot)
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
 
     def forgive(self, process: Hashable, shot: Hashable) -> None:

@@ -103,9 +103,12 @@ class Supervisor:
         """Record a successful call."""
         self._health.succeeded(client)
 
-    def failed(self, client: ActorClient, shot: Hashable, reason: str) -> None:
-        """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row."""
-        if self._health.failed(client, shot):
+    def failed(self, client: ActorClient, shot: Hashable, reason: str, *, in_doubt: bool) -> None:
+        """Record a failed call for a shot. Quarantines the process if it fails for different shots in a row.
+
+        `in_doubt`: the shot may be wrong. Call `ended` once it is known.
+        """
+        if self._health.failed(client, shot, in_doubt=in_doubt):
             self._quarantine(client, reason)
 
     def forgive(self, client: ActorClient, shot: Hashable) -> None:

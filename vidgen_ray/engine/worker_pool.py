@@ -161,7 +161,7 @@ class WorkerPool:
             client = self._clients[failed.process.key]
             if own_failure:
                 reason = f"failed for {requested.stage} on different shots in a row, the last time with: {failed}"
-                self._supervisor.failed(client, requested.order, reason)
+                self._supervisor.failed(client, requested.order, reason, in_doubt=True)
             else:
                 self._supervisor.forgive(client, requested.order)
 
