@@ -19,6 +19,9 @@ from vidgen_ray.outputs.records import Failure
 T = TypeVar("T")
 
 
+TICK_S = 1e-6
+
+
 class _SimulatedSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]  # the platform's class
     """Selector that advances the time instead of waiting for it."""
 
@@ -28,7 +31,8 @@ class _SimulatedSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-
         # Without a timer, only another thread can continue: wait for it.
         events = super().select(None if timeout is None else 0)
         if not events and timeout:
-            self.now_s += timeout
+            # A shorter time than the resolution of the clock would not advance it.
+            self.now_s += max(timeout, TICK_S)
         return events
 
 
