@@ -106,6 +106,7 @@ class Director:
         """Error that ends the run."""
         self._outcomes: deque[tuple[str, Failure | None]] = deque(maxlen=BREAKER_SHOTS)
         """Ids of the last shots, and the failure of those that failed on every worker."""
+        self._breaker_lock = asyncio.Lock()
         self._failed_before: frozenset[str] | None = None
         """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
@@ -293,16 +294,23 @@ class Director:
             self._settle(self._continued.failed(shot_id, result.message))
         else:
             self._settle(self._continued.done(shot_id))
-        await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+        # One after another: reading the earlier failures takes time, in which others would change the number in the message.
+        async with self._breaker_lock:
+            await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
 
     async def _check_breaker(self, shot_id: str, failure: Failure | None) -> None:
         """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker.
 
         Failures of shots that failed in an earlier run as well do not count: the run would stop before all other lines again.
         """
+        if failure is not None and shot_id in (self._failed_before or ()):
+            return
         self._outcomes.append((shot_id, failure))
         if len(self._failures()) >= BREAKER_FAILURES and self._failed_before is None:
-            self._failed_before = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+            known = await asyncio.to_thread(ids_that_failed_before, self._outputs.storage, self._run)
+            self._failed_before = known
+            counted = [outcome for outcome in self._outcomes if outcome[1] is None or outcome[0] not in known]
+            self._outcomes = deque(counted, maxlen=BREAKER_SHOTS)
         if len(failures := self._failures()) >= BREAKER_FAILURES:
             raise SetupError(
                 f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
@@ -310,11 +318,7 @@ class Director:
             )
 
     def _failures(self) -> list[Failure]:
-        """Return the failures among the last outcomes. Drops those of shots that have failed in an earlier run, if known."""
-        known = self._failed_before or frozenset()
-        kept = [(shot_id, failure) for shot_id, failure in self._outcomes if failure is None or shot_id not in known]
-        self._outcomes = deque(kept, maxlen=BREAKER_SHOTS)
-        return [failure for _, failure in kept if failure is not None]
+        return [failure for _, failure in self._outcomes if failure is not None]
 
     # The engine
 
