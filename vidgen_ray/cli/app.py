@@ -60,6 +60,7 @@ from vidgen_ray.outputs.storage import URL
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import progress_bar
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.reader import iter_script, read_script
 from vidgen_ray.script.settings import ScriptSettings
@@ -436,10 +437,12 @@ def retry(
 ) -> None:
     """Render the failed lines of an output folder again, with the profile and the provenance options of its last run."""
     from vidgen_ray.batch.render import RenderOptions
-    from vidgen_ray.cli.retry import failed_lines, last_profile, last_provenance
+    from vidgen_ray.cli.retry import failed_lines, last_profile
+    from vidgen_ray.outputs.last_run import setting_of_last_run
 
     outputs = OutputFolder(out)
-    chosen = (load_profile(profile) if profile else last_profile(outputs)).with_provenance(last_provenance(outputs))
+    chosen = load_profile(profile) if profile else last_profile(outputs)
+    chosen = chosen.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
     with failed_lines(outputs) as script:
         settings = script_settings(script, chosen, None, None, None, 0, None, consent)
         options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)

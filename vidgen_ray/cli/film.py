@@ -88,9 +88,10 @@ def film(
 
     Only what has changed since the last film is rendered again.
     """
-    from vidgen_ray.film.make_film import provenance_of_last_run
     from vidgen_ray.film.selection import manifest_candidates, with_reasons
     from vidgen_ray.outputs.folder import OutputFolder
+    from vidgen_ray.outputs.last_run import setting_of_last_run
+    from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
     from vidgen_ray.report.gallery import update_gallery
 
     given = {
@@ -121,9 +122,8 @@ def film(
     if script is not None:
         candidates = with_reasons(_script_candidates(script, characters), candidates)
     target = Path(path)
-    marking = provenance_settings(
-        provenance_of_last_run(outputs), no_provenance=no_provenance, private=private, c2pa_key=c2pa_key
-    )
+    last = setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
+    marking = provenance_settings(last, no_provenance=no_provenance, private=private, c2pa_key=c2pa_key)
     report = _make(outputs, settings, target, candidates, _split(ids), skip_missing, marking)
     if outputs.storage.local is not None and target.resolve().parent == outputs.storage.local.resolve():
         update_gallery(out)

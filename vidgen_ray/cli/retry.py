@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.failures import FILE
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.last_run import read_last_run
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.provenance.settings import ProvenanceSettings
 
 
 def last_profile(outputs: OutputFolder) -> Profile:
@@ -21,19 +20,11 @@ def last_profile(outputs: OutputFolder) -> Profile:
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     try:
-        run = json.loads(outputs.storage.read("run.json") or b"{}")
+        run = read_last_run(outputs)
         name = run["profile_source"] or run["profile"]["name"]
     except (ValueError, KeyError, TypeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
     return load_profile(name)
-
-
-def last_provenance(outputs: OutputFolder) -> ProvenanceSettings | None:
-    """Return how the last run marked its files, or `None` if `run.json` does not say: it is of an earlier version."""
-    with suppress(ValueError, KeyError, TypeError):
-        run = json.loads(outputs.storage.read("run.json") or b"{}")
-        return ProvenanceSettings.model_validate(run["profile"]["provenance"])
-    return None
 
 
 @contextmanager

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vidgen_ray.atomic_files import new_file, write_atomically
 from vidgen_ray.cache_dir import digest
@@ -24,11 +22,12 @@ from vidgen_ray.film.speech import speaker
 from vidgen_ray.film.timeline import Source, Timeline, build_timeline
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.last_run import setting_of_last_run
 from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, sign_file
 from vidgen_ray.provenance.derived import InputFile, joined_record
 from vidgen_ray.provenance.reading import FoundProvenance
 from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.settings import Detail, ProvenanceSettings
+from vidgen_ray.provenance.settings import DEFAULT, Detail, ProvenanceSettings
 
 SUFFIX = ".mp4"
 Progress = Callable[[str, int, int], None]
@@ -81,12 +80,13 @@ def make_film(
     """
     if path.suffix.lower() != SUFFIX:
         raise UsageError(f"film: got {str(path)!r}, must end in {SUFFIX}")
-    marking = provenance_of_last_run(outputs) if provenance is None else provenance
+    marking = provenance or setting_of_last_run(outputs, "provenance", ProvenanceSettings) or DEFAULT
     check_signing(marking)
     if candidates is None:
         candidates = manifest_candidates(outputs.storage)
     if settings.encode is None:
-        settings = settings.model_copy(update={"encode": _encode_of_last_run(outputs)})
+        encode = setting_of_last_run(outputs, "encode", Mp4Settings) or Mp4Settings()
+        settings = settings.model_copy(update={"encode": encode})
     chosen = choose_shots(outputs, settings, candidates, ids, skip_missing=skip_missing)
     folder = PieceFolder(path.with_name(f"{path.stem}.pieces"))
     sources, inputs = _sources(outputs, chosen, on_progress)
@@ -136,26 +136,6 @@ def make_film(
         notes=tuple(_notes(timeline, settings, narration_s)),
         metadata=marking.metadata,
     )
-
-
-def _encode_of_last_run(outputs: OutputFolder) -> Mp4Settings:
-    """Return the compression of the clips of the last run, or the default if there was no run."""
-    try:
-        return Mp4Settings.model_validate(_profile_of_last_run(outputs)["encode"])
-    except (ValueError, KeyError, TypeError):
-        return Mp4Settings()
-
-
-def provenance_of_last_run(outputs: OutputFolder) -> ProvenanceSettings:
-    """Return how the last run marked its files, or the default if there was no run."""
-    try:
-        return ProvenanceSettings.model_validate(_profile_of_last_run(outputs)["provenance"])
-    except (ValueError, KeyError, TypeError):
-        return ProvenanceSettings()
-
-
-def _profile_of_last_run(outputs: OutputFolder) -> Any:
-    return json.loads(outputs.storage.read("run.json") or b"{}")["profile"]
 
 
 def _sources(
