@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,23 @@ def shot_record(
     `until`: the last stage behind the file, for an intermediate result. Default: the last one that makes the artefact.
     Equal keys give equal records: neither the id of the shot nor the paths of its files are part of them.
     """
+    return shot_records(plan, [artefact], settings, until)[artefact]
+
+
+def shot_records(
+    plan: ShotPlan, artefacts: Iterable[str], settings: ProvenanceSettings, until: type[Stage[Any]] | None = None
+) -> dict[str, ProvenanceRecord | None]:
+    """Return artefact -> the record of the file that is written from it. See `shot_record`."""
     if settings.metadata == "off":
-        return None
-    stages = stages_behind(plan.shot, artefact, until)
-    return ProvenanceRecord(
-        source_type=_source_type(plan.shot, artefact, stages),
-        key=plan.key,
-        stages=tuple(stage.name for stage in stages),
-        shot=script_line(plan) if settings.metadata == "full" else None,
-    )
+        return dict.fromkeys(artefacts)
+    line = script_line(plan) if settings.metadata == "full" else None
+    records: dict[str, ProvenanceRecord | None] = {}
+    for artefact in artefacts:
+        stages = stages_behind(plan.shot, artefact, until)
+        names = tuple(stage.name for stage in stages)
+        source_type = _source_type(plan.shot, artefact, stages)
+        records[artefact] = ProvenanceRecord(source_type=source_type, key=plan.key, stages=names, shot=line)
+    return records
 
 
 def stages_behind(shot: Shot, artefact: str, until: type[Stage[Any]] | None = None) -> list[type[Stage[Any]]]:

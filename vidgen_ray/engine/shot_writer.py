@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.chunks import CLIP_FILES
-from vidgen_ray.engine.shot_provenance import shot_record
+from vidgen_ray.engine.shot_provenance import shot_record, shot_records
 from vidgen_ray.engine.step_runner import with_images
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import chunked_stages_of, clip_length, file_sizes, stages_of
@@ -52,7 +52,7 @@ class ShotFiles:
         self._shot = plan.shot
         self._encode = encode
         self._provenance = provenance
-        self._records = {name: shot_record(plan, name, provenance) for name in FILES}
+        self._records = shot_records(plan, FILES, provenance)
         self._stages = outputs.stage_cache if keep_stages else None
         self._sizes = file_sizes(plan.shot)
         self._chunked = {stage.writes[0] for stage in chunked_stages_of(plan.shot)}

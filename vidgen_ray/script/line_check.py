@@ -396,6 +396,8 @@ class LineCheck:
 
 def is_deep(value: Any) -> bool:
     """Return whether lists and mappings are nested in more than MAX_NESTING levels."""
+    if not isinstance(value, dict | list):
+        return False
     level = [value]
     for _ in range(MAX_NESTING):
         level = [
