@@ -16,8 +16,8 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, VideoReader, open_video
-from vidgen_ray.provenance.derived import InputFile, altered_record
-from vidgen_ray.provenance.record import SourceType, metadata_of
+from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
+from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks, frames_after
@@ -51,9 +51,7 @@ def upscale_clip(
         if stage.frame_factor(shot) < 1:
             raise UsageError(f"fps_out: got {shot.fps_out}, must be at least the {float(video.fps):g} of {source}")
         fps = Fraction(video.fps) * stage.frame_factor(shot)
-        altered: SourceType = (
-            "compositeWithTrainedAlgorithmicMedia" if stage.frame_factor(shot) > 1 else "algorithmicallyEnhanced"
-        )
+        altered = altered_type(is_interpolated=stage.frame_factor(shot) > 1)
         record = altered_record(InputFile.read(source, digest(source)), "stage", [stage.name], provenance, altered)
         write_clip(out, _processed(stage, shot, video), fps, encode, metadata_of(record))
     return out

@@ -21,8 +21,8 @@ from vidgen_ray.atomic_files import abandoned, remove, write_atomically
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
 from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, is_signable, sign_file
-from vidgen_ray.provenance.derived import InputFile, altered_record
-from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
+from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
+from vidgen_ray.provenance.record import ProvenanceRecord, metadata_of
 from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import EncodeSettings
@@ -71,7 +71,7 @@ class UpscaleOptions:
     def record(self, video: Path) -> ProvenanceRecord | None:
         """Return the provenance record of the result for a source, or `None` if nothing is written."""
         stages = (self.model.name,) if self.fps is None else (self.model.name, "rife")
-        altered: SourceType = "algorithmicallyEnhanced" if self.fps is None else "compositeWithTrainedAlgorithmicMedia"
+        altered = altered_type(is_interpolated=self.fps is not None)
         return altered_record(InputFile.read(video, digest(video)), "upscale", stages, self.provenance, altered)
 
     def check(self, out: Path) -> None:
