@@ -5,12 +5,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import av
-import numpy as np
-
 from tests.hostile.case import Case, content, refused, used
 from tests.hostile.images import NOISE, encoded
-from tests.upscale.videos import write_video
+from tests.upscale.videos import audio_only, write_video
 
 FORMATS = "not a supported video format"
 
@@ -19,15 +16,6 @@ FORMATS = "not a supported video format"
 def good_mp4() -> bytes:
     with TemporaryDirectory() as folder:
         return write_video(Path(folder) / "a.mp4", 6).read_bytes()
-
-
-def audio_only(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=44100, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
 
 
 def patched(box: bytes, offset: int, value: int) -> bytes:

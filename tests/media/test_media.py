@@ -16,6 +16,7 @@ import pytest
 from av.video.reformatter import Colorspace
 from PIL import Image as PILImage
 
+from tests.upscale.videos import audio_only
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import (
     Mp4Settings,
@@ -328,15 +329,6 @@ def test_display_rotation_is_applied(tmp_path: Path, rotation: int) -> None:
         upright = video.frames(0, 4)
         assert upright.shape[1:3] == (video.height, video.width) == ((64, 96) if rotation == 180 else (96, 64))
     assert np.array_equal(upright, np.rot90(unrotated, rotation // 90, (1, 2)))
-
-
-def audio_only(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=44100, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
 
 
 BAD_VIDEOS: dict[str, Callable[[Path, bytes], Any]] = {

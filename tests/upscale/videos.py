@@ -111,3 +111,13 @@ def packets(path: Path, kind: str) -> list[tuple[Fraction, bytes]]:
     with av.open(str(path)) as container:
         stream = next(stream for stream in container.streams if stream.type == kind)
         return [(packet.pts * packet.time_base, bytes(packet)) for packet in container.demux(stream) if packet.size]
+
+
+def audio_only(path: Path) -> None:
+    """Write an MP4 file without a video stream."""
+    with av.open(str(path), "w", format="mp4") as output:
+        stream = output.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
