@@ -312,7 +312,10 @@ def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
     second = site.jobs()[0].shot
     assert (second.prompt, second.continue_from) == ("opens the door", first.id)
     assert Path(second.image).parent.name == first.shot_id
+    page.get_by_label("Prompt", exact=True).fill("something else")
     page.get_by_role("link", name="More like this (opens the door)").click()
+    # The new form has arrived. Without this line the image could be put into the old one.
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("opens the door")
     expect(source).to_be_checked()
     page.get_by_label("Start image").set_input_files(grey)  # in place of the last frame
     expect(page.locator("#image-tray img")).to_have_count(1)
@@ -320,6 +323,7 @@ def test_clip_is_continued_with_its_last_frame(site, open_page, grey):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site.pipeline.outputs, "last_frame", lambda shot: None)
         page.get_by_role("link", name="Continue walks to the door").click()
+        expect(source).to_be_checked()
         generate(page, "of a batch run")
         expect(page.locator("#continue_from-error")).to_have_text(re.compile("was not kept"))
     open_page.messages[:] = [text for text in open_page.messages if "400" not in text]
