@@ -2,6 +2,8 @@
 
 efficiency = GPU-seconds of work / (GPUs x seconds from the first stage's start to the last commit). Start-up time is reported
 separately and is part of the total. README.md lists what is not measured.
+
+Stages take 1/25 of their time on an H100. The environment variable VIDGEN_BENCHMARK_TIME_SCALE sets another divisor.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def main() -> int:
     rows.sort(key=lambda row: (row["gpu_memory_gb"], row["gpus"], -(row["efficiency"] or 0)))
     console.print(_table(rows))
     console.print(
-        f"A shot takes {simulated.SECONDS_PER_SHOT:.3f} GPU-seconds. Medians, with minimum and maximum in brackets. "
+        f"A shot takes {simulated.SECONDS_PER_SHOT:.3f} GPU-seconds, 1/{simulated.TIME_SCALE:g} of an H100's. Medians, with minimum and maximum in brackets. "
         "total = startup + wall + shutdown; drain: part of wall after the first GPU ran out of work. Not measured: "
         "contention on a shared GPU beyond taking turns, networks, failures, the CPU work of real models.",
         highlight=False,

@@ -21,12 +21,13 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-TIME_SCALE = 25
-"""Real seconds on an H100 per simulated second. On an H100, FLUX takes 4.3 s and SVD 22.6 s."""
+TIME_SCALE = float(os.environ.get("VIDGEN_BENCHMARK_TIME_SCALE", "25"))
+"""Seconds on an H100 per second of the benchmark. Starting processes is not scaled, so it weighs TIME_SCALE times as much as in a
+real run. All processes of a run inherit the variable."""
 FRAMES = 25
-SECONDS_PER_FRAME = 0.0024
+SECONDS_PER_FRAME = 0.06 / TIME_SCALE
 """Seconds of upscaling per frame."""
-LOAD_SECONDS_PER_GB = 0.01
+LOAD_SECONDS_PER_GB = 0.25 / TIME_SCALE
 """Loading weights from disk: 4 GB/s, scaled."""
 SWAP_GB_PER_SECOND = 25 * TIME_SCALE
 """Transfer rate between host and GPU memory: PCIe 4 x16, scaled."""
@@ -52,10 +53,10 @@ class StageCost(NamedTuple):
 
 
 STAGES = {
-    "instantid": StageCost(0.004, "instantid"),
-    "flux": StageCost(0.17, "flux"),
-    "lora": StageCost(0.07, "flux"),
-    "svd": StageCost(0.90, "svd"),
+    "instantid": StageCost(0.1 / TIME_SCALE, "instantid"),
+    "flux": StageCost(4.25 / TIME_SCALE, "flux"),
+    "lora": StageCost(1.75 / TIME_SCALE, "flux"),
+    "svd": StageCost(22.5 / TIME_SCALE, "svd"),
     "realesrgan": StageCost(FRAMES * SECONDS_PER_FRAME, "realesrgan"),
 }
 """Stages in order. Seconds have the proportions of the models on an H100."""
