@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,6 +53,7 @@ JSON_BYTES = 39_000_000
 FORM_BYTES = 512 << 10
 """Largest urlencoded form that the API reads."""
 STREAMS = 1_000
+QUICK_DIVISOR = 10
 CLIENTS = 10
 """Clients that request the event streams one after another."""
 STREAMS_OPEN_S = 15.0
@@ -89,15 +91,21 @@ def main() -> int:
         "--repository", type=Path, default=ROOT, metavar="FOLDER", help="Checkout to measure. Default: this one."
     )
     parser.add_argument("--only", metavar="TEXT", default="", help="Kinds of requests whose name contains TEXT. Default: all.")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"Send a {QUICK_DIVISOR}th of the requests, all to one server: checks that the script runs. Measures nothing.",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     rows: list[dict[str, Any]] = []
-    for attack in _attacks():
-        if args.only in attack.name:
-            # A new server for each, since memory that was freed is not returned to the system.
-            with _server(args.repository, attack.settings) as (url, processes):
-                rows.append(_measure(url, processes, attack))
+    attacks = [attack for attack in _attacks(QUICK_DIVISOR if args.quick else 1) if args.only in attack.name]
+    # A new server for each, since memory that was freed is not returned to the system.
+    groups = [list(group) for _, group in groupby(attacks, key=lambda each: each.settings if args.quick else each)]
+    for group in groups:
+        with _server(args.repository, group[0].settings) as (url, processes):
+            rows += [_measure(url, processes, attack) for attack in group]
     table = Table(title=f"Attacks on a server. Load of the machine before: {load:.1f}")
     for column in ("requests", "answers", "API GB", "proxy GB", "/healthz s", "seconds"):
         table.add_column(column, justify="left" if column in ("requests", "answers") else "right")
@@ -111,7 +119,9 @@ def main() -> int:
     return 0
 
 
-def _attacks() -> Iterator[Attack]:
+def _attacks(divisor: int) -> Iterator[Attack]:
+    """Yield the attacks, with a fraction 1 / `divisor` of their requests."""
+    at_once = partial(_at_once, divisor)
     for mode in ("1", "RGB", "RGBA"):
         content = _image(mode)
 
@@ -119,7 +129,7 @@ def _attacks() -> Iterator[Attack]:
             # Different content, so that each is decoded.
             return _post_form(f"{url}/v1/files", {}, [("file", ("a.png", content + bytes([number])))])
 
-        yield _at_once(30, f"PNG of 39.7 megapixels, mode {mode}, {len(content) // 1000} kB", upload)
+        yield at_once(30, f"PNG of 39.7 megapixels, mode {mode}, {len(content) // 1000} kB", upload)
     face = _large_photo()
 
     def character(url: str, number: int) -> str:
@@ -127,42 +137,43 @@ def _attacks() -> Iterator[Attack]:
         data = {"name": f"person {number}", "consent": "subject=Eileen Collins,basis=public-domain"}
         return _post_form(f"{url}/v1/videos/characters", data, photos)
 
-    yield _at_once(4, "character from 8 photos of 39.7 megapixels", character)
-    yield from _json_attacks()
+    yield at_once(4, "character from 8 photos of 39.7 megapixels", character)
+    for count, name, body in _json_bodies():
+        yield at_once(count, name, _body("/v1/videos", "application/json", body))
     text = [(f"f{number}", (None, b"x" * 1_000_000)) for number in range(150)]
-    yield _at_once(6, "form with 150 MB of text", lambda url, _: _post_form(f"{url}/v1/videos", {}, text))
+    yield at_once(6, "form with 150 MB of text", lambda url, _: _post_form(f"{url}/v1/videos", {}, text))
     pairs = b"&".join(b"f%d=" % number + b"x" * 1_000_000 for number in range(150))
     for count, name, body in (
         (6, "urlencoded form of 150 MB", pairs),
         (100, "urlencoded form of 500 kB, escapes", b"prompt=" + b"%41" * (FORM_BYTES // 3 - 10)),
         (100, "urlencoded form of 500 kB, empty fields", b"a=&" * (FORM_BYTES // 3 - 10)),
     ):
-        yield _at_once(count, name, _body("/v1/videos", "application/x-www-form-urlencoded", body))
+        yield at_once(count, name, _body("/v1/videos", "application/x-www-form-urlencoded", body))
+    streams, open_s = STREAMS // divisor, STREAMS_OPEN_S / divisor
     allowed = {"limits": {"streams": 2 * STREAMS, "requests_per_minute": 1_000_000}}
-    yield Attack(f"{STREAMS} event streams, requested at once", partial(_open_streams, at_once=STREAMS))
-    yield Attack(
-        f"{STREAMS} event streams, all allowed, requested by {CLIENTS}", partial(_open_streams, at_once=CLIENTS), allowed
-    )
+    yield Attack(f"{streams} event streams, requested at once", partial(_open_streams, streams, streams, open_s))
+    name = f"{streams} event streams, all allowed, requested by {CLIENTS}"
+    yield Attack(name, partial(_open_streams, streams, CLIENTS, open_s), allowed)
 
 
-def _json_attacks() -> Iterator[Attack]:
+def _json_bodies() -> Iterator[tuple[int, str, bytes]]:
+    """Yield number of requests, name and body."""
     lists = b'{"prompt": [' + b"[]," * (JSON_BYTES // 3) + b"0]}"
     photo = base64.b64encode(os.urandom(24_000_000))
     image = b'{"prompt": "a", "image_reference": {"image_url": "data:image/png;base64,' + photo + b'"}}'
-    for count, name, body in (
-        (1, "JSON of 39 MB, empty lists", lists),
-        (6, "JSON of 39 MB, empty lists", lists),
-        (12, "JSON of 32 MB, one image", image),
-        (1, "JSON with a size of 6 MB", b'{"prompt": "a", "size": "' + b"9" * 6_000_000 + b'"}'),
-        (6, "JSON of 39 MB, nested lists", b"[" * JSON_BYTES),
-        (200, "JSON of 100 kB, 16,000 nested objects", b'{"a":' * 16_000 + b"0" + b"}" * 16_000),
-        (200, "JSON of 240 kB, 40 nested lists in a long text", b'{"prompt": "' + b"x" * 240_000 + b'", "size": ' + b"[" * 40),
-    ):
-        yield _at_once(count, name, _body("/v1/videos", "application/json", body))
+    yield 1, "JSON of 39 MB, empty lists", lists
+    yield 6, "JSON of 39 MB, empty lists", lists
+    yield 12, "JSON of 32 MB, one image", image
+    yield 1, "JSON with a size of 6 MB", b'{"prompt": "a", "size": "' + b"9" * 6_000_000 + b'"}'
+    yield 6, "JSON of 39 MB, nested lists", b"[" * JSON_BYTES
+    yield 200, "JSON of 100 kB, 16,000 nested objects", b'{"a":' * 16_000 + b"0" + b"}" * 16_000
+    long_text = b'{"prompt": "' + b"x" * 240_000 + b'", "size": ' + b"[" * 40
+    yield 200, "JSON of 240 kB, 40 nested lists in a long text", long_text
 
 
-def _at_once(count: int, name: str, request: Request) -> Attack:
-    """Return the attack of `count` concurrent requests."""
+def _at_once(divisor: int, count: int, name: str, request: Request) -> Attack:
+    """Return the attack of `count` / `divisor` concurrent requests."""
+    count = max(1, count // divisor)
 
     def send(url: str) -> Counter[str]:
         with ThreadPoolExecutor(count) as pool:
@@ -201,39 +212,48 @@ def _answer(status: int, content: bytes) -> str:
     return f"{status}{f' ({len(content)} bytes)' if len(content) > 10_000 else ''}"
 
 
-def _open_streams(url: str, at_once: int) -> Counter[str]:
-    """Open event streams of the page, `at_once` at a time, and keep them open for a while. A clip is rendered meanwhile."""
+def _open_streams(count: int, at_once: int, open_s: float, url: str) -> Counter[str]:
+    """Open event streams of the page, `at_once` at a time, and keep them open for `open_s` seconds.
+
+    A clip is rendered meanwhile.
+    """
     _body("/v1/videos", "application/json", json.dumps({"prompt": "a lighthouse"}).encode())(url, 0)
-    return asyncio.run(_streams(urlsplit(url).netloc, at_once))
+    return asyncio.run(_streams(urlsplit(url).netloc, count, at_once, open_s))
 
 
-async def _streams(address: str, at_once: int) -> Counter[str]:
+async def _streams(address: str, count: int, at_once: int, open_s: float) -> Counter[str]:
     host, port = address.split(":")
     answers: Counter[str] = Counter()
-    turn = asyncio.Semaphore(at_once)
+    turn, all_answered = asyncio.Semaphore(at_once), asyncio.Event()
+    deadline = asyncio.get_running_loop().time() + TIMEOUT_S
 
-    async def stream(closing: asyncio.Event) -> None:
+    def answered(answer: str) -> None:
+        answers[answer] += 1
+        if answers.total() == count:
+            all_answered.set()
+
+    async def stream() -> None:
         async with turn:
-            reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(f"GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
-            answers[(await reader.readline()).decode().split()[1]] += 1
+            try:
+                async with asyncio.timeout_at(deadline):
+                    reader, writer = await asyncio.open_connection(host, int(port))
+                    writer.write(f"GET /events HTTP/1.1\r\nHost: {address}\r\n\r\n".encode())
+                    status = await reader.readline()
+            except (OSError, TimeoutError) as error:
+                return answered(type(error).__name__)
+            code = status.decode().split(" ")[1] if status else "no answer"
+            answered(code)
         try:
             reading = asyncio.create_task(reader.read())
-            await closing.wait()
+            await all_answered.wait()
+            await asyncio.sleep(open_s)
+            if code == "200" and reading.done():
+                answers["ended early"] += 1
             reading.cancel()
         finally:
             writer.close()
 
-    closing = asyncio.Event()
-    streams = [asyncio.create_task(stream(closing)) for _ in range(STREAMS)]
-    started = time.monotonic()
-    while answers.total() < STREAMS and time.monotonic() - started < TIMEOUT_S:
-        await asyncio.sleep(SAMPLE_S)
-    await asyncio.sleep(STREAMS_OPEN_S)
-    closing.set()
-    for result in await asyncio.gather(*streams, return_exceptions=True):
-        if isinstance(result, Exception):
-            answers[type(result).__name__] += 1
+    await asyncio.gather(*(stream() for _ in range(count)))
     return answers
 
 
