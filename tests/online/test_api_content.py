@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import ended, error_of, made
+from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.paths import shot_path
 
@@ -87,6 +89,25 @@ def test_if_none_match_and_if_range_compare_the_etag(client, clip, whole):
         assert (answer.status_code, answer.content) == (304, b"")
     assert content(client, clip, **{"If-Range": etag, "Range": "bytes=0-4"}).content == whole[:5]
     assert content(client, clip, **{"If-Range": '"other"', "Range": "bytes=0-4"}).content == whole
+
+
+def test_etag_changes_when_a_clip_is_signed_again(client, server):
+    signed = ended(client, made(client, prompt="signed", seed=2)["id"])
+    folder = server.outputs.shot_folder(server.store.get(signed["id"], None).shot_id)
+    video, record = folder / "video.mp4", json.loads((folder / "shot.json").read_text())
+
+    def sign(signature):
+        """Write a file of the same key and size with another signature, as rendering the shot again does."""
+        video.write_bytes(video.read_bytes()[:-8] + signature)
+        record["files"]["video.mp4"]["signed_sha256"] = sha256_of(video)
+        (folder / "shot.json").write_text(json.dumps(record))
+        return content(client, signed)
+
+    first, second = sign(b"00000000"), sign(b"11111111")
+    assert first.headers["etag"] != second.headers["etag"]
+    cached = first.headers["etag"]
+    assert content(client, signed, **{"If-None-Match": cached}).content == second.content
+    assert content(client, signed, **{"If-Range": cached, "Range": "bytes=10-"}).content == second.content
 
 
 def test_head_returns_headers_without_body(client, clip, whole):

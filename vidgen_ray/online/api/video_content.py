@@ -227,11 +227,15 @@ def _raise_range_errors(send: Send) -> Send:
 
 
 def _files(outputs: OutputFolder, job: Job) -> tuple[str, dict[str, str]]:
-    """Return the folder of the job's shot, and the digest of each file by name. Raises ApiError 404 if they are gone."""
+    """Return the folder of the job's shot, and the digest of each file by name. Raises ApiError 404 if they are gone.
+
+    Digests are those of the signed bytes: a file that is rendered and signed again has the same key but another signature.
+    """
     done = outputs.find_by_key(job.key)
     if done is None:
         raise _expired(job)
-    return done.summary.folder, done.summary.sha256
+    files = done.record().files
+    return done.summary.folder, {name: file.signed_sha256 or file.sha256 for name, file in files.items()}
 
 
 def _file_name(job: Job, digests: Mapping[str, str], variant: str) -> str:
