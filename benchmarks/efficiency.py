@@ -61,7 +61,8 @@ def main() -> int:
     rows.sort(key=lambda row: (row["gpu_memory_gb"], row["gpus"], -(row["efficiency"] or 0)))
     console.print(_table(rows))
     console.print(
-        f"A shot takes {simulated.SECONDS_PER_SHOT:.3f} GPU-seconds, 1/{simulated.TIME_SCALE:g} of an H100's. Medians, with minimum and maximum in brackets. "
+        f"A shot takes {simulated.SECONDS_PER_SHOT:.3f} GPU-seconds, 1/{simulated.TIME_SCALE:g} of an H100's. "
+        "Medians, with minimum and maximum in brackets. "
         "total = startup + wall + shutdown; drain: part of wall after the first GPU ran out of work. Not measured: "
         "contention on a shared GPU beyond taking turns, networks, failures, the CPU work of real models.",
         highlight=False,

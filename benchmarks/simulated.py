@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 TIME_SCALE = float(os.environ.get("VIDGEN_BENCHMARK_TIME_SCALE", "25"))
-"""Seconds on an H100 per second of the benchmark. Starting processes is not scaled, so it weighs TIME_SCALE times as much as in a
-real run. All processes of a run inherit the variable."""
+"""Seconds on an H100 per second of the benchmark. Starting processes is not scaled, so it weighs TIME_SCALE times as much as in
+a real run. All processes of a run inherit the variable."""
 FRAMES = 25
 SECONDS_PER_FRAME = 0.06 / TIME_SCALE
 """Seconds of upscaling per frame."""
