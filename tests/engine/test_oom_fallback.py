@@ -1,10 +1,13 @@
 """OOM fallback: lower-memory settings from the plan, after an error, and remembered per stage and size."""
 
+import ctypes
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory
+from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OutOfMemory
@@ -108,3 +111,29 @@ def test_failed_allocations_do_not_count_as_a_broken_context(message, out_of_mem
     error = RuntimeError(message)
     assert is_out_of_memory(error) is out_of_memory
     assert CallResult.of_failure(StepFailed("svd", error)).context_broken is context_broken
+
+
+@pytest.fixture
+def torch_settings(monkeypatch):
+    """Replace torch by one with a GPU, and return the settings of its allocator."""
+    settings = []
+    memory = SimpleNamespace(_set_allocator_settings=settings.append)
+    cuda = SimpleNamespace(is_available=lambda: True, memory=memory, set_per_process_memory_fraction=settings.append)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    return settings
+
+
+def test_process_that_shares_a_gpu_is_limited_to_its_share(monkeypatch, torch_settings):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    prepare_gpu(1)
+    prepare_gpu(0.4)
+    assert torch_settings == ["expandable_segments:True", "expandable_segments:True", 0.4]
+
+
+def test_torch_is_not_imported_without_a_gpu_driver(monkeypatch):
+    def no_driver(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it would raise
+    prepare_gpu(0.4)

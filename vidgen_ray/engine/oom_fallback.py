@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import sys
@@ -139,6 +140,8 @@ def prepare_gpu(share: float) -> None:
     Expandable segments waste less memory on fragmentation. A process that shares a GPU is limited to its share, so that it runs
     out of memory before it takes that of the others.
     """
+    if not _has_cuda_driver():
+        return
     import torch
 
     if not torch.cuda.is_available():
@@ -146,3 +149,12 @@ def prepare_gpu(share: float) -> None:
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     if share < 1:
         torch.cuda.set_per_process_memory_fraction(share)
+
+
+def _has_cuda_driver() -> bool:
+    """Return whether NVIDIA's driver is installed. Without it torch finds no GPU, and importing torch takes seconds."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
