@@ -1,10 +1,12 @@
 """The library API: the call of the README, its result and its files."""
 
+import base64
 import gc
 import io
 import json
 import pickle
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.progress_bar import progress_bar
+from vidgen_ray.provenance.reading import read_provenance
 from vidgen_ray.weights import resolve
 
 
@@ -145,6 +148,9 @@ def test_single_stages_and_what_a_notebook_shows(pipeline, tmp_path):
     html = result._repr_html_()
     assert '<img src="data:image/png;base64,' in html
     assert '<video src="data:video/mp4;base64,' in html
+    (tmp_path / "shown.png").write_bytes(base64.b64decode(html.partition("base64,")[2].partition('"')[0]))
+    for marked in (tmp_path / "shown.png", Path(result.video).with_name("image.png")):
+        assert read_provenance(marked).source_type == "trainedAlgorithmicMedia", "animated images stay generated"
     clip = pipeline.upscale(result.video, scale=2, out=tmp_path / "large.mp4")
     with open_video(clip) as video:
         assert (video.width, video.height, video.frame_count) == (256, 128, 3)

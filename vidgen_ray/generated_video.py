@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.media import encode_png
 from vidgen_ray.outputs.records import ShotRecord
+from vidgen_ray.provenance.reading import mark_of
 
 MAX_INLINE_BYTES = 20_000_000
 """Largest clip that a notebook gets inside of its page, in bytes. A larger one is shown as its path."""
@@ -56,9 +58,8 @@ class GeneratedVideo(Mapping[str, Any]):
 
 
 def _png(image: PILImage.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    """Encode the image for a notebook, which keeps it when it is saved."""
+    return encode_png(np.asarray(image.convert("RGB")), mark_of(image))
 
 
 def _data_url(kind: str, content: bytes) -> str:

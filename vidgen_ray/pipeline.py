@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image as PILImage
 
+from vidgen_ray.cache_dir import digest
 from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
@@ -22,24 +23,28 @@ from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.engine.weight_swapping import WeightSwapper
 from vidgen_ray.engine.weights_check import WeightsCheck
-from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.errors import FieldError, ScriptError, UsageError
 from vidgen_ray.generated_video import GeneratedVideo
 from vidgen_ray.graph import STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.invalid_fields import shortened
-from vidgen_ray.media import encode_png, read_image
+from vidgen_ray.media import encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import in_notebook, progress_bar
-from vidgen_ray.provenance.c2pa_signing import check_signing
+from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
+from vidgen_ray.provenance.derived import InputFile, altered_record
+from vidgen_ray.provenance.reading import mark_of
+from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.safety import safety_of
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences
-from vidgen_ray.stages.base import Item, QualityTier, Stage
+from vidgen_ray.stages.base import Frames, Item, QualityTier, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
@@ -147,8 +152,10 @@ class VideoGenerationPipeline:
     ) -> Path | PILImage.Image:
         """Upscale an image or a clip by `scale`, with `upscaler`. Return the image, or the path of the clip.
 
-        A clip is a path. Its result is written to `out`, by default into the same folder. Sound is not kept.
-        Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, MediaError and StepFailed.
+        A clip is a path. Its result is written to `out`, by default into the same folder. Sound is not kept. An image is also
+        written to a file if `out` is given.
+        Raises ScriptError for an invalid field, UsageError for an `out` that does not end in .mp4, or in .png for an image,
+        MediaError, WriteError and StepFailed.
         """
         shot = check_shot({"prompt": "upscale", **fields}, "upscale", self.profile.defaults)
         (stage,) = self._stages([RealESRGANStage], shot)
@@ -157,11 +164,29 @@ class VideoGenerationPipeline:
             if isinstance(source, str | Path) and Path(source).suffix.lower() in CLIP_SUFFIXES:
                 target = Path(out or Path(source).with_name(f"{Path(source).stem}-x{shot.scale}.mp4"))
                 return upscale_clip(stage, shot, Path(source), target, self.profile.encode, self.profile.provenance)
-            image = read_image(Path(self._as_file("source", source)))
+            if out is not None and Path(out).suffix.lower() != ".png":
+                raise UsageError(f"out: got {str(out)!r}, must end in .png for an image")
+            path = Path(self._as_file("source", source))
+            image = read_image(path)
             try:
-                return PILImage.fromarray(stage.run_chunk(shot, image[None])[0])
+                frames = stage.run_chunk(shot, image[None])
             except Exception as error:
                 raise StepFailed(stage.name, error) from error
+            return self._upscaled_image(frames, path, None if out is None else Path(out))
+
+    def _upscaled_image(self, frames: Frames, source: Path, out: Path | None) -> PILImage.Image:
+        """Return an upscaled image (1, H, W, 3) with label and mark. Write it to `out`, if given, and sign it there."""
+        marking = self.profile.provenance
+        record = altered_record(InputFile.read(source, digest(source)), "stage", [RealESRGANStage.name], marking)
+        metadata = metadata_of(record)
+        (pixels,) = with_label(frames, marking)
+        if out is not None:
+            write_png(out, pixels, metadata)
+            sign_result(out, record, marking, source)
+        image = PILImage.fromarray(pixels)
+        if metadata is not None:
+            image.info |= {"xmp": metadata.xmp.encode(), "Comment": metadata.comment}
+        return image
 
     def plan(self, shot: Shot) -> ShotPlan:
         """Return the steps and content keys of a shot. Raises StepFailed if one of its files cannot be read."""
@@ -285,14 +310,17 @@ class VideoGenerationPipeline:
             return str(Path(photo).absolute())
         if isinstance(photo, bytes):
             return str(self.outputs.keep_input(photo, ".image").absolute())
+        mark = None
         if isinstance(photo, PILImage.Image):
+            # An image that this library has returned stays marked as AI-generated.
+            mark = mark_of(photo)
             photo = np.asarray(photo.convert("RGB"))
         is_pixels = isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3 and photo.shape[2] == 3
         if not is_pixels or not photo.size:
             got = f"an array of {photo.dtype} {photo.shape}" if isinstance(photo, np.ndarray) else shortened(photo)
             allowed = "must be a path, a PIL image, the bytes of an image file, or an array (H, W, 3) of uint8"
             raise ScriptError([FieldError("generate_video", None, field, got, allowed)])
-        return str(self.outputs.keep_input(encode_png(photo), ".png").absolute())
+        return str(self.outputs.keep_input(encode_png(photo, mark), ".png").absolute())
 
 
 def _as_list(photos: Photo | Sequence[Photo]) -> list[Photo]:

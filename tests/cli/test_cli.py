@@ -12,6 +12,7 @@ from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.paths import shot_path
+from vidgen_ray.provenance.reading import read_provenance
 from vidgen_ray.shot import Shot
 
 
@@ -96,6 +97,9 @@ def test_stage_command_chains_all_stages_through_files(tmp_path, capsys):
     sdxl = stage("instantid_sdxl", tmp_path / "face.json", "-s", "prompt=a man", out="sdxl.png")
     assert Image.open(stage("refine", sdxl, "-s", "prompt=a man", out="refine.png")).size == (128, 64)
     refined = stage("lora", base, "-s", "prompt=a red ball", "-s", "lora=builtin:tiny/lora.safetensors", out="lora.png")
+    for made in (base, sdxl, refined):
+        assert read_provenance(made).source_type == "trainedAlgorithmicMedia"
+    assert read_provenance(tmp_path / "pose.png") == (None, None)
     style = stage("hunyuan", refined, "-s", "prompt=a red ball", "-s", "style_prompt=ink", out="style.png")
     clip = stage("svd", style, out="clip.mp4")
     hd = stage("realesrgan", clip, "-s", "scale=3", out="hd.mp4")

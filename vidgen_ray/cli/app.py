@@ -565,15 +565,21 @@ def stage(
     fields: SetOption = None,
     consent: ConsentOption = None,
     no_provenance: NoProvenanceOption = False,
+    private: PrivateOption = False,
+    label: LabelOption = None,
+    c2pa_key: C2paKeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
     chosen = chosen_profile(profile, quality_tier)
-    chosen = with_provenance(chosen, no_provenance=no_provenance, private=False, c2pa_key=None)
+    chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
-        run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
-    typer.echo(str(out))
+        is_media = run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)
+    marking = chosen.provenance
+    note = {"metadata": marking.metadata, "label": marking.label, "signed": marking.signing_key is not None}
+    typer.echo(json.dumps({"out": str(out), "provenance": note if is_media else None}) if as_json else str(out))
 
 
 @app.command()

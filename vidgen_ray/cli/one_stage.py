@@ -25,8 +25,10 @@ from vidgen_ray.media.container import open_media
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile
+from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
 from vidgen_ray.provenance.derived import InputFile, altered_record
 from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
+from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
@@ -40,8 +42,10 @@ MAX_BITS = 8
 
 def run_one_stage(
     profile: Profile, name: str, source: Path | None, out: Path, fields: Mapping[str, Any], run_seed: int
-) -> None:
-    """Read `source`, run the stage and write `out`.
+) -> bool:
+    """Read `source`, run the stage and write `out`, marked, labelled and signed as the profile says.
+
+    Return whether `out` is an image or a clip that a stage has made: measured values and drawings of them are not marked.
 
     Raises UsageError, ScriptError for an invalid field, and StepFailed.
     """
@@ -49,6 +53,7 @@ def run_one_stage(
         raise UsageError(f"stage: got {name!r}, must be one of {', '.join(STAGE_BY_NAME)}")
     stage_class = STAGE_BY_NAME[name]
     _check_suffix(stage_class, out)
+    check_signing(profile.provenance)
     # Every shot requires a prompt, even if the stage does not read it.
     values = fields if "prompt" in stage_class.reads else {"prompt": name, **fields}
     # Without the model of the stage, the shot would have the defaults of another one.
@@ -68,7 +73,7 @@ def run_one_stage(
         _note_losses(source)
         with stage_class(profile.params(stage_class)) as chunked:
             upscale_clip(chunked, shot, source, out, profile.encode, profile.provenance)
-        return
+        return True
     artefacts, fps = _read(stage_class, source, shot)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,9 @@ def run_one_stage(
         except Exception as error:
             raise StepFailed(name, error) from error
     record = _record(stage_class, source, profile)
-    _write(result, shot, out, fps, profile, metadata_of(record))
+    if is_media := _write(result, shot, out, fps, profile, metadata_of(record)):
+        sign_result(out, record, profile.provenance, source)
+    return is_media
 
 
 def _record(stage: type[Stage[Any]], source: Path | None, profile: Profile) -> ProvenanceRecord | None:
@@ -188,19 +195,24 @@ def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
 
 def _write(
     result: Artefacts, shot: Shot, out: Path, fps: int | Fraction, profile: Profile, metadata: FileMetadata | None
-) -> None:
+) -> bool:
+    """Write the result. Return whether it is an image or a clip that the stage has made."""
     clip: Frames | None = result.get("hd_frames", result.get("frames"))
+    if clip is None and "image" in result:
+        clip = result["image"][None]
+    if clip is not None:
+        clip = with_label(clip, profile.provenance)
+        if out.suffix.lower() == ".mp4":
+            write_clip(out, [clip], fps, profile.encode, metadata)
+        elif len(clip) == 1:
+            write_png(out, clip[0], metadata)
+        else:
+            raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for {len(clip)} frames")
+        return True
     if "face" in result and out.suffix.lower() == ".json":
         write_atomically(out, face_to_json(result["face"]))
     elif likeness := result.get("image_likeness", result.get("clip_likeness")):
         write_atomically(out, likeness_to_json(likeness))
     elif "face" in result:
         write_png(out, pose_image(result["face"], shot))
-    elif clip is None:
-        write_png(out, result["image"], metadata)
-    elif out.suffix.lower() == ".mp4":
-        write_clip(out, [clip], fps, profile.encode, metadata)
-    elif len(clip) == 1:
-        write_png(out, clip[0], metadata)
-    else:
-        raise UsageError(f"--out: got {str(out)!r}, must end in .mp4 for {len(clip)} frames")
+    return False

@@ -13,6 +13,7 @@ from vidgen_ray.client.models import UploadedFile
 if TYPE_CHECKING:
     # The client works without Pillow.
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 ImageInput: TypeAlias = Union[str, PathLike[str], bytes, "Image", UploadedFile, Mapping[str, str]]
 """Path, content of an image file, PIL image, `data:` or http(s) URL, upload, or `{"file_id": ...}`."""
@@ -39,6 +40,18 @@ def file_of(image: Any) -> tuple[str, bytes]:
         return path.name, path.read_bytes()
     if callable(getattr(image, "save", None)):
         buffer = BytesIO()
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", pnginfo=_mark_of(image))
         return "image.png", buffer.getvalue()
     raise TypeError(f"image: got {type(image).__name__}, must be a path, bytes, a PIL image, a URL or an UploadedFile")
+
+
+def _mark_of(image: Image) -> PngInfo | None:
+    """Return the mark of an AI-generated image for a file with it: Pillow does not write the metadata that it has read."""
+    packet = image.info.get("xmp")
+    if not isinstance(packet, bytes) or b"DigitalSourceType" not in packet:
+        return None
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", packet.decode("utf-8", "replace"))
+    return info

@@ -16,9 +16,11 @@ from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, VideoReader, open_video
+from vidgen_ray.provenance.c2pa_signing import sign_result
 from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
 from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
+from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks, frames_after
 from vidgen_ray.stages.progress import report_progress
@@ -36,6 +38,7 @@ def upscale_clip(
 ) -> Path:
     """Process a clip and write it to `out`, without sound. Return `out`. The shot's `fps` is replaced by that of the clip.
 
+    The result is marked, labelled and signed as `provenance` says.
     Raises UsageError for a suffix other than .mp4 and for a lower frame rate, MediaError for a clip that cannot be read,
     SetupError and WriteError for one that cannot be written, and StepFailed.
     """
@@ -53,7 +56,9 @@ def upscale_clip(
         fps = Fraction(video.fps) * stage.frame_factor(shot)
         altered = altered_type(is_interpolated=stage.frame_factor(shot) > 1)
         record = altered_record(InputFile.read(source, digest(source)), "stage", [stage.name], provenance, altered)
-        write_clip(out, _processed(stage, shot, video), fps, encode, metadata_of(record))
+        chunks = (with_label(chunk, provenance) for chunk in _processed(stage, shot, video))
+        write_clip(out, chunks, fps, encode, metadata_of(record))
+    sign_result(out, record, provenance, source)
     return out
 
 

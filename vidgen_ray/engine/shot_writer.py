@@ -20,7 +20,7 @@ from vidgen_ray.outputs.stage_cache import StageCache, face_to_json
 from vidgen_ray.provenance.c2pa_signing import sign_file
 from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
-from vidgen_ray.provenance.visible_label import labelled
+from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.safety import Safety
 from vidgen_ray.stages.base import Artefacts, Frames, Item
 
@@ -91,8 +91,7 @@ class ShotFiles:
 
     def _finished(self, name: str, frames: Frames) -> Frames:
         """Return frames (T, H, W, 3) of an artefact as they are written: cropped and with the visible label."""
-        cropped = centre_crop(frames, *self._sizes[name])
-        return cropped if self._provenance.label is None else labelled(cropped, self._provenance.label)
+        return with_label(centre_crop(frames, *self._sizes[name]), self._provenance)
 
     def _metadata(self, name: str) -> FileMetadata | None:
         return metadata_of(self._records[name])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import MediaError, SetupError
-from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, ProvenanceRecord
+from vidgen_ray.provenance.record import SOURCE_TYPE_URI, TOOL, Operation, ProvenanceRecord
 from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.provenance.signing_key import SigningKey, read_signing_key
 
@@ -21,6 +21,8 @@ INSTALL = "pip install 'vidgen-ray[c2pa]'"
 RECORD_ASSERTION = "vidgen-ray.provenance"
 UNTRUSTED = "signingCredential.untrusted"
 """Status of a signature whose certificate no trust anchor has issued: of every key that a user has made."""
+ALTERING: tuple[Operation, ...] = ("upscale", "stage")
+"""Operations that turn one file into another."""
 SETTINGS: dict[str, dict[str, Any]] = {
     # Thumbnails would show photos of people that a private record does not even name.
     "builder": {"thumbnail": {"enabled": False}},
@@ -80,11 +82,26 @@ def sign_file(path: Path, record: ProvenanceRecord, key: Path, ingredients: Sequ
         signed.unlink(missing_ok=True)
 
 
+def sign_result(path: Path, record: ProvenanceRecord | None, settings: ProvenanceSettings, source: Path | None) -> None:
+    """Sign a new file in place, if files are signed, with the file that it was made from as its parent.
+
+    A file that cannot be signed is deleted. Raises what `sign_file` raises.
+    """
+    if record is None or settings.signing_key is None:
+        return
+    ingredients = [] if source is None or not is_signable(source) else [Ingredient(source, source.name)]
+    try:
+        sign_file(path, record, settings.signing_key, ingredients)
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _manifest(record: ProvenanceRecord, ingredients: Sequence[Ingredient]) -> dict[str, Any]:
     agent = {"name": TOOL, "version": record.version}
     of_type = {"digitalSourceType": f"{SOURCE_TYPE_URI}{record.source_type}"} if record.source_type else {}
     ids = [_ingredient_id(number) for number in range(len(ingredients))]
-    if record.operation == "upscale" and ids:
+    if record.operation in ALTERING and ids:
         actions = [
             {"action": "c2pa.opened", "parameters": {"ingredientIds": ids}},
             {"action": "c2pa.edited", "softwareAgent": agent, **of_type},
@@ -106,7 +123,7 @@ def _ingredient_id(number: int) -> str:
 
 
 def _ingredient(record: ProvenanceRecord, ingredient: Ingredient, number: int) -> str:
-    relationship = "parentOf" if record.operation == "upscale" else "componentOf"
+    relationship = "parentOf" if record.operation in ALTERING else "componentOf"
     return json.dumps({"title": ingredient.title, "relationship": relationship, "label": _ingredient_id(number)})
 
 

@@ -11,6 +11,7 @@ from PIL import ImageDraw
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.fonts import load_font, missing_letter
+from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.stages.base import Frames
 
 LETTER_HEIGHT = 1 / 28
@@ -19,6 +20,11 @@ MIN_LETTER_PX = 8
 MAX_WIDTH = 0.9
 """Widest label as a share of the image."""
 INK, BOX = (255, 255, 255, 255), (0, 0, 0, 160)
+
+
+def with_label(frames: Frames, settings: ProvenanceSettings) -> Frames:
+    """Return frames (T, H, W, 3) with the label of the settings, or as they are if there is none. Raises MediaError."""
+    return frames if settings.label is None else labelled(frames, settings.label)
 
 
 def labelled(frames: Frames, text: str) -> Frames:

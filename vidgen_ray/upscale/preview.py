@@ -68,4 +68,5 @@ def write_preview(
         resumed_frames=0,
         was_finished=False,
         notes=(),
+        metadata=options.provenance.metadata,
     )

@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vidgen_ray.atomic_files import abandoned, remove, write_atomically
 from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
-from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, is_signable, sign_file
+from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
 from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
 from vidgen_ray.provenance.record import ProvenanceRecord, metadata_of
-from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
+from vidgen_ray.provenance.settings import DEFAULT, Detail, ProvenanceSettings
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import EncodeSettings
 from vidgen_ray.upscale.interpolate import interpolator_weights
@@ -82,9 +82,7 @@ class UpscaleOptions:
 
     def sign(self, video: Path, record: ProvenanceRecord | None, out: Path) -> None:
         """Sign a result in place, if results are signed, with the source as its parent."""
-        if record is not None and self.provenance.signing_key is not None:
-            ingredients = [Ingredient(video, video.name)] if is_signable(video) else []
-            sign_file(out, record, self.provenance.signing_key, ingredients)
+        sign_result(out, record, self.provenance, video)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +103,8 @@ class UpscaleReport:
     """True if an earlier run with the same request had finished it."""
     notes: tuple[str, ...]
     """Properties of the source that are not kept."""
+    metadata: Detail
+    """Provenance metadata that was written."""
 
 
 class _Plan(BaseModel):
@@ -161,6 +161,7 @@ def upscale_file(
             resumed_frames=resumed,
             was_finished=was_finished,
             notes=(*source.notes, *copies.notes),
+            metadata=options.provenance.metadata,
         )
 
     if out.exists() and not options.force:
