@@ -41,6 +41,15 @@ def signed(tmp_path, key):
     return tmp_path
 
 
+def make_larger(signed, key):
+    """Write large.mp4, signed with clip.mp4 as its ingredient."""
+    source = InputFile.read(signed / "clip.mp4", sha256_of(signed / "clip.mp4"))
+    record = altered_record(source, "upscale", ["x4plus"], ProvenanceSettings())
+    with Mp4Writer(signed / "large.mp4", 64, 48, 6, Mp4Settings(threads=1), record.metadata()) as clip:
+        clip.write(np.zeros((1, 48, 64, 3), np.uint8))
+    sign_file(signed / "large.mp4", record, key, [Ingredient(signed / "clip.mp4", "clip.mp4")])
+
+
 @pytest.mark.parametrize("name", ["image.png", "clip.mp4"])
 def test_signed_file_verifies_and_keeps_its_metadata_and_pixels(signed, key, name):
     signature = read_signature(signed / name)
@@ -66,6 +75,30 @@ def test_one_changed_byte_invalidates_the_signature(signed, name, place):
     assert signature.problems
 
 
+def test_a_second_verifier_agrees(signed, key, tmp_path, monkeypatch):
+    """encypher-c2pa shares no code with c2pa-python, which signs and is used by `vidgen show --verify`."""
+    from encypher_c2pa import verify
+
+    # It would keep settings in the home folder. It sends nothing.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_larger(signed, key)
+
+    def verified(content, kind, anchors):
+        report = verify(content, kind, trust_pem=anchors, no_default_trust=True, telemetry=False, online=False)
+        return report["integrity"], report["signature"], report["hard_binding"], report["validation_state"]
+
+    own, other = read_certificates(key), tmp_path / "other.pem"
+    create_signing_key(other, "Other")
+    for name, kind in (("image.png", "image/png"), ("clip.mp4", "video/mp4"), ("large.mp4", "video/mp4")):
+        content = (signed / name).read_bytes()
+        assert verified(content, kind, own) == ("valid", "valid", "match", "Trusted")
+        assert verified(content, kind, read_certificates(other))[3] == "Valid"
+        for place in (0.55, 0.75, 0.95):
+            changed = bytearray(content)
+            changed[int(len(content) * place)] ^= 1
+            assert verified(bytes(changed), kind, own)[0] == "invalid", (name, place)
+
+
 def test_changed_metadata_invalidates_the_signature(signed):
     content = (signed / "clip.mp4").read_bytes()
     assert b"trainedAlgorithmicMedia" in content
@@ -81,12 +114,7 @@ def test_certificates_of_others_are_not_trusted(signed, tmp_path):
 
 def test_ingredient_keeps_its_own_manifest(signed, key):
     """A generated clip that another step has altered, such as `vidgen upscale`."""
-    source = InputFile.read(signed / "clip.mp4", sha256_of(signed / "clip.mp4"))
-    record = altered_record(source, "upscale", ["x4plus"], ProvenanceSettings())
-    (signed / "large.mp4").write_bytes((signed / "clip.mp4").read_bytes())
-    with Mp4Writer(signed / "large.mp4", 64, 48, 6, Mp4Settings(threads=1), record.metadata()) as clip:
-        clip.write(np.zeros((1, 48, 64, 3), np.uint8))
-    sign_file(signed / "large.mp4", record, key, [Ingredient(signed / "clip.mp4", "clip.mp4")])
+    make_larger(signed, key)
     signature = read_signature(signed / "large.mp4")
     assert (signature.state, signature.problems) == ("Valid", ())
     assert signature.actions == ("c2pa.opened", "c2pa.edited")
