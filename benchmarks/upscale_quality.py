@@ -1,10 +1,14 @@
 """Compare the frames of each fast path of `vidgen upscale` with those of float32, and write a comparison image.
 
-    python benchmarks/upscale_quality.py    # PSNR, SSIM, flicker; LPIPS if its package and weights are on this machine
+    python benchmarks/upscale_quality.py    # PSNR, SSIM, flicker, ColorVideoVDP
     python benchmarks/upscale_quality.py --video clip.mp4 --frames 24
 
 Flicker is the mean change of the error from one frame to the next, in levels of 255: an error that stays where it is does not
-flicker. The image shows input (nearest), bicubic, float32 and the fastest path, and the difference of the last two, 32 times.
+flicker. ColorVideoVDP (Mantiuk et al. 2024) is a model of human vision for videos, here on its display `standard_fhd`: 10 JOD
+means no visible difference, and of two videos that differ by 1 JOD three of four people prefer the better one. LPIPS is not
+measured: its package downloads the weights of its network.
+
+The image shows input (nearest), bicubic, float32 and the fastest path, and the difference of the last two, 32 times.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,15 +61,15 @@ def main() -> None:
         frames = list(FrameReader(source).read(0, min(args.frames, source.frame_count)))
     base = EngineSettings(threads=usable_cpus())
     expected = upscaled(model, base, frames)
-    lpips = lpips_distance()
+    jod = colour_video_vdp(source.fps)
     rows, best = [], expected
     for name, settings in fast_paths(model, base).items():
         got = upscaled(model, settings, frames)
-        rows.append({"path": name, **compare(got, expected, lpips)})
+        rows.append({"path": name, **compare(got, expected, jod)})
         best = got if name == "calibrated" else best
     large = expected[0].shape[1], expected[0].shape[0]
     bicubic = [cv2.resize(frame, large, interpolation=cv2.INTER_CUBIC) for frame in frames]
-    rows.append({"path": "bicubic, for scale", **compare(bicubic, expected, lpips)})
+    rows.append({"path": "bicubic, for scale", **compare(bicubic, expected, jod)})
     print_table(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     comparison(frames[0], bicubic[0], expected[0], best[0]).save(args.out / "comparison.png")
@@ -95,7 +100,7 @@ def upscaled(model: UpscaleModel, settings: EngineSettings, frames: Clip) -> Cli
     return [result for start in range(0, len(frames), step) for result in network(frames[start : start + step])]
 
 
-def compare(got: Clip, expected: Clip, lpips: Callable[[np.ndarray, np.ndarray], float] | None) -> dict[str, Any]:
+def compare(got: Clip, expected: Clip, jod: Callable[[Clip, Clip], float] | None) -> dict[str, Any]:
     from skimage.metrics import structural_similarity
 
     errors = [a.astype(np.int16) - b for a, b in zip(got, expected, strict=True)]
@@ -108,37 +113,33 @@ def compare(got: Clip, expected: Clip, lpips: Callable[[np.ndarray, np.ndarray],
         "flicker_levels": round(float(np.mean([np.abs(b - a).mean() for a, b in pairwise(errors)])), 4)
         if len(errors) > 1
         else None,
-        "lpips": None if lpips is None else round(float(np.mean([lpips(a, b) for a, b in zip(got, expected, strict=True)])), 5),
+        "jod": None if jod is None else round(jod(got, expected), 3),
     }
 
 
-def lpips_distance() -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """Return the LPIPS distance of two frames, or `None` if the package or its AlexNet weights are not on this machine."""
+def colour_video_vdp(fps: Fraction) -> Callable[[Clip, Clip], float] | None:
+    """Return ColorVideoVDP for two clips of uint8 frames, or `None` if its package is not on this machine."""
     try:
-        import lpips
-        import torch
-
-        network = lpips.LPIPS(net="alex", verbose=False)
-    # Without the package, or without weights and network access.
-    except Exception as error:
-        typer.echo(f"LPIPS: not measured ({type(error).__name__})", err=True)
+        import pycvvdp
+    except ImportError as error:
+        typer.echo(f"ColorVideoVDP: not measured ({error})", err=True)
         return None
+    metric = pycvvdp.cvvdp(display_name="standard_fhd", quiet=True)
 
-    def distance(a: np.ndarray, b: np.ndarray) -> float:
-        tensors = [torch.from_numpy(pixels.transpose(2, 0, 1)[None].copy()).float() / 127.5 - 1 for pixels in (a, b)]
-        with torch.inference_mode():
-            return float(network(*tensors))
+    def quality(got: Clip, expected: Clip) -> float:
+        result, _ = metric.predict(np.stack(got), np.stack(expected), dim_order="FHWC", frames_per_second=float(fps))
+        return float(result)
 
-    return distance
+    return quality
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    typer.echo(f"{'path':36} {'dB to fp32':>10} {'max levels':>10} {'SSIM':>8} {'flicker':>8} {'LPIPS':>8}")
+    typer.echo(f"{'path':36} {'dB to fp32':>10} {'max levels':>10} {'SSIM':>8} {'flicker':>8} {'JOD':>8}")
     for row in rows:
         similarity = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}"
-        lpips = "-" if row["lpips"] is None else f"{row['lpips']:.5f}"
+        jod = "-" if row["jod"] is None else f"{row['jod']:.3f}"
         flicker = "-" if row["flicker_levels"] is None else f"{row['flicker_levels']:.4f}"
-        typer.echo(f"{row['path']:36} {similarity:>10} {row['max_levels']:10} {row['ssim']:8.5f} {flicker:>8} {lpips:>8}")
+        typer.echo(f"{row['path']:36} {similarity:>10} {row['max_levels']:10} {row['ssim']:8.5f} {flicker:>8} {jod:>8}")
 
 
 def comparison(small: np.ndarray, bicubic: np.ndarray, fp32: np.ndarray, fast: np.ndarray) -> Image.Image:
