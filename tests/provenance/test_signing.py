@@ -2,6 +2,7 @@
 
 import json
 import stat
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import numpy as np
@@ -93,10 +94,13 @@ def test_a_second_verifier_agrees(signed, key, tmp_path, monkeypatch):
         content = (signed / name).read_bytes()
         assert verified(content, kind, own) == ("valid", "valid", "match", "Trusted")
         assert verified(content, kind, read_certificates(other))[3] == "Valid"
-        for place in (0.55, 0.75, 0.95):
+        # Everything behind the manifest, which contains padding that no signature can cover.
+        for place in range(content.index(b"tEXt" if name.endswith(".png") else b"moov"), len(content), 199):
             changed = bytearray(content)
-            changed[int(len(content) * place)] ^= 1
-            assert verified(bytes(changed), kind, own)[0] == "invalid", (name, place)
+            changed[place] ^= 1
+            # Broken boxes may be an error instead of a report.
+            with suppress(ValueError):
+                assert verified(bytes(changed), kind, own)[0] == "invalid", (name, place)
 
 
 def test_changed_metadata_invalidates_the_signature(signed):

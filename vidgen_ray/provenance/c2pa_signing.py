@@ -1,6 +1,6 @@
 """Sign files with a C2PA manifest, and verify one. Needs the extra `c2pa`, and no network: signatures have no timestamp.
 
-A signature covers every byte of the file, so signing is the last step. Two signatures of the same bytes differ.
+A signature covers everything in the file, so signing is the last step. Two signatures of the same bytes differ.
 """
 
 from __future__ import annotations
