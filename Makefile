@@ -38,10 +38,11 @@ chaos: setup
 
 # Damaged and random input for every reader of files, one minute each. FUZZ_S=600 is longer; findings are written to out/fuzz.
 FUZZ_S ?= 60
+FUZZ_EXAMPLES ?= 2000
 DOORS := jsonl csv txt yaml parquet characters profile lora image video
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[fuzz]"
-	VIDGEN_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/hostile/test_fuzz.py --timeout 3600
+	VIDGEN_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/hostile/test_fuzz.py --timeout 3600
 	mkdir -p out/fuzz
 	for door in $(DOORS); do $(BIN)/python -m tests.hostile.fuzz $$door -max_total_time=$(FUZZ_S) -timeout=60 -rss_limit_mb=8192 \
 		-artifact_prefix=out/fuzz/$$door- || exit 1; done
