@@ -5,12 +5,16 @@ import json
 import pytest
 
 from vidgen_ray.cli.app import main
+from vidgen_ray.cli.licences import script_licences
 from vidgen_ray.errors import LicenceError
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import builtin_profiles, load_profile
+from vidgen_ray.script.checked_lines import CheckedLine
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences, require_licence, worst_use
+from vidgen_ray.weights.licences import WeightLicence
 
 FACE = {"face_image": "x.jpg"}
 
@@ -70,6 +74,28 @@ def test_licences_are_recorded_with_the_clip(tiny, tmp_path):
     assert {each.licence for each in record.licences} == {"Apache-2.0"}
     written = json.loads((tmp_path / "out" / record.summary.folder / "shot.json").read_text())
     assert written["licences"][1]["commercial_use"] == "yes"
+
+
+def test_continued_shot_has_the_licences_of_its_chain(tiny, tmp_path):
+    flux = WeightLicence(id="f", name="F", weights=("builtin:tiny/flux",), licence="NC", url="u", commercial_use="no")
+    profile = tiny.model_copy(update={"licences": (flux,)})
+    fields = {"width": 64, "height": 64, "upscale_video": False, "seed": 1}
+    with VideoGenerationPipeline(profile, tmp_path) as pipeline:
+        pipeline.generate_video("a", id="a", generate_video=False, **fields)
+        pipeline.generate_video("b", id="b", continue_from="a", video_model="wan", num_frames=5, **fields)
+        third = pipeline.generate_video("c", id="c", continue_from="b", num_frames=2, **fields).record
+    assert [each.weights for each in third.licences] == ["builtin:tiny/flux", "builtin:tiny/wan", "builtin:tiny/svd"]
+    # The shot itself passes no FLUX.
+    with (
+        VideoGenerationPipeline(profile, tmp_path, require_licence="commercial") as pipeline,
+        pytest.raises(LicenceError, match="builtin:tiny/flux"),
+    ):
+        pipeline.generate_video("d", id="d", continue_from="c", num_frames=2, **fields)
+    # A failed line is rendered again without the finished shot that it continues.
+    failed = Shot(id="d", prompt="d", continue_from="c", num_frames=2, **fields)
+    used_by_line = script_licences([CheckedLine(failed, 1, "failures.jsonl", "d")], profile, OutputFolder(tmp_path))
+    with pytest.raises(LicenceError, match="builtin:tiny/flux"):
+        require_licence("commercial", used_by_line)
 
 
 def test_plan_lists_licences_and_refuses(tmp_path, capsys):

@@ -67,7 +67,7 @@ class ShotPlan(BaseModel):
     content: str | None = None
     """Text that the key is the hash of, without the likeness rule. `None` if the shot has no likeness."""
     licences: tuple[UsedWeights, ...] = ()
-    """Weights behind the shot, with their licences. Not part of the key."""
+    """Weights behind the shot and, if it continues another one, behind that shot, with their licences. Not part of the key."""
     keep_last_frame: bool = False
     """Also write the last frame of the generated clip, for a shot that continues this one."""
     again: tuple["ShotPlan", ...] = ()
@@ -77,6 +77,12 @@ class ShotPlan(BaseModel):
         """Return the plan, and its further attempts, with `keep_last_frame`."""
         again = tuple(attempt.with_last_frame() for attempt in self.again)
         return self.model_copy(update={"keep_last_frame": True, "again": again})
+
+    def with_source_licences(self, licences: Iterable[UsedWeights]) -> "ShotPlan":
+        """Return the plan, and its further attempts, with the licences of the shot that it continues before its own."""
+        merged = tuple(dict.fromkeys((*licences, *self.licences)))
+        again = tuple(attempt.model_copy(update={"licences": merged}) for attempt in self.again)
+        return self.model_copy(update={"licences": merged, "again": again})
 
 
 def params_of(profile: Profile, stages: Iterable[type[Stage[Any]]]) -> dict[str, StageParams]:

@@ -43,7 +43,7 @@ from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.safety import safety_of
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import ShotLicences
+from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.stages.base import Frames, Item, QualityTier, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -63,7 +63,15 @@ class VideoGenerationPipeline:
     `cache` tells which results of stages are kept there: `none`, `images` or `all`, with the clips.
     """
 
-    def __init__(self, profile: Profile, out: str | Path, *, keep_stages: bool = False, cache: CacheMode = "all") -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        out: str | Path,
+        *,
+        keep_stages: bool = False,
+        cache: CacheMode = "all",
+        require_licence: Requirement | None = None,
+    ) -> None:
         check_profile(profile)
         check_signing(profile.provenance)
         self.profile = profile
@@ -74,6 +82,7 @@ class VideoGenerationPipeline:
         self._check_weights = WeightsCheck()
         self._loaded: dict[str, Stage[Any]] = {}
         self._licences = ShotLicences(profile)
+        self._required_licence = require_licence
         self._swapper = WeightSwapper(self._loaded, ())
         self._oom_fallback = OomFallback()
         self._sizes = ShotSizes()
@@ -86,12 +95,15 @@ class VideoGenerationPipeline:
         *,
         quality_tier: QualityTier | None = None,
         provenance: ProvenanceSettings | None = None,
+        require_licence: Requirement | None = None,
     ) -> VideoGenerationPipeline:
         """Create a pipeline from a built-in profile by name, or from a profile file by path.
 
-        `quality_tier` and `provenance`, how files are marked as AI-generated, replace the profile's.
+        `quality_tier` and `provenance`, how files are marked as AI-generated, replace the profile's. `require_licence`: use
+        that the licences of all weights behind a shot, and behind the shots that it continues, must allow.
         """
-        return cls(load_profile(name_or_path).with_quality_tier(quality_tier).with_provenance(provenance), out)
+        profile = load_profile(name_or_path).with_quality_tier(quality_tier).with_provenance(provenance)
+        return cls(profile, out, require_licence=require_licence)
 
     def generate_video(
         self,
@@ -111,8 +123,8 @@ class VideoGenerationPipeline:
         own need: `{"subject": "NAME", "basis": "written", "reference": "FILE"}`. `image` is the start image, `last_image` the
         image that the clip ends with. `on_progress` is called with the name of the running stage, its finished steps and its
         number of steps. By default, notebooks show a progress bar.
-        Raises ScriptError for an invalid field, SetupError if weights are not on this machine, StepFailed if a stage fails, and
-        what `on_progress` raises.
+        Raises ScriptError for an invalid field, SetupError if weights are not on this machine, LicenceError if they do not
+        allow what is required, StepFailed if a stage fails, and what `on_progress` raises.
         """
         shot_fields = {"prompt": prompt, **fields}
         if consent is not None:
@@ -197,23 +209,34 @@ class VideoGenerationPipeline:
             raise StepFailed("plan", error) from error
 
     def render(self, shot: Shot) -> ShotRecord:
-        """Render a checked shot unless it is finished already. Raises StepFailed, and ScriptError for `continue_from`."""
-        if shot.continue_from is not None and shot.image is None:
-            shot = shot.continued(str(self._last_frame(shot.continue_from)))
-        return self._render_planned(self.plan(shot))
+        """Render a checked shot unless it is finished already.
 
-    def _last_frame(self, shot_id: str) -> Path:
-        """Return the file with the last frame of a finished shot, which is rendered again if it was not kept."""
+        Raises StepFailed, ScriptError for `continue_from`, and LicenceError.
+        """
+        source_licences: tuple[UsedWeights, ...] = ()
+        if shot.continue_from is not None and shot.image is None:
+            frame, source_licences = self._last_frame(shot.continue_from)
+            shot = shot.continued(str(frame))
+        return self._render_planned(self.plan(shot).with_source_licences(source_licences))
+
+    def _last_frame(self, shot_id: str) -> tuple[Path, tuple[UsedWeights, ...]]:
+        """Return the file with the last frame of a finished shot, and the licences of that shot.
+
+        The shot is rendered again if its last frame was not kept.
+        """
         finished = self.outputs.find_by_id(shot_id)
         if finished is None:
             allowed = f"must be the id of a finished shot in {self.outputs.url}"
             raise ScriptError([FieldError("generate_video", None, "continue_from", repr(shot_id), allowed)])
+        record = finished.record()
         if (frame := self.outputs.last_frame(finished)) is not None:
-            return frame
-        self._render_planned(self.plan(finished.record().shot).with_last_frame())
+            return frame, record.licences
+        # It may itself continue another shot, whose licences are in its record only.
+        self._render_planned(self.plan(record.shot).with_source_licences(record.licences).with_last_frame())
         return self._last_frame(shot_id)
 
     def _render_planned(self, plan: ShotPlan) -> ShotRecord:
+        require_licence(self._required_licence, plan.licences)
         if (done := self.outputs.find_finished(plan, self._keep_stages)) is not None:
             return done.record()
         stages = self._stages(stages_of(plan.shot), plan.shot)

@@ -105,6 +105,9 @@ def test_line_added_later_continues_a_finished_shot(tiny, tmp_path):
     last, start = (out / shot_path(id_) / name for id_, name in (("a", "last_frame.png"), ("b", "image.png")))
     np.testing.assert_array_equal(read_image(last), read_image(start))
     assert not (out / shot_path("b") / "last_frame.png").exists()
+    # The second one passes no FLUX, but it starts from an image that FLUX has made.
+    record = OutputFolder(out).find_by_id("b").record()
+    assert [each.weights for each in record.licences] == ["builtin:tiny/flux", "builtin:tiny/svd"]
     rows = rows_of(out)
     assert rows.keys() == {"a", "b"}
     assert all(row["status"] in ("done", "skipped") for row in rows.values())

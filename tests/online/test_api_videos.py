@@ -10,6 +10,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import director
+from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
 from vidgen_ray.outputs.records import Failure
@@ -308,7 +309,12 @@ def test_shot_rendered_by_a_batch_run_is_completed_at_once(client, server, tiny)
 def test_video_continues_a_completed_one(client, server):
     first = ended(client, made(client, seed=1)["id"])
     second = made(client, prompt="goes on", continue_from=first["id"])
-    assert ended(client, second["id"])["status"] == "completed"
+    for video in (second, ended(client, second["id"])):
+        assert [each["weights"] for each in video["licences"]] == ["builtin:tiny/flux", "builtin:tiny/svd"]
+    assert client.get(f"/v1/videos/{second['id']}").json()["status"] == "completed"
+    job = server.store.get(second["id"], None)
+    planned = plan_job(job, server.serving_profile, server.settings)
+    assert [each.weights for each in planned.licences] == ["builtin:tiny/flux", "builtin:tiny/svd"]
     source, shot = (server.store.get(video["id"], None).shot for video in (first, second))
     last_frame = server.outputs.shot_folder(source.id) / "last_frame.png"
     assert shot.image == str(last_frame)

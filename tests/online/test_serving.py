@@ -18,6 +18,7 @@ from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.weights.licences import WeightLicence
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -83,6 +84,11 @@ def test_stages_with_other_licences_than_required_are_not_served(tiny):
     # Extra weights are needed by some shots only.
     with pytest.raises(ProfileError, match="builtin:tiny/infusenet"):
         served.check(still.model_copy(update={"face_image": ("x.jpg",)}))
+    source = UsedWeights.of("builtin:tiny/svd", svd)
+    with pytest.raises(ProfileError, match="builtin:tiny/svd"):
+        served.plan(still, source_licences=[source])
+    unchecked = serving_profile(tiny).plan(still, source_licences=[source])
+    assert [each.weights for each in unchecked.licences] == ["builtin:tiny/svd", "builtin:tiny/flux"]
 
 
 def test_profile_without_base_image_stage_cannot_be_served(tiny):

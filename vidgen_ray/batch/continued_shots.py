@@ -122,6 +122,7 @@ class ContinuedShots:
         finished = self._outputs.find_by_id(source)
         if finished is None:
             return self._fail(line, _failure(f"shot {source} is neither an earlier line nor finished in {self._outputs.url}"))
+        licences = finished.record().licences
         if (frame := self._outputs.last_frame(finished)) is None:
             if source not in self._open:
                 again = self._plan(finished.record().shot)
@@ -129,12 +130,14 @@ class ContinuedShots:
                     lost = f"the last frame of shot {source} was not kept, and it cannot be rendered again: {again.message}"
                     return self._fail(line, _failure(lost))
                 self._open.add(source)
-                self.repeated.append(ShotTask(again, 0, "", None, repeated=True))
+                # It may itself continue another shot, whose licences are in its record only.
+                self.repeated.append(ShotTask(again.with_source_licences(licences), 0, "", None, repeated=True))
             self._waiting[source].append(line)
             return []
         plan = self._plan(line.shot.continued(str(frame)))
         if isinstance(plan, Failure):
             return self._fail(line, plan)
+        plan = plan.with_source_licences(licences)
         if (done := self._find(plan)) is not None:
             return [Decided(line, done=done)]
         return [Decided(line, task=ShotTask(plan, line.line, line.script, line.replaces))]

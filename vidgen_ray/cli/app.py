@@ -287,7 +287,7 @@ def render(
         if errors:
             raise ScriptError(errors)
     if require is not None:
-        require_licence(require, script_licences(iter_script(settings), chosen))
+        require_licence(require, script_licences(iter_script(settings), chosen, OutputFolder(out)))
     options = RenderOptions(
         address=address,
         cluster=parse_gpus(gpus) if gpus else None,
@@ -333,7 +333,7 @@ def plan(
     with interruptible():
         demand, counts, cluster = estimate_run(settings, chosen, OutputFolder(out), address, planned_gpus)
     measured = load_calibration(chosen.name, cluster.card)
-    licences = script_licences(iter_script(settings), chosen)
+    licences = script_licences(iter_script(settings), chosen, OutputFolder(out))
     plan_command(
         chosen,
         demand,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
 from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights
@@ -21,7 +22,16 @@ RequireLicenceOption = Annotated[
 ]
 
 
-def script_licences(lines: Iterable[CheckedLine | RejectedLine], profile: Profile) -> tuple[UsedWeights, ...]:
-    """Return the weights behind all valid lines, each once."""
+def script_licences(
+    lines: Iterable[CheckedLine | RejectedLine], profile: Profile, outputs: OutputFolder
+) -> tuple[UsedWeights, ...]:
+    """Return the weights behind all valid lines, and behind the finished shots of `outputs` that they continue, each once."""
     licences = ShotLicences(profile)
-    return tuple(dict.fromkeys(used for line in lines if isinstance(line, CheckedLine) for used in licences(line.shot)))
+    found = dict[UsedWeights, None]()
+    for line in lines:
+        if not isinstance(line, CheckedLine):
+            continue
+        if (source := line.shot.continue_from) is not None and (finished := outputs.find_by_id(source)) is not None:
+            found |= dict.fromkeys(finished.record().licences)
+        found |= dict.fromkeys(licences(line.shot))
+    return tuple(found)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
 from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan
@@ -33,6 +33,7 @@ from vidgen_ray.script.lines import WrongField
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
+from vidgen_ray.shot_licences import UsedWeights
 
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""
@@ -46,6 +47,9 @@ LORA_FIELDS = frozenset({*LORA_NAME_FIELDS, *LORA_PATH_FIELDS, *LORA_SCALE_FIELD
 """Fields of a LoRA in a request, by their names here, in vLLM-Omni and in SGLang. Ids are ignored: names identify LoRAs."""
 EXPERT = "expert"
 """Further field of a LoRA of a video model."""
+LICENCES = "licences"
+"""Field of `Job.request` with the licences of a job that continues another video, which may be deleted before the job."""
+LICENCE_LIST = TypeAdapter(tuple[UsedWeights, ...])
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 
@@ -161,13 +165,15 @@ class JobService:
             shot = check_shot(values, "request", profile.defaults, policy=profile.policy)
         except ScriptError as error:
             raise invalid_fields(error) from None
+        source_licences: Sequence[UsedWeights] = ()
         if shot.continue_from is not None:
-            shot = shot.continued(self._last_frame(tenant, shot.continue_from))
+            frame, source_licences = self._last_frame(tenant, shot.continue_from)
+            shot = shot.continued(frame)
         check_size(tenant.limits, shot)
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"must be at most {METADATA_BYTES} bytes as JSON", "too_large")
         try:
-            return self.serving_profile.plan(shot, key_salt(tenant.name, self._settings))
+            return self.serving_profile.plan(shot, key_salt(tenant.name, self._settings), source_licences)
         except (ProfileError, MissingWeights) as error:
             raise ApiError(400, without_paths(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
@@ -181,6 +187,8 @@ class JobService:
         plan = self.plan(tenant, fields)
         if plan.shot.face_image and plan.shot.consent is None:
             request = {**request, "require_consent": False}
+        if plan.shot.continue_from is not None:
+            request = {**request, LICENCES: LICENCE_LIST.dump_python(plan.licences, mode="json")}
         now = time.time()
         job = Job(
             id=new_id(kind),
@@ -212,8 +220,8 @@ class JobService:
                 paths[field] = self._loras(field, fields[field])
         return paths
 
-    def _last_frame(self, tenant: Tenant, video_id: str) -> str:
-        """Return the file with the last frame of a completed video. Raises ApiError 400."""
+    def _last_frame(self, tenant: Tenant, video_id: str) -> tuple[str, Sequence[UsedWeights]]:
+        """Return the file with the last frame of a completed video, and the licences of that video. Raises ApiError 400."""
         job = self._store.get(video_id, tenant.name) if JOB_ID.fullmatch(video_id) else None
         if job is None or job.state != JobState.COMPLETED:
             state = "there is no such video" if job is None else f"{video_id} is {job.state}"
@@ -223,11 +231,11 @@ class JobService:
             frame = None if finished is None else self._outputs.last_frame(finished)
         except SetupError:
             raise invalid("continue_from", "is not supported by a server whose outputs are in an object store") from None
-        if frame is None:
+        if finished is None or frame is None:
             raise invalid(
                 "continue_from", f"the last frame of {video_id} was not kept: it was rendered by a batch run or before"
             )
-        return str(frame)
+        return str(frame), finished.record().licences
 
     def _upload(self, tenant: Tenant, param: str, upload_id: object) -> str:
         path = (
@@ -304,11 +312,17 @@ def plan_job(job: Job, serving_profile: ServingProfile, settings: OnlineSettings
     stored. Raises what `ServingProfile.plan` raises.
     """
     salt = key_salt(job.tenant, settings)
-    plan = serving_profile.plan(job.shot, salt)
+    licences = stored_licences(job)
+    plan = serving_profile.plan(job.shot, salt, licences)
     if plan.key != job.key:
-        other = serving_profile.plan(job.shot, "" if salt else job.tenant)
+        other = serving_profile.plan(job.shot, "" if salt else job.tenant, licences)
         plan = other if other.key == job.key else plan
     return plan.with_last_frame() if plan.shot.generate_video else plan
+
+
+def stored_licences(job: Job) -> tuple[UsedWeights, ...]:
+    """Return the licences behind a job that continues another video, with those of that video. Empty for other jobs."""
+    return LICENCE_LIST.validate_python(job.request.get(LICENCES, ()))
 
 
 def client_fields(shot: Shot, settings: OnlineSettings, uploads: UploadFolder) -> dict[str, JsonValue]:

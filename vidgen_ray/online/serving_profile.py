@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -24,7 +24,7 @@ from vidgen_ray.graph import (
 from vidgen_ray.planner import Demand, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import Requirement, ShotLicences, require_licence, stages_breaking
+from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
 from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32
@@ -49,20 +49,23 @@ class ServingProfile:
     def stages(self) -> tuple[type[Stage[Any]], ...]:
         return tuple(stage for stage in STAGES if stage.name in self.params)
 
-    def check(self, shot: Shot) -> None:
-        """Raises ProfileError if the shot passes a stage that is not served."""
+    def check(self, shot: Shot, source_licences: Sequence[UsedWeights] = ()) -> None:
+        """Raises ProfileError if the shot passes a stage that is not served, or weights without the required licence.
+
+        `source_licences`: those of the shot that this one continues.
+        """
         for stage in stages_of(shot):
             if stage.name in self.unavailable:
                 raise ProfileError(f"{stage.name} is not served here: {self.unavailable[stage.name]}")
-        require_licence(self.required_licence, self.licences(shot))
+        require_licence(self.required_licence, [*source_licences, *self.licences(shot)])
 
-    def plan(self, shot: Shot, salt: str = "") -> ShotPlan:
-        """Return the shot's steps and content keys. `salt`: see `ShotPlanner`.
+    def plan(self, shot: Shot, salt: str = "", source_licences: Sequence[UsedWeights] = ()) -> ShotPlan:
+        """Return the shot's steps and content keys. `salt`: see `ShotPlanner`. `source_licences`: see `check`.
 
         Raises ProfileError for a stage that is not served, StageError or SetupError for a file that does not exist.
         """
-        self.check(shot)
-        return self._planner()(shot, salt)
+        self.check(shot, source_licences)
+        return self._planner()(shot, salt).with_source_licences(source_licences)
 
     @cached_property
     def licences(self) -> ShotLicences:

@@ -92,7 +92,7 @@ class ShotRecord(_Record):
     software: dict[str, str]
     """Package -> version."""
     licences: tuple[UsedWeights, ...] = ()
-    """Weights behind the shot, with their licences. Empty in records of earlier versions."""
+    """Weights behind the shot and the shots that it continues, with their licences. Empty in records of earlier versions."""
     safety: str | None = None
     """Safety checker that has passed the shot, with its version. `None` without one."""
     face_photos: tuple[str, ...] = ()

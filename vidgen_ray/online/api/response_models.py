@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, T
 from vidgen_ray.consent import Consent
 from vidgen_ray.graph import clip_growth, clip_length, file_sizes
 from vidgen_ray.online.delivered_size import delivered_artefact_of
+from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.upload_records import Upload
@@ -90,7 +91,7 @@ class Video(_JobStatus):
     seed: int = Field(description="Seed of the shot.")
     inference_time_s: float | None = Field(description="Sum of `stage_durations`.")
     user: str | None = Field(description="`user` of the request.")
-    licences: list[UsedWeights] = Field(description="Weights behind the video, with their licences.")
+    licences: list[UsedWeights] = Field(description="Weights behind the video and what it continues, with their licences.")
 
 
 class ShotJob(_JobStatus):
@@ -339,7 +340,7 @@ def video_response(job: Job, estimate: JobEstimate, licences: ShotLicences) -> V
             "seed": shot.seed or 0,
             "inference_time_s": round(sum(job.stage_seconds.values()), 3) if job.stage_seconds else None,
             "user": job.request.get("user"),
-            "licences": licences(shot),
+            "licences": stored_licences(job) or licences(shot),
         }
     )
 
