@@ -1,18 +1,24 @@
 """Limits of event streams, over HTTP."""
 
+import asyncio
 import threading
 from contextlib import ExitStack
 
 import httpx
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
-from tests.online.directors import listening_on_a_port, local_server
+from tests.online.directors import LOCAL, listening_on_a_port, local_server
 from tests.online.test_api_videos import SMALL
-from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.asgi_app import make_app
+from vidgen_ray.online.auth import LOCAL_TENANT, ApiKeys, Tenant, hash_key
+from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.online.web.page_context import PageContext
 
 STREAMS = 3
+SHOT = {"prompt": "a man", "width": 64, "height": 64, "num_frames": 2, "upscale_video": False}
 
 
 @pytest.fixture
@@ -67,6 +73,26 @@ def _opens_again(client, video):
                 return True
         threading.Event().wait(0.05)
     return False
+
+
+def test_page_stream_over_the_limit_costs_no_query(server, monkeypatch):
+    app = make_app(server.settings, server.store, server.outputs, server.serving_profile, ApiKeys([], Limits(streams=1)))
+    app.state.server.event_streams._open[LOCAL_TENANT] = 1
+    monkeypatch.setattr(server.store, "latest_version", lambda: pytest.fail("queried"))
+    refused = TestClient(app, **LOCAL).get("/events")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_streams")
+
+
+def test_page_update_is_rendered_once_for_all_streams(server, monkeypatch):
+    context, tenant = PageContext(server.app.state.server), Tenant(name="ada", key_id="k", limits=Limits())
+    (job,) = asyncio.run(server.app.state.server.job_service.accept(tenant, JobKind.VIDEO, [SHOT], {}))
+    rendered, card = [], context.card
+    monkeypatch.setattr(context, "card", lambda job, base: rendered.append(job.version) or card(job, base))
+    first = context.job_update(job, "")
+    assert [context.job_update(job, "") for _ in range(3)] == [first] * 3
+    cancelled = server.store.request_cancel(job.id, "ada")
+    assert context.job_update(cancelled, "")["state"] == "cancelled"
+    assert rendered == [job.version, cancelled.version]
 
 
 def test_ended_streams_are_not_counted(server):

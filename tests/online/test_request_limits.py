@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -227,6 +228,25 @@ def test_image_size_and_verification_agree_with_decoding(tmp_path):
     assert image_size(path)
     with pytest.raises(MediaError):
         verify_image(path)
+
+
+def test_large_json_bodies_are_parsed_one_at_a_time(server, monkeypatch):
+    parse, lock, at_once = uploads._from_json, threading.Lock(), []
+
+    def parse_alone(body, caps):
+        at_once.append(not lock.acquire(blocking=False))
+        time.sleep(0.02)  # long enough for another thread to start
+        if not at_once[-1]:
+            lock.release()
+        return parse(body, caps)
+
+    monkeypatch.setattr(uploads, "_from_json", parse_alone)
+    body = {"prompt": "x" * 20_000, "no_such_field": 1}
+    with listening_on_a_port(server.app) as url, ThreadPoolExecutor(6) as pool:
+        headers = {"Authorization": "Bearer vg-ada"}
+        answers = list(pool.map(lambda _: httpx.post(f"{url}/v1/videos", json=body, headers=headers, timeout=60), range(6)))
+    assert {answer.status_code for answer in answers} == {400}
+    assert at_once == [False] * 6
 
 
 def test_database_has_a_connection_for_each_thread(database_url):

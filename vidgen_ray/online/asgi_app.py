@@ -100,7 +100,7 @@ def make_app(
     app = _empty_app(settings, store)
     app.state.server = server
     app.state.json_memory = ByteBudget(settings.uploads.json_memory_bytes)
-    app.state.form_decoding = asyncio.Semaphore(1)
+    app.state.body_parsing = asyncio.Semaphore(1)
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     error_handlers.install(app)
     add_api(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -13,6 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
+STREAMS_AT_ONCE = 32
+"""Streams that get a change before the pause, after which the next ones get it."""
+PAUSE_S = 0.1
 log = logging.getLogger(__name__)
 
 
@@ -133,8 +137,22 @@ class JobFeed:
                 log.exception("the changes of jobs cannot be read")
                 continue
             cursor = changes.cursor
-            changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
-            for job in changed:
-                for topic in (Topic("job", job.id), Topic("tenant", job.tenant)):
-                    for mailbox in self._mailboxes.get(topic, ()):
-                        mailbox.put(job, cursor)
+            await self._deliver(changes)
+
+    async def _deliver(self, changes: Changes) -> None:
+        """Put the changes into the mailboxes of their streams, of a few streams at a time.
+
+        Sending to a thousand streams at once would delay all other requests by seconds.
+        """
+        by_topic = defaultdict[Topic, list[Job | DeletedJob]](list)
+        changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
+        for job in changed:
+            by_topic[Topic("job", job.id)].append(job)
+            by_topic[Topic("tenant", job.tenant)].append(job)
+        # A stream that opens during a pause reads these changes from the store.
+        mailboxes = [(mailbox, topic) for topic in by_topic for mailbox in self._mailboxes.get(topic, ())]
+        for number, (mailbox, topic) in enumerate(mailboxes):
+            if number and number % STREAMS_AT_ONCE == 0:
+                await asyncio.sleep(PAUSE_S)
+            for job in by_topic[topic]:
+                mailbox.put(job, changes.cursor)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from vidgen_ray.online.auth import Tenant
@@ -16,7 +17,7 @@ bearer = HTTPBearer(
 )
 
 
-def server_of(request: Request) -> ServerContext:
+async def server_of(request: Request) -> ServerContext:
     server: ServerContext = request.app.state.server
     return server
 
@@ -24,11 +25,14 @@ def server_of(request: Request) -> ServerContext:
 ServerDep = Annotated[ServerContext, Depends(server_of)]
 
 
-def tenant_of(
+async def tenant_of(
     request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)], server: ServerDep
 ) -> Tenant:
     """Authenticate the request. Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant`."""
-    return server.auth.api_tenant(request, credentials.credentials if credentials else None)
+    key = credentials.credentials if credentials else None
+    if server.auth.reads_session(request):
+        return await run_in_threadpool(server.auth.api_tenant, request, key)
+    return server.auth.api_tenant(request, key)
 
 
 TenantDep = Annotated[Tenant, Depends(tenant_of)]

@@ -236,8 +236,14 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
             size = body.tell()
             memory: ByteBudget = request.app.state.json_memory
             async with memory.reserve(size * JSON_COPIES) if size > SMALL_JSON_BYTES else nullcontext():
-                # In a thread: parsing megabytes of JSON would block other requests.
-                yield await asyncio.to_thread(_from_json, body, caps)
+                if size <= SMALL_FORM_BYTES:
+                    yield _from_json(body, caps)
+                    return
+                # In a thread, one at a time: many threads that parse would delay all other requests.
+                parsing: asyncio.Semaphore = request.app.state.body_parsing
+                async with parsing:
+                    received = await asyncio.to_thread(_from_json, body, caps)
+                yield received
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -306,9 +312,9 @@ async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
         body = await _read_body(request, URLENCODED_BYTES)
         if len(body) <= SMALL_FORM_BYTES:
             return _from_urlencoded(body)
-        # In a thread, one at a time: many threads that decode escapes would delay all other requests.
-        decoding: asyncio.Semaphore = request.app.state.form_decoding
-        async with decoding:
+        # As JSON.
+        parsing: asyncio.Semaphore = request.app.state.body_parsing
+        async with parsing:
             return await asyncio.to_thread(_from_urlencoded, body)
     parser = _FormParser(
         request.headers,

@@ -110,6 +110,8 @@ def page_routes(context: PageContext) -> APIRouter:
         return JSONResponse({"jobs": content}, headers=HEADERS)
 
     async def events(request: Request, tenant: Tenant) -> Response:
+        # First: a browser that reconnects all the time must not cost a query of the database.
+        context.server.event_streams.check_room(tenant)
         since = request.query_params.get("since", "")
         cursor = (
             int(since) if is_number(since, MAX_CURSOR_DIGITS) else await run_in_threadpool(context.server.store.latest_version)
