@@ -10,6 +10,7 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.nets.test_faces import BOX, GROUP, POINTS
 from vidgen_ray.cli import main
+from vidgen_ray.cli.run_script import changes_until
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.provenance.reading import read_provenance
@@ -38,6 +39,7 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
         (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
+        (["plan", "s.txt", "--quality-tier", "best"], 2, "got 'best', must be one of lossless, high, medium, draft"),
         (["shot", "a", "--set", "fpss=3"], 2, "--set fpss: got an unknown field, did you mean fps?"),
         (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
         (["stage", "svd", "-o", "x.mp4"], 2, "svd requires an input file (image)"),
@@ -73,6 +75,36 @@ def test_unreachable_cluster_exits_with_code_4(tmp_path, capsys):
     script.write_text("a red ball\n")
     assert main(["render", str(script), "-o", str(tmp_path), "-p", "tiny", "--address", "127.0.0.1:1"]) == 4
     assert "no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
+
+
+def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):
+    script, out, calls = tmp_path / "s.jsonl", tmp_path / "out", []
+    script.write_text('{"prompt": "a", "height": 7}\n')
+    options = ["--keep", "stages", "--cache", "all", "--cache-gb", "2", "--replace", "--attempts", "2", "--seed", "5"]
+    options += ["--quality-tier", "draft", "--until", "image", "--no-provenance"]
+    # A run without a valid line starts no Ray.
+    assert main(["render", str(script), "-o", str(out), "-p", "tiny", *options]) == 3
+
+    def record(script, profile, outputs, options, **_):
+        calls.append((script, profile, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vidgen_ray.batch.render.render", record)
+    assert main(["retry", str(out)]) == 130
+    ((script, profile, retried),) = calls
+    assert (profile.name, profile.quality_tier, profile.provenance.metadata) == ("tiny", "draft", "off")
+    assert (retried.keep_stages, retried.cache, retried.cache_gb) == (True, "all", 2)
+    assert (retried.replace, retried.attempts) == (True, 2)
+    assert (script.run_seed, script.changes) == (5, changes_until("image"))
+    # Another profile keeps its own tier.
+    assert main(["retry", str(out), "--profile", "demo"]) == 130
+    assert (calls[1][1].name, calls[1][1].quality_tier) == ("demo", None)
+    # run.json of a version that did not record the options.
+    run = json.loads((out / "run.json").read_text())
+    del run["options"], run["profile"]["quality_tier"]
+    (out / "run.json").write_text(json.dumps(run))
+    assert main(["retry", str(out)]) == 130
+    assert (calls[2][1].quality_tier, calls[2][2].attempts, calls[2][0].changes) == (None, 3, {})
 
 
 def test_shot_prints_the_written_files(tmp_path, capsys):

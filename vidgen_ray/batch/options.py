@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, JsonValue
+
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, CacheMode
 from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -44,3 +46,23 @@ class RenderOptions:
     """Seconds that shots in progress may take to finish after a stop request."""
     stages: Mapping[str, type[Stage[Any]]] = field(default_factory=lambda: STAGE_BY_NAME)
     """Stage name -> class that implements it."""
+
+
+class RepeatedOptions(BaseModel):
+    """Options that decide what a run writes. `run.json` records them, and `vidgen retry` renders with them again."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cache: CacheMode = DEFAULT_CACHE
+    cache_gb: float | None = None
+    replace: bool = False
+    keep_stages: bool = False
+    attempts: int = ATTEMPTS
+    run_seed: int = 0
+    """Seed of the run, for lines without a seed that were rejected. Other failed lines are stored with theirs."""
+    changes: dict[str, JsonValue] = {}
+    """Fields set on every shot, such as those of `--until`."""
+
+    @classmethod
+    def of(cls, options: RenderOptions, run_seed: int, changes: Mapping[str, Any] | None) -> RepeatedOptions:
+        return cls.model_validate({**vars(options), "run_seed": run_seed, "changes": dict(changes or {})})

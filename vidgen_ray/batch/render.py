@@ -16,7 +16,7 @@ from vidgen_ray.batch.director import Director, Remaining
 from vidgen_ray.batch.estimate import pending_demand
 from vidgen_ray.batch.line_planner import LinePlanner, NumberedLine
 from vidgen_ray.batch.line_stream import first_lines, remaining_lines
-from vidgen_ray.batch.options import GRACE_S, RenderOptions
+from vidgen_ray.batch.options import GRACE_S, RenderOptions, RepeatedOptions
 from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.run_results import RunResults
 from vidgen_ray.graph import check_profile
@@ -163,12 +163,19 @@ def render_lines(
         layout=chosen.layout.kind if chosen else None,
         quarantined=tuple(director.quarantined),
     )
-    _write_run(outputs, report, source, profile, chosen, results)
+    repeated = RepeatedOptions.of(options, planner.checker.run_seed, planner.checker.changes)
+    _write_run(outputs, report, source, profile, repeated, chosen, results)
     return report
 
 
 def _write_run(
-    outputs: OutputFolder, report: RunReport, source: str, profile: Profile, chosen: Plan | None, results: RunResults
+    outputs: OutputFolder,
+    report: RunReport,
+    source: str,
+    profile: Profile,
+    repeated: RepeatedOptions,
+    chosen: Plan | None,
+    results: RunResults,
 ) -> None:
     """Write `run.json`, which describes the last run in this folder."""
     outputs.write_run(
@@ -177,6 +184,7 @@ def _write_run(
             "script": source,
             "profile": profile.model_dump(mode="json"),
             "profile_source": str(profile.source) if profile.source else None,
+            "options": repeated.model_dump(mode="json"),
             "layout": asdict(chosen.layout) if chosen else None,
             "weights": {stage: sorted(digests) for stage, digests in sorted(results.weights.items())},
             "software": software_versions(),

@@ -435,17 +435,29 @@ def retry(
     consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render the failed lines of an output folder again, with the profile and the provenance options of its last run."""
+    """Render the failed lines of an output folder again, as its last run did: with its profile, quality tier and provenance
+    options, --keep, --cache, --cache-gb, --replace, --attempts, --seed and --until.
+    """
     from vidgen_ray.batch.render import RenderOptions
-    from vidgen_ray.cli.retry import failed_lines, last_profile
+    from vidgen_ray.cli.retry import failed_lines, last_options, last_profile
     from vidgen_ray.outputs.last_run import setting_of_last_run
 
     outputs = OutputFolder(out)
     chosen = load_profile(profile) if profile else last_profile(outputs)
     chosen = chosen.with_provenance(setting_of_last_run(outputs, "provenance", ProvenanceSettings))
     with failed_lines(outputs) as script:
-        settings = script_settings(script, chosen, None, None, None, 0, None, consent)
-        options = RenderOptions(address=address, cluster=parse_gpus(gpus) if gpus else None)
+        last = last_options(outputs)
+        fields = with_consent({}, consent)
+        settings = ScriptSettings(script, last.run_seed, fields, chosen.defaults, last.changes, policy=chosen.policy)
+        options = RenderOptions(
+            address=address,
+            cluster=parse_gpus(gpus) if gpus else None,
+            cache=last.cache,
+            cache_gb=last.cache_gb,
+            replace=last.replace,
+            keep_stages=last.keep_stages,
+            attempts=last.attempts,
+        )
         run_script(settings, chosen, out, options, as_json=as_json)
 
 

@@ -1,4 +1,4 @@
-"""`vidgen retry`: the failed lines of an output folder, and the profile of its last run."""
+"""`vidgen retry`: the failed lines of an output folder, and the profile and the options of its last run."""
 
 from __future__ import annotations
 
@@ -6,25 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
+from vidgen_ray.batch.options import RepeatedOptions
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.failures import FILE
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.last_run import read_last_run
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.stages.base import QualityTier
 
 
 def last_profile(outputs: OutputFolder) -> Profile:
-    """Return the profile of the last run, which `run.json` names.
+    """Return the profile of the last run, which `run.json` names, with the quality tier of that run.
 
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     try:
         run = read_last_run(outputs)
-        name = run["profile_source"] or run["profile"]["name"]
-    except (ValueError, KeyError, TypeError):
+        name, tier = run["profile_source"] or run["profile"]["name"], run["profile"].get("quality_tier")
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
-    return load_profile(name)
+    return load_profile(name).with_quality_tier(tier if tier in get_args(QualityTier) else None)
+
+
+def last_options(outputs: OutputFolder) -> RepeatedOptions:
+    """Return the options of the last run, or the defaults if there was none, or one of a version that did not record them."""
+    try:
+        return RepeatedOptions.model_validate(read_last_run(outputs)["options"])
+    except (ValueError, KeyError, TypeError):
+        return RepeatedOptions()
 
 
 @contextmanager
