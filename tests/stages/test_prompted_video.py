@@ -1,5 +1,7 @@
 """Wan and LTX: parity with plain diffusers calls with the same weights and seed, bitwise in fp32; LoRAs; limits."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -203,6 +205,21 @@ def test_sizes_and_numbers_of_frames_that_a_model_cannot_make_are_rejected(tiny,
         small([Item(shot, {"image": gradient_image(80, 64)})])
     with pytest.raises(StageError, match=r"num_frames: got 10, must be 4k \+ 1 for this video model \(nearest: 9, 13\)"):
         wan([Item(shot.model_copy(update={"num_frames": 10}), {"image": gradient_image()})])
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "weights", "kind"), [(WanStage, "wan-ti2v", "WanPipeline"), (LTXStage, "ltx", "LTXPipeline")]
+)
+def test_folders_that_name_the_text_to_video_pipeline_are_loaded(tiny, tmp_path, stage_class, weights, kind):
+    """The published folders of LTX-Video and Wan2.2-TI2V-5B do."""
+    for part in resolve(f"builtin:tiny/{weights}").iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    index = tmp_path / "model_index.json"
+    content = {**json.loads(index.read_text()), "_class_name": kind}
+    index.unlink()
+    index.write_text(json.dumps(content))
+    stage_class.check_weights(tiny.params(stage_class).model_copy(update={"weights": tmp_path}))
+    assert loaded(stage_class, tiny, weights=tmp_path).pipe.transformer is not None
 
 
 def test_tiles_of_the_autoencoder_are_the_fallback_for_little_memory(stage):

@@ -44,6 +44,8 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "ltx", "num_frames": 25, "fps": 25},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "ltx"
+    # The published folders name the pipeline of text to video, with the same components.
+    pipelines: ClassVar[tuple[str, ...]] = ("LTXImageToVideoPipeline", "LTXPipeline")
     reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "steps.ltx", "guidance.ltx", "seed")
     Params: ClassVar[type[StageParams]] = LTXParams
     default_steps: ClassVar[int] = 50
@@ -59,7 +61,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline
 
-        return load_pipeline(LTXImageToVideoPipeline, self.params, cpu_offload=self.params.cpu_offload)
+        return load_pipeline(LTXImageToVideoPipeline, self.params, also=self.pipelines, cpu_offload=self.params.cpu_offload)
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
         shot = item.shot

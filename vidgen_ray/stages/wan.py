@@ -42,6 +42,8 @@ class WanStage(PromptedVideoStage[WanParams]):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"video_model": "wan", "num_frames": 25, "fps": 16},)
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "wan"
+    # The folder of TI2V-5B names the pipeline of text to video, with the same components.
+    pipelines: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline", "WanPipeline")
     # The model has no condition for fps, but the clip is encoded with it.
     reads: ClassVar[tuple[str, ...]] = (*PROMPTED_FIELDS, "last_image", "steps.wan", "guidance.wan", "seed")
     Params: ClassVar[type[StageParams]] = WanParams
@@ -59,7 +61,13 @@ class WanStage(PromptedVideoStage[WanParams]):
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
 
-        pipe = load_pipeline(WanImageToVideoPipeline, self.params, float32_parts=("vae",), cpu_offload=self.params.cpu_offload)
+        pipe = load_pipeline(
+            WanImageToVideoPipeline,
+            self.params,
+            also=self.pipelines,
+            float32_parts=("vae",),
+            cpu_offload=self.params.cpu_offload,
+        )
         if self.params.flow_shift is not None:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=self.params.flow_shift)
         return pipe
