@@ -10,6 +10,7 @@ from typing import Any
 from vidgen_ray.model_files import PIPELINE_INDEX
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.stages.instantid import InstantIDStage
 
 
 def write_fake_weights(folder: Path, stages: Iterable[type[Stage[Any]]]) -> dict[str, Path]:
@@ -20,6 +21,8 @@ def write_fake_weights(folder: Path, stages: Iterable[type[Stage[Any]]]) -> dict
         weights.mkdir(parents=True, exist_ok=True)
         if stage.pipelines:
             (weights / PIPELINE_INDEX).write_text(json.dumps({"_class_name": stage.pipelines[0]}))
+        elif issubclass(stage, InstantIDStage):
+            (weights / "face.onnx").write_bytes(b"nothing")
         else:
             (weights / f"{Shot.model_fields['upscaler'].default}.safetensors").write_bytes(b"nothing")
     return folders

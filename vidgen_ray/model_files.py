@@ -31,6 +31,14 @@ def check_pipeline_folder(folder: Path, allowed: Sequence[str]) -> None:
         raise SetupError(f"{folder}: holds a {kind}, must be a {names}")
 
 
+def rife_file(weights: Path) -> Path:
+    """Return RIFE's weights: a file, or `flownet.safetensors` or `flownet.pkl` of a folder. Raises SetupError without one."""
+    files = [weights] if not weights.is_dir() else [weights / f"flownet{ending}" for ending in (".safetensors", ".pkl")]
+    if (found := next((file for file in files if file.is_file()), None)) is None:
+        raise SetupError(f"rife: {weights} must be RIFE's flownet.pkl or flownet.safetensors, or a folder with one of them")
+    return found
+
+
 def loaded_files(folder: Path) -> list[Path]:
     """Return the files in `folder` and its subfolders that a result may depend on, sorted by path.
 

@@ -23,6 +23,8 @@ from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import Artefacts, Item, to_uint8
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
@@ -72,13 +74,17 @@ def test_lora_of_huge_numbers_fails_the_step(pipeline, tmp_path, value):
     assert not list(pipeline.outputs.root.glob(f"{shot_path('s')}/*"))
 
 
-def test_nan_weights_are_refused_when_loaded(tiny, tmp_path):
-    folder = shutil.copytree(resolve("builtin:tiny/svd"), tmp_path / "svd")
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+@pytest.mark.parametrize(
+    ("stage_class", "part"), [(SVDStage, "unet"), (FluxStage, "transformer"), (HunyuanDiTStage, "transformer")]
+)
+def test_nan_weights_are_refused_when_loaded(tiny, tmp_path, stage_class, part):
+    name = stage_class.actor
+    folder = shutil.copytree(resolve(tiny.actors[name].weights), tmp_path / name)
+    file = folder / part / "diffusion_pytorch_model.safetensors"
     write_nan(file, file)
-    actor = tiny.actors["svd"].model_copy(update={"weights": str(folder)})
-    stage = SVDStage(tiny.model_copy(update={"actors": {"svd": actor}}).params(SVDStage))
-    with pytest.raises(SetupError, match=r"svd: unet: \S+ has NaN or infinite values; copy the weights again"):
+    actor = tiny.actors[name].model_copy(update={"weights": str(folder)})
+    stage = stage_class(tiny.model_copy(update={"actors": {name: actor}}).params(stage_class))
+    with pytest.raises(SetupError, match=rf"{name}: {part}: \S+ has NaN or infinite values; copy the weights again"):
         stage.load()
 
 

@@ -76,7 +76,7 @@ def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int |
     If several files serve a task, antelopev2's file comes first, then the first by name. `weights` is the folder of the .onnx
     files, or its parent. Nothing is downloaded. Raises SetupError.
     """
-    folder = _folder(weights)
+    folder = pack_folder(weights)
     import_onnxruntime()
     from insightface.model_zoo import get_model
 
@@ -101,8 +101,11 @@ def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int |
     return models
 
 
-def _folder(weights: Path) -> Path:
-    """Return the folder with the .onnx files: `weights`, or the folder of the same name inside it (antelopev2.zip has one)."""
+def pack_folder(weights: Path) -> Path:
+    """Return the folder with the .onnx files: `weights`, or the folder of the same name inside it (antelopev2.zip has one).
+
+    Raises SetupError if there are none.
+    """
     for folder in (weights, weights / weights.name):
         if any(folder.glob("*.onnx")):
             return folder.absolute()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate, pad
 
 from vidgen_ray.errors import SetupError
+from vidgen_ray.model_files import rife_file
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.torch_file import load_torch_file
 
@@ -265,10 +266,7 @@ def load_rife(path: Path, dtype: torch.dtype = torch.float32) -> Rife:
 
     Frames and flows stay in float32; `dtype` is that of the convolutions. Raises SetupError for other files.
     """
-    file = path
-    if path.is_dir():
-        files = [path / f"flownet{ending}" for ending in (".safetensors", ".pkl")]
-        file = next((file for file in files if file.is_file()), files[0])
+    file = rife_file(path)
     named = {name.removeprefix("module."): value for name, value in _read(file).items()}
     state = {name: value for name, value in named.items() if not name.startswith(TRAINING_ONLY)}
     network: Rife = Rife425() if "encode.cnn0.weight" in state else RifeHDv3()

@@ -61,6 +61,7 @@ class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
     common_settings: ClassVar[tuple[str, ...]] = ("steps", "guidance")
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "klein"
+    pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
     uses_shot_seed: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",

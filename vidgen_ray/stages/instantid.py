@@ -91,6 +91,12 @@ class InstantIDStage(Stage[InstantIDParams]):
     def weight_files(cls, params: InstantIDParams, shot: Shot) -> tuple[Path, ...]:
         return (*detection_files(params), *(params.extra_weights_at(name) for name in _recognisers(shot) if name != RECOGNISER))
 
+    @classmethod
+    def check_weights(cls, params: InstantIDParams) -> None:
+        from vidgen_ray.nets.face_pack import pack_folder
+
+        pack_folder(params.weights)
+
     def load(self) -> None:
         self._models = FaceModels.shared(self.params)
         self._cache: LRUCache[tuple[str, int | None, tuple[str, ...]], FaceFeatures] = LRUCache(CACHED_FACES)

@@ -58,6 +58,7 @@ class QwenEditStage(OffloadedStage[OffloadParams]):
     )
     version: ClassVar[int] = 1
     actor: ClassVar[str] = "qwen_edit"
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
     reads: ClassVar[tuple[str, ...]] = (
         "prompt",
         "negative_prompt",

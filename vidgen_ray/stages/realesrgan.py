@@ -146,7 +146,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
 
     @classmethod
     def check_weights(cls, params: RealESRGANParams) -> None:
-        if not params.weights.is_dir():
+        if not any(file for ending in ENDINGS for file in params.weights.glob(f"*{ending}")):
             raise SetupError(f"realesrgan: got weights {str(params.weights)!r}, must be a folder of .safetensors or .pth files")
 
     def load(self) -> None:

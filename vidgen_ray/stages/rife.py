@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field, field_validator
 
+from vidgen_ray.model_files import rife_file
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
@@ -112,6 +113,10 @@ class RifeStage(ChunkedStage[RifeParams]):
     def chunk_frames(cls, params: RifeParams) -> int:
         """Return 1: a frame depends on the two frames around it only, so a clip may be cut anywhere."""
         return 1
+
+    @classmethod
+    def check_weights(cls, params: RifeParams) -> None:
+        rife_file(params.weights)
 
     def load(self) -> None:
         from vidgen_ray.nets.rife import load_rife
