@@ -1,5 +1,6 @@
 """Describe invalid fields of a shot: which field, which value, and what is allowed."""
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -11,6 +12,10 @@ from vidgen_ray.shot import Shot
 SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
 """Longest list of field names in an error message, in characters."""
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Start of a URL, also after pathlib has removed one of its slashes."""
+NOT_A_URL = "must be a file on this machine; URLs are not read, download it first"
 
 
 def shortened(value: object) -> str:

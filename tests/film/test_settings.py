@@ -25,6 +25,7 @@ def test_film_file_is_read_with_paths_relative_to_it(tmp_path):
         ("size: 1281x720", "film.yaml, size: got '1281x720', must be even numbers"),
         ("fps: 0", "film.yaml, fps: got 0, must be frames per second from 1 to 240"),
         ("music: no.mp3", "must be an existing file (looked for "),
+        ("music: s3://clips/sea.mp3", "must be a file on this machine; URLs are not read, download it first"),
         ("shots: [{id: a, duration_s: -1}]", "film.yaml, shots[0].duration_s: got -1, must be greater than 0"),
         ("shots: [{id: a, title: b}]", "film.yaml, shots[0]: got the fields, must have either id"),
         ("shots: [{id: a, colour: b}]", "film.yaml, shots[0].colour: got an unknown field, must be one of caption"),

@@ -43,6 +43,7 @@ from vidgen_ray.cli.options import (
     check_out,
     chosen_profile,
     example,
+    local_path,
     parse_fields,
     provenance_settings,
     with_consent,
@@ -89,8 +90,10 @@ app.command()(bench)
 ScriptArgument = Annotated[
     Path,
     typer.Argument(
+        metavar="SCRIPT",
+        parser=local_path,
         help="Script with one shot per line: .jsonl, .csv, .tsv, .txt, .parquet or .yaml; or a folder of captioned images or "
-        "of Parquet files."
+        "of Parquet files.",
     ),
 ]
 OutUrlOption = Annotated[
@@ -570,7 +573,9 @@ def validate(
 def stage(
     name: Annotated[str, typer.Argument(help=f"Stage to run: {', '.join(STAGE_BY_NAME)}.")],
     source: Annotated[Path | None, typer.Argument(help="Input file: an image, a clip or face.json. Not used by flux.")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output file: .png, .mp4 or .json.")] = Path("out.png"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", parser=local_path, help="Output file: .png, .mp4 or .json.")
+    ] = Path("out.png"),
     profile: ProfileOption = "demo",
     quality_tier: QualityTierOption = None,
     seed: SeedOption = 0,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.cli.options import JsonOption
+from vidgen_ray.cli.options import JsonOption, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.weights.inventory import local_weights
@@ -109,7 +109,10 @@ def pull(
     to: Annotated[
         Path | None,
         typer.Option(
-            "--to", metavar="FOLDER", help="Folder to use as HF_HOME, e.g. one that all nodes share. Default: $HF_HOME."
+            "--to",
+            metavar="FOLDER",
+            parser=local_path,
+            help="Folder to use as HF_HOME, e.g. one that all nodes share. Default: $HF_HOME.",
         ),
     ] = None,
     address: Annotated[

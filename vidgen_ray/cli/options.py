@@ -70,6 +70,16 @@ def check_out(value: str) -> str:
     return value
 
 
+def local_path(value: str | Path) -> Path:
+    """Reject a URL, and an empty path, which a shell passes for an unset variable and which would be the current folder."""
+    text = str(value)  # the default of an option is a Path
+    if not text.strip():
+        raise typer.BadParameter("got an empty text, must be a file or a folder")
+    if URL.match(text):
+        raise typer.BadParameter(f"got {text!r}, must be a file or folder on this machine")
+    return Path(value)
+
+
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
 QualityTierOption = Annotated[
@@ -89,7 +99,10 @@ SetOption = Annotated[
 CharactersOption = Annotated[
     Path | None,
     typer.Option(
-        "--characters", metavar="FILE", help="YAML file of characters that lines may name in their field `character`."
+        "--characters",
+        metavar="FILE",
+        parser=local_path,
+        help="YAML file of characters that lines may name in their field `character`.",
     ),
 ]
 ConsentOption = Annotated[

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from vidgen_ray.errors import FieldError, ScriptError
-from vidgen_ray.invalid_fields import allowed_of, known_fields, shortened
+from vidgen_ray.invalid_fields import NOT_A_URL, URL, allowed_of, known_fields, shortened
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.strict_yaml import load_yaml
@@ -152,6 +152,8 @@ class FilmSettings(_Section):
     @field_validator(*FILES)
     @classmethod
     def _check_file(cls, path: Path | None) -> Path | None:
+        if path is not None and URL.match(str(path)):
+            raise ValueError(NOT_A_URL)
         if path is not None and not path.is_file():
             raise ValueError(f"must be an existing file (looked for {path.absolute()})")
         return path
@@ -172,7 +174,8 @@ def read_film_file(path: Path) -> dict[str, Any]:
 
 def checked_fields(fields: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
     """Return the fields of a film, with paths relative to `folder` made absolute. Raises ScriptError that names `source`."""
-    paths = {name: str(folder.absolute() / fields[name]) for name in FILES if isinstance(fields.get(name), str)}
+    files = {name: fields[name] for name in FILES if isinstance(fields.get(name), str)}
+    paths = {name: file if URL.match(file) else str(folder.absolute() / file) for name, file in files.items()}
     film_settings({**fields, **paths}, source)
     return {**fields, **paths}
 

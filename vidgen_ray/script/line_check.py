@@ -13,7 +13,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from vidgen_ray.consent import TEXT_EXAMPLE
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import uncropped_size
-from vidgen_ray.invalid_fields import explain, shortened, wrong_defaults
+from vidgen_ray.invalid_fields import NOT_A_URL, URL, explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.safety import DEFAULT_POLICY, NO_POLICY, ContentPolicy, UnsafeContent, safety_of
 from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
@@ -364,8 +364,8 @@ class LineCheck:
 
     def _existing_file(self, field: str, path: str) -> str:
         absolute, size = self._context.locate(path)
-        if size is None and path.startswith(("http://", "https://")):
-            self.reject(field, shortened(path), "must be a file; URLs are not read, download it first")
+        if size is None and URL.match(path):
+            self.reject(field, shortened(path), NOT_A_URL)
         elif size is None:
             self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
         else:
@@ -387,7 +387,9 @@ class LineCheck:
                 self.reject(field, shortened(lora.path), str(error))
             return lora
         absolute, size = self._context.locate(lora.path)
-        if size is None or not is_weights:
+        if size is None and URL.match(lora.path):
+            self.reject(field, shortened(lora.path), NOT_A_URL)
+        elif size is None or not is_weights:
             self.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
         else:
             self._check_bytes(field, lora.path, size, MAX_LORA_BYTES)

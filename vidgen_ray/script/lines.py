@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.invalid_fields import URL
 from vidgen_ray.limits import MAX_LINE
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 
@@ -110,7 +111,12 @@ def with_absolute_paths(field: str, value: Any, absolute: Callable[[str], str]) 
 
 
 def absolute_path(folder: Path, path: str) -> str:
-    """Return a path relative to a folder as an absolute one. Unlike pathlib, accepts unknown users in `~user`."""
+    """Return a path relative to a folder as an absolute one, and a URL unchanged.
+
+    Unlike pathlib, accepts unknown users in `~user`.
+    """
+    if URL.match(path):
+        return path
     # Names of users with NUL or surrogates. There is no such file either.
     with suppress(ValueError):
         path = os.path.expanduser(path)
