@@ -336,6 +336,8 @@ def test_duplicate_id_error_names_the_first_line(tmp_path):
     ("name", "content", "message"),
     [
         ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.parquet, \.tsv, \.txt, \.yaml, \.yml"),
+        ("s.xlsx", "x", r"must be one of .*; save the sheet as \.csv"),
+        ("s.json", "[]", r"must be one of .*; write one object per line to \.jsonl"),
         ("s.jsonl", "\n\n", "must have at least one shot"),
         ("s.parquet", "text", "invalid Parquet"),
         ("s.yaml", "a: &a [*a]", "aliases are not allowed"),

@@ -40,6 +40,13 @@ def test_unknown_columns_are_one_error_for_the_file(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", ["a red ball\na blue ball\n", "prompt|seed\na|1\n", "text,seed\na,1\n"])
+def test_table_without_a_prompt_says_what_the_first_row_must_have(tmp_path, text):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(ScriptError, match=r"must be named after fields, in the first row of a \.csv, one of them prompt"):
+        read(tmp_path / "s.csv")
+
+
 def test_table_of_pandas_may_have_gaps(tmp_path):
     table = pa.table(
         {

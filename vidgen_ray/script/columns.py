@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.invalid_fields import known_fields
+from vidgen_ray.invalid_fields import SCHEMA_COMMAND, known_fields
 from vidgen_ray.script.expansion import MATRIX, STYLE
 from vidgen_ray.script.lines import FAILURE_FIELD, file_error
 from vidgen_ray.shot import NESTED_FIELDS, Shot, StageSteps
@@ -36,16 +36,22 @@ def normal_name(column: str) -> str:
     return name if is_known(name) else column
 
 
-def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Raise ScriptError, once for the whole file, if columns are unknown or occur twice."""
+def check_columns(path: Path, columns: Sequence[str], *, with_prompt: bool = True) -> None:
+    """Raise ScriptError, once for the whole file, if columns are unknown or occur twice.
+
+    `with_prompt`: one of the columns must be the prompt. Then the error says so if it is missing, as in a table without names.
+    """
     if duplicates := [name for name, count in Counter(columns).items() if count > 1]:
         raise file_error(path, f"the column {duplicates[0][:40]!r} twice", "must appear only once")
     if unknown := [name for name in columns if not is_known(name)]:
         named = ", ".join(repr(name[:40]) for name in unknown[:MAX_NAMED]) + (", ..." if len(unknown) > MAX_NAMED else "")
         more = f"; a column {METADATA_PREFIX}{unknown[0][:40] or 'NAME'} is copied to the manifest"
-        raise file_error(
-            path, f"unknown column{'s' if len(unknown) > 1 else ''} {named}", known_fields(unknown[0], FIELDS) + more
-        )
+        allowed = known_fields(unknown[0], FIELDS) + more
+        if with_prompt and "prompt" not in columns:
+            allowed = (
+                f"columns must be named after fields, in the first row of a .csv, one of them prompt; see {SCHEMA_COMMAND}"
+            )
+        raise file_error(path, f"unknown column{'s' if len(unknown) > 1 else ''} {named}", allowed)
 
 
 def nest_metadata(fields: dict[str, Any]) -> dict[str, Any]:

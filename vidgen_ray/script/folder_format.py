@@ -65,7 +65,7 @@ def _listed_images(path: Path) -> Lines:
             continue
         fields = {normal_name(name): value for name, value in line.fields.items() if name not in ("file_name", *CAPTIONS)}
         try:
-            check_columns(path / METADATA_FILE, list(fields))
+            check_columns(path / METADATA_FILE, list(fields), with_prompt=False)
         except ScriptError as error:
             yield (
                 number,

@@ -12,6 +12,10 @@ from vidgen_ray.script.parquet_format import read_parquet
 from vidgen_ray.script.text_formats import read_jsonl, read_txt
 from vidgen_ray.script.yaml_format import read_yaml
 
+SPREADSHEET = "; save the sheet as .csv"
+ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET, ".xls": SPREADSHEET, ".ods": SPREADSHEET}
+"""Ending of a file that is not read -> what to do."""
+
 
 def open_script(path: Path) -> tuple[Header, Lines]:
     """Return the header and the numbered lines of a script. Lines that cannot be parsed are `UnreadableLine`.
@@ -29,7 +33,8 @@ def open_script(path: Path) -> tuple[Header, Lines]:
     }
     reader = read_folder if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
-        raise file_error(path, f"file type {path.suffix!r}", f"must be one of {', '.join(sorted(readers))}")
+        advice = ADVICE.get(path.suffix.lower(), "")
+        raise file_error(path, f"file type {path.suffix!r}", f"must be one of {', '.join(sorted(readers))}{advice}")
     try:
         if not path.exists() or not (path.is_file() or path.is_dir()):
             raise file_error(path, str(path), "must be a file or a folder" if path.exists() else "must be an existing file")
