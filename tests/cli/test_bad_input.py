@@ -90,13 +90,35 @@ def test_wrong_option_is_one_usage_error_and_changes_nothing(run, arguments, mes
         ["retry", ""],
         ["watch", ""],
         ["film", ""],
+        ["models", "pull", "tiny", "--to", ""],
+        ["stage", "flux", "-o", ""],
+        ["render", "s.txt", "--characters", ""],
     ],
 )
-def test_empty_output_folder_is_refused(run, arguments):
+def test_empty_path_is_refused(run, arguments):
     Path("mine").write_text("")
     code, err = run(*arguments)
-    assert (code, "got an empty text, must be a folder" in err) == (2, True), err
+    assert (code, "got an empty text, must be a f" in err) == (2, True), err
     assert {path.name for path in Path().iterdir()} == {"s.txt", "mine"}
+
+
+@pytest.mark.parametrize("command", ["status", "retry", "prune", "gc", "film"])
+def test_folder_without_results_is_one_sentence(run, command):
+    code, err = run(command, "nowhere")
+    assert (code, any(text in err for text in ("has no results", "has no manifest", "does not exist"))) == (4, True), err
+
+
+@pytest.mark.parametrize("command", ["render", "plan", "validate"])
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("", "got an empty text, must be a file"), ("s3://b/s.csv", "must be a file or folder on this machine")],
+)
+def test_script_must_be_a_file_on_this_machine(run, command, script, message):
+    # The current folder would be read as captioned images.
+    Path("a.png").symlink_to(ASTRONAUT)
+    Path("a.txt").write_text("a man")
+    code, err = run(command, script)
+    assert (code, message in err) == (2, True), err
 
 
 @pytest.mark.parametrize("arguments", [[], ["-o", "results"], ["-o", "."]])
@@ -160,6 +182,31 @@ def test_path_of_an_option_is_relative_to_the_current_folder(run):
     assert (code, str(Path("me.jpg").absolute()) in err) == (2, True), err
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("defaults: {fps: fast}", "s.yaml, defaults.fps: got 'fast'"),
+        ("characters: {ada: {identity_strength: 7}}", "s.yaml, characters.ada.identity_strength: got 7"),
+        ("styles: {ink: {steps: {flux: 0}}}", "s.yaml, styles.ink.steps.flux: got 0"),
+    ],
+)
+def test_wrong_header_is_one_error_and_changes_nothing(run, header, message):
+    finished_folder(Path("out"))
+    rows = content_of(Path("out"))
+    Path("s.yaml").write_text(f"{header}\nshots: [a, b, c]\n")
+    for folder in ("out", "new"):
+        code, err = run("render", "s.yaml", "-p", "tiny", "-o", folder)
+        assert (code, err.count(message)) == (3, 1), err
+    assert rows.items() <= content_of(Path("out")).items()
+    assert content_of(Path("new")) == {}
+
+
+def test_clip_that_is_too_large_for_the_gpus_is_refused(run):
+    Path("s.jsonl").write_text(json.dumps({"prompt": "a", "width": 2048, "height": 2048, "num_frames": 256, "scale": 4}))
+    code, err = run("plan", "s.jsonl", "-p", "gpu-80gb", "--gpus", "1x80GB")
+    assert (code, "stage svd: 2048x2048 with 256 frames needs" in err, "fits" in err) == (4, True, True), err
+
+
 # Profiles and weights
 
 
@@ -180,20 +227,40 @@ def test_unusable_profile(run, content, message):
     assert not Path("out/manifest").exists()
 
 
-@pytest.mark.parametrize("weights", ["empty folder", "another model", "a file"])
-def test_weights_of_another_kind_are_found_before_ray_starts(run, tiny, tmp_path, weights):
+IMAGE = {"image": str(ASTRONAUT)}
+KINDS = {
+    "instantid": ({"face_image": str(ASTRONAUT)}, "no .onnx files in this folder; unpack antelopev2 into it"),
+    "flux": ({}, "FluxPipeline"),
+    "klein": ({"image_model": "klein"}, "Flux2KleinPipeline"),
+    "hunyuan": ({**IMAGE, "use_hunyuan_style": True}, "HunyuanDiTPipeline"),
+    "svd": (IMAGE, "StableVideoDiffusionPipeline"),
+    "wan": ({**IMAGE, "video_model": "wan", "num_frames": 9}, "WanImageToVideoPipeline or WanPipeline"),
+    "realesrgan": ({**IMAGE, "upscale_video": True}, "must be a folder of .safetensors or .pth files"),
+    "rife": ({**IMAGE, "interpolation": 2}, "must be RIFE's flownet.pkl or flownet.safetensors"),
+}
+"""Actor -> fields of a shot that needs it, and the message for other weights."""
+
+
+# The worker alone reads the file of RIFE.
+@pytest.mark.parametrize(
+    ("actor", "weights"),
+    [(a, w) for a in KINDS for w in ("empty folder", "another model", "a file") if (a, w) != ("rife", "a file")],
+)
+def test_weights_of_another_kind_are_found_before_ray_starts(run, tiny, tmp_path, actor, weights):
+    fields, message = KINDS[actor]
     place = tmp_path / "weights"
     if weights == "a file":
         place.write_bytes(b"x")
     else:
         place.mkdir()
     if weights == "another model":
-        (place / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    profile = {"name": "x", "about": "y", "actors": {"svd": {"weights": str(place)}}}
+        (place / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    actors = {name: each.model_dump(mode="json", exclude_defaults=True) for name, each in tiny.actors.items()}
+    profile = {"name": "x", "about": "y", "actors": {**actors, actor: {**actors[actor], "weights": str(place)}}}
     Path("p.yaml").write_text(json.dumps(profile))
-    Path("s.jsonl").write_text(json.dumps({"prompt": "a", "image": str(ASTRONAUT), "upscale_video": False}))
+    Path("s.jsonl").write_text(json.dumps({"prompt": "a", **tiny.defaults, "upscale_video": False, **fields}))
     code, err = run("render", "s.jsonl", "-p", "p.yaml")
-    assert (code, "StableVideoDiffusionPipeline" in err) == (4, True), err
+    assert (code, message in err, "Ray" in err) == (4, True, False), err
 
 
 def test_ray_that_does_not_start_is_one_sentence(run, monkeypatch):
@@ -219,7 +286,8 @@ def write_clip(path):
     ("source", "out", "code", "message"),
     [
         ("clip.mp4", "x.png", 2, "must end in .mp4 for a clip"),
-        ("clip.bin", "x.mp4", 1, "name it .mp4"),
+        ("clip.bin", "x.mp4", 1, "name it .mp4, .mkv, .mov, .webm or .avi; convert others"),
+        ("text.ts", "x.mp4", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI)"),
         ("clip", "x.mp4", 1, "name it .mp4"),
         ("text.mp4", "x.mp4", 1, "not a supported video format (MP4 or MOV, Matroska or WebM, AVI)"),
         ("gone.mp4", "x.mp4", 1, "no such file"),
@@ -232,7 +300,8 @@ def test_unusable_clip_is_refused_before_it_is_upscaled(run, monkeypatch, source
     write_clip(Path("clip.mp4"))
     for name in ("clip.bin", "clip"):
         os.link("clip.mp4", name)
-    Path("text.mp4").write_text("text")
+    for name in ("text.mp4", "text.ts"):
+        Path(name).write_text("text")
     found, err = run("stage", "realesrgan", source, "-o", out, "-p", "tiny")
     assert (found, message in err) == (code, True), err
     assert not Path(out).exists()

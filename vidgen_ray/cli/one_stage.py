@@ -186,7 +186,7 @@ def _read_clip(source: Path, shot: Shot) -> tuple[Artefacts, int | Fraction]:
         try:
             image = read_image(source)
         except MediaError as error:
-            raise MediaError(f"{error}. If it is a video, name it .mp4, .mkv, .mov, .webm or .avi") from None
+            raise MediaError(f"{error}. If it is a video, name it .mp4, .mkv, .mov, .webm or .avi; convert others") from None
         _note_animation(source)
         return Artefacts(frames=image[None]), shot.fps
     with open_video(source) as video:

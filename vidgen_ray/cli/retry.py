@@ -23,7 +23,8 @@ def last_profile(outputs: OutputFolder) -> Profile:
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     try:
-        run = read_last_run(outputs)
+        if not (run := read_last_run(outputs)):
+            raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
         name, tier = run["profile_source"] or run["profile"]["name"], run["profile"].get("quality_tier")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None

@@ -19,6 +19,7 @@ from vidgen_ray.errors import ScriptError, UsageError
 from vidgen_ray.graph import WITHOUT_CHUNKED_STAGES, WITHOUT_CLIP
 from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.outputs.folder import OutputFolder
+from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.named_fields import read_characters
 from vidgen_ray.script.settings import ScriptSettings
@@ -96,12 +97,13 @@ def run_script(
         if then_prune:
             prune_folder(outputs)
     finally:
-        gallery = write_gallery(out)
+        # A script that cannot be read has no results to show.
+        gallery = write_gallery(out) if manifest_files(outputs.storage) else None
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
         counts = f"{report.done} done, {report.skipped} already done, {report.failed} failed"
-        typer.echo(f"{counts} in {report.seconds:.1f} s. Gallery: {gallery}")
+        typer.echo(f"{counts} in {report.seconds:.1f} s." + (f" Gallery: {gallery}" if gallery else ""))
         if report.failed:
             typer.echo(f"Failed lines with their errors: {outputs.storage.place('failures.jsonl')}")
     if report.left:
