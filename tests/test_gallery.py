@@ -171,6 +171,10 @@ def test_status_lists_what_stands_out(out, capsys):
     assert "3 s of stages, 0 s of GPUs; 0.0 MB of images and clips" in text
     assert "s.yaml line 3" in text
     assert main(["status", str(out / "gone")]) == 4
+    skipped = pa.Table.from_pylist([row("old", 4, status="skipped")], schema=SCHEMA)
+    pq.write_table(skipped, out / "manifest" / "r-00002.parquet")
+    assert main(["status", str(out)]) == 0
+    assert "3 done (1 before the last run), 1 failed" in capsys.readouterr().out
 
 
 def test_page_of_another_program_is_kept(tmp_path):

@@ -29,13 +29,19 @@ def status_command(out: str, *, as_json: bool) -> None:
 
 def _print(found: Overview, url: str) -> None:
     console = Console(highlight=False)
-    console.print(", ".join(f"{count:,} {status}" for status, count in found.counts.items() if count))
+    # A shot that a later run has skipped is finished as well.
+    earlier = found.counts.get("skipped", 0)
+    counts = {**found.counts, "done": found.counts.get("done", 0) + earlier, "skipped": 0}
+    notes = {"done": f" ({earlier:,} before the last run)"} if earlier else {}
+    console.print(", ".join(f"{count:,} {status}{notes.get(status, '')}" for status, count in counts.items() if count))
     space = f"{_size(found.shot_bytes)} of images and clips"
     if found.cache_bytes is not None:
         space += f", {_size(found.cache_bytes)} of cache"
     console.print(f"{_duration(found.seconds)} of stages, {_duration(found.gpu_seconds)} of GPUs; {space}")
     if found.failures:
-        table = Table("stage", "error", "lines", "first", "message", box=None, title="Failures", title_justify="left")
+        table = Table("stage", "error", "lines", "first", box=None, title="Failures", title_justify="left")
+        # Paths in it are broken, not cut.
+        table.add_column("message", overflow="fold")
         for group in found.failures:
             first = f"{group.script} line {group.line}" if group.line else group.example
             table.add_row(group.stage, group.error, f"{group.count:,}", first, group.message)
