@@ -46,6 +46,12 @@ def test_named_repository_paths_exist(page):
 
 
 @each_page
+def test_named_tests_exist(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())
+    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
+
+
+@each_page
 def test_named_commands_and_options_exist(page):
     known = typer.main.get_command(app).commands
     for line in re.findall(r"(?:^|`)(vidgen [^`\n]*)", page.read_text(), re.MULTILINE):
