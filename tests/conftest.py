@@ -1,6 +1,7 @@
 """Shared test setup: one torch thread (the number of threads changes the last bits), a private home folder, tiny weights."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -30,6 +31,16 @@ SYNTHETIC = {"subject": "an image made by a test", "basis": "synthetic"}
 """Consent for photos that tests make themselves."""
 CONSENT_FIELD = {"consent": "subject=an image made by a test,basis=synthetic"}
 """The same as a form field."""
+
+
+def pytest_collection(session):
+    # Test modules and what they import are millions of objects that stay. With them, a full collection takes seconds.
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
