@@ -54,7 +54,7 @@ CASES = [
     ("flux", {}),
     ("lora", {"lora": LORA}),
     ("hunyuan", {"use_hunyuan_style": True}),
-    ("svd", {}),
+    ("svd", {"num_frames": 4}),
     ("instantid_sdxl", {"identity": "instantid-sdxl"}),
     ("realesrgan", {}),
 ]
