@@ -14,26 +14,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from vidgen_ray.nets.fp8 import store_in_fp8
+from benchmarks.meta_networks import HALF, RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
+from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
 from vidgen_ray.stages.memory import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
 from vidgen_ray.stages.speed import fuse_attention_projections
 from vidgen_ray.stages.step_cache import AttentionBroadcast
-from vidgen_ray.weights.published_models import NETWORKS, build_network, realesrgan_network
+from vidgen_ray.weights.published_models import NETWORKS, build_network
 
-HALF = torch.bfloat16
-"""Precision of the table. float16 takes as much, float32 twice as much."""
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8
 UPSCALERS = ("animevideov3", "x4plus-anime", "x4plus")
@@ -50,87 +45,6 @@ CHUNKS = ((512, 512, 1), (1024, 576, 1), (1024, 576, 2), (1024, 576, 5), (1024, 
 OTHER_CHUNKS = ((1024, 1024, 1), (576, 1024, 4), (2048, 2048, 2))
 UPSCALED = ((128, 128, 1), (512, 512, 1), (1024, 576, 1), (1024, 576, 4), (2048, 2048, 4))
 OTHER_UPSCALED = ((576, 1024, 2), (2048, 512, 1), (1024, 1024, 3))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live meta tensors inside the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: dict[int, int] = {}
-        self.now = 0
-        self.peak = 0
-
-    def track(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
-                self.track(leaf)
-        return output
-
-
-def peak_bytes(call: Callable[[], Any], *models: torch.nn.Module) -> int:
-    """Return the most bytes that the call holds at once beside the weights of the models."""
-    live = LiveBytes()
-    for model in models:
-        for tensor in (*model.parameters(), *model.buffers()):
-            live.track(tensor)
-    weights = live.now
-    with torch.no_grad(), _fused_attention(), live:
-        # The result counts until the block ends.
-        result = call()
-    del result
-    return live.peak - weights
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Replace scaled dot product attention by its output. On the meta device it would build the attention matrix."""
-
-    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
-
-    functional: Any = torch.nn.functional
-    original = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = original
-
-
-def tensor_bytes(model: torch.nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-
-
-def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-@cache
-def network(name: str, variant: str = "") -> Any:
-    """Return a network on the meta device: as published, in `fp8` storage, or `chunked`."""
-    if name.startswith("realesrgan/"):
-        with torch.device("meta"):
-            return realesrgan_network(name.partition("/")[2]).eval().requires_grad_(False).to(torch.float16)
-    model = build_network(name, torch.float32 if variant == "float32" else HALF)
-    if variant == FP8:
-        store_in_fp8(model, HALF)
-    if variant == "chunked":
-        model.enable_forward_chunking()
-    return model
 
 
 # FLUX
@@ -325,19 +239,15 @@ def upscale(width: int, height: int, frames: int, *, upscaler: str, whole: bool 
     return peak_bytes(call, model)
 
 
-Trace = Callable[[int, int, int], int]
-Size = tuple[int, int, int]
-
-
 def traces() -> dict[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
     """Return curve -> function of width, height and frames; sizes of the table; other sizes to check it with."""
-    images, others = _one_frame(IMAGES), _one_frame(OTHER_IMAGES)
+    images, others = one_frame(IMAGES), one_frame(OTHER_IMAGES)
     curves: dict[str, tuple[Any, tuple[Size, ...], tuple[Size, ...]]] = {
         "flux/step": (flux_step, images, others),
         "flux/step+infusenet": (partial(flux_step, infusenet=True), images, others),
         f"flux/step:{FP8}": (partial(flux_step, variant=FP8), images, others),
         f"flux/step+infusenet:{FP8}": (partial(flux_step, variant=FP8, infusenet=True), images, others),
-        "hunyuan/step": (hunyuan_step, images[2:5], _one_frame(((1280, 768), (864, 1152), (1280, 1280)))),
+        "hunyuan/step": (hunyuan_step, images[2:5], one_frame(((1280, 768), (864, 1152), (1280, 1280)))),
         "svd/step": (svd_step, CLIPS, OTHER_CLIPS),
         "svd/step:chunked": (partial(svd_step, variant="chunked"), CLIPS, OTHER_CLIPS),
         "svd/decode": (svd_decode, CHUNKS, OTHER_CHUNKS),
@@ -356,11 +266,7 @@ def traces() -> dict[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
         curves[f"realesrgan/{upscaler}"] = partial(upscale, upscaler=upscaler), UPSCALED, OTHER_UPSCALED
         tile = partial(upscale, upscaler=upscaler, whole=False)
         curves[f"realesrgan/{upscaler}:network"] = tile, UPSCALED[:2], OTHER_UPSCALED
-    return curves
-
-
-def _one_frame(images: Iterable[tuple[int, int]]) -> tuple[Size, ...]:
-    return tuple((width, height, 1) for width, height in images)
+    return {**curves, **open_model_traces()}
 
 
 def weights() -> dict[str, int]:
@@ -368,14 +274,20 @@ def weights() -> dict[str, int]:
     sizes = {name: tensor_bytes(network(name)) for name in NETWORKS if name != "flux-schnell/transformer"}
     sizes |= {f"realesrgan/{upscaler}": tensor_bytes(network(f"realesrgan/{upscaler}")) for upscaler in UPSCALERS}
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
-    linear = [m for m in network("flux/transformer").modules() if isinstance(m, torch.nn.Linear)]
-    sizes["flux/lora"] = 2 * LORA_RANK * sum(m.in_features + m.out_features for m in linear)
+    sizes |= {name: tensor_bytes(network(name)) for name in RIFE_NETWORKS}
+    sizes |= {f"{model}/lora": lora_bytes(f"{model}/transformer") for model in ("flux", "klein", "wan", "wan-ti2v", "ltx")}
     sizes["svd/fused_projections"] = fused_projection_bytes("svd/unet")
     sizes["hunyuan/fused_projections"] = fused_projection_bytes("hunyuan/transformer")
     # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/face_resampler.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
     sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
     return sizes
+
+
+def lora_bytes(name: str) -> int:
+    """Return the bytes of a LoRA of rank `LORA_RANK` on all linear layers of a network."""
+    linear = [m for m in network(name).modules() if isinstance(m, torch.nn.Linear)]
+    return 2 * LORA_RANK * sum(m.in_features + m.out_features for m in linear)
 
 
 def fused_projection_bytes(name: str) -> int:
@@ -427,6 +339,7 @@ def make_table() -> MemoryTable:
     curves: dict[str, list[tuple[int, int]]] = {
         "flux/text": [(0, flux_text())],
         "hunyuan/text": [(0, hunyuan_text())],
+        **{name: [(0, size)] for name, size in constants().items()},
         "svd/pyramid_attention": [(0, 0), (1024 * 576 * 25, attention_output_bytes(1024, 576, 25))],
     }
     for name, (trace, sizes, _) in traces().items():

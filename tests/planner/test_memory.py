@@ -1,5 +1,6 @@
 """Memory plan: the table against other traced sizes, settings that follow from the size of a shot, and what is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.demand import MAX_SIZES
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor, Process
-from vidgen_ray.planner.memory import actor_memory, fitting_params, too_large
+from vidgen_ray.planner.memory import SizeCheck, actor_memory, fitting_params, too_large
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory import MemoryTable, load_table
@@ -58,6 +59,14 @@ def test_wrong_table_does_not_agree():
         ("svd/unet", 1_524.6e6),
         ("sdxl/unet", 2_567.5e6),
         ("realesrgan/x4plus", 16.7e6),
+        ("klein/transformer", 3_876e6),
+        ("klein/text_encoder", 4_022e6),
+        ("qwen_edit/transformer", 20_430e6),
+        ("qwen_edit/text_encoder", 8_292e6),
+        ("wan/transformer", 14_289e6),
+        ("wan/text_encoder", 5_681e6),
+        ("wan-ti2v/transformer", 5_000e6),
+        ("ltx/transformer", 1_923e6),
     ],
 )
 def test_weights_of_the_table_have_the_published_sizes(network, parameters):
@@ -132,6 +141,29 @@ def test_clip_of_256_large_frames_is_refused_with_a_size_that_fits(gpus):
     width, height = map(int, size.rpartition(" ")[2].split("x"))
     smaller = LARGEST.model_copy(update={"width": width, "height": height, "num_frames": int(frames.split()[0])})
     plan(profile, demand_of([smaller]), cluster)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stage", "fits"),
+    [
+        ({"num_frames": 256}, "svd", r"2048x2048 with \d+ frames or \d+x\d+ with 256 frames"),
+        ({"video_model": "wan", "num_frames": 253}, "wan", r"2048x2048 with \d+ frames or \d+x\d+ with 253 frames"),
+        ({"video_model": "ltx", "num_frames": 249}, "ltx", r"2048x2048 with \d+ frames or \d+x\d+ with 249 frames"),
+    ],
+)
+def test_size_check_names_the_stage_and_a_size_that_fits(fields, stage, fits):
+    profile = load_profile("gpu-48gb")
+    check = SizeCheck(profile, 48)
+    shot = Shot(prompt="a", width=2048, height=2048, **fields)
+    refused_by, message = check.refused_by(shot)
+    assert refused_by == stage
+    assert re.search(f"the largest GPU has 48; at most ({fits}) fits", message), message
+    size, _, frames = message.rpartition(" or ")[2].removeprefix("at most ").removesuffix(" fits").partition(" with ")
+    width, height = map(int, size.rpartition(" ")[2].split("x"))
+    smaller = shot.model_copy(update={"width": width, "height": height, "num_frames": int(frames.split()[0])})
+    assert check.refused_by(smaller) is None
+    stated = {**profile.actors, stage: profile.actors[stage].model_copy(update={"memory_gb": 40})}
+    assert SizeCheck(profile.model_copy(update={"actors": stated}), 48).refused_by(shot) is None, "the profile knows better"
 
 
 def test_host_memory_of_a_clip_is_planned():
@@ -234,6 +266,56 @@ def test_demand_with_many_sizes_keeps_the_largest():
     demand = demand_of(Shot(prompt="a", width=64 * n, height=576, num_frames=f) for n in range(1, 17) for f in range(2, 26))
     assert len(demand.sizes) <= MAX_SIZES
     assert (1024, 25) in [(shot.width, shot.num_frames) for shot in demand.sizes]
+
+
+# Models whose parts can take turns
+
+
+WAN_SHOT = {"prompt": "a", "video_model": "wan", "width": 1280, "height": 704, "num_frames": 81}
+
+
+def test_cpu_offload_needs_the_largest_part_and_host_memory_for_all():
+    profile = load_profile("gpu-48gb")
+    stage, shot = STAGE_BY_NAME["wan"], Shot(**WAN_SHOT)
+    params = profile.options_of(stage)
+    offloaded, resident = (stage.memory(params.model_copy(update={"cpu_offload": offload}), shot) for offload in (True, False))
+    weights = load_table().weights
+    assert offloaded.weights == {}
+    assert weights["wan/transformer"] < offloaded.peak < 1.4 * weights["wan/transformer"]
+    assert offloaded.host - resident.host == sum(resident.weights.values()) > 2 * weights["wan/transformer"]
+    # It is an actor on the GPU all the same.
+    planned = plan(profile, demand_of([shot.model_copy(update={"image": "start.png"})]), parse_gpus("1x48GB"))
+    assert planned.layout.slots[0].has_gpu
+    assert planned.layout.slots[0].memory_gb == pytest.approx(CONTEXT_GB + offloaded.peak / GB, rel=0.2)
+    with pytest.raises(SetupError, match="the largest GPU has 24"):
+        plan(profile, demand_of([shot]), parse_gpus("1x24GB"))
+
+
+def test_wan_weights_decide_about_the_model(tmp_path):
+    stage, shot = STAGE_BY_NAME["wan"], Shot(**WAN_SHOT)
+    params = load_profile("gpu-24gb").options_of(stage)
+    small = stage.memory(params, shot)
+    (tmp_path / "model_index.json").write_text("{}")
+    assert stage.memory(params.model_copy(update={"weights": tmp_path}), shot) == small
+    (tmp_path / "transformer_2").mkdir()
+    assert stage.memory(params.model_copy(update={"weights": tmp_path}), shot).host > 1.5 * small.host
+
+
+@pytest.mark.parametrize("tiles", ["wan", "ltx"])
+def test_tiles_need_less_memory(tiles):
+    stage = STAGE_BY_NAME[tiles]
+    params = load_profile("gpu-80gb").options_of(stage)
+    shot = Shot(**{**WAN_SHOT, "video_model": tiles, "width": 1920, "height": 1088})
+    assert stage.memory(stage.lower_memory(params), shot).peak < stage.memory(params, shot).peak
+
+
+def test_photos_count_as_tokens():
+    stage, params = STAGE_BY_NAME["klein"], load_profile("open").options_of(STAGE_BY_NAME["klein"])
+    one, three = (
+        stage.memory(params, Shot(prompt="a", identity="reference", face_image=("face.png",) * n, width=1536, height=1536))
+        for n in (1, 30)
+    )
+    assert three.peak > one.peak
 
 
 # Processes

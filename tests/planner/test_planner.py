@@ -109,7 +109,7 @@ def test_one_cluster_runs_three_video_models(profile, gpus):
     held = {stage for worker in planned.layout.workers for stage in worker.stages}
     assert held == {"svd", "wan", "ltx", "realesrgan"}
     # 81 frames with 40 steps of a model of 14 billion parameters take most of the time.
-    assert planned.bottleneck == "wan"
+    assert max(planned.stage_seconds, key=lambda stage: planned.stage_seconds[stage]) == "wan"
 
 
 def test_unused_stages_have_no_worker(make_shot):

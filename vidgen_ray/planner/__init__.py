@@ -6,6 +6,7 @@ from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
 from vidgen_ray.planner.demand import Demand, ShotSizes, demand_of
 from vidgen_ray.planner.estimate import ConsideredLayout, Plan, cpus_needed
 from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
+from vidgen_ray.planner.memory import SizeCheck
 from vidgen_ray.planner.one_process import swap_groups
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Node",
     "Plan",
     "ShotSizes",
+    "SizeCheck",
     "cpus_needed",
     "demand_of",
     "load_calibration",

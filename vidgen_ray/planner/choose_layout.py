@@ -56,7 +56,7 @@ def plan(
         # No stage to run: every shot has a start image and no clip, so that only files are written.
         rate = ENCODER_BUSY / max(encode_seconds, 1.0)
         return estimate("fused", Packing(rate, (), 1), demand, cluster, timing, (), price)
-    on_gpu = any(actor.gpu_gb for actor in actors)
+    on_gpu = any(actor.on_gpu for actor in actors)
     slots_of = _gpu_slots if on_gpu else _cpu_slots(actors)
     problem = PackingProblem(actors, encode_seconds, demand.shots, slots_of, profile.swap_gb_per_s)
     if on_gpu:
@@ -113,7 +113,7 @@ def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
     packings: dict[str, Packing] = {}
     considered = []
     # Layouts that distribute the stages may need more slots than shots: a single shot moves from GPU to GPU.
-    distributed = replace(problem, max_slots=max(problem.max_slots, sum(1 for actor in problem.actors if actor.gpu_gb)))
+    distributed = replace(problem, max_slots=max(problem.max_slots, sum(1 for actor in problem.actors if actor.on_gpu)))
     max_rate = min(len(cluster.gpus), problem.max_slots) / problem.seconds
     for name, _, candidates_of in layouts:
         if packings and max(packing.rate for packing in packings.values()) >= max_rate * (1 - TIE):

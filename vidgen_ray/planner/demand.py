@@ -137,7 +137,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
 
 
 class ShotSizes:
-    """Keeps one shot of each kind and size: stages and networks, pixels, frames and scale.
+    """Keeps one shot of each kind and size: stages and networks, pixels, frames, scale and reference photos.
 
     Of a kind with more than `MAX_SIZES`, only shots that no other one exceeds in every respect.
     """
@@ -147,7 +147,8 @@ class ShotSizes:
 
     def add(self, shot: Shot) -> None:
         kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
-        size = (shot.width * shot.height, shot.num_frames, shot.scale)
+        photos = len(shot.face_image) if shot.uses_reference_photos else 0
+        size = (shot.width * shot.height, shot.num_frames, shot.scale, photos)
         kept = self._kinds.setdefault(kind, {})
         if size in kept:
             return

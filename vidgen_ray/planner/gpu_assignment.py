@@ -38,13 +38,17 @@ class Actor:
     seconds: float
     """Mean seconds per shot, over all shots of the script."""
     gpu_gb: float
-    """GPU memory of its weights. 0 for an actor on the CPU."""
+    """GPU memory of its weights between calls. 0 for an actor on the CPU, or whose weights wait in host memory."""
     host_gb: float
     cpus: float
     swappable: bool
     """Its weights can be moved to host memory while other actors use the GPU."""
     peak_gb: float = 0.0
     """Further GPU memory during its largest call."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu_gb + self.peak_gb > 0
 
 
 def needed_gb(actors: Sequence[Actor]) -> float:
@@ -68,8 +72,7 @@ class Process:
     @cached_property
     def gpu_gb(self) -> float:
         """GPU memory needed in GB: weights of the permanent actors and of a group, and the activations of one call of these."""
-        weights = sum(actor.gpu_gb for actor in self.actors)
-        if not weights:
+        if not any(actor.on_gpu for actor in self.actors):
             return 0.0
         swapped = {actor for group in self.swap_groups for actor in group}
         permanent = [actor for actor in self.actors if actor not in swapped]
@@ -229,7 +232,7 @@ def _subsets(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
 
 def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
     """Return one process per GPU actor. A CPU actor joins the next GPU actor in the chain, or the last one."""
-    on_gpu = [actor for actor in actors if actor.gpu_gb]
+    on_gpu = [actor for actor in actors if actor.on_gpu]
     if not on_gpu:
         return tuple(Process((actor,)) for actor in actors)
     members: dict[str, list[Actor]] = {actor.name: [] for actor in on_gpu}
@@ -245,7 +248,7 @@ def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
     As few GB of weights as possible take turns: none if all actors fit together.
     """
     free = memory_gb - CONTEXT_GB + EPSILON
-    on_gpu = [actor for actor in actors if actor.gpu_gb]
+    on_gpu = [actor for actor in actors if actor.on_gpu]
     if needed_gb(on_gpu) <= free or not on_gpu:
         return Process(tuple(actors))
     swappable_actors = [actor for actor in on_gpu if actor.swappable]

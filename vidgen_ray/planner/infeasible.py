@@ -13,7 +13,7 @@ UNLIMITED_CPUS = 1e6
 
 def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> str:
     """Return why `pack` found no packing for the same arguments."""
-    on_gpu = [actor for actor in problem.actors if actor.gpu_gb]
+    on_gpu = [actor for actor in problem.actors if actor.on_gpu]
     largest = max(cluster.gpus, default=0.0)
     for actor in on_gpu:
         if needed_gb([actor]) + CONTEXT_GB > largest + EPSILON:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError
+from vidgen_ray.graph import stages_of
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.memory import StageMemory
+from vidgen_ray.video_models import VIDEO_MODELS
 
 STEP_PX = 64
 """Sides of clips are multiples of it."""
@@ -53,6 +55,7 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
         return ActorMemory(section.memory_gb, 0.0, 0.0)
     weights: dict[str, int] = {}
     peak = host = 0
+    fits = False
     lowered: dict[str, None] = {}
     refused: dict[str, None] = {}
     for stage, params, shot in _calls(profile, stages, shots):
@@ -60,13 +63,14 @@ def actor_memory(profile: Profile, stages: Sequence[type[Stage[Any]]], shots: It
         if fitting is None:
             refused[too_large(stage, params, shot, gpu_gb)] = None
             continue
+        fits = True
         memory = stage_memory(profile, stage, fitting, shot)
         for part, size in memory.weights.items():
             weights[part] = max(size, weights.get(part, 0))
         peak, host = max(peak, memory.peak), max(host, memory.host)
         if fitting != params:
             lowered[f"{stage.name}: {changed_options(params, fitting)}"] = None
-    if refused and not weights:
+    if refused and not fits:
         raise SetupError(next(iter(refused)))
     return ActorMemory(sum(weights.values()) / GB, peak / GB, host / GB, tuple(lowered), tuple(refused))
 
@@ -145,6 +149,31 @@ def fitting_params(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu
     return None
 
 
+class SizeCheck:
+    """Finds shots that fit on no GPU of a cluster in any way. `gpu_gb`: memory of the largest GPU."""
+
+    def __init__(self, profile: Profile, gpu_gb: float) -> None:
+        self._profile = profile
+        self._gpu_gb = gpu_gb
+        self._params: dict[type[Stage[Any]], StageParams | None] = {}
+
+    def refused_by(self, shot: Shot) -> tuple[str, str] | None:
+        """Return the first stage that the shot does not fit into, and the message with a size that would. `None` if it fits."""
+        for stage in stages_of(shot):
+            params = self._params_of(stage)
+            if params is not None and fitting_params(stage, params, shot, self._gpu_gb) is None:
+                return stage.name, too_large(stage, params, shot, self._gpu_gb)
+        return None
+
+    def _params_of(self, stage: type[Stage[Any]]) -> StageParams | None:
+        """Return the parameters of a stage. `None` if it runs on the CPU, or if the profile states its memory for all sizes."""
+        if stage not in self._params:
+            section = self._profile.actor_of(stage)
+            is_computed = section.device == "cuda" and not section.memory_gb
+            self._params[stage] = self._profile.options_of(stage) if is_computed else None
+        return self._params[stage]
+
+
 def lowest_params(stage: type[Stage[Any]], params: StageParams) -> StageParams:
     """Return the last of the stage's lower-memory settings."""
     while (lower := stage.lower_memory(params)) is not None:
@@ -163,9 +192,17 @@ def too_large(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: 
     needed = f"stage {stage.name}: {what} needs {needed_gb:.3g} GB of GPU memory, the largest GPU has {gpu_gb:.4g}"
     sizes = list(dict.fromkeys(fitting_sizes(stage, lowest, shot, gpu_gb)))
     if not sizes:
-        weights_gb = sum(memory.weights.values()) / GB
+        # Weights that wait in host memory are part of the peak.
+        weights_gb = (sum(memory.weights.values()) or memory_of_smallest(stage, lowest, shot)) / GB
         return f"{needed}; its weights alone need {weights_gb:.3g} GB, see docs/profiles.md for options that need less"
     return f"{needed}; at most {' or '.join(sizes)} fits"
+
+
+def memory_of_smallest(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> int:
+    """Return the bytes of GPU memory of a stage for the smallest shot of this kind."""
+    smallest = shot.model_copy(update={"width": STEP_PX, "height": STEP_PX, "num_frames": 1})
+    memory = stage.memory(params, smallest)
+    return 0 if memory is None else memory.total
 
 
 def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> Iterator[str]:
@@ -177,7 +214,8 @@ def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_
 
     is_clip = "num_frames" in stage.reads
     if is_clip:
-        frames = next((n for n in range(shot.num_frames, MIN_FRAMES - 1, -1) if fits(num_frames=n)), None)
+        allowed = (n for n in range(shot.num_frames, MIN_FRAMES - 1, -1) if VIDEO_MODELS[shot.video_model].allows(n))
+        frames = next((n for n in allowed if fits(num_frames=n)), None)
         if frames is not None:
             yield f"{shot.width}x{shot.height} with {frames} frames"
     for width in range(shot.width // STEP_PX * STEP_PX, 0, -STEP_PX):

@@ -29,7 +29,7 @@ def swap_groups(
         raise SetupError(refused[0])
     process = with_swapping(actors, gpu_gb)
     if process is None:
-        needed = needed_gb([actor for actor in actors if actor.gpu_gb]) + CONTEXT_GB
+        needed = needed_gb([actor for actor in actors if actor.on_gpu]) + CONTEXT_GB
         raise SetupError(f"profile {profile.name}: the stages need {needed:.4g} GB of GPU memory, the GPU has {gpu_gb:.4g}")
     if machine.memory_gb is not None and process.host_gb > machine.memory_gb:
         raise SetupError(

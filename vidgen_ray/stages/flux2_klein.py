@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -22,6 +23,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -30,6 +32,9 @@ DISTILLED_STEPS, BASE_STEPS = 4, 50
 DEFAULT_GUIDANCE = 4.0
 PHOTO_PIXELS = 1024 * 1024
 """Pixels to which the pipeline scales larger photos down."""
+TEXT_ENCODER, TRANSFORMER, VAE = "klein/text_encoder", "klein/transformer", "klein/vae"
+OTHER_SIZE = re.compile(r"klein(-base)?-9b", re.IGNORECASE)
+"""Weights of another size than those of the memory table."""
 
 
 class Flux2KleinParams(OffloadParams):
@@ -104,6 +109,24 @@ class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
         photos = len(shot.face_image) * PHOTO_PIXELS if shot.uses_reference_photos else 0
         pixels = shot.width * shot.height + photos
         return pixels / REFERENCE_PIXELS * (shot.steps.klein or DISTILLED_STEPS) / DISTILLED_STEPS
+
+    @classmethod
+    def memory(cls, params: Flux2KleinParams, shot: Shot) -> StageMemory | None:
+        if OTHER_SIZE.search(str(params.weights)):
+            return None
+        dtype, pixels = params.dtype, shot.width * shot.height
+        photos = len(shot.face_image) if shot.uses_reference_photos else 0
+        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        if shot.klein_lora:
+            weights[TRANSFORMER] += params.adapters_kept * weight_bytes("klein/lora", dtype)
+        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
+        phases = (
+            Phase((TEXT_ENCODER,), activation_bytes("klein/text", 0, dtype)),
+            Phase((TEXT_ENCODER, VAE), activation_bytes("klein/encode", PHOTO_PIXELS, dtype) if photos else 0),
+            Phase((TRANSFORMER, VAE), activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
+            Phase((VAE,), activation_bytes("klein/decode", pixels, dtype)),
+        )
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
 
     def load(self) -> None:
         from diffusers import Flux2KleinPipeline

@@ -12,12 +12,16 @@ from pydantic import Field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_GUIDANCE = 3.0
+TEXT_ENCODER, TRANSFORMER, VAE = "ltx/text_encoder", "ltx/transformer", "ltx/vae"
+TILE_PX = 512
+"""Side of diffusers' tiles of the autoencoder."""
 
 
 class LTXParams(PromptedVideoParams):
@@ -57,6 +61,29 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     @property
     def size_multiple_px(self) -> int:
         return 32
+
+    @classmethod
+    def memory(cls, params: LTXParams, shot: Shot) -> StageMemory | None:
+        """Memory of the 2B model of version 0.9.0."""
+        if "13b" in params.weights.name.lower():
+            return None
+        dtype, pixels = params.dtype, shot.width * shot.height
+        latent_frames = (shot.num_frames - 1) // 8 + 1
+        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        if shot.video_lora:
+            weights[TRANSFORMER] += params.adapters_kept * weight_bytes("ltx/lora", dtype)
+        worked_on = min(pixels, TILE_PX**2) if params.vae_tiling else pixels
+        # The curve of decoding includes the clip of the pixels that it works on, in float32. The other tiles come on top.
+        tiles = 3 * shot.num_frames * pixels * 3 * 4 if params.vae_tiling else 0
+        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
+        phases = (
+            Phase((TEXT_ENCODER,), activation_bytes("ltx/text", 0, dtype)),
+            Phase((TEXT_ENCODER, VAE), activation_bytes("ltx/encode", worked_on, dtype)),
+            Phase((TRANSFORMER, VAE), activation_bytes("ltx/step", pixels * latent_frames, dtype)),
+            Phase((VAE,), activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
+        )
+        host = pixels * shot.num_frames * 3 * CLIP_HOST_BYTES
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=host)
 
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline

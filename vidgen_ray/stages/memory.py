@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,8 @@ LORA_RANK = 32
 """Rank of the LoRA in the table."""
 TILES_PX = (512, 256)
 """Sides of the tiles of an autoencoder that are in the table, and that stages fall back to."""
+CLIP_HOST_BYTES = 13
+"""Bytes of host memory per number of a clip: an upper bound, with room for the clip in float32 and two copies."""
 MARGIN = 1.15
 """Factor on traced activations for workspaces of kernels and fragmentation. An assumption, not measured."""
 
@@ -38,6 +40,24 @@ class StageMemory:
     def total(self) -> int:
         """GPU memory during a call, without the CUDA context."""
         return sum(self.weights.values()) + self.peak
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a call."""
+
+    networks: tuple[str, ...]
+    """Networks that are on the GPU meanwhile if the weights of all others wait in host memory."""
+    peak: int
+    """Bytes of activations."""
+
+
+def memory_of_phases(weights: Mapping[str, int], phases: Iterable[Phase], *, cpu_offload: bool, host: int) -> StageMemory:
+    """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them."""
+    if not cpu_offload:
+        return StageMemory(weights, max(phase.peak for phase in phases), host)
+    peak = max(sum(weights.get(network, 0) for network in phase.networks) + phase.peak for phase in phases)
+    return StageMemory({}, peak, sum(weights.values()) + host)
 
 
 @dataclass(frozen=True, slots=True)

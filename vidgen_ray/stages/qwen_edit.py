@@ -18,6 +18,7 @@ from vidgen_ray.stages.base import (
     to_uint8,
 )
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -27,6 +28,7 @@ SEEN_PIXELS = 1024 * 1024
 """Pixels that the pipeline scales each image to."""
 MAX_PHOTOS = 2
 """Photos that the model reads beside the image: it was trained with one to three images."""
+TEXT_ENCODER, TRANSFORMER, VAE = "qwen_edit/text_encoder", "qwen_edit/transformer", "qwen_edit/vae"
 RESTYLE = "Redraw the image in this style: {style}. Keep the composition, the people and their faces."
 DESCRIBE = "Redraw the image so that it matches this description: {prompt}. Keep the composition, the people and their faces."
 NO_NEGATIVE = " "
@@ -90,6 +92,20 @@ class QwenEditStage(OffloadedStage[OffloadParams]):
         photos = min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0
         pixels = (shot.width * shot.height + (1 + photos) * SEEN_PIXELS) / (REFERENCE_PIXELS + SEEN_PIXELS)
         return pixels * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
+
+    @classmethod
+    def memory(cls, params: OffloadParams, shot: Shot) -> StageMemory | None:
+        dtype, pixels = params.dtype, shot.width * shot.height
+        seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
+        weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
+        phases = (
+            Phase((TEXT_ENCODER,), activation_bytes("qwen_edit/text", 0, dtype)),
+            Phase((TEXT_ENCODER, VAE), activation_bytes("qwen_edit/encode", SEEN_PIXELS, dtype)),
+            Phase((TRANSFORMER, VAE), activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
+            Phase((VAE,), activation_bytes("qwen_edit/decode", pixels, dtype)),
+        )
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
 
     def load(self) -> None:
         from diffusers import QwenImageEditPlusPipeline

@@ -24,6 +24,7 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
+from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
 
 if TYPE_CHECKING:
     from vidgen_ray.nets.rife import Rife
@@ -32,6 +33,9 @@ CUT_PX, CUT_WINDOW_PX = 64, 11
 """Side to which frames are reduced before they are compared, and that of the window of the comparison."""
 
 FLOW_SCALES = (1.0, 0.5, 0.25)
+LAYOUTS = ("rife/hdv3", "rife/4.25")
+KEPT_FRAMES = 17
+"""Most frames that are kept between two frames, these included: a network that only draws the middle draws sixteenths."""
 
 
 class RifeParams(StageParams):
@@ -108,6 +112,15 @@ class RifeStage(ChunkedStage[RifeParams]):
     def lower_memory(cls, params: RifeParams) -> RifeParams | None:
         """Return half the resolution of motion, down to a quarter."""
         return params.model_copy(update={"flow_scale": params.flow_scale / 2}) if params.flow_scale > 0.25 else None
+
+    @classmethod
+    def memory(cls, params: RifeParams, shot: Shot) -> StageMemory | None:
+        """Memory of the layout that needs more: the file decides which one it is."""
+        pixels, dtype = shot.width * shot.height, params.dtype
+        largest = max(LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
+        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", pixels, dtype) for layout in LAYOUTS)
+        kept = KEPT_FRAMES * pixels * 3 * 4
+        return StageMemory({"rife": weight_bytes(largest, dtype)}, draw + kept, 4 * pixels * 3 * 4)
 
     @classmethod
     def chunk_frames(cls, params: RifeParams) -> int:

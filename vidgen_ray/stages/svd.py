@@ -24,7 +24,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory import CLIP_HOST_BYTES, StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
@@ -147,8 +147,8 @@ class SVDStage(Stage[SVDParams]):
             weights["svd/fused_projections"] = weight_bytes("svd/fused_projections", dtype)
         # The attention outputs of a step.
         kept = 0 if params.step_cache == "none" else activation_bytes("svd/pyramid_attention", clip, dtype)
-        # On the host: an upper bound, with room for the clip in float32 and two copies. The stage itself copies uint8.
-        return StageMemory(weights, max(phases) + kept, clip * 3 * 13)
+        # The stage itself copies uint8 to the host.
+        return StageMemory(weights, max(phases) + kept, clip * 3 * CLIP_HOST_BYTES)
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:

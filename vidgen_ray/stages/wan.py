@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
+from vidgen_ray.model_files import PIPELINE_INDEX
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
+TEXT_ENCODER = "wan/text_encoder"
+TILE_PX, TILE_STEP_PX = 256, 192
+"""Side of diffusers' tiles of the autoencoder, and the distance between them."""
 
 
 class WanParams(PromptedVideoParams):
@@ -58,6 +64,36 @@ class WanStage(PromptedVideoStage[WanParams]):
         patch = self.pipe.transformer.config.patch_size[1]
         return int(self.pipe.vae_scale_factor_spatial * patch)
 
+    @classmethod
+    def memory(cls, params: WanParams, shot: Shot) -> StageMemory | None:
+        """Memory of I2V-A14B, or of TI2V-5B if the weights are called so or have one transformer."""
+        one_transformer = _has_one_transformer(params.weights)
+        model = "wan-ti2v" if one_transformer else "wan"
+        transformer, second, vae = f"{model}/transformer", f"{model}/transformer_2", f"{model}/vae"
+        dtype, pixels = params.dtype, shot.width * shot.height
+        transformer_bytes = weight_bytes(transformer, dtype)
+        if shot.video_lora:
+            transformer_bytes += params.adapters_kept * weight_bytes(f"{model}/lora", dtype)
+        weights = {TEXT_ENCODER: weight_bytes(TEXT_ENCODER, dtype), vae: weight_bytes(vae, "float32")}
+        weights |= dict.fromkeys((transformer,) if one_transformer else (transformer, second), transformer_bytes)
+        clip = pixels * shot.num_frames * 3 * 4
+        # I2V-A14B encodes a clip that begins with the image, TI2V-5B the image alone.
+        encoded = pixels * 3 * 4 if one_transformer else clip
+        worked_on = min(pixels, TILE_PX**2) if params.vae_tiling else pixels
+        # The curves of the autoencoder are those of float32, which it keeps with any dtype.
+        encode, decode = (activation_bytes(f"{model}/{work}", worked_on, "float16") for work in ("encode", "decode"))
+        # Overlapping tiles, rows of blended tiles and the clip; without tiles the clip and two copies.
+        tiles = clip * TILE_PX**2 // TILE_STEP_PX**2 if params.vae_tiling else 0
+        # With `cpu_offload`, the text encoder leaves the GPU when a transformer runs, and the autoencoder at the end.
+        phases = (
+            Phase((TEXT_ENCODER,), activation_bytes("wan/text", 0, dtype)),
+            Phase((TEXT_ENCODER, vae), max(2 * encoded, encoded + encode)),
+            Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * latent_frames(shot), dtype)),
+            Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
+        )
+        host = pixels * shot.num_frames * 3 * CLIP_HOST_BYTES
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=host)
+
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
 
@@ -86,3 +122,15 @@ class WanStage(PromptedVideoStage[WanParams]):
                 raise StageError("last_image: these weights take none; use Wan 2.2 I2V-A14B")
             arguments["last_image"] = PILImage.fromarray(item.artefacts["last_image"])
         return arguments
+
+
+def latent_frames(shot: Shot) -> int:
+    """Return the number of frames that the transformer works on: the autoencoder makes four frames one."""
+    return (shot.num_frames - 1) // 4 + 1
+
+
+def _has_one_transformer(weights: Path) -> bool:
+    """Return whether the weights are those of TI2V-5B. By their name, if they are not on this machine."""
+    if (weights / PIPELINE_INDEX).is_file():
+        return not (weights / "transformer_2").is_dir()
+    return "ti2v" in str(weights).lower()

@@ -5,6 +5,12 @@ FLUX.1, HunyuanDiT and SDXL: `config.json` of the published repositories, as cop
 SVD-XT: the defaults of diffusers' classes, which were written for it. InfuseNet: FLUX.1-dev's config with 4 double and 10
 single blocks, as in modelscope/DiffSynth-Studio `diffsynth/configs/model_configs.py`; its size agrees with the published file
 (11.8 GB in float32). IdentityNet: SDXL's UNet without its up blocks, as `ControlNetModel.from_unet` builds it.
+
+FLUX.2 klein 4B: `scripts/convert_flux2_to_diffusers.py` of diffusers (commit 207bae7a); its text encoder is Qwen3-4B, with the
+values of its `config.json`. Wan 2.2: `scripts/convert_wan_to_diffusers.py` of diffusers; UMT5-XXL as in `wan/modules/t5.py` of
+Wan-Video/Wan2.2. LTX-Video 0.9.0: `scripts/convert_ltx_to_diffusers.py` of diffusers (commit 0871dc6e). Qwen-Image-Edit: the
+defaults of diffusers' classes, which were written for it; its text encoder is Qwen2.5-VL-7B, with the config in
+modelscope/DiffSynth-Studio `diffsynth/models/qwen_image_text_encoder.py` (commit 288fb760).
 """
 
 from __future__ import annotations
@@ -74,6 +80,13 @@ _SDXL_UNET: Mapping[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
     "transformer_layers_per_block": [1, 2, 10],
     "use_linear_projection": True,
+}
+_WAN: Mapping[str, Any] = {
+    "cross_attn_norm": True,
+    "freq_dim": 256,
+    "patch_size": [1, 2, 2],
+    "qk_norm": "rms_norm_across_heads",
+    "text_dim": 4096,
 }
 
 
@@ -188,6 +201,124 @@ NETWORKS: Mapping[str, PublishedNetwork] = {
         "CLIPTextConfig",
     ),
     "sdxl/vae": PublishedNetwork("AutoencoderKL", {**_VAE, "force_upcast": True}),
+    "klein/transformer": PublishedNetwork(
+        "Flux2Transformer2DModel",
+        {
+            "attention_head_dim": 128,
+            "guidance_embeds": False,
+            "in_channels": 128,
+            "joint_attention_dim": 7680,
+            "mlp_ratio": 3.0,
+            "num_attention_heads": 24,
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "patch_size": 1,
+        },
+    ),
+    "klein/text_encoder": PublishedNetwork(
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+            "vocab_size": 151936,
+        },
+        "Qwen3Config",
+    ),
+    "klein/vae": PublishedNetwork("AutoencoderKLFlux2", {}),
+    "qwen_edit/transformer": PublishedNetwork("QwenImageTransformer2DModel", {}),
+    "qwen_edit/text_encoder": PublishedNetwork(
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_attention_heads": 28,
+                "num_hidden_layers": 28,
+                "num_key_value_heads": 4,
+                "rope_parameters": {"mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0, "rope_type": "default"},
+                "vocab_size": 152064,
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 3584,
+                "patch_size": 14,
+            },
+        },
+        "Qwen2_5_VLConfig",
+    ),
+    "qwen_edit/vae": PublishedNetwork("AutoencoderKLQwenImage", {}),
+    # Both transformers of I2V-A14B.
+    "wan/transformer": PublishedNetwork(
+        "WanTransformer3DModel",
+        {**_WAN, "ffn_dim": 13824, "in_channels": 36, "num_attention_heads": 40, "num_layers": 40, "out_channels": 16},
+    ),
+    "wan/text_encoder": PublishedNetwork(
+        "UMT5EncoderModel",
+        {
+            "d_ff": 10240,
+            "d_kv": 64,
+            "d_model": 4096,
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": False,
+            "num_heads": 64,
+            "num_layers": 24,
+            "vocab_size": 256384,
+        },
+        "UMT5Config",
+    ),
+    "wan/vae": PublishedNetwork("AutoencoderKLWan", {}),
+    "wan-ti2v/transformer": PublishedNetwork(
+        "WanTransformer3DModel",
+        {**_WAN, "ffn_dim": 14336, "in_channels": 48, "num_attention_heads": 24, "num_layers": 30, "out_channels": 48},
+    ),
+    "wan-ti2v/vae": PublishedNetwork(
+        "AutoencoderKLWan",
+        {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "in_channels": 12,
+            "is_residual": True,
+            # Values that do not matter for the memory.
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "scale_factor_temporal": 4,
+            "z_dim": 48,
+        },
+    ),
+    "ltx/transformer": PublishedNetwork("LTXVideoTransformer3DModel", {}),
+    "ltx/text_encoder": PublishedNetwork("T5EncoderModel", _T5, "T5Config"),
+    "ltx/vae": PublishedNetwork(
+        "AutoencoderKLLTXVideo",
+        {
+            "block_out_channels": [128, 256, 512, 512],
+            "decoder_block_out_channels": [128, 256, 512, 512],
+            "decoder_causal": False,
+            "decoder_inject_noise": [False] * 5,
+            "decoder_layers_per_block": [4, 3, 3, 3, 4],
+            "decoder_spatio_temporal_scaling": [True, True, True, False],
+            "encoder_causal": True,
+            "latent_channels": 128,
+            "layers_per_block": [4, 3, 3, 3, 4],
+            "patch_size": 4,
+            "patch_size_t": 1,
+            "spatio_temporal_scaling": [True, True, True, False],
+            "timestep_conditioning": False,
+            "upsample_factor": [1] * 4,
+            "upsample_residual": [False] * 4,
+        },
+    ),
 }
 """Model and component -> network."""
 

@@ -1,0 +1,106 @@
+"""Networks of the published models on the meta device, where tensors have no memory, and the peak memory of a call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vidgen_ray.nets.fp8 import store_in_fp8
+from vidgen_ray.nets.rife import Rife425, RifeHDv3
+from vidgen_ray.stages.memory import FP8
+from vidgen_ray.weights.published_models import build_network, realesrgan_network
+
+HALF = torch.bfloat16
+"""Precision of the table. float16 takes as much, float32 twice as much."""
+RIFE_NETWORKS = {"rife/hdv3": RifeHDv3, "rife/4.25": Rife425}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live meta tensors inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.peak = 0
+
+    def track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "meta":
+                self.track(leaf)
+        return output
+
+
+def peak_bytes(call: Callable[[], Any], *models: torch.nn.Module) -> int:
+    """Return the most bytes that the call holds at once beside the weights of the models."""
+    live = LiveBytes()
+    for model in models:
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.track(tensor)
+    weights = live.now
+    with torch.no_grad(), _fused_attention(), live:
+        # The result counts until the block ends.
+        result = call()
+    del result
+    return live.peak - weights
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Replace scaled dot product attention by its output. On the meta device it would build the attention matrix."""
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+@cache
+def network(name: str, variant: str = "") -> Any:
+    """Return a network on the meta device: as published, in `fp8` storage, or `chunked`."""
+    if name in RIFE_NETWORKS:
+        with torch.device("meta"):
+            return RIFE_NETWORKS[name]().eval().requires_grad_(False).to(torch.float16)
+    if name.startswith("realesrgan/"):
+        with torch.device("meta"):
+            return realesrgan_network(name.partition("/")[2]).eval().requires_grad_(False).to(torch.float16)
+    model = build_network(name, torch.float32 if variant == "float32" else HALF)
+    if variant == FP8:
+        store_in_fp8(model, HALF)
+    if variant == "chunked":
+        model.enable_forward_chunking()
+    return model

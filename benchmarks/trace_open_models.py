@@ -1,0 +1,245 @@
+"""Traces of FLUX.2 klein, Qwen-Image-Edit, Wan 2.2, LTX-Video and RIFE for the memory table. See `trace_memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.meta_networks import RIFE_NETWORKS, meta, network, peak_bytes
+from vidgen_ray.nets.rife import FramePair
+from vidgen_ray.stages.rife import FLOW_SCALES
+
+Trace = Callable[[int, int, int], int]
+"""Width, height and frames -> bytes."""
+Size = tuple[int, int, int]
+
+TEXT_TOKENS = 512
+LTX_TEXT_TOKENS = 128
+QWEN_TEXT_TOKENS = 1700
+"""Tokens of the longest instruction, of the template around it, and of three images with 196 tokens each."""
+DECODED_FRAMES = 9
+"""Frames of the clip from which the working memory of Wan's autoencoder is traced: it works on four frames at a time."""
+
+IMAGES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
+OTHER_IMAGES = ((640, 1024), (2048, 512), (1920, 1088))
+SEQUENCES = ((1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048))
+"""Sizes whose pixels are those of the image together with those of the images that the model sees."""
+OTHER_SEQUENCES = ((1536, 1024), (3072, 2048))
+CLIPS = ((256, 256, 2), (832, 480, 6), (1280, 704, 21), (2048, 2048, 21))
+"""Width, height and latent frames."""
+OTHER_CLIPS = ((1024, 576, 7), (704, 1280, 31), (2048, 2048, 2))
+WAN_IMAGES = ((256, 256), (512, 512), (1024, 1024))
+OTHER_WAN_IMAGES = ((1280, 704), (512, 320))
+
+
+def one_frame(images: Iterable[tuple[int, int]]) -> tuple[Size, ...]:
+    return tuple((width, height, 1) for width, height in images)
+
+
+# FLUX.2 klein and Qwen-Image-Edit. The pixels are those of all images in the sequence.
+
+
+def klein_step(width: int, height: int, frames: int = 1) -> int:
+    """One denoising step. `width` times `height`: the image and the photos."""
+    model, tokens = network("klein/transformer"), width * height // 256
+    return peak_bytes(
+        lambda: model(
+            hidden_states=meta(1, tokens, 128),
+            timestep=meta(1),
+            encoder_hidden_states=meta(1, TEXT_TOKENS, 7680),
+            txt_ids=meta(1, TEXT_TOKENS, 4),
+            img_ids=meta(1, tokens, 4),
+            guidance=None,
+            return_dict=False,
+        ),
+        model,
+    )
+
+
+def klein_text() -> int:
+    """The language model computes logits and keeps the results of all layers, as the pipeline calls it."""
+    model = network("klein/text_encoder")
+    # With a mask that is made already, the model does not look at the values of its inputs.
+    inputs = {
+        "input_ids": meta(1, TEXT_TOKENS, dtype=torch.int64),
+        "attention_mask": {"full_attention": meta(1, 1, TEXT_TOKENS, TEXT_TOKENS)},
+    }
+    return peak_bytes(lambda: model(**inputs, output_hidden_states=True, use_cache=False), model)
+
+
+def qwen_step(width: int, height: int, frames: int = 1) -> int:
+    """One denoising step. `width` times `height`: the new image and those that the model sees."""
+    model = network("qwen_edit/transformer")
+    return peak_bytes(
+        lambda: model(
+            hidden_states=meta(1, width * height // 256, 64),
+            timestep=meta(1),
+            encoder_hidden_states=meta(1, QWEN_TEXT_TOKENS, 3584),
+            img_shapes=[[(1, height // 16, width // 16)]],
+            return_dict=False,
+        ),
+        model,
+    )
+
+
+def qwen_text() -> int:
+    """The language model, with logits and the results of all layers. Its vision tower needs less and runs before it."""
+    model = network("qwen_edit/text_encoder")
+
+    def encode() -> Any:
+        output = model.model.language_model(
+            inputs_embeds=meta(1, QWEN_TEXT_TOKENS, 3584), output_hidden_states=True, use_cache=True
+        )
+        return output, model.lm_head(output.last_hidden_state)
+
+    return peak_bytes(encode, model)
+
+
+def image_decode(width: int, height: int, frames: int = 1, *, model: str) -> int:
+    vae = network(f"{model}/vae")
+    return peak_bytes(lambda: _to_pixels(vae.decode(_latents(vae, width, height), return_dict=False)[0]), vae)
+
+
+def image_encode(width: int, height: int, frames: int = 1, *, model: str) -> int:
+    vae = network(f"{model}/vae")
+    pixels = meta(1, 3, *((1,) if model == "qwen_edit" else ()), height, width)
+    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+
+
+def _latents(vae: Any, width: int, height: int) -> torch.Tensor:
+    if hasattr(vae.config, "z_dim"):
+        return meta(1, vae.config.z_dim, 1, height // 8, width // 8)
+    return meta(1, vae.config.latent_channels, height // 8, width // 8)
+
+
+def _to_pixels(decoded: torch.Tensor) -> torch.Tensor:
+    """Convert to 0..1 as diffusers' image processor does on the device."""
+    return (decoded.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+# Wan 2.2 and LTX-Video
+
+
+def wan_step(width: int, height: int, latent_frames: int, *, model: str = "wan") -> int:
+    """One pass of a denoising step: guidance takes two passes, one after the other."""
+    transformer = network(f"{model}/transformer")
+    channels, patch, per_token = (48, 32, True) if model == "wan-ti2v" else (36, 16, False)
+    latents = meta(1, channels, latent_frames, height * 2 // patch, width * 2 // patch)
+    tokens = latent_frames * (height // patch) * (width // patch)
+    return peak_bytes(
+        lambda: transformer(
+            hidden_states=latents,
+            timestep=meta(1, tokens, dtype=torch.float32) if per_token else meta(1, dtype=torch.float32),
+            encoder_hidden_states=meta(1, TEXT_TOKENS, 4096),
+            return_dict=False,
+        ),
+        transformer,
+    )
+
+
+def text_encoder(name: str, tokens: int) -> int:
+    model = network(name)
+    return peak_bytes(lambda: model(meta(1, tokens, dtype=torch.int64)), model)
+
+
+def wan_decode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> int:
+    """Working memory of decoding, in float32: that of a short clip."""
+    vae = network(f"{model}/vae", "float32")
+    side = vae.config.scale_factor_spatial
+    latents = meta(1, vae.config.z_dim, (DECODED_FRAMES - 1) // 4 + 1, height // side, width // side, dtype=torch.float32)
+    return peak_bytes(lambda: vae.decode(latents, return_dict=False)[0], vae)
+
+
+def wan_encode(width: int, height: int, frames: int = 1, *, model: str = "wan") -> int:
+    """Working memory of encoding, in float32: that of a short clip, or of the image for TI2V-5B, which encodes no more."""
+    vae = network(f"{model}/vae", "float32")
+    encoded = 1 if model == "wan-ti2v" else DECODED_FRAMES
+    pixels = meta(1, 3, encoded, height, width, dtype=torch.float32)
+    return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
+
+
+def ltx_step(width: int, height: int, latent_frames: int) -> int:
+    """One denoising step with guidance, which takes both passes at once."""
+    model = network("ltx/transformer")
+    rows, columns = height // 32, width // 32
+    tokens = latent_frames * rows * columns
+    return peak_bytes(
+        lambda: model(
+            hidden_states=meta(2, tokens, 128),
+            encoder_hidden_states=meta(2, LTX_TEXT_TOKENS, 4096),
+            timestep=meta(2, tokens, dtype=torch.float32),
+            encoder_attention_mask=meta(2, LTX_TEXT_TOKENS),
+            num_frames=latent_frames,
+            height=rows,
+            width=columns,
+            rope_interpolation_scale=(8 / 25, 32, 32),
+            return_dict=False,
+        ),
+        model,
+    )
+
+
+def ltx_decode(width: int, height: int, latent_frames: int) -> int:
+    """Decode the whole clip."""
+    vae = network("ltx/vae")
+    latents = meta(1, 128, latent_frames, height // 32, width // 32)
+    return peak_bytes(lambda: _to_pixels(vae.decode(latents, None, return_dict=False)[0]), vae)
+
+
+def ltx_encode(width: int, height: int, frames: int = 1) -> int:
+    vae = network("ltx/vae")
+    return peak_bytes(lambda: vae.encode(meta(1, 3, 1, height, width)).latent_dist.mode(), vae)
+
+
+# RIFE
+
+
+def rife_pair(width: int, height: int, frames: int = 1, *, layout: str, flow_scale: float) -> int:
+    """Draw the middle of two frames in float32, with convolutions in float16."""
+    model = network(layout)
+    first, second = (meta(1, 3, height, width, dtype=torch.float32) for _ in range(2))
+
+    def draw() -> Any:
+        pair = FramePair(model, first, second, flow_scale)
+        return pair, pair.aligned()
+
+    return peak_bytes(draw, model) + 2 * first.untyped_storage().nbytes()
+
+
+def constants() -> dict[str, int]:
+    """Return the curves that do not depend on the size of a shot."""
+    return {
+        "klein/text": klein_text(),
+        "qwen_edit/text": qwen_text(),
+        "wan/text": text_encoder("wan/text_encoder", TEXT_TOKENS),
+        "ltx/text": text_encoder("ltx/text_encoder", LTX_TEXT_TOKENS),
+    }
+
+
+def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Size, ...]]]:
+    """Return curve -> function of width, height and frames; sizes of the table; other sizes to check it with."""
+    images, others = one_frame(IMAGES), one_frame(OTHER_IMAGES)
+    sequences, other_sequences = one_frame(SEQUENCES), one_frame(OTHER_SEQUENCES)
+    wan_images, other_wan_images = one_frame(WAN_IMAGES), one_frame(OTHER_WAN_IMAGES)
+    curves: dict[str, tuple[Any, tuple[Size, ...], tuple[Size, ...]]] = {
+        "klein/step": (klein_step, sequences, other_sequences),
+        "qwen_edit/step": (qwen_step, sequences, other_sequences),
+        "ltx/step": (ltx_step, CLIPS, OTHER_CLIPS),
+        "ltx/decode": (ltx_decode, CLIPS, OTHER_CLIPS),
+        "ltx/encode": (ltx_encode, images, others),
+    }
+    for model in ("klein", "qwen_edit"):
+        curves[f"{model}/encode"] = partial(image_encode, model=model), images, others
+        curves[f"{model}/decode"] = partial(image_decode, model=model), images, others
+    for model in ("wan", "wan-ti2v"):
+        curves[f"{model}/step"] = partial(wan_step, model=model), CLIPS, OTHER_CLIPS
+        curves[f"{model}/encode"] = partial(wan_encode, model=model), wan_images, other_wan_images
+        curves[f"{model}/decode"] = partial(wan_decode, model=model), wan_images, other_wan_images
+    for layout in RIFE_NETWORKS:
+        for flow_scale in FLOW_SCALES:
+            draw = partial(rife_pair, layout=layout, flow_scale=flow_scale)
+            curves[f"{layout}:{flow_scale:g}"] = draw, images, others
+    return curves
