@@ -30,6 +30,7 @@ from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_
 from vidgen_ray.online.inputs import uploads
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.maintenance import purge_jobs
+from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.outputs.paths import shot_path
@@ -198,6 +199,13 @@ def test_job_larger_than_the_limit_is_rejected(server):
     assert small.post("/v1/videos", json=SMALL).status_code == 200
     error = error_of(small.post("/v1/videos", json={**SMALL, "num_frames": 3}), 400)
     assert (error["code"], error["param"]) == ("too_large", "num_frames")
+
+
+def test_job_that_fits_on_no_gpu_is_rejected(client, monkeypatch):
+    reason = "stage svd: 64x64 with 2 frames needs 30 GB; at most 32x32 fits"
+    monkeypatch.setattr(ServingProfile, "too_large", lambda self, shot: reason)
+    error = error_of(client.post("/v1/videos", json=SMALL), 400)
+    assert (error["code"], error["param"], error["message"]) == ("too_large", "num_frames", reason)
 
 
 def test_request_rate_limit(server):

@@ -1,5 +1,6 @@
 """Serving profile, progress estimate, metric labels, and errors of jobs and of Serve."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
+from vidgen_ray.online.application import server_plan
 from vidgen_ray.online.director import error_of
 from vidgen_ray.online.metrics import JOB_METRICS, MAX_TENANT_LABELS
 from vidgen_ray.online.progress_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import serving_profile
+from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.planner import this_machine
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.weights.licences import WeightLicence
@@ -69,6 +73,22 @@ def test_stages_without_weights_are_unavailable_with_a_reason(tiny):
     assert [step.stage for step in served.plan(plain).steps] == ["flux", "svd", "realesrgan"]
     with pytest.raises(ProfileError, match=r"hunyuan is not served here: .*gone"):
         served.plan(plain.model_copy(update={"use_hunyuan_style": True}))
+
+
+def test_server_knows_which_shots_fit_on_its_gpus(tiny, tmp_path):
+    svd = tiny.actors["svd"].model_copy(update={"device": "cuda", "memory_gb": 0})
+    content = tiny.model_copy(update={"actors": {**tiny.actors, "svd": svd}}).model_dump_json(exclude_none=True)
+    (tmp_path / "p.yaml").write_text(content)
+    settings = OnlineSettings(profile=str(tmp_path / "p.yaml"), data=str(tmp_path / "out"), gpus="1x24GB")
+    shot = Shot(**{**tiny.defaults, "width": 1024, "height": 1024, "num_frames": 100}, prompt="p")
+
+    def refusal(gpus):
+        served = server_plan(settings.model_copy(update={"gpus": gpus}), this_machine).serving_profile
+        assert served.too_large(Shot(**tiny.defaults, prompt="p")) is None
+        return served.too_large(shot)
+
+    assert re.search(r"stage svd: .* the largest GPU has 24; at most .* with \d+ frames", refusal("1x24GB"))
+    assert refusal("1x141GB") is None
 
 
 def test_stages_with_other_licences_than_required_are_not_served(tiny):

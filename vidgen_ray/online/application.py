@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,7 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
         configured = configured.model_copy(update={"layout": settings.layout})
     served = serving_profile(configured, settings.require_licence)
     cluster = parse_gpus(settings.gpus) if settings.gpus else detect()
+    served = replace(served, gpu_gb=max(cluster.gpus, default=None))
     chosen = plan_for(served, cluster)
     stage_seconds = None if settings.gpus else chosen.stage_seconds
     return ServerPlan(settings, served, chosen.layout, tuple(labels_of(chosen, cluster)), stage_seconds)

@@ -173,11 +173,14 @@ class JobService:
         if len(json.dumps(shot.metadata, ensure_ascii=False).encode("utf-8", "replace")) > METADATA_BYTES:
             raise invalid("metadata", f"must be at most {METADATA_BYTES} bytes as JSON", "too_large")
         try:
-            return self.serving_profile.plan(shot, key_salt(tenant.name, self._settings), source_licences)
+            plan = self.serving_profile.plan(shot, key_salt(tenant.name, self._settings), source_licences)
         except (ProfileError, MissingWeights) as error:
             raise ApiError(400, without_paths(str(error)), code="not_served") from None
         except (StageError, SetupError) as error:
             raise ApiError(400, without_paths(str(error)), code="invalid_value") from None
+        if (reason := self.serving_profile.too_large(shot)) is not None:
+            raise ApiError(400, reason, code="too_large", param="num_frames" if shot.generate_video else "size")
+        return plan
 
     def new_job(self, tenant: Tenant, kind: JobKind, fields: Mapping[str, Any], request: Mapping[str, JsonValue]) -> Job:
         """Return the job that `accept` would store, without storing it. It is completed if its shot is already rendered.

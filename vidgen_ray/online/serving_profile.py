@@ -21,7 +21,7 @@ from vidgen_ray.graph import (
     check_profile,
     stages_of,
 )
-from vidgen_ray.planner import Demand, demand_of
+from vidgen_ray.planner import Demand, SizeCheck, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
@@ -44,6 +44,8 @@ class ServingProfile:
     """Stage -> reason why it cannot be served."""
     required_licence: Requirement | None = None
     """Use that the licences of all weights behind a shot must allow. `None` allows all licences."""
+    gpu_gb: float | None = None
+    """Memory of the largest GPU of the server. `None` accepts shots of all sizes."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -66,6 +68,13 @@ class ServingProfile:
         """
         self.check(shot, source_licences)
         return self._planner()(shot, salt).with_source_licences(source_licences)
+
+    def too_large(self, shot: Shot) -> str | None:
+        """Return why the shot fits on no GPU of the server, with a size that would. `None` if it fits."""
+        if self.gpu_gb is None:
+            return None
+        refused = SizeCheck(self.profile, self.gpu_gb).refused_by(shot)
+        return None if refused is None else refused[1]
 
     @cached_property
     def licences(self) -> ShotLicences:
