@@ -52,7 +52,8 @@ def test_restricted_licences_are_accepted_once(server, profile, capsys):
     assert server.downloads().total() == 0
     assert main(["models", "pull", profile, "--actor", "svd", "--accept-license"]) == 0
     assert accepted_licences() == {"svd-xt"}
-    capsys.readouterr()
+    assert f"hub:{SVD}@main: " in (out := capsys.readouterr().out)
+    assert f"at commit {server.commit}" in out
     assert main(["models", "pull", profile, "--actor", "svd"]) == 0
     assert "0.0 MB downloaded, 0 of 1 failed" in capsys.readouterr().out
 

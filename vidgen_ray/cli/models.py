@@ -165,7 +165,9 @@ def _print_node(node: dict[str, Any], *, dry_run: bool) -> None:
     verb = "to download" if dry_run else "downloaded"
     for one in node["pulled"]:
         size = f"{_size(one['size_bytes'])}, {_size(one['downloaded_bytes'])} {verb}" if one["size_bytes"] else "built in"
-        typer.echo(f"{where}{one['reference']}: {size}")
+        named = one["commit"] is None or one["commit"] in one["reference"]
+        at = "" if named else f", at commit {one['commit']}"
+        typer.echo(f"{where}{one['reference']}: {size}{at}")
     for problem in node["problems"]:
         typer.echo(f"{where}{problem}", err=True)
     total = sum(one["downloaded_bytes"] for one in node["pulled"])

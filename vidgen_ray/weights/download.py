@@ -68,6 +68,8 @@ class Pulled:
     """Size of all files that are loaded. 0 for weights that are built on this machine."""
     downloaded_bytes: int
     """Size of the files that were missing. With `dry_run` they still are."""
+    commit: str | None = None
+    """Commit of the repository that the reference means now. `None` for weights from elsewhere."""
 
 
 def pull(
@@ -134,7 +136,8 @@ def _pull_repository(reference: str, hub: Hub, *, dry_run: bool, verify: bool) -
                     _forget(Path(cached))
         missing_bytes = sum(wanted[name].size for name in missing) + index_bytes
         snapshot = hub.folder / f"models--{repo.replace('/', '--')}" / "snapshots" / str(commit)
-        pulled = Pulled(reference, str(snapshot / subfolder), sum(entry.size for entry in wanted.values()), missing_bytes)
+        size_bytes = sum(entry.size for entry in wanted.values())
+        pulled = Pulled(reference, str(snapshot / subfolder), size_bytes, missing_bytes, str(commit))
         if dry_run:
             return pulled
         _require_space(hub.folder, missing_bytes, reference)
