@@ -1,8 +1,9 @@
-"""Drift along a chain of continued shots, on the demo models.
+"""Drift along a chain of continued shots, and over the passes of one clip, on the demo models.
 
     python benchmarks/continuity.py [--picture FILE]
 
-Prints the table of docs/continuity.md: the first frame of each shot of a chain compared with the first frame of the chain.
+Prints the tables of docs/continuity.md: the first frame of each shot of a chain, and the frame from which each pass starts,
+compared with the first frame; and how much changes from frame to frame where passes meet.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -24,9 +27,10 @@ from skimage.color import deltaE_ciede2000, rgb2gray, rgb2lab
 from skimage.filters import gaussian, laplace
 from skimage.metrics import structural_similarity
 
+from tests.meaning.chain import Chain
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import load_profile
-from vidgen_ray.stages.base import Image
+from vidgen_ray.stages.base import Frames, Image
 
 SCENES = (
     "a red boat by the sea at sunset",
@@ -41,7 +45,7 @@ BLUR_PX = 8
 """Sigma of the blur before colours are compared, so that the figure says little about shapes and motion."""
 
 
-def chain(pipeline: VideoGenerationPipeline, number: int, prompt: str) -> list[Image]:
+def chain_of_shots(pipeline: VideoGenerationPipeline, number: int, prompt: str) -> list[Image]:
     """Return the first frames of the shots of a chain, and the last frame of the last one."""
     frames = []
     for shot in range(SHOTS + 1):
@@ -54,6 +58,22 @@ def chain(pipeline: VideoGenerationPipeline, number: int, prompt: str) -> list[I
     return frames
 
 
+def clip_of_passes(chain: Chain, number: int, prompt: str) -> tuple[list[Image], float]:
+    """Return the frames from which the passes of a clip start, and the last frame; and `change_at_joins` of the clip."""
+    clip = chain.make(prompt=prompt, seed=number, generate_video=True, extend=SHOTS - 1)["frames"]
+    step = (len(clip) - 1) // SHOTS
+    return list(clip[::step]), change_at_joins(clip, step)
+
+
+def change_at_joins(clip: Frames, step: int) -> float:
+    """Return the mean change from the start frame of a further pass to the next frame, relative to that of all frames.
+
+    Further passes start from frames `step`, 2 * `step` and so on.
+    """
+    changes = np.abs(np.diff(clip.astype(np.float64), axis=0)).mean((1, 2, 3))
+    return float(changes[step::step].mean() / changes.mean())
+
+
 def compared(first: Image, frame: Image) -> tuple[float, float, float]:
     """Return SSIM, CIEDE2000 of the blurred frames, and sharpness as a share of that of `first`."""
     ssim = structural_similarity(first, frame, channel_axis=2)
@@ -64,24 +84,36 @@ def compared(first: Image, frame: Image) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--picture", type=Path, help="write the frames, one row for each scene")
+    parser.add_argument("--picture", type=Path, help="write the frames, two rows for each scene: shots, passes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, VideoGenerationPipeline(load_profile("demo"), Path(folder)) as pipeline:
-        chains = [chain(pipeline, number, prompt) for number, prompt in enumerate(SCENES)]
+        shots = [chain_of_shots(pipeline, number, prompt) for number, prompt in enumerate(SCENES)]
+        chain = Chain(Path(folder))
+        passes, changes = zip(*(clip_of_passes(chain, number, prompt) for number, prompt in enumerate(SCENES)), strict=True)
     if options.picture:
-        PILImage.fromarray(np.vstack([np.hstack(frames) for frames in chains])).save(options.picture)
-    table = Table("first frame of", "SSIM", "worst SSIM", "CIEDE2000", "worst CIEDE2000", "sharpness")
-    for shot in range(1, SHOTS + 1):
-        rows = [compared(frames[0], frames[shot]) for frames in chains]
+        rows = [np.hstack(frames) for pair in zip(shots, passes, strict=True) for frames in pair]
+        PILImage.fromarray(np.vstack(rows)).save(options.picture)
+    console = Console()
+    console.print(drift_table("shot", shots))
+    console.print(drift_table("pass", passes))
+    console.print(
+        f"change where passes meet, relative to that from frame to frame: {np.mean(changes):.2f} ({max(changes):.2f})"
+    )
+    console.print(f"{len(SCENES)} scenes, {time.monotonic() - started:.0f} s")
+
+
+def drift_table(part: str, scenes: Sequence[Sequence[Image]]) -> Table:
+    """Return mean and worst drift per shot or pass. `scenes`: the frames from which these start, then the last frame."""
+    table = Table(f"start of {part}", "SSIM", "worst SSIM", "CIEDE2000", "worst CIEDE2000", "sharpness")
+    for number in range(1, SHOTS + 1):
+        rows = [compared(frames[0], frames[number]) for frames in scenes]
         ssim, colour, sharpness = zip(*rows, strict=True)
-        name = f"shot {shot + 1}" if shot < SHOTS else f"(end of shot {SHOTS})"
+        name = str(number + 1) if number < SHOTS else f"(end of {SHOTS})"
         values = (np.mean(ssim), min(ssim), np.mean(colour), max(colour), np.mean(sharpness))
         table.add_row(name, *(f"{value:.2f}" for value in values))
-    console = Console()
-    console.print(table)
-    console.print(f"{len(SCENES)} scenes, {time.monotonic() - started:.0f} s")
+    return table
 
 
 if __name__ == "__main__":

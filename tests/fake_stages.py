@@ -105,7 +105,7 @@ class FakeSVD(FakeStage, SVDStage):
     def one(self, shot, artefacts):
         if shot.prompt == "decoder-oom" and self.params.decode_chunk_frames > 2:
             raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
-        return {"frames": np.stack([np.roll(artefacts["image"], n, 1) for n in range(shot.num_frames)])}
+        return {"frames": np.stack([np.roll(artefacts["image"], n, 1) for n in range(shot.clip_frames)])}
 
 
 class FakeClipLikeness(FakeStage, ClipLikenessStage):

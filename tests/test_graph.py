@@ -89,6 +89,7 @@ def changed(a, b):
         ({"style_prompt": "ink"}, "hunyuan"),
         ({"motion_bucket_id": 3}, "svd"),
         ({"num_frames": 9}, "svd"),
+        ({"extend": 1}, "svd"),
         ({"scale": 3}, "realesrgan"),
         ({"upscaler": "x4plus-anime"}, "realesrgan"),
     ],

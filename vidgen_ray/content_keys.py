@@ -181,7 +181,8 @@ class ShotPlanner:
 
     def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
-        fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot)) for stage in stages])
+        left_out = shot.not_in_keys
+        fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot), left_out) for stage in stages])
         values = self._field_values(shot, fields_of_stages)
         start = _object(START_FIELDS if shot.image else (), values)
         key = _sha256(f'["start",{start},{_json(salt)}]' if salt else f'["start",{start}]')
@@ -265,9 +266,10 @@ class _WeightChoice:
 
 
 @cache
-def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
-    """Return the fields that the stage reads, sorted."""
-    return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
+def _fields_of(stage: type[Stage[Any]], uses_identity: bool, left_out: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the fields that the stage reads, sorted, without those that are left out of keys."""
+    fields = (*stage.reads, *stage.identity_fields) if uses_identity else stage.reads
+    return tuple(sorted(field for field in fields if field not in left_out))
 
 
 @cache

@@ -118,8 +118,8 @@ def clip_length(shot: Shot) -> tuple[int, int]:
     factor = next(factor for _, factor in clip_growth(shot).values())
     # Fast: fractions are slow, and this is asked for every line of a script.
     if factor == 1:
-        return shot.num_frames, shot.fps
-    return frames_after(shot.num_frames, factor), int(shot.fps * factor)
+        return shot.clip_frames, shot.fps
+    return frames_after(shot.clip_frames, factor), int(shot.fps * factor)
 
 
 def file_sizes(shot: Shot) -> dict[str, tuple[int, int]]:

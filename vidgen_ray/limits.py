@@ -43,7 +43,9 @@ MAX_TEXT = 10_000
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 2048
 """Smallest and largest width and height in pixels that a model draws."""
 MIN_FRAMES, MAX_FRAMES = 2, 256
-"""Smallest and largest number of frames of a generated clip."""
+"""Smallest and largest number of frames that a video model generates in one pass."""
+MAX_EXTENDED_FRAMES = 1024
+"""Largest number of frames of a clip that several passes generate."""
 
 # HTTP requests
 

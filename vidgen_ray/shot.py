@@ -19,8 +19,16 @@ from pydantic import (
 )
 
 from vidgen_ray.consent import Consent
-from vidgen_ray.limits import MAX_FRAMES, MAX_SHOTS_PER_LINE, MAX_SIDE_PX, MAX_TEXT, MIN_FRAMES, MIN_SIDE_PX
-from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, with_model_defaults
+from vidgen_ray.limits import (
+    MAX_EXTENDED_FRAMES,
+    MAX_FRAMES,
+    MAX_SHOTS_PER_LINE,
+    MAX_SIDE_PX,
+    MAX_TEXT,
+    MIN_FRAMES,
+    MIN_SIDE_PX,
+)
+from vidgen_ray.video_models import AUTO, VIDEO_MODELS, VideoModelName, frames_of_passes, with_model_defaults
 
 VARIANT_SUFFIX = 5
 """Characters that a variant suffix such as `-v999` adds to an id."""
@@ -37,6 +45,9 @@ IMAGE_FIELDS = ("image", "last_image")
 """Fields with an image file."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
+IN_KEY_IF_CHANGED = ("extend",)
+"""Fields that are part of content keys and file metadata only if they differ from their default, so that keys that are older
+than the field stay valid."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 """Values of `identity` that do not name a FLUX identity method."""
 
@@ -252,6 +263,13 @@ class Shot(_Frozen):
         description="Number of frames in the clip: 4k + 1 for wan, 8k + 1 for ltx. auto, which is the default for both: the "
         "allowed number that is closest to 5 seconds.",
     )
+    extend: int = Field(
+        0,
+        ge=0,
+        le=15,
+        description="Further passes of the video model, each from the last frame of the one before, joined into one clip of "
+        "num_frames + extend x (num_frames - 1) frames.",
+    )
     fps: int = Field(5, ge=1, le=60, description="Frames per second. Default for wan: 16, for ltx: 25.")
     interpolation: Literal[1, 2, 4, 8] = Field(
         1, description="Factor by which frame interpolation raises the frame rate; the clip lasts as long as before. 1: off."
@@ -380,6 +398,12 @@ class Shot(_Frozen):
                 if getattr(self, name) % multiple:
                     side = f"{name} {getattr(self, name)}"
                     raise ValueError(f"{side} is not a multiple of {multiple}, which video generation requires")
+            if self.extend and self.clip_frames > MAX_EXTENDED_FRAMES:
+                most = (MAX_EXTENDED_FRAMES - 1) // (self.num_frames - 1) - 1
+                raise ValueError(
+                    f"extend {self.extend} gives a clip of {self.clip_frames} frames, at most {MAX_EXTENDED_FRAMES} are allowed"
+                    f"; set extend to at most {most} with num_frames {self.num_frames}"
+                )
         if self.continue_from is not None and self.continue_from == self.id:
             raise ValueError("continue_from must name another shot")
         if self.fps_out is not None:
@@ -402,6 +426,16 @@ class Shot(_Frozen):
                     f"set steps.{name} to at least {math.ceil(1 / strength)}"
                 )
         return self
+
+    @property
+    def clip_frames(self) -> int:
+        """Number of frames of the generated clip, those of all passes of the video model."""
+        return frames_of_passes(self.num_frames, self.extend)
+
+    @property
+    def not_in_keys(self) -> tuple[str, ...]:
+        """Fields that are not part of content keys, because they have their default. See `IN_KEY_IF_CHANGED`."""
+        return tuple([name for name in IN_KEY_IF_CHANGED if getattr(self, name) == type(self).model_fields[name].default])
 
     @property
     def flux_identity(self) -> str | None:

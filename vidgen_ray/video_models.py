@@ -59,6 +59,11 @@ VIDEO_MODELS: Mapping[str, VideoModel] = {
 assert set(VIDEO_MODELS) == set(get_args(VideoModelName))
 
 
+def frames_of_passes(num_frames: int, extend: int) -> int:
+    """Return the number of frames of a clip of `extend` further passes. A further pass adds all its frames but the first."""
+    return num_frames + extend * (num_frames - 1)
+
+
 def model_of(fields: Mapping[str, Any]) -> VideoModel:
     """Return the video model that unvalidated fields of a shot name; the default one for a wrong name."""
     name = fields.get("video_model")

@@ -19,6 +19,7 @@ from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
+from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
@@ -102,6 +103,9 @@ def test_batch_output_equals_the_pipeline_and_a_second_run_skips_everything(tiny
         "image.png", "video.mp4", "hd.mp4", "base.png", "refine.png", "lora.png", "style.png", "face.json"
     }  # fmt: skip
     assert digests(tmp_path) == reference
+    # Two passes of 8 frames at 5 per second last 3 seconds.
+    with open_video(tmp_path / shot_path("draft") / "hd.mp4") as video:
+        assert (video.frame_count, video.fps) == (36, 12)
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "shots").rglob("*")}
     second = Events()

@@ -64,6 +64,7 @@ def test_growth_of_clips_follows_the_chunked_stages(make_shot, doubling):
     assert graph.clip_growth(make_shot(scale=3)) == {"frames": (1, 2), "hd_frames": (3, 2)}
     assert graph.clip_growth(make_shot(scale=3, upscale_video=False)) == {"frames": (1, 2)}
     assert graph.clip_length(make_shot(num_frames=9, fps=5)) == (18, 10)
+    assert graph.clip_length(make_shot(num_frames=9, fps=5, extend=2)) == (50, 10)
     assert graph.clip_growth(make_shot(generate_video=False)) == {}
 
 

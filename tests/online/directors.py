@@ -114,7 +114,7 @@ def noise_renderer(profile: Profile, outputs: OutputFolder, step_s: float = 0.0,
         noise = np.random.default_rng(shot.seed)
         artefacts = {"image": noise.integers(0, 255, (shot.height, shot.width, 3), np.uint8)}
         if shot.generate_video:
-            artefacts["frames"] = noise.integers(0, 255, (shot.num_frames, shot.height, shot.width, 3), np.uint8)
+            artefacts["frames"] = noise.integers(0, 255, (shot.clip_frames, shot.height, shot.width, 3), np.uint8)
         with closing(ShotFiles(plan, Item(shot, artefacts), outputs, profile.encode)) as files:
             if shot.generate_video and shot.upscale_video:
                 files.add({"hd_frames": artefacts["frames"].repeat(shot.scale, 1).repeat(shot.scale, 2)})

@@ -37,6 +37,9 @@ def test_estimate_of_a_shot_creates_nothing(server, client):
     answer = estimate(client, **SHOT)
     assert (answer["size"], answer["model_size"], answer["scale"]) == ("128x128", "64x64", 2)
     assert (answer["num_frames"], answer["results"], answer["is_rendered"]) == (4, 1, False)
+    extended = estimate(client, **SHOT, extend=2)
+    assert extended["num_frames"] == 10
+    assert extended["stage_durations"]["svd"] == pytest.approx(3 * answer["stage_durations"]["svd"], rel=0.01)
     assert next(iter(answer["stage_durations"])) == "flux"
     assert answer["render_s"] > 0
     assert answer["render_s"] == pytest.approx(sum(answer["stage_durations"].values()), abs=0.01)

@@ -116,6 +116,12 @@ def test_video_models_are_listed_and_choose_their_own_length(client, held):
     assert (shot["video_model"], shot["motion_prompt"]) == ("wan", "slow zoom")
     seconds = client.post("/v1/videos", json={**plain, "video_model": "ltx", "seconds": 2, "fps": 24}).json()
     assert seconds["num_frames"] == 49
+    # Two passes of 73 frames, of which the second starts with the last frame of the first.
+    extended = client.post("/v1/videos", json={**plain, "video_model": "ltx", "seconds": 6, "fps": 24, "extend": 1}).json()
+    assert (extended["num_frames"], extended["seconds"]) == (145, "6.04167")
+    assert shot_of(client, extended["id"])["num_frames"] == 73
+    error = error_of(client.post("/v1/videos", json={**plain, "seconds": 1, "extend": 15}), 400)
+    assert (error["param"], "in 16 passes" in error["message"]) == ("seconds", True)
     auto = client.post("/v1/videos", json={**plain, "video_model": "ltx", "num_frames": "auto"}).json()
     assert auto["num_frames"] == 121
     by_form = client.post("/v1/videos", data={**plain, "video_model": "wan", "num_frames": "9"}).json()

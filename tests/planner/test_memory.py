@@ -170,6 +170,9 @@ def test_host_memory_of_a_clip_is_planned():
     profile = load_profile("gpu-80gb")
     memory = [actor_memory(profile, [SVDStage], [Shot(prompt="a", num_frames=frames)], 80).host_gb for frames in (25, 100)]
     assert memory[1] == pytest.approx(4 * memory[0])
+    extended = actor_memory(profile, [SVDStage], [Shot(prompt="a", num_frames=25, extend=3)], 80)
+    assert memory[0] < extended.host_gb < memory[1]
+    assert extended.peak_gb == actor_memory(profile, [SVDStage], [Shot(prompt="a", num_frames=25)], 80).peak_gb
 
 
 def test_one_line_that_is_too_large_does_not_stop_the_others():
@@ -260,6 +263,7 @@ def test_demand_keeps_one_shot_of_each_size():
     demand = demand_of(Shot(prompt="a", width=w, height=h, num_frames=n) for w, h, n in sizes)
     assert sorted((shot.width, shot.num_frames) for shot in demand.sizes) == [(512, 25), (512, 50), (1024, 14), (1024, 25)]
     assert len(demand_of([Shot(prompt="a"), Shot(**FACE)]).sizes) == 2
+    assert len(demand_of(Shot(prompt="a", extend=extend) for extend in (0, 3, 3)).sizes) == 2
 
 
 def test_demand_with_many_sizes_keeps_the_largest():

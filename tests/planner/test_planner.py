@@ -288,6 +288,7 @@ def test_reference_shot_has_relative_cost_one_for_every_stage():
     [
         ({"width": 512, "height": 576}, {"flux": 0.5, "lora": 0.5, "svd": 0.5, "realesrgan": 0.5, "hunyuan": 1}),
         ({"num_frames": 50}, {"svd": 2, "realesrgan": 2, "flux": 1}),
+        ({"extend": 2, "interpolation": 2}, {"svd": 3, "realesrgan": 73 / 25, "rife": 73 / 25, "flux": 1}),
         ({"flux.steps": 7, "svd.steps": 50, "lora.steps": 14}, {"flux": 0.25, "svd": 2, "lora": 0.5, "hunyuan": 1}),
         ({"hunyuan.steps": 15}, {"hunyuan": 0.5}),
         ({"lora_strength": 0.3, "style_strength": 1}, {"lora": 0.5, "hunyuan": 2, "flux": 1}),
@@ -300,6 +301,7 @@ def test_reference_shot_has_relative_cost_one_for_every_stage():
         ({"upscaler": "x4plus"}, {"realesrgan": 23}),
         ({"video_model": "wan", "num_frames": 49, "wan.steps": 4, "guidance.wan": 1}, {"wan": 49 / 25 / 20}),
         ({"video_model": "ltx", "num_frames": 25, "ltx.steps": 100}, {"ltx": 2}),
+        ({"video_model": "ltx", "num_frames": 25, "extend": 1}, {"ltx": 2}),
         ({"image_model": "klein", "klein.steps": 8}, {"klein": 2}),
         ({"style_model": "qwen-edit", "qwen_edit.steps": 20, "guidance.qwen_edit": 1}, {"qwen_edit": 0.25}),
     ],

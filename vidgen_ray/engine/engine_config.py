@@ -11,6 +11,7 @@ from vidgen_ray.engine.retries import ATTEMPTS
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 
 
@@ -36,6 +37,7 @@ class EngineConfig:
     def encoder_name(self, number: int) -> str:
         return f"{self.name}/encoder/{number}"
 
-    def timeout_s(self, *stages: str) -> float:
-        """Return the timeout of a call of these stages in seconds. It starts when execution starts."""
-        return sum(self.profile.actor_of(STAGE_BY_NAME[name]).timeout_s for name in stages)
+    def timeout_s(self, shot: Shot, *stages: str) -> float:
+        """Return the timeout of a call of these stages for a shot in seconds. It starts when execution starts."""
+        classes = [STAGE_BY_NAME[name] for name in stages]
+        return sum(self.profile.actor_of(stage).timeout_s * stage.passes(shot) for stage in classes)

@@ -178,7 +178,7 @@ class ShotRunner:
         adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
         work = Work(names[0], order, adapters, near=artefacts.by)
         result, output = await self._workers.call(
-            work, self._config.timeout_s(*names), "run", plan, names, artefacts.reference, on_progress=on_progress
+            work, self._config.timeout_s(plan.shot, *names), "run", plan, names, artefacts.reference, on_progress=on_progress
         )
         self._count(result.records)
         return StepResults(result.records, output, result.likeness)
@@ -223,7 +223,7 @@ class ShotRunner:
             for steps in calls:
                 names = tuple(step.stage for step in steps)
                 work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
-                timeout_s = self._config.timeout_s(*names)
+                timeout_s = self._config.timeout_s(plan.shot, *names)
                 result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
                 records, cut = records + result.records, None
             frames_done += chunk.stop - chunk.start

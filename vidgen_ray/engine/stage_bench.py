@@ -104,7 +104,7 @@ def _item_for(profile: Profile, stage_class: type[Stage[Any]], shot: Shot) -> It
     available: dict[str, Any] = {
         "photos": (photo,),
         "image": image,
-        "frames": np.repeat(image[None], shot.num_frames, axis=0),
+        "frames": np.repeat(image[None], shot.clip_frames, axis=0),
     }
     needs = stage_class.needs(shot)
     if "face" in needs:

@@ -88,7 +88,7 @@ def object_store_bytes(shot: Shot, chunk_bytes: int) -> int:
     image = 3 * shot.width * shot.height
     if not shot.generate_video:
         return image
-    frames = image * shot.num_frames
+    frames = image * shot.clip_frames
     if not chunked_stages_of(shot):
         return image + frames
     n_frames, _ = clip_length(shot)

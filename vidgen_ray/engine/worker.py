@@ -27,6 +27,7 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.progress import progress_callback
 
@@ -115,7 +116,7 @@ class Worker:
             item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
-        return self._execute(call, steps, run_steps, Artefacts())
+        return self._execute(call, plan.shot, steps, run_steps, Artefacts())
 
     def run_chunk(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts
@@ -126,7 +127,7 @@ class Worker:
             output, records = runner.run_chunk(plan, steps, chunk, artefacts)
             return CallResult(tuple(records)), output
 
-        return self._execute(call, steps, process, Artefacts())
+        return self._execute(call, plan.shot, steps, process, Artefacts())
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def close(self) -> None:
@@ -135,7 +136,12 @@ class Worker:
             self._loaded.close()
 
     def _execute(
-        self, call: int, stages: tuple[str, ...], function: Callable[[StepRunner], tuple[CallResult, T]], default: T
+        self,
+        call: int,
+        shot: Shot,
+        stages: tuple[str, ...],
+        function: Callable[[StepRunner], tuple[CallResult, T]],
+        default: T,
     ) -> tuple[CallResult, T]:
         """Return the result of the function, or its failure and `default`."""
 
@@ -148,7 +154,7 @@ class Worker:
             ready = self._ready()
             if isinstance(ready, Failure):
                 return CallResult(failure=ready, load_failed=True), default
-            self._running = call, time.monotonic() + self._config.timeout_s(*stages)
+            self._running = call, time.monotonic() + self._config.timeout_s(shot, *stages)
             try:
                 with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)

@@ -30,7 +30,7 @@ class RequestRateLimiter:
 
 def check_size(limits: Limits, shot: Shot, count: int = 1) -> None:
     """Raises ApiError 400 if the models would draw more pixels for `count` such shots than the limit allows."""
-    frames = shot.num_frames if shot.generate_video else 1
+    frames = shot.clip_frames if shot.generate_video else 1
     total, allowed = shot.width * shot.height * frames * count, limits.pixel_frames
     if total > allowed:
         results = f" x {count} results" if count > 1 else ""

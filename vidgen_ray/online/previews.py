@@ -44,7 +44,7 @@ def newest_preview(server: ServerContext, job: Job) -> Preview | None:
         plan = plan_job(job, server.serving_profile, server.settings)
     except VidgenError:  # for example a deleted photo; the job itself reports it
         return None
-    duration_s = job.shot.num_frames / job.shot.fps
+    duration_s = job.shot.clip_frames / job.shot.fps
     for step in reversed(plan.steps):
         if _is_visible(step.stage) and server.outputs.stage_cache.has(step.key):
             webp = _encode_entry(server.outputs.stage_cache, step.key, duration_s)

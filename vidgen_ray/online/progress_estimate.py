@@ -17,7 +17,7 @@ MAX_UNFINISHED_PERCENT = 99
 def expected_seconds(shot: Shot, profile: Profile) -> dict[str, float]:
     """Return stage name -> seconds that the profile expects for a shot, in order. The last stage writes the files."""
     seconds = {name: seconds_of(profile, STAGE_BY_NAME[name], {}).of(cost) for name, cost in relative_costs(shot).items()}
-    megapixels = shot.width * shot.height / 1e6 * (shot.num_frames if shot.generate_video else 1)
+    megapixels = shot.width * shot.height / 1e6 * (shot.clip_frames if shot.generate_video else 1)
     return seconds | {OUTPUT: megapixels * ENCODE_SECONDS[profile.encode.preset]}
 
 

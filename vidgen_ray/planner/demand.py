@@ -65,7 +65,7 @@ class Demand:
     pixels: float = REFERENCE_PIXELS
     """Mean number of pixels of a frame."""
     frames: float = REFERENCE_FRAMES
-    """Mean number of frames of a shot."""
+    """Mean number of frames of a pass of the video model."""
 
     @property
     def stages(self) -> tuple[type[Stage[Any]], ...]:
@@ -113,7 +113,7 @@ def demand_of(shots: Iterable[Shot]) -> Demand:
         all_frames += shot.num_frames
         output += SHOT_BYTES + PNG_BYTES_PER_PIXEL * pixels
         if shot.generate_video:
-            clip = pixels * shot.num_frames
+            clip = pixels * shot.clip_frames
             encoded_pixels = clip * sum(scale**2 * float(factor) for scale, factor in clip_growth(shot).values())
             upscaled += any(scale > 1 for scale, _ in clip_growth(shot).values())
             encoded += encoded_pixels / 1e6
@@ -148,7 +148,7 @@ class ShotSizes:
     def add(self, shot: Shot) -> None:
         kind = (stages_of(shot), shot.upscaler, shot.flux_identity, bool(shot.fast_lora))
         photos = len(shot.face_image) if shot.uses_reference_photos else 0
-        size = (shot.width * shot.height, shot.num_frames, shot.scale, photos)
+        size = (shot.width * shot.height, shot.num_frames, shot.clip_frames, shot.scale, photos)
         kept = self._kinds.setdefault(kind, {})
         if size in kept:
             return

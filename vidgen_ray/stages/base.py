@@ -304,6 +304,11 @@ class Stage(ABC, Generic[P]):
         return cls.relative_cost(shot)
 
     @classmethod
+    def passes(cls, shot: Shot) -> int:
+        """Return how many times the model runs for the shot. The timeout of a call counts for each."""
+        return 1
+
+    @classmethod
     def variant(cls, shot: Shot) -> str:
         """Return the name of the network that processes the shot, if shots choose between several. Empty otherwise."""
         return ""

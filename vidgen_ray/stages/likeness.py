@@ -87,7 +87,7 @@ class ClipLikenessStage(_LikenessStage):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        return len(sampled_frames(shot.num_frames)) / MAX_SAMPLED_FRAMES
+        return len(sampled_frames(shot.clip_frames)) / MAX_SAMPLED_FRAMES
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"clip_likeness": self._measure(item.artefacts)} for item in items]

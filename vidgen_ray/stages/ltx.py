@@ -12,7 +12,8 @@ from pydantic import Field
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.passes import clip_host_bytes
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class LTXParams(PromptedVideoParams):
 
 
 class LTXStage(PromptedVideoStage[LTXParams]):
-    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3), num_frames = 8k + 1. H and W are multiples of 32.
+    """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3), num_frames = 8k + 1. H and W are multiples of 32.
 
     The model is conditioned on fps. Guidance of 1 or less needs one pass per step instead of two, for distilled weights, and
     the negative prompt has no effect.
@@ -82,8 +83,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
             Phase((TRANSFORMER, VAE), activation_bytes("ltx/step", pixels * latent_frames, dtype)),
             Phase((VAE,), activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
-        host = pixels * shot.num_frames * 3 * CLIP_HOST_BYTES
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=host)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline

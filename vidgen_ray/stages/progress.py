@@ -34,6 +34,21 @@ def progress_callback(callback: ProgressCallback) -> Iterator[None]:
         _current_callback.reset(token)
 
 
+@contextmanager
+def part_of_progress(number: int, parts: int) -> Iterator[None]:
+    """Report the progress of this block as that of part `number`, from 0, of `parts` parts with equally many steps."""
+    callback = _current_callback.get()
+    if callback is None:
+        yield
+        return
+
+    def on_part(stage: str, done: int, steps: int) -> None:
+        callback(stage, number * steps + done, parts * steps)
+
+    with progress_callback(on_part):
+        yield
+
+
 def report_progress(stage: str, done: int, steps: int) -> None:
     """Report that `done` of the stage's `steps` are finished. Raises what the callback raises."""
     callback = _current_callback.get()

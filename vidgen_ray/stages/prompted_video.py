@@ -26,6 +26,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
+from vidgen_ray.stages.passes import passes_of, run_passes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.video_models import VIDEO_MODELS
 
@@ -39,19 +40,21 @@ class PromptedVideoParams(OffloadParams):
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
 
 
-PROMPTED_FIELDS = ("prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "fps", "video_lora")
+PROMPTED_FIELDS = (
+    "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps", "video_lora",
+)  # fmt: skip
 """Shot fields that every such model reads, beside its steps, its guidance and the seed."""
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 
 class PromptedVideoStage(OffloadedStage[VP]):
-    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3) by the shot's `video_model`, which reads a prompt.
+    """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3) by the shot's `video_model`, which reads a prompt.
 
     The text is the shot's prompt with `motion_prompt` appended: "prompt, motion prompt".
     """
 
     activity: ClassVar[str] = "Generating the clip"
-    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "fps", "motion_prompt", "video_lora")
+    clip_only_fields: ClassVar[tuple[str, ...]] = ("video_model", "num_frames", "extend", "fps", "motion_prompt", "video_lora")
     common_settings: ClassVar[tuple[str, ...]] = ("steps",)
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
@@ -77,7 +80,11 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
-        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES
+        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
+
+    @classmethod
+    def passes(cls, shot: Shot) -> int:
+        return passes_of(shot)
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:
@@ -111,7 +118,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
         return self.adapters.loads
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": self._generate(item)} for item in items]
+        return [{"frames": run_passes(item, self._generate)} for item in items]
 
     def _generate(self, item: Item) -> Frames:
         shot, image = item.shot, item.artefacts["image"]

@@ -103,7 +103,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.num_frames / REFERENCE_FRAMES
+        pixels, frames = shot.width * shot.height / REFERENCE_PIXELS, shot.clip_frames / REFERENCE_FRAMES
         return pixels * frames * RELATIVE_COST.get(shot.upscaler, 1.0)
 
     @classmethod
@@ -122,7 +122,7 @@ class RealESRGANStage(ChunkedStage[RealESRGANParams]):
     def memory(cls, params: RealESRGANParams, shot: Shot) -> StageMemory | None:
         dtype = params.resolved().dtype
         known = shot.upscaler if f"realesrgan/{shot.upscaler}" in load_table().weights else LARGEST_UPSCALER
-        pixels, frames = shot.width * shot.height, min(params.frames_per_call, shot.num_frames)
+        pixels, frames = shot.width * shot.height, min(params.frames_per_call, shot.clip_frames)
         # Upscaled pixels of a call in float32 and uint8.
         call_bytes = pixels * frames * shot.scale**2 * 3 * (4 + 1)
         if params.tile_px is None:

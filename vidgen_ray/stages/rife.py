@@ -105,7 +105,7 @@ class RifeStage(ChunkedStage[RifeParams]):
 
     @classmethod
     def relative_cost(cls, shot: Shot) -> float:
-        drawn = shot.num_frames * (float(cls.frame_factor(shot)) - 1)
+        drawn = shot.clip_frames * (float(cls.frame_factor(shot)) - 1)
         return shot.width * shot.height / REFERENCE_PIXELS * drawn / REFERENCE_FRAMES
 
     @classmethod

@@ -24,7 +24,8 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import CLIP_HOST_BYTES, StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.passes import clip_host_bytes, passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
@@ -75,7 +76,7 @@ class SVDParams(CompileParams):
 
 
 class SVDStage(Stage[SVDParams]):
-    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3). The first frame is close to the image. H and W are multiples of 64.
+    """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3). The first frame is close to the image. H and W are multiples of 64.
 
     The model is conditioned on fps - 1, the motion bucket (1 still to 255 lively) and the noise added to the image, not on a
     prompt. Guidance rises over the frames from 1 to `guidance.svd`.
@@ -91,6 +92,7 @@ class SVDStage(Stage[SVDParams]):
         "generate_video",
         "video_model",
         "num_frames",
+        "extend",
         "fps",
         "motion_bucket_id",
         "noise_aug_strength",
@@ -103,6 +105,7 @@ class SVDStage(Stage[SVDParams]):
         "width",
         "height",
         "num_frames",
+        "extend",
         "fps",
         "motion_bucket_id",
         "noise_aug_strength",
@@ -127,7 +130,11 @@ class SVDStage(Stage[SVDParams]):
 
     @classmethod
     def relative_fixed_cost(cls, shot: Shot) -> float:
-        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES
+        return shot.width * shot.height / REFERENCE_PIXELS * shot.num_frames / REFERENCE_FRAMES * passes_of(shot)
+
+    @classmethod
+    def passes(cls, shot: Shot) -> int:
+        return passes_of(shot)
 
     @classmethod
     def memory(cls, params: SVDParams, shot: Shot) -> StageMemory | None:
@@ -148,7 +155,7 @@ class SVDStage(Stage[SVDParams]):
         # The attention outputs of a step.
         kept = 0 if params.step_cache == "none" else activation_bytes("svd/pyramid_attention", clip, dtype)
         # The stage itself copies uint8 to the host.
-        return StageMemory(weights, max(phases) + kept, clip * 3 * CLIP_HOST_BYTES)
+        return StageMemory(weights, max(phases) + kept, clip_host_bytes(shot))
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
@@ -175,7 +182,7 @@ class SVDStage(Stage[SVDParams]):
         move_networks(self.pipe.components.values(), device)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
-        return [{"frames": self._generate(item)} for item in items]
+        return [{"frames": run_passes(item, self._generate)} for item in items]
 
     def _generate(self, item: Item) -> Frames:
         from PIL import Image as PILImage

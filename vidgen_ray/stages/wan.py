@@ -14,7 +14,8 @@ from vidgen_ray.model_files import PIPELINE_INDEX
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.memory import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.passes import clip_host_bytes
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
 
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
@@ -30,7 +31,7 @@ class WanParams(PromptedVideoParams):
 
 
 class WanStage(PromptedVideoStage[WanParams]):
-    """`image` (H, W, 3) -> `frames` (num_frames, H, W, 3), num_frames = 4k + 1. H and W multiples of 16, with TI2V-5B of 32.
+    """`image` (H, W, 3) -> `frames` (clip_frames, H, W, 3), num_frames = 4k + 1. H and W multiples of 16, with TI2V-5B of 32.
 
     The weights decide about the model: I2V-A14B has two transformers, one for the noisy steps and one for the last steps, and
     TI2V-5B has one, which gets a timestep per token. Guidance of 1 or less needs one pass per step instead of two, and the
@@ -91,8 +92,7 @@ class WanStage(PromptedVideoStage[WanParams]):
             Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * latent_frames(shot), dtype)),
             Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
         )
-        host = pixels * shot.num_frames * 3 * CLIP_HOST_BYTES
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=host)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline

@@ -61,7 +61,7 @@ def test_controls_of_stages_that_are_not_served_are_hidden():
     }
     assert groups == {
         "Base image": ["steps.flux", "guidance.flux"],
-        "Video": ["motion_bucket_id", "noise_aug_strength", "steps.svd", "guidance.svd"],
+        "Video": ["extend", "motion_bucket_id", "noise_aug_strength", "steps.svd", "guidance.svd"],
     }
 
 

@@ -56,7 +56,7 @@ from vidgen_ray.shot import (
     booleans_as_text,
     nest_flat_settings,
 )
-from vidgen_ray.video_models import AUTO, model_of, without_other_models_defaults
+from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, without_other_models_defaults
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
@@ -350,7 +350,8 @@ class CreateVideo(_Generation):
         ge=0,
         le=MAX_FRAMES,
         allow_inf_nan=False,
-        description="Length: sets `num_frames` to seconds x `fps`, or the nearest number that the video model makes.",
+        description="Length of the clip: sets `num_frames` to seconds x `fps`, or the nearest number that the video model "
+        "makes. With `extend`, all passes together have this length.",
     )
     video_lora: Loras = Field(None, description="LoRA of the video model wan or ltx, as in `lora`, with an `expert` for wan.")
     last_image: Image = Field(None, description="Image that the clip ends with, for wan: a file, or a reference to an image.")
@@ -407,12 +408,16 @@ class CreateVideo(_Generation):
             return fields
         values = {**without_other_models_defaults(defaults, fields), **fields}
         model = model_of(values)
-        fps = int(values.get("fps", model.fps))
-        frames = round(self.seconds * fps)
+        fps, extend = int(values.get("fps", model.fps)), int(values.get("extend") or 0)
+        # Frames of each pass: a further pass does not repeat the last frame of the one before.
+        wanted = (self.seconds * fps + extend) / (extend + 1)
+        frames = round(wanted)
         if not MIN_FRAMES <= frames <= MAX_FRAMES:
-            allowed = f"must be from {MIN_FRAMES / fps:g} to {MAX_FRAMES / fps:g} at {fps} frames per second"
+            shortest, longest = (frames_of_passes(limit, extend) / fps for limit in (MIN_FRAMES, MAX_FRAMES))
+            passes = f" in {extend + 1} passes" if extend else ""
+            allowed = f"must be from {shortest:g} to {longest:g} at {fps} frames per second{passes}"
             raise invalid("seconds", f"got {self.seconds:g}, {allowed}")
-        frames = model.nearest_frames(self.seconds * fps) if model.frame_step > 1 else frames
+        frames = model.nearest_frames(wanted) if model.frame_step > 1 else frames
         if fields.setdefault("num_frames", frames) != frames:
             got = fields["num_frames"]
             raise invalid("num_frames", f"got {got}, but seconds says {frames} at {fps} frames per second")

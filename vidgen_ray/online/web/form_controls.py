@@ -34,6 +34,7 @@ MODEL_STAGES = {
 }
 """Field that chooses a model -> its value -> the stage that must be served."""
 LABELS = {
+    "extend": "Further passes",
     "guidance": "Guidance (CFG)",
     "identity": "Identity method",
     "lora_strength": "Denoise strength",

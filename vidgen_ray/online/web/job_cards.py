@@ -158,7 +158,7 @@ def _card_stages(job: Job) -> Iterator[CardStage]:
 def _summary(job: Job, width: int, height: int) -> Iterator[str]:
     shot = job.shot
     if shot.generate_video:
-        yield f"{shot.num_frames / shot.fps:.3g} s"
+        yield f"{shot.clip_frames / shot.fps:.3g} s"
     yield _size_text(width, height)
     yield f"seed {shot.seed}"
     if job.started_at is not None and job.completed_at is not None:
@@ -181,8 +181,9 @@ def _settings(job: Job, width: int, height: int, lora_names: Mapping[str, str]) 
         yield "Drawn at", _size_text(shot.width, shot.height) + (f", upscaled {growth} times" if growth > 1 else "")
     if shot.generate_video:
         n_frames, fps = clip_length(shot)
-        made = "" if n_frames == shot.num_frames else f", interpolated from {shot.num_frames}"
-        yield "Frames", f"{n_frames} at {fps} per second{made}"
+        made = "" if n_frames == shot.clip_frames else f", interpolated from {shot.clip_frames}"
+        joined = f", in {shot.extend + 1} passes" if shot.extend else ""
+        yield "Frames", f"{n_frames} at {fps} per second{made}{joined}"
         yield "Motion", str(shot.motion_bucket_id)
     yield "Seed", str(shot.seed)
     if isinstance(name := job.request.get("character"), str):

@@ -162,7 +162,10 @@ function toggleSeed() {
 
 function showDuration() {
   if (!form.elements.num_frames) return;
-  const seconds = form.elements.num_frames.valueAsNumber / form.elements.fps.valueAsNumber;
+  // A further pass does not repeat the last frame of the one before.
+  const frames = form.elements.num_frames.valueAsNumber;
+  const extend = form.elements.extend?.valueAsNumber || 0;
+  const seconds = (frames + extend * (frames - 1)) / form.elements.fps.valueAsNumber;
   form.elements.duration.textContent = Number.isFinite(seconds) ? `Duration: ${seconds.toFixed(1).replace(".0", "")} s` : "";
 }
 
