@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from contextlib import suppress
 
@@ -26,7 +27,9 @@ from vidgen_ray.planner import parse_gpus
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import Shot
 
-GPUS = "2x80GB"
+GPUS, ONE_GPU = "2x80GB", "1x80GB"
+POLL_S = 0.02
+"""Seconds between two calls of a process that starts."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,44 +69,49 @@ def shots(count):
     return [{"id": f"s{n:02}", "prompt": f"shot {n}"} for n in range(count)]
 
 
+def places_of_workers():
+    """Return worker -> its place."""
+    return {name.split("/", 1)[1]: place_of(ray.get_actor(name)) for name in ray.util.list_named_actors() if "/worker/" in name}
+
+
 def kill_workers():
-    """Return worker -> (slot, GPU ids), and kill each worker process."""
-    gpus_of_workers = {}
-    for name in ray.util.list_named_actors():
-        if "/worker/" in name:
-            place = place_of(ray.get_actor(name))
-            slot = name.split("/")[-2]
-            gpus_of_workers[name.split("/", 1)[1]] = (slot, place.gpus)
-            os.kill(place.pid, signal.SIGKILL)
-    return gpus_of_workers
+    """Kill each worker process. Return the places of the workers before, and those of their new processes."""
+    before = places_of_workers()
+    for place in before.values():
+        os.kill(place.pid, signal.SIGKILL)
+    # A killed process may still answer a call before its successor does.
+    while (after := places_of_workers()).keys() != before.keys() or any(after[name].pid == before[name].pid for name in before):
+        time.sleep(POLL_S)
+    return before, after
 
 
 def place_of(worker):
     while True:
         with suppress(ray.exceptions.ActorUnavailableError):
             return ray.get(worker.place.remote())
+        time.sleep(POLL_S)
 
 
 @pytest.mark.parametrize("layout", ["fused", "colocated", "staged"])
 def test_workers_keep_their_gpus_after_all_processes_were_killed(tmp_path, profile, layout):
-    snapshots = []
+    places = []
     report, _rows = render_lines(
         tmp_path,
         profile.model_copy(update={"layout": layout}),
         shots(12),
-        Events(lambda: snapshots.extend((kill_workers(), kill_workers()))),
+        Events(lambda: places.extend(kill_workers())),
     )
     assert (report.done, report.failed, report.layout) == (12, 0, layout), [
         (r.id, r.failure_stage, r.failure_error, r.failure_attempts, r.failure_message)
         for r in _rows.values()
         if r.status == "failed"
     ]
-    before, after = snapshots
-    assert before == after
+    before, after = places
+    assert {name: place.gpus for name, place in before.items()} == {name: place.gpus for name, place in after.items()}
     by_slot = {}
-    for slot, gpus in before.values():
-        assert len(gpus) == 1
-        by_slot.setdefault(slot, set()).update(gpus)
+    for name, place in before.items():
+        assert len(place.gpus) == 1
+        by_slot.setdefault(name.split("/")[-2], set()).update(place.gpus)
     assert sorted(gpu for gpus in by_slot.values() for gpu in gpus) == ["0", "1"], "each slot has one GPU of its own"
 
 
@@ -147,7 +155,7 @@ def test_write_errors_are_retried(tmp_path, profile):
     place = tmp_path / "out" / shot_path("s01")
     place.parent.mkdir(parents=True)
     place.touch()
-    report, rows = render_lines(tmp_path, profile, shots(3))
+    report, rows = render_lines(tmp_path, profile, shots(3), gpus=ONE_GPU)
     assert (report.done, report.failed) == (2, 1)
     assert (rows["s01"].failure_stage, rows["s01"].failure_attempts) == ("output", 3)
 
@@ -159,20 +167,20 @@ def test_lines_after_the_first_ones_stream_through_ray_data(tmp_path, profile, m
     # A wrong line and a repeated id among the streamed lines.
     lines[5] = {"id": "wrong", "prompt": "a", "fps": 0}
     lines[7] = {"id": "s01", "prompt": "a"}
-    report, rows = render_lines(tmp_path, profile, lines)
+    report, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
     assert (report.done, report.failed, report.rejected, report.left, len(rows)) == (7, 2, 2, 0, 9)
     assert rows["s01"].status == "done"
     assert "line 2 has the same id" in rows["s-line-8"].failure_message
-    assert render_lines(tmp_path, profile, lines)[0].skipped == 7
+    assert render_lines(tmp_path, profile, lines, gpus=ONE_GPU)[0].skipped == 7
 
 
 def test_run_stopped_while_reading_the_script_renders_nothing(tmp_path, profile):
     stop = threading.Event()
     stop.set()
-    report, rows = render_lines(tmp_path, profile, shots(9), stop=stop)
+    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU, stop=stop)
     assert (report.done, report.layout, rows) == (0, None, {})
     assert report.left
-    assert render_lines(tmp_path, profile, shots(9))[0].done == 9
+    assert render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)[0].done == 9
 
 
 def test_idle_run_reports_that_no_line_has_come_and_what_it_holds(tmp_path, profile, monkeypatch):
@@ -213,7 +221,7 @@ def test_lost_planning_task_is_repeated(tmp_path, profile, monkeypatch):
         return _plan_block(block, planner, finished)
 
     monkeypatch.setattr("vidgen_ray.batch.line_stream._plan_block", crash_once)
-    report, rows = render_lines(tmp_path, profile, shots(9))
+    report, rows = render_lines(tmp_path, profile, shots(9), gpus=ONE_GPU)
     assert crashed.exists()
     assert (report.done, report.failed, len(rows)) == (9, 0, 9)
 
@@ -249,7 +257,7 @@ def test_transient_failures_are_retried(tmp_path, profile):
 
 def test_oom_falls_back_to_smaller_chunks_and_is_recorded(tmp_path, profile):
     lines = [{"id": "a", "prompt": "decoder-oom"}, {"id": "once", "prompt": f"oom once {tmp_path / 'oom'}"}]
-    _, rows = render_lines(tmp_path, profile, lines)
+    _, rows = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
     assert {row.status for row in rows.values()} == {"done"}
     out = tmp_path / "out"
     record = json.loads((out / shot_path("a") / "shot.json").read_text())
@@ -269,7 +277,7 @@ def test_shots_with_the_same_lora_are_rendered_together(tmp_path, profile):
         weights = np.full((1, 1), ord(name), np.float32)
         save_file({f"transformer.x.lora_{part}.weight": weights for part in "AB"}, loras[-1])
     lines = [{**line, "lora": str(loras[n % 3])} for n, line in enumerate(shots(12))]
-    report, _ = render_lines(tmp_path, profile, lines, gpus="1x80GB")
+    report, _ = render_lines(tmp_path, profile, lines, gpus=ONE_GPU)
     assert report.done == 12
     assert (tmp_path / "active_loras").read_text() == "aaaabbbbcccc"
 
@@ -311,15 +319,15 @@ def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
 
 def test_stopped_run_finishes_started_shots_and_can_be_resumed(tmp_path, profile):
     stop = threading.Event()
-    report, rows = render_lines(tmp_path, profile, shots(400), Events(stop.set), stop=stop)
+    report, rows = render_lines(tmp_path, profile, shots(150), Events(stop.set), stop=stop)
     assert report.failed == 0
     assert report.done >= 1
     assert report.left >= 1
-    assert report.done + report.left == 400
+    assert report.done + report.left == 150
     done = {row.id for row in rows.values() if row.status == "done"}
     assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/*/shot.json")))
     first = digests(tmp_path / "out")
-    second, _ = render_lines(tmp_path, profile, shots(400))
+    second, _ = render_lines(tmp_path, profile, shots(150))
     assert (second.skipped, second.done) == (report.done, report.left)
     after = digests(tmp_path / "out")
     assert {name: after[name] for name in first} == first
