@@ -248,6 +248,21 @@ def test_missing_gpus_raise_instead_of_waiting():
         expect_gpus(3)
 
 
+def test_shot_that_fits_on_no_gpu_fails_before_its_first_stage(tmp_path, profile):
+    computed = profile.actors["svd"].model_copy(update={"memory_gb": 0})
+    profile = profile.model_copy(update={"actors": {**profile.actors, "svd": computed}})
+    large = {"width": 1024, "height": 1024, "num_frames": 256}
+    # Its image would fail on every worker. The other shot has no clip, so no shot that fits needs SVD.
+    lines = [{"id": "large", "prompt": "raise", **large}, {"id": "image", "prompt": "a", "generate_video": False}]
+    report, rows = render_lines(tmp_path, profile, lines)
+    assert (report.done, report.failed) == (1, 1)
+    failed = rows["large"]
+    assert (failed.failure_stage, failed.failure_error, failed.failure_attempts) == ("svd", "OutOfMemory", 1)
+    assert "the largest GPU has 80; at most 1024x1024 with" in failed.failure_message
+    with pytest.raises(SetupError, match="the largest GPU has 80; at most 1024x1024 with"):
+        render_lines(tmp_path, profile, lines[:1])
+
+
 def test_transient_failures_are_retried(tmp_path, profile):
     failures = ("raise", "crash", "hang", "cuda-error", "oom")
     lines = [{"id": name, "prompt": f"{name} once {tmp_path / name}"} for name in failures]

@@ -30,18 +30,29 @@ from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedS
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.step_runner import StepFailed
-from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError
+from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import ids_that_failed_before
 from vidgen_ray.outputs.records import Failure, ShotRecord
-from vidgen_ray.planner import Cluster, Demand, Plan, cpus_needed, demand_of, load_calibration, plan, this_machine
+from vidgen_ray.planner import (
+    Cluster,
+    Demand,
+    Plan,
+    SizeCheck,
+    cpus_needed,
+    demand_of,
+    load_calibration,
+    plan,
+    this_machine,
+)
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.checked_lines import RejectedLine
 from vidgen_ray.script.script_index import ScriptIndex
+from vidgen_ray.shot import Shot
 
 Remaining = Callable[[], Iterator[PlannedBlock]]
 """Starts to read the lines after the first ones. Needs a connection to Ray. Blocks while it waits for lines."""
@@ -95,6 +106,8 @@ class Director:
         self.quarantined: list[str] = []
         self.cluster = options.cluster
         self._demand = demand
+        self._sizes: SizeCheck | None = None
+        """Set when the GPUs are known, if there are any."""
         self._own_ray = False
         self._engine: Engine | None = None
         self._engines = 0
@@ -222,12 +235,36 @@ class Director:
                 await self._next_change()
                 continue
             task = self._continued.with_last_frame(self.queue.pop())
+            if self._refused(task):
+                continue
             if self._engine is None or not self._engine.can_render(task.plan):
                 await self._start_engine(task)
+                # The GPUs may be known only now.
+                if self._refused(task):
+                    continue
             if not await self._admitted(task):
                 self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
+
+    def _refused(self, task: ShotTask) -> bool:
+        """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""
+        failure = self._size_failure(task.plan.shot)
+        if failure is None:
+            return False
+        if self._engine is not None:
+            self._engine.withdraw(task.plan)
+        if self._metrics is not None:
+            self._metrics.shot_ended("failed")
+        if not task.repeated:
+            self._results.finished(task, failure)
+        self._settle(self._continued.failed(task.plan.shot.id or "", failure.message))
+        return True
+
+    def _size_failure(self, shot: Shot) -> Failure | None:
+        """Return the failure of a shot that fits on no GPU. `None` if it fits, or while the GPUs are unknown."""
+        refused = self._sizes.refused_by(shot) if self._sizes is not None else None
+        return None if refused is None else StepFailed(refused[0], OutOfMemory(refused[1])).failure()
 
     async def _next_change(self) -> None:
         self._changed.clear()
@@ -360,7 +397,11 @@ class Director:
 
     def _make_plan(self, tasks: Sequence[ShotTask], live: LiveCluster, *, complete: bool) -> None:
         """Choose the layout for these shots and, if the script has more, for many like them. Raises CostError."""
-        demand = demand_of([*(task.plan.shot for task in tasks), *self._continued.shots])
+        gpus = live.total.gpus
+        self._sizes = SizeCheck(self._profile, max(gpus)) if gpus else None
+        shots = [*(task.plan.shot for task in tasks), *self._continued.shots]
+        # If none fits, the planner says why.
+        demand = demand_of([shot for shot in shots if not self._size_failure(shot)] or shots)
         if not complete:
             demand = self._demand or demand.scaled(MANY_SHOTS)
 

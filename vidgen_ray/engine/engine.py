@@ -73,6 +73,10 @@ class Engine:
         """Tell that this shot will run, so that results which it shares with other shots are computed once."""
         self._runner.announce(plan)
 
+    def withdraw(self, plan: ShotPlan) -> None:
+        """Take back an announcement: the shot will not run."""
+        self._runner.retire(plan)
+
     async def run(
         self,
         plan: ShotPlan,
