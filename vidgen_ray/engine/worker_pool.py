@@ -33,6 +33,8 @@ BUSY_WINDOW = 30
 """Snapshots (one per second) over which the utilization is averaged."""
 NODE_LOST = "node"
 """Failure stage of an engine that has lost the last worker with a stage. Another layout may fit on the nodes that are left."""
+TIMER_ERROR_S = 1e-3
+"""Seconds by which timers may run early."""
 MIN_SLOW_S = 10.0
 SLOW_FACTOR = 5.0
 """A call that has run longer than both MIN_SLOW_S and SLOW_FACTOR times the longest recent call of its stage may hang. The work
@@ -275,7 +277,8 @@ class WorkerPool:
         loop = asyncio.get_running_loop()
         usual_s = max(self._seconds[running.stage], default=math.inf)
         left_s = max(MIN_SLOW_S, SLOW_FACTOR * usual_s) - (loop.time() - started)
-        if left_s > 0:
+        # Without the tolerance, a timer that is early by a rounding error is set again and again until the clock moves on.
+        if left_s > TIMER_ERROR_S:
             timer = loop.call_later(min(left_s, MIN_SLOW_S), self._recall_if_slow, worker, running, started)
             self._watched[worker] = running, timer
             return
