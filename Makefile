@@ -58,10 +58,10 @@ lock: setup
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --override packaging/overrides.txt \
 		--constraint out/tested-versions.txt --no-emit-package onnxruntime --quiet --output-file $(LOCK)
 
-# Known vulnerabilities of the locked packages. Needs the network.
+# Known vulnerabilities of the locked packages. Needs the network: --strict makes a package that cannot be looked up an error.
 audit: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
-	$(BIN)/pip-audit --disable-pip --no-deps --requirement $(LOCK)
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement $(LOCK)
 
 # Software bill of materials (CycloneDX) of the locked packages, into out/sbom.json. Needs no network.
 sbom: setup
