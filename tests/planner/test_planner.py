@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import math
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from functools import cache
 from itertools import count, product
 
 import pytest
+import scipy.optimize
 
 from vidgen_ray.cli.plan import Counts, plan_command
 from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError
@@ -28,6 +30,7 @@ from vidgen_ray.planner import (
     plan,
     save_calibration,
     save_measurements,
+    solver,
     this_machine,
 )
 from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
@@ -35,6 +38,8 @@ from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 
 TOLERANCE = 1e-6
+LIMIT_REACHED = 4
+"""Status of scipy's search that has reached its limit of nodes."""
 B6 = {
     "instantid": (1, {"instantid": 0.1}),
     "flux": (34, {"flux": 4.3, "lora": 2.0}),
@@ -165,6 +170,35 @@ def test_plan_does_not_depend_on_the_hash_seed():
 
 
 # Profiles without GPUs
+
+
+def test_search_is_limited_by_work_and_not_by_time(monkeypatch):
+    """The plan of a busy machine is that of an idle one, also if the search stops early."""
+    searches, milp = [], scipy.optimize.milp
+
+    def record(*arguments, options, **others):
+        used = set(options)
+        result = milp(*arguments, options=options, **others)
+        searches.append((used, result.status))
+        return result
+
+    monkeypatch.setattr(scipy.optimize, "milp", record)
+    monkeypatch.setattr(solver, "SOLVER_NODES", 1)
+    # Market split: equations that integers hardly ever solve, with the distance from them as the cost.
+    rng, programme = random.Random(1), solver.LinearProgramme()
+    chosen = [programme.add_variable(1, integer=True) for _ in range(30)]
+    distances = [programme.add_variable(math.inf) for _ in range(6)]
+    for row in range(3):
+        weights = [rng.randrange(100) for _ in chosen]
+        over, under = distances[2 * row : 2 * row + 2]
+        programme.add_constraint(
+            {**dict(zip(chosen, weights, strict=True)), over: -1, under: 1}, low=sum(weights) // 2, high=sum(weights) // 2
+        )
+    cost = programme.zero_cost()
+    cost[distances] = 1
+    first, second = programme.minimize(cost), programme.minimize(cost)
+    assert searches == [({"node_limit", "mip_rel_gap"}, LIMIT_REACHED)] * 2
+    assert list(first) == list(second)
 
 
 @pytest.mark.parametrize(

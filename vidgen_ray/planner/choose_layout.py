@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from vidgen_ray.errors import ProfileError, SetupError, VidgenError
 from vidgen_ray.planner import gpu_assignment
@@ -119,7 +120,8 @@ def _pack_gpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
         if packings and max(packing.rate for packing in packings.values()) >= max_rate * (1 - TIE):
             considered.append(ConsideredLayout(name, None, "cannot be faster"))
             continue
-        candidates = candidates_of(problem.actors)
+        # The packing asks for the candidates of the same GPUs several times.
+        candidates = cache(candidates_of(problem.actors))
         packing = pack(problem if name in ("fused", "colocated") else distributed, candidates, cluster)
         if packing is None:
             considered.append(ConsideredLayout(name, None, explain_infeasible(distributed, candidates, cluster)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ SPARE_CPUS = 0.5
 """CPUs for Ray's own tasks, such as reading the script."""
 SLOT_WEIGHT = 1e-5
 """Minimum efficiency that an additional slot must add."""
-SOLVER_SECONDS = 5.0
-"""Time limit of the solver, after which the best packing so far is used. Reached only for many nodes that are short of CPUs."""
+SOLVER_NODES = 500
+"""Nodes of the branch-and-bound tree, after which the best packing so far is used. Reached only for many nodes that are short
+of CPUs. Not a time limit: the plan of a busy machine must be that of an idle one."""
 GAP = 1e-3
 """Relative distance to the best possible rate at which the search stops."""
 
@@ -114,8 +115,8 @@ class _Solution:
 def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> Packing | None:
     """Return the packing with the highest rate, or `None` if there is none.
 
-    First solves the problem without CPU and host memory limits, which rarely matter, and places the slots on nodes
-    afterwards. If that fails, solves it again with the limits of each node.
+    First solves the problem without CPU and host memory limits, which rarely matter, then with those of all nodes together,
+    and places the slots on nodes afterwards. Only if both placements fail, solves it with the limits of each node.
     """
     sizes: Counter[float] = Counter()
     for node in cluster.nodes:
@@ -125,6 +126,14 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
     if unlimited is None:
         return None
     placed = _place_on_nodes(unlimited, problem, cluster)
+    if placed is not None:
+        return placed
+    bounded = replace(problem, max_slots=min(problem.max_slots, _most_slots(problem, cluster)))
+    pooled = _solve(bounded, groups, lambda memory: drop_dominated(candidates(memory)), [_all_nodes(cluster)])
+    if pooled is None:
+        return None
+    # No packing with the limits of each node is faster than this one.
+    placed = _place_on_nodes(pooled, problem, cluster)
     if placed is not None:
         return placed
     groups = [
@@ -137,6 +146,28 @@ def pack(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> P
         return None
     slots = [FilledSlot(c.assignment, c.group.node, c.shares) for c in limited.chosen for _ in range(c.count)]
     return Packing(limited.rate, tuple(slots), sum(limited.encoders))
+
+
+def _all_nodes(cluster: Cluster) -> Node:
+    """Return one node with the CPUs and the host memory of all nodes."""
+    memory_gb = [node.memory_gb for node in cluster.nodes if node.memory_gb is not None]
+    return Node(
+        cluster.gpus,
+        sum(node.cpus for node in cluster.nodes),
+        sum(memory_gb) if len(memory_gb) == len(cluster.nodes) else None,
+    )
+
+
+def _most_slots(problem: PackingProblem, cluster: Cluster) -> int:
+    """Return an upper bound of the slots with workers that fit on the nodes, each on one node, beside the director."""
+    smallest = min(actor.cpus for actor in problem.actors)
+
+    def fitting(cpus: float) -> int:
+        return max(0, math.floor(cpus / smallest + EPSILON))
+
+    by_node = [fitting(node.cpus) for node in cluster.nodes]
+    displaced = [fitting(node.cpus) - fitting(node.cpus - DIRECTOR_CPUS - SPARE_CPUS) for node in cluster.nodes]
+    return sum(by_node) - min(displaced)
 
 
 def encoders_for(rate: float, encode_seconds: float) -> int:
@@ -366,9 +397,9 @@ class LinearProgramme:
             integrality=np.array(self._integer),
             bounds=Bounds(np.zeros(len(self._upper_bounds)), np.array(self._upper_bounds)),
             constraints=LinearConstraint(self._matrix(), np.array(self._low), np.array(self._high)),
-            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": GAP},
+            options={"node_limit": SOLVER_NODES, "mip_rel_gap": GAP},
         )
-        # At the time limit, `x` is the best solution so far, or None.
+        # At the limit, `x` is the best solution so far, or None.
         return result.x
 
     def _matrix(self) -> Any:
