@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from vidgen_ray.online.store.jobs import Job
 from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
 
-STREAMS_AT_ONCE = 32
+STREAMS_AT_ONCE = 16
 """Streams that get a change before the pause, after which the next ones get it."""
 PAUSE_S = 0.1
 log = logging.getLogger(__name__)
