@@ -122,6 +122,8 @@ class LoraAdapters:
         return {"both": ("transformer", "transformer_2"), "high": ("transformer",), "low": ("transformer_2",)}[expert]
 
     def _load(self, file: Path, name: str, transformers: Sequence[str]) -> None:
+        import torch
+
         pipe = self._pipe
         source = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
         try:
@@ -130,7 +132,8 @@ class LoraAdapters:
                 _check_shapes(getattr(pipe, part), factors)
             if (tensor := not_finite(factors)) is not None:
                 raise ValueError(f"{tensor} has NaN or infinite values")
-            with without_peft_warnings():
+            # Stages run in inference mode, in which torchao's weights cannot be detached.
+            with without_peft_warnings(), torch.inference_mode(False), torch.no_grad():
                 for part in transformers:
                     second = {"load_into_transformer_2": True} if part == "transformer_2" else {}
                     pipe.load_lora_weights(str(file.parent), adapter_name=name, **source, **second)
