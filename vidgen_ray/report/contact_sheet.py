@@ -39,7 +39,8 @@ def write_contact_sheet(out: Path) -> Path:
     top = HEADER_PX + GAP_PX
     for (row, cells), height_px in zip(shots, heights_px, strict=True):
         draw.text((GAP_PX, top), row.id, INK, font)
-        draw.multiline_text((GAP_PX, top + 18), _wrap(row.prompt or ""), FAINT, font, spacing=2)
+        length = f"{row.num_frames} frames at {row.fps} fps\n" if row.num_frames else ""
+        draw.multiline_text((GAP_PX, top + 18), length + _wrap(row.prompt or ""), FAINT, font, spacing=2)
         for name, cell in cells.items():
             sheet.paste(cell, (LABEL_WIDTH_PX + columns.index(name) * (CELL_PX + GAP_PX), top))
         top += height_px + GAP_PX
@@ -75,5 +76,5 @@ def _thumbnail(image: Image) -> PILImage.Image:
     return thumbnail
 
 
-def _wrap(text: str, width: int = 30, lines: int = 4) -> str:
+def _wrap(text: str, width: int = 30, lines: int = 3) -> str:
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" ..."))
