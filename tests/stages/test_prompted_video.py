@@ -101,9 +101,24 @@ def test_prompt_moves_the_clip_only_if_the_model_reads_it(stage, make_shot, monk
             return tuple(e if e is None or e.dtype == torch.bool else torch.zeros_like(e) for e in tensors)
 
         monkeypatch.setattr(type(stage.pipe), "encode_prompt", without_text)
+        # Without the embeddings of other tests.
+        monkeypatch.setattr(stage, "_texts", {})
     # Texts of equal length: LTX also reads the mask of the tokens.
     clips = [clip_of(stage, item(make_shot, stage, prompt=prompt)) for prompt in ("a cat runs left", "a dog rests now")]
     assert np.array_equal(*clips) == cut
+
+
+def test_each_text_is_encoded_once(stage, make_shot, monkeypatch):
+    texts = []
+    encoder = stage.pipe.text_encoder
+    monkeypatch.setattr(encoder, "forward", lambda *a, f=encoder.forward, **k: (texts.append(a), f(*a, **k))[1])
+    monkeypatch.setattr(stage, "_texts", {})
+    clip_of(stage, item(make_shot, stage, extend=1))
+    assert len(texts) == 2, "the prompt and the negative prompt"
+    clip_of(stage, item(make_shot, stage, prompt="a red ball at night", seed=8))
+    assert len(texts) == 3
+    clip_of(stage, item(make_shot, stage, prompt="a dog", guidance={"wan": 1.0, "ltx": 1.0}))
+    assert len(texts) == 4
 
 
 def test_wan_ends_with_the_last_image(wan, tiny, make_shot):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
@@ -44,6 +46,8 @@ PROMPTED_FIELDS = (
     "prompt", "negative_prompt", "motion_prompt", "width", "height", "num_frames", "extend", "fps", "video_lora",
 )  # fmt: skip
 """Shot fields that every such model reads, beside its steps, its guidance and the seed."""
+CACHED_TEXTS = 16
+"""Texts whose embeddings are kept: 64 MB with 512 tokens of 4096 numbers in 16 bits."""
 VP = TypeVar("VP", bound=PromptedVideoParams)
 
 
@@ -59,7 +63,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_texts")
 
     default_steps: ClassVar[int]
 
@@ -94,6 +98,11 @@ class PromptedVideoStage(OffloadedStage[VP]):
     def load(self) -> None:
         self.pipe = self.load_pipe()
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
+        self._texts: LRUCache[str, tuple[Any, ...]] = LRUCache(CACHED_TEXTS)
+
+    def move(self, device: str) -> None:
+        super().move(device)
+        self._texts.clear()
 
     @abstractmethod
     def load_pipe(self) -> Any:
@@ -133,19 +142,44 @@ class PromptedVideoStage(OffloadedStage[VP]):
             self.pipe.vae.enable_tiling()
         else:
             self.pipe.vae.disable_tiling()
+        arguments = self.call_arguments(item)
         with self.adapters.active(shot.video_lora):
             self.notes += self.adapters.take_notes()
             clip = self.call_pipe(
                 image=PILImage.fromarray(image),
-                prompt=f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt,
-                negative_prompt=shot.negative_prompt,
+                **self._text_arguments(shot, arguments["guidance_scale"] > 1),
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
                 num_inference_steps=getattr(shot.steps, self.name) or self.default_steps,
                 max_sequence_length=self.params.text_tokens,
                 generator=noise_generator(self.generator_seed(shot)),
-                **self.call_arguments(item),
+                **arguments,
                 **diffusers_step_callback(self.name),
             )
         return to_uint8(clip)
+
+    def _text_arguments(self, shot: Shot, with_negative: bool) -> dict[str, Any]:
+        """Return the embeddings of the prompt, and with guidance of the negative prompt, as arguments of the pipeline."""
+        prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
+        texts = {"prompt": prompt, **({"negative_prompt": shot.negative_prompt or ""} if with_negative else {})}
+        return {
+            f"{name}_{part}": tensor
+            for name, text in texts.items()
+            for part, tensor in zip(("embeds", "attention_mask"), self._encode(text), strict=False)
+        }
+
+    def _encode(self, text: str) -> tuple[Any, ...]:
+        """Return the embedding of a text, and its mask if the model takes one.
+
+        The last `CACHED_TEXTS` texts are kept: passes of one clip and shots with the same negative prompt share them.
+        """
+        if (tensors := self._texts.get(text)) is None:
+            encoded = self.pipe.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
+            )
+            tensors = tuple(tensor for tensor in encoded if tensor is not None)
+            if not is_finite(tensors[0]):
+                raise StageError(NOT_FINITE)
+            self._texts[text] = tensors
+        return tensors
