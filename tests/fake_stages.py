@@ -130,3 +130,6 @@ FAKES = {
         FakeRealESRGAN,
     )
 }
+
+FINDS_FACES = {**FAKES, InstantIDStage.name: InstantIDStage}
+"""Fakes with the real detector of faces."""

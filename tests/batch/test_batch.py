@@ -14,7 +14,7 @@ import ray
 from PIL import Image
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
@@ -132,7 +132,8 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
         )
 
 
-def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, capsys):
+def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FINDS_FACES)
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
     (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])

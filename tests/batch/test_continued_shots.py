@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.batch.test_batch import DONE, Events, digests, render_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
-from tests.fake_stages import FAKES
+from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch import render
 from vidgen_ray.batch.continued_shots import ContinuedShots
 from vidgen_ray.batch.line_planner import LinePlanner
@@ -124,12 +124,13 @@ def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
     assert counts(upscale_video=True, num_frames=3) == (2, 0, 0)
 
 
-def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path):
+def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FINDS_FACES)
     wall, out = tmp_path / "wall.png", tmp_path / "out"
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
     lines = [
-        {**CHAIN[0], "face_image": str(wall), "consent": SYNTHETIC},
-        *CHAIN[1:],
+        {**FAKE_CHAIN[0], "face_image": str(wall), "consent": SYNTHETIC},
+        *FAKE_CHAIN[1:],
         {**SMALL, "id": "other", "prompt": "a boat"},
     ]
     report = render_lines(script(tmp_path, lines, tiny), tiny, out)
@@ -173,7 +174,9 @@ def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
         yield from (planner.plan_block([line]) for line in numbered[1:])
 
     planner = LinePlanner(checker, tiny, outputs)
-    report = render.render_lines(planner, numbered[:1], remaining, "s.jsonl", tiny, render.RenderOptions(), listener=Events())
+    report = render.render_lines(
+        planner, numbered[:1], remaining, "s.jsonl", tiny, render.RenderOptions(stages=FAKES), listener=Events()
+    )
     assert (report.done, report.failed) == (6, 0)
 
 
