@@ -334,15 +334,15 @@ def test_slow_shot_does_not_delay_results_of_others(tmp_path, profile):
 
 def test_stopped_run_finishes_started_shots_and_can_be_resumed(tmp_path, profile):
     stop = threading.Event()
-    report, rows = render_lines(tmp_path, profile, shots(150), Events(stop.set), stop=stop)
+    report, rows = render_lines(tmp_path, profile, shots(60), Events(stop.set), stop=stop)
     assert report.failed == 0
     assert report.done >= 1
     assert report.left >= 1
-    assert report.done + report.left == 150
+    assert report.done + report.left == 60
     done = {row.id for row in rows.values() if row.status == "done"}
     assert len(done) == report.done == len(list((tmp_path / "out").glob("shots/*/*/shot.json")))
     first = digests(tmp_path / "out")
-    second, _ = render_lines(tmp_path, profile, shots(150))
+    second, _ = render_lines(tmp_path, profile, shots(60))
     assert (second.skipped, second.done) == (report.done, report.left)
     after = digests(tmp_path / "out")
     assert {name: after[name] for name in first} == first
