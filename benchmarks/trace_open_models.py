@@ -25,6 +25,8 @@ DECODED_FRAMES = 9
 
 IMAGES = ((256, 256), (512, 512), (1024, 1024), (2048, 2048))
 OTHER_IMAGES = ((640, 1024), (2048, 512), (1920, 1088))
+OTHER_PADDED = ((512, 1024), (2048, 512), (1536, 1024))
+"""Sizes that RIFE pads at no flow scale."""
 SEQUENCES = ((1024, 1024), (2048, 1024), (2048, 2048), (4096, 2048))
 """Sizes whose pixels are those of the image together with those of the images that the model sees."""
 OTHER_SEQUENCES = ((1536, 1024), (3072, 2048))
@@ -228,7 +230,8 @@ def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Siz
         "klein/step": (klein_step, sequences, other_sequences),
         "qwen_edit/step": (qwen_step, sequences, other_sequences),
         "ltx/step": (ltx_step, CLIPS, OTHER_CLIPS),
-        "ltx/decode": (ltx_decode, CLIPS, OTHER_CLIPS),
+        # Clips of few frames need less than the curve: the first latent frame gives one frame, the others eight.
+        "ltx/decode": (ltx_decode, CLIPS, OTHER_CLIPS[:2]),
         "ltx/encode": (ltx_encode, images, others),
     }
     for model in ("klein", "qwen_edit"):
@@ -241,5 +244,5 @@ def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Siz
     for layout in RIFE_NETWORKS:
         for flow_scale in FLOW_SCALES:
             draw = partial(rife_pair, layout=layout, flow_scale=flow_scale)
-            curves[f"{layout}:{flow_scale:g}"] = draw, images, others
+            curves[f"{layout}:{flow_scale:g}"] = draw, images, one_frame(OTHER_PADDED)
     return curves

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -34,6 +34,8 @@ CUT_PX, CUT_WINDOW_PX = 64, 11
 
 FLOW_SCALES = (1.0, 0.5, 0.25)
 LAYOUTS = ("rife/hdv3", "rife/4.25")
+LARGEST_MULTIPLE_PX = 128
+"""Pixels to whose multiples RIFE 4.25 pads the sides of frames, at a flow scale of 1."""
 KEPT_FRAMES = 17
 """Most frames that are kept between two frames, these included: a network that only draws the middle draws sixteenths."""
 
@@ -118,7 +120,9 @@ class RifeStage(ChunkedStage[RifeParams]):
         """Memory of the layout that needs more: the file decides which one it is."""
         pixels, dtype = shot.width * shot.height, params.dtype
         largest = max(LAYOUTS, key=lambda layout: weight_bytes(layout, dtype))
-        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", pixels, dtype) for layout in LAYOUTS)
+        step = round(LARGEST_MULTIPLE_PX / params.flow_scale)
+        padded = ceil(shot.width / step) * ceil(shot.height / step) * step**2
+        draw = max(activation_bytes(f"{layout}:{params.flow_scale:g}", padded, dtype) for layout in LAYOUTS)
         kept = KEPT_FRAMES * pixels * 3 * 4
         return StageMemory({"rife": weight_bytes(largest, dtype)}, draw + kept, 4 * pixels * 3 * 4)
 
