@@ -114,13 +114,18 @@ class Encoder:
         return CallResult(), record
 
     def write(
-        self, director: str, plan: ShotPlan, artefacts: Artefacts, records: tuple[StepRecord, ...]
+        self,
+        director: str,
+        plan: ShotPlan,
+        artefacts: Artefacts,
+        records: tuple[StepRecord, ...],
+        only_chunk: Artefacts | None,
     ) -> tuple[CallResult, ShotRecord | None]:
-        """Write and commit a shot without chunks in a single call."""
+        """Write and commit a shot in a single call: one without chunks, or with a single one."""
         begun = self.begin(director, plan, artefacts)
         if begun.failure is not None or begun.session_lost:
             return begun, None
-        return self.commit(plan.shot.id or "", records, None)
+        return self.commit(plan.shot.id or "", records, only_chunk)
 
     def abandon(self, shot_id: str) -> None:
         """Delete the files of a shot that is not committed."""

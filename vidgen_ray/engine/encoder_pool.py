@@ -35,8 +35,12 @@ class ProcessedChunk(NamedTuple):
     is_last: bool
 
 
-Chunks = AsyncGenerator[ProcessedChunk]
-"""The chunks of a clip, in order."""
+class ClipChunks(NamedTuple):
+    """The chunks of a clip whose last stages are chunked."""
+
+    n_chunks: int
+    process: Callable[[], AsyncGenerator[ProcessedChunk]]
+    """Starts the chunked stages. Yields the chunks in order."""
 
 
 class _EncodingFailed(Exception):
@@ -100,10 +104,10 @@ class EncoderPool:
         plan: ShotPlan,
         artefacts: Any,
         records: tuple[StepRecord, ...],
-        chunks: Callable[[], Chunks] | None,
+        chunks: ClipChunks | None,
         node: str | None,
     ) -> ShotRecord:
-        """Encode and commit a shot. `chunks` starts the chunked stages, if the shot has any. `node` has the artefacts.
+        """Encode and commit a shot. `chunks`: of a shot with chunked stages. `node` has the artefacts.
 
         Failures are retried on other encoders and nodes; see `run_with_retries`. Raises ShotFailed and InputsLost.
         """
@@ -140,7 +144,7 @@ class EncoderPool:
         plan: ShotPlan,
         artefacts: Any,
         records: tuple[StepRecord, ...],
-        chunks: Callable[[], Chunks] | None,
+        chunks: ClipChunks | None,
         node: str | None,
         avoid: frozenset[ActorClient],
         *,
@@ -196,30 +200,33 @@ async def _encode(
     plan: ShotPlan,
     artefacts: Any,
     records: tuple[StepRecord, ...],
-    chunks: Callable[[], Chunks] | None,
+    chunks: ClipChunks | None,
 ) -> ShotRecord:
     shot_id = plan.shot.id or ""
-    if chunks is None:
-        try:
-            return await _commit(encoder, "write", director, Pickled(plan), artefacts, Pickled(records))
-        except BaseException:
-            encoder.send("abandon", shot_id)
-            raise
-    # Chunks are processed while the image and the original clip are written.
-    opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, Pickled(plan), artefacts))
+    opened: asyncio.Future[None] | None = None
     try:
+        if chunks is None:
+            return await _commit(encoder, "write", director, Pickled(plan), artefacts, Pickled(records), None)
+        if chunks.n_chunks > 1:
+            # Chunks are processed while the image and the original clip are written.
+            opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, Pickled(plan), artefacts))
         chunk_records = []
-        async with aclosing(chunks()) as each_chunk:
+        async with aclosing(chunks.process()) as each_chunk:
             async for chunk in each_chunk:
-                await opened
                 chunk_records.append(chunk.records)
-                if chunk.is_last:
-                    all_records = (*records, *join_records(chunk_records))
-                    return await _commit(encoder, "commit", shot_id, Pickled(all_records), chunk.artefacts)
-                await _checked_call(encoder, "add", shot_id, chunk.artefacts)
+                if opened is not None:
+                    await opened
+                if not chunk.is_last:
+                    await _checked_call(encoder, "add", shot_id, chunk.artefacts)
+                    continue
+                all_records = Pickled((*records, *join_records(chunk_records)))
+                if opened is not None:
+                    return await _commit(encoder, "commit", shot_id, all_records, chunk.artefacts)
+                return await _commit(encoder, "write", director, Pickled(plan), artefacts, all_records, chunk.artefacts)
         raise AssertionError("no chunk is the last one")
     except BaseException:
-        opened.cancel()
+        if opened is not None:
+            opened.cancel()
         encoder.send("abandon", shot_id)
         raise
 

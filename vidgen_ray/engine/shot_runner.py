@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from itertools import count
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
-from vidgen_ray.engine.encoder_pool import Chunks, EncoderPool, ProcessedChunk
+from vidgen_ray.engine.encoder_pool import ClipChunks, EncoderPool, ProcessedChunk
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
@@ -200,7 +200,7 @@ class ShotRunner:
         if on_progress is not None:
             on_progress(Progress(chunked[-1].name if chunked else OUTPUT, 0, 0))
         node = artefacts.by.node if artefacts.by else None
-        chunks = (lambda: self._chunks(plan, order, artefacts, on_progress)) if chunked else None
+        chunks = self._chunks(plan, order, artefacts, on_progress) if chunked else None
         written = await self._encoders.write(plan, artefacts.reference, records, chunks, node)
         self._count(written.stages[len(records) :])
         if any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
@@ -208,28 +208,36 @@ class ShotRunner:
             self._observer.frames_upscaled(n_frames)
         return written
 
-    def _chunks(self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None) -> Chunks:
-        """Process the clip's chunks on any free workers. Yields records and results in order."""
+    def _chunks(
+        self, plan: ShotPlan, order: int, artefacts: RemoteArtefacts, on_progress: ProgressCallback | None
+    ) -> ClipChunks:
+        """Return the clip's chunks, which any free workers process."""
         calls = group_chunked_steps(plan, self._workers.can_fuse)
         last_stage = calls[-1][-1].stage
         n_frames, _ = clip_length(plan.shot)
-        frames_done = 0
+        chunks = clip_chunks(plan.shot, chunk_unit(plan.shot, self._chunk_frames), CHUNK_BYTES)
 
-        async def process(chunk: slice) -> ProcessedChunk:
-            nonlocal frames_done
-            cut: slice | None = chunk
-            current = artefacts
-            records: tuple[StepRecord, ...] = ()
-            for steps in calls:
-                names = tuple(step.stage for step in steps)
-                work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
-                timeout_s = self._config.timeout_s(plan.shot, *names)
-                result, current = await self._workers.call(work, timeout_s, "run_chunk", plan, names, cut, current.reference)
-                records, cut = records + result.records, None
-            frames_done += chunk.stop - chunk.start
-            if on_progress is not None:
-                on_progress(Progress(last_stage, frames_done, n_frames))
-            return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
+        def start() -> AsyncGenerator[ProcessedChunk]:
+            frames_done = 0
 
-        unit = chunk_unit(plan.shot, self._chunk_frames)
-        return ordered_window(clip_chunks(plan.shot, unit, CHUNK_BYTES), process)
+            async def process(chunk: slice) -> ProcessedChunk:
+                nonlocal frames_done
+                cut: slice | None = chunk
+                current = artefacts
+                records: tuple[StepRecord, ...] = ()
+                for steps in calls:
+                    names = tuple(step.stage for step in steps)
+                    work = Work(names[0], order, load=CHUNK_LOAD, near=current.by)
+                    timeout_s = self._config.timeout_s(plan.shot, *names)
+                    result, current = await self._workers.call(
+                        work, timeout_s, "run_chunk", plan, names, cut, current.reference
+                    )
+                    records, cut = records + result.records, None
+                frames_done += chunk.stop - chunk.start
+                if on_progress is not None:
+                    on_progress(Progress(last_stage, frames_done, n_frames))
+                return ProcessedChunk(records, current.reference, is_last=chunk.stop >= n_frames)
+
+            return ordered_window(chunks, process)
+
+        return ClipChunks(len(chunks), start)
