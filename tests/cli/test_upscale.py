@@ -145,10 +145,12 @@ from tests.upscale.conftest import CALIBRATION
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
 from vidgen_ray.upscale import job
-job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = 5
 command.calibrate = lambda model, device, **_: CALIBRATION
 if "PEAK_FILE" in os.environ:
     write_at_exit(Path(os.environ["PEAK_FILE"]))
+else:
+    # Many moments to be killed at.
+    job.MAX_SEGMENT_FRAMES = job.MIN_SEGMENT_FRAMES = 5
 sys.exit(main(["upscale", *sys.argv[1:]]))
 """
 
