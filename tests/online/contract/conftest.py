@@ -25,7 +25,8 @@ START_S = 240
 """Seconds to wait for the server. Ray starts slowly on a busy machine."""
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: its processes would compete with the tests of other files.
+@pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """Start a server and return its URL."""
     folder = tmp_path_factory.mktemp("serve")
