@@ -1,7 +1,9 @@
 """Benchmark of speed options: how much the results of a stage differ from those without options, and seconds per shot.
 
-Each option is measured alone, and each quality tier. On a CPU, nothing is compiled: torch.compile only changes the rounding,
-and compiling for a CPU takes minutes and says nothing about a GPU. The first call of a stage is not timed.
+Each option is measured alone, and each quality tier. The first call of a stage is not timed.
+
+On a CPU, nothing is compiled: torch.compile only changes the rounding, and compiling for a CPU takes minutes and says nothing about
+a GPU. float16 is left out as well: a clip takes minutes.
 
     python -m benchmarks.speed_options                                  # all groups with the demo models, some minutes
     python -m benchmarks.speed_options --profile gpu-80gb --group svd   # on a GPU, with the published weights
@@ -160,7 +162,7 @@ def variants_of(profile: Profile, group: Group) -> list[tuple[str, StageParams]]
     variants = [("reference", reference)]
     for options in group.options:
         name = ", ".join(f"{option}: {value}" for option, value in options.items())
-        if not (on_cpu and "compile" in options):
+        if not (on_cpu and ("compile" in options or options.get("dtype") == "float16")):
             variants.append((name, type(reference).model_validate({**dict(reference), **options})))
     for tier in get_args(QualityTier) if group.tiers else ():
         params = profile.with_quality_tier(tier).params(group.stage)
@@ -225,6 +227,8 @@ def measure(profile: Profile, name: str, shots: int, choices: Sequence[str], err
             if group.has_face:
                 row["likeness"] = mean_likeness(likeness, items, results)
             rows.append(row)
+            # The table comes at the end, and the last options may take long.
+            errors.print(" | ".join(cells(row)), markup=False)
     return rows
 
 
