@@ -100,7 +100,8 @@ def make_app(
     app = _empty_app(settings, store)
     app.state.server = server
     app.state.json_memory = ByteBudget(settings.uploads.json_memory_bytes)
-    app.state.body_parsing = asyncio.Semaphore(1)
+    # One at a time: many threads that parse would delay all other requests.
+    app.state.body_parser = ThreadPoolExecutor(1, "parse")
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
     error_handlers.install(app)
     add_api(app)

@@ -14,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,11 +240,8 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
                 if size <= SMALL_FORM_BYTES:
                     yield _from_json(body, caps)
                     return
-                # In a thread, one at a time: many threads that parse would delay all other requests.
-                parsing: asyncio.Semaphore = request.app.state.body_parsing
-                async with parsing:
-                    received = await asyncio.to_thread(_from_json, body, caps)
-                yield received
+                parser: ThreadPoolExecutor = request.app.state.body_parser
+                yield await asyncio.get_running_loop().run_in_executor(parser, _from_json, body, caps)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
@@ -312,10 +310,8 @@ async def _read_form(request: Request, kind: str, caps: UploadCaps) -> FormData:
         body = await _read_body(request, URLENCODED_BYTES)
         if len(body) <= SMALL_FORM_BYTES:
             return _from_urlencoded(body)
-        # As JSON.
-        parsing: asyncio.Semaphore = request.app.state.body_parsing
-        async with parsing:
-            return await asyncio.to_thread(_from_urlencoded, body)
+        body_parser: ThreadPoolExecutor = request.app.state.body_parser
+        return await asyncio.get_running_loop().run_in_executor(body_parser, _from_urlencoded, body)
     parser = _FormParser(
         request.headers,
         request.stream(),
