@@ -218,7 +218,7 @@ def test_kills_at_random_moments_leave_the_bytes_of_an_undisturbed_run(tmp_path,
 
 
 def test_interrupt_exits_with_130_and_resumes(tmp_path, weights):
-    video = write_video(tmp_path / "in.mp4", 200)
+    video = write_video(tmp_path / "in.mp4", 800)
     options = "--model", weights, "--preset", "ultrafast"
     out = tmp_path / "out" / "in.mp4"
     folder = out.parent / ".vidgen-upscale" / "in.mp4"
