@@ -2,8 +2,8 @@
 
 Each option is measured alone, and each quality tier. The first call of a stage is not timed.
 
-On a CPU, nothing is compiled: torch.compile only changes the rounding, and compiling for a CPU takes minutes and says nothing about
-a GPU. float16 is left out as well: a clip takes minutes.
+On a CPU, nothing is compiled: torch.compile only changes the rounding, and compiling for a CPU takes minutes and says nothing
+about a GPU. float16 is left out as well: a clip takes minutes.
 
     python -m benchmarks.speed_options                                  # all groups with the demo models, some minutes
     python -m benchmarks.speed_options --profile gpu-80gb --group svd   # on a GPU, with the published weights

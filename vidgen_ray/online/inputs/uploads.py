@@ -240,8 +240,8 @@ async def receive(request: Request, caps: UploadCaps) -> AsyncIterator[ReceivedR
                 if size <= SMALL_FORM_BYTES:
                     yield _from_json(body, caps)
                     return
-                parser: ThreadPoolExecutor = request.app.state.body_parser
-                yield await asyncio.get_running_loop().run_in_executor(parser, _from_json, body, caps)
+                body_parser: ThreadPoolExecutor = request.app.state.body_parser
+                yield await asyncio.get_running_loop().run_in_executor(body_parser, _from_json, body, caps)
         return
     try:
         yield await asyncio.to_thread(_from_form, form)
