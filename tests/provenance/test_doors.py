@@ -19,7 +19,6 @@ from vidgen_ray.provenance.c2pa_signing import read_signature
 from vidgen_ray.provenance.reading import read_provenance
 from vidgen_ray.provenance.record import ProvenanceRecord
 from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.signing_key import create_signing_key
 
 PACKAGE = Path(vidgen_ray.__file__).parent
 ENCODERS = {
@@ -86,13 +85,6 @@ def test_every_place_that_writes_an_image_or_a_clip_is_known():
     }
     assert found == MARKED.keys() | NOT_MARKED.keys()
     assert not MARKED.keys() & NOT_MARKED.keys()
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory):
-    path = tmp_path_factory.mktemp("keys") / "c2pa.pem"
-    create_signing_key(path, "Test Studio")
-    return path
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
 from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.visible_label import labelled
+from vidgen_ray.provenance.visible_label import with_label
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""
@@ -216,7 +216,7 @@ def _encode_intermediate(server: ServerContext, plan: ShotPlan, step: Step, opti
     if artefacts is None:
         return None
     settings = server.serving_profile.profile.provenance
-    pixels = artefacts["image"] if settings.label is None else labelled(artefacts["image"][None], settings.label)[0]
+    (pixels,) = with_label(artefacts["image"][None], settings)
     record = shot_record(plan, "image", settings, until=STAGE_BY_NAME[step.stage])
     metadata = metadata_of(record)
     if options.output_format == "png":
