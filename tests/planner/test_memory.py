@@ -313,6 +313,19 @@ def test_tiles_need_less_memory(tiles):
     assert stage.memory(stage.lower_memory(params), shot).peak < stage.memory(params, shot).peak
 
 
+@pytest.mark.parametrize(("model", "parts"), [("svd", 1), ("wan", 2), ("ltx", 2)])
+def test_overlap_keeps_memory_for_decoding_and_is_given_up_first(model, parts):
+    stage, shot = STAGE_BY_NAME[model], Shot(**{**WAN_SHOT, "video_model": model})
+    params = load_profile("gpu-80gb").options_of(stage)
+    overlapping = params.model_copy(update={"overlap_shots": True})
+    alone, both = (stage.memory(each, shot) for each in (params, overlapping))
+    kept = {part: size for part, size in both.weights.items() if part not in alone.weights}
+    assert len(kept) == parts
+    assert 0 < min(kept.values()) <= max(kept.values()) <= both.peak == alone.peak
+    assert both.total - alone.total == sum(kept.values())
+    assert stage.lower_memory(overlapping) == params
+
+
 def test_photos_count_as_tokens():
     stage, params = STAGE_BY_NAME["klein"], load_profile("open").options_of(STAGE_BY_NAME["klein"])
     one, three = (

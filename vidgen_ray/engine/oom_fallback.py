@@ -6,7 +6,8 @@ import ctypes
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
@@ -15,6 +16,7 @@ from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.memory import changed_options, too_large
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.stages.overlap import overlap_allowed
 
 R = TypeVar("R")
 
@@ -59,26 +61,23 @@ class OomFallback:
         first = self._needed.get(key) or self._planned(stage, shot)
         params: StageParams | None = first
         freed = False
-        try:
-            while params is not None:
-                stage.params = params
-                try:
+        while params is not None:
+            try:
+                with _settings(stage, params):
                     result = work()
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    message = str(error)
-                else:
-                    if params is not own:
-                        self._needed[key] = params
-                        return result, changed_options(own, params)
-                    return result, MEMORY_FREED if freed else None
-                # The error references tensors, so memory can be freed only after its block ends.
-                free_gpu_memory()
-                params = params if not freed else stage.lower_memory(params)
-                freed = True
-        finally:
-            stage.params = own
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = str(error)
+            else:
+                if params is not own:
+                    self._needed[key] = params
+                    return result, changed_options(own, params)
+                return result, MEMORY_FREED if freed else None
+            # The error references tensors, so memory can be freed only after its block ends.
+            free_gpu_memory()
+            params = params if not freed else stage.lower_memory(params)
+            freed = True
         raise OutOfMemory(_exhausted(stage, shot, message))
 
     def _planned(self, stage: Stage[Any], shot: Shot) -> StageParams:
@@ -95,6 +94,22 @@ class OomFallback:
                 break
             params = lower
         return params
+
+
+@contextmanager
+def _settings(stage: Stage[Any], params: StageParams) -> Iterator[None]:
+    """Run a block with other settings of a stage, if they are not its own."""
+    own: StageParams = stage.params
+    if params is own:
+        yield
+        return
+    stage.params = params
+    try:
+        # Beside the next call, the stage would have these settings there, too.
+        with overlap_allowed(None):
+            yield
+    finally:
+        stage.params = own
 
 
 def _size_key(stage: Stage[Any], shot: Shot) -> SizeKey:

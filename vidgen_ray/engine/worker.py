@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.call_turns import CallTurns
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.load_lock import load_lock
@@ -29,13 +30,14 @@ from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
+from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import progress_callback
 
 T = TypeVar("T")
 
 MAX_CONCURRENT_CALLS = 2
-"""The next call runs while the result of the previous one is copied to Ray's object store. For a chunk of large frames, copying
-takes a fifth of the computing time."""
+"""The next call runs while the result of the previous one is decoded, see `stages/overlap.py`, and copied to Ray's object
+store. For a chunk of large frames, copying takes a fifth of the computing time."""
 CONTROL = "control"
 """Concurrency group of the methods that respond during a call."""
 
@@ -52,18 +54,19 @@ class ActorPlace:
 
 
 class Worker:
-    """Actor that holds stages in memory and runs one call at a time."""
+    """Actor that holds stages in memory and runs one call at a time, see `CallTurns`."""
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
         """`parallel_loads`: maximum number of processes of this machine that load weights at once."""
-        self._lock = threading.Lock()
+        self._turns = CallTurns()
         self._config = config
         self._spec = spec
         self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
-        self._progress: tuple[int, Progress] | None = None
-        self._running: tuple[int, float] | None = None
-        """Running call, and the time at which it exceeds its timeout."""
+        self._progress: dict[int, Progress] = {}
+        """Running calls, of which one is at its end."""
+        self._deadlines: dict[int, float] = {}
+        """Running call -> time at which it exceeds its timeout."""
         self._cancelled: set[int] = set()
         self._first_call: int = 0
         """Calls with lower numbers are of an earlier director, which has crashed."""
@@ -75,8 +78,7 @@ class Worker:
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def progress(self, call: int) -> Progress | None:
         """Return the progress of a call. `None` if it is not running."""
-        current = self._progress
-        return current[1] if current is not None and current[0] == call else None
+        return self._progress.get(call)
 
     @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]  # Ray has no type for it
     def cancel(self, call: int) -> None:
@@ -90,14 +92,14 @@ class Worker:
         A call that hangs ends the process when its timeout is over.
         """
         self._first_call = first_call
-        running = self._running
-        if running is not None and running[0] < first_call:
-            timer = threading.Timer(max(0.0, running[1] - time.monotonic()), self._exit_if_running, [running])
-            timer.daemon = True
-            timer.start()
+        for call, deadline in self._deadlines.copy().items():
+            if call < first_call:
+                timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._exit_if_running, [call])
+                timer.daemon = True
+                timer.start()
 
-    def _exit_if_running(self, call: tuple[int, float]) -> None:
-        if self._running is call:
+    def _exit_if_running(self, call: int) -> None:
+        if call in self._deadlines:
             os._exit(1)
 
     def load(self) -> Failure | None:
@@ -105,7 +107,7 @@ class Worker:
 
         Not part of `__init__`: Ray rejects calls during a restart, so a crash while loading would look like a slow start.
         """
-        with self._lock:
+        with self._turns.next():
             ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
@@ -148,15 +150,16 @@ class Worker:
         def on_progress(stage: str, step: int, steps: int) -> None:
             if call in self._cancelled or call < self._first_call:
                 raise Cancelled
-            self._progress = call, Progress(stage, step, steps)
+            self._progress[call] = Progress(stage, step, steps)
 
-        with self._lock:
+        self._prepare(shot, stages)
+        with self._turns.next() as turn:
             ready = self._ready()
             if isinstance(ready, Failure):
                 return CallResult(failure=ready, load_failed=True), default
-            self._running = call, time.monotonic() + self._config.timeout_s(shot, *stages)
+            self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, *stages)
             try:
-                with progress_callback(on_progress):
+                with progress_callback(on_progress), overlap_allowed(turn.end if self._overlaps else None):
                     on_progress(stages[0], 0, 0)
                     return function(ready)
             except Cancelled:
@@ -164,8 +167,19 @@ class Worker:
             except StepFailed as failed:
                 return CallResult.of_failure(failed), default
             finally:
-                self._progress = self._running = None
+                self._progress.pop(call, None)
+                del self._deadlines[call]
                 self._cancelled.discard(call)
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether calls may overlap. Swapping would move weights that another call uses."""
+        return not self._spec.swap_groups
+
+    def _prepare(self, shot: Shot, stages: tuple[str, ...]) -> None:
+        """Compute what does not depend on earlier steps while another call has its turn."""
+        if self._overlaps and isinstance(self._loaded, StepRunner):
+            self._loaded.prepare(shot, stages)
 
     def _ready(self) -> StepRunner | Failure:
         """Return the step runner, and load it first if needed.

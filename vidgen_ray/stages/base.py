@@ -6,6 +6,7 @@ docs are derived from that declaration. Heavy packages (torch, diffusers) are im
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -243,8 +244,7 @@ class Stage(ABC, Generic[P]):
 
     def __init__(self, params: P) -> None:
         self.params = params
-        self.notes: list[str] = []
-        """Notes for the user about the inputs of the calls since `take_notes`."""
+        self._of_thread = threading.local()
 
     @staticmethod
     @abstractmethod
@@ -345,13 +345,27 @@ class Stage(ABC, Generic[P]):
 
     @property
     def adapter_loads(self) -> int:
-        """Number of LoRAs loaded so far."""
+        """Number of LoRAs that this thread has loaded so far."""
         return 0
 
+    def note(self, *notes: str) -> None:
+        """Add notes for the user about the inputs of the current call."""
+        self._of_thread.notes = (*self._notes, *notes)
+
     def take_notes(self) -> tuple[str, ...]:
-        """Return the notes since the last call."""
-        notes, self.notes = tuple(self.notes), []
+        """Return the notes of this thread since its last call. Calls may overlap, each in its own thread."""
+        notes, self._of_thread.notes = self._notes, ()
         return notes
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        return getattr(self._of_thread, "notes", ())
+
+    def prepare(self, shot: Shot) -> None:
+        """Compute and keep what only the shot's fields decide, such as embeddings of its prompt. Optional: `run` does the same.
+
+        May run beside another call, in another thread.
+        """
 
     def close(self) -> None:
         """Release the weights. Safe to call twice, and before `load`."""

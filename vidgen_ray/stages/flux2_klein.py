@@ -146,7 +146,7 @@ class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
         photos = item.artefacts["photos"] if self.uses_identity(shot) else ()
         steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS
         with self.adapters.active(shot.klein_lora):
-            self.notes += self.adapters.take_notes()
+            self.note(*self.adapters.take_notes())
             (image,) = self.pipe(
                 image=[PILImage.fromarray(photo) for photo in photos] or None,
                 prompt=shot.prompt,

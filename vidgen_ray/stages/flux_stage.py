@@ -155,7 +155,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         """Yield the FLUX pipelines with the shot's LoRAs active and conditioned on its face."""
         shot = item.shot
         with self.model.loras_active(self.active_loras(shot)):
-            self.notes += self.model.adapters.take_notes()
+            self.note(*self.model.adapters.take_notes())
             if shot.flux_identity is None:
                 yield self.model
                 return

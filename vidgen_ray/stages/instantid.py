@@ -161,7 +161,7 @@ class InstantIDStage(Stage[InstantIDParams]):
         directions = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
         for number, similarity in enumerate(directions[1:] @ directions[0], start=2):
             if similarity < SAME_PERSON:
-                self.notes.append(
+                self.note(
                     f"face_image {number} of {len(embeddings)}: may show another person than the first photo (similarity "
                     f"{similarity:.2f}); the person drawn is a mean of all photos"
                 )

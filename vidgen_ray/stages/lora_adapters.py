@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,10 +37,14 @@ class LoraAdapters:
         self._dtype = dtype
         # Least recently used first.
         self._names: OrderedDict[str, None] = OrderedDict()
-        self.loads = 0
-        """Number of files loaded so far."""
+        self._of_thread = threading.local()
         self._active: tuple[tuple[str, float], ...] = ()
         self._notes: list[str] = []
+
+    @property
+    def loads(self) -> int:
+        """Number of files that this thread has loaded so far. Calls may overlap, each in its own thread."""
+        return getattr(self._of_thread, "loads", 0)
 
     def take_notes(self) -> list[str]:
         """Return what a user should know about the files loaded since the last call."""
@@ -108,7 +113,7 @@ class LoraAdapters:
             copy.write_bytes(content)
             del content
             self._load(copy, name, transformers)
-        self.loads += 1
+        self._of_thread.loads = self.loads + 1
         self._names[name] = None
         return name
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.shot import Shot
@@ -83,7 +81,8 @@ class LTXStage(PromptedVideoStage[LTXParams]):
             Phase((TRANSFORMER, VAE), activation_bytes("ltx/step", pixels * latent_frames, dtype)),
             Phase((VAE,), activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
+        beside = (phases[0], phases[-1]) if params.overlap_shots else ()
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot), beside=beside)
 
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline
@@ -91,41 +90,34 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         return load_pipeline(LTXImageToVideoPipeline, self.params, also=self.pipelines, cpu_offload=self.params.cpu_offload)
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
-        shot = item.shot
-        return {
-            "frame_rate": shot.fps,
-            "guidance_scale": DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx,
-        }
+        return {"frame_rate": item.shot.fps}
 
-    def call_pipe(self, **arguments: Any) -> NDArray[np.float32]:
-        if not self.pipe.vae.config.timestep_conditioning:
-            return super().call_pipe(**arguments)
-        (latents,) = self.pipe(**arguments, output_type="latent", return_dict=False)
-        return self._decode(latents, arguments)
+    def guidance(self, shot: Shot) -> float:
+        return DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx
 
-    def _decode(self, latents: torch.Tensor, arguments: Mapping[str, Any]) -> NDArray[np.float32]:
-        """Decode at a timestep, with some noise in the latents. Returns pixels (num_frames, H, W, 3), 0 to 1.
+    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+        """Decode, with timestep conditioning at a timestep and with some noise in the latents.
 
         As the pipeline does, except that the noise comes from a CPU generator on every device. The pipeline draws it on the
         GPU, and fails with a CPU generator.
         """
         import torch
 
-        pipe, vae = self.pipe, self.pipe.vae
+        pipe, (height, width, _) = self.pipe, item.artefacts["image"].shape
         latents = pipe._unpack_latents(
             latents,
-            (arguments["num_frames"] - 1) // pipe.vae_temporal_compression_ratio + 1,
-            arguments["height"] // pipe.vae_spatial_compression_ratio,
-            arguments["width"] // pipe.vae_spatial_compression_ratio,
+            (item.shot.num_frames - 1) // pipe.vae_temporal_compression_ratio + 1,
+            height // pipe.vae_spatial_compression_ratio,
+            width // pipe.vae_spatial_compression_ratio,
             pipe.transformer_spatial_patch_size,
             pipe.transformer_temporal_patch_size,
         )
         latents = pipe._denormalize_latents(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
-        latents = latents.to(vae.dtype)
-        noise = torch.randn(latents.shape, generator=arguments["generator"], dtype=latents.dtype).to(latents.device)
-        scale = torch.tensor([self.params.decode_noise_scale], device=latents.device, dtype=latents.dtype)
-        timestep = torch.tensor([self.params.decode_timestep], device=latents.device, dtype=latents.dtype)
-        latents = (1 - scale) * latents + scale * noise
-        video = vae.decode(latents, timestep, return_dict=False)[0]
-        clip: NDArray[np.float32] = pipe.video_processor.postprocess_video(video, output_type="np")[0]
-        return clip
+        latents, timestep = latents.to(vae.dtype), None
+        if vae.config.timestep_conditioning:
+            noise = torch.randn(latents.shape, generator=generator, dtype=latents.dtype).to(latents.device)
+            scale = torch.tensor([self.params.decode_noise_scale], device=latents.device, dtype=latents.dtype)
+            timestep = torch.tensor([self.params.decode_timestep], device=latents.device, dtype=latents.dtype)
+            latents = (1 - scale) * latents + scale * noise
+        pixels: torch.Tensor = vae.decode(latents, timestep, return_dict=False)[0]
+        return pixels

@@ -52,10 +52,16 @@ class Phase:
     """Bytes of activations."""
 
 
-def memory_of_phases(weights: Mapping[str, int], phases: Iterable[Phase], *, cpu_offload: bool, host: int) -> StageMemory:
-    """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them."""
+def memory_of_phases(
+    weights: Mapping[str, int], phases: Sequence[Phase], *, cpu_offload: bool, host: int, beside: Iterable[Phase] = ()
+) -> StageMemory:
+    """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them.
+
+    `beside`: phases that run beside any other call, so that their memory is kept free all the time.
+    """
     if not cpu_offload:
-        return StageMemory(weights, max(phase.peak for phase in phases), host)
+        kept = {f"beside {phase.networks[0]}": phase.peak for phase in beside}
+        return StageMemory({**weights, **kept}, max(phase.peak for phase in phases), host)
     peak = max(sum(weights.get(network, 0) for network in phase.networks) + phase.peak for phase in phases)
     return StageMemory({}, peak, sum(weights.values()) + host)
 

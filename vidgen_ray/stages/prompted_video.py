@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-import numpy as np
 from cachetools import LRUCache
-from numpy.typing import NDArray
 from PIL import Image as PILImage
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.nets.finite import NOT_FINITE, is_finite
@@ -24,13 +24,18 @@ from vidgen_ray.stages.base import (
     InKey,
     Item,
     noise_generator,
-    to_uint8,
+    torch_threads,
 )
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
+from vidgen_ray.stages.overlap import beside_next_call, own_stream, used_by_this_stream, with_shared_weights
 from vidgen_ray.stages.passes import passes_of, run_passes
+from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.video_models import VIDEO_MODELS
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PromptedVideoParams(OffloadParams):
@@ -40,6 +45,15 @@ class PromptedVideoParams(OffloadParams):
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
+    overlap_shots: Annotated[bool, InKey.NEVER] = False
+    """While a worker denoises one shot, it encodes the texts of the next one and decodes the one before. Takes memory for all
+    three."""
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Self:
+        if self.overlap_shots and self.cpu_offload:
+            raise ValueError("overlap_shots needs cpu_offload: false, because offloaded weights are moved during a shot")
+        return self
 
 
 PROMPTED_FIELDS = (
@@ -63,7 +77,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_texts")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_decoder", "_texts")
 
     default_steps: ClassVar[int]
 
@@ -92,17 +106,26 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:
-        """Return parameters with tiles in the autoencoder."""
+        """Return parameters without overlap of shots, then with tiles in the autoencoder."""
+        if params.overlap_shots:
+            return params.model_copy(update={"overlap_shots": False})
         return None if params.vae_tiling else params.model_copy(update={"vae_tiling": True})
 
     def load(self) -> None:
         self.pipe = self.load_pipe()
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
+        self._decoder = self._make_decoder()
         self._texts: LRUCache[str, tuple[Any, ...]] = LRUCache(CACHED_TEXTS)
+        self._texts_lock = Lock()
 
     def move(self, device: str) -> None:
         super().move(device)
+        self._decoder = self._make_decoder()
         self._texts.clear()
+
+    def _make_decoder(self) -> Any:
+        """Return the autoencoder that decodes. An autoencoder has settings and caches that encoding the next image changes."""
+        return with_shared_weights(self.pipe.vae) if self.params.overlap_shots else self.pipe.vae
 
     @abstractmethod
     def load_pipe(self) -> Any:
@@ -110,12 +133,15 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     @abstractmethod
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
-        """Return the arguments of the pipeline that only this model has, guidance included."""
+        """Return the arguments of the pipeline that only this model has."""
 
-    def call_pipe(self, **arguments: Any) -> NDArray[np.float32]:
-        """Call the pipeline. Returns pixels (num_frames, H, W, 3), 0 to 1."""
-        clip: NDArray[np.float32] = self.pipe(**arguments, output_type="np").frames[0]
-        return clip
+    @abstractmethod
+    def guidance(self, shot: Shot) -> float:
+        """Return the guidance scale. With 1 or less, the negative prompt has no effect."""
+
+    @abstractmethod
+    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+        """Return pixels (1, 3, num_frames, H, W), -1 to 1, as the pipeline computes them. `latents`: those of the pipeline."""
 
     @property
     @abstractmethod
@@ -138,34 +164,53 @@ class PromptedVideoStage(OffloadedStage[VP]):
         model = VIDEO_MODELS[self.name]
         if not model.allows(shot.num_frames):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
-        if self.params.vae_tiling:
-            self.pipe.vae.enable_tiling()
-        else:
-            self.pipe.vae.disable_tiling()
-        arguments = self.call_arguments(item)
+        generator = noise_generator(self.generator_seed(shot))
+        tiling = self.params.vae_tiling
+        _set_tiling(self.pipe.vae, tiling)
         with self.adapters.active(shot.video_lora):
-            self.notes += self.adapters.take_notes()
-            clip = self.call_pipe(
+            self.note(*self.adapters.take_notes())
+            (latents,) = self.pipe(
                 image=PILImage.fromarray(image),
-                **self._text_arguments(shot, arguments["guidance_scale"] > 1),
+                **self._text_arguments(shot),
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
                 num_inference_steps=getattr(shot.steps, self.name) or self.default_steps,
                 max_sequence_length=self.params.text_tokens,
-                generator=noise_generator(self.generator_seed(shot)),
-                **arguments,
+                generator=generator,
+                guidance_scale=self.guidance(shot),
+                **self.call_arguments(item),
                 **diffusers_step_callback(self.name),
+                output_type="latent",
+                return_dict=False,
             )
-        return to_uint8(clip)
+        with beside_next_call(latents) if self.params.overlap_shots else nullcontext():
+            _set_tiling(self._decoder, tiling)
+            pixels = self.decode(self._decoder, latents, item, generator)
+            clip = pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
+        # Offloaded weights of the autoencoder leave the GPU.
+        self.pipe.maybe_free_model_hooks()
+        return clip
 
-    def _text_arguments(self, shot: Shot, with_negative: bool) -> dict[str, Any]:
-        """Return the embeddings of the prompt, and with guidance of the negative prompt, as arguments of the pipeline."""
+    def prepare(self, shot: Shot) -> None:
+        """Encode the texts of the shot."""
+        import torch
+
+        if self.params.overlap_shots:
+            with torch.inference_mode(), torch_threads(self.params.threads):
+                for text in self._texts_of(shot).values():
+                    self._encode(text)
+
+    def _texts_of(self, shot: Shot) -> dict[str, str]:
+        """Return argument name -> text: the prompt, and with guidance the negative prompt."""
         prompt = f"{shot.prompt}, {shot.motion_prompt}" if shot.motion_prompt else shot.prompt
-        texts = {"prompt": prompt, **({"negative_prompt": shot.negative_prompt or ""} if with_negative else {})}
+        return {"prompt": prompt, **({"negative_prompt": shot.negative_prompt or ""} if self.guidance(shot) > 1 else {})}
+
+    def _text_arguments(self, shot: Shot) -> dict[str, Any]:
+        """Return the embeddings of the shot's texts as arguments of the pipeline."""
         return {
             f"{name}_{part}": tensor
-            for name, text in texts.items()
+            for name, text in self._texts_of(shot).items()
             for part, tensor in zip(("embeds", "attention_mask"), self._encode(text), strict=False)
         }
 
@@ -174,12 +219,23 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
         The last `CACHED_TEXTS` texts are kept: passes of one clip and shots with the same negative prompt share them.
         """
-        if (tensors := self._texts.get(text)) is None:
-            encoded = self.pipe.encode_prompt(
-                text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
-            )
-            tensors = tuple(tensor for tensor in encoded if tensor is not None)
-            if not is_finite(tensors[0]):
-                raise StageError(NOT_FINITE)
-            self._texts[text] = tensors
+        with self._texts_lock:
+            if (tensors := self._texts.get(text)) is None:
+                with own_stream("text", device=self.pipe._execution_device):
+                    encoded = self.pipe.encode_prompt(
+                        text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
+                    )
+                    tensors = tuple(tensor for tensor in encoded if tensor is not None)
+                    # Reading the result waits until it is complete, so other streams can use it.
+                    if not is_finite(tensors[0]):
+                        raise StageError(NOT_FINITE)
+                self._texts[text] = tensors
+        used_by_this_stream(tensors)
         return tensors
+
+
+def _set_tiling(vae: Any, enabled: bool) -> None:
+    if enabled:
+        vae.enable_tiling()
+    else:
+        vae.disable_tiling()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -25,6 +26,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.overlap import beside_next_call, with_shared_weights
 from vidgen_ray.stages.passes import clip_host_bytes, passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
@@ -59,6 +61,8 @@ class SVDParams(CompileParams):
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
+    overlap_shots: Annotated[bool, InKey.NEVER] = False
+    """While a worker denoises one shot, it decodes the one before. Takes the memory of both."""
     fuse_qkv: Annotated[bool, InKey.IF_CHANGED] = False
     """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
     step_cache: Annotated[Literal["none", "pyramid_attention"], InKey.IF_CHANGED] = "none"
@@ -117,7 +121,7 @@ class SVDStage(Stage[SVDParams]):
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
     quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = QUALITY_TIERS
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "_broadcast")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "_broadcast", "_decoder")
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @staticmethod
@@ -142,16 +146,20 @@ class SVDStage(Stage[SVDParams]):
         clip = pixels * frames
         number_bytes = 4 if dtype == "float32" else 2
         decode = activation_bytes("svd/decode", pixels * min(params.decode_chunk_frames, frames), dtype)
+        decode += clip * 3 * number_bytes
         phases = (
             # In float32 also with float16 weights.
             activation_bytes("svd/encode", pixels, "float16"),
             activation_bytes("svd/step:chunked" if params.forward_chunking else "svd/step", clip, dtype),
-            decode + clip * 3 * number_bytes,
+            decode,
             activation_bytes("svd/clip", clip, dtype),
         )
         weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
         if params.fuse_qkv:
             weights["svd/fused_projections"] = weight_bytes("svd/fused_projections", dtype)
+        if params.overlap_shots:
+            # Kept free all the time: decoding runs beside any other call.
+            weights["beside svd/vae"] = max(decode, activation_bytes("svd/clip", clip, dtype))
         # The attention outputs of a step.
         kept = 0 if params.step_cache == "none" else activation_bytes("svd/pyramid_attention", clip, dtype)
         # The stage itself copies uint8 to the host.
@@ -159,7 +167,10 @@ class SVDStage(Stage[SVDParams]):
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
-        """Return parameters that decode half as many frames at once, down to one, then with forward chunking."""
+        """Return parameters without overlap of shots, then with half as many frames decoded at once, down to one, then with
+        forward chunking."""
+        if params.overlap_shots:
+            return params.model_copy(update={"overlap_shots": False})
         if params.decode_chunk_frames > 1:
             return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
         return None if params.forward_chunking else params.model_copy(update={"forward_chunking": True})
@@ -176,10 +187,16 @@ class SVDStage(Stage[SVDParams]):
         if params.channels_last:
             use_channels_last(unet, self.pipe.vae)
         self._broadcast = AttentionBroadcast(unet, params.step_cache_interval) if params.step_cache != "none" else None
+        self._decoder = self._make_decoder()
         compile_network(unet, params.compile, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
+        self._decoder = self._make_decoder()
+
+    def _make_decoder(self) -> Any:
+        """Return the autoencoder that decodes. To encode an image, the pipeline changes its precision."""
+        return with_shared_weights(self.pipe.vae) if self.params.overlap_shots else self.pipe.vae
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": run_passes(item, self._generate)} for item in items]
@@ -195,7 +212,7 @@ class SVDStage(Stage[SVDParams]):
         steps = shot.steps.svd or DEFAULT_STEPS
         broadcast = nullcontext() if self._broadcast is None else self._broadcast.running(steps)
         with sdpa_backend(self.params.attention_backend), broadcast:
-            (clip,) = self.pipe(
+            latents = self.pipe(
                 PILImage.fromarray(image),
                 height=height,
                 width=width,
@@ -205,12 +222,18 @@ class SVDStage(Stage[SVDParams]):
                 fps=shot.fps,
                 motion_bucket_id=shot.motion_bucket_id,
                 noise_aug_strength=shot.noise_aug_strength,
-                decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
                 generator=noise_generator(self.generator_seed(shot)),
-                output_type="pt",
+                output_type="latent",
+                return_dict=False,
                 **diffusers_step_callback(self.name),
-            ).frames
-        return pixels_to_uint8(clip)
+            )
+        decoded_at_once = min(self.params.decode_chunk_frames, shot.num_frames)
+        with beside_next_call(latents) if self.params.overlap_shots else nullcontext():
+            # Of the pipeline, the method uses nothing but the autoencoder.
+            pixels = type(self.pipe).decode_latents(
+                SimpleNamespace(vae=self._decoder), latents, shot.num_frames, decoded_at_once
+            )
+            return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
 
 
 def _set_forward_chunking(unet: Any, enabled: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -17,6 +17,9 @@ from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
 from vidgen_ray.stages.passes import clip_host_bytes
 from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
+
+if TYPE_CHECKING:
+    import torch
 
 GUIDANCE_A14B, GUIDANCE_TI2V = 3.5, 5.0
 """Default guidance scales of the two models."""
@@ -92,7 +95,8 @@ class WanStage(PromptedVideoStage[WanParams]):
             Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * latent_frames(shot), dtype)),
             Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
         )
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
+        beside = (phases[0], phases[-1]) if params.overlap_shots else ()
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot), beside=beside)
 
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
@@ -113,15 +117,28 @@ class WanStage(PromptedVideoStage[WanParams]):
         return (*super().needs(shot), *(("last_image",) if shot.last_image else ()))
 
     def call_arguments(self, item: Item) -> Mapping[str, Any]:
-        shot, one_transformer = item.shot, self.pipe.config.expand_timesteps
-        default = GUIDANCE_TI2V if one_transformer else GUIDANCE_A14B
-        arguments: dict[str, Any] = {"guidance_scale": default if shot.guidance.wan is None else shot.guidance.wan}
-        if shot.last_image is not None:
-            if one_transformer:
-                # The pipeline would ignore it.
-                raise StageError("last_image: these weights take none; use Wan 2.2 I2V-A14B")
-            arguments["last_image"] = PILImage.fromarray(item.artefacts["last_image"])
-        return arguments
+        if item.shot.last_image is None:
+            return {}
+        if self.pipe.config.expand_timesteps:
+            # The pipeline would ignore it.
+            raise StageError("last_image: these weights take none; use Wan 2.2 I2V-A14B")
+        return {"last_image": PILImage.fromarray(item.artefacts["last_image"])}
+
+    def guidance(self, shot: Shot) -> float:
+        default = GUIDANCE_TI2V if self.pipe.config.expand_timesteps else GUIDANCE_A14B
+        return default if shot.guidance.wan is None else shot.guidance.wan
+
+    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        latents = latents.to(vae.dtype)
+        mean, std = (
+            torch.tensor(numbers, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)
+            for numbers in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        # As the pipeline computes it, which rounds in another way than latents * std.
+        pixels: torch.Tensor = vae.decode(latents / (1 / std) + mean, return_dict=False)[0]
+        return pixels
 
 
 def latent_frames(shot: Shot) -> int:
