@@ -77,7 +77,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_decoder", "_texts")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_decoder", "_texts", "_texts_lock")
 
     default_steps: ClassVar[int]
 
