@@ -70,17 +70,18 @@ def make_app(
     keys: ApiKeys,
     *,
     accepted: NotifyDirector = lambda: None,
+    cancelled: NotifyDirector = lambda: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
     page: bool = True,
 ) -> FastAPI:
-    """Return the app of a server: its API and, with `page`, its web page. `accepted` is called when the director has new work.
+    """Return the app of a server: its API and, with `page`, its web page. `accepted` and `cancelled`: see `JobService`.
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 
     Raises SetupError for a missing LoRA file.
     """
     _check_loras(settings)
-    job_service = JobService(settings, store, outputs, serving_profile, accepted)
+    job_service = JobService(settings, store, outputs, serving_profile, accepted, cancelled)
     server = ServerContext(
         settings=settings,
         store=store,

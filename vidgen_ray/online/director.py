@@ -39,6 +39,7 @@ from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
+from vidgen_ray.online.wake_signal import WakeAddress, WakeListener
 from vidgen_ray.online.workers import Actors
 from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
@@ -48,7 +49,7 @@ LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
 HEARTBEAT_S = 2.0
 CANCEL_CHECK_S = 0.2
-"""Seconds between two heartbeats while requests arrive, which may be cancel requests. Each heartbeat is a write transaction."""
+"""Seconds between two heartbeats while cancel requests arrive. Each heartbeat is a write transaction."""
 THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
@@ -125,6 +126,7 @@ class JobDirector:
         self._more_wait = False
         """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
+        self._wake_listener = WakeListener(ray.get_runtime_context().get_node_id(), self._woken.set)
         self._last_heartbeat = 0.0
         self._may_be_cancelled = False
         """A running job may have a cancel request."""
@@ -143,10 +145,11 @@ class JobDirector:
 
     # Remote methods
 
-    async def wake(self) -> None:
-        """Poll the store now. Called for a new job or a cancel request."""
+    async def wake(self) -> WakeAddress:
+        """Poll the store now, also for cancel requests. Return the address for datagrams about new jobs."""
         self._may_be_cancelled = True
         self._woken.set()
+        return self._wake_listener.address
 
     async def drain(self, grace_s: float) -> int:
         """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""

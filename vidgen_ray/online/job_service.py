@@ -6,11 +6,10 @@ Clients reference files by upload id and LoRAs by the names in the settings, so 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue, TypeAdapter
@@ -53,8 +52,8 @@ LICENCE_LIST = TypeAdapter(tuple[UsedWeights, ...])
 QUEUE_FULL_RETRY_S = 5
 OPEN_JOBS_RETRY_S = 2
 
-NotifyDirector = Callable[[], Awaitable[None] | None]
-"""Called after a job was created, cancelled or deleted."""
+NotifyDirector = Callable[[], None]
+"""Wakes the director. Without this call it finds the change at its next poll."""
 
 
 class JobService:
@@ -66,12 +65,15 @@ class JobService:
         store: JobStore,
         outputs: OutputFolder,
         serving_profile: ServingProfile,
-        notify_director: NotifyDirector = lambda: None,
+        accepted: NotifyDirector = lambda: None,
+        cancelled: NotifyDirector = lambda: None,
     ) -> None:
+        """`accepted` is called when there are new jobs, `cancelled` when the director may have to stop a job."""
         self._settings = settings
         self._store = store
         self._outputs = outputs
-        self._notify_director = notify_director
+        self._accepted = accepted
+        self._cancelled = cancelled
         self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
 
@@ -122,26 +124,20 @@ class JobService:
         except LimitReached as error:
             raise too_many_requests(str(error).capitalize(), "too_many_jobs", OPEN_JOBS_RETRY_S) from None
         if created:
-            await self.notify_director()
+            self._accepted()
         return stored
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
         job = await asyncio.to_thread(self._store.request_cancel, job_id, tenant.name)
-        await self.notify_director()
+        self._cancelled()
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
         deleted = await asyncio.to_thread(self._store.delete, job_id, tenant.name)
-        await self.notify_director()
+        self._cancelled()
         return deleted
-
-    async def notify_director(self) -> None:
-        """Wake the director. Without this call it finds the change at its next poll."""
-        result = self._notify_director()
-        if inspect.isawaitable(result):
-            await result
 
     def plan(self, tenant: Tenant, fields: Mapping[str, Any]) -> ShotPlan:
         """Check the fields of a shot and return its steps and content key. Raises ApiError 400."""
