@@ -31,6 +31,17 @@
     const box = (control.closest("label") ?? control).getBoundingClientRect();
     if (box.height < 24) problems.push(`${describe(control)} is ${box.height.toFixed(1)} px high`);
   }
+  const ARROW = 20;
+  for (const select of document.querySelectorAll("select")) {
+    if (!isVisible(select)) continue;
+    const style = getComputedStyle(select);
+    context.font = style.font;
+    const room = select.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - ARROW;
+    for (const { text } of select.options) {
+      const width = context.measureText(text).width;
+      if (width > room) problems.push(`${describe(select)} cuts "${text}": ${width.toFixed(0)} px, has ${room.toFixed(0)}`);
+    }
+  }
   if (document.documentElement.scrollWidth > innerWidth)
     problems.push(`${document.documentElement.scrollWidth} px wide in a window of ${innerWidth}`);
   return problems;

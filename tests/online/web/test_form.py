@@ -21,11 +21,14 @@ DROP = """([selector, name, bytes]) => {
   for (const type of ["dragover", "drop"])
     target.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
 }"""
-PASTE = """([name, bytes]) => {
+PASTE = """([name, bytes, text]) => {
   const data = new DataTransfer();
+  if (text) data.setData("text/plain", text);
   data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
-  document.activeElement.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+  const paste = new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true });
+  return document.activeElement.dispatchEvent(paste);
 }"""
+"""Returns whether the browser pastes text itself."""
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +183,9 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     expect(page.locator("#photo-error")).to_have_text(re.compile("photo.png: No face found"))
     page.locator("#image-tray input").uncheck()
     page.get_by_label("Prompt", exact=True).focus()
-    page.evaluate(PASTE, ["pasted.png", content])
+    # As Excel copies cells.
+    assert page.evaluate(PASTE, ["cells.png", content, "text"])
+    assert not page.evaluate(PASTE, ["pasted.png", content])
     expect(page.locator("#image-tray input")).to_be_checked()
     generate(page, "pasted")
     site.wait_for_jobs(3)

@@ -105,9 +105,12 @@ async function store(control, file) {
 async function useAsStartImage(button) {
   setBusy(button, true);
   try {
-    const blob = await (await fetch(button.dataset.startImage)).blob();
-    await store("image", new File([blob], "image.png", { type: "image/png" }));
+    const response = await fetch(button.dataset.startImage);
+    if (!response.ok) return announce("The clip no longer exists.");
+    await store("image", new File([await response.blob()], "image.png", { type: "image/png" }));
     reveal(form.elements.image);
+  } catch {
+    announce(UNREACHABLE);
   } finally {
     setBusy(button, false);
   }
@@ -116,8 +119,9 @@ async function useAsStartImage(button) {
 const dropTarget = (element) => element?.closest?.("[data-drop]")?.dataset.drop;
 
 document.addEventListener("paste", (event) => {
-  const files = event.clipboardData?.files;
-  if (!files?.length) return;
+  const { files, types } = event.clipboardData;
+  // Office programs add an image of the text that was copied.
+  if (!files.length || (types.includes("text/plain") && event.target.matches("input, textarea"))) return;
   event.preventDefault();
   addImages(dropTarget(document.activeElement) ?? "image", files);
 });
