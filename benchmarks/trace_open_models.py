@@ -10,6 +10,8 @@ import torch
 
 from benchmarks.meta_networks import RIFE_NETWORKS, meta, network, peak_bytes
 from vidgen_ray.nets.rife import FramePair
+from vidgen_ray.stages.loading import set_vae_tiles
+from vidgen_ray.stages.memory import TILES_PX
 from vidgen_ray.stages.rife import FLOW_SCALES
 
 Trace = Callable[[int, int, int], int]
@@ -100,13 +102,15 @@ def qwen_text() -> int:
     return peak_bytes(encode, model)
 
 
-def image_decode(width: int, height: int, frames: int = 1, *, model: str) -> int:
+def image_decode(width: int, height: int, frames: int = 1, *, model: str, tile_px: int | None = None) -> int:
     vae = network(f"{model}/vae")
+    set_vae_tiles(vae, tile_px)
     return peak_bytes(lambda: _to_pixels(vae.decode(_latents(vae, width, height), return_dict=False)[0]), vae)
 
 
 def image_encode(width: int, height: int, frames: int = 1, *, model: str) -> int:
     vae = network(f"{model}/vae")
+    set_vae_tiles(vae, None)
     pixels = meta(1, 3, *((1,) if model == "qwen_edit" else ()), height, width)
     return peak_bytes(lambda: vae.encode(pixels).latent_dist.mode(), vae)
 
@@ -237,6 +241,9 @@ def open_model_traces() -> Mapping[str, tuple[Trace, tuple[Size, ...], tuple[Siz
     for model in ("klein", "qwen_edit"):
         curves[f"{model}/encode"] = partial(image_encode, model=model), images, others
         curves[f"{model}/decode"] = partial(image_decode, model=model), images, others
+        for tile_px in TILES_PX:
+            decode = partial(image_decode, model=model, tile_px=tile_px)
+            curves[f"{model}/decode:tile{tile_px}"] = decode, images[2:], others
     for model in ("wan", "wan-ti2v"):
         curves[f"{model}/step"] = partial(wan_step, model=model), CLIPS, OTHER_CLIPS
         curves[f"{model}/encode"] = partial(wan_encode, model=model), wan_images, other_wan_images

@@ -11,7 +11,9 @@ from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OutOfMemory
+from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.cluster import GB
+from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 
@@ -58,6 +60,40 @@ def test_settings_are_remembered_for_the_size():
     other = Decoder(stage, 8)
     assert fallback.run(stage, Shot(prompt="a", num_frames=14), other) == ("frames", None)
     assert other.calls == [8]
+
+
+PROFILE = load_profile("gpu-80gb")
+
+
+@pytest.mark.parametrize(
+    "stage_class", [stage for stage in STAGES if PROFILE.actor_of(stage).device == "cuda"], ids=lambda stage: stage.name
+)
+def test_every_gpu_stage_has_settings_that_need_less_memory_and_remembers_them(stage_class):
+    params = lowest = PROFILE.options_of(stage_class)
+    while (lower := stage_class.lower_memory(lowest)) is not None:
+        lowest = lower
+    # Multiples of 512 pixels, which RIFE pads at no resolution of motion.
+    shot = Shot(prompt="a", **{**stage_class.examples[0], "width": 2048, "height": 1024})
+    assert stage_class.memory(lowest, shot).total < stage_class.memory(params, shot).total
+    stage, fallback, tried = stage_class(params), without_gpu(), []
+
+    def work():
+        tried.append(stage.params)
+        if stage.params != lowest:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        return "result"
+
+    result, changes = fallback.run(stage, shot, work)
+    assert result == "result"
+    assert all(f"{name}={getattr(lowest, name)}" in changes for name in set_differently(params, lowest))
+    tried.clear()
+    assert fallback.run(stage, shot, work) == ("result", changes)
+    assert tried == [lowest]
+    assert stage.params == params
+
+
+def set_differently(params, other):
+    return [name for name in type(params).model_fields if getattr(params, name) != getattr(other, name)]
 
 
 def test_memory_is_freed_before_settings_change():

@@ -3,6 +3,7 @@
 import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pydantic import ValidationError
 
@@ -13,6 +14,7 @@ from vidgen_ray.script.ignored_settings import ignored_settings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
+from vidgen_ray.stages.loading import set_vae_tiles
 from vidgen_ray.stages.qwen_edit import QwenEditStage, instruction
 from vidgen_ray.weights import resolve
 
@@ -50,6 +52,31 @@ def test_klein_equals_diffusers(klein, make_shot, photos, with_photos):
         prompt=shot.prompt, generator=generator(shot, "klein"), **images, **KLEIN_CALL, **TEXT
     ).images[0]
     assert np.array_equal(image_of(klein, shot, photos=photos), as_uint8(expected))
+
+
+@pytest.mark.parametrize("name", ["klein", "qwen"])
+def test_tiles_of_the_autoencoder_are_the_fallback_for_little_memory(request, name):
+    stage = request.getfixturevalue(name)
+    lower = stage.lower_memory(stage.params)
+    lowest = stage.lower_memory(lower)
+    assert (lower.vae_tile_px, lowest.vae_tile_px, stage.lower_memory(lowest)) == (512, 256, None)
+    vae = stage.pipe.vae
+    channels = (vae.config.z_dim, 1) if name == "qwen" else (vae.config.latent_channels,)
+    latents = torch.randn((1, *channels, 32, 32), generator=torch.Generator().manual_seed(0))
+    decoded = []
+    handle = vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output.shape[-2:]))
+    with torch.inference_mode():
+        for tile_px in (None, 256, 128):
+            set_vae_tiles(vae, tile_px)
+            decoded.append(vae.decode(latents, return_dict=False)[0])
+    handle.remove()
+    set_vae_tiles(vae, None)
+    whole, same, tiled = (entry for entry in decoded if isinstance(entry, torch.Tensor))
+    assert torch.equal(whole, same), "an image that fits into a tile"
+    assert tiled.shape == whole.shape
+    assert (128, 128) in decoded
+    # Attention and norms of random weights depend on the whole image. Another image would differ by about 1.4.
+    assert (tiled - whole).abs().mean() < 0.5 * whole.abs().mean()
 
 
 def test_every_photo_and_the_prompt_change_the_image(klein, make_shot, photos):

@@ -113,8 +113,8 @@ def _settings(stage: Stage[Any], params: StageParams) -> Iterator[None]:
 
 
 def _size_key(stage: Stage[Any], shot: Shot) -> SizeKey:
-    fields = (shot.width, shot.height, shot.num_frames, shot.scale, shot.upscaler, shot.identity, len(shot.lora))
-    return stage.name, *fields
+    size = (shot.width, shot.height, shot.num_frames, shot.scale)
+    return stage.name, *size, shot.upscaler, shot.identity, len(shot.face_image), len(shot.lora)
 
 
 def _exhausted(stage: Stage[Any], shot: Shot, message: str) -> str:

@@ -21,10 +21,10 @@ from vidgen_ray.stages.base import (
     noise_generator,
     to_uint8,
 )
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
-from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
+from vidgen_ray.stages.offload import ImageParams, ImageStage, autoencoder_peaks
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DISTILLED_STEPS, BASE_STEPS = 4, 50
@@ -37,7 +37,7 @@ OTHER_SIZE = re.compile(r"klein(-base)?-9b", re.IGNORECASE)
 """Weights of another size than those of the memory table."""
 
 
-class Flux2KleinParams(OffloadParams):
+class Flux2KleinParams(ImageParams):
     text_tokens: int = Field(512, ge=1, le=512)
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)
@@ -46,7 +46,7 @@ class Flux2KleinParams(OffloadParams):
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
 
 
-class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
+class Flux2KleinStage(ImageStage[Flux2KleinParams]):
     """Prompt and, with `identity: reference`, `photos` -> `image` (height, width, 3); width and height multiples of 16.
 
     All photos of the shot are reference images: the model sees their pixels, not a face embedding. The model has no strength
@@ -119,12 +119,13 @@ class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
         weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
         if shot.klein_lora:
             weights[TRANSFORMER] += params.adapters_kept * weight_bytes("klein/lora", dtype)
+        encode, decode = autoencoder_peaks("klein", params, pixels, PHOTO_PIXELS)
         # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
         phases = (
             Phase((TEXT_ENCODER,), activation_bytes("klein/text", 0, dtype)),
-            Phase((TEXT_ENCODER, VAE), activation_bytes("klein/encode", PHOTO_PIXELS, dtype) if photos else 0),
+            Phase((TEXT_ENCODER, VAE), encode if photos else 0),
             Phase((TRANSFORMER, VAE), activation_bytes("klein/step", pixels + photos * PHOTO_PIXELS, dtype)),
-            Phase((VAE,), activation_bytes("klein/decode", pixels, dtype)),
+            Phase((VAE,), decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
 
@@ -145,6 +146,7 @@ class Flux2KleinStage(OffloadedStage[Flux2KleinParams]):
         shot = item.shot
         photos = item.artefacts["photos"] if self.uses_identity(shot) else ()
         steps = DISTILLED_STEPS if self.pipe.config.is_distilled else BASE_STEPS
+        set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         with self.adapters.active(shot.klein_lora):
             self.note(*self.adapters.take_notes())
             (image,) = self.pipe(

@@ -94,6 +94,11 @@ def _dtypes(dtype: str, float32_parts: Sequence[str]) -> Any:
 def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
     """Let a diffusers autoencoder work in overlapping square tiles of this side, in pixels. `None`: on whole images."""
     vae.use_tiling = tile_px is not None
-    if tile_px is not None:
+    if tile_px is None:
+        return
+    if hasattr(vae, "tile_sample_min_height"):
+        vae.tile_sample_min_height = vae.tile_sample_min_width = tile_px
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile_px * 3 // 4
+    else:
         vae.tile_sample_min_size = tile_px
         vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)

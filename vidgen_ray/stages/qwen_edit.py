@@ -17,9 +17,9 @@ from vidgen_ray.stages.base import (
     noise_generator,
     to_uint8,
 )
-from vidgen_ray.stages.loading import load_pipeline
+from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory import CLIP_HOST_BYTES, Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
-from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
+from vidgen_ray.stages.offload import ImageParams, ImageStage, autoencoder_peaks
 from vidgen_ray.stages.progress import diffusers_step_callback
 
 DEFAULT_STEPS = 40
@@ -35,7 +35,7 @@ NO_NEGATIVE = " "
 """Negative prompt of the reference. Without one, the pipeline uses no guidance."""
 
 
-class QwenEditStage(OffloadedStage[OffloadParams]):
+class QwenEditStage(ImageStage[ImageParams]):
     """`image` (H, W, 3), H and W multiples of 16 -> `image` of the same size, restyled by an instruction.
 
     The instruction contains the style prompt or, without one, the shot's prompt. With `identity: reference` up to two
@@ -75,7 +75,7 @@ class QwenEditStage(OffloadedStage[OffloadParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
-    Params: ClassVar[type[StageParams]] = OffloadParams
+    Params: ClassVar[type[StageParams]] = ImageParams
 
     @staticmethod
     def applies(shot: Shot) -> bool:
@@ -94,16 +94,17 @@ class QwenEditStage(OffloadedStage[OffloadParams]):
         return pixels * (shot.steps.qwen_edit or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
     @classmethod
-    def memory(cls, params: OffloadParams, shot: Shot) -> StageMemory | None:
+    def memory(cls, params: ImageParams, shot: Shot) -> StageMemory | None:
         dtype, pixels = params.dtype, shot.width * shot.height
         seen = 1 + (min(len(shot.face_image), MAX_PHOTOS) if shot.uses_reference_photos else 0)
         weights = {network: weight_bytes(network, dtype) for network in (TEXT_ENCODER, TRANSFORMER, VAE)}
+        encode, decode = autoencoder_peaks("qwen_edit", params, pixels, SEEN_PIXELS)
         # With `cpu_offload`, the text encoder leaves the GPU when the transformer runs, and the autoencoder at the end.
         phases = (
             Phase((TEXT_ENCODER,), activation_bytes("qwen_edit/text", 0, dtype)),
-            Phase((TEXT_ENCODER, VAE), activation_bytes("qwen_edit/encode", SEEN_PIXELS, dtype)),
+            Phase((TEXT_ENCODER, VAE), encode),
             Phase((TRANSFORMER, VAE), activation_bytes("qwen_edit/step", pixels + seen * SEEN_PIXELS, dtype)),
-            Phase((VAE,), activation_bytes("qwen_edit/decode", pixels, dtype)),
+            Phase((VAE,), decode),
         )
         return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=pixels * 3 * CLIP_HOST_BYTES)
 
@@ -119,6 +120,7 @@ class QwenEditStage(OffloadedStage[OffloadParams]):
         shot, image = item.shot, item.artefacts["image"]
         height, width = image.shape[:2]
         photos = item.artefacts["photos"][:MAX_PHOTOS] if self.uses_identity(shot) else ()
+        set_vae_tiles(self.pipe.vae, self.params.vae_tile_px)
         (restyled,) = self.pipe(
             image=[PILImage.fromarray(each) for each in (image, *photos)],
             prompt=instruction(shot.prompt, shot.style_prompt),
