@@ -1,6 +1,7 @@
 """Speed and memory options of FLUX: prompt cache, text encoder, step caches, quantisation, merged LoRAs."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.profile import load_profile
+from vidgen_ray.stages import quantization
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.flux_model import FluxModel, FluxParams
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.prompt_cache import PromptCache
+from vidgen_ray.stages.quantization import load_quantized
 from vidgen_ray.weights import resolve
 
 LORA = resolve("builtin:tiny/lora.safetensors")
@@ -165,9 +168,34 @@ def test_quantisation_names_the_package_that_is_missing(tiny, monkeypatch, name,
         FluxStage(flux_params(tiny, quantize=name)).load()
 
 
-@pytest.mark.parametrize("name", ["int8_weights", "nf4"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+@pytest.mark.parametrize("name", ["fp8", "nf4"])
+def test_quantisation_names_the_gpu_that_is_missing(tiny, monkeypatch, name):
+    monkeypatch.setattr("vidgen_ray.stages.quantization.find_spec", lambda module: "installed")
+    with pytest.raises(SetupError, match=rf"quantize: {name} needs an NVIDIA GPU of .* use fp8_storage or int8_weights"):
+        FluxStage(flux_params(tiny, quantize=name)).load()
+
+
+def test_nf4_is_passed_to_diffusers(tmp_path, monkeypatch):
+    """As far as this runs without a GPU: diffusers itself refuses to load weights with bitsandbytes on a CPU."""
+    import diffusers
+
+    monkeypatch.setattr(quantization, "find_spec", lambda module: "installed")
+    monkeypatch.setattr(quantization, "_has_gpu", lambda: True)
+    monkeypatch.setattr(diffusers, "BitsAndBytesConfig", lambda **options: options)
+    model_class = SimpleNamespace(from_pretrained=lambda folder, **options: (folder, options))
+    folder, options = load_quantized(model_class, tmp_path, "nf4", torch.bfloat16)
+    assert folder == str(tmp_path)
+    expected = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    assert options["quantization_config"] == expected
+    assert options["dtype"] == torch.bfloat16
+    assert options["local_files_only"]
+    assert options["use_safetensors"]
+
+
+@pytest.mark.parametrize("name", ["int8_weights", "fp8_weights", "nf4"])
 def test_quantised_weights_take_loras_and_faces(plain, tiny, make_shot, face, name):
-    pytest.importorskip({"int8_weights": "torchao", "nf4": "bitsandbytes"}[name])
+    pytest.importorskip(quantization.PACKAGES[name])
     if name == "nf4" and not torch.cuda.is_available():
         pytest.skip("diffusers uses bitsandbytes on GPUs only")
     params = flux_params(tiny, quantize=name, dtype="bfloat16")
@@ -189,6 +217,9 @@ def test_transformer_can_be_replaced_and_is_part_of_the_key(plain, tiny, make_sh
         assert stage.model.is_schnell
         assert not np.array_equal(image_of(stage, make_shot()), image_of(plain, make_shot()))
     with pytest.raises(SetupError, match=r"must be a \.gguf file, or a folder with a config\.json"):
+        FluxStage(flux_params(tiny, extra_weights={"transformer": tmp_path})).load()
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "nunchaku_lite"}}')
+    with pytest.raises(SetupError, match="weights of nunchaku are not supported"):
         FluxStage(flux_params(tiny, extra_weights={"transformer": tmp_path})).load()
 
 

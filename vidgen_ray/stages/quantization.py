@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,14 +19,22 @@ package."""
 
 PACKAGES = {"fp8": "torchao", "fp8_weights": "torchao", "int8_weights": "torchao", "nf4": "bitsandbytes"}
 """Package that a quantisation needs. All are in the extra `quantization`."""
+NEEDS_GPU = {"fp8": "compute capability 8.9 (Ada, Hopper) or later", "nf4": "any compute capability"}
+"""Quantisations that torchao or diffusers refuse to make without a GPU, and the GPU that they need."""
+NUNCHAKU = "nunchaku_lite"
+"""Name of nunchaku's quantisation in a `config.json`."""
 
 
 def load_quantized(model_class: Any, folder: Path, quantize: Quantization, dtype: torch.dtype) -> Any:
     """Load a diffusers model from a folder and quantise it. For all but `fp8_storage`, which `nets.fp8` applies.
 
-    Raises SetupError if the package is missing.
+    Raises SetupError if the package is missing, or a GPU that it needs.
     """
     _require(PACKAGES[quantize], f"quantize: {quantize}")
+    if quantize in NEEDS_GPU and not _has_gpu():
+        raise SetupError(
+            f"quantize: {quantize} needs an NVIDIA GPU of {NEEDS_GPU[quantize]}; without one use fp8_storage or int8_weights"
+        )
     config = _bitsandbytes_config(dtype) if quantize == "nf4" else _torchao_config(quantize)
     return model_class.from_pretrained(
         str(folder), quantization_config=config, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -49,8 +58,12 @@ def load_quantized_file(model_class: Any, path: Path, config_folder: Path, dtype
             dtype=dtype,
             local_files_only=True,
         )
-    if not (path / "config.json").is_file():
+    config = path / "config.json"
+    if not config.is_file():
         raise SetupError(f"{path}: must be a .gguf file, or a folder with a config.json and the weights of a transformer")
+    # diffusers downloads the kernels of these weights from the hub and runs them. A stage never downloads anything.
+    if (json.loads(config.read_text(encoding="utf-8")).get("quantization_config") or {}).get("quant_method") == NUNCHAKU:
+        raise SetupError(f"{path}: weights of nunchaku are not supported, because diffusers downloads code to run them")
     return model_class.from_pretrained(str(path), dtype=dtype, local_files_only=True, use_safetensors=True)
 
 
@@ -74,6 +87,12 @@ def _bitsandbytes_config(dtype: torch.dtype) -> Any:
     from diffusers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _require(package: str, option: str) -> None:
