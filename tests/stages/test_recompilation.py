@@ -1,4 +1,4 @@
-"""Number of compilations of FLUX. The compiler backend only counts, so no code is generated."""
+"""Number of compilations of FLUX and HunyuanDiT. The compiler backend only counts, so no code is generated."""
 
 from itertools import pairwise
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo
-from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
+from benchmarks.recompilations import NO_LIMIT, SIZES, count_adapters, count_images, count_slots, write_loras
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import LoraRef
 from vidgen_ray.stages import speed
@@ -16,28 +16,14 @@ from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.weights import resolve
 
-SIZES = ((128, 64), (64, 64), (128, 128))
 LORAS = 9
 
 
 @pytest.fixture(scope="module")
 def loras(tmp_path_factory):
     """LoRA files of different ranks, scales and sets of layers."""
-    folder = tmp_path_factory.mktemp("loras")
-    base = load_file(resolve("builtin:tiny/lora.safetensors"))
-    files = []
-    for number in range(LORAS):
-        rank = (4, 2, 3)[number % 3]
-        tensors = {
-            key: (value[:rank] if ".lora_A." in key else value[:, :rank]).contiguous() * (1 + number / 10)
-            for key, value in base.items()
-            if number % 2 or "single" not in key
-        }
-        files.append(str(folder / f"{number}.safetensors"))
-        save_file(tensors, files[-1])
-    return files
+    return write_loras(tmp_path_factory.mktemp("loras"), LORAS)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +92,27 @@ def test_adapters_without_slots_exceed_the_recompile_limit(tiny, make_shot, lora
                 counts.append(counter.frame_count)
     assert len(counts) < 10
     assert all(later > earlier for earlier, later in pairwise(counts)), "each LoRA compiles"
+
+
+@pytest.mark.slow
+def test_twenty_loras_in_three_sizes_compile_nothing_after_the_second_size(tiny, tmp_path):
+    files = write_loras(tmp_path, 20)
+    slots, adapters = count_slots(tiny, files), count_adapters(tiny, files, NO_LIMIT)
+    assert slots.calls == adapters.calls == 20 * len(SIZES)
+    assert slots.first > 0
+    assert slots.second_size > 0
+    assert slots.later == 0
+    assert adapters.later >= 20, "the positive control: each LoRA compiles"
+
+
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_hunyuandit_compiles_at_most_once_for_each_side_that_changes(tiny, mode):
+    counts = count_images(tiny, mode)
+    assert counts.calls == 2 * len(SIZES)
+    assert counts.first > 0
+    assert counts.second_size == counts.first
+    # The second size has another width, the third one another height. The blocks see the number of patches only.
+    assert counts.later == (0 if mode == "regional" else 1)
 
 
 def test_slots_give_the_images_of_adapters(tiny, make_shot, loras):
