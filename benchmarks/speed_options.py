@@ -1,11 +1,16 @@
 """Benchmark of speed options: how much the results of a stage differ from those without options, and seconds per shot.
 
-Each option is measured alone, and each quality tier. The first call of a stage is not timed.
+Each option is measured alone, and each quality tier, on shots with and without a face. The first call of a stage is not timed.
+Stages that the profile has no models for are measured with random weights, which draw noise; their rows say so.
+
+ColorVideoVDP (Mantiuk et al. 2024, `pip install 'vidgen-ray[bench]'`) is a model of human vision: 10 JOD means no visible
+difference. It stands in for LPIPS, whose package downloads the weights of its network. Likeness is the cosine of the face in
+the result to that in the photo.
 
 On a CPU, nothing is compiled: torch.compile only changes the rounding, and compiling for a CPU takes minutes and says nothing
-about a GPU. float16 is left out as well: a clip takes minutes.
+about a GPU. float16 is measured if `--only float16` names it: a clip takes minutes.
 
-    python -m benchmarks.speed_options                                  # all groups with the demo models, some minutes
+    python -m benchmarks.speed_options                                  # all groups with the demo models, half an hour
     python -m benchmarks.speed_options --profile gpu-80gb --group svd   # on a GPU, with the published weights
 """
 
@@ -14,8 +19,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +34,7 @@ from rich.table import Table
 from skimage.metrics import structural_similarity
 
 from benchmarks.machine import machine, write_json
+from benchmarks.upscale_quality import colour_video_vdp
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.media import read_image
 from vidgen_ray.profile import Profile, load_profile
@@ -35,25 +42,34 @@ from vidgen_ray.script.reader import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, QualityTier, Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.likeness import ImageLikenessStage
+from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
+from vidgen_ray.stages.likeness import ClipLikenessStage
+from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
 
-FACE = Path(__file__).parent.parent / "examples" / "faces" / "ada.png"
-PHOTO = FACE.with_name("astronaut.jpg")
+FACES = Path(__file__).parent.parent / "examples" / "faces"
+PHOTO = FACES / "astronaut.jpg"
 PHOTO_FRAMES = 2
 """Frames of a clip that is cut from the photo, for the upscaler."""
-PROMPTS = (
-    "a portrait of a person in a blue shirt in a meadow on a sunny day",
-    "a person in a white sweater in the city at night",
-    "a person in a yellow shirt by the sea at sunset",
-    "a person in a red shirt in the snow",
+PEOPLE = (
+    ("ada", "a portrait of a person in a blue shirt in a meadow on a sunny day"),
+    ("bo", "a person in a white sweater in the city at night"),
+    ("cleo", "a person in a yellow shirt by the sea at sunset"),
+    ("dan", "a person in a red shirt in the snow"),
 )
-EQUAL_DB = 100.0
-"""PSNR that stands for equal images."""
+"""Person of the photo, and prompt."""
+THINGS = (
+    "a red boat by the sea at sunset",
+    "a yellow balloon in the snow at night",
+    "a blue car in the city on a cloudy day",
+    "a white house in a meadow on a sunny day",
+)
 
 Options = Mapping[str, Any]
 HALF_PRECISION: tuple[Options, ...] = ({"dtype": "bfloat16"}, {"dtype": "float16"})
@@ -73,47 +89,58 @@ class Group:
     """Fields of the shots."""
     has_face: bool = False
     tiers: bool = True
-    max_shots: int = len(PROMPTS)
+    max_shots: int = len(THINGS)
 
+
+FLUX_OPTIONS: tuple[Options, ...] = (
+    {"channels_last": True},
+    {"lora_hotswap": True},
+    {"compile": "regional"},
+    *HALF_PRECISION,
+    *FIRST_BLOCK,
+    {"step_cache": "magcache"},
+    {"step_cache": "taylorseer"},
+    *QUANTIZED,
+)
+STEP_CACHES: tuple[Options, ...] = (*FIRST_BLOCK, {"step_cache": "magcache"}, {"step_cache": "taylorseer"})
+SVD_OPTIONS: tuple[Options, ...] = (
+    {"channels_last": True},
+    {"fuse_qkv": True},
+    {"compile": "full"},
+    {"forward_chunking": True},
+    {"decode_chunk_frames": 1},
+    *HALF_PRECISION,
+    {"step_cache": "pyramid_attention", "step_cache_interval": 2},
+    {"step_cache": "pyramid_attention", "step_cache_interval": 3},
+)
+HUNYUAN_OPTIONS: tuple[Options, ...] = ({"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, *HALF_PRECISION)
+VIDEO_OPTIONS: tuple[Options, ...] = ({"vae_tiling": True}, {"dtype": "bfloat16"})
+# Tiles have 256 pixels at least.
+TILED = {"width": 512, "height": 320}
 
 GROUPS: Mapping[str, Group] = {
-    "flux": Group(
-        FluxStage,
-        (
-            {"channels_last": True},
-            {"lora_hotswap": True},
-            {"compile": "regional"},
-            *HALF_PRECISION,
-            *FIRST_BLOCK,
-            {"step_cache": "magcache"},
-            {"step_cache": "taylorseer"},
-            *QUANTIZED,
-        ),
+    "flux": Group(FluxStage, FLUX_OPTIONS),
+    "flux-face": Group(FluxStage, FLUX_OPTIONS, has_face=True),
+    # The default of FLUX.1-dev. The demo has 12 steps, which differ more from each other.
+    "flux-28-steps": Group(FluxStage, STEP_CACHES, {"steps": {"flux": 28}}),
+    "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), TILED, tiers=False),
+    "lora": Group(FluxLoRAStage, STEP_CACHES, {"lora": "builtin:demo/sketch.safetensors"}, tiers=False),
+    "hunyuan": Group(HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "a pencil sketch"}),
+    "hunyuan-face": Group(
+        HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "pastel colours"}, has_face=True
     ),
-    "flux-face": Group(FluxStage, (*HALF_PRECISION, {"step_cache": "taylorseer"}, *QUANTIZED), has_face=True, tiers=False),
-    # Tiles have 256 pixels at least.
-    "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), {"width": 512, "height": 512}, tiers=False, max_shots=1),
-    "lora": Group(FluxLoRAStage, FIRST_BLOCK, {"lora": "builtin:demo/ada.safetensors"}, tiers=False),
-    "hunyuan": Group(
-        HunyuanDiTStage,
-        ({"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, *HALF_PRECISION),
-        {"use_hunyuan_style": True, "style_prompt": "a pencil sketch"},
-    ),
-    "svd": Group(
-        SVDStage,
-        (
-            {"channels_last": True},
-            {"fuse_qkv": True},
-            {"compile": "full"},
-            {"forward_chunking": True},
-            {"decode_chunk_frames": 1},
-            {"decode_chunk_frames": 2},
-            *HALF_PRECISION,
-            {"step_cache": "pyramid_attention", "step_cache_interval": 2},
-            {"step_cache": "pyramid_attention", "step_cache_interval": 3},
-        ),
+    "svd": Group(SVDStage, SVD_OPTIONS),
+    "svd-face": Group(SVDStage, SVD_OPTIONS, has_face=True),
+    "sdxl": Group(
+        InstantIDSDXLStage,
+        ({"channels_last": True}, *HALF_PRECISION),
+        {"identity": "instantid-sdxl"},
         has_face=True,
+        tiers=False,
     ),
+    "klein": Group(Flux2KleinStage, ({"dtype": "bfloat16"},), {"image_model": "klein"}, tiers=False),
+    "wan": Group(WanStage, VIDEO_OPTIONS, {"video_model": "wan", "num_frames": 5, **TILED}, tiers=False),
+    "ltx": Group(LTXStage, VIDEO_OPTIONS, {"video_model": "ltx", "num_frames": 9, **TILED}, tiers=False),
     "realesrgan": Group(
         RealESRGANStage,
         (*HALF_PRECISION, {"frames_per_call": 1}, {"tile_px": 64}),
@@ -124,12 +151,22 @@ GROUPS: Mapping[str, Group] = {
 }
 
 
+def profile_for(name: str, group: Group) -> Profile:
+    """Return the profile, or the one with random weights if it has no model for the group."""
+    profile = load_profile(name)
+    return profile if group.stage.actor in profile.actors else load_profile("tiny")
+
+
 def shots_of(profile: Profile, group: Group) -> list[Shot]:
-    """Return one shot per prompt that passes the stage."""
-    face = {"face_image": str(FACE), "consent": {"subject": "Ada", "basis": "synthetic"}} if group.has_face else {}
+    """Return shots that pass the stage."""
+    fields: list[dict[str, Any]] = [{"prompt": prompt} for prompt in THINGS]
+    if group.has_face:
+        fields = [
+            {"prompt": prompt, "face_image": str(FACES / f"{name}.png"), "consent": {"subject": name, "basis": "synthetic"}}
+            for name, prompt in PEOPLE
+        ]
     shots = [
-        check_shot({"prompt": prompt, "seed": seed, **face, **group.fields}, "benchmark", profile.defaults)
-        for seed, prompt in enumerate(PROMPTS)
+        check_shot({"seed": seed, **own, **group.fields}, "benchmark", profile.defaults) for seed, own in enumerate(fields)
     ]
     return [with_local_loras(shot) for shot in shots]
 
@@ -142,33 +179,42 @@ def items_of(profile: Profile, group: Group, shots: Sequence[Shot]) -> list[Item
         # The second frame is the first one, moved by a few pixels.
         frames = np.stack([photo[n * 4 : n * 4 + height, n * 4 : n * 4 + width] for n in range(PHOTO_FRAMES)])
         return [Item(shot, {"frames": frames}) for shot in shots]
-    given: Artefacts = {}
+    given: list[Artefacts] = [{} for _ in shots]
     if group.has_face:
         with InstantIDStage(profile.params(InstantIDStage)) as faces:
-            given["face"] = faces.features([read_image(FACE)])
+            given = [{"face": faces.features([read_image(Path(shot.face_image[0]))])} for shot in shots]
     if "image" not in group.stage.takes:
-        return [Item(shot, given) for shot in shots]
+        return [Item(shot, artefacts) for shot, artefacts in zip(shots, given, strict=True)]
+    items = []
     with FluxStage(profile.params(FluxStage)) as flux:
-        images = [flux([Item(shot.model_copy(update={"lora": ()}), given)])[0]["image"] for shot in shots]
-    return [Item(shot, {**given, "image": image}) for shot, image in zip(shots, images, strict=True)]
+        for shot, artefacts in zip(shots, given, strict=True):
+            image = flux([Item(shot.model_copy(update={"lora": ()}), artefacts)])[0]["image"]
+            items.append(Item(shot, {**artefacts, "image": image}))
+    return items
 
 
-def variants_of(profile: Profile, group: Group) -> list[tuple[str, StageParams]]:
-    """Return the name and the parameters of the stage for the reference, each option and each tier."""
+def variants_of(profile: Profile, group: Group, choices: Sequence[str]) -> list[tuple[str, StageParams]]:
+    """Return the name and the parameters of the stage for the reference, each option and each tier.
+
+    `choices`: only those whose name contains one of these, if there are any.
+    """
     reference = profile.params(group.stage)
-    if isinstance(reference.dtype, str) and reference.dtype == "auto":
+    # The precision that is faster here is not the reference.
+    if profile.actor_of(group.stage).dtype == "auto":
         reference = reference.model_copy(update={"dtype": "float32"})
     on_cpu = reference.device == "cpu"
     variants = [("reference", reference)]
     for options in group.options:
         name = ", ".join(f"{option}: {value}" for option, value in options.items())
-        if not (on_cpu and ("compile" in options or options.get("dtype") == "float16")):
+        if not (on_cpu and ("compile" in options or ("float16" in options.values() and "float16" not in choices))):
             variants.append((name, type(reference).model_validate({**dict(reference), **options})))
     for tier in get_args(QualityTier) if group.tiers else ():
         params = profile.with_quality_tier(tier).params(group.stage)
         uncompiled = {"compile": "none"} if on_cpu and "compile" in type(params).model_fields else {}
         variants.append((f"quality_tier: {tier}", params.model_copy(update=uncompiled)))
-    return variants
+    return [
+        (name, params) for name, params in variants if not choices or name == "reference" or any(c in name for c in choices)
+    ]
 
 
 def run(stage: Stage[Any], items: Sequence[Item]) -> tuple[list[Frames], float]:
@@ -180,39 +226,44 @@ def run(stage: Stage[Any], items: Sequence[Item]) -> tuple[list[Frames], float]:
     return [result if result.ndim == 4 else result[None] for result in results], seconds
 
 
-def compare(results: Sequence[Frames], references: Sequence[Frames]) -> dict[str, float]:
-    """Return the mean PSNR in dB and SSIM of all frames, and the largest difference in levels of 255. See `EQUAL_DB`."""
-    psnr, ssim, largest = [], [], 0
-    for result, reference in zip(results, references, strict=True):
-        for a, b in zip(result, reference, strict=True):
-            error = np.mean((a.astype(float) - b) ** 2)
-            psnr.append(min(EQUAL_DB, 10 * np.log10(255**2 / error)) if error else EQUAL_DB)
-            ssim.append(structural_similarity(a, b, channel_axis=-1))
-            largest = max(largest, int(np.abs(a.astype(int) - b).max()))
-    return {"psnr_db": float(np.mean(psnr)), "ssim": float(np.mean(ssim)), "largest": largest}
+def compare(results: Sequence[Frames], references: Sequence[Frames], jod: Callable[..., float] | None) -> dict[str, Any]:
+    """Return PSNR of all frames and of the worst shot in dB, mean SSIM, the largest difference in levels of 255 and mean JOD.
+
+    The PSNR of equal images is `None`. `jod`: ColorVideoVDP of two clips, if there is one.
+    """
+    errors = [float(np.mean((a.astype(float) - b) ** 2)) for a, b in zip(results, references, strict=True)]
+    frames = [(a, b) for clips in zip(results, references, strict=True) for a, b in zip(*clips, strict=True)]
+    return {
+        "psnr_db": psnr_db(float(np.mean(errors))),
+        "lowest_db": psnr_db(max(errors)),
+        "ssim": float(np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in frames])),
+        "largest": max(int(np.abs(a.astype(int) - b).max()) for a, b in frames),
+        "jod": None if jod is None else float(np.mean([jod(a, b) for a, b in zip(results, references, strict=True)])),
+    }
 
 
-def mean_likeness(stage: ImageLikenessStage, items: Sequence[Item], results: Sequence[Frames]) -> float:
-    """Return the mean likeness of the last frames to the face. NaN if no face is found in any."""
-    found = [
-        stage([Item(item.shot, {"face": item.artefacts["face"], "image": frames[-1]})])[0]["image_likeness"].mean
-        for item, frames in zip(items, results, strict=True)
+def psnr_db(mean_squared_error: float) -> float | None:
+    return float(10 * np.log10(255**2 / mean_squared_error)) if mean_squared_error else None
+
+
+def likenesses(stage: ClipLikenessStage, items: Sequence[Item], results: Sequence[Frames]) -> list[float | None]:
+    """Return the likeness of each result to the face of its shot. `None` if no face is found in it."""
+    clips = [
+        Item(item.shot, {"face": item.artefacts["face"], "frames": frames}) for item, frames in zip(items, results, strict=True)
     ]
-    return float(np.mean([value for value in found if value is not None] or [np.nan]))
+    return [result["clip_likeness"].mean for result in stage(clips)]
 
 
 def measure(profile: Profile, name: str, shots: int, choices: Sequence[str], errors: Console) -> list[dict[str, Any]]:
     """Return one row per option and tier of a group: difference from the stage without options, likeness and seconds."""
     group = GROUPS[name]
     items = items_of(profile, group, shots_of(profile, group)[: min(shots, group.max_shots)])
-    variants = variants_of(profile, group)
-    if choices:
-        variants = [
-            (variant, params) for variant, params in variants if variant == "reference" or any(c in variant for c in choices)
-        ]
+    variants = variants_of(profile, group, choices)
+    label = f"{name}, random weights" if profile.actor_of(group.stage).weights.startswith("builtin:tiny/") else name
+    jod = colour_video_vdp(Fraction(items[0].shot.fps))
     rows: list[dict[str, Any]] = []
     references: list[Frames] = []
-    with ImageLikenessStage(profile.params(ImageLikenessStage)) as likeness:
+    with ClipLikenessStage(profile.params(ClipLikenessStage)) as likeness:
         for number, (variant, params) in enumerate(variants, 1):
             errors.print(f"{name}, {number} of {len(variants)}: {variant}", markup=False)
             try:
@@ -223,43 +274,58 @@ def measure(profile: Profile, name: str, shots: int, choices: Sequence[str], err
                 errors.print(f"{variant}: {error}", markup=False)
                 continue
             references = references or results
-            row = {"group": name, "option": variant, **compare(results, references), "seconds": seconds}
+            row = {"group": label, "option": variant, **compare(results, references, jod), "seconds": seconds}
             if group.has_face:
-                row["likeness"] = mean_likeness(likeness, items, results)
+                row["likenesses"] = likenesses(likeness, items, results)
             rows.append(row)
             # The table comes at the end, and the last options may take long.
-            errors.print(" | ".join(cells(row)), markup=False)
+            errors.print(" | ".join(cells(row, rows[0])), markup=False)
     return rows
 
 
-def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    equal = row["psnr_db"] >= EQUAL_DB
-    likeness = f"{row['likeness']:.3f}" if "likeness" in row else ""
-    psnr = "equal" if equal else f"{row['psnr_db']:.1f}"
-    return row["group"], row["option"], psnr, f"{row['ssim']:.4f}", str(row["largest"]), likeness, f"{row['seconds']:.2f}"
+def cells(row: Mapping[str, Any], reference: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a row of the table. The change of the likeness is that of the shots with a face in both results."""
+    psnr, lowest = ("equal" if row[name] is None else f"{row[name]:.1f}" for name in ("psnr_db", "lowest_db"))
+    likeness = ""
+    found = [
+        (a, b) for a, b in zip(row.get("likenesses", ()), reference.get("likenesses", ()), strict=True) if None not in (a, b)
+    ]
+    if found:
+        mean, change = np.mean([a for a, _ in found]), np.mean([a - b for a, b in found])
+        likeness = f"{mean:.3f} ({change:+.3f})" + f", {len(found)} of {len(row['likenesses'])} faces" * (
+            len(found) < len(row["likenesses"])
+        )
+    jod = "" if row["jod"] is None else f"{row['jod']:.2f}"
+    numbers = psnr, lowest, f"{row['ssim']:.4f}", str(row["largest"]), jod, likeness, f"{row['seconds']:.2f}"
+    return row["group"], row["option"], *numbers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="demo")
     parser.add_argument("--group", nargs="*", choices=GROUPS, default=[*GROUPS], help="default: all")
-    parser.add_argument("--shots", type=int, choices=range(1, len(PROMPTS) + 1), default=2, help="default: 2")
+    parser.add_argument("--shots", type=int, choices=range(1, len(THINGS) + 1), default=len(THINGS), help="default: 4")
     parser.add_argument("--only", nargs="*", default=[], help="options whose name contains one of these; default: all")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
-    profile, errors = load_profile(args.profile), Console(stderr=True)
-    rows = [row for name in args.group for row in measure(profile, name, args.shots, args.only, errors)]
-    about = machine(("torch", "diffusers", "torchao", "bitsandbytes"))
-    columns = ("group", "option", "PSNR dB", "SSIM", "largest", "likeness", "s/shot")
+    errors = Console(stderr=True)
+    rows: list[dict[str, Any]] = []
+    table: list[tuple[str, ...]] = []
+    for name in args.group:
+        group_rows = measure(profile_for(args.profile, GROUPS[name]), name, args.shots, args.only, errors)
+        rows += group_rows
+        table += [cells(row, group_rows[0]) for row in group_rows]
+    about = machine(("torch", "diffusers", "torchao", "bitsandbytes", "cvvdp"))
+    columns = ("group", "option", "PSNR dB", "lowest", "SSIM", "largest", "JOD", "likeness", "s/shot")
     if args.markdown:
-        lines = [columns, ("---",) * len(columns), *((row[0], f"`{row[1]}`", *row[2:]) for row in map(cells, rows))]
+        lines = [columns, ("---",) * len(columns), *((row[0], f"`{row[1]}`", *row[2:]) for row in table)]
         sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
     else:
-        table = Table(*columns, title=f"{args.profile}, {args.shots} shots; {about['cpu']}, load {about['load_1_min']}")
-        for row in rows:
-            table.add_row(*cells(row))
-        Console(width=140).print(table)
+        shown = Table(*columns, title=f"{args.profile}, {args.shots} shots; {about['cpu']}, load {about['load_1_min']}")
+        for row in table:
+            shown.add_row(*row)
+        Console(width=160).print(shown)
     if args.json:
         write_json(args.json, {"machine": about, "rows": rows})
 
