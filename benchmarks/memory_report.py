@@ -1,6 +1,7 @@
-"""Print the memory of each GPU profile for docs/planning.md, with and without the margin.
+"""Print the planned GPU memory for the docs.
 
-The first table has the actors of the chain with FLUX and SVD, and the whole process; the second one the other models.
+docs/planning.md: the actors of the chain with FLUX and SVD, and the whole process; then the other models, both with and without
+the margin. docs/models.md: each model with the options of gpu-80gb, or of gpu-24gb for the small Wan.
 
 python -m benchmarks.memory_report
 """
@@ -30,6 +31,34 @@ OTHER_SHOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rife": ("1024x576", {"width": 1024, "height": 576, "interpolation": 4}),
 }
 """Stage -> text for the table, and fields of a shot."""
+FACE: dict[str, Any] = {"face_image": ("face.png",)}
+SDXL: dict[str, Any] = {**FACE, "identity": "instantid-sdxl"}
+WAN, LTX, QWEN = (OTHER_SHOTS[stage][1] for stage in ("wan", "ltx", "qwen_edit"))
+MODELS: dict[str, tuple[tuple[str, str, str, dict[str, Any], dict[str, Any]], ...]] = {
+    "FLUX.1-dev": (("", "gpu-80gb", "flux", {}, {}), ("with InfuseNet", "gpu-80gb", "flux", FACE, {})),
+    "FLUX.2 klein 4B": (("", "gpu-80gb", "klein", PHOTO, {}),),
+    "SDXL and InstantID": (("", "gpu-80gb", "instantid_sdxl", SDXL, {}),),
+    "HunyuanDiT v1.2": (("", "gpu-80gb", "hunyuan", {"use_hunyuan_style": True}, {}),),
+    "Qwen-Image-Edit-2509": (
+        ("", "gpu-80gb", "qwen_edit", QWEN, {}),
+        ("with `cpu_offload`", "gpu-80gb", "qwen_edit", QWEN, {"cpu_offload": True}),
+    ),
+    "SVD-XT": (("", "gpu-80gb", "svd", {}, {}), ("two frames at once", "gpu-80gb", "svd", {}, {"decode_chunk_frames": 2})),
+    "Wan 2.2 I2V-A14B": (
+        ("", "gpu-80gb", "wan", WAN, {}),
+        ("with `vae_tiling`", "gpu-80gb", "wan", WAN, {"vae_tiling": True}),
+        ("with `cpu_offload`", "gpu-80gb", "wan", WAN, {"cpu_offload": True}),
+    ),
+    "Wan 2.2 TI2V-5B": (
+        ("", "gpu-24gb", "wan", WAN, {"cpu_offload": False}),
+        ("with `cpu_offload`", "gpu-24gb", "wan", WAN, {"cpu_offload": True}),
+        ("and with `vae_tiling`", "gpu-24gb", "wan", WAN, {"cpu_offload": True, "vae_tiling": True}),
+    ),
+    "LTX-Video": (("", "gpu-80gb", "ltx", LTX, {}), ("with `vae_tiling`", "gpu-80gb", "ltx", LTX, {"vae_tiling": True})),
+    "RIFE": (("", "gpu-80gb", "rife", OTHER_SHOTS["rife"][1], {}),),
+    "RealESRGAN": (("", "gpu-80gb", "realesrgan", {}, {}),),
+}
+"""Weights in docs/models.md -> condition, profile, stage, fields of a shot and changed options."""
 
 
 def reference_shot(profile: Profile) -> Shot:
@@ -63,6 +92,22 @@ def other_rows() -> list[str]:
     return lines
 
 
+def model_cells() -> dict[str, str]:
+    """Return weights -> cell of the column "GB on the GPU" in docs/models.md, such as "33, with InfuseNet 38"."""
+    cells = {}
+    for weights, cases in MODELS.items():
+        parts = []
+        for condition, name, stage_name, fields, options in cases:
+            profile, stage = load_profile(name), STAGE_BY_NAME[stage_name]
+            params = profile.options_of(stage).model_copy(update=options)
+            planned = stage.memory(params, Shot.model_validate({"prompt": "a", **profile.defaults, **fields}))
+            assert planned is not None
+            size = planned.total / GB
+            parts.append(f"{condition} {size:.{0 if size >= 1 else 1}f}".strip())
+        cells[weights] = ", ".join(parts)
+    return cells
+
+
 def rows() -> list[str]:
     lines = ["| profile | actor | weights | activations, traced | planned | host |", "| --- | --- | --- | --- | --- | --- |"]
     for name in PROFILES:
@@ -81,4 +126,5 @@ def rows() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join([*rows(), "", *other_rows()]) + "\n")
+    models = [f"| {weights} | {cell} |" for weights, cell in model_cells().items()]
+    sys.stdout.write("\n".join([*rows(), "", *other_rows(), "", *models]) + "\n")

@@ -1,7 +1,10 @@
-"""Documentation: links resolve, named modules exist, commands have the documented options."""
+"""Documentation: links resolve, named modules exist, commands have the documented options, plans the documented numbers."""
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,11 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks import memory_report
+from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray.cli.app import app
+from vidgen_ray.profile import load_profile
+from vidgen_ray.weights import resolve
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vidgen_ray"
@@ -76,3 +83,42 @@ def test_architecture_tree_lists_every_top_level_module():
 def test_architecture_tables_list_every_module(package):
     present = {path.stem for path in (PACKAGE / package).iterdir() if not path.name.startswith("__")}
     assert modules_in_table(package) == present
+
+
+def test_memory_in_planning_is_that_of_the_plan():
+    lines = (ROOT / "docs" / "planning.md").read_text().splitlines()
+    documented = [line for line in lines if line.startswith("| `gpu-")]
+    planned = [*memory_report.rows()[2:], *memory_report.other_rows()[2:]]
+    assert [line for line in documented if line not in planned] == []
+    # Their other models are those of gpu-24gb and gpu-80gb, as the page says.
+    same = [row for row in memory_report.other_rows() if row.startswith(("| `gpu-24gb-schnell`", "| `open`"))]
+    assert [line for line in planned if line not in (*documented, *same)] == []
+
+
+def test_memory_of_the_models_is_that_of_the_plan():
+    table = (ROOT / "docs" / "models.md").read_text().split("| slot | choice |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[2:]]
+    documented = {row[3]: row[5] for row in rows}
+    face_pack_gb = f"{load_profile('gpu-80gb').actors['instantid'].memory_gb:g}"
+    face_packs = dict.fromkeys(("antelopev2", "AuraFace, CenterFace"), face_pack_gb)
+    assert documented == {**memory_report.model_cells(), **face_packs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "gpus"), [("gpu-24gb", "1x24GB"), ("gpu-48gb", "1x48GB"), ("gpu-80gb", "8x80GB")])
+def test_plans_in_planning_are_current(tmp_path, profile, gpus):
+    arguments = ["plan", "script.jsonl", "--profile", profile, "--gpus", gpus]
+    page = (ROOT / "docs" / "planning.md").read_text()
+    documented = page.split(f"$ vidgen {' '.join(arguments)}\n")[1].split("\n```")[0]
+    shutil.copy(resolve("builtin:tiny/lora.safetensors"), tmp_path / "lora.safetensors")
+    shutil.copy(ASTRONAUT, tmp_path / "face.jpg")
+    shot = {"face_image": "face.jpg", "lora": "lora.safetensors", "consent": SYNTHETIC, "num_frames": 25, "scale": 4}
+    lines = [json.dumps({"prompt": f"shot {number}", "width": 1024, "height": 576, **shot}) for number in range(100)]
+    (tmp_path / "script.jsonl").write_text("\n".join(lines))
+    # Without measurements of this machine.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VIDGEN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "vidgen_ray", *arguments]
+    output = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    plan, _, licences = output.partition("\nweights ")
+    assert licences
+    assert [line.rstrip() for line in plan.strip().splitlines()] == documented.splitlines()
