@@ -3,12 +3,19 @@
 import ctypes
 import shutil
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableVideoDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedulerOutput
@@ -16,7 +23,17 @@ from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from vidgen_ray.nets.finite import is_finite
-from vidgen_ray.stages import flux, flux_model, flux_stage, hunyuandit, instantid_sdxl, progress, svd
+from vidgen_ray.stages import (
+    flux,
+    flux2_klein,
+    flux_model,
+    flux_stage,
+    hunyuandit,
+    instantid_sdxl,
+    progress,
+    prompted_video,
+    svd,
+)
 from vidgen_ray.stages.pixels import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
@@ -87,17 +104,23 @@ def patch_host_code(cuda, monkeypatch):
         with unset_fake_temporarily():
             return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
-    for module in (flux_model, progress):
+    for module in (flux_model, progress, prompted_video):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
-    for stage_module in (flux, flux_stage, hunyuandit, instantid_sdxl, svd):
+    for stage_module in (flux, flux_stage, hunyuandit, instantid_sdxl, prompted_video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
+    # A device without a driver has no streams.
+    monkeypatch.setattr(prompted_video, "own_stream", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(prompted_video, "used_by_this_stream", lambda tensors: None)
+    monkeypatch.setattr(flux2_klein, "to_uint8", lambda pixels: pixels)
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))
     monkeypatch.setattr(VaeImageProcessor, "postprocess", image_result)
     monkeypatch.setattr(VideoProcessor, "postprocess_video", video_result)
     monkeypatch.setattr(StableVideoDiffusionPipeline, "do_classifier_free_guidance", property(lambda self: True))
-    monkeypatch.setattr(EulerDiscreteScheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
+    for scheduler in (EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler):
+        monkeypatch.setattr(scheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
     monkeypatch.setattr(EulerDiscreteScheduler, "step", _euler_step)
-    for scheduler in (EulerDiscreteScheduler, DPMSolverMultistepScheduler):
+    monkeypatch.setattr(WanImageToVideoPipeline, "_get_t5_prompt_embeds", _t5_embeds)
+    for scheduler in (EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler):
         monkeypatch.setattr(scheduler, "set_timesteps", _set_timesteps(cuda, scheduler.set_timesteps))
     for owner in (ModelMixin, torch.nn.Module):
         monkeypatch.setattr(owner, "to", _to(cuda, owner.to))
@@ -133,3 +156,9 @@ def _euler_step(self, model_output, timestep, sample, *args, return_dict=True, *
     previous = (pixels + (pixels - prediction) / sigma * sigma).to(model_output.dtype)
     self._step_index = (self._step_index or 0) + 1
     return EulerDiscreteSchedulerOutput(previous, prediction) if return_dict else (previous, prediction)
+
+
+def _t5_embeds(self, prompt, num_videos_per_prompt, max_sequence_length, device, dtype):
+    """The embeddings of a prompt that has all tokens. The length of a prompt is a value."""
+    tokens = torch.ones(1, max_sequence_length, dtype=torch.int64, device=device)
+    return self.text_encoder(tokens, tokens).last_hidden_state.to(dtype)

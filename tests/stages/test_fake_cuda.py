@@ -11,10 +11,14 @@ from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Item
 from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
+from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.weights import resolve
 from vidgen_ray.weights.published_models import build_network
 
 pytestmark = [
@@ -107,6 +111,28 @@ def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
             cuda.move(network, dtype)
 
     run(stage_class(tiny.params(stage_class)), Item(shot(tiny, **fields), {"image": IMAGE}), cuda, move)
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "fields"),
+    [
+        (Flux2KleinStage, {"identity": "reference", "face_image": str(ASTRONAUT)}),
+        (WanStage, {"video_model": "wan", "num_frames": 5}),
+        (LTXStage, {"video_model": "ltx", "num_frames": 9}),
+    ],
+)
+def test_other_models_stay_on_the_gpu(tiny, cuda, stage_class, fields):
+    """Qwen-Image-Edit and Wan I2V-A14B are not among them: their pipelines depend on values, the length of the prompt's
+    embeddings and the timestep from which the second transformer is used."""
+
+    def move(stage):
+        for name, network in stage.pipe.components.items():
+            cuda.move(network, torch.float32 if (name, stage_class) == ("vae", WanStage) else BRAIN)
+
+    params = tiny.params(stage_class)
+    if stage_class is WanStage:
+        params = params.model_copy(update={"weights": resolve("builtin:tiny/wan-ti2v")})
+    run(stage_class(params), Item(shot(tiny, **fields), {"image": IMAGE, "photos": (IMAGE,)}), cuda, move)
 
 
 def test_sdxl_stays_on_the_gpu(tiny, cuda, face):

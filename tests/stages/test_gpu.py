@@ -4,13 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.recompilations import write_loras
+from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.errors import MediaError
+from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
 from vidgen_ray.media.encode import nvenc_problem
 from vidgen_ray.stages.base import Item, to_uint8
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.quantization import PACKAGES
 from vidgen_ray.stages.realesrgan import RealESRGANStage
@@ -18,24 +22,6 @@ from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-def on_gpu(stage_class, profile, **changes):
-    return stage_class(profile.params(stage_class).model_copy(update={"device": "cuda", **changes}))
-
-
-def test_flux_image_on_gpu_is_close_to_cpu(tiny, make_shot):
-    with FluxStage(tiny.params(FluxStage)) as cpu, on_gpu(FluxStage, tiny) as gpu:
-        a, b = (stage([Item(make_shot())])[0]["image"].astype(int) for stage in (cpu, gpu))
-    assert np.abs(a - b).max() <= 8
-
-
-def test_float16_upscaler_is_close_to_float32(tiny, photo, make_shot):
-    shot = make_shot(scale=4, upscaler="animevideov3")
-    frames = photo[None, 60:124, 180:244]
-    with RealESRGANStage(tiny.params(RealESRGANStage)) as cpu, on_gpu(RealESRGANStage, tiny, dtype="float16") as gpu:
-        a, b = (stage.run_chunk(shot, frames).astype(float) for stage in (cpu, gpu))
-    assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 45
 
 
 LORAS = [str(resolve("builtin:tiny/lora.safetensors"))]
@@ -48,6 +34,108 @@ def difference(a, b):
 
 def result(stage, shot, **artefacts):
     return stage([Item(shot, artefacts)])[0][stage.writes[0]]
+
+
+def on_gpu(stage_class, profile, **changes):
+    return stage_class(profile.params(stage_class).model_copy(update={"device": "cuda", **changes}))
+
+
+def test_flux_image_on_gpu_is_close_to_cpu(tiny, make_shot):
+    with FluxStage(tiny.params(FluxStage)) as cpu, on_gpu(FluxStage, tiny) as gpu:
+        a, b = (stage([Item(make_shot())])[0]["image"].astype(int) for stage in (cpu, gpu))
+    assert np.abs(a - b).max() <= 8
+
+
+STAGES = {
+    "flux": {"face_image": "face.png"},
+    "lora": {"lora": "builtin:tiny/lora.safetensors", "face_image": "face.png"},
+    "instantid_sdxl": {"identity": "instantid-sdxl"},
+    "klein": {"identity": "reference", "face_image": "face.png"},
+    "hunyuan": {"use_hunyuan_style": True},
+    "qwen_edit": {"use_hunyuan_style": True, "style_model": "qwen-edit"},
+    "svd": {"num_frames": 4},
+    "wan": {"video_model": "wan", "num_frames": 5},
+    "ltx": {"video_model": "ltx", "num_frames": 9},
+    "rife": {"interpolation": 2},
+    "realesrgan": {"scale": 4},
+}
+"""Stage -> fields of a shot that passes it."""
+OFFLOADED = ("klein", "qwen_edit", "wan", "ltx")
+each_stage = pytest.mark.parametrize("name", STAGES)
+
+
+@pytest.fixture(scope="module")
+def face(tiny, photo):
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        return stage.features([photo])
+
+
+@pytest.fixture
+def item_of(make_shot, face, photo):
+    """Return a function that makes an item that passes a stage."""
+
+    def make(name, **fields):
+        shot = with_local_loras(make_shot(**STAGES[name], **fields))
+        frames = np.stack([np.roll(PICTURE, 2 * n, 1) for n in range(2)])
+        return Item(shot, {"image": PICTURE, "frames": frames, "face": face, "photos": (photo,)})
+
+    return make
+
+
+@each_stage
+def test_stage_on_gpu_is_close_to_cpu(tiny, item_of, name):
+    stage, item = STAGE_BY_NAME[name], item_of(name)
+    with stage(tiny.params(stage)) as cpu, on_gpu(stage, tiny) as gpu:
+        a, b = (each([item])[0][stage.writes[0]] for each in (cpu, gpu))
+    assert difference(a, b) <= 8
+
+
+@each_stage
+def test_stage_gives_the_same_bytes_after_weight_swapping(tiny, item_of, name):
+    stage, item = STAGE_BY_NAME[name], item_of(name)
+    with on_gpu(stage, tiny) as gpu:
+        expected = gpu([item])[0][stage.writes[0]]
+        gpu.move("cpu")
+        used = torch.cuda.memory_allocated()
+        gpu.move("cuda")
+        assert torch.cuda.memory_allocated() > used
+        assert np.array_equal(gpu([item])[0][stage.writes[0]], expected)
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_offloaded_stage_gives_the_same_bytes(tiny, item_of, name):
+    stage, item = STAGE_BY_NAME[name], item_of(name)
+    with on_gpu(stage, tiny) as resident, on_gpu(stage, tiny, cpu_offload=True) as offloaded:
+        a, b = (each([item])[0][stage.writes[0]] for each in (resident, offloaded))
+    assert np.array_equal(a, b)
+
+
+def test_faces_on_gpu_are_close_to_cpu(tiny, face, photo):
+    """The session refuses to load if onnxruntime has no CUDA on this machine."""
+    with on_gpu(InstantIDStage, tiny) as gpu:
+        found = gpu.features([photo])
+    assert np.abs(found.keypoints - face.keypoints).max() < 1
+    for recogniser, expected in face.embeddings.items():
+        embedding = found.embedding(recogniser)
+        assert embedding @ expected / np.linalg.norm(embedding) / np.linalg.norm(expected) > 0.999
+
+
+def test_loras_in_slots_compile_nothing_new(tiny, make_shot, tmp_path):
+    with on_gpu(FluxLoRAStage, tiny, compile="regional", dtype="bfloat16") as stage:
+        images, compiled = [], []
+        for file in write_loras(tmp_path, 4):
+            images.append(result(stage, make_shot(lora=[file]), image=PICTURE))
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(compiled)) == 1
+    assert difference(images[0], images[1]) > 0
+
+
+def test_float16_upscaler_is_close_to_float32(tiny, photo, make_shot):
+    shot = make_shot(scale=4, upscaler="animevideov3")
+    frames = photo[None, 60:124, 180:244]
+    with RealESRGANStage(tiny.params(RealESRGANStage)) as cpu, on_gpu(RealESRGANStage, tiny, dtype="float16") as gpu:
+        a, b = (stage.run_chunk(shot, frames).astype(float) for stage in (cpu, gpu))
+    assert 10 * np.log10(255**2 / np.mean((a - b) ** 2)) > 45
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -78,7 +166,9 @@ def test_svd_option_on_gpu(tiny, make_shot, options):
     assert difference(expected, clip) <= (255 if "step_cache" in options else 4)
 
 
-@pytest.mark.parametrize("options", [{"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, {"compile": "full"}], ids=str
+)
 def test_hunyuandit_option_on_gpu(tiny, make_shot, options):
     shot = make_shot(use_hunyuan_style=True)
     with on_gpu(HunyuanDiTStage, tiny) as plain, on_gpu(HunyuanDiTStage, tiny, **options) as other:
