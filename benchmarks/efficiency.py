@@ -1,7 +1,8 @@
 """Benchmark of GPU efficiency: vidgen, Ray Data, cosmos-xenna and rayorch on simulated GPUs.
 
-efficiency = GPU-seconds of work / (GPUs x seconds from the first stage's start to the last commit). Start-up time is reported
-separately and is part of the total. README.md lists what is not measured.
+efficiency = GPU-seconds of work / (GPUs x seconds from the first stage's start to the last commit). Since ready: the seconds of
+each GPU count from when its first process has loaded its weights. Start-up time is reported separately and is part of the
+total. README.md lists what is not measured.
 
 Stages take 1/25 of their time on an H100. The environment variable VIDGEN_BENCHMARK_TIME_SCALE sets another divisor.
 """
@@ -138,6 +139,7 @@ def row(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     measured = [(run, run.measurement) for run in runs if run.measurement is not None]
     values = {
         "efficiency": [m.efficiency for _, m in measured],
+        "efficiency_since_ready": [m.efficiency_since_ready for _, m in measured],
         "wall_s": [m.wall_s for _, m in measured],
         "bound_s": [m.bound_s for _, m in measured],
         "startup_s": [run.startup_s for run, _ in measured],
@@ -176,14 +178,16 @@ def _line(case: Case, run: Run) -> str:
     name = f"{case.system}, {case.layout}, {case.gpus} x {case.gpu_memory_gb:g} GB, {case.shots} shots"
     if run.measurement is None:
         return f"{name}: failed: {run.reason} ({run.total_s:.0f} s)"
-    return f"{name}: efficiency {run.measurement.efficiency:.3f}, total {run.total_s:.1f} s"
+    measured = run.measurement
+    since_ready = f"since ready {measured.efficiency_since_ready:.3f}"
+    return f"{name}: efficiency {measured.efficiency:.3f}, {since_ready}, total {run.total_s:.1f} s"
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="GPU efficiency on simulated GPUs")
     for column in ("system", "layout"):
         table.add_column(column)
-    for column in ("GPUs", "GB", "shots", "efficiency", "wall s", "bound s", "startup s", "drain s", "total s"):
+    for column in ("GPUs", "GB", "shots", "efficiency", "since ready", "wall s", "bound s", "startup s", "drain s", "total s"):
         table.add_column(column, justify="right", no_wrap=column != "efficiency")
     before = None
     for row in rows:
@@ -197,7 +201,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["gpus"]),
             f"{row['gpu_memory_gb']:g}",
             str(row["shots"]),
-            *(_numbers_of(row) if row["efficiency"] is not None else (row["reason"], *[""] * 5)),
+            *(_numbers_of(row) if row["efficiency"] is not None else (row["reason"], *[""] * 6)),
         )
     return table
 
@@ -206,6 +210,7 @@ def _numbers_of(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{row['efficiency']:.3f} ({row['efficiency_low']:.3f}-{row['efficiency_high']:.3f})"
         + (f", {row['failed_runs']} failed" if row["failed_runs"] else ""),
+        f"{row['efficiency_since_ready']:.3f}",
         f"{row['wall_s']:.1f}",
         f"{row['bound_s']:.1f}",
         f"{row['startup_s']:.1f}",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.simulated import COMMIT, STAGES, SWAP, Event
+from benchmarks.simulated import COMMIT, READY, STAGES, SWAP, Event
 
 CLOCK_S = 0.001
 """Tolerance for overlaps, in seconds, because of steps of the wall clock."""
@@ -18,6 +18,8 @@ class Measurement:
 
     efficiency: float
     """Work / (GPUs x wall time)."""
+    efficiency_since_ready: float
+    """Work / sum over GPUs of the seconds from the GPU's readiness to the last commit; see `ready_times`."""
     bound_s: float
     """Wall time if every GPU were busy all the time."""
     wall_s: float
@@ -41,7 +43,7 @@ def efficiency(events: Sequence[Event], gpus: int) -> Measurement:
     work = [event for event in events if event.stage in STAGES]
     if not committed or not work:
         raise ValueError("no shot was committed")
-    _check_no_overlap([event for event in events if event.stage != COMMIT])
+    _check_no_overlap([event for event in events if event.stage not in (COMMIT, READY)])
     first_start = min(event.t0 for event in work)
     last_commit = max(event.t1 for event in events if event.stage == COMMIT)
     work_s = sum(
@@ -53,6 +55,7 @@ def efficiency(events: Sequence[Event], gpus: int) -> Measurement:
     wall_s = last_commit - first_start
     return Measurement(
         efficiency=work_s / (gpus * wall_s),
+        efficiency_since_ready=work_s / sum(last_commit - ready for ready in ready_times(events, gpus)),
         bound_s=work_s / gpus,
         wall_s=wall_s,
         ramp_s=max(started) - first_start,
@@ -61,6 +64,22 @@ def efficiency(events: Sequence[Event], gpus: int) -> Measurement:
         first_start=first_start,
         last_commit=last_commit,
     )
+
+
+def ready_times(events: Sequence[Event], gpus: int) -> list[float]:
+    """Return for each GPU when the first of its processes had loaded all models that it loads before its first work.
+
+    A GPU without a process counts from the readiness of the first other one, so that it counts as idle.
+    """
+    ready: dict[int, float] = {}
+    for gpu, pid in {(event.gpu, event.pid) for event in events if event.stage == READY}:
+        own = [event for event in events if (event.gpu, event.pid) == (gpu, pid)]
+        begin = min((event.t0 for event in own if event.stage in STAGES), default=float("inf"))
+        loaded = max(event.t1 for event in own if event.stage == READY and event.t1 <= begin)
+        ready[gpu] = min(ready.get(gpu, loaded), loaded)
+    if not ready:
+        raise ValueError("no process has loaded a model")
+    return [ready.get(gpu, min(ready.values())) for gpu in range(gpus)]
 
 
 def _check_no_overlap(events: Sequence[Event]) -> None:

@@ -40,8 +40,8 @@ CLIP_BYTES = 100_000
 
 MODEL_GB = {"instantid": 1.0, "flux": 34.0, "svd": 20.0, "realesrgan": 6.0}
 """Model -> GB of weights and working memory."""
-SWAP, COMMIT = "swap", "commit"
-"""Names of events that are not stages."""
+SWAP, COMMIT, READY = "swap", "commit", "ready"
+"""Names of events that are not stages. READY: a process has loaded a model."""
 
 
 class StageCost(NamedTuple):
@@ -74,7 +74,7 @@ class DoesNotFit(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Use of a GPU from `t0` to `t1`, or a commit (gpu -1, t0 = t1)."""
+    """Use of a GPU from `t0` to `t1`, a loaded model (t0 = t1) or a commit (gpu -1, t0 = t1)."""
 
     stage: str
     shot: str
@@ -230,6 +230,8 @@ class SimulatedModel:
         self._gpu = gpu
         self._memory: IO[bytes] | None = gpu.allocate(self.gb, name)
         time.sleep(self.gb * LOAD_SECONDS_PER_GB)
+        now = time.time()
+        record(gpu.run_folder, Event(READY, "", gpu.index, now, now, os.getpid(), 0.0))
 
     def to_host(self) -> None:
         """Move the weights to host memory."""

@@ -14,12 +14,13 @@ import pytest
 from benchmarks import noop_stages, ours, simulated, simulated_stages
 from benchmarks.efficiency import row, simulation
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
-from benchmarks.measure import efficiency
+from benchmarks.measure import efficiency, ready_times
 from benchmarks.peers import PEERS, sizes
 from benchmarks.runs import Case, Run, run_once
 from benchmarks.simulated import (
     COMMIT,
     MODEL_GB,
+    READY,
     SWAP,
     DoesNotFit,
     Event,
@@ -67,8 +68,15 @@ def start_process(folder: Path, name: str, then: str) -> subprocess.Popen:
     return process
 
 
+def ready(gpu, at, pid=1):
+    return Event(READY, "", gpu, at, at, pid, 0.0)
+
+
 def test_efficiency_is_work_divided_by_gpus_and_wall_time():
     events = [
+        ready(0, 8.0),
+        ready(0, 9.0),
+        ready(1, 9.5, pid=2),
         Event("svd", "a", 0, 10.0, 11.0, 1, 0.9),  # overslept: only 0.9 s of it is work
         Event("flux", "b", 1, 10.5, 10.67, 2, 0.17),
         Event(SWAP, "", 1, 10.7, 10.8, 2, 0.0),
@@ -80,20 +88,29 @@ def test_efficiency_is_work_divided_by_gpus_and_wall_time():
     assert measured.wall_s == pytest.approx(2.0)
     assert measured.bound_s == pytest.approx((0.9 + 0.17 + 0.9) / 2)
     assert measured.efficiency == pytest.approx((0.9 + 0.17 + 0.9) / (2 * 2.0))
+    assert measured.efficiency_since_ready == pytest.approx((0.9 + 0.17 + 0.9) / (3.0 + 2.5))
     assert measured.ramp_s == pytest.approx(0.5)
     assert measured.drain_s == pytest.approx(1.0)
     assert measured.swap_s == pytest.approx(0.1)
     assert (measured.first_start, measured.last_commit) == (10.0, 12.0)
 
 
+def test_readiness_of_a_gpu_is_that_of_its_first_process_before_it_works():
+    later_model = [Event("flux", "a", 0, 3.0, 3.2, 1, 0.2), ready(0, 4.0)]
+    events = [ready(0, 1.0), ready(0, 2.0), ready(0, 2.5, pid=2), *later_model]
+    # GPU 1 has no process.
+    assert ready_times(events, gpus=2) == [2.0, 2.0]
+
+
 def test_repeated_work_counts_once():
-    once = [Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 2.0, 2.0, 1, 0.0)]
+    once = [ready(0, 0.0), Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 2.0, 2.0, 1, 0.0)]
     again = Event("svd", "a", 0, 1.0, 1.9, 1, 0.9)
     assert efficiency([*once, again], gpus=1).efficiency == efficiency(once, gpus=1).efficiency == pytest.approx(0.45)
 
 
 def test_overlapping_work_on_a_gpu_is_an_error():
     events = [
+        ready(0, 0.0),
         Event("svd", "a", 0, 0.0, 0.9, 1, 0.9),
         Event("flux", "b", 0, 0.5, 0.67, 2, 0.17),
         Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0),
@@ -204,7 +221,7 @@ def test_pools_sized_by_hand_fit_and_use_all_gpus(gpus, memory_gb):
 def test_row_has_medians_or_a_reason():
     case = Case("xenna", "by hand", 2, 80.0, 10)
     measured = efficiency(
-        [Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0)],
+        [ready(0, 0.0), Event("svd", "a", 0, 0.0, 0.9, 1, 0.9), Event(COMMIT, "a", -1, 1.0, 1.0, 1, 0.0)],
         gpus=1,
     )
     good = row(case, [Run(measured, None, 2.0, 4.0, 0.1), Run(measured, None, 3.0, 6.0, 0.1)])
