@@ -16,9 +16,9 @@ import ray
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.actor_client import Pickled
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.packed_calls import PackedCalls, start_call, unpacked
 from vidgen_ray.engine.shot_runner import ShotRunner
 from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.window import Window
@@ -89,7 +89,7 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
 
     def result(method: str, *args: Any) -> Any:
         if method == "commit":
-            return CallResult(), ShotRecord.model_construct(stages=args[1].value)
+            return CallResult(), ShotRecord.model_construct(stages=args[1])
         if method not in ("run", "run_chunk"):
             return CallResult()
         records = tuple(
@@ -121,7 +121,7 @@ async def _run(specs: Sequence[WorkerSpec], plans: Sequence[ShotPlan]) -> int:
     return calls
 
 
-class _Echo:
+class _Echo(PackedCalls):
     def run(self, number: int, plan: ShotPlan) -> tuple[CallResult, None]:
         return CallResult(), None
 
@@ -133,8 +133,8 @@ def measure_ray_call_ms() -> float:
 
     async def calls() -> float:
         async def call(number: int) -> None:
-            first, _ = actor.run.options(num_returns=2).remote(number, Pickled(plan))
-            await asyncio.wrap_future(first.future())
+            first, _ = start_call(actor, "run", (number, plan), num_returns=2)
+            unpacked(await asyncio.wrap_future(first.future()))
 
         await call(0)
         before = time.process_time()

@@ -10,7 +10,7 @@ from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import Profile
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import ChunkedStage, Stage, frames_after
+from vidgen_ray.stages.base import SAME_RATE, ChunkedStage, Stage, frames_after
 from vidgen_ray.stages.face_models import RECOGNISER
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
@@ -103,11 +103,11 @@ def clip_growth(shot: Shot) -> dict[str, tuple[int, Fraction]]:
     """Return artefact -> (side factor, frame factor) of each clip of the shot, relative to the frames that it generates."""
     if not shot.generate_video:
         return {}
-    growth = {"frames": (1, Fraction(1))}
-    scale, factor = 1, Fraction(1)
+    growth = {"frames": (1, SAME_RATE)}
+    scale, factor = 1, SAME_RATE
     for stage in chunked_stages_of(shot):
         scale *= stage.scale_factor(shot)
-        if (own_factor := stage.frame_factor(shot)) != 1:
+        if (own_factor := stage.frame_factor(shot)) is not SAME_RATE:
             factor *= own_factor
         growth[stage.writes[0]] = scale, factor
     return growth

@@ -20,6 +20,7 @@ from vidgen_ray.batch import director as director_module
 from vidgen_ray.batch import line_stream
 from vidgen_ray.batch import render as render_module
 from vidgen_ray.batch.render import RenderOptions, render
+from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.encoder_pool import EncoderPool
 from vidgen_ray.engine.engine import Engine
@@ -83,21 +84,27 @@ class FaultyClient(FakeActorClient):
 
     def respond(self, method, *args):
         is_encoder = method in ("write", "begin", "add", "commit")
-        if method in ("run", "run_chunk"):
-            plan = args[1].value
+        if method in ("run", "run_clip", "run_chunk"):
+            plan = args[1]
             poison = plan.shot.prompt.startswith("poison")
         else:
             poison = False
         failed = self.failure(Kind.ERROR) if poison else self.fault() if self.faults.random() < FAULT else None
         if failed is not None:
-            return (failed, None) if method != "begin" and method != "add" else failed
+            return failed if method in ("begin", "add") else (failed, None, None) if method == "run_clip" else (failed, None)
+        if method == "run_clip":
+            return (
+                CallResult(tuple(self.record(step) for step in plan.steps if step.stage in (*args[2], *args[3]))),
+                None,
+                "clip",
+            )
         if not is_encoder:
             return CallResult(tuple(self.record(step) for step in plan.steps if step.stage in args[2])), None
         if method == "begin":
-            self.open[args[1].value.shot.id] = args[1].value
+            self.open[args[1].shot.id] = args[1]
         if method in ("begin", "add"):
             return CallResult()
-        plan, records = (args[1].value, args[3].value) if method == "write" else (self.open.pop(args[0]), args[1].value)
+        plan, records = (args[1], args[3]) if method == "write" else (self.open.pop(args[0]), args[1])
         with self.outputs.draft(plan) as draft:
             names = ["image.png", *(["video.mp4"] if plan.shot.generate_video else [])]
             for name in [*names, *(["hd.mp4"] if plan.shot.generate_video and plan.shot.upscale_video else [])]:
@@ -182,6 +189,8 @@ def run_once(script, profile, out, faults, committed, monkeypatch):
 
     events.on_finished = count
     monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
+    # Clips in several chunks, or in one.
+    monkeypatch.setattr(shot_runner, "CHUNK_BYTES", int(faults.choice([1, 128 << 20])))
     options = RenderOptions(cluster=parse_gpus("2x2x80GB"), cache="none", grace_s=1e9)
     try:
         return render(

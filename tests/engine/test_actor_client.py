@@ -10,6 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from vidgen_ray.engine.actor_client import NOT_SENT, ActorCallFailed, ActorClient
+from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.retries import Kind, Loss
 from vidgen_ray.engine.worker import place_of_process
 
@@ -29,7 +30,7 @@ def cluster():
 
 
 @ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, max_concurrency=2)
-class Sleeper:
+class Sleeper(PackedCalls):
     """Actor that restarts slowly if `slow_start` exists."""
 
     def __init__(self, slow_start=None):

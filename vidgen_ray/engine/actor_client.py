@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import ray
 
+from vidgen_ray.engine.packed_calls import start_call, unpacked
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss, first_line
 from vidgen_ray.engine.step_groups import LOADING
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
-
-T = TypeVar("T")
 
 MAX_CRASHES_WHILE_LOADING = 3
 """Crashes in a row while loading before the load has failed."""
@@ -27,17 +25,6 @@ RETRY_S = 0.2
 """Seconds between two attempts to reach an actor that restarts."""
 NOT_SENT = "The actor is restarting"
 """Part of Ray's error text when a call was never sent: its process was already dead."""
-
-
-class Pickled(Generic[T]):
-    """Argument of a call that reaches the actor as `value`. Standard pickling takes half of the CPU time of Ray's."""
-
-    def __init__(self, value: T) -> None:
-        """`value` must not contain references of Ray."""
-        self.value = value
-
-    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return pickle.loads, (pickle.dumps(self.value),)
 
 
 class ActorCallFailed(Exception):
@@ -63,13 +50,13 @@ class ActorCallFailed(Exception):
 @dataclass(eq=False, slots=True)
 class _Call:
     stage: str
-    turn: asyncio.Future[None]
-    """Done when all earlier calls have returned."""
+    timeout_s: float
+    limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
 
     def start(self) -> None:
         """Start the timeout: the call is the first in the queue."""
-        if not self.turn.done():
-            self.turn.set_result(None)
+        if self.limit.when() is None:
+            self.limit.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
 
 
 class ActorClient:
@@ -140,22 +127,13 @@ class ActorClient:
         Raises ActorCallFailed and InputsLost.
         """
         generation, was_up = self._generation, self._up
-        call = _Call(stage, asyncio.get_running_loop().create_future())
-        self._calls.append(call)
-        self._calls[0].start()
-        bound = getattr(self._actor, method)
-        returned = (bound if num_returns == 1 else bound.options(num_returns=num_returns)).remote(*args)
-        first, *rest = returned if num_returns > 1 else [returned]
-        # Futures, since a task for each of the many calls would cost CPU time of the director.
-        pending = asyncio.wrap_future(first.future())
+        call = _Call(stage, timeout_s)
+        first, *rest = start_call(self._actor, method, args, num_returns)
         try:
-            if not call.turn.done():
-                await asyncio.wait([pending, call.turn], return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait([pending], timeout=timeout_s)
-            if not pending.done():
-                self.restart()
-                raise ActorCallFailed("TimedOut", f"{method} took longer than {timeout_s:g} s", Kind.ERROR, self.location)
-            result = pending.result()
+            async with call.limit:
+                self._calls.append(call)
+                self._calls[0].start()
+                result = unpacked(await asyncio.wrap_future(first.future()))
         except ray.exceptions.RayActorError as error:
             if was_up:
                 self._record_crash(generation, list(self._calls))
@@ -177,8 +155,11 @@ class ActorClient:
             raise error.cause or error from None
         except ray.exceptions.RayError as error:
             raise ActorCallFailed("WorkerDied", first_line(error), Kind.ERROR, self.location) from None
+        except TimeoutError:
+            self.restart()
+            message = f"{method} took longer than {timeout_s:g} s"
+            raise ActorCallFailed("TimedOut", message, Kind.ERROR, self.location) from None
         finally:
-            pending.cancel()
             self._calls.remove(call)
             if self._calls:
                 self._calls[0].start()

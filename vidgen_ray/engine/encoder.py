@@ -10,6 +10,7 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.shot_writer import ShotFiles
 from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed
@@ -22,7 +23,7 @@ ENCODER_NICENESS = 10
 """Added to the niceness of encoders. Encoding can wait, but a GPU is idle while its process waits for a CPU core."""
 
 
-class Encoder:
+class Encoder(PackedCalls):
     """Actor that encodes and commits shots."""
 
     stale_call_s: ClassVar[float] = 10.0

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient, Pickled
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.chunks import join_records
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
@@ -206,10 +206,10 @@ async def _encode(
     opened: asyncio.Future[None] | None = None
     try:
         if chunks is None:
-            return await _commit(encoder, "write", director, Pickled(plan), artefacts, Pickled(records), None)
+            return await _commit(encoder, "write", director, plan, artefacts, records, None)
         if chunks.n_chunks > 1:
             # Chunks are processed while the image and the original clip are written.
-            opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, Pickled(plan), artefacts))
+            opened = asyncio.ensure_future(_checked_call(encoder, "begin", director, plan, artefacts))
         chunk_records = []
         async with aclosing(chunks.process()) as each_chunk:
             async for chunk in each_chunk:
@@ -219,10 +219,10 @@ async def _encode(
                 if not chunk.is_last:
                     await _checked_call(encoder, "add", shot_id, chunk.artefacts)
                     continue
-                all_records = Pickled((*records, *join_records(chunk_records)))
+                all_records = (*records, *join_records(chunk_records))
                 if opened is not None:
                     return await _commit(encoder, "commit", shot_id, all_records, chunk.artefacts)
-                return await _commit(encoder, "write", director, Pickled(plan), artefacts, all_records, chunk.artefacts)
+                return await _commit(encoder, "write", director, plan, artefacts, all_records, chunk.artefacts)
         raise AssertionError("no chunk is the last one")
     except BaseException:
         if opened is not None:

@@ -176,6 +176,8 @@ class Scheduler:
 
     def assign(self) -> list[Pair]:
         """Assign all work that can be assigned now, and return it. The least loaded worker chooses first."""
+        if not any(self._queues.values()):
+            return []
         assigned = self._assign_suspects()
         for max_load, probation in ((MAX_RUNNING_LOAD, False), (MAX_RUNNING_LOAD, True), (MAX_PREFETCH_LOAD, False)):
             while (pair := self._next_pair(max_load, probation)) is not None:

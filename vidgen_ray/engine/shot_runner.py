@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from vidgen_ray.engine.status import EngineObserver, Progress
 from vidgen_ray.engine.step_groups import OUTPUT, group_chunked_steps, group_steps
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
-from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length
+from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
+from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts
 
 CHUNK_BYTES = 128 << 20
@@ -115,11 +117,33 @@ class ShotRunner:
     async def _run_steps(self, plan: ShotPlan, order: int, on_progress: ProgressCallback | None) -> ShotRecord:
         records: tuple[StepRecord, ...] = ()
         artefacts = RemoteArtefacts({}, None)
-        for steps in group_steps(plan, self._workers.can_fuse, share_features=self._shares_features(plan)):
+        calls = group_steps(plan, self._workers.can_fuse, share_features=self._shares_features(plan))
+        if calls:
+            calls[-1] += self._clip_steps(plan, calls[-1])
+        for steps in calls:
             done = await self._shared_steps(plan, order, steps, artefacts, on_progress)
             records, artefacts = records + done.records, done.artefacts
             check_likeness(plan.shot, done.likeness)
         return await self._write(plan, order, artefacts, records, on_progress)
+
+    def _clip_steps(self, plan: ShotPlan, last: tuple[Step, ...]) -> tuple[Step, ...]:
+        """Return the chunked steps that run in the call of the `last` other steps: all of them, or none.
+
+        They do so if the clip is a single chunk, which no other worker can share, and if no worker would have less to do.
+        """
+        calls = group_chunked_steps(plan, self._workers.can_fuse)
+        # A clip whose likeness is too low is not processed.
+        if len(calls) != 1 or plan.shot.min_identity is not None or len(self._cut(plan.shot)) > 1:
+            return ()
+        # Such a stage lets the next call begin while it ends.
+        if self._config.profile.actor_of(STAGE_BY_NAME[last[-1].stage]).options.get("overlap_shots"):
+            return ()
+        names = (step.stage for step in (*last, *calls[0]))
+        return calls[0] if self._workers.only_together(*names) else ()
+
+    def _cut(self, shot: Shot) -> list[slice]:
+        """Return the chunks of a clip with chunked stages."""
+        return clip_chunks(shot, chunk_unit(shot, self._chunk_frames), CHUNK_BYTES)
 
     def _shares_features(self, plan: ShotPlan) -> bool:
         """Return whether other shots, or later attempts of this shot, need the features of its face."""
@@ -177,9 +201,16 @@ class ShotRunner:
         names = tuple(step.stage for step in steps)
         adapters = frozenset(lora.path for name in names for lora in STAGE_BY_NAME[name].active_loras(plan.shot))
         work = Work(names[0], order, adapters, near=artefacts.by)
-        result, output = await self._workers.call(
-            work, self._config.timeout_s(plan.shot, *names), "run", plan, names, artefacts.reference, on_progress=on_progress
-        )
+        timeout_s = self._config.timeout_s(plan.shot, *names)
+        chunked = tuple(name for name in names if is_chunked(name))
+        if chunked:
+            others = names[: -len(chunked)]
+            call = self._workers.call(
+                work, timeout_s, "run_clip", plan, others, chunked, artefacts.reference, num_returns=3, on_progress=on_progress
+            )
+        else:
+            call = self._workers.call(work, timeout_s, "run", plan, names, artefacts.reference, on_progress=on_progress)
+        result, output = await call
         self._count(result.records)
         return StepResults(result.records, output, result.likeness)
 
@@ -196,11 +227,15 @@ class ShotRunner:
         records: tuple[StepRecord, ...],
         on_progress: ProgressCallback | None,
     ) -> ShotRecord:
-        chunked = chunked_stages_of(plan.shot)
+        chunked = chunked_stages_of(plan.shot) if artefacts.clip is None else ()
         if on_progress is not None:
             on_progress(Progress(chunked[-1].name if chunked else OUTPUT, 0, 0))
         node = artefacts.by.node if artefacts.by else None
-        chunks = self._chunks(plan, order, artefacts, on_progress) if chunked else None
+        chunks = None
+        if chunked:
+            chunks = self._chunks(plan, order, artefacts, on_progress)
+        elif artefacts.clip is not None:
+            chunks = ClipChunks(1, partial(_only_chunk, artefacts.clip))
         written = await self._encoders.write(plan, artefacts.reference, records, chunks, node)
         self._count(written.stages[len(records) :])
         if any(scale > 1 for scale, _ in clip_growth(plan.shot).values()):
@@ -215,7 +250,7 @@ class ShotRunner:
         calls = group_chunked_steps(plan, self._workers.can_fuse)
         last_stage = calls[-1][-1].stage
         n_frames, _ = clip_length(plan.shot)
-        chunks = clip_chunks(plan.shot, chunk_unit(plan.shot, self._chunk_frames), CHUNK_BYTES)
+        chunks = self._cut(plan.shot)
 
         def start() -> AsyncGenerator[ProcessedChunk]:
             frames_done = 0
@@ -241,3 +276,8 @@ class ShotRunner:
             return ordered_window(chunks, process)
 
         return ClipChunks(len(chunks), start)
+
+
+async def _only_chunk(clip: Any) -> AsyncGenerator[ProcessedChunk]:
+    """Yield the only chunk of a clip that is processed already. Its records are among those of the other steps."""
+    yield ProcessedChunk((), clip, is_last=True)

@@ -21,10 +21,12 @@ from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.likeness_check import likeness_of
 from vidgen_ray.engine.load_lock import load_lock
 from vidgen_ray.engine.oom_fallback import prepare_gpu
+from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_groups import LOADING, CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import Cancelled
+from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
@@ -53,7 +55,7 @@ class ActorPlace:
     """Ray's ids of its GPUs on the node."""
 
 
-class Worker:
+class Worker(PackedCalls):
     """Actor that holds stages in memory and runs one call at a time, see `CallTurns`."""
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
@@ -119,6 +121,25 @@ class Worker:
             return CallResult(tuple(records), likeness_of(item.artefacts)), item.artefacts
 
         return self._execute(call, plan.shot, steps, run_steps, Artefacts())
+
+    def run_clip(
+        self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunked: tuple[str, ...], artefacts: Artefacts
+    ) -> tuple[CallResult, Artefacts, Artefacts]:
+        """Run these steps of a shot, and then these chunked steps on the whole clip.
+
+        Return the call result, the artefacts of the steps, and those of the chunked steps.
+        """
+
+        def run_all(runner: StepRunner) -> tuple[CallResult, tuple[Artefacts, Artefacts]]:
+            # The chunked steps keep the turn: the memory plan has no room for them beside another call.
+            with overlap_allowed(None):
+                item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
+            n_frames, _ = clip_length(plan.shot)
+            clip, chunked_records = runner.run_chunk(plan, chunked, slice(0, n_frames), item.artefacts)
+            return CallResult((*records, *chunked_records), likeness_of(item.artefacts)), (item.artefacts, clip)
+
+        result, output = self._execute(call, plan.shot, (*steps, *chunked), run_all, (Artefacts(), Artefacts()))
+        return result, *output
 
     def run_chunk(
         self, call: int, plan: ShotPlan, steps: tuple[str, ...], chunk: slice | None, artefacts: Artefacts

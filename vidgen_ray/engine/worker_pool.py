@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient, Pickled
+from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
 from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
@@ -53,6 +53,8 @@ class RemoteArtefacts(NamedTuple):
     reference: Any
     by: WorkerState | None
     """Worker that produced them. They are on its node."""
+    clip: Any = None
+    """Reference to what chunked stages have made of the whole clip, if they ran in the same call. Otherwise `None`."""
 
 
 class WorkerPool:
@@ -75,8 +77,8 @@ class WorkerPool:
         """First stage of a call -> durations of the last calls."""
         self._watched: dict[WorkerState, tuple[Work, asyncio.TimerHandle]] = {}
         """Running call of each worker, and the timer that checks whether it takes too long."""
-        self._recalled: dict[Work, asyncio.Future[None]] = {}
-        """Assigned work -> set when it must go to another worker."""
+        self._ended: dict[Work, asyncio.Future[None]] = {}
+        """Assigned work -> set when its call has ended, or when it must go to another worker."""
         self._changed = asyncio.Event()
         """Set, and replaced, when a worker has started, is quarantined or is given up."""
         self.first_call = time.time_ns()
@@ -134,6 +136,10 @@ class WorkerPool:
         """Return whether every worker with the first stage, started or not, can run all these stages in one call."""
         return self._layout.can_fuse(first, *others)
 
+    def only_together(self, *stages: str) -> bool:
+        """Return whether every worker with one of these stages, started or not, can run all of them in one call."""
+        return self._layout.only_together(*stages)
+
     # Calls
 
     async def call(
@@ -143,9 +149,10 @@ class WorkerPool:
         method: str,
         plan: ShotPlan,
         *args: Any,
+        num_returns: int = 2,
         on_progress: ProgressCallback | None = None,
     ) -> tuple[CallResult, RemoteArtefacts]:
-        """Run a call on a worker. Return its result and a reference to its output.
+        """Run a call on a worker. Return its result and references to its output. `num_returns`: both together.
 
         Failures are retried on other workers and nodes; see `run_with_retries`. If the caller is cancelled, the worker stops at
         its next step. Raises ShotFailed and InputsLost.
@@ -157,7 +164,9 @@ class WorkerPool:
             while self._must_wait(work):
                 await self._changed.wait()
             worker = await self._worker_for(work)
-            return await self._attempt(worker, work, timeout_s, method, plan, *args, on_progress=on_progress)
+            return await self._attempt(
+                worker, work, timeout_s, method, plan, *args, num_returns=num_returns, on_progress=on_progress
+            )
 
         def report(failed: AttemptFailed, own_failure: bool) -> None:
             client = self._clients[failed.process.key]
@@ -184,24 +193,26 @@ class WorkerPool:
         method: str,
         plan: ShotPlan,
         *args: Any,
+        num_returns: int,
         on_progress: ProgressCallback | None,
     ) -> tuple[CallResult, RemoteArtefacts]:
         client, number = self._clients[worker], next(self._calls)
         running = asyncio.ensure_future(
-            client.call(method, number, Pickled(plan), *args, stage=work.stage, timeout_s=timeout_s, num_returns=2)
+            client.call(method, number, plan, *args, stage=work.stage, timeout_s=timeout_s, num_returns=num_returns)
         )
-        recalled = self._recalled[work] = asyncio.get_running_loop().create_future()
+        ended = self._ended[work] = asyncio.get_running_loop().create_future()
+        running.add_done_callback(lambda _: _set(ended))
         busy = True
         try:
             if on_progress is not None:
-                await self._follow(running, recalled, client, number, on_progress)
-            await asyncio.wait([running, recalled], return_when=asyncio.FIRST_COMPLETED)
+                await self._follow(ended, client, number, on_progress)
+            await ended
             if not running.done():
                 client.send("cancel", number)
                 running.add_done_callback(_ignore_error)
                 failure = Failure(stage=work.stage, error="Recalled", message="not run", attempts=1, worker=client.location)
                 raise AttemptFailed(Kind.NOT_RUN, failure, _process(worker))
-            result, output = running.result()
+            result, *output = running.result()
             if result.failure is not None:
                 process = _process(worker)
                 if result.context_broken:
@@ -222,26 +233,22 @@ class WorkerPool:
             self._supervisor.crashed(client)
             raise AttemptFailed(lost.kind, lost.failure(work.stage), _process(worker), lost.loss) from None
         finally:
-            del self._recalled[work]
+            del self._ended[work]
             if busy:
                 self._finished(worker, work)
         self._seconds[work.stage].append(sum(record.seconds for record in result.records))
         self._supervisor.succeeded(client)
         self._scheduler.set_probation(worker, False)
-        return result, RemoteArtefacts(output, worker)
+        artefacts, *clip = output
+        return result, RemoteArtefacts(artefacts, worker, *clip)
 
     async def _follow(
-        self,
-        running: asyncio.Future[Any],
-        recalled: asyncio.Future[None],
-        client: ActorClient,
-        number: int,
-        on_progress: ProgressCallback,
+        self, ended: asyncio.Future[None], client: ActorClient, number: int, on_progress: ProgressCallback
     ) -> None:
         """Report the progress of a call until it ends or is recalled."""
         last: Progress | None = None
         while True:
-            done, _ = await asyncio.wait([running, recalled], timeout=PROGRESS_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([ended], timeout=PROGRESS_POLL_S)
             if done:
                 return
             # The call itself fails if the worker is lost.
@@ -287,9 +294,8 @@ class WorkerPool:
         for work in self._scheduler.recall(worker):
             # It is added again as another attempt.
             self._scheduler.remove(work)
-            recalled = self._recalled.get(work)
-            if recalled is not None and not recalled.done():
-                recalled.set_result(None)
+            if work in self._ended:
+                _set(self._ended[work])
         self._assign_waiting()
 
     def _is_starting(self, worker: WorkerState) -> bool:
@@ -379,6 +385,11 @@ class WorkerPool:
         running = [sample[stage] for sample in self._running]
         busy = sum(running) / len(running) / workers if workers else 0.0
         return StageStatus(self._scheduler.queued(stage), running[-1], workers, min(1.0, busy))
+
+
+def _set(event: asyncio.Future[None]) -> None:
+    if not event.done():
+        event.set_result(None)
 
 
 def _ignore_error(call: asyncio.Future[Any]) -> None:

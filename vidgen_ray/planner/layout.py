@@ -79,6 +79,10 @@ class Layout:
         """Return whether every worker with the first stage can run all these stages in sequence; see `WorkerSpec.can_run`."""
         return all(worker.can_run(first, *others) for worker in self.workers if first in worker.stages)
 
+    def only_together(self, *stages: str) -> bool:
+        """Return whether every worker with one of these stages can run all of them in sequence; see `WorkerSpec.can_run`."""
+        return all(worker.can_run(*stages) for worker in self.workers if not frozenset(worker.stages).isdisjoint(stages))
+
 
 def complete_set(slots: Sequence[Slot]) -> tuple[int, ...]:
     """Return the indexes of the fewest slots that hold every stage of all slots together. Empty for no slots."""
