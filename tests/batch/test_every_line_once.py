@@ -46,9 +46,12 @@ class FaultyClient(FakeActorClient):
     """Client of a fake worker or encoder. Prompts that start with `poison` always fail; other calls fail at random."""
 
     def __init__(self, name, node, faults, outputs, committed):
-        super().__init__(name, lambda *_: float(faults.exponential(2)), self.respond, node=node, load_s=1)
+        super().__init__(name, self.seconds, self.respond, node=node, load_s=1)
         self.faults, self.outputs, self.committed = faults, outputs, committed
         self.open = {}
+
+    def seconds(self, method, *args):
+        return float(self.faults.exponential(20 if method == "write" else 2))
 
     def send(self, method, *args):
         """Ignore the call, since a fake actor has no state."""
@@ -176,7 +179,7 @@ def random_script(faults, count):
         yield {"id": f"s-{number}", "prompt": "a ball", **kind}
 
 
-def run_once(script, profile, out, faults, committed, monkeypatch):
+def run_once(script, profile, out, faults, committed, monkeypatch, gpus="2x2x80GB"):
     """Run the script, and stop it after a random number of results. Return the report, or `None` after an error."""
     stop = threading.Event()
     events = Events()
@@ -191,7 +194,7 @@ def run_once(script, profile, out, faults, committed, monkeypatch):
     monkeypatch.setattr(director_module, "Engine", engine_class(faults, committed))
     # Clips in several chunks, or in one.
     monkeypatch.setattr(shot_runner, "CHUNK_BYTES", int(faults.choice([1, 128 << 20])))
-    options = RenderOptions(cluster=parse_gpus("2x2x80GB"), cache="none", grace_s=1e9)
+    options = RenderOptions(cluster=parse_gpus(gpus), cache="none", grace_s=1e9)
     try:
         return render(
             ScriptSettings(script, profile_defaults=profile.defaults),
@@ -240,6 +243,43 @@ def check(tmp_path, profile, monkeypatch, seed, count):
 @pytest.mark.parametrize("seed", range(2))
 def test_every_line_ends_once(tmp_path, profile, monkeypatch, without_ray, seed):
     check(tmp_path, profile, monkeypatch, seed, 120)
+
+
+class Sound:
+    """Random faults of a run in which no call fails at random."""
+
+    def exponential(self, scale):
+        return scale
+
+    def integers(self, *limits):
+        return limits[-1]
+
+    def random(self):
+        return 1.0
+
+    def choice(self, values):
+        return values[-1]
+
+
+def run_on_one_gpu(tmp_path, profile, monkeypatch, prompts):
+    """Run lines with these prompts, and return the report, or `None` if it was stopped, and line -> status in the manifest."""
+    script = tmp_path / "s.jsonl"
+    script.write_text("".join(f'{{"id": "s-{n}", "prompt": "{prompt}"}}\n' for n, prompt in enumerate(prompts, start=1)))
+    report = run_once(script, profile, tmp_path / "out", Sound(), Counter(), monkeypatch, gpus="1x80GB")
+    return report, {row.line: row.status for row in read_manifest(tmp_path / "out")}
+
+
+def test_worker_that_is_the_only_one_and_sick_costs_no_line(tmp_path, profile, monkeypatch, without_ray):
+    """The shot before it became sick is still written when the first ones fail: it does not show that the worker is healthy."""
+    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["a ball", *["poison"] * 20])
+    assert report is None
+    assert statuses == {1: "done"}
+
+
+def test_line_that_fails_on_the_only_worker_is_final_when_another_one_succeeds(tmp_path, profile, monkeypatch, without_ray):
+    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["poison", *["a ball"] * 6, "poison"])
+    assert (report.done, report.failed) == (6, 2)
+    assert statuses == {1: "failed", 8: "failed", **dict.fromkeys(range(2, 8), "done")}
 
 
 @pytest.fixture

@@ -136,7 +136,8 @@ def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_p
     assert "the last one in flux: the model is broken" in message
     assert "Traceback" not in message
     failed = {row.id for row in read_manifest(out)}
-    assert BREAKER_FAILURES <= len(failed) < 60
+    # Of the others, only one GPU was tried, or none.
+    assert 0 < len(failed) < 60
     repaired.write_text(" ".join(failed))
     assert main([*command, "--gpus", ONE_NODE]) == 1
     assert {row.id for row in read_manifest(out) if row.status == "failed"} == failed

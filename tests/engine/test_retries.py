@@ -82,7 +82,7 @@ def test_error_is_retried_on_another_worker():
 def test_error_that_follows_the_shot_through_all_workers_is_final():
     workers = Workers(ONE_NODE, ERROR, ERROR, ERROR)
     failed = workers.failure()
-    assert (failed.failure.attempts, failed.kind) == (3, ERROR)
+    assert (failed.failure.attempts, failed.kind, failed.in_doubt) == (3, ERROR, False)
     assert workers.tried == ["a", "b", "c"]
     assert [report for report in workers.reports if not report[1]] == [("a", False), ("b", False), ("c", False)]
 
@@ -98,7 +98,7 @@ def test_error_that_two_workers_have_is_not_theirs_until_a_third_renders_the_sho
 
 def test_error_that_one_worker_repeats_is_its_own():
     workers = Workers({"a": "n1"}, ERROR, ERROR, ERROR)
-    workers.failure()
+    assert workers.failure().in_doubt
     assert workers.reports == [("a", True)] * 3
 
 

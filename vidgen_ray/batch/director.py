@@ -29,6 +29,7 @@ from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed
+from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -123,6 +124,10 @@ class Director:
         self._failed_before: frozenset[str] | None = None
         """Ids that failed in earlier runs. Read when the circuit breaker would stop the run for the first time."""
         self._folder_checked = False
+        self._in_doubt: list[tuple[ShotTask, Failure]] = []
+        """Failures that no second worker has confirmed. They are recorded when their stage has succeeded for a shot that was
+        started later, or at the end of the run. If a sick worker ends the run before, their lines have no result, and the next
+        run renders them."""
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
@@ -230,9 +235,14 @@ class Director:
                 self.left = len(self.queue) + len(self._continued)
                 break
             if not self.queue:
-                if not self._reading and not self._rendering:
+                # Shots that continue one in doubt may leave no room for further lines.
+                no_more_lines = not self._reading or len(self._continued) >= MAX_SHOTS
+                if self._in_doubt and no_more_lines and not self._rendering:
+                    self._record_in_doubt(list(self._in_doubt))
+                elif self._reading or self._rendering:
+                    await self._next_change()
+                else:
                     return
-                await self._next_change()
                 continue
             task = self._continued.with_last_frame(self.queue.pop())
             if self._refused(task):
@@ -246,6 +256,9 @@ class Director:
                 self.left = len(self.queue) + len(self._continued) + 1
                 break
         await self._finish_shots()
+        # After an unreadable part of the script, the engine is still in order.
+        if isinstance(self._error, ScriptError | None):
+            self._record_in_doubt(list(self._in_doubt))
 
     def _refused(self, task: ShotTask) -> bool:
         """Record the failure of a shot that fits on no GPU of the plan, before any of its stages runs."""
@@ -254,11 +267,7 @@ class Director:
             return False
         if self._engine is not None:
             self._engine.withdraw(task.plan)
-        if self._metrics is not None:
-            self._metrics.shot_ended("failed")
-        if not task.repeated:
-            self._results.finished(task, failure)
-        self._settle(self._continued.failed(task.plan.shot.id or "", failure.message))
+        self._record(task, failure)
         return True
 
     def _size_failure(self, shot: Shot) -> Failure | None:
@@ -302,10 +311,11 @@ class Director:
         assert self._engine is not None
         result: ShotRecord | Failure
         kind: Kind | None = None
+        in_doubt, earlier = False, list(self._in_doubt)
         try:
             result = await self._engine.run(task.plan, on_admitted=on_admitted)
         except ShotFailed as failed:
-            result, kind = failed.failure, failed.kind
+            result, kind, in_doubt = failed.failure, failed.kind, failed.in_doubt
             if self._engine.needs_other_layout:
                 self.queue.add(task)
                 return
@@ -320,6 +330,20 @@ class Director:
         if isinstance(result, ShotRecord) and not self._folder_checked:
             self._folder_checked = True
             await asyncio.to_thread(_check_shared_folder, task.plan, self._outputs)
+        if isinstance(result, ShotRecord):
+            succeeded = {OUTPUT, *(step.stage for step in result.stages if not step.cached)}
+            self._record_in_doubt([each for each in earlier if each[1].stage in succeeded])
+        if isinstance(result, Failure) and in_doubt:
+            self._in_doubt.append((task, result))
+        else:
+            self._record(task, result)
+        shot_id = task.plan.shot.id or ""
+        # One after another: reading the earlier failures takes time, in which others would change the number in the message.
+        async with self._breaker_lock:
+            await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+
+    def _record(self, task: ShotTask, result: ShotRecord | Failure) -> None:
+        """Record the result of a shot, and settle the shots that wait for it."""
         if self._metrics is not None:
             self._metrics.shot_ended("failed" if isinstance(result, Failure) else "done")
         if not task.repeated:
@@ -331,9 +355,13 @@ class Director:
             self._settle(self._continued.failed(shot_id, result.message))
         else:
             self._settle(self._continued.done(shot_id))
-        # One after another: reading the earlier failures takes time, in which others would change the number in the message.
-        async with self._breaker_lock:
-            await self._check_breaker(shot_id, result if isinstance(result, Failure) and kind is Kind.ERROR else None)
+
+    def _record_in_doubt(self, confirmed: Sequence[tuple[ShotTask, Failure]]) -> None:
+        """Record failures that were in doubt, unless another shot has confirmed them before."""
+        for each in confirmed:
+            if each in self._in_doubt:
+                self._in_doubt.remove(each)
+                self._record(*each)
 
     async def _check_breaker(self, shot_id: str, failure: Failure | None) -> None:
         """Record the outcome of a shot. Raises SetupError if nearly all of the last shots failed on every worker.

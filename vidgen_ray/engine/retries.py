@@ -74,11 +74,15 @@ class AttemptFailed(Exception):
 
 
 class ShotFailed(Exception):
-    """The shot has failed. Further attempts are not made."""
+    """The shot has failed. Further attempts are not made.
 
-    def __init__(self, failure: Failure, kind: Kind = Kind.ERROR) -> None:
+    `in_doubt`: it failed with an error that no second process has confirmed, so a sick process may be the cause.
+    """
+
+    def __init__(self, failure: Failure, kind: Kind = Kind.ERROR, *, in_doubt: bool = False) -> None:
         self.failure = failure
         self.kind = kind
+        self.in_doubt = in_doubt
         super().__init__(failure.message)
 
 
@@ -135,10 +139,11 @@ async def run_with_retries(
             last = failure.failure
             next_avoid = _next(failed, suspect, candidates(), limit)
             if next_avoid is None:
-                if _is_confirmed(failed):
+                if confirmed := _is_confirmed(failed):
                     excuse(failed)
-                attempts = len(failed) + suspect
-                raise ShotFailed(last.model_copy(update={"attempts": attempts}), failure.kind) from None
+                final = last.model_copy(update={"attempts": len(failed) + suspect})
+                in_doubt = failure.kind is Kind.ERROR and not confirmed
+                raise ShotFailed(final, failure.kind, in_doubt=in_doubt) from None
             avoid = next_avoid
             observer.retried(last.stage)
         else:
