@@ -2,8 +2,8 @@
 
     python benchmarks/continuity.py [--picture FILE]
 
-Prints the tables of docs/continuity.md: the first frame of each shot of a chain, and the frame from which each pass starts,
-compared with the first frame; and how much changes from frame to frame where passes meet.
+Prints the tables of docs/continuity.md: the first frame of each shot of a chain, and the image from which each pass starts,
+compared with the first one; and how much changes from frame to frame where passes meet.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def chain_of_shots(pipeline: VideoGenerationPipeline, number: int, prompt: str) 
 
 
 def clip_of_passes(chain: Chain, number: int, prompt: str) -> tuple[list[Image], float]:
-    """Return the frames from which the passes of a clip start, and the last frame; and `change_at_joins` of the clip."""
-    clip = chain.make(prompt=prompt, seed=number, generate_video=True, extend=SHOTS - 1)["frames"]
+    """Return the images from which the passes of a clip start, and its last frame; and `change_at_joins` of the clip."""
+    made = chain.make(prompt=prompt, seed=number, generate_video=True, extend=SHOTS - 1)
+    clip = made["frames"]
     step = (len(clip) - 1) // SHOTS
-    return list(clip[::step]), change_at_joins(clip, step)
+    return [made["image"], *clip[step::step]], change_at_joins(clip, step)
 
 
 def change_at_joins(clip: Frames, step: int) -> float:

@@ -28,6 +28,7 @@ NEUTRAL_PROMPT = "a picture"
 """Prompt of a stage whose prompt is disconnected."""
 PERSON_LORA, STYLE_LORA = "builtin:demo/ada.safetensors", "builtin:demo/sketch.safetensors"
 LORA_PERSON, LORA_STYLE = "ada", "sketch"
+PENCIL_PROMPTS = ("a pencil sketch", "sketch on paper")
 STYLES = {"sketch": "a pencil sketch", "night": "dark night colours", "pastel": "soft pastel colours"}
 SLOW, FAST = 20, 240
 """Motion bucket ids."""
@@ -68,6 +69,27 @@ def person_prompt(n: int) -> str:
 
 def _classify(images: Sequence[NDArray[np.uint8]]) -> list[dict[str, str]]:
     return reading.classified(CLASSIFIER, np.stack(images))
+
+
+def _subject_fields(chain: Chain, n: int) -> dict[str, Any]:
+    """Return the fields of the n-th shot of a subject: a thing if n is even, otherwise a person with a photo."""
+    if n % 2:
+        return {"prompt": person_prompt(n), "face_image": chain.photo(list(CAST)[n // 2 % len(CAST)]), "seed": n}
+    return {"prompt": scene_case(n // 2)["prompt"], "seed": n}
+
+
+def _shows_subject(chain: Chain, n: int, image: NDArray[np.uint8]) -> bool:
+    """Return if the image shows the subject of `_subject_fields`: the classifier reads the thing, or a face is detected."""
+    if n % 2:
+        return _keypoints(chain, image) is not None
+    return _classify([image])[0]["subject"] == scene_case(n // 2)["subject"]
+
+
+def _keypoints(chain: Chain, image: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+    try:
+        return chain.faces.features([image], recognisers=[RECOGNISER]).keypoints
+    except StageError:
+        return None
 
 
 def _label_check(label: str) -> Callable[[Chain, int, Cut], float]:
@@ -136,9 +158,8 @@ def face_position_follows_photo(chain: Chain, cases: int, cut: Cut) -> float:
         x = ASIDE if n % 2 else -ASIDE
         photo = chain.photo(list(CAST)[n % len(CAST)], x)
         image = chain.make(prompt=person_prompt(n), face_image=photo, seed=n, disconnected=cut)["image"]
-        try:
-            keypoints = chain.faces.features([image], recognisers=[RECOGNISER]).keypoints
-        except StageError:
+        keypoints = _keypoints(chain, image)
+        if keypoints is None:
             hits.append(False)
             continue
         position = float(keypoints[:, 0].mean()) / image.shape[1] * 2 - 1
@@ -184,6 +205,16 @@ def restyle_keeps_layout(chain: Chain, cases: int, cut: Cut) -> float:
     return float(np.mean(hits))
 
 
+def pencil_keeps_subject(chain: Chain, cases: int, cut: Cut) -> float:
+    """Return the share of images that still show their subject after a restyle as a pencil drawing."""
+    hits = []
+    for n in range(cases):
+        style = {"use_hunyuan_style": True, "style_prompt": PENCIL_PROMPTS[n // 2 % 2], "style_strength": 0.6}
+        image = chain.make(**_subject_fields(chain, n), **style, disconnected=cut)["image"]
+        hits.append(_shows_subject(chain, n, image))
+    return float(np.mean(hits))
+
+
 def _restyled(chain: Chain, n: int, style: str, cut: Cut) -> NDArray[np.uint8]:
     case = scene_case(n)
     return chain.make(
@@ -223,6 +254,19 @@ def bucket_increases_motion(chain: Chain, cases: int, cut: Cut) -> float:
     return float(np.mean(hits))
 
 
+def _whole_at(bucket: int) -> Callable[[Chain, int, Cut], float]:
+    def share(chain: Chain, cases: int, cut: Cut) -> float:
+        """Return the share of clips whose last frame still shows the subject."""
+        hits = []
+        for n in range(cases):
+            fields = _subject_fields(chain, n)
+            frames = chain.make(**fields, generate_video=True, motion_bucket_id=bucket, disconnected=cut)["frames"]
+            hits.append(_shows_subject(chain, n, frames[-1]))
+        return float(np.mean(hits))
+
+    return share
+
+
 def _motion_px(frames: NDArray[np.uint8]) -> float:
     """Return the mean length of the optical flow from the first to the last frame, in pixels. Source: Farnebaeck 2003."""
     first, last = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in (frames[0], frames[-1]))
@@ -260,8 +304,14 @@ CHECKS: dict[str, Check] = {
     "a style's LoRA increases the likeness to the style": Check(lora_applies_style, 0.6, {"lora": {"lora_strength": 0.0}}),
     "the restyle follows its prompt": Check(restyle_follows_prompt, 0.7, {"hunyuan": {"style_prompt": None}}),
     "the restyle keeps the layout": Check(restyle_keeps_layout, 0.8, {"hunyuan": {"style_strength": 1.0}}),
+    "a pencil restyle keeps its subject recognisable": Check(
+        pencil_keeps_subject, 0.25, {"hunyuan": {"image": GREY, "prompt": NEUTRAL_PROMPT}}
+    ),
     "a clip starts with its image": Check(clip_starts_with_image, 0.9, {"svd": {"image": GREY}}),
     "a larger motion bucket gives more motion": Check(bucket_increases_motion, 0.8, {"svd": {"motion_bucket_id": 127}}),
+    "the last frame shows the subject, motion bucket 32": Check(_whole_at(32), 0.6, {"svd": {"image": GREY}}),
+    "the last frame shows the subject, motion bucket 127": Check(_whole_at(127), 0.4, {"svd": {"image": GREY}}),
+    "the last frame shows the subject, motion bucket 255": Check(_whole_at(255), 0.3, {"svd": {"image": GREY}}),
     "fast and quality show the same": Check(
         modes_agree, 0.8, {"flux": {"prompt": NEUTRAL_PROMPT}, "lora": {"prompt": "a red boat by the sea at night"}}
     ),
