@@ -1,5 +1,7 @@
 """Stages and full-size networks on a fake CUDA device: every tensor must be on it. Shows nothing about kernels and speed."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tests.conftest import ASTRONAUT
 from tests.stages import fake_cuda
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
 from vidgen_ray.content_keys import with_local_loras
+from vidgen_ray.nets.rife import FramePair, load_rife
 from vidgen_ray.script.reader import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Item
 from vidgen_ray.stages.flux import FluxStage
@@ -16,6 +19,8 @@ from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
@@ -142,6 +147,26 @@ def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
 
     line = shot(tiny, identity="instantid-sdxl", face_image=str(ASTRONAUT))
     run(InstantIDSDXLStage(tiny.params(InstantIDSDXLStage)), Item(line, {"face": face}), cuda, move)
+
+
+@pytest.mark.parametrize("tile_px", [None, 48])
+def test_upscaler_stays_on_the_gpu(tiny, cuda, tile_px):
+    stage = RealESRGANStage(tiny.params(RealESRGANStage).model_copy(update={"tile_px": tile_px}))
+    stage.load()
+    cuda.move(stage._network("animevideov3").model, HALF)
+    stage.params = stage.params.model_copy(update={"device": "cuda:0"})
+    with cuda.running():
+        pixels = stage._upscale(np.stack([IMAGE, IMAGE]), 2, "animevideov3")
+    assert (pixels.shape, pixels.dtype, pixels.device) == ((2, 3, 128, 256), torch.float32, CUDA)
+
+
+def test_interpolation_stays_on_the_gpu(tiny, cuda):
+    network = load_rife(tiny.params(RifeStage).weights, torch.float32)
+    cuda.move(network, HALF)
+    first, second = (cuda.tensor(1, 3, *IMAGE.shape[:2], dtype=torch.float32) for _ in range(2))
+    with cuda.running():
+        between = FramePair(network, first, second, 1.0).at(Fraction(1, 2))
+    assert (between.shape, between.device) == ((1, 3, 64, 128), CUDA)
 
 
 def test_full_size_flux_runs_on_the_gpu():
