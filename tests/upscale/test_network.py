@@ -5,14 +5,18 @@ import pytest
 import torch
 
 from tests.upscale.conftest import compact
-from tests.upscale.videos import picture
+from tests.upscale.videos import picture, write_video
 from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.stages.realesrgan import forward
 from vidgen_ray.upscale import calibration as calibration_module
+from vidgen_ray.upscale import run as run_module
 from vidgen_ray.upscale import tiles as tiles_module
 from vidgen_ray.upscale.calibration import Calibration, calibrate
+from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.models import UpscaleModel, find_model
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork
+from vidgen_ray.upscale.run import engine_settings
+from vidgen_ray.upscale.source import read_source
 from vidgen_ray.upscale.tiles import bytes_per_pixel, call_bytes, choose_tile, receptive_field
 
 BASE = EngineSettings(threads=1)
@@ -185,8 +189,8 @@ def test_calibration_reports_each_setting_and_the_frames_left(tiny_model, empty_
     progress = []
     calibration = calibrate(tiny_model, "cpu", on_progress=progress.append)
     activities = " ".join(one.activity for one in progress)
-    assert all(f"measuring {one.settings}" in activities for one in calibration.measured if one.workers == 1)
-    assert "measuring 2 workers" in activities
+    assert all(f"measuring {one.settings}" in activities for one in calibration.measured)
+    assert "2 calls on 2 threads" in activities
     assert calibration.failed
     assert progress[0].left_s is None
     assert [one.left_s for one in progress if one.frames] == [one.total - one.frames for one in progress if one.frames]
@@ -198,13 +202,48 @@ def test_calibration_reports_each_setting_and_the_frames_left(tiny_model, empty_
 
 
 def test_workers_share_the_cpus():
-    calibration = Calibration(settings=EngineSettings(threads=4), workers=1, frame_size=(64, 48), machine="m", measured=())
-    assert [(c.workers, c.settings.threads) for c in map(calibration.with_workers, (1, 2, 4, 8))] == [
-        (1, 4),
-        (2, 2),
-        (4, 1),
-        (8, 1),
+    settings = EngineSettings(threads=4, parallel_calls=2)
+    calibration = Calibration(settings=settings, workers=1, frame_size=(64, 48), machine="m", measured=())
+    divided = map(calibration.with_workers, (1, 2, 4, 8))
+    assert [(one.workers, one.settings.threads, one.settings.parallel_calls) for one in divided] == [
+        (1, 4, 2),
+        (2, 2, 2),
+        (4, 1, 1),
+        (8, 1, 1),
     ]
+
+
+def test_parallel_calls_are_chosen_if_they_are_faster_and_fit_in_memory(tiny_model, empty_cache, clock, monkeypatch, tmp_path):
+    clock(lambda settings: 1.0 / settings.parallel_calls)
+    monkeypatch.setattr(calibration_module, "usable_cpus", lambda: 8)
+    calibration = calibrate(tiny_model, "cpu")
+    chosen = calibration.settings
+    assert (calibration.workers, chosen.threads, chosen.parallel_calls) == (2, 4, 4)
+    source = read_source(write_video(tmp_path / "in.mp4", 1))
+    for calls, expected in ((4, 4), (3, 1)):
+        free = calibration.workers * calls * call_bytes(tiny_model, source.width, source.height)
+        monkeypatch.setattr(run_module, "free_memory", lambda device, free=free: free)
+        assert engine_settings(source, tiny_model, calibration).parallel_calls == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parallel_calls_give_the_same_pixels(dtype):
+    frames = [picture(n) for n in range(4)]
+    alone = UpscaleNetwork(find_model("animevideov3"), BASE.model_copy(update={"dtype": dtype}))
+    expected = [alone([frame])[0] for frame in frames]
+    settings = BASE.model_copy(update={"dtype": dtype, "threads": 2, "parallel_calls": 2})
+    got = list(upscale_frames(iter(frames), UpscaleNetwork(find_model("animevideov3"), settings)))
+    assert levels_apart(got, expected) == 0
+
+
+def test_networks_of_real_esrgan_give_the_pixels_of_their_published_code():
+    """The network for videos is run layer by layer, which must not change a bit."""
+    network = find_model("animevideov3").load()
+    pixels = torch.from_numpy(picture(1)).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        assert torch.equal(forward(network, pixels), network.model(pixels))
+        network.model.bfloat16()
+        assert torch.equal(forward(network, pixels.bfloat16()), network.model(pixels.bfloat16()))
 
 
 def test_denoise_mixes_two_weights(tmp_path):

@@ -257,11 +257,27 @@ def forward(network: ImageModelDescriptor[Any], pixels: torch.Tensor) -> torch.T
     """Run the network: (T, 3, H, W) -> (T, 3, scale * H, scale * W)."""
     import torch
 
+    if network.architecture.id == "Compact":
+        return _forward_compact(network.model, pixels)
     if network.architecture.id in UNCLAMPED:
         output: torch.Tensor = network.model(pixels)
         return output
     # spandrel's call takes one image. It pads it to a size that the network accepts and clamps the output to 0..1.
     return torch.cat([network(image[None]) for image in pixels])
+
+
+def _forward_compact(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return bit for bit what SRVGGNetCompact returns, without the enlarged copy of its input.
+
+    The input is added to the channels that become the pixels around it.
+    """
+    residual = pixels
+    for layer in model.body:
+        residual = layer(residual)
+    n_frames, n_colours, height, width = pixels.shape
+    residual.view(n_frames, n_colours, -1, height, width).add_(pixels[:, :, None])
+    output: torch.Tensor = model.upsampler(residual)
+    return output
 
 
 def in_tiles(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +31,19 @@ FRAME_SIZE = 256, 144
 MAX_FRAME_S = 0.6
 """Seconds that a frame may take in the measurement."""
 ROUNDS = 5
-WORKER_FRAMES = 3
+PARALLEL_ROUNDS = 3
+"""Calls of each thread in a round of several calls at the same time."""
+MAX_PARALLEL_CALLS = 4
+"""Calls at the same time in one worker. Further ones get a worker of their own, since a worker has one encoder."""
 MIN_PSNR_DB = 50.0
 """Similarity to float32 below which settings are not chosen, however fast they are."""
 MIN_GAIN = 1.05
 """Settings that cost more memory or a longer start are chosen if they are faster by this factor at least."""
+PARALLEL_GAIN = 1.1
+"""Factor by which parallel calls gain beside an encoder, which is not measured: threads of one call wait for each other."""
 COMPILE_S = 60.0
 """Seconds that the estimate allows for torch.compile."""
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 
 
 class Measurement(BaseModel):
@@ -68,8 +74,9 @@ class Calibration(BaseModel):
 
     def with_workers(self, workers: int) -> Calibration:
         """Return a copy with another number of workers, which share the CPUs."""
-        settings = self.settings.model_copy(update={"threads": max(1, self.settings.threads * self.workers // workers)})
-        return self.model_copy(update={"workers": workers, "settings": settings})
+        threads = max(1, self.settings.threads * self.workers // workers)
+        update = {"threads": threads, "parallel_calls": min(threads, self.settings.parallel_calls)}
+        return self.model_copy(update={"workers": workers, "settings": self.settings.model_copy(update=update)})
 
     def report(self) -> Iterator[str]:
         """Yield lines that say what was measured, what was chosen and why."""
@@ -81,7 +88,10 @@ class Calibration(BaseModel):
             plural = "s" if one.workers > 1 else ""
             yield f"  {one.seconds_per_frame * 1000:8.1f}  {one.settings}, {one.workers} worker{plural}, {similarity}{chosen}"
         yield from (f"  {text}" for text in self.failed)
-        yield f"chosen: the fastest with at least {MIN_PSNR_DB:g} dB, simpler ones unless others gain {MIN_GAIN - 1:.0%}"
+        yield (
+            f"chosen: the fastest with at least {MIN_PSNR_DB:g} dB, simpler ones unless others gain {MIN_GAIN - 1:.0%}; "
+            f"several calls at the same time, which gain beside an encoder, unless they lose {PARALLEL_GAIN - 1:.0%}"
+        )
 
 
 class CalibrationProgress(NamedTuple):
@@ -178,36 +188,36 @@ def _measure(model: UpscaleModel, device: str, meter: _Meter) -> Calibration:
     frames = _frames(model, base)
     reference = UpscaleNetwork(model, base)
     expected = reference(frames[:1])[0]
-    worker_counts = [count for count in dict.fromkeys((2, cpus)) if 2 <= count <= cpus] if device == "cpu" else []
-    frames_of_workers = sum(_frames_of_workers(count) for count in worker_counts)
+    call_counts = [count for count in dict.fromkeys((2, cpus)) if 2 <= count <= cpus] if device == "cpu" else []
+    frames_of_parallel = sum(_frames_of_parallel(count) for count in call_counts)
     frames_of_compiled = 2 * ROUNDS if can_compile() else 0
     meter.compile_left_s = COMPILE_S if can_compile() else 0.0
     bench = _Bench(model, frames, expected, meter)
     frames_of_pair = len(frames) + ROUNDS * (len(frames) + 1)
-    bench.add([base, *_candidates(reference, base)], later=frames_of_pair + frames_of_compiled + frames_of_workers)
+    bench.add([base, *_candidates(reference, base)], later=frames_of_pair + frames_of_compiled + frames_of_parallel)
     best = bench.best()
-    bench.add([best.model_copy(update={"frames_per_call": len(frames)})], later=frames_of_compiled + frames_of_workers)
+    bench.add([best.model_copy(update={"frames_per_call": len(frames)})], later=frames_of_compiled + frames_of_parallel)
     best = bench.best()
     if best.engine == "torch" and can_compile():
-        bench.add([best.model_copy(update={"compiled": True})], later=frames_of_workers)
+        bench.add([best.model_copy(update={"compiled": True})], later=frames_of_parallel)
         best = bench.best()
     meter.compile_left_s = 0.0
-    workers = 1
     measured = bench.measurements()
-    for index, count in enumerate(worker_counts):
-        later = sum(_frames_of_workers(other) for other in worker_counts[index + 1 :])
-        measured.append(_with_workers(bench, best, count, cpus // count, later))
     single = min((one for one in measured if one.settings == best), key=lambda one: one.seconds_per_frame)
-    fastest = min(measured, key=lambda one: one.seconds_per_frame if _is_close(one) else float("inf"))
-    if fastest.workers > 1 and single.seconds_per_frame >= MIN_GAIN * fastest.seconds_per_frame:
-        best, workers = fastest.settings, fastest.workers
+    parallel = []
+    for index, count in enumerate(call_counts):
+        later = sum(_frames_of_parallel(other, best.frames_per_call) for other in call_counts[index + 1 :])
+        parallel.append(bench.in_parallel(best, count, later=later))
+    fastest = min(parallel, key=lambda one: one.seconds_per_frame, default=single)
+    if fastest.seconds_per_frame > PARALLEL_GAIN * single.seconds_per_frame:
+        fastest = single
     height, width = frames[0].shape[:2]
     return Calibration(
-        settings=best,
-        workers=workers,
+        settings=fastest.settings,
+        workers=fastest.workers,
         frame_size=(width, height),
         machine=_machine(device),
-        measured=tuple(measured),
+        measured=(*measured, *parallel),
         failed=tuple(bench.failed),
     )
 
@@ -311,39 +321,44 @@ class _Bench:
             for settings, seconds in self._seconds.items()
         ]
 
-    def seconds_of_workers(self, settings: EngineSettings, workers: int, *, later: int) -> float:
-        """Return seconds per frame of several networks that run at the same time, each in a thread. `later`: as for `add`."""
-        self._meter.frames_left = _frames_of_workers(workers, settings.frames_per_call) + later
-        networks = []
-        for number in range(workers):
-            network = UpscaleNetwork(self._model, settings)
-            activity = f"loading worker {number + 1} of {workers}: {settings}"
-            self._meter.run(activity, settings.frames_per_call, partial(self._run, network))
-            networks.append(network)
+    def in_parallel(self, best: EngineSettings, calls: int, *, later: int) -> Measurement:
+        """Measure the best settings with so many calls at the same time. `later`: as for `add`."""
+        settings, workers = _divided(best, calls)
+        count = workers * settings.parallel_calls
+        self._meter.frames_left = _frames_of_parallel(count, settings.frames_per_call) + later
+        name = f"{settings}, {workers} workers" if workers > 1 else str(settings)
+        networks: list[UpscaleNetwork] = []
+        with ThreadPoolExecutor(count) as pool:
 
-        def run(network: UpscaleNetwork) -> None:
-            for _ in range(WORKER_FRAMES):
-                self._run(network)
+            def load() -> None:
+                loaded = [UpscaleNetwork(self._model, settings)] * settings.parallel_calls
+                list(pool.map(self._run, loaded))
+                networks.extend(loaded)
 
-        def run_all() -> None:
-            list(pool.map(run, networks))
+            for _ in range(workers):
+                self._meter.run(f"loading {name}", settings.parallel_calls * settings.frames_per_call, load)
 
-        frames = WORKER_FRAMES * workers * settings.frames_per_call
-        with ThreadPoolExecutor(workers) as pool:
-            activity = f"measuring {workers} workers: {settings}"
-            return min(self._meter.run(activity, frames, run_all) for _ in range(ROUNDS)) / frames
+            def run(network: UpscaleNetwork) -> None:
+                for _ in range(PARALLEL_ROUNDS):
+                    self._run(network)
+
+            frames = PARALLEL_ROUNDS * count * settings.frames_per_call
+            seconds = min(
+                self._meter.run(f"measuring {name}", frames, lambda: list(pool.map(run, networks))) for _ in range(ROUNDS)
+            )
+        return Measurement(settings=settings, workers=workers, seconds_per_frame=seconds / frames, psnr_db=self._psnr[best])
 
 
-def _frames_of_workers(workers: int, frames_per_call: int = 1) -> int:
-    """Return the frames that `_Bench.seconds_of_workers` processes."""
-    return workers * frames_per_call * (1 + ROUNDS * WORKER_FRAMES)
+def _frames_of_parallel(calls: int, frames_per_call: int = 1) -> int:
+    """Return the frames that `_Bench.in_parallel` processes."""
+    return calls * frames_per_call * (1 + ROUNDS * PARALLEL_ROUNDS)
 
 
-def _with_workers(bench: _Bench, best: EngineSettings, workers: int, threads: int, later: int) -> Measurement:
-    settings = best.model_copy(update={"threads": threads})
-    seconds = bench.seconds_of_workers(settings, workers, later=later)
-    psnr = next(one.psnr_db for one in bench.measurements() if one.settings == best)
-    return Measurement(settings=settings, workers=workers, seconds_per_frame=seconds, psnr_db=psnr)
+def _divided(settings: EngineSettings, calls: int) -> tuple[EngineSettings, int]:
+    """Return settings with so many calls at the same time on the CPUs of one call, and the number of workers for them."""
+    workers = math.ceil(calls / MAX_PARALLEL_CALLS)
+    update = {"threads": settings.threads // workers, "parallel_calls": calls // workers}
+    return settings.model_copy(update=update), workers
 
 
 def _is_close(measurement: Measurement) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -32,7 +33,9 @@ MAX_SEGMENT_FRAMES, MIN_SEGMENT_FRAMES = 120, 24
 SEGMENT_PIXELS = MAX_SEGMENT_FRAMES * 640 * 360
 """Pixels of the source in a segment. Larger frames take longer, so their segments have fewer, down to the minimum."""
 FRAMES_AHEAD = 4
-"""Frames that wait between two of decoder, network and encoder."""
+"""Decoded frames that wait for the network."""
+CALLS_AHEAD = 2
+"""Calls of the network that run or wait while a frame is encoded, relative to those that run at the same time."""
 MAX_SCALE = 16
 
 
@@ -135,7 +138,7 @@ class SegmentWorker:
         with (
             new_file(path) as tmp,
             Background(self._source_frames(segment), FRAMES_AHEAD) as decoded,
-            Background(upscale_frames(decoded, self._network), FRAMES_AHEAD) as upscaled,
+            closing(upscale_frames(decoded, self._network)) as upscaled,
         ):
             count = segment.stop - segment.start
             write_segment(tmp, counted(), count, job.size, job.timeline.fps, job.source, job.encode)
@@ -153,33 +156,44 @@ class SegmentWorker:
         self._reader.close()
 
 
-def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork) -> Iterator[Pixels]:
-    """Yield an upscaled frame for each frame, in order. A frame that equals the one before is not computed again."""
-    pending: list[Pixels] = []
-    repeats: list[int] = []
-    last: Pixels | None = None
-    last_result: Pixels | None = None
+def upscale_frames(frames: Iterator[Pixels], network: UpscaleNetwork) -> Generator[Pixels, None, None]:
+    """Yield an upscaled frame for each frame, in order. A frame that equals the one before is not computed again.
+
+    Calls of the network run in threads, and others wait for them, while this one waits or encodes.
+    """
+    settings = network.settings
+    distinct = _without_repeats(frames)
+    calls: deque[tuple[Future[list[Pixels]], list[int]]] = deque()
+    pool = ThreadPoolExecutor(settings.parallel_calls)
+    try:
+        while batch := list(islice(distinct, settings.frames_per_call)):
+            pixels, counts = [frame for frame, _ in batch], [count for _, count in batch]
+            calls.append((pool.submit(network, pixels), counts))
+            if len(calls) > CALLS_AHEAD * settings.parallel_calls:
+                yield from _repeated(*calls.popleft())
+        while calls:
+            yield from _repeated(*calls.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _without_repeats(frames: Iterator[Pixels]) -> Iterator[tuple[Pixels, int]]:
+    """Yield each frame that differs from the one before, and the number of times that it comes in a row."""
+    last, count = next(frames, None), 1
+    if last is None:
+        return
     for pixels in frames:
-        if last is not None and np.array_equal(pixels, last):
-            if not pending:
-                assert last_result is not None
-                yield last_result
-            else:
-                repeats[-1] += 1
-            continue
-        last = pixels
-        pending.append(pixels)
-        repeats.append(1)
-        if len(pending) == network.settings.frames_per_call:
-            for result, count in zip(network(pending), repeats, strict=True):
-                last_result = result
-                for _ in range(count):
-                    yield result
-            pending, repeats = [], []
-    if pending:
-        for result, count in zip(network(pending), repeats, strict=True):
-            for _ in range(count):
-                yield result
+        if np.array_equal(pixels, last):
+            count += 1
+        else:
+            yield last, count
+            last, count = pixels, 1
+    yield last, count
+
+
+def _repeated(results: Future[list[Pixels]], counts: Sequence[int]) -> Iterator[Pixels]:
+    for pixels, count in zip(results.result(), counts, strict=True):
+        yield from repeat(pixels, count)
 
 
 class _Failure(NamedTuple):
@@ -226,14 +240,7 @@ class Background(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        while True:
-            try:
-                item = self._queue.get(timeout=0.1)
-                break
-            except queue.Empty:
-                # The thread that fills this queue waits for another one, which may have been stopped.
-                if self._stopped.is_set():
-                    raise Cancelled from None
+        item = self._queue.get()
         if item is _END:
             raise StopIteration
         if isinstance(item, _Failure):

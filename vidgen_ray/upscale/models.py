@@ -22,7 +22,7 @@ DEFAULT_MODEL = "animevideov3"
 BUILTIN_MODELS: Mapping[str, str] = {
     "animevideov3": "drawn and filmed video, fast",
     "x4plus-anime": "drawn images, ten times slower",
-    "x4plus": "photos and film, about thirty times slower",
+    "x4plus": "photos and film, about twenty times slower",
 }
 GENERAL, DENOISING = "general-x4v3", "general-wdn-x4v3"
 """Parts of the file names of the two weights that `denoise` mixes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +42,8 @@ class EngineSettings(BaseModel):
     frames_per_call: int = Field(1, ge=1)
     threads: int = Field(1, ge=1)
     """CPU threads of one worker."""
+    parallel_calls: int = Field(1, ge=1)
+    """Calls that a worker runs at the same time, each with an equal share of its threads."""
     tile_px: int | None = None
     """Side of square tiles. `None` processes whole frames."""
     overlap_px: int = 0
@@ -49,11 +52,16 @@ class EngineSettings(BaseModel):
     def __str__(self) -> str:
         compiled = " compiled" if self.compiled else ""
         tiles = f", tiles of {self.tile_px} px with {self.overlap_px} px overlap" if self.tile_px else ""
-        return f"{self.engine} {self.dtype}{compiled}, {self.frames_per_call} frames a call, {self.threads} threads{tiles}"
+        calls = f"{self.frames_per_call} frames a call, {self.parallel_calls} calls on {self.threads} threads"
+        return f"{self.engine} {self.dtype}{compiled}, {calls}{tiles}"
+
+    @property
+    def threads_per_call(self) -> int:
+        return max(1, self.threads // self.parallel_calls)
 
 
 class UpscaleNetwork:
-    """A loaded network for one output size. One thread may use it at a time."""
+    """A loaded network for one output size. `settings.parallel_calls` threads may call it at the same time."""
 
     def __init__(self, model: UpscaleModel, settings: EngineSettings, out_size: Size | None = None) -> None:
         """Load the weights. `out_size`: size of the results in pixels. `None`: that of the network.
@@ -94,7 +102,7 @@ class UpscaleNetwork:
         stacked = np.stack(frames)
         kind = stacked.dtype
         pixels = torch.from_numpy(stacked if kind == np.uint8 else stacked.astype(np.int32)).to(self.settings.device)
-        with torch.inference_mode(), torch_threads(self.settings.threads):
+        with torch.inference_mode(), torch_threads(self.settings.threads_per_call):
             levels, total = self._step(pixels)
             if not total.isfinite():
                 raise StageError(NOT_FINITE)
@@ -135,20 +143,23 @@ def openvino_forward(network: ImageModelDescriptor[Any], settings: EngineSetting
     import openvino
 
     core = openvino.Core()
-    requests: dict[tuple[int, ...], Any] = {}
+    compiled: dict[tuple[int, ...], Any] = {}
+    lock = threading.Lock()
+    options = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[settings.dtype],
+        "INFERENCE_NUM_THREADS": settings.threads,
+        "NUM_STREAMS": settings.parallel_calls,
+    }
 
     def run(pixels: torch.Tensor) -> torch.Tensor:
         shape = tuple(pixels.shape)
-        if shape not in requests:
-            graph = openvino.convert_model(network.model, example_input=torch.zeros(shape), input=list(shape))
-            options = {
-                "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[settings.dtype],
-                "INFERENCE_NUM_THREADS": settings.threads,
-                "NUM_STREAMS": 1,
-                "PERFORMANCE_HINT": "LATENCY",
-            }
-            requests[shape] = core.compile_model(graph, "CPU", options).create_infer_request()
-        result = requests[shape].infer([pixels.contiguous().numpy()], share_outputs=False)
+        with lock:
+            if shape not in compiled:
+                graph = openvino.convert_model(network.model, example_input=torch.zeros(shape), input=list(shape))
+                compiled[shape] = core.compile_model(graph, "CPU", options)
+        # A request serves one call at a time.
+        request = compiled[shape].create_infer_request()
+        result = request.infer([pixels.contiguous().numpy()], share_outputs=False)
         return torch.from_numpy(next(iter(result.values())))
 
     return run

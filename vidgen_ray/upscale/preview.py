@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import tee
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from vidgen_ray.media.file_metadata import append_xmp
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import write_segment
 from vidgen_ray.upscale.frames import FrameReader, Pixels
+from vidgen_ray.upscale.job import upscale_frames
 from vidgen_ray.upscale.network import UpscaleNetwork
 from vidgen_ray.upscale.run import Progress, UpscaleOptions, UpscaleReport, engine_settings, planned_size
 from vidgen_ray.upscale.source import read_source
@@ -46,8 +48,8 @@ def write_preview(
     reader = FrameReader(source)
 
     def pairs() -> Iterator[Pixels]:
-        for number, pixels in enumerate(reader.read(start, start + count), 1):
-            (upscaled,) = network([pixels])
+        originals, frames = tee(reader.read(start, start + count))
+        for number, (pixels, upscaled) in enumerate(zip(originals, upscale_frames(frames, network), strict=True), 1):
             yield np.concatenate([cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), upscaled], axis=1)
             on_progress(number, count, number)
 

@@ -229,14 +229,14 @@ def engine_settings(source: Source, model: UpscaleModel, calibration: Calibratio
     """Return the calibrated settings with the tiles that this video needs."""
     settings = calibration.settings
     free = free_memory(settings.device) / calibration.workers
-    if call_bytes(model, source.width, source.height, settings.frames_per_call) <= free:
-        return settings
-    settings = settings.model_copy(update={"frames_per_call": 1})
-    if call_bytes(model, source.width, source.height) <= free:
-        return settings
+    one_frame = settings.model_copy(update={"frames_per_call": 1})
+    one_call = one_frame.model_copy(update={"parallel_calls": 1})
+    for fewer in (settings, one_frame, one_call):
+        if fewer.parallel_calls * call_bytes(model, source.width, source.height, fewer.frames_per_call) <= free:
+            return fewer
     tile_px, overlap_px = choose_tile(model, source.width, source.height, free)
     # The tiles at the right and bottom have other shapes, for which torch.compile would compile again.
-    return settings.model_copy(update={"compiled": False, "tile_px": tile_px, "overlap_px": overlap_px})
+    return one_call.model_copy(update={"compiled": False, "tile_px": tile_px, "overlap_px": overlap_px})
 
 
 def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
