@@ -107,7 +107,9 @@ def test_wrong_arguments_exit_with_2(tmp_path, run, monkeypatch, arguments, mess
 
 def test_preview_shows_both_versions_beside_each_other(tmp_path, run):
     write_video(tmp_path / "in.mp4", 36)
-    assert run(tmp_path / "in.mp4", "-o", tmp_path / "out", "--preview", "1s")[0] == 0
+    code, _, errors = run(tmp_path / "in.mp4", "-o", tmp_path / "out", "--preview", "1s")
+    assert code == 0
+    assert f"{tmp_path / 'out' / 'in.preview.mp4'}: 12 frames of 256x96" in errors
     frames, _ = decoded(tmp_path / "out" / "in.preview.mp4")
     assert (len(frames), frames[0].shape) == (12, (96, 256, 3))
 

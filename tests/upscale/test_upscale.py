@@ -198,6 +198,21 @@ def test_streams_that_the_output_cannot_hold_are_named(tmp_path, upscale):
     assert note == "stream 1 (subtitle, srt) is not copied, .mp4 cannot hold it; choose an output that ends in .mkv"
 
 
+def test_uncompressed_sound_stays_in_mov(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mov", 3, sound_s=0.2, sound_codec="pcm_s16le", colour=TAGGED)
+    assert upscale(video, tmp_path / "out.mov").notes == ()
+    assert packets(tmp_path / "out.mov", "audio") == packets(video, "audio")
+    (note,) = upscale(video, tmp_path / "out.mp4").notes
+    assert "(audio, pcm_s16le) is not copied, .mp4 cannot hold it" in note
+
+
+def test_matroska_file_that_ends_early_is_noted(tmp_path, upscale):
+    video = write_video(tmp_path / "in.mkv", 60, size=(320, 240), colour=TAGGED, options={"g": "6"})
+    video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    (note,) = upscale(video, tmp_path / "out.mkv").notes
+    assert note.startswith("the file declares 5.0 s, its frames end after ")
+
+
 def test_equal_frames_are_computed_once(tmp_path, tiny_model):
     network = UpscaleNetwork(tiny_model, job_module.EngineSettings(threads=1, frames_per_call=2))
     frames = [picture(n) for n in (0, 0, 1, 1, 1, 2, 3, 3)]

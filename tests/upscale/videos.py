@@ -33,6 +33,7 @@ def write_video(
     time_base: Fraction = Fraction(1, 12),
     options: dict[str, str] | None = None,
     sound_s: float = 0.0,
+    sound_codec: str = "aac",
     subtitles: Sequence[tuple[float, str]] = (),
     chapters: Sequence[tuple[float, float, str]] = (),
     aspect: Fraction | None = None,
@@ -56,7 +57,7 @@ def write_video(
             context.colorspace, context.color_primaries, context.color_trc, context.color_range = colour
         if rotation is not None:
             video.set_display_rotation(rotation)
-        audio: Any = container.add_stream("aac", rate=48_000, layout="mono") if sound_s else None
+        audio: Any = container.add_stream(sound_codec, rate=48_000, layout="mono") if sound_s else None
         text: Any = None
         if subtitles:
             text = container.add_stream("mov_text" if path.suffix == ".mp4" else "srt")

@@ -185,7 +185,9 @@ def _upscale_one(
     else:
         made = report.frames - report.resumed_frames
         rate = made / report.seconds if report.seconds else 0
-        typer.echo(f"{target}: {report.frames} frames of {report.size}, {report.seconds:.1f} s, {rate:.2f} frames/s", err=True)
+        typer.echo(
+            f"{report.out}: {report.frames} frames of {report.size}, {report.seconds:.1f} s, {rate:.2f} frames/s", err=True
+        )
     return asdict(report)
 
 

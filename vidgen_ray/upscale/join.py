@@ -23,6 +23,8 @@ FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Suffix of an output file -> FFmpeg's name of the format."""
 IN_MP4 = {"aac", "mp3", "mp3float", "ac3", "eac3", "opus", "libopus", "flac", "alac", "mov_text", "dvdsub", "dvd_subtitle"}
 """Codecs of sound and subtitles that players accept in MP4."""
+PCM_IN_MOV = {"pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_s24be", "pcm_s32le", "pcm_s32be", "pcm_f32le", "pcm_f32be"}
+"""Codecs of uncompressed sound that MOV holds, as cameras and editors write it, and MP4 does not."""
 REORDER_FRAMES: dict[Codec, int] = {"h264": 2, "hevc": 4, "av1": 0}
 """Frames by which the decoding order may be ahead of the display order, at most."""
 COPIED = "audio", "subtitle", "attachment"
@@ -51,11 +53,15 @@ def plan_copies(source: Source, suffix: str) -> Copies:
             name = f"stream {stream.index} ({stream.type}{f', {codec}' if codec else ''})"
             if stream.type not in COPIED or (codec is None and stream.type != "attachment"):
                 notes.append(f"{name} is not copied")
-            elif FORMATS[suffix] != "matroska" and codec not in IN_MP4:
+            elif not _can_hold(FORMATS[suffix], codec):
                 notes.append(f"{name} is not copied, {suffix} cannot hold it; choose an output that ends in .mkv")
             else:
                 kept.append(stream.index)
     return Copies(tuple(kept), tuple(notes))
+
+
+def _can_hold(file_format: str, codec: str | None) -> bool:
+    return file_format == "matroska" or codec in IN_MP4 or (file_format == "mov" and codec in PCM_IN_MOV)
 
 
 def join_segments(

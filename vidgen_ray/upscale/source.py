@@ -16,6 +16,10 @@ from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_errors
 from vidgen_ray.media.decode import open_video_stream, video_container
 
+AV_TIME_BASE = 1_000_000
+"""FFmpeg's units of a second for the duration of a file."""
+MAX_MISSING_S = 1.0
+"""Seconds by which a file may declare to be longer than its frames, without a note."""
 UNSPECIFIED = 2
 """FFmpeg's number of a colour tag that is not set."""
 BT709, BT601 = 1, 6
@@ -127,10 +131,15 @@ def read_source(path: Path) -> Source:
             raise MediaError(f"{path}: has no frames")
         with open_video_stream(path, container) as (opened, stream):
             packets = _read_packets(path, opened, stream)
+            declared_s = (opened.duration or 0) / AV_TIME_BASE
     quarter_turns = round(first.rotation / 90) % 4
     sideways = quarter_turns % 2
     colour, notes = _colour_of(first)
     times = _Times.of(packets, Fraction(fps), time_base)
+    frames_s = float((times.times[-1] - times.times[0] + times.last_duration) * times.time_base)
+    if declared_s > frames_s + MAX_MISSING_S:
+        # Matroska and AVI files have no list of frames that shows that a part is missing. Sound may also be longer.
+        notes.append(f"the file declares {declared_s:.1f} s, its frames end after {frames_s:.1f} s")
     return Source(
         path=path,
         container=container,
