@@ -38,7 +38,7 @@ from vidgen_ray.video_models import VIDEO_MODELS
 
 SIDE_PX, FRAMES = 128, 17
 STEPS = 4
-"""As few as with distilled weights, where encoding and decoding count most."""
+"""The number for distilled weights, with which encoding and decoding take the largest share."""
 
 
 def worker_of(model: str, overlap: bool, folder: Path) -> Worker:

@@ -42,7 +42,7 @@ COLOURS_COUNT = 2.0
 SCALE_SCENES = 2000
 """Scenes from which the relation between latents and colours is computed."""
 THINGS_COUNT = 2.0
-"""How often scenes with a thing are seen relative to scenes with a person."""
+"""Frequency of scenes with a thing relative to scenes with a person."""
 TRAITLESS = 0.15
 """Share of people whose prompt does not describe their traits."""
 UNGUIDED_SHARE = 0.85

@@ -194,7 +194,7 @@ class Worker(PackedCalls):
 
     @property
     def _overlaps(self) -> bool:
-        """Whether calls may overlap. Swapping would move weights that another call uses."""
+        """True if calls may overlap. Swapping would move weights that another call uses."""
         return not self._spec.swap_groups
 
     def _prepare(self, shot: Shot, stages: tuple[str, ...]) -> None:

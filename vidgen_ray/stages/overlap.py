@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 N = TypeVar("N", bound="torch.nn.Module")
 
 EndTurn = Callable[[], AbstractContextManager[None]]
-"""Lets the next call begin, and runs a block beside it."""
+"""Lets the next call begin, and runs a block at the same time."""
 _end_turn: ContextVar[EndTurn | None] = ContextVar("end_turn", default=None)
 
 
