@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidgen_ray.graph import file_sizes
+from vidgen_ray.graph import file_sizes, uncropped_size
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.delivered_size import (
     SizeRules,
@@ -23,8 +23,8 @@ PEER_SIZES = [
 
 
 def rules_of(profile: str, can_upscale: bool = True) -> SizeRules:
-    defaults = load_profile(profile).defaults
-    return SizeRules(defaults.get("width", 1024), defaults.get("height", 576), can_upscale)
+    default = Shot(prompt="a", **load_profile(profile).defaults)
+    return SizeRules(default.width, default.height, can_upscale, uncropped_size(default))
 
 
 def shot_with(fields: dict) -> Shot:

@@ -32,6 +32,8 @@ class SizeRules(NamedTuple):
     default_height: int
     can_upscale: bool
     """An upscaler is served."""
+    default_clip: tuple[int, int]
+    """Width and height in pixels of the finished clip of that size. A server without video models has the drawn size here."""
 
 
 def clip_fields(width: int, height: int, rules: SizeRules, may_upscale: bool = True) -> ShotFields:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Authenticator
-from vidgen_ray.online.delivered_size import SizeRules
+from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact
 from vidgen_ray.online.event_streams import EventStreams
 from vidgen_ray.online.inputs.face_check import FaceCheck
 from vidgen_ray.online.inputs.image_references import ImageReferences
@@ -64,9 +65,12 @@ class ServerContext:
     @property
     def size_rules(self) -> SizeRules:
         """Sizes that this server can draw."""
-        defaults = {name: field.default for name, field in Shot.model_fields.items()} | self.serving_profile.profile.defaults
+        default = Shot.model_validate({"prompt": "-", **self.serving_profile.profile.defaults})
         can_upscale = any("scale" in stage.reads for stage in self.serving_profile.stages)
-        return SizeRules(int(defaults["width"]), int(defaults["height"]), can_upscale)
+        drawn = default.width, default.height
+        makes_clips = any("frames" in stage.writes for stage in self.serving_profile.stages)
+        finished = file_sizes(default)[delivered_artefact(default, hd_beside=False)] if makes_clips else drawn
+        return SizeRules(*drawn, can_upscale, finished)
 
     def model(self, name: object) -> tuple[str, dict[str, str]]:
         """Return a model's name and the shot fields that it sets; the default model for `None`. Raises ApiError 404."""

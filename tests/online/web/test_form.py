@@ -245,6 +245,16 @@ def test_seed_is_random_until_it_is_locked(site, open_page):
     expect(lock).to_have_text("Locked")
 
 
+def test_image_of_the_default_size_is_as_large_as_the_models_draw(site, open_page):
+    page = open_page(site.url)
+    page.get_by_label("Image", exact=True).check()
+    expect(page.locator("#size-hint")).to_have_text("An image of the default size has 128 × 64 pixels.")
+    generate(page, "a picture")
+    site.wait_for_jobs(1)
+    shot = site.jobs()[0].shot
+    assert (shot.generate_video, shot.width, shot.height) == (False, 128, 64)
+
+
 def test_clip_is_delivered_in_the_chosen_size(site, open_page):
     page = open_page(site.url)
     page.get_by_label("Frames", exact=True).fill("2")

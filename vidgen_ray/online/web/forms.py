@@ -214,7 +214,9 @@ class FormValues:
             return {}
         width, height = map(int, sides)
         if self.get("output") == "image":
-            return image_fields(width, height)
+            # Images are not upscaled, so the default size of a clip may be far from what the models draw.
+            is_default = (width, height) == rules.default_clip
+            return image_fields(*((rules.default_width, rules.default_height) if is_default else (width, height)))
         if not self.asks_for_hd:
             return clip_fields(width, height, rules, may_upscale=self.get("scale") == TO_SIZE)
         if self.get("scale") not in map(str, SCALES):
@@ -268,9 +270,10 @@ class Size:
     label: str
 
 
-def size_choices(default: str, current: str, rules: SizeRules) -> tuple[Size, ...]:
-    """Return the profile's default size of a finished clip, the common ones that the server reaches, and `current`."""
-    choices = {default: "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
+def size_choices(current: str, rules: SizeRules) -> tuple[Size, ...]:
+    """Return the default size of a finished clip, the common ones that the server reaches, and `current`."""
+    width, height = rules.default_clip
+    choices = {f"{width}x{height}": "default"} | {size: ratio for size, ratio in SIZES.items() if _is_reachable(size, rules)}
     if current:
         choices.setdefault(current, "as in that clip")
     return tuple(Size(value, f"{value.replace('x', ' × ')}, {name}") for value, name in choices.items())

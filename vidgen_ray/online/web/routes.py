@@ -188,6 +188,8 @@ def _form_of(
     source_id = values.get("continue_from")
     source = server.store.get(source_id, tenant.name) if JOB_ID.fullmatch(source_id) else None
     fields = {field for stage in server.serving_profile.stages for field in (*stage.reads, *stage.clip_only_fields)}
+    rules = server.size_rules
+    drawn = rules.default_width, rules.default_height
     return {
         "values": values,
         "errors": error.errors if error else {},
@@ -196,7 +198,8 @@ def _form_of(
         "groups": context.control_groups,
         "continued": None if source is None else " ".join(source.shot.prompt.split()),
         "fields": fields,
-        "sizes": size_choices(defaults.get("size"), values.get("size"), server.size_rules),
+        "sizes": size_choices(values.get("size"), rules),
+        "default_image": None if drawn == rules.default_clip else drawn,
         "scales": SCALES,
         "loras": sorted(server.settings.loras) if fields & {"lora", "klein_lora"} else [],
         "bases": BASES,
