@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from vidgen_ray.cli.options import C2paKeyOption, JsonOption, NoProvenanceOption, PrivateOption, check_out, provenance_settings
 from vidgen_ray.cli.run_script import interruptible
+from vidgen_ray.cli.stop_signals import remembered_interrupt
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
@@ -151,11 +152,15 @@ def upscale(
     seconds = _parse_seconds(preview) if preview else None
     with (
         interruptible(),
+        remembered_interrupt() as check_interrupt,
         redirect_stdout(sys.stderr),
         _runner(address, options.model, device, workers, calibrate_again) as machine,
     ):
         calibration, runner = machine
-        results = [_upscale_one(video, target, options, calibration, runner, seconds) for video, target in targets]
+        results = []
+        for video, target in targets:
+            results.append(_upscale_one(video, target, options, calibration, runner, seconds))
+            check_interrupt()
     failed = sum("error" in result for result in results)
     if as_json:
         typer.echo(json.dumps({"videos": results, "failed": failed}))

@@ -284,9 +284,9 @@ class Threads:
         # Leaving the block waits for the threads: after Ctrl-C, nothing must be written while the process ends. `Thread.join`
         # is not used to wait: in Python 3.11 and 3.12, an interrupted join makes the next one return at once.
         with ThreadPoolExecutor(count) as pool:
-            running = [pool.submit(work) for _ in range(count)]
             try:
-                wait(running)
+                # Ctrl-C may come while a thread is started, too.
+                wait([pool.submit(work) for _ in range(count)])
             finally:
                 stop.set()
         if failures:
