@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api_error import ApiError
@@ -62,10 +63,15 @@ class ServerContext:
         default = self.serving_profile.profile.defaults.get("video_model", DEFAULT_MODEL)
         return tuple(name for name in VIDEO_MODELS if name in self.serving_profile.params and name != default)
 
-    @property
+    @cached_property
+    def default_shot(self) -> Shot:
+        """Shot with the profile's defaults."""
+        return Shot.model_validate({"prompt": "-", **self.serving_profile.profile.defaults})
+
+    @cached_property
     def size_rules(self) -> SizeRules:
         """Sizes that this server can draw."""
-        default = Shot.model_validate({"prompt": "-", **self.serving_profile.profile.defaults})
+        default = self.default_shot
         can_upscale = any("scale" in stage.reads for stage in self.serving_profile.stages)
         drawn = default.width, default.height
         makes_clips = any("frames" in stage.writes for stage in self.serving_profile.stages)

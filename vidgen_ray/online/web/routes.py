@@ -34,7 +34,6 @@ from vidgen_ray.online.web.gallery import gallery_page
 from vidgen_ray.online.web.job_cards import ACTIVE, estimate_text
 from vidgen_ray.online.web.live_updates import event_stream
 from vidgen_ray.online.web.page_context import HEADERS, PageContext, base_path, wants_json
-from vidgen_ray.shot import Shot
 
 QUEUE_LENGTH = 100
 """Queued and running jobs shown, at most."""
@@ -175,8 +174,7 @@ def _form_of(
     Without `values`, those of the job `like` or `continue` of the query, or the defaults.
     """
     server, query = context.server, request.query_params
-    default_shot = Shot.model_validate({"prompt": "-", **server.serving_profile.profile.defaults})
-    defaults = FormValues.from_shot(default_shot, {}, context.control_groups)
+    defaults = FormValues.from_shot(server.default_shot, {}, context.control_groups)
     if values is None:
         like, continued = (server.store.get(query.get(name, ""), tenant.name) for name in ("like", "continue"))
         if like is not None:
