@@ -33,14 +33,16 @@ def overlap_allowed(end_turn: EndTurn | None) -> Iterator[None]:
 
 
 @contextmanager
-def beside_next_call(latents: torch.Tensor) -> Iterator[None]:
-    """Run a block beside the next call, if the executor allows it. Use it for the end of a call, which reads `latents`.
+def beside_next_call(latents: torch.Tensor, *, enabled: bool) -> Iterator[None]:
+    """Run a block beside the next call, if `enabled` and if the executor allows it.
+
+    Use it for the end of a call, which reads `latents`.
 
     The block may use only what other calls do not change: no parameters of the stage, and networks of its own, see
     `with_shared_weights`. On a GPU it has a CUDA stream of its own, so its results must be copied to host memory in the block.
     """
     end_turn = _end_turn.get()
-    if end_turn is None:
+    if end_turn is None or not enabled:
         yield
         return
     with own_stream("decode", latents), end_turn():

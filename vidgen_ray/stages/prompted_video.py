@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
@@ -184,7 +183,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
                 output_type="latent",
                 return_dict=False,
             )
-        with beside_next_call(latents) if self.params.overlap_shots else nullcontext():
+        with beside_next_call(latents, enabled=self.params.overlap_shots):
             _set_tiling(self._decoder, tiling)
             pixels = self.decode(self._decoder, latents, item, generator)
             clip = pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])

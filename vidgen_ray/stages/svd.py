@@ -228,7 +228,7 @@ class SVDStage(Stage[SVDParams]):
                 **diffusers_step_callback(self.name),
             )
         decoded_at_once = min(self.params.decode_chunk_frames, shot.num_frames)
-        with beside_next_call(latents) if self.params.overlap_shots else nullcontext():
+        with beside_next_call(latents, enabled=self.params.overlap_shots):
             # Of the pipeline, the method uses nothing but the autoencoder.
             pixels = type(self.pipe).decode_latents(
                 SimpleNamespace(vae=self._decoder), latents, shot.num_frames, decoded_at_once
