@@ -177,7 +177,7 @@ def test_quantisation_names_the_gpu_that_is_missing(tiny, monkeypatch, name):
 
 
 def test_nf4_is_passed_to_diffusers(tmp_path, monkeypatch):
-    """As far as this runs without a GPU: diffusers itself refuses to load weights with bitsandbytes on a CPU."""
+    """Checks the configuration only: diffusers refuses to load weights with bitsandbytes without a GPU."""
     import diffusers
 
     monkeypatch.setattr(quantization, "find_spec", lambda module: "installed")
