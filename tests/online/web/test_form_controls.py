@@ -8,8 +8,9 @@ import httpx
 import pytest
 from pydantic import Field
 
+from vidgen_ray.online import server_context
 from vidgen_ray.online import serving_profile as serving
-from vidgen_ray.online.web import form_controls, routes
+from vidgen_ray.online.web import form_controls
 from vidgen_ray.online.web.form_controls import DERIVED, PLACED, control_groups
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
@@ -36,7 +37,7 @@ class NewStage(SVDStage):
 def with_new_stage(monkeypatch) -> serving.ServingProfile:
     monkeypatch.setattr(serving, "STAGES", (*serving.STAGES, NewStage))
     monkeypatch.setattr(form_controls.control_groups, "__defaults__", (NewShot,))
-    monkeypatch.setattr(routes, "Shot", NewShot)
+    monkeypatch.setattr(server_context, "Shot", NewShot)
     served = serving.serving_profile(load_profile("tiny"))
     assert NewStage in served.stages
     return served
