@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -74,15 +76,6 @@ class Attack:
     """Sends all requests to the URL of a server, and returns the number of each answer."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the server other than the defaults."""
-
-
-@dataclass
-class Memory:
-    """Largest resident memory of processes while requests ran, in bytes."""
-
-    largest: dict[str, int] = field(default_factory=dict)
-    """Name in `PROCESSES` -> bytes."""
-    stopped: threading.Event = field(default_factory=threading.Event)
 
 
 def main() -> int:
@@ -271,31 +264,40 @@ def _large_photo() -> bytes:
 
 
 def _measure(url: str, processes: Mapping[str, psutil.Process], attack: Attack) -> dict[str, Any]:
-    memory = Memory()
-    sampling = threading.Thread(target=_sample_memory, args=(processes, memory))
-    sampling.start()
-    with _health(urlsplit(url).netloc) as health:
+    with _memory(processes) as memory, _health(urlsplit(url).netloc) as health:
         started = time.monotonic()
         answers = attack.send(url)
         seconds = time.monotonic() - started
-    memory.stopped.set()
-    sampling.join()
     slowest_s, failed = health
     return {
         "name": attack.name,
         "answers": ", ".join(f"{number} x {answer}" for answer, number in answers.items()),
-        **{f"{name}_gb": size / 1e9 for name, size in memory.largest.items()},
+        **{f"{name}_gb": size / 1e9 for name, size in memory.items()},
         "healthz_s": slowest_s,
         "healthz_failed": int(failed),
         "seconds": seconds,
     }
 
 
-def _sample_memory(processes: Mapping[str, psutil.Process], memory: Memory) -> None:
-    while not memory.stopped.wait(SAMPLE_S):
-        for name, process in processes.items():
-            with suppress(psutil.NoSuchProcess):  # killed for its memory
-                memory.largest[name] = max(memory.largest.get(name, 0), process.memory_info().rss)
+@contextmanager
+def _memory(processes: Mapping[str, psutil.Process]) -> Iterator[dict[str, int]]:
+    """Sample the memory of processes during the block. Yields the largest resident memory, in bytes."""
+    largest: dict[str, int] = {}
+    stopped = threading.Event()
+
+    def sample() -> None:
+        while not stopped.wait(SAMPLE_S):
+            for name, process in processes.items():
+                with suppress(psutil.NoSuchProcess):  # killed for its memory
+                    largest[name] = max(largest.get(name, 0), process.memory_info().rss)
+
+    sampling = threading.Thread(target=sample)
+    sampling.start()
+    try:
+        yield largest
+    finally:
+        stopped.set()
+        sampling.join()
 
 
 @contextmanager
@@ -349,6 +351,13 @@ def _server(repository: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str
     command = [sys.executable, "-m", "vidgen_ray", "serve", "--settings", "settings.yaml"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        # First the server: threads that wait for its answers end with it.
+        process.terminate()
+        sys.exit(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while b"Models loaded" not in (folder / "log").read_bytes():
             if process.poll() is not None:
@@ -362,12 +371,25 @@ def _server(repository: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str
                 processes |= {name: child for name, prefix in PROCESSES.items() if title.startswith(prefix)}
         yield url, processes
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _end(process)
         shutil.rmtree(folder, ignore_errors=True)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and kill the processes that it leaves."""
+    children: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 if __name__ == "__main__":
