@@ -88,6 +88,8 @@ class Size:
 
 FULL = Size(64, 2_000, 200, streams=200, polling_clients=1_000, stored_jobs=100_000, kills_s=120, kill_interval_s=10)
 QUICK = Size(8, 100, 15, streams=20, polling_clients=50, stored_jobs=5_000, kills_s=12, kill_interval_s=4)
+TINY = "tiny"
+"""Profile of the last part, with real stages and random weights."""
 POLL_INTERVAL_S = 10.0
 """Seconds between the requests of each polling client: what the server asks for if a job takes 100 s more."""
 PROGRESS_INTERVAL_S = 1.0
@@ -97,6 +99,8 @@ PROGRESS_INTERVAL_S = 1.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="Small sizes, without the profile `tiny`.")
+    parts = [*NO_OP_PARTS, TINY]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="Parts to measure. Default: all.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
     # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
@@ -106,10 +110,14 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     try:
         # Ray prints a message for every killed process, hence muted_stderr.
-        for part in (_no_op,) if args.quick else (_no_op, _tiny):
-            # One Ray instance per part: Serve's controller of the first part may still be stopping when the second one starts.
-            with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0):
-                rows += part(size, folder)
+        no_op = [part for name, part in NO_OP_PARTS.items() if name in args.parts]
+        tiny = [_tiny] if TINY in args.parts and not args.quick else []
+        for server, parts in ((_no_op_server, no_op), (_tiny_server, tiny)):
+            if parts:
+                # One Ray instance per server: Serve's controller of the first may still be stopping when the second one starts.
+                with redirect_stdout(sys.stderr), muted_stderr(), local_ray(0), server(folder) as running_server:
+                    for part in parts:
+                        rows += part(running_server, size)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = Table(title="Server overhead")
@@ -122,29 +130,6 @@ def main() -> int:
     if args.json:
         write_json(args.json, {"machine": machine(("vidgen-ray", "ray", "fastapi", "sqlalchemy")), "rows": rows})
     return 0
-
-
-def _no_op(size: Size, folder: Path) -> list[dict[str, Any]]:
-    weights = folder / "weights"
-    weights.mkdir()
-    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
-    actors = {stage.actor: {"weights": str(weights), "cpus": 0.5} for stage in ON_THESE_ACTORS.values()}
-    profile = folder / "no-op.yaml"
-    profile.write_text(yaml.safe_dump({"name": "no-op", "about": "does nothing", "cpu_workers": CPU_WORKERS, "actors": actors}))
-    with _server(str(profile), folder / "no-op", ON_THESE_ACTORS) as server:
-        rows = _added("no-op", server, size.sequential_jobs, SMALL)
-        rows += _with_streams(server, size)
-        rows += _with_polling_clients(server, size)
-        rows += _with_stored_jobs(server, size)
-        rows += _requests(server, size)
-        return rows + _kills(server, size)
-
-
-def _tiny(size: Size, folder: Path) -> list[dict[str, Any]]:
-    from vidgen_ray.graph import STAGE_BY_NAME
-
-    with _server("tiny", folder / "tiny", STAGE_BY_NAME) as server:
-        return _added("tiny", server, size.sequential_jobs // 4, {})
 
 
 # Server and client
@@ -181,6 +166,26 @@ def _server(profile: str, data: Path, stages: Mapping[str, Any]) -> Iterator[Ser
         server.wait_until_accepting(threading.Event())
         server.wait_until_ready(threading.Event())
         yield Server(port, open_store(settings))
+
+
+@contextmanager
+def _no_op_server(folder: Path) -> Iterator[Server]:
+    weights = folder / "weights"
+    weights.mkdir()
+    (weights / "animevideov3.safetensors").write_bytes(b"nothing")
+    actors = {stage.actor: {"weights": str(weights), "cpus": 0.5} for stage in ON_THESE_ACTORS.values()}
+    profile = folder / "no-op.yaml"
+    profile.write_text(yaml.safe_dump({"name": "no-op", "about": "does nothing", "cpu_workers": CPU_WORKERS, "actors": actors}))
+    with _server(str(profile), folder / "no-op", ON_THESE_ACTORS) as server:
+        yield server
+
+
+@contextmanager
+def _tiny_server(folder: Path) -> Iterator[Server]:
+    from vidgen_ray.graph import STAGE_BY_NAME
+
+    with _server(TINY, folder / "tiny", STAGE_BY_NAME) as server:
+        yield server
 
 
 class Client:
@@ -240,6 +245,14 @@ def _quantiles(what: str, milliseconds: list[float]) -> list[dict[str, Any]]:
 
 
 # The parts
+
+
+def _one_by_one(server: Server, size: Size) -> list[dict[str, Any]]:
+    return _added("no-op", server, size.sequential_jobs, SMALL)
+
+
+def _tiny(server: Server, size: Size) -> list[dict[str, Any]]:
+    return _added(TINY, server, size.sequential_jobs // 4, {})
 
 
 def _added(
@@ -393,6 +406,17 @@ def _final_states(server: Server, ids: list[str]) -> dict[str, int]:
                 unfinished.discard(job_id)
         time.sleep(POLL_S)
     return counts
+
+
+NO_OP_PARTS: dict[str, Callable[[Server, Size], list[dict[str, Any]]]] = {
+    "added": _one_by_one,
+    "streams": _with_streams,
+    "polling": _with_polling_clients,
+    "stored": _with_stored_jobs,
+    "requests": _requests,
+    "kills": _kills,
+}
+"""Parts with stages that do nothing, in order. Jobs that `stored` adds stay for the next ones."""
 
 
 @contextmanager
