@@ -42,6 +42,14 @@
       if (width > room) problems.push(`${describe(select)} cuts "${text}": ${width.toFixed(0)} px, has ${room.toFixed(0)}`);
     }
   }
+  for (const heading of document.querySelectorAll("th")) {
+    if (!isVisible(heading)) continue;
+    const style = getComputedStyle(heading);
+    context.font = style.font;
+    const room = heading.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+    for (const word of heading.textContent.split(" "))
+      if (context.measureText(word).width > room + 1) problems.push(`the heading "${heading.textContent}" is broken inside a word`);
+  }
   if (document.documentElement.scrollWidth > innerWidth)
     problems.push(`${document.documentElement.scrollWidth} px wide in a window of ${innerWidth}`);
   return problems;

@@ -96,3 +96,11 @@ def test_generate_button_and_running_clip_are_visible_without_scrolling(site, op
     expect(page.get_by_role("button", name="Generate")).to_be_in_viewport(ratio=1)
     expect(page.get_by_label("Prompt", exact=True)).to_be_in_viewport(ratio=1)
     assert re.match(r"Generating the clip", card.locator(".status").text_content())
+
+
+def test_focused_field_is_above_the_submit_bar(site, open_page):
+    page = open_page(site.url, viewport=PHONE)
+    page.locator(".settings-fold").evaluate("fold => { fold.open = true; }")
+    page.get_by_label("Frames", exact=True).focus()
+    field, bar = (page.locator(selector).bounding_box() for selector in ("#num_frames", ".submit"))
+    assert field["y"] + field["height"] < bar["y"]

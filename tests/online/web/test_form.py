@@ -14,9 +14,9 @@ from vidgen_ray.consent import Consent
 from vidgen_ray.online.store.jobs import JobKind
 
 expect = playwright.expect
-DROP = """([selector, name, bytes]) => {
+DROP = """([selector, name, bytes, type = "image/png"]) => {
   const data = new DataTransfer();
-  data.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+  data.items.add(new File([new Uint8Array(bytes)], name, { type }));
   const target = document.querySelector(selector);
   for (const type of ["dragover", "drop"])
     target.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
@@ -167,6 +167,7 @@ def test_photo_of_a_person_needs_a_consent(site, open_page, tmp_path):
 
 def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_page, grey):
     page = open_page(site.url)
+    fold = page.locator(".settings-fold")
     content = list(Path(grey).read_bytes())
     page.get_by_label("Start image").first.set_input_files(grey)
     expect(page.locator("#image-tray img")).to_have_count(1)
@@ -174,6 +175,8 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     site.wait_for_jobs(1)
     expect(page.locator("#clips video")).to_have_count(1)
     page.locator("#image-tray input").uncheck()
+    page.evaluate(DROP, ["[data-drop=image]", "phone.heic", content, "image/heic"])
+    expect(page.locator("#image-error")).to_have_text("phone.heic: choose a JPEG, PNG or WebP image.")
     page.evaluate(DROP, ["[data-drop=image]", "dropped.png", content])
     expect(page.locator("#image-tray input")).to_be_checked()
     generate(page, "dropped")
@@ -185,8 +188,10 @@ def test_start_image_is_chosen_dropped_pasted_or_taken_from_a_clip(site, open_pa
     page.get_by_label("Prompt", exact=True).focus()
     # As Excel copies cells.
     assert page.evaluate(PASTE, ["cells.png", content, "text"])
+    fold.evaluate("fold => { fold.open = false; }")
     assert not page.evaluate(PASTE, ["pasted.png", content])
     expect(page.locator("#image-tray input")).to_be_checked()
+    expect(fold).to_have_attribute("open", "")
     generate(page, "pasted")
     site.wait_for_jobs(3)
     expect(page.locator("#clips video")).to_have_count(3)

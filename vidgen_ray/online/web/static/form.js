@@ -30,7 +30,7 @@ function showError(name, message) {
   const field = form.elements[name];
   const control = field instanceof RadioNodeList ? field[0] : field;
   control.setAttribute("aria-invalid", "true");
-  for (let fold = control.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  openFolds(control);
   return control;
 }
 
@@ -71,7 +71,8 @@ function selectCharacter({ id, name }) {
 function addImages(control, files) {
   const images = [...files].filter((file) => IMAGE_KINDS.includes(file.type));
   const input = form.elements[control];
-  if (!images.length || !input) return;
+  if (!files.length || !input) return;
+  if (!images.length) return void showError(control, `${files[0].name}: choose a JPEG, PNG or WebP image.`);
   byId(`${control}-error`).hidden = true;
   input.removeAttribute("aria-invalid");
   for (const file of control === "image" ? images.slice(0, 1) : images) {
@@ -92,6 +93,7 @@ async function store(control, file) {
     if (control === "image") tray.replaceChildren();
     if (tray.querySelector(`[value="${result.id}"]`)) return; // the same photo again
     tray.append(parseHtml(result.html));
+    openFolds(tray); // it may have been pasted or dropped
     if (control === "photo" && form.elements.character) form.elements.character.value = "";
     announce(control === "photo" ? `${file.name}: face found` : `${file.name}: start image set`);
   } catch {
@@ -181,9 +183,14 @@ function addLora(button) {
   row.querySelector("select").focus();
 }
 
+/** Open all folds around an element. */
+function openFolds(element) {
+  for (let fold = element.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+}
+
 /** Scroll the form to a control and focus it. */
 function reveal(control) {
-  for (let fold = control.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  openFolds(control);
   control.focus({ preventScroll: true });
   control.scrollIntoView({ block: "center", behavior: "smooth" });
 }
