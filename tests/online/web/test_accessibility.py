@@ -98,9 +98,15 @@ def test_generate_button_and_running_clip_are_visible_without_scrolling(site, op
     assert re.match(r"Generating the clip", card.locator(".status").text_content())
 
 
-def test_focused_field_is_above_the_submit_bar(site, open_page):
+def test_invalid_field_is_shown_above_the_submit_bar(site, open_page):
     page = open_page(site.url, viewport=PHONE)
     page.locator(".settings-fold").evaluate("fold => { fold.open = true; }")
-    page.get_by_label("Frames", exact=True).focus()
+    page.get_by_label("Prompt", exact=True).fill("a boat")
+    frames = page.get_by_label("Frames", exact=True)
+    frames.fill("999")
+    # At the lower edge of the window, behind the bar.
+    frames.evaluate("field => scrollBy(0, field.getBoundingClientRect().bottom - innerHeight)")
+    page.get_by_role("button", name="Generate").click()
+    expect(frames).to_be_focused()
     field, bar = (page.locator(selector).bounding_box() for selector in ("#num_frames", ".submit"))
     assert field["y"] + field["height"] < bar["y"]
