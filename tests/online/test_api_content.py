@@ -157,7 +157,9 @@ def test_n_images_have_different_seeds(client):
 
 
 def test_image_response_format_url(client):
-    answer = client.post("/v1/images/generations", json={"prompt": "x", "size": "64x64", "response_format": "url"}).json()
+    body = {"prompt": "x", "size": "64x64", "response_format": "url", "output_format": "webp"}
+    answer = client.post("/v1/images/generations", json=body).json()
+    assert answer["output_format"] == "png"
     assert client.get(answer["data"][0]["url"]).headers["content-type"] == "image/png"
 
 

@@ -1,9 +1,9 @@
-"""Queue of the HTTP proxy: requests that start at a time, and health checks."""
+"""Middlewares of the HTTP proxy: requests that start at a time, health checks, and request ids."""
 
 import asyncio
 from pathlib import Path
 
-from vidgen_ray.online.request_queue import ENVIRONMENT, RequestQueue
+from vidgen_ray.online.request_queue import ENVIRONMENT, RequestQueue, middlewares
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 20
@@ -72,6 +72,25 @@ def test_open_stream_and_slow_request_occupy_no_slot():
         await request(queue, "/last")
         for stream in streams:
             stream.cancel()
+
+    run(scenario())
+
+
+def test_response_has_one_request_id():
+    from ray.serve._private.http_util import _apply_middlewares
+
+    async def sync_video(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"video_1")]})
+
+    async def scenario():
+        started = []
+
+        async def keep(message):
+            started.append(message)
+
+        app = _apply_middlewares(sync_video, middlewares())
+        await app({"type": "http", "path": "/v1/videos/sync", "headers": []}, None, keep)
+        assert [value for name, value in started[0]["headers"] if name.lower() == b"x-request-id"] == [b"video_1"]
 
     run(scenario())
 

@@ -153,7 +153,8 @@ async def _respond(
         else ImageResult(b64_json=await asyncio.to_thread(_encode_result, server, job, options))
         for job in ended
     ]
-    body = ImagesResponse(created=int(time.time()), data=data, output_format=options.output_format, size=_size(ended[0]))
+    output_format = "png" if options.response_format == "url" else options.output_format
+    body = ImagesResponse(created=int(time.time()), data=data, output_format=output_format, size=_size(ended[0]))
     return JSONResponse(body.model_dump(mode="json", exclude_none=True))
 
 

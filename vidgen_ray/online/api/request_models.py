@@ -472,7 +472,7 @@ class CreateImages(_Generation):
     """Prefix of the names of server-sent events."""
 
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="Return files in base64, or URLs.")
-    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="File format.")
+    output_format: Literal["png", "webp", "jpeg"] = Field("png", description="File format of b64_json. URLs are of PNG files.")
     output_compression: int = Field(90, ge=0, le=100, description="Quality of webp and jpeg.")
     background: Literal["auto", "opaque"] = Field("auto", description="Accepted, without effect: images are opaque.")
     stream: bool = Field(False, description="Respond with server-sent events.")
