@@ -20,7 +20,7 @@ from tests.online.test_api_limits import png
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.media import image_size, read_image, verify_image
-from vidgen_ray.online.asgi_app import FRAMEWORK_THREADS, THREADS
+from vidgen_ray.online.asgi_app import THREADS
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.inputs import uploads
 from vidgen_ray.online.inputs.memory import ByteBudget
@@ -251,16 +251,15 @@ def test_large_json_bodies_are_parsed_one_at_a_time(server, monkeypatch):
 
 def test_database_has_a_connection_for_each_thread(database_url):
     store = JobStore(database_url)
-    threads = THREADS + FRAMEWORK_THREADS
-    everyone = threading.Barrier(threads)
+    everyone = threading.Barrier(THREADS)
 
     def hold():
         with store._database.read_connection() as connection:
             connection.exec_driver_sql("SELECT 1")
             everyone.wait(20)
 
-    with ThreadPoolExecutor(threads) as pool:
-        for task in [pool.submit(hold) for _ in range(threads)]:
+    with ThreadPoolExecutor(THREADS) as pool:
+        for task in [pool.submit(hold) for _ in range(THREADS)]:
             task.result()
     store.close()
 

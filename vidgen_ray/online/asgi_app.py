@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
-from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -48,10 +47,12 @@ DESCRIPTION = """Videos and images from text, photos and LoRAs, in the format of
 
 Create requests accept JSON or a form. Every error is `{"error": {"message", "type", "param", "code"}}`."""
 
-THREADS = 32
-"""Threads for blocking calls."""
-FRAMEWORK_THREADS = POOL_SIZE - THREADS
-"""Threads in which the framework authenticates requests and reads files. They use the database, too."""
+THREADS = POOL_SIZE
+"""Threads of `asyncio.to_thread` for blocking calls, each with a connection to the database.
+
+Starlette's `run_in_threadpool` is not used: in Ray Serve's event loop, each call looks through all tasks, of which 1,000 event
+streams have several thousand.
+"""
 
 document = APIRouter()
 
@@ -131,7 +132,6 @@ def _empty_app(settings: OnlineSettings, store: JobStore) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Ray sizes the loop's default executor by the replica's CPUs, which is too few threads for blocking database calls.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "api"))
-        to_thread.current_default_thread_limiter().total_tokens = FRAMEWORK_THREADS
         yield
         store.close()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import Depends, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from vidgen_ray.online.auth import Tenant
@@ -31,7 +31,7 @@ async def tenant_of(
     """Authenticate the request. Raises ApiError 400, 401, 403 or 429; see `Authenticator.api_tenant`."""
     key = credentials.credentials if credentials else None
     if server.auth.reads_session(request):
-        return await run_in_threadpool(server.auth.api_tenant, request, key)
+        return await asyncio.to_thread(server.auth.api_tenant, request, key)
     return server.auth.api_tenant(request, key)
 
 

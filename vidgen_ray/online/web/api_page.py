@@ -1,9 +1,9 @@
 """Page about the API: its operations, from the OpenAPI document."""
 
+import asyncio
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,7 +26,7 @@ def api_page_routes(context: PageContext, app: FastAPI) -> APIRouter:
     async def api_page(request: Request, tenant: Tenant) -> Response:
         if not context.server.settings.docs:
             return context.message(request, 404, "Not found", "The documentation of the API is turned off on this server.")
-        groups = await run_in_threadpool(_operations, app)
+        groups = await asyncio.to_thread(_operations, app)
         url = f"{request.base_url}".rstrip("/")
         return context.render(request, "api.html", groups=groups, url=url, model=next(iter(context.server.models)))
 

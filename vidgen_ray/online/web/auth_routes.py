@@ -1,7 +1,8 @@
 """Sign-in and sign-out routes, for servers with API keys."""
 
+import asyncio
+
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -16,7 +17,7 @@ def auth_routes(context: PageContext) -> APIRouter:
 
     @router.get("/sign-in")
     async def sign_in_form(request: Request) -> Response:
-        if await run_in_threadpool(context.server.auth.page_tenant, request):
+        if await asyncio.to_thread(context.server.auth.page_tenant, request):
             return RedirectResponse(f"{base_path(request)}/", 303)
         return context.render(request, "sign_in.html", error=None)
 
@@ -28,7 +29,7 @@ def auth_routes(context: PageContext) -> APIRouter:
             key = (await small_form(request, context.server.settings.uploads)).get("key", "").strip()
         except ApiError as error:
             return context.render(request, "message.html", error.status, heading="Not signed in", message=error.message)
-        token = await run_in_threadpool(context.server.auth.sign_in, key)
+        token = await asyncio.to_thread(context.server.auth.sign_in, key)
         if token is None:
             return context.render(request, "sign_in.html", 403, error="Invalid API key.")
         response = RedirectResponse(f"{base_path(request)}/", 303)
@@ -48,7 +49,7 @@ def auth_routes(context: PageContext) -> APIRouter:
     async def sign_out(request: Request) -> Response:
         if not is_same_origin(request):
             return context.cross_origin_response(request)
-        await run_in_threadpool(context.server.auth.sign_out, request)
+        await asyncio.to_thread(context.server.auth.sign_out, request)
         response = RedirectResponse(f"{base_path(request)}/sign-in", 303)
         response.delete_cookie(SESSION_COOKIE, path=f"{base_path(request)}/", httponly=True, samesite="strict")
         return response

@@ -1,9 +1,9 @@
 """Routes that list, cancel, delete and download jobs of the page, one or several."""
 
+import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from zipstream import ZipStream
@@ -29,7 +29,7 @@ def clip_routes(context: PageContext) -> APIRouter:
     service = context.server.job_service
 
     async def gallery(request: Request, tenant: Tenant) -> Response:
-        page = await run_in_threadpool(gallery_page, context.server, tenant, request.query_params)
+        page = await asyncio.to_thread(gallery_page, context.server, tenant, request.query_params)
         if page is None:
             return context.message(request, 404, *NOT_FOUND)
         cards = [context.card(job, base_path(request)) for job in page.jobs]
@@ -52,7 +52,7 @@ def clip_routes(context: PageContext) -> APIRouter:
     async def delete_selected(request: Request, tenant: Tenant) -> Response:
         async with receive(request, context.server.settings.uploads) as received:
             ids = texts_of(received.fields.get("id"))
-        jobs = await run_in_threadpool(jobs_with_ids, context.server, tenant, ids)
+        jobs = await asyncio.to_thread(jobs_with_ids, context.server, tenant, ids)
         return await delete_all(request, tenant, [job.id for job in jobs])
 
     async def delete_all(request: Request, tenant: Tenant, ids: list[str]) -> Response:
@@ -64,7 +64,7 @@ def clip_routes(context: PageContext) -> APIRouter:
 
     async def download_selected(request: Request, tenant: Tenant) -> Response:
         ids = request.query_params.getlist("id")
-        archive = await run_in_threadpool(lambda: _archive(context.server.outputs, jobs_with_ids(context.server, tenant, ids)))
+        archive = await asyncio.to_thread(lambda: _archive(context.server.outputs, jobs_with_ids(context.server, tenant, ids)))
         if not archive.num_queued():
             return context.message(request, 404, "Nothing to download", "Select clips that are completed.")
         headers = {"Content-Disposition": 'attachment; filename="clips.zip"', "Content-Length": str(len(archive))}

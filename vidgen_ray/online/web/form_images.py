@@ -1,10 +1,10 @@
 """Images of the form: store one when it is chosen, find the face in a photo, and show stored images."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from vidgen_ray.errors import StageError
@@ -50,7 +50,7 @@ async def store_image(context: PageContext, tenant: Tenant, file: UploadFile, co
     upload = await uploads.store(tenant, file.file, control)
     path = uploads.find(tenant.name, upload.id)
     assert path is not None
-    width, height = await run_in_threadpool(image_size, path)
+    width, height = await asyncio.to_thread(image_size, path)
     faces: tuple[Box, ...] = ()
     if control == "photo":
         try:
@@ -64,8 +64,8 @@ async def store_image(context: PageContext, tenant: Tenant, file: UploadFile, co
 async def thumbnail_of(context: PageContext, tenant: Tenant, upload_id: str) -> bytes | None:
     """Return a small WebP of a stored image, or `None` if the tenant has no such image."""
     uploads = context.server.job_service.uploads
-    path = await run_in_threadpool(uploads.find, tenant.name, upload_id)
-    return None if path is None else await run_in_threadpool(encode_thumbnail, await uploads.read(path))
+    path = await asyncio.to_thread(uploads.find, tenant.name, upload_id)
+    return None if path is None else await asyncio.to_thread(encode_thumbnail, await uploads.read(path))
 
 
 def face_message(error: StageError) -> str:

@@ -1,11 +1,11 @@
 """Create the jobs of a submitted form, and return the fields of an existing job for a new form."""
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from vidgen_ray.consent import Consent
@@ -55,7 +55,7 @@ async def create_jobs(
         fields["character"] = name
         # The controls are hidden for a character, which has a consent of its own.
         fields.pop("consent", None)
-        if character := await run_in_threadpool(server.store.characters.get, name, tenant.name):
+        if character := await asyncio.to_thread(server.store.characters.get, name, tenant.name):
             job_request["character"] = character.name
     image_ids = [*await _store_images(context, tenant, _sent_files(received, "image"), "image"), *values.image_ids]
     if image_ids:
@@ -103,9 +103,9 @@ async def _save_character(
         raise FormError({"save_as": "Choose a photo to save."})
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise FormError({"save_as": f"Must be 1 to {MAX_NAME_LENGTH} printable characters."})
-    consent = await run_in_threadpool(context.server.job_service.consent_of_character, tenant, photo_ids, declared)
+    consent = await asyncio.to_thread(context.server.job_service.consent_of_character, tenant, photo_ids, declared)
     try:
-        return await run_in_threadpool(context.server.store.characters.create, tenant.name, name, photo_ids, consent)
+        return await asyncio.to_thread(context.server.store.characters.create, tenant.name, name, photo_ids, consent)
     except NameTaken:
         raise FormError({"save_as": "A character with this name and other photos exists."}) from None
 
@@ -134,7 +134,7 @@ async def job_of(context: PageContext, tenant: Tenant, job_id: object) -> Job | 
     """Return a job of the tenant, or `None` if it has no such job."""
     if not isinstance(job_id, str) or not JOB_ID.fullmatch(job_id):
         return None
-    return await run_in_threadpool(context.server.store.get, job_id, tenant.name)
+    return await asyncio.to_thread(context.server.store.get, job_id, tenant.name)
 
 
 def values_like(context: PageContext, tenant: Tenant, job: Job) -> FormValues:

@@ -1,12 +1,12 @@
 """Server-sent events of the page: the changes of a tenant's jobs."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from vidgen_ray.online.auth import Tenant
@@ -38,6 +38,7 @@ async def _events(context: PageContext, request: Request, tenant: Tenant, cursor
                 yield ServerSentEvent(data, event="changes", id=str(changes.cursor))
             if time.monotonic() - checked_at >= SESSION_CHECK_S:
                 checked_at = time.monotonic()
-                if await run_in_threadpool(context.server.auth.session_tenant, request) is None:
+                auth = context.server.auth
+                if auth.reads_session(request) and await asyncio.to_thread(auth.session_tenant, request) is None:
                     yield ServerSentEvent("", event="signed-out", id=str(changes.cursor))
                     return

@@ -1,5 +1,6 @@
 """Templates, security headers and the checks of every request, shared by the routes of the page."""
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 from cachetools import LRUCache
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
@@ -60,7 +60,7 @@ class PageContext:
         async def route(request: Request) -> Response:
             auth = self.server.auth
             reads_session = auth.reads_session(request)
-            tenant = await run_in_threadpool(auth.page_tenant, request) if reads_session else auth.page_tenant(request)
+            tenant = await asyncio.to_thread(auth.page_tenant, request) if reads_session else auth.page_tenant(request)
             if tenant is None:
                 return _signed_out_response(request)
             if request.method == "POST" and not is_same_origin(request):

@@ -1,11 +1,11 @@
 """Routes of the page: the page itself, its form, the images of the form, the queue and the event stream."""
 
+import asyncio
 import secrets
 import time
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
@@ -49,10 +49,10 @@ def page_routes(context: PageContext) -> APIRouter:
     router = APIRouter(include_in_schema=False)
 
     async def index(request: Request, tenant: Tenant) -> Response:
-        return await run_in_threadpool(_render_page, context, request, tenant)
+        return await asyncio.to_thread(_render_page, context, request, tenant)
 
     async def form(request: Request, tenant: Tenant) -> Response:
-        return await run_in_threadpool(lambda: context.render(request, "form.html", **_form_of(context, request, tenant)))
+        return await asyncio.to_thread(lambda: context.render(request, "form.html", **_form_of(context, request, tenant)))
 
     async def create(request: Request, tenant: Tenant) -> Response:
         values = FormValues()
@@ -102,7 +102,7 @@ def page_routes(context: PageContext) -> APIRouter:
         return Response(webp, media_type="image/webp", headers=HEADERS | caching)
 
     async def queue(request: Request, tenant: Tenant) -> Response:
-        base, jobs = base_path(request), await run_in_threadpool(_queue_of, context.server, tenant)
+        base, jobs = base_path(request), await asyncio.to_thread(_queue_of, context.server, tenant)
         updates = [context.job_update(job, base, with_card=False) for job in jobs]
         estimates = [estimate_text(await context.server.queue_estimator.estimate(job)) for job in jobs]
         content = [{**update, "estimate": estimate} for update, estimate in zip(updates, estimates, strict=True)]
@@ -113,7 +113,7 @@ def page_routes(context: PageContext) -> APIRouter:
         context.server.event_streams.check_room(tenant)
         since = request.query_params.get("since", "")
         cursor = (
-            int(since) if is_number(since, MAX_CURSOR_DIGITS) else await run_in_threadpool(context.server.store.latest_version)
+            int(since) if is_number(since, MAX_CURSOR_DIGITS) else await asyncio.to_thread(context.server.store.latest_version)
         )
         return event_stream(context, request, tenant, cursor)
 
@@ -132,7 +132,7 @@ async def _form_error_response(
 ) -> Response:
     if wants_json(request):
         return JSONResponse({"message": error.message, "errors": error.errors}, error.status, HEADERS)
-    return await run_in_threadpool(_render_page, context, request, tenant, values, error)
+    return await asyncio.to_thread(_render_page, context, request, tenant, values, error)
 
 
 def _render_page(
