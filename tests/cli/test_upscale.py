@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
 from vidgen_ray.errors import SetupError
+from vidgen_ray.upscale import preview
+from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale.calibration import CalibrationProgress
+from vidgen_ray.upscale.source import read_source
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -235,6 +239,28 @@ def test_interrupt_exits_with_130_and_resumes(tmp_path, weights):
     assert not list(folder.glob(".tmp-*"))
 
 
+def read_source_dropping_an_interrupt(video):
+    """Read a video. Ctrl-C is pressed meanwhile, and its exception is dropped, as some imports of libraries do."""
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return read_source(video)
+
+
+def test_an_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, monkeypatch):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, 12)
+    arguments = tmp_path / "a.mp4", tmp_path / "b.mp4", "-o", tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(upscale_run, "read_source", read_source_dropping_an_interrupt)
+        patched.setattr(preview, "read_source", read_source_dropping_an_interrupt)
+        for options in ((), ("--preview", "1s")):
+            code, _, errors = run(*arguments, *options)
+            assert code == 130
+            assert errors.endswith("vidgen: interrupted. Run the same command to resume.\n")
+            assert not list((tmp_path / "out").glob("*.mp4"))
+    assert run(*arguments)[0] == 0
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("count", "max_growth_mb"),
@@ -308,7 +334,10 @@ def test_calibration_of_a_node_streams_its_progress(monkeypatch):
 
 @pytest.mark.timeout(600)
 def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, capsys):
-    """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk."""
+    """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk.
+
+    A run before is interrupted, and the exception is dropped.
+    """
     import ray
 
     from vidgen_ray.engine import upscale_workers
@@ -342,8 +371,13 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
+    command_line = ["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", "auto"]
     try:
-        code = main(["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", "auto"])
+        with monkeypatch.context() as patched:
+            patched.setattr(upscale_run, "read_source", read_source_dropping_an_interrupt)
+            assert main(command_line) == 130
+        assert not marker.exists()
+        code = main(command_line)
     finally:
         ray.shutdown()
     assert code == 0

@@ -3,6 +3,7 @@
 import os
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 
 import av
 import numpy as np
@@ -265,6 +266,29 @@ def failing_at(frame):
             raise RuntimeError("disk lost")
 
     return on_progress
+
+
+def test_an_interrupt_is_noticed_while_a_segment_is_made(tmp_path, upscale, short_segments):
+    video = write_video(tmp_path / "in.mp4", 23)
+    upscale(video, tmp_path / "whole.mp4")
+    out = tmp_path / "out" / "whole.mp4"
+    pressed, noticed = Event(), Event()
+
+    def check_interrupt():
+        if pressed.is_set():
+            noticed.set()
+            raise KeyboardInterrupt
+
+    def on_progress(done, total, made):
+        if made == 8:
+            pressed.set()
+            noticed.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale(video, out, runner=Threads(1, check_interrupt), on_progress=on_progress)
+    assert not out.exists()
+    assert upscale(video, out).resumed_frames >= 5
+    assert sha256_of(out) == sha256_of(tmp_path / "whole.mp4")
 
 
 def test_other_settings_do_not_resume(tmp_path, upscale, short_segments):

@@ -37,7 +37,8 @@ def stoppable(grace_s: float, unit: str = "shots") -> Iterator[threading.Event]:
 def remembered_interrupt() -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if Ctrl-C was pressed in the block.
 
-    Ctrl-C itself raises it, too. But Python drops an exception that is raised in a destructor or a callback of the interpreter.
+    Ctrl-C itself raises it, too. But Python drops an exception that is raised in a destructor or a callback of the interpreter,
+    and libraries that are imported catch some. Call the function about once a second in long work.
     """
     pressed = threading.Event()
 

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
@@ -154,12 +154,12 @@ def upscale(
         interruptible(),
         remembered_interrupt() as check_interrupt,
         redirect_stdout(sys.stderr),
-        _runner(address, options.model, device, workers, calibrate_again) as machine,
+        _runner(address, options.model, device, workers, calibrate_again, check_interrupt) as machine,
     ):
         calibration, runner = machine
         results = []
         for video, target in targets:
-            results.append(_upscale_one(video, target, options, calibration, runner, seconds))
+            results.append(_upscale_one(video, target, options, calibration, runner, seconds, check_interrupt))
             check_interrupt()
     failed = sum("error" in result for result in results)
     if as_json:
@@ -170,13 +170,24 @@ def upscale(
 
 
 def _upscale_one(
-    video: Path, target: Path, options: UpscaleOptions, calibration: Calibration, runner: SegmentRunner, preview_s: float | None
+    video: Path,
+    target: Path,
+    options: UpscaleOptions,
+    calibration: Calibration,
+    runner: SegmentRunner,
+    preview_s: float | None,
+    check_interrupt: Callable[[], None],
 ) -> dict[str, Any]:
     """Upscale a video, and print its result. Return it, or the error."""
     try:
         with _progress(video.name, is_compiled=calibration.settings.compiled) as on_progress:
             if preview_s is not None:
-                report = write_preview(video, target, options, calibration, preview_s, on_progress=on_progress)
+
+                def on_frame(done: int, total: int, made: int) -> None:
+                    check_interrupt()
+                    on_progress(done, total, made)
+
+                report = write_preview(video, target, options, calibration, preview_s, on_progress=on_frame)
             else:
                 report = upscale_file(video, target, options, calibration, runner, on_progress=on_progress)
     except SegmentFailed as failed:
@@ -203,27 +214,39 @@ def _failure(video: Path, message: str) -> dict[str, Any]:
 
 @contextmanager
 def _runner(
-    address: str | None, model: UpscaleModel, device: str | None, workers: int | None, again: bool
+    address: str | None,
+    model: UpscaleModel,
+    device: str | None,
+    workers: int | None,
+    again: bool,
+    check_interrupt: Callable[[], None],
 ) -> Iterator[tuple[Calibration, SegmentRunner]]:
     """Yield the settings of the network, and what makes segments: threads of this process, or a Ray cluster."""
 
     try:
         if address is None:
             with _CalibrationView(model.name, "on this machine") as view:
-                calibration = calibrate(model, device or _default_device(), again=again, on_progress=view)
+
+                def on_progress(progress: CalibrationProgress) -> None:
+                    check_interrupt()
+                    view(progress)
+
+                calibration = calibrate(model, device or _default_device(), again=again, on_progress=on_progress)
             if workers is not None and workers != calibration.workers:
                 calibration = calibration.with_workers(workers)
             _report(model, calibration, with_table=view.is_measured)
-            yield calibration, Threads(calibration.workers)
+            yield calibration, Threads(calibration.workers, check_interrupt)
             return
         from vidgen_ray.engine.ray_cluster import connected
         from vidgen_ray.engine.upscale_workers import RayRunner, calibrate_on_cluster
 
         with connected(address, cpus=1):
             with _CalibrationView(model.name, "on a node of the cluster") as view:
-                calibration = calibrate_on_cluster(model, again=again, on_progress=view, on_wait=_note)
+                calibration = calibrate_on_cluster(
+                    model, again=again, on_progress=view, on_wait=_note, check_interrupt=check_interrupt
+                )
             _report(model, calibration, with_table=view.is_measured)
-            yield calibration, RayRunner(workers, on_wait=_note)
+            yield calibration, RayRunner(workers, _note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
 

@@ -5,6 +5,7 @@ Each actor reads the source itself, so all nodes need the file. Only encoded seg
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.engine.retries import ATTEMPTS, first_line
 from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.upscale.calibration import Calibration, CalibrationListener, CalibrationProgress, calibrate
-from vidgen_ray.upscale.job import Segment, SegmentFailed, SegmentWorker, UpscaleJob
+from vidgen_ray.upscale.job import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings
 
@@ -61,15 +62,25 @@ class _Pending:
 class RayRunner:
     """Runs segments on the nodes of the connected Ray cluster. See `SegmentRunner`."""
 
-    def __init__(self, max_workers: int | None = None, on_wait: Callable[[str], None] = lambda message: None) -> None:
-        """`max_workers`: maximum number of actors. `None`: as many as the cluster has room for."""
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        on_wait: Callable[[str], None] = lambda message: None,
+        check_interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`max_workers`: maximum number of actors. `None`: as many as the cluster has room for.
+
+        `check_interrupt` is called every CHECK_S at least, and ends the work if it raises.
+        """
         self._max_workers = max_workers
         self._on_wait = on_wait
+        self._check_interrupt = check_interrupt
 
     def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
         """Write the files of the segments to the folder. `on_frame` is called for all frames of a segment at its end.
 
-        A segment is tried again on another worker, also after a crash or the loss of a node. Raises SegmentFailed.
+        A segment is tried again on another worker, also after a crash or the loss of a node. Raises SegmentFailed, and what
+        `check_interrupt` raises.
         """
         count = min(len(segments), cluster_slots(job.settings), self._max_workers or len(segments))
         if not count:
@@ -93,12 +104,13 @@ class RayRunner:
         last_result = time.monotonic()
         noted = False
         while waiting or running:
+            self._check_interrupt()
             while waiting and (choice := _choose(waiting, idle, len(actors))) is not None:
                 pending, worker = choice
                 waiting.remove(pending)
                 idle.remove(worker)
                 running[actors[worker].make.remote(pending.segment)] = pending, worker
-            ready, _ = ray.wait(list(running), timeout=1.0)
+            ready, _ = ray.wait(list(running), timeout=CHECK_S)
             if not ready and not noted and time.monotonic() - last_result > WAIT_NOTE_S and not _has_started(actors):
                 noted = True
                 self._on_wait(f"waiting for the cluster: needs {_needed(job.settings)} for each of {len(actors)} workers")
@@ -150,18 +162,25 @@ def calibrate_on_cluster(
     again: bool = False,
     on_progress: CalibrationListener = lambda progress: None,
     on_wait: Callable[[str], None] = lambda message: None,
+    check_interrupt: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Return the calibration of a node of the cluster, one with a GPU if there is any. All workers use its settings.
 
-    `on_wait` is called with a message if no node is free. Raises what `calibrate` raises.
+    `on_wait` is called with a message if no node is free. `check_interrupt` is called every CHECK_S at least, and ends the
+    call if it raises. Raises what `calibrate` raises.
     """
     on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
     task = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=0, num_returns="streaming")(_calibrate)
     items = task.remote(model, "cuda" if on_gpu else "cpu", again)
-    if not ray.wait([items], timeout=WAIT_NOTE_S)[0]:
-        on_wait(f"waiting for the cluster: the calibration needs 1 CPU{' and a GPU' if on_gpu else ''}")
+    note_at = time.monotonic() + WAIT_NOTE_S
     try:
         while True:
+            while not ray.wait([items], timeout=CHECK_S)[0]:
+                check_interrupt()
+                if time.monotonic() > note_at:
+                    on_wait(f"waiting for the cluster: the calibration needs 1 CPU{' and a GPU' if on_gpu else ''}")
+                    note_at = math.inf
+            note_at = math.inf
             item: CalibrationProgress | Calibration = ray.get(next(items))
             if isinstance(item, Calibration):
                 return item

@@ -37,6 +37,8 @@ FRAMES_AHEAD = 4
 CALLS_AHEAD = 2
 """Calls of the network that run or wait while a frame is encoded, relative to those that run at the same time."""
 MAX_SCALE = 16
+CHECK_S = 0.5
+"""Seconds between two checks for an interrupt while threads make segments."""
 
 
 class Segment(NamedTuple):
@@ -255,11 +257,16 @@ class Background(Generic[T]):
 class Threads:
     """Runs segments in threads of this process, each with a network of its own."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, check_interrupt: Callable[[], None] = lambda: None) -> None:
+        """`check_interrupt` is called in the calling thread, every CHECK_S. It ends the work if it raises."""
         self._workers = workers
+        self._check_interrupt = check_interrupt
 
     def __call__(self, job: UpscaleJob, segments: Sequence[Segment], folder: Path, on_frame: Callable[[Segment], None]) -> None:
-        """Write the files of the segments to the folder. Raises SegmentFailed for the first one that fails."""
+        """Write the files of the segments to the folder.
+
+        Raises SegmentFailed for the first one that fails, and what `check_interrupt` raises.
+        """
         waiting = deque(segments)
         stop = threading.Event()
         failures: list[BaseException] = []
@@ -286,7 +293,10 @@ class Threads:
         with ThreadPoolExecutor(count) as pool:
             try:
                 # Ctrl-C may come while a thread is started, too.
-                wait([pool.submit(work) for _ in range(count)])
+                futures = [pool.submit(work) for _ in range(count)]
+                self._check_interrupt()
+                while wait(futures, timeout=CHECK_S).not_done:
+                    self._check_interrupt()
             finally:
                 stop.set()
         if failures:
