@@ -55,10 +55,14 @@ class Observed:
         self.begun = {"0": threading.Event(), "1": threading.Event()}
         self.waited = []
         super().load()
+        self._observe_decoder()
 
-    def _make_decoder(self):
-        decoder = super()._make_decoder()
-        decode = decoder.decode
+    def move(self, device):
+        super().move(device)
+        self._observe_decoder()
+
+    def _observe_decoder(self):
+        decode = self._decoder.decode
 
         def wait_and_decode(*args, **kwargs):
             self.waited.append(self.begun["1"].wait(TIMEOUT_S if self.overlaps else 0))
@@ -67,8 +71,7 @@ class Observed:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB")
             return decode(*args, **kwargs)
 
-        decoder.decode = wait_and_decode
-        return decoder
+        self._decoder.decode = wait_and_decode
 
     def _generate(self, item):
         self.begun[item.shot.id].set()

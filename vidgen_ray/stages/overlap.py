@@ -39,7 +39,7 @@ def beside_next_call(latents: torch.Tensor, *, enabled: bool) -> Iterator[None]:
     Use it for the end of a call, which reads `latents`.
 
     The block may use only what other calls do not change: no parameters of the stage, and networks of its own, see
-    `with_shared_weights`. On a GPU it has a CUDA stream of its own, so its results must be copied to host memory in the block.
+    `decoder_of`. On a GPU it has a CUDA stream of its own, so its results must be copied to host memory in the block.
     """
     end_turn = _end_turn.get()
     if end_turn is None or not enabled:
@@ -86,11 +86,18 @@ def _stream(name: str, device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no type for it
 
 
-def with_shared_weights(network: N) -> N:
-    """Return a copy of a network with the same memory for its weights, and with settings and caches of its own."""
+def decoder_of(autoencoder: N, *, overlap_shots: bool) -> N:
+    """Return the autoencoder that decodes: with `overlap_shots` a copy with the same memory for its weights.
+
+    The copy has a precision, settings and caches of its own, since encoding the next image changes those of the autoencoder.
+    It must be made again after the weights have moved.
+    """
+    if not overlap_shots:
+        return autoencoder
+
     import torch
 
-    memo: dict[int, object] = {id(buffer): buffer.detach() for buffer in network.buffers()}
-    for weight in network.parameters():
+    memo: dict[int, object] = {id(buffer): buffer.detach() for buffer in autoencoder.buffers()}
+    for weight in autoencoder.parameters():
         memo[id(weight)] = torch.nn.Parameter(weight.data, requires_grad=False)
-    return deepcopy(network, memo)
+    return deepcopy(autoencoder, memo)

@@ -27,7 +27,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
-from vidgen_ray.stages.overlap import beside_next_call, own_stream, used_by_this_stream, with_shared_weights
+from vidgen_ray.stages.overlap import beside_next_call, decoder_of, own_stream, used_by_this_stream
 from vidgen_ray.stages.passes import passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
@@ -113,18 +113,14 @@ class PromptedVideoStage(OffloadedStage[VP]):
     def load(self) -> None:
         self.pipe = self.load_pipe()
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
-        self._decoder = self._make_decoder()
+        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         self._texts: LRUCache[str, tuple[Any, ...]] = LRUCache(CACHED_TEXTS)
         self._texts_lock = Lock()
 
     def move(self, device: str) -> None:
         super().move(device)
-        self._decoder = self._make_decoder()
+        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         self._texts.clear()
-
-    def _make_decoder(self) -> Any:
-        """Return the autoencoder that decodes. An autoencoder has settings and caches that encoding the next image changes."""
-        return with_shared_weights(self.pipe.vae) if self.params.overlap_shots else self.pipe.vae
 
     @abstractmethod
     def load_pipe(self) -> Any:

@@ -26,7 +26,7 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.overlap import beside_next_call, with_shared_weights
+from vidgen_ray.stages.overlap import beside_next_call, decoder_of
 from vidgen_ray.stages.passes import clip_host_bytes, passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
@@ -187,16 +187,12 @@ class SVDStage(Stage[SVDParams]):
         if params.channels_last:
             use_channels_last(unet, self.pipe.vae)
         self._broadcast = AttentionBroadcast(unet, params.step_cache_interval) if params.step_cache != "none" else None
-        self._decoder = self._make_decoder()
+        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         compile_network(unet, params.compile, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
-        self._decoder = self._make_decoder()
-
-    def _make_decoder(self) -> Any:
-        """Return the autoencoder that decodes. To encode an image, the pipeline changes its precision."""
-        return with_shared_weights(self.pipe.vae) if self.params.overlap_shots else self.pipe.vae
+        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": run_passes(item, self._generate)} for item in items]
