@@ -15,6 +15,7 @@ from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.profile import load_profile
 from vidgen_ray.shot import Shot
+from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 
 SHOT = Shot(prompt="a")
@@ -63,6 +64,18 @@ def test_settings_are_remembered_for_the_size():
 
 
 PROFILE = load_profile("gpu-80gb")
+
+
+def test_settings_that_need_more_memory_for_the_size_are_not_tried():
+    stage, tried = RifeStage(PROFILE.options_of(RifeStage)), []
+
+    def work():
+        tried.append(stage.params.flow_scale)
+        raise RuntimeError(OOM)
+
+    with pytest.raises(OutOfMemory):
+        without_gpu().run(stage, Shot(prompt="a", interpolation=2, width=1024, height=576), work)
+    assert tried == [1, 1, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,20 @@ def test_large_clip_gets_lower_memory_settings():
     assert any("lower-memory settings: svd: decode_chunk_frames=" in note for note in planned.notes)
 
 
+def test_lower_memory_settings_that_need_more_are_left_out():
+    """RIFE pads frames to larger multiples when it estimates motion at a lower resolution."""
+    stage = STAGE_BY_NAME["rife"]
+    params = load_profile("gpu-80gb").options_of(stage)
+
+    def steps(width, height):
+        shot = Shot(prompt="a", interpolation=2, width=width, height=height)
+        return [lower.flow_scale for lower in stage.lower_memory_steps(params, shot)]
+
+    assert steps(2048, 1024) == [1, 0.5, 0.25]
+    assert steps(1024, 576) == [1, 0.5]
+    assert steps(640, 384) == [1]
+
+
 def test_settings_of_the_profile_are_kept_if_they_fit():
     params = SVDParams(weights="w", dtype="float16", device="cuda")
     assert fitting_params(SVDStage, params, Shot(prompt="a"), 24) == params

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
@@ -50,7 +51,7 @@ class OomFallback:
         self._needed: dict[SizeKey, StageParams] = {}
 
     def run(self, stage: Stage[Any], shot: Shot, work: Callable[[], R]) -> tuple[R, str | None]:
-        """Return `work()`, retried if it runs out of memory: after freeing memory, then with `stage.lower_memory` settings.
+        """Return `work()`, retried if it runs out of memory: after freeing memory, then with lower-memory settings.
 
         The first attempt uses the settings with which the shot is planned to fit. The second value tells what differs from the
         stage's own settings or what helped, `None` if nothing was needed. Lower-memory settings may change the bytes.
@@ -60,6 +61,7 @@ class OomFallback:
         key = _size_key(stage, shot)
         first = self._needed.get(key) or self._planned(stage, shot)
         params: StageParams | None = first
+        lower = islice(stage.lower_memory_steps(first, shot), 1, None)
         freed = False
         while params is not None:
             try:
@@ -76,7 +78,7 @@ class OomFallback:
                 return result, MEMORY_FREED if freed else None
             # The error references tensors, so memory can be freed only after its block ends.
             free_gpu_memory()
-            params = params if not freed else stage.lower_memory(params)
+            params = params if not freed else next(lower, None)
             freed = True
         raise OutOfMemory(_exhausted(stage, shot, message))
 
@@ -88,11 +90,10 @@ class OomFallback:
         if own is None:
             return params
         held = sum(own.weights.values())
-        while (memory := stage.memory(params, shot)) is not None and memory.total - held > free:
-            lower = stage.lower_memory(params)
-            if lower is None:
+        for params in stage.lower_memory_steps(stage.params, shot):
+            memory = stage.memory(params, shot)
+            if memory is None or memory.total - held <= free:
                 break
-            params = lower
         return params
 
 

@@ -140,12 +140,11 @@ def stage_memory(profile: Profile, stage: type[Stage[Any]], params: StageParams,
 
 def fitting_params(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> StageParams | None:
     """Return the first of the stage's lower-memory settings with which the shot fits on a GPU. `None` if it never does."""
-    lower: StageParams | None = params
-    while lower is not None:
+    steps: Iterator[StageParams] = stage.lower_memory_steps(params, shot)
+    for lower in steps:
         memory = stage.memory(lower, shot)
         if memory is None or memory.total / GB + CONTEXT_GB <= gpu_gb:
             return lower
-        lower = stage.lower_memory(lower)
     return None
 
 
@@ -174,43 +173,35 @@ class SizeCheck:
         return self._params[stage]
 
 
-def lowest_params(stage: type[Stage[Any]], params: StageParams) -> StageParams:
-    """Return the last of the stage's lower-memory settings."""
-    while (lower := stage.lower_memory(params)) is not None:
-        params = lower
-    return params
+def lowest_memory(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> StageMemory:
+    """Return the memory of a shot with the last of the stage's lower-memory settings. The stage must know its memory."""
+    *_, lowest = stage.lower_memory_steps(params, shot)
+    memory = stage.memory(lowest, shot)
+    assert memory is not None
+    return memory
 
 
 def too_large(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> str:
     """Return the message for a shot that does not fit on a GPU in any way: what it needs, and what would fit."""
-    lowest = lowest_params(stage, params)
-    memory = stage.memory(lowest, shot)
-    assert memory is not None
+    memory = lowest_memory(stage, params, shot)
     is_clip = "num_frames" in stage.reads
     what = f"{shot.width}x{shot.height}" + (f" with {shot.num_frames} frames" if is_clip else "")
     needed_gb = memory.total / GB + CONTEXT_GB
     needed = f"stage {stage.name}: {what} needs {needed_gb:.3g} GB of GPU memory, the largest GPU has {gpu_gb:.4g}"
-    sizes = list(dict.fromkeys(fitting_sizes(stage, lowest, shot, gpu_gb)))
+    sizes = list(dict.fromkeys(fitting_sizes(stage, params, shot, gpu_gb)))
     if not sizes:
         # Weights that wait in host memory are part of the peak.
-        weights_gb = (sum(memory.weights.values()) or memory_of_smallest(stage, lowest, shot)) / GB
+        smallest = shot.model_copy(update={"width": STEP_PX, "height": STEP_PX, "num_frames": 1})
+        weights_gb = (sum(memory.weights.values()) or lowest_memory(stage, params, smallest).total) / GB
         return f"{needed}; its weights alone need {weights_gb:.3g} GB, see docs/profiles.md for options that need less"
     return f"{needed}; at most {' or '.join(sizes)} fits"
-
-
-def memory_of_smallest(stage: type[Stage[Any]], params: StageParams, shot: Shot) -> int:
-    """Return the bytes of GPU memory of a stage for the smallest shot of this kind."""
-    smallest = shot.model_copy(update={"width": STEP_PX, "height": STEP_PX, "num_frames": 1})
-    memory = stage.memory(params, smallest)
-    return 0 if memory is None else memory.total
 
 
 def fitting_sizes(stage: type[Stage[Any]], params: StageParams, shot: Shot, gpu_gb: float) -> Iterator[str]:
     """Yield sizes like that of the shot that fit: with fewer frames, and with smaller sides of the same ratio."""
 
     def fits(**fields: int) -> bool:
-        memory = stage.memory(params, shot.model_copy(update=fields))
-        return memory is not None and memory.total / GB + CONTEXT_GB <= gpu_gb
+        return fitting_params(stage, params, shot.model_copy(update=fields), gpu_gb) is not None
 
     is_clip = "num_frames" in stage.reads
     if is_clip:

@@ -315,8 +315,21 @@ class Stage(ABC, Generic[P]):
 
     @classmethod
     def lower_memory(cls, params: P) -> P | None:
-        """Return parameters that need less GPU memory and may change bytes, or `None` if there are none."""
+        """Return parameters that need less GPU memory for most sizes and may change bytes, or `None` if there are none."""
         return None
+
+    @classmethod
+    def lower_memory_steps(cls, params: P, shot: Shot) -> Iterator[P]:
+        """Yield the parameters, and then those of `lower_memory` in turn, without any that need more memory for this shot."""
+        yield params
+        least = cls.memory(params, shot)
+        lower = cls.lower_memory(params)
+        while lower is not None:
+            memory = cls.memory(lower, shot)
+            if memory is None or least is None or memory.total <= least.total:
+                least = memory
+                yield lower
+            lower = cls.lower_memory(lower)
 
     @classmethod
     def memory(cls, params: P, shot: Shot) -> StageMemory | None:
