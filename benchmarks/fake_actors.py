@@ -91,8 +91,10 @@ class FakeActorClient:
         return result
 
     def send(self, method: str, *args: Any) -> Any:
-        """Ignore the call, since a fake actor has no state. Return an awaitable `None`."""
-        return asyncio.sleep(0)
+        """Ignore the call, since a fake actor has no state. Return a future with the result `None`."""
+        result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        result.set_result(None)
+        return result
 
     def restart(self) -> None:
         """Do nothing: a fake actor does not crash."""
