@@ -145,7 +145,7 @@ class Fleet:
         await self._do(self._reserve, [*(slots[index] for index in first), (None, None)], False)
         if all(slot.stages == frozenset(layout.stages) for slot in layout.slots):
             # Each slot is a complete set of its own. Waiting for the first one would leave the other GPUs idle.
-            await self._request(self._further, layout, added=False)
+            await self._request(self._further, added=False)
             self._further = []
         self._keeper = asyncio.create_task(self._keep(layout))
 
@@ -183,16 +183,16 @@ class Fleet:
             try:
                 groups = await asyncio.to_thread(placement_group_table)
                 self._update(groups, now)
-                await self._start_placed()
+                await self._start_placed(layout)
                 await self._give_up(now)
                 complete = complete or all(r.unplaced_since is None for r in self._reservations)
                 if complete and self._further:
-                    await self._request(self._further, layout, added=False)
+                    await self._request(self._further, added=False)
                     self._further = []
                     continue
                 if complete and now - last_offer >= POLL_S and self._more_slots is not None and not self._others_wait(groups):
                     last_offer = now
-                    await self._add_slots(layout, self._more_slots)
+                    await self._add_slots(self._more_slots)
                 waiting = [r for r in self._reservations if r.unplaced_since is not None and not r.added]
                 if not waiting:
                     if next_message_s > FIRST_MESSAGE_S:
@@ -218,8 +218,10 @@ class Fleet:
             elif reservation.unplaced_since is None:
                 reservation.unplaced_since = now
 
-    async def _start_placed(self) -> None:
-        for reservation in self._reservations:
+    async def _start_placed(self, layout: Layout) -> None:
+        """Create the actors of reservations that have a node, workers first, and further encoders in proportion to the slots."""
+        # Ray starts the processes in this order, as many at a time as the node has CPUs, and a clip is ready long after its worker.
+        for reservation in sorted(self._reservations, key=lambda reservation: reservation.slot is None):
             if reservation.actors or reservation.unplaced_since is not None:
                 continue
             await self._do(self._create_actors, reservation)
@@ -229,6 +231,11 @@ class Fleet:
             else:
                 for (name, actor), spec in zip(reservation.actors.items(), reservation.slot.workers, strict=True):
                     self._listener.worker_started(name, spec, actor)
+        started = sum(bool(reservation.actors) for reservation in self._reservations if reservation.slot is not None)
+        share = started / len(layout.slots) if layout.slots else 1.0
+        for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
+            name = self._config.encoder_name(next(self._encoder_numbers))
+            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
 
     async def _give_up(self, now: float) -> None:
         """Kill the workers of slots that have had no node for too long. Withdraw requests that cannot be met.
@@ -280,7 +287,7 @@ class Fleet:
         own = {group.id.hex() for group in self._groups}
         return any(entry["state"] in _UNPLACED for group, entry in groups.items() if group not in own)
 
-    async def _add_slots(self, layout: Layout, more_slots: MoreSlots) -> None:
+    async def _add_slots(self, more_slots: MoreSlots) -> None:
         """Request the slots that `more_slots` returns for the free GPUs, unless it was asked about the same before."""
         free = (await asyncio.to_thread(live_cluster)).free
         # Ray gives these GPUs to slots that wait for a node.
@@ -293,16 +300,12 @@ class Fleet:
         present = [r.slot for r in self._reservations if r.slot is not None and r.unplaced_since is None]
         slots = await asyncio.to_thread(more_slots, present, free)
         if slots:
-            await self._request(slots, layout, added=True)
+            await self._request(slots, added=True)
 
-    async def _request(self, slots: Sequence[PlacedSlot], layout: Layout, *, added: bool) -> None:
-        """Request a node for each slot, and create encoders in proportion to the slots."""
+    async def _request(self, slots: Sequence[PlacedSlot], *, added: bool) -> None:
+        """Request a node for each slot."""
         for slot in slots:
             await self._do(self._reserve, [slot], added)
-        share = sum(r.slot is not None for r in self._reservations) / len(layout.slots) if layout.slots else 1.0
-        for _ in range(math.ceil(layout.encoders * share) - len(self._encoders) - 1):
-            name = self._config.encoder_name(next(self._encoder_numbers))
-            self._listener.encoder_started(name, await self._do(self._create_encoder, name, "SPREAD"))
 
     # Calls of Ray that block, in a thread
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS
@@ -204,6 +203,8 @@ def _nal_types(packet: bytes, extradata: bytes | None) -> set[int]:
 
 def _to_rgb(frame: Any) -> Image:
     """Convert a frame to RGB (H, W, 3) with the matrix and range of its tags."""
+    from av.video.reformatter import VideoReformatter
+
     return np.asarray(VideoReformatter().reformat(frame, format="rgb24", threads=1).to_ndarray(), np.uint8)
 
 

@@ -7,17 +7,18 @@ from contextlib import suppress
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_write_errors
 from vidgen_ray.media.file_metadata import COMMENT_TAG, FileMetadata, append_xmp
 from vidgen_ray.stages.base import Frames
+
+if TYPE_CHECKING:
+    import av
 
 CHECKSUM_TAG = "PIXELS_CRC32"
 
@@ -90,6 +91,9 @@ class _VideoWriter:
         self._metadata = metadata
 
     def __enter__(self) -> Self:
+        import av
+        from av.video.reformatter import VideoReformatter
+
         self._reformatter = VideoReformatter()
         with wrap_write_errors(self.path):
             # bitexact omits FFmpeg's version, dates and random ids. FFmpeg never treats an absolute path as a URL.
@@ -106,6 +110,8 @@ class _VideoWriter:
 
         Raises MediaError if the frames have another size or type than the file, WriteError if they cannot be written.
         """
+        import av
+
         if frames.dtype != np.uint8 or frames.shape[1:] != self._shape:
             raise MediaError(f"{self.path}: got {frames.dtype} frames {frames.shape[1:]}, must be uint8 {self._shape}")
         with wrap_write_errors(self.path):
@@ -158,6 +164,8 @@ class Mp4Writer(_VideoWriter):
         settings: Mp4Settings,
         metadata: FileMetadata | None = None,
     ) -> None:
+        from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
         if width % 2 or height % 2:
             raise MediaError(f"{path}: got {width}×{height} pixels, width and height must be even")
         if settings.codec == "h264_nvenc" and (reason := nvenc_problem()) is not None:
@@ -216,6 +224,8 @@ def _codec_options(settings: Mp4Settings) -> dict[str, str]:
 @cache
 def nvenc_problem() -> str | None:
     """Return why this process cannot encode with NVENC, or `None` if it can. The first call opens an encoder."""
+    import av
+
     if "h264_nvenc" not in av.codecs_available:
         return "PyAV was built without it"
     context = av.CodecContext.create("h264_nvenc", "w")

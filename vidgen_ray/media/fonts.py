@@ -5,13 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import ImageFont
+if TYPE_CHECKING:
+    from PIL import ImageFont
 
 
 @lru_cache(maxsize=64)
 def load_font(path: Path | None, letter_px: int) -> ImageFont.FreeTypeFont:
     """Load a font file, by default the bundled DejaVu Sans. Raises OSError if it is not a font."""
+    from PIL import ImageFont
+
     if path is not None:
         return ImageFont.truetype(str(path), letter_px)
     with resources.as_file(resources.files("vidgen_ray") / "film" / "fonts" / "DejaVuSans.ttf") as bundled:

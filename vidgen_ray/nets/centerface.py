@@ -7,7 +7,6 @@ Source: Xu et al. 2019, CenterFace, arXiv:1911.03599; Star-Clouds/CenterFace (MI
 from importlib.resources import files
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,6 +39,8 @@ class CenterFace:
 
         The longer side of the photo is scaled to `size_px`, a multiple of 32.
         """
+        import cv2
+
         image, scale = _scale_and_pad(photo, size_px)
         pixels = image.transpose(2, 0, 1)[None].astype(np.float32)
         heat, log_size, offset, points = (maps[0] for maps in self._session.run(None, {self._input: pixels}))
@@ -95,6 +96,8 @@ def _scale_and_pad(photo: NDArray[np.uint8], size_px: int) -> tuple[NDArray[np.u
 
     Return the image and the scale factors of x and y.
     """
+    import cv2
+
     height, width = photo.shape[:2]
     ratio = size_px / max(height, width)
     scaled_width, scaled_height = max(1, round(width * ratio)), max(1, round(height * ratio))

@@ -125,7 +125,10 @@ def absolute(root: str | Path) -> str | Path:
 def storage_at(root: str | Path) -> Storage:
     """Return the storage of an output folder, by its path or URL."""
     from vidgen_ray.outputs.local_storage import LocalStorage
-    from vidgen_ray.outputs.object_storage import ObjectStorage
 
     location = absolute(root)
-    return LocalStorage(location) if isinstance(location, Path) else ObjectStorage(location)
+    if isinstance(location, Path):
+        return LocalStorage(location)
+    from vidgen_ray.outputs.object_storage import ObjectStorage
+
+    return ObjectStorage(location)

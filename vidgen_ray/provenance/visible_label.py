@@ -7,7 +7,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
-from PIL import ImageDraw
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.fonts import load_font, missing_letter
@@ -42,6 +41,8 @@ def labelled(frames: Frames, text: str) -> Frames:
 @lru_cache(maxsize=16)
 def _label(text: str, width_px: int, height_px: int) -> NDArray[np.uint8]:
     """Draw the label (H, W, 4) in the largest letters that fit, at most LETTER_HEIGHT."""
+    from PIL import ImageDraw
+
     letter_px = max(MIN_LETTER_PX, round(min(width_px, height_px) * LETTER_HEIGHT))
     while letter_px >= MIN_LETTER_PX:
         font = load_font(None, letter_px)
