@@ -67,6 +67,15 @@ def test_back_off_doubles_until_the_process_is_hopeless(health):
     assert max(quarantine(health, "a") for _ in range(20)) == MAX_BACK_OFF_S
 
 
+def test_process_whose_failures_stay_in_doubt_is_not_restarted_more_often(health):
+    for _ in range(MAX_QUARANTINES):
+        quarantine(health, "a")
+        health.started("a", "node")
+    assert not health.failed("a", "shot")
+    health.ended(0)
+    assert health.failed("a", "other"), "it is hopeless"
+
+
 def test_node_is_sick_if_half_of_its_processes_are(health):
     for process in "abc":
         quarantine(health, process)

@@ -126,8 +126,8 @@ class Director:
         self._folder_checked = False
         self._in_doubt: list[tuple[ShotTask, Failure]] = []
         """Failures that no second worker has confirmed. They are recorded when their stage has succeeded for a shot that was
-        started later, or at the end of the run. If a sick worker ends the run before, their lines have no result, and the next
-        run renders them."""
+        started later, when the circuit breaker stops the run, or at its end. If the run ends because no worker is left, their lines
+        have no result, and the next run renders them."""
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""
@@ -377,6 +377,8 @@ class Director:
             counted = [outcome for outcome in self._outcomes if outcome[1] is None or outcome[0] not in known]
             self._outcomes = deque(counted, maxlen=BREAKER_SHOTS)
         if len(failures := self._failures()) >= BREAKER_FAILURES:
+            # With a result, they do not count in the next run, which gets to other lines.
+            self._record_in_doubt(list(self._in_doubt))
             raise SetupError(
                 f"stopped, because {len(failures)} of the last {len(self._outcomes)} shots failed on every worker that was "
                 f"tried, the last one in {failures[-1].stage}: {failures[-1].message}. Remove the cause and start again"
@@ -413,6 +415,7 @@ class Director:
             cache=cache_settings(options.cache, options.keep_stages, max_bytes=bytes_per_worker(options.cache_gb, layout)),
             keep_stages=options.keep_stages,
             attempts=options.attempts,
+            circuit_breaker=True,
         )
         assert self._metrics is not None
         # With --gpus, the plan uses all GPUs that there will be.

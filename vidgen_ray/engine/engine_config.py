@@ -30,6 +30,8 @@ class EngineConfig:
     """Also write the intermediate images."""
     attempts: int = ATTEMPTS
     """Attempts per call before the shot has failed. The first one counts."""
+    circuit_breaker: bool = False
+    """The user of the engine stops if nearly all shots fail. Until then no worker is given up for failures in doubt."""
 
     def worker_name(self, slot: int, number: int) -> str:
         return f"{self.name}/worker/{slot}/{number}"

@@ -55,7 +55,8 @@ class Health:
     def failed(self, process: Hashable, shot: Hashable, *, in_doubt: bool = True) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough. `in_doubt`: the shot may be wrong; call `ended` once it is known.
+        On probation, a single failure is enough, but none leads to a further restart after MAX_QUARANTINES while the process is not
+        hopeless. `in_doubt`: the shot may be wrong; call `ended` once it is known.
         """
         record = self._records[process]
         if record.quarantined:
@@ -64,6 +65,8 @@ class Health:
             record.failed_shots.append(shot)
         if in_doubt:
             self._in_doubt.add(shot)
+        if len(record.quarantines) >= MAX_QUARANTINES:
+            return self.is_hopeless(process)
         return len(record.failed_shots) >= (1 if record.quarantines else FAILURES)
 
     def forgive(self, process: Hashable, shot: Hashable) -> None:

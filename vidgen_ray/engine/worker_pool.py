@@ -62,6 +62,7 @@ class WorkerPool:
 
     def __init__(self, config: EngineConfig, layout: Layout, observer: EngineObserver) -> None:
         self._attempts = config.attempts
+        self._circuit_breaker = config.circuit_breaker
         self._layout = layout
         self._observer = observer
         self._adapters_kept = max_loras(config.profile)
@@ -180,10 +181,15 @@ class WorkerPool:
             holders = self._scheduler.holders(requested.stage)
             return [_process(worker) for worker in holders if worker.live or self._is_starting(worker)]
 
+        in_doubt = False
         try:
             return await run_with_retries(attempt, candidates, report, limit=self._attempts, observer=self._observer)
+        except ShotFailed as failed:
+            in_doubt = failed.in_doubt and self._circuit_breaker
+            raise
         finally:
-            self._supervisor.ended(requested.order)
+            if not in_doubt:
+                self._supervisor.ended(requested.order)
 
     async def _attempt(
         self,
