@@ -1,8 +1,8 @@
 """Benchmark of GPU efficiency: vidgen, Ray Data, cosmos-xenna and rayorch on simulated GPUs.
 
 efficiency = GPU-seconds of work / (GPUs x seconds from the first stage's start to the last commit). Since ready: the seconds of
-each GPU count from when its first process has loaded its weights. Whole run: all seconds count, from the start of the process to
-its end. README.md lists what is not measured.
+each GPU count from when its first process has loaded its weights. Whole run: all seconds from the start of the process to its
+end count. README.md lists what is not measured.
 
 Stages take 1/25 of their time on an H100. The environment variable VIDGEN_BENCHMARK_TIME_SCALE sets another divisor.
 """

@@ -126,8 +126,8 @@ class Director:
         self._folder_checked = False
         self._in_doubt: list[tuple[ShotTask, Failure]] = []
         """Failures that no second worker has confirmed. They are recorded when their stage has succeeded for a shot that was
-        started later, when the circuit breaker stops the run, or at its end. If the run ends because no worker is left, their lines
-        have no result, and the next run renders them."""
+        started later, when the circuit breaker stops the run, or at its end. If no worker is left before, their lines have no
+        result, and the next run renders them."""
         self._metrics: RunMetrics | None = None
         self._stop_watch: asyncio.Task[None] | None = None
         """Ends after a stop request or an error."""

@@ -219,8 +219,8 @@ class Fleet:
                 reservation.unplaced_since = now
 
     async def _start_placed(self, layout: Layout) -> None:
-        """Create the actors of reservations that have a node, workers first, and further encoders in proportion to the slots."""
-        # Ray starts the processes in this order, as many at a time as the node has CPUs, and a clip is ready long after its worker.
+        """Create the actors of reservations that have a node, and further encoders in proportion to the slots."""
+        # Ray starts their processes in this order, as many at a time as there are CPUs. Encoders are not needed before workers.
         for reservation in sorted(self._reservations, key=lambda reservation: reservation.slot is None):
             if reservation.actors or reservation.unplaced_since is not None:
                 continue

@@ -55,8 +55,8 @@ class Health:
     def failed(self, process: Hashable, shot: Hashable, *, in_doubt: bool = True) -> bool:
         """Record a failed call for a shot. Return whether the process must be quarantined now.
 
-        On probation, a single failure is enough, but none leads to a further restart after MAX_QUARANTINES while the process is not
-        hopeless. `in_doubt`: the shot may be wrong; call `ended` once it is known.
+        On probation, a single failure is enough. After MAX_QUARANTINES, none is until the process is hopeless.
+        `in_doubt`: the shot may be wrong; call `ended` once it is known.
         """
         record = self._records[process]
         if record.quarantined:
