@@ -117,7 +117,7 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
     assert all(entry.startswith(f"{sick} (") for entry in listener.quarantined)
 
 
-@pytest.mark.parametrize("gpus", [ONE_GPU, ONE_NODE])
+@pytest.mark.parametrize("gpus", [pytest.param(ONE_GPU, marks=pytest.mark.slow), ONE_NODE])
 def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path, monkeypatch, capsys, gpus):
     """The next run renders the lines that are left, also if those that have failed fail again."""
     monkeypatch.setattr("vidgen_ray.engine.health.BACK_OFF_S", 0.0)
