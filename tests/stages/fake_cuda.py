@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
     StableVideoDiffusionPipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -32,6 +34,7 @@ from vidgen_ray.stages import (
     instantid_sdxl,
     progress,
     prompted_video,
+    qwen_edit,
     svd,
 )
 from vidgen_ray.stages.pixels import pixels_to_uint8
@@ -59,6 +62,8 @@ class FakeCuda:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.outputs = []
         """Shape, dtype and device of the pixels that pipelines return."""
+        self.branches = deque()
+        """Results of the next branches on values of tensors, as in `if timestep >= boundary`."""
 
     def tensor(self, *shape, dtype):
         return FakeTensor(self.mode, torch.empty(*shape, dtype=dtype, device="meta"), CUDA)
@@ -111,7 +116,8 @@ def patch_host_code(cuda, monkeypatch):
     # A device without a driver has no streams.
     monkeypatch.setattr(prompted_video, "own_stream", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(prompted_video, "used_by_this_stream", lambda tensors: None)
-    monkeypatch.setattr(flux2_klein, "to_uint8", lambda pixels: pixels)
+    for stage_module in (flux2_klein, qwen_edit):
+        monkeypatch.setattr(stage_module, "to_uint8", lambda pixels: pixels)
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))
     monkeypatch.setattr(VaeImageProcessor, "postprocess", image_result)
     monkeypatch.setattr(VideoProcessor, "postprocess_video", video_result)
@@ -120,6 +126,8 @@ def patch_host_code(cuda, monkeypatch):
         monkeypatch.setattr(scheduler, "_init_step_index", lambda self, t: setattr(self, "_step_index", 0))
     monkeypatch.setattr(EulerDiscreteScheduler, "step", _euler_step)
     monkeypatch.setattr(WanImageToVideoPipeline, "_get_t5_prompt_embeds", _t5_embeds)
+    monkeypatch.setattr(QwenImageEditPlusPipeline, "_get_qwen_prompt_embeds", _qwen_embeds)
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda self: cuda.branches.popleft(), raising=False)
     for scheduler in (EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler):
         monkeypatch.setattr(scheduler, "set_timesteps", _set_timesteps(cuda, scheduler.set_timesteps))
     for owner in (ModelMixin, torch.nn.Module):
@@ -162,3 +170,11 @@ def _t5_embeds(self, prompt, num_videos_per_prompt, max_sequence_length, device,
     """The embeddings of a prompt that has all tokens. The length of a prompt is a value."""
     tokens = torch.ones(1, max_sequence_length, dtype=torch.int64, device=device)
     return self.text_encoder(tokens, tokens).last_hidden_state.to(dtype)
+
+
+def _qwen_embeds(self, prompt, image, device):
+    """The embeddings of a prompt that has 32 tokens, without images. Their patches and the length of a prompt are values."""
+    tokens = torch.ones(1, 32, dtype=torch.int64, device=device)
+    positions = torch.arange(32, device=device).expand(3, 1, 32)
+    hidden = self.text_encoder.model.language_model(tokens, position_ids=positions).last_hidden_state
+    return hidden, None

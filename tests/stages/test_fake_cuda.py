@@ -19,6 +19,7 @@ from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
@@ -122,13 +123,12 @@ def test_later_stages_stay_on_the_gpu(tiny, cuda, stage_class, fields, dtype):
     ("stage_class", "fields"),
     [
         (Flux2KleinStage, {"identity": "reference", "face_image": str(ASTRONAUT)}),
+        (QwenEditStage, {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "oil"}),
         (WanStage, {"video_model": "wan", "num_frames": 5}),
         (LTXStage, {"video_model": "ltx", "num_frames": 9}),
     ],
 )
 def test_other_models_stay_on_the_gpu(tiny, cuda, stage_class, fields):
-    """Qwen-Image-Edit and Wan I2V-A14B are not among them: their pipelines depend on values, the length of the prompt's
-    embeddings and the timestep from which the second transformer is used."""
 
     def move(stage):
         for name, network in stage.pipe.components.items():
@@ -138,6 +138,41 @@ def test_other_models_stay_on_the_gpu(tiny, cuda, stage_class, fields):
     if stage_class is WanStage:
         params = params.model_copy(update={"weights": resolve("builtin:tiny/wan-ti2v")})
     run(stage_class(params), Item(shot(tiny, **fields), {"image": IMAGE, "photos": (IMAGE,)}), cuda, move)
+
+
+def wan_a14b(cuda, left_on_the_host=()):
+    """Return what moves the two transformers of Wan I2V-A14B and the rest of the pipeline, and the names of those that ran."""
+    ran = []
+
+    def move(stage):
+        for name, network in stage.pipe.components.items():
+            dtype = torch.float32 if name == "vae" else BRAIN
+            if name in left_on_the_host:
+                network.to(dtype)
+            else:
+                cuda.move(network, dtype)
+        for name in ("transformer", "transformer_2"):
+            getattr(stage.pipe, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        # The first of two steps has a timestep above the boundary.
+        cuda.branches.extend([True, False])
+
+    return move, ran
+
+
+def test_both_transformers_of_wan_stay_on_the_gpu(tiny, cuda):
+    line = shot(tiny, video_model="wan", num_frames=5, last_image=str(ASTRONAUT))
+    move, ran = wan_a14b(cuda)
+    run(WanStage(tiny.params(WanStage)), Item(line, {"image": IMAGE, "last_image": IMAGE}), cuda, move)
+    assert (list(dict.fromkeys(ran)), len(cuda.branches)) == (["transformer", "transformer_2"], 0)
+
+
+@pytest.mark.parametrize("network", ["transformer", "transformer_2", "vae"])
+def test_network_on_the_host_is_found(tiny, cuda, network):
+    """Positive control: a network of Wan I2V-A14B that was left in host memory raises an error."""
+    line = shot(tiny, video_model="wan", num_frames=5)
+    move, _ = wan_a14b(cuda, left_on_the_host=(network,))
+    with pytest.raises(RuntimeError, match="device"):
+        run(WanStage(tiny.params(WanStage)), Item(line, {"image": IMAGE}), cuda, move)
 
 
 def test_sdxl_stays_on_the_gpu(tiny, cuda, face):
