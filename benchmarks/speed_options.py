@@ -49,6 +49,7 @@ from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage
 from vidgen_ray.stages.ltx import LTXStage
+from vidgen_ray.stages.qwen_edit import QwenEditStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
@@ -114,6 +115,7 @@ SVD_OPTIONS: tuple[Options, ...] = (
     {"step_cache": "pyramid_attention", "step_cache_interval": 3},
 )
 HUNYUAN_OPTIONS: tuple[Options, ...] = ({"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, *HALF_PRECISION)
+EDIT_OPTIONS: tuple[Options, ...] = ({"vae_tile_px": 256}, {"dtype": "bfloat16"})
 VIDEO_OPTIONS: tuple[Options, ...] = ({"vae_tiling": True}, {"dtype": "bfloat16"})
 # Tiles have 256 pixels at least.
 TILED = {"width": 512, "height": 320}
@@ -138,7 +140,13 @@ GROUPS: Mapping[str, Group] = {
         has_face=True,
         tiers=False,
     ),
-    "klein": Group(Flux2KleinStage, ({"dtype": "bfloat16"},), {"image_model": "klein"}, tiers=False),
+    "klein": Group(Flux2KleinStage, EDIT_OPTIONS, {"image_model": "klein", **TILED}, tiers=False),
+    "qwen_edit": Group(
+        QwenEditStage,
+        EDIT_OPTIONS,
+        {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "watercolour", **TILED},
+        tiers=False,
+    ),
     "wan": Group(WanStage, VIDEO_OPTIONS, {"video_model": "wan", "num_frames": 5, **TILED}, tiers=False),
     "ltx": Group(LTXStage, VIDEO_OPTIONS, {"video_model": "ltx", "num_frames": 9, **TILED}, tiers=False),
     "realesrgan": Group(
