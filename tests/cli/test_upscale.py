@@ -21,6 +21,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.upscale import preview
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale.calibration import CalibrationProgress
+from vidgen_ray.upscale.network import EngineSettings
 from vidgen_ray.upscale.source import read_source
 
 ROOT = Path(__file__).parent.parent.parent
@@ -332,6 +333,21 @@ def test_calibration_of_a_node_streams_its_progress(monkeypatch):
         next(items)
 
 
+@pytest.mark.parametrize(("cpus", "slots"), [((1, 1), 2), ((3,), 1), ((4, 1), 2), ((0,), 0)])
+def test_a_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
+    from vidgen_ray.engine import upscale_workers
+
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
+    monkeypatch.setattr(upscale_workers.ray, "nodes", lambda: nodes)
+    assert upscale_workers.cluster_slots(EngineSettings(threads=2)) == slots
+
+
+def calibrate_node(model, device, again):
+    """The calibration of a node, without a measurement."""
+    yield CalibrationProgress("measuring a node", 1, 2, 1.0)
+    yield CALIBRATION
+
+
 @pytest.mark.timeout(600)
 def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, capsys):
     """Segments are made by actors. The first attempt of one of them fails, as on a node with a broken disk.
@@ -349,11 +365,7 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
     monkeypatch.setattr(job, "MAX_SEGMENT_FRAMES", 5)
     monkeypatch.setattr(job, "MIN_SEGMENT_FRAMES", 5)
 
-    def calibrate(model, device, again):
-        yield CalibrationProgress("measuring a node", 1, 2, 1.0)
-        yield CALIBRATION
-
-    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate)
+    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate_node)
     marker = tmp_path / "failed once"
     make = upscale_workers.UpscaleActor.make
 
@@ -383,4 +395,51 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
     assert code == 0
     assert marker.exists()
     assert "calibration: measuring a node (1 of 2 frames" in capsys.readouterr().err
+    assert sha256_of(tmp_path / "ray" / "in.mp4") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_lost_node_leaves_the_bytes(tmp_path, weights, monkeypatch):
+    """Two nodes with one CPU each. One is lost with its first segment, and nothing can replace it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from vidgen_ray.engine import upscale_workers
+    from vidgen_ray.upscale import job
+
+    video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
+    options = "--model", str(weights), "--preset", "ultrafast"
+    expected = undisturbed(tmp_path, video, options)
+    for name in ("MAX_SEGMENT_FRAMES", "MIN_SEGMENT_FRAMES"):
+        monkeypatch.setattr(job, name, 5)
+    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate_node)
+    lost = tmp_path / "lost"
+    make, send = upscale_workers.UpscaleActor.make, upscale_workers._Workers.make
+
+    def make_or_lose_the_node(self, segment):
+        if ray.get_runtime_context().get_node_id() != head:
+            lost.write_text(str(segment.number))
+            os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(1)
+        return make(self, segment)
+
+    def send_when_all_have_started(self, number, segment):
+        while self.starting and not lost.exists():
+            self.finish_start(ray.wait([*self.starting])[0][0])
+        return send(self, number, segment)
+
+    monkeypatch.setattr(upscale_workers.UpscaleActor, "make", make_or_lose_the_node)
+    monkeypatch.setattr(upscale_workers._Workers, "make", send_when_all_have_started)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    head = cluster.head_node.node_id
+    try:
+        cluster.add_node(**node)
+        code = main(["upscale", str(video), "-o", str(tmp_path / "ray" / "in.mp4"), *options, "--address", cluster.address])
+    finally:
+        cluster.shutdown()
+    assert code == 0
+    assert lost.exists()
     assert sha256_of(tmp_path / "ray" / "in.mp4") == expected

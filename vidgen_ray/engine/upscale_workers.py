@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -85,40 +87,41 @@ class RayRunner:
         count = min(len(segments), cluster_slots(job.settings), self._max_workers or len(segments))
         if not count:
             raise SetupError(f"no node of the cluster has {_needed(job.settings)}")
-        shared = ray.put(job)
-        actor_class: Any = ray.remote(max_restarts=-1, max_task_retries=0)(UpscaleActor)
-        actors = [
-            actor_class.options(scheduling_strategy="SPREAD", **_resources(job.settings)).remote(shared) for _ in range(count)
-        ]
+        actor_class: Any = ray.remote(UpscaleActor).options(scheduling_strategy="SPREAD", **_resources(job.settings))
+        workers = _Workers(partial(actor_class.remote, ray.put(job)), count)
         try:
-            self._run(job, actors, [_Pending(segment) for segment in segments], folder, on_frame)
+            self._run(job, workers, [_Pending(segment) for segment in segments], folder, on_frame)
         finally:
-            for actor in actors:
-                ray.kill(actor)
+            workers.kill()
 
     def _run(
-        self, job: UpscaleJob, actors: list[Any], waiting: list[_Pending], folder: Path, on_frame: Callable[[Segment], None]
+        self, job: UpscaleJob, workers: _Workers, waiting: list[_Pending], folder: Path, on_frame: Callable[[Segment], None]
     ) -> None:
         running: dict[Any, tuple[_Pending, int]] = {}
-        idle = list(range(len(actors)))
-        last_result = time.monotonic()
-        noted = False
+        note_at = time.monotonic() + WAIT_NOTE_S
         while waiting or running:
             self._check_interrupt()
-            while waiting and (choice := _choose(waiting, idle, len(actors))) is not None:
+            started = {*workers.idle, *(worker for _, worker in running.values())}
+            while waiting and (choice := _choose(waiting, workers.idle, started)) is not None:
                 pending, worker = choice
                 waiting.remove(pending)
-                idle.remove(worker)
-                running[actors[worker].make.remote(pending.segment)] = pending, worker
-            ready, _ = ray.wait(list(running), timeout=CHECK_S)
-            if not ready and not noted and time.monotonic() - last_result > WAIT_NOTE_S and not _has_started(actors):
-                noted = True
-                self._on_wait(f"waiting for the cluster: needs {_needed(job.settings)} for each of {len(actors)} workers")
+                running[workers.make(worker, pending.segment)] = pending, worker
+            ready, _ = ray.wait([*running, *workers.starting], timeout=CHECK_S)
+            if started:
+                note_at = time.monotonic() + WAIT_NOTE_S
+            elif time.monotonic() > note_at:
+                note_at = math.inf
+                self._on_wait(f"waiting for the cluster: needs {_needed(job.settings)} for each of {workers.count} workers")
             for reference in ready:
-                last_result = time.monotonic()
+                if reference in workers.starting:
+                    workers.finish_start(reference)
+                    continue
                 pending, worker = running.pop(reference)
-                idle.append(worker)
                 result = _result(reference)
+                if isinstance(result, _Crash):
+                    workers.start(worker)
+                else:
+                    workers.idle.append(worker)
                 if isinstance(result, Exception):
                     pending.failed_on.append(worker)
                     limit = ATTEMPTS_OF_REFUSED if isinstance(result, VidgenError) else ATTEMPTS
@@ -131,29 +134,79 @@ class RayRunner:
                     on_frame(pending.segment)
 
 
-def _choose(waiting: Sequence[_Pending], idle: Sequence[int], workers: int) -> tuple[_Pending, int] | None:
-    """Return the next segment and an idle worker: one that has not failed on it, if there is any."""
+class _Workers:
+    """Actors of one run, by number. One that crashes is replaced, which may wait for a node; no call waits with it."""
+
+    def __init__(self, create: Callable[[], Any], count: int) -> None:
+        """`create` returns a new actor."""
+        self.count = count
+        self.starting: dict[Any, int] = {}
+        """Reference that is ready when a worker has started -> its number."""
+        self.idle: list[int] = []
+        self._create = create
+        self._actors: dict[int, Any] = {}
+        self._failed_starts: Counter[int] = Counter()
+        for number in range(count):
+            self.start(number)
+
+    def start(self, number: int) -> None:
+        """Start a worker, in place of the one with this number if there is one."""
+        if number in self._actors:
+            ray.kill(self._actors[number])
+        self._actors[number] = self._create()
+        self.starting[self._actors[number].__ray_ready__.remote()] = number
+
+    def finish_start(self, reference: Any) -> None:
+        """Make a worker idle that has started. If it could not start, start it again, up to ATTEMPTS times.
+
+        Raises SetupError if no worker is left.
+        """
+        number = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayError as error:
+            self._failed_starts[number] += 1
+            if self._failed_starts[number] < ATTEMPTS:
+                self.start(number)
+                return
+            del self._actors[number]
+            if not self._actors:
+                raise SetupError(f"no worker can be started: {first_line(error)}") from None
+        else:
+            self._failed_starts[number] = 0
+            self.idle.append(number)
+
+    def make(self, number: int, segment: Segment) -> Any:
+        """Send a segment to an idle worker. Return the reference of its result."""
+        self.idle.remove(number)
+        return self._actors[number].make.remote(segment)
+
+    def kill(self) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+
+
+def _choose(waiting: Sequence[_Pending], idle: Sequence[int], started: Set[int]) -> tuple[_Pending, int] | None:
+    """Return the next segment and an idle worker: one that has not failed on it, if any that has started has not."""
     for pending in waiting:
         others = [worker for worker in idle if worker not in pending.failed_on]
         if others:
             return pending, others[0]
-        if idle and len(set(pending.failed_on)) >= workers:
+        if idle and started <= set(pending.failed_on):
             return pending, idle[0]
     return None
+
+
+class _Crash(RuntimeError):
+    """The process or the node of a worker has ended."""
 
 
 def _result(reference: Any) -> bytes | Exception:
     try:
         result: bytes | Exception = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return RuntimeError(f"the worker crashed: {first_line(error)}")
+        return _Crash(f"the worker crashed: {first_line(error)}")
     return result
-
-
-def _has_started(actors: Sequence[Any]) -> bool:
-    """Return whether a process of one of the actors runs."""
-    ready, _ = ray.wait([actor.__ray_ready__.remote() for actor in actors], timeout=0.5)
-    return bool(ready)
 
 
 def calibrate_on_cluster(
@@ -204,18 +257,23 @@ def cluster_slots(settings: EngineSettings) -> int:
     needed = _resources(settings)
     cpus, gpus = needed["num_cpus"], needed["num_gpus"]
     slots = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            resources = node["Resources"]
-            fitting = resources.get("CPU", 0) // cpus
-            slots += int(min(fitting, resources.get("GPU", 0) // gpus) if gpus else fitting)
+    for resources in _alive_nodes():
+        fitting = resources.get("CPU", 0) // cpus
+        slots += int(min(fitting, resources.get("GPU", 0) // gpus) if gpus else fitting)
     return slots
 
 
+def _alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of each alive node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _resources(settings: EngineSettings) -> dict[str, int]:
-    return (
-        {"num_cpus": 1, "num_gpus": 1} if settings.device.startswith("cuda") else {"num_cpus": settings.threads, "num_gpus": 0}
-    )
+    """Return what an actor reserves: a GPU, or a CPU for each thread, but not more than a node offers to Ray."""
+    if settings.device.startswith("cuda"):
+        return {"num_cpus": 1, "num_gpus": 1}
+    largest = max((int(resources.get("CPU", 0)) for resources in _alive_nodes()), default=0)
+    return {"num_cpus": max(1, min(settings.threads, largest)), "num_gpus": 0}
 
 
 def _needed(settings: EngineSettings) -> str:
