@@ -171,7 +171,7 @@ def test_workers_are_not_given_up_for_wrong_lines(cluster, profile, tmp_path):
 
 
 def test_wrong_lines_at_the_head_do_not_keep_a_single_gpu_from_the_rest(cluster, profile, tmp_path, monkeypatch):
-    """No other worker can confirm their failures. The worker is reloaded three times, then goes on with later lines."""
+    """No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines."""
     monkeypatch.setattr("vidgen_ray.engine.health.BACK_OFF_S", 0.0)
     count, wrong = 15, 10
     assert wrong < BREAKER_FAILURES
