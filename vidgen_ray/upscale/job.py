@@ -121,8 +121,10 @@ class SegmentWorker:
         self._job = job
         self._network = UpscaleNetwork(job.model, job.settings, job.size)
         self._reader = FrameReader(job.source)
+        # As many threads as a call of the network: further ones would wait for the CPUs of the calls at the same time.
+        threads = job.settings.threads_per_call
         self._interpolator = (
-            None if job.fps is None else FrameInterpolator(interpolator_weights(), job.settings.device, job.settings.threads)
+            None if job.fps is None else FrameInterpolator(interpolator_weights(), job.settings.device, threads)
         )
 
     def write(self, segment: Segment, path: Path, on_frame: Callable[[], None]) -> None:
