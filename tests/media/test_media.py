@@ -202,7 +202,7 @@ def test_invalid_h264_size_or_fps_is_rejected(tmp_path: Path, width: int, height
 
 
 def test_nvenc_is_refused_with_the_reason_where_it_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode.av, "codecs_available", {"libx264"})
+    monkeypatch.setattr("av.codecs_available", {"libx264"})
     encode.nvenc_problem.cache_clear()
     with pytest.raises(MediaError, match=r"h264_nvenc does not work on this machine \(PyAV was built without it\); set codec"):
         Mp4Writer(tmp_path / "a.mp4", 32, 32, 24, Mp4Settings(codec="h264_nvenc"))
