@@ -269,11 +269,15 @@ def run_on_one_gpu(tmp_path, profile, monkeypatch, prompts):
     return report, {row.line: row.status for row in read_manifest(tmp_path / "out")}
 
 
-def test_worker_that_is_the_only_one_and_sick_costs_no_line(tmp_path, profile, monkeypatch, without_ray):
+def test_run_stops_if_the_only_worker_is_sick_and_the_next_run_renders_its_lines(tmp_path, profile, monkeypatch, without_ray):
     """The shot before it became sick is still written when the first ones fail: it does not show that the worker is healthy."""
     report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["a ball", *["poison"] * 20])
     assert report is None
-    assert statuses == {1: "done"}
+    assert statuses.pop(1) == "done"
+    assert set(statuses.values()) == {"failed"}
+    report, statuses = run_on_one_gpu(tmp_path, profile, monkeypatch, ["a ball"] * 21)
+    assert report.failed == 0
+    assert statuses == {1: "skipped", **dict.fromkeys(range(2, 22), "done")}
 
 
 def test_line_that_fails_on_the_only_worker_is_final_when_another_one_succeeds(tmp_path, profile, monkeypatch, without_ray):
