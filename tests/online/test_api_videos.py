@@ -1,7 +1,9 @@
 """Video routes over HTTP: fields, errors, progress, cancellation and events."""
 
+import asyncio
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,6 +12,8 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.online import director
+from vidgen_ray.online.api import video_sync
+from vidgen_ray.online.api.job_waiting import ClientDisconnected
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
@@ -478,3 +482,34 @@ def test_events_of_a_failed_video(client):
 def test_new_job_wakes_the_director(client, server):
     video = made(client, prompt="at once")
     assert ended(client, video["id"])["status"] == JobState.COMPLETED
+
+
+def test_cancelled_handler_still_cancels_the_video(monkeypatch):
+    """Ray Serve cancels the handler of a client that has gone, also while the handler cancels the video."""
+
+    async def accept(*request, **limits):
+        return [SimpleNamespace(id="video_1")]
+
+    async def disconnect(*request):
+        raise ClientDisconnected
+
+    async def run():
+        cancelling, may_end, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def cancel(tenant, video_id):
+            cancelling.set()
+            await may_end.wait()
+            ended.set()
+
+        server = SimpleNamespace(job_service=SimpleNamespace(cancel=cancel))
+        handler = asyncio.create_task(video_sync.create_video_sync(None, server, None))
+        await cancelling.wait()
+        handler.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        may_end.set()
+        await asyncio.wait_for(ended.wait(), 10)
+
+    monkeypatch.setattr(video_sync, "created_videos", accept)
+    monkeypatch.setattr(video_sync, "completed_while_connected", disconnect)
+    asyncio.run(run())

@@ -42,9 +42,9 @@ async def create_video_sync(
     try:
         done = await completed_while_connected(server, request, job)
     except (ClientDisconnected, asyncio.CancelledError) as gone:
-        # Ray Serve cancels the handler when its proxy loses the connection.
+        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while the handler already cancels the video.
         if idempotency_key is None:
-            await server.job_service.cancel(tenant, job.id)
+            await asyncio.shield(server.job_service.cancel(tenant, job.id))
         if isinstance(gone, asyncio.CancelledError):
             raise
         return Response(status_code=CLIENT_CLOSED_REQUEST)
