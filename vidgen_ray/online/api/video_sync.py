@@ -42,7 +42,7 @@ async def create_video_sync(
     try:
         done = await completed_while_connected(server, request, job)
     except (ClientDisconnected, asyncio.CancelledError) as gone:
-        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while the handler already cancels the video.
+        # Ray Serve cancels the handler when its proxy loses the connection, perhaps while it cancels the video.
         if idempotency_key is None:
             await asyncio.shield(server.job_service.cancel(tenant, job.id))
         if isinstance(gone, asyncio.CancelledError):
