@@ -247,7 +247,7 @@ def read_source_dropping_an_interrupt(video):
     return read_source(video)
 
 
-def test_an_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, monkeypatch):
+def test_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, monkeypatch):
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, 12)
     arguments = tmp_path / "a.mp4", tmp_path / "b.mp4", "-o", tmp_path / "out"
@@ -334,7 +334,7 @@ def test_calibration_of_a_node_streams_its_progress(monkeypatch):
 
 
 @pytest.mark.parametrize(("cpus", "slots"), [((1, 1), 2), ((3,), 1), ((4, 1), 2), ((0,), 0)])
-def test_a_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
+def test_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
     from vidgen_ray.engine import upscale_workers
 
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
@@ -400,7 +400,7 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_lost_node_leaves_the_bytes(tmp_path, weights, monkeypatch):
+def test_bytes_are_the_same_after_the_loss_of_a_node(tmp_path, weights, monkeypatch):
     """Two nodes with one CPU each. One is lost with its first segment, and nothing can replace it."""
     import ray
     from ray.cluster_utils import Cluster

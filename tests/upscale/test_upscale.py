@@ -268,7 +268,7 @@ def failing_at(frame):
     return on_progress
 
 
-def test_an_interrupt_is_noticed_while_a_segment_is_made(tmp_path, upscale, short_segments):
+def test_interrupt_is_noticed_while_a_segment_is_made(tmp_path, upscale, short_segments):
     video = write_video(tmp_path / "in.mp4", 23)
     upscale(video, tmp_path / "whole.mp4")
     out = tmp_path / "out" / "whole.mp4"
