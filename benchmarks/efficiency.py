@@ -141,7 +141,7 @@ def row(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     values = {
         "efficiency": [m.efficiency for _, m in measured],
         "efficiency_since_ready": [m.efficiency_since_ready for _, m in measured],
-        "efficiency_of_whole_run": [m.bound_s / run.total_s for run, m in measured],
+        "efficiency_of_whole_run": [run.whole_run_efficiency for run, _ in measured],
         "wall_s": [m.wall_s for _, m in measured],
         "bound_s": [m.bound_s for _, m in measured],
         "startup_s": [run.startup_s for run, _ in measured],
@@ -181,7 +181,7 @@ def _line(case: Case, run: Run) -> str:
     if run.measurement is None:
         return f"{name}: failed: {run.reason} ({run.total_s:.0f} s)"
     measured = run.measurement
-    others = f"since ready {measured.efficiency_since_ready:.3f}, whole run {measured.bound_s / run.total_s:.3f}"
+    others = f"since ready {measured.efficiency_since_ready:.3f}, whole run {run.whole_run_efficiency:.3f}"
     return f"{name}: efficiency {measured.efficiency:.3f}, {others}, total {run.total_s:.1f} s"
 
 

@@ -51,6 +51,11 @@ class Run:
     load_1_min: float
     """Load average of the machine before the run."""
 
+    @property
+    def whole_run_efficiency(self) -> float | None:
+        """Share of the whole run in which all GPUs would be busy with the work. `None` if there is no measurement."""
+        return None if self.measurement is None else self.measurement.bound_s / self.total_s
+
 
 def compile_sources() -> None:
     """Compile this checkout to bytecode, as installed packages are, so that no process of a run compiles it."""
