@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ParamSpec, get_args
 
 import typer
 from rich.console import Console
@@ -33,6 +33,8 @@ from vidgen_ray.upscale.models import BUILTIN_MODELS, DEFAULT_MODEL, UpscaleMode
 from vidgen_ray.upscale.network import Size
 from vidgen_ray.upscale.preview import write_preview
 from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file
+
+P = ParamSpec("P")
 
 SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)s?")
@@ -182,11 +184,7 @@ def _upscale_one(
     try:
         with _progress(video.name, is_compiled=calibration.settings.compiled) as on_progress:
             if preview_s is not None:
-
-                def on_frame(done: int, total: int, made: int) -> None:
-                    check_interrupt()
-                    on_progress(done, total, made)
-
+                on_frame = _with_check(check_interrupt, on_progress)
                 report = write_preview(video, target, options, calibration, preview_s, on_progress=on_frame)
             else:
                 report = upscale_file(video, target, options, calibration, runner, on_progress=on_progress)
@@ -226,11 +224,7 @@ def _runner(
     try:
         if address is None:
             with _CalibrationView(model.name, "on this machine") as view:
-
-                def on_progress(progress: CalibrationProgress) -> None:
-                    check_interrupt()
-                    view(progress)
-
+                on_progress = _with_check(check_interrupt, view)
                 calibration = calibrate(model, device or _default_device(), again=again, on_progress=on_progress)
             if workers is not None and workers != calibration.workers:
                 calibration = calibration.with_workers(workers)
@@ -249,6 +243,16 @@ def _runner(
             yield calibration, RayRunner(workers, _note, check_interrupt)
     except StageError as error:
         raise UsageError(f"--model: {error}") from None
+
+
+def _with_check(check_interrupt: Callable[[], None], listener: Callable[P, None]) -> Callable[P, None]:
+    """Return a listener that calls `check_interrupt` first."""
+
+    def listen(*args: P.args, **kwargs: P.kwargs) -> None:
+        check_interrupt()
+        listener(*args, **kwargs)
+
+    return listen
 
 
 def _note(message: str) -> None:
