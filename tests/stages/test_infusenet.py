@@ -80,9 +80,8 @@ POSE[22:40, 70:75] = 0, 255, 0
 
 def text_arguments(model: FluxModel, shot: Shot) -> dict[str, Any]:
     return {
-        **model.call_arguments(shot, FluxParams(weights=Path(), text_tokens=64)),
+        **model.call_arguments(shot, FluxParams(weights=Path(), text_tokens=64), guidance=3.5),
         "num_inference_steps": 3,
-        "guidance_scale": 3.5,
         "output_type": "np",
     }
 

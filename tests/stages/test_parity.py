@@ -75,6 +75,51 @@ def test_flux_equals_diffusers(flux, make_shot, negative):
     assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
 
 
+@pytest.mark.parametrize("negative", [None, "blurred"])
+@pytest.mark.parametrize("weights", ["tiny/flux", "tiny/flux-schnell"])
+def test_flux_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, make_shot, weights, negative):
+    stage = loaded(FluxStage, tiny, weights=resolve(f"builtin:{weights}"), distilled_guidance=False)
+    shot = make_shot(negative_prompt=negative, guidance={"flux": 5.0})
+    pipe, calls = plain(diffusers.FluxPipeline, weights), []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    expected = pipe(
+        shot.prompt,
+        negative_prompt=negative or "",
+        true_cfg_scale=5.0,
+        width=128,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+    ).images[0]
+    assert len(calls) == 4
+    assert np.array_equal(stage([Item(shot)])[0]["image"], as_uint8(expected))
+
+
+def test_lora_stage_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, make_shot):
+    shot = make_shot(lora=[LORA], lora_strength=0.6, guidance={"lora": 5.0})
+    pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
+    pipe.load_lora_weights(LORA.path, adapter_name="lora")
+    expected = pipe(
+        shot.prompt,
+        negative_prompt="",
+        true_cfg_scale=5.0,
+        image=Image.fromarray(gradient_image()),
+        strength=0.6,
+        width=128,
+        height=64,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        max_sequence_length=64,
+        generator=generator(shot, "lora"),
+        output_type="np",
+    ).images[0]
+    stage = loaded(FluxLoRAStage, tiny, distilled_guidance=False)
+    assert np.array_equal(stage([Item(shot, {"image": gradient_image()})])[0]["image"], as_uint8(expected))
+
+
 def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
     schnell = loaded(FluxStage, tiny, weights=resolve("builtin:tiny/flux-schnell"), text_tokens=512)
     shot = make_shot(steps={}, guidance={"flux": 9.0})

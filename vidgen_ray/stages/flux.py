@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Artefacts, Image, Item, noise_generator
-from vidgen_ray.stages.flux_stage import DEFAULT_GUIDANCE, FluxFamilyStage, relative_flux_cost
+from vidgen_ray.stages.flux_stage import FluxFamilyStage, relative_flux_cost
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -65,12 +65,13 @@ class FluxStage(FluxFamilyStage):
     def _generate(self, item: Item) -> Image:
         shot = item.shot
         steps = shot.steps.flux or self.model.default_steps
-        with self.conditioned_pipelines(item) as pipelines, self.model.step_cache_running(shot, steps, steps):
-            (image,) = pipelines.text_to_image(
-                **self.model.call_arguments(shot, self.params),
-                num_inference_steps=steps,
-                guidance_scale=DEFAULT_GUIDANCE if shot.guidance.flux is None else shot.guidance.flux,
-                generator=noise_generator(self.generator_seed(shot)),
-                **diffusers_step_callback(self.name),
-            ).images
+        with self.conditioned_pipelines(item) as pipelines:
+            arguments = self.model.call_arguments(shot, self.params, shot.guidance.flux)
+            with self.model.step_cache_running(shot, arguments, steps, steps):
+                (image,) = pipelines.text_to_image(
+                    **arguments,
+                    num_inference_steps=steps,
+                    generator=noise_generator(self.generator_seed(shot)),
+                    **diffusers_step_callback(self.name),
+                ).images
         return pixels_to_uint8(image)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -35,6 +35,7 @@ CACHED_PROMPTS = 64
 """Prompts whose embeddings are cached in memory. An embedding takes 4 MB at 512 tokens in bfloat16."""
 DEFAULT_STEPS = 28
 """Default steps of FLUX.1-dev."""
+DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
 TRANSFORMER, FEW_STEP_LORA = "transformer", "few_step_lora"
@@ -51,8 +52,11 @@ class FluxParams(SpeedParams):
     cpu: T5 stays in host memory and runs there."""
     text_tokens: int = Field(512, ge=1, le=512)
     """T5 tokens of the prompt. At most 256 are used for schnell."""
+    distilled_guidance: Annotated[bool, InKey.IF_CHANGED] = True
+    """The transformer was distilled to get the guidance as an input, as FLUX.1-dev. `false`: for weights without that, such as
+    de-distilled ones; the shot's guidance is then the scale of classifier-free guidance, with two passes per step."""
     true_cfg_scale: float = Field(4.0, ge=1)
-    """Classifier-free guidance scale for shots with a negative prompt. Adds a second pass per step."""
+    """Classifier-free guidance scale for shots with a negative prompt, with distilled guidance. Adds a second pass per step."""
     adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     compile: Annotated[Literal["none", "regional"], InKey.IF_CHANGED] = "none"
@@ -197,7 +201,7 @@ class FluxModel:
     @property
     def is_schnell(self) -> bool:
         """True for weights distilled to a few steps without guidance, such as FLUX.1-schnell."""
-        return not self.text_to_image.transformer.config.guidance_embeds
+        return self._params.distilled_guidance and not self.text_to_image.transformer.config.guidance_embeds
 
     @property
     def default_steps(self) -> int:
@@ -207,14 +211,16 @@ class FluxModel:
         """Run the block with exactly these LoRAs active. Outside of it the weights are bitwise those without LoRAs."""
         return self.adapters.active(loras)
 
-    def step_cache_running(self, shot: Shot, schedule_steps: int, steps: int) -> AbstractContextManager[None]:
-        """Run one pipeline call of the block with the step cache. `steps` at the end of the `schedule_steps` are run."""
+    def step_cache_running(
+        self, shot: Shot, arguments: Mapping[str, Any], schedule_steps: int, steps: int
+    ) -> AbstractContextManager[None]:
+        """Run one pipeline call with these arguments with the step cache. The last `steps` of the `schedule_steps` are run."""
         if self._step_cache is None:
             return nullcontext()
-        passes = 2 if shot.negative_prompt and self._params.true_cfg_scale > 1 else 1
+        passes = 2 if arguments.get("true_cfg_scale", 1) > 1 else 1
         return self._step_cache.running(schedule_steps, steps, passes, has_residuals=shot.flux_identity is not None)
 
-    def call_arguments(self, shot: Shot, params: FluxParams) -> dict[str, Any]:
+    def call_arguments(self, shot: Shot, params: FluxParams, guidance: float | None) -> dict[str, Any]:
         """Return the arguments that text to image and image to image have in common."""
         tokens = min(params.text_tokens, SCHNELL_TEXT_TOKENS) if self.is_schnell else params.text_tokens
         set_vae_tiles(self.text_to_image.vae, params.vae_tile_px)
@@ -227,12 +233,14 @@ class FluxModel:
             "max_sequence_length": tokens,
             "output_type": "pt",
         }
-        if shot.negative_prompt:
-            embeds, pooled = self._encode_prompt(shot.negative_prompt, tokens, params)
+        scale = DEFAULT_GUIDANCE if guidance is None else guidance
+        arguments["guidance_scale"] = scale if params.distilled_guidance else 1.0
+        if shot.negative_prompt or not params.distilled_guidance:
+            embeds, pooled = self._encode_prompt(shot.negative_prompt or "", tokens, params)
             arguments |= {
                 "negative_prompt_embeds": embeds,
                 "negative_pooled_prompt_embeds": pooled,
-                "true_cfg_scale": params.true_cfg_scale,
+                "true_cfg_scale": params.true_cfg_scale if params.distilled_guidance else scale,
             }
         return arguments
 

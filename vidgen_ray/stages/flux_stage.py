@@ -28,7 +28,6 @@ from vidgen_ray.stages.memory import FP8, LORA_RANK, TILES_PX, StageMemory, acti
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 
-DEFAULT_GUIDANCE = 3.5
 PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
 """Pixels per token of the transformer, and numbers per token."""
 STEP_CACHE_TENSORS = 3
@@ -192,30 +191,32 @@ class FluxFamilyStage(Stage[FluxParams]):
                 f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
                 f"must be at least {1 / steps:.3f}"
             )
-        with self.conditioned_pipelines(item) as pipelines, self.model.step_cache_running(shot, steps, steps_run):
-            (redrawn,) = pipelines.image_to_image(
-                **self.model.call_arguments(shot, self.params),
-                image=PILImage.fromarray(image),
-                strength=strength,
-                num_inference_steps=steps,
-                guidance_scale=DEFAULT_GUIDANCE if guidance is None else guidance,
-                generator=noise_generator(self.generator_seed(shot)),
-                **diffusers_step_callback(self.name),
-            ).images
+        with self.conditioned_pipelines(item) as pipelines:
+            arguments = self.model.call_arguments(shot, self.params, guidance)
+            with self.model.step_cache_running(shot, arguments, steps, steps_run):
+                (redrawn,) = pipelines.image_to_image(
+                    **arguments,
+                    image=PILImage.fromarray(image),
+                    strength=strength,
+                    num_inference_steps=steps,
+                    generator=noise_generator(self.generator_seed(shot)),
+                    **diffusers_step_callback(self.name),
+                ).images
         return pixels_to_uint8(redrawn)
 
 
 def step_cache_bytes(params: FluxParams, shot: Shot) -> int:
     """Return the bytes that the caches `first_block` and `magcache` keep between steps, for each pass of a step."""
     tokens = shot.width * shot.height // PATCH_PIXELS + params.text_tokens
-    passes = 2 if shot.negative_prompt else 1
+    passes = 2 if shot.negative_prompt or not params.distilled_guidance else 1
     return passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * (4 if params.dtype == "float32" else 2)
 
 
 def relative_flux_cost(shot: Shot, steps: int | None) -> float:
     """Return the cost of the whole schedule relative to the reference shot, which has no face.
 
-    A negative prompt adds a second pass per step. An injector adds its `passes_per_step` in the steps that it conditions.
+    A negative prompt adds a second pass per step. Without `distilled_guidance` all shots have two, so there the estimate for
+    shots with a negative prompt is too high. An injector adds its `passes_per_step` in the steps that it conditions.
     """
     passes = 2.0 if shot.negative_prompt else 1.0
     if shot.flux_identity is not None:
