@@ -51,6 +51,8 @@ ON_SUBJECT: dict[str, Colour] = {
     "night": (0.86, 0.87, 0.93),
 }
 """Light on the subject. Weaker than on the ground, so that its colours are recognisable at night."""
+FAR = 0.7
+"""Sideways motion of hills and houses in the image, relative to the ground in front."""
 INK: Colour = (0.13, 0.11, 0.14)
 EYE_X, EYE_Y, NOSE_Y, MOUTH_X, MOUTH_Y, TURN = 0.36, -0.15, 0.25, 0.27, 0.60, 0.14
 """Positions of facial features, and their shift when the head is turned, in half head heights. The proportions match the
@@ -121,7 +123,8 @@ def subject_box(subject: Person | Thing) -> tuple[float, float, float, float]:
     reach = 1.1 * subject.size
     left, right = subject.x - reach, subject.x + reach
     if subject.kind == "balloon":
-        return left, -0.32 - subject.size, right, -0.32 + 1.6 * subject.size
+        middle = -0.32 - subject.lift
+        return left, middle - subject.size, right, middle + 1.6 * subject.size
     return left, HORIZON + 0.22 - 2.0 * subject.size, right, HORIZON + 0.22 + 0.2 * subject.size
 
 
@@ -129,6 +132,18 @@ def head_box(person: Person) -> tuple[float, float, float, float]:
     """Return left, top, right and bottom of a head with its hair, in scene units."""
     r = person.radius
     return person.x - 1.2 * r, person.y - 1.5 * r, person.x + 1.2 * r, person.y + 1.2 * r
+
+
+def detail_box(subject: Person | Thing) -> tuple[float, float, float, float]:
+    """Return the box of a thing, or of a person's head, in scene units. Most details of a scene are within it."""
+    return head_box(subject) if isinstance(subject, Person) else subject_box(subject)
+
+
+def in_image(box: tuple[float, float, float, float], nearer: float) -> tuple[float, float, float, float]:
+    """Return a box given in scene units, as the camera shows it: left, top, right and bottom, from -1 to 1 within the image."""
+    left, top, right, bottom = box
+    lower = HORIZON * (1 - 1 / nearer) * 0.5
+    return left * nearer, (top - lower) * nearer, right * nearer, (bottom - lower) * nearer
 
 
 def _circle(x: Field, y: Field, radius: float) -> Field:
@@ -182,7 +197,9 @@ _PUFFS = ((-0.16, 0.02, 0.16, 0.08), (0.0, -0.03, 0.17, 0.12), (0.17, 0.02, 0.15
 
 
 def _ground(canvas: Canvas, scene: Scene) -> None:
-    light, x, y = LIGHT[scene.weather], canvas.x, canvas.y
+    light, y = LIGHT[scene.weather], canvas.y
+    # What leaves the image on one side comes back on the other, but not at once: nothing is wider than the world.
+    near, far = ((canvas.x + moved + 1.6) % 3.2 - 1.6 for moved in (scene.camera, FAR * scene.camera))
     ground = _lit(GROUND[scene.place], light)
     if scene.place == "city":
         for left, width, height in (
@@ -192,28 +209,28 @@ def _ground(canvas: Canvas, scene: Scene) -> None:
             (0.34, 0.18, 0.52),
             (0.76, 0.19, 0.76),
         ):
-            canvas.paint(_box(x - left, y - HORIZON, width, height), _lit((0.44, 0.46, 0.54), light, 0.8))
+            canvas.paint(_box(far - left, y - HORIZON, width, height), _lit((0.44, 0.46, 0.54), light, 0.8))
             for row in range(int(height / 0.2)):
                 for side in (-0.5, 0.5):
-                    window = _box(x - left - side * width, y - HORIZON + 0.17 + row * 0.2, 0.038, 0.05)
+                    window = _box(far - left - side * width, y - HORIZON + 0.17 + row * 0.2, 0.038, 0.05)
                     canvas.paint(window, (1.0, 0.87, 0.45) if scene.weather in ("night", "sunset") else (0.74, 0.84, 0.92))
     if scene.place == "desert":
-        canvas.paint(_ellipse(x - 0.55, y - HORIZON - 0.05, 0.8, 0.26), _lit(GROUND["desert"], light, 0.86))
+        canvas.paint(_ellipse(far - 0.55, y - HORIZON - 0.05, 0.8, 0.26), _lit(GROUND["desert"], light, 0.86))
     if scene.place == "snow":
         for left, width, height in ((-0.55, 0.62, 0.30), (0.50, 0.75, 0.38)):
-            canvas.paint(_triangle(x - left, y - HORIZON + height, width, height), _lit((0.66, 0.72, 0.82), light))
+            canvas.paint(_triangle(far - left, y - HORIZON + height, width, height), _lit((0.66, 0.72, 0.82), light))
             canvas.paint(
-                _triangle(x - left, y - HORIZON + 1.62 * height, width * 0.38, height * 0.38), _lit((0.97, 0.98, 1.0), light)
+                _triangle(far - left, y - HORIZON + 1.62 * height, width * 0.38, height * 0.38), _lit((0.97, 0.98, 1.0), light)
             )
     if scene.place == "meadow":
-        canvas.paint(_ellipse(x + 0.50, y - HORIZON - 0.10, 0.85, 0.30), _lit((0.33, 0.60, 0.27), light))
+        canvas.paint(_ellipse(far + 0.50, y - HORIZON - 0.10, 0.85, 0.30), _lit((0.33, 0.60, 0.27), light))
     canvas.paint(HORIZON - y, ground)
     if scene.place == "sea":
         for row, left in ((0.42, -0.5), (0.55, 0.35), (0.70, -0.2), (0.86, 0.55)):
-            canvas.paint(_box(x - left, y - row, 0.34, 0.014, 0.014), _lit((0.45, 0.72, 0.90), light))
+            canvas.paint(_box(near - left, y - row, 0.34, 0.014, 0.014), _lit((0.45, 0.72, 0.90), light))
     if scene.place == "city":
         for left in (-0.7, -0.1, 0.5):
-            canvas.paint(_box(x - left, y - 0.78, 0.17, 0.02), _lit((0.90, 0.88, 0.80), light))
+            canvas.paint(_box(near - left, y - 0.78, 0.17, 0.02), _lit((0.90, 0.88, 0.80), light))
 
 
 def _thing(canvas: Canvas, thing: Thing, light: Colour) -> None:
@@ -329,10 +346,10 @@ def styled(picture: NDArray[np.uint8], style: str) -> NDArray[np.uint8]:
     flat = picture.astype(np.float32) / 255
     grey = flat @ np.array([0.30, 0.59, 0.11], np.float32)
     if style == "sketch":
-        # Pencil lines at edges, light hatching in dark areas, warm paper.
+        # Pencil lines at edges, grey tones, warm paper. Darker lines would hide eyes and mouths after the autoencoder.
         dy, dx = np.gradient(grey)
-        lines = np.clip(np.hypot(dx, dy) * 5.0, 0, 1)
-        tone = np.clip(1 - 0.30 * (1 - grey) - 0.95 * lines, 0, 1)[..., None]
+        lines = np.clip(np.hypot(dx, dy) * 2.5, 0, 1)
+        tone = np.clip(1 - 0.45 * (1 - grey) - 0.80 * lines, 0, 1)[..., None]
         drawn = np.array([0.98, 0.96, 0.90], np.float32) * tone
     elif style == "night":
         drawn = (

@@ -83,7 +83,7 @@ def pose_pictures(people: Sequence[Person]) -> NDArray[np.uint8]:
 def main() -> int:
     told = arguments(
         __doc__,
-        steps=1600,
+        steps=5000,
         rate=1.2e-3,
         seed=5,
         flux="out/training/flux/pipeline",

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.dataset import to_tensor
+from training.dataset import SIZE_PX, to_tensor
 
 ENCODED_AT_ONCE = 16
 
@@ -34,6 +34,14 @@ def cached_latents(file: Path, pictures: NDArray[np.uint8], vae: AutoencoderKL) 
         torch.save(encoded(pictures, vae), fresh)
         os.replace(fresh, file)
     return torch.load(file, weights_only=True)
+
+
+def covered(box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
+    """Return the latents (16, 16) of an image that overlap the box: left, top, right and bottom, from -1 to 1."""
+    left, top, right, bottom = box
+    edge = np.linspace(-1, 1, SIZE_PX // 8 + 1)
+    across, down = (edge[1:] > left) & (edge[:-1] < right), (edge[1:] > top) & (edge[:-1] < bottom)
+    return down[:, None] & across
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ from training.world import STYLES, some_scene
 RANK = 8
 BATCH = 16
 PICTURES = 400
+UNPROMPTED = 0.1
+"""Share of samples without a prompt, for the second pass of classifier-free guidance."""
+LEAST_NOISE = 0.5
+"""Noise from which image to image starts at least: 0 is none, 1 is only noise."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("proj_mlp", "ff.net.0.proj", "ff.net.2")
 
@@ -45,13 +49,16 @@ def main() -> int:
     )
     random = Random(told.seed)
     world = [some_scene(random, identity=CAST[told.person] if told.person else None) for _ in range(PICTURES)]
-    pictures = np.stack([styled(draw(scene, SIZE_PX), told.style or "flat") for scene in world])
-    latents = pack(encoded(pictures, flux.vae).float())
+    pictures = np.stack([draw(scene, SIZE_PX) for scene in world])
+    flat = pack(encoded(pictures, flux.vae).float())
+    latents = pack(encoded(np.stack([styled(picture, told.style) for picture in pictures]), flux.vae).float())
     read = Reader(flux)
     counts = weights(subject_box(scene.subject) for scene in world)
 
     def prompt(scene_number: int, chance: Random) -> str:
         scene = world[scene_number]
+        if chance.random() < UNPROMPTED:
+            return ""
         if told.person:
             # Half of the prompts have no name, so that the LoRA also applies to other descriptions of a person.
             return caption(scene, chance, name=chance.choice((told.person, "a person")))
@@ -60,12 +67,10 @@ def main() -> int:
     def loss(step: int, generator: torch.Generator) -> Tensor:
         which = torch.randint(0, PICTURES, (BATCH,), generator=generator).tolist()
         chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
-        mixed, times, wanted = noised(latents[which], generator)
+        mixed, times, wanted = redrawn(flat[which], latents[which], generator)
         with torch.no_grad():
             states, pooled = read([prompt(n, chance) for n in which])
-        # Train with and without guidance, as the stages use both.
-        guidance = torch.where(torch.rand(BATCH, generator=generator) < 0.5, 1.0, 3.5)
-        return error(velocity(flux.transformer, mixed, times, guidance, states, pooled), wanted, counts[which])
+        return error(velocity(flux.transformer, mixed, times, torch.ones(BATCH), states, pooled), wanted, counts[which])
 
     schedule = Schedule(told.steps, rate=2e-3, warm_up=20, weight_decay=0.0)
     train({"transformer": flux.transformer}, loss, schedule, told.work, told.seed)
@@ -75,15 +80,28 @@ def main() -> int:
     return 0
 
 
+def redrawn(flat: Tensor, wanted: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Add noise to packed latents (B, n, 64). Returns noisy latents, times (B,) and velocities, as `noised` does.
+
+    Half of the samples are those of image to image, which started from the noisy flat image and moves straight to `wanted`.
+    """
+    mixed, times, _ = noised(wanted, generator)
+    begun = torch.rand(len(wanted), generator=generator) * (1 - LEAST_NOISE) + LEAST_NOISE
+    begun = torch.where(torch.rand(len(wanted), generator=generator) < 0.5, torch.maximum(begun, times), 1.0)
+    left = (times / begun * (1 - begun))[:, None, None]
+    mixed = mixed + left * (flat - wanted)
+    return mixed, times, (mixed - wanted) / times[:, None, None]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--flux", type=Path, default=Path("out/training/flux/pipeline"), metavar="FOLDER")
-    parser.add_argument("--steps", type=int, default=250, metavar="N")
+    parser.add_argument("--steps", type=int, default=600, metavar="N")
     parser.add_argument("--seed", type=int, default=7, metavar="N")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--person", choices=list(CAST), metavar="NAME")
-    kind.add_argument("--style", choices=STYLES, metavar="STYLE")
+    kind.add_argument("--style", choices=STYLES, default="flat", metavar="STYLE")
     told = parser.parse_args()
     told.work = told.out.with_suffix("")
     torch.set_num_threads(1)
