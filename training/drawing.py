@@ -51,6 +51,8 @@ ON_SUBJECT: dict[str, Colour] = {
     "night": (0.86, 0.87, 0.93),
 }
 """Light on the subject. Weaker than on the ground, so that its colours are recognisable at night."""
+PERIOD = 3.2
+"""Width after which the ground, its hills and houses repeat. All of them are narrower than that."""
 FAR = 0.7
 """Sideways motion of hills and houses in the image, relative to the ground in front."""
 INK: Colour = (0.13, 0.11, 0.14)
@@ -70,8 +72,7 @@ class Canvas:
     @classmethod
     def blank(cls, size_px: int, nearer: float) -> Canvas:
         line = ((np.arange(size_px, dtype=np.float32) + 0.5) / size_px * 2 - 1) / nearer
-        # The camera moves towards the centre of the horizon.
-        y, x = np.meshgrid(line + HORIZON * (1 - 1 / nearer) * 0.5, line, indexing="ij")
+        y, x = np.meshgrid(line + _centre_y(nearer), line, indexing="ij")
         return cls(np.zeros((size_px, size_px, 3), np.float32), x, y)
 
     def paint(self, distance: Field, colour: Colour | Field) -> None:
@@ -142,8 +143,13 @@ def detail_box(subject: Person | Thing) -> tuple[float, float, float, float]:
 def in_image(box: tuple[float, float, float, float], nearer: float) -> tuple[float, float, float, float]:
     """Return a box given in scene units, as the camera shows it: left, top, right and bottom, from -1 to 1 within the image."""
     left, top, right, bottom = box
-    lower = HORIZON * (1 - 1 / nearer) * 0.5
-    return left * nearer, (top - lower) * nearer, right * nearer, (bottom - lower) * nearer
+    centre_y = _centre_y(nearer)
+    return left * nearer, (top - centre_y) * nearer, right * nearer, (bottom - centre_y) * nearer
+
+
+def _centre_y(nearer: float) -> float:
+    """Return the y of the scene at the centre of the image. The camera moves towards the horizon when it moves in."""
+    return HORIZON * (1 - 1 / nearer) * 0.5
 
 
 def _circle(x: Field, y: Field, radius: float) -> Field:
@@ -198,8 +204,7 @@ _PUFFS = ((-0.16, 0.02, 0.16, 0.08), (0.0, -0.03, 0.17, 0.12), (0.17, 0.02, 0.15
 
 def _ground(canvas: Canvas, scene: Scene) -> None:
     light, y = LIGHT[scene.weather], canvas.y
-    # What leaves the image on one side comes back on the other, but not at once: nothing is wider than the world.
-    near, far = ((canvas.x + moved + 1.6) % 3.2 - 1.6 for moved in (scene.camera, FAR * scene.camera))
+    near, far = ((canvas.x + camera + PERIOD / 2) % PERIOD - PERIOD / 2 for camera in (scene.camera, FAR * scene.camera))
     ground = _lit(GROUND[scene.place], light)
     if scene.place == "city":
         for left, width, height in (

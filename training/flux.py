@@ -23,7 +23,7 @@ from torch import Tensor
 from training.captions import caption
 from training.dataset import SIZE_PX, drawn, scenes, to_tensor
 from training.drawing import subject_box
-from training.latents import cached_latents, pack, places
+from training.latents import cached_latents, covered, pack, places
 from training.loop import Schedule, arguments, train
 from training.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
 from training.world import Scene, Thing
@@ -128,13 +128,8 @@ def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 def weights(boxes: Iterable[tuple[float, float, float, float]], count: float = SUBJECT_COUNTS) -> Tensor:
     """Return the loss weights of patches (N, 64, 1), with mean 1. Patches within a box weigh `count` times as much."""
-    edge = torch.linspace(-1, 1, PATCHES + 1)
-    low, high = edge[:-1], edge[1:]
-    rows = []
-    for left, top, right, bottom in boxes:
-        across, down = (high > left) & (low < right), (high > top) & (low < bottom)
-        rows.append((down[:, None] & across[None]).flatten())
-    weight = 1 + (count - 1) * torch.stack(rows).float()
+    within = torch.from_numpy(np.stack([covered(box, PATCHES).flatten() for box in boxes]))
+    weight = 1 + (count - 1) * within.float()
     return (weight / weight.mean(dim=1, keepdim=True))[..., None]
 
 
@@ -206,11 +201,12 @@ def main() -> int:
     examples = is_thing.nonzero().flatten()[:SCALE_SCENES].tolist()
     colours = F.avg_pool2d(to_tensor(pictures[examples]), SIZE_PX // PATCHES).flatten(2).transpose(1, 2)
     scale = colour_scale(latents[examples], colours, in_box[examples])
+    chances = 1 + (THINGS_COUNT - 1) * is_thing
     nets = {"transformer": pipe.transformer, "t5": pipe.text_encoder_2, "clip": pipe.text_encoder}
     print(f"{pipe.transformer.num_parameters() / 1e6:.2f} M parameters, latents' spread {latents.std():.3f}", flush=True)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
-        which = torch.multinomial(1 + (THINGS_COUNT - 1) * is_thing, BATCH, generator=generator).tolist()
+        which = torch.multinomial(chances, BATCH, generator=generator).tolist()
         chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
         prompts = [_typed(_told(world[n], chance), chance) if chance.random() >= UNPROMPTED else "" for n in which]
         mixed, times, wanted = noised(latents[which], generator)

@@ -14,6 +14,8 @@ from torch import Tensor
 from training.dataset import SIZE_PX, to_tensor
 
 ENCODED_AT_ONCE = 16
+LATENTS = SIZE_PX // 8
+"""Latents per side of an image."""
 
 
 @torch.no_grad()
@@ -36,10 +38,10 @@ def cached_latents(file: Path, pictures: NDArray[np.uint8], vae: AutoencoderKL) 
     return torch.load(file, weights_only=True)
 
 
-def covered(box: tuple[float, float, float, float]) -> NDArray[np.bool_]:
-    """Return the latents (16, 16) of an image that overlap the box: left, top, right and bottom, from -1 to 1."""
+def covered(box: tuple[float, float, float, float], cells: int = LATENTS) -> NDArray[np.bool_]:
+    """Return the cells of an image (cells, cells) that overlap the box: left, top, right and bottom, from -1 to 1."""
     left, top, right, bottom = box
-    edge = np.linspace(-1, 1, SIZE_PX // 8 + 1)
+    edge = np.linspace(-1, 1, cells + 1)
     across, down = (edge[1:] > left) & (edge[:-1] < right), (edge[1:] > top) & (edge[:-1] < bottom)
     return down[:, None] & across
 

@@ -55,7 +55,7 @@ NOISE_LEVEL, NOISE_SPREAD = 0.6, 1.5
 SIGMA_MAX = 30.0
 """The original SVD starts at 700, for 25 frames of 72x128 latents. For 8 frames of 16x16, no signal is left at 30."""
 MOVING = 1.0
-"""Additional loss weight of changing areas. Most of a clip is a static background."""
+"""Additional loss weight of changing areas. Most of a clip is sky and plain ground, which do not change."""
 SUBJECT = 2.0
 """Additional loss weight of things and heads. Without it, they fall apart in fast clips, faces above all."""
 
