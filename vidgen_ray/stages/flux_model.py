@@ -88,6 +88,10 @@ class FluxParams(SpeedParams):
             values.pop("text_encoder", None)
         return values
 
+    def uses_negative_prompt(self, shot: Shot) -> bool:
+        """Return if each step has a second pass, for the negative prompt of the shot or an empty one."""
+        return bool(shot.negative_prompt) or not self.distilled_guidance
+
     @property
     def has_quantized_weights(self) -> bool:
         return self.quantize != "none" or self.names_extra_weights(TRANSFORMER)
@@ -235,7 +239,7 @@ class FluxModel:
         }
         scale = DEFAULT_GUIDANCE if guidance is None else guidance
         arguments["guidance_scale"] = scale if params.distilled_guidance else 1.0
-        if shot.negative_prompt or not params.distilled_guidance:
+        if params.uses_negative_prompt(shot):
             embeds, pooled = self._encode_prompt(shot.negative_prompt or "", tokens, params)
             arguments |= {
                 "negative_prompt_embeds": embeds,

@@ -208,7 +208,7 @@ class FluxFamilyStage(Stage[FluxParams]):
 def step_cache_bytes(params: FluxParams, shot: Shot) -> int:
     """Return the bytes that the caches `first_block` and `magcache` keep between steps, for each pass of a step."""
     tokens = shot.width * shot.height // PATCH_PIXELS + params.text_tokens
-    passes = 2 if shot.negative_prompt or not params.distilled_guidance else 1
+    passes = 2 if params.uses_negative_prompt(shot) else 1
     return passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * (4 if params.dtype == "float32" else 2)
 
 
