@@ -57,20 +57,15 @@ def lora(tiny, flux):
     return loaded(FluxLoRAStage, tiny)
 
 
+TEXT_CALL = {"width": 128, "height": 64, "num_inference_steps": 2, "max_sequence_length": 64, "output_type": "np"}
+
+
 @pytest.mark.parametrize("negative", [None, "blurred"])
 def test_flux_equals_diffusers(flux, make_shot, negative):
     shot = make_shot(negative_prompt=negative)
     cfg = {"negative_prompt": negative, "true_cfg_scale": 4.0} if negative else {}
     expected = plain(diffusers.FluxPipeline, "tiny/flux")(
-        shot.prompt,
-        width=128,
-        height=64,
-        num_inference_steps=2,
-        guidance_scale=3.5,
-        max_sequence_length=64,
-        generator=torch.Generator().manual_seed(7),
-        output_type="np",
-        **cfg,
+        shot.prompt, guidance_scale=3.5, generator=torch.Generator().manual_seed(7), **TEXT_CALL, **cfg
     ).images[0]
     assert np.array_equal(flux([Item(shot)])[0]["image"], as_uint8(expected))
 
@@ -86,38 +81,12 @@ def test_flux_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, 
         shot.prompt,
         negative_prompt=negative or "",
         true_cfg_scale=5.0,
-        width=128,
-        height=64,
-        num_inference_steps=2,
         guidance_scale=1.0,
-        max_sequence_length=64,
         generator=torch.Generator().manual_seed(7),
-        output_type="np",
+        **TEXT_CALL,
     ).images[0]
     assert len(calls) == 4
     assert np.array_equal(stage([Item(shot)])[0]["image"], as_uint8(expected))
-
-
-def test_lora_stage_without_distilled_guidance_equals_diffusers_with_two_passes(tiny, make_shot):
-    shot = make_shot(lora=[LORA], lora_strength=0.6, guidance={"lora": 5.0})
-    pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
-    pipe.load_lora_weights(LORA.path, adapter_name="lora")
-    expected = pipe(
-        shot.prompt,
-        negative_prompt="",
-        true_cfg_scale=5.0,
-        image=Image.fromarray(gradient_image()),
-        strength=0.6,
-        width=128,
-        height=64,
-        num_inference_steps=4,
-        guidance_scale=1.0,
-        max_sequence_length=64,
-        generator=generator(shot, "lora"),
-        output_type="np",
-    ).images[0]
-    stage = loaded(FluxLoRAStage, tiny, distilled_guidance=False)
-    assert np.array_equal(stage([Item(shot, {"image": gradient_image()})])[0]["image"], as_uint8(expected))
 
 
 def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
@@ -136,21 +105,26 @@ def test_schnell_uses_4_steps_and_256_text_tokens(tiny, make_shot):
     assert np.array_equal(schnell([Item(shot)])[0]["image"], as_uint8(expected))
 
 
-def test_lora_stage_equals_diffusers(lora, make_shot):
-    shot = make_shot(lora=[LORA], lora_strength=0.6)
+@pytest.mark.parametrize(
+    ("distilled", "guidance", "call"),
+    [
+        (True, {}, {"guidance_scale": 3.5}),
+        (False, {"lora": 5.0}, {"guidance_scale": 1.0, "negative_prompt": "", "true_cfg_scale": 5.0}),
+    ],
+    ids=["distilled guidance", "two passes"],
+)
+def test_lora_stage_equals_diffusers(tiny, make_shot, distilled, guidance, call):
+    shot = make_shot(lora=[LORA], lora_strength=0.6, guidance=guidance)
+    lora = loaded(FluxLoRAStage, tiny, distilled_guidance=distilled)
     pipe = plain(diffusers.FluxImg2ImgPipeline, "tiny/flux")
     pipe.load_lora_weights(LORA.path, adapter_name="lora")
     expected = pipe(
         shot.prompt,
         image=Image.fromarray(gradient_image()),
         strength=0.6,
-        width=128,
-        height=64,
-        num_inference_steps=4,
-        guidance_scale=3.5,
-        max_sequence_length=64,
         generator=generator(shot, "lora"),
-        output_type="np",
+        **{**TEXT_CALL, "num_inference_steps": 4},
+        **call,
     ).images[0]
     refined = lora([Item(shot, {"image": gradient_image()})])[0]["image"]
     assert np.array_equal(refined, as_uint8(expected))
