@@ -28,6 +28,8 @@ from training.world import STYLES
 
 LATENT_CHANNELS = 16
 PICTURES = 8000
+CHOSEN = (*STYLES, "sketch")
+"""Styles of the half of the images that is not always flat. Details of pencil drawings are lost most easily."""
 CROP_PX, CROPS = 64, 24
 """Crops per step in the first part of the training. Whole images follow, because crops have other statistics."""
 WHOLE = 8
@@ -66,7 +68,7 @@ def autoencoder() -> AutoencoderKL:
 def pictures(scenes_drawn: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     """Return the images in random styles, half of them flat."""
     random = Random(seed)
-    return np.stack([styled(one, "flat" if n % 2 else random.choice(STYLES)) for n, one in enumerate(scenes_drawn)])
+    return np.stack([styled(one, "flat" if n % 2 else random.choice(CHOSEN)) for n, one in enumerate(scenes_drawn)])
 
 
 def difference(drawn: Tensor, wanted: Tensor) -> Tensor:
