@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,22 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from training.dataset import SIZE_PX, to_tensor
-from training.drawing import detail_box, draw, in_image, styled
-from training.latents import covered, encoded
+from training.latents import encoded
 from training.loop import Schedule, arguments, train
-from training.world import STYLES, Scene, moved, some_scene
+from training.tracks import TRACKS, TRACKS_SEED, Track, drawn_tracks, tracks
 
-TRACKS, TRACKS_SEED = 1200, 21
-PEOPLE = 0.5
-"""Share of tracks of people."""
-STYLED = 0.35
-"""Share of tracks in a style other than flat."""
 FRAMES, STRIDES = 8, (0, 1, 2)
 TRACK_FRAMES = STRIDES[-1] * (FRAMES - 1) + 1
 """Frames per track. Clips are taken from tracks with different strides, so that each scene is seen at several speeds."""
@@ -151,48 +143,6 @@ def keep_the_pairs(unet: UNetSpatioTemporalConditionModel) -> None:
         kept.requires_grad_(False)
 
 
-@dataclass(frozen=True, slots=True)
-class Track:
-    """A scene in motion."""
-
-    scene: Scene
-    speed: float
-    """Speed at the largest stride, from 0 to 1 (maximum speed of the drawn world)."""
-    style: str
-
-    def frames(self) -> NDArray[np.uint8]:
-        """Return all frames (TRACK_FRAMES, 128, 128, 3)."""
-        return np.stack([self.frame(n) for n in range(TRACK_FRAMES)])
-
-    def frame(self, n: int) -> NDArray[np.uint8]:
-        scene, nearer = self._at(n)
-        return styled(draw(scene, SIZE_PX, nearer), self.style)
-
-    def subject_cells(self) -> NDArray[np.bool_]:
-        """Return the latents of all frames that show the thing or the head (TRACK_FRAMES, 16, 16)."""
-        cells = []
-        for n in range(TRACK_FRAMES):
-            scene, nearer = self._at(n)
-            cells.append(covered(in_image(detail_box(scene.subject), nearer)))
-        return np.stack(cells)
-
-    def _at(self, n: int) -> tuple[Scene, float]:
-        """Return the scene of a frame and the zoom factor of the camera."""
-        return moved(self.scene, n / (TRACK_FRAMES - 1), self.speed)
-
-
-def tracks(count: int, seed: int) -> list[Track]:
-    random = Random(seed)
-    return [
-        Track(
-            some_scene(random, people=PEOPLE),
-            random.uniform(0.02, 1) ** 0.5,
-            random.choice(STYLES[1:]) if random.random() < STYLED else "flat",
-        )
-        for _ in range(count)
-    ]
-
-
 def bucket(speed: float) -> float:
     return SLOWEST_BUCKET + speed * (FASTEST_BUCKET - SLOWEST_BUCKET)
 
@@ -207,7 +157,7 @@ def prepared(of: list[Track], pipe: StableVideoDiffusionPipeline, file: Path) ->
     if file.exists():
         return torch.load(file, weights_only=True)
     generator, made = torch.Generator().manual_seed(TRACKS_SEED), {}
-    for frames in _drawn(of, file.with_name("tracks.npy")):
+    for frames in drawn_tracks(of, file.with_name("tracks.npy")):
         made.setdefault("latents", []).append(encoded(frames, pipe.vae))
         starts = frames[list(STARTS)]
         other = (torch.rand(len(STARTS), generator=generator) * np.log(MOST_NOISE / 0.005)).exp() * 0.005
@@ -224,16 +174,6 @@ def prepared(of: list[Track], pipe: StableVideoDiffusionPipeline, file: Path) ->
     torch.save(data, fresh)
     os.replace(fresh, file)
     return data
-
-
-def _drawn(of: list[Track], file: Path) -> NDArray[np.uint8]:
-    """Return all tracks (N, TRACK_FRAMES, 128, 128, 3), from the cache file if it exists."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(".new.npy")
-        np.save(fresh, np.stack([track.frames() for track in of]))
-        os.replace(fresh, file)
-    return np.load(file, mmap_mode="r")
 
 
 def denoising_loss(
@@ -268,13 +208,13 @@ def main() -> int:
     begun: dict[str, Any] = {"vae": vae, "torch_dtype": torch.float32}
     pipe = StableVideoDiffusionPipeline.from_pretrained(told.init, **begun) if told.init else pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
-    of = tracks(TRACKS, TRACKS_SEED)
+    of = tracks(TRACKS, TRACKS_SEED, TRACK_FRAMES)
     data = prepared(of, pipe, told.data / "tracks.pt")
     if not told.init:
         repeat_the_picture(pipe.unet, data["first"].float().square().mean(dim=(0, 1, 2, 4, 5)).sqrt())
     keep_the_pairs(pipe.unet)
     cells = torch.from_numpy(np.stack([track.subject_cells() for track in of])).float()
-    unseen = tracks(8, TRACKS_SEED + 1)
+    unseen = tracks(8, TRACKS_SEED + 1, TRACK_FRAMES)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         chance = Random(int(torch.randint(0, 2**31, (1,), generator=generator)))
