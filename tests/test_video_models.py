@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.script.line_check import merged
 from vidgen_ray.shot import Shot
 from vidgen_ray.video_models import VIDEO_MODELS
@@ -52,6 +53,35 @@ def test_defaults_of_another_video_model_do_not_apply():
     wan = {"video_model": "wan", "num_frames": 49}
     assert merged(profile, wan, {"fps": 24}) == {"width": 128, **wan, "fps": 24}
     assert merged(profile, wan, {"video_model": "svd"}) == {"width": 128, "video_model": "svd"}
+
+
+@pytest.mark.parametrize(
+    ("line", "frames", "fps"),
+    [
+        ({}, 8, 6),
+        ({"video_model": "wan"}, 9, 16),
+        ({"video_model": "wan", "num_frames": 33}, 33, 16),
+        ({"video_model": "ltx"}, 121, 25),
+        ({"num_frames": 12, "fps": 3}, 12, 3),
+    ],
+)
+def test_defaults_can_give_a_value_per_model(line, frames, fps):
+    profile = {"num_frames": {"svd": 8, "wan": 9}, "fps": {"svd": 6}}
+    shot = Shot.model_validate(merged(profile, {"prompt": "a"}, line))
+    assert (shot.num_frames, shot.fps) == (frames, fps)
+
+
+def test_values_per_model_are_merged_per_model():
+    assert merged({"num_frames": 8}, {"num_frames": {"wan": 9}}) == {"num_frames": {"svd": 8, "wan": 9}}
+    assert merged({"num_frames": {"svd": 8, "wan": 9}}, {"num_frames": {"wan": 13}}) == {"num_frames": {"svd": 8, "wan": 13}}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "field"),
+    [({"num_frames": {"svd": 8, "wan": 10}}, "num_frames"), ({"fps": {"svd": 8, "other": 8}}, "fps"), ({"fps": {}}, "fps")],
+)
+def test_wrong_values_per_model_are_reported(defaults, field):
+    assert [name for name, _, _ in wrong_defaults(defaults)] == [field]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vidgen_ray.shot import Shot
+from vidgen_ray.video_models import MODEL_DEFAULTS, is_per_model
 
 SCHEMA_COMMAND = "`vidgen schema shot`"
 MAX_LISTED = 200
@@ -66,8 +67,11 @@ def wrong_defaults(fields: Mapping[str, Any], *, strict: bool = False) -> list[t
     """
     if "id" in fields:
         return [("id", shortened(fields["id"]), "must be set by each line, not for all of them")]
+    per_model = {name for field in MODEL_DEFAULTS if is_per_model(values := fields.get(field)) for name in values}
     try:
         Shot.model_validate({"prompt": "any", **fields}, strict=strict)
+        for name in sorted(per_model):
+            Shot.model_validate({"prompt": "any", **fields, "video_model": name}, strict=strict)
     except ValidationError as error:
         explained = (explain(detail, Shot.model_fields) for detail in error.errors(include_url=False))
         return [(field, got, allowed) for field, got, allowed in explained if field is not None]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from vidgen_ray.limits import MAX_FRAMES, MIN_FRAMES
 
@@ -14,7 +14,7 @@ AUTO = "auto"
 AUTO_S = 5.0
 """Seconds of a clip with `num_frames: auto`."""
 MODEL_DEFAULTS = ("num_frames", "fps")
-"""Fields whose default depends on the video model."""
+"""Fields whose default depends on the video model. Defaults can give a value per model: {svd: 25, wan: 49}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,24 +66,50 @@ def frames_of_passes(num_frames: int, extend: int) -> int:
 
 def model_of(fields: Mapping[str, Any]) -> VideoModel:
     """Return the video model that unvalidated fields of a shot name; the default one for a wrong name."""
+    return VIDEO_MODELS[_name_of(fields)]
+
+
+def is_per_model(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether a default of one of `MODEL_DEFAULTS` gives a value per video model."""
+    return isinstance(value, Mapping) and bool(value) and set(value) <= set(VIDEO_MODELS)
+
+
+def per_model(fields: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """Return the values per video model of one of `MODEL_DEFAULTS`. A single value is that of the model of the fields."""
+    value = fields[field]
+    return value if is_per_model(value) else {_name_of(fields): value}
+
+
+def of_model(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return unvalidated fields of a shot. Of values per video model, that of the shot's model is kept, if there is one."""
+    name = _name_of(fields)
+    chosen = dict(fields)
+    for field in MODEL_DEFAULTS:
+        if is_per_model(values := chosen.get(field)):
+            del chosen[field]
+            chosen |= {field: values[name]} if name in values else {}
+    return chosen
+
+
+def _name_of(fields: Mapping[str, Any]) -> str:
     name = fields.get("video_model")
-    return VIDEO_MODELS.get(name if isinstance(name, str) else DEFAULT_MODEL, VIDEO_MODELS[DEFAULT_MODEL])
+    return name if isinstance(name, str) and name in VIDEO_MODELS else DEFAULT_MODEL
 
 
-def with_model_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+def with_model_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return unvalidated fields of a shot with the defaults of its video model, and with a number for `num_frames: auto`."""
-    model = model_of(fields)
+    model, fields = model_of(fields), of_model(fields)
     own_default = model is not VIDEO_MODELS[DEFAULT_MODEL]
     if own_default and fields.get("fps") is None:
-        fields = {**fields, "fps": model.fps}
+        fields["fps"] = model.fps
     frames, fps = fields.get("num_frames"), fields.get("fps", model.fps)
     if (frames == AUTO or (own_default and frames is None)) and isinstance(fps, int | float):
-        fields = {**fields, "num_frames": model.auto_frames(fps)}
+        fields["num_frames"] = model.auto_frames(fps)
     return fields
 
 
 def without_other_models_defaults(defaults: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults for fields that are set over them. `num_frames` and `fps` of another video model are left out."""
     if "video_model" in fields and model_of(fields) is not model_of(defaults):
-        return {name: value for name, value in defaults.items() if name not in MODEL_DEFAULTS}
+        return {name: value for name, value in defaults.items() if name not in MODEL_DEFAULTS or is_per_model(value)}
     return dict(defaults)

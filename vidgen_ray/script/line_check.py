@@ -35,7 +35,7 @@ from vidgen_ray.script.named_fields import with_character, with_style
 from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import ID_PATTERN, IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.identity import identities
-from vidgen_ray.video_models import without_other_models_defaults
+from vidgen_ray.video_models import MODEL_DEFAULTS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
 
 PATH_CACHE_SIZE = 4096
@@ -439,13 +439,15 @@ def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Merge fields. Later layers win. `steps` and `guidance` are merged per stage, `metadata` per name.
 
-    A layer with another `video_model` removes `num_frames` and `fps` of earlier layers, which are those of their model.
+    A layer with another `video_model` removes `num_frames` and `fps` of earlier layers, which are those of their model. Values
+    per model are merged per model.
     """
     out: dict[str, Any] = {}
     for layer in filter(None, layers):
         fields = nest_flat_settings(dict(layer))
         out = without_other_models_defaults(out, fields)
-        previous = {name: out[name] for name in (*NESTED_FIELDS, "metadata") if name in out and name in fields}
+        out |= {name: per_model(out, name) for name in MODEL_DEFAULTS if name in out and is_per_model(fields.get(name))}
+        previous = {name: out[name] for name in (*NESTED_FIELDS, "metadata", *MODEL_DEFAULTS) if name in out and name in fields}
         out.update(fields)
         for name, settings in previous.items():
             if isinstance(settings, dict) and isinstance(fields[name], dict):

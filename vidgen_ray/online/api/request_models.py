@@ -56,7 +56,7 @@ from vidgen_ray.shot import (
     booleans_as_text,
     nest_flat_settings,
 )
-from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, without_other_models_defaults
+from vidgen_ray.video_models import AUTO, frames_of_passes, model_of, of_model, without_other_models_defaults
 
 SIDES = ("width", "height")
 CROPS = ("crop_width", "crop_height")
@@ -406,7 +406,7 @@ class CreateVideo(_Generation):
             fields.setdefault("fps_out", None)
         if self.seconds is None:
             return fields
-        values = {**without_other_models_defaults(defaults, fields), **fields}
+        values = of_model({**without_other_models_defaults(defaults, fields), **fields})
         model = model_of(values)
         fps, extend = int(values.get("fps", model.fps)), int(values.get("extend") or 0)
         # Frames of each pass: a further pass does not repeat the last frame of the one before.
