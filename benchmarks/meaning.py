@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.machine import machine, write_json
 from tests.meaning.chain import Chain
-from tests.meaning.checks import CHECKS, UNCUT
+from tests.meaning.checks import CHECKS, UNCUT, WAN_SLOW
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 
@@ -80,7 +80,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def grid(chain: Chain) -> NDArray[np.uint8]:
-    """Draw one row per prompt: without photo, with photo, with LoRA, restyled, last frame of the clip, upscaled frame."""
+    """Draw a row per prompt: without photo, with photo, with LoRA, restyled, last frames of SVD and Wan, upscaled frame."""
     upscaler = RealESRGANStage(chain.profile.params(RealESRGANStage))
     upscaler.load()
     rows = []
@@ -93,9 +93,9 @@ def grid(chain: Chain) -> NDArray[np.uint8]:
         refined = fields | {"lora": lora, "lora_strength": 0.8}
         restyled = fields | {"use_hunyuan_style": True, "style_prompt": style, "style_strength": 0.6}
         cells += [clip["image"], *(chain.make(**variant)["image"] for variant in (refined, restyled))]
-        last = clip["frames"][-1:]
+        last = chain.make(**fields, generate_video=True, **WAN_SLOW)["frames"][-1:]
         (upscaled,) = upscaler([Item(chain.shot(**fields), {"frames": last})])
-        cells += [last[0], upscaled["hd_frames"][0]]
+        cells += [clip["frames"][-1], last[0], upscaled["hd_frames"][0]]
         rows.append(np.concatenate([_cell(cell) for cell in cells], axis=1))
     return np.concatenate(rows)
 

@@ -1,4 +1,4 @@
-"""Copy trained weights into the package, in half precision, with a single copy of the shared autoencoder.
+"""Copy trained weights into the package, in half precision (Wan in 8 bits), with a single copy of shared parts.
 
 The classifier goes to tests/meaning, which uses it.
 
@@ -10,15 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxControlNetModel, FluxPipeline
+from diffusers import AutoencoderKL, AutoencoderKLWan, FluxControlNetModel, FluxPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from training.wan import pipeline
 from vidgen_ray.nets.face_resampler import PROJECTION
 from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE
-from vidgen_ray.weights.demo_family import SHIPPED, WITHOUT_AUTOENCODER
+from vidgen_ray.weights.demo_family import (
+    COMPACT_WEIGHTS,
+    SCALE,
+    SHARED_WITH_FLUX,
+    SHIPPED,
+    WHOLE_WEIGHTS,
+    WITHOUT_AUTOENCODER,
+    is_spatial,
+    per_channel,
+)
 
 LORAS = ("ada.safetensors", "sketch.safetensors")
 AS_THEY_ARE = {
@@ -55,6 +67,17 @@ def main() -> int:
         if (folder := made / name / "pipeline").exists():
             _fresh(SHIPPED / name)
             shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
+    if (wan := made / "wan" / "transformer").exists() and (vae := made / "wan_autoencoder" / "vae").exists():
+        nets = {"transformer": WanTransformer3DModel.from_pretrained(wan), "vae": AutoencoderKLWan.from_pretrained(vae)}
+        _fresh(SHIPPED / "wan")
+        pipeline(nets["transformer"], nets["vae"], FluxPipeline.from_pretrained(SHIPPED / "flux")).save_pretrained(
+            SHIPPED / "wan"
+        )
+        for part in SHARED_WITH_FLUX:
+            _fresh(SHIPPED / "wan" / part)
+        for part, net in nets.items():
+            (SHIPPED / "wan" / part / WHOLE_WEIGHTS).unlink()
+            save_file(compact(net.state_dict()), SHIPPED / "wan" / part / COMPACT_WEIGHTS)
     for name, folder in AS_THEY_ARE.items():
         if (made / name).exists():
             shutil.copy(made / name, folder)
@@ -62,6 +85,26 @@ def main() -> int:
         for config in SHIPPED.rglob(pattern):
             _without_place(config)
     return 0
+
+
+def compact(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights as they are stored in `COMPACT_WEIGHTS`. Those with one number per output channel stay in half precision.
+
+    Raises ValueError if another than the last step in time of a kernel over pixels and frames is not zero.
+    """
+    stored = {}
+    for name, tensor in weights.items():
+        if is_spatial(tensor):
+            if tensor[:, :, :-1].any():
+                raise ValueError(f"{name}: only the last step in time may be other than zero")
+            tensor = tensor[:, :, -1:]
+        if len(tensor) in (1, tensor.numel()):
+            stored[name] = tensor.half()
+            continue
+        scale = (tensor.float().flatten(1).abs().amax(dim=1) / 127).clamp(min=1e-7).half()
+        steps = (tensor.float() / per_channel(scale, tensor)).round().clamp(-127, 127)
+        stored |= {name: steps.char().contiguous(), name + SCALE: scale}
+    return stored
 
 
 def _without_place(config: Path) -> None:

@@ -19,7 +19,7 @@ from vidgen_ray.shot import Shot
 
 def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
     assert main(["validate", str(EXAMPLES / "demo.jsonl")]) == 0
-    assert capsys.readouterr().out == "demo.jsonl: 13 valid shots, 0 invalid lines\n"
+    assert capsys.readouterr().out == "demo.jsonl: 14 valid shots, 0 invalid lines\n"
     path = tmp_path / "s.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "fps": 0}\n')
     assert main(["validate", str(path)]) == 3

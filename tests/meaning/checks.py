@@ -30,11 +30,13 @@ PERSON_LORA, STYLE_LORA = "builtin:demo/ada.safetensors", "builtin:demo/sketch.s
 LORA_PERSON, LORA_STYLE = "ada", "sketch"
 PENCIL_PROMPTS = ("a pencil sketch", "sketch on paper")
 STYLES = {"sketch": "a pencil sketch", "night": "dark night colours", "pastel": "soft pastel colours"}
-SLOW, FAST = 20, 240
-"""Motion bucket ids."""
+SVD_SLOW, SVD_FAST = {"motion_bucket_id": 20}, {"motion_bucket_id": 240}
+WAN_SLOW = {"video_model": "wan", "motion_prompt": "moving slowly"}
+WAN_FAST = {"video_model": "wan", "motion_prompt": "moving fast"}
 ASIDE = 0.36
 """Largest distance of a whole face from the centre of the image, in half image widths."""
 Cut = Mapping[str, Mapping[str, Any]]
+Measure = Callable[[Chain, int, Cut], float]
 UNCUT: Cut = {}
 
 
@@ -42,7 +44,7 @@ UNCUT: Cut = {}
 class Check:
     """A check of one input."""
 
-    measure: Callable[[Chain, int, Cut], float]
+    measure: Measure
     goal: float
     """Minimum share of cases that pass, between the shares with and without the input."""
     cut: Cut
@@ -92,7 +94,7 @@ def _keypoints(chain: Chain, image: NDArray[np.uint8]) -> NDArray[np.float32] | 
         return None
 
 
-def _label_check(label: str) -> Callable[[Chain, int, Cut], float]:
+def _label_check(label: str) -> Measure:
     def share(chain: Chain, cases: int, cut: Cut) -> float:
         expected = [scene_case(n) for n in range(cases)]
         images = [chain.make(prompt=case["prompt"], seed=n, disconnected=cut)["image"] for n, case in enumerate(expected)]
@@ -232,35 +234,38 @@ def _edge_correlation(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float
     return float(np.corrcoef(*maps)[0, 1])
 
 
-def _clip(chain: Chain, n: int, bucket: int, cut: Cut) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    artefacts = chain.make(
-        prompt=scene_case(n)["prompt"], seed=n, generate_video=True, motion_bucket_id=bucket, disconnected=cut
-    )
+def _clip(chain: Chain, n: int, cut: Cut, motion: Mapping[str, Any]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    artefacts = chain.make(prompt=scene_case(n)["prompt"], seed=n, generate_video=True, disconnected=cut, **motion)
     return artefacts["image"], artefacts["frames"]
 
 
-def clip_starts_with_image(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of clips whose first frame differs from the image by less than 12 of 255 levels on average."""
-    pairs = [_clip(chain, n, SLOW, cut) for n in range(cases)]
-    return float(np.mean([np.abs(frames[0].astype(int) - image.astype(int)).mean() < 12 for image, frames in pairs]))
+def _starts_with_image(motion: Mapping[str, Any]) -> Measure:
+    def share(chain: Chain, cases: int, cut: Cut) -> float:
+        """Return the share of clips whose first frame differs from the image by less than 12 of 255 levels on average."""
+        pairs = [_clip(chain, n, cut, motion) for n in range(cases)]
+        return float(np.mean([np.abs(frames[0].astype(int) - image.astype(int)).mean() < 12 for image, frames in pairs]))
+
+    return share
 
 
-def bucket_increases_motion(chain: Chain, cases: int, cut: Cut) -> float:
-    """Return the share of images whose clip has more motion with a large motion bucket than with a small one."""
-    hits = []
-    for n in range(cases):
-        slow, fast = (_motion_px(_clip(chain, n, bucket, cut)[1]) for bucket in (SLOW, FAST))
-        hits.append(fast > 1.3 * slow)
-    return float(np.mean(hits))
+def _faster(slow: Mapping[str, Any], fast: Mapping[str, Any]) -> Measure:
+    def share(chain: Chain, cases: int, cut: Cut) -> float:
+        """Return the share of images whose fast clip has more motion than the slow one."""
+        hits = []
+        for n in range(cases):
+            slow_px, fast_px = (_motion_px(_clip(chain, n, cut, motion)[1]) for motion in (slow, fast))
+            hits.append(fast_px > 1.3 * slow_px)
+        return float(np.mean(hits))
+
+    return share
 
 
-def _whole_at(bucket: int) -> Callable[[Chain, int, Cut], float]:
+def _whole_at_the_end(motion: Mapping[str, Any]) -> Measure:
     def share(chain: Chain, cases: int, cut: Cut) -> float:
         """Return the share of clips whose last frame still shows the subject."""
         hits = []
         for n in range(cases):
-            fields = _subject_fields(chain, n)
-            frames = chain.make(**fields, generate_video=True, motion_bucket_id=bucket, disconnected=cut)["frames"]
+            frames = chain.make(**_subject_fields(chain, n), generate_video=True, disconnected=cut, **motion)["frames"]
             hits.append(_shows_subject(chain, n, frames[-1]))
         return float(np.mean(hits))
 
@@ -307,11 +312,18 @@ CHECKS: dict[str, Check] = {
     "a pencil restyle keeps its subject recognisable": Check(
         pencil_keeps_subject, 0.6, {"hunyuan": {"image": GREY, "prompt": NEUTRAL_PROMPT}}
     ),
-    "a clip starts with its image": Check(clip_starts_with_image, 0.9, {"svd": {"image": GREY}}),
-    "a larger motion bucket gives more motion": Check(bucket_increases_motion, 0.8, {"svd": {"motion_bucket_id": 127}}),
-    "the last frame shows the subject, motion bucket 32": Check(_whole_at(32), 0.75, {"svd": {"image": GREY}}),
-    "the last frame shows the subject, motion bucket 127": Check(_whole_at(127), 0.75, {"svd": {"image": GREY}}),
-    "the last frame shows the subject, motion bucket 255": Check(_whole_at(255), 0.75, {"svd": {"image": GREY}}),
+    "a clip starts with its image": Check(_starts_with_image(SVD_SLOW), 0.9, {"svd": {"image": GREY}}),
+    "a larger motion bucket gives more motion": Check(_faster(SVD_SLOW, SVD_FAST), 0.8, {"svd": {"motion_bucket_id": 127}}),
+    **{
+        f"the last frame shows the subject, motion bucket {bucket}": Check(
+            _whole_at_the_end({"motion_bucket_id": bucket}), 0.75, {"svd": {"image": GREY}}
+        )
+        for bucket in (32, 127, 255)
+    },
+    "a clip of Wan starts with its image": Check(_starts_with_image(WAN_SLOW), 0.9, {"wan": {"image": GREY}}),
+    "a prompt for fast motion gives more motion": Check(_faster(WAN_SLOW, WAN_FAST), 0.8, {"wan": {"motion_prompt": None}}),
+    "the last frame shows the subject, Wan, slow": Check(_whole_at_the_end(WAN_SLOW), 0.75, {"wan": {"image": GREY}}),
+    "the last frame shows the subject, Wan, fast": Check(_whole_at_the_end(WAN_FAST), 0.75, {"wan": {"image": GREY}}),
     "fast and quality show the same": Check(
         modes_agree, 0.8, {"flux": {"prompt": NEUTRAL_PROMPT}, "lora": {"prompt": "a red boat by the sea at night"}}
     ),

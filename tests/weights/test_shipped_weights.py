@@ -5,24 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from training.ship import compact
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.demo_family import SHIPPED, WITHOUT_AUTOENCODER
+from vidgen_ray.weights.demo_family import (
+    COMPACT_WEIGHTS,
+    SHARED_WITH_FLUX,
+    SHIPPED,
+    WHOLE_WEIGHTS,
+    WITHOUT_AUTOENCODER,
+    whole,
+)
 
 MAX_BYTES = 32_000_000
 
 
-def test_shipped_weights_are_at_most_25_mb() -> None:
+def test_shipped_weights_are_at_most_32_mb() -> None:
     sizes = {path.relative_to(SHIPPED): path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()}
     assert sum(sizes.values()) <= MAX_BYTES, sizes
 
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda file: str(file.relative_to(SHIPPED)))
-def test_shipped_tensors_are_float16(file: Path) -> None:
+def test_shipped_tensors_are_float16_or_compact(file: Path) -> None:
     with safe_open(file, "pt") as tensors:
         kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # not a dict
-    assert kinds == {"F16"}
+    assert kinds == ({"F16", "I8"} if file.name == COMPACT_WEIGHTS else {"F16"})
 
 
 @pytest.mark.parametrize("name", WITHOUT_AUTOENCODER)
@@ -33,6 +44,35 @@ def test_shared_autoencoder_is_added_to_the_model(name: str) -> None:
     assert not (SHIPPED / name / "vae").exists()
     for file in (path for path in (SHIPPED / name).rglob("*") if path.is_file()):
         assert (folder / file.relative_to(SHIPPED / name)).read_bytes() == file.read_bytes()
+
+
+def test_wan_gets_the_text_encoder_of_flux_and_whole_weights() -> None:
+    folder = resolve("builtin:demo/wan")
+    for part, of_flux in SHARED_WITH_FLUX.items():
+        shared = [path.relative_to(SHIPPED / "flux" / of_flux) for path in (SHIPPED / "flux" / of_flux).iterdir()]
+        assert shared
+        assert not (SHIPPED / "wan" / part).exists()
+        for name in shared:
+            assert (folder / part / name).read_bytes() == (SHIPPED / "flux" / of_flux / name).read_bytes()
+    for part, kind in (("transformer", WanTransformer3DModel), ("vae", AutoencoderKLWan)):
+        shapes = {name: tensor.shape for name, tensor in kind.from_config(kind.load_config(folder / part)).state_dict().items()}
+        assert {name: tensor.shape for name, tensor in load_file(folder / part / WHOLE_WEIGHTS).items()} == shapes
+
+
+def test_compact_weights_are_within_half_a_step_of_the_originals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"matrix": (5, 7), "patches": (4, 3, 1, 2, 2), "frames": (4, 3, 3, 1, 1), "pixels": (4, 3, 3, 3, 3), "bias": (6,)}
+    weights = {name: torch.randn(shape, generator=generator) * 3 for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match="pixels: only the last step in time"):
+        compact(weights)
+    weights["pixels"][:, :, :-1] = 0
+    restored = whole(compact(weights))
+    assert restored.keys() == weights.keys()
+    for name, tensor in weights.items():
+        largest = tensor.flatten(1).abs().amax(dim=1) if tensor.dim() > 1 else tensor.abs()
+        off = (restored[name].float() - tensor).abs()
+        assert (off.flatten(1).amax(dim=1) if tensor.dim() > 1 else off).le(largest * (0.5 / 127 + 2e-3)).all()
+    assert not restored["pixels"][:, :, :-1].any()
 
 
 def test_only_weights_published_as_pickles_are_pickles() -> None:
