@@ -154,7 +154,7 @@ def open_page(browser) -> Iterator[Callable[..., Any]]:
         context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: messages.append(message.text))
+        page.on("console", lambda message: messages.append(f"{message.text} ({message.location['url']})"))
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto(url)
         return page

@@ -115,6 +115,20 @@ def test_photo_without_a_face_is_refused_without_javascript(new_site, with_real_
     open_page.messages[:] = [text for text in open_page.messages if "422" not in text]
 
 
+def test_frames_follow_the_video_model_until_they_are_changed(new_site, with_real_faces, open_page):
+    page = open_page(new_site(pipeline=with_real_faces).url)
+    page.get_by_text("Advanced:").click()
+    model, frames = page.get_by_label("Video model"), page.get_by_label("Frames", exact=True)
+    expect(frames).to_have_value("8")
+    model.select_option("wan")
+    expect(frames).to_have_value("9")
+    model.select_option("")
+    expect(frames).to_have_value("8")
+    frames.fill("13")
+    model.select_option("wan")
+    expect(frames).to_have_value("13")
+
+
 def test_photo_is_saved_as_character(site, open_page):
     site.director.gate.clear()
     page = open_page(site.url)

@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.video_models import VIDEO_MODELS
+from vidgen_ray.video_models import MODEL_DEFAULTS, VIDEO_MODELS, with_model_defaults, without_other_models_defaults
 
 PLACED = frozenset(
     {
@@ -103,6 +103,20 @@ def control_groups(serving_profile: ServingProfile, shot_class: type[Shot] = Sho
         )
         groups.append(ControlGroup(label, controls))
     return tuple(groups)
+
+
+def clip_defaults(serving_profile: ServingProfile) -> dict[str, dict[str, int]]:
+    """Return the defaults of `num_frames` and `fps` for each choice of `video_model`. The empty choice is the default model."""
+    defaults = serving_profile.profile.defaults
+    by_choice = {"": defaults} | {
+        model: {**without_other_models_defaults(defaults, {"video_model": model}), "video_model": model}
+        for model in _choices("video_model", serving_profile)
+    }
+    shots = {choice: with_model_defaults(fields) for choice, fields in by_choice.items()}
+    return {
+        field: {choice: fields.get(field, Shot.model_fields[field].default) for choice, fields in shots.items()}
+        for field in MODEL_DEFAULTS
+    }
 
 
 def _fields_by_stage(stages: Collection[type[Stage[Any]]]) -> Iterator[tuple[str, list[str]]]:

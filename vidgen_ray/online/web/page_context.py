@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from vidgen_ray.online.auth import Tenant, is_same_origin
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job
-from vidgen_ray.online.web.form_controls import control_groups
+from vidgen_ray.online.web.form_controls import clip_defaults, control_groups
 from vidgen_ray.online.web.job_cards import ACTIVE, Card, card_of
 
 STATIC = Path(__file__).parent / "static"
@@ -44,6 +44,7 @@ class PageContext:
         self.server = server
         self.lora_names = {path: name for name, path in server.settings.loras.items()}
         self.control_groups = control_groups(server.serving_profile)
+        self.clip_defaults = clip_defaults(server.serving_profile)
         self._templates = Environment(
             loader=PackageLoader("vidgen_ray.online.web"),
             autoescape=True,

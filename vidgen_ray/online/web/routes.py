@@ -194,6 +194,7 @@ def _form_of(
         "message": error.message if error else None,
         "submission_id": _new_submission_id(),
         "groups": context.control_groups,
+        "clip_defaults": context.clip_defaults,
         "continued": None if source is None else " ".join(source.shot.prompt.split()),
         "fields": fields,
         "sizes": size_choices(values.get("size"), rules),

@@ -175,6 +175,17 @@ function showDuration() {
   form.elements.duration.textContent = Number.isFinite(seconds) ? `Duration: ${seconds.toFixed(1).replace(".0", "")} s` : "";
 }
 
+/** Show the defaults of the chosen video model, unless the user has changed those of the model before. */
+function showClipDefaults() {
+  const model = form.elements.video_model;
+  for (const input of form.querySelectorAll("[data-defaults]")) {
+    const defaults = JSON.parse(input.dataset.defaults);
+    if (input.value === String(defaults[model.dataset.shown])) input.value = defaults[model.value];
+  }
+  model.dataset.shown = model.value;
+  showDuration();
+}
+
 function addLora(button) {
   const row = form.querySelector(".lora").cloneNode(true);
   row.querySelector("select").value = "";
@@ -235,6 +246,10 @@ export function startForm() {
     }
   });
   form.addEventListener("input", showDuration);
+  if (form.elements.video_model) {
+    form.elements.video_model.dataset.shown = form.elements.video_model.value;
+    form.elements.video_model.addEventListener("change", showClipDefaults);
+  }
   form.elements.seed.addEventListener("input", showSeedLock);
   for (const control of ["image", "photo"])
     form.elements[control]?.addEventListener("change", (event) => {
