@@ -27,7 +27,6 @@ from vidgen_ray.weights.demo_family import (
     SHARED_WITH_FLUX,
     SHIPPED,
     WHOLE_WEIGHTS,
-    WITHOUT_AUTOENCODER,
     is_spatial,
     per_channel,
 )
@@ -63,17 +62,17 @@ def main() -> int:
     for name in LORAS:
         if (made / name).exists():
             save_file({key: tensor.half() for key, tensor in load_file(made / name).items()}, SHIPPED / name)
-    for name in WITHOUT_AUTOENCODER:
+    for name, shared in SHARED_WITH_FLUX.items():
         if (folder := made / name / "pipeline").exists():
             _fresh(SHIPPED / name)
-            shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns("vae"))
+            shutil.copytree(folder, SHIPPED / name, ignore=shutil.ignore_patterns(*shared))
     if (wan := made / "wan" / "transformer").exists() and (vae := made / "wan_autoencoder" / "vae").exists():
         nets = {"transformer": WanTransformer3DModel.from_pretrained(wan), "vae": AutoencoderKLWan.from_pretrained(vae)}
         _fresh(SHIPPED / "wan")
         pipeline(nets["transformer"], nets["vae"], FluxPipeline.from_pretrained(SHIPPED / "flux")).save_pretrained(
             SHIPPED / "wan"
         )
-        for part in SHARED_WITH_FLUX:
+        for part in SHARED_WITH_FLUX["wan"]:
             _fresh(SHIPPED / "wan" / part)
         for part, net in nets.items():
             (SHIPPED / "wan" / part / WHOLE_WEIGHTS).unlink()

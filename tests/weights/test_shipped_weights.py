@@ -17,7 +17,6 @@ from vidgen_ray.weights.demo_family import (
     SHARED_WITH_FLUX,
     SHIPPED,
     WHOLE_WEIGHTS,
-    WITHOUT_AUTOENCODER,
     whole,
 )
 
@@ -36,7 +35,7 @@ def test_shipped_tensors_are_float16_or_compact(file: Path) -> None:
     assert kinds == ({"F16", "I8"} if file.name == COMPACT_WEIGHTS else {"F16"})
 
 
-@pytest.mark.parametrize("name", WITHOUT_AUTOENCODER)
+@pytest.mark.parametrize("name", [name for name, parts in SHARED_WITH_FLUX.items() if "vae" in parts])
 def test_shared_autoencoder_is_added_to_the_model(name: str) -> None:
     folder = resolve(f"builtin:demo/{name}")
     shipped = SHIPPED / "flux" / "vae" / "diffusion_pytorch_model.safetensors"
@@ -48,7 +47,7 @@ def test_shared_autoencoder_is_added_to_the_model(name: str) -> None:
 
 def test_wan_gets_the_text_encoder_of_flux_and_whole_weights() -> None:
     folder = resolve("builtin:demo/wan")
-    for part, of_flux in SHARED_WITH_FLUX.items():
+    for part, of_flux in SHARED_WITH_FLUX["wan"].items():
         shared = [path.relative_to(SHIPPED / "flux" / of_flux) for path in (SHIPPED / "flux" / of_flux).iterdir()]
         assert shared
         assert not (SHIPPED / "wan" / part).exists()

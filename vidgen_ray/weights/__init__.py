@@ -67,7 +67,7 @@ BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
     "rife": (1, _rife),
     "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _builder("hunyuandit", "demo_family")),
     "demo/svd": (partial(demo_family.digest, "svd"), _builder("svd", "demo_family")),
-    "demo/wan": (demo_family.digest_of_wan, _builder("wan", "demo_family")),
+    "demo/wan": (partial(demo_family.digest, "wan"), _builder("wan", "demo_family")),
 }
 """Name -> (version of the builder or a function that returns it, builder).
 

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     import torch
 
 SHIPPED = Path(__file__).parent / "demo"
-AUTOENCODER = SHIPPED / "flux" / "vae"
-WITHOUT_AUTOENCODER = ("hunyuandit", "svd")
-SHARED_WITH_FLUX = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
-"""Part of Wan -> the same part of FLUX."""
+SHARED_WITH_FLUX = {
+    "hunyuandit": {"vae": "vae"},
+    "svd": {"vae": "vae"},
+    "wan": {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"},
+}
+"""Model -> its parts that are stored once, with FLUX -> the same parts of FLUX."""
 COMPACT_WEIGHTS, WHOLE_WEIGHTS = "compact.safetensors", "diffusion_pytorch_model.safetensors"
 """Weights of Wan as shipped and as loaded. Shipped matrices and kernels are in 8 bits with a scale per output channel. Kernels
 over pixels and frames have only their last step in time, because the others are zero. `training/ship.py` writes them."""
@@ -29,38 +31,30 @@ SCALE = ":scale"
 
 def shipped_models() -> dict[str, Path]:
     """Return the models that are usable as shipped: name -> folder or file."""
-    return {f"demo/{path.name}": path for path in sorted(SHIPPED.iterdir()) if path.name not in (*WITHOUT_AUTOENCODER, "wan")}
+    return {f"demo/{path.name}": path for path in sorted(SHIPPED.iterdir()) if path.name not in SHARED_WITH_FLUX}
 
 
 def digest(name: str) -> str:
-    """Return a digest of the model's files and of the autoencoder. It changes when either is retrained."""
-    parts = cache_dir.digest(SHIPPED / name), cache_dir.digest(AUTOENCODER)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    """Return a digest of the model's files and of the parts that it shares with FLUX. It changes when any is retrained."""
+    parts = [SHIPPED / name, *(SHIPPED / "flux" / part for part in SHARED_WITH_FLUX[name].values())]
+    return hashlib.sha256("\n".join(map(cache_dir.digest, parts)).encode()).hexdigest()[:16]
 
 
 def build_hunyuandit(folder: Path) -> None:
     """Write HunyuanDiT with the shared autoencoder."""
-    _copy_with_autoencoder("hunyuandit", folder)
+    _copy_with_shared_parts("hunyuandit", folder)
 
 
 def build_svd(folder: Path) -> None:
     """Write Stable Video Diffusion with the shared autoencoder."""
-    _copy_with_autoencoder("svd", folder)
-
-
-def digest_of_wan() -> str:
-    """Return a digest of Wan's own files and of those that it shares with FLUX."""
-    parts = [SHIPPED / "wan", *(SHIPPED / "flux" / part for part in SHARED_WITH_FLUX.values())]
-    return hashlib.sha256("\n".join(map(cache_dir.digest, parts)).encode()).hexdigest()[:16]
+    _copy_with_shared_parts("svd", folder)
 
 
 def build_wan(folder: Path) -> None:
     """Write Wan with FLUX's T5, and with its whole weights."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(SHIPPED / "wan", folder, dirs_exist_ok=True)
-    for part, of_flux in SHARED_WITH_FLUX.items():
-        shutil.copytree(SHIPPED / "flux" / of_flux, folder / part)
+    _copy_with_shared_parts("wan", folder)
     for part in ("transformer", "vae"):
         shipped = folder / part / COMPACT_WEIGHTS
         save_file(whole(load_file(shipped)), folder / part / WHOLE_WEIGHTS)
@@ -91,6 +85,7 @@ def is_spatial(kernel: "torch.Tensor") -> bool:
     return kernel.dim() == 5 and kernel.shape[3:] == (3, 3)
 
 
-def _copy_with_autoencoder(name: str, folder: Path) -> None:
+def _copy_with_shared_parts(name: str, folder: Path) -> None:
     shutil.copytree(SHIPPED / name, folder, dirs_exist_ok=True)
-    shutil.copytree(AUTOENCODER, folder / "vae")
+    for part, of_flux in SHARED_WITH_FLUX[name].items():
+        shutil.copytree(SHIPPED / "flux" / of_flux, folder / part)
