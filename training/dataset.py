@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -26,14 +26,17 @@ def scenes() -> list[Scene]:
 
 def drawn(of: Sequence[Scene], file: Path) -> NDArray[np.uint8]:
     """Return the images (N, 128, 128, 3) of the scenes, from the cache file if it exists."""
-    if file.exists():
-        return np.load(file, mmap_mode="r")
-    pictures = np.stack([draw(scene, SIZE_PX) for scene in of])
-    fresh = file.with_suffix(".new.npy")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(fresh, pictures)
-    os.replace(fresh, file)
-    return pictures
+    return cached(file, lambda: np.stack([draw(scene, SIZE_PX) for scene in of]))
+
+
+def cached(file: Path, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return the array of the cache file, made first if it does not exist. It is read from the disk as it is used."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(".new.npy")
+        np.save(fresh, make())
+        os.replace(fresh, file)
+    return np.load(file, mmap_mode="r")
 
 
 def to_tensor(batch: NDArray[np.uint8]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,7 +9,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from training.dataset import SIZE_PX
+from training.dataset import SIZE_PX, cached
 from training.drawing import detail_box, draw, in_image, styled
 from training.latents import covered
 from training.world import STYLES, Scene, moved, some_scene
@@ -69,9 +68,4 @@ def tracks(count: int, seed: int, length: int) -> list[Track]:
 
 def drawn_tracks(of: list[Track], file: Path) -> NDArray[np.uint8]:
     """Return the frames of all tracks (N, length, 128, 128, 3), from the cache file if it exists."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(".new.npy")
-        np.save(fresh, np.stack([track.frames() for track in of]))
-        os.replace(fresh, file)
-    return np.load(file, mmap_mode="r")
+    return cached(file, lambda: np.stack([track.frames() for track in of]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.latents import encoded
+from training.latents import cached_latents
 from training.tracks import Track, drawn_tracks
 
 FRAMES = 9
@@ -34,10 +33,6 @@ def unpacked(latents: Tensor) -> Tensor:
 
 def track_latents(of: list[Track], vae: AutoencoderKL, folder: Path) -> Tensor:
     """Return latents (N, TRACK_FRAMES, 16, 16, 16), scaled, from the cache file if it exists."""
-    file = folder / "wan-tracks.pt"
-    if not file.exists():
-        latents = torch.stack([encoded(frames, vae) for frames in drawn_tracks(of, folder / "wan-tracks.npy")])
-        fresh = file.with_suffix(".new")
-        torch.save(latents, fresh)
-        os.replace(fresh, file)
-    return torch.load(file, weights_only=True)
+    frames = drawn_tracks(of, folder / "wan-tracks.npy")
+    latents = cached_latents(folder / "wan-tracks.pt", frames.reshape(-1, *frames.shape[2:]), vae)
+    return latents.unflatten(0, frames.shape[:2])
