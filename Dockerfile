@@ -23,9 +23,8 @@ RUN pip install --no-cache-dir --constraint deploy/constraints.txt ./packaging/o
 pair = torch.version.cuda, ort.cuda_version; print('CUDA of torch and onnxruntime-gpu:', pair); \
 assert pair[0] and pair[0].split('.')[0] == pair[1].split('.')[0], pair"
 
-# video: for NVENC, on cards that have it.
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility,video \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     HF_HOME=/weights/huggingface \
     HF_HUB_OFFLINE=1 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=vidgen_ray.online.request_queue:middlewares \

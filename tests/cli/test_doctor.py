@@ -71,7 +71,7 @@ CASES = [
     (checks.check_cuda_pair("cuda", "13.0", "13.1"), "pass", "CUDA 13.0, torch for CUDA 13.1", None),
     (checks.check_cuda_pair("cuda", "13.0", "12.8"), "fail", "torch for CUDA 12.8", "device: cpu"),
     (checks.check_cuda_pair("cuda", None, "12.8"), "warn", "CUDA unknown", "by hand"),
-    (checks.check_video(True, ["libx264", "h264_nvenc"]), "pass", "NVENC", None),
+    (checks.check_video(True, ["libx264"]), "pass", "libx264, decord", None),
     (checks.check_video(False, ["libx264"]), "pass", "without decord PyAV decodes", None),
     (checks.check_video(True, ["mpeg4"]), "fail", "no libx264", "pip install"),
     (checks.check_disk(HERE, usage=disk(1000, 200)), "pass", "200 GB free of 1000 GB", None),

@@ -23,7 +23,6 @@ from vidgen_ray.media import (
     Mp4Writer,
     cover_crop,
     decode_lossless,
-    encode,
     encode_lossless,
     encode_png,
     open_video,
@@ -199,20 +198,6 @@ def test_video_without_frames_is_rejected(tmp_path: Path) -> None:
 def test_invalid_h264_size_or_fps_is_rejected(tmp_path: Path, width: int, height: int, fps: int) -> None:
     with pytest.raises(MediaError, match=r"a\.mp4: got"):
         Mp4Writer(tmp_path / "a.mp4", width, height, fps, FAST)
-
-
-def test_nvenc_is_refused_with_the_reason_where_it_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("av.codecs_available", {"libx264"})
-    encode.nvenc_problem.cache_clear()
-    with pytest.raises(MediaError, match=r"h264_nvenc does not work on this machine \(PyAV was built without it\); set codec"):
-        Mp4Writer(tmp_path / "a.mp4", 32, 32, 24, Mp4Settings(codec="h264_nvenc"))
-    encode.nvenc_problem.cache_clear()
-
-
-def test_default_codec_is_not_serialized_so_that_keys_stay_valid() -> None:
-    assert Mp4Settings().model_dump() == {"crf": 18, "preset": "medium", "threads": 4}
-    other = Mp4Settings(codec="h264_nvenc")
-    assert Mp4Settings.model_validate(other.model_dump()) == other
 
 
 def test_missing_output_folder_raises_media_error(tmp_path: Path) -> None:

@@ -6,10 +6,7 @@ import torch
 
 from benchmarks.recompilations import write_loras
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video
-from vidgen_ray.media.encode import nvenc_problem
 from vidgen_ray.stages.base import Item, to_uint8
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -219,15 +216,3 @@ def test_compiled_flux_stays_compiled_when_its_weights_are_swapped(tiny, make_sh
         stage.move("cuda")
         assert np.array_equal(result(stage, make_shot(lora=LORAS), image=PICTURE), expected)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
-
-
-def test_nvenc_writes_a_clip_or_says_why_not(tmp_path):
-    settings, path = Mp4Settings(codec="h264_nvenc"), tmp_path / "clip.mp4"
-    frames = np.zeros((8, 256, 256, 3), np.uint8)
-    if nvenc_problem() is not None:
-        with pytest.raises(MediaError, match="h264_nvenc does not work on this machine"):
-            Mp4Writer(path, 256, 256, 24, settings)
-        return
-    with Mp4Writer(path, 256, 256, 24, settings) as clip:
-        clip.write(frames)
-    assert len(open_video(path)) == 8

@@ -214,20 +214,17 @@ def check_cuda_pair(device: str, runtime_cuda: str | None, torch_cuda: str | Non
 
 
 def check_video(has_decord: bool | None = None, encoders: Iterable[str] | None = None) -> Finding:
-    """PyAV must be able to encode H.264. decord and NVENC are optional."""
+    """PyAV must be able to encode H.264. decord is optional."""
     if has_decord is None:
         has_decord = bool(installed_versions(["decord"]))
     if encoders is None:
         from av.codec import codecs_available
 
         encoders = codecs_available
-    names = set(encoders)
-    if "libx264" not in names:
+    if "libx264" not in set(encoders):
         return Finding("video", "fail", "PyAV has no libx264", "pip install --force-reinstall --only-binary :all: av")
-    text = f"PyAV with libx264{' and NVENC (if the GPU has an encoder)' if 'h264_nvenc' in names else ''}"
-    if has_decord:
-        return Finding("video", "pass", f"{text}, decord")
-    return Finding("video", "pass", f"{text}; without decord PyAV decodes")
+    decord = ", decord" if has_decord else "; without decord PyAV decodes"
+    return Finding("video", "pass", f"PyAV with libx264{decord}")
 
 
 def check_disk(folder: Path, needed_gb: float = MIN_FREE_GB, usage: Callable[[Path], Any] = shutil.disk_usage) -> Finding:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import zlib
 from contextlib import suppress
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media.checks import wrap_write_errors
@@ -23,20 +22,8 @@ if TYPE_CHECKING:
 CHECKSUM_TAG = "PIXELS_CRC32"
 
 Preset = Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
-Codec = Literal["libx264", "h264_nvenc"]
 
 COLOUR_TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
-NVENC_PRESETS: dict[Preset, str] = {
-    "ultrafast": "p1",
-    "superfast": "p1",
-    "veryfast": "p2",
-    "faster": "p3",
-    "fast": "p4",
-    "medium": "p5",
-    "slow": "p6",
-    "slower": "p7",
-    "veryslow": "p7",
-}
 
 
 class Mp4Settings(BaseModel):
@@ -44,20 +31,9 @@ class Mp4Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    codec: Codec = Field(
-        "libx264",
-        description="libx264 on the CPU, or h264_nvenc on the encoder of an NVIDIA GPU, which A100 and H100 do not have; its "
-        "bytes depend on GPU and driver",
-    )
     crf: int = Field(18, ge=1, le=51, description="x264 quality; lower is better and larger, 18 is visually lossless")
     preset: Preset = Field("medium", description="x264 preset; slower presets give smaller files")
     threads: int = Field(4, ge=1, le=64, description="x264 threads; fixed, because the output depends on the number")
-
-    @model_serializer(mode="wrap")
-    def _leave_out_default_codec(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Serialize without the default codec, so that content keys that are older than the field stay valid."""
-        values: dict[str, Any] = serialize(self)
-        return {name: value for name, value in values.items() if (name, value) != ("codec", "libx264")}
 
 
 class _VideoWriter:
@@ -168,8 +144,6 @@ class Mp4Writer(_VideoWriter):
 
         if width % 2 or height % 2:
             raise MediaError(f"{path}: got {width}×{height} pixels, width and height must be even")
-        if settings.codec == "h264_nvenc" and (reason := nvenc_problem()) is not None:
-            raise MediaError(f"encode.codec: h264_nvenc does not work on this machine ({reason}); set codec: libx264")
         super().__init__(
             path,
             width,
@@ -177,8 +151,15 @@ class Mp4Writer(_VideoWriter):
             fps,
             container="mp4",
             container_options={"movflags": "+faststart"},
-            codec=settings.codec,
-            codec_options={**_codec_options(settings), **COLOUR_TAGS},
+            codec="libx264",
+            codec_options={
+                "crf": str(settings.crf),
+                "preset": settings.preset,
+                "threads": str(settings.threads),
+                # Without this, the result depends on whether the CPU has AVX.
+                "x264-params": "cpu-independent=1",
+                **COLOUR_TAGS,
+            },
             conversion={
                 "format": "yuv420p",
                 "dst_colorspace": Colorspace.ITU709,
@@ -206,37 +187,6 @@ class Mp4Writer(_VideoWriter):
             raise MediaError(f"{self.path}: got a frame {got}, must be {self._shape[1]}×{self._shape[0]} yuv420p")
         with wrap_write_errors(self.path):
             self._append(frame)
-
-
-def _codec_options(settings: Mp4Settings) -> dict[str, str]:
-    if settings.codec == "h264_nvenc":
-        # Constant quality on the scale of crf, without a limit of the bit rate.
-        return {"preset": NVENC_PRESETS[settings.preset], "rc": "vbr", "cq": str(settings.crf), "b": "0"}
-    return {
-        "crf": str(settings.crf),
-        "preset": settings.preset,
-        "threads": str(settings.threads),
-        # Without this, the result depends on whether the CPU has AVX.
-        "x264-params": "cpu-independent=1",
-    }
-
-
-@cache
-def nvenc_problem() -> str | None:
-    """Return why this process cannot encode with NVENC, or `None` if it can. The first call opens an encoder."""
-    import av
-
-    if "h264_nvenc" not in av.codecs_available:
-        return "PyAV was built without it"
-    context = av.CodecContext.create("h264_nvenc", "w")
-    assert isinstance(context, av.VideoCodecContext)
-    context.width, context.height, context.pix_fmt, context.time_base = 256, 256, "yuv420p", Fraction(1, 25)
-    try:
-        context.open()
-    # FFmpeg reports a missing driver, a GPU without an encoder and too many sessions with different errors.
-    except Exception as error:
-        return f"no NVIDIA driver, or a GPU without an encoder: {error}"
-    return None
 
 
 def encode_lossless(path: Path, frames: Frames, fps: int | Fraction) -> None:
