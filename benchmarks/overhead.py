@@ -176,7 +176,7 @@ def measure(lines: int, folder: Path) -> list[dict[str, Any]]:
 def _render(script: Path, folder: Path, listener: RunClock) -> None:
     from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.script.settings import ScriptSettings
+    from vidgen_ray.script.lines import ScriptSettings
 
     options = RenderOptions(cache="none", stages=STAGES)
     profile = noop_profile(folder, CPU_WORKERS)

@@ -125,8 +125,8 @@ def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
     """Write the records and rows of all lines as finished. In an object store only rows: they are trusted."""
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
-    from vidgen_ray.script.reader import open_lines
-    from vidgen_ray.script.settings import ScriptSettings
+    from vidgen_ray.script.lines import ScriptSettings
+    from vidgen_ray.script.read import open_lines
 
     with script.open() as file:
         lines = sum(1 for _ in file)
@@ -209,9 +209,8 @@ def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     from vidgen_ray.outputs.manifest import rows_of_run
     from vidgen_ray.outputs.manifest_writer import ManifestWriter
     from vidgen_ray.outputs.open_markers import new_writer
-    from vidgen_ray.script.reader import open_lines
-    from vidgen_ray.script.script_index import ScriptIndex
-    from vidgen_ray.script.settings import ScriptSettings
+    from vidgen_ray.script.lines import ScriptIndex, ScriptSettings
+    from vidgen_ray.script.read import open_lines
 
     outputs, profile = OutputFolder(out), noop_profile(folder, CPU_WORKERS)
     checker, lines = open_lines(ScriptSettings(script, profile_defaults=profile.defaults))
@@ -243,7 +242,7 @@ def resume(folder: Path, script: Path, out: str) -> Measured:
     """Run `render` on the finished script."""
     from vidgen_ray.batch.render import RenderOptions, render
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.script.settings import ScriptSettings
+    from vidgen_ray.script.lines import ScriptSettings
 
     options = RenderOptions(cache="none", stages=STAGES)
     profile = noop_profile(folder, CPU_WORKERS)

@@ -38,7 +38,7 @@ from vidgen_ray.engine.actor_client import ActorCallFailed
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.script.line_check import LineChecker
+from vidgen_ray.script.check import LineChecker
 from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item

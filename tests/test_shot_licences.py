@@ -11,7 +11,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.script.checked_lines import CheckedLine
+from vidgen_ray.script.lines import CheckedLine
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences, require_licence, worst_use
 from vidgen_ray.weights.licences import WeightLicence

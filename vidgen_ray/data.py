@@ -33,8 +33,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
 from vidgen_ray.outputs.open_markers import open_writers
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.line_check import LineChecker
-from vidgen_ray.script.parquet_format import table_lines
+from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.formats import table_lines
 
 if TYPE_CHECKING:
     from ray.data import Dataset

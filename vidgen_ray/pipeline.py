@@ -41,7 +41,7 @@ from vidgen_ray.provenance.record import metadata_of
 from vidgen_ray.provenance.settings import ProvenanceSettings
 from vidgen_ray.provenance.visible_label import with_label
 from vidgen_ray.safety import safety_of
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.stages.base import Frames, Item, QualityTier, Stage

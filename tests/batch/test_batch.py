@@ -23,8 +23,8 @@ from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.reader import iter_script, read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import iter_script, read_script
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""

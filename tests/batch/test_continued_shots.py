@@ -27,11 +27,8 @@ from vidgen_ray.media import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.checked_lines import CheckedLine
-from vidgen_ray.script.lines import Line
-from vidgen_ray.script.reader import iter_script, read_script, unique_lines
-from vidgen_ray.script.script_index import ScriptIndex
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import CheckedLine, Line, ScriptIndex, ScriptSettings
+from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
 
 SMALL = {"width": 64, "height": 64, "num_frames": 4, "upscale_video": False, "seed": 5}

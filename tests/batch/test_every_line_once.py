@@ -34,7 +34,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 
 MAX_RUNS = 30
 FAULT = 0.15

@@ -24,7 +24,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
 GPUS, ONE_GPU = "2x80GB", "1x80GB"

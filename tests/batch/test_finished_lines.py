@@ -10,10 +10,8 @@ from vidgen_ray.batch.line_planner import LinePlanner, unique_shots, unique_shot
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, columns_as_rows
 from vidgen_ray.outputs.records import DoneShot, ShotSummary
-from vidgen_ray.script.checked_lines import RejectedLine
-from vidgen_ray.script.line_check import LineChecker
-from vidgen_ray.script.lines import Line
-from vidgen_ray.script.script_index import ScriptIndex
+from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.lines import Line, RejectedLine, ScriptIndex
 
 BLOCK = 20
 

@@ -13,9 +13,8 @@ import pytest
 
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
-from vidgen_ray.script.reader import iter_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import CheckedLine, RejectedLine, ScriptSettings
+from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
 
 GROWTH_MB = 48
@@ -26,9 +25,9 @@ from pathlib import Path
 from vidgen_ray.graph import STAGES
 from vidgen_ray.content_keys import ShotPlanner
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.script.checked_lines import CheckedLine
-from vidgen_ray.script.reader import iter_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import CheckedLine
+from vidgen_ray.script.read import iter_script
+from vidgen_ray.script.lines import ScriptSettings
 
 weights = Path(sys.argv[1])
 params = {

@@ -35,8 +35,8 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import Cluster as Machines
 from vidgen_ray.planner import Node, demand_of, parse_gpus, plan
-from vidgen_ray.script.reader import iter_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import iter_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent

@@ -18,9 +18,9 @@ from vidgen_ray.errors import MediaError, ProfileError, ScriptError, SetupError,
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.nets.lora_header import check_lora_file
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script.named_fields import read_characters
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.planner import parse_gpus
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 
 
 @pytest.fixture(scope="module", autouse=True)

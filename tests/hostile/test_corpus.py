@@ -17,8 +17,8 @@ from vidgen_ray.media import open_video, read_image, verify_image
 from vidgen_ray.media.sample_frames import sample_frames
 from vidgen_ray.nets.lora_header import check_lora_file
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.realesrgan import load_network
 from vidgen_ray.upscale.source import read_source
 

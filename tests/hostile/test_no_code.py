@@ -27,9 +27,9 @@ from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.outputs.stage_cache import face_from_json
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script.named_fields import read_characters
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 from vidgen_ray.shot import LoraRef
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.realesrgan import load_network

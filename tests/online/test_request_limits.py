@@ -26,7 +26,7 @@ from vidgen_ray.online.inputs import uploads
 from vidgen_ray.online.inputs.memory import ByteBudget
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 
 DAY_S = 24 * 3600
 

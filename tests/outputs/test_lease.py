@@ -23,7 +23,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.local_storage import LocalStorage
 from vidgen_ray.process_id import this_process
-from vidgen_ray.script.line_check import LineChecker
+from vidgen_ray.script.check import LineChecker
 
 WAIT_S = 60.0
 ELSEWHERE = this_process()._replace(namespace="0" * 16)

@@ -12,9 +12,9 @@ from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.safety import ContentPolicy
-from vidgen_ray.script.consent_check import SHIPPED_PHOTOS
-from vidgen_ray.script.reader import check_shot, read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.check import SHIPPED_PHOTOS
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import check_shot, read_script
 
 ANNA = {"subject": "Anna", "basis": "written", "reference": "release-12.pdf"}
 

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from tests.conftest import SYNTHETIC
 from vidgen_ray.media import write_png
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 
 LORA = {"transformer.x.lora_A.weight": np.ones((1, 2), np.float32), "transformer.x.lora_B.weight": np.ones((2, 1), np.float32)}
 

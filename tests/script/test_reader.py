@@ -10,9 +10,9 @@ import pytest
 
 from tests.conftest import SYNTHETIC
 from vidgen_ray.errors import ScriptError
-from vidgen_ray.script import reader
-from vidgen_ray.script.parquet_format import EXTENSION_NAME, check_no_extension_types
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script import read
+from vidgen_ray.script.formats import EXTENSION_NAME, check_no_extension_types
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.shot import Shot
 
 LINES = [
@@ -29,11 +29,11 @@ def referenced_files(tmp_path):
 
 def read_script(path, profile_defaults=None, **options):
     fallback = {"consent": SYNTHETIC, **(profile_defaults or {})}
-    return reader.read_script(ScriptSettings(path, profile_defaults=fallback, **options))
+    return read.read_script(ScriptSettings(path, profile_defaults=fallback, **options))
 
 
 def iter_script(path):
-    return reader.iter_script(ScriptSettings(path))
+    return read.iter_script(ScriptSettings(path))
 
 
 def write(tmp_path, name, content):
@@ -306,7 +306,7 @@ def test_too_long_line_is_rejected(tmp_path, monkeypatch, ending):
 
 
 def test_too_large_yaml_script_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.script.yaml_format.MAX_YAML_BYTES", 10)
+    monkeypatch.setattr("vidgen_ray.script.screenplay.MAX_YAML_BYTES", 10)
     with pytest.raises(
         ScriptError, match=r"got 14 bytes, must be at most 10 bytes in YAML; \.jsonl and \.parquet scripts can be of any length"
     ):

@@ -9,10 +9,10 @@ from jsonschema import Draft202012Validator
 from tests.conftest import EXAMPLES, SYNTHETIC
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
-from vidgen_ray.script.named_fields import read_characters
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.schema import script_schema
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
+from vidgen_ray.script.screenplay import script_schema
 
 HEADER = """
 title: A day

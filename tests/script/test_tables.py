@@ -7,8 +7,8 @@ import pytest
 
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.media import write_png
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 
 
 def read(path):

@@ -11,7 +11,7 @@ from tests.stages import fake_cuda
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.nets.rife import FramePair, load_rife
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Item
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage

@@ -21,8 +21,8 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, ScriptError, SetupError, StageError
 from vidgen_ray.graph import check_profile, stages_of
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.script.reader import read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux_refine import FluxRefineStage

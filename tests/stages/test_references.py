@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from tests.stages.test_parity import as_uint8, generator, gradient_image, loaded, plain
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.graph import STAGES, stages_of
-from vidgen_ray.script.ignored_settings import ignored_settings
+from vidgen_ray.script.check import ignored_settings
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage

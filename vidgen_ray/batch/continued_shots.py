@@ -12,7 +12,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
-from vidgen_ray.script.checked_lines import CheckedLine
+from vidgen_ray.script.lines import CheckedLine
 from vidgen_ray.shot import Shot
 
 CONTINUE = "continue_from"

@@ -51,8 +51,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.checked_lines import RejectedLine
-from vidgen_ray.script.script_index import ScriptIndex
+from vidgen_ray.script.lines import RejectedLine, ScriptIndex
 from vidgen_ray.shot import Shot
 
 Remaining = Callable[[], Iterator[PlannedBlock]]

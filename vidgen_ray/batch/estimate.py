@@ -15,10 +15,8 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner import Cluster, Demand, demand_of, this_machine
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
-from vidgen_ray.script.reader import iter_script, no_lines, open_lines
-from vidgen_ray.script.script_index import ScriptIndex
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import CheckedLine, RejectedLine, ScriptIndex, ScriptSettings
+from vidgen_ray.script.read import iter_script, no_lines, open_lines
 from vidgen_ray.shot import Shot
 
 LINES_AT_ONCE = 500

@@ -25,12 +25,9 @@ from vidgen_ray.outputs.id_index import id_hashes
 from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
-from vidgen_ray.script.input_files import check_files
-from vidgen_ray.script.line_check import LineChecker
-from vidgen_ray.script.lines import Line, UnreadableLine
-from vidgen_ray.script.reader import default_id, ids_of, unique_lines
-from vidgen_ray.script.script_index import ScriptIndex
+from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.lines import CheckedLine, Line, RejectedLine, ScriptIndex, UnreadableLine, ValidLine
+from vidgen_ray.script.read import check_files, default_id, ids_of, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import ShotLicences
 from vidgen_ray.stages.base import Stage

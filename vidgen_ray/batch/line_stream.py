@@ -19,9 +19,9 @@ from vidgen_ray.batch.line_planner import LinePlanner, NumberedLine, PlannedBloc
 from vidgen_ray.errors import ScriptError, SetupError, VidgenError
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.script.line_check import LineChecker
-from vidgen_ray.script.reader import no_lines, open_lines
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.script.read import no_lines, open_lines
 
 if TYPE_CHECKING:
     from ray.data import Dataset

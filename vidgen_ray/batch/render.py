@@ -26,7 +26,7 @@ from vidgen_ray.outputs.open_markers import new_writer
 from vidgen_ray.planner import Demand, Plan, save_calibration
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.c2pa_signing import check_signing
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 
 __all__ = ["GRACE_S", "RenderOptions", "RunReport", "render", "render_lines"]
 

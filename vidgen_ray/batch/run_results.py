@@ -20,7 +20,7 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, columns_as_rows, rows_of_run
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
+from vidgen_ray.script.lines import CheckedLine, RejectedLine
 
 CALIBRATION_SHOTS = 1000
 """Last shots per stage whose durations are kept for calibration."""

@@ -62,9 +62,8 @@ from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.progress_bar import progress_bar
 from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.script.checked_lines import RejectedLine
-from vidgen_ray.script.reader import iter_script, read_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import RejectedLine, ScriptSettings
+from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.shot_licences import require_licence
 from vidgen_ray.stages.progress import progress_callback
@@ -516,7 +515,7 @@ def shot(
 ) -> None:
     """Render one shot in this process, without Ray."""
     from vidgen_ray.pipeline import VideoGenerationPipeline
-    from vidgen_ray.script.reader import check_shot
+    from vidgen_ray.script.read import check_shot
 
     chosen = chosen_profile(profile, quality_tier)
     chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
@@ -612,7 +611,7 @@ def schema(
     """Print the JSON schema of a script, a shot, a profile, a manifest row or a film file."""
     from vidgen_ray.film.settings import FilmSettings
     from vidgen_ray.outputs.manifest import ManifestRow
-    from vidgen_ray.script.schema import script_schema
+    from vidgen_ray.script.screenplay import script_schema
 
     models: dict[str, type[BaseModel]] = {"shot": Shot, "profile": Profile, "manifest": ManifestRow, "film": FilmSettings}
     if model != "script" and model not in models:

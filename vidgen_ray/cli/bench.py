@@ -25,7 +25,7 @@ from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES
 from vidgen_ray.planner import Measurement, save_measurements, this_machine
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage

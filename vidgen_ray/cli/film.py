@@ -25,11 +25,10 @@ from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.film.settings import FilmSettings, checked_fields, film_settings, read_film_file
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.safety import NO_POLICY
-from vidgen_ray.script.checked_lines import RejectedLine
+from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.formats import open_script
-from vidgen_ray.script.named_fields import read_characters
-from vidgen_ray.script.reader import iter_script
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.lines import RejectedLine, ScriptSettings
+from vidgen_ray.script.read import iter_script
 
 if TYPE_CHECKING:
     from vidgen_ray.film.make_film import FilmReport

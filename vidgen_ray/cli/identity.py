@@ -23,7 +23,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.outputs.person import Person, RemovalReport, photos_of_character, remove_person
 from vidgen_ray.profile import load_profile
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage

@@ -9,7 +9,7 @@ import typer
 
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine
+from vidgen_ray.script.lines import CheckedLine, RejectedLine
 from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights
 
 RequireLicenceOption = Annotated[

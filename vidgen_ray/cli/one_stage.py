@@ -29,7 +29,7 @@ from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
 from vidgen_ray.provenance.derived import InputFile, altered_record
 from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
 from vidgen_ray.provenance.visible_label import with_label
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_image

@@ -15,7 +15,7 @@ from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
 from vidgen_ray.provenance.settings import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.safety import NO_POLICY
-from vidgen_ray.script.line_check import LineCheck, LineChecker
+from vidgen_ray.script.check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
 from vidgen_ray.stages.base import QualityTier
 

@@ -21,8 +21,8 @@ from vidgen_ray.invalid_fields import wrong_defaults
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import manifest_files
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.named_fields import read_characters
-from vidgen_ray.script.settings import ScriptSettings
+from vidgen_ray.script.expansion import read_characters
+from vidgen_ray.script.lines import ScriptSettings
 
 if TYPE_CHECKING:
     from vidgen_ray.batch.render import RenderOptions

@@ -27,9 +27,9 @@ from vidgen_ray.online.store.characters import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.script.consent_check import consent_for_photos
+from vidgen_ray.script.check import consent_for_photos
 from vidgen_ray.script.lines import WrongField
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.shot_licences import UsedWeights

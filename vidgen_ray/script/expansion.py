@@ -1,18 +1,198 @@
-"""Expand a line that stands for several shots: choices such as `{sunny|rainy}` in its texts, and a `matrix` of field values.
+"""Expand a line: fields of its character and its style, choices such as `{sunny|rainy}` in its texts, and a `matrix` of values.
 
-Each shot gets an id that depends on its own choices only, so that adding a choice changes no other shot.
-"""
+A character is a person: photos, LoRA, trigger words, a description. A style is a look. Both stand in the header of a .yaml
+script; characters may also stand in a file of their own. Each shot of a line with choices gets an id that depends on its own
+choices only, so that adding a choice changes no other shot."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidgen_ray.invalid_fields import known_fields, shortened
+import yaml
+
+from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.invalid_fields import known_fields, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_SHOTS_PER_LINE
-from vidgen_ray.script.lines import WrongField
+from vidgen_ray.script.lines import WrongField, absolute_path, with_absolute_paths
 from vidgen_ray.shot import Shot
+from vidgen_ray.strict_yaml import load_yaml
+
+CHARACTER_FIELDS = (
+    "face_image",
+    "face_index",
+    "consent",
+    "identity",
+    "identity_strength",
+    "identity_start",
+    "identity_end",
+    "pose",
+    "min_identity",
+    "retries",
+    "image_model",
+    "lora",
+    "lora_strength",
+)
+"""Fields of a shot that a character may set."""
+STYLE_FIELDS = (
+    "negative_prompt",
+    "use_hunyuan_style",
+    "style_model",
+    "style_prompt",
+    "style_strength",
+    "lora",
+    "lora_strength",
+    "steps",
+    "guidance",
+)
+"""Fields of a shot that a style may set."""
+CHARACTER_TEXTS = ("trigger", "description")
+"""`trigger` is put before the prompt. `description` replaces `{NAME}` in prompts."""
+STYLE_TEXTS = ("prompt",)
+"""`prompt` is appended to the prompt of the shot."""
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+MENTION = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]{0,63})\}")
+"""Name of a character in a prompt."""
+
+NamedFields = Mapping[str, Mapping[str, Any]]
+
+
+def read_characters(path: Path) -> NamedFields:
+    """Return the characters of a YAML file, with absolute paths. They may stand below `characters:` or at the top level.
+
+    Raises ScriptError.
+    """
+    try:
+        content = load_yaml(path)
+    except OSError as error:
+        raise _wrong(path.name, None, str(path), f"must be a readable file ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _wrong(path.name, None, "invalid YAML", " ".join(str(error).split())) from None
+    if isinstance(content, dict) and set(content) == {"characters"}:
+        content = content["characters"]
+    characters = checked_characters(path.name, content)
+    absolute = partial(absolute_path, path.parent)
+    return {
+        name: {field: with_absolute_paths(field, value, absolute) for field, value in fields.items()}
+        for name, fields in characters.items()
+    }
+
+
+def checked_characters(source: str, value: Any) -> NamedFields:
+    """Return the characters of a header. Raises ScriptError for the first wrong one."""
+    return _checked(source, "characters", value, CHARACTER_FIELDS, CHARACTER_TEXTS)
+
+
+def checked_styles(source: str, value: Any) -> NamedFields:
+    """Return the styles of a header. Raises ScriptError for the first wrong one."""
+    return _checked(source, "styles", value, STYLE_FIELDS, STYLE_TEXTS)
+
+
+def _checked(source: str, kind: str, value: Any, fields: Sequence[str], texts: Sequence[str]) -> NamedFields:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong(source, kind, shortened(value), "must be a mapping of names to fields")
+    for name, named in value.items():
+        where = f"{kind}.{str(name)[:64]}"
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            allowed = "a name must be 1 to 64 of A-Z a-z 0-9 _ -, starting with a letter"
+            raise _wrong(source, kind, shortened(name), allowed)
+        if not isinstance(named, dict):
+            raise _wrong(source, where, shortened(named), f"must be a mapping with {', '.join((*fields, *texts))}")
+        for field, content in named.items():
+            if field not in (*fields, *texts):
+                raise _wrong(
+                    source, f"{where}.{str(field)[:64]}", "an unknown field", known_fields(str(field), (*fields, *texts))
+                )
+            if field in texts and (not isinstance(content, str) or not content.strip()):
+                raise _wrong(source, f"{where}.{field}", shortened(content), "must be text")
+        shot_fields = {field: content for field, content in named.items() if field in fields}
+        for wrong, got, allowed in wrong_defaults(shot_fields, strict=True)[:1]:
+            raise _wrong(source, f"{where}.{wrong}", got, allowed)
+    return value
+
+
+def with_style(fields: dict[str, Any], own: Mapping[str, Any], styles: NamedFields, name: Any) -> dict[str, Any]:
+    """Return the fields of a shot with those of the style. The line's own fields win. Raises WrongField."""
+    style = _named("style", name, styles, "styles")
+    added = {field: value for field, value in style.items() if field not in own and field not in STYLE_TEXTS}
+    if "style_prompt" in added:
+        added.setdefault("use_hunyuan_style", own.get("use_hunyuan_style", True))
+    if "lora" in added and fields.get("lora"):
+        added["lora"] = [*_as_list(fields["lora"]), *_as_list(added["lora"])]
+    fields = {**fields, **added}
+    if "prompt" in style and isinstance(fields.get("prompt"), str) and fields["prompt"].strip():
+        fields["prompt"] = f"{fields['prompt']}, {style['prompt']}"
+    return fields
+
+
+def with_character(
+    fields: dict[str, Any], own: Mapping[str, Any], characters: NamedFields, name: Any
+) -> tuple[dict[str, Any], str | None]:
+    """Return the fields of a shot with those of its character, and the character's name.
+
+    The character is that of the field `character`, otherwise the only one that the prompt mentions as `{NAME}`. The line's own
+    fields win. Raises WrongField.
+    """
+    mentioned = list(dict.fromkeys(_mentions(fields.get("prompt"), characters)))
+    if name is None and len(mentioned) > 1:
+        allowed = f"must be set: the prompt names {' and '.join(mentioned)}, and a shot has the face of one"
+        raise WrongField("character", "nothing", allowed)
+    if name is None and mentioned:
+        name = mentioned[0]
+    character: Mapping[str, Any] = {}
+    if name is not None:
+        character = _named("character", name, characters, "characters")
+        fields = {
+            **fields,
+            **{field: value for field, value in character.items() if field in CHARACTER_FIELDS and field not in own},
+        }
+    trigger, prompt = character.get("trigger"), fields.get("prompt")
+    for text in ("prompt", "style_prompt"):
+        if characters and isinstance(fields.get(text), str):
+            fields = {**fields, text: MENTION.sub(lambda found: _description(found[1], characters), fields[text])}
+    # A mention of a character without a description is replaced by its trigger, which must not appear twice.
+    has_trigger = name in mentioned and "description" not in character
+    if trigger and isinstance(prompt, str) and prompt.strip() and not has_trigger:
+        fields = {**fields, "prompt": f"{trigger}, {fields['prompt']}"}
+    return fields, name
+
+
+def _mentions(prompt: Any, characters: NamedFields) -> Iterator[str]:
+    if not characters or not isinstance(prompt, str):
+        return
+    for name in MENTION.findall(prompt):
+        if name not in characters:
+            raise WrongField("prompt", f"{{{name}}}", f"is no character of the script; these are {', '.join(characters)}")
+        yield name
+
+
+def _description(name: str, characters: NamedFields) -> str:
+    character = characters.get(name, {})
+    return str(character.get("description") or character.get("trigger") or name)
+
+
+def _named(field: str, name: Any, named: NamedFields, section: str) -> Mapping[str, Any]:
+    if not isinstance(name, str) or name not in named:
+        names = ", ".join(named) or "none"
+        more = (
+            " (define characters in the header of a .yaml script, or with --characters FILE)" if section == "characters" else ""
+        )
+        raise WrongField(field, shortened(name), f"must be one of the script's {section}: {names}{'' if named else more}")
+    return named[name]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _wrong(source: str, field: str | None, got: str, allowed: str) -> ScriptError:
+    return ScriptError([FieldError(source, None, field, got, allowed)])
+
 
 MATRIX = "matrix"
 """Field of a line: field -> list of values. Not a field of a shot."""

@@ -1,17 +1,23 @@
-"""Lines of a script before their validation, and what all formats share."""
+"""Lines of a script, read and checked, and what all formats share."""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import URL
 from vidgen_ray.limits import MAX_LINE
+from vidgen_ray.outputs.id_index import IdIndex, id_hashes
+from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
 from vidgen_ray.shot import IMAGE_FIELDS, LORA_FIELDS, Shot
 
 TEXT_FIELDS = frozenset(name for name, field in Shot.model_fields.items() if field.annotation in (str, str | None))
@@ -151,3 +157,111 @@ def text_lines(path: Path) -> Iterator[str]:
                 raise file_error(path, f"a read error after line {number}", f"must be readable ({error.strerror})") from None
 
     return lines()
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedLine:
+    """Invalid line, with all of its errors."""
+
+    id: str
+    script: str
+    """Script of the line. For a line of failures.jsonl: the original script."""
+    line: int
+    """Line number, from 1."""
+    source: str
+    """Name of the file that was read, for messages."""
+    fields: dict[str, Any]
+    """Fields with defaults filled in and absolute paths, so that the line can be copied to another script."""
+    errors: tuple[FieldError, ...]
+    origin_line: int
+    """Line number in `script`, from 1. Differs from `line` for a line of failures.jsonl."""
+
+
+class CheckedLine(NamedTuple):
+    """Valid shot with its seed and absolute paths. A line with variants yields one for each variant."""
+
+    shot: Shot
+    line: int
+    """Line number in the script, from 1."""
+    script: str
+    """Script of the line. For a line of failures.jsonl: the original script."""
+    replaces: str | None
+    """Id under which the line failed in an earlier run, if it differs."""
+    notes: tuple[str, ...] = ()
+    """Settings of the line that have no effect, as messages. Empty for all but the first variant."""
+
+
+class ValidLine(NamedTuple):
+    """Valid line whose ids have not been compared with those of other lines."""
+
+    shots: tuple[Shot, ...]
+    """One for each variant."""
+    as_rejected: RejectedLine
+    """The line without errors, for the case that its id is taken."""
+    failed_as: str | None
+    """Id under which a line of failures.jsonl failed."""
+    has_own_id: bool
+    """False if the id is derived from the content of the line."""
+    notes: tuple[str, ...] = ()
+    """Settings of the line that have no effect, as messages."""
+
+
+@dataclass(frozen=True)
+class ScriptSettings:
+    """Settings for reading a script.
+
+    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
+    """
+
+    path: Path
+    run_seed: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults from the command line."""
+    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are set on every shot after its checks."""
+    characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Characters that are not from the script itself. See `read_characters`."""
+    policy: ContentPolicy = DEFAULT_POLICY
+    """Rules for the content of lines."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder to which paths of the script are relative."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+class ScriptIndex:
+    """Ids of a script and their lines, in 24 bytes per id."""
+
+    def __init__(self) -> None:
+        self._ids = IdIndex()
+        self._last_numbers: dict[str, int] = {}
+
+    def lines_of(self, ids: Sequence[str]) -> dict[str, int]:
+        """Return id -> line number of those ids that lines have."""
+        numbers = self._ids.numbers(id_hashes(ids)).tolist()
+        return {id_: number for id_, number in zip(ids, numbers, strict=True) if number >= 0}
+
+    def add(self, lines: Mapping[str, int]) -> None:
+        """Add new ids: id -> line number."""
+        self.add_hashes(id_hashes(lines), np.fromiter(lines.values(), np.int64, len(lines)))
+
+    def are_new(self, hashes: NDArray[np.bytes_]) -> bool:
+        """Return whether the ids with these hashes, see `id_hashes`, all differ and none of them is in the index."""
+        return len(np.unique(hashes)) == len(hashes) and bool((self._ids.numbers(hashes) < 0).all())
+
+    def add_hashes(self, hashes: NDArray[np.bytes_], lines: NDArray[np.int64]) -> None:
+        """Add new ids, given as hashes, (N,), with their line numbers, (N,)."""
+        self._ids.insert(hashes, lines)
+
+    def unused_name(self, name: str, taken: Container[str]) -> str:
+        """Return `name`, `name-2`, `name-3`, ... : the first that is neither in the index nor in `taken`."""
+        # Without the counter, thousands of lines with the same default id would take quadratic time.
+        for number in count(self._last_numbers.get(name, 1)):
+            candidate = name if number == 1 else f"{name}-{number}"
+            if candidate not in taken and not self.lines_of([candidate]):
+                if number > 1:
+                    self._last_numbers[name] = number
+                return candidate
+        raise AssertionError

@@ -17,7 +17,7 @@ from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.reader import check_shot
+from vidgen_ray.script.read import check_shot
 from vidgen_ray.weights import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")

@@ -1,27 +1,63 @@
 """Script reader: turns lines into validated shots.
 
 Fills in defaults and characters and checks that files exist. Only ids are kept in memory. Lines can be checked in any process
-and in any order; `unique_lines` then makes their ids unique, in the order of the script.
-"""
+and in any order; `unique_lines` then makes their ids unique, in the order of the script."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from more_itertools import batched
 
-from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, VidgenError
+from vidgen_ray.media import check_image_header, read_image
+from vidgen_ray.nets.lora_header import FLUX, check_lora_file
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
-from vidgen_ray.script.checked_lines import CheckedLine, RejectedLine, ValidLine
+from vidgen_ray.script.check import LineCheck, LineChecker, merged
 from vidgen_ray.script.formats import open_script
-from vidgen_ray.script.input_files import check_files
-from vidgen_ray.script.line_check import LineCheck, LineChecker, merged
-from vidgen_ray.script.lines import Line, Lines
-from vidgen_ray.script.script_index import ScriptIndex
-from vidgen_ray.script.settings import ScriptSettings
-from vidgen_ray.shot import Shot, derive_id
+from vidgen_ray.script.lines import CheckedLine, Line, Lines, RejectedLine, ScriptIndex, ScriptSettings, ValidLine
+from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
+from vidgen_ray.weights import resolve
+
+CACHED_FILES = 4096
+
+
+def check_files(shot: Shot, *, decode: bool = False) -> list[tuple[str, VidgenError]]:
+    """Return field and error of each file of the shot that cannot be used. Each file is read once.
+
+    By default only headers are read. `decode`: decode the images, which also finds damaged ones.
+    """
+    images = [(field, path) for field in IMAGE_FIELDS if (path := getattr(shot, field))]
+    images += [("face_image", photo) for photo in shot.face_image]
+    checked = [(field, _image_error(path, decode)) for field, path in images]
+    checked += [("lora", _lora_error(lora.path, FLUX)) for lora in shot.lora]
+    checked += [("video_lora", _lora_error(lora.path, shot.video_model)) for lora in shot.video_lora]
+    return [(field, error) for field, error in checked if error is not None]
+
+
+@lru_cache(CACHED_FILES)
+def _image_error(path: str, decode: bool) -> VidgenError | None:
+    try:
+        if decode:
+            read_image(Path(path))
+        else:
+            check_image_header(Path(path))
+    except MediaError as error:
+        return error
+    return None
+
+
+@lru_cache(CACHED_FILES)
+def _lora_error(path: str, base_model: str) -> VidgenError | None:
+    try:
+        check_lora_file(resolve(path), base_model)
+    except StageError as error:
+        return error
+    return None
+
 
 UNIQUE = "give the line another id, change it, or use `variants` for several shots of it (in .csv, .jsonl, .yaml)"
 """Advice for two lines with the same id."""

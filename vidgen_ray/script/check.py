@@ -2,38 +2,39 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.consent import TEXT_EXAMPLE
+from vidgen_ray.cache_dir import digest
+from vidgen_ray.consent import DECLARED_BASES, EXAMPLE, TEXT_EXAMPLE, Consent
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
-from vidgen_ray.graph import uncropped_size
+from vidgen_ray.graph import STAGES, stages_of, uncropped_size
 from vidgen_ray.invalid_fields import NOT_A_URL, URL, explain, shortened, wrong_defaults
 from vidgen_ray.limits import MAX_IMAGE_BYTES, MAX_LORA_BYTES, MAX_NESTING
 from vidgen_ray.safety import DEFAULT_POLICY, NO_POLICY, ContentPolicy, UnsafeContent, safety_of
-from vidgen_ray.script.checked_lines import RejectedLine, ValidLine
-from vidgen_ray.script.consent_check import consent_for_photos
-from vidgen_ray.script.expansion import STYLE, expand, is_expandable
-from vidgen_ray.script.ignored_settings import ignored_settings
+from vidgen_ray.script.expansion import STYLE, expand, is_expandable, with_character, with_style
 from vidgen_ray.script.lines import (
     FAILURE_FIELD,
     NO_HEADER,
     PATH_FIELDS,
     Header,
     Line,
+    RejectedLine,
+    ScriptSettings,
     UnreadableLine,
+    ValidLine,
     WrongField,
     absolute_path,
     with_absolute_paths,
 )
-from vidgen_ray.script.named_fields import with_character, with_style
-from vidgen_ray.script.settings import ScriptSettings
 from vidgen_ray.shot import ID_PATTERN, IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
+from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
 from vidgen_ray.video_models import MODEL_DEFAULTS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
@@ -453,3 +454,112 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(settings, dict) and isinstance(fields[name], dict):
                 out[name] = {**settings, **fields[name]}
     return out
+
+
+ADVICE = {
+    "style_prompt": "set use_hunyuan_style to true, in mode quality",
+    "style_strength": "set use_hunyuan_style to true, in mode quality",
+    "lora_strength": "set lora, in mode quality",
+    "last_image": "set video_model to wan",
+    "motion_prompt": "set video_model to wan or ltx",
+    "video_lora": "set video_model to wan or ltx",
+    "min_identity": "set face_image",
+    "retries": "set min_identity",
+}
+"""Field -> what to do."""
+OF_THE_IMAGE = frozenset(("style_prompt", "style_strength", "lora_strength"))
+"""Fields that a continued shot does not read."""
+LORAS_OF_MODELS = ("fast_lora", "klein_lora")
+"""Properties with the shot's LoRAs, which stages read in place of `lora`."""
+WITHOUT_NOTE = frozenset(("prompt", "negative_prompt", "seed", "width", "height"))
+"""Fields that stages read in nearly every shot, or that concern what the chain starts from."""
+READERS: dict[str, list[type[Stage[Any]]]] = {}
+for _stage in STAGES:
+    for _field in (*_stage.reads, *_stage.identity_fields):
+        READERS.setdefault(_field, []).append(_stage)
+DEFAULTS = {name: field.default for name, field in Shot.model_fields.items()}
+CHECKED = frozenset(READERS) - WITHOUT_NOTE | {"min_identity", "retries", *NESTED_FIELDS}
+
+
+def ignored_settings(own: Mapping[str, Any], shot: Shot) -> Iterator[tuple[str, str]]:
+    """Yield field and advice for each field that the line sets to another value than the default, but its shot does not use."""
+    if not any(name in CHECKED or "." in name for name in own):
+        return
+    passed = stages_of(shot)
+    read = frozenset[str]().union(*(stage.reads for stage in passed))
+    for name in _set_fields(own):
+        if name in READERS and name not in read and not any(_reads(stage, name, shot) for stage in passed):
+            if shot.continue_from is not None and name in OF_THE_IMAGE:
+                yield name, "the shot starts from the last frame of another one, which is not changed"
+                continue
+            labels = ", ".join(dict.fromkeys(stage.label for stage in READERS[name]))
+            yield name, ADVICE.get(name, f"only these stages read it, and the shot passes none of them: {labels}")
+    if own.get("min_identity") is not None and not shot.face_image:
+        yield "min_identity", ADVICE["min_identity"]
+    if own.get("retries") and shot.min_identity is None:
+        yield "retries", ADVICE["retries"]
+
+
+def _set_fields(own: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in nest_flat_settings(dict(own)).items():
+        if name in NESTED_FIELDS and isinstance(value, dict):
+            yield from (f"{name}.{stage}" for stage, setting in value.items() if setting is not None)
+        elif value is not None and name in DEFAULTS and value != DEFAULTS[name]:
+            yield name
+
+
+def _reads(stage: type[Stage[Any]], field: str, shot: Shot) -> bool:
+    if field == "lora" and any(getattr(shot, name) for name in LORAS_OF_MODELS if name in stage.reads):
+        return True
+    return field in stage.reads or (field in stage.identity_fields and stage.uses_identity(shot))
+
+
+class ShippedPhoto(NamedTuple):
+    """A photo that comes with vidgen."""
+
+    subject: str
+    name: str
+    """File in `examples/faces`."""
+    bytes: int
+
+
+SHIPPED_PHOTOS = {
+    "cb2d7d8680b3450e4851c19fb0471d5cb90f1089d097deddae60c4b88d5bd5bf": ShippedPhoto("ada (drawn)", "ada.png", 9942),
+    "69b36e8e41819d71388d2c2a6632298dc3c868661c05f2bd97bdc7c578ae9190": ShippedPhoto("bo (drawn)", "bo.png", 11332),
+    "1bc8c08c652c7217fff665d60318ad464259f5ede9d693559578aeec0a601147": ShippedPhoto("cleo (drawn)", "cleo.png", 11877),
+    "36857b6ad04ceb78e932c3b1cb37f902255afd53fa15eb2f228654ca34de43ad": ShippedPhoto("dan (drawn)", "dan.png", 12217),
+    "11bb779f62bc185ae7184a38d6ffbbc6395408231e90642e8bb9ba094f783427": ShippedPhoto("eve (drawn)", "eve.png", 9252),
+    "370adb9cb9dd03ca911ea316fb227495e01095398bc1f71188a3995209b9c81a": ShippedPhoto("Eileen Collins", "astronaut.jpg", 74962),
+}
+"""sha256 -> photo: drawn people, and a portrait in the public domain."""
+SHIPPED_SIZES = {photo.bytes for photo in SHIPPED_PHOTOS.values()}
+
+
+def consent_for_photos(photos: Sequence[str], declared: Consent | None, *, required: bool) -> Consent | None:
+    """Return the consent to record for face photos, which are paths: the declared one, or `demo` for shipped photos.
+
+    Raises WrongField if there is none, unless consent is not `required`, and for the basis `demo` of other photos.
+    """
+    if declared is not None and declared.basis != "demo":
+        return declared
+    found = [_shipped(Path(photo)) for photo in photos]
+    shipped = [photo for photo in found if photo is not None]
+    if len(shipped) == len(found):
+        subject = ", ".join(dict.fromkeys(photo.subject for photo in shipped))
+        files = ", ".join(dict.fromkeys(photo.name for photo in shipped))
+        return declared or Consent(subject=subject, basis="demo", reference=f"examples/faces: {files}")
+    if declared is not None:
+        raise WrongField(
+            "consent.basis", "'demo'", f"is for the photos of vidgen only; must be one of {', '.join(DECLARED_BASES)}"
+        )
+    if required:
+        raise WrongField("consent", "nothing", f"a face needs {EXAMPLE}; basis: {', '.join(DECLARED_BASES)}")
+    return None
+
+
+def _shipped(photo: Path) -> ShippedPhoto | None:
+    """Return the shipped photo with the content of this file, or `None`. Hashes only files that have the size of one."""
+    with suppress(OSError):
+        if photo.stat().st_size in SHIPPED_SIZES:
+            return SHIPPED_PHOTOS.get(digest(photo))
+    return None
