@@ -122,14 +122,12 @@ def test_weights_path_is_relative_to_the_profile(tmp_path):
     assert load_profile(str(path)).params(SVDStage).weights == tmp_path / "w"
 
 
-@pytest.mark.parametrize("key", ["extra_weights", "also"])
-def test_extra_weights_load_from_the_current_and_the_old_key(tmp_path, key):
+def test_extra_weights_are_references(tmp_path):
     (tmp_path / "faces").mkdir()
     path = tmp_path / "p.yaml"
-    path.write_text(f"{{name: x, about: y, actors: {{instantid: {{weights: faces, {key}: {{ir_se50: ir_se50.pth}}}}}}}}")
+    path.write_text("{name: x, about: y, actors: {instantid: {weights: faces, extra_weights: {ir_se50: ir_se50.pth}}}}")
     actor = load_profile(str(path)).actors["instantid"]
     assert actor.extra_weights == {"ir_se50": "ir_se50.pth"}
-    assert "also" not in actor.model_dump()
 
 
 def test_folder_digest_depends_on_content_and_file_names(tmp_path):

@@ -21,7 +21,7 @@ from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import StageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
 from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
 from vidgen_ray.shot_licences import UsedWeights
@@ -118,19 +118,13 @@ class ShotPlanner:
         params: Mapping[str, StageParams],
         encode: BaseModel,
         licences: Callable[[Shot, Sequence[type[Stage[Any]]]], tuple[UsedWeights, ...]] | None = None,
-        provenance: ProvenanceSettings | None = None,
+        provenance: ProvenanceSettings = DEFAULT,
     ) -> None:
-        """`licences`: finds the weights behind a shot with these stages, for its record.
-
-        `provenance`: how files are marked. Its default does not change keys.
-        """
+        """`licences`: finds the weights behind a shot with these stages, for its record. `provenance`: how files are marked."""
         self._params = params
         self._licences = licences
         self._options = {name: _json(of_stage.for_key()) for name, of_stage in params.items()}
-        self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},'
-        # Files that are marked in the default way keep the keys that they had before they were marked.
-        marking = {} if provenance is None else provenance.for_key()
-        self._marking = f",{_json(marking)}" if marking else ""
+        self._end = f'["shot",{OUTPUT_VERSION},{_json(encode.model_dump(mode="json"))},{_json(provenance.for_key())}'
         self._digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(Path(path)))
         self._lora_digest = lru_cache(CACHED_DIGESTS)(lambda path: digest(resolve(path)))
         self._weights = lru_cache(CACHED_DIGESTS)(self._hash_weights)
@@ -145,9 +139,7 @@ class ShotPlanner:
         stages = stages_of(shot) if stages is None else stages
         steps, last = self._steps_of(shot, stages, salt)
         has_likeness = any("image_likeness" in stage.writes for stage in stages)
-        # Shots without a crop keep the keys that they had before shots could have one.
-        crop = "" if shot.crop_width is shot.crop_height is None else f",{_json([shot.crop_width, shot.crop_height])}"
-        content = f'{self._end}"{last}"{crop}{self._marking}'
+        content = f'{self._end},"{last}",{_json(shot.crop_width)},{_json(shot.crop_height)}'
         key = _key_with_rule(content, shot.min_identity if has_likeness else None, shot.retries)
         inputs, licences = self._inputs_of(shot), self._licences(shot, stages) if self._licences else ()
         again = []
@@ -181,11 +173,10 @@ class ShotPlanner:
 
     def _steps_of(self, shot: Shot, stages: Iterable[type[Stage[Any]]], salt: str) -> tuple[tuple[Step, ...], str]:
         """Return the steps and the key of the last result."""
-        left_out = shot.not_in_keys
-        fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot), left_out) for stage in stages])
+        fields_of_stages = tuple([_fields_of(stage, stage.uses_identity(shot)) for stage in stages])
         values = self._field_values(shot, fields_of_stages)
         start = _object(START_FIELDS if shot.image else (), values)
-        key = _sha256(f'["start",{start},{_json(salt)}]' if salt else f'["start",{start}]')
+        key = _sha256(f'["start",{start},{_json(salt)}]')
         steps = []
         for stage, fields in zip(stages, fields_of_stages, strict=True):
             weights, weights_json = self._weights_of(stage, shot)
@@ -266,10 +257,9 @@ class _WeightChoice:
 
 
 @cache
-def _fields_of(stage: type[Stage[Any]], uses_identity: bool, left_out: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the fields that the stage reads, sorted, without those that are left out of keys."""
-    fields = (*stage.reads, *stage.identity_fields) if uses_identity else stage.reads
-    return tuple(sorted(field for field in fields if field not in left_out))
+def _fields_of(stage: type[Stage[Any]], uses_identity: bool) -> tuple[str, ...]:
+    """Return the fields that the stage reads, sorted."""
+    return tuple(sorted((*stage.reads, *stage.identity_fields) if uses_identity else stage.reads))
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from vidgen_ray.errors import ProfileError, SetupError
@@ -33,8 +33,6 @@ class ActorProfile(_Section):
     weights: str = Field(description="A path (relative to the profile), hub:OWNER/NAME[@REVISION][:SUBFOLDER] or builtin:NAME.")
     extra_weights: dict[str, str] = Field(
         default_factory=dict,
-        # `also` is the name of this field in older profiles.
-        validation_alias=AliasChoices("extra_weights", "also"),
         description="Extra weights: name -> reference, in the same format. Only shots that need them fail without them.",
     )
     dtype: str | None = Field(None, description="Precision, e.g. bfloat16. Default: that of the stage.")

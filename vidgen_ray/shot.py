@@ -45,9 +45,6 @@ IMAGE_FIELDS = ("image", "last_image")
 """Fields with an image file."""
 LORA_FIELDS = ("lora", "video_lora")
 """Fields with LoRA files."""
-IN_KEY_IF_CHANGED = ("extend",)
-"""Fields that are part of content keys and file metadata only if they differ from their default, so that keys that are older
-than the field stay valid."""
 INSTANTID_SDXL, REFERENCE, NO_IDENTITY = "instantid-sdxl", "reference", "none"
 """Values of `identity` that do not name a FLUX identity method."""
 
@@ -431,11 +428,6 @@ class Shot(_Frozen):
     def clip_frames(self) -> int:
         """Number of frames of the generated clip, those of all passes of the video model."""
         return frames_of_passes(self.num_frames, self.extend)
-
-    @property
-    def not_in_keys(self) -> tuple[str, ...]:
-        """Fields that are not part of content keys, because they have their default. See `IN_KEY_IF_CHANGED`."""
-        return tuple([name for name in IN_KEY_IF_CHANGED if getattr(self, name) == type(self).model_fields[name].default])
 
     @property
     def flux_identity(self) -> str | None:

@@ -198,11 +198,6 @@ def test_fields_that_no_stage_reads_are_not_in_the_record(tiny, make_shot, tmp_p
     assert shot_record(one, "frames", FULL) == shot_record(two, "frames", FULL)
 
 
-def test_extend_is_in_the_record_only_if_it_is_set(tiny, make_shot):
-    records = [shot_record(plan_of(tiny, make_shot(**fields)), "frames", FULL) for fields in ({}, {"extend": 2})]
-    assert [record.shot.get("extend") for record in records] == [None, 2]
-
-
 def test_every_field_is_a_switch_or_read_by_a_stage_or_does_not_decide_the_files():
     read = {name.partition(".")[0] for stage in STAGES for name in (*stage.reads, *stage.identity_fields)}
     without_effect = {"id", "metadata", "variants", "character", "continue_from", "min_identity", "retries", "consent"}

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.profile import load_profile
 from vidgen_ray.stages import quantization
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.flux import FluxStage
@@ -235,9 +234,3 @@ def test_profiles_with_other_options_share_no_model(tiny):
         assert one.model is not other.model
         with FluxLoRAStage(flux_params(tiny)) as same:
             assert one.model is same.model
-
-
-@pytest.mark.parametrize(("name", "more"), [("demo", {"distilled_guidance"}), ("tiny", set())])
-def test_cpu_profiles_set_no_speed_option(name, more):
-    params = load_profile(name).params(FluxStage)
-    assert set(params.for_key()) == {"dtype", "device", "threads", "text_tokens", "true_cfg_scale"} | more

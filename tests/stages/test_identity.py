@@ -241,8 +241,9 @@ def test_missing_extra_weights_exit_with_code_4(tmp_path, capsys):
     """The profile uses `also`, the name of `extra_weights` before 0.2."""
     profile = tmp_path / "p.yaml"
     profile.write_text(
-        "{name: x, about: y, actors: {instantid: {weights: 'builtin:tiny/antelopev2', also: {ir_se50: no.pth}}, "
-        "flux: {weights: 'builtin:tiny/flux', also: {infusenet: 'hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1'}}}}"
+        "{name: x, about: y, actors: {instantid: {weights: 'builtin:tiny/antelopev2', extra_weights: {ir_se50: no.pth}}, "
+        "flux: {weights: 'builtin:tiny/flux', extra_weights: "
+        "{infusenet: 'hub:ByteDance/InfiniteYou@main:infu_flux_v1.0/sim_stage1'}}}}"
     )
     shot = ["shot", "a", "-p", str(profile), "--until", "image", "-o", str(tmp_path), "--face", str(ASTRONAUT)]
     assert main([*shot, "--face", str(ASTRONAUT)]) == 4

@@ -13,7 +13,7 @@ from vidgen_ray.stages.base import Item, to_uint8
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.pixels import pixels_to_uint8
-from vidgen_ray.stages.svd import SVDParams, SVDStage
+from vidgen_ray.stages.svd import SVDStage
 
 ROUNDING_LEVELS = 1
 """Largest difference, in levels of 255, of an option that changes nothing but the rounding."""
@@ -152,9 +152,3 @@ def test_pixels_on_the_device_give_the_bytes_of_the_host(dtype):
     pixels[0, 0, 0] = torch.nan
     with pytest.raises(StageError, match="NaN"):
         pixels_to_uint8(pixels)
-
-
-def test_options_are_in_the_key_only_if_they_are_set(tmp_path):
-    plain = SVDParams(weights=tmp_path).for_key()
-    assert not {"channels_last", "compile", "fuse_qkv", "step_cache", "weights"} & set(plain)
-    assert SVDParams(weights=tmp_path, compile="full").for_key() == {**plain, "compile": "full"}

@@ -93,7 +93,6 @@ def script_line(plan: ShotPlan) -> dict[str, Any]:
     shot = _without_effectless(plan.shot)
     read = {name for stage in stages_of(shot) for name in (*stage.reads, *stage.identity_fields)}
     fields = {*SWITCHES, *SIZES, *FILE_FIELDS, *(name.partition(".")[0] for name in read)} & Shot.model_fields.keys()
-    fields -= set(shot.not_in_keys)
     values = shot.model_dump(mode="json", include=fields, exclude_none=True)
     for name in values.keys() & set(NESTED_FIELDS):
         values[name] = {key: value for key, value in values[name].items() if f"{name}.{key}" in read}

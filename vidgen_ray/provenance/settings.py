@@ -42,8 +42,8 @@ class ProvenanceSettings(BaseModel):
         return value
 
     def for_key(self) -> dict[str, Any]:
-        """Return the fields that change the bytes of files before they are signed, without those that have their default."""
-        return self.model_dump(exclude={"c2pa_key"}, exclude_defaults=True)
+        """Return the fields that change the bytes of files before they are signed."""
+        return self.model_dump(exclude={"c2pa_key"})
 
     @property
     def signing_key(self) -> Path | None:

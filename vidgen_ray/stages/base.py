@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
@@ -127,30 +126,23 @@ class Item:
     artefacts: Artefacts = field(default_factory=lambda: Artefacts())
 
 
-class InKey(Enum):
-    """Rule for an option in content keys: `option: Annotated[bool, InKey.IF_CHANGED] = False`.
-
-    An option without this annotation is always part of them.
-    """
-
-    NEVER = "never"
-    """The option does not change bytes."""
-    IF_CHANGED = "if changed"
-    """The option changes bytes. Its default does not, so keys that are older than the option stay valid."""
+NOT_IN_KEY = "not in key"
+"""Mark of an option that does not change bytes: `option: Annotated[bool, NOT_IN_KEY] = False`. Others are part of content
+keys."""
 
 
 class StageParams(BaseModel):
-    """Parameters that a profile gives to a stage. Subclasses add options of their own, and declare with `InKey` which of them
-    do not change bytes."""
+    """Parameters that a profile gives to a stage. Subclasses add options of their own, and mark those that do not
+    change bytes as `NOT_IN_KEY`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: Annotated[Path, InKey.NEVER]
+    weights: Annotated[Path, NOT_IN_KEY]
     """Local folder or file. A stage never downloads anything. Its digest is part of the key."""
-    extra_weights: Annotated[dict[str, Path], InKey.NEVER] = Field(default_factory=dict)
+    extra_weights: Annotated[dict[str, Path], NOT_IN_KEY] = Field(default_factory=dict)
     """Name -> local path of further weights that only some shots need. The digests of those that a shot needs are part of its
     keys."""
-    missing: Annotated[dict[str, str], InKey.NEVER] = Field(default_factory=dict)
+    missing: Annotated[dict[str, str], NOT_IN_KEY] = Field(default_factory=dict)
     """Name -> error message for extra weights that are not on this machine."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
@@ -158,15 +150,9 @@ class StageParams(BaseModel):
     """CPU threads of torch. `None` keeps the current number. It changes the last bits of a result."""
 
     def for_key(self) -> dict[str, Any]:
-        """Return the options that change bytes, see `InKey`. Weights are part of a content key by their digest instead."""
-        ignored = {name for name in type(self).model_fields if not self._is_in_key(name)}
+        """Return the options that change bytes. Weights are part of a content key by their digest instead."""
+        ignored = {name for name, option in type(self).model_fields.items() if NOT_IN_KEY in option.metadata}
         return self.model_dump(mode="json", exclude=ignored if self.device == "cpu" else ignored | {"threads"})
-
-    def _is_in_key(self, name: str) -> bool:
-        option = type(self).model_fields[name]
-        if InKey.NEVER in option.metadata:
-            return False
-        return InKey.IF_CHANGED not in option.metadata or getattr(self, name) != option.get_default(call_default_factory=True)
 
     def names_extra_weights(self, name: str) -> bool:
         """Return whether the profile names these extra weights, on this machine or not."""

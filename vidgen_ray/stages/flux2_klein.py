@@ -12,10 +12,10 @@ from pydantic import Field
 
 from vidgen_ray.shot import REFERENCE, LoraRef, Shot
 from vidgen_ray.stages.base import (
+    NOT_IN_KEY,
     REFERENCE_PIXELS,
     Artefacts,
     Image,
-    InKey,
     Item,
     StageParams,
     noise_generator,
@@ -42,7 +42,7 @@ class Flux2KleinParams(ImageParams):
     """Tokens of the prompt that the text encoder reads, the chat template included. Longer prompts are cut."""
     text_layers: tuple[int, int, int] = (9, 18, 27)
     """Layers of the text encoder that the transformer was trained with."""
-    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
 
 

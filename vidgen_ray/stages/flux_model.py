@@ -15,7 +15,7 @@ from vidgen_ray.cache_dir import cache_dir, digest
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.finite import NOT_FINITE, is_finite, require_finite_weights
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.base import InKey, torch_dtype
+from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora_adapters import LoraAdapters
@@ -45,47 +45,47 @@ REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
 
 class FluxParams(SpeedParams):
-    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
+    vae_tile_px: Literal[512, 256] | None = None
     """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
-    text_encoder: Annotated[Literal["gpu", "swapped", "cpu"], InKey.IF_CHANGED] = "gpu"
+    text_encoder: Literal["gpu", "swapped", "cpu"] = "gpu"
     """Place of T5. gpu: with the other networks. swapped: T5 and the transformer take turns in GPU memory, for each new prompt.
     cpu: T5 stays in host memory and runs there."""
     text_tokens: int = Field(512, ge=1, le=512)
     """T5 tokens of the prompt. At most 256 are used for schnell."""
-    distilled_guidance: Annotated[bool, InKey.IF_CHANGED] = True
+    distilled_guidance: bool = True
     """The transformer was distilled to get the guidance as an input, as FLUX.1-dev. `false`: for weights without that, such as
     de-distilled ones; the shot's guidance is then the scale of classifier-free guidance, with two passes per step."""
     true_cfg_scale: float = Field(4.0, ge=1)
     """Classifier-free guidance scale for shots with a negative prompt, with distilled guidance. Adds a second pass per step."""
-    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
-    compile: Annotated[Literal["none", "regional"], InKey.IF_CHANGED] = "none"
+    compile: Literal["none", "regional"] = "none"
     """Compile the blocks of the transformer and of InfuseNet with torch.compile. Turns `lora_hotswap` on."""
-    lora_hotswap: Annotated[bool, InKey.IF_CHANGED] = False
+    lora_hotswap: bool = False
     """Copy LoRAs into fixed slots, so that a compiled transformer is not compiled again for each LoRA."""
-    lora_slots: Annotated[int, InKey.NEVER] = Field(2, ge=1)
+    lora_slots: Annotated[int, NOT_IN_KEY] = Field(2, ge=1)
     """Slots of `lora_hotswap`: the maximum of LoRAs per shot. One takes 0.7 GB at rank 64 in bfloat16."""
-    lora_max_rank: Annotated[int, InKey.IF_CHANGED] = Field(64, ge=1)
+    lora_max_rank: int = Field(64, ge=1)
     """Largest rank of a LoRA with `lora_hotswap`."""
-    step_cache: Annotated[StepCacheName, InKey.IF_CHANGED] = "none"
+    step_cache: StepCacheName = "none"
     """Reuse results between steps. An approximation. `first_block` and `magcache` have no effect on shots with a face."""
-    step_cache_threshold: Annotated[float, InKey.IF_CHANGED] = Field(0.06, gt=0)
+    step_cache_threshold: float = Field(0.06, gt=0)
     """Change below which `first_block` and `magcache` reuse a result. Larger is faster and less exact."""
-    step_cache_interval: Annotated[int, InKey.IF_CHANGED] = Field(3, ge=2, le=10)
+    step_cache_interval: int = Field(3, ge=2, le=10)
     """`taylorseer` computes attention in every n-th step."""
-    quantize: Annotated[Quantization, InKey.IF_CHANGED] = "none"
+    quantize: Quantization = "none"
     """Quantisation of the transformer while it is loaded. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by
     layer."""
-    keep_text_encoder: Annotated[bool, InKey.NEVER] = True
+    keep_text_encoder: Annotated[bool, NOT_IN_KEY] = True
     """`false`: T5 is loaded for a prompt whose embedding is not cached, and released afterwards."""
-    prompt_cache_gb: Annotated[float, InKey.NEVER] = Field(0, ge=0)
+    prompt_cache_gb: Annotated[float, NOT_IN_KEY] = Field(0, ge=0)
     """GB of prompt embeddings that are kept on disk in `$VIDGEN_CACHE/prompts`. 0: in memory only."""
 
     def for_key(self) -> dict[str, Any]:
         values = super().for_key()
-        # T5 computes on the device of the other networks.
-        if self.text_encoder == "swapped" or self.device == "cpu":
-            values.pop("text_encoder", None)
+        # T5 computes on the device of the other networks, unless it stays on the CPU.
+        if self.text_encoder != "cpu" or self.device == "cpu":
+            values.pop("text_encoder")
         return values
 
     def uses_negative_prompt(self, shot: Shot) -> bool:

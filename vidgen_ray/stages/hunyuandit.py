@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Image, InKey, Item, QualityTier, Stage, StageParams, noise_generator
+from vidgen_ray.stages.base import Artefacts, Image, Item, QualityTier, Stage, StageParams, noise_generator
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
@@ -38,13 +38,13 @@ REPEATED_BLOCKS = ("HunyuanDiTBlock",)
 
 
 class HunyuanDiTParams(CompileParams):
-    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
+    vae_tile_px: Literal[512, 256] | None = None
     """Side of the tiles in which the autoencoder decodes, for small GPUs. `None` decodes whole images."""
     scheduler: Literal["ddpm", "ddim", "dpmsolver"] = "dpmsolver"
     """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
-    fuse_qkv: Annotated[bool, InKey.IF_CHANGED] = False
+    fuse_qkv: bool = False
     """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
 
 

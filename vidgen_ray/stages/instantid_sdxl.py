@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -16,7 +16,6 @@ from vidgen_ray.stages.base import (
     Artefacts,
     FaceFeatures,
     Image,
-    InKey,
     Item,
     QualityTier,
     Stage,
@@ -66,7 +65,7 @@ class InstantIDSDXLParams(SpeedParams):
     """Scale of the face in the UNet's attention at `identity_strength` 1."""
     net_scale: float = Field(0.8, ge=0, le=2)
     """Scale of face and keypoints by IdentityNet at `identity_strength` 1."""
-    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
+    vae_tile_px: Literal[512, 256] | None = None
     """Side of the tiles in which the autoencoder decodes, for large images on small GPUs. `None` decodes whole images."""
 
 

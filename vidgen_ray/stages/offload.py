@@ -2,19 +2,19 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from vidgen_ray.stages.base import InKey, Stage, StageParams
+from vidgen_ray.stages.base import NOT_IN_KEY, Stage, StageParams
 from vidgen_ray.stages.memory import TILES_PX, activation_bytes, next_tile_px
 
 
 class OffloadParams(StageParams):
-    cpu_offload: Annotated[bool, InKey.NEVER] = False
+    cpu_offload: Annotated[bool, NOT_IN_KEY] = False
     """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
 
 
 class ImageParams(OffloadParams):
     """Parameters of a stage that makes images and sees others."""
 
-    vae_tile_px: Annotated[Literal[512, 256] | None, InKey.IF_CHANGED] = None
+    vae_tile_px: Literal[512, 256] | None = None
     """Side of the tiles in which the autoencoder works, for large images on small GPUs. `None`: on whole images."""
 
 

@@ -16,11 +16,11 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.nets.finite import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import (
+    NOT_IN_KEY,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     Artefacts,
     Frames,
-    InKey,
     Item,
     noise_generator,
     torch_threads,
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 class PromptedVideoParams(OffloadParams):
     text_tokens: int = Field(512, ge=1, le=1024)
     """Tokens of the prompt that the text encoder reads. Longer prompts are cut."""
-    adapters_kept: Annotated[int, InKey.NEVER] = Field(4, ge=1)
+    adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
-    overlap_shots: Annotated[bool, InKey.NEVER] = False
+    overlap_shots: Annotated[bool, NOT_IN_KEY] = False
     """While a worker denoises one shot, it encodes the texts of the next one and decodes the one before. Takes memory for all
     three."""
 

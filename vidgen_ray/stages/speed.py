@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.stages.base import InKey, StageParams
+from vidgen_ray.stages.base import StageParams
 
 if TYPE_CHECKING:
     import torch
@@ -39,16 +39,16 @@ SDPA_BACKENDS = {
 class SpeedParams(StageParams):
     """Parameters of a stage whose networks can be made faster."""
 
-    channels_last: Annotated[bool, InKey.IF_CHANGED] = False
+    channels_last: bool = False
     """Store the weights of convolutions in the order that tensor cores read."""
-    attention_backend: Annotated[str, InKey.IF_CHANGED] = "native"
+    attention_backend: str = "native"
     """Implementation of attention, by diffusers' name. `native`: torch chooses."""
 
 
 class CompileParams(SpeedParams):
     """Parameters of a stage whose networks can also be compiled."""
 
-    compile: Annotated[CompileMode, InKey.IF_CHANGED] = "none"
+    compile: CompileMode = "none"
     """Compile the network with torch.compile: `regional` its repeated blocks, `full` all of it. The first shot takes minutes
     longer, and the first one of another size once more. Further sizes share the second compilation."""
 

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
+    NOT_IN_KEY,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     Artefacts,
     Frames,
-    InKey,
     Item,
     QualityTier,
     Stage,
@@ -61,13 +61,13 @@ class SVDParams(CompileParams):
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
-    overlap_shots: Annotated[bool, InKey.NEVER] = False
+    overlap_shots: Annotated[bool, NOT_IN_KEY] = False
     """While a worker denoises one shot, it decodes the one before. Takes the memory of both."""
-    fuse_qkv: Annotated[bool, InKey.IF_CHANGED] = False
+    fuse_qkv: bool = False
     """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
-    step_cache: Annotated[Literal["none", "pyramid_attention"], InKey.IF_CHANGED] = "none"
+    step_cache: Literal["none", "pyramid_attention"] = "none"
     """`pyramid_attention`: reuse self-attention between steps. An approximation. Not together with `compile`."""
-    step_cache_interval: Annotated[int, InKey.IF_CHANGED] = Field(2, ge=2, le=8)
+    step_cache_interval: int = Field(2, ge=2, le=8)
     """The step cache computes attention in every n-th step."""
 
     @model_validator(mode="after")

@@ -248,10 +248,9 @@ def _request(source: Source, size: Size, options: UpscaleOptions) -> str:
         "pixel_aspect": str(source.pixel_aspect),
         "encode": options.encode.model_dump(),
         "fps": None if options.fps is None else [str(options.fps), digest(interpolator_weights())],
+        "provenance": options.provenance.for_key(),
         "versions": {"ffmpeg": av.library_versions, "torch": version("torch"), "spandrel": version("spandrel")},
     }
-    if marking := options.provenance.for_key():
-        content["provenance"] = marking
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
