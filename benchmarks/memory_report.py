@@ -1,7 +1,7 @@
 """Print the planned GPU memory for the docs.
 
-docs/planning.md: the actors of the chain with FLUX and SVD, and the whole process; then the other models, both with and without
-the margin. docs/models.md: each model with the options of gpu-80gb, or of gpu-24gb for the small Wan.
+docs/planning.md: each actor with the options of each profile. docs/models.md: each model with the options of gpu-80gb, or of
+gpu-24gb for the small Wan.
 
 python -m benchmarks.memory_report
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from typing import Any
-from unittest.mock import patch
 
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner.cluster import GB
@@ -18,10 +17,9 @@ from vidgen_ray.planner.gpu_assignment import CONTEXT_GB
 from vidgen_ray.planner.memory import actors_of
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages import memory
-from vidgen_ray.stages.memory import MARGIN
 
 PROFILES = ("gpu-80gb", "gpu-48gb", "gpu-24gb", "gpu-24gb-schnell")
+CHAIN_SHOT = "1024x576, 25 frames"
 PHOTO: dict[str, Any] = {"width": 1024, "height": 576, "face_image": ("face.png",), "identity": "reference"}
 OTHER_SHOTS: dict[str, tuple[str, dict[str, Any]]] = {
     "klein": ("1024x576, one photo", PHOTO),
@@ -69,26 +67,40 @@ def reference_shot(profile: Profile) -> Shot:
     return Shot.model_validate(fields)
 
 
-def other_rows() -> list[str]:
-    head = "profile", "actor", "shot", "weights of all parts", "GPU, traced", "GPU, planned", "host"
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for name in (*PROFILES, "open"):
-        profile = load_profile(name)
-        for actor, (about, fields) in OTHER_SHOTS.items():
-            if actor not in profile.actors:
-                continue
-            stage, shot = STAGE_BY_NAME[actor], Shot.model_validate({"prompt": "a", **fields})
-            params = profile.options_of(stage)
-            planned = stage.memory(params, shot)
-            with patch.object(memory, "MARGIN", 1.0):
-                traced = stage.memory(params, shot)
-            in_part = stage.memory(params.model_copy(update={"cpu_offload": False}), shot)
+def cell(gpu_gb: float, host_gb: float) -> str:
+    """Return GB of GPU memory, with those of host memory if there are at least 10, such as "30.7, host 31"."""
+    return f"{gpu_gb:.1f}" + (f", host {host_gb:.0f}" if host_gb >= 10 else "")
+
+
+def chain_cells(profile: Profile) -> dict[str, str]:
+    """Return actor -> cell for the chain with FLUX and SVD, and for one process with all of it."""
+    shot = reference_shot(profile)
+    actors, _ = actors_of(profile, stages_of(shot), [shot], float(profile.name[4:6]))
+    on_gpu = [actor for actor in actors if actor.gpu_gb]
+    cells = {actor.name: cell(actor.gpu_gb + actor.peak_gb, actor.host_gb) for actor in on_gpu}
+    together = CONTEXT_GB + sum(actor.gpu_gb for actor in actors) + max(actor.peak_gb for actor in actors)
+    return cells | {"these in one process": cell(together, 0)}
+
+
+def other_cells(profile: Profile) -> dict[str, str]:
+    """Return actor -> cell for the other models."""
+    cells = {}
+    for actor, (_, fields) in OTHER_SHOTS.items():
+        if actor in profile.actors:
+            stage = STAGE_BY_NAME[actor]
+            planned = stage.memory(profile.options_of(stage), Shot.model_validate({"prompt": "a", **fields}))
             assert planned is not None
-            assert traced is not None
-            assert in_part is not None
-            sizes = sum(in_part.weights.values()), traced.total, planned.total, planned.host
-            label = f"`{name}`", f"{actor}{', `cpu_offload`' if getattr(params, 'cpu_offload', False) else ''}", about
-            lines.append(f"| {' | '.join((*label, *(f'{size / GB:.1f}' for size in sizes)))} |")
+            cells[actor] = cell(planned.total / GB, planned.host / GB)
+    return cells
+
+
+def rows() -> list[str]:
+    """Return the table of docs/planning.md."""
+    lines = [f"| actor | shot | {' | '.join(f'`{name}`' for name in PROFILES)} |", f"|{' --- |' * (2 + len(PROFILES))}"]
+    columns = [chain_cells(profile) | other_cells(profile) for profile in map(load_profile, PROFILES)]
+    for actor in columns[0]:
+        about = OTHER_SHOTS[actor][0] if actor in OTHER_SHOTS else CHAIN_SHOT
+        lines.append(f"| {actor} | {about} | {' | '.join(column.get(actor, '') for column in columns)} |")
     return lines
 
 
@@ -108,23 +120,6 @@ def model_cells() -> dict[str, str]:
     return cells
 
 
-def rows() -> list[str]:
-    lines = ["| profile | actor | weights | activations, traced | planned | host |", "| --- | --- | --- | --- | --- | --- |"]
-    for name in PROFILES:
-        profile = load_profile(name)
-        shot = reference_shot(profile)
-        actors, _ = actors_of(profile, stages_of(shot), [shot], float(name[4:6]))
-        for actor in actors:
-            if actor.gpu_gb:
-                planned = actor.gpu_gb + actor.peak_gb
-                cells = (f"{actor.gpu_gb:.1f}", f"{actor.peak_gb / MARGIN:.1f}", f"{planned:.1f}", f"{actor.host_gb:.1f}")
-                lines.append(f"| `{name}` | {actor.name} | {' | '.join(cells)} |")
-        weights = sum(actor.gpu_gb for actor in actors)
-        peak = max(actor.peak_gb for actor in actors)
-        lines.append(f"| `{name}` | all together | {weights:.1f} | {peak / MARGIN:.1f} | {CONTEXT_GB + weights + peak:.1f} | |")
-    return lines
-
-
 if __name__ == "__main__":
     models = [f"| {weights} | {cell} |" for weights, cell in model_cells().items()]
-    sys.stdout.write("\n".join([*rows(), "", *other_rows(), "", *models]) + "\n")
+    sys.stdout.write("\n".join([*rows(), "", *models]) + "\n")

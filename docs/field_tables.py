@@ -1,4 +1,4 @@
-"""Generate the tables of fields, stages and hostile input. `make docs` writes them; `--check` fails if one is stale."""
+"""Generate the tables of fields and stages. `make docs` writes them; `--check` fails if one is stale."""
 
 import json
 import sys
@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from tests.hostile.corpus import corpus_rows
 from vidgen_ray.film.settings import FilmEntry, FilmSettings
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.api.openapi import JsonBody
@@ -140,7 +139,6 @@ TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
         ),
         "edit fields": partial(request_fields, EditImages, CreateImages.model_fields),
     },
-    "bad-input.md": {"corpus": corpus_rows},
     "film.md": {"film fields": partial(film_fields, FilmSettings), "entry fields": partial(film_fields, FilmEntry)},
 }
 

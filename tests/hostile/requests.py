@@ -137,25 +137,3 @@ REQUESTS: list[Case] = [
     used("HTML in the prompt", "request", body(prompt="</script><script>alert(1)</script>")),
     used("escape sequences in the prompt", "request", body(prompt="a\x1b[2J\x1b]0;owned\x07b")),
 ]
-
-LIMITS = "tests/online/test_api_limits.py"
-FETCH = "tests/online/test_http_fetch.py"
-FACES = "tests/nets/test_faces.py"
-ELSEWHERE: dict[str, str] = {
-    "slow body": f"{LIMITS}::test_slow_body_times_out",
-    "endless chunked body": f"{LIMITS}::test_endless_body_is_rejected",
-    "body that is larger than its Content-Length": f"{LIMITS}::test_announced_body_is_rejected_before_it_arrives",
-    "expired key": f"{LIMITS}::test_expired_key_is_rejected",
-    "id of another tenant": f"{LIMITS}::test_other_tenants_objects_are_not_found",
-    "1,000 creates in a second": f"{LIMITS}::test_request_rate_limit",
-    "host name that changes its address": f"{FETCH}::test_dns_rebinding_is_prevented",
-    "redirect to a private address or a file": f"{FETCH}::test_redirect_target_is_checked",
-    "message of a webhook with a wrong signature or time": f"{FETCH}::test_openai_client_verifies_a_webhook_message",
-    "photo without a face": "tests/stages/test_instantid.py::test_photo_without_a_face_raises_stage_error",
-    "photo with twenty faces": f"{FACES}::test_face_index_counts_twenty_faces_from_the_left",
-    "face of 8 pixels": f"{FACES}::test_faces_below_min_face_px_are_rejected",
-    "half of a face": f"{FACES}::test_half_a_face_is_detected_with_a_lower_score",
-    "frames above the memory of the GPU": "tests/planner/test_memory.py",
-    "photo that changes during the run": "tests/engine/test_inputs.py",
-}
-"""Input that needs real models, sockets or time -> its test."""

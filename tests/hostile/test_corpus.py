@@ -1,12 +1,11 @@
 """Every hostile input is refused with one sentence that names it, or used; never a traceback, never code that runs."""
 
-import ast
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.corpus import CORPUS, ELSEWHERE
+from tests.hostile.corpus import CORPUS
 from tests.hostile.images import IMAGES
 from tests.hostile.scripts import LINES, PROFILES, SCRIPTS
 from tests.hostile.videos import VIDEOS
@@ -22,7 +21,6 @@ from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.realesrgan import load_network
 from vidgen_ray.upscale.source import read_source
 
-ROOT = Path(__file__).parent.parent.parent
 each_image = pytest.mark.parametrize("case", IMAGES, ids=str)
 each_video = pytest.mark.parametrize("case", VIDEOS, ids=str)
 
@@ -36,14 +34,9 @@ def assert_sentence(error, case, name):
     assert len(text) < 1000
 
 
-def test_corpus_is_complete():
-    assert len(CORPUS) + len(ELSEWHERE) >= 64
+def test_corpus_has_no_case_twice():
     names = [(case.door, case.name) for case in CORPUS]
-    assert len(set(names)) == len(names)
-    for test in ELSEWHERE.values():
-        file, _, name = test.partition("::")
-        tree = ast.parse((ROOT / file).read_text())
-        assert not name or name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, test
+    assert len(set(names)) == len(names) > 200
 
 
 @each_image
