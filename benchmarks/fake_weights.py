@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.model_files import PIPELINE_INDEX
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.system.model_files import PIPELINE_INDEX
 
 
 def write_fake_weights(folder: Path, stages: Iterable[type[Stage[Any]]]) -> dict[str, Path]:

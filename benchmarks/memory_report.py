@@ -13,8 +13,8 @@ from typing import Any
 
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB
-from vidgen_ray.planner.memory import actors_of
+from vidgen_ray.planner.gpu_memory import actors_of
+from vidgen_ray.planner.layout import CONTEXT_GB
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.shot import Shot
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.machine import machine, write_json
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.worker import MAX_CONCURRENT_CALLS, Worker
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.folder import OutputFolder

@@ -149,11 +149,11 @@ def write_finished_folder(folder: Path, script: Path, out: str) -> Measured:
 def _write_shots(folder: Path, profile: Any, checker: Any, outputs: Any, numbers: range) -> pyarrow.RecordBatch:
     """Write the shots of these lines, counted from 0, and return their manifest rows."""
     from vidgen_ray.content_keys import ShotPlanner, params_of
+    from vidgen_ray.licences import ShotLicences
     from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
     from vidgen_ray.outputs.paths import RECORD, shot_path
     from vidgen_ray.outputs.records import FileRecord, ShotRecord, StepRecord
     from vidgen_ray.script.lines import Line
-    from vidgen_ray.shot_licences import ShotLicences
 
     planner = ShotPlanner(params_of(profile, list(STAGES.values())), profile.encode, ShotLicences(profile))
     names = ("image.png", "video.mp4", "hd.mp4")
@@ -203,8 +203,7 @@ def load_finished_shots(folder: Path, script: Path, out: str) -> Measured:
 
 def skip_all_lines(folder: Path, script: Path, out: str) -> Measured:
     """Plan the lines as the tasks of `render` do, then compare their ids and record them as its driver does."""
-    from vidgen_ray.batch.line_planner import LinePlanner, unique_shots_of_block
-    from vidgen_ray.batch.line_stream import BLOCK_LINES
+    from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, unique_shots_of_block
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.manifest import rows_of_run
     from vidgen_ray.outputs.manifest_writer import ManifestWriter

@@ -16,12 +16,12 @@ import ray
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from benchmarks.simulated_scheduling import CHUNKS, SECONDS, SHOTS_PER_WORKER
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder_pool import EncoderPool
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.engine import Window
 from vidgen_ray.engine.packed_calls import PackedCalls, start_call, unpacked
 from vidgen_ray.engine.shot_runner import ShotRunner
-from vidgen_ray.engine.step_groups import CallResult
-from vidgen_ray.engine.window import Window
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.outputs.folder import OutputFolder

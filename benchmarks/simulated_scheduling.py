@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vidgen_ray.engine import scheduler as current_scheduler
 from vidgen_ray.engine.chunks import MAX_CHUNKS_AHEAD
-from vidgen_ray.engine.work import CHUNK_LOAD
+from vidgen_ray.engine.scheduler import CHUNK_LOAD
 from vidgen_ray.graph import STAGES
 from vidgen_ray.planner.layout import WorkerSpec
 

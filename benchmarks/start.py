@@ -53,10 +53,10 @@ def measure(started: float) -> dict[str, float]:
     """Run the command in this process, which was started at the time `started`. Return the seconds of each phase."""
     import ray
 
-    from vidgen_ray.batch import render, run_results
+    from vidgen_ray.batch import render, results
     from vidgen_ray.cli import main as vidgen
     from vidgen_ray.engine import actor_client
-    from vidgen_ray.report import gallery
+    from vidgen_ray.report import gallery_page
 
     ends: dict[str, float] = {}
 
@@ -67,9 +67,9 @@ def measure(started: float) -> dict[str, float]:
     _before(ray, "init", note("plan"))
     _after(ray, "init", note("start Ray"))
     _before(actor_client.ActorClient, "call", lambda: ends.setdefault("start a worker, load", time.time()))
-    _before(run_results.RunResults, "finished", note("render"))
+    _before(results.RunResults, "finished", note("render"))
     _after(ray, "shutdown", note("stop"))
-    _after(gallery, "write_gallery", note("gallery"))
+    _after(gallery_page, "write_gallery", note("gallery"))
     if vidgen(["render", "s.jsonl", "-o", "out", "-p", "demo", "--json"]):
         raise SystemExit("the run failed")
     times = [started, *(ends[phase] for phase in PHASES)]

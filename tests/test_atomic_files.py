@@ -3,8 +3,7 @@
 import os
 import time
 
-from vidgen_ray.atomic_files import abandoned, temporary_folder, temporary_prefix
-from vidgen_ray.process_id import this_process
+from vidgen_ray.system.files import abandoned, temporary_folder, temporary_prefix, this_process
 
 OURS = this_process()
 ELSEWHERE = OURS._replace(namespace="0" * 16)

@@ -14,8 +14,7 @@ from vidgen_ray.cli.app import main
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.manifest import SCHEMA
-from vidgen_ray.report.gallery import check_no_other_page, page_of, write_gallery
-from vidgen_ray.report.watch import gallery_app
+from vidgen_ray.report.gallery_page import check_no_other_page, gallery_app, page_of, write_gallery
 
 MANY = 10_000
 

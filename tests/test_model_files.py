@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from vidgen_ray.cache_dir import digest
-from vidgen_ray.model_files import loaded_files
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.model_files import loaded_files
 from vidgen_ray.weights import resolve
 
 NOT_LOADED = (

@@ -15,15 +15,15 @@ from rich.console import Console
 
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from vidgen_ray import VideoGenerationPipeline
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import FieldError, ScriptError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.progress_bar import progress_bar
-from vidgen_ray.provenance.reading import read_provenance
+from vidgen_ray.pipeline import progress_bar
+from vidgen_ray.provenance.record import read_provenance
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.weights import resolve
 
 

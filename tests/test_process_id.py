@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.pid_namespaces import run_in_pid_namespace
-from vidgen_ray.process_id import UNKNOWN, ProcessId, this_process
+from vidgen_ray.system.files import UNKNOWN, ProcessId, this_process
 
-PRINT_ID = "from vidgen_ray.process_id import this_process; print(this_process())"
+PRINT_ID = "from vidgen_ray.system.files import this_process; print(this_process())"
 
 
 def id_of(process: subprocess.Popen) -> ProcessId:

@@ -6,7 +6,6 @@ from typing import get_args
 
 import pytest
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.content_keys import params_of
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES, check_profile
@@ -15,6 +14,7 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import QualityTier
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve, with_commit
 
 

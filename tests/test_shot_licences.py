@@ -7,14 +7,14 @@ import pytest
 from vidgen_ray.cli.app import main
 from vidgen_ray.cli.licences import script_licences
 from vidgen_ray.errors import LicenceError
+from vidgen_ray.licences import ShotLicences, require_licence, worst_use
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.script.lines import CheckedLine
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import ShotLicences, require_licence, worst_use
-from vidgen_ray.weights.licences import WeightLicence
+from vidgen_ray.weights.ledger import WeightLicence
 
 FACE = {"face_image": "x.jpg"}
 

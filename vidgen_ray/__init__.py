@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen_ray.version import __version__
 
 if TYPE_CHECKING:
-    from vidgen_ray.generated_video import GeneratedVideo
-    from vidgen_ray.pipeline import VideoGenerationPipeline
+    from vidgen_ray.pipeline import GeneratedVideo, VideoGenerationPipeline
     from vidgen_ray.shot import Shot
 
 __all__ = ["GeneratedVideo", "Shot", "VideoGenerationPipeline", "__version__"]
@@ -19,7 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return Shot
     if name == "GeneratedVideo":
-        from vidgen_ray.generated_video import GeneratedVideo
+        from vidgen_ray.pipeline import GeneratedVideo
 
         return GeneratedVideo
     if name == "VideoGenerationPipeline":

@@ -17,15 +17,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import StageError
 from vidgen_ray.graph import stages_of
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
+from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
 from vidgen_ray.shot import IMAGE_FIELDS, LocalLora, LocalVideoLora, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
-from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Stage, StageParams
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
 FILE_FIELDS = IMAGE_FIELDS

@@ -22,10 +22,9 @@ import pyarrow
 import ray
 from more_itertools import batched
 
-from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.line_stream import BLOCK_LINES, on_this_node, one_task_source, own_context, planned_rows
+from vidgen_ray.batch.lines import BLOCK_LINES, LinePlanner, on_this_node, one_task_source, own_context, planned_rows
 from vidgen_ray.batch.render import RenderOptions, render_lines
-from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.batch.results import ProgressListener
 from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import check_profile

@@ -2,51 +2,131 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image as PILImage
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
 from vidgen_ray.engine.cache_writer import CacheMode, cache_settings
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.chunks import chunk_frames_of, chunk_unit, clip_chunks, join_records
-from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.oom_fallback import OomFallback, free_gpu_memory, prepare_gpu
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner
-from vidgen_ray.engine.weight_swapping import WeightSwapper
-from vidgen_ray.engine.weights_check import WeightsCheck
+from vidgen_ray.engine.step_runner import (
+    LIKENESS,
+    LikenessTooLow,
+    StepFailed,
+    StepRunner,
+    WeightsCheck,
+    WeightSwapper,
+    best_attempt,
+    check_likeness,
+)
 from vidgen_ray.errors import FieldError, ScriptError, UsageError
-from vidgen_ray.generated_video import GeneratedVideo
-from vidgen_ray.graph import STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
+from vidgen_ray.graph import STAGE_BY_NAME, STAGES, check_profile, chunked_stages_of, is_chunked, stages_of
 from vidgen_ray.invalid_fields import shortened
+from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.media import encode_png, read_image, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.open_markers import shot_without_row
 from vidgen_ray.outputs.records import ShotRecord, StepRecord
 from vidgen_ray.planner import ShotSizes, swap_groups, this_machine
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.progress_bar import in_notebook, progress_bar
-from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
-from vidgen_ray.provenance.derived import InputFile, altered_record
-from vidgen_ray.provenance.reading import mark_of
-from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.visible_label import with_label
+from vidgen_ray.provenance.record import InputFile, ProvenanceSettings, altered_record, mark_of, metadata_of, with_label
+from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import safety_of
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence
 from vidgen_ray.stages.base import Frames, Item, QualityTier, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
+from vidgen_ray.system.cache_dir import digest
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+@contextmanager
+def progress_bar(console: Console | None = None) -> Iterator[ProgressCallback]:
+    """Show a bar per stage in this block. Yields the callback that moves them. Default `console`: standard output."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(stage: str, step: int, steps: int) -> None:
+            if stage not in tasks:
+                label = STAGE_BY_NAME[stage].label if stage in STAGE_BY_NAME else stage
+                tasks[stage] = bars.add_task(label, total=None)
+            bars.update(tasks[stage], completed=step, total=steps or None)
+
+        yield on_progress
+
+
+MAX_INLINE_BYTES = 20_000_000
+"""Largest clip that a notebook gets inside of its page, in bytes. A larger one is shown as its path."""
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedVideo(Mapping[str, Any]):
+    """Result of `generate_video`. `result["image"]` and `result.image` are the same."""
+
+    image: PILImage.Image
+    video: Path | str | None
+    """Path, or URL if the output folder is in an object store. `None` if the shot has no clip."""
+    hd_video: Path | str | None
+    """The upscaled clip. `None` if the shot has none."""
+    record: ShotRecord
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in [*self]
+
+    def _repr_html_(self) -> str:
+        """Show the image and the largest clip in a notebook."""
+        parts = [f'<img src="{_data_url("image/png", _png(self.image))}" alt="{html.escape(self.record.shot.prompt)}">']
+        clip = self.hd_video or self.video
+        if isinstance(clip, Path) and clip.stat().st_size <= MAX_INLINE_BYTES:
+            url = _data_url("video/mp4", clip.read_bytes())
+            parts.append(f'<video src="{url}" controls loop muted playsinline width="{self.image.width}"></video>')
+        if clip is not None:
+            parts.append(f"<div><code>{html.escape(str(clip))}</code></div>")
+        return "".join(parts)
+
+
+def _png(image: PILImage.Image) -> bytes:
+    """Encode the image for a notebook, which keeps it when it is saved."""
+    return encode_png(np.asarray(image.convert("RGB")), mark_of(image))
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
 
 S = TypeVar("S", bound=Stage[Any])
 

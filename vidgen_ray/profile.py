@@ -12,12 +12,12 @@ from pydantic.json_schema import SkipJsonSchema
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, SafetySettings
 from vidgen_ray.stages.base import QualityTier, Stage, StageParams
-from vidgen_ray.strict_yaml import load_yaml, parse_yaml
+from vidgen_ray.system.strict_yaml import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
-from vidgen_ray.weights.licences import WeightLicence, licence_of
+from vidgen_ray.weights.ledger import WeightLicence, licence_of
 
 P = TypeVar("P", bound=StageParams)
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -16,7 +16,6 @@ from PIL import Image
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch.render import RenderOptions, render
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.media import open_video
@@ -25,6 +24,7 @@ from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
+from vidgen_ray.system.cache_dir import sha256_of
 
 SCRIPT = Path(__file__).with_name("tiny.jsonl")
 """Script with one line of every kind, for the profile `tiny`."""
@@ -133,7 +133,7 @@ def test_changed_scale_reuses_cached_images_and_clips(tiny, tmp_path):
 
 
 def test_failed_lines_do_not_affect_others_and_can_be_rerun(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FINDS_FACES)
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(tmp_path / "wall.png")
     (tmp_path / "junk.safetensors").write_bytes(b"\xff" * 64)
     (tmp_path / "cut.jpg").write_bytes(ASTRONAUT.read_bytes()[:2000])
@@ -243,7 +243,7 @@ def test_stopped_and_killed_runs_leave_no_partial_shots_and_can_be_resumed(tiny,
 
 
 def test_id_of_another_script_is_rejected_unless_it_is_replaced(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FAKES)
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FAKES)
     out = tmp_path / "out"
     # The images of the fake stages depend on the seed only.
     for seed, name in enumerate(("episode1.jsonl", "episode2.jsonl")):

@@ -16,9 +16,8 @@ from tests.batch.test_batch import DONE, Events, digests, render_lines
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES, FINDS_FACES
 from vidgen_ray.batch import render
-from vidgen_ray.batch.continued_shots import ContinuedShots
-from vidgen_ray.batch.line_planner import LinePlanner
-from vidgen_ray.batch.line_stream import first_lines
+from vidgen_ray.batch.lines import LinePlanner, first_lines
+from vidgen_ray.batch.shot_queue import ContinuedShots
 from vidgen_ray.cli import main
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.errors import ScriptError
@@ -122,7 +121,7 @@ def test_only_another_last_frame_renders_the_shot_again(tiny, tmp_path):
 
 
 def test_failed_shot_fails_those_that_continue_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", FINDS_FACES)
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", FINDS_FACES)
     wall, out = tmp_path / "wall.png", tmp_path / "out"
     Image.fromarray(np.full((200, 200, 3), 128, np.uint8)).save(wall)
     lines = [

@@ -17,17 +17,16 @@ import pytest
 from benchmarks.fake_actors import FakeActorClient, run_in_simulated_time
 from tests.batch.test_batch import Events
 from vidgen_ray.batch import director as director_module
-from vidgen_ray.batch import line_stream
+from vidgen_ray.batch import lines
 from vidgen_ray.batch import render as render_module
 from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.engine import shot_runner
 from vidgen_ray.engine.actor_client import ActorCallFailed
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.encoder_pool import EncoderPool
-from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine import Engine, Window
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss
 from vidgen_ray.engine.shot_runner import ShotRunner
-from vidgen_ray.engine.step_groups import CallResult
-from vidgen_ray.engine.window import Window
 from vidgen_ray.engine.worker_pool import WorkerPool
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.folder import OutputFolder
@@ -154,7 +153,7 @@ def engine_class(faults, committed):
 def without_ray(monkeypatch):
     monkeypatch.setattr(director_module, "connected", lambda *_: nullcontext())
     monkeypatch.setattr(director_module, "expect_gpus", lambda _: None)
-    monkeypatch.setattr(line_stream, "FIRST_LOOK_LINES", 100_000)
+    monkeypatch.setattr(lines, "FIRST_LOOK_LINES", 100_000)
     monkeypatch.setattr(render_module.asyncio, "run", lambda main: run_in_simulated_time(main)[0])
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vidgen_ray.batch.line_planner import LinePlanner, unique_shots, unique_shots_of_block
+from vidgen_ray.batch.lines import LinePlanner, unique_shots, unique_shots_of_block
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, columns_as_rows
 from vidgen_ray.outputs.records import DoneShot, ShotSummary

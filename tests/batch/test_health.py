@@ -19,7 +19,7 @@ from tests.batch.test_faults import render_lines
 from tests.fake_stages import FAKES
 from vidgen_ray.batch.director import BREAKER_FAILURES
 from vidgen_ray.cli import main
-from vidgen_ray.engine.health import MAX_QUARANTINES
+from vidgen_ray.engine.supervisor import MAX_QUARANTINES
 from vidgen_ray.errors import MediaError, SetupError, StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
@@ -120,14 +120,14 @@ def test_gpu_that_fails_every_call_costs_no_line_and_is_quarantined(cluster, pro
 @pytest.mark.parametrize("gpus", [pytest.param(ONE_GPU, marks=pytest.mark.slow), ONE_NODE])
 def test_run_stops_if_nearly_all_shots_fail_on_every_gpu(cluster, profile, tmp_path, monkeypatch, capsys, gpus):
     """The next run renders the lines that are left, also if those that have failed fail again."""
-    monkeypatch.setattr("vidgen_ray.engine.health.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("vidgen_ray.engine.supervisor.BACK_OFF_S", 0.0)
     repaired, out = tmp_path / "repaired", tmp_path / "out"
 
     def fail_until_repaired(shot):
         if not repaired.exists() or shot.id in repaired.read_text().split():
             raise RuntimeError("the model is broken")
 
-    monkeypatch.setattr("vidgen_ray.batch.options.STAGE_BY_NAME", stages(fail_until_repaired))
+    monkeypatch.setattr("vidgen_ray.batch.run_options.STAGE_BY_NAME", stages(fail_until_repaired))
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile.model_dump(mode="json")))
     (tmp_path / "s.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in images(60)))
     command = ["render", str(tmp_path / "s.jsonl"), "-o", str(out), "--profile", str(tmp_path / "profile.yaml")]
@@ -172,7 +172,7 @@ def test_workers_are_not_given_up_for_wrong_lines(cluster, profile, tmp_path):
 
 def test_wrong_lines_at_the_head_do_not_keep_a_single_gpu_from_the_rest(cluster, profile, tmp_path, monkeypatch):
     """No other worker can confirm their failures. The worker is reloaded three times, then continues with later lines."""
-    monkeypatch.setattr("vidgen_ray.engine.health.BACK_OFF_S", 0.0)
+    monkeypatch.setattr("vidgen_ray.engine.supervisor.BACK_OFF_S", 0.0)
     count, wrong = 15, 10
     assert wrong < BREAKER_FAILURES
 
@@ -330,8 +330,8 @@ def test_run_stops_if_every_encoder_fails(cluster, profile, tmp_path):
 
 
 def test_layout_is_extended_for_a_stage_that_later_lines_need(cluster, profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidgen_ray.batch.line_stream.FIRST_LOOK_LINES", 2)
-    monkeypatch.setattr("vidgen_ray.batch.line_stream.BLOCK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.lines.FIRST_LOOK_LINES", 2)
+    monkeypatch.setattr("vidgen_ray.batch.lines.BLOCK_LINES", 2)
     log = tmp_path / "log"
 
     def record(shot):

@@ -12,9 +12,8 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from vidgen_ray.batch.run_metrics import METRICS, RunMetrics
-from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, exported_names
-from vidgen_ray.engine.metrics import SECONDS
+from vidgen_ray.batch.results import METRICS, RunMetrics
+from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, SECONDS, exported_names
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.engine.status import Snapshot, StageStatus
 

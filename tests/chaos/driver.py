@@ -8,7 +8,7 @@ from vidgen_ray.batch.render import RenderOptions, render
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.lines import ScriptSettings
 
 GPUS = "2x2x80GB"

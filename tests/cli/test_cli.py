@@ -13,7 +13,7 @@ from vidgen_ray.cli import main
 from vidgen_ray.cli.run_script import changes_until
 from vidgen_ray.media import open_video
 from vidgen_ray.outputs.paths import shot_path
-from vidgen_ray.provenance.reading import read_provenance
+from vidgen_ray.provenance.record import read_provenance
 from vidgen_ray.shot import Shot
 
 

@@ -15,7 +15,7 @@ from vidgen_ray.cli.doctor_checks import Finding
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import cluster
 from vidgen_ray.weights.inventory import LocalWeights
-from vidgen_ray.weights.licences import licence_of
+from vidgen_ray.weights.ledger import licence_of
 
 Disk = namedtuple("Disk", "total free")
 H100 = [["570.86", "NVIDIA H100 80GB HBM3", "81559"]]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.weights.hub_server import running_hub
 from vidgen_ray.cli import main
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.licences import accepted_licences
+from vidgen_ray.weights.ledger import accepted_licences
 
 SVD = "stabilityai/stable-video-diffusion-img2vid-xt"
 URL_TEMPLATE = "{}/{{repo_id}}/resolve/{{revision}}/{{filename}}"

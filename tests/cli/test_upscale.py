@@ -14,10 +14,10 @@ import pytest
 
 from tests.upscale.conftest import CALIBRATION, compact
 from tests.upscale.videos import decoded, packets, write_video
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
 from vidgen_ray.errors import SetupError
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import preview
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale.calibration import CalibrationProgress

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
 
 MAX_RUNNING_LOAD = 1.0
 """Load of a busy worker, in units of `Work.load`. More is assigned only if no other worker could start it now."""

@@ -10,9 +10,9 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.actor_client import ActorClient
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import CONTROL, Encoder
 from vidgen_ray.engine.encoder_pool import EncoderPool
-from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.engine.status import EngineObserver
 from vidgen_ray.outputs.folder import OutputFolder

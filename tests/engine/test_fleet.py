@@ -8,7 +8,7 @@ import ray
 from ray.cluster_utils import Cluster as RayCluster
 
 from vidgen_ray.engine import fleet as fleet_module
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet
 from vidgen_ray.engine.ray_cluster import live_cluster
 from vidgen_ray.outputs.folder import OutputFolder

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidgen_ray.engine.health import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, Health
+from vidgen_ray.engine.supervisor import BACK_OFF_S, FAILURES, MAX_BACK_OFF_S, MAX_QUARANTINES, Health
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.fake_stages import FAKES
 from vidgen_ray.content_keys import ShotPlanner, params_of
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import InputChanged, OtherWeights
 from vidgen_ray.graph import stages_of

@@ -10,8 +10,7 @@ import pytest
 from tests.conftest import ASTRONAUT
 from tests.nets.test_faces import GROUP, WALL, head, on_a_wall
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.likeness_check import LikenessTooLow, best_attempt, check_likeness
-from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_attempt, check_likeness
 from vidgen_ray.errors import StageError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
@@ -22,8 +21,7 @@ from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.outputs.records import LikenessRecord
 from vidgen_ray.outputs.stage_cache import likeness_from_json, likeness_to_json
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.report.gallery import write_gallery
-from vidgen_ray.report.gallery_rows import likeness_text
+from vidgen_ray.report.gallery_page import likeness_text, write_gallery
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness
 from vidgen_ray.stages.face_models import FaceModels

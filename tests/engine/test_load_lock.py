@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vidgen_ray.engine.load_lock import load_lock
+from vidgen_ray.engine.worker import load_lock
 
-HOLDER = "import sys; from pathlib import Path; from vidgen_ray.engine.load_lock import load_lock\n"
+HOLDER = "import sys; from pathlib import Path; from vidgen_ray.engine.worker import load_lock\n"
 HOLDER += "with load_lock(int(sys.argv[2]), Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, is_out_of_memory, prepare_gpu
-from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import OutOfMemory
 from vidgen_ray.graph import STAGES

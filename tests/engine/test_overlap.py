@@ -9,12 +9,10 @@ import pytest
 import torch
 
 from tests.stages.test_parity import gradient_image
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.content_keys import ShotPlan, Step
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.call_turns import CallTurns
-from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.worker import MAX_CONCURRENT_CALLS, Worker
+from vidgen_ray.engine.config import EngineConfig
+from vidgen_ray.engine.worker import MAX_CONCURRENT_CALLS, CallTurns, Worker
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.profile import Profile
@@ -23,6 +21,7 @@ from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.ltx import LTXStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
 MODELS = {"svd": SVDStage, "wan": WanStage, "ltx": LTXStage}

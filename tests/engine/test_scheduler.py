@@ -12,11 +12,9 @@ import pytest
 from benchmarks.simulated_scheduling import LAYOUTS, Simulation
 from tests.engine import reference_scheduler
 from vidgen_ray.engine import scheduler as scheduler_module
-from vidgen_ray.engine.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, MAX_PREFETCH_LOAD, Scheduler, Work, WorkerState
-from vidgen_ray.engine.worker_index import WorkerSet
+from vidgen_ray.engine.scheduler import CHUNK_LOAD, MAX_LORA_SKIPS, MAX_PREFETCH_LOAD, Scheduler, Work, WorkerSet, WorkerState
 from vidgen_ray.graph import STAGES
-from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
-from vidgen_ray.planner.layout import WorkerSpec
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
 
 POSITIONS = {stage.name: n for n, stage in enumerate(STAGES)}
 ALL = tuple(POSITIONS)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vidgen_ray import pipeline as pipeline_module
-from vidgen_ray.engine.weight_swapping import WeightSwapper
+from vidgen_ray.engine.step_runner import WeightSwapper
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.pipeline import VideoGenerationPipeline

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import pytest
 
-from vidgen_ray.engine.window import Window
+from vidgen_ray.engine.engine import Window
 
 
 class Shots:

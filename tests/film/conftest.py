@@ -10,13 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, write_png
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, ManifestRow
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.outputs.records import FileRecord, ShotRecord
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.cache_dir import sha256_of
 
 FAST = Mp4Settings(crf=18, preset="ultrafast", threads=1)
 RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)

@@ -5,16 +5,13 @@ import json
 import av
 import pytest
 
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.film.make_film import make_film
 from vidgen_ray.film.settings import FilmSettings
-from vidgen_ray.media.file_metadata import append_xmp
-from vidgen_ray.provenance.c2pa_signing import read_signature
-from vidgen_ray.provenance.reading import read_provenance
-from vidgen_ray.provenance.record import ProvenanceRecord
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.signing_key import create_signing_key
+from vidgen_ray.media.files import append_xmp
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.provenance.signing import create_signing_key, read_signature
+from vidgen_ray.system.cache_dir import sha256_of
 
 SHOT = ProvenanceRecord(
     source_type="trainedAlgorithmicMedia", key="a" * 64, stages=("flux", "svd"), shot={"prompt": "a secret"}

@@ -13,7 +13,7 @@ from tests.hostile.weights import WEIGHTS
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, ProfileError, StageError
 from vidgen_ray.media import open_video, read_image, verify_image
-from vidgen_ray.media.sample_frames import sample_frames
+from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.nets.lora_header import check_lora_file
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.lines import ScriptSettings

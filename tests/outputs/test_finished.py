@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.outputs.test_outputs import commit, failed, write
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.outputs import open_markers
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
@@ -16,7 +17,6 @@ from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
 from vidgen_ray.outputs.object_storage import ObjectStorage
 from vidgen_ray.outputs.paths import SHARD, old_key_path, old_shot_path, shot_path
 from vidgen_ray.shot import derive_id
-from vidgen_ray.shot_licences import UsedWeights
 
 RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
 

@@ -13,8 +13,7 @@ import pytest
 from moto.s3.responses import S3Response
 
 from tests.pid_namespaces import run_in_pid_namespace
-from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
-from vidgen_ray.batch.line_planner import LinePlanner
+from vidgen_ray.batch.lines import LinePlanner
 from vidgen_ray.batch.render import RenderOptions, render_lines
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import lease as leases
@@ -22,8 +21,8 @@ from vidgen_ray.outputs.conditional_object import ConditionalObject
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.garbage import collect_garbage
 from vidgen_ray.outputs.local_storage import LocalStorage
-from vidgen_ray.process_id import this_process
 from vidgen_ray.script.check import LineChecker
+from vidgen_ray.system.files import temporary_folder, temporary_prefix, this_process, write_atomically
 
 WAIT_S = 60.0
 ELSEWHERE = this_process()._replace(namespace="0" * 16)

@@ -17,7 +17,6 @@ import pytest
 from tests.decoded import frames_of
 from tests.film.conftest import Shots, tone
 from tests.outputs.test_outputs import failed, row, write
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.errors import SetupError
@@ -28,7 +27,8 @@ from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.outputs.object_storage import MARKER
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.report.gallery import write_gallery
+from vidgen_ray.report.gallery_page import write_gallery
+from vidgen_ray.system.cache_dir import cache_dir
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vidgen_ray.atomic_files import temporary_folder, temporary_prefix, write_atomically
 from vidgen_ray.cli.gc import gc
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs import manifest_writer
@@ -29,9 +28,8 @@ from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.object_storage import without_credentials
 from vidgen_ray.outputs.paths import key_path, shot_path
 from vidgen_ray.outputs.records import Failure, StepRecord
-from vidgen_ray.process_id import this_process
-from vidgen_ray.report.gallery import write_gallery
-from vidgen_ray.report.gallery_rows import gallery_rows
+from vidgen_ray.report.gallery_page import gallery_rows, write_gallery
+from vidgen_ray.system.files import temporary_folder, temporary_prefix, this_process, write_atomically
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ASTRONAUT, EXAMPLES
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlanner, params_of
 from vidgen_ray.graph import stages_of
@@ -15,6 +14,7 @@ from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.person import Person, remove_person
 from vidgen_ray.outputs.records import StepRecord
+from vidgen_ray.system.cache_dir import sha256_of
 
 ADA = EXAMPLES / "faces" / "ada.png"
 

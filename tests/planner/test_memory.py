@@ -11,8 +11,8 @@ from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.planner import Cluster, Node, demand_of, parse_gpus, plan, swap_groups
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.demand import MAX_SIZES
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor, Process
-from vidgen_ray.planner.memory import SizeCheck, actor_memory, fitting_params, too_large
+from vidgen_ray.planner.gpu_memory import SizeCheck, actor_memory, fitting_params, too_large
+from vidgen_ray.planner.layout import CONTEXT_GB, Actor, Process
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.memory import MemoryTable, load_table

@@ -6,7 +6,7 @@ import pytest
 
 from vidgen_ray.planner import Cluster, Node
 from vidgen_ray.planner.layout import Slot, WorkerSpec
-from vidgen_ray.planner.more_slots import more_slots
+from vidgen_ray.planner.solver import more_slots
 
 SECONDS = {"flux": 6.0, "svd": 22.0}
 

@@ -33,7 +33,7 @@ from vidgen_ray.planner import (
     solver,
     this_machine,
 )
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
+from vidgen_ray.planner.layout import CONTEXT_GB, GPU_PROCESS_HOST_GB, PROCESS_HOST_GB
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vidgen_ray.provenance.signing_key import create_signing_key
+from vidgen_ray.provenance.signing import create_signing_key
 
 
 @pytest.fixture(scope="module")

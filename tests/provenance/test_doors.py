@@ -15,10 +15,8 @@ from vidgen_ray import VideoGenerationPipeline
 from vidgen_ray.cli import main
 from vidgen_ray.errors import UsageError
 from vidgen_ray.media import open_video, read_image, write_png
-from vidgen_ray.provenance.c2pa_signing import read_signature
-from vidgen_ray.provenance.reading import read_provenance
-from vidgen_ray.provenance.record import ProvenanceRecord
-from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.provenance.signing import read_signature
 
 PACKAGE = Path(vidgen_ray.__file__).parent
 ENCODERS = {
@@ -37,8 +35,7 @@ MARKED = {
     "engine/shot_writer.py": "files of a shot; its last frame, an input of another shot, is not",
     "engine/chunked_clip.py": "clips of `vidgen stage` and of the library's upscale",
     "cli/one_stage.py": "results of `vidgen stage`; drawn keypoints of a face are not, which no model has generated",
-    "pipeline.py": "an upscaled image; images in memory that are stored as inputs keep the mark they have",
-    "generated_video.py": "the image in a notebook",
+    "pipeline.py": "an upscaled image, the image in a notebook; images stored as inputs keep the mark they have",
     "client/image_inputs.py": "images in memory that are uploaded keep the mark they have",
     "film/make_film.py": "films",
     "film/join.py": "films",
@@ -58,8 +55,8 @@ NOT_MARKED = {
     "online/api/characters.py": "photo of a character, from the user's video",
     "online/api/video_content.py": "preview images",
     "online/previews.py": "previews while a shot is rendered",
-    "report/contact_sheet.py": "contact sheet",
-    "report/thumbnails.py": "thumbnails of the gallery",
+    "report/sheets.py": "contact sheet and identity sheet",
+    "report/gallery_page.py": "thumbnails of the gallery",
     "cli/identity.py": "photos with the detected face, drawn for their owner",
     "weights/tiny_faces.py": "weights",
     "weights/tiny_identity.py": "weights",

@@ -11,25 +11,14 @@ from PIL import Image
 
 from vidgen_ray.cli import main
 from vidgen_ray.content_keys import ShotPlan, ShotPlanner, params_of
-from vidgen_ray.engine.shot_provenance import (
-    DIGEST_PREFIX,
-    SIZES,
-    SWITCHES,
-    line_with_files,
-    script_line,
-    shot_record,
-)
-from vidgen_ray.engine.shot_writer import ShotFiles
+from vidgen_ray.engine.shot_writer import DIGEST_PREFIX, SIZES, SWITCHES, ShotFiles, line_with_files, script_line, shot_record
 from vidgen_ray.errors import MediaError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings, Mp4Writer, encode_png, open_video, read_image, write_png
-from vidgen_ray.media.file_metadata import read_xmp
+from vidgen_ray.media.files import read_xmp
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import load_profile
-from vidgen_ray.provenance.reading import read_provenance
-from vidgen_ray.provenance.record import ProvenanceRecord
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.xmp import xmp_packet, xmp_property
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance, xmp_packet, xmp_property
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
 

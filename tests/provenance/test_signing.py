@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from tests.provenance.test_metadata import FRAMES, plan_of, write_shot
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError, SetupError
 from vidgen_ray.media import Mp4Settings, Mp4Writer, open_video, read_image, write_png
-from vidgen_ray.provenance.c2pa_signing import Ingredient, read_signature, sign_file
-from vidgen_ray.provenance.derived import InputFile, altered_record
-from vidgen_ray.provenance.reading import read_provenance
-from vidgen_ray.provenance.record import ProvenanceRecord
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.signing_key import create_signing_key, read_certificates, read_signing_key
+from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, ProvenanceSettings, altered_record, read_provenance
+from vidgen_ray.provenance.signing import (
+    Ingredient,
+    create_signing_key,
+    read_certificates,
+    read_signature,
+    read_signing_key,
+    sign_file,
+)
+from vidgen_ray.system.cache_dir import sha256_of
 
 GENERATED = ProvenanceRecord(source_type="trainedAlgorithmicMedia", key="0" * 64)
 

@@ -7,8 +7,7 @@ from tests.provenance.test_metadata import FRAMES, plan_of, write_shot
 from vidgen_ray.cli import main
 from vidgen_ray.errors import MediaError
 from vidgen_ray.media import open_video, read_image
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.visible_label import labelled
+from vidgen_ray.provenance.record import ProvenanceSettings, labelled
 
 LABEL = "AI-generated"
 

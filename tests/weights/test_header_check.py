@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.header_check import header_problems
+from vidgen_ray.weights.inventory import header_problems
 
 FAMILIES = ("flux", "flux-schnell", "hunyuandit", "svd", "sdxl", "infusenet", "instantid-sdxl")
 

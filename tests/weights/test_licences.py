@@ -5,7 +5,7 @@ import pytest
 from vidgen_ray.errors import ProfileError
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.weights import BUILTIN, demo_family
-from vidgen_ray.weights.licences import WeightLicence, licence_ledger, licence_of
+from vidgen_ray.weights.ledger import WeightLicence, licence_ledger, licence_of
 
 
 @pytest.mark.parametrize("name", builtin_profiles())

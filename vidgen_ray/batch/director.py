@@ -15,21 +15,18 @@ from functools import partial
 
 import ray
 
-from vidgen_ray.batch.continued_shots import ContinuedShots, Decided
-from vidgen_ray.batch.line_planner import Continued, LinePlanner, PlannedBlock, unique_shots_of_block
-from vidgen_ray.batch.options import RenderOptions
-from vidgen_ray.batch.run_metrics import RunMetrics
-from vidgen_ray.batch.run_progress import ProgressListener
-from vidgen_ray.batch.run_results import RunResults
-from vidgen_ray.batch.shot_queue import MAX_SHOTS, ShotQueue, ShotTask
+from vidgen_ray.batch.lines import Continued, LinePlanner, PlannedBlock, unique_shots_of_block
+from vidgen_ray.batch.results import ProgressListener, RunMetrics, RunResults
+from vidgen_ray.batch.run_options import RenderOptions
+from vidgen_ray.batch.shot_queue import MAX_SHOTS, ContinuedShots, Decided, ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.cache_writer import bytes_per_worker, cache_settings
+from vidgen_ray.engine.calls import OUTPUT
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
-from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.fleet import FIRST_MESSAGE_S, MESSAGE_INTERVAL_S, PlacedSlot, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, connected, expect_gpus, live_cluster
 from vidgen_ray.engine.retries import Kind, ShotFailed
-from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import MAX_MESSAGES, OutOfMemory, ScriptError, SetupError
 from vidgen_ray.graph import STAGE_BY_NAME

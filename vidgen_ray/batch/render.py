@@ -1,6 +1,6 @@
 """Render a script: plan its lines, skip finished shots, render the rest and record the result of every line.
 
-Lines stream: shots are rendered while later lines are still being checked.
+Or only estimate what is left.
 """
 
 from __future__ import annotations
@@ -8,25 +8,117 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from more_itertools import batched
+
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.estimate import pending_demand
-from vidgen_ray.batch.line_planner import LinePlanner, NumberedLine
-from vidgen_ray.batch.line_stream import first_lines, remaining_lines
-from vidgen_ray.batch.options import GRACE_S, RenderOptions, RepeatedOptions
-from vidgen_ray.batch.run_progress import ProgressListener
-from vidgen_ray.batch.run_results import RunResults
+from vidgen_ray.batch.lines import Continued, LinePlanner, NumberedLine, PlannedShot, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.results import ProgressListener, RunResults
+from vidgen_ray.batch.run_options import GRACE_S, RenderOptions, RepeatedOptions
+from vidgen_ray.engine.ray_cluster import connected, live_cluster
+from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import check_profile
 from vidgen_ray.outputs.folder import OutputFolder, software_versions
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.open_markers import new_writer
-from vidgen_ray.planner import Demand, Plan, save_calibration
+from vidgen_ray.outputs.records import Failure
+from vidgen_ray.planner import Cluster, Demand, Plan, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.c2pa_signing import check_signing
-from vidgen_ray.script.lines import ScriptSettings
+from vidgen_ray.provenance.signing import check_signing
+from vidgen_ray.script.lines import CheckedLine, RejectedLine, ScriptIndex, ScriptSettings
+from vidgen_ray.script.read import iter_script, no_lines, open_lines
+from vidgen_ray.shot import Shot
+
+LINES_AT_ONCE = 500
+"""Lines that are planned together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Line counts of a script before a run."""
+
+    lines: int
+    """Lines, with variants expanded."""
+    done: int | None
+    """Finished shots that are skipped. `None` if the weights needed to look them up are not on this machine."""
+    rejected: int
+    """Rejected lines and lines that cannot be planned."""
+    cached_steps: int | None
+    """Steps of pending shots whose result is in the stage cache. `None` as for `done`."""
+
+
+def estimate_run(
+    script: ScriptSettings, profile: Profile, outputs: OutputFolder, address: str | None, cluster: Cluster | None
+) -> tuple[Demand, Counts, Cluster]:
+    """Return the demand, the line counts and the cluster: `cluster`, the one at `address`, or this machine.
+
+    If the weights are not on this machine, no shot counts as done. Raises SetupError if there is no cluster at `address`.
+    """
+    check_profile(profile)
+    try:
+        demand, counts = _count_pending(script, profile, outputs)
+    except SetupError:
+        demand, counts = _count_all(iter_script(script))
+    if cluster is None and address is not None:
+        with connected(address, 0):
+            cluster = live_cluster().total
+    return demand, counts, cluster or this_machine()
+
+
+def pending_demand(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Demand:
+    """Return the demand of the shots that are left to render. Raises SetupError if their weights are not on this machine."""
+    return _count_pending(script, profile, outputs)[0]
+
+
+def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> tuple[Demand, Counts]:
+    done = failed = cached = 0
+
+    def pending() -> Iterator[Shot]:
+        nonlocal done, failed, cached
+        for shot in _planned(script, profile, outputs):
+            if isinstance(shot, RejectedLine) or isinstance(shot.plan, Failure):
+                failed += 1
+            elif shot.done is not None:
+                done += 1
+            elif isinstance(shot.plan, Continued):
+                yield shot.line.shot
+            elif shot.plan is not None:
+                cached += sum(outputs.stage_cache.has(step.key) for step in shot.plan.steps)
+                yield shot.plan.shot
+
+    demand = demand_of(pending())
+    return demand, Counts(demand.shots + done + failed, done, failed, cached)
+
+
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot | RejectedLine]:
+    checker, lines = open_lines(script)
+    planner = LinePlanner(checker, profile, outputs)
+    planner.load_finished()
+    empty, index = True, ScriptIndex()
+    for batch in batched(lines, LINES_AT_ONCE):
+        empty = False
+        yield from unique_shots(planner.plan(batch), index)
+    if empty:
+        raise no_lines(script.path)
+
+
+def _count_all(lines: Iterable[CheckedLine | RejectedLine]) -> tuple[Demand, Counts]:
+    failed = 0
+
+    def valid() -> Iterator[Shot]:
+        nonlocal failed
+        for line in lines:
+            if isinstance(line, CheckedLine):
+                yield line.shot
+            else:
+                failed += 1
+
+    demand = demand_of(valid())
+    return demand, Counts(demand.shots + failed, None, failed, None)
+
 
 __all__ = ["GRACE_S", "RenderOptions", "RunReport", "render", "render_lines"]
 

@@ -55,17 +55,17 @@ from vidgen_ray.cli.upscale import upscale
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
+from vidgen_ray.licences import require_licence
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import URL
+from vidgen_ray.pipeline import progress_bar
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.progress_bar import progress_bar
-from vidgen_ray.provenance.settings import ProvenanceSettings
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.script.lines import RejectedLine, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import require_licence
 from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
 
@@ -204,7 +204,7 @@ def demo(
 ) -> None:
     """Render the demo script on this machine: all stages, both modes."""
     from vidgen_ray.batch.render import RenderOptions
-    from vidgen_ray.report.contact_sheet import write_contact_sheet
+    from vidgen_ray.report.sheets import write_contact_sheet
 
     if URL.match(out):
         raise UsageError(f"--out: got {out!r}, must be a folder on this machine")
@@ -326,7 +326,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the GPU layout, duration and cost of a script without rendering it. Also lists the licences of its weights."""
-    from vidgen_ray.batch.estimate import estimate_run
+    from vidgen_ray.batch.render import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
     chosen = chosen_profile(profile, quality_tier)

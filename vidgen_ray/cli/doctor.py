@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.cli import doctor_checks as checks
 from vidgen_ray.cli.doctor_checks import Finding
 from vidgen_ray.cli.options import JsonOption, ProfileOption
 from vidgen_ray.errors import SetupError
 from vidgen_ray.profile import Profile, load_profile
+from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.weights.inventory import local_weights
-from vidgen_ray.weights.licences import accepted_licences
+from vidgen_ray.weights.ledger import accepted_licences
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 FACES = "instantid"

@@ -20,7 +20,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.onnx_sessions import import_onnxruntime, open_session
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.weights.inventory import LocalWeights
-from vidgen_ray.weights.licences import WeightLicence
+from vidgen_ray.weights.ledger import WeightLicence
 
 Status = Literal["pass", "warn", "fail"]
 PYTHON_VERSIONS = ((3, 11), (3, 13))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vidgen_ray.film.make_film import FilmReport
     from vidgen_ray.film.selection import Candidate
     from vidgen_ray.outputs.folder import OutputFolder
-    from vidgen_ray.provenance.settings import ProvenanceSettings
+    from vidgen_ray.provenance.record import ProvenanceSettings
 
 
 def _help(field: str) -> str:
@@ -90,8 +90,8 @@ def film(
     from vidgen_ray.film.selection import manifest_candidates, with_reasons
     from vidgen_ray.outputs.folder import OutputFolder
     from vidgen_ray.outputs.last_run import setting_of_last_run
-    from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
-    from vidgen_ray.report.gallery import update_gallery
+    from vidgen_ray.provenance.record import DEFAULT, ProvenanceSettings
+    from vidgen_ray.report.gallery_page import update_gallery
 
     given = {
         "title": title,

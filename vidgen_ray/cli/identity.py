@@ -14,8 +14,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.cli.options import JsonOption, ProfileOption, check_out
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import read_image
@@ -27,6 +25,8 @@ from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
+from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.system.files import write_atomically
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -49,7 +49,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Draw the detected faces, the selected face and its keypoint image at the profile's default size."""
-    from vidgen_ray.report.identity_sheet import identity_sheet
+    from vidgen_ray.report.sheets import identity_sheet
 
     image_format = FORMATS.get(out.suffix.lower())
     if image_format is None:
@@ -89,7 +89,7 @@ def remove(
 
     Photos of your own folders are kept.
     """
-    from vidgen_ray.report.gallery import write_gallery
+    from vidgen_ray.report.gallery_page import write_gallery
 
     folders = [OutputFolder(check_out(out)) for out in outs]
     for outputs in folders:

@@ -57,7 +57,7 @@ def c2pa(
 
     Only who trusts the certificate can tell who has signed; everybody can tell whether a file was changed.
     """
-    from vidgen_ray.provenance.signing_key import create_signing_key
+    from vidgen_ray.provenance.signing import create_signing_key
 
     if not 1 <= len(name.strip()) <= MAX_NAME_LETTERS:
         raise UsageError(f"--name: got {len(name)} letters, must be 1 to {MAX_NAME_LETTERS}")

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.lines import CheckedLine, RejectedLine
-from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights
 
 RequireLicenceOption = Annotated[
     Requirement | None,

@@ -17,7 +17,7 @@ from vidgen_ray.cli.options import JsonOption, local_path
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.weights.inventory import local_weights
-from vidgen_ray.weights.licences import WeightLicence, accept_licences, accepted_licences, licence_of
+from vidgen_ray.weights.ledger import WeightLicence, accept_licences, accepted_licences, licence_of
 
 models = typer.Typer(help="Download, check and list the weights of profiles.", no_args_is_help=True)
 
@@ -82,7 +82,7 @@ def check(names: NamesArgument, actors: ActorOption = None, as_json: JsonOption 
 
     Exits with code 4 if any weights are missing, incomplete or of another kind. All problems are printed at once.
     """
-    from vidgen_ray.weights.header_check import header_problems
+    from vidgen_ray.weights.inventory import header_problems
 
     results = []
     for item in _wanted(names, actors):

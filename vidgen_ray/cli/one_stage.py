@@ -11,8 +11,6 @@ from typing import Any
 import typer
 from PIL import Image
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES, upscale_clip
 from vidgen_ray.engine.oom_fallback import OomFallback, prepare_gpu
@@ -21,19 +19,19 @@ from vidgen_ray.engine.step_runner import StepFailed, with_images
 from vidgen_ray.errors import MediaError, SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.media import FileMetadata, cover_crop, open_video, read_image, write_png
-from vidgen_ray.media.container import open_media
+from vidgen_ray.media.files import open_media
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json, likeness_to_json
 from vidgen_ray.planner import swap_groups, this_machine
 from vidgen_ray.profile import Profile
-from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
-from vidgen_ray.provenance.derived import InputFile, altered_record
-from vidgen_ray.provenance.record import ProvenanceRecord, SourceType, metadata_of
-from vidgen_ray.provenance.visible_label import with_label
+from vidgen_ray.provenance.record import InputFile, ProvenanceRecord, SourceType, altered_record, metadata_of, with_label
+from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import MODEL_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, FaceFeatures, Frames, Item, Stage
 from vidgen_ray.stages.identity.pose import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.source import read_source
 
 MAX_BITS = 8

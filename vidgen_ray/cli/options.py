@@ -13,7 +13,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles, load_profile
-from vidgen_ray.provenance.settings import MAX_LABEL_LETTERS, ProvenanceSettings
+from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths

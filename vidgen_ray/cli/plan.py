@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vidgen_ray.batch.estimate import Counts
+from vidgen_ray.batch.render import Counts
 from vidgen_ray.engine.cache_writer import DEFAULT_CACHE
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.planner import Calibration, Cluster, Demand, Plan, cpus_needed, plan
 from vidgen_ray.planner.layout import Slot, WorkerSpec
 from vidgen_ray.profile import Profile
-from vidgen_ray.shot_licences import UsedWeights
 
 PLAIN_WIDTH = 10_000
 """Width in columns if standard output is not a terminal. Large enough that lines are not wrapped."""

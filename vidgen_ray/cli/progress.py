@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from vidgen_ray.batch.run_progress import ProgressListener
+from vidgen_ray.batch.results import ProgressListener
 from vidgen_ray.cli.progress_file import ProgressFile
 from vidgen_ray.cli.progress_tracker import ProgressTracker
 from vidgen_ray.engine.status import Snapshot

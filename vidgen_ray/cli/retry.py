@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
-from vidgen_ray.batch.options import RepeatedOptions
+from vidgen_ray.batch.run_options import RepeatedOptions
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.failures import FILE
 from vidgen_ray.outputs.folder import OutputFolder

@@ -24,7 +24,7 @@ from vidgen_ray.cli.stop_signals import remembered_interrupt
 from vidgen_ray.engine.chunked_clip import CLIP_SUFFIXES
 from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.provenance.settings import DEFAULT
+from vidgen_ray.provenance.record import DEFAULT
 from vidgen_ray.upscale.calibration import Calibration, CalibrationProgress, calibrate
 from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads

@@ -14,7 +14,7 @@ def watch_command(out: Path, port: int) -> None:
     import uvicorn
 
     from vidgen_ray.online.server import check_port
-    from vidgen_ray.report.watch import gallery_app
+    from vidgen_ray.report.gallery_page import gallery_app
 
     app = gallery_app(out)
     check_port(HOST, port)

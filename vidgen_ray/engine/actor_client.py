@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
+from vidgen_ray.engine.calls import LOADING
 from vidgen_ray.engine.packed_calls import start_call, unpacked
 from vidgen_ray.engine.retries import InputsLost, Kind, Loss, first_line
-from vidgen_ray.engine.step_groups import LOADING
 from vidgen_ray.engine.worker import ActorPlace
 from vidgen_ray.outputs.records import Failure
 

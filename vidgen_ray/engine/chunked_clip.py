@@ -10,20 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.engine.oom_fallback import OomFallback
 from vidgen_ray.engine.shot_writer import write_clip
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.media import Mp4Settings, VideoReader, open_video
-from vidgen_ray.provenance.c2pa_signing import sign_result
-from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
-from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.settings import DEFAULT, ProvenanceSettings
-from vidgen_ray.provenance.visible_label import with_label
+from vidgen_ray.provenance.record import (
+    DEFAULT,
+    InputFile,
+    ProvenanceSettings,
+    altered_record,
+    altered_type,
+    metadata_of,
+    with_label,
+)
+from vidgen_ray.provenance.signing import sign_result
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import ChunkedStage, Frames, frame_chunks, frames_after
 from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.system.cache_dir import digest
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".flv", ".mpg", ".mpeg")
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.calls import OUTPUT, CallResult
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.shot_writer import ShotFiles
-from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker import CONTROL, ActorPlace, place_of_process
 from vidgen_ray.outputs.records import ShotRecord, StepRecord

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
+from vidgen_ray.engine.calls import OUTPUT, CallResult
 from vidgen_ray.engine.chunks import join_records
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.status import EngineObserver
-from vidgen_ray.engine.step_groups import OUTPUT, CallResult
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import Failure, ShotRecord, StepRecord

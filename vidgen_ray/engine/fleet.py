@@ -24,16 +24,15 @@ from ray._private.state import actors
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder import encoder_class
-from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.ray_cluster import NODE_ID_LABEL, live_cluster
 from vidgen_ray.engine.worker import worker_class
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner import Cluster, Plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout, Slot, WorkerSpec, complete_set
-from vidgen_ray.planner.more_slots import more_slots
-from vidgen_ray.planner.solver import ENCODER_CPUS
+from vidgen_ray.planner.solver import ENCODER_CPUS, more_slots
 
 FIRST_POLL_S, POLL_S = 0.1, 10.0
 """Seconds between two looks at the cluster: while a request is new, and at most."""

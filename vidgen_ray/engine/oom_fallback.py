@@ -12,12 +12,12 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from vidgen_ray.errors import OutOfMemory
-from vidgen_ray.free_memory import free_gpu_bytes
 from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.memory import changed_options, too_large
+from vidgen_ray.planner.gpu_memory import changed_options, too_large
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.stages.overlap import overlap_allowed
+from vidgen_ray.system.free_memory import free_gpu_bytes
 
 R = TypeVar("R")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.free_memory import free_bytes
-from vidgen_ray.model_files import PIPELINE_INDEX
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams, torch_dtype
 from vidgen_ray.stages.flux_model import T5, FluxParams
+from vidgen_ray.system.free_memory import free_bytes
+from vidgen_ray.system.model_files import PIPELINE_INDEX
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.published_models import NETWORKS, PublishedNetwork
 

@@ -1,24 +1,279 @@
-"""Scheduler of a run: assign waiting work to workers. Independent of Ray and of time.
-
-Work nearest to a finished clip goes first: shots finish before new ones start, and no stage runs ahead of a slower later one.
-Within a stage, a worker prefers shots that use its active LoRAs, then the oldest shot. Among equally loaded workers, work goes
-to one with its LoRAs, then to the one that has its inputs, then to one on the same node.
-
-Workers that are alike (same stages, load and group of swapped stages) share an index. So a decision visits one index per kind
-of worker and load, however many workers and calls there are.
-"""
+"""Scheduler of a run: assign waiting work to workers. Independent of Ray and of time."""
 
 from __future__ import annotations
 
+import heapq
+from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, count, islice
 from typing import NamedTuple
 
-from vidgen_ray.engine.work import CHUNK_LOAD, Work, WorkerState
-from vidgen_ray.engine.work_queue import StageQueue
-from vidgen_ray.engine.worker_index import WorkerIndex, distance
-from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, WorkerSpec
+
+CHUNK_LOAD = 0.25
+"""Load of one chunk of frames to upscale."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """One call to a worker."""
+
+    stage: str
+    """First stage of the call."""
+    order: int
+    """Sequence number of the shot. Smaller is older."""
+    adapters: frozenset[Hashable] = frozenset()
+    """LoRAs of the shot."""
+    load: float = 1.0
+    """Load that the call adds to a worker. 1 for a whole shot."""
+    alone: bool = False
+    """Run this work alone on its worker, because a process crashed while it ran this work and other work."""
+    near: WorkerState | None = None
+    """Worker that has the inputs. It is preferred among equally loaded workers, then workers on its node."""
+    avoid: frozenset[WorkerState] = frozenset()
+    """Workers on which this work failed. It runs there again only if no other live worker holds the stage."""
+
+    def loras_active(self, worker: WorkerState) -> bool:
+        """Return whether the LoRAs of the work are active on the worker. True for work without LoRAs."""
+        return not self.adapters or self.adapters.issubset(worker.adapters)
+
+
+@dataclass(eq=False)
+class WorkerState:
+    """A worker as the scheduler sees it. After `Scheduler.add_worker`, only the scheduler changes it, except for `node`."""
+
+    spec: WorkerSpec
+    adapters_kept: int
+    """Maximum number of active LoRAs."""
+    live: bool = field(init=False, default=False)
+    """The process is up and has loaded its weights."""
+    node: str | None = None
+    """Node of the process. May change while the worker is not live."""
+    probation: bool = False
+    """The worker gets one call at a time, and only if no other worker can start it now. See `Scheduler.set_probation`."""
+    load: float = 0.0
+    """Load of the assigned work."""
+    assigned: dict[Work, None] = field(default_factory=dict)
+    """Assigned work in the order of assignment: the first runs, the others are prefetched."""
+    adapters: list[Hashable] = field(default_factory=list)
+    """Active LoRAs. The last used is last."""
+    group: Sequence[str] = ()
+    """Group of stages that is on the GPU after the assigned work, if groups of stages take turns."""
+    turn: int = 0
+    """Calls to this group in a row."""
+    alone: bool = False
+    """The assigned work must run alone."""
+
+
+class Entry(NamedTuple):
+    """Waiting work with its sort key. `number` makes the key unique: the chunks of a shot have the same order."""
+
+    order: int
+    number: int
+    work: Work
+
+
+class StageQueue:
+    """Waiting work of one stage."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Work, Entry] = {}
+        self._numbers = count()
+        self.ordinary: dict[float, AgeQueue] = {}
+        """Load -> work with this load that any worker may take."""
+        self._retried: list[Entry] = []
+        self._suspects: list[Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, work: Work) -> bool:
+        return work in self._entries
+
+    def add(self, work: Work) -> None:
+        entry = self._entries[work] = Entry(work.order, next(self._numbers), work)
+        if work.alone:
+            insort(self._suspects, entry)
+        elif work.avoid:
+            insort(self._retried, entry)
+        else:
+            self.ordinary.setdefault(work.load, AgeQueue()).add(entry)
+
+    def remove(self, work: Work) -> None:
+        """Remove work. Raises KeyError if it does not wait."""
+        entry = self._entries.pop(work)
+        if work.alone:
+            self._suspects.remove(entry)
+        elif work.avoid:
+            self._retried.remove(entry)
+        else:
+            queue = self.ordinary[work.load]
+            queue.remove(work)
+            if not queue:
+                del self.ordinary[work.load]
+
+    def retried(self) -> Iterator[Work]:
+        """Yield the work that avoids some workers, oldest first."""
+        return (entry.work for entry in self._retried)
+
+    def oldest_suspect(self) -> Work | None:
+        """Return the oldest work that must run alone."""
+        return self._suspects[0].work if self._suspects else None
+
+
+class AgeQueue:
+    """Waiting work of the same stage and load. Knows the oldest work, also among those with certain LoRAs.
+
+    Removed work stays in a heap until it is the first entry there.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: set[Work] = set()
+        self._heap: list[Entry] = []
+        self._heaps: dict[frozenset[Hashable], list[Entry]] = {}
+        """LoRAs -> work with exactly these LoRAs."""
+        self._lora_counts: Counter[int] = Counter()
+        """Number of LoRAs -> number of heaps in `_heaps` for that many LoRAs."""
+        self.newest = 0
+        """Largest order of all work that was ever added."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, entry: Entry) -> None:
+        work = entry.work
+        self._waiting.add(work)
+        self.newest = max(self.newest, work.order)
+        if work.adapters not in self._heaps:
+            self._heaps[work.adapters] = []
+            self._lora_counts[len(work.adapters)] += 1
+        heapq.heappush(self._heaps[work.adapters], entry)
+        heapq.heappush(self._heap, entry)
+
+    def remove(self, work: Work) -> None:
+        self._waiting.remove(work)
+        self._drop_removed(self._heap)
+        heap = self._heaps[work.adapters]
+        self._drop_removed(heap)
+        if not heap:
+            del self._heaps[work.adapters]
+            self._lora_counts[len(work.adapters)] -= 1
+
+    def oldest(self) -> Work:
+        return self._heap[0].work
+
+    def oldest_with(self, adapters: Collection[Hashable]) -> Work | None:
+        """Return the oldest work that needs no other LoRAs than these."""
+        sizes = [size for size, heaps in self._lora_counts.items() if heaps and size <= len(adapters)]
+        subsets = (frozenset(subset) for size in sizes for subset in combinations(adapters, size))
+        found = [self._heaps[subset][0] for subset in subsets if subset in self._heaps]
+        return min(found).work if found else None
+
+    def _drop_removed(self, heap: list[Entry]) -> None:
+        while heap and heap[0].work not in self._waiting:
+            heapq.heappop(heap)
+
+
+MAX_WORKERS_COMPARED = 16
+"""Workers with an active LoRA that are compared for one call. More would make a decision slower, not better."""
+
+
+class WorkerSet:
+    """Set of workers. Unlike a dict, it finds a member in constant time even after many removals."""
+
+    def __init__(self) -> None:
+        self._members: list[WorkerState] = []
+        self._positions: dict[WorkerState, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, worker: object) -> bool:
+        return worker in self._positions
+
+    def __iter__(self) -> Iterator[WorkerState]:
+        return iter(self._members)
+
+    def add(self, worker: WorkerState) -> None:
+        self._positions[worker] = len(self._members)
+        self._members.append(worker)
+
+    def remove(self, worker: WorkerState) -> None:
+        """Remove a worker: the last one takes its position. Raises KeyError if it is no member."""
+        position, last = self._positions.pop(worker), self._members.pop()
+        if last is not worker:
+            self._members[position] = last
+            self._positions[last] = position
+
+
+class WorkerIndex:
+    """Workers among which only LoRAs, nodes and inputs decide."""
+
+    def __init__(self) -> None:
+        self._workers = WorkerSet()
+        self._keys: dict[WorkerState, list[tuple[str, Hashable]]] = {}
+        self._sets: dict[tuple[str, Hashable], WorkerSet] = {}
+        """("lora", LoRA) or ("node", node) -> its workers."""
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def add(self, worker: WorkerState) -> None:
+        self._workers.add(worker)
+        keys: list[tuple[str, Hashable]] = [("lora", adapter) for adapter in worker.adapters]
+        if worker.node is not None:
+            keys.append(("node", worker.node))
+        for key in keys:
+            self._sets.setdefault(key, WorkerSet()).add(worker)
+        self._keys[worker] = keys
+
+    def remove(self, worker: WorkerState) -> None:
+        self._workers.remove(worker)
+        for key in self._keys.pop(worker):
+            self._sets[key].remove(worker)
+            if not self._sets[key]:
+                del self._sets[key]
+
+    def best_for(self, work: Work, avoid: Collection[WorkerState] = ()) -> WorkerState | None:
+        """Return the best worker for the work: one with its LoRAs, then the one with its inputs, then one on their node.
+
+        `None` if there are only workers to avoid.
+        """
+        near = work.near if work.near in self._workers and work.near not in avoid else None
+        if work.adapters:
+            if near is not None and work.loras_active(near):
+                return near
+            active = [worker for worker in self._with_loras(work) if worker not in avoid]
+            if active:
+                return min(active, key=lambda worker: distance(worker, work))
+        if near is not None:
+            return near
+        if work.near is not None:
+            on_node = next((worker for worker in self._set("node", work.near.node) if worker not in avoid), None)
+            if on_node is not None:
+                return on_node
+        return next((worker for worker in self._workers if worker not in avoid), None)
+
+    def _with_loras(self, work: Work) -> list[WorkerState]:
+        """Return some of the workers on which the LoRAs of the work are active."""
+        rarest = min((self._set("lora", adapter) for adapter in work.adapters), key=len)
+        return [worker for worker in islice(rarest, MAX_WORKERS_COMPARED) if work.loras_active(worker)]
+
+    def _set(self, kind: str, value: Hashable) -> WorkerSet:
+        return self._sets.get((kind, value), _NO_WORKERS)
+
+
+_NO_WORKERS = WorkerSet()
+
+
+def distance(worker: WorkerState, work: Work) -> int:
+    """Return how far the inputs are from the worker: 0 on the worker, 1 on its node, 2 elsewhere or unknown."""
+    if work.near is worker:
+        return 0
+    return 1 if work.near is not None and work.near.node is not None and work.near.node == worker.node else 2
+
 
 __all__ = ["CHUNK_LOAD", "Scheduler", "Work", "WorkerState"]
 

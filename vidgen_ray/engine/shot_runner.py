@@ -1,7 +1,6 @@
-"""Run one shot after another through workers and encoders: one plan in, one record or failure out.
+"""Run one shot after another through workers and encoders, with one plan in and one record or failure out.
 
-Runs in the engine's event loop. Images never pass through it: calls take and return references. A shot may run twice after a
-crash, so all side effects are idempotent.
+Checks the likeness of its result.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from vidgen_ray.content_keys import ShotPlan, Step
+from vidgen_ray.engine.calls import OUTPUT, group_chunked_steps, group_steps
 from vidgen_ray.engine.chunks import chunk_unit, clip_chunks, ordered_window
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.encoder_pool import ClipChunks, EncoderPool, ProcessedChunk
-from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.likeness_check import LIKENESS, LikenessTooLow, best_attempt, check_likeness
 from vidgen_ray.engine.retries import InputsLost, Kind, ShotFailed
 from vidgen_ray.engine.scheduler import CHUNK_LOAD, Work
 from vidgen_ray.engine.status import EngineObserver, Progress
-from vidgen_ray.engine.step_groups import OUTPUT, group_chunked_steps, group_steps
-from vidgen_ray.engine.step_runner import StepFailed
+from vidgen_ray.engine.step_runner import LIKENESS, LikenessTooLow, StepFailed, best_attempt, check_likeness
 from vidgen_ray.engine.worker_pool import ProgressCallback, RemoteArtefacts, WorkerPool
 from vidgen_ray.graph import STAGE_BY_NAME, chunked_stages_of, clip_growth, clip_length, is_chunked
 from vidgen_ray.outputs.records import ShotRecord, StepRecord

@@ -1,4 +1,7 @@
-"""Run the steps of a shot on loaded stages: inputs, stage cache, OOM fallback and timing of each step."""
+"""Run the steps of a shot on loaded stages: inputs, stage cache, OOM fallback and timing of each step.
+
+Checks that the planned weights are loaded, and swaps groups of stages between GPU and host memory.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,167 @@ from typing import Any
 
 from vidgen_ray.content_keys import ShotPlan, Step, with_local_loras
 from vidgen_ray.engine.cache_writer import CacheWriter
-from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback
-from vidgen_ray.engine.weight_swapping import WeightSwapper
-from vidgen_ray.engine.weights_check import WeightsCheck
-from vidgen_ray.errors import Cancelled, VidgenError
+from vidgen_ray.engine.oom_fallback import MEMORY_FREED, OomFallback, free_gpu_memory
+from vidgen_ray.errors import Cancelled, OtherWeights, StageError, VidgenError
 from vidgen_ray.media import cover_crop, read_image
 from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
-from vidgen_ray.shot import Shot
+from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage
 from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.system.cache_dir import digest, file_version
+from vidgen_ray.system.model_files import loaded_files
+
+
+class WeightsCheck:
+    """Compares digests of this machine's weights with those of plans, once for each stage and each set of weights.
+
+    Digests of files are cached on each machine, and those in a Hugging Face cache are their names.
+    """
+
+    def __init__(self) -> None:
+        self._at_load: dict[Path, tuple[int, ...]] = {}
+        self._checked: set[tuple[str, tuple[str, ...]]] = set()
+
+    def before_load(self, stages: Iterable[Stage[Any]]) -> None:
+        """Note the state of the stages' files: those that change before the first check count as other weights."""
+        paths = {path for stage in stages for path in (stage.params.weights, *stage.params.extra_weights.values())}
+        self._at_load |= {file: file_version(file) for path in paths for file in _files(path)}
+
+    def __call__(self, stage: Stage[Any], step: Step, shot: Shot) -> None:
+        """Raises OtherWeights if the stage's weights for the shot are not those that the step was planned with."""
+        if (step.stage, step.weights) in self._checked:
+            return
+        # LoRAs come last and are checked when they are loaded.
+        paths = stage.weight_files(stage.params, shot.model_copy(update=dict.fromkeys(LORA_FIELDS, ())))
+        for path, planned in zip(paths, step.weights, strict=False):
+            if (found := digest(path)) != planned:
+                raise OtherWeights(
+                    f"{_node()} has other weights of {stage.name} than the driver: {path} has the digest {found[:12]}, must be "
+                    f"{planned[:12]}; copy the driver's weights to this node, or use a folder that all nodes share"
+                )
+            for file in _files(path):
+                if self._at_load.get(file, version := file_version(file)) != version:
+                    raise OtherWeights(f"{_node()}: {file} changed after {stage.name} loaded it; load the weights again")
+        self._checked.add((step.stage, step.weights))
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else loaded_files(path)
+
+
+def _node() -> str:
+    return f"node {os.uname().nodename}"
+
+
+class WeightSwapper:
+    """Swaps groups of stages whose weights do not fit on the GPU together. Stages outside all groups stay on the GPU.
+
+    While a group is on the GPU, the copy of its weights in host memory is kept; see `stages/host_weights.py`.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage[Any]], groups: Sequence[Sequence[str]]) -> None:
+        """`stages`: loaded stages by name. It may grow."""
+        self._stages = stages
+        self._groups = groups
+        self._on_gpu: Sequence[str] = ()
+
+    def load(self) -> None:
+        """Load every stage. A stage of a group is moved to host memory before the next one is loaded."""
+        swapped = {name for group in self._groups for name in group}
+        for name, stage in self._stages.items():
+            stage.load()
+            if name in swapped:
+                stage.move("cpu")
+
+    def regroup(self, groups: Sequence[Sequence[str]]) -> None:
+        """Use other groups from now on. Loaded stages of the new groups move to host memory, the others to the GPU."""
+        if groups == self._groups:
+            return
+        before = {name for group in self._groups for name in group}
+        after = {name for group in groups for name in group}
+        for name in after & self._stages.keys():
+            self._stages[name].move("cpu")
+        free_gpu_memory()
+        for name in (before - after) & self._stages.keys():
+            self._stages[name].move(self._stages[name].params.device)
+        self._groups, self._on_gpu = groups, ()
+
+    def ensure_on_gpu(self, name: str) -> None:
+        """Move the stage's group to the GPU, and the group that is there to host memory.
+
+        The stage itself may be loaded afterwards: there is room for it.
+        """
+        group = next((group for group in self._groups if name in group), None)
+        if group is None or group == self._on_gpu:
+            return
+        self._move_out()
+        for member in group:
+            if member in self._stages:
+                self._stages[member].move(self._stages[member].params.device)
+        self._on_gpu = group
+
+    def _move_out(self) -> None:
+        for other in self._on_gpu:
+            if other in self._stages:
+                self._stages[other].move("cpu")
+        self._on_gpu = ()
+        free_gpu_memory()
+
+
+LIKENESS = "likeness"
+"""Failure stage of a shot whose attempts were all below `min_identity`."""
+
+
+class LikenessTooLow(StageError):
+    """The image or clip of an attempt is less like the person than `min_identity`."""
+
+    def __init__(self, likeness: float | None, minimum: float, where: str, attempts: int = 1) -> None:
+        self.likeness = likeness
+        """-1 to 1. `None` if no face was found."""
+        self.minimum = minimum
+        self.where = where
+        """`image` or `clip`."""
+        self.attempts = attempts
+        super().__init__(likeness, minimum, where, attempts)
+
+    def __str__(self) -> str:
+        got = "no face" if self.likeness is None else f"a likeness of {self.likeness:g}"
+        attempts = "1 attempt" if self.attempts == 1 else f"best of {self.attempts} attempts"
+        return (
+            f"min_identity: got {got} in the {self.where} ({attempts}), must be at least {self.minimum:g}; raise retries or "
+            "identity_strength, lower min_identity, or use a photo that shows the face more clearly"
+        )
+
+
+def likeness_of(artefacts: Artefacts) -> Artefacts:
+    """Return only the artefacts that `check_likeness` needs. They are a few numbers."""
+    selected = Artefacts()
+    if "image_likeness" in artefacts:
+        selected["image_likeness"] = artefacts["image_likeness"]
+    if "clip_likeness" in artefacts:
+        selected["clip_likeness"] = artefacts["clip_likeness"]
+    return selected
+
+
+def check_likeness(shot: Shot, artefacts: Artefacts) -> None:
+    """Raises LikenessTooLow if the likeness of the image, or the mean over the clip, is known and below `min_identity`.
+
+    Call it after each step: no clip is generated for an image that fails.
+    """
+    if shot.min_identity is None:
+        return
+    for where, likeness in (("image", artefacts.get("image_likeness")), ("clip", artefacts.get("clip_likeness"))):
+        # Written so that NaN fails, too.
+        if likeness is not None and not (likeness.mean is not None and likeness.mean >= shot.min_identity):
+            raise LikenessTooLow(likeness.mean, shot.min_identity, where)
+
+
+def best_attempt(failures: Sequence[LikenessTooLow]) -> LikenessTooLow:
+    """Return one error for all attempts, at least one: that of the attempt with the highest likeness."""
+    best = max(failures, key=lambda failure: -2 if failure.likeness is None else failure.likeness)
+    return LikenessTooLow(best.likeness, best.minimum, best.where, len(failures))
 
 
 class StepFailed(VidgenError):

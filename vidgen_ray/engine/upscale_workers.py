@@ -19,9 +19,9 @@ from typing import Any
 
 import ray
 
-from vidgen_ray.atomic_files import write_atomically
 from vidgen_ray.engine.retries import ATTEMPTS, first_line
 from vidgen_ray.errors import SetupError, VidgenError
+from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.calibration import Calibration, CalibrationListener, CalibrationProgress, calibrate
 from vidgen_ray.upscale.job import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
 from vidgen_ray.upscale.models import UpscaleModel

@@ -1,30 +1,29 @@
-"""Ray actor of an engine that holds models on the GPU of a slot and runs one call after another.
-
-Errors of a shot are returned, not raised. Crashes and timeouts are handled by the caller.
-"""
+"""Ray actor of an engine that holds models on the GPU of a slot and runs one call after another."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import ray
 
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.engine.call_turns import CallTurns
-from vidgen_ray.engine.engine_config import EngineConfig
-from vidgen_ray.engine.likeness_check import likeness_of
-from vidgen_ray.engine.load_lock import load_lock
+from vidgen_ray.engine.calls import LOADING, CallResult
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.oom_fallback import prepare_gpu
 from vidgen_ray.engine.packed_calls import PackedCalls
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_groups import LOADING, CallResult
-from vidgen_ray.engine.step_runner import StepFailed, StepRunner
+from vidgen_ray.engine.step_runner import StepFailed, StepRunner, likeness_of
 from vidgen_ray.errors import Cancelled
 from vidgen_ray.graph import clip_length
 from vidgen_ray.outputs.records import Failure
@@ -34,6 +33,88 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
 from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import progress_callback
+
+
+class CallTurns:
+    """Locks of one process. At most one call has its turn, and at most one other call is at its end."""
+
+    def __init__(self) -> None:
+        self._turn = Lock()
+        self._end = Lock()
+
+    def next(self) -> Turn:
+        """Return the turn of a call. Use it as a context manager."""
+        return Turn(self._turn, self._end)
+
+
+class Turn:
+    """Waits for its turn, and keeps it until its block ends or its `end` begins."""
+
+    def __init__(self, turn: Lock, end: Lock) -> None:
+        self._turn = turn
+        self._end = end
+        self._held = turn
+
+    def __enter__(self) -> Self:
+        self._turn.acquire()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._held.release()
+
+    @contextmanager
+    def end(self) -> Iterator[None]:
+        """Run a block, and what follows it in the turn's block, beside the turn of the next call.
+
+        Waits for the end of the call before. If the block fails, it has its turn again when the error is raised.
+        """
+        self._end.acquire()
+        self._held = self._end
+        self._turn.release()
+        try:
+            yield
+        except BaseException:
+            # In this order: the call that has its turn may be waiting for its own end.
+            self._end.release()
+            self._turn.acquire()
+            self._held = self._turn
+            raise
+
+
+@contextmanager
+def load_lock(processes: int = 1, folder: Path | None = None) -> Iterator[None]:
+    """Hold one of the `processes` locks of this user on this machine while the block runs. Waits for other processes.
+
+    `folder`: folder of the lock files, on a local disk. Default: that for temporary files. The kernel releases the lock of a
+    process that crashes. Raises OSError if a file cannot be opened.
+    """
+    descriptors = [_open((folder or Path(tempfile.gettempdir())) / _name(number)) for number in range(processes)]
+    try:
+        if not any(map(_lock_if_free, descriptors)):
+            # The first lock was taken first, so its owner is likely to be done first.
+            fcntl.flock(descriptors[0], fcntl.LOCK_EX)
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _name(number: int) -> str:
+    return f"vidgen-load-{os.getuid()}{f'-{number}' if number else ''}.lock"
+
+
+def _open(path: Path) -> int:
+    # In a shared folder, another user could have placed a link under this name.
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _lock_if_free(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ import ray
 
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.actor_client import ActorCallFailed, ActorClient
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.retries import AttemptFailed, Kind, Process, ShotFailed, run_with_retries
 from vidgen_ray.engine.scheduler import Scheduler, Work, WorkerState
 from vidgen_ray.engine.status import EngineObserver, Progress, StageStatus
-from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.supervisor import Supervisor
 from vidgen_ray.graph import STAGES, max_loras
 from vidgen_ray.outputs.records import Failure

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.settings import Size
-from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors
-from vidgen_ray.media.container import open_media
+from vidgen_ray.media.files import check_is_file, check_pixels, open_media, wrap_errors
 
 REORDER_FRAMES = 2
 """Frames by which the decoding order may be ahead of the display order: that of x264 with its default B-frames."""

@@ -10,14 +10,13 @@ from typing import Any
 
 import av
 
-from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.clip_probe import REORDER_FRAMES
 from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import PieceFolder, PlannedPiece, opened_piece
 from vidgen_ray.film.timeline import Timeline
-from vidgen_ray.media.checks import wrap_errors
-from vidgen_ray.media.file_metadata import COMMENT_TAG, FileMetadata, append_xmp
+from vidgen_ray.media.files import COMMENT_TAG, FileMetadata, append_xmp, wrap_errors
+from vidgen_ray.system.files import new_file
 
 
 def write_film(

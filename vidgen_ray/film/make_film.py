@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vidgen_ray.atomic_files import new_file, write_atomically
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.captions import cues, srt, vtt
 from vidgen_ray.film.clip_probe import probe_clip, sound_seconds
@@ -23,11 +21,18 @@ from vidgen_ray.film.timeline import Source, Timeline, build_timeline
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.last_run import setting_of_last_run
-from vidgen_ray.provenance.c2pa_signing import Ingredient, check_signing, sign_file
-from vidgen_ray.provenance.derived import InputFile, joined_record
-from vidgen_ray.provenance.reading import FoundProvenance
-from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.settings import DEFAULT, Detail, ProvenanceSettings
+from vidgen_ray.provenance.record import (
+    DEFAULT,
+    Detail,
+    FoundProvenance,
+    InputFile,
+    ProvenanceSettings,
+    joined_record,
+    metadata_of,
+)
+from vidgen_ray.provenance.signing import Ingredient, check_signing, sign_file
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.files import new_file, write_atomically
 
 SUFFIX = ".mp4"
 Progress = Callable[[str, int, int], None]

@@ -20,8 +20,7 @@ from vidgen_ray.film.text_images import Overlay, draw_caption, draw_title
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
-from vidgen_ray.media.checks import wrap_errors
-from vidgen_ray.media.container import open_media
+from vidgen_ray.media.files import open_media, wrap_errors
 
 OpenFile = Callable[[str], AbstractContextManager[Path]]
 """Yields a local file with the content of a path of the output folder."""

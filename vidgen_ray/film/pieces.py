@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from vidgen_ray.atomic_files import PREFIX, abandoned, new_file, remove, temporary_file
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.clip_probe import probe_clip
 from vidgen_ray.film.picture import OpenFile, burnt_caption, piece_frames
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.timeline import Item, Piece, Timeline
 from vidgen_ray.media import Mp4Settings, Mp4Writer
-from vidgen_ray.media.container import open_media
+from vidgen_ray.media.files import open_media
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.files import PREFIX, abandoned, new_file, remove, temporary_file
 
 PIECE_FORMAT = 1
 """Part of the keys. Increase it when the same settings give other frames."""

@@ -24,7 +24,7 @@ from vidgen_ray.errors import FieldError, ScriptError
 from vidgen_ray.invalid_fields import NOT_A_URL, URL, allowed_of, known_fields, shortened
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.strict_yaml import load_yaml
+from vidgen_ray.system.strict_yaml import load_yaml
 
 SIZE = re.compile(r"(\d{1,5})[x×](\d{1,5})")
 MIN_SIDE_PX = 16

@@ -14,16 +14,15 @@ import numpy as np
 from av.codec.context import Flags
 from av.filter import Graph
 
-from vidgen_ray.atomic_files import new_file
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
 from vidgen_ray.film.filter_graphs import add_chain, available, filtered
 from vidgen_ray.film.picture import OpenFile
 from vidgen_ray.film.pieces import content_key
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.film.timeline import SAMPLE_RATE, Item, Timeline
-from vidgen_ray.media.checks import wrap_errors
-from vidgen_ray.media.container import open_media
+from vidgen_ray.media.files import open_media, wrap_errors
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.files import new_file
 
 SOUND_FORMAT = 1
 """Part of the key. Increase it when the same settings give other sound."""

@@ -13,7 +13,7 @@ from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.film.settings import Size
-from vidgen_ray.media.fonts import load_font, missing_letter
+from vidgen_ray.media.files import load_font, missing_letter
 from vidgen_ray.stages.base import Image
 
 CAPTION_HEIGHT, TITLE_HEIGHT = 1 / 18, 1 / 10

@@ -4,10 +4,9 @@ Encoding is deterministic: with the same FFmpeg, the same pixels give the same b
 PyAV is imported with the first video: most processes open none.
 """
 
-from vidgen_ray.media.checks import IMAGE_FORMATS
 from vidgen_ray.media.decode import VideoReader, decode_lossless, open_video
 from vidgen_ray.media.encode import Mp4Settings, Mp4Writer, encode_lossless
-from vidgen_ray.media.file_metadata import FileMetadata
+from vidgen_ray.media.files import IMAGE_FORMATS, FileMetadata
 from vidgen_ray.media.images import (
     centre_crop,
     check_image_header,

@@ -1,7 +1,16 @@
-"""Decode video files with decord where it is known to be exact, else with PyAV."""
+"""Decode video files with decord where it is known to be exact, else with PyAV.
+
+Frames of untrusted videos are decoded in a child process.
+"""
 
 from __future__ import annotations
 
+import os
+import resource
+import struct
+import subprocess
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +22,9 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS
-from vidgen_ray.media.checks import check_is_file, check_pixels, wrap_errors
-from vidgen_ray.media.container import open_media
+from vidgen_ray.limits import MAX_CLIP_BYTES, MAX_PIXELS, VIDEO_DECODE_BYTES, VIDEO_DECODE_S
 from vidgen_ray.media.encode import CHECKSUM_TAG, checksum
+from vidgen_ray.media.files import check_is_file, check_pixels, open_media, wrap_errors
 from vidgen_ray.stages.base import Frames, Image
 
 Backend = Literal["decord", "pyav"]
@@ -303,3 +311,72 @@ class _DecordReader(VideoReader):
 
     def close(self) -> None:
         self._video = None
+
+
+HEADER = struct.Struct("<II")
+"""Before each frame: its width and height in pixels. Before an error message: 0 and the number of its bytes."""
+MAX_MESSAGE_BYTES = 10_000
+
+
+def sample_frames(path: Path, count: int, start_frames: int, timeout_s: float = VIDEO_DECODE_S) -> Generator[Image, None, None]:
+    """Yield up to `count` frames (H, W, 3), spread evenly over the first `start_frames` frames of the video.
+
+    Raises MediaError if the video cannot be decoded, or not within `timeout_s` seconds. Closing the generator ends the child.
+    """
+    arguments = [sys.executable, "-m", __name__, str(path), str(count), str(start_frames)]
+    # Each thread of BLAS would take address space, which is limited.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    expired = threading.Event()
+    with subprocess.Popen(arguments, env=environment, **pipes) as child:
+
+        def kill() -> None:
+            expired.set()
+            child.kill()
+
+        timer = threading.Timer(timeout_s, kill)
+        timer.start()
+        try:
+            assert child.stdout is not None
+            while len(header := child.stdout.read(HEADER.size)) == HEADER.size:
+                width, height = HEADER.unpack(header)
+                if not width:
+                    raise MediaError(child.stdout.read(min(height, MAX_MESSAGE_BYTES)).decode("utf-8", "replace"))
+                check_pixels(path, width, height)
+                pixels = child.stdout.read(width * height * 3)
+                if len(pixels) < width * height * 3:
+                    break
+                yield np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+            # Its output has ended, so it has ended or is about to.
+            returncode = child.wait()
+            if expired.is_set():
+                raise MediaError(f"{path}: could not be decoded within {timeout_s:g} s")
+            if returncode != 0:
+                raise MediaError(f"{path}: the decoder crashed; the file is damaged, or needs too much memory")
+        finally:
+            timer.cancel()
+            child.kill()
+
+
+def write_frames(path: Path, count: int, start_frames: int) -> None:
+    """Write the frames, or the reason why the video cannot be decoded, to the standard output."""
+    resource.setrlimit(resource.RLIMIT_AS, (VIDEO_DECODE_BYTES, VIDEO_DECODE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    output = sys.stdout.buffer
+    try:
+        with open_video(path, backend="pyav") as video:
+            frame_count = min(video.frame_count, start_frames)
+            for index in sorted({number * frame_count // count for number in range(count)}):
+                (frame,) = video.frames(index, index + 1)
+                output.write(HEADER.pack(video.width, video.height))
+                output.write(frame.tobytes())
+    except MediaError as error:
+        message = str(error).encode("utf-8", "replace")[:MAX_MESSAGE_BYTES]
+        output.write(HEADER.pack(0, len(message)))
+        output.write(message)
+    output.flush()
+
+
+if __name__ == "__main__":
+    write_frames(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -12,8 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import wrap_write_errors
-from vidgen_ray.media.file_metadata import COMMENT_TAG, FileMetadata, append_xmp
+from vidgen_ray.media.files import COMMENT_TAG, FileMetadata, append_xmp, wrap_write_errors
 from vidgen_ray.stages.base import Frames
 
 if TYPE_CHECKING:

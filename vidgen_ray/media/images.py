@@ -13,8 +13,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vidgen_ray.errors import InputChanged, MediaError
 from vidgen_ray.limits import MAX_JPEG_SCANS, MAX_PIXELS
-from vidgen_ray.media.checks import IMAGE_FORMATS, check_image_file, check_pixels, wrap_errors, wrap_write_errors
-from vidgen_ray.media.file_metadata import FileMetadata, png_with_metadata
+from vidgen_ray.media.files import (
+    IMAGE_FORMATS,
+    FileMetadata,
+    check_image_file,
+    check_pixels,
+    png_with_metadata,
+    wrap_errors,
+    wrap_write_errors,
+)
 from vidgen_ray.stages.base import Image
 
 PNG_LEVEL = 2

@@ -21,9 +21,8 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.engine.cache_writer import CacheSettings
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -40,8 +39,9 @@ from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, par
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
 from vidgen_ray.profile import load_profile
-from vidgen_ray.provenance.c2pa_signing import check_signing
+from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.stages.base import Stage
+from vidgen_ray.system.files import private_folder
 
 log = logging.getLogger(__name__)
 

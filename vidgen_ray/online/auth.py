@@ -23,14 +23,14 @@ from sqlalchemy import Engine, delete, insert, select
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.online.store.database import READS
 from vidgen_ray.online.store.schema import SESSIONS
-from vidgen_ray.strict_yaml import load_yaml
+from vidgen_ray.system.files import new_file
+from vidgen_ray.system.strict_yaml import load_yaml
 
 ENVIRONMENT = "VIDGEN_API_KEYS"
 """Environment variable with further keys: TENANT=SHA256, separated by commas."""

@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.workers import Workers

@@ -21,11 +21,11 @@ from ray.serve.exceptions import RayServeException
 from sqlalchemy.exc import SQLAlchemyError
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.calls import CallResult
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
-from vidgen_ray.engine.engine_config import EngineConfig
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_groups import CallResult
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths

@@ -17,6 +17,7 @@ from pydantic import JsonValue, TypeAdapter
 from vidgen_ray.consent import Consent
 from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptError, SetupError, StageError
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
 from vidgen_ray.online.inputs.uploads import UPLOAD_ID, UploadFolder, upload_folder
@@ -32,7 +33,6 @@ from vidgen_ray.script.lines import WrongField
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import IMAGE_FIELDS, LoraRef, Shot, VideoLora
 from vidgen_ray.shot import LORA_FIELDS as SHOT_LORA_FIELDS
-from vidgen_ray.shot_licences import UsedWeights
 
 METADATA_BYTES = 64 << 10
 """Largest metadata of a job as JSON, in bytes. A page of a list contains a hundred of them."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics
-from vidgen_ray.engine.metrics import LabelLimit, MetricSpec
+from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, LabelLimit, MetricSpec
 from vidgen_ray.outputs.records import StepRecord
 
 log = logging.getLogger("ray.serve")

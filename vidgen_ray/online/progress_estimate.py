@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vidgen_ray.content_keys import ShotPlan
+from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.engine.status import Progress
-from vidgen_ray.engine.step_groups import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, relative_costs
 from vidgen_ray.planner.demand import ENCODE_SECONDS, seconds_of
 from vidgen_ray.profile import Profile

@@ -15,7 +15,7 @@ from vidgen_ray.errors import UsageError
 from vidgen_ray.online.application import API
 from vidgen_ray.online.deployments import DIRECTOR, WORKERS
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.strict_yaml import load_yaml
+from vidgen_ray.system.strict_yaml import load_yaml
 
 IMPORT_PATH = "vidgen_ray.online.application:build"
 NESTED_MODELS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {

@@ -21,10 +21,10 @@ from vidgen_ray.graph import (
     check_profile,
     stages_of,
 )
+from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
 from vidgen_ray.planner import Demand, SizeCheck, demand_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import Requirement, ShotLicences, UsedWeights, require_licence, stages_breaking
 from vidgen_ray.stages.base import Stage, StageParams
 
 MIX_SHOTS = 32

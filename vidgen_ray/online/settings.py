@@ -8,12 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from vidgen_ray.atomic_files import private_folder
 from vidgen_ray.errors import SetupError
+from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.provenance.settings import ProvenanceSettings
-from vidgen_ray.shot_licences import Requirement
+from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.stages.base import QualityTier
+from vidgen_ray.system.files import private_folder
 
 MB = 1_000_000
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]

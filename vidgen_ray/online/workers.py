@@ -18,7 +18,7 @@ from typing import Any
 
 from vidgen_ray.engine import fleet
 from vidgen_ray.engine.actor_client import ActorClient
-from vidgen_ray.engine.engine_config import EngineConfig
+from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.fleet import Fleet, labels_of, placed_more_slots
 from vidgen_ray.engine.ray_cluster import LiveCluster, live_cluster
 from vidgen_ray.errors import ProfileError, SetupError

@@ -16,8 +16,6 @@ from typing import Any
 
 import pydantic_core
 
-from vidgen_ray.atomic_files import remove, write_atomically
-from vidgen_ray.cache_dir import cache_dir, sha256_of
 from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -35,6 +33,8 @@ from vidgen_ray.outputs.records import (
 from vidgen_ray.outputs.stage_cache import StageCache
 from vidgen_ray.outputs.storage import Storage, absolute, storage_at
 from vidgen_ray.shot import ID_PATTERN
+from vidgen_ray.system.cache_dir import cache_dir, sha256_of
+from vidgen_ray.system.files import remove, write_atomically
 from vidgen_ray.version import __version__
 
 SWEEP_FOLDERS = ("", SHOTS, KEYS, "cache", "manifest", "failures", "inputs")

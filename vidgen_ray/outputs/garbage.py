@@ -13,7 +13,6 @@ from typing import Literal
 
 from more_itertools import batched
 
-from vidgen_ray.atomic_files import remove
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGES
 from vidgen_ray.outputs.folder import SWEEP_FOLDERS, OutputFolder
@@ -23,6 +22,7 @@ from vidgen_ray.outputs.manifest import SHOT_FILES
 from vidgen_ray.outputs.paths import KEYS, SHARD
 from vidgen_ray.outputs.shot_records import SHOTS_AT_ONCE, read_each, shot_records
 from vidgen_ray.outputs.storage import Storage, StoredFile
+from vidgen_ray.system.files import remove
 
 GRACE_S = 600.0
 """Minimum age of garbage, in seconds. Younger files may be in use by a `VideoGenerationPipeline`, which takes no lease."""

@@ -23,7 +23,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.conditional_object import ConditionalObject, ConditionsUnsupported
 from vidgen_ray.outputs.periodic import PeriodicTask
 from vidgen_ray.outputs.storage import Storage
-from vidgen_ray.process_id import ProcessId, this_process
+from vidgen_ray.system.files import ProcessId, this_process
 
 PREFIX = ".running"
 REFRESH_S = 30.0

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vidgen_ray import atomic_files
 from vidgen_ray.outputs.storage import Storage, StoredFile
+from vidgen_ray.system import files
 
 
 class LocalStorage(Storage):
@@ -38,7 +38,7 @@ class LocalStorage(Storage):
             return False
 
     def write(self, path: str, content: str | bytes) -> None:
-        atomic_files.write_atomically(self.local / path, content)
+        files.write_atomically(self.local / path, content)
 
     def touch(self, path: str) -> None:
         os.utime(self.local / path)
@@ -48,7 +48,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def new_file(self, path: str) -> Iterator[Path]:
-        with atomic_files.new_file(self.local / path) as tmp:
+        with files.new_file(self.local / path) as tmp:
             yield tmp
 
     @contextmanager
@@ -83,7 +83,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def workspace(self, parent: str) -> Iterator[Path]:
-        workspace = atomic_files.temporary_folder(self.local / parent)
+        workspace = files.temporary_folder(self.local / parent)
         try:
             yield workspace
         finally:
@@ -93,7 +93,7 @@ class LocalStorage(Storage):
         target = self.local / folder
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            atomic_files.flush_to_disk(workspace / name)
+            files.flush_to_disk(workspace / name)
             os.replace(workspace / name, target / name)
 
     def publish_folder(self, workspace: Path, folder: str) -> None:
@@ -114,7 +114,7 @@ class LocalStorage(Storage):
 
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
         for folder in folders:
-            yield from atomic_files.abandoned(self.local / folder)
+            yield from files.abandoned(self.local / folder)
 
     def place(self, path: str) -> Path:
         return self.local / path

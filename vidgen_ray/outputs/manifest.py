@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.graph import clip_length
+from vidgen_ray.licences import worst_use
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, ShotSummary
 from vidgen_ray.outputs.storage import Storage, storage_at
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import worst_use
 
 SHOT_FILES = {"image": "image.png", "video": "video.mp4", "hd_video": "hd.mp4"}
 """Manifest column -> file in the folder of the shot."""

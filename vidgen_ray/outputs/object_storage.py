@@ -20,11 +20,11 @@ from urllib.parse import quote
 import pyarrow
 import pyarrow.fs
 
-from vidgen_ray import atomic_files
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
 from vidgen_ray.outputs.conditional_object import ConditionalObject, conditional_object
 from vidgen_ray.outputs.storage import Storage, StoredFile
+from vidgen_ray.system import files
+from vidgen_ray.system.cache_dir import cache_dir
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 MARKER = ".complete"
@@ -164,7 +164,7 @@ class ObjectStorage(Storage):
     def workspace(self, parent: str) -> Iterator[Path]:
         # Always on the local disk, regardless of `parent`.
         _sweep_workspaces(_workspaces())
-        workspace = atomic_files.temporary_folder(_workspaces())
+        workspace = files.temporary_folder(_workspaces())
         try:
             yield workspace
         finally:
@@ -201,7 +201,7 @@ class ObjectStorage(Storage):
 
     def abandoned(self, folders: Sequence[str]) -> Iterator[Path]:
         # Object stores have no partly written objects. Only local workspaces can be left over.
-        return atomic_files.abandoned(_workspaces())
+        return files.abandoned(_workspaces())
 
     def place(self, path: str) -> str:
         return f"{self.url.rstrip('/')}/{quote(path)}"
@@ -214,8 +214,8 @@ def _workspaces() -> Path:
 @cache
 def _sweep_workspaces(folder: Path) -> None:
     """Remove abandoned workspaces, once per process: on worker nodes nothing else does. They belong to no output folder."""
-    for path in atomic_files.abandoned(folder):
-        atomic_files.remove(path)
+    for path in files.abandoned(folder):
+        files.remove(path)
 
 
 def _with_single_puts(url: str) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.cache_dir import cache_dir, digest
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.id_index import IdIndex
 from vidgen_ray.outputs.manifest import manifest_files
@@ -21,6 +20,7 @@ from vidgen_ray.outputs.paths import RECORD
 from vidgen_ray.outputs.shot_records import shot_records
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.system.cache_dir import cache_dir, digest
 
 FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from vidgen_ray.licences import UsedWeights
 from vidgen_ray.outputs.paths import shot_path
-from vidgen_ray.provenance.settings import Detail
+from vidgen_ray.provenance.record import Detail
 from vidgen_ray.shot import Shot
-from vidgen_ray.shot_licences import UsedWeights
 from vidgen_ray.stages.base import Artefacts
 
 

@@ -1,13 +1,19 @@
 """Planner: cluster + profile + demand of a script -> layout, duration and cost. Does not use Ray; callers pass the cluster."""
 
-from vidgen_ray.planner.calibration import Calibration, Measurement, load_calibration, save_calibration, save_measurements
-from vidgen_ray.planner.choose_layout import plan
+from vidgen_ray.planner.choose_layout import ConsideredLayout, Plan, cpus_needed, plan
 from vidgen_ray.planner.cluster import Cluster, Node, parse_gpus, this_machine
-from vidgen_ray.planner.demand import Demand, ShotSizes, demand_of
-from vidgen_ray.planner.estimate import ConsideredLayout, Plan, cpus_needed
-from vidgen_ray.planner.gpu_assignment import SHOTS_PER_SWAP
-from vidgen_ray.planner.memory import SizeCheck
-from vidgen_ray.planner.one_process import swap_groups
+from vidgen_ray.planner.demand import (
+    Calibration,
+    Demand,
+    Measurement,
+    ShotSizes,
+    demand_of,
+    load_calibration,
+    save_calibration,
+    save_measurements,
+)
+from vidgen_ray.planner.gpu_memory import SizeCheck, swap_groups
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP
 
 __all__ = [
     "SHOTS_PER_SWAP",

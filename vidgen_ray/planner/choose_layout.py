@@ -1,25 +1,229 @@
-"""Choose the fastest layout for a profile, a demand and a cluster."""
+"""Plan a run: choose the fastest layout for a profile, a demand and a cluster, and estimate its duration, cost and disk
+space.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
-from vidgen_ray.errors import ProfileError, SetupError, VidgenError
-from vidgen_ray.planner import gpu_assignment
-from vidgen_ray.planner.calibration import Calibration
+from vidgen_ray.errors import ProfileError, SetupError, TooExpensive, UsageError, VidgenError
+from vidgen_ray.planner import layout
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.demand import ENCODE_SECONDS, Demand, seconds_of, total_seconds
-from vidgen_ray.planner.estimate import ConsideredLayout, Plan, Timing, estimate
-from vidgen_ray.planner.gpu_assignment import Actor, Candidates
-from vidgen_ray.planner.infeasible import explain_infeasible
-from vidgen_ray.planner.layout import Kind
-from vidgen_ray.planner.memory import ActorMemory, actors_of, reference_shots
-from vidgen_ray.planner.solver import ENCODER_BUSY, Packing, PackingProblem, SlotsOfNode, pack
+from vidgen_ray.planner.demand import ENCODE_SECONDS, Calibration, Demand, seconds_of, total_seconds
+from vidgen_ray.planner.gpu_memory import ActorMemory, actors_of, reference_shots
+from vidgen_ray.planner.layout import SHOTS_PER_SWAP, Actor, Candidates, Kind, Layout, Slot
+from vidgen_ray.planner.solver import (
+    DIRECTOR_CPUS,
+    ENCODER_BUSY,
+    ENCODER_CPUS,
+    SPARE_CPUS,
+    FilledSlot,
+    Packing,
+    PackingProblem,
+    SlotsOfNode,
+    explain_infeasible,
+    host_gb_of_nodes,
+    pack,
+    parallel_loads,
+)
 from vidgen_ray.profile import Profile
+
+PER_GPU_HOUR: Sequence[tuple[float, float]] = ((24, 0.6), (40, 1.3), (48, 1.0), (80, 2.5), (141, 3.8))
+"""Maximum GB of memory and price in dollars: rough values from cloud price lists of 2025."""
+TOLERANCE_GB = 1.0
+"""GPUs may have slightly more memory than their nominal size."""
+
+
+def default_price(memory_gb: float) -> float | None:
+    """Return dollars per hour, or `None` for a GPU with more memory than those in the table."""
+    return next((price for max_gb, price in PER_GPU_HOUR if memory_gb <= max_gb + TOLERANCE_GB), None)
+
+
+SHOTS_PER_SLOT = 3
+"""Shots in progress per slot: one running, one queued and one in transfer."""
+START_SECONDS = 15.0
+"""Seconds to start the processes."""
+LOAD_GB_PER_S = 1.0
+"""Rate at which weights are loaded from disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsideredLayout:
+    """A layout that was considered, with its rate or the reason why it was not used."""
+
+    kind: str
+    shots_per_hour: float | None
+    """`None` if the layout does not fit or was not evaluated."""
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A layout and its estimates."""
+
+    layout: Layout
+    nodes: tuple[int, ...]
+    """Index of the planned node in the cluster, per slot of the layout."""
+    shares: tuple[Mapping[str, float], ...]
+    """Stage -> share of the slot's time, per slot of the layout. If slots hold different stages, the rate is only reached if
+    each slot keeps to its shares. A stage with share 0 runs only if the slot has nothing else to do."""
+    shots: int
+    shots_per_hour: float
+    efficiency: float
+    """Share of the time of all GPUs (or of all slots, on CPUs) in which they compute, without the start and end of the run."""
+    seconds: float
+    """Expected duration of the run, including loading the weights."""
+    seconds_low: float
+    seconds_high: float
+    """Range of the expected duration."""
+    gpu_hours: float
+    output_bytes: float
+    """Size of the outputs, without the stage cache."""
+    cache_bytes: Mapping[str, float]
+    """Value of `--cache` -> size of the stage cache."""
+    cost: float | None
+    """Cost in the currency of the price. `None` without GPUs or without a price."""
+    bottleneck: str | None
+    """Stage that limits the rate."""
+    stage_seconds: Mapping[str, float]
+    """Stage -> mean seconds per shot."""
+    considered: tuple[ConsideredLayout, ...]
+    notes: tuple[str, ...]
+    """Assumptions and hints, to be shown with the plan."""
+
+    def check_cost(self, max_cost: float | None) -> None:
+        """Raise TooExpensive if the cost exceeds `max_cost`, UsageError if the cost is unknown. `None` disables the check."""
+        if max_cost is None:
+            return
+        if self.cost is None:
+            raise UsageError("--max-cost: the cost of this plan is unknown; pass --price PER_GPU_HOUR for a run on GPUs")
+        if self.cost > max_cost:
+            raise TooExpensive(
+                f"the plan costs {self.cost:,.2f} for {self.gpu_hours:,.1f} GPU-hours, --max-cost allows {max_cost:,.2f}; "
+                "render fewer shots, use fewer steps, or raise --max-cost"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per shot and their uncertainty."""
+
+    seconds: Mapping[str, float]
+    """Stage -> mean seconds per shot."""
+    spread: float
+    """Relative standard deviation of the sum."""
+    assumed: tuple[str, ...]
+    """Stages without calibration or seconds in the profile."""
+
+    @property
+    def shot_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def cpus_needed(layout: Layout) -> float:
+    """Return the CPUs of all processes of a run with this layout."""
+    return sum(slot.cpus for slot in layout.slots) + layout.encoders * ENCODER_CPUS + DIRECTOR_CPUS + SPARE_CPUS
+
+
+def estimate(
+    kind: Kind,
+    packing: Packing,
+    demand: Demand,
+    cluster: Cluster,
+    timing: Timing,
+    considered: tuple[ConsideredLayout, ...],
+    price: float | None,
+    notes: tuple[str, ...] = (),
+) -> Plan:
+    """Return the plan of a packing for the shots of the demand. `notes`: further notes."""
+    assignments = [filled.assignment for filled in packing.slots]
+    slots = tuple(filled.assignment.slot(max(cluster.nodes[filled.node].gpus, default=0.0)) for filled in packing.slots)
+    on_gpu = any(slot.has_gpu for slot in slots)
+    # A single shot runs its stages one after another, regardless of the number of slots.
+    one_shot = timing.shot_seconds
+    render_seconds = max(demand.shots / packing.rate, one_shot)
+    # At the end of a run, slots become idle one after another: on average they lose half a shot.
+    drain_seconds = one_shot / 2 * (1 - 1 / demand.shots)
+    actors = {(actor.position, actor.gpu_gb + actor.host_gb) for assignment in assignments for actor in assignment.actors}
+    load_seconds = START_SECONDS + sum(gb for _, gb in sorted(actors)) / LOAD_GB_PER_S
+    expected = load_seconds + render_seconds + drain_seconds
+    gpu_hours = len(cluster.gpus) * expected / 3600 if on_gpu else 0.0
+    per_hour, is_default = _price(cluster, price) if on_gpu else (None, False)
+    units = len(cluster.gpus) if on_gpu else max(1, len(slots))
+    return Plan(
+        layout=Layout(kind, slots, packing.encoders, _window(slots, demand.shots), parallel_loads(packing, cluster)),
+        nodes=tuple(filled.node for filled in packing.slots),
+        shares=tuple(_stage_shares(filled, timing) for filled in packing.slots),
+        shots=demand.shots,
+        shots_per_hour=packing.rate * 3600,
+        efficiency=min(1.0, packing.rate * timing.shot_seconds / units),
+        seconds=expected,
+        seconds_low=render_seconds * (1 - timing.spread),
+        seconds_high=load_seconds + (render_seconds + one_shot) * (1 + timing.spread),
+        gpu_hours=gpu_hours,
+        output_bytes=demand.output_bytes,
+        cache_bytes={
+            "none": 0.0,
+            "images": demand.image_cache_bytes,
+            "all": demand.image_cache_bytes + demand.clip_cache_bytes,
+        },
+        cost=None if per_hour is None else per_hour * expected / 3600,
+        bottleneck=_bottleneck(packing, timing),
+        stage_seconds=timing.seconds,
+        considered=considered,
+        notes=(*_notes(packing, cluster, timing, on_gpu, is_default), *notes),
+    )
+
+
+def _stage_shares(filled: FilledSlot, timing: Timing) -> dict[str, float]:
+    """Divide the share of each actor among its stages, in proportion to their seconds."""
+    shares = {}
+    for actor in sorted(filled.assignment.actors, key=lambda actor: actor.position):
+        for stage in actor.stages:
+            shares[stage] = round(filled.shares[actor.name] * timing.seconds[stage] / actor.seconds, 6)
+    return shares
+
+
+def _window(slots: Sequence[Slot], shots: int) -> int:
+    """Return how many shots must be in progress so that no slot waits, and each turn of swapped stages is full."""
+    shots_needed = sum(
+        2 * SHOTS_PER_SWAP if any(worker.swap_groups for worker in slot.workers) else SHOTS_PER_SLOT for slot in slots
+    )
+    return max(1, min(shots_needed, shots))
+
+
+def _price(cluster: Cluster, price: float | None) -> tuple[float | None, bool]:
+    """Return the price of an hour of all GPUs, and whether it is from the table of default prices."""
+    if price is not None:
+        return price * len(cluster.gpus), False
+    prices = [default_price(memory) for memory in cluster.gpus]
+    return (None, False) if None in prices else (sum(p for p in prices if p is not None), True)
+
+
+def _bottleneck(packing: Packing, timing: Timing) -> str | None:
+    """Return the longest stage of the actor with the most seconds per slot."""
+    holders = Counter(actor for filled in packing.slots for actor in filled.assignment.actors)
+    if not holders:
+        return None
+    slowest = max(holders, key=lambda actor: (actor.seconds / holders[actor], -actor.position))
+    return max(slowest.stages, key=lambda stage: timing.seconds[stage])
+
+
+def _notes(packing: Packing, cluster: Cluster, timing: Timing, on_gpu: bool, default_price: bool) -> Iterator[str]:
+    yield from cluster.notes
+    if timing.assumed:
+        yield f"the profile has no seconds of {', '.join(timing.assumed)}: assuming those of an H100 until a run measures them"
+    if unknown := [gb for node, gb in host_gb_of_nodes(packing).items() if cluster.nodes[node].memory_gb is None]:
+        yield f"the workers need up to {max(unknown):.4g} GB of host memory per node, which is assumed to be available"
+    if on_gpu and (idle := len(cluster.gpus) - len(packing.slots)):
+        yield f"{idle} of {len(cluster.gpus)} GPUs are idle: too little memory, too few shots, or too few CPUs"
+    if default_price:
+        yield "the price is an estimate; set it with --price or price_per_gpu_hour in the profile"
+
 
 TIE = 0.01
 """Relative gain in rate below which the simpler layout is preferred."""
@@ -100,11 +304,11 @@ Choice = tuple[Kind, Packing, tuple[ConsideredLayout, ...]]
 """Kind and packing of the chosen layout, and all layouts considered."""
 
 LAYOUTS: tuple[tuple[str, Kind, Callable[[Sequence[Actor]], Candidates]], ...] = (
-    ("fused", "fused", gpu_assignment.fused),
-    ("hybrid", "hybrid", gpu_assignment.hybrid),
-    ("staged", "staged", gpu_assignment.staged),
-    ("colocated", "colocated", gpu_assignment.colocated),
-    ("hybrid with swapping", "hybrid", gpu_assignment.hybrid_with_swapping),
+    ("fused", "fused", layout.fused),
+    ("hybrid", "hybrid", layout.hybrid),
+    ("staged", "staged", layout.staged),
+    ("colocated", "colocated", layout.colocated),
+    ("hybrid with swapping", "hybrid", layout.hybrid_with_swapping),
 )
 """Name, kind and candidate assignments of each layout, simplest first."""
 
@@ -141,7 +345,7 @@ def _pack_cpus(profile: Profile, problem: PackingProblem, cluster: Cluster) -> C
     # With one process per actor, a single slot renders the whole run.
     max_slots = min(profile.cpu_workers or problem.max_slots, problem.max_slots) if kind == "fused" else 1
     problem = replace(problem, max_slots=max_slots)
-    candidates = gpu_assignment.fused(problem.actors) if kind == "fused" else gpu_assignment.colocated(problem.actors)
+    candidates = layout.fused(problem.actors) if kind == "fused" else layout.colocated(problem.actors)
     packing = pack(problem, candidates, cluster)
     if packing is None:
         raise _layout_error(profile, explain_infeasible(problem, candidates, cluster))

@@ -1,9 +1,14 @@
-"""Layout of a run: its processes, their stages and their GPUs. Chosen by the planner and started by the executor."""
+"""Layout of a run: its processes, their stages and their GPUs; and the candidate assignments of actors to one slot, from
+which it is chosen.
+"""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal
+from functools import cached_property
+from itertools import chain, combinations
+from typing import Literal, TypeVar
 
 Kind = Literal["fused", "colocated", "staged", "hybrid"]
 
@@ -95,3 +100,283 @@ def complete_set(slots: Sequence[Slot]) -> tuple[int, ...]:
         for kinds in combinations(first_of_kind, size)
         if frozenset().union(*kinds) == all_stages
     )
+
+
+T = TypeVar("T")
+
+CONTEXT_GB = 0.6
+"""GPU memory of a process before it loads any weights."""
+PROCESS_HOST_GB = 0.4
+"""Host memory of a process without a GPU: torch and other libraries."""
+GPU_PROCESS_HOST_GB = 2.0
+"""Host memory of a process with a GPU: also the CUDA libraries, and images and frames on their way."""
+SHOTS_PER_SWAP = 8
+"""Shots that one group of stages processes before its weights are swapped for those of another group."""
+EPSILON = 1e-6
+"""Tolerance of comparisons between sums of decimals."""
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An actor of the profile, with the stages that the script uses."""
+
+    name: str
+    stages: tuple[str, ...]
+    position: int
+    """Position in the chain of actors."""
+    seconds: float
+    """Mean seconds per shot, over all shots of the script."""
+    gpu_gb: float
+    """GPU memory of its weights between calls. 0 for an actor on the CPU, or whose weights wait in host memory."""
+    host_gb: float
+    cpus: float
+    swappable: bool
+    """Its weights can be moved to host memory while other actors use the GPU."""
+    peak_gb: float = 0.0
+    """Further GPU memory during its largest call."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu_gb + self.peak_gb > 0
+
+
+def needed_gb(actors: Sequence[Actor]) -> float:
+    """Return the GPU memory in GB of actors that run one after another: all weights, and the activations of one call."""
+    return sum(actor.gpu_gb for actor in actors) + max((actor.peak_gb for actor in actors), default=0.0)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A worker process and its actors."""
+
+    actors: tuple[Actor, ...]
+    swap_groups: tuple[tuple[Actor, ...], ...] = ()
+    """Groups of these actors that take turns in GPU memory (weight swapping). Actors in no group always stay there."""
+
+    @cached_property
+    def turns_gb(self) -> float:
+        """Weights of all groups that take turns, in GB."""
+        return sum(actor.gpu_gb for group in self.swap_groups for actor in group)
+
+    @cached_property
+    def gpu_gb(self) -> float:
+        """GPU memory needed in GB: weights of the permanent actors and of a group, and the activations of one call of these."""
+        if not any(actor.on_gpu for actor in self.actors):
+            return 0.0
+        swapped = {actor for group in self.swap_groups for actor in group}
+        permanent = [actor for actor in self.actors if actor not in swapped]
+        return CONTEXT_GB + max(needed_gb([*permanent, *group]) for group in self.swap_groups or ((),))
+
+    @cached_property
+    def host_gb(self) -> float:
+        """Host memory needed in GB after loading. Between two turns, the weights of all groups are in host memory."""
+        own = GPU_PROCESS_HOST_GB if self.gpu_gb else PROCESS_HOST_GB
+        return own + sum(actor.host_gb for actor in self.actors) + self.turns_gb
+
+    @cached_property
+    def load_gb(self) -> float:
+        """More host memory in GB that loading needs at times: the largest weights that pass through it to the GPU.
+
+        For weights that take turns, `host_gb` includes it.
+        """
+        swapped = {actor for group in self.swap_groups for actor in group}
+        return max((actor.gpu_gb for actor in self.actors if actor not in swapped), default=0.0)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs needed by the largest actor: stages of one process run one after another."""
+        return max(actor.cpus for actor in self.actors)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The processes of one slot and the actors that they hold."""
+
+    processes: tuple[Process, ...]
+
+    @cached_property
+    def actors(self) -> frozenset[Actor]:
+        return frozenset(actor for process in self.processes for actor in process.actors)
+
+    @cached_property
+    def gpu_gb(self) -> float:
+        return sum(process.gpu_gb for process in self.processes)
+
+    @cached_property
+    def host_gb(self) -> float:
+        return sum(process.host_gb for process in self.processes)
+
+    @cached_property
+    def load_gb(self) -> float:
+        """More host memory in GB during loading. The processes of a node load one after another."""
+        return max(process.load_gb for process in self.processes)
+
+    @cached_property
+    def cpus(self) -> float:
+        return sum(process.cpus for process in self.processes)
+
+    @cached_property
+    def swapped_actors(self) -> frozenset[Actor]:
+        """Actors that take turns in GPU memory."""
+        return frozenset(actor for process in self.processes for group in process.swap_groups for actor in group)
+
+    @property
+    def swapped_gb(self) -> float:
+        """Weights moved per round, in GB. In a round, each group moves into GPU memory and out again."""
+        return sum(2 * process.turns_gb for process in self.processes)
+
+    def slot(self, gpu_gb: float = 0.0) -> Slot:
+        """Return the slot for the layout of a run. `gpu_gb`: memory of its GPU, 0 if unknown."""
+        shares = self._shares()
+        workers = tuple(
+            WorkerSpec(
+                _stages(process.actors),
+                process.cpus,
+                share,
+                tuple(_stages(group) for group in process.swap_groups),
+                round(share * gpu_gb, 3),
+            )
+            for process, share in zip(self.processes, shares, strict=True)
+        )
+        return Slot(workers, round(self.gpu_gb, 3))
+
+    def _shares(self) -> list[float]:
+        """Return the share of the GPU per process, proportional to memory, rounded down to Ray's resolution of 0.0001."""
+        if not self.gpu_gb:
+            return [0.0] * len(self.processes)
+        if len(self.processes) == 1:
+            return [1.0]
+        return [int(10_000 * process.gpu_gb / self.gpu_gb) / 10_000 for process in self.processes]
+
+
+Candidates = Callable[[float], list[Assignment]]
+"""GB of GPU memory of a slot -> assignments that fit. The memory is 0 for a slot without a GPU."""
+
+
+def fused(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process that holds all actors."""
+    return lambda memory_gb: _fitting([Assignment((Process(tuple(actors)),))], memory_gb)
+
+
+def colocated(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process per actor, all actors on the same slot."""
+    processes = _one_process_per_actor(actors)
+    return lambda memory_gb: _fitting([Assignment(processes)], memory_gb)
+
+
+def staged(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process per actor, for any subset of the actors that fits."""
+    assignments = [Assignment(processes) for processes in _subsets(_one_process_per_actor(actors))]
+    return lambda memory_gb: _fitting(assignments, memory_gb)
+
+
+def hybrid(actors: Sequence[Actor]) -> Candidates:
+    """Return candidates with one process that holds any subset of the actors that fits."""
+    assignments = [Assignment((Process(subset),)) for subset in _subsets(actors)]
+    return lambda memory_gb: _fitting(assignments, memory_gb)
+
+
+def hybrid_with_swapping(actors: Sequence[Actor]) -> Candidates:
+    """Return the candidates of `hybrid`, and subsets that fit with weight swapping, with as little to move as possible."""
+
+    def candidates(memory_gb: float) -> list[Assignment]:
+        processes = (with_swapping(subset, memory_gb) for subset in _subsets(actors))
+        return [Assignment((process,)) for process in processes if process]
+
+    return candidates
+
+
+def drop_dominated(assignments: Sequence[Assignment], *, ignore_host_limits: bool = False) -> list[Assignment]:
+    """Return the assignments without those that hold fewer actors than another one and have no advantage over it.
+
+    Advantages are less swapping and, unless `ignore_host_limits`, fewer CPUs or less host memory.
+    """
+
+    def has_advantage(assignment: Assignment, other: Assignment) -> bool:
+        swaps_less = assignment.swapped_gb < other.swapped_gb - EPSILON or not other.swapped_actors <= assignment.swapped_actors
+        needs_less = any(
+            needed < by_other - EPSILON
+            for needed, by_other in (
+                (assignment.cpus, other.cpus),
+                (assignment.host_gb, other.host_gb),
+                (assignment.load_gb, other.load_gb),
+            )
+        )
+        return swaps_less or (needs_less and not ignore_host_limits)
+
+    def is_dominated(assignment: Assignment) -> bool:
+        return any(assignment.actors < other.actors and not has_advantage(assignment, other) for other in assignments)
+
+    return [assignment for assignment in assignments if not is_dominated(assignment)]
+
+
+def _fitting(assignments: Sequence[Assignment], memory_gb: float) -> list[Assignment]:
+    return [assignment for assignment in assignments if assignment.gpu_gb <= memory_gb + EPSILON]
+
+
+def _subsets(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """Yield all non-empty subsets, smallest first."""
+    return chain.from_iterable(combinations(items, size) for size in range(1, len(items) + 1))
+
+
+def _one_process_per_actor(actors: Sequence[Actor]) -> tuple[Process, ...]:
+    """Return one process per GPU actor. A CPU actor joins the next GPU actor in the chain, or the last one."""
+    on_gpu = [actor for actor in actors if actor.on_gpu]
+    if not on_gpu:
+        return tuple(Process((actor,)) for actor in actors)
+    members: dict[str, list[Actor]] = {actor.name: [] for actor in on_gpu}
+    for actor in actors:
+        host = next((other for other in on_gpu if other.position >= actor.position), on_gpu[-1])
+        members[host.name].append(actor)
+    return tuple(Process(tuple(group)) for group in members.values())
+
+
+def with_swapping(actors: Sequence[Actor], memory_gb: float) -> Process | None:
+    """Return one process with these actors, or `None` if they do not fit even with swapping.
+
+    As few GB of weights as possible take turns: none if all actors fit together.
+    """
+    free = memory_gb - CONTEXT_GB + EPSILON
+    on_gpu = [actor for actor in actors if actor.on_gpu]
+    if needed_gb(on_gpu) <= free or not on_gpu:
+        return Process(tuple(actors))
+    swappable_actors = [actor for actor in on_gpu if actor.swappable]
+    best: Process | None = None
+    for swapped in _subsets(swappable_actors):
+        if len(swapped) < 2 or (best and sum(actor.gpu_gb for actor in swapped) >= best.turns_gb):
+            continue
+        groups = _fewest_groups(swapped, [actor for actor in on_gpu if actor not in swapped], free)
+        if groups:
+            best = Process(tuple(actors), groups)
+    return best
+
+
+def _fewest_groups(actors: Sequence[Actor], permanent: Sequence[Actor], max_gb: float) -> tuple[tuple[Actor, ...], ...] | None:
+    """Divide the actors into the fewest groups that need at most `max_gb` together with the permanent actors.
+
+    Returns `None` if an actor alone needs more. Tries all divisions: a profile has only a handful of actors.
+    """
+    best: list[list[Actor]] | None = None
+
+    def assign(n: int, groups: list[list[Actor]]) -> None:
+        nonlocal best
+        if best is not None and len(groups) >= len(best):
+            return
+        if n == len(actors):
+            best = [list(group) for group in groups]
+            return
+        for group in groups:
+            if needed_gb([*permanent, *group, actors[n]]) <= max_gb:
+                group.append(actors[n])
+                assign(n + 1, groups)
+                group.pop()
+        if needed_gb([*permanent, actors[n]]) <= max_gb:
+            assign(n + 1, [*groups, [actors[n]]])
+
+    assign(0, [])
+    return None if best is None else tuple(tuple(group) for group in best)
+
+
+def _stages(actors: Sequence[Actor]) -> tuple[str, ...]:
+    ordered = sorted(actors, key=lambda actor: actor.position)
+    return tuple(stage for actor in ordered for stage in actor.stages)

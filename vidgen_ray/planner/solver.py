@@ -1,8 +1,7 @@
-"""Solve the packing problem: how many GPU slots hold which actors, for the highest rate that GPUs, CPUs and host memory allow.
+"""Solve the packing problem: how many GPU slots hold which actors, for the highest rate that GPUs, CPUs and host memory
+allow.
 
-The problem is a mixed-integer linear programme. Integer variables: the number of slots per assignment. Continuous variables:
-the share of time that these slots spend on each actor, and the rounds of weight swapping. Every shot needs each actor for its
-mean seconds, so the rate is limited by the actor with the least GPU time available.
+Explain a problem without a solution, and find slots for GPUs that become free later.
 """
 
 from __future__ import annotations
@@ -16,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from vidgen_ray.planner.cluster import Cluster, Node
-from vidgen_ray.planner.gpu_assignment import EPSILON, SHOTS_PER_SWAP, Actor, Assignment, Candidates, drop_dominated
+from vidgen_ray.planner.layout import (
+    CONTEXT_GB,
+    EPSILON,
+    SHOTS_PER_SWAP,
+    Actor,
+    Assignment,
+    Candidates,
+    Slot,
+    drop_dominated,
+    needed_gb,
+)
 
 ENCODER_CPUS = 0.5
 """CPUs of an encoder. It waits for frames about half of the time."""
@@ -409,3 +418,100 @@ class LinearProgramme:
         values = [value for terms in self._rows for value in terms.values()]
         rows, columns = np.array(indices, dtype=int).reshape(-1, 2).T
         return csr_array((values, (rows, columns)), shape=(len(self._rows), len(self._upper_bounds)))
+
+
+UNLIMITED_CPUS = 1e6
+
+
+def explain_infeasible(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> str:
+    """Return why `pack` found no packing for the same arguments."""
+    on_gpu = [actor for actor in problem.actors if actor.on_gpu]
+    largest = max(cluster.gpus, default=0.0)
+    for actor in on_gpu:
+        if needed_gb([actor]) + CONTEXT_GB > largest + EPSILON:
+            available = f"the largest GPU has {largest:.4g} GB" if cluster.gpus else "there is no GPU"
+            return f"{_need(actor.stages)} {needed_gb([actor]) + CONTEXT_GB:.4g} GB of GPU memory, {available}"
+    if pack(problem, candidates, _without_limits(cluster, cpus=UNLIMITED_CPUS)) is None:
+        total_gb = needed_gb(on_gpu) + CONTEXT_GB
+        return f"the stages need {total_gb:.4g} GB together, the largest of {len(cluster.gpus)} GPUs has {largest:.4g} GB"
+    if pack(problem, candidates, _without_limits(cluster)) is not None:
+        return _explain_host_memory(problem, candidates, cluster)
+    worker_cpus = max(actor.cpus for actor in problem.actors)
+    node_cpus = ", ".join(f"{node.cpus:g}" for node in cluster.nodes)
+    return (
+        f"a worker needs up to {worker_cpus:g} CPUs, in addition to {ENCODER_CPUS:g} for an encoder and "
+        f"{DIRECTOR_CPUS + SPARE_CPUS:g} for the director and Ray; the nodes have {node_cpus}"
+    )
+
+
+def _explain_host_memory(problem: PackingProblem, candidates: Candidates, cluster: Cluster) -> str:
+    """Return how much host memory the processes of the node that needs most would take, and what the nodes have."""
+    packing = pack(problem, candidates, _without_limits(cluster))
+    assert packing is not None
+    needs = host_gb_of_nodes(packing)
+    node = max(needs, key=lambda node: needs[node])
+    slots = [filled.assignment for filled in packing.slots if filled.node == node]
+    load_gb = max(assignment.load_gb for assignment in slots)
+    while_loading = f" ({load_gb:.4g} GB of it for the largest weights, which pass through host memory)" if load_gb else ""
+    available = ", ".join(f"{node.memory_gb:.4g}" for node in cluster.nodes if node.memory_gb is not None)
+    return f"host memory: {needs[node]:.4g} GB are needed on one node{while_loading}; the nodes have {available} GB"
+
+
+def _without_limits(cluster: Cluster, cpus: float | None = None) -> Cluster:
+    """Return the cluster with unlimited host memory and, if `cpus` is not `None`, with that many CPUs per node."""
+    nodes = (replace(node, cpus=node.cpus if cpus is None else cpus, memory_gb=None) for node in cluster.nodes)
+    return replace(cluster, nodes=tuple(nodes))
+
+
+def _need(stages: tuple[str, ...]) -> str:
+    return f"stage {stages[0]} needs" if len(stages) == 1 else f"stages {' and '.join(stages)} need"
+
+
+MIN_GAIN = 1e-6
+"""Minimum relative gain in the rate for which a slot is added."""
+
+
+def more_slots(slots: Sequence[Slot], seconds: Mapping[str, float], free: Cluster) -> tuple[tuple[Slot, int], ...]:
+    """Return the slots to add, and the index of the free node of each.
+
+    The kinds of slots are those of `slots`, the present ones. `seconds`: stage -> mean seconds per shot. Each free GPU gets the
+    kind that it has the memory and CPUs for and that raises the rate most; the time for swapping weights is neglected.
+    """
+    counts = Counter(slots)
+    cpus = [node.cpus for node in free.nodes]
+    added = []
+    rate = _rate(counts, seconds)
+    for memory_gb, node in sorted(((gb, n) for n, each in enumerate(free.nodes) for gb in each.gpus), reverse=True):
+        kinds = [
+            kind
+            for kind in dict.fromkeys(slots)
+            if kind.has_gpu and kind.memory_gb <= memory_gb + EPSILON and kind.cpus + ENCODER_CPUS <= cpus[node] + EPSILON
+        ]
+        rates = {kind: _rate(counts + Counter([kind]), seconds) for kind in kinds}
+        best = max(kinds, key=lambda kind: rates[kind], default=None)
+        if best is not None and rates[best] >= rate * (1 + MIN_GAIN):
+            counts[best] += 1
+            cpus[node] -= best.cpus + ENCODER_CPUS
+            rate = rates[best]
+            added.append((best, node))
+    return tuple(added)
+
+
+def _rate(counts: Mapping[Slot, int], seconds: Mapping[str, float]) -> float:
+    """Return the shots per second of these slots, each of which divides its time among its stages in the best way."""
+    programme = LinearProgramme()
+    # Relative to one slot, so that all coefficients have a similar magnitude.
+    total = sum(seconds.values())
+    rate = programme.add_variable(float(sum(counts.values())))
+    supply: dict[str, dict[int, float]] = {stage: {rate: -seconds[stage] / total} for stage in seconds}
+    for slot, count in counts.items():
+        times = {stage: programme.add_variable(float(count)) for stage in slot.stages if stage in seconds}
+        programme.add_constraint(dict.fromkeys(times.values(), 1.0), high=float(count))
+        for stage, time in times.items():
+            supply[stage][time] = 1.0
+    for terms in supply.values():
+        programme.add_constraint(terms, low=0.0)
+    cost = programme.zero_cost()
+    cost[rate] = -1.0
+    values = programme.minimize(cost)
+    return 0.0 if values is None else float(values[rate]) / total

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.consent import DECLARED_BASES, EXAMPLE, TEXT_EXAMPLE, Consent
 from vidgen_ray.errors import FieldError, ScriptError, SetupError
 from vidgen_ray.graph import STAGES, stages_of, uncropped_size
@@ -36,6 +35,7 @@ from vidgen_ray.script.lines import (
 from vidgen_ray.shot import ID_PATTERN, IMAGE_FIELDS, LORA_FIELDS, NESTED_FIELDS, LoraRef, Shot, derive_id, nest_flat_settings
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.stages.identity import identities
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.video_models import MODEL_DEFAULTS, is_per_model, per_model, without_other_models_defaults
 from vidgen_ray.weights import resolve
 

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
-from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import NOT_FINITE
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.memory import StageMemory
 from vidgen_ray.stages.progress import report_progress
+from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from typing import Literal
 
 from filelock import FileLock
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import cache_dir
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import write_atomically
 
 CpuDtype = Literal["float32", "bfloat16"]
 

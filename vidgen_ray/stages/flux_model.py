@@ -11,7 +11,6 @@ from weakref import WeakValueDictionary
 from cachetools import LRUCache
 from pydantic import Field, model_validator
 
-from vidgen_ray.cache_dir import cache_dir, digest
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.finite import NOT_FINITE, is_finite, require_finite_weights
 from vidgen_ray.shot import LoraRef, Shot
@@ -25,6 +24,7 @@ from vidgen_ray.stages.prompt_cache import PromptCache
 from vidgen_ray.stages.quantization import Quantization, load_quantized, load_quantized_file
 from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, use_channels_last
 from vidgen_ray.stages.step_cache import StepCacheName, TransformerStepCache
+from vidgen_ray.system.cache_dir import cache_dir, digest
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""

@@ -6,10 +6,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.model_files import check_pipeline_folder
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
 from vidgen_ray.stages.base import StageParams, torch_dtype
+from vidgen_ray.system.model_files import check_pipeline_folder
 
 Networks = Callable[[StageParams], Mapping[str, Any]]
 """Parameters of a stage -> component of its pipeline -> network."""

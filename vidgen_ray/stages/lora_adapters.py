@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import InputChanged, StageError
 from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.stages.lora_slots import without_peft_warnings
+from vidgen_ray.system.cache_dir import digest
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.atomic_files import PREFIX, write_atomically
+from vidgen_ray.system.files import PREFIX, write_atomically
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field, field_validator
 
-from vidgen_ray.model_files import rife_file
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
@@ -25,6 +24,7 @@ from vidgen_ray.stages.base import (
 )
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
     from vidgen_ray.nets.rife import Rife

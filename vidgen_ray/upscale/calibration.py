@@ -18,10 +18,10 @@ import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.stages.cpu_dtype import cpu_has_bfloat16, cpu_model
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.frames import Pixels
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, runs_in_openvino, usable_cpus

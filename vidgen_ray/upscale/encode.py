@@ -13,7 +13,7 @@ import av
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import wrap_write_errors
+from vidgen_ray.media.files import wrap_write_errors
 from vidgen_ray.media.thread_priority import end_real_time_priority
 from vidgen_ray.upscale.frames import Pixels, YuvConverter
 from vidgen_ray.upscale.source import Source

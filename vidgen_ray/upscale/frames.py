@@ -11,8 +11,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import wrap_errors
 from vidgen_ray.media.decode import open_video_stream
+from vidgen_ray.media.files import wrap_errors
 from vidgen_ray.upscale.source import Colour, Source
 
 Pixels = NDArray[Any]

@@ -17,8 +17,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import Cancelled, MediaError
+from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.encode import SEGMENT_SUFFIX, EncodeSettings, write_segment
 from vidgen_ray.upscale.frames import FrameReader, Pixels
 from vidgen_ray.upscale.interpolate import FrameInterpolator, interpolated, interpolator_weights

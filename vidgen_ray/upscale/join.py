@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 
 import av
 
-from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.checks import wrap_errors, wrap_write_errors
-from vidgen_ray.media.container import open_media
-from vidgen_ray.media.file_metadata import COMMENT_TAG, MATROSKA_XMP_TAG, FileMetadata, append_xmp
+from vidgen_ray.media.files import (
+    COMMENT_TAG,
+    MATROSKA_XMP_TAG,
+    FileMetadata,
+    append_xmp,
+    open_media,
+    wrap_errors,
+    wrap_write_errors,
+)
+from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.encode import Codec
 from vidgen_ray.upscale.job import UpscaleJob
 from vidgen_ray.upscale.source import Source

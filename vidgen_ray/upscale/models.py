@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import SetupError, StageError, UsageError
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.stages.realesrgan import ENDINGS, load_network
+from vidgen_ray.system.cache_dir import digest
 from vidgen_ray.weights import resolve
 
 if TYPE_CHECKING:

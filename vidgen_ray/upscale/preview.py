@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vidgen_ray.atomic_files import new_file
 from vidgen_ray.errors import MediaError
-from vidgen_ray.media.file_metadata import append_xmp
+from vidgen_ray.media.files import append_xmp
+from vidgen_ray.system.files import new_file
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import write_segment
 from vidgen_ray.upscale.frames import FrameReader, Pixels

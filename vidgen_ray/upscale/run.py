@@ -17,13 +17,20 @@ import av
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vidgen_ray.atomic_files import abandoned, remove, write_atomically
-from vidgen_ray.cache_dir import digest
 from vidgen_ray.errors import MediaError
-from vidgen_ray.provenance.c2pa_signing import check_signing, sign_result
-from vidgen_ray.provenance.derived import InputFile, altered_record, altered_type
-from vidgen_ray.provenance.record import ProvenanceRecord, metadata_of
-from vidgen_ray.provenance.settings import DEFAULT, Detail, ProvenanceSettings
+from vidgen_ray.provenance.record import (
+    DEFAULT,
+    Detail,
+    InputFile,
+    ProvenanceRecord,
+    ProvenanceSettings,
+    altered_record,
+    altered_type,
+    metadata_of,
+)
+from vidgen_ray.provenance.signing import check_signing, sign_result
+from vidgen_ray.system.cache_dir import digest
+from vidgen_ray.system.files import abandoned, remove, write_atomically
 from vidgen_ray.upscale.calibration import Calibration
 from vidgen_ray.upscale.encode import EncodeSettings
 from vidgen_ray.upscale.interpolate import interpolator_weights

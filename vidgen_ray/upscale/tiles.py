@@ -10,11 +10,11 @@ from weakref import finalize
 
 from filelock import FileLock
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.free_memory import free_bytes
 from vidgen_ray.stages.realesrgan import forward
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.upscale.models import UpscaleModel
 
 if TYPE_CHECKING:

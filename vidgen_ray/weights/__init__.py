@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.model_files import missing_files
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.model_files import missing_files
 from vidgen_ray.weights import demo_family
 
 DEFAULT_REVISION = "main"
@@ -32,15 +32,15 @@ def _builder(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None
 
 
 def _realesrgan(folder: Path) -> None:
-    from vidgen_ray.weights import realesrgan
+    from vidgen_ray.weights.packaged import build_realesrgan
 
-    realesrgan.build(folder)
+    build_realesrgan(folder)
 
 
 def _rife(folder: Path) -> None:
-    from vidgen_ray.weights import rife
+    from vidgen_ray.weights.packaged import build_rife
 
-    rife.build(folder)
+    build_rife(folder)
 
 
 BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidgen_ray import cache_dir
+from vidgen_ray.system import cache_dir
 
 if TYPE_CHECKING:
     import torch

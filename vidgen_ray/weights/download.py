@@ -20,9 +20,9 @@ from typing import Any
 import httpx2
 from filelock import FileLock
 
-from vidgen_ray.cache_dir import sha256_of
 from vidgen_ray.errors import SetupError
-from vidgen_ray.model_files import PIPELINE_INDEX, pipeline_components, select_loaded
+from vidgen_ray.system.cache_dir import sha256_of
+from vidgen_ray.system.model_files import PIPELINE_INDEX, pipeline_components, select_loaded
 from vidgen_ray.weights import parse_hub, resolve
 from vidgen_ray.weights.published_files import PUBLISHED, PublishedFile, RemoteFile
 

@@ -13,11 +13,9 @@ from fastapi import APIRouter, Query
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from vidgen_ray.atomic_files import private_folder, temporary_file
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError, StageError
 from vidgen_ray.media import encode_png
-from vidgen_ray.media.sample_frames import sample_frames
+from vidgen_ray.media.decode import sample_frames
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateCharacter
@@ -30,6 +28,8 @@ from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.characters import NameTaken
 from vidgen_ray.stages.base import Image
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import private_folder, temporary_file
 
 SEARCHED_FRAMES = 16
 """Frames in which a face is searched, spread evenly over the start of the video."""

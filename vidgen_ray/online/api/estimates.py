@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request
 
-from vidgen_ray.engine.step_groups import OUTPUT
+from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.api.deps import ServerDep, TenantDep
 from vidgen_ray.online.api.openapi import JSON, error_responses, request_body

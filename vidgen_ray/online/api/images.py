@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vidgen_ray.content_keys import ShotPlan, Step
-from vidgen_ray.engine.shot_provenance import shot_record
+from vidgen_ray.engine.shot_writer import shot_record
 from vidgen_ray.graph import STAGE_BY_NAME, file_sizes
 from vidgen_ray.limits import MAX_RESULTS
 from vidgen_ray.media import encode_png
@@ -34,8 +34,7 @@ from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
-from vidgen_ray.provenance.record import metadata_of
-from vidgen_ray.provenance.visible_label import with_label
+from vidgen_ray.provenance.record import metadata_of, with_label
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}
 """`input_fidelity` -> image-to-image strength."""

@@ -27,8 +27,6 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vidgen_ray.atomic_files import flush_to_disk, private_folder, temporary_file
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import MediaError
 from vidgen_ray.limits import FORM_TEXT_BYTES, JSON_DEPTH, MAX_FORM_FIELDS, SMALL_FORM_BYTES, URLENCODED_BYTES
 from vidgen_ray.media import image_size, read_image, verify_image
@@ -39,6 +37,8 @@ from vidgen_ray.online.settings import UploadCaps
 from vidgen_ray.online.store.upload_records import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import flush_to_disk, private_folder, temporary_file
 
 BLOCK_BYTES = 1 << 20
 SMALL_JSON_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from vidgen_ray.engine.step_groups import OUTPUT
+from vidgen_ray.engine.calls import OUTPUT
 from vidgen_ray.graph import STAGE_BY_NAME, clip_growth, clip_length, file_sizes, stages_of
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.previews import previewed_stage

@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.model_files import loaded_files
+from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.model_files import loaded_files
 
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 CLOCK_RESOLUTION_NS = 2_000_000_000

@@ -1,8 +1,4 @@
-"""GPU memory of the actors of a profile, for the largest shots of a demand.
-
-An actor needs its weights all the time and the activations of one call at a time, so a process that runs its stages one after
-another needs the weights of all actors and the activations of the largest call.
-"""
+"""GPU memory of the actors of a profile, for the largest shots of a demand, on GPU slots or in a single process."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ from typing import Any
 
 from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.planner.cluster import GB
-from vidgen_ray.planner.gpu_assignment import CONTEXT_GB, Actor
+from vidgen_ray.planner.cluster import GB, Node
+from vidgen_ray.planner.layout import CONTEXT_GB, Actor, needed_gb, with_swapping
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Stage, StageParams
@@ -220,3 +216,27 @@ def changed_options(before: StageParams, after: StageParams) -> str:
     """Return what differs in `after`, for example `decode_chunk_frames=2`."""
     other = after.model_dump(mode="json")
     return ", ".join(f"{name}={other[name]}" for name, value in before.model_dump(mode="json").items() if other[name] != value)
+
+
+def swap_groups(
+    profile: Profile, stages: Sequence[type[Stage[Any]]], shots: Sequence[Shot], machine: Node
+) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of stages that take turns on the first GPU. Empty if all fit together, or if there is no GPU.
+
+    Raises SetupError if the stages or one of the shots do not fit.
+    """
+    if not machine.gpus:
+        return ()
+    gpu_gb = machine.gpus[0]
+    actors, memories = actors_of(profile, stages, shots, gpu_gb)
+    if refused := [reason for memory in memories for reason in memory.refused]:
+        raise SetupError(refused[0])
+    process = with_swapping(actors, gpu_gb)
+    if process is None:
+        needed = needed_gb([actor for actor in actors if actor.on_gpu]) + CONTEXT_GB
+        raise SetupError(f"profile {profile.name}: the stages need {needed:.4g} GB of GPU memory, the GPU has {gpu_gb:.4g}")
+    if machine.memory_gb is not None and process.host_gb > machine.memory_gb:
+        raise SetupError(
+            f"profile {profile.name}: needs {process.host_gb:.4g} GB of host memory, this machine has {machine.memory_gb:.4g}"
+        )
+    return tuple(tuple(stage for actor in group for stage in actor.stages) for group in process.swap_groups)

@@ -1,26 +1,71 @@
-"""Results of a run: count every line once, report it to the listener and write it to the manifest."""
+"""Results of a run: count every line once, report it to the listener, and write it to the manifest and to the metrics."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import pyarrow
 
-from vidgen_ray.batch.run_progress import ProgressListener
 from vidgen_ray.batch.shot_queue import ShotTask
+from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, MetricSpec
+from vidgen_ray.engine.status import Snapshot
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import ScriptError
 from vidgen_ray.graph import RelativeCost, relative_costs
 from vidgen_ray.outputs.failures import FailedLine
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.lease import Lease
-from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, columns_as_rows, rows_of_run
+from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status, columns_as_rows, rows_of_run
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
 from vidgen_ray.script.lines import CheckedLine, RejectedLine
+
+
+class ProgressListener(Protocol):
+    """Callbacks of a run, one call at a time."""
+
+    def on_rejected(self, row: ManifestRow) -> None:
+        """A line failed before rendering: it is wrong or refers to a missing file."""
+
+    def on_lines(self, total: int, skipped: int, rejected: int, complete: bool) -> None:
+        """Called repeatedly while the script is read, with the lines so far.
+
+        `total` includes the lines already done (`skipped`) and the `rejected` ones. `complete`: the script was read to its end.
+        """
+
+    def on_finished(self, row: ManifestRow) -> None:
+        """A shot was rendered or has failed."""
+
+    def on_status(self, snapshot: Snapshot) -> None:
+        """Called about every second during rendering."""
+
+    def on_message(self, message: str) -> None:
+        """A message for the user, such as a worker that was quarantined or what the run waits for."""
+
+
+METRICS = {"vidgen_shots": MetricSpec("counter", ("status",), "Finished shots: done or failed."), **ENGINE_METRICS}
+
+
+class RunMetrics(EngineMetrics):
+    """Metrics of one run."""
+
+    definitions = METRICS
+
+    def __init__(self, profile: str, on_quarantined: Callable[[str, str], None] = lambda process, reason: None) -> None:
+        """`on_quarantined` gets the name and node of each quarantined process, and the reason."""
+        super().__init__(profile)
+        self._on_quarantined = on_quarantined
+
+    def shot_ended(self, status: Status) -> None:
+        self._count("vidgen_shots", 1, status=status)
+
+    def quarantined(self, process: str, reason: str) -> None:
+        super().quarantined(process, reason)
+        self._on_quarantined(process, reason)
+
 
 CALIBRATION_SHOTS = 1000
 """Last shots per stage whose durations are kept for calibration."""

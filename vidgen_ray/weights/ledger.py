@@ -14,10 +14,10 @@ from typing import Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from vidgen_ray.atomic_files import write_atomically
-from vidgen_ray.cache_dir import cache_dir
 from vidgen_ray.errors import SetupError
-from vidgen_ray.strict_yaml import parse_yaml
+from vidgen_ray.system.cache_dir import cache_dir
+from vidgen_ray.system.files import write_atomically
+from vidgen_ray.system.strict_yaml import parse_yaml
 
 
 class WeightLicence(BaseModel):

@@ -13,7 +13,7 @@ from vidgen_ray.graph import STAGE_BY_NAME, stages_of
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
-from vidgen_ray.weights.licences import WeightLicence, licence_of
+from vidgen_ray.weights.ledger import WeightLicence, licence_of
 
 CommercialUse = Literal["yes", "conditional", "no", "unknown"]
 Requirement = Literal["commercial", "unconditional"]

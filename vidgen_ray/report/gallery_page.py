@@ -1,0 +1,279 @@
+"""Gallery: `OUT/index.html` with the clip, the prompt and the result of every shot.
+
+Works offline; `vidgen watch` serves it while a run fills the folder.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from PIL import Image as PILImage
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from vidgen_ray.errors import SetupError, UsageError
+from vidgen_ray.graph import STAGES
+from vidgen_ray.outputs.failures import FILE as FAILURES
+from vidgen_ray.outputs.manifest import REPLACED, manifest_batches
+from vidgen_ray.outputs.paths import RECORD, SHOTS
+from vidgen_ray.outputs.storage import Storage, storage_at
+from vidgen_ray.shot import Shot
+from vidgen_ray.stages.likeness import sampled_frames
+
+MAX_SHOTS = 10_000
+"""Maximum number of shots in the gallery."""
+_KEPT = (stage.debug_file for stage in STAGES if stage.debug_file and stage.debug_file.endswith(".png"))
+CHAIN = (*dict.fromkeys(_KEPT), "image.png")
+"""Images of a shot, in the order in which the stages make them. The first ones exist with `--keep stages`."""
+DEFAULTS = {name: field.get_default(call_default_factory=True) for name, field in Shot.model_fields.items()}
+
+
+class GalleryRows(NamedTuple):
+    """Rows and counts of a gallery."""
+
+    rows: list[dict[str, Any]]
+    """Failures first, then in the order of the script."""
+    counts: dict[str, int]
+    """Status -> number of shots, including those that are not shown."""
+
+
+def gallery_rows(storage: Storage, limit: int = MAX_SHOTS) -> GalleryRows:
+    """Return the rows of a gallery, at most `limit`. Reads one small file per finished shot. Raises OSError."""
+    counts: Counter[str] = Counter(done=0, skipped=0, failed=0)
+    chosen: list[dict[str, Any]] = []
+    for batch in manifest_batches(storage):
+        counts.update(batch.column("status").to_pylist())
+        rows = [row for row in batch.to_pylist() if row["status"] != REPLACED]
+        chosen = heapq.nsmallest(limit, [*chosen, *rows], key=_order)
+    failed_fields = _failed_fields(storage, {row["id"] for row in chosen if row["status"] == "failed"})
+    return GalleryRows([_row(storage, row, failed_fields) for row in chosen], dict(counts))
+
+
+def _order(row: Mapping[str, Any]) -> tuple[bool, str, int]:
+    return row["status"] != "failed", row["script"], row["line"] or 0
+
+
+def _row(storage: Storage, row: Mapping[str, Any], failed_fields: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    shown = {name: row[name] for name in ("id", "script", "line", "status", "prompt", "width", "height", "num_frames", "fps")}
+    shown |= {name: row[name] for name in ("image", "video", "hd_video", "seconds", "seed", "mode")}
+    shown |= {"likeness": _likeness(row), "likeness_text": likeness_text(row)}
+    metadata = _object(row["metadata"])
+    shown |= {name: str(metadata[name]) for name in ("character", "style", "scene", "caption") if metadata.get(name)}
+    if row["status"] == "failed":
+        shown["failure"] = f"{row['failure_stage']}: {row['failure_message']}"
+        fields = failed_fields.get(row["id"], {})
+    else:
+        folder = str(PurePosixPath(row["image"]).parent) if row["image"] else ""
+        record = _record(storage, folder, row["ended_at"]) if folder else {}
+        files = record.get("files") or {}
+        shown["chain"] = [f"{folder}/{name}" for name in CHAIN if name in files]
+        fields = record.get("shot") or {}
+    fields = {name: value for name, value in fields.items() if value != DEFAULTS.get(name) and value not in (None, [], {})}
+    shown["fields"] = fields
+    shown["loras"] = [PurePosixPath(lora["path"]).stem for lora in fields.get("lora") or () if isinstance(lora, dict)]
+    return {name: value for name, value in shown.items() if value not in (None, [], {})}
+
+
+def _likeness(row: Mapping[str, Any]) -> float | None:
+    """Return the worst likeness of the clip, otherwise that of the image. `None` without a face, -1 if none was found."""
+    if row["frames_without_face"] is None:
+        return None
+    worst = row["image_likeness"] if row["num_frames"] is None else row["clip_likeness_worst"]
+    return -1.0 if worst is None else round(worst, 3)
+
+
+def likeness_text(row: Mapping[str, Any]) -> str | None:
+    """Return `face 0.62, clip 0.58, worst 0.51; 1 of 5 frames without a face`. `None` for a shot without a face."""
+    missing, image, mean = (row[name] for name in ("frames_without_face", "image_likeness", "clip_likeness_mean"))
+    if missing is None:
+        return None
+    text = "no face found in the image" if image is None else f"face {image:.2f}"
+    if row["num_frames"] is None:
+        return text
+    if mean is None:
+        return f"{text}, no face found in the clip"
+    text += f", clip {mean:.2f}, worst {row['clip_likeness_worst']:.2f}"
+    return f"{text}; {missing} of {len(sampled_frames(row['num_frames']))} frames without a face" if missing else text
+
+
+@lru_cache(MAX_SHOTS)
+def _record(storage: Storage, folder: str, ended_at: str) -> dict[str, Any]:
+    """Return the content of shot.json. `ended_at` of the row tells the records of a shot apart, for `vidgen watch`."""
+    return _object(storage.read(f"{folder}/{RECORD}") or b"{}")
+
+
+def _failed_fields(storage: Storage, ids: set[str]) -> dict[str, dict[str, Any]]:
+    """Return the fields of failed lines by their id."""
+    if not ids:
+        return {}
+    fields = {}
+    for line in _failures(storage, ids):
+        fields[line.pop("failure")["id"]] = line
+    return fields
+
+
+def _failures(storage: Storage, ids: set[str]) -> Iterator[dict[str, Any]]:
+    with suppress(FileNotFoundError), storage.local_copy(FAILURES) as path:
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            line = _object(text)
+            failure = line.get("failure")
+            if isinstance(failure, dict) and failure.get("id") in ids:
+                yield line
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object. Anything else gives an empty one."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+FOLDER = "thumbnails"
+SIDE_PX = 320
+"""Longest side."""
+QUALITY = 75
+
+OnMade = Callable[[int, int], None]
+"""Called with the number of thumbnails made and to make."""
+
+
+def add_thumbnails(root: Path, rows: Sequence[dict[str, Any]], on_made: OnMade) -> None:
+    """Make the missing thumbnails of the rows and set their `thumbnail`, a path relative to `root`.
+
+    An image that cannot be read has no thumbnail.
+    """
+    missing = []
+    for row in rows:
+        if "image" in row:
+            row["thumbnail"] = _place(row)
+            if not _is_current(root, row):
+                missing.append(row)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda row: _make(root, row), missing)
+        for number, row in enumerate(missing, start=1):
+            if not next(made):
+                del row["thumbnail"]
+            on_made(number, len(missing))
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    shot = PurePosixPath(row["image"]).parent
+    return f"{FOLDER}/{shot.parent.name}/{shot.name}.webp"
+
+
+def _is_current(root: Path, row: Mapping[str, Any]) -> bool:
+    with suppress(OSError):
+        return os.stat(root / row["thumbnail"]).st_mtime >= os.stat(root / row["image"]).st_mtime
+    return False
+
+
+def _make(root: Path, row: Mapping[str, Any]) -> bool:
+    try:
+        with PILImage.open(root / row["image"]) as image:
+            image.thumbnail((SIDE_PX, SIDE_PX))
+            target = root / row["thumbnail"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Replaced at once, but not flushed to disk: a lost thumbnail is made again.
+            unfinished = target.with_suffix(".unfinished")
+            image.convert("RGB").save(unfinished, "WEBP", quality=QUALITY)
+            unfinished.replace(target)
+    except OSError:
+        return False
+    return True
+
+
+FILE = "index.html"
+MARKS = (b'name="generator" content="vidgen"', b"<title>vidgen: ")
+"""One of these is in every gallery. Early versions wrote the title only."""
+FILM_SUFFIX = ".mp4"
+
+
+def check_no_other_page(out: str | Path) -> None:
+    """Raise UsageError if the folder has an `index.html` that vidgen has not written."""
+    storage = storage_at(out)
+    page = storage.read(FILE)
+    if page is not None and not _is_gallery(page):
+        raise UsageError(f"{storage.place(FILE)}: exists and is not from vidgen; move it, or choose another output folder")
+
+
+def write_gallery(out: str | Path, on_made: OnMade = lambda done, total: None) -> Path | str:
+    """Write the gallery, and thumbnails if the folder is on a disk. Return its path or URL. Raises OSError."""
+    storage = storage_at(out)
+    storage.write(FILE, page_of(gallery_data(storage, on_made)))
+    return storage.place(FILE)
+
+
+def update_gallery(out: str | Path) -> None:
+    """Write the gallery again if the folder has one. Raises OSError."""
+    page = storage_at(out).read(FILE)
+    if page is not None and _is_gallery(page):
+        write_gallery(out)
+
+
+def _is_gallery(page: bytes) -> bool:
+    return any(mark in page for mark in MARKS)
+
+
+def gallery_data(storage: Storage, on_made: OnMade = lambda done, total: None) -> dict[str, Any]:
+    """Return what the page shows, as JSON data. Makes the missing thumbnails. Raises OSError."""
+    rows, counts = gallery_rows(storage)
+    if storage.local is not None:
+        add_thumbnails(storage.local, rows, on_made)
+    total = sum(counts.values()) - counts.get(REPLACED, 0)
+    return {"rows": rows, "counts": counts, "total": total, "films": film_names(storage)}
+
+
+def film_names(storage: Storage) -> list[str]:
+    """Return the names of the films that are directly in the folder."""
+    return sorted(name for name in storage.files("") if name.endswith(FILM_SUFFIX) and not name.startswith("."))
+
+
+def page_of(data: Mapping[str, Any]) -> str:
+    """Return the page that shows the data, one HTML file with style and script."""
+    environment = Environment(loader=PackageLoader("vidgen_ray.report", "."), autoescape=True)
+    script = Markup(environment.loader.get_source(environment, "gallery.js")[0])  # type: ignore[union-attr]  # own file
+    return environment.get_template("gallery.html").render(data=data, total=data["total"], script=script)
+
+
+REFRESH_S = 3
+"""Seconds between two requests of an open page for new rows."""
+SHOWN = (SHOTS, FOLDER)
+"""Folders whose files are served, besides films."""
+HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+
+def gallery_app(out: Path) -> Starlette:
+    """Return an application that serves the gallery of a folder. Raises SetupError if the folder does not exist."""
+    if not out.is_dir():
+        raise SetupError(f"{out}: no such folder; pass the output folder of a run")
+    storage = storage_at(out)
+    root = out.resolve()
+
+    def page(request: Request) -> Response:
+        return HTMLResponse(page_of({**gallery_data(storage), "refresh_s": REFRESH_S}), headers=HEADERS)
+
+    def rows(request: Request) -> Response:
+        return JSONResponse(gallery_data(storage), headers=HEADERS)
+
+    def file(request: Request) -> Response:
+        path = (root / request.path_params["path"]).resolve()
+        is_shown = any(path.is_relative_to(root / folder) for folder in SHOWN)
+        is_shown = is_shown or (path.parent == root and path.name in film_names(storage))
+        return FileResponse(path, headers=HEADERS) if is_shown and path.is_file() else Response("Not found", 404)
+
+    return Starlette(routes=[Route("/", page), Route("/rows.json", rows), Route("/{path:path}", file)])
