@@ -24,10 +24,10 @@ import torch
 
 from benchmarks.meta_networks import HALF, RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
 from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
+from vidgen_ray.bench.published_models import NETWORKS, build_network
 from vidgen_ray.stages.memory import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
 from vidgen_ray.stages.speed import fuse_attention_projections
 from vidgen_ray.stages.step_cache import AttentionBroadcast
-from vidgen_ray.weights.published_models import NETWORKS, build_network
 
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8

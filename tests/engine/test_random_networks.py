@@ -4,14 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vidgen_ray.engine import random_networks
-from vidgen_ray.engine.random_networks import (
-    check_shot_memory,
-    empty_network,
-    published_networks,
-    random_model,
-    random_pipeline,
-)
+from vidgen_ray.bench import random_networks
+from vidgen_ray.bench.random_networks import check_shot_memory, empty_network, published_networks, random_model, random_pipeline
 from vidgen_ray.errors import SetupError
 from vidgen_ray.stages.flux_model import FluxParams
 from vidgen_ray.stages.svd import SVDParams, SVDStage

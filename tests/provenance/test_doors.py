@@ -58,8 +58,7 @@ NOT_MARKED = {
     "report/sheets.py": "contact sheet and identity sheet",
     "report/gallery_page.py": "thumbnails of the gallery",
     "cli/identity.py": "photos with the detected face, drawn for their owner",
-    "weights/tiny_faces.py": "weights",
-    "weights/tiny_identity.py": "weights",
+    "bench/tiny_faces.py": "weights",
 }
 
 

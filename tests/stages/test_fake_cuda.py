@@ -9,6 +9,7 @@ import torch
 from tests.conftest import ASTRONAUT
 from tests.stages import fake_cuda
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
+from vidgen_ray.bench.published_models import build_network
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.nets.rife import FramePair, load_rife
 from vidgen_ray.script.read import check_shot
@@ -25,7 +26,6 @@ from vidgen_ray.stages.rife import RifeStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.stages.wan import WanStage
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.published_models import build_network
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from vidgen_ray.weights.published_models import NETWORKS, build_network
+from vidgen_ray.bench.published_models import NETWORKS, build_network
 
 INDEX = yaml.safe_load((Path(__file__).parent / "published_index.yaml").read_text())
 TIED = {"encoder.embed_tokens.weight"}

@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vidgen_ray.bench.random_networks import RandomModel, check_shot_memory, random_model, random_pipeline
+from vidgen_ray.bench.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
 from vidgen_ray.cli.options import JsonOption, ProfileOption, example
-from vidgen_ray.engine.random_networks import RandomModel, check_shot_memory, random_model, random_pipeline
-from vidgen_ray.engine.stage_bench import QUICK, BenchOptions, StageResult, bench_stages, write_lora
 from vidgen_ray.errors import SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME, STAGES
 from vidgen_ray.planner import Measurement, save_measurements, this_machine

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from filelock import FileLock
@@ -19,16 +19,6 @@ from vidgen_ray.system.model_files import missing_files
 from vidgen_ray.weights import demo_family
 
 DEFAULT_REVISION = "main"
-
-
-def _builder(name: str, module: str = "tiny_diffusion") -> Callable[[Path], None]:
-    """Return a function that calls `build_<name>` of the module. The module is imported on the first call."""
-
-    def build(path: Path) -> None:
-        builders = import_module(f"vidgen_ray.weights.{module}")
-        getattr(builders, f"build_{name}")(path)
-
-    return build
 
 
 def _realesrgan(folder: Path) -> None:
@@ -43,35 +33,30 @@ def _rife(folder: Path) -> None:
     build_rife(folder)
 
 
-BUILTIN: dict[str, tuple[int | Callable[[], str], Callable[[Path], None]]] = {
-    "tiny/flux": (1, _builder("flux")),
-    "tiny/flux-schnell": (1, _builder("flux_schnell")),
-    "tiny/lora.safetensors": (1, _builder("lora")),
-    "tiny/infusenet": (1, _builder("infusenet", "tiny_identity")),
-    "tiny/sdxl": (1, _builder("sdxl", "tiny_identity")),
-    "tiny/instantid-sdxl": (1, _builder("instantid_sdxl", "tiny_identity")),
-    "tiny/hunyuandit": (1, _builder("hunyuandit")),
-    "tiny/klein": (1, _builder("klein", "tiny_references")),
-    "tiny/klein-lora.safetensors": (1, _builder("klein_lora", "tiny_references")),
-    "tiny/qwen-edit": (1, _builder("qwen_edit", "tiny_references")),
-    "tiny/svd": (1, _builder("svd")),
-    "tiny/wan": (1, _builder("wan", "tiny_video")),
-    "tiny/wan-ti2v": (1, _builder("wan_ti2v", "tiny_video")),
-    "tiny/wan-lora.safetensors": (1, _builder("wan_lora", "tiny_video")),
-    "tiny/ltx": (1, _builder("ltx", "tiny_video")),
-    "tiny/ltx-distilled": (1, _builder("ltx_distilled", "tiny_video")),
-    "tiny/ltx-lora.safetensors": (1, _builder("ltx_lora", "tiny_video")),
-    "tiny/antelopev2": (1, _builder("antelopev2", "tiny_faces")),
-    "tiny/ir_se50.pth": (1, _builder("ir_se50", "tiny_faces")),
-    "realesrgan": (1, _realesrgan),
-    "rife": (1, _rife),
-    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), _builder("hunyuandit", "demo_family")),
-    "demo/svd": (partial(demo_family.digest, "svd"), _builder("svd", "demo_family")),
-    "demo/wan": (partial(demo_family.digest, "wan"), _builder("wan", "demo_family")),
-}
-"""Name -> (version of the builder or a function that returns it, builder).
+BUILDER_VERSION = "1"
+"""Part of the cached path. Raise it when a builder writes other weights."""
 
-The builder writes a file if the name has a suffix, else a folder."""
+BUILTIN: dict[str, tuple[Callable[[], str], Callable[[Path], None]]] = {
+    "realesrgan": (lambda: BUILDER_VERSION, _realesrgan),
+    "rife": (lambda: BUILDER_VERSION, _rife),
+    "demo/hunyuandit": (partial(demo_family.digest, "hunyuandit"), demo_family.build_hunyuandit),
+    "demo/svd": (partial(demo_family.digest, "svd"), demo_family.build_svd),
+    "demo/wan": (partial(demo_family.digest, "wan"), demo_family.build_wan),
+}
+"""Name -> (function that returns the version of the weights, builder).
+
+The builder writes a file if the name has a suffix, else into a folder. Packages add names `GROUP/NAME` by an entry point
+`GROUP` of `vidgen.weights`: a mapping of names to builders."""
+
+
+@lru_cache(maxsize=1)
+def _builders() -> dict[str, tuple[Callable[[], str], Callable[[Path], None]]]:
+    """Return all builders, with those of entry points."""
+    found = dict(BUILTIN)
+    for group in entry_points(group="vidgen.weights"):
+        for name, build in group.load().items():
+            found[f"{group.name}/{name}"] = (lambda: BUILDER_VERSION, build)
+    return found
 
 
 def resolve(reference: str, relative_to: Path | None = None) -> Path:
@@ -98,12 +83,12 @@ def _resolve_builtin(name: str) -> Path:
     """Return the path of shipped or built weights. Builds them if they are not in the cache."""
     if name in (shipped := demo_family.shipped_models()):
         return shipped[name]
-    if name not in BUILTIN:
-        raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*BUILTIN, *shipped))}")
-    recipe_version, build = BUILTIN[name]
-    version = recipe_version() if callable(recipe_version) else recipe_version
+    builders = BUILTIN if name in BUILTIN else _builders()
+    if name not in builders:
+        raise SetupError(f"weights 'builtin:{name}': unknown name, must be one of {', '.join((*builders, *shipped))}")
+    version_of, build = builders[name]
     stem, suffix = os.path.splitext(name)
-    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version}-torch{_torch_version()}{suffix}"
+    path = cache_dir() / "builtin" / f"{stem.replace('/', '-')}-{version_of()}-torch{_torch_version()}{suffix}"
     if path.exists():
         return path
     try:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+
 _FLUX: Mapping[str, Any] = {
     "attention_head_dim": 128,
     "guidance_embeds": True,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen_ray.bench.published_models import NETWORKS, PublishedNetwork
 from vidgen_ray.errors import SetupError
 from vidgen_ray.planner.cluster import GB
 from vidgen_ray.shot import Shot
@@ -21,10 +22,10 @@ from vidgen_ray.stages.flux_model import T5, FluxParams
 from vidgen_ray.system.free_memory import free_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 from vidgen_ray.weights import resolve
-from vidgen_ray.weights.published_models import NETWORKS, PublishedNetwork
 
 if TYPE_CHECKING:
     import torch
+
 
 PUBLISHED = {
     "black-forest-labs/FLUX.1-dev": ("flux", "builtin:tiny/flux"),
