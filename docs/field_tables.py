@@ -1,5 +1,7 @@
-"""Generate the tables of fields and stages. `make docs` writes them; `--check` fails if one is stale."""
+"""Generate the tables of fields, stages and modules. `make docs` writes them; `--check` fails if one is stale."""
 
+import ast
+import inspect
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,15 +15,36 @@ from pydantic.fields import FieldInfo
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from vidgen_ray.batch.shot_queue import ShotTask
+from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.film.settings import FilmEntry, FilmSettings
 from vidgen_ray.graph import STAGES
 from vidgen_ray.online.api.openapi import JsonBody
 from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, PEER_FIELDS
 from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, EditImages, RequestBody
+from vidgen_ray.outputs.manifest import ManifestRow
+from vidgen_ray.outputs.records import ShotRecord
+from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import NESTED_FIELDS, Shot
 from vidgen_ray.stages.base import ChunkedStage, Stage
 
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "vidgen_ray"
+RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, ShotTask, ShotRecord, ManifestRow)
+"""What a line of a script becomes, in order."""
+READING_ORDER = (
+    "shot.py",
+    "stages/base.py",
+    "graph.py",
+    "stages/flux.py",
+    "content_keys.py",
+    "engine/step_runner.py",
+    "engine/shot_writer.py",
+    "pipeline.py",
+    "engine/shot_runner.py",
+    "batch/render.py",
+)
+"""The files that explain the project, below `vidgen_ray/`."""
 KINDS = {
     "string": "text",
     "integer": "integer",
@@ -128,9 +151,46 @@ def stages() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def first_sentence(docstring: str | None) -> str:
+    """Return the first sentence of a docstring in one line, without its full stop."""
+    assert docstring
+    return " ".join(docstring.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def module_summary(path: Path) -> str:
+    """Return the first sentence of a module's docstring."""
+    return first_sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def records() -> Iterator[str]:
+    """Yield the rows of the table of records."""
+    yield "| record | file | content |"
+    yield "| --- | --- | --- |"
+    for record in RECORDS:
+        file = Path(inspect.getfile(record)).relative_to(PACKAGE)
+        yield f"| `{record.__name__}` | `{file}` | {first_sentence(inspect.getdoc(record))} |"
+
+
+def reading_order() -> Iterator[str]:
+    """Yield the numbered list of the files to read first."""
+    for number, file in enumerate(READING_ORDER, start=1):
+        yield f"{number}. `{file}`: {module_summary(PACKAGE / file)}"
+
+
+def modules() -> Iterator[str]:
+    """Yield the rows of the map of modules, one a package."""
+    yield "| package | content | modules |"
+    yield "| --- | --- | --- |"
+    for init in sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts):
+        names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
+        if names:
+            package = init.parent.relative_to(PACKAGE.parent)
+            yield f"| `{package}/` | {module_summary(init)} | {', '.join(names)} |"
+
+
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
-    "architecture.md": {"stages": stages},
+    "architecture.md": {"records": records, "reading order": reading_order, "modules": modules, "stages": stages},
     "api.md": {
         "video fields": partial(request_fields, CreateVideo, PEER_FIELD_NAMES),
         "peer fields": peer_fields,

@@ -19,18 +19,9 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "vidgen_ray"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
-ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def modules_in_table(package: str) -> set[str]:
-    """Return the names in the first column of the table of a package in architecture.md."""
-    table = ARCHITECTURE.split(f"| module of `{package}/` |")[1].split("\n\n")[0]
-    cells = [row.split("|")[1] for row in table.splitlines()[2:]]
-    return {name.rstrip("/") for cell in cells for name in re.findall(r"`([\w/]+)`", cell)}
 
 
 def test_generated_tables_are_current():
@@ -70,19 +61,6 @@ def test_named_commands_and_options_exist(page):
         accepted = {option for parameter in command.params for option in parameter.opts}
         options = {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)}
         assert options <= accepted, line
-
-
-def test_architecture_tree_lists_every_top_level_module():
-    tree = ARCHITECTURE.split("```")[1]
-    listed = {name.rstrip("/") for name in re.findall(r"^  ([\w./]+)", tree, re.MULTILINE)}
-    present = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")}
-    assert {name for name in listed if "/" not in name} == present
-
-
-@pytest.mark.parametrize("package", ["batch", "online"])
-def test_architecture_tables_list_every_module(package):
-    present = {path.stem for path in (PACKAGE / package).iterdir() if not path.name.startswith("__")}
-    assert modules_in_table(package) == present
 
 
 def test_memory_in_planning_is_that_of_the_plan():
