@@ -1,6 +1,6 @@
 """Benchmark of speed options: how much the results of a stage differ from those without options, and seconds per shot.
 
-Each option is measured alone, and each quality tier, on shots with and without a face. The first call of a stage is not timed.
+Each option is measured alone, on shots with and without a face. The first call of a stage is not timed.
 Stages that the profile has no models for are measured with random weights, which draw noise; their rows say so.
 
 ColorVideoVDP (Mantiuk et al. 2024, `pip install 'vidgen-ray[bench]'`) is a model of human vision: 10 JOD means no visible
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -40,7 +40,7 @@ from vidgen_ray.media import read_image
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Frames, Item, QualityTier, Stage, StageParams
+from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage, StageParams
 from vidgen_ray.stages.flux import FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
 from vidgen_ray.stages.flux_lora import FluxLoRAStage
@@ -75,9 +75,7 @@ THINGS = (
 Options = Mapping[str, Any]
 HALF_PRECISION: tuple[Options, ...] = ({"dtype": "bfloat16"}, {"dtype": "float16"})
 FIRST_BLOCK: tuple[Options, ...] = tuple({"step_cache": "first_block", "step_cache_threshold": t} for t in (0.05, 0.1, 0.2))
-QUANTIZED: tuple[Options, ...] = tuple(
-    {"quantize": name} for name in ("fp8_storage", "fp8_weights", "int8_weights", "nf4", "fp8")
-)
+QUANTIZED: tuple[Options, ...] = ({"quantize": "fp8_storage"}, {"quantize": "fp8"})
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,11 @@ class Group:
     fields: Options = field(default_factory=dict)
     """Fields of the shots."""
     has_face: bool = False
-    tiers: bool = True
     max_shots: int = len(THINGS)
 
 
 FLUX_OPTIONS: tuple[Options, ...] = (
     {"channels_last": True},
-    {"lora_hotswap": True},
     {"compile": "regional"},
     *HALF_PRECISION,
     *FIRST_BLOCK,
@@ -106,15 +102,12 @@ FLUX_OPTIONS: tuple[Options, ...] = (
 STEP_CACHES: tuple[Options, ...] = (*FIRST_BLOCK, {"step_cache": "magcache"}, {"step_cache": "taylorseer"})
 SVD_OPTIONS: tuple[Options, ...] = (
     {"channels_last": True},
-    {"fuse_qkv": True},
     {"compile": "full"},
     {"forward_chunking": True},
     {"decode_chunk_frames": 1},
     *HALF_PRECISION,
-    {"step_cache": "pyramid_attention", "step_cache_interval": 2},
-    {"step_cache": "pyramid_attention", "step_cache_interval": 3},
 )
-HUNYUAN_OPTIONS: tuple[Options, ...] = ({"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, *HALF_PRECISION)
+HUNYUAN_OPTIONS: tuple[Options, ...] = ({"channels_last": True}, {"compile": "regional"}, *HALF_PRECISION)
 EDIT_OPTIONS: tuple[Options, ...] = ({"vae_tile_px": 256}, {"dtype": "bfloat16"})
 VIDEO_OPTIONS: tuple[Options, ...] = ({"vae_tiling": True}, {"dtype": "bfloat16"})
 # Tiles have 256 pixels at least.
@@ -125,8 +118,8 @@ GROUPS: Mapping[str, Group] = {
     "flux-face": Group(FluxStage, FLUX_OPTIONS, has_face=True),
     # The default of FLUX.1-dev. The demo has 12 steps, which differ more from each other.
     "flux-28-steps": Group(FluxStage, STEP_CACHES, {"steps": {"flux": 28}}),
-    "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), TILED, tiers=False),
-    "lora": Group(FluxLoRAStage, STEP_CACHES, {"lora": "builtin:demo/sketch.safetensors"}, tiers=False),
+    "flux-tiles": Group(FluxStage, ({"vae_tile_px": 256},), TILED),
+    "lora": Group(FluxLoRAStage, STEP_CACHES, {"lora": "builtin:demo/sketch.safetensors"}),
     "hunyuan": Group(HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "a pencil sketch"}),
     "hunyuan-face": Group(
         HunyuanDiTStage, HUNYUAN_OPTIONS, {"use_hunyuan_style": True, "style_prompt": "pastel colours"}, has_face=True
@@ -138,22 +131,19 @@ GROUPS: Mapping[str, Group] = {
         ({"channels_last": True}, *HALF_PRECISION),
         {"identity": "instantid-sdxl"},
         has_face=True,
-        tiers=False,
     ),
-    "klein": Group(Flux2KleinStage, EDIT_OPTIONS, {"image_model": "klein", **TILED}, tiers=False),
+    "klein": Group(Flux2KleinStage, EDIT_OPTIONS, {"image_model": "klein", **TILED}),
     "qwen_edit": Group(
         QwenEditStage,
         EDIT_OPTIONS,
         {"use_hunyuan_style": True, "style_model": "qwen-edit", "style_prompt": "watercolour", **TILED},
-        tiers=False,
     ),
-    "wan": Group(WanStage, VIDEO_OPTIONS, {"video_model": "wan", "num_frames": 5, **TILED}, tiers=False),
-    "ltx": Group(LTXStage, VIDEO_OPTIONS, {"video_model": "ltx", "num_frames": 9, **TILED}, tiers=False),
+    "wan": Group(WanStage, VIDEO_OPTIONS, {"video_model": "wan", "num_frames": 5, **TILED}),
+    "ltx": Group(LTXStage, VIDEO_OPTIONS, {"video_model": "ltx", "num_frames": 9, **TILED}),
     "realesrgan": Group(
         RealESRGANStage,
         (*HALF_PRECISION, {"frames_per_call": 1}, {"tile_px": 64}),
         {"upscaler": "animevideov3"},
-        tiers=False,
         max_shots=1,
     ),
 }
@@ -202,24 +192,17 @@ def items_of(profile: Profile, group: Group, shots: Sequence[Shot]) -> list[Item
 
 
 def variants_of(profile: Profile, group: Group, choices: Sequence[str]) -> list[tuple[str, StageParams]]:
-    """Return the name and the parameters of the stage for the reference, each option and each tier.
+    """Return the name and the parameters of the stage for the reference and each option.
 
     `choices`: only those whose name contains one of these, if there are any.
     """
     reference = profile.params(group.stage)
-    # The precision that is faster here is not the reference.
-    if profile.actor_of(group.stage).dtype == "auto":
-        reference = reference.model_copy(update={"dtype": "float32"})
     on_cpu = reference.device == "cpu"
     variants = [("reference", reference)]
     for options in group.options:
         name = ", ".join(f"{option}: {value}" for option, value in options.items())
         if not (on_cpu and ("compile" in options or ("float16" in options.values() and "float16" not in choices))):
             variants.append((name, type(reference).model_validate({**dict(reference), **options})))
-    for tier in get_args(QualityTier) if group.tiers else ():
-        params = profile.with_quality_tier(tier).params(group.stage)
-        uncompiled = {"compile": "none"} if on_cpu and "compile" in type(params).model_fields else {}
-        variants.append((f"quality_tier: {tier}", params.model_copy(update=uncompiled)))
     return [
         (name, params) for name, params in variants if not choices or name == "reference" or any(c in name for c in choices)
     ]
@@ -263,7 +246,7 @@ def likenesses(stage: ClipLikenessStage, items: Sequence[Item], results: Sequenc
 
 
 def measure(profile: Profile, name: str, shots: int, choices: Sequence[str], errors: Console) -> list[dict[str, Any]]:
-    """Return one row per option and tier of a group: difference from the stage without options, likeness and seconds."""
+    """Return one row per option of a group: difference from the stage without options, likeness and seconds."""
     group = GROUPS[name]
     items = items_of(profile, group, shots_of(profile, group)[: min(shots, group.max_shots)])
     variants = variants_of(profile, group, choices)
@@ -324,7 +307,7 @@ def main() -> None:
         group_rows = measure(profile_for(args.profile, GROUPS[name]), name, args.shots, args.only, errors)
         rows += group_rows
         table += [cells(row, group_rows[0]) for row in group_rows]
-    about = machine(("torch", "diffusers", "torchao", "bitsandbytes", "cvvdp"))
+    about = machine(("torch", "diffusers", "torchao", "cvvdp"))
     columns = ("group", "option", "PSNR dB", "lowest", "SSIM", "largest", "JOD", "likeness", "s/shot")
     if args.markdown:
         lines = [columns, ("---",) * len(columns), *((row[0], f"`{row[1]}`", *row[2:]) for row in table)]

@@ -22,12 +22,10 @@ from typing import Any
 import diffusers
 import torch
 
-from benchmarks.meta_networks import HALF, RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
+from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
 from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
-from vidgen_ray.bench.published_models import NETWORKS, build_network
+from vidgen_ray.bench.published_models import NETWORKS
 from vidgen_ray.stages.memory import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
-from vidgen_ray.stages.speed import fuse_attention_projections
-from vidgen_ray.stages.step_cache import AttentionBroadcast
 
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8
@@ -276,8 +274,6 @@ def weights() -> dict[str, int]:
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
     sizes |= {name: tensor_bytes(network(name)) for name in RIFE_NETWORKS}
     sizes |= {f"{model}/lora": lora_bytes(f"{model}/transformer") for model in ("flux", "klein", "wan", "wan-ti2v", "ltx")}
-    sizes["svd/fused_projections"] = fused_projection_bytes("svd/unet")
-    sizes["hunyuan/fused_projections"] = fused_projection_bytes("hunyuan/transformer")
     # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/face_resampler.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
     sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
@@ -288,35 +284,6 @@ def lora_bytes(name: str) -> int:
     """Return the bytes of a LoRA of rank `LORA_RANK` on all linear layers of a network."""
     linear = [m for m in network(name).modules() if isinstance(m, torch.nn.Linear)]
     return 2 * LORA_RANK * sum(m.in_features + m.out_features for m in linear)
-
-
-def fused_projection_bytes(name: str) -> int:
-    """Return the bytes that `fuse_qkv` adds to a network."""
-    model = build_network(name, HALF)
-    before = tensor_bytes(model)
-    fuse_attention_projections(model)
-    return tensor_bytes(model) - before
-
-
-def attention_outputs(unet: Any) -> float:
-    """Return how many numbers pyramid attention broadcast keeps per latent pixel of SVD, for each pass of a step."""
-    levels = len(unet.config.block_out_channels)
-    numbers = 0.0
-    for name, module in unet.named_modules():
-        if getattr(module, "_diffusers_hook", None) is None or not module._diffusers_hook.hooks:
-            continue
-        part, index = name.split(".")[:2]
-        level = int(index) if part == "down_blocks" else levels - 1 - int(index) if part == "up_blocks" else levels - 1
-        # Each level has a quarter of the pixels of the one before it.
-        numbers += module.to_out[0].out_features / 4**level
-    return numbers
-
-
-def attention_output_bytes(width: int, height: int, frames: int) -> int:
-    """Return the bytes that pyramid attention broadcast keeps of a clip with guidance, which has two passes per step."""
-    unet = build_network("svd/unet", HALF)
-    AttentionBroadcast(unet, 2)
-    return int(2 * 2 * attention_outputs(unet) * width * height * frames / 64)
 
 
 def resampler_parameters(*, tokens: int, output: int) -> int:
@@ -340,7 +307,6 @@ def make_table() -> MemoryTable:
         "flux/text": [(0, flux_text())],
         "hunyuan/text": [(0, hunyuan_text())],
         **{name: [(0, size)] for name, size in constants().items()},
-        "svd/pyramid_attention": [(0, 0), (1024 * 576 * 25, attention_output_bytes(1024, 576, 25))],
     }
     for name, (trace, sizes, _) in traces().items():
         curves[name] = sorted((width * height * frames, trace(width, height, frames)) for width, height, frames in sizes)

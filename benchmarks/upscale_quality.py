@@ -32,8 +32,7 @@ from PIL import Image
 
 from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
-from vidgen_ray.stages.cpu_dtype import cpu_has_bfloat16
-from vidgen_ray.upscale.calibration import calibrate
+from vidgen_ray.upscale.calibration import calibrate, cpu_has_bfloat16
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.models import DEFAULT_MODEL, UpscaleModel, find_model
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, usable_cpus

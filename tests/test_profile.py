@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from typing import get_args
 
 import pytest
 
@@ -11,7 +10,6 @@ from vidgen_ray.errors import ProfileError, SetupError
 from vidgen_ray.graph import STAGES, check_profile
 from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import QualityTier
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.system.cache_dir import digest
@@ -31,26 +29,6 @@ def test_builtin_profiles_state_memory(name):
     assert all(actor.memory_gb > 0 or actor.device == "cuda" for actor in profile.actors.values())
     if any(actor.device == "cuda" for actor in profile.actors.values()):
         assert "has not been run on a GPU" in profile.about
-
-
-@pytest.mark.parametrize("name", builtin_profiles())
-@pytest.mark.parametrize("tier", get_args(QualityTier))
-def test_quality_tiers_fit_builtin_profiles(name, tier):
-    profile = load_profile(name)
-    for stage in [stage for stage in STAGES if stage.actor in profile.actors]:
-        plain, faster = profile.options_of(stage), profile.with_quality_tier(tier).options_of(stage)
-        own = profile.actor_of(stage).options
-        assert {option: getattr(faster, option) for option in own} == {option: getattr(plain, option) for option in own}
-        shot = Shot(prompt="a")
-        assert (stage.memory(faster, shot) is None) == (stage.memory(plain, shot) is None)
-
-
-def test_options_of_the_actor_replace_those_of_the_quality_tier():
-    profile = load_profile("gpu-80gb").with_quality_tier("draft")
-    assert profile.options_of(SVDStage).step_cache_interval == 3
-    actor = profile.actors["svd"].model_copy(update={"options": {"step_cache_interval": 5}})
-    changed = profile.model_copy(update={"actors": {**profile.actors, "svd": actor}})
-    assert changed.options_of(SVDStage).step_cache_interval == 5
 
 
 @pytest.mark.parametrize("name", ["tiny", "demo"])

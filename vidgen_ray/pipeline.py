@@ -49,7 +49,7 @@ from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.safety import safety_of
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Frames, Item, QualityTier, Stage
+from vidgen_ray.stages.base import Frames, Item, Stage
 from vidgen_ray.stages.progress import ProgressCallback, progress_callback
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.system.cache_dir import digest
@@ -173,16 +173,15 @@ class VideoGenerationPipeline:
         name_or_path: str,
         out: str | Path = "out",
         *,
-        quality_tier: QualityTier | None = None,
         provenance: ProvenanceSettings | None = None,
         require_licence: Requirement | None = None,
     ) -> VideoGenerationPipeline:
         """Create a pipeline from a built-in profile by name, or from a profile file by path.
 
-        `quality_tier` and `provenance`, how files are marked as AI-generated, replace the profile's. `require_licence`: use
-        that the licences of all weights behind a shot, and behind the shots that it continues, must allow.
+        `provenance`, how files are marked as AI-generated, replaces the profile's. `require_licence`: use that the licences of
+        all weights behind a shot, and behind the shots that it continues, must allow.
         """
-        profile = load_profile(name_or_path).with_quality_tier(quality_tier).with_provenance(provenance)
+        profile = load_profile(name_or_path).with_provenance(provenance)
         return cls(profile, out, require_licence=require_licence)
 
     def generate_video(

@@ -14,7 +14,7 @@ from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.provenance.record import ProvenanceSettings
 from vidgen_ray.safety import ContentPolicy, SafetySettings
-from vidgen_ray.stages.base import QualityTier, Stage, StageParams
+from vidgen_ray.stages.base import Stage, StageParams
 from vidgen_ray.system.strict_yaml import load_yaml, parse_yaml
 from vidgen_ray.weights import resolve, with_commit
 from vidgen_ray.weights.ledger import WeightLicence, licence_of
@@ -65,11 +65,6 @@ class Profile(_Section):
         "auto",
         description="auto: the fastest layout that fits. fused: one worker per GPU holds all models. colocated: one worker per "
         "GPU and entry of `actors`. staged: each worker holds one entry, as many of each as needed.",
-    )
-    quality_tier: QualityTier | None = Field(
-        None,
-        description="Speed options of all actors, from exact to fast: lossless, high, medium, draft. An actor's own options "
-        "take precedence. Default: none of them.",
     )
     cpu_workers: int | None = Field(
         None, ge=1, description="Maximum number of workers of a profile without GPUs. Default: as many as the CPUs allow."
@@ -129,7 +124,6 @@ class Profile(_Section):
             "missing": missing,
             "device": actor.device,
             "threads": max(1, int(actor.cpus)),
-            **({} if self.quality_tier is None else stage.quality_tiers.get(self.quality_tier, {})),
             **actor.options,
         }
         if actor.dtype is not None:
@@ -143,10 +137,6 @@ class Profile(_Section):
                 f"profile {self.source or self.name}, actors.{stage.actor}: {_first_error(error)}{allowed}"
             ) from None
         return params.resolved()
-
-    def with_quality_tier(self, tier: QualityTier | None) -> "Profile":
-        """Return the profile with another quality tier. `None` keeps its own."""
-        return self if tier is None else self.model_copy(update={"quality_tier": tier})
 
     def with_provenance(self, settings: ProvenanceSettings | None) -> "Profile":
         """Return the profile with other settings of the provenance. `None` keeps its own."""

@@ -39,7 +39,6 @@ def test_validate_counts_valid_lines_and_reports_invalid_ones(tmp_path, capsys):
         (["shot", "a", "--until", "dawn"], 2, "must be image or video"),
         (["shot", "a", "--keep", "all"], 2, "must be stages"),
         (["shot", "a", "--profile", "nope"], 3, "must be one of demo"),
-        (["plan", "s.txt", "--quality-tier", "best"], 2, "got 'best', must be one of lossless, high, medium, draft"),
         (["shot", "a", "--set", "fpss=3"], 2, "--set fpss: got an unknown field, did you mean fps?"),
         (["stage", "blur", "x.png"], 2, "must be one of instantid, instantid_sdxl, flux"),
         (["stage", "svd", "-o", "x.mp4"], 2, "svd requires an input file (image)"),
@@ -81,7 +80,7 @@ def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):
     script, out, calls = tmp_path / "s.jsonl", tmp_path / "out", []
     script.write_text('{"prompt": "a", "height": 7}\n')
     options = ["--keep", "stages", "--cache", "all", "--cache-gb", "2", "--replace", "--attempts", "2", "--seed", "5"]
-    options += ["--quality-tier", "draft", "--until", "image", "--no-provenance"]
+    options += ["--until", "image", "--no-provenance"]
     # A run without a valid line starts no Ray.
     assert main(["render", str(script), "-o", str(out), "-p", "tiny", *options]) == 3
 
@@ -92,19 +91,18 @@ def test_retry_renders_as_the_last_run_did(tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.batch.render.render", record)
     assert main(["retry", str(out)]) == 130
     ((script, profile, retried),) = calls
-    assert (profile.name, profile.quality_tier, profile.provenance.metadata) == ("tiny", "draft", "off")
+    assert (profile.name, profile.provenance.metadata) == ("tiny", "off")
     assert (retried.keep_stages, retried.cache, retried.cache_gb) == (True, "all", 2)
     assert (retried.replace, retried.attempts) == (True, 2)
     assert (script.run_seed, script.changes) == (5, changes_until("image"))
-    # Another profile keeps its own tier.
     assert main(["retry", str(out), "--profile", "demo"]) == 130
-    assert (calls[1][1].name, calls[1][1].quality_tier) == ("demo", None)
+    assert calls[1][1].name == "demo"
     # run.json of a version that did not record the options.
     run = json.loads((out / "run.json").read_text())
-    del run["options"], run["profile"]["quality_tier"]
+    del run["options"]
     (out / "run.json").write_text(json.dumps(run))
     assert main(["retry", str(out)]) == 130
-    assert (calls[2][1].quality_tier, calls[2][2].attempts, calls[2][0].changes) == (None, 3, {})
+    assert (calls[2][2].attempts, calls[2][0].changes) == (3, {})
 
 
 def test_shot_prints_the_written_files(tmp_path, capsys):

@@ -72,10 +72,6 @@ def test_clip_of_one_chunk_takes_one_call_unless_workers_share_the_stages(worker
     assert calls_of_a_clip(workers) == (calls, list(ALL))
 
 
-def test_upscaling_is_a_call_of_its_own_if_the_video_model_overlaps_calls():
-    assert calls_of_a_clip([ALL], overlap_shots=True) == (["run", "run_chunk", "write"], list(ALL))
-
-
 def test_chunks_run_in_calls_of_their_own(monkeypatch):
     monkeypatch.setattr(shot_runner, "CHUNK_BYTES", 1)
     called, stages = calls_of_a_clip([ALL])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from benchmarks.recompilations import write_loras
+
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.stages.base import Item, to_uint8
@@ -13,7 +13,6 @@ from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.pixels import pixels_to_uint8
-from vidgen_ray.stages.quantization import PACKAGES
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve
@@ -146,12 +145,10 @@ def test_pixels_of_the_gpu_have_the_bytes_of_the_host(dtype):
     "options",
     [
         {"channels_last": True},
-        {"fuse_qkv": True},
         {"attention_backend": "_native_efficient"},
         {"attention_backend": "_native_cudnn"},
         {"compile": "regional"},
         {"compile": "full"},
-        {"step_cache": "pyramid_attention"},
     ],
     ids=str,
 )
@@ -160,12 +157,10 @@ def test_svd_option_on_gpu(tiny, make_shot, options):
     with on_gpu(SVDStage, tiny) as plain, on_gpu(SVDStage, tiny, **options) as other:
         expected, clip = (result(stage, shot, image=PICTURE) for stage in (plain, other))
         assert np.array_equal(result(other, shot, image=PICTURE), clip)
-    assert difference(expected, clip) <= (255 if "step_cache" in options else 4)
+    assert difference(expected, clip) <= 4
 
 
-@pytest.mark.parametrize(
-    "options", [{"channels_last": True}, {"fuse_qkv": True}, {"compile": "regional"}, {"compile": "full"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"channels_last": True}, {"compile": "regional"}, {"compile": "full"}], ids=str)
 def test_hunyuandit_option_on_gpu(tiny, make_shot, options):
     shot = make_shot(use_hunyuan_style=True)
     with on_gpu(HunyuanDiTStage, tiny) as plain, on_gpu(HunyuanDiTStage, tiny, **options) as other:
@@ -179,13 +174,11 @@ def test_hunyuandit_option_on_gpu(tiny, make_shot, options):
         ({"attention_backend": "_native_cudnn"}, 8),
         ({"attention_backend": "_native_flash"}, 8),
         ({"compile": "regional"}, 8),
-        ({"lora_hotswap": True}, 4),
         ({"step_cache": "first_block"}, 255),
         ({"step_cache": "magcache"}, 255),
         ({"step_cache": "taylorseer"}, 255),
         ({"quantize": "fp8_storage"}, 64),
         ({"text_encoder": "cpu"}, 8),
-        ({"keep_text_encoder": False}, 0),
     ],
     ids=str,
 )
@@ -199,12 +192,11 @@ def test_flux_option_on_gpu(tiny, make_shot, options, levels):
             assert difference(*(result(stage, shot, image=image) for stage in (lora, other_lora))) <= levels
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_weights", "int8_weights", "nf4"])
-def test_quantised_flux_on_gpu(tiny, make_shot, name):
-    pytest.importorskip(PACKAGES[name])
-    if name == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+def test_flux_computed_in_fp8_on_gpu(tiny, make_shot):
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs Ada or Hopper")
-    with on_gpu(FluxStage, tiny, dtype="bfloat16") as plain, on_gpu(FluxStage, tiny, dtype="bfloat16", quantize=name) as other:
+    with on_gpu(FluxStage, tiny, dtype="bfloat16") as plain, on_gpu(FluxStage, tiny, dtype="bfloat16", quantize="fp8") as other:
         assert difference(*(result(stage, make_shot()) for stage in (plain, other))) <= 64
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.nets.ncnn import read_realesrgan
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages import cpu_dtype, realesrgan
+from vidgen_ray.stages import realesrgan
 from vidgen_ray.stages.base import Frames, Item, frame_chunks
 from vidgen_ray.stages.realesrgan import RealESRGANParams, RealESRGANStage, load_network
 from vidgen_ray.weights import resolve
@@ -336,36 +336,10 @@ def test_weights_must_be_a_folder(weights: Path) -> None:
 BF16_CPU = "model name\t: Some CPU\nflags\t\t: fpu avx512f avx512_bf16"
 
 
-@pytest.mark.parametrize(
-    ("device", "cpuinfo", "bfloat16_s", "dtype"),
-    [
-        ("cpu", BF16_CPU, 0.5, "bfloat16"),
-        ("cpu", BF16_CPU, 0.95, "float32"),  # within the noise
-        ("cpu", BF16_CPU, 1.3, "float32"),  # the flag alone is no proof
-        ("cpu", "flags\t\t: fpu avx2\nbugs\t\t: avx512_bf16", 0.5, "float32"),
-        ("cpu", None, 0.5, "float32"),
-        ("cuda", BF16_CPU, 0.5, "float16"),
-    ],
-)
-def test_auto_is_the_fastest_dtype_of_the_machine(
-    device: str, cpuinfo: str | None, bfloat16_s: float, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if cpuinfo is not None:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
-    monkeypatch.setattr(cpu_dtype, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(cpu_dtype, "_measure", lambda _threads: {"float32": 1.0, "bfloat16": bfloat16_s})
-    monkeypatch.setenv("VIDGEN_CACHE", str(tmp_path / "cache"))
-    params = RealESRGANParams(weights=tmp_path, device=device, dtype="auto")
-    assert params.resolved() == RealESRGANParams(weights=tmp_path, device=device, dtype=dtype)
-    # Measured once: a later process of this machine gets the same keys.
-    monkeypatch.setattr(cpu_dtype, "_measure", lambda _threads: {"float32": 1.0, "bfloat16": 2 - bfloat16_s})
-    assert params.resolved().dtype == dtype
-
-
-def test_cpu_dtypes_are_measured() -> None:
-    seconds = cpu_dtype._measure(1)
-    assert set(seconds) == {"float32", "bfloat16"}
-    assert all(0 < value < 60 for value in seconds.values())
+def test_dtype_auto_is_float32_on_a_cpu_and_float16_on_a_gpu(tiny) -> None:
+    params = tiny.params(RealESRGANStage).model_copy(update={"dtype": "auto"})
+    assert params.resolved().dtype == "float32"
+    assert params.model_copy(update={"device": "cuda"}).resolved().dtype == "float16"
 
 
 def test_only_videos_to_be_upscaled_are_upscaled() -> None:

@@ -1,4 +1,4 @@
-"""Speed options: each one gives the result of the plain stage, within the tolerance that its kind of change implies."""
+"""Options that make diffusion models faster or smaller, each compared with the plain stage."""
 
 import numpy as np
 import pytest
@@ -6,21 +6,40 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounter
 
-from benchmarks.trace_memory import attention_outputs
-from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.stages import speed
+from vidgen_ray.errors import Cancelled, SetupError, StageError
+from vidgen_ray.stages import flux_model, speed
 from vidgen_ray.stages.base import Item, to_uint8
+from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
+from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.pixels import pixels_to_uint8
+from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.weights import resolve
 
+LORA = resolve("builtin:tiny/lora.safetensors")
 ROUNDING_LEVELS = 1
 """Largest difference, in levels of 255, of an option that changes nothing but the rounding."""
+SIZES = ((128, 64), (64, 64), (128, 128))
+"""Width and height of images."""
 
 
 def with_options(stage_class, profile, **options):
     return stage_class(type(profile.params(stage_class)).model_validate({**dict(profile.params(stage_class)), **options}))
+
+
+def image_of(stage, shot, **artefacts):
+    return stage([Item(shot, artefacts)])[0]["image"]
+
+
+def svd_clip(stage, make_shot, picture, **fields):
+    return stage([Item(make_shot(**{"num_frames": 4, "steps": {"svd": 3}, **fields}), {"image": picture})])[0]["frames"]
+
+
+def largest_difference(a, b):
+    return np.abs(a.astype(int) - b).max()
 
 
 @pytest.fixture(scope="module")
@@ -29,118 +48,201 @@ def picture():
     return np.stack([x * 2, y * 4, x + y], -1).astype(np.uint8)
 
 
-def svd_clip(stage, make_shot, picture, **fields):
-    return stage([Item(make_shot(**{"num_frames": 4, "steps": {"svd": 3}, **fields}), {"image": picture})])[0]["frames"]
+@pytest.fixture(scope="module")
+def face(tiny, photo):
+    with InstantIDStage(tiny.params(InstantIDStage)) as stage:
+        return stage.features([photo])
 
 
 @pytest.fixture(scope="module")
-def plain_svd(tiny):
-    with SVDStage(tiny.params(SVDStage)) as stage:
+def plain(tiny):
+    with FluxStage(tiny.params(FluxStage)) as stage:
         yield stage
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"channels_last": True}, {"fuse_qkv": True}, {"attention_backend": "_native_math"}],
-    ids=lambda options: next(iter(options)),
-)
-def test_svd_option_changes_only_the_rounding(plain_svd, tiny, make_shot, picture, options):
-    with with_options(SVDStage, tiny, **options) as stage:
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend of torch.compile that counts graphs and generates no code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = CompileCounter()
+    monkeypatch.setattr(speed, "COMPILE_BACKEND", counter)
+    yield counter
+    torch._dynamo.reset()
+
+
+def test_exact_options_change_only_the_rounding(tiny, make_shot, picture):
+    with SVDStage(tiny.params(SVDStage)) as stage:
         clip = svd_clip(stage, make_shot, picture)
-    difference = np.abs(clip.astype(int) - svd_clip(plain_svd, make_shot, picture))
-    assert difference.max() <= ROUNDING_LEVELS
+    for options in ({"channels_last": True}, {"attention_backend": "_native_math"}):
+        with with_options(SVDStage, tiny, **options) as stage:
+            assert largest_difference(svd_clip(stage, make_shot, picture), clip) <= ROUNDING_LEVELS, options
+    restyled = make_shot(use_hunyuan_style=True)
+    with with_options(HunyuanDiTStage, tiny) as one, with_options(HunyuanDiTStage, tiny, channels_last=True) as other:
+        assert largest_difference(*(image_of(stage, restyled, image=picture) for stage in (one, other))) <= ROUNDING_LEVELS
 
 
-@pytest.mark.parametrize("stage_class", [SVDStage, HunyuanDiTStage])
-def test_fused_projections_are_in_every_attention_module(tiny, stage_class):
-    with with_options(stage_class, tiny, fuse_qkv=True) as stage:
-        network = stage.pipe.unet if stage_class is SVDStage else stage.pipe.transformer
-        modules = [module for module in network.modules() if type(module).__name__ == "Attention"]
-        assert modules
-        assert all(hasattr(m, "to_kv" if m.is_cross_attention else "to_qkv") for m in modules)
-
-
-def test_svd_step_cache_skips_attention_and_starts_fresh_for_each_clip(plain_svd, tiny, make_shot, picture):
-    shot = {"steps": {"svd": 6}}
-    with with_options(SVDStage, tiny, step_cache="pyramid_attention") as stage:
-        calls = []
-        first = next(m for m in stage.pipe.unet.modules() if type(m).__name__ == "Attention" and not m.is_cross_attention)
-        processor = first.processor
-        first.set_processor(lambda *args, **kwargs: calls.append(1) or processor(*args, **kwargs))
-        clip = svd_clip(stage, make_shot, picture, **shot)
-        assert 0 < len(calls) < 6
-        assert np.array_equal(svd_clip(stage, make_shot, picture, **shot), clip)
-    assert not np.array_equal(clip, svd_clip(plain_svd, make_shot, picture, **shot)), "an approximation"
-
-
-def test_svd_step_cache_keeps_what_the_memory_table_assumes(tiny, make_shot, picture):
-    with with_options(SVDStage, tiny, step_cache="pyramid_attention") as stage:
-        unet = stage.pipe.unet
-        kept = []
-
-        def count(module, args, output):
-            states = [hook.state for m in unet.modules() if hasattr(m, "_diffusers_hook") for hook in hooks_of(m)]
-            passes, frames, _, height, width = args[0].shape
-            kept.append(sum(state.cache.numel() for state in states) / (passes * frames * height * width))
-
-        unet.register_forward_hook(count)
-        svd_clip(stage, make_shot, picture)
-        assert kept == [pytest.approx(attention_outputs(unet))] * 3
-        assert all(hook.state.cache is None for m in unet.modules() if hasattr(m, "_diffusers_hook") for hook in hooks_of(m))
-
-
-def hooks_of(module):
-    return [hook for hook in module._diffusers_hook.hooks.values() if hasattr(hook, "state")]
-
-
-def test_svd_rejects_a_step_cache_in_a_compiled_network(tiny):
-    with pytest.raises(ValueError, match="needs compile: none"):
-        with_options(SVDStage, tiny, step_cache="pyramid_attention", compile="full")
-
-
-@pytest.mark.parametrize("options", [{"channels_last": True}, {"fuse_qkv": True}], ids=lambda options: next(iter(options)))
-def test_hunyuandit_option_changes_only_the_rounding(tiny, make_shot, picture, options):
-    shot = make_shot(use_hunyuan_style=True)
-    with with_options(HunyuanDiTStage, tiny) as plain, with_options(HunyuanDiTStage, tiny, **options) as other:
-        a, b = (stage([Item(shot, {"image": picture})])[0]["image"].astype(int) for stage in (plain, other))
-    assert np.abs(a - b).max() <= ROUNDING_LEVELS
-
-
-@pytest.mark.parametrize("stage_class", [SVDStage, HunyuanDiTStage, InstantIDSDXLStage])
-def test_unknown_attention_backend_is_refused_with_the_names_that_work(tiny, stage_class):
-    with pytest.raises(SetupError, match=r"attention_backend: got 'sage', must be one of _native_cudnn, .*native on this"):
+@pytest.mark.parametrize("stage_class", [FluxStage, SVDStage, HunyuanDiTStage, InstantIDSDXLStage])
+def test_attention_backend_that_is_not_installed_is_refused(tiny, stage_class):
+    with pytest.raises(SetupError, match=r"attention_backend: .*'sage'"):
         with_options(stage_class, tiny, attention_backend="sage").load()
 
 
-def test_installed_attention_backends_leave_out_packages_that_are_missing():
-    names = speed.installed_attention_backends()
-    assert "native" in names
-    assert not {"flash", "sage", "xformers", "flash_hub"} & set(names)
+def test_attention_backend_of_the_hub_is_refused(tiny):
+    with pytest.raises(SetupError, match="'flash_hub', which downloads code"):
+        with_options(FluxStage, tiny, attention_backend="flash_hub").load()
+
+
+def test_attention_backend_of_one_network_is_not_that_of_the_others(tiny, plain, make_shot):
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    with with_options(FluxStage, tiny, attention_backend="_native_math") as stage:
+        assert largest_difference(image_of(stage, make_shot()), image_of(plain, make_shot())) <= ROUNDING_LEVELS
+        assert _AttentionBackendRegistry.get_active_backend()[0].value == "native"
+
+
+# Compilation
 
 
 @pytest.mark.parametrize("mode", ["regional", "full"])
-def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, monkeypatch, mode):
-    counter = CompileCounter()
-    monkeypatch.setattr(speed, "COMPILE_BACKEND", counter)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+def test_compiled_svd_recompiles_once_for_other_sizes(tiny, make_shot, picture, counter, mode):
     compiled = []
-    with with_options(SVDStage, tiny, compile=mode) as stage, with_options(SVDStage, tiny) as plain:
+    with with_options(SVDStage, tiny, compile=mode) as stage, with_options(SVDStage, tiny) as other:
         for repeat, frames in ((1, 4), (1, 4), (2, 6), (3, 5)):
             image = np.concatenate([picture] * repeat)
             shot = {"height": len(image), "num_frames": frames, "steps": {"svd": 2}}
             clip = svd_clip(stage, make_shot, image, **shot)
             compiled.append(counter.frame_count)
-            assert np.abs(clip.astype(int) - svd_clip(plain, make_shot, image, **shot)).max() <= ROUNDING_LEVELS
+            assert largest_difference(clip, svd_clip(other, make_shot, image, **shot)) <= ROUNDING_LEVELS
     assert 0 < compiled[0] == compiled[1] < compiled[2]
     assert compiled[2] == compiled[3], "the sizes are dynamic"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_flux_recompiles_once_for_other_sizes_with_and_without_faces(tiny, make_shot, face, counter):
+    compiled = []
+    with with_options(FluxStage, tiny, compile="regional") as stage:
+        for width, height in SIZES:
+            size = {"width": width, "height": height}
+            image_of(stage, make_shot(**size))
+            image_of(stage, make_shot(face_image="x.jpg", **size), face=face)
+            image_of(stage, make_shot(negative_prompt="blurred", **size))
+            compiled.append(counter.frame_count)
+    assert 0 < compiled[0] < compiled[1] == compiled[2]
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_compiled_hunyuandit_recompiles_at_most_once_for_each_side_that_changes(tiny, make_shot, counter, mode):
+    compiled = []
+    with with_options(HunyuanDiTStage, tiny, compile=mode) as stage:
+        for width, height in (*SIZES, *SIZES):
+            shot = make_shot(width=width, height=height, use_hunyuan_style=True)
+            image_of(stage, shot, image=np.full((height, width, 3), 127, np.uint8))
+            compiled.append(counter.frame_count)
+    assert 0 < compiled[0] < compiled[1]
+    # The second size has another width, the third one another height. The blocks see the number of patches only.
+    assert compiled[-1] - compiled[1] == (0 if mode == "regional" else 1)
 
 
 def test_compilation_needs_a_compiler(tiny, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SetupError, match=r"compile: needs a C\+\+ compiler"):
         with_options(SVDStage, tiny, compile="full").load()
+
+
+# Step caches
+
+
+def transformer_calls(stage):
+    """Return a list that grows with each call of a block of the transformer."""
+    calls = []
+    block = stage.model.text_to_image.transformer.single_transformer_blocks[0]
+    block.attn.to_q.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["first_block", "magcache", "taylorseer"])
+def test_step_cache_skips_blocks_and_starts_fresh_for_each_shot(plain, tiny, make_shot, name):
+    shot = make_shot(steps={"flux": 8, "lora": 8})
+    options = {"step_cache": name, "step_cache_threshold": 10.0}
+    with with_options(FluxStage, tiny, **options) as flux, with_options(FluxLoRAStage, tiny, **options) as lora:
+        calls = transformer_calls(flux)
+        image = image_of(flux, shot)
+        assert 0 < len(calls) < 8
+        assert not np.array_equal(image, image_of(plain, shot)), "an approximation"
+        # FluxImg2ImgPipeline names no passes, and a negative prompt has two per step.
+        image_of(lora, make_shot(lora=[str(LORA)], negative_prompt="blurred", steps={"flux": 8, "lora": 8}), image=image)
+        assert np.array_equal(image_of(flux, shot), image)
+
+
+@pytest.mark.parametrize("name", ["first_block", "magcache"])
+def test_step_cache_that_skips_blocks_is_off_for_faces(plain, tiny, make_shot, face, name):
+    """The residuals of InfuseNet are part of the cached result, and would be added again between the skipped blocks."""
+    shot, without_face = make_shot(face_image="x.jpg", steps={"flux": 6}), make_shot(steps={"flux": 6})
+    with with_options(FluxStage, tiny, step_cache=name, step_cache_threshold=10.0) as stage:
+        calls = transformer_calls(stage)
+        cached = image_of(stage, without_face)
+        assert len(calls) < 6
+        calls.clear()
+        assert np.array_equal(image_of(stage, shot, face=face), image_of(plain, shot, face=face))
+        assert len(calls) == 6
+        assert np.array_equal(image_of(stage, without_face), cached)
+
+
+def test_cancelled_shot_does_not_change_the_next_one(tiny, make_shot):
+    def cancel(stage, done, steps):
+        if done == 3:
+            raise Cancelled
+
+    shot = make_shot(steps={"flux": 8})
+    with with_options(FluxStage, tiny, step_cache="first_block", step_cache_threshold=10.0) as stage:
+        expected = image_of(stage, shot)
+        with pytest.raises(Cancelled), progress_callback(cancel):
+            image_of(stage, make_shot(steps={"flux": 8}, prompt="another"))
+        assert np.array_equal(image_of(stage, shot), expected)
+
+
+# Weights in 8 bits, few-step weights
+
+
+def test_weights_stored_in_fp8_are_computed_in_the_dtype(plain, tiny, make_shot, face):
+    shot = make_shot(face_image="x.jpg")
+    with with_options(FluxStage, tiny, quantize="fp8_storage") as stage:
+        weights = stage.model.text_to_image.transformer.single_transformer_blocks[0].proj_mlp.weight
+        assert weights.dtype == torch.float8_e4m3fn
+        image = image_of(stage, shot, face=face)
+        with FluxLoRAStage(stage.params) as lora:
+            assert not np.array_equal(image_of(lora, make_shot(lora=[str(LORA)]), image=image), image)
+    difference = np.abs(image.astype(int) - image_of(plain, shot, face=face))
+    assert 0 < difference.mean() < 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_fp8_names_what_is_missing(tiny, monkeypatch):
+    for found, message in (
+        (None, r"package torchao; pip install 'vidgen-ray\[quant"),
+        ("found", "NVIDIA GPU .* use fp8_storage"),
+    ):
+        monkeypatch.setattr(flux_model, "find_spec", lambda _, found=found: found)
+        with pytest.raises(SetupError, match=f"quantize: fp8 needs .*{message}"):
+            with_options(FluxStage, tiny, quantize="fp8").load()
+
+
+def test_few_step_lora_is_merged_into_the_weights(plain, tiny, make_shot):
+    with with_options(FluxStage, tiny, extra_weights={"few_step_lora": LORA}) as stage:
+        assert not stage.model.text_to_image.get_list_adapters()
+        assert not np.array_equal(image_of(stage, make_shot()), image_of(plain, make_shot()))
+
+
+def test_profiles_with_other_options_share_no_model(tiny):
+    with with_options(FluxStage, tiny) as one, with_options(FluxStage, tiny, quantize="fp8_storage") as other:
+        assert one.model is not other.model
+        with with_options(FluxLoRAStage, tiny) as same:
+            assert one.model is same.model
+
+
+# Pixels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

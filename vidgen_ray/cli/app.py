@@ -37,11 +37,9 @@ from vidgen_ray.cli.options import (
     OutOption,
     PrivateOption,
     ProfileOption,
-    QualityTierOption,
     SeedOption,
     SetOption,
     check_out,
-    chosen_profile,
     example,
     local_path,
     parse_fields,
@@ -229,7 +227,6 @@ def render(
     script: ScriptArgument,
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
-    quality_tier: QualityTierOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
     seed: SeedOption = 0,
@@ -281,7 +278,7 @@ def render(
     """
     from vidgen_ray.batch.render import RenderOptions
 
-    chosen = chosen_profile(profile, quality_tier)
+    chosen = load_profile(profile)
     chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     if strict:
@@ -311,7 +308,6 @@ def plan(
     script: ScriptArgument,
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
-    quality_tier: QualityTierOption = None,
     address: AddressOption = None,
     gpus: GpusOption = None,
     mode: ModeOption = None,
@@ -329,7 +325,7 @@ def plan(
     from vidgen_ray.batch.render import estimate_run
     from vidgen_ray.cli.plan import plan_command
 
-    chosen = chosen_profile(profile, quality_tier)
+    chosen = load_profile(profile)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     planned_gpus = parse_gpus(gpus) if gpus else None
     with interruptible():
@@ -353,7 +349,6 @@ def plan(
 @app.command()
 def serve(
     profile: Annotated[str | None, typer.Option("--profile", "-p", help=f"{PROFILE_HELP} {_server_default('profile')}")] = None,
-    quality_tier: QualityTierOption = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -393,7 +388,7 @@ def serve(
     from vidgen_ray.cli.serve import serve_command, settings_of
 
     options = {"profile": profile, "host": host, "port": port, "data": data, "database": database, "keys_file": keys}
-    options |= {"quality_tier": quality_tier, "require_licence": require}
+    options |= {"require_licence": require}
     with interruptible(), redirect_stdout(sys.stderr):
         chosen = settings_of(settings, options)
         if c2pa_key is not None:
@@ -437,8 +432,8 @@ def retry(
     consent: ConsentOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Render the failed lines of an output folder again, as its last run did: with its profile, quality tier and provenance
-    options, --keep, --cache, --cache-gb, --replace, --attempts, --seed and --until.
+    """Render the failed lines of an output folder again, as its last run did: with its profile and provenance options, --keep,
+    --cache, --cache-gb, --replace, --attempts, --seed and --until.
     """
     from vidgen_ray.batch.render import RenderOptions
     from vidgen_ray.cli.retry import failed_lines, last_options, last_profile
@@ -496,7 +491,6 @@ def shot(
     prompt: Annotated[str, typer.Argument(help="Text to render.")],
     out: OutUrlOption = "out",
     profile: ProfileOption = "demo",
-    quality_tier: QualityTierOption = None,
     face: Annotated[
         list[Path] | None, typer.Option("--face", help="Photo of the person. Repeat for more photos of the same person.")
     ] = None,
@@ -517,7 +511,7 @@ def shot(
     from vidgen_ray.pipeline import VideoGenerationPipeline
     from vidgen_ray.script.read import check_shot
 
-    chosen = chosen_profile(profile, quality_tier)
+    chosen = load_profile(profile)
     chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     values = with_consent(parse_fields(fields), consent)
     if "prompt" in values:
@@ -576,7 +570,6 @@ def stage(
         Path, typer.Option("--out", "-o", metavar="FILE", parser=local_path, help="Output file: .png, .mp4 or .json.")
     ] = Path("out.png"),
     profile: ProfileOption = "demo",
-    quality_tier: QualityTierOption = None,
     seed: SeedOption = 0,
     fields: SetOption = None,
     consent: ConsentOption = None,
@@ -589,7 +582,7 @@ def stage(
     """Run a single stage on an image or a clip."""
     from vidgen_ray.cli.one_stage import run_one_stage
 
-    chosen = chosen_profile(profile, quality_tier)
+    chosen = load_profile(profile)
     chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     with interruptible(), progress_bar(Console(stderr=True)) as on_progress, progress_callback(on_progress):
         is_media = run_one_stage(chosen, name, source, out, with_consent(parse_fields(fields), consent), seed)

@@ -3,7 +3,7 @@
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -12,12 +12,11 @@ from vidgen_ray.consent import DECLARED_BASES, parse_consent
 from vidgen_ray.errors import UsageError
 from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
-from vidgen_ray.profile import Profile, builtin_profiles, load_profile
+from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
 from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.check import LineCheck, LineChecker
 from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
-from vidgen_ray.stages.base import QualityTier
 
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
@@ -82,14 +81,6 @@ def local_path(value: str | Path) -> Path:
 
 PROFILE_HELP = f"Built-in profile ({', '.join(builtin_profiles())}), or the path of a profile file."
 ProfileOption = Annotated[str, typer.Option("--profile", "-p", help=PROFILE_HELP)]
-QualityTierOption = Annotated[
-    str | None,
-    typer.Option(
-        "--quality-tier",
-        metavar="|".join(get_args(QualityTier)),
-        help="Speed options, from exact to fast. Default: those of the profile.",
-    ),
-]
 # Not a Path: Path("") is the current folder.
 OutOption = Annotated[str, typer.Option("--out", "-o", help="Output folder.", callback=check_out)]
 SetOption = Annotated[
@@ -174,15 +165,3 @@ def provenance_settings(
     except ValidationError:
         allowed = f"must be one line of 1 to {MAX_LABEL_LETTERS} printable letters"
         raise UsageError(f"--label: got {shortened(label)}, {allowed}") from None
-
-
-def chosen_profile(name_or_path: str, quality_tier: str | None) -> Profile:
-    """Load a profile, with another quality tier if one is given."""
-    profile = load_profile(name_or_path)
-    for tier in get_args(QualityTier):
-        if quality_tier == tier:
-            return profile.with_quality_tier(tier)
-    if quality_tier is None:
-        return profile
-    allowed = ", ".join(get_args(QualityTier))
-    raise typer.BadParameter(f"got {quality_tier!r}, must be one of {allowed}", param_hint="--quality-tier")

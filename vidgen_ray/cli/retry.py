@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
 
 from vidgen_ray.batch.run_options import RepeatedOptions
 from vidgen_ray.errors import SetupError
@@ -14,21 +13,20 @@ from vidgen_ray.outputs.failures import FILE
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.last_run import read_last_run
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.stages.base import QualityTier
 
 
 def last_profile(outputs: OutputFolder) -> Profile:
-    """Return the profile of the last run, which `run.json` names, with the quality tier of that run.
+    """Return the profile of the last run, which `run.json` names.
 
     Raises SetupError if it names none, and ProfileError if its profile does not exist any more.
     """
     try:
         if not (run := read_last_run(outputs)):
             raise SetupError(f"{outputs.url}: has no results; pass the output folder of `vidgen render`")
-        name, tier = run["profile_source"] or run["profile"]["name"], run["profile"].get("quality_tier")
+        name = run["profile_source"] or run["profile"]["name"]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SetupError(f"{outputs.url}: run.json does not name the profile of the last run; pass --profile") from None
-    return load_profile(name).with_quality_tier(tier if tier in get_args(QualityTier) else None)
+    return load_profile(name)
 
 
 def last_options(outputs: OutputFolder) -> RepeatedOptions:

@@ -16,7 +16,6 @@ from vidgen_ray.planner.cluster import GB
 from vidgen_ray.planner.gpu_memory import changed_options, too_large
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.system.free_memory import free_gpu_bytes
 
 R = TypeVar("R")
@@ -106,9 +105,7 @@ def _settings(stage: Stage[Any], params: StageParams) -> Iterator[None]:
         return
     stage.params = params
     try:
-        # Beside the next call, the stage would have these settings there, too.
-        with overlap_allowed(None):
-            yield
+        yield
     finally:
         stage.params = own
 

@@ -133,9 +133,6 @@ class ShotRunner:
         # A clip whose likeness is too low is not processed.
         if len(calls) != 1 or plan.shot.min_identity is not None or len(self._cut(plan.shot)) > 1:
             return ()
-        # Such a stage lets the next call begin while it ends.
-        if self._config.profile.actor_of(STAGE_BY_NAME[last[-1].stage]).options.get("overlap_shots"):
-            return ()
         names = (step.stage for step in (*last, *calls[0]))
         return calls[0] if self._workers.only_together(*names) else ()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from vidgen_ray.outputs.records import Failure, StepRecord
 from vidgen_ray.safety import Safety
 from vidgen_ray.shot import LORA_FIELDS, Shot
 from vidgen_ray.stages.base import Artefacts, ChunkedStage, Frames, Image, Item, Stage
-from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import report_progress
 from vidgen_ray.system.cache_dir import digest, file_version
 from vidgen_ray.system.model_files import loaded_files
@@ -237,24 +235,13 @@ class StepRunner:
             self._cache.close()
 
     def run(self, plan: ShotPlan, item: Item, steps: Collection[str]) -> tuple[Item, list[StepRecord]]:
-        """Take the item through these steps of its plan. Raises StepFailed.
-
-        The last one may overlap with the next call of this process, see `stages/overlap.py`.
-        """
+        """Take the item through these steps of its plan. Raises StepFailed."""
         records = []
-        todo = [step for step in plan.steps if step.stage in steps]
-        for step in todo:
-            with nullcontext() if step is todo[-1] else overlap_allowed(None):
+        for step in plan.steps:
+            if step.stage in steps:
                 item, record = self._step(plan, step, item)
-            records.append(record)
+                records.append(record)
         return item, records
-
-    def prepare(self, shot: Shot, steps: Iterable[str]) -> None:
-        """Let the stages of these steps prepare for the shot. May run beside another call."""
-        for name in steps:
-            # The call itself fails in the same way.
-            with suppress(Exception):
-                self.stages[name].prepare(shot)
 
     def run_chunk(
         self, plan: ShotPlan, steps: Collection[str], chunk: slice | None, artefacts: Artefacts

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
@@ -31,54 +29,7 @@ from vidgen_ray.planner.layout import WorkerSpec
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Item
-from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import progress_callback
-
-
-class CallTurns:
-    """Locks of one process. At most one call has its turn, and at most one other call is at its end."""
-
-    def __init__(self) -> None:
-        self._turn = Lock()
-        self._end = Lock()
-
-    def next(self) -> Turn:
-        """Return the turn of a call. Use it as a context manager."""
-        return Turn(self._turn, self._end)
-
-
-class Turn:
-    """Waits for its turn, and keeps it until its block ends or its `end` begins."""
-
-    def __init__(self, turn: Lock, end: Lock) -> None:
-        self._turn = turn
-        self._end = end
-        self._held = turn
-
-    def __enter__(self) -> Self:
-        self._turn.acquire()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._held.release()
-
-    @contextmanager
-    def end(self) -> Iterator[None]:
-        """Run a block, and what follows it in the turn's block, beside the turn of the next call.
-
-        Waits for the end of the call before. If the block fails, it has its turn again when the error is raised.
-        """
-        self._end.acquire()
-        self._held = self._end
-        self._turn.release()
-        try:
-            yield
-        except BaseException:
-            # In this order: the call that has its turn may be waiting for its own end.
-            self._end.release()
-            self._turn.acquire()
-            self._held = self._turn
-            raise
 
 
 @contextmanager
@@ -119,8 +70,8 @@ def _lock_if_free(descriptor: int) -> bool:
 T = TypeVar("T")
 
 MAX_CONCURRENT_CALLS = 2
-"""The next call runs while the result of the previous one is decoded, see `stages/overlap.py`, and copied to Ray's object
-store. For a chunk of large frames, copying takes a fifth of the computing time."""
+"""The next call runs while the result of the previous one is copied to Ray's object store, which takes a fifth of the
+computing time for a chunk of large frames."""
 CONTROL = "control"
 """Concurrency group of the methods that respond during a call."""
 
@@ -137,17 +88,16 @@ class ActorPlace:
 
 
 class Worker(PackedCalls):
-    """Actor that holds stages in memory and runs one call at a time, see `CallTurns`."""
+    """Actor that holds stages in memory and runs one call at a time."""
 
     def __init__(self, config: EngineConfig, spec: WorkerSpec, parallel_loads: int = 1) -> None:
         """`parallel_loads`: maximum number of processes of this machine that load weights at once."""
-        self._turns = CallTurns()
+        self._call_lock = threading.Lock()
         self._config = config
         self._spec = spec
         self._parallel_loads = parallel_loads
         self._loaded: Failure | StepRunner | None = None
         self._progress: dict[int, Progress] = {}
-        """Running calls, of which one is at its end."""
         self._deadlines: dict[int, float] = {}
         """Running call -> time at which it exceeds its timeout."""
         self._cancelled: set[int] = set()
@@ -190,7 +140,7 @@ class Worker(PackedCalls):
 
         Not part of `__init__`: Ray rejects calls during a restart, so a crash while loading would look like a slow start.
         """
-        with self._turns.next():
+        with self._call_lock:
             ready = self._ready()
         return ready if isinstance(ready, Failure) else None
 
@@ -212,9 +162,7 @@ class Worker(PackedCalls):
         """
 
         def run_all(runner: StepRunner) -> tuple[CallResult, tuple[Artefacts, Artefacts]]:
-            # The chunked steps keep the turn: the memory plan has no room for them beside another call.
-            with overlap_allowed(None):
-                item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
+            item, records = runner.run(plan, Item(plan.shot, artefacts), steps)
             n_frames, _ = clip_length(plan.shot)
             clip, chunked_records = runner.run_chunk(plan, chunked, slice(0, n_frames), item.artefacts)
             return CallResult((*records, *chunked_records), likeness_of(item.artefacts)), (item.artefacts, clip)
@@ -254,14 +202,13 @@ class Worker(PackedCalls):
                 raise Cancelled
             self._progress[call] = Progress(stage, step, steps)
 
-        self._prepare(shot, stages)
-        with self._turns.next() as turn:
+        with self._call_lock:
             ready = self._ready()
             if isinstance(ready, Failure):
                 return CallResult(failure=ready, load_failed=True), default
             self._deadlines[call] = time.monotonic() + self._config.timeout_s(shot, *stages)
             try:
-                with progress_callback(on_progress), overlap_allowed(turn.end if self._overlaps else None):
+                with progress_callback(on_progress):
                     on_progress(stages[0], 0, 0)
                     return function(ready)
             except Cancelled:
@@ -272,16 +219,6 @@ class Worker(PackedCalls):
                 self._progress.pop(call, None)
                 del self._deadlines[call]
                 self._cancelled.discard(call)
-
-    @property
-    def _overlaps(self) -> bool:
-        """True if calls may overlap. Swapping would move weights that another call uses."""
-        return not self._spec.swap_groups
-
-    def _prepare(self, shot: Shot, stages: tuple[str, ...]) -> None:
-        """Compute what does not depend on earlier steps while another call has its turn."""
-        if self._overlaps and isinstance(self._loaded, StepRunner):
-            self._loaded.prepare(shot, stages)
 
     def _ready(self) -> StepRunner | Failure:
         """Return the step runner, and load it first if needed.

@@ -80,7 +80,7 @@ def server_plan(settings: OnlineSettings, detect: Callable[[], Cluster]) -> Serv
     Raises ProfileError and SetupError as the planner does, and SetupError if nothing can be served, or if Ray cannot
     distinguish GPUs of different sizes.
     """
-    configured = load_profile(settings.profile).with_quality_tier(settings.quality_tier)
+    configured = load_profile(settings.profile)
     configured = configured.with_provenance(settings.provenance)
     check_signing(configured.provenance)
     if settings.layout is not None:

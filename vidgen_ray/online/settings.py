@@ -12,7 +12,6 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.licences import Requirement
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import ProvenanceSettings
-from vidgen_ray.stages.base import QualityTier
 from vidgen_ray.system.files import private_folder
 
 MB = 1_000_000
@@ -122,9 +121,6 @@ class OnlineSettings(_Section):
     """Settings of a server. Times are in seconds."""
 
     profile: str = Field("demo", description="Name or file of the profile: models, devices and defaults.")
-    quality_tier: QualityTier | None = Field(
-        None, description="Speed options of all models: lossless, high, medium or draft. Default: the profile's."
-    )
     layout: Literal["auto", "fused", "colocated", "staged"] | None = Field(
         None,
         description="Layout of the stages on GPUs. `staged` gives every model its own processes and GPUs. "

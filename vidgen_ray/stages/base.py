@@ -6,7 +6,6 @@ docs are derived from that declaration. Heavy packages (torch, diffusers) are im
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +33,6 @@ Image = NDArray[np.uint8]
 """RGB, (H, W, 3), 0 to 255."""
 Frames = NDArray[np.uint8]
 """RGB, (T, H, W, 3), 0 to 255."""
-QualityTier = Literal["lossless", "high", "medium", "draft"]
-"""Named sets of speed options, from exact to fast. `lossless` changes nothing but the rounding."""
 REFERENCE_PIXELS, REFERENCE_FRAMES = 1024 * 576, 25
 """Size of the reference shot, for which seconds are stated: 1024x576 pixels, 25 frames, default steps."""
 
@@ -220,8 +217,6 @@ class Stage(ABC, Generic[P]):
     uses_shot_seed: ClassVar[bool] = False
     """True if the noise comes from the shot's seed itself, not from a seed derived for the stage. Only for a stage that makes
     the first image: a refinement with the noise that produced its input would amplify it."""
-    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {}
-    """Quality tier -> options of this stage's actor. A tier without an entry changes nothing."""
     weight_attributes: ClassVar[tuple[str, ...]] = ()
     """Attributes that `load` sets and `close` deletes."""
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -230,7 +225,7 @@ class Stage(ABC, Generic[P]):
 
     def __init__(self, params: P) -> None:
         self.params = params
-        self._of_thread = threading.local()
+        self._notes: tuple[str, ...] = ()
 
     @staticmethod
     @abstractmethod
@@ -344,27 +339,17 @@ class Stage(ABC, Generic[P]):
 
     @property
     def adapter_loads(self) -> int:
-        """Number of LoRAs that this thread has loaded so far."""
+        """Number of LoRAs that were loaded so far."""
         return 0
 
     def note(self, *notes: str) -> None:
         """Add notes for the user about the inputs of the current call."""
-        self._of_thread.notes = (*self._notes, *notes)
+        self._notes = (*self._notes, *notes)
 
     def take_notes(self) -> tuple[str, ...]:
-        """Return the notes of this thread since its last call. Calls may overlap, each in its own thread."""
-        notes, self._of_thread.notes = self._notes, ()
+        """Return the notes since the last call."""
+        notes, self._notes = self._notes, ()
         return notes
-
-    @property
-    def _notes(self) -> tuple[str, ...]:
-        return getattr(self._of_thread, "notes", ())
-
-    def prepare(self, shot: Shot) -> None:
-        """Compute and keep what only the shot's fields decide, such as embeddings of its prompt. Optional: `run` does the same.
-
-        May run beside another call, in another thread.
-        """
 
     def close(self) -> None:
         """Release the weights. Safe to call twice, and before `load`."""

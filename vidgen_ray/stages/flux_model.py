@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from weakref import WeakValueDictionary
@@ -12,19 +13,15 @@ from cachetools import LRUCache
 from pydantic import Field, model_validator
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite, require_finite_weights
+from vidgen_ray.nets.finite import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora_adapters import LoraAdapters
-from vidgen_ray.stages.lora_hotswap import HotswapLoras
 from vidgen_ray.stages.memory import FP8
-from vidgen_ray.stages.prompt_cache import PromptCache
-from vidgen_ray.stages.quantization import Quantization, load_quantized, load_quantized_file
 from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, use_channels_last
 from vidgen_ray.stages.step_cache import StepCacheName, TransformerStepCache
-from vidgen_ray.system.cache_dir import cache_dir, digest
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""
@@ -38,8 +35,8 @@ DEFAULT_STEPS = 28
 DEFAULT_GUIDANCE = 3.5
 SCHNELL_STEPS = 4
 """Default steps of FLUX.1-schnell."""
-TRANSFORMER, FEW_STEP_LORA = "transformer", "few_step_lora"
-"""Names in the profile's `extra_weights` of a quantised transformer, and of a LoRA that is merged into the weights."""
+FEW_STEP_LORA = "few_step_lora"
+"""Name in the profile's `extra_weights` of a LoRA that is merged into the weights."""
 REPEATED_BLOCKS = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 """Classes of the blocks of FLUX and InfuseNet."""
 
@@ -60,26 +57,16 @@ class FluxParams(SpeedParams):
     adapters_kept: Annotated[int, NOT_IN_KEY] = Field(4, ge=1)
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     compile: Literal["none", "regional"] = "none"
-    """Compile the blocks of the transformer and of InfuseNet with torch.compile. Turns `lora_hotswap` on."""
-    lora_hotswap: bool = False
-    """Copy LoRAs into fixed slots, so that a compiled transformer is not compiled again for each LoRA."""
-    lora_slots: Annotated[int, NOT_IN_KEY] = Field(2, ge=1)
-    """Slots of `lora_hotswap`: the maximum of LoRAs per shot. One takes 0.7 GB at rank 64 in bfloat16."""
-    lora_max_rank: int = Field(64, ge=1)
-    """Largest rank of a LoRA with `lora_hotswap`."""
+    """Compile the blocks of the transformer and of InfuseNet with torch.compile. Each LoRA compiles them again."""
     step_cache: StepCacheName = "none"
     """Reuse results between steps. An approximation. `first_block` and `magcache` have no effect on shots with a face."""
     step_cache_threshold: float = Field(0.06, gt=0)
     """Change below which `first_block` and `magcache` reuse a result. Larger is faster and less exact."""
     step_cache_interval: int = Field(3, ge=2, le=10)
     """`taylorseer` computes attention in every n-th step."""
-    quantize: Quantization = "none"
-    """Quantisation of the transformer while it is loaded. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by
-    layer."""
-    keep_text_encoder: Annotated[bool, NOT_IN_KEY] = True
-    """`false`: T5 is loaded for a prompt whose embedding is not cached, and released afterwards."""
-    prompt_cache_gb: Annotated[float, NOT_IN_KEY] = Field(0, ge=0)
-    """GB of prompt embeddings that are kept on disk in `$VIDGEN_CACHE/prompts`. 0: in memory only."""
+    quantize: Literal["none", "fp8", "fp8_storage"] = "none"
+    """Quantisation of the transformer while it is loaded. fp8: weights and activations, computed in 8 bits by torchao, on GPUs
+    since Ada and Hopper. fp8_storage: weights in 8 bits (e4m3), converted to `dtype` layer by layer, on any device."""
 
     def for_key(self) -> dict[str, Any]:
         values = super().for_key()
@@ -91,14 +78,6 @@ class FluxParams(SpeedParams):
     def uses_negative_prompt(self, shot: Shot) -> bool:
         """Return if each step has a second pass, for the negative prompt of the shot or an empty one."""
         return bool(shot.negative_prompt) or not self.distilled_guidance
-
-    @property
-    def has_quantized_weights(self) -> bool:
-        return self.quantize != "none" or self.names_extra_weights(TRANSFORMER)
-
-    @property
-    def uses_lora_slots(self) -> bool:
-        return self.lora_hotswap or self.compile != "none"
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -136,7 +115,7 @@ class FluxModel:
         self.device = params.device
         self.dtype = torch_dtype(params.dtype)
         """Dtype of the computation, which quantised weights do not have."""
-        self.text_to_image = load_pipeline(FluxPipeline, params, place=False, **self._components())
+        self.text_to_image = load_pipeline(FluxPipeline, params, place=False, **_fp8_transformer(params))
         transformer = self.text_to_image.transformer
         if params.names_extra_weights(FEW_STEP_LORA):
             _merge_lora(self.text_to_image, params.extra_weights_at(FEW_STEP_LORA))
@@ -149,51 +128,20 @@ class FluxModel:
         self.image_to_image.set_progress_bar_config(disable=True)
         if params.channels_last:
             use_channels_last(self.text_to_image.vae)
-        self.adapters = self._lora_adapters()
+        self.adapters = LoraAdapters(
+            self.text_to_image, params.adapters_kept, "FLUX", dtype=None if params.quantize == "none" else self.dtype
+        )
         self._step_cache = (
             None
             if params.step_cache == "none"
             else TransformerStepCache(transformer, params.step_cache, params.step_cache_threshold, params.step_cache_interval)
         )
-        self._t5_on_gpu = params.keep_text_encoder and params.text_encoder == "gpu"
+        self._t5_on_gpu = params.text_encoder == "gpu"
         for name, network in self.text_to_image.components.items():
             if isinstance(network, torch.nn.Module) and (self._t5_on_gpu or name != T5):
                 network.to(params.device)
         self.speed_up(transformer)
         self._embeddings: LRUCache[tuple[str, int, tuple[tuple[str, float], ...]], tuple[Any, Any]] = LRUCache(CACHED_PROMPTS)
-        self._prompt_cache = (
-            PromptCache(cache_dir() / "prompts", int(params.prompt_cache_gb * 2**30)) if params.prompt_cache_gb else None
-        )
-
-    def _lora_adapters(self) -> LoraAdapters:
-        params, pipe = self._params, self.text_to_image
-        if not params.uses_lora_slots:
-            return LoraAdapters(pipe, params.adapters_kept, "FLUX", dtype=self.dtype if params.has_quantized_weights else None)
-        return HotswapLoras(
-            pipe, params.adapters_kept, "FLUX", slots=params.lora_slots, max_rank=params.lora_max_rank, dtype=self.dtype
-        )
-
-    def _components(self) -> dict[str, Any]:
-        """Return the components that are not loaded with the pipeline."""
-        from diffusers import FluxTransformer2DModel
-
-        params = self._params
-        folder = params.weights / "transformer"
-        components: dict[str, Any] = {}
-        if not params.keep_text_encoder:
-            components[T5] = None
-        try:
-            if params.names_extra_weights(TRANSFORMER):
-                file = params.extra_weights_at(TRANSFORMER)
-                components["transformer"] = load_quantized_file(FluxTransformer2DModel, file, folder, self.dtype)
-            elif params.quantize not in ("none", FP8):
-                components["transformer"] = load_quantized(FluxTransformer2DModel, folder, params.quantize, self.dtype)
-        except SetupError:
-            raise
-        # diffusers and the quantisation packages raise many exception types.
-        except Exception as error:
-            raise SetupError(f"{folder}: cannot be loaded with quantised weights: {error}") from error
-        return components
 
     def speed_up(self, network: Any) -> None:
         """Apply the attention backend and the compilation of the parameters to the transformer, or to InfuseNet."""
@@ -250,58 +198,19 @@ class FluxModel:
 
     def _encode_prompt(self, prompt: str, tokens: int, params: FluxParams) -> tuple[Any, Any]:
         """Return the embeddings of a prompt by T5 and CLIP. The last `CACHED_PROMPTS` prompts are cached in memory."""
-        loras = self.adapters.active_in_text_encoder
-        key = (prompt, tokens, loras)
+        key = (prompt, tokens, self.adapters.active_in_text_encoder)
         if (embeddings := self._embeddings.get(key)) is None:
-            embeddings = self._stored_embeddings(prompt, tokens, params.text_encoder, stored=not loras)
-            self._embeddings[key] = embeddings
-        return embeddings
-
-    def _stored_embeddings(self, prompt: str, tokens: int, place: str, stored: bool) -> tuple[Any, Any]:
-        """Return the embeddings from the cache on disk, or compute and store them there. `stored`: use that cache."""
-        if self._prompt_cache is None or not stored:
-            return self._compute_embeddings(prompt, tokens, place)
-        key = self._stored_key(prompt, tokens, place)
-        if (found := self._prompt_cache.get(key)) is not None:
-            embeds, pooled = found
-            return embeds.to(self.device), pooled.to(self.device)
-        embeddings = self._compute_embeddings(prompt, tokens, place)
-        self._prompt_cache.put(key, embeddings)
+            embeddings = self._embeddings[key] = self._compute_embeddings(prompt, tokens, params.text_encoder)
         return embeddings
 
     def _compute_embeddings(self, prompt: str, tokens: int, place: str) -> tuple[Any, Any]:
-        with self._t5_loaded(), self._t5_ready(place):
+        with self._t5_ready(place):
             embeds, pooled, _ = self.text_to_image.encode_prompt(
                 prompt=prompt, prompt_2=None, device=self.device, max_sequence_length=tokens
             )
         if not (is_finite(embeds) and is_finite(pooled)):
             raise StageError(NOT_FINITE)
         return embeds, pooled
-
-    @contextmanager
-    def _t5_loaded(self) -> Iterator[None]:
-        """Load T5 into host memory for the block, if the parameters do not keep it."""
-        if self._params.keep_text_encoder:
-            yield
-            return
-        setattr(self.text_to_image, T5, self._load_t5())
-        try:
-            yield
-        finally:
-            setattr(self.text_to_image, T5, None)
-            self._t5_on_gpu = False
-
-    def _load_t5(self) -> Any:
-        from transformers import T5EncoderModel
-
-        folder = self._params.weights / T5
-        try:
-            encoder = T5EncoderModel.from_pretrained(str(folder), dtype=self.dtype, local_files_only=True, use_safetensors=True)
-            require_finite_weights({T5: encoder})
-        # transformers raises many exception types for damaged files.
-        except Exception as error:
-            raise SetupError(f"{folder}: not the weights of T5: {error}") from error
-        return encoder
 
     @contextmanager
     def _t5_ready(self, place: str) -> Iterator[None]:
@@ -330,17 +239,6 @@ class FluxModel:
             move_networks([getattr(self.text_to_image, T5)], device)
             self._t5_on_gpu = device != "cpu"
 
-    def _stored_key(self, prompt: str, tokens: int, place: str) -> list[Any]:
-        """Return what the embeddings of a prompt depend on."""
-        import torch
-
-        folders = [digest(self._params.weights / name) for name in ("text_encoder", T5, "tokenizer", "tokenizer_2")]
-        devices = [
-            torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device}, {torch.get_num_threads()} threads"
-            for device in (self.device, "cpu" if place == "cpu" else self.device)
-        ]
-        return [*folders, *devices, torch.__version__, self._params.dtype, tokens, prompt]
-
     def move(self, device: str) -> None:
         """Move the weights and the cached prompt embeddings to `device`."""
         if device == self.device:
@@ -350,6 +248,34 @@ class FluxModel:
         move_networks(networks.values(), device)
         for key, (embeds, pooled) in list(self._embeddings.items()):
             self._embeddings[key] = embeds.to(device), pooled.to(device)
+
+
+def _fp8_transformer(params: FluxParams) -> dict[str, Any]:
+    """Return the transformer as a component that is loaded with `quantize: fp8`. Empty with other options.
+
+    Raises SetupError if torchao is missing, or a GPU that can compute in 8 bits.
+    """
+    import torch
+    from diffusers import FluxTransformer2DModel, TorchAoConfig
+
+    if params.quantize != "fp8":
+        return {}
+    if find_spec("torchao") is None:
+        raise SetupError("quantize: fp8 needs the package torchao; pip install 'vidgen-ray[quantization]'")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
+        raise SetupError("quantize: fp8 needs an NVIDIA GPU of compute capability 8.9 (Ada, Hopper) or later; use fp8_storage")
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+    config = TorchAoConfig(Float8DynamicActivationFloat8WeightConfig())
+    folder, dtype = params.weights / "transformer", torch_dtype(params.dtype)
+    try:
+        transformer = FluxTransformer2DModel.from_pretrained(
+            str(folder), quantization_config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    # diffusers and torchao raise many exception types.
+    except Exception as error:
+        raise SetupError(f"{folder}: cannot be loaded with quantize: fp8: {error}") from error
+    return {"transformer": transformer}
 
 
 def _merge_lora(pipe: Any, file: Path) -> None:

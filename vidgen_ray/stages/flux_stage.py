@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from PIL import Image as PILImage
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, QualityTier, Stage, StageParams, noise_generator
+from vidgen_ray.stages.base import REFERENCE_PIXELS, Image, Item, Stage, StageParams, noise_generator
 from vidgen_ray.stages.flux_model import (
     CACHED_PROMPTS,
     DEFAULT_STEPS,
     FEW_STEP_LORA,
-    TRANSFORMER,
     FluxModel,
     FluxParams,
     prompt_bytes,
@@ -24,7 +23,7 @@ from vidgen_ray.stages.flux_model import (
 from vidgen_ray.stages.identity import INJECTORS, injector_class, shared_injector
 from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
 from vidgen_ray.stages.identity.pose import pose_image
-from vidgen_ray.stages.memory import FP8, LORA_RANK, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
+from vidgen_ray.stages.memory import FP8, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 
@@ -33,13 +32,6 @@ PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
 STEP_CACHE_TENSORS = 3
 """Tensors of the size of all tokens that a step cache keeps at most: output and residual of the first block, and the residual
 of the others."""
-EXACT = {"channels_last": True, "compile": "regional"}
-QUALITY_TIERS: Mapping[QualityTier, Mapping[str, Any]] = {
-    "lossless": EXACT,
-    "high": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.05},
-    "medium": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.1},
-    "draft": {**EXACT, "step_cache": "first_block", "step_cache_threshold": 0.2},
-}
 
 
 class FluxFamilyStage(Stage[FluxParams]):
@@ -55,7 +47,6 @@ class FluxFamilyStage(Stage[FluxParams]):
     )
     identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
-    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = QUALITY_TIERS
     weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
     Params: ClassVar[type[StageParams]] = FluxParams
 
@@ -65,23 +56,22 @@ class FluxFamilyStage(Stage[FluxParams]):
 
     @classmethod
     def extra_weights(cls) -> Collection[str]:
-        return (*INJECTORS, TRANSFORMER, FEW_STEP_LORA)
+        return (*INJECTORS, FEW_STEP_LORA)
 
     @classmethod
     def used_extra_weights(cls, shot: Shot) -> Collection[str]:
         identity = () if shot.flux_identity is None else (shot.flux_identity,)
-        return (*identity, TRANSFORMER, FEW_STEP_LORA)
+        return (*identity, FEW_STEP_LORA)
 
     @classmethod
     def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
         injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
-        model = [params.extra_weights_at(name) for name in (TRANSFORMER, FEW_STEP_LORA) if params.names_extra_weights(name)]
-        return (params.weights, *model, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
+        merged = (params.extra_weights_at(FEW_STEP_LORA),) if params.names_extra_weights(FEW_STEP_LORA) else ()
+        return (params.weights, *merged, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
 
     @classmethod
     def memory(cls, params: FluxParams, shot: Shot) -> StageMemory | None:
-        has_other_weights = params.quantize not in ("none", FP8) or params.names_extra_weights(TRANSFORMER)
-        if has_other_weights or params.step_cache == "taylorseer":
+        if params.quantize == "fp8" or params.step_cache == "taylorseer":
             return None
         pixels, dtype = shot.width * shot.height, params.dtype
         stored = f":{FP8}" if params.quantize == FP8 else ""
@@ -95,11 +85,7 @@ class FluxFamilyStage(Stage[FluxParams]):
         }
         encode_text = activation_bytes("flux/text", 0, dtype)
         host = 0
-        if not params.keep_text_encoder:
-            freed = transformer if params.text_encoder == "swapped" else 0
-            encode_text = encode_text if params.text_encoder == "cpu" else max(0, encode_text + t5 - freed)
-            host = t5 + freed
-        elif params.text_encoder == "gpu":
+        if params.text_encoder == "gpu":
             weights["flux/text_encoder_2"] = t5
         elif params.text_encoder == "swapped":
             encode_text = max(0, encode_text + t5 - transformer)
@@ -111,12 +97,8 @@ class FluxFamilyStage(Stage[FluxParams]):
             injector = injector_class(shot.flux_identity)
             weights |= {network: weight_bytes(network, dtype) for network in injector.networks}
             step = injector.step_curve
-        lora = weight_bytes("flux/lora", dtype)
-        if params.uses_lora_slots:
-            weights["flux/lora_slots"] = params.lora_slots * lora * params.lora_max_rank // LORA_RANK
         if cls.active_loras(shot):
-            # With slots, a LoRA is an adapter only while it is loaded.
-            weights["flux/lora"] = (1 if params.uses_lora_slots else params.adapters_kept) * lora
+            weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
         cached = 0 if params.step_cache == "none" else step_cache_bytes(params, shot)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Image, Item, QualityTier, Stage, StageParams, noise_generator
+from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
@@ -19,7 +19,6 @@ from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
     compile_network,
-    fuse_attention_projections,
     require_sdpa_backend,
     sdpa_backend,
     use_channels_last,
@@ -44,8 +43,6 @@ class HunyuanDiTParams(CompileParams):
     """Sampler for the noise schedule of the weights. `ddpm` adds new noise in every step."""
     standard_shapes: bool = True
     """Run at the nearest size that the published weights were trained on. Not needed for random weights."""
-    fuse_qkv: bool = False
-    """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
 
 
 class HunyuanDiTStage(Stage[HunyuanDiTParams]):
@@ -80,9 +77,6 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "style.png"
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanDiTPipeline",)
-    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {
-        tier: {"channels_last": True, "fuse_qkv": True, "compile": "regional"} for tier in get_args(QualityTier)
-    }
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = HunyuanDiTParams
 
@@ -101,9 +95,8 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         pixels = LARGEST_CANVAS_PX if params.standard_shapes else shot.width * shot.height
         tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
         curves = ["hunyuan/text", "hunyuan/step", f"hunyuan/decode{tiles}", *(() if tiles else ("hunyuan/encode",))]
-        fused = ("hunyuan/fused_projections",) if params.fuse_qkv else ()
         return StageMemory(
-            {network: weight_bytes(network, params.dtype) for network in (*NETWORKS, *fused)},
+            {network: weight_bytes(network, params.dtype) for network in NETWORKS},
             max(activation_bytes(curve, pixels, params.dtype) for curve in curves),
         )
 
@@ -130,8 +123,6 @@ class HunyuanDiTStage(Stage[HunyuanDiTParams]):
         )
         schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver": DPMSolverMultistepScheduler}
         self.pipe.scheduler = schedulers[params.scheduler].from_config(self.pipe.scheduler.config)
-        if params.fuse_qkv:
-            fuse_attention_projections(self.pipe.transformer)
         if params.channels_last:
             use_channels_last(self.pipe.vae)
         compile_network(self.pipe.transformer, params.compile, params.device, REPEATED_BLOCKS)

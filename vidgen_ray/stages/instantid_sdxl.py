@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image as PILImage
 from pydantic import Field
@@ -17,7 +17,6 @@ from vidgen_ray.stages.base import (
     FaceFeatures,
     Image,
     Item,
-    QualityTier,
     Stage,
     StageParams,
     noise_generator,
@@ -100,9 +99,6 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     writes: ClassVar[tuple[str, ...]] = ("image",)
     debug_file: ClassVar[str | None] = "base.png"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
-    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = {
-        tier: {"channels_last": True} for tier in get_args(QualityTier)
-    }
     weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "resampler")
     Params: ClassVar[type[StageParams]] = InstantIDSDXLParams
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from vidgen_ray.errors import InputChanged, StageError
 from vidgen_ray.nets.finite import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
-from vidgen_ray.stages.lora_slots import without_peft_warnings
 from vidgen_ray.system.cache_dir import digest
 
 if TYPE_CHECKING:
@@ -37,14 +36,10 @@ class LoraAdapters:
         self._dtype = dtype
         # Least recently used first.
         self._names: OrderedDict[str, None] = OrderedDict()
-        self._of_thread = threading.local()
         self._active: tuple[tuple[str, float], ...] = ()
         self._notes: list[str] = []
-
-    @property
-    def loads(self) -> int:
-        """Number of files that this thread has loaded so far. Calls may overlap, each in its own thread."""
-        return getattr(self._of_thread, "loads", 0)
+        self.loads = 0
+        """Number of files that were loaded so far."""
 
     def take_notes(self) -> list[str]:
         """Return what a user should know about the files loaded since the last call."""
@@ -65,25 +60,17 @@ class LoraAdapters:
         if not loras:
             yield
             return
-        self._require_room(len(loras))
+        if len(loras) > self._kept:
+            raise StageError(f"{self._field}: got {len(loras)}, must be at most {self._kept}, the profile's adapters_kept")
         names, weights = [self._loaded(lora) for lora in loras], [lora.weight for lora in loras]
         try:
-            self._activate(names, weights)
+            self._pipe.enable_lora()
+            self._pipe.set_adapters(names, weights)
             self._active = tuple(zip(names, weights, strict=True))
             yield
         finally:
             self._active = ()
             self._pipe.disable_lora()
-
-    def _require_room(self, loras: int) -> None:
-        """Raise StageError if a shot has more LoRAs than can be active at once."""
-        if loras > self._kept:
-            raise StageError(f"{self._field}: got {loras}, must be at most {self._kept}, the profile's adapters_kept")
-
-    def _activate(self, names: list[str], weights: list[float]) -> None:
-        """Activate exactly these loaded LoRAs."""
-        self._pipe.enable_lora()
-        self._pipe.set_adapters(names, weights)
 
     def _loaded(self, lora: LoraRef) -> str:
         """Return the adapter name of a LoRA file, loaded on first use.
@@ -113,7 +100,7 @@ class LoraAdapters:
             copy.write_bytes(content)
             del content
             self._load(copy, name, transformers)
-        self._of_thread.loads = self.loads + 1
+        self.loads += 1
         self._names[name] = None
         return name
 
@@ -170,6 +157,14 @@ class LoraAdapters:
         if any(name in names for names in self._pipe.get_list_adapters().values()):
             with without_peft_warnings():
                 self._pipe.delete_adapters(name)
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Suppress peft's warnings about several adapters and about deleting an active adapter. Both are intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`|Adapter .* was active", UserWarning)
+        yield
 
 
 def _check_shapes(transformer: Any, factors: Mapping[str, Any]) -> None:

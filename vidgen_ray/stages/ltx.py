@@ -81,8 +81,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
             Phase((TRANSFORMER, VAE), activation_bytes("ltx/step", pixels * latent_frames, dtype)),
             Phase((VAE,), activation_bytes("ltx/decode", worked_on * latent_frames, dtype) + tiles),
         )
-        beside = (phases[0], phases[-1]) if params.overlap_shots else ()
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot), beside=beside)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import LTXImageToVideoPipeline
@@ -95,7 +94,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
     def guidance(self, shot: Shot) -> float:
         return DEFAULT_GUIDANCE if shot.guidance.ltx is None else shot.guidance.ltx
 
-    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
         """Decode, with timestep conditioning at a timestep and with some noise in the latents.
 
         As the pipeline does, except that the noise comes from a CPU generator on every device. The pipeline draws it on the
@@ -103,7 +102,7 @@ class LTXStage(PromptedVideoStage[LTXParams]):
         """
         import torch
 
-        pipe, (height, width, _) = self.pipe, item.artefacts["image"].shape
+        pipe, vae, (height, width, _) = self.pipe, self.pipe.vae, item.artefacts["image"].shape
         latents = pipe._unpack_latents(
             latents,
             (item.shot.num_frames - 1) // pipe.vae_temporal_compression_ratio + 1,

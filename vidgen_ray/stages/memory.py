@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,16 +52,10 @@ class Phase:
     """Bytes of activations."""
 
 
-def memory_of_phases(
-    weights: Mapping[str, int], phases: Sequence[Phase], *, cpu_offload: bool, host: int, beside: Iterable[Phase] = ()
-) -> StageMemory:
-    """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them.
-
-    `beside`: phases that run beside any other call, so that their memory is kept free all the time.
-    """
+def memory_of_phases(weights: Mapping[str, int], phases: Sequence[Phase], *, cpu_offload: bool, host: int) -> StageMemory:
+    """Return the memory of a call. `cpu_offload`: weights are in host memory until a phase needs them."""
     if not cpu_offload:
-        kept = {f"beside {phase.networks[0]}": phase.peak for phase in beside}
-        return StageMemory({**weights, **kept}, max(phase.peak for phase in phases), host)
+        return StageMemory(weights, max(phase.peak for phase in phases), host)
     peak = max(sum(weights.get(network, 0) for network in phase.networks) + phase.peak for phase in phases)
     return StageMemory({}, peak, sum(weights.values()) + host)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import numpy as np
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Frames, Item
 from vidgen_ray.stages.memory import CLIP_HOST_BYTES
-from vidgen_ray.stages.overlap import overlap_allowed
 from vidgen_ray.stages.progress import part_of_progress
 
 
@@ -57,8 +55,7 @@ def run_passes(item: Item, generate: Callable[[Item], Frames]) -> Frames:
     artefacts = item.artefacts.copy()
     parts = []
     for number, shot in enumerate(shots):
-        is_last = number == len(shots) - 1
-        with part_of_progress(number, len(shots)), nullcontext() if is_last else overlap_allowed(None):
+        with part_of_progress(number, len(shots)):
             frames = generate(Item(shot, artefacts))
         artefacts["image"] = frames[-1]
         parts.append(frames[1:] if number else frames)

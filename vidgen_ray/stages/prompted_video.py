@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from cachetools import LRUCache
 from PIL import Image as PILImage
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.nets.finite import NOT_FINITE, is_finite
@@ -23,11 +22,9 @@ from vidgen_ray.stages.base import (
     Frames,
     Item,
     noise_generator,
-    torch_threads,
 )
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
-from vidgen_ray.stages.overlap import beside_next_call, decoder_of, own_stream, used_by_this_stream
 from vidgen_ray.stages.passes import passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
@@ -44,15 +41,6 @@ class PromptedVideoParams(OffloadParams):
     """LoRAs that stay loaded, and the maximum per shot. The least recently used one is unloaded first."""
     vae_tiling: bool = False
     """Encode and decode in overlapping tiles, which needs less memory and may show seams."""
-    overlap_shots: Annotated[bool, NOT_IN_KEY] = False
-    """While a worker denoises one shot, it encodes the texts of the next one and decodes the one before. Takes memory for all
-    three."""
-
-    @model_validator(mode="after")
-    def _check_overlap(self) -> Self:
-        if self.overlap_shots and self.cpu_offload:
-            raise ValueError("overlap_shots needs cpu_offload: false, because offloaded weights are moved during a shot")
-        return self
 
 
 PROMPTED_FIELDS = (
@@ -76,7 +64,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
     weight_fields: ClassVar[tuple[str, ...]] = ("video_lora",)
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_decoder", "_texts", "_texts_lock")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "adapters", "_texts")
 
     default_steps: ClassVar[int]
 
@@ -105,21 +93,16 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
     @classmethod
     def lower_memory(cls, params: VP) -> VP | None:
-        """Return parameters without overlap of shots, then with tiles in the autoencoder."""
-        if params.overlap_shots:
-            return params.model_copy(update={"overlap_shots": False})
+        """Return parameters with tiles in the autoencoder."""
         return None if params.vae_tiling else params.model_copy(update={"vae_tiling": True})
 
     def load(self) -> None:
         self.pipe = self.load_pipe()
         self.adapters = LoraAdapters(self.pipe, self.params.adapters_kept, self.name, "video_lora")
-        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         self._texts: LRUCache[str, tuple[Any, ...]] = LRUCache(CACHED_TEXTS)
-        self._texts_lock = Lock()
 
     def move(self, device: str) -> None:
         super().move(device)
-        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         self._texts.clear()
 
     @abstractmethod
@@ -135,7 +118,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
         """Return the guidance scale. With 1 or less, the negative prompt has no effect."""
 
     @abstractmethod
-    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
         """Return pixels (1, 3, num_frames, H, W), -1 to 1, as the pipeline computes them. `latents`: those of the pipeline."""
 
     @property
@@ -160,8 +143,7 @@ class PromptedVideoStage(OffloadedStage[VP]):
         if not model.allows(shot.num_frames):
             raise StageError(f"num_frames: got {shot.num_frames}, {model.allowed_instead_of(shot.num_frames)}")
         generator = noise_generator(self.generator_seed(shot))
-        tiling = self.params.vae_tiling
-        _set_tiling(self.pipe.vae, tiling)
+        _set_tiling(self.pipe.vae, self.params.vae_tiling)
         with self.adapters.active(shot.video_lora):
             self.note(*self.adapters.take_notes())
             (latents,) = self.pipe(
@@ -179,22 +161,11 @@ class PromptedVideoStage(OffloadedStage[VP]):
                 output_type="latent",
                 return_dict=False,
             )
-        with beside_next_call(latents, enabled=self.params.overlap_shots):
-            _set_tiling(self._decoder, tiling)
-            pixels = self.decode(self._decoder, latents, item, generator)
-            clip = pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
+        pixels = self.decode(latents, item, generator)
+        clip = pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
         # Offloaded weights of the autoencoder leave the GPU.
         self.pipe.maybe_free_model_hooks()
         return clip
-
-    def prepare(self, shot: Shot) -> None:
-        """Encode the texts of the shot."""
-        import torch
-
-        if self.params.overlap_shots:
-            with torch.inference_mode(), torch_threads(self.params.threads):
-                for text in self._texts_of(shot).values():
-                    self._encode(text)
 
     def _texts_of(self, shot: Shot) -> dict[str, str]:
         """Return argument name -> text: the prompt, and with guidance the negative prompt."""
@@ -214,18 +185,14 @@ class PromptedVideoStage(OffloadedStage[VP]):
 
         The last `CACHED_TEXTS` texts are kept: passes of one clip and shots with the same negative prompt share them.
         """
-        with self._texts_lock:
-            if (tensors := self._texts.get(text)) is None:
-                with own_stream("text", device=self.pipe._execution_device):
-                    encoded = self.pipe.encode_prompt(
-                        text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
-                    )
-                    tensors = tuple(tensor for tensor in encoded if tensor is not None)
-                    # Reading the result waits until it is complete, so other streams can use it.
-                    if not is_finite(tensors[0]):
-                        raise StageError(NOT_FINITE)
-                self._texts[text] = tensors
-        used_by_this_stream(tensors)
+        if (tensors := self._texts.get(text)) is None:
+            encoded = self.pipe.encode_prompt(
+                text, do_classifier_free_guidance=False, max_sequence_length=self.params.text_tokens
+            )
+            tensors = tuple(tensor for tensor in encoded if tensor is not None)
+            if not is_finite(tensors[0]):
+                raise StageError(NOT_FINITE)
+            self._texts[text] = tensors
         return tensors
 
 

@@ -22,7 +22,6 @@ from vidgen_ray.stages.base import (
     torch_dtype,
     torch_threads,
 )
-from vidgen_ray.stages.cpu_dtype import fastest_cpu_dtype
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, load_table, weight_bytes
@@ -52,7 +51,7 @@ class RealESRGANParams(StageParams):
     """`weights` is a folder; a shot's `upscaler` names a file in it, without the ending .safetensors or .pth."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]  # one choice more
-    """`auto`: float16 on a GPU. On a CPU bfloat16 if that is measured to be faster, else float32."""
+    """`auto`: float16 on a GPU, float32 on a CPU."""
     frames_per_call: int = Field(4, ge=1)
     """Frames in one call of the network. Clips are cut by this number only."""
     tile_px: int | None = Field(None, ge=16, multiple_of=4)
@@ -65,9 +64,7 @@ class RealESRGANParams(StageParams):
         """Return a copy with `auto` replaced by the dtype that it means on this machine."""
         if self.dtype != "auto":
             return self
-        if self.device != "cpu":
-            return self.model_copy(update={"dtype": "float16"})
-        return self.model_copy(update={"dtype": fastest_cpu_dtype(self.threads)})
+        return self.model_copy(update={"dtype": "float32" if self.device == "cpu" else "float16"})
 
 
 class RealESRGANStage(ChunkedStage[RealESRGANParams]):

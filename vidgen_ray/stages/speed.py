@@ -1,4 +1,4 @@
-"""Options that make diffusion networks faster: memory format, fused projections, attention backend and compilation.
+"""Options that make diffusion networks faster: memory format, attention backend and compilation.
 
 Each option is a separate field of `SpeedParams`, so its effect can be measured alone. None of them approximates the
 computation. All of them may change the rounding, so they are part of the content key if they are set.
@@ -66,60 +66,27 @@ def use_channels_last(*networks: torch.nn.Module) -> None:
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
-def fuse_attention_projections(network: Any) -> None:
-    """Compute query, key and value of self-attention in one matrix product, key and value of cross-attention in another.
+def set_attention_backend(name: str, network: Any) -> None:
+    """Use this attention backend in a network that calls diffusers' `dispatch_attention_fn`, such as FLUX.
 
-    `network` is a diffusers model. The separate weights stay in memory, as in diffusers' `fuse_qkv_projections`.
+    Raises SetupError if it cannot be used on this machine.
     """
-    from diffusers.models.attention import AttentionMixin
-    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+    from diffusers.models.attention_dispatch import attention_backend
 
-    # The inherited method leaves modules of the class `Attention` as they are.
-    if type(network).fuse_qkv_projections is not AttentionMixin.fuse_qkv_projections:
-        network.fuse_qkv_projections()
-        return
-    for module in network.modules():
-        if isinstance(module, Attention):
-            module.fuse_projections(fuse=True)
-            module.set_processor(FusedAttnProcessor2_0())
-
-
-def installed_attention_backends() -> list[str]:
-    """Return diffusers' names of the attention backends that this machine can use.
-
-    Backends of the Hugging Face hub are not among them, because a stage never downloads anything.
-    """
-    from diffusers.models import attention_dispatch
-
-    names = []
-    for backend in attention_dispatch.AttentionBackendName:
-        if backend.value.endswith("_hub"):
-            continue
-        try:
-            attention_dispatch._check_attention_backend_requirements(backend)
-        except RuntimeError:
-            continue
-        names.append(backend.value)
-    return names
-
-
-def set_attention_backend(name: str, *networks: Any) -> None:
-    """Use this attention backend in networks that call diffusers' `dispatch_attention_fn`, such as FLUX and Wan.
-
-    Raises SetupError if it is not installed.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    _require_attention_backend(name, installed_attention_backends())
-    for network in networks:
-        network.set_attention_backend(name)
-    # diffusers also makes it the default of all other networks in the process.
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+    if name.endswith("_hub"):
+        raise SetupError(f"attention_backend: got {name!r}, which downloads code; use a backend that is installed")
+    try:
+        # The block restores the default of all other networks of the process, which diffusers would also change.
+        with attention_backend("native"):
+            network.set_attention_backend(name)
+    except (ValueError, RuntimeError) as error:
+        raise SetupError(f"attention_backend: {name!r} cannot be used on this machine: {error}") from None
 
 
 def require_sdpa_backend(name: str) -> None:
     """Raise SetupError if torch has no attention backend of this name."""
-    _require_attention_backend(name, SDPA_BACKENDS)
+    if name not in SDPA_BACKENDS:
+        raise SetupError(f"attention_backend: got {name!r}, must be one of {', '.join(sorted(SDPA_BACKENDS))}")
 
 
 @contextmanager
@@ -139,16 +106,11 @@ def sdpa_backend(name: str) -> Iterator[None]:
         yield
 
 
-def _require_attention_backend(name: str, allowed: Collection[str]) -> None:
-    if name not in allowed:
-        raise SetupError(f"attention_backend: got {name!r}, must be one of {', '.join(sorted(allowed))} on this machine")
-
-
-def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, blocks: Collection[str] = ()) -> None:
+def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, blocks: Collection[str]) -> None:
     """Compile a network in place. Sizes that change between shots become dynamic.
 
-    `blocks` names the classes that `regional` compiles, by default those that diffusers states. Apply all other options first.
-    Raises SetupError if the machine has no compiler.
+    `blocks` names the classes that `regional` compiles. Apply all other options first. Raises SetupError if the machine has no
+    compiler.
     """
     import torch
 
@@ -159,12 +121,9 @@ def compile_network(network: torch.nn.Module, mode: CompileMode, device: str, bl
     if mode == "full":
         network.compile(backend=COMPILE_BACKEND)
         return
-    names = blocks or getattr(network, "_repeated_blocks", None) or ()
-    found = [module for module in network.modules() if type(module).__name__ in names]
-    if not found:
-        raise SetupError(f"compile: got regional, but {type(network).__name__} has no repeated blocks; use full or none")
-    for module in found:
-        module.compile(backend=COMPILE_BACKEND)
+    for module in network.modules():
+        if type(module).__name__ in blocks:
+            module.compile(backend=COMPILE_BACKEND)
 
 
 def _require_compiler(device: str) -> None:

@@ -15,8 +15,6 @@ StepCacheName = Literal["none", "first_block", "magcache", "taylorseer"]
 WITHOUT_RESIDUALS = ("first_block", "magcache")
 """Caches that skip whole blocks. A ControlNet's residuals are added between blocks, also in skipped steps, where the cached
 result has them already."""
-NEVER_REUSE = {"first_block": -1.0, "magcache": 2.0}
-"""Values of FirstBlockCache's threshold and of MagCache's retention ratio with which every step is computed."""
 
 
 class TransformerStepCache:
@@ -30,84 +28,46 @@ class TransformerStepCache:
     """
 
     def __init__(self, network: Any, name: StepCacheName, threshold: float, interval: int) -> None:
-        from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
-
-        self._network, self._name, self._threshold = network, name, threshold
-        configs = {
-            "first_block": lambda: FirstBlockCacheConfig(threshold),
-            "magcache": lambda: MagCacheConfig(threshold, mag_ratios=FLUX_MAG_RATIOS),
-            "taylorseer": lambda: TaylorSeerCacheConfig(cache_interval=interval, taylor_factors_dtype=network.dtype),
-        }
-        self._config: Any = configs[name]()
-        network.enable_cache(self._config)
+        self._network, self._name, self._threshold, self._interval = network, name, threshold, interval
+        self._applied: tuple[int, int] | None = None
+        """Steps of the schedule and steps that are run of the call that the cache is enabled for. `None`: it is disabled."""
 
     @contextmanager
     def running(self, schedule_steps: int, steps: int, passes: int, has_residuals: bool) -> Iterator[None]:
         """Run one pipeline call with a fresh cache.
 
         `steps` at the end of the `schedule_steps` are run, with `passes` of the network per step. `has_residuals`: a ControlNet
-        adds residuals to the blocks. Every step is then computed in full if the cache does not support that.
+        adds residuals to the blocks. The call runs without the cache if that does not support them.
         """
+        from diffusers.hooks import HookRegistry
+
+        self._apply(None if has_residuals and self._name in WITHOUT_RESIDUALS else (schedule_steps, steps))
         # A cancelled call leaves its state behind.
-        self._network._reset_stateful_cache()
-        self._configure(schedule_steps, steps, reuse=not (has_residuals and self._name in WITHOUT_RESIDUALS))
+        HookRegistry.check_if_exists_or_initialize(self._network).reset_stateful_hooks()
         with _cache_contexts(self._network, ("cond", "uncond")[:passes]):
             yield
 
-    def _configure(self, schedule_steps: int, steps: int, reuse: bool) -> None:
-        """Set what depends on the call. The hooks stay, because registering them again would recompile the network."""
-        from diffusers.hooks.first_block_cache import _FBC_LEADER_BLOCK_HOOK
-        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, MagCacheConfig, nearest_interp
+    def _apply(self, call: tuple[int, int] | None) -> None:
+        """Enable the cache for this number of steps, or disable it. It stays as it is if that is possible, because a compiled
+        network is compiled again when the hooks change."""
+        if call == self._applied or (call and self._applied and self._name != "magcache"):
+            return
+        if self._applied is not None:
+            self._network.disable_cache()
+        if call is not None:
+            self._network.enable_cache(self._config(*call))
+        self._applied = call
+
+    def _config(self, schedule_steps: int, steps: int) -> Any:
+        from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 
         if self._name == "first_block":
-            head = next(block for block in self._network.modules() if _hook(block, _FBC_LEADER_BLOCK_HOOK) is not None)
-            _hook(head, _FBC_LEADER_BLOCK_HOOK).threshold = self._threshold if reuse else NEVER_REUSE[self._name]
-        elif self._name == "magcache":
-            self._config.num_inference_steps = steps
-            self._config.mag_ratios = nearest_interp(FLUX_MAG_RATIOS, schedule_steps)[-steps:]
-            self._config.retention_ratio = MagCacheConfig.retention_ratio if reuse else NEVER_REUSE[self._name]
-
-
-class AttentionBroadcast:
-    """Pyramid attention broadcast: computes self-attention in every `interval`-th step in the middle of the schedule.
-
-    For networks that diffusers' other step caches do not support, such as SVD's UNet. The attention outputs of a step stay in
-    memory.
-    Source: Zhao et al. 2024, arXiv:2408.12588; diffusers `PyramidAttentionBroadcastConfig`.
-    """
-
-    def __init__(self, network: Any, interval: int) -> None:
-        from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-
-        self._network = network
-        self._position = 1000.0
-        config = PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=interval, current_timestep_callback=lambda: self._position
-        )
-        apply_pyramid_attention_broadcast(network, config)
-
-    @contextmanager
-    def running(self, steps: int) -> Iterator[None]:
-        """Run one pipeline call of this many steps, one pass of the network each, with a fresh cache."""
-        from diffusers.hooks import HookRegistry
-
-        registry = HookRegistry.check_if_exists_or_initialize(self._network)
-        registry.reset_stateful_hooks()
-        # diffusers' range is in timesteps of 1000. Timesteps of SVD are logarithms of noise levels, so the position in the
-        # schedule takes their place.
-        positions = iter([1000 * (1 - step / steps) for step in range(steps)])
-
-        def next_step(*_: Any) -> None:
-            self._position = next(positions)
-
-        handle = self._network.register_forward_pre_hook(next_step)
-        try:
-            yield
-        finally:
-            handle.remove()
-            # Free the attention outputs.
-            registry.reset_stateful_hooks()
+            return FirstBlockCacheConfig(self._threshold)
+        if self._name == "taylorseer":
+            return TaylorSeerCacheConfig(cache_interval=self._interval, taylor_factors_dtype=self._network.dtype)
+        ratios = nearest_interp(FLUX_MAG_RATIOS, schedule_steps)[-steps:]
+        return MagCacheConfig(self._threshold, num_inference_steps=steps, mag_ratios=ratios)
 
 
 @contextmanager
@@ -132,8 +92,3 @@ def _cache_contexts(network: Any, names: tuple[str, ...]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         current.close()
-
-
-def _hook(module: Any, name: str) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook(name)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
-    NOT_IN_KEY,
     REFERENCE_FRAMES,
     REFERENCE_PIXELS,
     Artefacts,
     Frames,
     Item,
-    QualityTier,
     Stage,
     StageParams,
     noise_generator,
@@ -26,19 +22,16 @@ from vidgen_ray.stages.base import (
 from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline
 from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.overlap import beside_next_call, decoder_of
 from vidgen_ray.stages.passes import clip_host_bytes, passes_of, run_passes
 from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
     compile_network,
-    fuse_attention_projections,
     require_sdpa_backend,
     sdpa_backend,
     use_channels_last,
 )
-from vidgen_ray.stages.step_cache import AttentionBroadcast
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0
@@ -47,36 +40,12 @@ NETWORKS = ("svd/unet", "svd/vae", "svd/image_encoder")
 REPEATED_BLOCKS = ("SpatioTemporalResBlock", "BasicTransformerBlock", "TemporalBasicTransformerBlock")
 """Classes of the UNet's blocks, which diffusers does not state for this network."""
 
-EXACT = {"channels_last": True, "fuse_qkv": True}
-QUALITY_TIERS: Mapping[QualityTier, Mapping[str, Any]] = {
-    "lossless": {**EXACT, "compile": "full"},
-    "high": {**EXACT, "compile": "full"},
-    "medium": {**EXACT, "step_cache": "pyramid_attention", "step_cache_interval": 2},
-    "draft": {**EXACT, "step_cache": "pyramid_attention", "step_cache_interval": 3},
-}
-
 
 class SVDParams(CompileParams):
     decode_chunk_frames: int = Field(5, ge=1)
     """Frames that the temporal autoencoder decodes at once. More frames are smoother and need more memory."""
     forward_chunking: bool = False
     """Run feed-forward layers frame by frame, for GPUs whose memory is too small for 25 frames."""
-    overlap_shots: Annotated[bool, NOT_IN_KEY] = False
-    """While a worker denoises one shot, it decodes the one before. Takes the memory of both."""
-    fuse_qkv: bool = False
-    """Compute query, key and value of attention in one matrix product. The separate weights stay in memory."""
-    step_cache: Literal["none", "pyramid_attention"] = "none"
-    """`pyramid_attention`: reuse self-attention between steps. An approximation. Not together with `compile`."""
-    step_cache_interval: int = Field(2, ge=2, le=8)
-    """The step cache computes attention in every n-th step."""
-
-    @model_validator(mode="after")
-    def _check_step_cache(self) -> Self:
-        if self.step_cache != "none" and self.compile != "none":
-            raise ValueError(
-                f"step_cache {self.step_cache} needs compile: none, because the cache changes the compiled network"
-            )
-        return self
 
 
 class SVDStage(Stage[SVDParams]):
@@ -120,8 +89,7 @@ class SVDStage(Stage[SVDParams]):
     takes: ClassVar[tuple[str, ...]] = ("image",)
     writes: ClassVar[tuple[str, ...]] = ("frames",)
     pipelines: ClassVar[tuple[str, ...]] = ("StableVideoDiffusionPipeline",)
-    quality_tiers: ClassVar[Mapping[QualityTier, Mapping[str, Any]]] = QUALITY_TIERS
-    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe", "_broadcast", "_decoder")
+    weight_attributes: ClassVar[tuple[str, ...]] = ("pipe",)
     Params: ClassVar[type[StageParams]] = SVDParams
 
     @staticmethod
@@ -155,22 +123,12 @@ class SVDStage(Stage[SVDParams]):
             activation_bytes("svd/clip", clip, dtype),
         )
         weights = {network: weight_bytes(network, dtype) for network in NETWORKS}
-        if params.fuse_qkv:
-            weights["svd/fused_projections"] = weight_bytes("svd/fused_projections", dtype)
-        if params.overlap_shots:
-            # Kept free all the time: decoding runs beside any other call.
-            weights["beside svd/vae"] = max(decode, activation_bytes("svd/clip", clip, dtype))
-        # The attention outputs of a step.
-        kept = 0 if params.step_cache == "none" else activation_bytes("svd/pyramid_attention", clip, dtype)
         # The stage itself copies uint8 to the host.
-        return StageMemory(weights, max(phases) + kept, clip_host_bytes(shot))
+        return StageMemory(weights, max(phases), clip_host_bytes(shot))
 
     @classmethod
     def lower_memory(cls, params: SVDParams) -> SVDParams | None:
-        """Return parameters without overlap of shots, then with half as many frames decoded at once, down to one, then with
-        forward chunking."""
-        if params.overlap_shots:
-            return params.model_copy(update={"overlap_shots": False})
+        """Return parameters with half as many frames decoded at once, down to one, then with forward chunking."""
         if params.decode_chunk_frames > 1:
             return params.model_copy(update={"decode_chunk_frames": params.decode_chunk_frames // 2})
         return None if params.forward_chunking else params.model_copy(update={"forward_chunking": True})
@@ -182,17 +140,12 @@ class SVDStage(Stage[SVDParams]):
         require_sdpa_backend(params.attention_backend)
         self.pipe = load_pipeline(StableVideoDiffusionPipeline, params)
         unet = self.pipe.unet
-        if params.fuse_qkv:
-            fuse_attention_projections(unet)
         if params.channels_last:
             use_channels_last(unet, self.pipe.vae)
-        self._broadcast = AttentionBroadcast(unet, params.step_cache_interval) if params.step_cache != "none" else None
-        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
         compile_network(unet, params.compile, params.device, REPEATED_BLOCKS)
 
     def move(self, device: str) -> None:
         move_networks(self.pipe.components.values(), device)
-        self._decoder = decoder_of(self.pipe.vae, overlap_shots=self.params.overlap_shots)
 
     def run(self, items: Sequence[Item]) -> list[Artefacts]:
         return [{"frames": run_passes(item, self._generate)} for item in items]
@@ -205,31 +158,24 @@ class SVDStage(Stage[SVDParams]):
         if height % 64 or width % 64:
             raise StageError(f"image: got {width}x{height}, width and height must be multiples of 64")
         _set_forward_chunking(self.pipe.unet, self.params.forward_chunking)
-        steps = shot.steps.svd or DEFAULT_STEPS
-        broadcast = nullcontext() if self._broadcast is None else self._broadcast.running(steps)
-        with sdpa_backend(self.params.attention_backend), broadcast:
-            latents = self.pipe(
+        with sdpa_backend(self.params.attention_backend):
+            pixels = self.pipe(
                 PILImage.fromarray(image),
                 height=height,
                 width=width,
                 num_frames=shot.num_frames,
-                num_inference_steps=steps,
+                num_inference_steps=shot.steps.svd or DEFAULT_STEPS,
                 max_guidance_scale=shot.guidance.svd or DEFAULT_GUIDANCE,
                 fps=shot.fps,
                 motion_bucket_id=shot.motion_bucket_id,
                 noise_aug_strength=shot.noise_aug_strength,
                 generator=noise_generator(self.generator_seed(shot)),
-                output_type="latent",
+                decode_chunk_size=min(self.params.decode_chunk_frames, shot.num_frames),
+                output_type="pt",
                 return_dict=False,
                 **diffusers_step_callback(self.name),
             )
-        decoded_at_once = min(self.params.decode_chunk_frames, shot.num_frames)
-        with beside_next_call(latents, enabled=self.params.overlap_shots):
-            # Of the pipeline, the method uses nothing but the autoencoder.
-            pixels = type(self.pipe).decode_latents(
-                SimpleNamespace(vae=self._decoder), latents, shot.num_frames, decoded_at_once
-            )
-            return pixels_to_uint8(self.pipe.video_processor.postprocess_video(pixels, output_type="pt")[0])
+        return pixels_to_uint8(pixels[0])
 
 
 def _set_forward_chunking(unet: Any, enabled: bool) -> None:

@@ -95,8 +95,7 @@ class WanStage(PromptedVideoStage[WanParams]):
             Phase((transformer, vae), activation_bytes(f"{model}/step", pixels * latent_frames(shot), dtype)),
             Phase((vae,), max(decode + max(clip, tiles), 2 * clip + max(clip, tiles))),
         )
-        beside = (phases[0], phases[-1]) if params.overlap_shots else ()
-        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot), beside=beside)
+        return memory_of_phases(weights, phases, cpu_offload=params.cpu_offload, host=clip_host_bytes(shot))
 
     def load_pipe(self) -> Any:
         from diffusers import WanImageToVideoPipeline
@@ -128,9 +127,10 @@ class WanStage(PromptedVideoStage[WanParams]):
         default = GUIDANCE_TI2V if self.pipe.config.expand_timesteps else GUIDANCE_A14B
         return default if shot.guidance.wan is None else shot.guidance.wan
 
-    def decode(self, vae: Any, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, item: Item, generator: torch.Generator) -> torch.Tensor:
         import torch
 
+        vae = self.pipe.vae
         latents = latents.to(vae.dtype)
         mean, std = (
             torch.tensor(numbers, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +20,13 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.stages.cpu_dtype import cpu_has_bfloat16, cpu_model
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.frames import Pixels
 from vidgen_ray.upscale.models import UpscaleModel
 from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, runs_in_openvino, usable_cpus
 
+CPUINFO = Path("/proc/cpuinfo")
 FRAME_SIZE = 256, 144
 """Width and height in pixels of the frames that are measured, smaller ones if the network is slow."""
 MAX_FRAME_S = 0.6
@@ -385,3 +386,23 @@ def _read() -> dict[str, Calibration]:
         return _CalibrationFile.validate_json(_file().read_bytes())
     except (OSError, ValidationError):
         return {}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether the CPU has AVX512-BF16 or AMX. Detected on Linux only."""
+    flags = _cpuinfo("flags")
+    return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def cpu_model() -> str:
+    """Return the name of the processor, as far as the system tells it. Virtual machines hide the model, but not its numbers."""
+    names = [_cpuinfo(field) for field in ("model name", "cpu family", "model", "stepping")]
+    return " ".join(name for name in names if name) or "unknown processor"
+
+
+def _cpuinfo(field: str) -> str | None:
+    try:
+        found = re.search(rf"^{field}\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1].strip() if found else None
