@@ -10,7 +10,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGES, stages_of
 from vidgen_ray.media import Mp4Settings
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.flux_model import FEW_STEP_LORA, TRANSFORMER
+from vidgen_ray.stages.flux_model import FEW_STEP_LORA
 from vidgen_ray.weights import resolve
 
 LORA = "builtin:tiny/lora.safetensors"
@@ -197,7 +197,7 @@ def fixed_params(folder):
     return {
         stage.name: stage.Params(
             weights=folder / stage.name,
-            extra_weights={name: folder / name for name in stage.extra_weights() if name not in (TRANSFORMER, FEW_STEP_LORA)},
+            extra_weights={name: folder / name for name in stage.extra_weights() if name != FEW_STEP_LORA},
         )
         for stage in STAGES
     }

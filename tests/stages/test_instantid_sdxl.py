@@ -185,7 +185,7 @@ def test_move_keeps_the_result_and_close_releases_the_weights(make_shot):
     stage.move("cpu")
     assert np.array_equal(generate(stage, make_shot(), face(1)), before)
     stage.close()
-    assert set(vars(stage)) == {"params", "_of_thread"}
+    assert set(vars(stage)) == {"params", "_notes"}
 
 
 def test_wrong_embedding_is_rejected(stage, make_shot):
