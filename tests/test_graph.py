@@ -222,15 +222,15 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({}, "59ef49fb0320ca6b8604e8238b7fdb7afa5a732be1058133c73cb0a584a65795"),
-        (EVERYTHING, "ae5593a2dd7b5124f6679d212c31fe9fdb78ca205b9943fc4685c6b09eca5bfe"),
+        ({}, "738650852c16027d5311c4ebec686c76813bf2e1ebe1d26de1440415e2da4fc1"),
+        (EVERYTHING, "68ed6df32b1deffc1f0e477cbeb7d53ca8786741bdb5d2851ef0f5cc33f69d18"),
         (
             {"prompt": "a", "mode": "fast", "lora": "one.safetensors", "generate_video": False},
-            "0591a7a1179897defaf8394f69f9c29b03ca5354c6d5fa9b8662c158ffd1910a",
+            "47a9feee1692e42a6a1bceb4c5d70da448f5b5545eb0ebf837d2b2a408175c49",
         ),
         (
             {"prompt": "a", "image": "picture.png", "scale": 2, "seed": 2**32 - 1},
-            "61c421dd2019d16f16e55c9d5ac1d9c1525fdc19f0d49d454f7c63328f5c37f7",
+            "ccb3b6ded6a72a1a4de1b29dcd3d0c04341771ba067370cd6a238a2b381a5d02",
         ),
     ],
 )

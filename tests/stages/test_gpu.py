@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.recompilations import write_loras
 
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.graph import STAGE_BY_NAME
@@ -114,16 +113,6 @@ def test_faces_on_gpu_are_close_to_cpu(tiny, face, photo):
     for recogniser, expected in face.embeddings.items():
         embedding = found.embedding(recogniser)
         assert embedding @ expected / np.linalg.norm(embedding) / np.linalg.norm(expected) > 0.999
-
-
-def test_loras_in_slots_compile_nothing_new(tiny, make_shot, tmp_path):
-    with on_gpu(FluxLoRAStage, tiny, compile="regional", dtype="bfloat16") as stage:
-        images, compiled = [], []
-        for file in write_loras(tmp_path, 4):
-            images.append(result(stage, make_shot(lora=[file]), image=PICTURE))
-            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert len(set(compiled)) == 1
-    assert difference(images[0], images[1]) > 0
 
 
 def test_float16_upscaler_is_close_to_float32(tiny, photo, make_shot):
