@@ -1,5 +1,5 @@
 # Image for one machine with GPUs, and for KubeRay (deploy/kuberay). Needs the NVIDIA driver 580 or newer and the NVIDIA container
-# toolkit on the host; CUDA's libraries come with the packages. Weights are not in the image: see docs/kubernetes.md.
+# toolkit on the host; CUDA's libraries come with the packages. Weights are not in the image: see docs/cluster.md.
 #     docker build -t vidgen-ray .
 #     docker run --rm --gpus all --shm-size 16g vidgen-ray doctor -p gpu-80gb
 FROM python:3.12-slim-bookworm

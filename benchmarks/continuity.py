@@ -2,8 +2,8 @@
 
     python benchmarks/continuity.py [--picture FILE]
 
-Prints the tables of docs/continuity.md: the first frame of each shot of a chain, and the image from which each pass starts,
-compared with the first one; and how much changes from frame to frame where passes meet.
+Prints the tables that docs/continuity.md summarises: the first frame of each shot of a chain, and the image from which each
+pass starts, compared with the first one; and how much changes from frame to frame where passes meet.
 """
 
 from __future__ import annotations

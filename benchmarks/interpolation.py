@@ -2,8 +2,8 @@
 
     python benchmarks/interpolation.py [--weights flownet.pkl] [--out docs/images/interpolation.jpg]
 
-Prints the table of docs/interpolation.md. Clips are made from photographs that packages ship, moved by known amounts, so the
-frames between two frames are known. Every second or fourth frame is given to the stage; the others are held out.
+Prints the table that docs/continuity.md summarises. Clips are made from photographs that packages ship, moved by known amounts,
+so the frames between two frames are known. Every second or fourth frame is given to the stage; the others are held out.
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
 import ast
 import inspect
-import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 if __package__ in (None, ""):
@@ -17,11 +14,7 @@ if __package__ in (None, ""):
 
 from vidgen_ray.batch.shot_queue import ShotTask
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.film.settings import FilmEntry, FilmSettings
 from vidgen_ray.graph import STAGES
-from vidgen_ray.online.api.openapi import JsonBody
-from vidgen_ray.online.api.peer_fields import PEER_FIELD_NAMES, PEER_FIELDS
-from vidgen_ray.online.api.request_models import CreateImages, CreateVideo, EditImages, RequestBody
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.records import ShotRecord
 from vidgen_ray.script.lines import Line
@@ -56,37 +49,10 @@ KINDS = {
 
 
 def shot_fields() -> Iterator[str]:
-    """Yield the rows of the table of shot fields."""
-    yield "| field | value | default | meaning | stages |"
-    yield "| --- | --- | --- | --- | --- |"
+    """Yield a line for each field of a shot: name, values, default, description."""
     for name, schema in Shot.model_json_schema()["properties"].items():
-        cells = *field_cells(name, schema, Shot.model_fields[name]), ", ".join(readers(name))
-        yield f"| {' | '.join(cells)} |"
-
-
-def request_fields(model: type[RequestBody], documented: Collection[str] = ()) -> Iterator[str]:
-    """Yield the rows of the table of a request body, required fields first, except fields that are documented elsewhere."""
-    yield "| field | value | default | meaning |"
-    yield "| --- | --- | --- | --- |"
-    schemas = model.model_json_schema(schema_generator=JsonBody)["properties"]
-    fields = {name: field for name, field in model.model_fields.items() if name not in documented}
-    for name, field in sorted(fields.items(), key=lambda item: not item[1].is_required()):
-        yield f"| {' | '.join(field_cells(name, schemas[name], field))} |"
-
-
-def film_fields(model: type[BaseModel]) -> Iterator[str]:
-    """Yield the rows of the table of a film file's fields."""
-    yield "| field | value | default | meaning |"
-    yield "| --- | --- | --- | --- |"
-    for name, schema in model.model_json_schema()["properties"].items():
-        yield f"| {' | '.join(field_cells(name, schema, model.model_fields[name]))} |"
-
-
-def field_cells(name: str, schema: Mapping[str, Any], field: FieldInfo) -> tuple[str, str, str, str]:
-    """Return name, values, default and description of a field."""
-    if name in NESTED_FIELDS:
-        return f"`{name}`", "per stage", "", schema["description"]
-    return f"`{name}`", values(schema), default(field), schema.get("description", "")
+        allowed = "per stage" if name in NESTED_FIELDS else values(schema) + default(Shot.model_fields[name])
+        yield f"- `{name}` ({allowed}): {schema['description']}"
 
 
 def values(schema: Mapping[str, Any]) -> str:
@@ -105,19 +71,11 @@ def values(schema: Mapping[str, Any]) -> str:
 
 
 def default(field: FieldInfo) -> str:
+    """Return the default of a field, for example "; default `25`", or "" if there is none."""
     if field.is_required():
-        return "required"
+        return ", required"
     value = field.get_default(call_default_factory=True)
-    return "" if value in (None, (), {}) else f"`{str(value).lower() if isinstance(value, bool) else value}`"
-
-
-def peer_fields() -> Iterator[str]:
-    """Yield the rows of the table of peers' fields that have no meaning here."""
-    yield "| field | sent by | accepted values | why |"
-    yield "| --- | --- | --- | --- |"
-    for peer in PEER_FIELDS:
-        accepted = "all" if peer.neutral is None else ", ".join(f"`{json.dumps(value)}`" for value in peer.neutral) or "none"
-        yield f"| `{peer.name}` | {peer.sent_by} | {accepted} | {peer.why[0].upper()}{peer.why[1:]}. |"
+    return "" if value in (None, (), {}) else f"; default `{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 DERIVED = {
@@ -191,15 +149,6 @@ def modules() -> Iterator[str]:
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
     "architecture.md": {"records": records, "reading order": reading_order, "modules": modules, "stages": stages},
-    "api.md": {
-        "video fields": partial(request_fields, CreateVideo, PEER_FIELD_NAMES),
-        "peer fields": peer_fields,
-        "image fields": partial(
-            request_fields, CreateImages, CreateVideo.model_fields.keys() - {"quality", "output_compression"}
-        ),
-        "edit fields": partial(request_fields, EditImages, CreateImages.model_fields),
-    },
-    "film.md": {"film fields": partial(film_fields, FilmSettings), "entry fields": partial(film_fields, FilmEntry)},
 }
 
 

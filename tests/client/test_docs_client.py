@@ -14,7 +14,7 @@ def test_examples_run_in_order(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     examples = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.M | re.S)
-    assert len(examples) >= 5
+    assert len(examples) >= 4
     names: dict[str, object] = {}
     settings = OnlineSettings(profile="tiny", data=str(tmp_path / "out"), poll_s=0.02)
     with local_server(tiny, settings) as server, listening_on_a_port(server.app) as url:

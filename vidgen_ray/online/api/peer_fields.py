@@ -1,6 +1,6 @@
 """Fields of vLLM-Omni's and SGLang's APIs that have no meaning here: which values are accepted, and why others are refused.
 
-The request models, their OpenAPI document and the table in docs/api.md are made from `PEER_FIELDS`. Fields of peers that this
+The request models and their OpenAPI document are made from `PEER_FIELDS`. Fields of peers that this
 server honours under their own names are fields of the request models.
 """
 
