@@ -36,8 +36,7 @@ import typer
 from benchmarks.machine import machine, write_json
 from vidgen_ray.upscale.frames import FrameReader
 from vidgen_ray.upscale.job import upscale_frames
-from vidgen_ray.upscale.models import DEFAULT_MODEL, find_model
-from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, usable_cpus
+from vidgen_ray.upscale.network import DEFAULT_MODEL, EngineSettings, UpscaleNetwork, find_model, usable_cpus
 from vidgen_ray.upscale.source import read_source
 
 PACKAGES = (
@@ -226,7 +225,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def vidgen(workers: int) -> Callable[[Path, Path, int], dict[str, Any]]:
     def run(video: Path, out: Path, scale: int) -> dict[str, Any]:
         from vidgen_ray.upscale.calibration import calibrate
-        from vidgen_ray.upscale.encode import EncodeSettings
+        from vidgen_ray.upscale.frames import EncodeSettings
         from vidgen_ray.upscale.job import Threads
         from vidgen_ray.upscale.run import UpscaleOptions, upscale_file
 

@@ -34,8 +34,15 @@ from benchmarks.machine import machine, write_json
 from benchmarks.upscale import PACKAGES, photo_video
 from vidgen_ray.upscale.calibration import calibrate, cpu_has_bfloat16
 from vidgen_ray.upscale.frames import FrameReader
-from vidgen_ray.upscale.models import DEFAULT_MODEL, UpscaleModel, find_model
-from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, usable_cpus
+from vidgen_ray.upscale.network import (
+    DEFAULT_MODEL,
+    EngineSettings,
+    UpscaleModel,
+    UpscaleNetwork,
+    find_model,
+    has_openvino,
+    usable_cpus,
+)
 from vidgen_ray.upscale.source import read_source
 from vidgen_ray.upscale.tiles import receptive_field
 

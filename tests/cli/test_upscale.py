@@ -18,7 +18,6 @@ from vidgen_ray.cli import main
 from vidgen_ray.cli import upscale as command
 from vidgen_ray.errors import SetupError
 from vidgen_ray.system.cache_dir import sha256_of
-from vidgen_ray.upscale import preview
 from vidgen_ray.upscale import run as upscale_run
 from vidgen_ray.upscale.calibration import CalibrationProgress
 from vidgen_ray.upscale.network import EngineSettings
@@ -253,7 +252,6 @@ def test_interrupt_whose_exception_is_dropped_ends_the_command(tmp_path, run, mo
     arguments = tmp_path / "a.mp4", tmp_path / "b.mp4", "-o", tmp_path / "out"
     with monkeypatch.context() as patched:
         patched.setattr(upscale_run, "read_source", read_source_dropping_an_interrupt)
-        patched.setattr(preview, "read_source", read_source_dropping_an_interrupt)
         for options in ((), ("--preview", "1s")):
             code, _, errors = run(*arguments, *options)
             assert code == 130
@@ -311,7 +309,7 @@ def repeat(source, target, times):
 
 
 def test_calibration_of_a_node_streams_its_progress(monkeypatch):
-    from vidgen_ray.engine import upscale_workers
+    from vidgen_ray.upscale import ray_runner
 
     progress = [CalibrationProgress(activity, 1, 2, None) for activity in ("one", "two")]
 
@@ -324,10 +322,10 @@ def test_calibration_of_a_node_streams_its_progress(monkeypatch):
         on_progress(progress[0])
         raise SetupError("no engine")
 
-    monkeypatch.setattr(upscale_workers, "calibrate", calibrate)
-    assert list(upscale_workers._calibrate("model", "cpu", False)) == [*progress, CALIBRATION]
-    monkeypatch.setattr(upscale_workers, "calibrate", fail)
-    items = upscale_workers._calibrate("model", "cpu", False)
+    monkeypatch.setattr(ray_runner, "calibrate", calibrate)
+    assert list(ray_runner._calibrate("model", "cpu", False)) == [*progress, CALIBRATION]
+    monkeypatch.setattr(ray_runner, "calibrate", fail)
+    items = ray_runner._calibrate("model", "cpu", False)
     assert next(items) == progress[0]
     with pytest.raises(SetupError, match="no engine"):
         next(items)
@@ -335,11 +333,11 @@ def test_calibration_of_a_node_streams_its_progress(monkeypatch):
 
 @pytest.mark.parametrize(("cpus", "slots"), [((1, 1), 2), ((3,), 1), ((4, 1), 2), ((0,), 0)])
 def test_worker_reserves_its_threads_or_a_whole_node(monkeypatch, cpus, slots):
-    from vidgen_ray.engine import upscale_workers
+    from vidgen_ray.upscale import ray_runner
 
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
-    monkeypatch.setattr(upscale_workers.ray, "nodes", lambda: nodes)
-    assert upscale_workers.cluster_slots(EngineSettings(threads=2)) == slots
+    monkeypatch.setattr(ray_runner.ray, "nodes", lambda: nodes)
+    assert ray_runner.cluster_slots(EngineSettings(threads=2)) == slots
 
 
 def calibrate_node(model, device, again):
@@ -356,8 +354,7 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
     """
     import ray
 
-    from vidgen_ray.engine import upscale_workers
-    from vidgen_ray.upscale import job
+    from vidgen_ray.upscale import job, ray_runner
 
     video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
     options = "--model", str(weights), "--preset", "ultrafast"
@@ -365,9 +362,9 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
     monkeypatch.setattr(job, "MAX_SEGMENT_FRAMES", 5)
     monkeypatch.setattr(job, "MIN_SEGMENT_FRAMES", 5)
 
-    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate_node)
+    monkeypatch.setattr(ray_runner, "_calibrate", calibrate_node)
     marker = tmp_path / "failed once"
-    make = upscale_workers.UpscaleActor.make
+    make = ray_runner.UpscaleActor.make
 
     def failing_once(self, segment):
         if segment.number == 3 and not marker.exists():
@@ -375,7 +372,7 @@ def test_on_ray_the_file_has_the_same_bytes(tmp_path, weights, monkeypatch, caps
             os._exit(1)
         return make(self, segment)
 
-    monkeypatch.setattr(upscale_workers.UpscaleActor, "make", failing_once)
+    monkeypatch.setattr(ray_runner.UpscaleActor, "make", failing_once)
     ray.init(
         address="local",
         num_cpus=2,
@@ -405,17 +402,16 @@ def test_bytes_are_the_same_after_the_loss_of_a_node(tmp_path, weights, monkeypa
     import ray
     from ray.cluster_utils import Cluster
 
-    from vidgen_ray.engine import upscale_workers
-    from vidgen_ray.upscale import job
+    from vidgen_ray.upscale import job, ray_runner
 
     video = write_video(tmp_path / "in.mp4", 120, sound_s=1.0)
     options = "--model", str(weights), "--preset", "ultrafast"
     expected = undisturbed(tmp_path, video, options)
     for name in ("MAX_SEGMENT_FRAMES", "MIN_SEGMENT_FRAMES"):
         monkeypatch.setattr(job, name, 5)
-    monkeypatch.setattr(upscale_workers, "_calibrate", calibrate_node)
+    monkeypatch.setattr(ray_runner, "_calibrate", calibrate_node)
     lost = tmp_path / "lost"
-    make, send = upscale_workers.UpscaleActor.make, upscale_workers._Workers.make
+    make, send = ray_runner.UpscaleActor.make, ray_runner._Workers.make
 
     def make_or_lose_the_node(self, segment):
         if ray.get_runtime_context().get_node_id() != head:
@@ -429,8 +425,8 @@ def test_bytes_are_the_same_after_the_loss_of_a_node(tmp_path, weights, monkeypa
             self.finish_start(ray.wait([*self.starting])[0][0])
         return send(self, number, segment)
 
-    monkeypatch.setattr(upscale_workers.UpscaleActor, "make", make_or_lose_the_node)
-    monkeypatch.setattr(upscale_workers._Workers, "make", send_when_all_have_started)
+    monkeypatch.setattr(ray_runner.UpscaleActor, "make", make_or_lose_the_node)
+    monkeypatch.setattr(ray_runner._Workers, "make", send_when_all_have_started)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     node = {"num_cpus": 1, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})

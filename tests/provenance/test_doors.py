@@ -39,16 +39,15 @@ MARKED = {
     "client/image_inputs.py": "images in memory that are uploaded keep the mark they have",
     "film/make_film.py": "films",
     "film/join.py": "films",
-    "upscale/run.py": "upscaled videos",
     "upscale/join.py": "upscaled videos",
-    "upscale/preview.py": "previews of upscaled videos",
+    "upscale/run.py": "upscaled videos and their previews",
     "online/api/images.py": "images of the server",
 }
 NOT_MARKED = {
     "media/images.py": "the encoder itself",
     "media/encode.py": "the encoder itself",
     "outputs/stage_cache.py": "results of stages, whose digests are keys",
-    "upscale/encode.py": "segments, which are joined to a marked video",
+    "upscale/frames.py": "segments, which are joined to a marked video",
     "upscale/job.py": "segments, which are joined to a marked video",
     "film/pieces.py": "pieces, which are joined to a marked film",
     "film/sound.py": "sound",

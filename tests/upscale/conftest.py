@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from vidgen_ray.upscale.calibration import Calibration
-from vidgen_ray.upscale.encode import EncodeSettings
+from vidgen_ray.upscale.frames import EncodeSettings
 from vidgen_ray.upscale.job import Threads
-from vidgen_ray.upscale.models import UpscaleModel
-from vidgen_ray.upscale.network import EngineSettings
+from vidgen_ray.upscale.network import EngineSettings, UpscaleModel
 from vidgen_ray.upscale.run import UpscaleOptions, UpscaleReport, upscale_file
 
 FAST = EncodeSettings(crf=10, preset="ultrafast", threads=1)

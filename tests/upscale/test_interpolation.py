@@ -10,10 +10,9 @@ from tests.upscale.videos import decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
-from vidgen_ray.upscale.interpolate import FrameInterpolator, interpolated, interpolator_weights
+from vidgen_ray.upscale.frames import FrameInterpolator, interpolated, interpolator_weights
 from vidgen_ray.upscale.job import SegmentFailed
-from vidgen_ray.upscale.source import read_source
-from vidgen_ray.upscale.timeline import Place, places, timeline_of
+from vidgen_ray.upscale.source import Place, places, read_source, timeline_of
 
 TAGGED = (1, 1, 1, 1)
 

@@ -13,8 +13,7 @@ from vidgen_ray.upscale import run as run_module
 from vidgen_ray.upscale import tiles as tiles_module
 from vidgen_ray.upscale.calibration import Calibration, calibrate
 from vidgen_ray.upscale.job import upscale_frames
-from vidgen_ray.upscale.models import UpscaleModel, find_model
-from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork
+from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, UpscaleNetwork, find_model
 from vidgen_ray.upscale.run import engine_settings
 from vidgen_ray.upscale.source import read_source
 from vidgen_ray.upscale.tiles import bytes_per_pixel, call_bytes, choose_tile, receptive_field

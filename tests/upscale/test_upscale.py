@@ -15,8 +15,7 @@ from tests.upscale.videos import SIZE, decoded, packets, picture, write_video
 from vidgen_ray.errors import MediaError
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.upscale import job as job_module
-from vidgen_ray.upscale.encode import write_segment
-from vidgen_ray.upscale.frames import FrameReader
+from vidgen_ray.upscale.frames import FrameReader, write_segment
 from vidgen_ray.upscale.job import SegmentFailed, SegmentWorker, Threads
 from vidgen_ray.upscale.network import UpscaleNetwork
 from vidgen_ray.upscale.source import read_source

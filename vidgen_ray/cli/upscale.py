@@ -26,13 +26,11 @@ from vidgen_ray.errors import StageError, UsageError, VidgenError
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.provenance.record import DEFAULT
 from vidgen_ray.upscale.calibration import Calibration, CalibrationProgress, calibrate
-from vidgen_ray.upscale.encode import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
+from vidgen_ray.upscale.frames import DEFAULT_CRF, ENCODERS, Codec, EncodeSettings, Preset
 from vidgen_ray.upscale.job import SegmentFailed, Threads
 from vidgen_ray.upscale.join import FORMATS
-from vidgen_ray.upscale.models import BUILTIN_MODELS, DEFAULT_MODEL, UpscaleModel, find_model
-from vidgen_ray.upscale.network import Size
-from vidgen_ray.upscale.preview import write_preview
-from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file
+from vidgen_ray.upscale.network import BUILTIN_MODELS, DEFAULT_MODEL, Size, UpscaleModel, find_model
+from vidgen_ray.upscale.run import SegmentRunner, UpscaleOptions, output_path, upscale_file, write_preview
 
 P = ParamSpec("P")
 
@@ -232,7 +230,7 @@ def _runner(
             yield calibration, Threads(calibration.workers, check_interrupt)
             return
         from vidgen_ray.engine.ray_cluster import connected
-        from vidgen_ray.engine.upscale_workers import RayRunner, calibrate_on_cluster
+        from vidgen_ray.upscale.ray_runner import RayRunner, calibrate_on_cluster
 
         with connected(address, cpus=1):
             with _CalibrationView(model.name, "on a node of the cluster") as view:

@@ -23,8 +23,7 @@ from vidgen_ray.errors import VidgenError
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.frames import Pixels
-from vidgen_ray.upscale.models import UpscaleModel
-from vidgen_ray.upscale.network import EngineSettings, UpscaleNetwork, has_openvino, runs_in_openvino, usable_cpus
+from vidgen_ray.upscale.network import EngineSettings, UpscaleModel, UpscaleNetwork, has_openvino, runs_in_openvino, usable_cpus
 
 CPUINFO = Path("/proc/cpuinfo")
 FRAME_SIZE = 256, 144

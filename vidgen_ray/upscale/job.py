@@ -19,13 +19,18 @@ import numpy as np
 
 from vidgen_ray.errors import Cancelled, MediaError
 from vidgen_ray.system.files import new_file
-from vidgen_ray.upscale.encode import SEGMENT_SUFFIX, EncodeSettings, write_segment
-from vidgen_ray.upscale.frames import FrameReader, Pixels
-from vidgen_ray.upscale.interpolate import FrameInterpolator, interpolated, interpolator_weights
-from vidgen_ray.upscale.models import UpscaleModel
-from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleNetwork
-from vidgen_ray.upscale.source import Source
-from vidgen_ray.upscale.timeline import Timeline, places, timeline_of
+from vidgen_ray.upscale.frames import (
+    SEGMENT_SUFFIX,
+    EncodeSettings,
+    FrameInterpolator,
+    FrameReader,
+    Pixels,
+    interpolated,
+    interpolator_weights,
+    write_segment,
+)
+from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
+from vidgen_ray.upscale.source import Source, Timeline, places, timeline_of
 
 T = TypeVar("T")
 

@@ -20,10 +20,9 @@ from vidgen_ray.media.files import (
     wrap_write_errors,
 )
 from vidgen_ray.system.files import new_file
-from vidgen_ray.upscale.encode import Codec
+from vidgen_ray.upscale.frames import Codec
 from vidgen_ray.upscale.job import UpscaleJob
-from vidgen_ray.upscale.source import Source
-from vidgen_ray.upscale.timeline import Timeline
+from vidgen_ray.upscale.source import Source, Timeline
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """Suffix of an output file -> FFmpeg's name of the format."""

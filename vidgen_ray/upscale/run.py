@@ -1,23 +1,29 @@
-"""Upscale a video file: plan it, make its segments, resume after a kill, join them."""
+"""Upscale a video file: plan it, make its segments, resume after a kill, join them.
+
+Or write a preview with both versions side by side.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
+from itertools import tee
 from pathlib import Path
 from typing import Any, Protocol
 
 import av
+import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vidgen_ray.errors import MediaError
+from vidgen_ray.media.files import append_xmp
 from vidgen_ray.provenance.record import (
     DEFAULT,
     Detail,
@@ -30,17 +36,14 @@ from vidgen_ray.provenance.record import (
 )
 from vidgen_ray.provenance.signing import check_signing, sign_result
 from vidgen_ray.system.cache_dir import digest
-from vidgen_ray.system.files import abandoned, remove, write_atomically
+from vidgen_ray.system.files import abandoned, new_file, remove, write_atomically
 from vidgen_ray.upscale.calibration import Calibration
-from vidgen_ray.upscale.encode import EncodeSettings
-from vidgen_ray.upscale.interpolate import interpolator_weights
-from vidgen_ray.upscale.job import Segment, UpscaleJob, fitted, scaled
+from vidgen_ray.upscale.frames import EncodeSettings, FrameReader, Pixels, interpolator_weights, write_segment
+from vidgen_ray.upscale.job import Segment, UpscaleJob, fitted, scaled, upscale_frames
 from vidgen_ray.upscale.join import FORMATS, join_segments, plan_copies
-from vidgen_ray.upscale.models import UpscaleModel
-from vidgen_ray.upscale.network import EngineSettings, Size
-from vidgen_ray.upscale.source import Source, read_source
+from vidgen_ray.upscale.network import EngineSettings, Size, UpscaleModel, UpscaleNetwork
+from vidgen_ray.upscale.source import Source, read_source, timeline_of
 from vidgen_ray.upscale.tiles import call_bytes, choose_tile, free_memory
-from vidgen_ray.upscale.timeline import timeline_of
 
 WORK_FOLDER = ".vidgen-upscale"
 """Folder beside the output files: segments of unfinished videos, and what the finished ones were made from."""
@@ -271,3 +274,56 @@ def _read_plan(record: Path) -> _Plan | None:
         return _Plan.model_validate_json(record.read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def write_preview(
+    video: Path,
+    out: Path,
+    options: UpscaleOptions,
+    calibration: Calibration,
+    seconds: float,
+    *,
+    on_progress: Progress = lambda done, total, made: None,
+) -> UpscaleReport:
+    """Write `seconds` from the middle of the video to NAME.preview.mp4 beside `out`, at a constant rate and without sound.
+
+    Raises MediaError, StageError and SetupError.
+    """
+    import cv2
+
+    begin = time.monotonic()
+    path = out.with_name(f"{out.stem}.preview.mp4")
+    if path.exists() and not options.force:
+        raise MediaError(f"{path}: exists; replace it with --force")
+    source, size = planned_size(read_source(video), options)
+    count = min(source.frame_count, max(1, round(seconds * source.fps)))
+    start = (source.frame_count - count) // 2
+    on_progress(0, count, 0)
+    network = UpscaleNetwork(options.model, engine_settings(source, options.model, calibration), size)
+    reader = FrameReader(source)
+
+    def pairs() -> Iterator[Pixels]:
+        originals, frames = tee(reader.read(start, start + count))
+        for number, (pixels, upscaled) in enumerate(zip(originals, upscale_frames(frames, network), strict=True), 1):
+            yield np.concatenate([cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC), upscaled], axis=1)
+            on_progress(number, count, number)
+
+    record = options.record(video)
+    try:
+        with new_file(path) as tmp:
+            write_segment(tmp, pairs(), count, (2 * size[0], size[1]), source.fps, source, options.encode)
+            if record is not None:
+                append_xmp(tmp, record.metadata().xmp)
+    finally:
+        reader.close()
+    return UpscaleReport(
+        video=str(video),
+        out=str(path),
+        frames=count,
+        size=f"{2 * size[0]}x{size[1]}",
+        seconds=round(time.monotonic() - begin, 3),
+        resumed_frames=0,
+        was_finished=False,
+        notes=(),
+        metadata=options.provenance.metadata,
+    )

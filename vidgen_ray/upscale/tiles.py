@@ -15,7 +15,7 @@ from vidgen_ray.stages.realesrgan import forward
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.system.free_memory import free_bytes
-from vidgen_ray.upscale.models import UpscaleModel
+from vidgen_ray.upscale.network import UpscaleModel
 
 if TYPE_CHECKING:
     import torch

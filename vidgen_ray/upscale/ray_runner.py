@@ -24,8 +24,7 @@ from vidgen_ray.errors import SetupError, VidgenError
 from vidgen_ray.system.files import write_atomically
 from vidgen_ray.upscale.calibration import Calibration, CalibrationListener, CalibrationProgress, calibrate
 from vidgen_ray.upscale.job import CHECK_S, Segment, SegmentFailed, SegmentWorker, UpscaleJob
-from vidgen_ray.upscale.models import UpscaleModel
-from vidgen_ray.upscale.network import EngineSettings
+from vidgen_ray.upscale.network import EngineSettings, UpscaleModel
 
 ATTEMPTS_OF_REFUSED = 2
 """Attempts for a segment whose file or weights are refused with an error for the user. The second one is on another worker."""
