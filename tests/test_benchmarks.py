@@ -280,9 +280,9 @@ def test_profiles_of_the_benchmarks_have_weights_that_a_run_accepts(tmp_path):
         (ours.profile(tmp_path, "auto"), simulated_line),
         (noop_stages.noop_profile(tmp_path / "no-op", cpu_workers=1), noop_stages.line(0)),
     ):
-        checker = LineChecker.for_rows("s.jsonl", tmp_path, {}, profile.defaults, 0)
+        checker = LineChecker("s.jsonl", tmp_path, profile.defaults)
         (planned,) = LinePlanner(checker, profile, OutputFolder(tmp_path / "out"), replace=True, fresh=True).plan(
-            [(1, Line(1, line, strict=True))]
+            [Line(1, line)]
         )
         assert isinstance(planned.plans[0], ShotPlan)
 

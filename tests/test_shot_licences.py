@@ -12,7 +12,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import read_manifest
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.profile import builtin_profiles, load_profile
-from vidgen_ray.script.lines import CheckedLine
+from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence
 
@@ -93,7 +93,7 @@ def test_continued_shot_has_the_licences_of_its_chain(tiny, tmp_path):
         pipeline.generate_video("d", id="d", continue_from="c", num_frames=2, **fields)
     # A failed line is rendered again without the finished shot that it continues.
     failed = Shot(id="d", prompt="d", continue_from="c", num_frames=2, **fields)
-    used_by_line = script_licences([CheckedLine(failed, 1, "failures.jsonl", "d")], profile, OutputFolder(tmp_path))
+    used_by_line = script_licences([Line(1, {}, shots=(failed,))], profile, OutputFolder(tmp_path))
     with pytest.raises(LicenceError, match="builtin:tiny/flux"):
         require_licence("commercial", used_by_line)
 

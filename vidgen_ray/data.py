@@ -32,7 +32,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import SCHEMA, SHOT_FILES, ManifestRow
 from vidgen_ray.outputs.open_markers import open_writers
 from vidgen_ray.profile import Profile, load_profile
-from vidgen_ray.script.check import LineChecker
+from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import table_lines
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def build_processor(
     outputs = OutputFolder(out)
     options = options or RenderOptions()
     chosen = chosen.with_commits()
-    checker = LineChecker.for_rows(name, Path.cwd(), defaults or {}, chosen.defaults, seed, policy=chosen.policy)
+    checker = LineChecker(name, Path.cwd(), merged(chosen.defaults, defaults or {}), seed, policy=chosen.policy)
     planner = LinePlanner(
         checker, chosen, outputs, fresh=options.fresh, replace=options.replace, keep_stages=options.keep_stages
     )

@@ -26,7 +26,7 @@ from vidgen_ray.media import read_image
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline
-from vidgen_ray.script.lines import CheckedLine, Line, ScriptIndex, ScriptSettings
+from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script, unique_lines
 from vidgen_ray.shot import Shot
 
@@ -178,9 +178,9 @@ def test_chain_longer_than_the_queue(tiny, tmp_path, monkeypatch):
 
 def test_rows_of_a_data_set_are_refused(tiny, tmp_path):
     checker, _, _ = first_lines(script(tmp_path, CHAIN, tiny))
-    rows = [checker.check(0, Line(None, dict(fields), strict=True)) for fields in CHAIN[:2]]
+    rows = [checker.check(Line(0, dict(fields))) for fields in CHAIN[:2]]
     first, second = unique_lines(rows, ScriptIndex())
-    assert isinstance(first, CheckedLine)
+    assert not first.errors
     assert "continue_from: got 'a', must not be set in a data set" in str(second.errors[0])
 
 
@@ -190,7 +190,7 @@ def continued(outputs):
 
 def line_of(number, **fields):
     shot = Shot(id=f"s{number}", prompt="a", seed=1, continue_from=f"s{number - 1}", **fields)
-    return CheckedLine(shot, number, "s.jsonl", None)
+    return Line(number, {}, script="s.jsonl", script_line=number, shots=(shot,))
 
 
 def test_long_chain_fails_with_its_first_shot(tmp_path):
@@ -198,7 +198,7 @@ def test_long_chain_fails_with_its_first_shot(tmp_path):
     shots.opened("s0")
     assert not [decided for number in range(1, 3000) for decided in shots.accept(line_of(number))]
     failed = shots.failed("s0", "no face")
-    assert [decided.line.line for decided in failed] == [*range(1, 3000)]
+    assert [decided.line.number for decided in failed] == [*range(1, 3000)]
     (late,) = shots.accept(line_of(3000))
     assert {decided.failure.message for decided in (*failed, late)} == {"shot s0 failed: no face"}
     assert len(shots) == 0

@@ -11,7 +11,7 @@ from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow, columns_as_rows
 from vidgen_ray.outputs.records import DoneShot, ShotSummary
 from vidgen_ray.script.check import LineChecker
-from vidgen_ray.script.lines import Line, RejectedLine, ScriptIndex
+from vidgen_ray.script.lines import Line, ScriptIndex
 
 BLOCK = 20
 
@@ -33,14 +33,14 @@ def _done(plan):
 
 @pytest.fixture
 def planner(tiny, tmp_path):
-    checker = LineChecker.for_rows("s.jsonl", tmp_path, {"upscale_video": False}, tiny.defaults, 0)
+    checker = LineChecker("s.jsonl", tmp_path, {**tiny.defaults, "upscale_video": False})
     planner = LinePlanner(checker, tiny, OutputFolder(tmp_path / "out"))
     planner.finished = FinishedIf()
     return planner
 
 
 def numbered(fields):
-    return [(number, Line(number, line, strict=True)) for number, line in enumerate(fields, start=1)]
+    return [Line(number, line) for number, line in enumerate(fields, start=1)]
 
 
 def as_rows(planner, lines, *, size=BLOCK):
@@ -76,20 +76,17 @@ def test_blocks_have_the_same_result_as_lines_one_by_one(planner):
     lines = numbered(fields)
     expected = list(unique_shots(planner.plan(lines), ScriptIndex()))
     shots, rows = as_rows(planner, lines)
-    rejected = [shot for shot in expected if isinstance(shot, RejectedLine)]
-    assert Counter("has the same id" in str(line.errors[0]) for line in rejected)[True] > 20
-    assert [shot for shot in shots if isinstance(shot, RejectedLine)] == rejected
-    accepted = [shot for shot in expected if not isinstance(shot, RejectedLine)]
-    pending = [shot for shot in shots if not isinstance(shot, RejectedLine) and shot.done is None]
-    assert pending == [shot for shot in accepted if shot.done is None]
-    rows += [_row(shot) for shot in shots if not isinstance(shot, RejectedLine) and shot.done is not None]
-    of_lines = [_row(shot) for shot in accepted if shot.done is not None]
+    assert Counter("has the same id" in str(shot.line.errors) for shot in expected)[True] > 20
+    # Rejected lines and pending shots.
+    assert [shot for shot in shots if shot.done is None] == [shot for shot in expected if shot.done is None]
+    rows += [_row(shot) for shot in shots if shot.done is not None]
+    of_lines = [_row(shot) for shot in expected if shot.done is not None]
     assert len(of_lines) > 100
     assert sorted(map(_columns, rows)) == sorted(map(_columns, of_lines))
 
 
 def _row(shot):
-    return ManifestRow.of_shot("", shot.line.script, shot.line.shot, shot.line.line, shot.done, "skipped")
+    return ManifestRow.of_shot("", shot.line.script, shot.line.shot, shot.line.number, shot.done, "skipped")
 
 
 def _columns(row):
@@ -104,7 +101,7 @@ def test_finished_lines_need_no_objects(planner):
     shots, rows = unique_shots_of_block(block, ScriptIndex(), lambda *_: pytest.fail("checked a line again"))
     assert shots == []
     assert rows.column("id").to_pylist() == [f"a{number}" for number in range(BLOCK)]
-    assert rows.column("line").to_pylist() == [number for number, _ in lines]
+    assert rows.column("line").to_pylist() == [line.number for line in lines]
 
 
 @pytest.mark.parametrize("size", [1, BLOCK])
@@ -113,11 +110,11 @@ def test_first_line_owns_its_id_even_if_it_is_not_finished(planner, size):
     shots, rows = as_rows(planner, lines, size=size)
     assert rows == []
     assert [shot.line.shot.id for shot in shots[:1]] == ["a"]
-    assert str(shots[1].errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
+    assert str(shots[1].line.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
 
 
 def test_rejected_line_does_not_take_the_generated_name_from_a_later_line_that_has_it(planner):
     lines = numbered([{"prompt": "x", "fps": 0, "id": "?"}, {"id": "s-line-1", "prompt": "finished"}])
     shots, rows = as_rows(planner, lines)
     assert rows == []
-    assert [shot.id for shot in shots] == ["s-line-1", "s-line-2"]
+    assert [shot.line.id for shot in shots] == ["s-line-1", "s-line-2"]

@@ -13,7 +13,7 @@ import pytest
 
 from vidgen_ray.batch.shot_queue import ShotQueue, ShotTask
 from vidgen_ray.content_keys import ShotPlan
-from vidgen_ray.script.lines import CheckedLine, RejectedLine, ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.shot import Shot
 
@@ -25,7 +25,6 @@ from pathlib import Path
 from vidgen_ray.graph import STAGES
 from vidgen_ray.content_keys import ShotPlanner
 from vidgen_ray.media import Mp4Settings
-from vidgen_ray.script.lines import CheckedLine
 from vidgen_ray.script.read import iter_script
 from vidgen_ray.script.lines import ScriptSettings
 
@@ -43,9 +42,8 @@ def run(script):
     counts = {"shots": 0, "rejected": 0, "plans": 0}
     def shots():
         for line in iter_script(ScriptSettings(script, profile_defaults={"scale": 2, "steps": {"flux": 4}})):
-            counts["shots" if isinstance(line, CheckedLine) else "rejected"] += 1
-            if isinstance(line, CheckedLine):
-                yield line.shot
+            counts["rejected" if line.errors else "shots"] += 1
+            yield from line.shots
     start = time.process_time()
     for plan in map(ShotPlanner(params, Mp4Settings()), shots()):
         counts["plans"] += 1
@@ -122,10 +120,10 @@ def test_line_ids_are_unique(input_folder):
     with script.open("a") as file:
         file.write("{broken\n" * 2000)
     lines = list(iter_script(ScriptSettings(script)))
-    ids = [line.shot.id if isinstance(line, CheckedLine) else line.id for line in lines]
+    ids = [line.id if line.errors else line.shot.id for line in lines]
     assert len(ids) == len(set(ids)) == 4000
-    rejected = [line for line in lines if isinstance(line, RejectedLine)]
-    assert [line.line for line in rejected] == sorted(line.line for line in rejected)
+    rejected = [line for line in lines if line.errors]
+    assert [line.number for line in rejected] == sorted(line.number for line in rejected)
     assert len(rejected) == 2000 + 2000 // 20 + 2000 // 50
 
 

@@ -338,7 +338,7 @@ class TestSweep:
     def test_refused_run_deletes_nothing(self, disk, tiny):
         abandoned = disk.root / "shots" / f"{temporary_prefix(ENDED)}x"
         write_atomically(abandoned / "hd.mp4", b"1")
-        planner = LinePlanner(LineChecker.for_rows("s", disk.root, {}, {}, 0), tiny, disk)
+        planner = LinePlanner(LineChecker("s", disk.root), tiny, disk)
         with disk.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
             render_lines(planner, [], None, "s", tiny, RenderOptions(), listener=None)
         assert (abandoned / "hd.mp4").exists()

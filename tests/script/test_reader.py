@@ -71,7 +71,7 @@ def test_formats_produce_the_same_shots(tmp_path):
 def test_txt_script_has_one_prompt_per_line(tmp_path):
     script = read_script(write(tmp_path, "s.txt", "\ufeff# a comment\r\na red ball\n\n  a blue ball \n"))
     assert [s.prompt for s in script.shots] == ["a red ball", "a blue ball"]
-    assert list(script.lines.values()) == [2, 4]
+    assert [line.number for line in script.lines] == [2, 4]
 
 
 def test_defaults_precedence_is_header_then_command_line_then_profile(tmp_path):
@@ -133,12 +133,12 @@ PHOTOS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), PHOTOS)
-def test_face_image_accepts_one_photo_or_several(tmp_path, name, text, expected):
+def test_face_image_accepts_one_photo_or_several(tmp_path):
     (tmp_path / "7").write_bytes(b"x")
-    (shot,) = read_script(write(tmp_path, name, text)).shots
-    assert shot.face_image == tuple(str(tmp_path / photo) for photo in expected)
-    assert Shot.model_validate_json(shot.model_dump_json()) == shot
+    for name, text, expected in PHOTOS:
+        (shot,) = read_script(write(tmp_path, name, text)).shots
+        assert shot.face_image == tuple(str(tmp_path / photo) for photo in expected), text
+        assert Shot.model_validate_json(shot.model_dump_json()) == shot
 
 
 def test_rejected_line_has_absolute_photo_paths(tmp_path):
@@ -239,19 +239,16 @@ INVALID_LINES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("line", "field", "message"),
-    INVALID_LINES,
-    ids=[f"{number}-{field or 'line'}" for number, (_, field, _) in enumerate(INVALID_LINES)],
-)
-def test_invalid_line_is_rejected_and_other_lines_are_kept(tmp_path, line, field, message):
-    text = line if isinstance(line, str) else json.dumps(line)
-    script = read_script(write(tmp_path, "s.jsonl", f'{{"prompt": "good"}}\n{text}\n{{"prompt": "good, too"}}\n'))
-    assert [s.prompt for s in script.shots] == ["good", "good, too"]
-    (rejected,) = script.rejected
-    error = rejected.errors[0]
-    assert (error.source, error.line, error.field) == ("s.jsonl", 2, field)
-    assert message in str(error)
+def test_invalid_lines_are_rejected_and_other_lines_are_kept(tmp_path):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line, _, _ in INVALID_LINES]
+    good = [json.dumps({"prompt": f"good {number}"}) for number in range(len(texts))]
+    lines = [line for pair in zip(good, texts, strict=True) for line in pair]
+    script = read_script(write(tmp_path, "s.jsonl", "\n".join(lines)))
+    assert [s.prompt for s in script.shots] == [f"good {number}" for number in range(len(texts))]
+    for number, (rejected, (_, field, message)) in enumerate(zip(script.rejected, INVALID_LINES, strict=True), start=1):
+        error = rejected.errors[0]
+        assert (error.source, error.line, error.field) == ("s.jsonl", 2 * number, field)
+        assert message in str(error)
 
 
 def test_invalid_csv_row_does_not_affect_other_rows(tmp_path):
@@ -279,30 +276,30 @@ def test_duplicate_id_of_one_variant_rejects_the_whole_line(tmp_path):
     lines = [{"id": "x-v1", "prompt": "a"}, {"id": "x", "prompt": "a", "variants": 3}, {"id": "x-v2", "prompt": "a"}]
     script = read_script(write(tmp_path, "s.jsonl", lines))
     assert [shot.id for shot in script.shots] == ["x-v1", "x-v2"]
-    assert [(line.id, line.line, line.fields["id"]) for line in script.rejected] == [("x", 2, "x")]
+    assert [(line.id, line.number, line.fields["id"]) for line in script.rejected] == [("x", 2, "x")]
 
 
 def test_yaml_errors_have_line_numbers(tmp_path):
     text = "title: t\nshots:\n- a red ball\n\n- prompt: a blue ball\n  fps: 6\n- 7\n# a comment\n- prompt: b\n  fps: 0\n"
     script = read_script(write(tmp_path, "s.yaml", text))
-    assert list(script.lines.values()) == [3, 5]
+    assert [line.number for line in script.lines if line.shots] == [3, 5]
     assert [error.line for error in script.errors] == [7, 9]
     assert script.rejected[0].id == "s-line-7"
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt", "yaml"])
-def test_non_utf8_script_error_has_the_line_number(tmp_path, ending):
-    (tmp_path / f"s.{ending}").write_bytes("prompt\nMädchen\n".encode("latin-1"))
-    with pytest.raises(ScriptError, match=rf"s\.{ending} line 2: got bytes that are not UTF-8"):
-        list(iter_script(tmp_path / f"s.{ending}"))
+def test_non_utf8_script_error_has_the_line_number(tmp_path):
+    for ending in ("jsonl", "csv", "txt", "yaml"):
+        (tmp_path / f"s.{ending}").write_bytes("prompt\nMädchen\n".encode("latin-1"))
+        with pytest.raises(ScriptError, match=rf"s\.{ending} line 2: got bytes that are not UTF-8"):
+            list(iter_script(tmp_path / f"s.{ending}"))
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
-def test_too_long_line_is_rejected(tmp_path, monkeypatch, ending):
+def test_too_long_line_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("vidgen_ray.script.lines.MAX_LINE", 1000)
-    path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
-    with pytest.raises(ScriptError, match="line 2: got more than 1,000 characters"):
-        list(iter_script(path))
+    for ending in ("jsonl", "csv", "txt"):
+        path = write(tmp_path, f"s.{ending}", "prompt\n" + "x" * 5000)
+        with pytest.raises(ScriptError, match="line 2: got more than 1,000 characters"):
+            list(iter_script(path))
 
 
 def test_too_large_yaml_script_is_rejected(tmp_path, monkeypatch):
@@ -313,8 +310,8 @@ def test_too_large_yaml_script_is_rejected(tmp_path, monkeypatch):
         read_script(write(tmp_path, "s.yaml", "shots: [ball]\n"))
 
 
-@pytest.mark.parametrize("prompt", ["a\u2028b", "a\u0085b", "a\x0bb\x0cc"])
-def test_csv_rows_do_not_end_at_unicode_line_separators(tmp_path, prompt):
+def test_csv_rows_do_not_end_at_unicode_line_separators(tmp_path):
+    prompt = "a\u2028b\u0085c\x0bd\x0ce"
     (tmp_path / "s.csv").write_text(f"prompt,fps\n{prompt},5\nnext,6\n", encoding="utf-8", newline="")
     assert [s.prompt for s in read_script(tmp_path / "s.csv").shots] == [prompt, "next"]
 
@@ -332,30 +329,30 @@ def test_duplicate_id_error_names_the_first_line(tmp_path):
     assert str(script.errors[0]).startswith("s.jsonl line 2, id: got 'a', line 1 has the same id")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.parquet, \.tsv, \.txt, \.yaml, \.yml"),
-        ("s.xlsx", "x", r"must be one of .*; save the sheet as \.csv"),
-        ("s.json", "[]", r"must be one of .*; write one object per line to \.jsonl"),
-        ("s.jsonl", "\n\n", "must have at least one shot"),
-        ("s.parquet", "text", "invalid Parquet"),
-        ("s.yaml", "a: &a [*a]", "aliases are not allowed"),
-        ("s.yaml", "!!python/object/apply:os.system ['true']", "invalid YAML"),
-        ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
-        ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a mapping of names to values"),
-        ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: got \['ada'\], must be a mapping"),
-        (
-            "s.yaml",
-            "shots: [a]\ncharacters: {ada: {photo: x}}",
-            "characters.ada.photo: got an unknown field, must be one of face_image, .*description",
-        ),
-        ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
-    ],
-)
-def test_invalid_script_file_raises_script_error(tmp_path, name, content, message):
-    with pytest.raises(ScriptError, match=message):
-        read_script(write(tmp_path, name, content))
+INVALID_FILES = [
+    ("s.doc", "x", r"got file type '\.doc', must be one of \.csv, \.jsonl, \.parquet, \.tsv, \.txt, \.yaml, \.yml"),
+    ("s.xlsx", "x", r"must be one of .*; save the sheet as \.csv"),
+    ("s.json", "[]", r"must be one of .*; write one object per line to \.jsonl"),
+    ("s.jsonl", "\n\n", "must have at least one shot"),
+    ("s.parquet", "text", "invalid Parquet"),
+    ("s.yaml", "a: &a [*a]", "aliases are not allowed"),
+    ("s.yaml", "!!python/object/apply:os.system ['true']", "invalid YAML"),
+    ("s.yaml", "shots: [a]\ndefalts: {}", "an unknown header field 'defalts'"),
+    ("s.yaml", "shots: [a]\ndefaults: [b]", r"defaults: \['b'\], must be a mapping of names to values"),
+    ("s.yaml", "shots: [a]\ncharacters: [ada]", r"characters: got \['ada'\], must be a mapping"),
+    (
+        "s.yaml",
+        "shots: [a]\ncharacters: {ada: {photo: x}}",
+        "characters.ada.photo: got an unknown field, must be one of face_image, .*description",
+    ),
+    ("s.csv", "prompt,prompt\na,b\n", "the column 'prompt' twice"),
+]
+
+
+def test_invalid_script_file_raises_script_error(tmp_path):
+    for name, content, message in INVALID_FILES:
+        with pytest.raises(ScriptError, match=message):
+            read_script(write(tmp_path, name, content))
 
 
 def test_parquet_extension_type_is_rejected_before_reading(tmp_path):
@@ -367,12 +364,12 @@ def test_parquet_extension_type_is_rejected_before_reading(tmp_path):
         read_script(tmp_path / "s.parquet")
 
 
-@pytest.mark.parametrize("position", range(3))
-def test_extension_type_is_found_at_any_position_in_base64(tmp_path, position):
-    schema = base64.b64encode(b"x" * position + EXTENSION_NAME + b"yz")
-    (tmp_path / "s.parquet").write_bytes(b"PAR1" + schema + len(schema).to_bytes(4, "little") + b"PAR1")
-    with pytest.raises(ScriptError, match="got an extension type"):
-        check_no_extension_types(tmp_path / "s.parquet")
+def test_extension_type_is_found_at_any_position_in_base64(tmp_path):
+    for position in range(3):
+        schema = base64.b64encode(b"x" * position + EXTENSION_NAME + b"yz")
+        (tmp_path / "s.parquet").write_bytes(b"PAR1" + schema + len(schema).to_bytes(4, "little") + b"PAR1")
+        with pytest.raises(ScriptError, match="got an extension type"):
+            check_no_extension_types(tmp_path / "s.parquet")
 
 
 def test_shot_schema_describes_all_fields():

@@ -89,10 +89,7 @@ def test_image_folder_with_metadata_and_a_data_set_of_parquet_files(tmp_path):
     assert {error.field for error in script.errors} == {"prompt"}
     for number, caption in enumerate(("one", "two")):
         pq.write_table(pa.table({"caption": [caption]}), tables / "data" / f"train-0000{number}.parquet")
-    assert [(shot.prompt, line) for shot, line in zip(read(tables).shots, read(tables).lines.values(), strict=True)] == [
-        ("one", 1),
-        ("two", 2),
-    ]
+    assert [(line.shot.prompt, line.number) for line in read(tables).lines] == [("one", 1), ("two", 2)]
 
 
 def test_empty_folder_is_an_error(tmp_path):

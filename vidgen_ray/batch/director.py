@@ -48,7 +48,7 @@ from vidgen_ray.planner import (
 )
 from vidgen_ray.planner.layout import Slot
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.lines import RejectedLine, ScriptIndex
+from vidgen_ray.script.lines import ScriptIndex
 from vidgen_ray.shot import Shot
 
 Remaining = Callable[[], Iterator[PlannedBlock]]
@@ -138,22 +138,22 @@ class Director:
         if block.finished is not None:
             self._report_notes(block.finished.notes)
         for shot in shots:
-            if not isinstance(shot, RejectedLine):
-                self._report_notes(shot.line.notes)
-            if isinstance(shot, RejectedLine):
-                self._results.rejected(shot)
-                self._settle(self._continued.failed(shot.id, "its line was rejected"))
+            line = shot.line
+            self._report_notes(line.notes)
+            if line.errors:
+                self._results.rejected(line)
+                self._settle(self._continued.failed(line.id, "its line was rejected"))
             elif isinstance(shot.plan, Failure):
-                self._results.unplannable(shot.line, shot.plan)
-                self._settle(self._continued.failed(shot.line.shot.id or "", shot.plan.message))
+                self._results.unplannable(line, shot.plan)
+                self._settle(self._continued.failed(line.shot.id or "", shot.plan.message))
             elif shot.done is not None:
-                self._results.skipped(shot.line, shot.done)
+                self._results.skipped(line, shot.done)
             elif isinstance(shot.plan, Continued):
                 self._results.pending()
-                self._settle(self._continued.accept(shot.line))
+                self._settle(self._continued.accept(line))
             elif shot.plan is not None:
                 self._results.pending()
-                self._enqueue(ShotTask(shot.plan, shot.line.line, shot.line.script, shot.line.replaces))
+                self._enqueue(ShotTask(shot.plan, line.script_line, line.script, line.replaces))
         self._changed.set()
 
     def _enqueue(self, task: ShotTask) -> None:

@@ -33,7 +33,7 @@ from vidgen_ray.outputs.manifest import ManifestRow, rows_as_columns
 from vidgen_ray.outputs.records import DoneShot, Failure
 from vidgen_ray.profile import Profile
 from vidgen_ray.script.check import LineChecker
-from vidgen_ray.script.lines import CheckedLine, Line, RejectedLine, ScriptIndex, ScriptSettings, UnreadableLine, ValidLine
+from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import check_files, default_id, ids_of, no_lines, open_lines, unique_lines
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Stage
@@ -51,16 +51,11 @@ class Continued(NamedTuple):
 class PlannedLine(NamedTuple):
     """A checked line and, for each of its shots, what is to be done."""
 
-    line: ValidLine | RejectedLine
+    line: Line
     plans: tuple[ShotPlan | Continued | Failure | None, ...] = ()
     """Plan of each shot. A failure if it names a file that does not exist or cannot be read. `None` if the shot is finished."""
     done: tuple[DoneShot | None, ...] = ()
     """Each shot that an earlier run has finished."""
-
-
-NumberedLine = tuple[int, Line | UnreadableLine]
-Check = Callable[[int, Line | UnreadableLine], ValidLine | RejectedLine]
-"""`LineChecker.check`."""
 
 
 class FinishedLines(NamedTuple):
@@ -75,7 +70,7 @@ class FinishedLines(NamedTuple):
     notes: tuple[str, ...]
     """Notes of all lines."""
     lines: bytes
-    """The lines, a pickled sequence of `NumberedLine`. Only needed if an id is taken."""
+    """The lines before their check, a pickled sequence of `Line`. Only needed if an id is taken."""
 
 
 class PlannedBlock(NamedTuple):
@@ -120,7 +115,7 @@ class LinePlanner:
         self.finished = FinishedShots.load(self.outputs, self.changed_by, only)
         self.changed_by = self.finished.changed_by
 
-    def plan_first(self, lines: Sequence[NumberedLine]) -> PlannedBlock:
+    def plan_first(self, lines: Sequence[Line]) -> PlannedBlock:
         """Return these lines as `plan_block` does. Reads only what the manifest says about them."""
         checked = self._check(lines)
         self.load_finished([plan.shot.id or "" for plan in _plans(checked)])
@@ -128,20 +123,18 @@ class LinePlanner:
         self.finished = None
         return _as_block(lines, planned)
 
-    def plan_block(self, lines: Sequence[NumberedLine], pickled: bytes | None = None) -> PlannedBlock:
+    def plan_block(self, lines: Sequence[Line], pickled: bytes | None = None) -> PlannedBlock:
         """Return the planned lines, finished ones as columns. Raises the errors of `plan`. `pickled`: these lines, if known."""
         return _as_block(lines, self.plan(lines), pickled)
 
-    def plan(self, lines: Iterable[NumberedLine]) -> list[PlannedLine]:
+    def plan(self, lines: Iterable[Line]) -> list[PlannedLine]:
         """Return the planned lines, in order. Raises MissingWeights if this machine has not the weights that a shot needs."""
         return self._compared(self._check(lines))
 
-    def _check(self, lines: Iterable[NumberedLine]) -> list[PlannedLine]:
+    def _check(self, lines: Iterable[Line]) -> list[PlannedLine]:
         planned = []
-        for number, parsed in lines:
-            line = self.checker.check(number, parsed)
-            shots = line.shots if isinstance(line, ValidLine) else ()
-            planned.append(PlannedLine(line, tuple(map(self._plan_of_line, shots)), (None,) * len(shots)))
+        for line in map(self.checker.check, lines):
+            planned.append(PlannedLine(line, tuple(map(self._plan_of_line, line.shots)), (None,) * len(line.shots)))
         return planned
 
     def _compared(self, planned: list[PlannedLine]) -> list[PlannedLine]:
@@ -191,8 +184,7 @@ class LinePlanner:
 
         def checked(plan: ShotPlan | Continued | Failure | None) -> ShotPlan | Continued | Failure | None:
             if isinstance(plan, ShotPlan | Continued) and (wrong := check_files(plan.shot)):
-                number = (line.line if isinstance(line.line, RejectedLine) else line.line.as_rejected).line
-                source = self.checker.source
+                source, number = line.line.source, line.line.number
                 errors = [FieldError(source, number, field, "an unusable file", str(error)) for field, error in wrong]
                 return StepFailed("plan", ScriptError(errors)).failure()
             return plan
@@ -205,18 +197,13 @@ class LinePlanner:
         owners = iter(
             self.finished.other_owners(
                 _with_ids(planned),
-                [
-                    line.line.as_rejected.script
-                    for line in planned
-                    if isinstance(line.line, ValidLine)
-                    for _ in _with_ids([line])
-                ],
+                [line.line.script for line in planned for _ in _with_ids([line])],
             )
         )
         checked = []
         for each in planned:
             taken = [(plan.shot.id, owner) for plan in _with_ids([each]) if (owner := next(owners)) is not None]
-            if taken and isinstance(each.line, ValidLine):
+            if taken:
                 each = PlannedLine(_reject_taken_id(each.line, *taken[0]))
             checked.append(each)
         return checked
@@ -252,26 +239,24 @@ def _with_ids(planned: Sequence[PlannedLine]) -> list[ShotPlan]:
     return [plan if isinstance(plan, ShotPlan) else ShotPlan(shot=plan.shot, steps=(), key="") for plan in plans]
 
 
-def _reject_taken_id(line: ValidLine, shot_id: str | None, owner: str) -> RejectedLine:
-    rejected = line.as_rejected
-    error = id_is_taken(rejected.source, rejected.line, str(shot_id), owner)
+def _reject_taken_id(line: Line, shot_id: str | None, owner: str) -> Line:
+    error = id_is_taken(line.source, line.number, str(shot_id), owner)
     # Under the id of the shot, the row of the rejected line would replace the row of its owner.
-    own_ids = {shot.id for shot in line.shots} | {rejected.fields.get("id")}
-    return replace(rejected, id="" if rejected.id in own_ids else rejected.id, errors=(error,))
+    own_ids = {shot.id for shot in line.shots} | {line.fields.get("id")}
+    return replace(line, id="" if line.id in own_ids else line.id, errors=(error,), shots=(), notes=())
 
 
-def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine], pickled: bytes | None = None) -> PlannedBlock:
+def _as_block(lines: Sequence[Line], planned: Sequence[PlannedLine], pickled: bytes | None = None) -> PlannedBlock:
     others, positions, rows, notes = list[PlannedLine](), list[int](), list[ManifestRow](), list[str]()
     for position, each in enumerate(planned):
         line = each.line
-        if isinstance(line, RejectedLine) or line.failed_as is not None or None in each.done:
+        if line.errors or line.failed_as is not None or None in each.done:
             others.append(each)
             continue
         positions.append(position)
         notes += line.notes
-        script, number = line.as_rejected.script, line.as_rejected.line
         rows += [
-            ManifestRow.of_shot("", script, shot, number, done, "skipped")
+            ManifestRow.of_shot("", line.script, shot, line.number, done, "skipped")
             for shot, done in zip(line.shots, each.done, strict=True)
             if done is not None
         ]
@@ -284,25 +269,29 @@ def _as_block(lines: Sequence[NumberedLine], planned: Sequence[PlannedLine], pic
 
 
 class PlannedShot(NamedTuple):
-    """A shot with a unique id, and what is to be done."""
+    """A shot with a unique id and what is to be done, or a rejected line."""
 
-    line: CheckedLine
-    plan: ShotPlan | Continued | Failure | None
+    line: Line
+    """Line with this shot only, or with errors."""
+    plan: ShotPlan | Continued | Failure | None = None
     """`None` if the shot is finished."""
-    done: DoneShot | None
+    done: DoneShot | None = None
     """The finished shot. `None` if it is not finished or has a row in `FinishedLines`."""
 
 
-def _claimed_ids(line: ValidLine | RejectedLine) -> set[str]:
+def _claimed_ids(line: Line) -> set[str]:
     """Return the ids that `unique_lines` may give to the shots of the line or to the line."""
     ids = {*ids_of(line)}
-    return ids if isinstance(line, ValidLine) or line.id else ids | {default_id(line)}
+    return ids if line.shots or line.id else ids | {default_id(line)}
 
 
 def unique_shots_of_block(
-    block: PlannedBlock, index: ScriptIndex, check: Check
-) -> tuple[list[PlannedShot | RejectedLine], pyarrow.RecordBatch | None]:
-    """Return what `unique_shots` yields for the lines of the block, but finished shots as manifest rows, if there are any."""
+    block: PlannedBlock, index: ScriptIndex, check: Callable[[Line], Line]
+) -> tuple[list[PlannedShot], pyarrow.RecordBatch | None]:
+    """Return what `unique_shots` yields for the lines of the block, but finished shots as manifest rows, if there are any.
+
+    `check`: `LineChecker.check`.
+    """
     if block.finished is None:
         return list(unique_shots(block.others, index)), None
     rows, hashes, positions, _, text = block.finished
@@ -312,33 +301,28 @@ def unique_shots_of_block(
         return list(unique_shots(block.others, index)), rows
     # Rare: compare the lines one by one, in order.
     planned = list(block.others)
-    for position, (number, parsed) in zip(positions, pickle.loads(text), strict=True):
-        line = check(number, parsed)
-        none = (None,) * len(line.shots) if isinstance(line, ValidLine) else ()
+    for position, line in zip(positions, map(check, pickle.loads(text)), strict=True):
+        none = (None,) * len(line.shots)
         planned.insert(position, PlannedLine(line, none, none))
     first_row = {id_: number for number, id_ in reversed([*enumerate(rows.column("id").to_pylist())])}
-    shots, kept = list[PlannedShot | RejectedLine](), list[int]()
+    shots, kept = list[PlannedShot](), list[int]()
     for shot in unique_shots(planned, index):
-        if isinstance(shot, PlannedShot) and shot.plan is None and shot.done is None:
+        if shot.line.shots and shot.plan is None and shot.done is None:
             kept.append(first_row[shot.line.shot.id])
         else:
             shots.append(shot)
     return shots, rows.take(pyarrow.array(kept, pyarrow.int64()))
 
 
-def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot | RejectedLine]:
+def unique_shots(planned: Sequence[PlannedLine], index: ScriptIndex) -> Iterator[PlannedShot]:
     """Yield the shots and the rejected lines, each with an id that no earlier line has. See `unique_lines`."""
     first_with_id: dict[str | None, tuple[ShotPlan | Continued | Failure | None, DoneShot | None]] = {}
     for each in reversed(planned):
-        if not isinstance(each.line, RejectedLine):
-            first_with_id.update(
-                (shot.id, (plan, done)) for shot, plan, done in zip(each.line.shots, each.plans, each.done, strict=True)
-            )
+        first_with_id.update(
+            (shot.id, (plan, done)) for shot, plan, done in zip(each.line.shots, each.plans, each.done, strict=True)
+        )
     for line in unique_lines([each.line for each in planned], index):
-        if isinstance(line, RejectedLine):
-            yield line
-        else:
-            yield PlannedShot(line, *first_with_id[line.shot.id])
+        yield PlannedShot(line) if line.errors else PlannedShot(line, *first_with_id[line.shot.id])
 
 
 FIRST_LOOK_LINES = 500
@@ -352,7 +336,7 @@ MAX_TASKS = 16
 NODE_LABEL = "ray.io/node-id"
 
 
-def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[NumberedLine], bool]:
+def first_lines(settings: ScriptSettings) -> tuple[LineChecker, list[Line], bool]:
     """Return the checker and the first lines of a script, and whether these are all.
 
     Raises ScriptError if it cannot be read or has no lines.
@@ -413,7 +397,7 @@ def _plan_block(block: pyarrow.Table, planner: bytes, finished: list[ray.ObjectR
     """Task of Ray Data: plan the lines of each row. An error that ends the run is returned in place of the planned lines."""
 
     def planned(text: bytes) -> PlannedBlock | VidgenError:
-        lines: Sequence[NumberedLine] | VidgenError = pickle.loads(text)
+        lines: Sequence[Line] | VidgenError = pickle.loads(text)
         try:
             return lines if isinstance(lines, VidgenError) else _planner(planner, finished[0]).plan_block(lines, text)
         except VidgenError as error:

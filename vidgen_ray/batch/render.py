@@ -15,7 +15,7 @@ from functools import partial
 from more_itertools import batched
 
 from vidgen_ray.batch.director import Director, Remaining
-from vidgen_ray.batch.lines import Continued, LinePlanner, NumberedLine, PlannedShot, first_lines, remaining_lines, unique_shots
+from vidgen_ray.batch.lines import Continued, LinePlanner, PlannedShot, first_lines, remaining_lines, unique_shots
 from vidgen_ray.batch.results import ProgressListener, RunResults
 from vidgen_ray.batch.run_options import GRACE_S, RenderOptions, RepeatedOptions
 from vidgen_ray.engine.ray_cluster import connected, live_cluster
@@ -28,7 +28,7 @@ from vidgen_ray.outputs.records import Failure
 from vidgen_ray.planner import Cluster, Demand, Plan, demand_of, save_calibration, this_machine
 from vidgen_ray.profile import Profile
 from vidgen_ray.provenance.signing import check_signing
-from vidgen_ray.script.lines import CheckedLine, RejectedLine, ScriptIndex, ScriptSettings
+from vidgen_ray.script.lines import Line, ScriptIndex, ScriptSettings
 from vidgen_ray.script.read import iter_script, no_lines, open_lines
 from vidgen_ray.shot import Shot
 
@@ -79,7 +79,7 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
     def pending() -> Iterator[Shot]:
         nonlocal done, failed, cached
         for shot in _planned(script, profile, outputs):
-            if isinstance(shot, RejectedLine) or isinstance(shot.plan, Failure):
+            if shot.line.errors or isinstance(shot.plan, Failure):
                 failed += 1
             elif shot.done is not None:
                 done += 1
@@ -93,7 +93,7 @@ def _count_pending(script: ScriptSettings, profile: Profile, outputs: OutputFold
     return demand, Counts(demand.shots + done + failed, done, failed, cached)
 
 
-def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot | RejectedLine]:
+def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) -> Iterator[PlannedShot]:
     checker, lines = open_lines(script)
     planner = LinePlanner(checker, profile, outputs)
     planner.load_finished()
@@ -105,16 +105,14 @@ def _planned(script: ScriptSettings, profile: Profile, outputs: OutputFolder) ->
         raise no_lines(script.path)
 
 
-def _count_all(lines: Iterable[CheckedLine | RejectedLine]) -> tuple[Demand, Counts]:
+def _count_all(lines: Iterable[Line]) -> tuple[Demand, Counts]:
     failed = 0
 
     def valid() -> Iterator[Shot]:
         nonlocal failed
         for line in lines:
-            if isinstance(line, CheckedLine):
-                yield line.shot
-            else:
-                failed += 1
+            yield from line.shots
+            failed += bool(line.errors)
 
     demand = demand_of(valid())
     return demand, Counts(demand.shots + failed, None, failed, None)
@@ -193,7 +191,7 @@ def render(
 
 def render_lines(
     planner: LinePlanner,
-    first: Sequence[NumberedLine],
+    first: Sequence[Line],
     remaining: Remaining | None,
     source: str,
     profile: Profile,

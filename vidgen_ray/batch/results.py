@@ -21,7 +21,8 @@ from vidgen_ray.outputs.lease import Lease
 from vidgen_ray.outputs.manifest import REJECTED, ManifestRow, Status, columns_as_rows, rows_of_run
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
-from vidgen_ray.script.lines import CheckedLine, RejectedLine
+from vidgen_ray.script.lines import Line
+from vidgen_ray.shot import Shot
 
 
 class ProgressListener(Protocol):
@@ -123,21 +124,21 @@ class RunResults:
                     "and skips finished shots"
                 )
 
-    def rejected(self, line: RejectedLine) -> None:
+    def rejected(self, line: Line) -> None:
         self.rejected_lines += 1
         failure = StepFailed(REJECTED, ScriptError(line.errors)).failure()
         row = ManifestRow.of_rejected_line(
-            self._run, line.script, line.id, line.origin_line, line.fields.get("prompt"), failure
+            self._run, line.script, line.id, line.script_line, line.fields.get("prompt"), failure
         )
-        self._enter(row, FailedLine(line.id, line.script, line.origin_line, line.fields, failure), None)
+        self._enter(row, FailedLine(line.id, line.script, line.script_line, line.fields, failure), None)
         self._listener.on_rejected(row)
 
-    def unplannable(self, line: CheckedLine, failure: Failure) -> None:
+    def unplannable(self, line: Line, failure: Failure) -> None:
         self.rejected_lines += 1
-        self._listener.on_rejected(self._failed(line, failure))
+        self._listener.on_rejected(self._failed(line.shot, line.script, line.script_line, line.replaces, failure))
 
-    def skipped(self, line: CheckedLine, done: DoneShot) -> None:
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, done, "skipped")
+    def skipped(self, line: Line, done: DoneShot) -> None:
+        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.script_line, done, "skipped")
         self._enter(row, None, line.replaces)
 
     def skipped_rows(self, rows: pyarrow.RecordBatch) -> None:
@@ -160,11 +161,11 @@ class RunResults:
             self.to_render + self.counts["skipped"] + self.rejected_lines, self.counts["skipped"], self.rejected_lines, complete
         )
 
-    def failed(self, line: CheckedLine, failure: Failure) -> None:
+    def failed(self, line: Line, failure: Failure) -> None:
         """A pending shot has failed before it could be rendered."""
-        self._listener.on_finished(self._failed(line, failure))
+        self._listener.on_finished(self._failed(line.shot, line.script, line.script_line, line.replaces, failure))
 
-    def found(self, line: CheckedLine, done: DoneShot) -> None:
+    def found(self, line: Line, done: DoneShot) -> None:
         """A pending shot turned out to be finished."""
         self.to_render -= 1
         self.skipped(line, done)
@@ -173,8 +174,7 @@ class RunResults:
     def finished(self, task: ShotTask, result: ShotRecord | Failure) -> None:
         """The shot was rendered or has failed."""
         if isinstance(result, Failure):
-            row = self._failed(CheckedLine(task.plan.shot, task.line, task.script, task.replaces), result)
-            self._listener.on_finished(row)
+            self._listener.on_finished(self._failed(task.plan.shot, task.script, task.line, task.replaces, result))
             return
         self.gpu_seconds += sum(step.gpu_seconds for step in result.stages)
         self.lora_loads += sum(step.adapter_loads for step in result.stages)
@@ -187,12 +187,11 @@ class RunResults:
         self._enter(row, None, task.replaces)
         self._listener.on_finished(row)
 
-    def _failed(self, line: CheckedLine, failure: Failure) -> ManifestRow:
+    def _failed(self, shot: Shot, script: str, line: int, replaces: str | None, failure: Failure) -> ManifestRow:
         # The start frame of a continued shot is found again when the line is rendered again.
-        fields = line.shot.model_dump(mode="json") | ({} if line.shot.continue_from is None else {"image": None})
-        failed_line = FailedLine(line.shot.id or "", line.script, line.line, fields, failure)
-        row = ManifestRow.of_shot(self._run, line.script, line.shot, line.line, failure, "failed")
-        self._enter(row, failed_line, line.replaces)
+        fields = shot.model_dump(mode="json") | ({} if shot.continue_from is None else {"image": None})
+        row = ManifestRow.of_shot(self._run, script, shot, line, failure, "failed")
+        self._enter(row, FailedLine(shot.id or "", script, line, fields, failure), replaces)
         return row
 
     def _enter(self, row: ManifestRow, failed: FailedLine | None, replaces: str | None) -> None:

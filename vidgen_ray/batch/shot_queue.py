@@ -11,7 +11,7 @@ from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.errors import StageError
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import DoneShot, Failure
-from vidgen_ray.script.lines import CheckedLine
+from vidgen_ray.script.lines import Line
 from vidgen_ray.shot import Shot
 
 MAX_SHOTS = 4096
@@ -93,7 +93,7 @@ CONTINUE = "continue_from"
 class Decided:
     """Decision about a shot that waited. One of `task`, `done` and `failure` is set."""
 
-    line: CheckedLine
+    line: Line
     task: ShotTask | None = None
     """It can be rendered."""
     done: DoneShot | None = None
@@ -121,7 +121,7 @@ class ContinuedShots:
         """Ids of shots that are queued, in progress or waiting."""
         self._failed: dict[str, str] = {}
         """Id of a failed shot -> message for the shots that continue it."""
-        self._waiting: defaultdict[str, list[CheckedLine]] = defaultdict(list)
+        self._waiting: defaultdict[str, list[Line]] = defaultdict(list)
         """Id of a shot -> shots that continue it."""
         self.repeated: list[ShotTask] = []
         """Finished shots that are to be rendered again, since their last frame was not kept. The caller takes them."""
@@ -142,7 +142,7 @@ class ContinuedShots:
         """Return the task, with a plan that keeps the last frame if a shot waits for it."""
         return replace(task, plan=task.plan.with_last_frame()) if task.plan.shot.id in self._waiting else task
 
-    def accept(self, line: CheckedLine) -> list[Decided]:
+    def accept(self, line: Line) -> list[Decided]:
         """Take a shot that continues another one. Empty if it has to wait."""
         source = line.shot.continue_from or ""
         if self._outputs.storage.local is None:
@@ -183,10 +183,10 @@ class ContinuedShots:
                 failed.append(line.shot.id or "")
         return decided
 
-    def _fail(self, line: CheckedLine, failure: Failure) -> list[Decided]:
+    def _fail(self, line: Line, failure: Failure) -> list[Decided]:
         return [Decided(line, failure=failure), *self.failed(line.shot.id or "", failure.message)]
 
-    def _decide(self, line: CheckedLine) -> list[Decided]:
+    def _decide(self, line: Line) -> list[Decided]:
         """Plan a shot whose source is finished. Empty if the source must be rendered again."""
         source = line.shot.continue_from or ""
         finished = self._outputs.find_by_id(source)
@@ -210,7 +210,7 @@ class ContinuedShots:
         plan = plan.with_source_licences(licences)
         if (done := self._find(plan)) is not None:
             return [Decided(line, done=done)]
-        return [Decided(line, task=ShotTask(plan, line.line, line.script, line.replaces))]
+        return [Decided(line, task=ShotTask(plan, line.script_line, line.script, line.replaces))]
 
 
 def _failure(message: str) -> Failure:

@@ -61,7 +61,7 @@ from vidgen_ray.pipeline import progress_bar
 from vidgen_ray.planner import load_calibration, parse_gpus
 from vidgen_ray.profile import Profile, load_profile
 from vidgen_ray.provenance.record import ProvenanceSettings
-from vidgen_ray.script.lines import RejectedLine, ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script, read_script
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.progress import progress_callback
@@ -282,7 +282,7 @@ def render(
     chosen = with_provenance(chosen, no_provenance=no_provenance, private=private, label=label, c2pa_key=c2pa_key)
     settings = script_settings(script, chosen, fields, characters, mode, seed, until, consent)
     if strict:
-        errors = [error for line in iter_script(settings) if isinstance(line, RejectedLine) for error in line.errors]
+        errors = [error for line in iter_script(settings) for error in line.errors]
         if errors:
             raise ScriptError(errors)
     if require is not None:

@@ -27,7 +27,7 @@ from vidgen_ray.outputs.storage import URL
 from vidgen_ray.safety import NO_POLICY
 from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.formats import open_script
-from vidgen_ray.script.lines import RejectedLine, ScriptSettings
+from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import iter_script
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _script_candidates(script: Path, characters: Path | None) -> list[Candidate]
     found = []
     people = read_characters(characters) if characters else {}
     for line in iter_script(ScriptSettings(script, characters=people, policy=NO_POLICY)):
-        if isinstance(line, RejectedLine):
+        if line.errors:
             metadata = line.fields.get("metadata")
             found.append(Candidate(line.id, metadata if isinstance(metadata, Mapping) else {}))
         else:

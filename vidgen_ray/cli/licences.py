@@ -10,7 +10,7 @@ import typer
 from vidgen_ray.licences import Requirement, ShotLicences, UsedWeights
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.profile import Profile
-from vidgen_ray.script.lines import CheckedLine, RejectedLine
+from vidgen_ray.script.lines import Line
 
 RequireLicenceOption = Annotated[
     Requirement | None,
@@ -22,14 +22,12 @@ RequireLicenceOption = Annotated[
 ]
 
 
-def script_licences(
-    lines: Iterable[CheckedLine | RejectedLine], profile: Profile, outputs: OutputFolder
-) -> tuple[UsedWeights, ...]:
+def script_licences(lines: Iterable[Line], profile: Profile, outputs: OutputFolder) -> tuple[UsedWeights, ...]:
     """Return the weights behind all valid lines, and behind the finished shots of `outputs` that they continue, each once."""
     licences = ShotLicences(profile)
     found = dict[UsedWeights, None]()
     for line in lines:
-        if not isinstance(line, CheckedLine):
+        if line.errors:
             continue
         if (source := line.shot.continue_from) is not None and (finished := outputs.find_by_id(source)) is not None:
             found |= dict.fromkeys(finished.record().licences)

@@ -14,9 +14,8 @@ from vidgen_ray.invalid_fields import shortened, wrong_defaults
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.profile import Profile, builtin_profiles
 from vidgen_ray.provenance.record import MAX_LABEL_LETTERS, ProvenanceSettings
-from vidgen_ray.safety import NO_POLICY
-from vidgen_ray.script.check import LineCheck, LineChecker
-from vidgen_ray.script.lines import PATH_FIELDS, Line, absolute_path, parse_text_fields, with_absolute_paths
+from vidgen_ray.script.check import file_errors
+from vidgen_ray.script.lines import absolute_path, parse_text_fields, with_absolute_paths
 
 UNCHECKED = ("id", "character", "style")
 """Fields that depend on the command and on the script."""
@@ -39,12 +38,8 @@ def parse_fields(pairs: list[str] | None) -> dict[str, Any]:
     parsed = {name: with_absolute_paths(name, value, absolute) for name, value in parse_text_fields(fields).items()}
     for name, got, allowed in wrong_defaults({name: value for name, value in parsed.items() if name not in UNCHECKED})[:1]:
         raise UsageError(f"--set {name}: got {got}, {allowed}")
-    if files := {name: value for name, value in parsed.items() if name in PATH_FIELDS}:
-        line = LineCheck(
-            Line(None, {"prompt": "any", **files}, strict=True), LineChecker("vidgen", Path.cwd(), {}, 0, policy=NO_POLICY)
-        )
-        for error in line.errors[:1]:
-            raise UsageError(f"--set {error.field}: got {error.got}, {error.allowed}")
+    for error in file_errors(parsed, Path.cwd())[:1]:
+        raise UsageError(f"--set {error.field}: got {error.got}, {error.allowed}")
     return parsed
 
 

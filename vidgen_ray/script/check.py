@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +24,7 @@ from vidgen_ray.script.lines import (
     PATH_FIELDS,
     Header,
     Line,
-    RejectedLine,
     ScriptSettings,
-    UnreadableLine,
-    ValidLine,
     WrongField,
     absolute_path,
     with_absolute_paths,
@@ -45,32 +42,22 @@ OUTER_LEVELS = 4
 METADATA = TypeAdapter(JsonValue)
 
 
+@dataclass
 class LineChecker:
     """Checks the lines of one script. Can be pickled, so that lines can be checked by several processes."""
 
-    def __init__(
-        self,
-        source: str,
-        folder: Path,
-        fallback: Mapping[str, Any],
-        run_seed: int,
-        header: Header = NO_HEADER,
-        changes: Mapping[str, Any] | None = None,
-        *,
-        policy: ContentPolicy = DEFAULT_POLICY,
-    ) -> None:
-        """`fallback`: values of fields that a line does not set. `changes`: fields set on every shot after its checks.
-
-        `policy`: what lines must keep to.
-        """
-        self.source = source
-        self.folder = folder
-        self.fallback = fallback
-        self.characters = header.characters
-        self.styles = header.styles
-        self.run_seed = run_seed
-        self.changes = changes
-        self.policy = policy
+    source: str
+    """Name of the script, for messages."""
+    folder: Path
+    """Folder to which paths are relative."""
+    fallback: Mapping[str, Any] = field(default_factory=dict)
+    """Values of fields that a line does not set."""
+    run_seed: int = 0
+    header: Header = NO_HEADER
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are set on every shot after its checks."""
+    policy: ContentPolicy = DEFAULT_POLICY
+    """Rules for the content of lines."""
 
     @staticmethod
     def of(settings: ScriptSettings, header: Header) -> "LineChecker":
@@ -82,75 +69,222 @@ class LineChecker:
             raise ScriptError([FieldError(path.name, None, f"characters.{twice}", "a character twice", allowed)])
         header = replace(header, characters={**settings.characters, **header.characters})
         checker = LineChecker(
-            path.name,
-            settings.folder,
-            fallback,
-            settings.run_seed,
-            header,
-            settings.changes,
-            policy=settings.policy,
+            path.name, settings.folder, fallback, settings.run_seed, header, settings.changes, settings.policy
         )
-        check_header(header, checker)
+        checker._check_header()
         return checker
 
-    @staticmethod
-    def for_rows(
-        name: str,
-        folder: Path,
-        defaults: Mapping[str, Any],
-        profile_defaults: Mapping[str, Any],
-        run_seed: int,
-        *,
-        policy: ContentPolicy = DEFAULT_POLICY,
-    ) -> "LineChecker":
-        """Return the checker for rows that are not from a file. Relative paths are relative to `folder`."""
-        return LineChecker(name, folder, merged(profile_defaults, defaults), run_seed, policy=policy)
+    def _check_header(self) -> None:
+        """Raise ScriptError for wrong defaults of the header, and for files of its characters and styles that do not exist.
+
+        Checked once, so that the mistake is not reported for every line.
+        """
+        header = self.header
+        own = {name: value for name, value in header.defaults.items() if name not in ("character", STYLE)}
+        wrong = [(f"defaults.{name}", got, allowed) for name, got, allowed in wrong_defaults(own, strict=True)]
+        for name, named in (("character", header.characters), (STYLE, header.styles)):
+            if (default := header.defaults.get(name)) is not None and default not in named:
+                wrong.append((f"defaults.{name}", shortened(default), f"must be one of {', '.join(named) or 'none'}"))
+        sections = {"defaults": {"": header.defaults}, "characters": header.characters, "styles": header.styles}
+        for section, named in sections.items():
+            for name, fields in named.items():
+                place = f"{section}.{name}" if name else section
+                if not wrong:
+                    errors = file_errors(fields, self.folder)
+                    wrong += [(f"{place}.{error.field}", error.got, error.allowed) for error in errors]
+        if wrong:
+            raise ScriptError([FieldError(self.source, None, *each) for each in wrong])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "locate"}
-
-    def without_defaults(self) -> "LineChecker":
-        """Return a checker for fields that are checked on their own."""
-        return LineChecker(self.source, self.folder, {}, self.run_seed, policy=NO_POLICY)
 
     @cached_property
     def locate(self) -> Callable[[str], tuple[str, int | None]]:
         """Path in a line -> absolute path, and the bytes of the file. `None` if it does not exist."""
         return lru_cache(PATH_CACHE_SIZE)(partial(_locate, self.folder))
 
-    def check(self, number: int, parsed: Line | UnreadableLine) -> ValidLine | RejectedLine:
-        """Check one line. A rejected line has no id yet unless it brings a valid one."""
-        if isinstance(parsed, UnreadableLine):
-            fields = {"unreadable": parsed.text} if parsed.text else {}
-            return RejectedLine("", self.source, number, self.source, fields, (parsed.error,), number)
-        line = LineCheck(parsed, self)
-        rejected = line.rejected()
+    def check(self, line: Line) -> Line:
+        """Return the line with its shots or its errors. It has no `id` yet unless it brings a valid one."""
+        line = replace(line, source=self.source, script=self.source, script_line=line.number)
         if line.errors:
-            return rejected
-        shots = tuple(shot.model_copy(update=self.changes) if self.changes else shot for shot in line.shots.values())
-        return ValidLine(shots, rejected, line.failed_as, parsed.fields.get("id") is not None, tuple(line.notes))
+            return line
+        own = dict(line.fields)
+        if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
+            # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
+            line.fields = {"unreadable": shortened(deep)}
+            line.reject(deep, "a value that is nested too deeply", f"must have at most {MAX_NESTING} levels")
+            return line
+        failure = own.pop(FAILURE_FIELD, None)
+        _set_origin(line, failure)
+        line.has_own_id = own.get("id") is not None
+        if is_expandable(own):
+            # As it is written, since a rejected line is one row.
+            line.fields = self._with_defaults(line, own, "")
+            try:
+                for fields, suffix in expand(own):
+                    self._add_shots(line, fields, self._with_names(line, self._with_defaults(line, fields, suffix), fields))
+            except WrongField as error:
+                line.reject(error.field, error.got, error.allowed)
+        else:
+            line.fields = self._with_names(line, self._with_defaults(line, own, ""), own)
+            self._add_shots(line, own, line.fields)
+        for name in PATH_FIELDS:
+            if name in line.fields:
+                line.fields[name] = with_absolute_paths(name, line.fields[name], lambda path: self.locate(path)[0])
+        own_id = line.fields.get("id")
+        line.id = line.failed_as or (own_id if isinstance(own_id, str) and ID_PATTERN.fullmatch(own_id) else "")
+        if failure:
+            line.notes = ()
+        if self.changes:
+            line.shots = tuple(shot.model_copy(update=self.changes) for shot in line.shots)
+        return line
 
+    def _with_defaults(self, line: Line, own: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+        fields = merged(self.fallback, line.defaults, own)
+        own_id = own.get("id")
+        if own_id is None:
+            # Derived from the line's own fields only: changed defaults must not change its id and seed.
+            fields["id"] = derive_id(dict(own))
+        elif suffix and isinstance(own_id, str):
+            fields["id"] = own_id + suffix
+        for name in NESTED_FIELDS:
+            nested = own.get(name)
+            for stage in nested if isinstance(nested, dict) else ():
+                if f"{stage}.{name}" in own or f"{name}.{stage}" in own:
+                    line.reject(f"{name}.{stage}", "two values", f"must be set once, as {name}.{stage} or in {name}")
+        return fields
 
-def check_header(header: Header, checker: LineChecker) -> None:
-    """Raise ScriptError for wrong defaults of a header, and for files of its characters and styles that do not exist.
+    def _with_names(self, line: Line, fields: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields with those of the character and the style. Their names are kept in the metadata only.
 
-    Checked once, so that the mistake is not reported for every line.
-    """
-    own = {name: value for name, value in header.defaults.items() if name not in ("character", STYLE)}
-    wrong = [(f"defaults.{name}", got, allowed) for name, got, allowed in wrong_defaults(own, strict=True)]
-    for name, named in (("character", header.characters), (STYLE, header.styles)):
-        if (default := header.defaults.get(name)) is not None and default not in named:
-            wrong.append((f"defaults.{name}", shortened(default), f"must be one of {', '.join(named) or 'none'}"))
-    sections = {"defaults": {"": header.defaults}, "characters": header.characters, "styles": header.styles}
-    for section, named in sections.items():
-        for name, fields in named.items():
-            place = f"{section}.{name}" if name else section
-            shot = {field: value for field, value in fields.items() if field in PATH_FIELDS}
-            if shot and not wrong:
-                line = LineCheck(Line(None, {"prompt": "any", **shot}, strict=True), checker.without_defaults())
-                wrong += [(f"{place}.{error.field}", error.got, error.allowed) for error in line.errors]
-    if wrong:
-        raise ScriptError([FieldError(checker.source, None, *each) for each in wrong])
+        They exist only in this script, but the line may move to failures.jsonl.
+        """
+        character, style = fields.pop("character", None), fields.pop(STYLE, None)
+        try:
+            fields, character = with_character(fields, own, self.header.characters, character)
+            if style is not None:
+                fields = with_style(fields, own, self.header.styles, style)
+        except WrongField as error:
+            line.reject(error.field, error.got, error.allowed)
+            names = {"character": character, STYLE: style}
+            return {**fields, **{name: value for name, value in names.items() if value is not None}}
+        labels = {"scene": line.scene, "character": character, STYLE: style}
+        labels = {name: label for name, label in labels.items() if label is not None}
+        metadata = fields.get("metadata") or {}
+        return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields
+
+    def _add_shots(self, line: Line, own: Mapping[str, Any], fields: dict[str, Any]) -> None:
+        shot = None if line.errors else self._validate(line, fields)
+        if shot is not None:
+            shot = self._with_consent(line, self._with_absolute_paths(line, shot))
+        if shot is None or line.errors:
+            return
+        shots = list(_seeded_variants(shot, self.run_seed))
+        known = {shot.id for shot in line.shots}
+        if twice := next((variant.id for variant in shots if variant.id in known), None):
+            line.reject("id", repr(twice), "two shots of this line have the same id; use values that differ more")
+            return
+        line.shots += tuple(shots)
+        where = f"{self.source} line {line.number}" if line.number else self.source
+        notes = (f"{where}, {name}: has no effect; {advice}" for name, advice in ignored_settings(own, shot))
+        line.notes += tuple(note for note in notes if note not in line.notes)
+
+    def _validate(self, line: Line, fields: dict[str, Any]) -> Shot | None:
+        try:
+            shot = Shot.model_validate(fields, strict=line.strict)
+        except ValidationError as error:
+            for detail in error.errors(include_url=False):
+                line.reject(*explain(detail, Shot.model_fields))
+            return None
+        except (ValueError, RecursionError) as error:
+            line.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
+            return None
+        if shot.identity not in identities():
+            line.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
+        self._check_texts(line, shot)
+        if shot.continue_from is not None and shot.image is not None:
+            line.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
+        if shot.crop_width is not None or shot.crop_height is not None:
+            for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
+                crop = getattr(shot, name)
+                if crop is not None and crop > whole:
+                    line.reject(name, str(crop), f"must be at most {whole}, the {name[5:]} of the finished clip or image")
+        # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
+        if shot.metadata and not _is_plain_json(shot.metadata):
+            allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
+            line.reject("metadata", shortened(shot.metadata), allowed)
+        return shot
+
+    def _check_texts(self, line: Line, shot: Shot) -> None:
+        """Texts that the safety checker refuses are errors of the line. What an image must not show may be named."""
+        if (safety := safety_of(self.policy.safety)) is None:
+            return
+        for name in ("prompt", "style_prompt", "motion_prompt"):
+            if (text := getattr(shot, name)) is not None:
+                try:
+                    safety.check_prompt(text)
+                except UnsafeContent as error:
+                    line.reject(name, shortened(text), str(error))
+
+    def _with_absolute_paths(self, line: Line, shot: Shot) -> Shot:
+        """Return the shot with absolute paths. Files that do not exist are errors of the line."""
+        paths: dict[str, Any] = {}
+        for name in IMAGE_FIELDS:
+            if (image := getattr(shot, name)) is not None:
+                paths[name] = self._existing_file(line, name, image)
+        if shot.face_image:
+            paths["face_image"] = tuple(self._existing_file(line, "face_image", photo) for photo in shot.face_image)
+        for name in LORA_FIELDS:
+            if loras := getattr(shot, name):
+                paths[name] = tuple(self._existing_lora(line, name, lora) for lora in loras)
+                files = [lora.model_dump(exclude={"weight"}) for lora in paths[name]]
+                if twice := next((file["path"] for file in files if files.count(file) > 1), None):
+                    line.reject(name, shortened(twice), "is listed twice; list it once, with the sum of the weights")
+        return shot.model_copy(update=paths) if paths else shot
+
+    def _with_consent(self, line: Line, shot: Shot) -> Shot:
+        """Return the shot with the consent to record. A face photo without one is an error of the line."""
+        if not shot.face_image:
+            # A LoRA or a start image may show the person of a declared consent, a text alone does not.
+            is_kept = shot.consent is None or shot.all_loras or shot.has_start_image
+            return shot if is_kept else shot.model_copy(update={"consent": None})
+        if line.errors:
+            return shot
+        try:
+            consent = consent_for_photos(shot.face_image, shot.consent, required=self.policy.require_consent)
+        except WrongField as error:
+            for_all = f"; for all lines: --consent {TEXT_EXAMPLE}" if error.field == "consent" and line.number else ""
+            line.reject(error.field, error.got, f"{error.allowed}{for_all}")
+            return shot
+        return shot if consent == shot.consent else shot.model_copy(update={"consent": consent})
+
+    def _existing_file(self, line: Line, field: str, path: str) -> str:
+        absolute, size = self.locate(path)
+        if size is None and URL.match(path):
+            line.reject(field, shortened(path), NOT_A_URL)
+        elif size is None:
+            line.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
+        else:
+            _check_bytes(line, field, path, size, MAX_IMAGE_BYTES)
+        return absolute
+
+    def _existing_lora(self, line: Line, field: str, lora: LoraRef) -> LoraRef:
+        is_weights = lora.path.endswith(".safetensors")
+        # A built-in name is not resolved to a path, because each machine builds its own copy.
+        if lora.path.startswith("builtin:") and is_weights:
+            try:
+                resolve(lora.path)
+            except SetupError as error:
+                line.reject(field, shortened(lora.path), str(error))
+            return lora
+        absolute, size = self.locate(lora.path)
+        if size is None and URL.match(lora.path):
+            line.reject(field, shortened(lora.path), NOT_A_URL)
+        elif size is None or not is_weights:
+            line.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
+        else:
+            _check_bytes(line, field, lora.path, size, MAX_LORA_BYTES)
+        return lora.model_copy(update={"path": absolute})
 
 
 def _locate(folder: Path, path: str) -> tuple[str, int | None]:
@@ -163,238 +297,31 @@ def _locate(folder: Path, path: str) -> tuple[str, int | None]:
     return absolute, status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-class LineCheck:
-    """Validates a line and fills in its defaults. The result is either shots or errors."""
+def _set_origin(line: Line, failure: Any) -> None:
+    """Set where a line of failures.jsonl comes from. `failure`: its field of this name."""
+    if not isinstance(failure, dict):
+        return
+    if isinstance(script := failure.get("script"), str):
+        line.script = script
+        number = failure.get("line")
+        line.script_line = number if isinstance(number, int) else line.number
+    failed_id = failure.get("id")
+    if isinstance(failed_id, str) and ID_PATTERN.fullmatch(failed_id):
+        line.failed_as = failed_id
 
-    def __init__(self, line: Line, context: LineChecker) -> None:
-        self.errors: list[FieldError] = []
-        self.notes: list[str] = []
-        """Settings that have no effect."""
-        self.shots: dict[str, Shot] = {}
-        """Id -> shot. Empty if there are errors."""
-        self._line = line
-        self._context = context
-        own = dict(line.fields)
-        if (deep := next((name for name, value in own.items() if is_deep(value)), None)) is not None:
-            # The value stays out of all that follows: neither its repr nor its JSON can be relied on.
-            self._failure, self._fields = {}, {"unreadable": shortened(deep)}
-            self.reject(deep, "a value that is nested too deeply", f"must have at most {MAX_NESTING} levels")
-            return
-        failure = own.pop(FAILURE_FIELD, None)
-        self._failure = failure if isinstance(failure, dict) else {}
-        if is_expandable(own):
-            # As it is written, since a rejected line is one row.
-            self._fields = self._with_defaults(own, "")
-            try:
-                expanded = expand(own)
-            except WrongField as error:
-                self.reject(error.field, error.got, error.allowed)
-                return
-            for fields, suffix in expanded:
-                self._add_shots(fields, self._with_names(self._with_defaults(fields, suffix), fields))
-        else:
-            self._fields = self._with_names(self._with_defaults(own, ""), own)
-            self._add_shots(own, self._fields)
 
-    def _with_defaults(self, own: Mapping[str, Any], suffix: str) -> dict[str, Any]:
-        fields = merged(self._context.fallback, self._line.defaults, own)
-        own_id = own.get("id")
-        if own_id is None:
-            # Derived from the line's own fields only: changed defaults must not change its id and seed.
-            fields["id"] = derive_id(dict(own))
-        elif suffix and isinstance(own_id, str):
-            fields["id"] = own_id + suffix
-        for name in NESTED_FIELDS:
-            nested = own.get(name)
-            for stage in nested if isinstance(nested, dict) else ():
-                if f"{stage}.{name}" in own or f"{name}.{stage}" in own:
-                    self.reject(f"{name}.{stage}", "two values", f"must be set once, as {name}.{stage} or in {name}")
-        return fields
+def file_errors(fields: Mapping[str, Any], folder: Path) -> tuple[FieldError, ...]:
+    """Return the errors of those fields that name files. Relative paths are relative to `folder`."""
+    files = {name: value for name, value in fields.items() if name in PATH_FIELDS}
+    if not files:
+        return ()
+    return LineChecker("vidgen", folder, policy=NO_POLICY).check(Line(0, {"prompt": "any", **files})).errors
 
-    def _with_names(self, fields: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields with those of the character and the style. Their names are kept in the metadata only.
 
-        They exist only in this script, but the line may move to failures.jsonl.
-        """
-        character, style = fields.pop("character", None), fields.pop(STYLE, None)
-        try:
-            fields, character = with_character(fields, own, self._context.characters, character)
-            if style is not None:
-                fields = with_style(fields, own, self._context.styles, style)
-        except WrongField as error:
-            self.reject(error.field, error.got, error.allowed)
-            return {
-                **fields,
-                **{name: value for name, value in (("character", character), (STYLE, style)) if value is not None},
-            }
-        labels = {"scene": self._line.scene, "character": character, STYLE: style}
-        labels = {name: label for name, label in labels.items() if label is not None}
-        metadata = fields.get("metadata") or {}
-        return {**fields, "metadata": {**labels, **metadata}} if labels and isinstance(metadata, dict) else fields
-
-    def _add_shots(self, own: Mapping[str, Any], fields: dict[str, Any]) -> None:
-        shot = None if self.errors else self._validate(fields)
-        if shot is not None:
-            shot = self._with_consent(self._with_absolute_paths(shot))
-        if shot is None or self.errors:
-            return
-        for shot_id, variant in _seeded_variants(shot, self._context.run_seed):
-            if shot_id in self.shots:
-                self.reject("id", repr(shot_id), "two shots of this line have the same id; use values that differ more")
-                return
-            self.shots[shot_id] = variant
-        if not self._failure:
-            where = f"{self._context.source} line {self._line.number}" if self._line.number else self._context.source
-            notes = (f"{where}, {name}: has no effect; {advice}" for name, advice in ignored_settings(own, shot))
-            self.notes += [note for note in notes if note not in self.notes]
-
-    def reject(self, field: str | None, got: str, allowed: str) -> None:
-        """Add an error and drop the shots."""
-        error = FieldError(self._context.source, self._line.number, field, got, allowed)
-        # The shots of a line often have the same error.
-        if error not in self.errors:
-            self.errors.append(error)
-        self.shots = {}
-
-    @property
-    def number(self) -> int:
-        """Line number, from 1. 0 for a shot that is not from a file."""
-        return self._line.number or 0
-
-    @property
-    def origin_line(self) -> int:
-        """Line number in the script of the line, which for a line of failures.jsonl is the original script."""
-        line = self._failure.get("line")
-        return line if isinstance(line, int) and isinstance(self._failure.get("script"), str) else self.number
-
-    @property
-    def failed_as(self) -> str | None:
-        """Id under which a line of failures.jsonl failed."""
-        failed_id = self._failure.get("id")
-        return failed_id if isinstance(failed_id, str) and ID_PATTERN.fullmatch(failed_id) else None
-
-    def rejected(self) -> RejectedLine:
-        """Return the line as a rejected line."""
-        line_id = self._fields.get("id")
-        own_id = line_id if isinstance(line_id, str) and ID_PATTERN.fullmatch(line_id) else ""
-        script = self._failure.get("script")
-        # Looked up there, because it keeps the paths of earlier lines.
-        locate = self._context.locate
-        fields = dict(self._fields)
-        for name in PATH_FIELDS:
-            if name in fields:
-                fields[name] = with_absolute_paths(name, fields[name], lambda path: locate(path)[0])
-        return RejectedLine(
-            self.failed_as or own_id,
-            script if isinstance(script, str) else self._context.source,
-            self.number,
-            self._context.source,
-            fields,
-            tuple(self.errors),
-            self.origin_line,
-        )
-
-    def _validate(self, fields: dict[str, Any]) -> Shot | None:
-        try:
-            shot = Shot.model_validate(fields, strict=self._line.strict)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self.reject(*explain(detail, Shot.model_fields))
-            return None
-        except (ValueError, RecursionError) as error:
-            self.reject(None, "invalid values", f"must be plain JSON, not nested deeply ({error})")
-            return None
-        if shot.identity not in identities():
-            self.reject("identity", shortened(shot.identity), f"must be one of {', '.join(identities())}")
-        self._check_texts(shot)
-        if shot.continue_from is not None and shot.image is not None:
-            self.reject("continue_from", shortened(shot.continue_from), "must not be set together with image")
-        if shot.crop_width is not None or shot.crop_height is not None:
-            for name, whole in zip(("crop_width", "crop_height"), uncropped_size(shot), strict=True):
-                crop = getattr(shot, name)
-                if crop is not None and crop > whole:
-                    self.reject(name, str(crop), f"must be at most {whole}, the {name[5:]} of the finished clip or image")
-        # Shots are sent between machines as JSON. `metadata` is the only field that may not survive it unchanged.
-        if shot.metadata and not _is_plain_json(shot.metadata):
-            allowed = "must be plain JSON, not nested deeply, without NaN, Infinity or invalid Unicode"
-            self.reject("metadata", shortened(shot.metadata), allowed)
-        return shot
-
-    def _check_texts(self, shot: Shot) -> None:
-        """Texts that the safety checker refuses are errors of the line. What an image must not show may be named."""
-        if (safety := safety_of(self._context.policy.safety)) is None:
-            return
-        for name in ("prompt", "style_prompt", "motion_prompt"):
-            if (text := getattr(shot, name)) is not None:
-                try:
-                    safety.check_prompt(text)
-                except UnsafeContent as error:
-                    self.reject(name, shortened(text), str(error))
-
-    def _with_absolute_paths(self, shot: Shot) -> Shot:
-        """Return the shot with absolute paths. Files that do not exist are errors of the line."""
-        paths: dict[str, Any] = {}
-        for field in IMAGE_FIELDS:
-            if (image := getattr(shot, field)) is not None:
-                paths[field] = self._existing_file(field, image)
-        if shot.face_image:
-            paths["face_image"] = tuple(self._existing_file("face_image", photo) for photo in shot.face_image)
-        for field in LORA_FIELDS:
-            if loras := getattr(shot, field):
-                paths[field] = tuple(self._existing_lora(field, lora) for lora in loras)
-                files = [lora.model_dump(exclude={"weight"}) for lora in paths[field]]
-                if twice := next((file["path"] for file in files if files.count(file) > 1), None):
-                    self.reject(field, shortened(twice), "is listed twice; list it once, with the sum of the weights")
-        return shot.model_copy(update=paths) if paths else shot
-
-    def _with_consent(self, shot: Shot) -> Shot:
-        """Return the shot with the consent to record. A face photo without one is an error of the line."""
-        if not shot.face_image:
-            # A LoRA or a start image may show the person of a declared consent, a text alone does not.
-            is_kept = shot.consent is None or shot.all_loras or shot.has_start_image
-            return shot if is_kept else shot.model_copy(update={"consent": None})
-        if self.errors:
-            return shot
-        try:
-            consent = consent_for_photos(shot.face_image, shot.consent, required=self._context.policy.require_consent)
-        except WrongField as error:
-            for_all = f"; for all lines: --consent {TEXT_EXAMPLE}" if error.field == "consent" and self._line.number else ""
-            self.reject(error.field, error.got, f"{error.allowed}{for_all}")
-            return shot
-        return shot if consent == shot.consent else shot.model_copy(update={"consent": consent})
-
-    def _existing_file(self, field: str, path: str) -> str:
-        absolute, size = self._context.locate(path)
-        if size is None and URL.match(path):
-            self.reject(field, shortened(path), NOT_A_URL)
-        elif size is None:
-            self.reject(field, shortened(path), f"must be an existing file (looked for {absolute})")
-        else:
-            self._check_bytes(field, path, size, MAX_IMAGE_BYTES)
-        return absolute
-
-    def _check_bytes(self, field: str, path: str, size: int, limit: int) -> None:
-        """Reject a file before it is hashed and read."""
-        if size > limit:
-            self.reject(field, shortened(path), f"has {size:,} bytes, must have at most {limit:,}")
-
-    def _existing_lora(self, field: str, lora: LoraRef) -> LoraRef:
-        is_weights = lora.path.endswith(".safetensors")
-        # A built-in name is not resolved to a path, because each machine builds its own copy.
-        if lora.path.startswith("builtin:") and is_weights:
-            try:
-                resolve(lora.path)
-            except SetupError as error:
-                self.reject(field, shortened(lora.path), str(error))
-            return lora
-        absolute, size = self._context.locate(lora.path)
-        if size is None and URL.match(lora.path):
-            self.reject(field, shortened(lora.path), NOT_A_URL)
-        elif size is None or not is_weights:
-            self.reject(field, shortened(lora.path), f"must be an existing .safetensors file (looked for {absolute})")
-        else:
-            self._check_bytes(field, lora.path, size, MAX_LORA_BYTES)
-        return lora.model_copy(update={"path": absolute})
+def _check_bytes(line: Line, field: str, path: str, size: int, limit: int) -> None:
+    """Reject a file before it is hashed and read."""
+    if size > limit:
+        line.reject(field, shortened(path), f"has {size:,} bytes, must have at most {limit:,}")
 
 
 def is_deep(value: Any) -> bool:
@@ -424,17 +351,17 @@ def _is_plain_json(metadata: JsonValue) -> bool:
         return False
 
 
-def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[tuple[str, Shot]]:
-    """Yield the id and the shot of each variant."""
+def _seeded_variants(shot: Shot, run_seed: int) -> Iterator[Shot]:
+    """Yield the shot of each variant."""
     assert shot.id is not None
     if shot.variants == 1:
-        yield shot.id, shot.with_seed(run_seed)
+        yield shot.with_seed(run_seed)
         return
     for number in range(shot.variants):
         # Variants use consecutive seeds from the line's seed. Without one, each seed is derived from the variant's id.
         seed = None if shot.seed is None else (shot.seed + number) % 2**32
         shot_id = f"{shot.id}-v{number}"
-        yield shot_id, shot.model_copy(update={"id": shot_id, "variants": 1, "seed": seed}).with_seed(run_seed)
+        yield shot.model_copy(update={"id": shot_id, "variants": 1, "seed": seed}).with_seed(run_seed)
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

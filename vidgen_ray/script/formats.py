@@ -9,12 +9,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-from vidgen_ray.errors import FieldError, ScriptError
+from vidgen_ray.errors import ScriptError
 from vidgen_ray.invalid_fields import SCHEMA_COMMAND, known_fields, shortened
 from vidgen_ray.script.expansion import MATRIX, STYLE
 from vidgen_ray.script.lines import (
@@ -23,10 +24,10 @@ from vidgen_ray.script.lines import (
     Header,
     Line,
     Lines,
-    UnreadableLine,
     file_error,
     parse_text_fields,
     text_lines,
+    unreadable_line,
 )
 from vidgen_ray.script.screenplay import read_yaml
 from vidgen_ray.shot import NESTED_FIELDS, Shot, StageSteps
@@ -100,23 +101,22 @@ def read_jsonl(path: Path) -> tuple[Header, Lines]:
     def lines() -> Lines:
         for number, text in enumerate(texts, start=1):
             if text.strip():
-                yield number, _json_line(path, number, text.removesuffix("\n"))
+                yield _json_line(path.name, number, text.removesuffix("\n"))
 
     return NO_HEADER, lines()
 
 
-def _json_line(path: Path, number: int, text: str) -> Line | UnreadableLine:
+def _json_line(source: str, number: int, text: str) -> Line:
     try:
         value = json.loads(text, object_pairs_hook=_reject_duplicates)
     except _DuplicateField as duplicate:
-        return UnreadableLine(text, FieldError(path.name, number, duplicate.field, "the field twice", "must appear only once"))
+        return unreadable_line(source, number, "the field twice", "must appear only once", field=duplicate.field, text=text)
     except (ValueError, RecursionError) as error:
         allowed = f"must be a JSON object on one line ({error})"
-        return UnreadableLine(text, FieldError(path.name, number, None, shortened(text), allowed))
+        return unreadable_line(source, number, shortened(text), allowed, text=text)
     if not isinstance(value, dict):
-        allowed = "must be a JSON object with at least a prompt"
-        return UnreadableLine(text, FieldError(path.name, number, None, shortened(value), allowed))
-    return Line(number, value, strict=True)
+        return unreadable_line(source, number, shortened(value), "must be a JSON object with at least a prompt", text=text)
+    return Line(number, value)
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def read_txt(path: Path) -> tuple[Header, Lines]:
     def lines() -> Lines:
         for number, text in enumerate(texts, start=1):
             if text.strip() and not text.lstrip().startswith("#"):
-                yield number, Line(number, {"prompt": text.strip()}, strict=False)
+                yield Line(number, {"prompt": text.strip()}, strict=False)
 
     return NO_HEADER, lines()
 
@@ -165,19 +165,16 @@ def read_csv(path: Path) -> tuple[Header, Lines]:
             except StopIteration:
                 return
             except csv.Error as error:
-                number = rows.reader.line_num
-                invalid = FieldError(path.name, number, None, "an invalid row", f"must be CSV ({error})")
-                yield number, UnreadableLine("", invalid)
+                yield unreadable_line(path.name, rows.reader.line_num, "an invalid row", f"must be CSV ({error})")
                 continue
             if any(cell.strip() for cell in row.pop(None, ())):
                 text = separator.join(map(str, row.values()))
                 allowed = f"must quote cells that contain {SEPARATORS[separator]}"
-                too_many = FieldError(path.name, rows.line_num, None, "more cells than columns", allowed)
-                yield rows.line_num, UnreadableLine(text, too_many)
+                yield unreadable_line(path.name, rows.line_num, "more cells than columns", allowed, text=text)
                 continue
             fields = {name: cell.strip() for name, cell in row.items() if cell is not None and cell.strip()}
             if fields:
-                yield rows.line_num, Line(rows.line_num, nest_metadata(parse_text_fields(fields)), strict=False)
+                yield Line(rows.line_num, nest_metadata(parse_text_fields(fields)), strict=False)
 
     return NO_HEADER, lines()
 
@@ -223,7 +220,7 @@ def read_parquet(path: Path) -> tuple[Header, Lines]:
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, use_threads=False):
                 for row in _rows(batch.select(list(names))):
                     number += 1
-                    yield number, _parquet_row(path, number, row, names)
+                    yield _parquet_row(path, number, row, names)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise file_error(path, f"invalid data after row {number}", f"must be a readable Parquet file ({error})") from None
 
@@ -277,12 +274,12 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | Exception]:
                 yield error
 
 
-def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception, names: Mapping[str, str]) -> Line | UnreadableLine:
+def _parquet_row(path: Path, number: int, row: dict[str, Any] | Exception, names: Mapping[str, str]) -> Line:
     if isinstance(row, Exception):
         allowed = f"must be text, numbers, lists or structs ({row})"
-        return UnreadableLine("", FieldError(path.name, number, None, "a row that cannot be read", allowed))
+        return unreadable_line(path.name, number, "a row that cannot be read", allowed)
     fields = {names[name]: value for name, value in row.items()}
-    return Line(number, nest_metadata(plain_fields(fields)), strict=True)
+    return Line(number, nest_metadata(plain_fields(fields)))
 
 
 def plain_fields(row: dict[str, Any]) -> dict[str, Any]:
@@ -300,30 +297,23 @@ def plain_fields(row: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def table_lines(
-    name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-) -> Iterator[tuple[int, Line | UnreadableLine]]:
+def table_lines(name: str, table: Any, to_fields: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Lines:
     """Yield the rows of a pyarrow table as lines without numbers. `to_fields` maps a row to the fields of a line.
 
-    A row that cannot be read, or for which `to_fields` raises, is an UnreadableLine. `name`: of the data set, for messages.
+    A row that cannot be read, or for which `to_fields` raises, is an unreadable line. `name`: of the data set, for messages.
     """
     for batch in table.to_batches():
         for row in _rows(batch):
             if isinstance(row, Exception):
-                yield (
-                    0,
-                    UnreadableLine(
-                        "", FieldError(name, None, None, "a row that cannot be read", f"must be plain data ({row})")
-                    ),
-                )
+                yield unreadable_line(name, 0, "a row that cannot be read", f"must be plain data ({row})")
                 continue
             fields = plain_fields(row)
             try:
-                yield 0, Line(None, to_fields(fields) if to_fields else fields, strict=True)
+                yield Line(0, to_fields(fields) if to_fields else fields)
             # An error of the caller's function concerns this row only.
             except Exception as error:
                 allowed = f"to_fields raised {type(error).__name__}: {error}"
-                yield 0, UnreadableLine(shortened(fields), FieldError(name, None, None, shortened(fields), allowed))
+                yield unreadable_line(name, 0, shortened(fields), allowed, text=shortened(fields))
 
 
 def _without_nulls(value: Any) -> Any:
@@ -344,7 +334,8 @@ def read_folder(path: Path) -> tuple[Header, Lines]:
     The caption of NAME.png is in NAME.txt, or in metadata.jsonl. Raises ScriptError for a folder without either.
     """
     if tables := sorted(path.rglob("*.parquet")):
-        return NO_HEADER, _numbered(chain.from_iterable(read_parquet(table)[1] for table in tables))
+        rows = chain.from_iterable(read_parquet(table)[1] for table in tables)
+        return NO_HEADER, (replace(row, number=number) for number, row in enumerate(rows, start=1))
     if (path / METADATA_FILE).is_file():
         return NO_HEADER, _listed_images(path)
     images = sorted(each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES)
@@ -355,15 +346,6 @@ def read_folder(path: Path) -> tuple[Header, Lines]:
     return NO_HEADER, _captioned_images(path, images)
 
 
-def _numbered(lines: Any) -> Lines:
-    """Number rows across files."""
-    for number, (_, line) in enumerate(lines, start=1):
-        if isinstance(line, Line):
-            yield number, Line(number, line.fields, line.strict)
-        else:
-            yield number, line
-
-
 def _captioned_images(path: Path, images: list[Path]) -> Lines:
     for number, image in enumerate(images, start=1):
         caption = image.with_suffix(".txt")
@@ -371,36 +353,30 @@ def _captioned_images(path: Path, images: list[Path]) -> Lines:
             prompt = " ".join(caption.read_text(encoding="utf-8-sig").split())
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            error_of_line = FieldError(
-                path.name, number, "prompt", f"no caption for {image.name}", f"must be in {caption.name} ({why})"
-            )
-            yield number, UnreadableLine(image.name, error_of_line)
+            got, allowed = f"no caption for {image.name}", f"must be in {caption.name} ({why})"
+            yield unreadable_line(path.name, number, got, allowed, field="prompt", text=image.name)
             continue
-        yield number, Line(number, {"id": _id_of(image.stem), "prompt": prompt, "image": image.name}, strict=True)
+        yield Line(number, {"id": _id_of(image.stem), "prompt": prompt, "image": image.name})
 
 
 def _listed_images(path: Path) -> Lines:
     _, lines = read_jsonl(path / METADATA_FILE)
-    for number, line in lines:
-        if not isinstance(line, Line):
-            yield number, line
+    for line in lines:
+        if line.errors:
+            yield line
             continue
         fields = {normal_name(name): value for name, value in line.fields.items() if name not in ("file_name", *CAPTIONS)}
         try:
             check_columns(path / METADATA_FILE, list(fields), with_prompt=False)
         except ScriptError as error:
-            yield (
-                number,
-                UnreadableLine(
-                    str(line.fields), FieldError(METADATA_FILE, number, None, error.errors[0].got, error.errors[0].allowed)
-                ),
-            )
+            (wrong,) = error.errors
+            yield unreadable_line(METADATA_FILE, line.number, wrong.got, wrong.allowed, text=str(line.fields))
             continue
         image = line.fields.get("file_name")
         caption = next((line.fields[name] for name in CAPTIONS if name in line.fields), None)
         given = {"id": _id_of(Path(str(image)).stem), "image": image, "prompt": caption}
         fields = {**{name: value for name, value in given.items() if value is not None}, **fields}
-        yield number, Line(number, nest_metadata(fields), strict=True)
+        yield Line(line.number, nest_metadata(fields))
 
 
 def _id_of(stem: str) -> str:
@@ -413,7 +389,7 @@ ADVICE = {".json": "; write one object per line to .jsonl", ".xlsx": SPREADSHEET
 
 
 def open_script(path: Path) -> tuple[Header, Lines]:
-    """Return the header and the numbered lines of a script. Lines that cannot be parsed are `UnreadableLine`.
+    """Return the header and the lines of a script. Lines that cannot be parsed have an error.
 
     Raises ScriptError if the file cannot be read.
     """

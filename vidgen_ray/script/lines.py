@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,29 +32,66 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """Characters that `surrogateescape` substitutes for bytes that are not UTF-8."""
 
 
-NO_DEFAULTS: Mapping[str, Any] = {}
+@dataclass(slots=True)
+class Line:
+    """A line of a script: first the fields that were read, and after `LineChecker.check` its shots or its errors."""
 
-
-class Line(NamedTuple):
-    """Unvalidated fields of a script line. A tuple, since all lines of a script are sent to other processes."""
-
-    number: int | None
-    """Line number, from 1. For Parquet: row number, from 1. `None` for a shot that is not from a file."""
+    number: int
+    """Line number in the file, from 1. For Parquet: row number, from 1. 0 for a shot that is not from a file."""
     fields: dict[str, Any]
-    strict: bool
+    """Fields as they were read. After the check: with defaults and absolute paths, to be copied to another script."""
+    strict: bool = True
     """True if the format has types (JSON), false if all values are text (CSV)."""
-    defaults: Mapping[str, Any] = NO_DEFAULTS
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the line's scene. They override those of the header."""
     scene: str | None = None
     """Title of the line's scene."""
+    source: str = ""
+    """Name of the file that was read, for messages."""
+    script: str = ""
+    """Script of the line. For a line of failures.jsonl: the original script."""
+    script_line: int = 0
+    """Line number in `script`, from 1. Differs from `number` for a line of failures.jsonl."""
+    failed_as: str | None = None
+    """Id under which a line of failures.jsonl failed."""
+    has_own_id: bool = False
+    """False if the id is derived from the content of the line."""
+    id: str = ""
+    """Id of the line if it is rejected."""
+    shots: tuple[Shot, ...] = ()
+    """Valid shots with seeds and absolute paths, one for each variant. Empty if there are errors."""
+    errors: tuple[FieldError, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Settings of the line that have no effect, as messages."""
+
+    @property
+    def shot(self) -> Shot:
+        """The only shot. `unique_lines` yields a line for each shot."""
+        (shot,) = self.shots
+        return shot
+
+    @property
+    def replaces(self) -> str | None:
+        """Id under which the only shot failed in an earlier run, if it differs."""
+        return self.failed_as if self.failed_as != self.shot.id else None
+
+    def reject(self, field: str | None, got: str, allowed: str) -> None:
+        """Add an error, and drop the shots and notes."""
+        error = FieldError(self.source, self.number or None, field, got, allowed)
+        # The shots of a line often have the same error.
+        if error not in self.errors:
+            self.errors += (error,)
+        self.shots = self.notes = ()
 
 
-@dataclass(frozen=True, slots=True)
-class UnreadableLine:
-    """Line that could not be parsed."""
+Lines = Iterator[Line]
 
-    text: str
-    error: FieldError
+
+def unreadable_line(source: str, number: int, got: str, allowed: str, *, field: str | None = None, text: str = "") -> Line:
+    """Return a line that could not be parsed. `text`: its content."""
+    line = Line(number, {"unreadable": text} if text else {}, source=source)
+    line.reject(field, got, allowed)
+    return line
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +106,31 @@ class Header:
     """Settings of the film that is made of the clips. Not checked."""
 
 
+@dataclass(frozen=True)
+class ScriptSettings:
+    """Settings for reading a script.
+
+    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
+    """
+
+    path: Path
+    run_seed: int = 0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults from the command line."""
+    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that are set on every shot after its checks."""
+    characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Characters that are not from the script itself. See `read_characters`."""
+    policy: ContentPolicy = DEFAULT_POLICY
+    """Rules for the content of lines."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder to which paths of the script are relative."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
 class WrongField(Exception):
     """A field of a line is wrong. The line becomes a rejected one."""
 
@@ -77,7 +139,6 @@ class WrongField(Exception):
         super().__init__(field, got, allowed)
 
 
-Lines = Iterator[tuple[int, Line | UnreadableLine]]
 NO_HEADER = Header()
 
 
@@ -157,78 +218,6 @@ def text_lines(path: Path) -> Iterator[str]:
                 raise file_error(path, f"a read error after line {number}", f"must be readable ({error.strerror})") from None
 
     return lines()
-
-
-@dataclass(frozen=True, slots=True)
-class RejectedLine:
-    """Invalid line, with all of its errors."""
-
-    id: str
-    script: str
-    """Script of the line. For a line of failures.jsonl: the original script."""
-    line: int
-    """Line number, from 1."""
-    source: str
-    """Name of the file that was read, for messages."""
-    fields: dict[str, Any]
-    """Fields with defaults filled in and absolute paths, so that the line can be copied to another script."""
-    errors: tuple[FieldError, ...]
-    origin_line: int
-    """Line number in `script`, from 1. Differs from `line` for a line of failures.jsonl."""
-
-
-class CheckedLine(NamedTuple):
-    """Valid shot with its seed and absolute paths. A line with variants yields one for each variant."""
-
-    shot: Shot
-    line: int
-    """Line number in the script, from 1."""
-    script: str
-    """Script of the line. For a line of failures.jsonl: the original script."""
-    replaces: str | None
-    """Id under which the line failed in an earlier run, if it differs."""
-    notes: tuple[str, ...] = ()
-    """Settings of the line that have no effect, as messages. Empty for all but the first variant."""
-
-
-class ValidLine(NamedTuple):
-    """Valid line whose ids have not been compared with those of other lines."""
-
-    shots: tuple[Shot, ...]
-    """One for each variant."""
-    as_rejected: RejectedLine
-    """The line without errors, for the case that its id is taken."""
-    failed_as: str | None
-    """Id under which a line of failures.jsonl failed."""
-    has_own_id: bool
-    """False if the id is derived from the content of the line."""
-    notes: tuple[str, ...] = ()
-    """Settings of the line that have no effect, as messages."""
-
-
-@dataclass(frozen=True)
-class ScriptSettings:
-    """Settings for reading a script.
-
-    Missing fields of a line come from the header, then from `defaults`, then from `profile_defaults`.
-    """
-
-    path: Path
-    run_seed: int = 0
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults from the command line."""
-    profile_defaults: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that are set on every shot after its checks."""
-    characters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Characters that are not from the script itself. See `read_characters`."""
-    policy: ContentPolicy = DEFAULT_POLICY
-    """Rules for the content of lines."""
-
-    @property
-    def folder(self) -> Path:
-        """Folder to which paths of the script are relative."""
-        return self.path if self.path.is_dir() else self.path.parent
 
 
 class ScriptIndex:

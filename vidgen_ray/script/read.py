@@ -4,7 +4,7 @@ Fills in defaults and characters and checks that files exist. Only ids are kept 
 and in any order; `unique_lines` then makes their ids unique, in the order of the script."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,9 @@ from vidgen_ray.errors import FieldError, MediaError, ScriptError, StageError, V
 from vidgen_ray.media import check_image_header, read_image
 from vidgen_ray.nets.lora_header import FLUX, check_lora_file
 from vidgen_ray.safety import DEFAULT_POLICY, ContentPolicy
-from vidgen_ray.script.check import LineCheck, LineChecker, merged
+from vidgen_ray.script.check import LineChecker, merged
 from vidgen_ray.script.formats import open_script
-from vidgen_ray.script.lines import CheckedLine, Line, Lines, RejectedLine, ScriptIndex, ScriptSettings, ValidLine
+from vidgen_ray.script.lines import Line, Lines, ScriptIndex, ScriptSettings
 from vidgen_ray.shot import IMAGE_FIELDS, Shot, derive_id
 from vidgen_ray.weights import resolve
 
@@ -67,39 +67,47 @@ WINDOW_LINES = 500
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Valid shots and rejected lines of a script. Variants are separate shots."""
+    """Checked lines of a script: a line for each shot, and the rejected lines."""
 
     source: str
-    shots: tuple[Shot, ...]
-    lines: Mapping[str, int]
-    """Shot id -> line number, from 1."""
-    rejected: tuple[RejectedLine, ...]
-    replaces: Mapping[str, str]
-    """Shot id -> id under which its line failed in an earlier run, if it differs."""
-    notes: tuple[str, ...] = ()
-    """Settings that have no effect, as messages."""
+    lines: tuple[Line, ...]
+
+    @property
+    def shots(self) -> list[Shot]:
+        """Valid shots. Variants are separate shots."""
+        return [shot for line in self.lines for shot in line.shots]
+
+    @property
+    def rejected(self) -> list[Line]:
+        """Lines with errors."""
+        return [line for line in self.lines if line.errors]
 
     @property
     def errors(self) -> list[FieldError]:
         """Errors of all rejected lines."""
-        return [error for line in self.rejected for error in line.errors]
+        return [error for line in self.lines for error in line.errors]
+
+    @property
+    def notes(self) -> list[str]:
+        """Settings that have no effect, as messages."""
+        return [note for line in self.lines for note in line.notes]
 
 
 def open_lines(settings: ScriptSettings) -> tuple[LineChecker, Lines]:
-    """Return the checker and the unchecked, numbered lines of a script. Raises ScriptError if the file cannot be read."""
+    """Return the checker and the unchecked lines of a script. Raises ScriptError if the file cannot be read."""
     header, lines = open_script(settings.path)
     return LineChecker.of(settings, header), lines
 
 
-def iter_script(settings: ScriptSettings) -> Iterator[CheckedLine | RejectedLine]:
-    """Yield the valid shots and the rejected lines of a script, in order.
+def iter_script(settings: ScriptSettings) -> Lines:
+    """Yield a line for each valid shot, and the rejected lines of a script, in order.
 
     Memory use grows by 24 bytes per id. Only .yaml scripts are read as a whole.
     Raises ScriptError, possibly after some lines, if the file cannot be read or has no lines.
     """
     checker, lines = open_lines(settings)
     empty, index = True, ScriptIndex()
-    for window in batched((checker.check(number, parsed) for number, parsed in lines), WINDOW_LINES):
+    for window in batched(map(checker.check, lines), WINDOW_LINES):
         empty = False
         yield from unique_lines(window, index)
     if empty:
@@ -112,30 +120,16 @@ def no_lines(path: Path) -> ScriptError:
 
 def read_script(settings: ScriptSettings, *, decode_files: bool = False) -> Script:
     """Read a script that fits into memory. See `iter_script`. `decode_files`: decode images and read the headers of LoRAs."""
-    checked = list(iter_script(settings))
-    if decode_files:
-        checked = [_with_decoded_files(line, settings.path.name) for line in checked]
-    valid = [line for line in checked if isinstance(line, CheckedLine)]
-    return Script(
-        settings.path.name,
-        tuple(line.shot for line in valid),
-        {line.shot.id: line.line for line in valid if line.shot.id},
-        tuple(line for line in checked if isinstance(line, RejectedLine)),
-        {line.shot.id: line.replaces for line in valid if line.shot.id and line.replaces},
-        tuple(note for line in valid for note in line.notes),
-    )
+    lines = tuple(iter_script(settings))
+    for line in lines if decode_files else ():
+        wrong = [] if line.errors else check_files(line.shot, decode=True)
+        for field, error in wrong:
+            line.reject(field, "an unusable file", str(error))
+    return Script(settings.path.name, lines)
 
 
-def _with_decoded_files(line: CheckedLine | RejectedLine, source: str) -> CheckedLine | RejectedLine:
-    if isinstance(line, RejectedLine) or not (wrong := check_files(line.shot, decode=True)):
-        return line
-    fields = line.shot.model_dump(mode="json")
-    errors = tuple(FieldError(source, line.line, field, "an unusable file", str(error)) for field, error in wrong)
-    return RejectedLine(line.shot.id or "", line.script, line.line, source, fields, errors, line.line)
-
-
-def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) -> Iterator[CheckedLine | RejectedLine]:
-    """Yield the shots and rejected lines, each with an id that no earlier line of the script has.
+def unique_lines(lines: Sequence[Line], index: ScriptIndex) -> Lines:
+    """Yield a line for each shot, and the rejected lines, each with an id that no earlier line of the script has.
 
     The first line with an id owns it. A later valid line with the same id is rejected.
     """
@@ -147,66 +141,64 @@ def unique_lines(lines: Sequence[ValidLine | RejectedLine], index: ScriptIndex) 
         return id_
 
     for line in lines:
-        if isinstance(line, ValidLine):
-            error = _id_error(line, line_of)
-            if error is None:
-                notes = line.notes
-                for shot in line.shots:
-                    assert shot.id is not None
-                    claim(shot.id, line.as_rejected.line)
-                    replaces = line.failed_as if line.failed_as != shot.id else None
-                    yield CheckedLine(shot, line.as_rejected.origin_line, line.as_rejected.script, replaces, notes)
-                    notes = ()
-                continue
-            line = replace(line.as_rejected, errors=(error,))
+        wrong = _wrong_id(line, line_of)
+        if line.shots and wrong is None:
+            for number, shot in enumerate(line.shots):
+                assert shot.id is not None
+                claim(shot.id, line.number)
+                yield replace(line, shots=(shot,), notes=() if number else line.notes)
+            continue
+        rejected = replace(line)
+        if wrong is not None:
+            rejected.reject(*wrong)
         own_id, named = line.fields.get("id"), line.id
         if not named or named in line_of:
             named = index.unused_name(default_id(line), line_of)
-        # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
-        fields = {**line.fields, "id": named} if isinstance(own_id, str) and own_id in line_of else line.fields
-        yield replace(line, id=claim(named, line.line), fields=fields)
+        if isinstance(own_id, str) and own_id in line_of:
+            # With the id of another line, rendering failures.jsonl would overwrite that line's clip.
+            rejected.fields = {**line.fields, "id": named}
+        rejected.id = claim(named, line.number)
+        yield rejected
     index.add(new)
 
 
-def _id_error(line: ValidLine, line_of: Mapping[str, int]) -> FieldError | None:
-    """Return the error of a line whose id is taken, or that continues a shot which no earlier line has.
+def _wrong_id(line: Line, line_of: Mapping[str, int]) -> tuple[str, str, str] | None:
+    """Return what is wrong with a line whose id is taken, or that continues a shot which no earlier line has.
 
     `line_of`: ids of earlier lines, and possibly of later ones that are finished. Rows of a data set have the number 0.
     """
-    source, number = line.as_rejected.source, line.as_rejected.line
     taken = next((shot.id for shot in line.shots if shot.id in line_of), None)
     if taken is not None:
         allowed = f"line {line_of[taken]} has the same {'id' if line.has_own_id else 'content'}; {UNIQUE}"
-        return FieldError(source, number, "id", repr(taken), allowed)
+        return "id", repr(taken), allowed
     for id_ in _continued_ids(line):
-        if number == 0:
+        if line.number == 0:
             allowed = "must not be set in a data set, since Ray Data does not keep the order of rows; use a script"
-            return FieldError(source, None, "continue_from", repr(id_), allowed)
+            return "continue_from", repr(id_), allowed
         # A failed line is rendered again without the finished shot that it continues.
-        if line_of.get(id_, number) >= number and line.failed_as is None:
-            return FieldError(source, number, "continue_from", repr(id_), "must be the id of an earlier line")
+        if line_of.get(id_, line.number) >= line.number and line.failed_as is None:
+            return "continue_from", repr(id_), "must be the id of an earlier line"
     return None
 
 
-def _continued_ids(line: ValidLine | RejectedLine) -> list[str]:
+def _continued_ids(line: Line) -> list[str]:
     """Return the ids of the shots that the shots of the line continue."""
-    return [shot.continue_from for shot in line.shots if shot.continue_from] if isinstance(line, ValidLine) else []
+    return [shot.continue_from for shot in line.shots if shot.continue_from]
 
 
-def ids_of(line: ValidLine | RejectedLine) -> list[str]:
+def ids_of(line: Line) -> list[str]:
     """Return the ids that the line brings, before they are made unique."""
-    if isinstance(line, ValidLine):
+    if line.shots:
         return [shot.id for shot in line.shots if shot.id]
-    own_id = line.fields.get("id")
-    return [id_ for id_ in (line.id, own_id) if isinstance(id_, str) and id_]
+    return [id_ for id_ in (line.id, line.fields.get("id")) if isinstance(id_, str) and id_]
 
 
-def default_id(line: RejectedLine) -> str:
+def default_id(line: Line) -> str:
     """Return the id of a line without one: `SCRIPT-line-NUMBER`, or `NAME-HASH` for a row without a number."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(line.script).stem)[:60] or "script"
-    if not line.line:
+    if not line.number:
         return f"{stem}-{derive_id({**line.fields, 'prompt': ''})}"
-    return f"{stem}-line-{line.line}"
+    return f"{stem}-line-{line.number}"
 
 
 def check_shot(
@@ -219,10 +211,9 @@ def check_shot(
 ) -> Shot:
     """Validate a shot that is not from a file. Raises ScriptError with an error for each invalid field."""
     checker = LineChecker(source, Path.cwd(), merged(profile_defaults), run_seed, policy=policy)
-    line = LineCheck(Line(None, dict(fields), strict=False), checker)
+    line = checker.check(Line(0, dict(fields), strict=False))
     if len(line.shots) > 1:
         line.reject("variants", str(len(line.shots)), "must be 1; only scripts can have variants")
     if line.errors:
         raise ScriptError(line.errors)
-    (shot,) = line.shots.values()
-    return shot
+    return line.shot

@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from vidgen_ray.errors import FieldError
 from vidgen_ray.film.settings import FilmSettings
 from vidgen_ray.invalid_fields import known_fields, shortened
 from vidgen_ray.limits import MAX_YAML_BYTES
@@ -21,7 +20,7 @@ from vidgen_ray.script.expansion import (
     checked_characters,
     checked_styles,
 )
-from vidgen_ray.script.lines import Header, Line, Lines, UnreadableLine, encoding_error, file_error
+from vidgen_ray.script.lines import Header, Line, Lines, encoding_error, file_error, unreadable_line
 from vidgen_ray.shot import LORA_FIELDS, NESTED_FIELDS, Shot
 from vidgen_ray.system.strict_yaml import StrictLoader
 
@@ -72,10 +71,10 @@ def _lines(path: Path, shots: list[Any], line_numbers: Iterator[int], defaults: 
         if isinstance(shot, str):
             shot = {"prompt": shot}
         if isinstance(shot, dict) and all(isinstance(name, str) for name in shot):
-            yield number, Line(number, shot, strict=True, defaults=defaults, scene=scene)
+            yield Line(number, shot, defaults=defaults, scene=scene)
         else:
             allowed = "must be a prompt or a mapping of fields"
-            yield number, UnreadableLine(str(shot), FieldError(path.name, number, None, shortened(shot), allowed))
+            yield unreadable_line(path.name, number, shortened(shot), allowed, text=str(shot))
 
 
 def _checked_scene(path: Path, number: int, scene: Any) -> dict[str, Any]:
