@@ -1,8 +1,7 @@
-"""Finished shots found from the manifest, folders of older versions, and ids that belong to another script."""
+"""Finished shots found from the manifest, and ids that belong to another script."""
 
 import os
 import pickle
-import shutil
 from collections import Counter
 
 import pytest
@@ -12,10 +11,9 @@ from vidgen_ray.licences import UsedWeights
 from vidgen_ray.outputs import open_markers
 from vidgen_ray.outputs.finished import FinishedShots
 from vidgen_ray.outputs.folder import OutputFolder
-from vidgen_ray.outputs.garbage import collect_garbage
-from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
+from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.object_storage import ObjectStorage
-from vidgen_ray.outputs.paths import SHARD, old_key_path, old_shot_path, shot_path
+from vidgen_ray.outputs.paths import SHARD, shot_path
 from vidgen_ray.shot import derive_id
 
 RUNS = [f"2026010{day}T000000-abc" for day in range(1, 6)]
@@ -46,17 +44,6 @@ def write_run(outputs, run, *plans, script="s.jsonl", status="done", render=True
 def found(outputs, *plans, **options):
     """Return for each plan whether it is finished."""
     return [done is not None for done in FinishedShots.load(outputs).find(plans, **options)]
-
-
-def move_to_old_layout(outputs, plan):
-    """Move a shot to where older versions stored it."""
-    shot_id = plan.shot.id
-    (outputs.root / old_shot_path(shot_id)).mkdir(exist_ok=True)
-    for file in (outputs.root / shot_path(shot_id)).iterdir():
-        file.rename(outputs.root / old_shot_path(shot_id) / file.name)
-    shutil.rmtree(outputs.root / shot_path(shot_id))
-    shutil.rmtree(outputs.root / "keys")
-    outputs.storage.write(old_key_path(plan.key), shot_id)
 
 
 def test_finished_shots_are_found_without_reading_records(outputs, plan_of, monkeypatch):
@@ -184,69 +171,6 @@ def test_object_store_lists_shards_instead_of_reading_new_shots(in_store, plan_o
     assert found(in_store, *(plan_of(f"new{number}") for number in range(300))) == [False] * 300
     assert calls["folders"] <= 2
     assert calls["read"] == 0
-
-
-class TestOlderVersions:
-    def test_shots_of_an_older_version_are_found_and_replaced(self, on_disk, plan_of):
-        # `ab` is also the name of a shard.
-        for shot_id in ("ball", "ab"):
-            plan, changed = plan_of(shot_id), plan_of(shot_id, prompt="changed")
-            record = commit(on_disk, plan)
-            move_to_old_layout(on_disk, plan)
-            assert on_disk.find_finished(plan).record().files == record.files
-            assert on_disk.find_by_key(plan.key).summary.folder == old_shot_path(shot_id)
-            assert found(on_disk, plan) == [True]
-            assert on_disk.read(shot_id, "image.png") == b"image.png"
-            commit(on_disk, changed)
-            assert not (on_disk.root / old_shot_path(shot_id) / "shot.json").exists()
-            assert not (on_disk.root / old_shot_path(shot_id) / "video.mp4").exists()
-            assert found(on_disk, plan, changed) == [False, True]
-
-    def test_shots_of_an_older_version_in_an_object_store_are_found(self, in_store, plan_of):
-        plan = plan_of("ball")
-        commit(in_store, plan)
-        for name in in_store.storage.files(shot_path("ball")):
-            content = in_store.storage.read(f"{shot_path('ball')}/{name}")
-            in_store.storage.write(f"{old_shot_path('ball')}/{name}", content)
-        in_store.storage.delete_folder(shot_path("ball"))
-        assert found(in_store, plan, plan_of("new")) == [True, False]
-        commit(in_store, plan)
-        assert in_store.storage.files(old_shot_path("ball")) == {}
-
-    def test_shots_in_a_shard_survive_an_old_shot_with_the_name_of_the_shard(self, on_disk, plan_of):
-        neighbour = plan_of("shot.json")
-        shard = shot_path("shot.json").split("/")[1]
-        old = plan_of(shard)
-        commit(on_disk, old)
-        move_to_old_layout(on_disk, old)
-        assert found(on_disk, old) == [True]
-        commit(on_disk, plan_of(shard, prompt="changed"))
-        commit(on_disk, neighbour)
-        # `shots/<shard>/shot.json` is a folder now.
-        assert found(on_disk, neighbour, old) == [True, False]
-        on_disk.delete_shot(shard)
-        assert found(on_disk, neighbour) == [True]
-
-    def test_rows_of_an_older_version_are_checked_against_the_record(self, outputs, plan_of):
-        plan, lost = plan_of("x"), plan_of("y")
-        write_run(outputs, RUNS[0], plan, lost)
-        columns = dict.fromkeys(("committed_at", "image_bytes", "video_bytes", "hd_video_bytes"))
-        rows = [row.model_copy(update={**columns, "run": RUNS[1]}) for row in read_manifest(outputs._root)]
-        write(outputs, RUNS[1], *rows)
-        outputs.storage.delete(f"{shot_path('y')}/video.mp4")
-        assert found(outputs, plan, lost) == [True, False]
-
-    def test_garbage_collection_keeps_shots_of_both_layouts(self, on_disk, plan_of):
-        plans = [plan_of("ab", seed=1), plan_of("ball", seed=2), plan_of("new", seed=3)]
-        for plan in plans[:2]:
-            commit(on_disk, plan)
-            move_to_old_layout(on_disk, plan)
-        commit(on_disk, plans[2])
-        on_disk.storage.write("shots/ab/partial/image.png", "1")
-        report = collect_garbage(on_disk, grace_s=-1)
-        assert (report.counts["partial shots"], report.counts["stale keys"]) == (1, 0)
-        assert not (on_disk.root / "shots/ab/partial").exists()
-        assert found(on_disk, *plans) == [True] * 3
 
 
 class TestOwners:

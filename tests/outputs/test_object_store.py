@@ -195,19 +195,19 @@ def test_interrupted_upload_keeps_the_old_object(outputs):
 def test_collect_garbage_removes_unreferenced_objects(render, make_shot, url, outputs):
     record = render(url, make_shot(id="ball", num_frames=2))
     before = objects(outputs)
-    for path in (f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl", "shots/mine/notes.txt"):
-        outputs.storage.write(path, "12345")
-    assert collect_garbage(outputs).left_young == 3
-    assert set(objects(outputs)) - set(before) == {
-        "shots/mine/notes.txt",
-        "shots/partial/image.png",
-        "spool/r0/000000.jsonl",
+    entry, partial, foreign = (
         f"cache/ab/{'ab' * 32}/image.png",
-    }
+        f"{shot_path('partial')}/image.png",
+        f"{shot_path('mine')}/notes.txt",
+    )
+    for path in (entry, partial, foreign):
+        outputs.storage.write(path, "12345")
+    assert collect_garbage(outputs).left_young == 2
+    assert set(objects(outputs)) - set(before) == {entry, partial, foreign}
     report = collect_garbage(outputs, grace_s=-1)
-    assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 0, "temporaries": 1}
-    assert report.bytes == 15
-    assert objects(outputs) == {**before, "shots/mine/notes.txt": 5}
+    assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 0, "temporaries": 0}
+    assert report.bytes == 10
+    assert objects(outputs) == {**before, foreign: 5}
     assert set(record.files) <= set(outputs.storage.files(shot_path("ball")))
 
 

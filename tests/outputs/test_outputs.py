@@ -369,14 +369,6 @@ class TestManifest:
         assert (outputs.root / "manifest" / f".damaged-{file.name}").read_bytes() == content
         assert pq.read_table(outputs.root / "manifest").column("id").to_pylist() == ["b"]
 
-    def test_manifest_without_a_newer_column_is_upgraded(self, outputs):
-        (outputs.root / "manifest").mkdir(parents=True)
-        old = pa.Table.from_pylist([vars(row("r0", "old"))], schema=SCHEMA).drop_columns(["lora_loads"])
-        pq.write_table(old, outputs.root / "manifest" / "r0.parquet")
-        write(outputs, "r1", row("r1", "a", lora_loads=2))
-        assert {r.id: r.lora_loads for r in read_manifest(outputs.root)} == {"old": None, "a": 2}
-        assert pq.read_schema(next((outputs.root / "manifest").iterdir())).equals(SCHEMA)
-
     def test_merged_files_are_limited_in_size_and_full_ones_are_not_rewritten(self, outputs, monkeypatch):
         for name, rows in (("PART_ROWS", 20), ("FILE_ROWS", 100), ("SMALL_FILE_ROWS", 60)):
             monkeypatch.setattr(manifest_writer, name, rows)
@@ -491,7 +483,7 @@ class TestGarbage:
         commit(outputs, plan_of("y", prompt="other"))
         for key in [*(step.key for step in record.stages), "ab" * 32]:
             write_atomically(outputs.root / "cache" / key[:2] / key / "image.png", b"123")
-        for path in ("shots/partial/image.png", "shots/mine/holiday.jpg", "cache/readme/notes", "spool/r0/000000.jsonl"):
+        for path in (f"{shot_path('partial')}/image.png", f"{shot_path('mine')}/holiday.jpg", "cache/readme/notes"):
             write_atomically(outputs.root / path, b"12345")
         prefix = temporary_prefix(this_process()._replace(started=1))
         write_atomically(outputs.root / "shots" / f"{prefix}x" / "hd.mp4", b"1234567")
@@ -506,11 +498,11 @@ class TestGarbage:
         assert {path for path in outputs.root.rglob("*") if path.is_file()} == before
         report = collect_garbage(outputs, grace_s=-1)
         assert report == dry_run
-        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 3}
-        assert report.bytes == 3 + 5 + 1 + 5 + 7 + 1
+        assert report.counts == {"cache entries": 1, "partial shots": 1, "stale keys": 1, "temporaries": 2}
+        assert report.bytes == 3 + 5 + 1 + 7 + 1
         removed = {str(path.relative_to(outputs.root)) for path in before - {p for p in outputs.root.rglob("*") if p.is_file()}}
         assert {name for name in removed if ".tmp-" not in name} == {
-            f"cache/ab/{'ab' * 32}/image.png", "shots/partial/image.png", "spool/r0/000000.jsonl",
+            f"cache/ab/{'ab' * 32}/image.png", f"{shot_path('partial')}/image.png",
             key_path(plan_of("y", prompt="before").key),
         }  # fmt: skip
         assert outputs.find_by_key(plan_of("z", prompt="other").key).record().shot.id == "y"
@@ -521,13 +513,13 @@ class TestGarbage:
         self._fill(outputs, plan_of)
         report = collect_garbage(outputs)
         assert report.counts == {"cache entries": 0, "partial shots": 0, "stale keys": 0, "temporaries": 2}
-        assert report.left_young == 4
+        assert report.left_young == 3
 
     def test_collect_garbage_fails_while_a_run_is_working(self, outputs, plan_of):
         self._fill(outputs, plan_of)
         with outputs.lease("r1"), pytest.raises(SetupError, match="run r1 is working in it"):
             collect_garbage(outputs, grace_s=-1)
-        assert (outputs.root / "spool" / "r0").exists()
+        assert (outputs.root / shot_path("partial")).exists()
 
     def test_collect_garbage_fails_for_a_missing_folder(self, outputs):
         with pytest.raises(SetupError, match="does not exist or is empty"):
@@ -538,8 +530,8 @@ class TestGarbage:
         self._fill(outputs, plan_of)
         gc(str(outputs.root), dry_run=True, as_json=True)
         report = json.loads(capsys.readouterr().out)
-        assert (report["dry_run"], report["counts"]["temporaries"], report["left_young"]) == (True, 2, 4)
+        assert (report["dry_run"], report["counts"]["temporaries"], report["left_young"]) == (True, 2, 3)
         gc(str(outputs.root), dry_run=False, as_json=False)
         assert capsys.readouterr().out.startswith(
-            "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries: 0.0 MB\n4 y"
+            "removed 0 cache entries, 0 partial shots, 0 stale keys, 2 temporaries: 0.0 MB\n3 y"
         )

@@ -12,7 +12,6 @@ from vidgen_ray.graph import stages_of
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
-from vidgen_ray.outputs.person import Person, remove_person
 from vidgen_ray.outputs.records import StepRecord
 from vidgen_ray.system.cache_dir import sha256_of
 
@@ -93,16 +92,6 @@ def test_outputs_are_removed_with_their_rows(folder, capsys):
     assert "2 shots made with this person, removed:" in out
     assert [outputs.find_by_id(shot_id) is not None for shot_id in shots] == [False, False, True, True]
     assert {row["id"] for row in pq.read_table(outputs.root / "manifest").to_pylist()} == {"other", "ball"}
-
-
-def test_shots_of_earlier_versions_are_found_by_their_photos(folder):
-    outputs, _ = folder
-    for record in outputs.root.glob("shots/*/*/shot.json"):
-        content = json.loads(record.read_text())
-        del content["face_photos"]
-        record.write_text(json.dumps(content))
-    report = remove_person(outputs, Person(frozenset({sha256_of(ADA)})))
-    assert report.shots == ("other",)
 
 
 def test_unknown_person_is_a_usage_error(folder, capsys):

@@ -25,15 +25,13 @@ from vidgen_ray.outputs.folder import REQUESTS_AT_ONCE, OutputFolder
 from vidgen_ray.outputs.manifest import (
     BATCH_ROWS,
     LIKENESS,
-    REQUIRED,
     SCHEMA,
     SHOT_FILES,
     manifest_files,
     opened,
-    with_all_columns,
 )
 from vidgen_ray.outputs.open_markers import is_trusted, open_writers
-from vidgen_ray.outputs.paths import RECORD, SHOTS, id_digest, old_shot_path, shot_path
+from vidgen_ray.outputs.paths import RECORD, SHOTS, id_digest, shot_path
 from vidgen_ray.outputs.records import DoneShot, ShotSummary
 
 KEY_BYTES = 16
@@ -50,14 +48,13 @@ ROW = np.dtype(
         ("script", "u4"),
         ("licences", "u4"),
         ("is_trusted", "?"),
-        ("in_old_folder", "?"),
         *((name, f"V{size}") for name, size in HASHES.items()),
         *((name, "f8") for name in FLOATS),
         *INTEGERS.items(),
     ]
 )
 """A row in about 200 bytes: what a look-up and the manifest row of a skipped shot need."""
-COLUMNS = ("run", "script", "image", "licences", "commercial_use", *HASHES, *FLOATS, *INTEGERS)
+COLUMNS = ("run", "script", "licences", "commercial_use", *HASHES, *FLOATS, *INTEGERS)
 """Columns of the manifest from which the rows are filled."""
 Licences = tuple[tuple[str | None, str], ...]
 """See `ShotSummary.licences`. Each licence has the commercial use of all of them together, as the manifest has no other."""
@@ -182,7 +179,7 @@ class FinishedShots:
             yield dict(zip(ROW.names or (), next(rows), strict=True)) if has_row else None
 
     def _done_shot(self, plan: ShotPlan, row: Mapping[str, Any]) -> DoneShot | None:
-        """Return the finished shot of a row with the key of the plan. `None` if an older version wrote the row."""
+        """Return the finished shot of a row with the key of the plan. `None` if the row has no files."""
         columns = [name for name in SHOT_FILES if row[f"{name}_bytes"] >= 0]
         if not columns or plan.shot.id is None:
             return None
@@ -192,7 +189,7 @@ class FinishedShots:
         return DoneShot(
             ShotSummary(
                 key=plan.key,
-                folder=old_shot_path(plan.shot.id) if row["in_old_folder"] else shot_path(plan.shot.id),
+                folder=shot_path(plan.shot.id),
                 committed_at=_not_nan(row["committed_at"]),
                 seed=row["seed"] if row["seed"] >= 0 else None,
                 likeness=likeness,
@@ -233,7 +230,7 @@ class FinishedShots:
         return {
             plan.shot.id
             for plan in plans
-            if plan.shot.id in top or plan.shot.id in self._folders.get(os.path.dirname(shot_path(plan.shot.id or "")), ())
+            if plan.shot.id in self._folders.get(os.path.dirname(shot_path(plan.shot.id or "")), ())
         }
 
 
@@ -297,7 +294,7 @@ def _parquet_file(content: pyarrow.NativeFile) -> pyarrow.parquet.ParquetFile | 
         parquet = pyarrow.parquet.ParquetFile(content)
     except (pyarrow.ArrowException, OSError):
         return None
-    return parquet if set(REQUIRED) <= set(parquet.schema_arrow.names) <= set(SCHEMA.names) else None
+    return parquet if parquet.schema_arrow.equals(SCHEMA) else None
 
 
 def _ids_and_states(files: Sequence[pyarrow.NativeFile]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
@@ -310,15 +307,14 @@ def _ids_and_states(files: Sequence[pyarrow.NativeFile]) -> tuple[NDArray[np.uin
 
 
 def _batches(files: Sequence[pyarrow.NativeFile], columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows in batches with all columns of the manifest, of which only `columns` are filled."""
+    """Yield these columns of all rows in batches."""
     for file in files:
         # Opened here, since a Parquet reader keeps ten megabytes.
         parquet = _parquet_file(file)
         if parquet is None:
             continue
-        own = [name for name in columns if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=own, use_threads=False):
-            yield with_all_columns(batch)
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            yield batch
         del parquet, batch
         # Otherwise the allocator keeps more than a hundred megabytes.
         pyarrow.default_memory_pool().release_unused()
@@ -335,14 +331,10 @@ def _fill(
     """Copy a batch of the manifest to these positions of `rows`. Adds its scripts and its licences, as text, to the others."""
     runs = batch.column("run").dictionary_encode()
     trusted = np.array([is_trusted(run, changed_by) for run in runs.dictionary.to_pylist()], bool)
-    # Older versions, which wrote no sizes, left no markers either.
-    rows["is_trusted"][positions] = trusted[runs.indices.to_numpy()] & batch.column("image_bytes").is_valid().to_numpy(False)
+    rows["is_trusted"][positions] = trusted[runs.indices.to_numpy()]
     rows["script"][positions] = _numbered(batch.column("script"), scripts)
     licences_and_use = [pc.fill_null(batch.column(name), "") for name in ("licences", "commercial_use")]
     rows["licences"][positions] = _numbered(pc.binary_join_element_wise(*licences_and_use, "\n"), licences)
-    # `shots/<id>/image.png`, without the shard.
-    slashes = pc.fill_null(pc.count_substring(batch.column("image"), "/"), 0)
-    rows["in_old_folder"][positions] = slashes.to_numpy(zero_copy_only=False) == 2
     for name in FLOATS:
         rows[name][positions] = pc.fill_null(batch.column(name), np.nan).to_numpy(zero_copy_only=False)
     for name in INTEGERS:

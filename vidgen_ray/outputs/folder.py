@@ -20,7 +20,7 @@ from vidgen_ray.content_keys import ShotPlan, is_result_of
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.outputs.lease import Lease, lease
-from vidgen_ray.outputs.paths import KEYS, RECORD, SHARD, SHOTS, key_path, old_key_path, old_shot_path, shot_path
+from vidgen_ray.outputs.paths import KEYS, RECORD, SHOTS, key_path, shot_path
 from vidgen_ray.outputs.records import (
     DoneShot,
     FileRecord,
@@ -92,12 +92,9 @@ class ShotDraft:
         # Renaming the file keeps its time.
         committed_at = None if self._storage.local is None else self.path(RECORD).stat().st_mtime
         shot_id = _id_of(self.plan)
-        folder, old_folder = shot_path(shot_id), old_shot_path(shot_id)
+        folder = shot_path(shot_id)
         # Delete the record of an earlier render of this id before its first file is replaced.
         self._storage.delete(f"{folder}/{RECORD}")
-        has_old_folder = _read_old_record(self._storage, shot_id) is not None
-        if has_old_folder:
-            self._storage.delete(f"{old_folder}/{RECORD}")
         # The key file comes before the record, so that every finished shot can be found by its key. A key file without a
         # finished shot is harmless. It is renamed from the workspace, so `keys/` has no temporary files.
         self.path(self.plan.key).write_text(shot_id, encoding="utf-8")
@@ -106,8 +103,6 @@ class ShotDraft:
         for stale in self._storage.files(folder).keys() - record.files.keys():
             self._storage.delete(f"{folder}/{stale}")
         self._storage.publish(self._workspace, folder, [RECORD])
-        if has_old_folder:
-            _delete_old_folder(self._storage, shot_id)
         return record.model_copy(update={"committed_at": committed_at})
 
 
@@ -150,26 +145,19 @@ class OutputFolder:
 
     def shot_folder(self, shot_id: str) -> Path:
         """Return the local folder of a shot. Raises SetupError if it is in an object store; see `place`."""
-        return self.root / self._folder_of(shot_id)
+        return self.root / shot_path(shot_id)
 
     def place(self, shot_id: str, name: str) -> Path | str:
         """Return the location of a shot's file, for messages: a path, or a URL without credentials."""
-        return self.storage.place(f"{self._folder_of(shot_id)}/{name}")
+        return self.storage.place(f"{shot_path(shot_id)}/{name}")
 
     def read(self, shot_id: str, name: str) -> bytes:
         """Return the content of a shot's file. Raises FileNotFoundError."""
-        path = f"{self._folder_of(shot_id)}/{name}"
+        path = f"{shot_path(shot_id)}/{name}"
         content = self.storage.read(path)
         if content is None:
             raise FileNotFoundError(f"{self.url}/{path}")
         return content
-
-    def _folder_of(self, shot_id: str) -> str:
-        """Return the folder of a shot: that of an older version if the shot is finished there and was not rendered again."""
-        folder = shot_path(shot_id)
-        if self.storage.read(f"{folder}/{RECORD}") is None and _read_old_record(self.storage, shot_id) is not None:
-            return old_shot_path(shot_id)
-        return folder
 
     def find_finished(self, plan: ShotPlan, with_stages: bool = False) -> DoneShot | None:
         """Return the shot if it is finished with the key of the plan, or another key for the same result, else `None`.
@@ -194,7 +182,7 @@ class OutputFolder:
         Also returns `None` if the storage fails: the caller can render the shot again.
         """
         try:
-            content = self.storage.read(key_path(key)) or self.storage.read(old_key_path(key)) or b""
+            content = self.storage.read(key_path(key)) or b""
             shot_id = content.decode()
             if not ID_PATTERN.fullmatch(shot_id):
                 return None
@@ -214,10 +202,6 @@ class OutputFolder:
         # The time before the content: if the record is replaced in between, its time does not match in the next run.
         committed_at = self._modified(f"{folder}/{RECORD}")
         text = self.storage.read(f"{folder}/{RECORD}")
-        if text is None:
-            folder = old_shot_path(shot_id)
-            committed_at = self._modified(f"{folder}/{RECORD}")
-            text = _read_old_record(self.storage, shot_id)
         return None if text is None else self._finished(folder, text, committed_at, key, is_result, debug_files)
 
     def _modified(self, path: str) -> float | None:
@@ -257,7 +241,7 @@ class OutputFolder:
                 seconds=sum([step["seconds"] for step in stages]),
                 gpu_seconds=sum([step["gpu_seconds"] for step in stages]),
                 lora_loads=sum([step["adapter_loads"] for step in stages]),
-                licences=tuple((used["licence"], used["commercial_use"]) for used in record.get("licences", ())),
+                licences=tuple((used["licence"], used["commercial_use"]) for used in record["licences"]),
             )
         # A damaged record counts as missing. An OSError of the storage does not.
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -283,16 +267,15 @@ class OutputFolder:
 
     def delete_shot(self, shot_id: str) -> None:
         """Delete a shot's files and its stage cache entries. Other shots that share a cached step compute it again."""
-        text = self.storage.read(f"{shot_path(shot_id)}/{RECORD}") or _read_old_record(self.storage, shot_id)
+        text = self.storage.read(f"{shot_path(shot_id)}/{RECORD}")
         if text is not None:
             with suppress(ValueError, KeyError, TypeError):
                 record = pydantic_core.from_json(text)
-                for key_file in (key_path(record["key"]), old_key_path(record["key"])):
-                    if self.storage.read(key_file) == shot_id.encode():
-                        self.storage.delete(key_file)
+                key_file = key_path(record["key"])
+                if self.storage.read(key_file) == shot_id.encode():
+                    self.storage.delete(key_file)
                 self.stage_cache.drop([step["key"] for step in record["stages"]])
         self.storage.delete_folder(shot_path(shot_id))
-        _delete_old_folder(self.storage, shot_id)
 
     def write_run(self, content: dict[str, Any]) -> None:
         """Write `run.json`: the last run in this folder."""
@@ -327,24 +310,6 @@ def _file_record(path: Path, sign: Callable[[Path], bool]) -> FileRecord:
 def _id_of(plan: ShotPlan) -> str:
     assert plan.shot.id is not None
     return plan.shot.id
-
-
-def _read_old_record(storage: Storage, shot_id: str) -> bytes | None:
-    """Return the record that an older version wrote for the shot, or `None`."""
-    # `shots/ab/shot.json` may also be the folder of the shot `shot.json` in the shard `ab`.
-    with suppress(IsADirectoryError):
-        return storage.read(f"{old_shot_path(shot_id)}/{RECORD}")
-    return None
-
-
-def _delete_old_folder(storage: Storage, shot_id: str) -> None:
-    """Delete the files that an older version wrote for the shot, but not the shots of a shard with the same name."""
-    folder = old_shot_path(shot_id)
-    if SHARD.fullmatch(shot_id) is None:
-        storage.delete_folder(folder)
-        return
-    for name in storage.files(folder):
-        storage.delete(f"{folder}/{name}")
 
 
 @cache

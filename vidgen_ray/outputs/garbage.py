@@ -88,10 +88,6 @@ class _Collector:
             self._drop_file("stale keys", key_file, file)
         for entry in self._unused_entries():
             self._drop("cache entries", entry)
-        # Older versions wrote the lines of a run to `spool/<run>/`.
-        for run in self._storage.folders("spool"):
-            if all(name.endswith(".jsonl") for name in self._storage.files(f"spool/{run}")):
-                self._drop("temporaries", f"spool/{run}")
         for path in self._storage.abandoned(SWEEP_FOLDERS):
             self._report.add("temporaries", _size_of(path))
             self._delete(remove, path)
@@ -113,7 +109,7 @@ class _Collector:
 
     def _stale_keys(self) -> Iterator[tuple[str, StoredFile]]:
         """Yield the key files that do not lead to a shot finished with that key."""
-        for folder in (KEYS, *(f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name))):
+        for folder in (f"{KEYS}/{name}" for name in self._storage.folders(KEYS) if SHARD.fullmatch(name)):
             files = self._storage.files(folder)
             keys = [name for name in files if CONTENT_KEY.fullmatch(name)]
             for batch in batched(read_each(self._storage, keys, [f"{folder}/{key}" for key in keys]), SHOTS_AT_ONCE):

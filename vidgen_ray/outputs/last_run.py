@@ -18,7 +18,7 @@ def read_last_run(outputs: OutputFolder) -> Any:
 
 
 def setting_of_last_run(outputs: OutputFolder, name: str, model: type[M]) -> M | None:
-    """Return a setting of the last run's profile, or `None` if there was no run, or one of a version without the setting."""
+    """Return a setting of the last run's profile, or `None` if there was no run."""
     try:
         return model.model_validate(read_last_run(outputs)["profile"][name])
     except (ValueError, KeyError, TypeError):

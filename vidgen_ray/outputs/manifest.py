@@ -208,7 +208,6 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 SCHEMA = _arrow_schema()
 """Strings, integers and floats. The same for every run, so that the folder can be read as one table."""
-REQUIRED = [name for name, field in ManifestRow.model_fields.items() if field.is_required()]
 
 
 def rows_as_columns(rows: Iterable[ManifestRow]) -> pyarrow.RecordBatch:
@@ -235,8 +234,6 @@ class ManifestFile(NamedTuple):
     name: str
     current: NDArray[np.bool_]
     """(rows,): true if no later row replaces it."""
-    has_all_columns: bool
-    """The columns are exactly those of `SCHEMA`."""
     replaced: NDArray[np.bool_] | None = None
     """(rows,): true if the row gets the status `replaced`. `None`: no row does."""
 
@@ -263,14 +260,13 @@ def read_index(storage: Storage, name: str, seen: IdIndex) -> tuple[ManifestFile
 def _read_index(content: pyarrow.NativeFile, name: str, seen: IdIndex) -> tuple[ManifestFile, pyarrow.Table] | None:
     try:
         parquet = pyarrow.parquet.ParquetFile(content)
-        schema = parquet.schema_arrow
-        if not set(REQUIRED) <= set(schema.names) <= set(SCHEMA.names):
+        if not parquet.schema_arrow.equals(SCHEMA):
             return None
         index = parquet.read(columns=INDEX, use_threads=False)
     except (pyarrow.ArrowException, OSError):
         return None
     ids_last_first = index.column("id").to_pylist()[::-1]
-    return ManifestFile(name, seen.add_new(ids_last_first)[::-1], schema.equals(SCHEMA)), index
+    return ManifestFile(name, seen.add_new(ids_last_first)[::-1]), index
 
 
 def is_damaged(storage: Storage, name: str) -> bool:
@@ -320,15 +316,7 @@ def _rows(content: pyarrow.NativeFile, file: ManifestFile) -> Iterator[pyarrow.R
             position = batch.schema.get_field_index("status")
             status = pyarrow.compute.if_else(pyarrow.array(file.replaced[rows]), REPLACED, batch.column(position))
             batch = batch.set_column(position, "status", status)
-        yield with_all_columns(batch.filter(pyarrow.array(file.current[rows])))
-
-
-def with_all_columns(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    columns = [
-        batch.column(field.name).cast(field.type) if field.name in batch.schema.names else pyarrow.nulls(len(batch), field.type)
-        for field in SCHEMA
-    ]
-    return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
+        yield batch.filter(pyarrow.array(file.current[rows]))
 
 
 def manifest_batches(storage: Storage) -> Iterator[pyarrow.RecordBatch]:

@@ -247,8 +247,8 @@ def _finished_runs(file: ManifestFile, index: pyarrow.Table) -> set[str]:
 
 
 def _needs_merge(file: ManifestFile) -> bool:
-    """Return whether a file of an earlier run must be rewritten: stale rows, other columns, or few rows."""
-    is_unchanged = file.current.all() and (file.replaced is None or not file.replaced.any()) and file.has_all_columns
+    """Return whether a file of an earlier run must be rewritten: stale rows, or few rows."""
+    is_unchanged = file.current.all() and (file.replaced is None or not file.replaced.any())
     return not (is_unchanged and len(file.current) >= SMALL_FILE_ROWS)
 
 

@@ -1,7 +1,4 @@
-"""Paths inside an output folder. One folder of a million shots would be slow, so shots and keys are in 256 shards.
-
-Folders written by older versions have no shards: `shots/<id>/` and `keys/<key>`. They are still read.
-"""
+"""Paths inside an output folder. One folder of a million shots would be slow, so shots and keys are in 256 shards."""
 
 import hashlib
 import re
@@ -10,7 +7,7 @@ RECORD = "shot.json"
 SHOTS = "shots"
 KEYS = "keys"
 SHARD = re.compile(r"[0-9a-f]{2}")
-"""Name of a shard. `shots/ab` may be a shard and, from an older version, also the folder of a shot with the id `ab`."""
+"""Name of a shard."""
 
 
 def id_digest(shot_id: str) -> bytes:
@@ -23,16 +20,6 @@ def shot_path(shot_id: str) -> str:
     return f"{SHOTS}/{id_digest(shot_id)[:1].hex()}/{shot_id}"
 
 
-def old_shot_path(shot_id: str) -> str:
-    """Return the folder in which an older version wrote the shot."""
-    return f"{SHOTS}/{shot_id}"
-
-
 def key_path(key: str) -> str:
     """Return the path of the file that holds the id of the shot with this content key."""
     return f"{KEYS}/{key[:2]}/{key}"
-
-
-def old_key_path(key: str) -> str:
-    """Return the path at which an older version wrote this file."""
-    return f"{KEYS}/{key}"

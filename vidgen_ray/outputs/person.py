@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from vidgen_ray.outputs.paths import RECORD
 from vidgen_ray.outputs.shot_records import shot_records
 from vidgen_ray.outputs.storage import Storage
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.system.cache_dir import cache_dir, digest
+from vidgen_ray.system.cache_dir import cache_dir
 
 FEATURES = InstantIDStage.debug_file
 """File of a shot with the features of its face, which `--keep stages` writes."""
@@ -56,14 +56,13 @@ class RemovalReport:
 
 def photos_of_character(outputs: OutputFolder, name: str) -> set[str]:
     """Return the sha256 of the photos of the shots that name this character in their metadata."""
-    return {sha256 for record in _records(outputs.storage) if _character(record) == name for sha256 in _photos_of(record)}
+    return {sha256 for record in _records(outputs.storage) if _character(record) == name for sha256 in record["face_photos"]}
 
 
 def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = False, dry_run: bool = False) -> RemovalReport:
     """Delete what the folder and the cache of this machine hold of a person. `with_shots`: also the shots made with them.
 
-    Cache entries that no finished shot names are deleted, too, since they may show the person. Only the paths of photos are
-    known for shots of earlier versions: these are found if their photos still have the same content.
+    Cache entries that no finished shot names are deleted, too, since they may show the person.
 
     Raises SetupError if a run is using the folder.
     """
@@ -75,7 +74,7 @@ def remove_person(outputs: OutputFolder, person: Person, *, with_shots: bool = F
         for record in _records(storage):
             keys = [step["key"] for step in record["stages"]]
             is_named = person.character is not None and _character(record) == person.character
-            if not is_named and person.photos.isdisjoint(_photos_of(record)):
+            if not is_named and person.photos.isdisjoint(record["face_photos"]):
                 kept_keys.add_new(keys)
                 continue
             shots.append(record["shot"]["id"])
@@ -115,24 +114,12 @@ def _records(storage: Storage) -> Iterator[dict[str, Any]]:
     for folder, text in shot_records(storage):
         with suppress(ValueError, KeyError, TypeError):
             record = json.loads(text or b"")
-            record["shot"]["id"], record["shot"]["face_image"], record["stages"], record["files"]
+            record["shot"]["id"], record["face_photos"], record["stages"], record["files"]
             yield {**record, "folder": folder}
 
 
 def _character(record: dict[str, Any]) -> object:
     return (record["shot"].get("metadata") or {}).get("character")
-
-
-def _photos_of(record: dict[str, Any]) -> Iterable[str]:
-    """Return the sha256 of each face photo of a shot, as far as it is known."""
-    recorded: Iterable[str] = record.get("face_photos") or ()
-    return recorded or filter(None, map(_digest_of, record["shot"]["face_image"]))
-
-
-def _digest_of(path: str) -> str | None:
-    with suppress(OSError):
-        return digest(Path(path))
-    return None
 
 
 def _entries_without_shot(storage: Storage, used: IdIndex) -> Iterator[str]:

@@ -92,13 +92,13 @@ class ShotRecord(_Record):
     software: dict[str, str]
     """Package -> version."""
     licences: tuple[UsedWeights, ...] = ()
-    """Weights behind the shot and the shots that it continues, with their licences. Empty in records of earlier versions."""
+    """Weights behind the shot and the shots that it continues, with their licences."""
     safety: str | None = None
     """Safety checker that has passed the shot, with its version. `None` without one."""
     face_photos: tuple[str, ...] = ()
-    """sha256 of each face photo, by which `vidgen identity remove` finds the shot. Empty in records of earlier versions."""
+    """sha256 of each face photo, by which `vidgen identity remove` finds the shot."""
     provenance: ProvenanceNote | None = None
-    """Marking of the files. `None` in records of earlier versions, whose files are not."""
+    """Marking of the files. `None` if they are not marked."""
     committed_at: float | None = None
     """Modification time of shot.json, in seconds since 1970. Not part of the file. `None` in an object store."""
 

@@ -31,11 +31,7 @@ def read_each(storage: Storage, names: Sequence[str], paths: Sequence[str]) -> I
 
 
 def _shot_folders(storage: Storage) -> Iterator[Sequence[str]]:
-    """Yield the folders of shots: those of an older version, then shard by shard."""
-    names = [name for name in storage.folders(SHOTS) if not name.startswith(".")]
-    shards = [f"{SHOTS}/{name}" for name in names if SHARD.fullmatch(name)]
-    yield [f"{SHOTS}/{name}" for name in names if not SHARD.fullmatch(name)]
-    for shard in shards:
-        # An older version may have written a shot with two hexadecimal digits as its id.
-        old = [shard] if storage.files(shard) else []
-        yield [*old, *(f"{shard}/{name}" for name in storage.folders(shard))]
+    """Yield the folders of shots, shard by shard."""
+    for name in storage.folders(SHOTS):
+        if SHARD.fullmatch(name):
+            yield [f"{SHOTS}/{name}/{shot}" for shot in storage.folders(f"{SHOTS}/{name}")]
