@@ -1,6 +1,6 @@
 """Benchmark of the job store: duration of its calls with few and with many stored jobs, on SQLite and PostgreSQL.
 
-Most of the stored jobs have ended. Creating a job is durable, as in the API; the calls of the director are not on SQLite. The
+Most of the stored jobs have ended. The
 databases are on the disk of this machine.
 """
 
@@ -75,7 +75,7 @@ def _empty_database(database: str) -> Iterator[str]:
 
 def measure(url: str, jobs: int, queued: int, calls: int) -> list[dict[str, Any]]:
     """Fill an empty database and measure the calls. Returns rows with `call`, `p50`, `p95` (ms) and `cpu` (ms per call)."""
-    store, director = JobStore(url), JobStore(url, durable=False)
+    store, director = JobStore(url), JobStore(url)
     fill(store, jobs, queued)
     running = [job.id for job in director.queue.claim("d", 3600, min(8, queued))]
     some_id = store.list(MAIN_TENANT, limit=1).jobs[0].id

@@ -48,7 +48,6 @@ from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
 from benchmarks.open_connections import Connections, running
 from benchmarks.stored_jobs import fill
 from vidgen_ray.engine.ray_cluster import muted_stderr
-from vidgen_ray.online import request_queue
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.schema import JOBS
@@ -104,7 +103,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="Also write the results as JSON.")
     args = parser.parse_args()
     # Ray reads its variables before it starts. PYTHONPATH lets its workers find this package.
-    os.environ.update(ENVIRONMENT | request_queue.ENVIRONMENT, PYTHONPATH=str(ROOT))
+    os.environ.update(ENVIRONMENT, PYTHONPATH=str(ROOT))
     folder = Path(tempfile.mkdtemp(prefix="vidgen-online-"))
     size = QUICK if args.quick else FULL
     rows: list[dict[str, Any]] = []

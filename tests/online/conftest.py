@@ -8,6 +8,8 @@ import pytest
 from benchmarks.local_postgres import create_database, is_installed, postgres_server
 
 numbers = count()
+DATABASES = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
+"""Databases of the store tests: PostgreSQL in `make test-slow` only."""
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +21,9 @@ def postgres() -> Iterator[str]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=DATABASES)
 def database_url(request, tmp_path) -> str:
-    """URL of an empty database, SQLite and PostgreSQL in turn."""
+    """URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.db"
     return create_database(request.getfixturevalue("postgres"), f"test{next(numbers)}")

@@ -151,7 +151,13 @@ def local_server(
     director = LocalDirector(settings, store, served, outputs, render or noise_renderer(served.profile, outputs, step_s))
     try:
         app = make_app(
-            settings, store, outputs, served, load_keys(settings.keys_file, settings.limits), accepted=director.wake, page=False
+            settings,
+            store,
+            outputs,
+            served,
+            load_keys(settings.keys_file, settings.limits),
+            jobs_changed=director.wake,
+            page=False,
         )
         yield LocalServer(app, settings, store, outputs, director, served)
     finally:

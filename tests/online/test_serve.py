@@ -1,5 +1,6 @@
-"""`vidgen serve`: start-up errors, graceful stop, and recovery from kill -9."""
+"""`vidgen serve`: start-up errors, one request id, graceful stop, and recovery from kill -9."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,12 +16,15 @@ from urllib.request import Request, urlopen
 import psutil
 import pytest
 import yaml
+from ray.serve._private import constants
+from ray.serve._private.http_util import _apply_middlewares, call_function_from_import_path
 
 from tests.online.test_director import POLL_S, pipes_open
 from vidgen_ray.cli import main
 from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
 from vidgen_ray.online.auth import LOCAL_TENANT
+from vidgen_ray.online.request_id import ENVIRONMENT
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
@@ -70,6 +74,26 @@ def test_options_override_the_settings_file(tmp_path):
     file.write_text("[1]")
     with pytest.raises(UsageError, match="must be a mapping of settings"):
         settings_of(file, {})
+
+
+def test_response_has_one_request_id():
+    """With the variable of the proxy that `vidgen serve`, the Docker image and the documentation set."""
+    ((variable, path),) = ENVIRONMENT.items()
+    assert hasattr(constants, variable)
+    for file in ("Dockerfile", "docs/online.md"):
+        assert f"{variable}={path}" in (ROOT / file).read_text()
+
+    async def sync_video(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"video_1")]})
+
+    sent = []
+
+    async def keep(message):
+        sent.append(message)
+
+    app = _apply_middlewares(sync_video, call_function_from_import_path(path))
+    asyncio.run(app({"type": "http", "path": "/v1/videos/sync", "headers": []}, None, keep))
+    assert [value for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"] == [b"video_1"]
 
 
 class Process:

@@ -55,9 +55,9 @@ def serve_command(
     """
     from vidgen_ray.cli.stop_signals import stoppable
     from vidgen_ray.engine.ray_cluster import connected, live_cluster
-    from vidgen_ray.online import request_queue
     from vidgen_ray.online.application import check_exposure, server_plan
     from vidgen_ray.online.auth import check_bind_host, is_loopback, load_keys
+    from vidgen_ray.online.request_id import ENVIRONMENT
     from vidgen_ray.online.server import check_port, serving, wait_for
     from vidgen_ray.online.store.store import open_store
     from vidgen_ray.planner import this_machine
@@ -72,7 +72,7 @@ def serve_command(
     # On a busy machine, the proxy of Ray Serve needs more than the default of 5 s. Read by its controller.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
     # Read by the proxy. With `address`, it has the variables with which its Ray was started.
-    os.environ.update(request_queue.ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     with stoppable(grace_s, "jobs") as stop, connected(address, plan.cpus if plan else 0):
         check_exposure(settings)
         plan = plan or server_plan(settings, lambda: live_cluster().total)

@@ -7,7 +7,6 @@ Serve configs use `vidgen_ray.online.application:build` as their import path.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +32,6 @@ from vidgen_ray.online.event_streams import MAX_STREAMS
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
-from vidgen_ray.online.wake_signal import WakeAddress, WakeSender
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan
 from vidgen_ray.planner.cluster import Label
@@ -50,8 +48,6 @@ API = "Api"
 API_CPUS = 0.25
 DIRECTOR_TIMEOUT_S = 2.0
 """Seconds that the director may take to say what is missing."""
-ADDRESS_VALID_S = 5.0
-"""Seconds for which datagrams are sent to an address of the director without a call."""
 API_REQUESTS = 1_000
 """Concurrent requests per replica, without event streams."""
 
@@ -175,8 +171,7 @@ class Api:
             self._outputs,
             self._serving_profile,
             self._keys,
-            accepted=director.job_accepted,
-            cancelled=director.job_cancelled,
+            jobs_changed=director.wake,
             missing=director.missing,
         )
         app.add_middleware(DisconnectedClients)
@@ -200,34 +195,15 @@ class DisconnectedClients:
 
 
 class DirectorClient:
-    """Client of the director. Use it inside an event loop.
-
-    It wakes the director with at most one call at a time, so that calls do not pile up while it is down. For new jobs, a
-    datagram replaces most calls if the director is on this node.
-    """
+    """Client of the director. Use it inside an event loop."""
 
     def __init__(self, director: Any) -> None:
         self._director = director
         self._pending = False
         self._call: asyncio.Task[None] | None = None
-        self._sender = WakeSender()
-        self._address: WakeAddress | None = None
-        """Address of the director, if it is on this node."""
-        self._called_at = 0.0
 
-    def job_accepted(self) -> None:
-        """Wake the director for a new job."""
-        if self._address is not None:
-            self._sender.send(self._address)
-        # The call also finds the address of a restarted director.
-        if self._address is None or time.monotonic() - self._called_at > ADDRESS_VALID_S:
-            self._call_director()
-
-    def job_cancelled(self) -> None:
-        """Wake the director for a cancel request."""
-        self._call_director()
-
-    def _call_director(self) -> None:
+    def wake(self) -> None:
+        """Wake the director for new jobs or cancel requests. One call at a time: none pile up while the director is down."""
         self._pending = True
         if self._call is None or self._call.done():
             self._call = asyncio.ensure_future(self._wake())
@@ -237,9 +213,7 @@ class DirectorClient:
             self._pending = False
             # A restarted director polls the store anyway.
             with suppress(ray.exceptions.RayError, RayServeException):
-                address: WakeAddress = await self._director.wake.remote()
-                self._address = address if address.node == ray.get_runtime_context().get_node_id() else None
-                self._called_at = time.monotonic()
+                await self._director.wake.remote()
 
     async def missing(self) -> str | None:
         """Return what the server lacks to run jobs. `None` if nothing is missing."""

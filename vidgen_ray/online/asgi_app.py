@@ -70,19 +70,18 @@ def make_app(
     serving_profile: ServingProfile,
     keys: ApiKeys,
     *,
-    accepted: NotifyDirector = lambda: None,
-    cancelled: NotifyDirector = lambda: None,
+    jobs_changed: NotifyDirector = lambda: None,
     missing: Callable[[], Awaitable[str | None]] = _nothing,
     page: bool = True,
 ) -> FastAPI:
-    """Return the app of a server: its API and, with `page`, its web page. `accepted` and `cancelled`: see `JobService`.
+    """Return the app of a server: its API and, with `page`, its web page. `jobs_changed`: see `JobService`.
 
     `missing` returns what the server lacks to run jobs, for `/readyz`.
 
     Raises SetupError for a missing LoRA file.
     """
     _check_loras(settings)
-    job_service = JobService(settings, store, outputs, serving_profile, accepted, cancelled)
+    job_service = JobService(settings, store, outputs, serving_profile, jobs_changed)
     server = ServerContext(
         settings=settings,
         store=store,

@@ -39,7 +39,6 @@ from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.leases import JobProgress
 from vidgen_ray.online.store.store import open_store
-from vidgen_ray.online.wake_signal import WakeAddress, WakeListener
 from vidgen_ray.online.workers import Actors
 from vidgen_ray.outputs.disk_space import is_disk_full
 from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
@@ -47,14 +46,11 @@ from vidgen_ray.planner.layout import Layout
 
 LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
-HEARTBEAT_S = 2.0
-CANCEL_CHECK_S = 0.2
-"""Seconds between two heartbeats while cancel requests arrive. Each heartbeat is a write transaction."""
 THREADS = 16
 """Threads for calls that block. Ray would allow as many as the replica has CPUs."""
 POLL_S = 1.0
-"""Seconds between two polls of the store, unless woken earlier."""
-PROGRESS_INTERVAL_S = 0.25
+"""Seconds between two polls of the store, unless woken earlier. Each poll claims jobs and renews the leases of running ones."""
+PROGRESS_INTERVAL_S = 0.5
 """Seconds between two writes of the progress of all jobs."""
 STATUS_INTERVAL_S = 1.0
 """Seconds between two snapshots of the engine for the metrics."""
@@ -105,8 +101,7 @@ class JobDirector:
         self._settings = settings
         self._outputs = config.outputs
         self._serving_profile = serving_profile(config.profile, settings.require_licence)
-        # Results are found again by content key, so only the acceptance of a job must survive a power failure.
-        self._store = open_store(settings, durable=False)
+        self._store = open_store(settings)
         self._max_jobs = settings.in_progress
         self._metrics = ServerMetrics(config.profile.name)
         self._engine = Engine(config, layout, self._metrics, max_shots=self._max_jobs)
@@ -126,10 +121,6 @@ class JobDirector:
         self._more_wait = False
         """The store may have more queued jobs than the last claim returned."""
         self._woken = asyncio.Event()
-        self._wake_listener = WakeListener(ray.get_runtime_context().get_node_id(), self._woken.set)
-        self._last_heartbeat = 0.0
-        self._may_be_cancelled = False
-        """A running job may have a cancel request."""
         self._last_poll = time.monotonic()
         self._background = [
             asyncio.ensure_future(work)
@@ -145,11 +136,9 @@ class JobDirector:
 
     # Remote methods
 
-    async def wake(self) -> WakeAddress:
-        """Poll the store now, also for cancel requests. Return the address for datagrams about new jobs."""
-        self._may_be_cancelled = True
+    async def wake(self) -> None:
+        """Poll the store now: there are new jobs or cancel requests."""
         self._woken.set()
-        return self._wake_listener.address
 
     async def drain(self, grace_s: float) -> int:
         """Start no more jobs, and give running ones `grace_s` seconds. Return how many were queued again."""
@@ -245,19 +234,16 @@ class JobDirector:
             except Exception as error:
                 log.warning("the job store does not respond: %s", error)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), CANCEL_CHECK_S if self._may_be_cancelled else POLL_S)
+                await asyncio.wait_for(self._woken.wait(), POLL_S)
 
     async def _send_heartbeat(self) -> None:
-        interval_s = CANCEL_CHECK_S if self._may_be_cancelled else HEARTBEAT_S
+        """Renew the leases of the running jobs, and stop those with a cancel request."""
         if not self._running:
-            self._may_be_cancelled = False
-        elif time.monotonic() - self._last_heartbeat > interval_s:
-            self._last_heartbeat = time.monotonic()
-            self._may_be_cancelled = False
-            cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
-            for job_id in cancelled & self._running.keys():
-                self._cancelled.add(job_id)
-                self._running[job_id].cancel()
+            return
+        cancelled = await asyncio.to_thread(self._store.queue.heartbeat, self.owner, list(self._running), LEASE_S)
+        for job_id in cancelled & self._running.keys():
+            self._cancelled.add(job_id)
+            self._running[job_id].cancel()
 
     async def _claim(self) -> None:
         free = self._engine.window.shots - len(self._running)
@@ -290,12 +276,9 @@ class JobDirector:
 
     async def _write_progress(self) -> None:
         """Write the progress of all jobs to the store at regular intervals, in one transaction."""
-        seen = set[str]()
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            # Skip jobs that started in the last interval: many of them end in the next one and need no write.
-            updates = {job_id: self._updates.pop(job_id) for job_id in seen & self._updates.keys()}
-            seen = set(self._running)
+            updates, self._updates = self._updates, {}
             try:
                 await asyncio.to_thread(self._store_progress, updates)
             except Exception as error:

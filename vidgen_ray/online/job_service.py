@@ -65,15 +65,13 @@ class JobService:
         store: JobStore,
         outputs: OutputFolder,
         serving_profile: ServingProfile,
-        accepted: NotifyDirector = lambda: None,
-        cancelled: NotifyDirector = lambda: None,
+        jobs_changed: NotifyDirector = lambda: None,
     ) -> None:
-        """`accepted` is called when there are new jobs, `cancelled` when the director may have to stop a job."""
+        """`jobs_changed` is called when there are new jobs, or jobs to cancel."""
         self._settings = settings
         self._store = store
         self._outputs = outputs
-        self._accepted = accepted
-        self._cancelled = cancelled
+        self._jobs_changed = jobs_changed
         self.serving_profile = serving_profile
         self.uploads = upload_folder(outputs, store.uploads, settings.uploads)
 
@@ -124,19 +122,19 @@ class JobService:
         except LimitReached as error:
             raise too_many_requests(str(error).capitalize(), "too_many_jobs", OPEN_JOBS_RETRY_S) from None
         if created:
-            self._accepted()
+            self._jobs_changed()
         return stored
 
     async def cancel(self, tenant: Tenant, job_id: str) -> Job | None:
         """Cancel a queued job or request the cancellation of one in progress. Return `None` if the tenant has no such job."""
         job = await asyncio.to_thread(self._store.request_cancel, job_id, tenant.name)
-        self._cancelled()
+        self._jobs_changed()
         return job
 
     async def delete(self, tenant: Tenant, job_id: str) -> bool:
         """Hide a job and cancel it. Return False if the tenant has no such job."""
         deleted = await asyncio.to_thread(self._store.delete, job_id, tenant.name)
-        self._cancelled()
+        self._jobs_changed()
         return deleted
 
     def plan(self, tenant: Tenant, fields: Mapping[str, Any]) -> ShotPlan:

@@ -31,7 +31,7 @@ class Character(BaseModel):
     photos: tuple[str, ...]
     created_at: float
     consent: Consent | None = None
-    """Why the face may be used. `None` in stores of earlier versions, and if the server does not require one."""
+    """Why the face may be used. `None` if the server does not require one."""
 
 
 class Characters:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
@@ -21,14 +20,10 @@ from vidgen_ray.online.store.schema_upgrade import upgrade_schema
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""
 WAL_RETRY_S = 0.05
-MAX_GROUP = 64
-"""Most calls of `Database.write` that share one transaction."""
 POOL_SIZE = 48
 """Connections of a process: one for each thread that uses the database, or requests wait for each other."""
 READS = {"vidgen_reads": True}
 """Execution option of transactions that only read."""
-
-R = TypeVar("R")
 
 
 class Database:
@@ -37,17 +32,14 @@ class Database:
     SQLite is for servers whose processes run on one machine: its write-ahead log does not work on a network file system.
     """
 
-    def __init__(self, url: str, *, durable: bool = True) -> None:
+    def __init__(self, url: str) -> None:
         """Open a database and create or upgrade its tables.
 
-        `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME. With `durable=False`, the last
-        writes to SQLite survive a crash of the process but may be lost in a power failure; use it for work that can be
-        repeated. PostgreSQL ignores it.
+        `url` is an SQLAlchemy URL: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME.
 
         Raises SetupError if the database cannot be opened or is newer than this program.
         """
-        self.engine = _engine(url, durable)
-        self._pending: deque[_Call[Any]] = deque()
+        self.engine = _engine(url)
         # Threads of this process wait here in turn. In SQLite's own lock they would poll with pauses of up to 100 ms.
         self._writing = threading.Lock()
         try:
@@ -72,36 +64,6 @@ class Database:
         """Open the only write transaction. It is committed when the block ends, and rolled back on an exception."""
         with self._writing, self.engine.begin() as connection:
             yield Transaction(connection)
-
-    def write(self, work: Callable[[Transaction], R]) -> R:
-        """Run `work` in a write transaction, commit it and return its result. If `work` raises, its changes are undone.
-
-        Calls that wait at the same time share one transaction, so that they share its commit. Each has its own version.
-        """
-        call = _Call(work)
-        self._pending.append(call)
-        with self._writing:
-            # The call may come after the first group.
-            while not call.has_run:
-                self._run_group([self._pending.popleft() for _ in range(min(len(self._pending), MAX_GROUP))])
-        return call.result()
-
-    def _run_group(self, calls: Sequence[_Call[Any]]) -> None:
-        try:
-            with self.engine.begin() as connection:
-                if len(calls) == 1:
-                    # Without a savepoint, which costs two round trips.
-                    calls[0].run(connection)
-                else:
-                    for call in calls:
-                        call.run_in_savepoint(connection)
-        # The only call has failed, or the transaction is lost: no space, or no connection.
-        except BaseException as error:
-            for call in calls:
-                call.error = error
-        finally:
-            for call in calls:
-                call.has_run = True
 
     def ping(self) -> None:
         """Run a query. Raises SQLAlchemyError if the database does not answer."""
@@ -129,39 +91,10 @@ class Transaction:
         return int(self.connection.execute(NEXT_NUMBER).scalar_one())
 
 
-class _Call(Generic[R]):
-    """Call of `Database.write` that waits for its result."""
-
-    def __init__(self, work: Callable[[Transaction], R]) -> None:
-        self._work = work
-        self._value: R | None = None
-        self.error: BaseException | None = None
-        self.has_run = False
-
-    def run(self, connection: Connection) -> None:
-        """Run the work and keep its result. Raises what it raises."""
-        self._value = self._work(Transaction(connection))
-
-    def run_in_savepoint(self, connection: Connection) -> None:
-        """Run the work in a savepoint and keep its result or error. Raises OperationalError: the transaction is lost."""
-        try:
-            with connection.begin_nested():
-                self.run(connection)
-        except OperationalError:
-            raise
-        except Exception as error:
-            self.error = error
-
-    def result(self) -> R:
-        if self.error is not None:
-            raise self.error
-        return cast(R, self._value)
-
-
 NEXT_NUMBER = update(META).where(META.c.name == "changes").values(value=META.c.value + 1).returning(META.c.value)
 
 
-def _engine(url: str, durable: bool) -> Engine:
+def _engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -186,8 +119,6 @@ def _engine(url: str, durable: bool) -> Engine:
     _make_private(parsed.database)
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=POOL_SIZE, pool_timeout=BUSY_TIMEOUT_S)
     event.listen(engine, "connect", _set_up_sqlite)
-    if not durable:
-        event.listen(engine, "connect", _sync_less_often)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -223,10 +154,6 @@ def _enable_write_ahead_log(cursor: Any) -> None:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(WAL_RETRY_S)
-
-
-def _sync_less_often(connection: Any, _: object) -> None:
-    connection.execute("PRAGMA synchronous=NORMAL").close()
 
 
 def _begin_sqlite(connection: Connection) -> None:

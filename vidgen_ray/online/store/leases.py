@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import and_, case, func, select, update
 
 from vidgen_ray.online.store.database import Database, Transaction
-from vidgen_ray.online.store.job_queue import next_queued
+from vidgen_ray.online.store.job_queue import ALL_QUEUED
 from vidgen_ray.online.store.job_rows import IS_OPEN, SECONDS, JobRows, job_of
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
 from vidgen_ray.online.store.schema import JOBS
@@ -41,7 +41,8 @@ class JobLeases:
 
         `attempts` of the returned jobs includes this attempt.
         """
-        return self._database.write(lambda transaction: self._claim(transaction, owner, lease_s, limit))
+        with self._database.transaction() as transaction:
+            return self._claim(transaction, owner, lease_s, limit)
 
     def _claim(self, transaction: Transaction, owner: str, lease_s: float, limit: int) -> list[Job]:
         now = self._now()
@@ -51,7 +52,7 @@ class JobLeases:
             ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
             cancelled = {row.id for row in ended}
             ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
-        ids += next_queued(transaction.connection, limit - len(ids))
+        ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
         if not ids:
             return []
         claimed = self._rows.update(
@@ -115,4 +116,5 @@ class JobLeases:
 
     def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
         held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
-        return self._database.write(lambda transaction: bool(self._rows.end(transaction, held, state, **values)))
+        with self._database.transaction() as transaction:
+            return bool(self._rows.end(transaction, held, state, **values))

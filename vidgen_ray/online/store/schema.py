@@ -32,8 +32,7 @@ META = Table(
     Column("name", String(64), primary_key=True),
     Column("value", BigInteger, nullable=False),
 )
-"""Two rows. `changes`: number of the last write. Every transaction increments it first, which serializes all writers.
-`schema`: read only by versions without Alembic, which open stores with value 1 and refuse others."""
+"""One row, `changes`: number of the last write. Every transaction increments it first, which serializes all writers."""
 
 JOBS = Table(
     "vidgen_jobs",
@@ -63,10 +62,9 @@ JOBS = Table(
     Column("owner", String(128)),
     Column("lease_until", Float(53)),
     Column("deleted_at", Float(53)),
-    Column("search_text", Text),
+    Column("search_text", Text, nullable=False),
     _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
-    _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "kind", "state", "seq"),
-    _partial_index("vidgen_jobs_by_end", "completed_at IS NOT NULL AND deleted_at IS NULL", "tenant", "seq"),
+    _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
     _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
     _partial_index("vidgen_jobs_by_deletion", "deleted_at IS NOT NULL", "deleted_at"),
     Index("vidgen_jobs_by_version", "version"),
@@ -74,8 +72,7 @@ JOBS = Table(
     Index("vidgen_jobs_by_key", "key"),
 )
 """`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for
-some minutes, so that lists can continue after it and clients see the deletion. `search_text` is case-folded and
-never null."""
+some minutes, so that lists can continue after it and clients see the deletion. `search_text` is case-folded."""
 
 IDEMPOTENCY = Table(
     "vidgen_idempotency",
@@ -110,11 +107,11 @@ UPLOADS = Table(
     Column("file", String(128), nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float(53), nullable=False),
-    Column("used_at", Float(53)),
+    Column("used_at", Float(53), nullable=False),
     Index("vidgen_uploads_by_file", "file"),
     Index("vidgen_uploads_by_use", "used_at"),
 )
-"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder. `used_at` is never null."""
+"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder."""
 
 OUTBOX = Table(
     "vidgen_outbox",

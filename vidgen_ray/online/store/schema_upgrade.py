@@ -9,16 +9,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, inspect, select, text
+from sqlalchemy import Engine, text
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.schema import META
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "vidgen_alembic_version"
 """Not Alembic's default name: a PostgreSQL database may be shared with another application."""
-REVISION_0_1 = "0001"
-"""Revision of the tables of stores that were created without Alembic."""
 POSTGRESQL_LOCK = 0x7669646765
 """Key of the advisory lock held during an upgrade."""
 
@@ -42,28 +39,12 @@ def upgrade_schema(engine: Engine) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
         revision = context.get_current_revision()
-        if revision is None and (version := _version_without_alembic(connection)) is not None:
-            if version != 1:
-                raise SetupError(
-                    f"{_database(engine)}: has schema {version}, but the table {VERSION_TABLE} is missing or empty"
-                )
-            context.stamp(scripts, REVISION_0_1)
-        elif revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
             raise SetupError(
-                f"{_database(engine)}: the tables have revision {revision}, which is newer than {newest}, the newest that "
-                "this version of vidgen-ray supports. Use the version that upgraded them, or another database."
+                f"database {engine.url.render_as_string(hide_password=True)}: the tables have revision {revision}, which is "
+                f"newer than {newest}, the newest that this version of vidgen-ray supports. Use the version that upgraded "
+                "them, or another database."
             )
         if revision != newest:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
-
-
-def _version_without_alembic(connection: Connection) -> int | None:
-    """Return the schema version that versions without Alembic recorded, `None` for an empty database."""
-    if not inspect(connection).has_table(META.name):
-        return None
-    return connection.execute(select(META.c.value).where(META.c.name == "schema")).scalar()
-
-
-def _database(engine: Engine) -> str:
-    return f"database {engine.url.render_as_string(hide_password=True)}"

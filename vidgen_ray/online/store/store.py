@@ -1,4 +1,4 @@
-"""Job store of a server. Every change is one transaction; a durable one is on the disk before the call returns.
+"""Job store of a server. Every change is one transaction, which is on the disk before the call returns.
 
 Calls block; in an event loop use `asyncio.to_thread`.
 """
@@ -7,31 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Engine,
-    Select,
-    bindparam,
-    delete,
-    false,
-    func,
-    insert,
-    not_,
-    or_,
-    select,
-    union_all,
-)
+from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, not_, or_, select
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.characters import Characters
-from vidgen_ray.online.store.database import Database, Transaction
+from vidgen_ray.online.store.database import Database
 from vidgen_ray.online.store.job_queue import ALL_QUEUED
 from vidgen_ray.online.store.job_rows import IS_OPEN, OPEN_STATES, JobRows, job_of
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
@@ -119,14 +104,13 @@ class JobStore:
         retention_s: float | None = None,
         targets: Callable[[str], Sequence[str]] = lambda tenant: (),
         now: Callable[[], float] = time.time,
-        durable: bool = True,
     ) -> None:
         """Open the store and create or upgrade its tables.
 
         `retention_s` is how long finished jobs are kept, in seconds; `None` keeps them. `targets` returns the names of the
-        webhooks that receive messages about a tenant's jobs. `url`, `durable` and errors are those of `Database`.
+        webhooks that receive messages about a tenant's jobs. `url` and errors are those of `Database`.
         """
-        self._database = Database(url, durable=durable)
+        self._database = Database(url)
         self._now = now
         self.characters = Characters(self._database, now)
         self.uploads = UploadRecords(self._database, now)
@@ -149,7 +133,8 @@ class JobStore:
 
     def write_nothing(self) -> None:
         """Commit a write transaction that changes no job. Raises SQLAlchemyError if the database cannot be written."""
-        self._database.write(lambda transaction: None)
+        with self._database.transaction():
+            pass
 
     def close(self) -> None:
         self._database.close()
@@ -193,7 +178,7 @@ class JobStore:
         """
         tenant = jobs[0].tenant
 
-        def store_jobs(transaction: Transaction) -> tuple[list[Job], bool]:
+        with self._database.transaction() as transaction:
             if idempotency_key is not None:
                 earlier = _jobs_of_key(transaction.connection, tenant, idempotency_key, fingerprint)
                 if earlier:
@@ -212,8 +197,6 @@ class JobStore:
                 row = {"tenant": tenant, "key": idempotency_key, "fingerprint": fingerprint, "jobs": ids}
                 transaction.connection.execute(insert(IDEMPOTENCY), row | {"created_at": self._now()})
             return stored, True
-
-        return self._database.write(store_jobs)
 
     def find_created(self, tenant: str, idempotency_key: str, fingerprint: str) -> list[Job]:
         """Return the jobs created with an idempotency key; an empty list if there are none. Raises IdempotencyConflict."""
@@ -241,12 +224,13 @@ class JobStore:
         The page starts after the job with id `after`, which may have been deleted meanwhile. Raises UnknownJob if `after` is
         not a job of the tenant.
         """
-        query = _page_query(frozenset(kinds), frozenset(states), order, after is not None)
-        values: dict[str, object] = {"owner": tenant, "most": limit + 1}
+        matching = [JOBS.c.tenant == tenant, JOBS.c.deleted_at.is_(None), JOBS.c.kind.in_(kinds), JOBS.c.state.in_(states)]
+        sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
         with self._database.read_connection() as connection:
             if after is not None:
-                values["position"] = _position(connection, after, tenant)
-            rows = connection.execute(query, values).all()
+                position = _position(connection, after, tenant)
+                matching.append(JOBS.c.seq > position if order == "asc" else JOBS.c.seq < position)
+            rows = connection.execute(select(JOBS).where(*matching).order_by(sorted_by).limit(limit + 1)).all()
         return Page([job_of(row) for row in rows[:limit]], len(rows) > limit)
 
     def search(
@@ -379,10 +363,10 @@ class JobStore:
         return [(Shot.model_validate_json(row.shot), row.completed_at - row.started_at) for row in completed]
 
 
-def open_store(settings: OnlineSettings, *, durable: bool = True) -> JobStore:
-    """Open the store of a server. `durable` and errors are those of `Database`."""
+def open_store(settings: OnlineSettings) -> JobStore:
+    """Open the store of a server. Raises what `Database` raises."""
     targets = settings.webhooks.names_for
-    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets, durable=durable)
+    return JobStore(settings.database_url, retention_s=settings.retention_s, targets=targets)
 
 
 def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int | None, max_open: int | None) -> None:
@@ -401,31 +385,6 @@ def _check_limits(connection: Connection, tenant: str, new: int, max_queued: int
         raise QueueFull(queued)
     if max_open is not None and opened + new > max_open:
         raise LimitReached(max_open)
-
-
-@cache
-def _page_query(
-    kinds: frozenset[JobKind], states: frozenset[JobState], order: Literal["asc", "desc"], continues: bool
-) -> Select[Any]:
-    """Return the query for a page of jobs. Its parameters: `owner` (tenant), `most` (jobs), and `position` if it `continues`.
-
-    It reads the first jobs of every kind and state from the index and merges them, so that it reads no job of others.
-    """
-    sorted_by = JOBS.c.seq.asc() if order == "asc" else JOBS.c.seq.desc()
-    after = JOBS.c.seq > bindparam("position") if order == "asc" else JOBS.c.seq < bindparam("position")
-    common = [JOBS.c.tenant == bindparam("owner"), JOBS.c.deleted_at.is_(None), *([after] if continues else [])]
-    parts = [
-        select(JOBS.c.seq)
-        .where(*common, JOBS.c.kind == kind, JOBS.c.state == state)
-        .order_by(sorted_by)
-        .limit(bindparam("most"))
-        for kind in sorted(kinds)
-        for state in sorted(states)
-    ]
-    if not parts:
-        return select(JOBS).where(false())
-    merged = union_all(*(select(part.subquery().c.seq) for part in parts)).subquery()
-    return select(JOBS).where(JOBS.c.seq.in_(select(merged.c.seq))).order_by(sorted_by).limit(bindparam("most"))
 
 
 def _position(connection: Connection, job_id: str, tenant: str) -> int:

@@ -33,7 +33,7 @@ class Upload(BaseModel):
     file: str
     bytes: int
     created_at: float
-    used_at: float | None = None
+    used_at: float
     """Time of the last request that named the upload or sent the file again."""
 
 
@@ -71,7 +71,7 @@ class UploadRecords:
     def use(self, upload_id: str, tenant: str) -> Upload | None:
         """Return the tenant's upload and record that it is used, or return `None`."""
         upload = self.get(upload_id, tenant)
-        if upload is not None and (upload.used_at is None or upload.used_at < self._now() - USE_RESOLUTION_S):
+        if upload is not None and upload.used_at < self._now() - USE_RESOLUTION_S:
             own = [UPLOADS.c.tenant == tenant, UPLOADS.c.id == upload_id]
             with self._database.transaction() as transaction:
                 transaction.connection.execute(update(UPLOADS).where(*own).values(used_at=self._now()))

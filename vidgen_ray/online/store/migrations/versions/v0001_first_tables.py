@@ -1,4 +1,4 @@
-"""Create the tables of stores created without Alembic."""
+"""Create the tables of the first version."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,7 +13,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(64), primary_key=True),
         sa.Column("value", sa.BigInteger, nullable=False),
     )
-    op.bulk_insert(meta, [{"name": "schema", "value": 1}, {"name": "changes", "value": 0}])
+    op.bulk_insert(meta, [{"name": "changes", "value": 0}])
     op.create_table(
         "vidgen_jobs",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -41,11 +41,15 @@ def upgrade() -> None:
         sa.Column("owner", sa.String(128)),
         sa.Column("lease_until", sa.Float(53)),
         sa.Column("deleted_at", sa.Float(53)),
+        sa.Column("search_text", sa.Text, nullable=False),
     )
-    op.create_index("vidgen_jobs_by_state", "vidgen_jobs", ["state", "seq"])
-    op.create_index("vidgen_jobs_by_tenant", "vidgen_jobs", ["tenant", "seq"])
+    _create_partial_index("by_open", ["state", "tenant", "seq"], "completed_at IS NULL")
+    _create_partial_index("by_list", ["tenant", "seq", "kind", "state"], "deleted_at IS NULL")
+    _create_partial_index("by_expiry", ["expires_at"], "expires_at IS NOT NULL AND deleted_at IS NULL")
+    _create_partial_index("by_deletion", ["deleted_at"], "deleted_at IS NOT NULL")
     op.create_index("vidgen_jobs_by_version", "vidgen_jobs", ["version"])
-    op.create_index("vidgen_jobs_by_shot_id", "vidgen_jobs", ["shot_id"])
+    op.create_index("vidgen_jobs_by_tenant_version", "vidgen_jobs", ["tenant", "version"])
+    op.create_index("vidgen_jobs_by_key", "vidgen_jobs", ["key"])
     op.create_table(
         "vidgen_idempotency",
         sa.Column("tenant", sa.String(128), primary_key=True),
@@ -54,6 +58,7 @@ def upgrade() -> None:
         sa.Column("jobs", sa.Text, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
     )
+    op.create_index("vidgen_idempotency_by_time", "vidgen_idempotency", ["created_at"])
     op.create_table(
         "vidgen_characters",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -62,6 +67,7 @@ def upgrade() -> None:
         sa.Column("photos", sa.Text, nullable=False),
         sa.Column("seq", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
+        sa.Column("consent", sa.Text),
         sa.UniqueConstraint("tenant", "name"),
     )
     op.create_table(
@@ -71,7 +77,10 @@ def upgrade() -> None:
         sa.Column("file", sa.String(128), nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.Float(53), nullable=False),
+        sa.Column("used_at", sa.Float(53), nullable=False),
     )
+    op.create_index("vidgen_uploads_by_file", "vidgen_uploads", ["file"])
+    op.create_index("vidgen_uploads_by_use", "vidgen_uploads", ["used_at"])
     op.create_table(
         "vidgen_outbox",
         sa.Column("id", sa.String(64), primary_key=True),
@@ -91,3 +100,8 @@ def upgrade() -> None:
         sa.Column("key_id", sa.String(128), nullable=False),
         sa.Column("expires_at", sa.Float(53), nullable=False),
     )
+
+
+def _create_partial_index(name: str, columns: list[str], where: str) -> None:
+    rows = sa.text(where)
+    op.create_index(f"vidgen_jobs_{name}", "vidgen_jobs", columns, sqlite_where=rows, postgresql_where=rows)
