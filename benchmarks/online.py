@@ -48,9 +48,8 @@ from benchmarks.noop_stages import FRAMES, ON_THESE_ACTORS, SIDE_PX
 from benchmarks.open_connections import Connections, running
 from benchmarks.stored_jobs import fill
 from vidgen_ray.engine.ray_cluster import muted_stderr
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
-from vidgen_ray.online.store.leases import JobProgress
-from vidgen_ray.online.store.schema import JOBS
+from vidgen_ray.online.store.database import JOBS
+from vidgen_ray.online.store.jobs import Job, JobKind, JobProgress, JobState, new_id
 from vidgen_ray.shot import Shot
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,8 @@ from typing import Any
 
 from sqlalchemy import insert, select, text, update
 
-from vidgen_ray.online.store.job_rows import row_of
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState
-from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS, META
+from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, META
+from vidgen_ray.online.store.jobs import Job, JobKind, JobState, row_of
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.shot import Shot
 

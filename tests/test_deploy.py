@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from vidgen_ray.batch.render import GRACE_S
 from vidgen_ray.cli.app import app
-from vidgen_ray.online.serve_config import check_config
+from vidgen_ray.online.server import check_config
 from vidgen_ray.planner.cluster import parse_gpus
 from vidgen_ray.profile import builtin_profiles
 from vidgen_ray.version import __version__

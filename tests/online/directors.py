@@ -26,8 +26,7 @@ from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store.jobs import Job, JobError
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.records import StepRecord

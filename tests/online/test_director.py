@@ -23,7 +23,7 @@ from vidgen_ray.engine.fleet import labels_of
 from vidgen_ray.engine.ray_cluster import init_local_ray
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.deployments import DIRECTOR, WORKERS, director_application
+from vidgen_ray.online.application import DIRECTOR, WORKERS, director_application
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from vidgen_ray.online import job_feed
+from vidgen_ray.online import event_streams
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.job_feed import JobFeed, Topic
+from vidgen_ray.online.event_streams import JobFeed, Topic
 from vidgen_ray.online.settings import Limits
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import Changes, JobStore
@@ -99,8 +99,8 @@ def test_all_streams_share_one_poll(store, feed):
 
 
 def test_change_is_sent_to_a_few_streams_at_a_time(store, feed, monkeypatch):
-    monkeypatch.setattr(job_feed, "STREAMS_AT_ONCE", 2)
-    monkeypatch.setattr(job_feed, "PAUSE_S", POLL_S)
+    monkeypatch.setattr(event_streams, "STREAMS_AT_ONCE", 2)
+    monkeypatch.setattr(event_streams, "PAUSE_S", POLL_S)
     changes = Changes([new_job(store)], [], 1)
 
     async def filled() -> list[int]:

@@ -5,9 +5,8 @@ import asyncio
 import pytest
 
 from tests.online.test_store import Clock, new_job
-from vidgen_ray.online.progress_estimate import expected_seconds
-from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_INTERVAL_S, QueueEstimator
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.queue_estimate import MAX_POLL_AFTER_S, SNAPSHOT_INTERVAL_S, QueueEstimator, expected_seconds
+from vidgen_ray.online.store.jobs import JobProgress
 from vidgen_ray.online.store.store import JobStore
 
 SLOWNESS = 3.0

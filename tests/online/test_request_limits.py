@@ -20,10 +20,10 @@ from tests.online.test_api_limits import png
 from tests.online.test_api_videos import SMALL, ended, error_of, made
 from vidgen_ray.errors import MediaError, ScriptError
 from vidgen_ray.media import image_size, read_image, verify_image
+from vidgen_ray.online import uploads
 from vidgen_ray.online.asgi_app import THREADS
 from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.inputs import uploads
-from vidgen_ray.online.inputs.memory import ByteBudget
+from vidgen_ray.online.request_limits import ByteBudget
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.script.read import check_shot

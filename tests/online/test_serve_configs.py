@@ -8,7 +8,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from vidgen_ray.errors import ProfileError, UsageError
 from vidgen_ray.online.application import API, build
-from vidgen_ray.online.serve_config import check_config
+from vidgen_ray.online.server import check_config
 from vidgen_ray.planner import parse_gpus
 
 CONFIGS = Path(__file__).parents[2] / "serve_configs"

@@ -14,9 +14,8 @@ from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageErr
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.application import server_plan
-from vidgen_ray.online.director import error_of
-from vidgen_ray.online.metrics import JOB_METRICS, MAX_TENANT_LABELS
-from vidgen_ray.online.progress_estimate import ProgressEstimator
+from vidgen_ray.online.director import JOB_METRICS, MAX_TENANT_LABELS, error_of
+from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings

@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.characters import NameTaken
-from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobState, new_id
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.inputs import NameTaken
+from vidgen_ray.online.store.jobs import Job, JobError, JobKind, JobProgress, JobState, new_id
 from vidgen_ray.online.store.store import (
     PURGE_DELAY_S,
     IdempotencyConflict,

@@ -10,8 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, make_url, text
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.schema import TABLES
-from vidgen_ray.online.store.schema_upgrade import MIGRATIONS, VERSION_TABLE
+from vidgen_ray.online.store.database import MIGRATIONS, TABLES, VERSION_TABLE
 from vidgen_ray.online.store.store import JobStore
 
 NEWEST = "0001"

@@ -12,8 +12,7 @@ from benchmarks.local_postgres import create_database
 from benchmarks.stored_jobs import MAIN_TENANT, fill
 from tests.online.conftest import DATABASES
 from tests.online.test_store import new_job
-from vidgen_ray.online.store.jobs import JobKind, JobState
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.jobs import JobKind, JobProgress, JobState
 from vidgen_ray.online.store.store import JobStore
 
 STORED, QUEUED = 20_000, 40

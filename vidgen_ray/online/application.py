@@ -1,13 +1,10 @@
-"""Ray Serve application: the API, the director, and the owner of the workers and encoders.
+"""Ray Serve application: the API, the director, and the owner of the workers and encoders."""
 
-Serve configs use `vidgen_ray.online.application:build` as their import path.
-"""
-
-# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
+from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,19 +24,56 @@ from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
-from vidgen_ray.online.deployments import HEALTH, director_application
+from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.event_streams import MAX_STREAMS
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
+from vidgen_ray.online.workers import Workers
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.planner import Cluster, Plan, cpus_needed, load_calibration, parse_gpus, plan
 from vidgen_ray.planner.cluster import Label
 from vidgen_ray.planner.layout import Layout
+from vidgen_ray.planner.solver import DIRECTOR_CPUS
 from vidgen_ray.profile import load_profile
 from vidgen_ray.provenance.signing import check_signing
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.files import private_folder
+
+DIRECTOR, WORKERS = "Director", "Workers"
+WORKERS_CPUS = 0.1
+MAX_DIRECTOR_CALLS = 1_000
+"""Concurrent calls of the director, all short."""
+HEALTH: dict[str, Any] = {"health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_wait_loop_s": 0.5}
+
+
+def director_application(
+    config: EngineConfig,
+    settings: OnlineSettings,
+    layout: Layout,
+    labels: Sequence[Label | None],
+    stage_seconds: Mapping[str, float] | None = None,
+    make_plan: Callable[[Cluster], Plan] | None = None,
+) -> Application:
+    """Return the application of the director and the deployment that it calls.
+
+    `labels`, `stage_seconds`, `make_plan`: see `Workers`.
+    """
+    workers = serve.deployment(
+        Workers, name=WORKERS, num_replicas=1, ray_actor_options={"num_cpus": WORKERS_CPUS}, **HEALTH
+    ).bind(config, layout, labels, stage_seconds, make_plan)
+    return serve.deployment(
+        JobDirector,
+        name=DIRECTOR,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": DIRECTOR_CPUS},
+        max_ongoing_requests=MAX_DIRECTOR_CALLS,
+        **HEALTH,
+    ).bind(config, settings, layout, workers)
+
+
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
+
 
 log = logging.getLogger(__name__)
 

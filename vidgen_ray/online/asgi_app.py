@@ -14,26 +14,23 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online import error_handlers
+from vidgen_ray.online import api_error
 from vidgen_ray.online.api.deps import TenantDep
 from vidgen_ray.online.api.routes import add_api
 from vidgen_ray.online.auth import ApiKeys, Authenticator, Sessions
-from vidgen_ray.online.event_streams import EventStreams
-from vidgen_ray.online.inputs.face_check import FaceCheck
-from vidgen_ray.online.inputs.http_fetch import ImageFetcher
-from vidgen_ray.online.inputs.image_references import ImageReferences
-from vidgen_ray.online.inputs.memory import ByteBudget
-from vidgen_ray.online.inputs.uploads import BodyCap
-from vidgen_ray.online.job_feed import JobFeed
+from vidgen_ray.online.event_streams import EventStreams, JobFeed
+from vidgen_ray.online.face_check import FaceCheck
+from vidgen_ray.online.http_fetch import ImageFetcher
 from vidgen_ray.online.job_service import JobService, NotifyDirector
-from vidgen_ray.online.limits import RequestRateLimiter
 from vidgen_ray.online.queue_estimate import QueueEstimator
+from vidgen_ray.online.request_limits import ByteBudget, RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.online.uploads import BodyCap, ImageReferences
 from vidgen_ray.online.web import add_page
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.version import __version__
@@ -104,7 +101,7 @@ def make_app(
     # One at a time: many threads that parse would delay all other requests.
     app.state.body_parser = ThreadPoolExecutor(1, "parse")
     app.add_middleware(BodyCap, cap_bytes=settings.uploads.body_bytes)
-    error_handlers.install(app)
+    api_error.install(app)
     add_api(app)
     if settings.docs:
         app.include_router(document)

@@ -1,8 +1,4 @@
-"""Director of a server: claims jobs from the store in order and renders them with an engine. There is one replica.
-
-Images never pass through it. Its state can be rebuilt: a new director uses the workers of a crashed one and resumes its jobs,
-and the results of finished stages are in the stage cache.
-"""
+"""Director of a server: claims jobs from the store in order and renders them with an engine. There is one replica."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -24,25 +20,79 @@ from vidgen_ray.content_keys import ShotPlan
 from vidgen_ray.engine.calls import CallResult
 from vidgen_ray.engine.config import EngineConfig
 from vidgen_ray.engine.engine import Engine
+from vidgen_ray.engine.engine_metrics import ENGINE_METRICS, EngineMetrics, LabelLimit, MetricSpec
 from vidgen_ray.engine.retries import Kind, ShotFailed
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.engine.step_runner import StepFailed
 from vidgen_ray.engine.worker_pool import NODE_LOST
 from vidgen_ray.online.api_error import without_paths
 from vidgen_ray.online.job_service import plan_job
-from vidgen_ray.online.maintenance import run_maintenance
-from vidgen_ray.online.metrics import ServerMetrics
-from vidgen_ray.online.progress_estimate import ProgressEstimator
+from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.serving_profile import serving_profile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
-from vidgen_ray.online.store.jobs import Job, JobError, JobState
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.store.jobs import Job, JobError, JobProgress, JobState
 from vidgen_ray.online.store.store import open_store
+from vidgen_ray.online.webhooks import run_maintenance
 from vidgen_ray.online.workers import Actors
 from vidgen_ray.outputs.disk_space import is_disk_full
-from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord
+from vidgen_ray.outputs.records import DoneShot, Failure, ShotRecord, StepRecord
 from vidgen_ray.planner.layout import Layout
+
+log = logging.getLogger("ray.serve")
+
+MAX_TENANT_LABELS = 100
+"""Tenants with a label value of their own. Further ones are `other`, to limit the number of series."""
+
+
+JOB_METRICS = {
+    "vidgen_online_jobs": MetricSpec("counter", ("tenant", "status"), "Finished jobs: completed, failed or cancelled."),
+    "vidgen_online_job_seconds": MetricSpec("histogram", ("tenant",), "Seconds from the creation of a job to its completion."),
+    "vidgen_online_wait_seconds": MetricSpec("histogram", ("tenant",), "Seconds from the creation of a job to its start."),
+    "vidgen_online_stage_seconds": MetricSpec(
+        "counter", ("stage", "tenant"), "Seconds of stage execution for completed jobs, without cache hits."
+    ),
+    "vidgen_online_gpu_seconds": MetricSpec("counter", ("tenant",), "GPU-seconds of completed jobs."),
+    "vidgen_online_queued": MetricSpec("gauge", (), "Queued jobs."),
+    "vidgen_online_in_progress": MetricSpec("gauge", (), "Jobs that have started and not finished."),
+}
+METRICS = {**JOB_METRICS, **ENGINE_METRICS}
+
+
+class ServerMetrics(EngineMetrics):
+    """Metrics of a server. Create it in the director replica only."""
+
+    definitions = METRICS
+
+    def __init__(self, profile: str) -> None:
+        super().__init__(profile)
+        self._tenants = LabelLimit(MAX_TENANT_LABELS)
+
+    def job_started(self, tenant: str, waited_s: float) -> None:
+        self._observe("vidgen_online_wait_seconds", waited_s, tenant=self._tenants(tenant))
+
+    def job_ended(self, tenant: str, status: str, seconds: float) -> None:
+        tenant = self._tenants(tenant)
+        self._count("vidgen_online_jobs", 1, tenant=tenant, status=status)
+        if status == "completed":
+            self._observe("vidgen_online_job_seconds", seconds, tenant=tenant)
+
+    def shot_rendered(self, tenant: str, records: Iterable[StepRecord]) -> None:
+        """Count the computing time of a finished shot for its tenant."""
+        tenant = self._tenants(tenant)
+        for record in records:
+            if not record.cached:
+                self._count("vidgen_online_stage_seconds", record.seconds, stage=record.stage, tenant=tenant)
+                self._count("vidgen_online_gpu_seconds", record.gpu_seconds, tenant=tenant)
+
+    def jobs(self, queued: int, in_progress: int) -> None:
+        self._set("vidgen_online_queued", queued)
+        self._set("vidgen_online_in_progress", in_progress)
+
+    def quarantined(self, process: str, reason: str) -> None:
+        super().quarantined(process, reason)
+        log.warning("%s is quarantined: %s", process, reason)
+
 
 LEASE_S = 10.0
 """Seconds without a heartbeat after which another director may claim a job."""
@@ -87,7 +137,6 @@ CODES = {
 CLIENT_ERRORS = frozenset({"too_unlike", "content_refused", "invalid_shot"})
 """Error codes of failures that are caused by the request."""
 
-log = logging.getLogger("ray.serve")
 R = TypeVar("R")
 
 

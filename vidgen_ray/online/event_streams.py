@@ -1,18 +1,169 @@
-"""Responses of server-sent events, limited per API key and per process.
+"""Changes of jobs as server-sent events.
 
-An open stream occupies a request of the replica for as long as its jobs run, so unlimited streams would leave none for others.
+All streams of a process share one database poll; each key may open a limited number.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+import logging
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
+from sqlalchemy.exc import SQLAlchemyError
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from vidgen_ray.online.api_error import too_many_requests
 from vidgen_ray.online.auth import Tenant
+from vidgen_ray.online.store.jobs import Job
+from vidgen_ray.online.store.store import Changes, DeletedJob, JobStore
+
+STREAMS_AT_ONCE = 16
+"""Streams that get a change before the pause, after which the next ones get it."""
+PAUSE_S = 0.1
+log = logging.getLogger(__name__)
+
+
+class Topic(NamedTuple):
+    """Subject of a subscription: one job, or all jobs of a tenant."""
+
+    kind: Literal["job", "tenant"]
+    name: str
+    """Id of the job, or name of the tenant."""
+
+
+class Mailbox:
+    """Changes that a stream has not taken yet. A slow stream gets only the latest state of each job."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Job | DeletedJob] = {}
+        self._cursor = 0
+        self._filled = asyncio.Event()
+
+    def put(self, job: Job | DeletedJob, cursor: int) -> None:
+        # Removed first: the dict keeps the order of the last changes.
+        self._pending.pop(job.id, None)
+        self._pending[job.id] = job
+        self._cursor = cursor
+        self._filled.set()
+
+    async def take(self) -> Changes:
+        """Wait for changes and return them."""
+        await self._filled.wait()
+        self._filled.clear()
+        pending, self._pending = self._pending.values(), {}
+        jobs = [job for job in pending if isinstance(job, Job)]
+        return Changes(jobs, [job for job in pending if isinstance(job, DeletedJob)], self._cursor)
+
+
+class JobFeed:
+    """Polls the store every `poll_s` seconds while at least one stream is open."""
+
+    def __init__(self, store: JobStore, poll_s: float) -> None:
+        self._store = store
+        self._poll_s = poll_s
+        self._mailboxes: dict[Topic, set[Mailbox]] = {}
+        self._polling: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+
+    async def follow(self, job: Job) -> AsyncGenerator[Job | None, None]:
+        """Yield the job now and after each change, until it has ended. `None` if it was deleted, which also ends the stream."""
+        with self._subscribed(Topic("job", job.id)) as mailbox:
+            await self._ensure_polling()
+            # Read after the subscription: later changes arrive in the mailbox.
+            current = await asyncio.to_thread(self._store.get, job.id, job.tenant)
+            yield current
+            while current is not None and not current.state.is_final:
+                changes = await mailbox.take()
+                if changes.deleted:
+                    yield None
+                    return
+                if changes.jobs[0].version > current.version:
+                    current = changes.jobs[0]
+                    yield current
+
+    async def ended(self, job: Job) -> Job | None:
+        """Wait for the end of the job and return it, or `None` if it was deleted."""
+        last: Job | None = job
+        async for current in self.follow(job):
+            last = current
+        return last
+
+    async def follow_tenant(self, tenant: str, cursor: int, idle_s: float) -> AsyncGenerator[Changes, None]:
+        """Yield the changes of a tenant's jobs after `cursor`, without end.
+
+        Yields empty changes after `idle_s` seconds without any, so that the caller can check if it should stop.
+        """
+        with self._subscribed(Topic("tenant", tenant)) as mailbox:
+            await self._ensure_polling()
+            # Read after the subscription: later changes arrive in the mailbox.
+            while (missed := await asyncio.to_thread(self._store.changed_since, cursor, tenant=tenant)).cursor > cursor:
+                cursor = missed.cursor
+                yield missed
+            while True:
+                try:
+                    async with asyncio.timeout(idle_s):
+                        changes = await mailbox.take()
+                except TimeoutError:
+                    changes = Changes([], [], cursor)
+                # The mailbox may also hold changes that were just read from the store.
+                new = [job for job in changes.jobs if job.version > cursor]
+                cursor = max(cursor, changes.cursor)
+                yield Changes(new, changes.deleted, cursor)
+
+    @contextmanager
+    def _subscribed(self, topic: Topic) -> Iterator[Mailbox]:
+        mailbox = Mailbox()
+        self._mailboxes.setdefault(topic, set()).add(mailbox)
+        try:
+            yield mailbox
+        finally:
+            self._mailboxes[topic].remove(mailbox)
+            if not self._mailboxes[topic]:
+                del self._mailboxes[topic]
+
+    async def _ensure_polling(self) -> None:
+        async with self._starting:
+            if self._polling is None or self._polling.done():
+                cursor = await asyncio.to_thread(self._store.latest_version)
+                self._polling = asyncio.create_task(self._poll(cursor))
+
+    async def _poll(self, cursor: int) -> None:
+        while self._mailboxes:
+            await asyncio.sleep(self._poll_s)
+            try:
+                changes = await asyncio.to_thread(self._store.changed_since, cursor)
+            except SQLAlchemyError as error:
+                log.error("the database does not respond: %s", type(error).__name__)
+                continue
+            # All streams depend on this task, so it must survive any error, such as a row of another version.
+            except Exception:
+                log.exception("the changes of jobs cannot be read")
+                continue
+            cursor = changes.cursor
+            await self._deliver(changes)
+
+    async def _deliver(self, changes: Changes) -> None:
+        """Put the changes into the mailboxes of their streams, of a few streams at a time.
+
+        Sending to a thousand streams at once would delay all other requests by seconds.
+        """
+        by_topic = defaultdict[Topic, list[Job | DeletedJob]](list)
+        changed: Sequence[Job | DeletedJob] = [*changes.jobs, *changes.deleted]
+        for job in changed:
+            by_topic[Topic("job", job.id)].append(job)
+            by_topic[Topic("tenant", job.tenant)].append(job)
+        # A stream that opens during a pause reads these changes from the store.
+        mailboxes = [(mailbox, topic) for topic in by_topic for mailbox in self._mailboxes.get(topic, ())]
+        for number, (mailbox, topic) in enumerate(mailboxes):
+            if number and number % STREAMS_AT_ONCE == 0:
+                await asyncio.sleep(PAUSE_S)
+            for job in by_topic[topic]:
+                mailbox.put(job, changes.cursor)
+
 
 MAX_STREAMS = 4_000
 """Open streams of a process. Its replica accepts as many requests in addition to all others."""

@@ -20,13 +20,13 @@ from vidgen_ray.errors import FieldError, MissingWeights, ProfileError, ScriptEr
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.api_error import ApiError, invalid, invalid_fields, not_found, too_many_requests, without_paths
 from vidgen_ray.online.auth import LOCAL_TENANT, Tenant
-from vidgen_ray.online.inputs.uploads import UPLOAD_ID, UploadFolder, upload_folder
-from vidgen_ray.online.limits import check_size
+from vidgen_ray.online.request_limits import check_size
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store.characters import Character
+from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind, JobState, new_id, shot_id_of
 from vidgen_ray.online.store.store import IdempotencyConflict, JobStore, LimitReached, QueueFull
+from vidgen_ray.online.uploads import UPLOAD_ID, UploadFolder, upload_folder
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.script.check import consent_for_photos
 from vidgen_ray.script.lines import WrongField

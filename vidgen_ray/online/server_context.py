@@ -10,16 +10,15 @@ from vidgen_ray.graph import file_sizes
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Authenticator
 from vidgen_ray.online.delivered_size import SizeRules, delivered_artefact
-from vidgen_ray.online.event_streams import EventStreams
-from vidgen_ray.online.inputs.face_check import FaceCheck
-from vidgen_ray.online.inputs.image_references import ImageReferences
-from vidgen_ray.online.job_feed import JobFeed
+from vidgen_ray.online.event_streams import EventStreams, JobFeed
+from vidgen_ray.online.face_check import FaceCheck
 from vidgen_ray.online.job_service import JobService
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.online.uploads import ImageReferences
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.shot import Shot
 from vidgen_ray.video_models import DEFAULT_MODEL, VIDEO_MODELS

@@ -1,19 +1,23 @@
-"""Send webhooks for finished jobs in the Standard Webhooks format.
-
-Messages are stored in the outbox until they are delivered, so a crash of the process loses none.
-"""
+"""Background maintenance of a server: deliver webhooks in the Standard Webhooks format, delete old jobs and unused uploads."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import random
+import time
 from datetime import UTC, datetime
 
+from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook as Signer
 
-from vidgen_ray.online.inputs.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
-from vidgen_ray.online.settings import Webhook, Webhooks
-from vidgen_ray.online.store.outbox import Message, Outbox
+from vidgen_ray.online.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
+from vidgen_ray.online.settings import OnlineSettings, Webhook, Webhooks
+from vidgen_ray.online.store.jobs import Message, Outbox, shot_id_of
+from vidgen_ray.online.store.store import JobStore
+from vidgen_ray.online.uploads import upload_folder
+from vidgen_ray.outputs.folder import OutputFolder
 
 GONE = 410
 """Status with which a receiver rejects a message for good."""
@@ -102,3 +106,38 @@ def backoff_s(attempts: int) -> float:
     # The exponent is capped because the power of a large one does not fit into a float.
     backoff = FIRST_BACKOFF_S * 2.0 ** min(attempts - 1, 30)
     return min(MAX_BACKOFF_S, backoff + random.uniform(0, BACKOFF_JITTER_S))
+
+
+LOOP_INTERVAL_S = 1.0
+PURGE_INTERVAL_S = 60.0
+UPLOAD_CLEANUP_INTERVAL_S = 3600.0
+PURGE_BATCH = 8
+"""Jobs purged in one transaction. It blocks all other writes while files are deleted, about a second on an object store."""
+
+log = logging.getLogger(__name__)
+
+
+async def run_maintenance(store: JobStore, settings: OnlineSettings, outputs: OutputFolder) -> None:
+    """Run maintenance until cancelled, in one process of a server. Errors of the storage or database are logged and retried."""
+    webhook_sender = WebhookSender(settings.webhooks, store.outbox)
+    uploads = upload_folder(outputs, store.uploads, settings.uploads)
+    purged_at = uploads_cleaned_at = 0.0
+    while True:
+        try:
+            await asyncio.to_thread(webhook_sender.deliver_due)
+            if time.monotonic() - purged_at > PURGE_INTERVAL_S:
+                await asyncio.to_thread(purge_jobs, store, outputs)
+                purged_at = time.monotonic()
+            if time.monotonic() - uploads_cleaned_at > UPLOAD_CLEANUP_INTERVAL_S:
+                await asyncio.to_thread(uploads.expire, settings.retention_s)
+                await asyncio.to_thread(uploads.remove_unreferenced, UPLOAD_CLEANUP_INTERVAL_S)
+                uploads_cleaned_at = time.monotonic()
+        except (OSError, SQLAlchemyError):
+            log.exception("Maintenance failed. Retrying in %g s.", LOOP_INTERVAL_S)
+        await asyncio.sleep(LOOP_INTERVAL_S)
+
+
+def purge_jobs(store: JobStore, outputs: OutputFolder) -> None:
+    """Delete old jobs with their files. Files made by a batch run are kept."""
+    while store.purge(lambda key: outputs.delete_shot(shot_id_of(key)), PURGE_BATCH) == PURGE_BATCH:
+        pass

@@ -15,9 +15,8 @@ from tests.fake_stages import FakeRealESRGAN, FakeStage
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.engine.status import Progress
 from vidgen_ray.errors import Cancelled
-from vidgen_ray.online.progress_estimate import ProgressEstimator
-from vidgen_ray.online.store.jobs import Job, JobError
-from vidgen_ray.online.store.leases import JobProgress
+from vidgen_ray.online.queue_estimate import ProgressEstimator
+from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.shot import Shot

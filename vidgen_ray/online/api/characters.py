@@ -22,11 +22,11 @@ from vidgen_ray.online.api.request_models import CreateCharacter
 from vidgen_ray.online.api.response_models import CharacterDeleted, CharacterErased, CharacterPage, CharacterResponse
 from vidgen_ray.online.api_error import ApiError, invalid, not_found
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.character_erasure import CharacterEraser
-from vidgen_ray.online.inputs.face_check import PhotoFiles
-from vidgen_ray.online.inputs.uploads import BLOCK_BYTES, receive, too_large
+from vidgen_ray.online.face_check import PhotoFiles
 from vidgen_ray.online.server_context import ServerContext
-from vidgen_ray.online.store.characters import NameTaken
+from vidgen_ray.online.storage_check import CharacterEraser
+from vidgen_ray.online.store.inputs import NameTaken
+from vidgen_ray.online.uploads import BLOCK_BYTES, receive, too_large
 from vidgen_ray.stages.base import Image
 from vidgen_ray.system.cache_dir import cache_dir
 from vidgen_ray.system.files import private_folder, temporary_file

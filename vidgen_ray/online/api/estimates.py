@@ -18,11 +18,11 @@ from vidgen_ray.online.api.response_models import Estimate, video_response
 from vidgen_ray.online.api.shots import shot_fields
 from vidgen_ray.online.api.videos import video_fields
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.uploads import receive
-from vidgen_ray.online.limits import check_size
 from vidgen_ray.online.queue_estimate import JobEstimate, NewJobEstimate
+from vidgen_ray.online.request_limits import check_size
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.online.uploads import receive
 from vidgen_ray.profile import Profile
 
 SECONDS_PER_HOUR = 3600

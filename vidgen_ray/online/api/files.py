@@ -12,7 +12,7 @@ from vidgen_ray.online.api.openapi import FORM, error_responses, request_body
 from vidgen_ray.online.api.request_models import CreateFile
 from vidgen_ray.online.api.response_models import FileDeleted, UploadedFile, file_response
 from vidgen_ray.online.api_error import ApiError, not_found
-from vidgen_ray.online.inputs.uploads import receive
+from vidgen_ray.online.uploads import receive
 
 router = APIRouter(tags=["files"])
 

@@ -30,10 +30,10 @@ from vidgen_ray.online.api.videos import IdempotencyKey, face_fields
 from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import nearest_image_side
-from vidgen_ray.online.inputs.uploads import ReceivedRequest, receive
 from vidgen_ray.online.job_service import plan_job
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState
+from vidgen_ray.online.uploads import ReceivedRequest, receive
 from vidgen_ray.provenance.record import metadata_of, with_label
 
 EDIT_STRENGTH = {"high": 0.35, "low": 0.6}

@@ -12,8 +12,8 @@ from vidgen_ray.licences import ShotLicences, UsedWeights
 from vidgen_ray.online.delivered_size import delivered_artefact_of
 from vidgen_ray.online.job_service import stored_licences
 from vidgen_ray.online.queue_estimate import JobEstimate
+from vidgen_ray.online.store.inputs import Upload
 from vidgen_ray.online.store.jobs import Job, JobError, JobState
-from vidgen_ray.online.store.upload_records import Upload
 
 CANCELLED = JobError(code="cancelled", message="The job was cancelled.", type="invalid_request_error")
 """Error of a cancelled video: clients of OpenAI's API only know `failed`."""

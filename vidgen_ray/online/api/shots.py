@@ -13,10 +13,10 @@ from vidgen_ray.online.api.request_models import CreateShot
 from vidgen_ray.online.api.response_models import ShotJob, shot_response
 from vidgen_ray.online.api.videos import IdempotencyKey, job_of
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import JobKind
+from vidgen_ray.online.uploads import receive
 
 router = APIRouter(tags=["shots"])
 

@@ -20,11 +20,11 @@ from vidgen_ray.online.api.response_models import Video, VideoDeleted, VideoPage
 from vidgen_ray.online.api_error import invalid, not_found
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
-from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.job_service import client_fields
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import Job, JobKind
 from vidgen_ray.online.store.store import UnknownJob
+from vidgen_ray.online.uploads import receive
 from vidgen_ray.video_models import MODEL_DEFAULTS, without_other_models_defaults
 
 POLL_AFTER = "openai-poll-after-ms"

@@ -1,4 +1,6 @@
-"""Connection to the store's database, SQLite or PostgreSQL, with one kind of transaction for reads and one for writes."""
+"""Database of the job store, SQLite or PostgreSQL: its tables, their migrations, and one kind of transaction for reads and
+one for writes.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,195 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, update
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.online.store.schema import META
-from vidgen_ray.online.store.schema_upgrade import upgrade_schema
+
+TABLES = MetaData()
+
+
+def _partial_index(name: str, where: str, *columns: str) -> Index:
+    """Return an index of the rows that match `where`. A query uses it only if its own conditions include `where`."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
+META = Table(
+    "vidgen_meta",
+    TABLES,
+    Column("name", String(64), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+"""One row, `changes`: number of the last write. Every transaction increments it first, which serializes all writers."""
+
+JOBS = Table(
+    "vidgen_jobs",
+    TABLES,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("seq", BigInteger, nullable=False, unique=True),
+    Column("shot", Text, nullable=False),
+    Column("key", String(64), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("progress", Integer, nullable=False),
+    Column("stage", String(64)),
+    Column("step", Integer, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("started_at", Float(53)),
+    Column("completed_at", Float(53)),
+    Column("expires_at", Float(53)),
+    Column("error", Text),
+    Column("shot_id", String(128)),
+    Column("stage_seconds", Text, nullable=False),
+    Column("request", Text, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("owner", String(128)),
+    Column("lease_until", Float(53)),
+    Column("deleted_at", Float(53)),
+    Column("search_text", Text, nullable=False),
+    _partial_index("vidgen_jobs_by_open", "completed_at IS NULL", "state", "tenant", "seq"),
+    _partial_index("vidgen_jobs_by_list", "deleted_at IS NULL", "tenant", "seq", "kind", "state"),
+    _partial_index("vidgen_jobs_by_expiry", "expires_at IS NOT NULL AND deleted_at IS NULL", "expires_at"),
+    _partial_index("vidgen_jobs_by_deletion", "deleted_at IS NOT NULL", "deleted_at"),
+    Index("vidgen_jobs_by_version", "version"),
+    Index("vidgen_jobs_by_tenant_version", "tenant", "version"),
+    Index("vidgen_jobs_by_key", "key"),
+)
+"""`seq` is the order of creation. `completed_at` is set when a job ends, in any final state. A deleted job keeps its row for
+some minutes, so that lists can continue after it and clients see the deletion. `search_text` is case-folded."""
+
+IDEMPOTENCY = Table(
+    "vidgen_idempotency",
+    TABLES,
+    Column("tenant", String(128), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("jobs", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Index("vidgen_idempotency_by_time", "created_at"),
+)
+"""Idempotency keys and the ids of the jobs that they created."""
+
+CHARACTERS = Table(
+    "vidgen_characters",
+    TABLES,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("photos", Text, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("consent", Text),
+    UniqueConstraint("tenant", "name"),
+)
+
+UPLOADS = Table(
+    "vidgen_uploads",
+    TABLES,
+    Column("tenant", String(128), primary_key=True),
+    Column("id", String(80), primary_key=True),
+    Column("file", String(128), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("used_at", Float(53), nullable=False),
+    Index("vidgen_uploads_by_file", "file"),
+    Index("vidgen_uploads_by_use", "used_at"),
+)
+"""Uploads of each tenant. `file` is the sha256 of the content and the file name in the data folder."""
+
+OUTBOX = Table(
+    "vidgen_outbox",
+    TABLES,
+    Column("id", String(64), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("target", String(128), nullable=False),
+    Column("event", String(64), nullable=False),
+    Column("job", String(64), nullable=False),
+    Column("created_at", Float(53), nullable=False),
+    Column("next_try_at", Float(53), nullable=False),
+    Column("tries", Integer, nullable=False),
+    Index("vidgen_outbox_by_time", "next_try_at"),
+)
+"""Webhook messages that have not been delivered yet."""
+
+SESSIONS = Table(
+    "vidgen_page_sessions",
+    TABLES,
+    Column("digest", String(64), primary_key=True),
+    Column("key_id", String(128), nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+)
+"""Sessions of the web page. `digest` is the sha256 of the token in the cookie."""
+
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+VERSION_TABLE = "vidgen_alembic_version"
+"""Not Alembic's default name: a PostgreSQL database may be shared with another application."""
+POSTGRESQL_LOCK = 0x7669646765
+"""Key of the advisory lock held during an upgrade."""
+
+# Alembic keeps the running migration in global variables.
+_upgrade_lock = Lock()
+
+
+def upgrade_schema(engine: Engine) -> None:
+    """Bring the tables to the newest revision, in one transaction.
+
+    Processes that open the same store at once wait for each other: on SQLite by the write lock of BEGIN IMMEDIATE, on
+    PostgreSQL by an advisory lock. Raises SetupError if the tables are newer than this program.
+    """
+    config = Config()
+    # Config values are subject to %-interpolation.
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    scripts = ScriptDirectory.from_config(config)
+    newest = scripts.get_current_head()
+    with _upgrade_lock, engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": POSTGRESQL_LOCK})
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        revision = context.get_current_revision()
+        if revision is not None and revision not in {script.revision for script in scripts.walk_revisions()}:
+            raise SetupError(
+                f"database {engine.url.render_as_string(hide_password=True)}: the tables have revision {revision}, which is "
+                f"newer than {newest}, the newest that this version of vidgen-ray supports. Use the version that upgraded "
+                "them, or another database."
+            )
+        if revision != newest:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
 
 BUSY_TIMEOUT_S = 30
 """Seconds that a transaction waits for a lock or for a pooled connection."""

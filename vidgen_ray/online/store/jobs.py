@@ -1,13 +1,17 @@
-"""Job model: one shot of one tenant and its progress. Independent of storage."""
+"""Jobs: the record of one, its row, the order of the queue, the claims of directors, and webhook messages about ended jobs."""
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, insert, select, update
 
+from vidgen_ray.online.store.database import JOBS, OUTBOX, Database, Transaction
 from vidgen_ray.shot import Shot
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -106,3 +110,297 @@ def shot_id_of(key: str) -> str:
 def new_id(prefix: str) -> str:
     """Return a random id: the prefix, an underscore and 32 hexadecimal digits."""
     return f"{prefix}_{secrets.token_hex(16)}"
+
+
+class Message(BaseModel):
+    """Message to one webhook that a job has ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    """The same in every attempt, so that receivers can recognise a message they already have."""
+    tenant: str
+    target: str
+    event: str
+    """For example `video.completed` or `shot.failed`."""
+    job: str
+    created_at: float
+    tries: int
+    """Failed attempts to deliver it."""
+
+
+class Outbox:
+    """Webhook messages of the store."""
+
+    def __init__(self, database: Database, now: Callable[[], float]) -> None:
+        self._database = database
+        self._now = now
+
+    def add(self, transaction: Transaction, target: str, job: Job) -> None:
+        """Add a message in the transaction that ends the job, so that both are stored or neither."""
+        now = self._now()
+        transaction.connection.execute(
+            insert(OUTBOX).values(
+                id=new_id("evt"),
+                seq=transaction.version,
+                tenant=job.tenant,
+                target=target,
+                event=f"{job.kind}.{job.state}",
+                job=job.id,
+                created_at=now,
+                next_try_at=now,
+                tries=0,
+            )
+        )
+
+    def claim_due(self, lease_s: float, exclude: Collection[str] = ()) -> Sequence[Message]:
+        """Return the oldest due message of each target that is not in `exclude`.
+
+        The messages are not due again for `lease_s` seconds.
+        """
+        with self._database.read_connection() as connection:
+            if connection.execute(select(OUTBOX.c.id).where(OUTBOX.c.next_try_at <= self._now()).limit(1)).first() is None:
+                return []
+        with self._database.transaction() as transaction:
+            now = self._now()
+            due = [OUTBOX.c.next_try_at <= now, OUTBOX.c.target.not_in(exclude)]
+            position = func.row_number().over(partition_by=OUTBOX.c.target, order_by=OUTBOX.c.seq).label("position")
+            first = select(OUTBOX.c.id, position).where(*due).subquery()
+            query = select(OUTBOX).join(first, OUTBOX.c.id == first.c.id).where(first.c.position == 1).order_by(OUTBOX.c.seq)
+            rows = transaction.connection.execute(query).all()
+            leased = update(OUTBOX).where(OUTBOX.c.id.in_([row.id for row in rows])).values(next_try_at=now + lease_s)
+            transaction.connection.execute(leased)
+        return [Message.model_validate({name: getattr(row, name) for name in Message.model_fields}) for row in rows]
+
+    def delete(self, message_id: str) -> None:
+        """Delete a message that was delivered or dropped."""
+        with self._database.transaction() as transaction:
+            transaction.connection.execute(delete(OUTBOX).where(OUTBOX.c.id == message_id))
+
+    def postpone(self, message_id: str, seconds: float) -> None:
+        """Count a failed attempt and make the message due again after `seconds`."""
+        with self._database.transaction() as transaction:
+            later = {"tries": OUTBOX.c.tries + 1, "next_try_at": self._now() + seconds}
+            transaction.connection.execute(update(OUTBOX).where(OUTBOX.c.id == message_id).values(**later))
+
+
+SECONDS = TypeAdapter(dict[str, float])
+REQUEST = TypeAdapter(dict[str, JsonValue])
+
+OPEN_STATES = (JobState.QUEUED, JobState.IN_PROGRESS)
+IS_OPEN = JOBS.c.completed_at.is_(None)
+"""Condition of jobs that have not ended. The index of open jobs is used only by queries that include it."""
+
+
+class JobRows:
+    """Writer of job rows and of the webhook messages for jobs that have ended."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        targets: Callable[[str], Sequence[str]],
+        retention_s: float | None,
+        now: Callable[[], float],
+    ) -> None:
+        """`targets` returns the names of the webhooks that receive messages about a tenant's jobs."""
+        self._outbox = outbox
+        self._targets = targets
+        self._retention_s = retention_s
+        self._now = now
+
+    def insert(self, transaction: Transaction, job: Job) -> Job:
+        """Insert a new job. Return it as it is stored."""
+        if job.state.is_final:
+            ended_at = self._now() if job.completed_at is None else job.completed_at
+            job = job.model_copy(update={"completed_at": ended_at, "expires_at": self._expiry(ended_at)})
+        number = transaction.next_number()
+        job = job.model_copy(update={"version": number})
+        transaction.connection.execute(insert(JOBS), row_of(job) | {"seq": number})
+        if job.state.is_final:
+            self._add_messages(transaction, [job])
+        return job
+
+    def update(self, transaction: Transaction, where: Sequence[ColumnElement[bool]], **values: Any) -> Sequence[Row[Any]]:
+        """Update the jobs that match `where`. Return their new rows."""
+        statement = update(JOBS).where(*where).values(**values, version=transaction.version).returning(JOBS)
+        return transaction.connection.execute(statement).all()
+
+    def end(
+        self, transaction: Transaction, where: Sequence[ColumnElement[bool]], state: JobState, **values: Any
+    ) -> Sequence[Row[Any]]:
+        """Set the final state of the open jobs that match `where`, and add their webhook messages. Return their new rows."""
+        now = self._now()
+        ended = self.update(
+            transaction,
+            [*where, IS_OPEN],
+            state=state,
+            owner=None,
+            lease_until=None,
+            completed_at=now,
+            expires_at=self._expiry(now),
+            **values,
+        )
+        self._add_messages(transaction, [job_of(row) for row in ended if row.deleted_at is None])
+        return ended
+
+    def _add_messages(self, transaction: Transaction, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            for target in self._targets(job.tenant):
+                self._outbox.add(transaction, target, job)
+
+    def _expiry(self, ended_at: float) -> float | None:
+        return None if self._retention_s is None else ended_at + self._retention_s
+
+
+def job_of(row: Row[Any]) -> Job:
+    """Return the job of a row."""
+    fields = {name: getattr(row, name) for name in Job.model_fields}
+    return Job.model_validate(
+        {
+            **fields,
+            "shot": Shot.model_validate_json(row.shot),
+            "error": None if row.error is None else JobError.model_validate_json(row.error),
+            "stage_seconds": SECONDS.validate_json(row.stage_seconds),
+            "request": REQUEST.validate_json(row.request),
+        }
+    )
+
+
+def row_of(job: Job) -> dict[str, Any]:
+    """Return the column values of a job, except `seq` and those of its lease."""
+    return {
+        **job.model_dump(exclude={"shot", "error", "stage_seconds", "request"}),
+        "search_text": _search_text(job),
+        "shot": job.shot.model_dump_json(),
+        "error": None if job.error is None else job.error.model_dump_json(),
+        "stage_seconds": SECONDS.dump_json(job.stage_seconds).decode(),
+        "request": REQUEST.dump_json(job.request).decode(),
+    }
+
+
+def _search_text(job: Job) -> str:
+    """Return the text of a job that a search looks for."""
+    texts = (job.shot.prompt, job.shot.style_prompt, job.request.get("character"), f"seed:{job.shot.seed}", job.id)
+    return " ".join(str(text) for text in texts if text).casefold()
+
+
+def _all_queued() -> Select[Any]:
+    busy = (
+        select(JOBS.c.tenant, func.count().label("jobs"))
+        .where(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS)
+        .group_by(JOBS.c.tenant)
+        .subquery()
+    )
+    turn = func.row_number().over(partition_by=JOBS.c.tenant, order_by=JOBS.c.seq) + func.coalesce(busy.c.jobs, 0)
+    return (
+        select(JOBS.c.id)
+        .select_from(JOBS.outerjoin(busy, JOBS.c.tenant == busy.c.tenant))
+        .where(IS_OPEN, JOBS.c.state == JobState.QUEUED)
+        .order_by(turn, JOBS.c.seq)
+    )
+
+
+ALL_QUEUED = _all_queued()
+"""Ids of all queued jobs, in order."""
+
+
+class JobProgress(NamedTuple):
+    """Progress of a job. `step` and `steps` count denoising steps or frames of the stage."""
+
+    job_id: str
+    stage: str
+    step: int
+    steps: int
+    percent: int
+
+
+class JobLeases:
+    """Job queue as seen by directors. Calls block; in an event loop use `asyncio.to_thread`."""
+
+    def __init__(self, database: Database, rows: JobRows, now: Callable[[], float]) -> None:
+        self._database = database
+        self._rows = rows
+        self._now = now
+
+    def claim(self, owner: str, lease_s: float, limit: int) -> Sequence[Job]:
+        """Claim up to `limit` jobs: first those with an expired lease, then queued ones, oldest first and tenants in turn.
+
+        `attempts` of the returned jobs includes this attempt.
+        """
+        with self._database.transaction() as transaction:
+            return self._claim(transaction, owner, lease_s, limit)
+
+    def _claim(self, transaction: Transaction, owner: str, lease_s: float, limit: int) -> list[Job]:
+        now = self._now()
+        expired = and_(IS_OPEN, JOBS.c.state == JobState.IN_PROGRESS, JOBS.c.lease_until < now)
+        ids = [*transaction.connection.scalars(select(JOBS.c.id).where(expired).order_by(JOBS.c.seq))]
+        if ids:
+            ended = self._rows.end(transaction, [expired, JOBS.c.cancel_requested], JobState.CANCELLED)
+            cancelled = {row.id for row in ended}
+            ids = [job_id for job_id in ids if job_id not in cancelled][:limit]
+        ids += transaction.connection.scalars(ALL_QUEUED.limit(limit - len(ids)))
+        if not ids:
+            return []
+        claimed = self._rows.update(
+            transaction,
+            [JOBS.c.id.in_(ids)],
+            state=JobState.IN_PROGRESS,
+            owner=owner,
+            lease_until=now + lease_s,
+            attempts=JOBS.c.attempts + 1,
+            started_at=func.coalesce(JOBS.c.started_at, now),
+            # Finished stages are in the cache; the new owner reports the progress again.
+            stage=None,
+            step=0,
+            steps=0,
+        )
+        jobs = {row.id: job_of(row) for row in claimed}
+        return [jobs[job_id] for job_id in ids]
+
+    def heartbeat(self, owner: str, ids: Collection[str], lease_s: float) -> set[str]:
+        """Renew leases. Return the ids of jobs to stop: a cancel was requested, or `owner` has lost the lease."""
+        with self._database.transaction() as transaction:
+            held = and_(JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS)
+            renew = (
+                update(JOBS).where(held).values(lease_until=self._now() + lease_s).returning(JOBS.c.id, JOBS.c.cancel_requested)
+            )
+            renewed = {row.id for row in transaction.connection.execute(renew) if not row.cancel_requested}
+        return set(ids) - renewed
+
+    def release(self, owner: str, ids: Collection[str]) -> None:
+        """Return jobs to their old position in the queue. The attempt is not counted. Jobs to be cancelled are cancelled."""
+        with self._database.transaction() as transaction:
+            held = [JOBS.c.id.in_(ids), JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
+            self._rows.end(transaction, [*held, JOBS.c.cancel_requested], JobState.CANCELLED)
+            requeued = {"state": JobState.QUEUED, "owner": None, "lease_until": None, "attempts": JOBS.c.attempts - 1}
+            self._rows.update(transaction, held, **requeued)
+
+    def progress(self, owner: str, updates: Sequence[JobProgress]) -> set[str]:
+        """Store the progress of jobs. The percentage never decreases. Return the ids of jobs that `owner` still holds."""
+        with self._database.transaction() as transaction:
+            held = set()
+            for job_id, stage, step, steps, percent in updates:
+                # Not a function: the maximum of two values is `max` in SQLite and `greatest` in PostgreSQL.
+                reached = case((JOBS.c.progress > percent, JOBS.c.progress), else_=percent)
+                own = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
+                if self._rows.update(transaction, own, stage=stage, step=step, steps=steps, progress=reached):
+                    held.add(job_id)
+            return held
+
+    def completed(self, job_id: str, owner: str, *, shot_id: str, stage_seconds: Mapping[str, float]) -> bool:
+        """End a job whose files are stored. Return False if `owner` has lost the lease."""
+        seconds = SECONDS.dump_json(dict(stage_seconds)).decode()
+        return self._end_own(job_id, owner, JobState.COMPLETED, shot_id=shot_id, stage_seconds=seconds, progress=100)
+
+    def failed(self, job_id: str, owner: str, error: JobError) -> bool:
+        """End a job with an error. Return False if `owner` has lost the lease."""
+        return self._end_own(job_id, owner, JobState.FAILED, error=error.model_dump_json())
+
+    def cancelled(self, job_id: str, owner: str) -> bool:
+        """End a job after its cancellation. Return False if `owner` has lost the lease."""
+        return self._end_own(job_id, owner, JobState.CANCELLED)
+
+    def _end_own(self, job_id: str, owner: str, state: JobState, **values: Any) -> bool:
+        held = [JOBS.c.id == job_id, JOBS.c.owner == owner, JOBS.c.state == JobState.IN_PROGRESS]
+        with self._database.transaction() as transaction:
+            return bool(self._rows.end(transaction, held, state, **values))

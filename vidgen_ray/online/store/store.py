@@ -15,15 +15,20 @@ from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, 
 
 from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.settings import OnlineSettings
-from vidgen_ray.online.store.characters import Characters
-from vidgen_ray.online.store.database import Database
-from vidgen_ray.online.store.job_queue import ALL_QUEUED
-from vidgen_ray.online.store.job_rows import IS_OPEN, OPEN_STATES, JobRows, job_of
-from vidgen_ray.online.store.jobs import Job, JobKind, JobState
-from vidgen_ray.online.store.leases import JobLeases
-from vidgen_ray.online.store.outbox import Outbox
-from vidgen_ray.online.store.schema import IDEMPOTENCY, JOBS
-from vidgen_ray.online.store.upload_records import UploadRecords
+from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, Database
+from vidgen_ray.online.store.inputs import Characters, UploadRecords
+from vidgen_ray.online.store.jobs import (
+    ALL_QUEUED,
+    IS_OPEN,
+    OPEN_STATES,
+    Job,
+    JobKind,
+    JobLeases,
+    JobRows,
+    JobState,
+    Outbox,
+    job_of,
+)
 from vidgen_ray.shot import Shot
 
 IDEMPOTENCY_TTL_S = 86_400

@@ -8,7 +8,7 @@ from starlette.responses import RedirectResponse, Response
 
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import SESSION_COOKIE, SESSION_S, is_same_origin
-from vidgen_ray.online.inputs.uploads import small_form
+from vidgen_ray.online.uploads import small_form
 from vidgen_ray.online.web.page_context import PageContext, base_path
 
 

@@ -11,8 +11,8 @@ from zipstream import ZipStream
 from vidgen_ray.engine.chunks import CLIP_FILES
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import delivered_artefact_of
-from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.store.jobs import Job, JobState
+from vidgen_ray.online.uploads import receive
 from vidgen_ray.online.web.form_submission import job_of
 from vidgen_ray.online.web.forms import texts_of
 from vidgen_ray.online.web.gallery import gallery_page, jobs_with_ids

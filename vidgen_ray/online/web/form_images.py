@@ -10,7 +10,7 @@ from starlette.datastructures import UploadFile
 from vidgen_ray.errors import StageError
 from vidgen_ray.media import image_size
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.face_check import PhotoFiles
+from vidgen_ray.online.face_check import PhotoFiles
 from vidgen_ray.online.previews import encode_thumbnail
 from vidgen_ray.online.web.forms import FormError
 from vidgen_ray.online.web.page_context import PageContext

@@ -11,11 +11,11 @@ from starlette.datastructures import UploadFile
 from vidgen_ray.consent import Consent
 from vidgen_ray.errors import StageError
 from vidgen_ray.online.auth import Tenant
-from vidgen_ray.online.inputs.face_check import PhotoFiles
-from vidgen_ray.online.inputs.uploads import ReceivedRequest
+from vidgen_ray.online.face_check import PhotoFiles
 from vidgen_ray.online.job_service import client_fields
-from vidgen_ray.online.store.characters import Character, NameTaken
+from vidgen_ray.online.store.inputs import Character, NameTaken
 from vidgen_ray.online.store.jobs import JOB_ID, Job, JobKind
+from vidgen_ray.online.uploads import ReceivedRequest
 from vidgen_ray.online.web.form_images import face_message
 from vidgen_ray.online.web.forms import FormError, FormValues, errors_of, variations
 from vidgen_ray.online.web.page_context import PageContext

@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.delivered_size import SCALES
-from vidgen_ray.online.inputs.uploads import receive
 from vidgen_ray.online.server_context import ServerContext
 from vidgen_ray.online.store.jobs import JOB_ID, Job
+from vidgen_ray.online.uploads import receive
 from vidgen_ray.online.web.form_images import ImageControl, store_image, thumbnail_of
 from vidgen_ray.online.web.form_submission import create_jobs, values_like
 from vidgen_ray.online.web.forms import (

@@ -2,8 +2,7 @@
 
 from alembic import context
 
-from vidgen_ray.online.store.schema import TABLES
-from vidgen_ray.online.store.schema_upgrade import VERSION_TABLE
+from vidgen_ray.online.store.database import TABLES, VERSION_TABLE
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=TABLES, version_table=VERSION_TABLE)
 context.run_migrations()

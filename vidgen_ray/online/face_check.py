@@ -12,7 +12,7 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.limits import MAX_PIXELS
 from vidgen_ray.media import read_image
 from vidgen_ray.online.api_error import ApiError, without_paths
-from vidgen_ray.online.inputs.memory import Decoder
+from vidgen_ray.online.request_limits import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.face_models import InstantIDParams

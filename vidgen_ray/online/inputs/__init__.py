@@ -1,1 +1,0 @@
-"""Inputs of clients: uploads, image references, URLs."""
