@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from tests.conftest import ASTRONAUT, EXAMPLES
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 
 def test_ray_data_pipeline_writes_clips_and_a_table(tmp_path):

@@ -18,7 +18,7 @@ from tests.conftest import ASTRONAUT
 from tests.online.directors import listening_on_a_port, local_server
 from tests.online.test_serve import started
 from vidgen_ray.cli import main
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"num_frames": 2, "upscale": False}

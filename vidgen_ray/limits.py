@@ -1,6 +1,6 @@
 """Limits of input from users and clients, used by the command line, batch runs and the server.
 
-What an operator may change, such as the size of uploads, is a setting of the server instead (`online/settings.py`).
+What an operator may change, such as the size of uploads, is a setting of the server instead (`online/server_settings.py`).
 """
 
 # Images and videos

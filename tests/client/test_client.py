@@ -27,7 +27,7 @@ from vidgen_ray.client import (
     WaitTimeout,
 )
 from vidgen_ray.online.auth import LOCAL_TENANT, KeyRecord, add_key, hash_key, new_key
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 SMALL = {"size": "64x64", "num_frames": 2, "upscale": False}
 

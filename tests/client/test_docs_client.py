@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.conftest import EXAMPLES
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 

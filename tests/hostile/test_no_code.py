@@ -24,7 +24,7 @@ from vidgen_ray.nets.ir_se50 import read_network
 from vidgen_ray.nets.lora_header import check_lora_file
 from vidgen_ray.nets.rife import load_rife
 from vidgen_ray.online.auth import load_keys
-from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.outputs.stage_cache import face_from_json
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.expansion import read_characters

@@ -10,7 +10,7 @@ from tests.hostile.videos import VIDEOS
 from tests.online.directors import local_server
 from tests.online.test_api_videos import ended
 from vidgen_ray.online.auth import hash_key
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 CAPS = {"image_bytes": 600_000, "video_bytes": 700_000, "json_bytes": 2_500_000}
 

@@ -24,8 +24,8 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.job_service import plan_job
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import OutputFolder

@@ -5,7 +5,7 @@ import sys
 
 from tests.online.scripted_stages import SCRIPTED
 from vidgen_ray.cli.serve import serve_command
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 if __name__ == "__main__":
     serve_command(OnlineSettings(**json.loads(sys.argv[1])), address=None, grace_s=0, stages=SCRIPTED)

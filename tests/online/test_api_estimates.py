@@ -5,7 +5,7 @@ from starlette.testclient import TestClient
 
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import ended, error_of
-from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 
 SHOT = {"prompt": "a man", "width": 64, "height": 64, "num_frames": 4, "scale": 2, "seed": 1}
 PRICE_PER_HOUR = 3.6

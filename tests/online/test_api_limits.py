@@ -29,8 +29,8 @@ from vidgen_ray.media import Mp4Settings
 from vidgen_ray.online import uploads
 from vidgen_ray.online.auth import check_bind_host, hash_key, is_loopback, load_keys, new_key
 from vidgen_ray.online.job_service import plan_job
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.settings import Limits, OnlineSettings
 from vidgen_ray.online.store.store import PURGE_DELAY_S
 from vidgen_ray.online.webhooks import purge_jobs
 from vidgen_ray.outputs.paths import shot_path

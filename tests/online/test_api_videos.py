@@ -11,11 +11,11 @@ from starlette.testclient import TestClient
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server, noise_renderer
 from vidgen_ray.engine.retries import Kind
-from vidgen_ray.online import director
+from vidgen_ray.online import job_director
 from vidgen_ray.online.api import video_sync
 from vidgen_ray.online.api.job_waiting import ClientDisconnected
 from vidgen_ray.online.job_service import plan_job
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind, JobState
 from vidgen_ray.outputs.records import Failure
 from vidgen_ray.script.read import check_shot
@@ -395,9 +395,9 @@ def test_errors_do_not_leak_server_paths(client, server):
     assert "nope" in message
     assert "/" not in message
     failure = Failure(stage="flux", error="RuntimeError", message="/srv/data/cache/x.png: broken", attempts=1, worker="a")
-    assert director.error_of(failure, Kind.ERROR).message == "flux: x.png: broken"
+    assert job_director.error_of(failure, Kind.ERROR).message == "flux: x.png: broken"
     full = Failure(stage="output", error="WriteError", message="/srv/x.png: cannot be written", attempts=3, worker="a")
-    error = director.error_of(full, Kind.ERROR)
+    error = job_director.error_of(full, Kind.ERROR)
     assert (error.type, error.code) == ("server_error", "stage_failed")
 
 

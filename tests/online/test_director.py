@@ -25,8 +25,8 @@ from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import DIRECTOR, WORKERS, director_application
 from vidgen_ray.online.server import _reason
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.outputs.folder import LAST_FRAME, OutputFolder

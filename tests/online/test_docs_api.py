@@ -13,7 +13,7 @@ from tests.online.directors import listening_on_a_port, local_server
 from vidgen_ray.online.api import request_models
 from vidgen_ray.online.api.openapi import FormBody
 from vidgen_ray.online.api.request_models import CROPS, PLAIN_FIELDS, CreateImages, CreateShot, CreateVideo
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs" / "api.md"

@@ -15,7 +15,7 @@ from tests.online.test_api_videos import SMALL
 from vidgen_ray.online.application import DisconnectedClients
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import LOCAL_TENANT, ApiKeys, Tenant, hash_key
-from vidgen_ray.online.settings import Limits, OnlineSettings
+from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.online.store.jobs import JobKind
 from vidgen_ray.online.web.page_context import PageContext
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from tests.conftest import ASTRONAUT
 from tests.online.directors import LOCAL, local_server
 from vidgen_ray.online.auth import hash_key, is_loopback
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -27,7 +27,7 @@ from ray import serve
 from vidgen_ray.engine.ray_cluster import init_local_ray, requires_token
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.application import build
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 init_local_ray(num_cpus=2, log_to_driver=False, object_store_memory=100_000_000, _temp_dir=sys.argv[1])
 found = {"requires_token": requires_token(), "refused": []}

@@ -6,7 +6,7 @@ from starlette.testclient import TestClient
 from tests.online.directors import LOCAL, local_server
 from tests.online.test_api_videos import SMALL, ended
 from vidgen_ray.online import storage_check
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.outputs.folder import OutputFolder

@@ -10,7 +10,7 @@ import pytest
 from tests.online.test_store import Clock, new_job
 from vidgen_ray.online import http_fetch
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, PublicHttpClient, UnreachableUrl, check_address, parse_url
-from vidgen_ray.online.settings import OnlineSettings, Webhooks
+from vidgen_ray.online.server_settings import OnlineSettings, Webhooks
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.webhooks import WebhookSender, backoff_s
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from vidgen_ray.online import event_streams
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.event_streams import JobFeed, Topic
-from vidgen_ray.online.settings import Limits
+from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.jobs import Job, JobKind, new_id
 from vidgen_ray.online.store.store import Changes, JobStore
 from vidgen_ray.online.web import live_updates

@@ -14,12 +14,12 @@ from tests.online.test_director import IMAGE_ONLY, pipes_open, scripted_profile,
 from vidgen_ray.engine import fleet as fleet_module
 from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.config import EngineConfig
-from vidgen_ray.online import director as director_module
+from vidgen_ray.online import job_director as director_module
 from vidgen_ray.online import workers as workers_module
 from vidgen_ray.online.application import plan_for
-from vidgen_ray.online.director import JobDirector
+from vidgen_ray.online.job_director import JobDirector
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.workers import Workers

@@ -24,7 +24,7 @@ from vidgen_ray.online import uploads
 from vidgen_ray.online.asgi_app import THREADS
 from vidgen_ray.online.auth import hash_key
 from vidgen_ray.online.request_limits import ByteBudget
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.script.read import check_shot
 

@@ -25,7 +25,7 @@ from vidgen_ray.cli.serve import settings_of
 from vidgen_ray.errors import UsageError
 from vidgen_ray.online.auth import LOCAL_TENANT
 from vidgen_ray.online.request_id import ENVIRONMENT
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 from vidgen_ray.online.store.store import open_store
 

@@ -14,11 +14,11 @@ from vidgen_ray.errors import MissingWeights, ProfileError, SetupError, StageErr
 from vidgen_ray.graph import STAGES
 from vidgen_ray.licences import UsedWeights
 from vidgen_ray.online.application import server_plan
-from vidgen_ray.online.director import JOB_METRICS, MAX_TENANT_LABELS, error_of
+from vidgen_ray.online.job_director import JOB_METRICS, MAX_TENANT_LABELS, error_of
 from vidgen_ray.online.queue_estimate import ProgressEstimator
 from vidgen_ray.online.server import _reason
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.planner import this_machine
 from vidgen_ray.shot import Shot
 from vidgen_ray.weights.ledger import WeightLicence

@@ -54,7 +54,7 @@ from vidgen_ray.engine.cache_writer import DEFAULT_CACHE, KEPT, CacheMode
 from vidgen_ray.errors import MAX_MESSAGES, ScriptError, SetupError, UsageError, VidgenError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.licences import require_licence
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.storage import URL
 from vidgen_ray.pipeline import progress_bar

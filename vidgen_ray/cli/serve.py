@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vidgen_ray.errors import UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.strict_yaml import load_yaml
 

@@ -1,6 +1,9 @@
-"""Ray Serve application: the API, the director, and the owner of the workers and encoders."""
+"""Ray Serve application: the API, the director, and the owner of the workers and encoders.
 
-from __future__ import annotations
+Serve configs use `vidgen_ray.online.application:build` as their import path.
+"""
+
+# Not `from __future__ import annotations`: Serve reads the annotation of `build` to convert the args of a config to settings.
 
 import asyncio
 import logging
@@ -24,10 +27,10 @@ from vidgen_ray.engine.ray_cluster import LOOPBACK, live_cluster, requires_token
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import ApiKeys, check_bind_host, check_token_required, load_keys
-from vidgen_ray.online.director import JobDirector
 from vidgen_ray.online.event_streams import MAX_STREAMS
+from vidgen_ray.online.job_director import JobDirector
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.online.workers import Workers
 from vidgen_ray.outputs.folder import OutputFolder

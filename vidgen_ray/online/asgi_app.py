@@ -25,8 +25,8 @@ from vidgen_ray.online.job_service import JobService, NotifyDirector
 from vidgen_ray.online.queue_estimate import QueueEstimator
 from vidgen_ray.online.request_limits import ByteBudget, RequestRateLimiter
 from vidgen_ray.online.server_context import ServerContext
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.database import POOL_SIZE
 from vidgen_ray.online.store.store import JobStore

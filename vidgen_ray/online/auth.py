@@ -26,7 +26,7 @@ from starlette.requests import Request
 from vidgen_ray.errors import SetupError
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.request_limits import RequestRateLimiter
-from vidgen_ray.online.settings import Limits
+from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.online.store.database import READS, SESSIONS
 from vidgen_ray.system.files import new_file
 from vidgen_ray.system.strict_yaml import load_yaml

@@ -16,7 +16,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from vidgen_ray.online.api_error import ApiError, too_many_requests
-from vidgen_ray.online.settings import Limits
+from vidgen_ray.online.server_settings import Limits
 from vidgen_ray.shot import Shot
 
 

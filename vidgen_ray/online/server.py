@@ -25,7 +25,7 @@ from vidgen_ray.engine.ray_cluster import muted_stderr
 from vidgen_ray.errors import SetupError, UsageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.online.application import API, APP, DIRECTOR, WORKERS, ServerPlan, application
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.stages.base import Stage
 from vidgen_ray.system.strict_yaml import load_yaml
 

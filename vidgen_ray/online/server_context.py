@@ -14,8 +14,8 @@ from vidgen_ray.online.event_streams import EventStreams, JobFeed
 from vidgen_ray.online.face_check import FaceCheck
 from vidgen_ray.online.job_service import JobService
 from vidgen_ray.online.queue_estimate import QueueEstimator
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.storage_check import StorageCheck
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import ImageReferences

@@ -14,7 +14,7 @@ from vidgen_ray.errors import VidgenError
 from vidgen_ray.online.api_error import ApiError
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.job_service import JobService, plan_job
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.inputs import Character
 from vidgen_ray.online.store.jobs import Job, JobState
 from vidgen_ray.online.store.store import JobStore

@@ -34,7 +34,7 @@ from vidgen_ray.online.api_error import ApiError, invalid
 from vidgen_ray.online.auth import Tenant
 from vidgen_ray.online.http_fetch import BlockedUrl, ImageFetcher, UnreachableUrl
 from vidgen_ray.online.request_limits import ByteBudget, Decoder
-from vidgen_ray.online.settings import UploadCaps
+from vidgen_ray.online.server_settings import UploadCaps
 from vidgen_ray.online.store.inputs import StorageFull, Upload, UploadRecords
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.stages.base import Image

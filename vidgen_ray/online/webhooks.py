@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks import Webhook as Signer
 
 from vidgen_ray.online.http_fetch import BlockedUrl, PublicHttpClient, UnreachableUrl
-from vidgen_ray.online.settings import OnlineSettings, Webhook, Webhooks
+from vidgen_ray.online.server_settings import OnlineSettings, Webhook, Webhooks
 from vidgen_ray.online.store.jobs import Message, Outbox, shot_id_of
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.online.uploads import upload_folder

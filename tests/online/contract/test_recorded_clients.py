@@ -20,7 +20,7 @@ from vidgen_ray.media import open_video
 from vidgen_ray.online.api.peer_fields import PEER_FIELDS
 from vidgen_ray.online.api.request_models import CreateVideo
 from vidgen_ray.online.api_error import ApiError
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.jobs import JobState
 
 PHOTO = ASTRONAUT.read_bytes()

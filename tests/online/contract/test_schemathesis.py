@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ASTRONAUT
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 
 schemathesis = pytest.importorskip("schemathesis")
 from hypothesis import HealthCheck, Phase, given, settings, strategies  # noqa: E402

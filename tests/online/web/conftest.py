@@ -12,8 +12,8 @@ import pytest
 from tests.online.web.server import JobDirector, QuickPipeline, chromium, free_port, listening_on
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import hash_key, load_keys, new_key
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import ServingProfile, serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.jobs import Job, JobKind, JobState, new_id
 from vidgen_ray.online.store.store import JobStore, open_store
 from vidgen_ray.pipeline import VideoGenerationPipeline

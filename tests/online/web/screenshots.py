@@ -15,8 +15,8 @@ from tests.conftest import ASTRONAUT
 from tests.online.web.server import JobDirector, chromium, free_port, listening_on
 from vidgen_ray.online.asgi_app import make_app
 from vidgen_ray.online.auth import load_keys
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.serving_profile import serving_profile
-from vidgen_ray.online.settings import OnlineSettings
 from vidgen_ray.online.store.store import open_store
 from vidgen_ray.pipeline import VideoGenerationPipeline
 

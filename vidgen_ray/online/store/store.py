@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, not_, or_, select
 
 from vidgen_ray.errors import VidgenError
-from vidgen_ray.online.settings import OnlineSettings
+from vidgen_ray.online.server_settings import OnlineSettings
 from vidgen_ray.online.store.database import IDEMPOTENCY, JOBS, Database
 from vidgen_ray.online.store.inputs import Characters, UploadRecords
 from vidgen_ray.online.store.jobs import (
