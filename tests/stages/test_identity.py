@@ -3,10 +3,8 @@
 import io
 import json
 import logging
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -318,10 +316,7 @@ class Pipelines:
 
 @pytest.fixture
 def with_toy(monkeypatch, tiny, tmp_path):
-    module = ModuleType("toy")
-    module.Brighter = Brighter
-    monkeypatch.setitem(sys.modules, "vidgen_ray.stages.identity.toy", module)
-    monkeypatch.setitem(INJECTORS, "toy", ("toy", "Brighter"))
+    monkeypatch.setitem(INJECTORS, "toy", f"{__name__}:Brighter")
     weights = tmp_path / "toy.txt"
     weights.write_text("0.2")
     flux = tiny.actors["flux"].model_copy(update={"extra_weights": {"toy": str(weights)}})

@@ -1,6 +1,5 @@
 """Face alignment: the 112x112 crop that face recognisers are trained on, with the keypoints at ArcFace's positions."""
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,8 @@ def norm_crop(photo: NDArray[np.uint8], keypoints: NDArray[np.floating]) -> NDAr
 
     Pixels outside of the photo are black. The channel order is kept. Equal to insightface's `norm_crop` except for rounding.
     """
+    import cv2
+
     crop = cv2.warpAffine(np.ascontiguousarray(photo), similarity(keypoints, TEMPLATE_PX), (CROP_PX, CROP_PX))
     return np.asarray(crop, np.uint8)
 

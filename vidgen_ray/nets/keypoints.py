@@ -2,7 +2,6 @@
 
 import math
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,8 @@ def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, sca
     `scale` multiplies line widths and point sizes. 1 is the published size (`draw_kps` of InstantID, Wang et al. 2024,
     arXiv:2401.07519).
     """
+    import cv2
+
     canvas = np.zeros((height, width, 3), np.float64)
     limb_half_width = max(1, round(LIMB_HALF_WIDTH_PX * scale))
     for start, end in LIMBS:

@@ -1,15 +1,18 @@
 """Load one network from a folder in diffusers' layout, and check its kind, sizes and completeness."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.finite import require_finite_weights
 from vidgen_ray.nets.libraries import silence_libraries
+
+if TYPE_CHECKING:
+    import torch
 
 
 def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.dtype) -> Any:

@@ -4,8 +4,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class NotTensors(ValueError):
     """The file is damaged, or holds other objects than tensors."""
@@ -16,6 +14,8 @@ def load_torch_file(file: Path) -> Any:
 
     Raises NotTensors for other objects, and errors of almost any class for damaged files.
     """
+    import torch
+
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     # torch's own message says how to run the file's code.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 RECOGNISER = "antelopev2"
 """The recogniser of the face pack, which every profile has."""
 RECOGNISERS = {
-    "ir_se50": ("ir_se50", "IRSE50Embedder"),
+    "ir_se50": "vidgen_ray.nets.ir_se50:IRSE50Embedder",
 }
-"""Further recognisers: name in the profile's `extra_weights` -> (module in nets/, class)."""
+"""Further recognisers: name in the profile's `extra_weights` -> module and class."""
 
 DetectorName = Literal["pack", "centerface"]
 
@@ -90,10 +90,10 @@ class FaceModels:
     def embedder(self, name: str) -> FaceEmbedder:
         """Return the recogniser, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
         if name not in self.embedders:
-            params, (module, class_name) = self._params, RECOGNISERS[name]
+            params = self._params
             weights = params.extra_weights_at(name)
             require_device(params.device)
-            embedder_class = getattr(import_module(f"vidgen_ray.nets.{module}"), class_name)
+            embedder_class = resolve_name(RECOGNISERS[name])
             self.embedders[name] = embedder_class(weights, params.device, torch_dtype(params.dtype), params.threads)
         return self.embedders[name]
 

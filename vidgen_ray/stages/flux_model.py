@@ -20,7 +20,7 @@ from vidgen_ray.stages.host_weights import move_networks
 from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
 from vidgen_ray.stages.lora_adapters import LoraAdapters
 from vidgen_ray.stages.memory import FP8
-from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, use_channels_last
+from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, store_in_fp8, use_channels_last
 from vidgen_ray.stages.step_cache import StepCacheName, TransformerStepCache
 
 T5 = "text_encoder_2"
@@ -108,8 +108,6 @@ class FluxModel:
     def __init__(self, params: FluxParams) -> None:
         import torch
         from diffusers import FluxImg2ImgPipeline, FluxPipeline
-
-        from vidgen_ray.nets.fp8 import store_in_fp8
 
         self._params = params
         self.device = params.device

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vidgen_ray.stages.flux_model import FluxModel
 
 INJECTORS = {
-    "infusenet": ("infusenet", "InfuseNetInjector"),
+    "infusenet": "vidgen_ray.stages.identity.infusenet:InfuseNetInjector",
 }
-"""Name -> (module of this package, class). A new injector is one new file and one line here."""
+"""Name -> module and class. A new injector is one new file and one line here."""
 
 _instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
 
@@ -31,8 +31,7 @@ def injector_class(name: str) -> type[FluxInjector]:
     """Return the class of an injector. Raises StageError for unknown names."""
     if name not in INJECTORS:
         raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
-    module, class_name = INJECTORS[name]
-    injector: type[FluxInjector] = getattr(import_module(f"{__name__}.{module}"), class_name)
+    injector: type[FluxInjector] = resolve_name(INJECTORS[name])
     return injector
 
 
