@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidgen_ray.bench.published_models import build_network, realesrgan_network
-from vidgen_ray.nets.rife import Rife425, RifeHDv3
-from vidgen_ray.stages.memory import FP8
+from vidgen_ray.nets.rife_network import Rife425, RifeHDv3
+from vidgen_ray.stages.memory_table import FP8
 from vidgen_ray.stages.speed import store_in_fp8
 
 HALF = torch.bfloat16

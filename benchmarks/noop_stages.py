@@ -12,9 +12,7 @@ from benchmarks.fake_weights import write_fake_weights
 from vidgen_ray.profile import ActorProfile, Profile
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, Frames, Item, Stage
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
-from vidgen_ray.stages.flux_refine import FluxRefineStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 

@@ -19,8 +19,7 @@ from benchmarks.simulated import FRAMES, FRAMES_SHAPE, IMAGE_SHAPE, SimulatedGPU
 from vidgen_ray.media import write_png
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Frames, Item, Likeness, Stage
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage

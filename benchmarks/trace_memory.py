@@ -25,7 +25,7 @@ import torch
 from benchmarks.meta_networks import RIFE_NETWORKS, LiveBytes, meta, network, peak_bytes, tensor_bytes
 from benchmarks.trace_open_models import Size, Trace, constants, one_frame, open_model_traces
 from vidgen_ray.bench.published_models import NETWORKS
-from vidgen_ray.stages.memory import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
+from vidgen_ray.stages.memory_table import FP8, LORA_RANK, TABLE_FILE, TILES_PX, MemoryTable, load_table
 
 TEXT_TOKENS = 512
 IDENTITY_TOKENS = 8
@@ -274,7 +274,7 @@ def weights() -> dict[str, int]:
     sizes[f"flux/transformer:{FP8}"] = tensor_bytes(network("flux/transformer", FP8))
     sizes |= {name: tensor_bytes(network(name)) for name in RIFE_NETWORKS}
     sizes |= {f"{model}/lora": lora_bytes(f"{model}/transformer") for model in ("flux", "klein", "wan", "wan-ti2v", "ltx")}
-    # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/face_resampler.py.
+    # Projections of a face to tokens: the published files have 84.6 and 82 million parameters, see nets/identity_networks.py.
     sizes["infusenet/resampler"] = 2 * resampler_parameters(tokens=8, output=4096)
     sizes["instantid/adapter"] = 2 * (resampler_parameters(tokens=16, output=2048) + sdxl_adapter_parameters())
     return sizes
@@ -287,7 +287,7 @@ def lora_bytes(name: str) -> int:
 
 
 def resampler_parameters(*, tokens: int, output: int) -> int:
-    from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes
+    from vidgen_ray.nets.identity_networks import FaceResampler, ResamplerSizes
 
     with torch.device("meta"):
         model = FaceResampler(ResamplerSizes(512, tokens, 1280, 20, 4, 5120, output))

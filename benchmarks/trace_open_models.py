@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from benchmarks.meta_networks import RIFE_NETWORKS, meta, network, peak_bytes
-from vidgen_ray.nets.rife import FramePair
+from vidgen_ray.nets.rife_network import FramePair
 from vidgen_ray.stages.loading import set_vae_tiles
-from vidgen_ray.stages.memory import TILES_PX
+from vidgen_ray.stages.memory_table import TILES_PX
 from vidgen_ray.stages.rife import FLOW_SCALES
 
 Trace = Callable[[int, int, int], int]

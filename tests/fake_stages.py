@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vidgen_ray.stages.base import FaceFeatures, Likeness
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.realesrgan import RealESRGANStage

@@ -26,7 +26,7 @@ from training.drawing import draw, keypoints_px
 from training.finishing import export, gather_statistics
 from training.loop import Schedule, arguments, train
 from training.world import EYES, FACE_SHAPES, HAIR_STYLES, HAIRS, SKINS, Identity, Person, some_identity, some_scene
-from vidgen_ray.nets.face_alignment import CROP_PX, norm_crop
+from vidgen_ray.nets.faces import CROP_PX, norm_crop
 from vidgen_ray.nets.ir_se50 import EMBEDDING, IRSE50
 
 WIDTHS = (8, 16, 16, 16)

@@ -21,9 +21,7 @@ from training.degrading import degraded
 from training.drawing import keypoints_px
 from training.face_detector import others, people
 from training.face_recogniser import People
-from vidgen_ray.nets.face_alignment import norm_crop
-from vidgen_ray.nets.face_pack import PackDetector, PackRecogniser, open_pack
-from vidgen_ray.nets.faces import DetectedFace
+from vidgen_ray.nets.faces import DetectedFace, PackDetector, PackRecogniser, norm_crop, open_pack
 from vidgen_ray.nets.ir_se50 import IRSE50Embedder
 
 SEED = 4711

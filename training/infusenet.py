@@ -26,12 +26,18 @@ from training.flux import BATCH, PATCHES, Reader, error, noised, velocity, weigh
 from training.latents import cached_latents, encoded, pack, places
 from training.loop import Schedule, arguments, train
 from training.world import PLACES, WEATHERS, Person, Scene, some_person
-from vidgen_ray.nets.face_alignment import norm_crop
-from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
-from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE, IdentityControlNet
+from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, norm_crop
+from vidgen_ray.nets.identity_networks import (
+    EMBEDDING_SIZE,
+    NET_FOLDER,
+    PROJECTION,
+    PROJECTION_FILE,
+    FaceResampler,
+    IdentityControlNet,
+    ResamplerSizes,
+)
 from vidgen_ray.nets.ir_se50 import IRSE50Embedder
-from vidgen_ray.nets.keypoints import TRAINING_AREA_PX, draw_keypoints
-from vidgen_ray.stages.identity.infusenet import MUST_AGREE
+from vidgen_ray.stages.identity import MUST_AGREE
 
 PEOPLE = 6500
 PHOTO_PX = 128

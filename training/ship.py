@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.wan import pipeline
-from vidgen_ray.nets.face_resampler import PROJECTION
-from vidgen_ray.nets.infusenet import NET_FOLDER, PROJECTION_FILE
+from vidgen_ray.nets.identity_networks import NET_FOLDER, PROJECTION, PROJECTION_FILE
 from vidgen_ray.weights.demo_family import (
     COMPACT_WEIGHTS,
     SCALE,

@@ -11,15 +11,12 @@ from vidgen_ray.profile import Profile
 from vidgen_ray.safety import safety_of
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import SAME_RATE, ChunkedStage, Stage, frames_after
-from vidgen_ray.stages.face_models import RECOGNISER
-from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxRefineStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.flux_model import FluxParams
-from vidgen_ray.stages.flux_refine import FluxRefineStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.identity import INJECTORS, injector_class
-from vidgen_ray.stages.instantid import InstantIDStage
+from vidgen_ray.stages.instantid import RECOGNISER, InstantIDStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage
 from vidgen_ray.stages.ltx import LTXStage

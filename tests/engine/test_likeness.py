@@ -14,7 +14,7 @@ from vidgen_ray.engine.step_runner import LikenessTooLow, StepFailed, best_attem
 from vidgen_ray.errors import StageError, UsageError
 from vidgen_ray.graph import stages_of
 from vidgen_ray.media import read_image, write_png
-from vidgen_ray.nets.face_alignment import norm_crop
+from vidgen_ray.nets.faces import norm_crop
 from vidgen_ray.outputs.manifest import ManifestRow
 from vidgen_ray.outputs.manifest_writer import ManifestWriter
 from vidgen_ray.outputs.paths import shot_path
@@ -24,8 +24,7 @@ from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.report.gallery_page import likeness_text, write_gallery
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, Likeness
-from vidgen_ray.stages.face_models import FaceModels
-from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
+from vidgen_ray.stages.instantid import FaceModels, InstantIDParams, InstantIDStage
 from vidgen_ray.stages.likeness import ClipLikenessStage, ImageLikenessStage, measure_likeness, sampled_frames
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve

@@ -17,7 +17,7 @@ from vidgen_ray.engine.cache_writer import CacheSettings
 from vidgen_ray.engine.step_runner import StepFailed, StepRunner
 from vidgen_ray.errors import SetupError
 from vidgen_ray.graph import stages_of
-from vidgen_ray.nets.face_pack import PackRecogniser
+from vidgen_ray.nets.faces import PackRecogniser
 from vidgen_ray.outputs.folder import OutputFolder
 from vidgen_ray.outputs.paths import shot_path
 from vidgen_ray.pipeline import VideoGenerationPipeline

@@ -19,10 +19,10 @@ from vidgen_ray.errors import VidgenError
 from vidgen_ray.film.settings import read_film_file
 from vidgen_ray.media import open_video, read_image
 from vidgen_ray.media.decode import sample_frames
-from vidgen_ray.nets.face_resampler import read_parts
+from vidgen_ray.nets.identity_networks import read_parts
 from vidgen_ray.nets.ir_se50 import read_network
 from vidgen_ray.nets.lora_header import check_lora_file
-from vidgen_ray.nets.rife import load_rife
+from vidgen_ray.nets.rife_network import load_rife
 from vidgen_ray.online.auth import load_keys
 from vidgen_ray.online.server_settings import Limits, OnlineSettings
 from vidgen_ray.outputs.stage_cache import face_from_json
@@ -31,7 +31,7 @@ from vidgen_ray.script.expansion import read_characters
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import read_script
 from vidgen_ray.shot import LoraRef
-from vidgen_ray.stages.lora_adapters import LoraAdapters
+from vidgen_ray.stages.lora import LoraAdapters
 from vidgen_ray.stages.realesrgan import load_network
 
 PACKAGE = Path(__file__).parent.parent.parent / "vidgen_ray"

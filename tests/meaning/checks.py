@@ -21,7 +21,7 @@ from training.captions import PLACE_WORDS, WEATHER_WORDS
 from training.cast import CAST
 from training.world import COLOURS, PLACES, THINGS, WEATHERS
 from vidgen_ray.errors import StageError
-from vidgen_ray.stages.face_models import RECOGNISER
+from vidgen_ray.stages.instantid import RECOGNISER
 
 CLASSIFIER = reading.load(Path(__file__).with_name("classifier.safetensors"))
 NEUTRAL_PROMPT = "a picture"

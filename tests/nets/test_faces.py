@@ -20,10 +20,8 @@ from tests.conftest import ASTRONAUT
 from vidgen_ray import weights
 from vidgen_ray.errors import MissingWeights, SetupError, StageError
 from vidgen_ray.media import read_image
-from vidgen_ray.nets import centerface
-from vidgen_ray.nets.centerface import CenterFace
-from vidgen_ray.nets.face_alignment import norm_crop, similarity
-from vidgen_ray.nets.face_pack import PackRecogniser, open_pack
+from vidgen_ray.nets import faces
+from vidgen_ray.nets.faces import CenterFace, PackRecogniser, norm_crop, open_pack, similarity
 from vidgen_ray.outputs.stage_cache import face_from_json, face_to_json
 from vidgen_ray.stages.base import FaceFeatures
 from vidgen_ray.stages.instantid import InstantIDParams, InstantIDStage
@@ -343,7 +341,7 @@ def test_detector_option_takes_one_name_or_several():
 def test_missing_or_damaged_centerface_raises_setup_error(monkeypatch, tmp_path, content, message):
     if content is not None:
         (tmp_path / "centerface.onnx").write_bytes(content)
-    monkeypatch.setattr(centerface, "files", lambda package: tmp_path)
+    monkeypatch.setattr(faces, "files", lambda package: tmp_path)
     with pytest.raises(SetupError, match=message):
         CenterFace(min_score=0.5)
 
@@ -355,10 +353,10 @@ def test_content_key_depends_on_weight_content_not_on_paths(make_shot, tmp_path)
     moved = full.model_copy(update={"extra_weights": {"ir_se50": tmp_path / "b.pth"}})
     assert full.for_key() == moved.for_key() != plain.for_key()
     assert InstantIDStage.weight_files(plain, unsteered) == (tmp_path,)
-    assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, centerface.model_file())
-    assert InstantIDStage.weight_files(full, shot) == (tmp_path, centerface.model_file(), tmp_path / "a.pth")
+    assert InstantIDStage.weight_files(full, unsteered) == (tmp_path, faces.centerface_file())
+    assert InstantIDStage.weight_files(full, shot) == (tmp_path, faces.centerface_file(), tmp_path / "a.pth")
     both = full.model_copy(update={"detector": ("pack", "centerface")})
-    assert InstantIDStage.weight_files(both, unsteered) == (tmp_path, centerface.model_file())
+    assert InstantIDStage.weight_files(both, unsteered) == (tmp_path, faces.centerface_file())
     assert len({str(params.for_key()) for params in (plain, full, both)}) == 3
     with pytest.raises(MissingWeights, match=r"ir_se50: not in the profile; add `extra_weights: \{ir_se50: "):
         InstantIDStage.weight_files(plain, shot)

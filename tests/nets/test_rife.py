@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from skimage import data
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.rife import FramePair, Rife425, RifeHDv3, Warped, load_rife, warp
+from vidgen_ray.nets.rife_network import FramePair, Rife425, RifeHDv3, Warped, load_rife, warp
 from vidgen_ray.weights import resolve
 from vidgen_ray.weights.packaged import RIFE_FILE
 

@@ -15,7 +15,7 @@ from vidgen_ray.planner.gpu_memory import SizeCheck, actor_memory, fitting_param
 from vidgen_ray.planner.layout import CONTEXT_GB, Actor, Process
 from vidgen_ray.profile import ActorProfile, Profile, load_profile
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.memory import MemoryTable, load_table
+from vidgen_ray.stages.memory_table import MemoryTable, load_table
 from vidgen_ray.stages.svd import SVDParams, SVDStage
 
 FACE = {"face_image": ("face.png",), "prompt": "a"}

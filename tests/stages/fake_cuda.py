@@ -24,20 +24,9 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from diffusers.video_processor import VideoProcessor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from vidgen_ray.nets.finite import is_finite
-from vidgen_ray.stages import (
-    flux,
-    flux2_klein,
-    flux_model,
-    flux_stage,
-    hunyuandit,
-    instantid_sdxl,
-    progress,
-    prompted_video,
-    qwen_edit,
-    svd,
-)
-from vidgen_ray.stages.pixels import pixels_to_uint8
+from vidgen_ray.nets.weight_files import is_finite
+from vidgen_ray.stages import flux, flux2_klein, flux_model, hunyuandit, instantid_sdxl, progress, qwen_edit, svd, video
+from vidgen_ray.stages.base import pixels_to_uint8
 
 CUDA = torch.device("cuda:0")
 COMPILER = shutil.which("g++")
@@ -109,13 +98,13 @@ def patch_host_code(cuda, monkeypatch):
         with unset_fake_temporarily():
             return torch.zeros(1, video.shape[2], 3, *video.shape[3:])
 
-    for module in (flux_model, progress, prompted_video):
+    for module in (flux_model, progress, video):
         monkeypatch.setattr(module, "is_finite", lambda tensor: isinstance(tensor, FakeTensor) or is_finite(tensor))
-    for stage_module in (flux, flux_stage, hunyuandit, instantid_sdxl, prompted_video, svd):
+    for stage_module in (flux, flux, hunyuandit, instantid_sdxl, video, svd):
         monkeypatch.setattr(stage_module, "pixels_to_uint8", outside(pixels_to_uint8))
     # A device without a driver has no streams.
-    monkeypatch.setattr(prompted_video, "own_stream", lambda *args, **kwargs: nullcontext())
-    monkeypatch.setattr(prompted_video, "used_by_this_stream", lambda tensors: None)
+    monkeypatch.setattr(video, "own_stream", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(video, "used_by_this_stream", lambda tensors: None)
     for stage_module in (flux2_klein, qwen_edit):
         monkeypatch.setattr(stage_module, "to_uint8", lambda pixels: pixels)
     monkeypatch.setattr(VaeImageProcessor, "preprocess", outside(VaeImageProcessor.preprocess))

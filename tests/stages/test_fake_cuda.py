@@ -11,12 +11,11 @@ from tests.stages import fake_cuda
 from tests.stages.fake_cuda import CUDA, FakeCuda, patch_host_code, register_guard
 from vidgen_ray.bench.published_models import build_network
 from vidgen_ray.content_keys import with_local_loras
-from vidgen_ray.nets.rife import FramePair, load_rife
+from vidgen_ray.nets.rife_network import FramePair, load_rife
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Item
-from vidgen_ray.stages.flux import FluxStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux2_klein import Flux2KleinStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLStage
 from vidgen_ray.stages.ltx import LTXStage

@@ -6,12 +6,10 @@ import torch
 
 from vidgen_ray.content_keys import with_local_loras
 from vidgen_ray.graph import STAGE_BY_NAME
-from vidgen_ray.stages.base import Item, to_uint8
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.base import Item, pixels_to_uint8, to_uint8
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.instantid import InstantIDStage
-from vidgen_ray.stages.pixels import pixels_to_uint8
 from vidgen_ray.stages.realesrgan import RealESRGANStage
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve

@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from vidgen_ray.stages import host_weights
-from vidgen_ray.stages.host_weights import move_networks
+from vidgen_ray.stages import loading
+from vidgen_ray.stages.loading import move_networks
 
 GPU = "cuda:0"
 
@@ -26,9 +26,9 @@ def copies(monkeypatch):
         made.append("to host")
         return tensor.data.clone()
 
-    monkeypatch.setattr(host_weights, "_on_device", to_gpu)
-    monkeypatch.setattr(host_weights, "_pinned_copy", to_host)
-    monkeypatch.setattr(host_weights, "_is_on_host", lambda tensor: tensor.data_ptr() not in on_gpu)
+    monkeypatch.setattr(loading, "_on_device", to_gpu)
+    monkeypatch.setattr(loading, "_pinned_copy", to_host)
+    monkeypatch.setattr(loading, "_is_on_host", lambda tensor: tensor.data_ptr() not in on_gpu)
     return made
 
 
@@ -57,7 +57,7 @@ def test_network_that_was_loaded_on_the_gpu_gets_a_host_copy(copies):
     net = network()
     move_networks([net], GPU)
     for tensor in (*net.parameters(), *net.buffers()):
-        setattr(tensor, host_weights._COPY, None)
+        setattr(tensor, loading._COPY, None)
     copies.clear()
     move_networks([net], "cpu")
     assert set(copies) == {"to host"}
@@ -71,7 +71,7 @@ def test_adapters_that_are_loaded_and_changed_later_stay_correct(copies):
     x = torch.ones(2, 3)
     for value in (0.5, 0.25):
         for factor in factors:
-            factor.data = host_weights._on_device(torch.full_like(factor, value), GPU)
+            factor.data = loading._on_device(torch.full_like(factor, value), GPU)
         expected = adapted(x)
         move_networks([adapted], "cpu")
         assert torch.equal(adapted(x), expected)

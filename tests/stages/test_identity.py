@@ -22,10 +22,8 @@ from vidgen_ray.profile import builtin_profiles, load_profile
 from vidgen_ray.script.lines import ScriptSettings
 from vidgen_ray.script.read import read_script
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_refine import FluxRefineStage
-from vidgen_ray.stages.identity import INJECTORS
-from vidgen_ray.stages.identity.base import FluxInjector
+from vidgen_ray.stages.flux import FluxRefineStage, FluxStage
+from vidgen_ray.stages.identity import INJECTORS, FluxInjector
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 

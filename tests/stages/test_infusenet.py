@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes
-from vidgen_ray.nets.infusenet import IdentityControlNet, InfuseNet, load_infusenet
-from vidgen_ray.nets.model_folder import require_same
+from vidgen_ray.nets.identity_networks import FaceResampler, IdentityControlNet, InfuseNet, ResamplerSizes, load_infusenet
+from vidgen_ray.nets.weight_files import require_same
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import Image, noise_generator
 from vidgen_ray.stages.flux_model import FluxModel, FluxParams
-from vidgen_ray.stages.identity import INJECTORS, identities, injector_class, shared_injector
-from vidgen_ray.stages.identity.infusenet import MUST_AGREE, InfuseNetInjector
+from vidgen_ray.stages.identity import INJECTORS, MUST_AGREE, InfuseNetInjector, identities, injector_class, shared_injector
 from vidgen_ray.weights import resolve
 
 WIDTH, HEIGHT = 128, 64

@@ -11,11 +11,10 @@ from onnx import TensorProto, helper
 from tests.conftest import EXAMPLES
 from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.media import read_image
-from vidgen_ray.nets.centerface import CenterFace
-from vidgen_ray.nets.keypoints import draw_keypoints, map_to_canvas
+from vidgen_ray.nets.faces import CenterFace, draw_keypoints, map_to_canvas
 from vidgen_ray.profile import load_profile
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.identity.pose import pose_image
+from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import InstantIDStage
 from vidgen_ray.weights import resolve
 

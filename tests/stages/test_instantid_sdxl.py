@@ -13,11 +13,10 @@ from PIL import Image as PILImage
 
 from tests.stages.published_resampler import published_shapes, published_tokens
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.face_resampler import FaceResampler, ResamplerSizes, build_resampler, read_parts
-from vidgen_ray.nets.identitynet import IdentityNet
+from vidgen_ray.nets.identity_networks import FaceResampler, IdentityNet, ResamplerSizes, build_resampler, read_parts
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import FaceFeatures, Image, Item, noise_generator
-from vidgen_ray.stages.identity.pose import pose_image
+from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid_sdxl import InstantIDSDXLParams, InstantIDSDXLStage
 from vidgen_ray.weights import resolve
 

@@ -13,8 +13,7 @@ from vidgen_ray.errors import SetupError, StageError
 from vidgen_ray.graph import STAGE_BY_NAME
 from vidgen_ray.shot import LoraRef
 from vidgen_ray.stages.base import Item
-from vidgen_ray.stages.flux import FluxStage
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux import FluxLoRAStage, FluxStage
 from vidgen_ray.stages.flux_model import FluxModel
 from vidgen_ray.stages.svd import SVDStage
 from vidgen_ray.weights import resolve

@@ -12,9 +12,9 @@ from vidgen_ray.errors import Cancelled
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item
 from vidgen_ray.stages.ltx import LTXStage
-from vidgen_ray.stages.passes import shots_of_passes
 from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.stages.svd import SVDStage
+from vidgen_ray.stages.video import shots_of_passes
 from vidgen_ray.stages.wan import WanStage
 
 COMMON = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "output_type": "np"}

@@ -20,10 +20,16 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from vidgen_ray.bench.tiny_networks import autoencoder, clip_text_encoder, clip_tokenizer
-from vidgen_ray.nets.face_resampler import PROJECTION, FaceResampler, ResamplerSizes
-from vidgen_ray.nets.infusenet import EMBEDDING_SIZE, NET_FOLDER, PROJECTION_FILE
+from vidgen_ray.nets.identity_networks import (
+    EMBEDDING_SIZE,
+    NET_FOLDER,
+    PROJECTION,
+    PROJECTION_FILE,
+    FaceResampler,
+    ResamplerSizes,
+)
 from vidgen_ray.nets.ir_se50 import IRSE50
-from vidgen_ray.nets.libraries import silence_libraries
+from vidgen_ray.nets.weight_files import silence_libraries
 
 STRIDES = (8, 16, 32)
 ANCHORS = 2

@@ -60,7 +60,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from vidgen_ray.nets.libraries import silence_libraries
+from vidgen_ray.nets.weight_files import silence_libraries
 
 silence_libraries()
 

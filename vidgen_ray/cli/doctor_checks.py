@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.onnx_sessions import import_onnxruntime, open_session
+from vidgen_ray.nets.faces import import_onnxruntime, open_session
 from vidgen_ray.planner.cluster import GB, GPU_DEVICES
 from vidgen_ray.weights.inventory import LocalWeights
 from vidgen_ray.weights.ledger import WeightLicence

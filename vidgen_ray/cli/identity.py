@@ -23,7 +23,7 @@ from vidgen_ray.outputs.person import Person, RemovalReport, photos_of_character
 from vidgen_ray.profile import load_profile
 from vidgen_ray.script.read import check_shot
 from vidgen_ray.stages.base import FaceFeatures, Image
-from vidgen_ray.stages.identity.pose import pose_image
+from vidgen_ray.stages.identity import pose_image
 from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
 from vidgen_ray.system.cache_dir import sha256_of
 from vidgen_ray.system.files import write_atomically

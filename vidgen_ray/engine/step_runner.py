@@ -69,7 +69,7 @@ def _node() -> str:
 class WeightSwapper:
     """Swaps groups of stages whose weights do not fit on the GPU together. Stages outside all groups stay on the GPU.
 
-    While a group is on the GPU, the copy of its weights in host memory is kept; see `stages/host_weights.py`.
+    While a group is on the GPU, the copy of its weights in host memory is kept; see `stages/loading.py`.
     """
 
     def __init__(self, stages: Mapping[str, Stage[Any]], groups: Sequence[Sequence[str]]) -> None:

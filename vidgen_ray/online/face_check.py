@@ -15,8 +15,7 @@ from vidgen_ray.online.api_error import ApiError, without_paths
 from vidgen_ray.online.request_limits import Decoder
 from vidgen_ray.online.serving_profile import ServingProfile
 from vidgen_ray.stages.base import Image
-from vidgen_ray.stages.face_models import InstantIDParams
-from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDStage
+from vidgen_ray.stages.instantid import DetectedPhoto, InstantIDParams, InstantIDStage
 
 T = TypeVar("T")
 CHECK_BYTES = MAX_PIXELS * 12

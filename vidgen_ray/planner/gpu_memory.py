@@ -13,7 +13,7 @@ from vidgen_ray.planner.layout import CONTEXT_GB, Actor, needed_gb, with_swappin
 from vidgen_ray.profile import Profile
 from vidgen_ray.shot import INSTANTID_SDXL, Shot
 from vidgen_ray.stages.base import Stage, StageParams
-from vidgen_ray.stages.memory import StageMemory
+from vidgen_ray.stages.memory_table import StageMemory
 from vidgen_ray.video_models import VIDEO_MODELS
 
 STEP_PX = 64

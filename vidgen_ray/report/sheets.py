@@ -12,7 +12,7 @@ from PIL import ImageDraw, ImageFont
 
 from vidgen_ray.graph import STAGES
 from vidgen_ray.media import open_video, read_image
-from vidgen_ray.nets.keypoints import COLOURS
+from vidgen_ray.nets.faces import COLOURS
 from vidgen_ray.outputs.manifest import ManifestRow, read_manifest
 from vidgen_ray.stages.base import Image
 from vidgen_ray.stages.instantid import DetectedPhoto

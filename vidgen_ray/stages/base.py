@@ -1,7 +1,8 @@
 """Stage interface: frozen parameters, weights loaded once, items in, artefacts out.
 
 A stage declares everything that the rest of the project needs to know about it. Graph, content keys, planner, API, page and
-docs are derived from that declaration. Heavy packages (torch, diffusers) are imported in `load`, so importing a stage is cheap.
+docs are derived from that declaration. Heavy packages (torch, diffusers) are imported in `load`, so importing a stage is
+cheap.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import MissingWeights, StageError
-from vidgen_ray.nets.finite import NOT_FINITE
+from vidgen_ray.nets.weight_files import NOT_FINITE
 from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.memory import StageMemory
+from vidgen_ray.stages.memory_table import StageMemory
 from vidgen_ray.stages.progress import report_progress
 from vidgen_ray.system.model_files import check_pipeline_folder
 
 if TYPE_CHECKING:
     import torch
+
 
 Image = NDArray[np.uint8]
 """RGB, (H, W, 3), 0 to 255."""
@@ -502,3 +504,31 @@ def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
     if not np.isfinite(pixels.sum(dtype=np.float64)):
         raise StageError(NOT_FINITE)
     return (pixels * 255).round().astype(np.uint8)
+
+
+def pixels_to_uint8(pixels: torch.Tensor) -> NDArray[np.uint8]:
+    """Convert (..., 3, H, W), 0 to 1, to RGB levels (..., H, W, 3), 0 to 255, with the bytes that `to_uint8` gives on the host.
+
+    The levels are a quarter of the bytes of float32 pixels. Pinned host memory makes copying them several times faster.
+    Raises StageError for NaN and infinity.
+    """
+    import torch
+
+    # The sum is finite only if all pixels are. It needs no tensor of its own.
+    if not pixels.sum(dtype=torch.float64).isfinite():
+        raise StageError(NOT_FINITE)
+    return to_host((pixels.float() * 255).round_().to(torch.uint8).movedim(-3, -1).contiguous())
+
+
+def to_host(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """Return a uint8 tensor as an array in host memory. A tensor on the CPU shares its memory with the array."""
+    import torch
+
+    if tensor.device.type != "cuda":
+        array: NDArray[np.uint8] = tensor.numpy()
+        return array
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
+    copied: NDArray[np.uint8] = pinned.numpy()
+    return copied  # numpy() has no type

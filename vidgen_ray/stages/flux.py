@@ -1,15 +1,215 @@
-"""FLUX text to image: the base image of a shot."""
+"""The FLUX stages: the base image, the same image with the shot's LoRAs, and the refinement of an image by SDXL."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
-from vidgen_ray.shot import LoraRef, Shot
-from vidgen_ray.stages.base import Artefacts, Image, Item, noise_generator
-from vidgen_ray.stages.flux_stage import FluxFamilyStage, relative_flux_cost
-from vidgen_ray.stages.pixels import pixels_to_uint8
+from PIL import Image as PILImage
+
+from vidgen_ray.errors import StageError
+from vidgen_ray.shot import INSTANTID_SDXL, LoraRef, Shot
+from vidgen_ray.stages.base import (
+    REFERENCE_PIXELS,
+    Artefacts,
+    Image,
+    Item,
+    Stage,
+    StageParams,
+    noise_generator,
+    pixels_to_uint8,
+)
+from vidgen_ray.stages.flux_model import (
+    CACHED_PROMPTS,
+    DEFAULT_STEPS,
+    FEW_STEP_LORA,
+    FluxModel,
+    FluxParams,
+    prompt_bytes,
+)
+from vidgen_ray.stages.identity import INJECTORS, FluxInjector, FluxPipelines, injector_class, pose_image, shared_injector
+from vidgen_ray.stages.memory_table import FP8, TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
+
+PATCH_PIXELS, HIDDEN_CHANNELS = 16 * 16, 3072
+"""Pixels per token of the transformer, and numbers per token."""
+STEP_CACHE_TENSORS = 3
+"""Tensors of the size of all tokens that a step cache keeps at most: output and residual of the first block, and the residual
+of the others."""
+
+
+class FluxFamilyStage(Stage[FluxParams]):
+    """A stage that generates images with FLUX. An injector is loaded with the first shot that uses it, and stays loaded."""
+
+    actor: ClassVar[str] = "flux"
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        "flux_identity",
+        "identity_strength",
+        "identity_start",
+        "identity_end",
+        "pose",
+    )
+    identity_inputs: ClassVar[tuple[str, ...]] = ("face",)
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    weight_attributes: ClassVar[tuple[str, ...]] = ("model", "injectors")
+    Params: ClassVar[type[StageParams]] = FluxParams
+
+    @staticmethod
+    def uses_identity(shot: Shot) -> bool:
+        return shot.flux_identity is not None
+
+    @classmethod
+    def extra_weights(cls) -> Collection[str]:
+        return (*INJECTORS, FEW_STEP_LORA)
+
+    @classmethod
+    def used_extra_weights(cls, shot: Shot) -> Collection[str]:
+        identity = () if shot.flux_identity is None else (shot.flux_identity,)
+        return (*identity, FEW_STEP_LORA)
+
+    @classmethod
+    def weight_files(cls, params: FluxParams, shot: Shot) -> tuple[Path, ...]:
+        injector = () if shot.flux_identity is None else (params.extra_weights_at(shot.flux_identity),)
+        merged = (params.extra_weights_at(FEW_STEP_LORA),) if params.names_extra_weights(FEW_STEP_LORA) else ()
+        return (params.weights, *merged, *injector, *(Path(lora.path) for lora in cls.active_loras(shot)))
+
+    @classmethod
+    def memory(cls, params: FluxParams, shot: Shot) -> StageMemory | None:
+        if params.quantize == "fp8" or params.step_cache == "taylorseer":
+            return None
+        pixels, dtype = shot.width * shot.height, params.dtype
+        stored = f":{FP8}" if params.quantize == FP8 else ""
+        transformer = weight_bytes(f"flux/transformer{stored}", dtype)
+        t5 = weight_bytes("flux/text_encoder_2", dtype)
+        weights = {
+            "flux/transformer": transformer,
+            "flux/text_encoder": weight_bytes("flux/text_encoder", dtype),
+            "flux/vae": weight_bytes("flux/vae", dtype),
+            "flux/prompts": CACHED_PROMPTS * prompt_bytes(params),
+        }
+        encode_text = activation_bytes("flux/text", 0, dtype)
+        host = 0
+        if params.text_encoder == "gpu":
+            weights["flux/text_encoder_2"] = t5
+        elif params.text_encoder == "swapped":
+            encode_text = max(0, encode_text + t5 - transformer)
+            host = t5 + transformer
+        else:
+            encode_text, host = 0, t5
+        step = "flux/step"
+        if shot.flux_identity is not None:
+            injector = injector_class(shot.flux_identity)
+            weights |= {network: weight_bytes(network, dtype) for network in injector.networks}
+            step = injector.step_curve
+        if cls.active_loras(shot):
+            weights["flux/lora"] = params.adapters_kept * weight_bytes("flux/lora", dtype)
+        tiles = f":tile{params.vae_tile_px}" if params.vae_tile_px else ""
+        curves = [f"{step}{stored}", f"flux/decode{tiles}", *(() if tiles else ("flux/encode",))]
+        cached = 0 if params.step_cache == "none" else step_cache_bytes(params, shot)
+        activations = cached + max(activation_bytes(curve, pixels, dtype) for curve in curves)
+        return StageMemory(weights, max(encode_text, activations), host)
+
+    @classmethod
+    def lower_memory(cls, params: FluxParams) -> FluxParams | None:
+        """Return smaller tiles of the autoencoder, then T5 taking turns with the transformer."""
+        if params.vae_tile_px != TILES_PX[-1]:
+            return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+        return params.model_copy(update={"text_encoder": "swapped"}) if params.text_encoder == "gpu" else None
+
+    def load(self) -> None:
+        self.model = FluxModel.shared(self.params)
+        self.injectors: dict[str, FluxInjector] = {}
+
+    def move(self, device: str) -> None:
+        self.model.move(device)
+        for injector in self.injectors.values():
+            injector.move(device)
+
+    @property
+    def adapter_loads(self) -> int:
+        return self.model.adapters.loads
+
+    def _injector(self, name: str) -> FluxInjector:
+        """Return the injector, loaded on first use. Raises MissingWeights, or SetupError for weights of another kind."""
+        if name not in self.injectors:
+            self.injectors[name] = shared_injector(name, self.model, self.params.extra_weights_at(name))
+        return self.injectors[name]
+
+    @contextmanager
+    def conditioned_pipelines(self, item: Item) -> Iterator[FluxPipelines]:
+        """Yield the FLUX pipelines with the shot's LoRAs active and conditioned on its face."""
+        shot = item.shot
+        with self.model.loras_active(self.active_loras(shot)):
+            self.note(*self.model.adapters.take_notes())
+            if shot.flux_identity is None:
+                yield self.model
+                return
+            if "face" not in item.artefacts:
+                raise StageError(
+                    "face: got none, must be the face features of the shot's photos; use `vidgen shot`, which computes them, "
+                    "or set `identity: none`"
+                )
+            face = item.artefacts["face"]
+            injector = self._injector(shot.flux_identity)
+            with injector.inject(
+                face.embedding(injector.embedding),
+                pose_image(face, shot),
+                shot,
+                self.name,
+                start=shot.identity_start,
+                end=shot.identity_end,
+            ) as pipelines:
+                yield pipelines
+
+    def image_to_image(self, item: Item, *, strength: float, steps: int | None, guidance: float | None) -> Image:
+        """Redraw the item's `image` with the last int(steps * strength) steps of the schedule. 0 returns it unchanged.
+
+        Raises StageError for less than one step.
+        Source: Meng et al. 2021, SDEdit, arXiv:2108.01073; diffusers `FluxImg2ImgPipeline`.
+        """
+        shot, image = item.shot, item.artefacts["image"]
+        if strength == 0:
+            return image
+        steps = steps or self.model.default_steps
+        steps_run = int(steps * strength)
+        if steps_run < 1:
+            raise StageError(
+                f"{self.name}_strength: got {strength} of {steps} steps, which is less than one step; "
+                f"must be at least {1 / steps:.3f}"
+            )
+        with self.conditioned_pipelines(item) as pipelines:
+            arguments = self.model.call_arguments(shot, self.params, guidance)
+            with self.model.step_cache_running(shot, arguments, steps, steps_run):
+                (redrawn,) = pipelines.image_to_image(
+                    **arguments,
+                    image=PILImage.fromarray(image),
+                    strength=strength,
+                    num_inference_steps=steps,
+                    generator=noise_generator(self.generator_seed(shot)),
+                    **diffusers_step_callback(self.name),
+                ).images
+        return pixels_to_uint8(redrawn)
+
+
+def step_cache_bytes(params: FluxParams, shot: Shot) -> int:
+    """Return the bytes that the caches `first_block` and `magcache` keep between steps, for each pass of a step."""
+    tokens = shot.width * shot.height // PATCH_PIXELS + params.text_tokens
+    passes = 2 if params.uses_negative_prompt(shot) else 1
+    return passes * STEP_CACHE_TENSORS * tokens * HIDDEN_CHANNELS * (4 if params.dtype == "float32" else 2)
+
+
+def relative_flux_cost(shot: Shot, steps: int | None) -> float:
+    """Return the cost of the whole schedule relative to the reference shot, which has no face.
+
+    A negative prompt adds a second pass per step. Without `distilled_guidance` all shots have two, so there the estimate for
+    shots with a negative prompt is too high. An injector adds its `passes_per_step` in the steps that it conditions.
+    """
+    passes = 2.0 if shot.negative_prompt else 1.0
+    if shot.flux_identity is not None:
+        passes += injector_class(shot.flux_identity).passes_per_step * (shot.identity_end - shot.identity_start)
+    return shot.width * shot.height / REFERENCE_PIXELS * (steps or DEFAULT_STEPS) / DEFAULT_STEPS * passes
 
 
 class FluxStage(FluxFamilyStage):
@@ -75,3 +275,115 @@ class FluxStage(FluxFamilyStage):
                     **diffusers_step_callback(self.name),
                 ).images
         return pixels_to_uint8(image)
+
+
+LORA_REFERENCE_STRENGTH = 0.6
+"""Default `lora_strength` of a shot."""
+
+
+class FluxLoRAStage(FluxFamilyStage):
+    """`image` (H, W, 3) -> `image` of the same size, redrawn with the shot's LoRAs and conditioned on its `face`, if any.
+
+    `lora_strength` is the fraction of the schedule that is run: int(steps * lora_strength) steps, at least one. 0 returns the
+    image unchanged. The stage shares its actor and weights with FLUX. Its LoRAs are active in this stage only.
+    Source: Hu et al. 2021, LoRA, arXiv:2106.09685.
+    """
+
+    name: ClassVar[str] = "lora"
+    label: ClassVar[str] = "LoRA"
+    activity: ClassVar[str] = "Redrawing with the LoRA"
+    reference_s: ClassVar[float] = 2.3
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"lora": "style.safetensors"},
+        {"lora": "style.safetensors", "face_image": ("photo.jpg",)},
+    )
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "lora",
+        "lora_strength",
+        "steps.lora",
+        "guidance.lora",
+        "seed",
+    )
+    weight_fields: ClassVar[tuple[str, ...]] = (
+        "flux_identity",
+        "lora",
+    )
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    debug_file: ClassVar[str | None] = "lora.png"
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        # In mode fast the LoRAs are active in the FLUX stage, if the shot has it.
+        own_image = shot.image_model == "flux" and shot.continue_from is None
+        return bool(shot.lora) and own_image and (shot.mode == "quality" or not FluxStage.applies(shot))
+
+    @staticmethod
+    def active_loras(shot: Shot) -> tuple[LoraRef, ...]:
+        return shot.lora
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        return relative_flux_cost(shot, shot.steps.lora) * shot.lora_strength / LORA_REFERENCE_STRENGTH
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": self._refine(item)} for item in items]
+
+    def _refine(self, item: Item) -> Image:
+        shot = item.shot
+        if not shot.lora:
+            raise StageError("lora: got none, must be at least one")
+        return self.image_to_image(item, strength=shot.lora_strength, steps=shot.steps.lora, guidance=shot.guidance.lora)
+
+
+REFINE_REFERENCE_STRENGTH = 0.35
+"""Default `refine_strength` of a shot."""
+
+
+class FluxRefineStage(FluxFamilyStage):
+    """`image` (H, W, 3) by SDXL -> `image` of the same size, with FLUX's light and detail and a similar face.
+
+    `refine_strength` is the fraction of the schedule that is run: int(steps * refine_strength) steps, at least one. 0 returns
+    the image unchanged. In shots with LoRAs, FluxLoRAStage replaces this stage.
+    """
+
+    name: ClassVar[str] = "refine"
+    label: ClassVar[str] = "Refinement"
+    activity: ClassVar[str] = "Refining the image"
+    reference_s: ClassVar[float] = 1.3
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"face_image": ("photo.jpg",), "identity": INSTANTID_SDXL},)
+    version: ClassVar[int] = 1
+    reads: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "width",
+        "height",
+        "refine_strength",
+        "steps.refine",
+        "guidance.refine",
+        "seed",
+    )
+    weight_fields: ClassVar[tuple[str, ...]] = ("flux_identity",)
+    takes: ClassVar[tuple[str, ...]] = ("image",)
+    writes: ClassVar[tuple[str, ...]] = ("image",)
+    debug_file: ClassVar[str | None] = "refine.png"
+
+    @staticmethod
+    def applies(shot: Shot) -> bool:
+        return shot.uses_sdxl_base and not shot.lora
+
+    @classmethod
+    def relative_cost(cls, shot: Shot) -> float:
+        return relative_flux_cost(shot, shot.steps.refine) * shot.refine_strength / REFINE_REFERENCE_STRENGTH
+
+    def run(self, items: Sequence[Item]) -> list[Artefacts]:
+        return [{"image": self._refine(item)} for item in items]
+
+    def _refine(self, item: Item) -> Image:
+        shot = item.shot
+        return self.image_to_image(item, strength=shot.refine_strength, steps=shot.steps.refine, guidance=shot.guidance.refine)

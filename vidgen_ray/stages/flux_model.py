@@ -13,15 +13,21 @@ from cachetools import LRUCache
 from pydantic import Field, model_validator
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import NOT_IN_KEY, torch_dtype
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
-from vidgen_ray.stages.lora_adapters import LoraAdapters
-from vidgen_ray.stages.memory import FP8
-from vidgen_ray.stages.speed import SpeedParams, compile_network, set_attention_backend, store_in_fp8, use_channels_last
-from vidgen_ray.stages.step_cache import StepCacheName, TransformerStepCache
+from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.lora import LoraAdapters
+from vidgen_ray.stages.memory_table import FP8
+from vidgen_ray.stages.speed import (
+    SpeedParams,
+    StepCacheName,
+    TransformerStepCache,
+    compile_network,
+    set_attention_backend,
+    store_in_fp8,
+    use_channels_last,
+)
 
 T5 = "text_encoder_2"
 """Name of T5 among the components of diffusers' pipelines."""

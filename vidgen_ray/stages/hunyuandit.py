@@ -10,11 +10,9 @@ import numpy as np
 from PIL import Image as PILImage
 
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
-from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
-from vidgen_ray.stages.pixels import pixels_to_uint8
+from vidgen_ray.stages.base import Artefacts, Image, Item, Stage, StageParams, noise_generator, pixels_to_uint8
+from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.memory_table import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,

@@ -20,13 +20,12 @@ from vidgen_ray.stages.base import (
     Stage,
     StageParams,
     noise_generator,
+    pixels_to_uint8,
     torch_dtype,
 )
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.identity.pose import pose_image
-from vidgen_ray.stages.loading import load_pipeline, set_vae_tiles
-from vidgen_ray.stages.memory import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
-from vidgen_ray.stages.pixels import pixels_to_uint8
+from vidgen_ray.stages.identity import pose_image
+from vidgen_ray.stages.loading import load_pipeline, move_networks, set_vae_tiles
+from vidgen_ray.stages.memory_table import TILES_PX, StageMemory, activation_bytes, next_tile_px, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import SpeedParams, require_sdpa_backend, sdpa_backend, use_channels_last
 
@@ -141,9 +140,8 @@ class InstantIDSDXLStage(Stage[InstantIDSDXLParams]):
     def load(self) -> None:
         from diffusers import StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 
-        from vidgen_ray.nets.face_resampler import build_resampler, read_parts
-        from vidgen_ray.nets.identitynet import IdentityNet
-        from vidgen_ray.nets.model_folder import load_model, require_same
+        from vidgen_ray.nets.identity_networks import IdentityNet, build_resampler, read_parts
+        from vidgen_ray.nets.weight_files import load_model, require_same
 
         folder, dtype = self.params.extra_weights_at(INSTANTID), torch_dtype(self.params.dtype)
         if not folder.is_dir():

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Artefacts, FaceFeatures, Image, Item, Likeness, Stage
-from vidgen_ray.stages.face_models import (
+from vidgen_ray.stages.instantid import (
     RECOGNISER,
     FaceModels,
     InstantIDParams,
+    InstantIDStage,
     align_face,
     detection_files,
     packaged_detectors,
 )
-from vidgen_ray.stages.instantid import InstantIDStage
 
 MAX_SAMPLED_FRAMES = 5
 """Maximum number of frames of a clip that are compared."""

@@ -1,15 +1,21 @@
-"""Load diffusers pipelines from local safetensors, with the profile's dtype and device."""
+"""Load diffusers pipelines from local safetensors, and move their weights between GPU memory and host memory."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.finite import require_finite_weights
-from vidgen_ray.nets.libraries import silence_libraries
-from vidgen_ray.stages.base import StageParams, torch_dtype
+from vidgen_ray.nets.weight_files import require_finite_weights, silence_libraries
+from vidgen_ray.stages.base import NOT_IN_KEY, Stage, StageParams, torch_dtype
+from vidgen_ray.stages.memory_table import TILES_PX, activation_bytes, next_tile_px
 from vidgen_ray.system.model_files import check_pipeline_folder
+
+if TYPE_CHECKING:
+    import torch
+
 
 Networks = Callable[[StageParams], Mapping[str, Any]]
 """Parameters of a stage -> component of its pipeline -> network."""
@@ -102,3 +108,139 @@ def set_vae_tiles(vae: Any, tile_px: int | None) -> None:
     else:
         vae.tile_sample_min_size = tile_px
         vae.tile_latent_min_size = tile_px // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+ADAPTER = "lora_"
+"""Part of the names of the parameters that peft adds for a LoRA."""
+_COPY = "_vidgen_host_copy"
+"""Attribute of a tensor on a GPU: its copy in host memory."""
+
+
+def move_networks(networks: Iterable[Any], device: str) -> None:
+    """Move torch modules to `device`, `cpu` for host memory. Anything else among `networks` is ignored.
+
+    A network that leaves the GPU for the first time gets a copy of its weights in pinned host memory. Later, its GPU copy is
+    dropped and the host copy is used again, since inference does not change weights. Adapters of LoRAs are copied each time:
+    they are small, and are loaded and replaced while the network is in use.
+    """
+    import torch
+
+    for network in networks:
+        if not isinstance(network, torch.nn.Module):
+            continue
+        tensors = list(_tensors(network))
+        if not all(_is_plain(tensor) for _, tensor in tensors):
+            # Quantised tensors are classes of their own, whose data cannot be replaced, or which have scales in addition.
+            network.to(device)
+            continue
+        for name, tensor in tensors:
+            if device == "cpu":
+                _to_host(name, tensor)
+            else:
+                _to_gpu(name, tensor, device)
+    if device != "cpu":
+        _wait_for_copies(device)
+
+
+def _tensors(network: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield all parameters and buffers once, also those that several layers share."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor
+
+
+def _to_host(name: str, tensor: torch.Tensor) -> None:
+    copy = getattr(tensor, _COPY, None)
+    if copy is None:
+        if _is_on_host(tensor):
+            return
+        copy = _pinned_copy(tensor)
+    tensor.data = copy
+    setattr(tensor, _COPY, None)
+
+
+def _to_gpu(name: str, tensor: torch.Tensor, device: str) -> None:
+    if not _is_on_host(tensor):
+        return
+    host = tensor.data
+    tensor.data = _on_device(host, device)
+    # Adapters may change in place while they are on the GPU.
+    setattr(tensor, _COPY, None if ADAPTER in name else host)
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _on_device(host: torch.Tensor, device: str) -> torch.Tensor:
+    return host.to(device, non_blocking=True)
+
+
+def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in host memory; pinned, so that it is copied to a GPU at the full rate of the bus, if there is one."""
+    import torch
+
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=torch.cuda.is_available())
+    copy.copy_(tensor)
+    return copy
+
+
+def _wait_for_copies(device: str) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+
+
+class OffloadParams(StageParams):
+    cpu_offload: Annotated[bool, NOT_IN_KEY] = False
+    """Keep the weights in host memory and move each part (text encoder, transformer, autoencoder) to the GPU when it runs."""
+
+
+class ImageParams(OffloadParams):
+    """Parameters of a stage that makes images and sees others."""
+
+    vae_tile_px: Literal[512, 256] | None = None
+    """Side of the tiles in which the autoencoder works, for large images on small GPUs. `None`: on whole images."""
+
+
+OP = TypeVar("OP", bound=OffloadParams)
+IP = TypeVar("IP", bound=ImageParams)
+
+
+class OffloadedStage(Stage[OP]):
+    """A stage with one diffusers pipeline, loaded by `load_pipeline` with `cpu_offload`."""
+
+    pipe: Any
+
+    def move(self, device: str) -> None:
+        # Offloaded weights are in host memory whenever the stage does not run.
+        if not self.params.cpu_offload:
+            self.pipe.to(device)
+
+
+class ImageStage(OffloadedStage[IP]):
+    """An offloaded stage that makes an image."""
+
+    @classmethod
+    def lower_memory(cls, params: IP) -> IP | None:
+        """Return smaller tiles of the autoencoder."""
+        if params.vae_tile_px == TILES_PX[-1]:
+            return None
+        return params.model_copy(update={"vae_tile_px": next_tile_px(params.vae_tile_px)})
+
+
+def autoencoder_peaks(model: str, params: ImageParams, pixels: int, seen_pixels: int) -> tuple[int, int]:
+    """Return the bytes of activations of encoding an image of `seen_pixels`, and of decoding one of `pixels`."""
+    if params.vae_tile_px is None:
+        encode = activation_bytes(f"{model}/encode", seen_pixels, params.dtype)
+        return encode, activation_bytes(f"{model}/decode", pixels, params.dtype)
+    decode = activation_bytes(f"{model}/decode:tile{params.vae_tile_px}", pixels, params.dtype)
+    # The image itself, in the precision of the network and in float32.
+    image = seen_pixels * 3 * (2 + 4)
+    return activation_bytes(f"{model}/encode", params.vae_tile_px**2, params.dtype) + image, decode

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with the stage's name, its finished steps and its total steps. Both counts are 0 when the stage starts.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vidgen_ray.errors import SetupError, StageError
-from vidgen_ray.nets.finite import NOT_FINITE, require_finite_weights
+from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import (
     REFERENCE_FRAMES,
@@ -22,9 +22,8 @@ from vidgen_ray.stages.base import (
     torch_dtype,
     torch_threads,
 )
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.memory import StageMemory, activation_bytes, load_table, weight_bytes
+from vidgen_ray.stages.loading import move_networks, require_device
+from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, load_table, weight_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +224,7 @@ def load_network(file: Path) -> ImageModelDescriptor[Any]:
     from safetensors.torch import load_file
     from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 
-    from vidgen_ray.nets.torch_file import NotTensors, load_torch_file
+    from vidgen_ray.nets.weight_files import NotTensors, load_torch_file
 
     try:
         safe = file.suffix == ".safetensors"

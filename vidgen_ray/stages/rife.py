@@ -23,11 +23,11 @@ from vidgen_ray.stages.base import (
     torch_dtype,
 )
 from vidgen_ray.stages.loading import require_device
-from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
+from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.system.model_files import rife_file
 
 if TYPE_CHECKING:
-    from vidgen_ray.nets.rife import Rife
+    from vidgen_ray.nets.rife_network import Rife
 
 CUT_PX, CUT_WINDOW_PX = 64, 11
 """Side to which frames are reduced before they are compared, and that of the window of the comparison."""
@@ -136,7 +136,7 @@ class RifeStage(ChunkedStage[RifeParams]):
         rife_file(params.weights)
 
     def load(self) -> None:
-        from vidgen_ray.nets.rife import load_rife
+        from vidgen_ray.nets.rife_network import load_rife
 
         require_device(self.params.device)
         self._network: Rife = load_rife(self.params.weights, torch_dtype(self.params.dtype)).to(self.params.device)
@@ -165,7 +165,7 @@ class RifeStage(ChunkedStage[RifeParams]):
     def _frames_between(self, first: Image, second: Image) -> Callable[[Fraction], Image]:
         import torch
 
-        from vidgen_ray.nets.rife import FramePair
+        from vidgen_ray.nets.rife_network import FramePair
 
         def tensor(frame: Image) -> torch.Tensor:
             pixels = torch.from_numpy(frame).to(self.params.device).permute(2, 0, 1)[None]

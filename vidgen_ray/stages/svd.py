@@ -18,12 +18,10 @@ from vidgen_ray.stages.base import (
     Stage,
     StageParams,
     noise_generator,
+    pixels_to_uint8,
 )
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import StageMemory, activation_bytes, weight_bytes
-from vidgen_ray.stages.passes import clip_host_bytes, passes_of, run_passes
-from vidgen_ray.stages.pixels import pixels_to_uint8
+from vidgen_ray.stages.loading import load_pipeline, move_networks
+from vidgen_ray.stages.memory_table import StageMemory, activation_bytes, weight_bytes
 from vidgen_ray.stages.progress import diffusers_step_callback
 from vidgen_ray.stages.speed import (
     CompileParams,
@@ -32,6 +30,7 @@ from vidgen_ray.stages.speed import (
     sdpa_backend,
     use_channels_last,
 )
+from vidgen_ray.stages.video import clip_host_bytes, passes_of, run_passes
 
 DEFAULT_STEPS = 25
 DEFAULT_GUIDANCE = 3.0

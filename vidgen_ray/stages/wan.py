@@ -13,9 +13,8 @@ from vidgen_ray.errors import StageError
 from vidgen_ray.shot import Shot
 from vidgen_ray.stages.base import Item, StageParams
 from vidgen_ray.stages.loading import load_pipeline
-from vidgen_ray.stages.memory import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
-from vidgen_ray.stages.passes import clip_host_bytes
-from vidgen_ray.stages.prompted_video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage
+from vidgen_ray.stages.memory_table import Phase, StageMemory, activation_bytes, memory_of_phases, weight_bytes
+from vidgen_ray.stages.video import PROMPTED_FIELDS, PromptedVideoParams, PromptedVideoStage, clip_host_bytes
 from vidgen_ray.system.model_files import PIPELINE_INDEX
 
 if TYPE_CHECKING:

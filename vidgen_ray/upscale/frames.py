@@ -290,7 +290,7 @@ class FrameInterpolator:
 
     def __init__(self, weights: Path, device: str, threads: int) -> None:
         """Load the weights. Raises SetupError."""
-        from vidgen_ray.nets.rife import load_rife
+        from vidgen_ray.nets.rife_network import load_rife
 
         self._network = load_rife(weights).to(device)
         self._device, self._threads = device, threads
@@ -300,7 +300,7 @@ class FrameInterpolator:
         """Return a function that draws the frame at a time between 0 (the first one) and 1. At a cut, it is the first one."""
         import torch
 
-        from vidgen_ray.nets.rife import FramePair
+        from vidgen_ray.nets.rife_network import FramePair
 
         kind = first.dtype
         levels = np.iinfo(kind).max

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from vidgen_ray.errors import SetupError, StageError, UsageError
-from vidgen_ray.nets.finite import NOT_FINITE, require_finite_weights
+from vidgen_ray.nets.weight_files import NOT_FINITE, require_finite_weights
 from vidgen_ray.stages.base import torch_dtype, torch_threads
 from vidgen_ray.stages.loading import require_device
 from vidgen_ray.stages.realesrgan import ENDINGS, UNCLAMPED, forward, in_tiles, load_network

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.libraries import silence_libraries
+from vidgen_ray.nets.weight_files import silence_libraries
 from vidgen_ray.system.model_files import PIPELINE_INDEX, loaded_files, missing_files
 from vidgen_ray.weights import resolve
 

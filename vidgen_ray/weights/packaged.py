@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from vidgen_ray.errors import SetupError
 from vidgen_ray.nets.ncnn import read_realesrgan
-from vidgen_ray.nets.torch_file import load_torch_file
+from vidgen_ray.nets.weight_files import load_torch_file
 
 UPSCALERS = {"animevideov3": "ANIMAVIDEOV3", "x4plus-anime": "X4PLUSANIME", "x4plus": "X4PLUS"}
 """Upscaler name -> name in the package. All are x4. Only the first is fast enough for video on a CPU."""

@@ -20,7 +20,7 @@ from vidgen_ray.online.store.jobs import Job, JobError, JobProgress
 from vidgen_ray.online.store.store import JobStore
 from vidgen_ray.pipeline import VideoGenerationPipeline
 from vidgen_ray.shot import Shot
-from vidgen_ray.stages.flux_lora import FluxLoRAStage
+from vidgen_ray.stages.flux import FluxLoRAStage
 from vidgen_ray.stages.hunyuandit import HunyuanDiTStage
 from vidgen_ray.stages.progress import progress_callback, report_progress
 

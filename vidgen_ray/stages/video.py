@@ -1,18 +1,19 @@
-"""Base class of video models that read a prompt: their fields, cost, LoRAs and call."""
+"""What video stages have in common: clips of several passes, and the base class of models that read a prompt."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
+import numpy as np
 from cachetools import LRUCache
 from PIL import Image as PILImage
 from pydantic import Field
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.nets.finite import NOT_FINITE, is_finite
+from vidgen_ray.nets.weight_files import NOT_FINITE, is_finite
 from vidgen_ray.shot import LoraRef, Shot
 from vidgen_ray.stages.base import (
     NOT_IN_KEY,
@@ -22,16 +23,66 @@ from vidgen_ray.stages.base import (
     Frames,
     Item,
     noise_generator,
+    pixels_to_uint8,
 )
-from vidgen_ray.stages.lora_adapters import LoraAdapters
-from vidgen_ray.stages.offload import OffloadedStage, OffloadParams
-from vidgen_ray.stages.passes import passes_of, run_passes
-from vidgen_ray.stages.pixels import pixels_to_uint8
-from vidgen_ray.stages.progress import diffusers_step_callback
+from vidgen_ray.stages.loading import OffloadedStage, OffloadParams
+from vidgen_ray.stages.lora import LoraAdapters
+from vidgen_ray.stages.memory_table import CLIP_HOST_BYTES
+from vidgen_ray.stages.progress import diffusers_step_callback, part_of_progress
 from vidgen_ray.video_models import VIDEO_MODELS
 
 if TYPE_CHECKING:
     import torch
+
+
+def passes_of(shot: Shot) -> int:
+    """Return the number of passes of the video model."""
+    return shot.extend + 1
+
+
+def clip_host_bytes(shot: Shot) -> int:
+    """Return the host memory of a clip: an upper bound for one pass, and two copies of the clip that several make."""
+    joined = 2 * shot.clip_frames if shot.extend else 0
+    return shot.width * shot.height * 3 * (shot.num_frames * CLIP_HOST_BYTES + joined)
+
+
+def shots_of_passes(shot: Shot) -> list[Shot]:
+    """Return one shot for each pass, in order. The first pass is that of the shot without `extend`.
+
+    Further passes have seeds of their own, because the same noise would repeat the same motion. The clip ends with
+    `last_image`, so only the last pass has one.
+    """
+    if not shot.extend:
+        return [shot]
+    last_images = [*[None] * shot.extend, shot.last_image]
+    return [
+        shot.model_copy(
+            update={
+                "extend": 0,
+                "last_image": last_image,
+                "seed": shot.derived_seed(f"pass {number}") if number else shot.required_seed(),
+            }
+        )
+        for number, last_image in enumerate(last_images)
+    ]
+
+
+def run_passes(item: Item, generate: Callable[[Item], Frames]) -> Frames:
+    """Return the clip of all passes (clip_frames, H, W, 3). `generate` returns that of one (num_frames, H, W, 3).
+
+    The first frame of a further pass stands for the last frame of the pass before, so it is left out.
+    """
+    shots = shots_of_passes(item.shot)
+    if len(shots) == 1:
+        return generate(item)
+    artefacts = item.artefacts.copy()
+    parts = []
+    for number, shot in enumerate(shots):
+        with part_of_progress(number, len(shots)):
+            frames = generate(Item(shot, artefacts))
+        artefacts["image"] = frames[-1]
+        parts.append(frames[1:] if number else frames)
+    return np.concatenate(parts)
 
 
 class PromptedVideoParams(OffloadParams):

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample, interpolate, pad
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.finite import require_finite_weights
-from vidgen_ray.nets.torch_file import load_torch_file
+from vidgen_ray.nets.weight_files import load_torch_file, require_finite_weights
 from vidgen_ray.system.model_files import rife_file
 
 HALVINGS = 4

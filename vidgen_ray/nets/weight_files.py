@@ -1,18 +1,72 @@
-"""Load one network from a folder in diffusers' layout, and check its kind, sizes and completeness."""
+"""Read published weights: torch pickles without their code, folders in diffusers' layout, and checks for NaN."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import SetupError
-from vidgen_ray.nets.finite import require_finite_weights
-from vidgen_ray.nets.libraries import silence_libraries
 
 if TYPE_CHECKING:
     import torch
+
+
+NOT_FINITE = "the model returned NaN or infinite values; check the weights, the LoRAs and the profile's dtype"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are finite. The result of a GPU tensor is waited for."""
+    return bool(tensor.isfinite().all())
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """Return the name of the first tensor of floating-point numbers that are not all finite."""
+    return next((name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)), None)
+
+
+def require_finite_weights(networks: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter of a network holds NaN or infinity. `networks`: name -> torch module."""
+    for name, network in networks.items():
+        if (parameter := not_finite(dict(network.named_parameters()))) is not None:
+            raise ValueError(
+                f"{name}: {parameter} has NaN or infinite values; copy the weights again, or choose a dtype with their range"
+            )
+
+
+class NotTensors(ValueError):
+    """The file is damaged, or holds other objects than tensors."""
+
+
+def load_torch_file(file: Path) -> Any:
+    """Return the content of the file on the CPU: tensors in dicts and lists.
+
+    Raises NotTensors for other objects, and errors of almost any class for damaged files.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    # torch's own message says how to run the file's code.
+    except (pickle.UnpicklingError, EOFError):
+        raise NotTensors("is damaged, or holds other objects than tensors, which could run code") from None
+
+
+@lru_cache(maxsize=1)
+def silence_libraries() -> None:
+    """Turn off progress bars and warnings. Call before the first model is loaded. Idempotent."""
+    import diffusers
+    import transformers
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    # diffusers' own ControlNet for FLUX imports FluxPosEmbed from the deprecated module.
+    warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)
 
 
 def load_model(model_class: Any, published_as: str, folder: Path, dtype: torch.dtype) -> Any:

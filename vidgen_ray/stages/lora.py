@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen_ray.errors import InputChanged, StageError
-from vidgen_ray.nets.finite import not_finite
+from vidgen_ray.nets.weight_files import not_finite
 from vidgen_ray.shot import LocalLora, LoraRef, VideoLora
 from vidgen_ray.system.cache_dir import digest
 
 if TYPE_CHECKING:
     import torch
+
 
 MAX_REASON = 200
 """Maximum number of characters of an error of diffusers in a message. Some list every layer."""

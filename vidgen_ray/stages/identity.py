@@ -1,32 +1,141 @@
-"""InfuseNet injector: add InfuseNet's residuals to FLUX's transformer blocks in each step.
+"""Values of a shot's `identity`, and the injectors, which condition FLUX on a face.
 
-The networks are in `nets/infusenet.py`.
+The networks are in `nets/identity_networks.py`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from vidgen_ray.errors import StageError
-from vidgen_ray.shot import Shot
-from vidgen_ray.stages.base import Image, noise_generator
-from vidgen_ray.stages.host_weights import move_networks
-from vidgen_ray.stages.identity.base import FluxInjector, FluxPipelines
+from vidgen_ray.shot import INSTANTID_SDXL, NO_IDENTITY, REFERENCE, Shot
+from vidgen_ray.stages.base import FaceFeatures, Image, noise_generator
+from vidgen_ray.stages.loading import move_networks
 
 if TYPE_CHECKING:
     import torch
 
-    from vidgen_ray.nets.infusenet import IdentityControlNet
+    from vidgen_ray.nets.identity_networks import IdentityControlNet
     from vidgen_ray.stages.flux_model import FluxModel
+
+
+class FluxPipelines(Protocol):
+    """The two pipelines of FLUX, called like the diffusers pipelines. A FluxModel implements this protocol."""
+
+    @property
+    def text_to_image(self) -> Callable[..., Any]:
+        """Pipeline with the interface of `FluxPipeline`."""
+
+    @property
+    def image_to_image(self) -> Callable[..., Any]:
+        """Pipeline with the interface of `FluxImg2ImgPipeline`."""
+
+
+class FluxInjector(ABC):
+    """A method to condition FLUX on the identity of a face.
+
+    Use `shared_injector(name, model, weights)`, then `with injector.inject(...) as pipelines: pipelines.text_to_image(...)`.
+    An injector has its own networks and uses those of the model without changing them. Blocks must not be nested.
+    """
+
+    name: ClassVar[str]
+    embedding: ClassVar[str]
+    """Recogniser that the weights were trained with. Embeddings of another one silently give another face."""
+    passes_per_step: ClassVar[float]
+    """Cost added to a denoising step, in passes of FLUX's transformer, for estimates."""
+    networks: ClassVar[tuple[str, ...]]
+    """Its networks in the memory table."""
+    step_curve: ClassVar[str]
+    """Curve of the memory table for a denoising step with this injector."""
+
+    @abstractmethod
+    def __init__(self, model: FluxModel, weights: Path) -> None:
+        """Load the injector's weights with the model's dtype and device.
+
+        Raises SetupError if they are missing, of another kind, or made for another FLUX.
+        """
+
+    @abstractmethod
+    def move(self, device: str) -> None:
+        """Move the injector's own weights to `device`. The model is moved separately."""
+
+    @abstractmethod
+    def inject(
+        self,
+        embedding: NDArray[np.float32],
+        pose: Image,
+        shot: Shot,
+        stage: str,
+        *,
+        start: float = 0.0,
+        end: float = 1.0,
+    ) -> AbstractContextManager[FluxPipelines]:
+        """Yield pipelines that generate the face with the strength `shot.identity_strength`. 0 has no effect, bitwise.
+
+        `embedding` (512,) is the one that `self.embedding` names. `pose` is the keypoint image at the size of the shot.
+        `start` and `end` are fractions, 0 to 1, of the steps that are run. Identity conditioning is active between them only.
+        An injector that needs noise must draw it from its own generator, derived from `shot` and `stage`, so that the diffusion
+        noise is the same with and without a face.
+        """
+
+
+INJECTORS = {
+    "infusenet": "vidgen_ray.stages.identity:InfuseNetInjector",
+}
+"""Name -> module and class. A new injector is one new file and one line here."""
+
+_instances: WeakValueDictionary[tuple[str, FluxModel, Path], FluxInjector] = WeakValueDictionary()
+
+
+def identities() -> tuple[str, ...]:
+    """Return all values of a shot's `identity`."""
+    return (*INJECTORS, INSTANTID_SDXL, REFERENCE, NO_IDENTITY)
+
+
+def injector_class(name: str) -> type[FluxInjector]:
+    """Return the class of an injector. Raises StageError for unknown names."""
+    if name not in INJECTORS:
+        raise StageError(f"identity: got {name!r}, must be one of {', '.join(INJECTORS)}")
+    injector: type[FluxInjector] = resolve_name(INJECTORS[name])
+    return injector
+
+
+def shared_injector(name: str, model: FluxModel, weights: Path) -> FluxInjector:
+    """Return the injector of this model, loaded on first use. Stages of one process with the same weights share it."""
+    key = (name, model, weights)
+    injector = _instances.get(key)
+    if injector is None:
+        injector = _instances[key] = injector_class(name)(model, weights)
+    return injector
+
+
+def pose_image(face: FaceFeatures, shot: Shot) -> Image:
+    """Draw the keypoints, RGB at the size of the shot, at their position in the centred photo. Black if `shot.pose` is none.
+
+    Line widths scale with the size of the image. The networks were trained on images of about a megapixel.
+    """
+    import numpy as np
+
+    from vidgen_ray.nets.faces import TRAINING_AREA_PX, draw_keypoints, map_to_canvas
+
+    width, height = shot.width, shot.height
+    if shot.pose == "none":
+        return np.zeros((height, width, 3), np.uint8)
+    points = map_to_canvas(face.keypoints, face.photo_size, (width, height))
+    return draw_keypoints(points, width, height, (width * height / TRAINING_AREA_PX) ** 0.5)
+
 
 MUST_AGREE = ("in_channels", "num_attention_heads", "attention_head_dim", "axes_dims_rope", "pooled_projection_dim")
 """Config values that must be equal in InfuseNet and FLUX's transformer."""
@@ -49,8 +158,8 @@ class InfuseNetInjector(FluxInjector):
     step_curve: ClassVar[str] = "flux/step+infusenet"
 
     def __init__(self, model: FluxModel, weights: Path) -> None:
-        from vidgen_ray.nets.infusenet import NET_FOLDER, load_infusenet
-        from vidgen_ray.nets.model_folder import require_same
+        from vidgen_ray.nets.identity_networks import NET_FOLDER, load_infusenet
+        from vidgen_ray.nets.weight_files import require_same
 
         self.model = model
         transformer = model.text_to_image.transformer
