@@ -12,7 +12,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from vidgen_ray.client import AsyncClient, JobFailed, Video
+from vidgen_client import AsyncClient, JobFailed, Video
 
 
 def print_progress(video: Video) -> None:

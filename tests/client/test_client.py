@@ -16,7 +16,7 @@ from starlette.routing import Route
 from tests.client.tcp_proxy import cutting_proxy
 from tests.conftest import ASTRONAUT, SYNTHETIC
 from tests.online.directors import listening_on_a_port, local_server
-from vidgen_ray.client import (
+from vidgen_client import (
     ApiError,
     AsyncClient,
     Client,
@@ -291,7 +291,7 @@ def test_download_continues_the_file_of_a_stopped_program(url, client, finished,
 
 
 def test_client_imports_neither_torch_nor_ray():
-    program = "import sys, vidgen_ray.client, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    program = "import sys, vidgen_client, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )

@@ -151,7 +151,7 @@ def test_upscaled_file_of_the_library_is_marked_labelled_and_signed(sources, key
 
 def test_image_in_memory_keeps_its_mark(sources, tiny):
     """An image that one call returns is the input of another, or is uploaded: it stays AI-generated."""
-    from vidgen_ray.client.image_inputs import file_of
+    from vidgen_client.image_inputs import file_of
 
     with Image.open(sources / "generated.png") as image, Image.open(sources / "generated.png") as holiday:
         holiday.info["xmp"] = b"<x:xmpmeta>private notes of a camera</x:xmpmeta>"

@@ -18,13 +18,13 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from vidgen_client.mcp_command import mcp
 from vidgen_ray.cli.bench import bench
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.film import film
 from vidgen_ray.cli.identity import identity
 from vidgen_ray.cli.keys import keys
 from vidgen_ray.cli.licences import RequireLicenceOption, script_licences
-from vidgen_ray.cli.mcp import mcp
 from vidgen_ray.cli.models import models
 from vidgen_ray.cli.options import (
     PROFILE_HELP,

@@ -20,7 +20,7 @@ from tests.online.test_serve import started
 from vidgen_ray.cli import main
 from vidgen_ray.online.server_settings import OnlineSettings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = {"num_frames": 2, "upscale": False}
 
 

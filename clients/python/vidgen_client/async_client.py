@@ -16,10 +16,10 @@ from uuid import uuid4
 import httpx2
 from pydantic import ValidationError
 
-from vidgen_ray.client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
-from vidgen_ray.client.http import AsyncNetwork, Files, Http, Network, connection_options
-from vidgen_ray.client.image_inputs import ImageInput, file_of, reference_of
-from vidgen_ray.client.models import (
+from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
+from vidgen_client.http import AsyncNetwork, Files, Http, Network, connection_options
+from vidgen_client.image_inputs import ImageInput, file_of, reference_of
+from vidgen_client.models import (
     Answer,
     Character,
     CharacterPage,

@@ -1,10 +1,10 @@
 """Python client of a vidgen-ray server. It needs neither torch nor Ray."""
 
-from vidgen_ray.client.async_client import AsyncClient
-from vidgen_ray.client.blocking_client import Client
-from vidgen_ray.client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
-from vidgen_ray.client.image_inputs import ImageInput
-from vidgen_ray.client.models import (
+from vidgen_client.async_client import AsyncClient
+from vidgen_client.blocking_client import Client
+from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
+from vidgen_client.image_inputs import ImageInput
+from vidgen_client.models import (
     Character,
     ErasedCharacter,
     Estimate,

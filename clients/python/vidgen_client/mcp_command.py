@@ -32,10 +32,10 @@ def mcp(
     ] = None,
 ) -> None:
     """Start an MCP server, with which an assistant creates videos and images on a running server."""
-    from vidgen_ray.client import AsyncClient
+    from vidgen_client import AsyncClient
 
     try:
-        from vidgen_ray.mcp_server import make_server
+        from vidgen_client.mcp_server import make_server
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "mcp":
             raise

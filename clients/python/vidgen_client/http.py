@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from vidgen_ray.client.errors import ApiError, ClientError, ConnectionFailed
+from vidgen_client.errors import ApiError, ClientError, ConnectionFailed
 from vidgen_ray.version import __version__
 
 RETRIED_STATUS = (429, 502, 503)

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from vidgen_ray.client.async_client import TIMEOUT_S, AsyncClient
-from vidgen_ray.client.http import BlockingNetwork
+from vidgen_client.async_client import TIMEOUT_S, AsyncClient
+from vidgen_client.http import BlockingNetwork
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,7 +14,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import Field
 
-from vidgen_ray.client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
+from vidgen_client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
 from vidgen_ray.consent import Consent
 from vidgen_ray.version import __version__
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from vidgen_ray.client.models import UploadedFile
+from vidgen_client.models import UploadedFile
 
 if TYPE_CHECKING:
     # The client works without Pillow.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vidgen_ray.client.models import Video
+from vidgen_client.models import Video
 from vidgen_ray.errors import VidgenError
 
 
