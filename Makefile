@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 
 # Installed in the same call, so that pip never installs the CPU wheel of onnxruntime over onnxruntime-gpu.
 ONNXRUNTIME := ./packaging/onnxruntime
+CLIENT := ./clients/python
 
 .PHONY: setup demo test test-slow chaos fuzz lock audit sbom docs docs-site check clean
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml
+$(VENV)/.installed: pyproject.toml packaging/onnxruntime/pyproject.toml $(CLIENT)/pyproject.toml
 	@echo "Installing packages into $(VENV): takes minutes, downloads at least 3 GB"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ONNXRUNTIME) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(ONNXRUNTIME) --editable "$(CLIENT)[mcp]" --editable ".[dev]"
 	touch $@
 
 demo: setup
@@ -56,7 +57,7 @@ lock: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[audit]"
 	mkdir -p out
 	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/+cpu//' -e '/ @ /d' > out/tested-versions.txt
-	$(BIN)/uv pip compile pyproject.toml --extra postgres --extra s3 --extra mcp --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml $(CLIENT)/pyproject.toml --extra postgres --extra s3 --extra mcp --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --override packaging/overrides.txt \
 		--constraint out/tested-versions.txt --no-emit-package onnxruntime --quiet --output-file $(LOCK)
 

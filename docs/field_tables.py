@@ -23,6 +23,7 @@ from vidgen_ray.stages.base import ChunkedStage, Stage
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "vidgen_ray"
+CLIENT = PACKAGE.parent / "clients" / "python" / "vidgen_client" / "__init__.py"
 RECORDS: tuple[type, ...] = (Line, Shot, ShotPlan, ShotTask, ShotRecord, ManifestRow)
 """What a line of a script becomes, in order."""
 READING_ORDER = (
@@ -139,7 +140,7 @@ def modules() -> Iterator[str]:
     """Yield the rows of the map of modules, one a package."""
     yield "| package | content | modules |"
     yield "| --- | --- | --- |"
-    for init in sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts):
+    for init in (*sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts), CLIENT):
         names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
         if names:
             package = init.parent.relative_to(PACKAGE.parent)

@@ -351,7 +351,7 @@ def check_command(words):
     """Assert that the words after `vidgen` are a command with existing options, and that the profile exists."""
     command = typer.main.get_command(app)
     while hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
+        command, words = command.get_command(None, words[0]), words[1:]
     accepted = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if re.fullmatch(r"--?[a-z][a-z-]*", word)} <= accepted
     profiles = [word for word in words if word.startswith("gpu-")]

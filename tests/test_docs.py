@@ -19,7 +19,13 @@ from vidgen_ray.profile import load_profile
 from vidgen_ray.weights import resolve
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / name / "README.md" for name in ("benchmarks", "clients/python")),
+    ]
+)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -37,7 +43,9 @@ def test_relative_links_resolve(page):
 
 @each_page
 def test_named_repository_paths_exist(page):
-    paths = re.findall(r"`((?:vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging)/[\w./-]+)`", page.read_text())
+    paths = re.findall(
+        r"`((?:vidgen_ray|tests|training|benchmarks|serve_configs|jobs|packaging|clients)/[\w./-]+)`", page.read_text()
+    )
     # Files that CONTRIBUTING.md adds in its worked example.
     examples = {"vidgen_ray/stages/colours.py"}
     assert [path for path in paths if path not in examples and not (ROOT / path).exists()] == []
@@ -51,11 +59,11 @@ def test_named_tests_exist(page):
 
 @each_page
 def test_named_commands_and_options_exist(page):
-    known = typer.main.get_command(app).commands
+    vidgen = typer.main.get_command(app)
     for line in re.findall(r"(?:^|`)(vidgen [^`\n]*)", page.read_text(), re.MULTILINE):
         if not (words := shlex.split(line, comments=True)[1:]) or words[0].startswith("-"):
             continue
-        command = known[words[0]]
+        command = vidgen.get_command(None, words[0])
         if hasattr(command, "commands") and len(words) > 1:
             command = command.commands[words[1]]
         accepted = {option for parameter in command.params for option in parameter.opts}

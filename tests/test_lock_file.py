@@ -1,4 +1,4 @@
-"""The lock file installs what pyproject.toml asks for, from any index, with plain versions and hashes."""
+"""The lock file installs what both distributions ask for, from any index, with plain versions and hashes."""
 
 import re
 import tomllib
@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 LOCK = (ROOT / "packaging" / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CLIENT = tomllib.loads((ROOT / "clients" / "python" / "pyproject.toml").read_text())["project"]
 
 
 def locked() -> dict[str, list[Requirement]]:
@@ -26,11 +27,16 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-EXTRAS = PROJECT["optional-dependencies"]
+EXTRAS = PROJECT["optional-dependencies"] | CLIENT["optional-dependencies"]
 
 
 @pytest.mark.parametrize(
-    "text", [*PROJECT["dependencies"], *(each for name in ("postgres", "s3", "mcp") for each in EXTRAS[name])]
+    "text",
+    [
+        *PROJECT["dependencies"],
+        *CLIENT["dependencies"],
+        *(each for name in ("postgres", "s3", "mcp") for each in EXTRAS[name]),
+    ],
 )
 def test_requirement_is_locked_to_a_version_it_allows(text):
     requirement = Requirement(text)

@@ -41,8 +41,8 @@ def url(server):
 def command(url, tmp_path):
     """Command of an MCP server whose downloads go to tmp_path."""
     # As in an assistant's configuration: a command, arguments and environment variables.
-    environment = {"PYTHONPATH": str(ROOT), "VIDGEN_URL": url, "HOME": str(tmp_path)}
-    arguments = ["-m", "vidgen_ray", "mcp", "--folder", str(tmp_path / "clips")]
+    environment = {"VIDGEN_URL": url, "HOME": str(tmp_path)}
+    arguments = ["-m", "vidgen_client", "--folder", str(tmp_path / "clips")]
     return StdioServerParameters(command=sys.executable, args=arguments, env=environment)
 
 
@@ -214,8 +214,8 @@ def test_unreachable_server_is_reported_to_the_assistant(tmp_path):
 def test_streamable_http_on_loopback(url, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments = [sys.executable, "-m", "vidgen_ray", "mcp", "--url", url, "--http", str(port)]
-    with subprocess.Popen(arguments, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+    arguments = [sys.executable, "-m", "vidgen_client", "--url", url, "--http", str(port)]
+    with subprocess.Popen(arguments) as process:
         try:
             while True:
                 assert process.poll() is None
@@ -239,5 +239,5 @@ def test_streamable_http_on_loopback(url, tmp_path):
 
 
 def test_invalid_url_is_a_usage_message(capsys):
-    assert main(["mcp", "--url", "localhost"]) != 0
-    assert "must be the URL of a server, for example http://127.0.0.1:8000" in capsys.readouterr().err
+    assert main(["mcp", "--url", "localhost"]) == 2
+    assert "must be the URL of a server" in capsys.readouterr().err

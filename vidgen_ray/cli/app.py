@@ -11,14 +11,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from vidgen_client.mcp_command import mcp
 from vidgen_ray.cli.bench import bench
 from vidgen_ray.cli.doctor import doctor
 from vidgen_ray.cli.film import film
@@ -67,8 +69,36 @@ from vidgen_ray.shot import Shot
 from vidgen_ray.stages.progress import progress_callback
 from vidgen_ray.version import __version__
 
+COMMANDS = "vidgen.commands"
+"""Group of entry points, name of a command -> function whose parameters typer reads, or `typer.Typer` with several commands."""
+
+
+class FoundCommands(TyperGroup):
+    """The commands of this module, and those that entry points name. They are imported when called, or listed by --help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(entry_points(group=COMMANDS).names - self.commands.keys())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.commands:
+            for found in entry_points(group=COMMANDS, name=cmd_name):
+                self.commands[cmd_name] = _command(cmd_name, found.load())
+        return super().get_command(ctx, cmd_name)
+
+
+def _command(name: str, loaded: Any) -> Any:
+    """Return a command of an object that an entry point names."""
+    if not isinstance(loaded, typer.Typer):
+        function, loaded = loaded, typer.Typer(add_completion=False)
+        loaded.command(name)(function)
+    command = get_command(loaded)
+    command.name = name
+    return command
+
+
 app = typer.Typer(
     name="vidgen",
+    cls=FoundCommands,
     help="Batch and online video generation on Ray, with one recognisable person across every clip.",
     no_args_is_help=True,
     add_completion=False,
@@ -77,7 +107,6 @@ app = typer.Typer(
 app.add_typer(identity, name="identity")
 app.add_typer(keys, name="keys")
 app.add_typer(models, name="models")
-app.command()(mcp)
 app.command()(film)
 app.command()(doctor)
 app.command()(upscale)

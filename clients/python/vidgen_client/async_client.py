@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import math
 import os
+import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import httpx2
 from pydantic import ValidationError
 
 from vidgen_client.errors import ApiError, ClientError, ConnectionFailed, JobCancelled, JobFailed, WaitTimeout
-from vidgen_client.http import AsyncNetwork, Files, Http, Network, connection_options
 from vidgen_client.image_inputs import ImageInput, file_of, reference_of
 from vidgen_client.models import (
-    Answer,
+    A,
     Character,
-    CharacterPage,
     ErasedCharacter,
     Estimate,
     GeneratedImage,
     ImagesAnswer,
+    Listing,
     Model,
-    ModelPage,
     UploadedFile,
     Variant,
     Video,
@@ -43,6 +45,13 @@ IMAGES_TIMEOUT_S = 600.0
 """The same for images: the server answers when they are ready."""
 STREAM_TIMEOUT_S = 45.0
 """The same for event streams, in which the server sends a ping every 15 s."""
+RETRIED_STATUS = (429, 502, 503)
+"""Too many requests or jobs; the server restarts behind its proxy; it cannot store jobs."""
+MAX_DELAY_S = 60.0
+"""Longest delay between two attempts. A server that asks for a longer one is not tried again."""
+MAX_BACKOFF_S = 16.0
+"""Longest random delay, if the server asks for none."""
+CONNECT_TIMEOUT_S = 10.0
 POLL_S = 1.0
 """Seconds between polls if the server recommends none."""
 IMAGE_FIELDS = ("input_reference", "last_image", "input_references", "image_reference", "face_image", "image")
@@ -50,7 +59,7 @@ SUFFIXES = {"video/mp4": ".mp4", "image/png": ".png", "image/webp": ".webp", "im
 ConsentInput: TypeAlias = Mapping[str, str] | str
 """Fields of a consent, or `subject=NAME,basis=written,reference=FILE`."""
 
-A = TypeVar("A", bound=Answer)
+R = TypeVar("R")
 
 
 class AsyncClient:
@@ -67,18 +76,25 @@ class AsyncClient:
         *,
         timeout_s: float = TIMEOUT_S,
         retries: int = 5,
-        network: Callable[..., Network] = AsyncNetwork,
         **options: Any,
     ) -> None:
         """Open no connection yet.
 
         `url`: of the server, with or without /v1; default: `$VIDGEN_URL` or http://127.0.0.1:8000. `api_key`: default:
         `$VIDGEN_API_KEY`. `timeout_s`: seconds without any data before a request counts as lost. `retries`: attempts after the
-        first one. `network`: I/O, another one in the blocking client. `options`: of httpx2. Raises ClientError.
+        first one. `options`: of httpx2.AsyncClient. Raises ClientError.
         """
         url = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
         api_key = api_key or os.environ.get(KEY_VARIABLE)
-        self._http = Http(network(**connection_options(url, api_key, timeout_s), **options), retries=retries)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ClientError(f"url: got {url!r}, must be the URL of a server, for example {DEFAULT_URL}")
+        headers = {"User-Agent": f"vidgen-client/{version('vidgen-client')}"}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        base_url = url.rstrip("/").removesuffix("/v1")
+        self._http = httpx2.AsyncClient(base_url=base_url, headers=headers, timeout=_timeout(timeout_s), **options)
+        self._retries = retries
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,7 +104,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.network.close()
+        await self._http.aclose()
 
     async def create_video(
         self,
@@ -127,19 +143,19 @@ class AsyncClient:
             "seed": seed,
             "model": model,
         }
-        return _parse(Video, await self._create("/v1/videos", {**fields, **named}, idempotency_key))
+        return await self._create(Video, "/v1/videos", {**fields, **named}, idempotency_key)
 
     async def estimate_video(self, /, prompt: str, **fields: Any) -> Estimate:
         """Estimate what a video would take, without creating it. `fields`: those of `create_video`. Images are uploaded."""
-        return _parse(Estimate, await self._create("/v1/videos/estimate", {**fields, "prompt": prompt}, None))
+        return await self._create(Estimate, "/v1/videos/estimate", {**fields, "prompt": prompt}, None)
 
     async def estimate_shot(self, /, **fields: Any) -> Estimate:
         """Estimate what a job with these fields of a shot would take, without creating it. `fields`: of `POST /v1/shots`."""
-        return _parse(Estimate, (await self._http.request("POST", "/v1/shots/estimate", json=fields)).content)
+        return await self._request(Estimate, "POST", "/v1/shots/estimate", json=fields)
 
     async def remix_video(self, /, video: Video | str, *, idempotency_key: str | None = None, **fields: Any) -> Video:
         """Create a video from another one. Fields that are not passed keep their values, including the seed."""
-        return _parse(Video, await self._create(f"{_path(video)}/remix", fields, idempotency_key))
+        return await self._create(Video, f"{_path(video)}/remix", fields, idempotency_key)
 
     async def get_video(self, video: Video | str) -> Video:
         """Return the current state of a video."""
@@ -150,15 +166,15 @@ class AsyncClient:
     ) -> VideoPage:
         """Return a page of up to 100 videos, the newest first. `after`: `last_id` of the page before."""
         params = {"limit": limit, "order": order} | ({"after": after} if after else {})
-        return _parse(VideoPage, (await self._http.request("GET", "/v1/videos", params=params)).content)
+        return await self._request(VideoPage, "GET", "/v1/videos", params=params)
 
     async def cancel_video(self, video: Video | str) -> Video:
         """Cancel a job: at once if it is queued, after the current step if it is running. No effect on a job that has ended."""
-        return _parse(Video, (await self._http.request("POST", f"{_path(video)}/cancel")).content)
+        return await self._request(Video, "POST", f"{_path(video)}/cancel")
 
     async def delete_video(self, video: Video | str) -> None:
         """Delete a video and its files. A job that has not ended is cancelled."""
-        await self._http.request("DELETE", _path(video))
+        await self._send("DELETE", _path(video))
 
     async def follow_video(self, video: Video | str, *, timeout_s: float | None = None) -> AsyncGenerator[Video]:
         """Yield a video now and after each change, until its job has ended.
@@ -166,26 +182,22 @@ class AsyncClient:
         Changes come as server-sent events. If that fails, and if there is a time limit, the video is polled as often as the
         server recommends. Raises WaitTimeout after `timeout_s`.
         """
-        last: Video | None = None
+        state: Video | None = None
         if timeout_s is None:
             async with aclosing(self._events(video)) as events:
-                async for last in events:
-                    yield last
-            if last is not None and last.is_final:
-                return
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            current, pause_s = await self._poll(video)
-            if current != last:
-                yield current
-            if current.is_final:
-                return
-            last = current
-            if deadline is not None:
-                if time.monotonic() >= deadline:
-                    raise WaitTimeout(current, timeout_s or 0)
-                pause_s = min(pause_s, max(0, deadline - time.monotonic()))
-            await self._http.network.sleep(pause_s)
+                async for state in events:
+                    yield state
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while state is None or not state.is_final:
+            before = state
+            state, pause_s = await self._poll(video)
+            if state != before:
+                yield state
+            if not state.is_final:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise WaitTimeout(state, timeout_s or 0)
+                await asyncio.sleep(min(pause_s, left_s))
 
     async def wait_for_video(
         self, video: Video | str, *, on_progress: Callable[[Video], object] | None = None, timeout_s: float | None = None
@@ -199,15 +211,11 @@ class AsyncClient:
             async for current in states:
                 if on_progress is not None:
                     on_progress(current)
-        if current.status == "cancelled":
-            raise JobCancelled(current)
-        if current.status == "failed":
-            raise JobFailed(current)
-        return current
+        return check_completed(current)
 
     async def read_video(self, video: Video | str, *, variant: Variant = "video") -> bytes:
         """Return a file of a completed video. Use `download_video` for large files."""
-        response = await self._http.request("GET", f"{_path(video)}/content", params={"variant": variant})
+        response = await self._send("GET", f"{_path(video)}/content", params={"variant": variant})
         return response.content
 
     async def download_video(self, video: Video | str, path: str | os.PathLike[str], *, variant: Variant = "video") -> Path:
@@ -216,7 +224,7 @@ class AsyncClient:
         `path`: file to write, or an existing folder, in which the file gets the id as its name. The data goes to a hidden
         `.part` file in the same folder first. After a lost connection or a stopped program, the download continues that file.
         """
-        return await self._http.retry(lambda: self._download(video, Path(path), variant))
+        return await self._retry(lambda: self._download(video, Path(path), variant))
 
     async def create_images(
         self,
@@ -231,8 +239,7 @@ class AsyncClient:
     ) -> list[GeneratedImage]:
         """Generate images and wait for them. `fields`: any other field of `POST /v1/images/generations`."""
         body = {**fields, "prompt": prompt, "n": n, "size": size, "output_format": output_format}
-        answer = await self._create("/v1/images/generations", body, idempotency_key, timeout_s=IMAGES_TIMEOUT_S)
-        return _parse(ImagesAnswer, answer).images
+        return (await self._create(ImagesAnswer, "/v1/images/generations", body, idempotency_key, IMAGES_TIMEOUT_S)).images
 
     async def edit_images(
         self,
@@ -245,13 +252,12 @@ class AsyncClient:
     ) -> list[GeneratedImage]:
         """Edit images with a prompt and wait for the results. `fields`: any other field of `POST /v1/images/edits`."""
         body = {**fields, "image": image, "prompt": prompt}
-        answer = await self._create("/v1/images/edits", body, idempotency_key, timeout_s=IMAGES_TIMEOUT_S)
-        return _parse(ImagesAnswer, answer).images
+        return (await self._create(ImagesAnswer, "/v1/images/edits", body, idempotency_key, IMAGES_TIMEOUT_S)).images
 
     async def upload_image(self, image: ImageInput) -> UploadedFile:
         """Upload an image, to use it in several requests. The same image always has the same id."""
-        response = await self._http.request("POST", "/v1/files", data={"purpose": "vision"}, files=[("file", file_of(image))])
-        return _parse(UploadedFile, response.content)
+        purpose, files = {"purpose": "vision"}, [("file", file_of(image))]
+        return await self._request(UploadedFile, "POST", "/v1/files", data=purpose, files=files)
 
     async def create_character(
         self,
@@ -262,41 +268,88 @@ class AsyncClient:
         consent: ConsentInput | None = None,
     ) -> Character:
         """Create a character from photos of one face, or from a video that shows it. `consent`: as in `create_video`."""
-        files: Files = [("image", file_of(photo)) for photo in _as_list(photos)]
+        files = [("image", file_of(photo)) for photo in _as_list(photos)]
         if video is not None:
-            files = [*files, ("video", file_of(video))]
+            files.append(("video", file_of(video)))
         fields = {"name": name}
         if consent is not None:
             fields["consent"] = consent if isinstance(consent, str) else json.dumps(dict(consent))
-        response = await self._http.request("POST", "/v1/videos/characters", data=fields, files=files)
-        return _parse(Character, response.content)
+        return await self._request(Character, "POST", "/v1/videos/characters", data=fields, files=files)
 
     async def list_characters(self) -> list[Character]:
         """Return all characters, the newest first."""
-        return _parse(CharacterPage, (await self._http.request("GET", "/v1/videos/characters")).content).data
+        return (await self._request(Listing[Character], "GET", "/v1/videos/characters")).data
 
     async def delete_character(self, character: Character | str) -> None:
         """Delete a character by its id. Its photos remain uploads."""
-        character_id = character.id if isinstance(character, Character) else character
-        await self._http.request("DELETE", f"/v1/videos/characters/{quote(character_id, safe='')}")
+        await self._send("DELETE", f"/v1/videos/characters/{quote(_id(character), safe='')}")
 
     async def erase_character(self, character: Character | str, *, videos: bool = False) -> ErasedCharacter:
         """Delete a character with its photos, face features and cached results. `videos`: also what was made with it."""
-        character_id = character.id if isinstance(character, Character) else character
         params = {"videos": str(videos).lower()}
-        path = f"/v1/characters/{quote(character_id, safe='')}"
-        return _parse(ErasedCharacter, (await self._http.request("DELETE", path, params=params)).content)
+        path = f"/v1/characters/{quote(_id(character), safe='')}"
+        return await self._request(ErasedCharacter, "DELETE", path, params=params)
 
     async def list_models(self) -> list[Model]:
         """Return the models of the server. The first is the default."""
-        return _parse(ModelPage, (await self._http.request("GET", "/v1/models")).content).data
+        return (await self._request(Listing[Model], "GET", "/v1/models")).data
 
     async def _create(
-        self, path: str, fields: Mapping[str, Any], idempotency_key: str | None, timeout_s: float | None = None
-    ) -> bytes:
+        self, model: type[A], path: str, fields: Mapping[str, Any], idempotency_key: str | None, timeout_s: float | None = None
+    ) -> A:
         body = {name: await self._uploaded(name, value) for name, value in fields.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
-        return (await self._http.request("POST", path, json=body, headers=headers, timeout_s=timeout_s)).content
+        return await self._request(model, "POST", path, json=body, headers=headers, timeout_s=timeout_s)
+
+    async def _request(self, model: type[A], method: str, path: str, **options: Any) -> A:
+        return _parse(model, (await self._send(method, path, **options)).content)
+
+    async def _send(self, method: str, path: str, *, timeout_s: float | None = None, **options: Any) -> httpx2.Response:
+        """Send a request and return the response with its body.
+
+        The request is repeated after connection errors and `RETRIED_STATUS`. A request that creates something needs the header
+        `Idempotency-Key`. `timeout_s`: seconds without any data; `None` is the client's default. `options`: of a request of
+        httpx2. Raises ApiError and ConnectionFailed.
+        """
+        timeout = httpx2.USE_CLIENT_DEFAULT if timeout_s is None else _timeout(timeout_s)
+        request = self._http.build_request(method, path, timeout=timeout, **options)
+        return await self._retry(lambda: self._send_once(request, stream=False))
+
+    async def _send_once(self, request: httpx2.Request, *, stream: bool) -> httpx2.Response:
+        with _connection_errors(request):
+            response = await self._http.send(request, stream=stream)
+            if response.is_success:
+                return response
+            try:
+                await response.aread()
+            finally:
+                await response.aclose()
+        raise _api_error(response)
+
+    @asynccontextmanager
+    async def _stream(self, path: str, *, timeout_s: float, **options: Any) -> AsyncIterator[httpx2.Response]:
+        """Open a response to read its body piece by piece. Not repeated. Raises ApiError and ConnectionFailed."""
+        request = self._http.build_request("GET", path, timeout=_timeout(timeout_s), **options)
+        response = await self._send_once(request, stream=True)
+        try:
+            with _connection_errors(request):
+                yield response
+        finally:
+            await response.aclose()
+
+    async def _retry(self, call: Callable[[], Awaitable[R]]) -> R:
+        """Call until it succeeds, the error is final or all attempts are used up. Then raise the last error."""
+        for attempt in range(self._retries):
+            try:
+                return await call()
+            except ConnectionFailed:
+                delay_s = None
+            except ApiError as error:
+                delay_s = error.retry_after_s
+                if not error.retryable or (delay_s or 0) > MAX_DELAY_S:
+                    raise
+            await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.5 * 2**attempt)) if delay_s is None else delay_s)
+        return await call()
 
     async def _uploaded(self, field: str, value: Any) -> Any:
         """Return the value of a field with uploads in place of images."""
@@ -308,18 +361,15 @@ class AsyncClient:
 
     async def _poll(self, video: Video | str) -> tuple[Video, float]:
         """Return the state of a video, and the seconds until the next poll."""
-        response = await self._http.request("GET", _path(video))
+        response = await self._send("GET", _path(video))
         pause_ms = response.headers.get("openai-poll-after-ms", "")
         return _parse(Video, response.content), int(pause_ms) / 1000 if pause_ms.isdecimal() else POLL_S
 
     async def _events(self, video: Video | str) -> AsyncGenerator[Video]:
         """Yield the video of each event. End early if the stream cannot be opened or breaks off."""
         try:
-            async with (
-                self._http.stream(f"{_path(video)}/events", timeout_s=STREAM_TIMEOUT_S) as response,
-                aclosing(self._http.network.events(response)) as events,
-            ):
-                async for event in events:
+            async with self._stream(f"{_path(video)}/events", timeout_s=STREAM_TIMEOUT_S) as response:
+                async for event in httpx2.EventSource(response):
                     if event.event == "video.deleted":
                         return
                     yield _parse(Video, event.data)
@@ -332,7 +382,7 @@ class AsyncClient:
         url = f"{_path(video)}/content"
         # A compressed body would not have the offsets of the file.
         headers = {"Accept-Encoding": "identity"}
-        async with self._http.stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
+        async with self._stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
             suffix = SUFFIXES.get(response.headers.get("content-type", ""), "")
             target = path / f"{_id(video)}{suffix}" if path.is_dir() else path
             # A proxy may leave out both headers. Then the file is written in one piece.
@@ -344,7 +394,7 @@ class AsyncClient:
                 written = await self._write(response, part, "wb")
         if written < length:
             headers |= {"Range": f"bytes={written}-", "If-Range": etag}
-            async with self._http.stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
+            async with self._stream(url, params={"variant": variant}, headers=headers, timeout_s=TIMEOUT_S) as response:
                 await self._write(response, part, "ab" if response.status_code == httpx2.codes.PARTIAL_CONTENT else "wb")
         part.replace(target)
         return target
@@ -352,10 +402,18 @@ class AsyncClient:
     async def _write(self, response: httpx2.Response, part: Path, mode: str) -> int:
         """Write a body to a file and return the size of the file in bytes."""
         with part.open(mode) as file:
-            async with aclosing(self._http.network.chunks(response)) as chunks:
-                async for chunk in chunks:
-                    file.write(chunk)
+            async for chunk in response.aiter_bytes():
+                file.write(chunk)
             return file.tell()
+
+
+def check_completed(video: Video) -> Video:
+    """Return a video whose job has ended. Raises JobFailed and JobCancelled."""
+    if video.status == "cancelled":
+        raise JobCancelled(video)
+    if video.status == "failed":
+        raise JobFailed(video)
+    return video
 
 
 def _parse(model: type[A], content: bytes | str) -> A:
@@ -370,8 +428,8 @@ def _parse(model: type[A], content: bytes | str) -> A:
         ) from None
 
 
-def _id(video: Video | str) -> str:
-    return video.id if isinstance(video, Video) else video
+def _id(named: Video | Character | str) -> str:
+    return named if isinstance(named, str) else named.id
 
 
 def _path(video: Video | str) -> str:
@@ -380,3 +438,45 @@ def _path(video: Video | str) -> str:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _timeout(timeout_s: float) -> httpx2.Timeout:
+    return httpx2.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
+
+
+@contextmanager
+def _connection_errors(request: httpx2.Request) -> Iterator[None]:
+    """Raise ConnectionFailed instead of httpx2's errors."""
+    try:
+        yield
+    except (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError) as error:
+        raise ClientError(f"{request.url}: {error}") from error
+    except httpx2.TransportError as error:
+        raise ConnectionFailed(f"{request.url}: {str(error) or type(error).__name__}") from error
+
+
+def _api_error(response: httpx2.Response) -> ApiError:
+    try:
+        error = response.json()["error"]
+        message, code, param = str(error["message"]), error.get("code"), error.get("param")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        # Not an error of vidgen-ray: a proxy answered.
+        message, code, param = response.text[:500].strip() or response.reason_phrase, None, None
+    retryable = response.status_code in RETRIED_STATUS and response.headers.get("x-should-retry") != "false"
+    return ApiError(
+        message,
+        status=response.status_code,
+        code=code,
+        param=param,
+        retry_after_s=_retry_after_s(response.headers),
+        retryable=retryable,
+    )
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return float(headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+    return None

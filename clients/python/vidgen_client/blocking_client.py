@@ -1,27 +1,48 @@
-"""Blocking client of a vidgen-ray server: the methods of `AsyncClient`, without an event loop."""
+"""Blocking client of a vidgen-ray server: the methods of `AsyncClient`, run in the event loop of a background thread."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from functools import wraps
+from functools import cache, wraps
+from threading import Lock, Thread
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from vidgen_client.async_client import TIMEOUT_S, AsyncClient
-from vidgen_client.http import BlockingNetwork
+from vidgen_client.async_client import TIMEOUT_S, AsyncClient, check_completed
+from vidgen_client.models import Video
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_STARTING = Lock()
 
 
-def run_blocking(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Return the result of a coroutine that awaits only `BlockingNetwork`, so that it never waits for an event loop."""
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Start the event loop that all blocking clients of this process share. It ends with the process."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="vidgen-client", daemon=True).start()
+    return loop
+
+
+if hasattr(os, "register_at_fork"):
+    # The child process has no thread that runs the loop.
+    os.register_at_fork(after_in_child=_event_loop.cache_clear)
+
+
+def _run(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Return the result of a coroutine. It is cancelled if this thread is interrupted, such as by Ctrl-C."""
+    with _STARTING:
+        loop = _event_loop()
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
-        coroutine.send(None)
-    except StopIteration as finished:
-        result: R = finished.value
-        return result
-    coroutine.close()
-    raise RuntimeError(f"{coroutine} waits for an event loop")
+        return future.result()
+    finally:
+        future.cancel()
+
+
+async def _next(states: AsyncGenerator[Video]) -> Video | None:
+    return await anext(states, None)
 
 
 def _blocking(
@@ -31,38 +52,9 @@ def _blocking(
 
     @wraps(method)
     def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return run_blocking(method(self._client, *args, **kwargs))
+        return _run(method(self._client, *args, **kwargs))
 
     return call
-
-
-def _blocking_generator(
-    method: Callable[Concatenate[AsyncClient, P], AsyncGenerator[R]],
-) -> Callable[Concatenate[Client, P], Iterator[R]]:
-    """Return the blocking variant of a generator method."""
-
-    @wraps(method)
-    def iterate(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[R]:
-        values = method(self._client, *args, **kwargs)
-        try:
-            while True:
-                try:
-                    value = run_blocking(_next(values))
-                except StopAsyncIteration:
-                    return
-                yield value
-        finally:
-            run_blocking(_close(values))
-
-    return iterate
-
-
-async def _next(values: AsyncGenerator[R]) -> R:
-    return await anext(values)
-
-
-async def _close(values: AsyncGenerator[Any]) -> None:
-    await values.aclose()
 
 
 class Client:
@@ -82,13 +74,37 @@ class Client:
         **options: Any,
     ) -> None:
         """Open no connection yet. The arguments are those of `AsyncClient`."""
-        self._client = AsyncClient(url, api_key, timeout_s=timeout_s, retries=retries, network=BlockingNetwork, **options)
+        self._client = AsyncClient(url, api_key, timeout_s=timeout_s, retries=retries, **options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def follow_video(self, video: Video | str, *, timeout_s: float | None = None) -> Iterator[Video]:
+        """Yield a video now and after each change, until its job has ended. Raises WaitTimeout after `timeout_s`."""
+        states = self._client.follow_video(video, timeout_s=timeout_s)
+        while (state := _run(_next(states))) is not None:
+            try:
+                yield state
+            except GeneratorExit:
+                # Not awaited: at the end of the process, the loop has ended before.
+                asyncio.run_coroutine_threadsafe(states.aclose(), _event_loop())
+                raise
+
+    def wait_for_video(
+        self, video: Video | str, *, on_progress: Callable[[Video], object] | None = None, timeout_s: float | None = None
+    ) -> Video:
+        """Wait until the job has ended and return the completed video.
+
+        `on_progress` is called in this thread, with the video now and after each change. Raises JobFailed, JobCancelled, and
+        WaitTimeout after `timeout_s`.
+        """
+        for current in self.follow_video(video, timeout_s=timeout_s):
+            if on_progress is not None:
+                on_progress(current)
+        return check_completed(current)
 
     close = _blocking(AsyncClient.close)
     create_video = _blocking(AsyncClient.create_video)
@@ -99,8 +115,6 @@ class Client:
     list_videos = _blocking(AsyncClient.list_videos)
     cancel_video = _blocking(AsyncClient.cancel_video)
     delete_video = _blocking(AsyncClient.delete_video)
-    follow_video = _blocking_generator(AsyncClient.follow_video)
-    wait_for_video = _blocking(AsyncClient.wait_for_video)
     read_video = _blocking(AsyncClient.read_video)
     download_video = _blocking(AsyncClient.download_video)
     create_images = _blocking(AsyncClient.create_images)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
+
 from vidgen_client.models import Video
-from vidgen_ray.errors import VidgenError
 
 
-class ClientError(VidgenError):
+class ClientError(Exception):
     """Base class of all errors of the client."""
 
 
@@ -14,32 +15,23 @@ class ConnectionFailed(ClientError):
     """The server could not be reached, or the connection was lost."""
 
 
+@dataclass(eq=False)
 class ApiError(ClientError):
     """The server answered with an error."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int,
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: float | None = None,
-        retryable: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        """Explanation by the server. Names the field and what is allowed."""
-        self.status = status
-        """HTTP status."""
-        self.code = code
-        """Stable code, for example `invalid_value`. `None` if the answer is not from vidgen-ray, for example from a proxy."""
-        self.param = param
-        """Field of the request that caused the error."""
-        self.retry_after_s = retry_after_s
-        """Delay in seconds that the server asks for before the next attempt."""
-        self.retryable = retryable
-        """True if the same request may succeed later."""
+    message: str
+    """Explanation by the server. Names the field and what is allowed."""
+    _: KW_ONLY
+    status: int
+    """HTTP status."""
+    code: str | None = None
+    """Stable code, for example `invalid_value`. `None` if the answer is not from vidgen-ray, for example from a proxy."""
+    param: str | None = None
+    """Field of the request that caused the error."""
+    retry_after_s: float | None = None
+    """Delay in seconds that the server asks for before the next attempt."""
+    retryable: bool = False
+    """True if the same request may succeed later."""
 
     def __str__(self) -> str:
         return f"{self.message} (HTTP {self.status}{f', {self.code}' if self.code else ''})"

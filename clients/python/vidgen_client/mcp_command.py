@@ -1,4 +1,4 @@
-"""`vidgen mcp`: let an assistant create videos on a server."""
+"""`vidgen-mcp`, and `vidgen mcp` beside vidgen-ray: let an assistant create videos on a server."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Annotated
 
 import typer
 
-from vidgen_ray.errors import SetupError
+from vidgen_client.async_client import DEFAULT_URL, KEY_VARIABLE, URL_VARIABLE, AsyncClient
+from vidgen_client.errors import ClientError
 
 
 def mcp(
     url: Annotated[
-        str | None, typer.Option("--url", envvar="VIDGEN_URL", help="URL of the server. Default: http://127.0.0.1:8000.")
+        str | None, typer.Option("--url", envvar=URL_VARIABLE, help=f"URL of the server. Default: {DEFAULT_URL}.")
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", envvar="VIDGEN_API_KEY", help="API key. Other users of this machine can see options."),
+        typer.Option("--api-key", envvar=KEY_VARIABLE, help="API key. Other users of this machine can see options."),
     ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Folder for downloads.")] = Path("~/vidgen"),
     http: Annotated[
@@ -32,18 +33,21 @@ def mcp(
     ] = None,
 ) -> None:
     """Start an MCP server, with which an assistant creates videos and images on a running server."""
-    from vidgen_client import AsyncClient
-
     try:
         from vidgen_client.mcp_server import make_server
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "mcp":
             raise
-        raise SetupError(
-            "vidgen mcp needs the package mcp, version 2. Install it with: pip install 'vidgen-ray[mcp]'"
-        ) from None
-    # Few retries: the assistant can repeat a call itself, and sees within seconds that the server is down.
-    server = make_server(AsyncClient(url, api_key, retries=3), folder.expanduser())
+        typer.echo(
+            "The MCP server needs the package mcp, version 2. Install it with: pip install 'vidgen-client[mcp]'", err=True
+        )
+        raise typer.Exit(4) from None
+    try:
+        # Few retries: the assistant can repeat a call itself, and sees within seconds that the server is down.
+        client = AsyncClient(url, api_key, retries=3)
+    except ClientError as error:
+        raise typer.BadParameter(str(error)) from None
+    server = make_server(client, folder.expanduser())
     try:
         if http is None:
             server.run("stdio")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import wraps
+from importlib.metadata import version
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal, ParamSpec, TypedDict, TypeVar, Unpack, get_args, get_type_hints
 
 import anyio
 from mcp.server.mcpserver import Context, Image, MCPServer
@@ -15,8 +17,7 @@ from mcp.types import ToolAnnotations
 from pydantic import Field
 
 from vidgen_client import AsyncClient, Character, ClientError, Estimate, JobFailed, Model, Variant, Video
-from vidgen_ray.consent import Consent
-from vidgen_ray.version import __version__
+from vidgen_client.models import Consent
 
 INSTRUCTIONS = """Creates videos and images on a vidgen-ray server. create_video and create_image return at once with an id.
 Call wait with this id, and again while it reports that the job is not done; then call download to save the file."""
@@ -26,27 +27,47 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 VideoId = Annotated[str, Field(description="Id that create_video, create_image or list_videos returned.")]
-Prompt = Annotated[str, Field(description="Text to render.")]
-Size = Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, for example 1280x720. Default: that of the server.")]
-Seconds = Annotated[float | None, Field(description="Length of the clip in seconds.")]
-StartImage = Annotated[str | None, Field(description="Path of an image to start from.")]
-Photos = Annotated[
-    list[str] | None,
-    Field(description="Paths of photos of one face. This person appears. Needs `consent`."),
-]
 ConsentOfPerson = Annotated[
     Consent | None,
     Field(description="Why the face in the photos may be used. Ask the user: never make it up."),
 ]
-CharacterName = Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
-Loras = Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
-Seed = Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
-MoreFields = Annotated[
-    dict[str, Any] | None,
-    Field(
-        description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, guidance_scale, fps."
-    ),
-]
+
+
+class Prompt(TypedDict):
+    """The required argument of the tools that render."""
+
+    prompt: Annotated[str, Field(description="Text to render.")]
+
+
+class ImageArguments(Prompt, total=False):
+    """Arguments of create_image."""
+
+    size: Annotated[str | None, Field(description="WIDTHxHEIGHT in pixels, for example 1280x720. Default: that of the server.")]
+    start_image: Annotated[str | None, Field(description="Path of an image to start from.")]
+    face_photos: Annotated[
+        list[str] | None, Field(description="Paths of photos of one face. This person appears. Needs `consent`.")
+    ]
+    consent: ConsentOfPerson
+    character: Annotated[str | None, Field(description="Name of a character, instead of photos. See list_characters.")]
+    loras: Annotated[list[str] | None, Field(description="Names of LoRAs of the server.")]
+    seed: Annotated[int | None, Field(description="The same seed and fields give the same file. Default: random.")]
+    fields: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="Further fields of POST /v1/videos, for example negative_prompt, num_inference_steps, guidance_scale, "
+            "fps."
+        ),
+    ]
+
+
+class VideoArguments(ImageArguments, total=False):
+    """Arguments of create_video and plan."""
+
+    seconds: Annotated[float | None, Field(description="Length of the clip in seconds.")]
+
+
+REQUEST_FIELDS = {"start_image": "input_reference", "face_photos": "face_image", "loras": "lora"}
+"""Arguments that have another name in a request."""
 
 
 def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
@@ -58,7 +79,7 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
             yield
 
     server = MCPServer[None](
-        "vidgen-ray", instructions=INSTRUCTIONS, version=__version__, lifespan=close_client, log_level="WARNING"
+        "vidgen-ray", instructions=INSTRUCTIONS, version=version("vidgen-client"), lifespan=close_client, log_level="WARNING"
     )
     tools = _Tools(client, folder)
     reads = ToolAnnotations(read_only_hint=True)
@@ -79,7 +100,7 @@ def make_server(client: AsyncClient, folder: Path) -> MCPServer[None]:
         tools.list_models: reads,
     }
     for tool, hints in annotations.items():
-        server.add_tool(_with_tool_errors(tool), annotations=hints)
+        server.add_tool(_tool(tool), annotations=hints)
     return server
 
 
@@ -90,60 +111,19 @@ class _Tools:
         self._client = client
         self._folder = folder
 
-    async def create_video(
-        self,
-        prompt: Prompt,
-        size: Size = None,
-        seconds: Seconds = None,
-        start_image: StartImage = None,
-        face_photos: Photos = None,
-        character: CharacterName = None,
-        loras: Loras = None,
-        seed: Seed = None,
-        fields: MoreFields = None,
-        consent: ConsentOfPerson = None,
-    ) -> Video:
+    async def create_video(self, **arguments: Unpack[VideoArguments]) -> Video:
         """Start to render a video and return its id at once. Call wait next."""
-        return await self._client.create_video(
-            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields, consent)
-        )
+        return await self._client.create_video(**_request_fields(arguments))
 
-    async def plan(
-        self,
-        prompt: Prompt,
-        size: Size = None,
-        seconds: Seconds = None,
-        start_image: StartImage = None,
-        face_photos: Photos = None,
-        character: CharacterName = None,
-        loras: Loras = None,
-        seed: Seed = None,
-        fields: MoreFields = None,
-        consent: ConsentOfPerson = None,
-    ) -> Estimate:
+    async def plan(self, **arguments: Unpack[VideoArguments]) -> Estimate:
         """Estimate what create_video with these arguments would take, without creating a video: seconds of rendering and in
         the queue, seconds of GPUs, cost, and the size that the models draw. Photos are uploaded."""
-        return await self._client.estimate_video(
-            **_video_fields(prompt, size, seconds, start_image, face_photos, character, loras, seed, fields, consent)
-        )
+        return await self._client.estimate_video(**_request_fields(arguments))
 
-    async def create_image(
-        self,
-        prompt: Prompt,
-        size: Size = None,
-        start_image: StartImage = None,
-        face_photos: Photos = None,
-        character: CharacterName = None,
-        loras: Loras = None,
-        seed: Seed = None,
-        fields: MoreFields = None,
-        consent: ConsentOfPerson = None,
-    ) -> Video:
+    async def create_image(self, **arguments: Unpack[ImageArguments]) -> Video:
         """Start to render an image and return its id at once. Call wait next."""
         still = {"generate_video": False, "upscale": False}
-        return await self.create_video(
-            prompt, size, None, start_image, face_photos, character, loras, seed, {**(fields or {}), **still}, consent
-        )
+        return await self._client.create_video(**{**_request_fields(arguments), **still})
 
     async def wait(
         self,
@@ -224,43 +204,45 @@ class _Tools:
         return await self._client.list_models()
 
 
-def _video_fields(
-    prompt: str,
-    size: str | None,
-    seconds: float | None,
-    start_image: str | None,
-    face_photos: list[str] | None,
-    character: str | None,
-    loras: list[str] | None,
-    seed: int | None,
-    fields: dict[str, Any] | None,
-    consent: Consent | None,
-) -> dict[str, Any]:
-    """Return the fields of a request for a video from the arguments of a tool."""
-    named = {
-        "size": size,
-        "seconds": seconds,
-        "input_reference": start_image,
-        "face_image": face_photos,
-        "consent": consent.model_dump(exclude_none=True) if consent else None,
-        "character": character,
-        "lora": loras,
-        "seed": seed,
-    }
-    return {**(fields or {}), **named, "prompt": prompt}
+def _request_fields(arguments: ImageArguments) -> dict[str, Any]:
+    """Return the fields of a request from the arguments of a tool."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    further: Any = given.pop("fields", {})
+    if isinstance(consent := given.get("consent"), Consent):
+        given["consent"] = consent.model_dump(exclude_none=True)
+    return {**further, **{REQUEST_FIELDS.get(name, name): value for name, value in given.items()}}
 
 
-def _with_tool_errors(tool: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Return the tool with errors that the assistant can act on reported to it."""
+def _tool(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Return a method as a tool: with one parameter for each argument, and errors that are reported to the assistant."""
 
-    @wraps(tool)
+    @wraps(method)
     async def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return await tool(*args, **kwargs)
+            return await method(*args, **kwargs)
         except (ClientError, OSError) as error:
             raise ToolError(str(error)) from error
 
+    declared = signature(method, eval_str=True)
+    parameters: list[Parameter] = []
+    for parameter in declared.parameters.values():
+        parameters += _arguments(parameter) if parameter.kind is Parameter.VAR_KEYWORD else [parameter]
+    call.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call
+
+
+def _arguments(parameter: Parameter) -> list[Parameter]:
+    """Return one parameter for each key of `**arguments: Unpack[...]`. Optional ones are `None` by default."""
+    (keys,) = get_args(parameter.annotation)
+    return [
+        Parameter(
+            name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if name in keys.__required_keys__ else None,
+            annotation=annotation,
+        )
+        for name, annotation in get_type_hints(keys, include_extras=True).items()
+    ]
 
 
 def _describe(video: Video) -> str:

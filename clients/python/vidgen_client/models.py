@@ -6,7 +6,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,9 @@ class Answer(BaseModel):
     """Base of all answers. Immutable."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+
+A = TypeVar("A", bound=Answer)
 
 
 class JobProblem(Answer):
@@ -162,6 +165,22 @@ class UploadedFile(Answer):
     bytes: int
 
 
+class Consent(BaseModel):
+    """Why a person's face may be used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    subject: str = Field(min_length=1, max_length=200, description="Name of the person in the photos.")
+    basis: Literal["self", "written", "contract", "public-domain", "synthetic", "demo"] = Field(
+        description="self: my own face. written: written consent of the person, or of a guardian. contract: a contract or "
+        "licence covers this use. public-domain: a portrait that anyone may use this way. synthetic: nobody, the face is drawn "
+        "or generated. demo: a photo that comes with vidgen, set automatically."
+    )
+    reference: str | None = Field(
+        None, min_length=1, max_length=1000, description="Where it is documented, such as a file name or a URL."
+    )
+
+
 class Character(Answer):
     """Named face. Requests refer to it by its name or id."""
 
@@ -187,19 +206,13 @@ class ErasedCharacter(Answer):
     videos_deleted: bool
 
 
-class CharacterPage(Answer):
-    """All characters."""
-
-    data: list[Character]
-
-
 class Model(Answer):
     """Name that requests can set `model` to."""
 
     id: str
 
 
-class ModelPage(Answer):
-    """All models. The first is the default."""
+class Listing(Answer, Generic[A]):
+    """All characters, or all models."""
 
-    data: list[Model]
+    data: list[A]
