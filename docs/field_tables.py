@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,13 @@ def readers(name: str) -> list[str]:
 
 def stages() -> Iterator[str]:
     """Yield the rows of the table of stages."""
-    yield "| stage | label | actor | takes | returns | own fields | seconds |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| stage | actor | takes, returns | own fields | seconds |"
+    yield "| --- | --- | --- | --- | --- |"
     for stage in STAGES:
         name = f"`{stage.name}`" + (" (chunked)" if issubclass(stage, ChunkedStage) else "")
-        takes = ", ".join((*stage.takes, *(f"[{artefact}]" for artefact in stage.identity_inputs))) or "-"
-        own = ", ".join(f"`{field}`" for field in stage.reads if len(readers(field)) == 1 or "." in field) or "-"
-        cells = name, stage.label, stage.actor, takes, ", ".join(stage.writes), own, f"{stage.reference_s:g}"
+        takes = ", ".join((*stage.takes, *(f"[{artefact}]" for artefact in stage.identity_inputs)))
+        own = ", ".join(f"`{field}`" for field in stage.reads if len(readers(field)) == 1 or "." in field)
+        cells = name, stage.actor, f"{takes} -> {', '.join(stage.writes)}".strip(), own, f"{stage.reference_s:g}"
         yield f"| {' | '.join(cells)} |"
 
 
@@ -122,12 +123,10 @@ def module_summary(path: Path) -> str:
 
 
 def records() -> Iterator[str]:
-    """Yield the rows of the table of records."""
-    yield "| record | file | content |"
-    yield "| --- | --- | --- |"
+    """Yield the list of records."""
     for record in RECORDS:
         file = Path(inspect.getfile(record)).relative_to(PACKAGE)
-        yield f"| `{record.__name__}` | `{file}` | {first_sentence(inspect.getdoc(record))} |"
+        yield f"- `{record.__name__}` in `{file}`: {first_sentence(inspect.getdoc(record))}"
 
 
 def reading_order() -> Iterator[str]:
@@ -136,20 +135,31 @@ def reading_order() -> Iterator[str]:
         yield f"{number}. `{file}`: {module_summary(PACKAGE / file)}"
 
 
+def layers() -> Iterator[str]:
+    """Yield the order of imports that import-linter checks."""
+    settings = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    order = next(contract["layers"] for contract in contracts if contract.get("containers") == [PACKAGE.name])
+    yield f"`{' -> '.join(order)}`"
+
+
 def modules() -> Iterator[str]:
-    """Yield the rows of the map of modules, one a package."""
-    yield "| package | content | modules |"
-    yield "| --- | --- | --- |"
+    """Yield the map of modules, one line a package."""
     for init in (*sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.relative_to(PACKAGE).parts), CLIENT):
         names = sorted(path.stem for path in init.parent.glob("*.py") if not path.stem.startswith("__"))
         if names:
-            package = init.parent.relative_to(PACKAGE.parent)
-            yield f"| `{package}/` | {module_summary(init)} | {', '.join(names)} |"
+            yield f"- `{init.parent.relative_to(DOCS.parent)}/`: {module_summary(init)}. *{', '.join(names)}*"
 
 
 TABLES: Mapping[str, Mapping[str, Callable[[], Iterator[str]]]] = {
     "scripts.md": {"shot fields": shot_fields},
-    "architecture.md": {"records": records, "reading order": reading_order, "modules": modules, "stages": stages},
+    "architecture.md": {
+        "records": records,
+        "reading order": reading_order,
+        "layers": layers,
+        "modules": modules,
+        "stages": stages,
+    },
 }
 
 
