@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -32,6 +33,11 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 def test_generated_tables_are_current():
     subprocess.run([sys.executable, ROOT / "docs" / "field_tables.py", "--check"], cwd=ROOT, check=True)
+
+
+def test_names_in_the_reference_exist():
+    for name in re.findall(r"\.\. auto\w+:: (\S+)", (ROOT / "docs" / "reference.md").read_text()):
+        pkgutil.resolve_name(name)
 
 
 @each_page

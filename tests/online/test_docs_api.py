@@ -40,7 +40,7 @@ def test_examples_run_in_order(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     examples = re.findall(r"^```(bash|python)\n(.*?)^```", DOCS.read_text(), re.M | re.S)
-    assert len(examples) >= 9
+    assert len(examples) >= 8
     with listening_on_a_port(server.app) as url:
         for kind, text in examples:
             example = text.replace(URL_IN_DOCS, url)
